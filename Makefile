@@ -1,0 +1,34 @@
+# Two commands: `make demo` (a federated study and its report) and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export POLYCLINIC_DATA ?=
+
+.PHONY: demo test test-slow check bench clean
+
+demo: $(READY)
+	$(BIN)/polyclinic demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow tests
+
+check: $(READY)
+	$(BIN)/ruff format --check polyclinic tests benchmarks examples
+	$(BIN)/ruff check polyclinic tests benchmarks examples
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/speed.py --quick
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dicom,privacy,flare,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What federated learning is, in tensors. Knows no engine, no network, no clock."""

@@ -1,0 +1,59 @@
+"""What every engine runs at a site."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Reply
+from polyclinic.core.tree import Trees
+
+
+class Refused(Exception):
+    """A site's policy does not allow what was asked, or what would be sent. The message says why and what to do."""
+
+
+class Policy(Protocol):
+    """What a site allows. It reads the values at hand, not declarations about them, and raises ``Refused``."""
+
+    def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:
+        """Before anything runs."""
+
+    def release(self, method: Method[Any], ask: Ask, reply: Reply, site: Site) -> None:
+        """Before anything leaves."""
+
+
+class Open:
+    """The policy of a simulation: everything is allowed."""
+
+    def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:
+        """Allows it."""
+
+    def release(self, method: Method[Any], ask: Ask, reply: Reply, site: Site) -> None:
+        """Allows it."""
+
+
+def execute(
+    method: Method[Any], ask: Ask, memory: Trees, site: Site, policy: Policy | None = None
+) -> tuple[Reply, Trees]:
+    """Does what ``ask`` says at ``site``, within its ``policy``.
+
+    Raises:
+        Refused: Where the policy does not allow it; nothing has left the site, and its memory is unchanged.
+    """
+    policy, mine = policy or Open(), ask.at(site.name)
+    policy.admit(method, mine, site)
+    reply, kept = method.site_update(mine, memory, site)
+    policy.release(method, mine, reply, site)
+    return reply, kept
+
+
+def cohort_of(sites: Sequence[str], size: int, round: int, seed: int = 0) -> Sequence[str]:
+    """``size`` of ``sites``, drawn afresh and without replacement for each round, in name order."""
+    import torch
+
+    if size >= len(sites):
+        return sorted(sites)
+    dice = Site("server", seed=seed).rng("cohort", round)
+    chosen = torch.randperm(len(sites), generator=dice)[:size].tolist()
+    return sorted(sites[i] for i in chosen)

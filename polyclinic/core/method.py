@@ -1,0 +1,95 @@
+"""The one interface: what the server asks, what a site does, what the server makes of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Reply
+from polyclinic.core.tree import Tree, Trees
+
+State = TypeVar("State")
+
+
+@savable
+@dataclass(frozen=True)
+class Ask:
+    """What the server asks of the sites next.
+
+    Attributes:
+        round: How many rounds the server had completed when it asked. A round may take several asks.
+        trees: What every asked site receives.
+        job: Which of the method's jobs to do.
+        each: What only one site receives, by site name.
+        secure: Whether the server may see only the sum of the replies.
+        to: Whom to ask, where the method chooses; else the driver's cohort.
+    """
+
+    round: int
+    trees: Trees
+    job: str = "train"
+    each: Mapping[str, Trees] = field(default_factory=dict)
+    secure: bool = False
+    to: tuple[str, ...] | None = None
+
+    def at(self, site: str) -> "Ask":
+        """The ask as ``site`` receives it: what is for all, and what is for it alone."""
+        return replace(self, trees={**self.trees, **self.each.get(site, {})}, each={})
+
+    def nbytes(self, site: str) -> int:
+        """The bytes of the tensors that travel to ``site``."""
+        return sum(tree.nbytes(t) for t in self.at(site).trees.values())
+
+
+class Method(ABC, Generic[State]):
+    """A federated method: hyper-parameters as fields, everything else as arguments.
+
+    The functions are pure. They change none of their arguments, keep nothing between calls, and draw
+    randomness only from the site they are given. So a method can be copied, hashed, logged, sent to a worker,
+    and resumed from its saved state, to the bit.
+
+    ``State`` is a ``NamedTuple`` or frozen dataclass marked ``@savable``; where a server model exists it is
+    called ``params``.
+    """
+
+    @abstractmethod
+    def init(self, params: Tree) -> State:
+        """The server's state before the first ask, from the model's first ``params``."""
+
+    @abstractmethod
+    def ask(self, state: State) -> Ask | None:
+        """What to ask next, or None when the method has finished."""
+
+    @abstractmethod
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        """Does ``ask.job`` at ``site``.
+
+        Args:
+            ask: What the server asked, as this site received it.
+            memory: What this site kept from its last job; empty at first. It never leaves the site.
+            site: Where this runs.
+
+        Returns:
+            What the server will receive, merged over sites; and what the site keeps.
+        """
+
+    @abstractmethod
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        """The server's state after the merged ``reply``."""
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        """The model with which a site predicts. Personal methods override this."""
+        return ask.trees["params"]
+
+    @property
+    def predicts(self) -> Any:
+        """The task whose model ``model_at`` fills, where it is another than the study's; else None."""
+        return None
+
+    def trials(self, state: State) -> tuple[Ask, ...]:
+        """The asks under which the state is evaluated; scores are averaged over them. Usually one."""
+        ask = self.ask(state)
+        return () if ask is None else (ask,)

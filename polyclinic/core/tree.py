@@ -1,0 +1,134 @@
+"""Trees: flat mappings from dotted names to tensors, and the little arithmetic they need.
+
+A tree is what a ``state_dict`` already is, so models, messages and files share one shape. Nothing here
+changes its arguments, except the functions whose names end in ``_``, as in PyTorch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Tree: TypeAlias = Mapping[str, Tensor]
+Trees: TypeAlias = Mapping[str, Tree]
+
+
+def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
+    """Applies ``f`` leaf by leaf. Every tree must have the names of ``first``."""
+    for other in others:
+        _require_same_names(first, other)
+    return {name: f(leaf, *(other[name] for other in others)) for name, leaf in first.items()}
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """a + b"""
+    return zip_with(torch.add, a, b)
+
+
+def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
+    """a ← a + by · b, in place, at memory bandwidth."""
+    _require_same_names(a, b)
+    for name, leaf in a.items():
+        leaf.add_(b[name], alpha=by)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """a - b"""
+    return zip_with(torch.sub, a, b)
+
+
+def mul(a: Tree, b: Tree) -> Tree:
+    """a · b, element by element"""
+    return zip_with(torch.mul, a, b)
+
+
+def scale(a: Tree, by: float) -> Tree:
+    """by · a"""
+    return {name: leaf * by for name, leaf in a.items()}
+
+
+def lerp(a: Tree, b: Tree, share: float) -> Tree:
+    """(1 - share) · a + share · b"""
+    return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)
+
+
+def shift(a: Tree, by: Tree) -> Tree:
+    """a + by, where ``by`` may name only some of the leaves of ``a``."""
+    if unknown := by.keys() - a.keys():
+        raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
+    return {name: leaf + by[name] if name in by else leaf for name, leaf in a.items()}
+
+
+def zeros(a: Tree) -> Tree:
+    """0, in the shape of ``a``."""
+    return {name: torch.zeros_like(leaf) for name, leaf in a.items()}
+
+
+def copy(a: Tree) -> Tree:
+    """A copy that shares no memory with ``a``."""
+    return {name: leaf.clone() for name, leaf in a.items()}
+
+
+def dot(a: Tree, b: Tree) -> float:
+    """⟨a, b⟩ of all leaves taken as one vector, in double precision."""
+    _require_same_names(a, b)
+    return sum(float(torch.sum(leaf.double() * b[name].double())) for name, leaf in a.items())
+
+
+def norm(a: Tree) -> float:
+    """The Euclidean norm of all leaves taken as one vector, in double precision."""
+    return dot(a, a) ** 0.5
+
+
+def cosine(a: Tree, b: Tree) -> float:
+    """cos ∠(a, b), and 0 where either is 0."""
+    size = norm(a) * norm(b)
+    return dot(a, b) / size if size else 0.0
+
+
+def select(a: Tree, keep: Callable[[str], bool]) -> Tree:
+    """The leaves whose names satisfy ``keep``."""
+    return {name: leaf for name, leaf in a.items() if keep(name)}
+
+
+def flatten(a: Tree) -> Tensor:
+    """All leaves in order, as one vector of shape [size]."""
+    return torch.cat([leaf.reshape(-1) for leaf in a.values()]) if a else torch.zeros(0)
+
+
+def unflatten(vector: Tensor, like: Tree) -> Tree:
+    """The inverse of ``flatten``, with the names and shapes of ``like``."""
+    leaves = vector.split([leaf.numel() for leaf in like.values()])
+    return {name: leaf.reshape(like[name].shape) for name, leaf in zip(like, leaves, strict=True)}
+
+
+def size(a: Tree) -> int:
+    """How many numbers ``a`` holds."""
+    return sum(leaf.numel() for leaf in a.values())
+
+
+def nbytes(a: Tree) -> int:
+    """How many bytes the numbers of ``a`` take."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in a.values())
+
+
+def finite(a: Tree) -> bool:
+    """Whether no leaf holds NaN or an infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in a.values())
+
+
+def prefixed(prefix: str, a: Tree) -> Tree:
+    """``a`` with ``prefix.`` before every name, so that several trees can travel as one."""
+    return {f"{prefix}.{name}": leaf for name, leaf in a.items()}
+
+
+def under(prefix: str, a: Tree) -> Tree:
+    """The part of ``a`` whose names begin with ``prefix.``, without it. The inverse of ``prefixed``."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): leaf for name, leaf in a.items() if name.startswith(start)}
+
+
+def _require_same_names(a: Tree, b: Tree) -> None:
+    if a.keys() != b.keys():
+        raise ValueError(f"trees differ in {sorted(a.keys() ^ b.keys())[:5]}")

@@ -1,0 +1,66 @@
+"""Replies as one mean and back: what a pipeline works on.
+
+Each leaf of the joined mean is called ``kind/part/name``. The kinds: ``m``, the sum of a ``Mean``; ``t`` and ``w``,
+the two sums of a ``LeafMean``; ``g``, what a ``Gather`` keeps apart by site.
+"""
+
+import torch
+
+from polyclinic.core.stats import LeafMean, Mean, Reply, Stat
+from polyclinic.core.tree import Tree
+
+
+def join(reply: Reply, site: str, *, uniform: bool = False) -> Mean:
+    """All parts of the ``reply`` of ``site`` as one mean, of the weight of the first ``Mean`` among them.
+
+    Args:
+        reply: What the method would have sent.
+        site: Who sends it.
+        uniform: Whether every weight must be 1, as privacy needs it.
+
+    Raises:
+        ValueError: Where a weight is not what it must be.
+    """
+    means = {part: stat.weight for part, stat in reply.parts.items() if isinstance(stat, Mean)}
+    weight = next(iter(means.values()), 1.0)
+    if uniform and (heavy := {part: w for part, w in means.items() if w != 1.0}):
+        raise ValueError(f"the parts {heavy} must weigh 1, for how many examples a site has is private too: "
+                         "make the method uniform, for example FedAvg(..., uniform=True)")  # fmt: skip
+    if not weight > 0:
+        raise ValueError(f"what site {site!r} sends weighs {weight}: it must weigh more than 0")
+    leaves: dict[str, torch.Tensor] = {}
+    for part, stat in reply.parts.items():
+        if "/" in part:
+            raise ValueError(f"a part's name must not contain '/': {part!r}")
+        if isinstance(stat, Mean):
+            named = {"m": stat.total}
+        elif isinstance(stat, LeafMean):
+            named = {"t": stat.total, "w": stat.weight}
+        else:
+            named = {"g": stat.items[site]}
+        for kind, own in named.items():
+            leaves |= {f"{kind}/{part}/{name}": leaf for name, leaf in own.items()}
+            # The leaf without a name lets a part without leaves arrive, and holds Σw where it is not the first's.
+            alone = kind == "m" and not uniform and part != next(iter(means))
+            leaves[f"{kind}/{part}/"] = torch.tensor([means[part]] if alone else [])
+    return Mean(leaves, weight)
+
+
+def split(joined: Mean) -> Reply:
+    """The inverse of ``join``, for what adds up."""
+    found: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    for key, leaf in joined.total.items():
+        kind, part, name = key.split("/", 2)
+        found.setdefault(part, {}).setdefault(kind, {})[name] = leaf
+    parts: dict[str, Stat] = {}
+    for part, kinds in found.items():
+        own = next(iter(kinds.values())).get("", torch.empty(0))
+        leaves = {kind: {name: leaf for name, leaf in named.items() if name} for kind, named in kinds.items()}
+        weight = float(own) if own.numel() else joined.weight
+        parts[part] = Mean(leaves["m"], weight) if "m" in leaves else LeafMean(leaves["t"], leaves["w"])
+    return Reply(parts)
+
+
+def scaled(a: Tree, by: float) -> Tree:
+    """``a`` by ``by``, except what is kept apart by site."""
+    return a if by == 1 else {name: leaf if name.startswith("g/") else leaf * by for name, leaf in a.items()}

@@ -1,0 +1,302 @@
+"""Pipelines: what happens to a reply between the site that makes it and the server that uses it.
+
+In the manner of optax, a transform is small, pure and explicit about its state, and a pipeline is a chain of
+them. Encoding runs left to right at the site; decoding, right to left at the server. A method sent through a
+pipeline is again a method. All parts of a reply pass as one, so that privacy is never spent part by part.
+
+Encoded replies either add up, and are decoded once, on their sum; or they do not (8-bit codes, factors, a
+support of each site's own), and then they travel as ``Packed``: apart, each with its weight, decoded one by one
+in name order, and only then summed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.joined import join, scaled, split
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, Mean, Reply, Stat, merge
+from polyclinic.core.tree import Tree, Trees
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One change to what leaves a site, and its undoing at the server. The identity, by default."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every site must count the same, as for privacy."""
+        return False
+
+    @property
+    def secure(self) -> bool:
+        """Whether the server may see only sums of what this sends."""
+        return False
+
+    @property
+    def additive(self) -> bool:
+        """Whether encoded replies still add up, so that they can be decoded on their sum."""
+        return True
+
+    @property
+    def private(self) -> bool:
+        """Whether this bounds or hides what is sent, so that it must see the numbers themselves, before packing."""
+        return False
+
+    def settle(self, after: tuple["Transform", ...]) -> "Transform":
+        """This transform with whatever was left open decided, in view of what comes ``after`` it."""
+        return self
+
+    def problems(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
+        """What is wrong with standing between ``before`` and ``after``, in sentences that say what to do."""
+        return []
+
+    def init(self, params: Tree) -> Trees:
+        """The server's state."""
+        return {}
+
+    def notes(self, state: Trees) -> Trees:
+        """What the sites must know of the server's state to encode. Later transforms see them too."""
+        return {}
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        """At a site: what to send instead of ``sent``, and what to keep. ``memory`` is this transform's alone."""
+        return sent, memory
+
+    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
+        """At the server: what to use instead of what was ``received``, and the state after it.
+
+        An additive transform receives the sum over sites; any other, what one site sent, with weight 1.
+
+        Raises:
+            ValueError: Where this cannot be what ``encode`` sends.
+        """
+        return received, state
+
+
+@savable
+@dataclass(frozen=True)
+class Packed(Gather):
+    """Encoded means that do not add up, kept apart by site until the server has decoded them.
+
+    Attributes:
+        weights: The weight of each site's mean, by its name.
+    """
+
+    weights: dict[str, float]
+
+    def __add__(self, other: Gather) -> "Packed":
+        if not isinstance(other, Packed):
+            raise TypeError("an encoded reply cannot be merged with one that is not encoded")
+        items = Gather(self.items) + Gather(other.items)
+        return Packed(items.items, {**self.weights, **other.weights})
+
+    def __mul__(self, by: float) -> "Packed":
+        return Packed(self.items, {name: weight * by for name, weight in self.weights.items()})
+
+
+@savable
+class SentState(NamedTuple):
+    """The method's state and each transform's."""
+
+    inner: Any
+    transforms: tuple[Trees, ...]
+
+    @property
+    def params(self) -> Tree:
+        """The method's server model."""
+        params: Tree = self.inner.params
+        return params
+
+
+@dataclass(frozen=True)
+class Sent(Method[SentState]):
+    """A method whose replies pass through ``transforms``, and in no other way to the server.
+
+    Raises:
+        ValueError: Where these do not go together; the message lists every reason.
+    """
+
+    inner: Method[Any]
+    transforms: tuple[Transform, ...]
+
+    def __post_init__(self) -> None:
+        if problems := list(_problems(self.inner, self.transforms)):
+            raise ValueError("; ".join(problems))
+
+    @property
+    def cut(self) -> int:
+        """How many transforms, from the left, can be decoded on a sum."""
+        return next((i for i, t in enumerate(self.transforms) if not t.additive), len(self.transforms))
+
+    @property
+    def predicts(self) -> Any:
+        """The method's."""
+        return self.inner.predicts
+
+    def init(self, params: Tree) -> SentState:
+        """The method's state, and each transform's."""
+        return SentState(self.inner.init(params), tuple(dict(t.init(params)) for t in self.transforms))
+
+    def ask(self, state: SentState) -> Ask | None:
+        """What the method asks, with the transforms' notes."""
+        ask = self.inner.ask(state.inner)
+        return None if ask is None else self._noted(ask, state)
+
+    def trials(self, state: SentState) -> tuple[Ask, ...]:
+        """The method's, with the transforms' notes."""
+        return tuple(self._noted(ask, state) for ask in self.inner.trials(state.inner))
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        """The method's."""
+        return self.inner.model_at(self._bare(ask), _below("inner", memory))
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        """What the method does, and then each transform's ``encode``, from left to right."""
+        reply, inner = self.inner.site_update(self._bare(ask), _below("inner", memory), site)
+        kept = {**memory, **_above("inner", inner)}
+        for gone in _below("inner", memory).keys() - inner.keys():
+            del kept[f"inner/{gone}"]
+        if not reply.parts:
+            return reply, kept
+        sent = join(reply, site.name, uniform=any(t.uniform for t in self.transforms))
+        notes: dict[str, Tree] = {}
+        apart = self.cut < len(self.transforms) or any(isinstance(s, Gather) for s in reply.parts.values())
+        self._check(reply)
+        for i, transform in enumerate(self.transforms):
+            if i == self.cut:
+                sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
+            notes |= _below(f"~{i}", ask.trees)
+            key = f"{ask.job}/{i}"
+            sent, own = transform.encode(sent, notes, _below(key, memory), site, ask.round)
+            kept |= _above(key, own)
+        if not apart:
+            return Reply({"sent": sent}), kept
+        if self.cut == len(self.transforms):
+            sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
+        return Reply({"sent": Packed({site.name: sent.total}, {site.name: sent.weight})}), kept
+
+    def server_update(self, state: SentState, reply: Reply, server: Site) -> SentState:
+        """Each transform's ``decode``, from right to left, and then what the method does.
+
+        Raises:
+            ValueError: Where what a site sent cannot be decoded. The message names the site.
+        """
+        if not reply.parts:
+            return SentState(self.inner.server_update(state.inner, reply, server), state.transforms)
+        states, gathered = list(state.transforms), Reply()
+        received = reply.parts["sent"]
+        if isinstance(received, Packed):
+            opened = list(self._open(received, states))  # changes states
+            gathered = merge(Reply(kept) for _, kept in opened)
+            received = merge(Reply({"sum": total}) for total, _ in opened).mean("sum")
+        if not isinstance(received, Mean):
+            raise ValueError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
+        for i in reversed(range(self.cut)):
+            received, states[i] = self.transforms[i].decode(received, states[i])
+        inner = self.inner.server_update(state.inner, split(received) + gathered, server)
+        return SentState(inner, tuple(states))
+
+    def admit(self, state: SentState, reply: Reply) -> None:
+        """Tries to decode what one site sent, so that an engine can refuse it before it is merged.
+
+        Raises:
+            ValueError: Where it cannot be decoded, or holds a number that is not finite.
+        """
+        if isinstance(received := reply.parts.get("sent"), Packed):
+            for _ in self._open(received, list(state.transforms)):
+                pass
+
+    def _open(self, received: Packed, states: list[Trees]) -> Iterator[tuple[Mean, dict[str, Stat]]]:
+        """The sums, and what is to be kept apart, of each site in name order.
+
+        A transform that is decoded site by site sees the same state each time; of what it makes of it the last is
+        put into ``states``.
+        """
+        before = tuple(states)
+        for name in sorted(received.items):
+            one, weight = Mean(received.items[name], 1.0), received.weights[name]
+            try:
+                for i in reversed(range(self.cut, len(self.transforms))):
+                    one, states[i] = self.transforms[i].decode(one, before[i])
+                if not tree.finite(one.total):
+                    raise ValueError("it holds numbers that are not finite")
+            except (ValueError, KeyError, RuntimeError, IndexError) as error:
+                raise ValueError(f"what site {name!r} sent cannot be decoded: {error}") from error
+            sums = {leaf: x * weight for leaf, x in one.total.items() if not leaf.startswith("g/")}
+            apart: dict[str, dict[str, torch.Tensor]] = {}
+            for leaf in one.total.keys() - sums.keys():
+                _, part, rest = leaf.split("/", 2)
+                apart.setdefault(part, {}).update({rest: one.total[leaf]} if rest else {})
+            yield Mean(sums, weight), {part: Gather({name: leaves}) for part, leaves in sorted(apart.items())}
+
+    def _noted(self, ask: Ask, state: SentState) -> Ask:
+        notes: dict[str, Tree] = {}
+        for i, (transform, own) in enumerate(zip(self.transforms, state.transforms, strict=True)):
+            notes |= _above(f"~{i}", transform.notes(own))
+        each = {site: _escaped(trees) for site, trees in ask.each.items()}
+        secure = ask.secure or any(t.secure for t in self.transforms)
+        return replace(ask, trees={**_escaped(ask.trees), **notes}, each=each, secure=secure)
+
+    def _bare(self, ask: Ask) -> Ask:
+        """The ask as the method made it."""
+        trees = {k: t for k, t in ask.trees.items() if not k.startswith("~") or k.startswith("~~")}
+        return replace(ask, trees={k.removeprefix("~"): t for k, t in trees.items()})
+
+    def _check(self, reply: Reply) -> None:
+        if not any(isinstance(stat, Gather) for stat in reply.parts.values()):
+            return
+        if any(t.secure for t in self.transforms):
+            raise ValueError("this method must see what each site sent, and secure summation shows only sums: "
+                             "leave one of them out")  # fmt: skip
+        for t in self.transforms[: self.cut]:
+            if type(t).decode is not Transform.decode:
+                raise ValueError(f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
+                                 "leave one of them out")  # fmt: skip
+
+
+def send_through(inner: Method[Any], *transforms: Transform) -> Sent:
+    """``inner``, with everything its sites send passed through ``transforms``, in order.
+
+    Raises:
+        ValueError: Where these do not go together; the message lists every reason.
+    """
+    return Sent(inner, tuple(t.settle(transforms[i + 1 :]) for i, t in enumerate(transforms)))
+
+
+def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator[str]:
+    names = [type(t).__name__ for t in transforms]
+    secure = [n for n, t in zip(names, transforms, strict=True) if t.secure]
+    packing = [n for n, t in zip(names, transforms, strict=True) if not t.additive]
+    uniform = [n for n, t in zip(names, transforms, strict=True) if t.uniform]
+    if secure and packing:
+        yield (f"{secure[0]} shows the server only sums, and what {packing[0]} sends does not add up: "
+               f"leave {packing[0]} out, or use TopK or PowerSGD(shared=True), which add up")  # fmt: skip
+    if secure and getattr(inner, "gathers", False):
+        yield f"{type(inner).__name__} must see what each site sent, and {secure[0]} shows only sums: leave one out"
+    if uniform and getattr(inner, "uniform", True) is False:
+        yield (f"{uniform[0]} needs every site to count the same, for how many examples a site has is private too: "
+               f"write {type(inner).__name__}(..., uniform=True)")  # fmt: skip
+    for i, t in enumerate(transforms):
+        yield from t.problems(transforms[:i], transforms[i + 1 :])
+        if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
+            yield f"{names[i]} must come before {late[0]}: it protects the numbers themselves, not their encoding"
+
+
+def _above(key: str, trees: Trees) -> dict[str, Tree]:
+    return {f"{key}/{name}": t for name, t in trees.items()}
+
+
+def _below(key: str, trees: Trees) -> dict[str, Tree]:
+    start = f"{key}/"
+    return {name.removeprefix(start): t for name, t in trees.items() if name.startswith(start)}
+
+
+def _escaped(trees: Trees) -> dict[str, Tree]:
+    """Trees whose names cannot be taken for notes: pipelines may stand inside one another."""
+    return {f"~{name}" if name.startswith("~") else name: t for name, t in trees.items()}

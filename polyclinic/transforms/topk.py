@@ -1,0 +1,142 @@
+"""Sparse replies: the largest coordinates now, the rest later.
+
+Sebastian Stich, Jean-Baptiste Cordonnier and Martin Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, Algorithm 1,
+https://arxiv.org/abs/1809.07599. What a site does not send, it adds to its next reply ("error feedback").
+
+A support that each site chooses by itself does not add up. So there are two ways: ``shared=False`` is the
+paper's, with positions sent beside the values; with ``shared=True`` the server names the positions for all, and
+only values travel. The server's choice is ours: the largest coordinates it has lately seen, and a share drawn afresh.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from polyclinic.core.pipeline import Transform
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Mean
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.transforms.packing import Parts, pack, shape_in, shape_tag, unpack
+
+
+@dataclass(frozen=True)
+class TopK(Transform):
+    """Sends ``fraction`` of the coordinates of every tensor.
+
+    Attributes:
+        fraction: How many, of 1. A tensor always sends one at least.
+        shared: Whether all sites send the same positions. Left out, they do where sums or privacy come after.
+        explore: Which share of a shared support is drawn afresh in every round.
+        feedback: Whether a site remembers what it has not sent.
+    """
+
+    fraction: float
+    shared: bool | None = None
+    explore: float = 0.5
+    feedback: bool = True
+
+    @property
+    def additive(self) -> bool:
+        """With a shared support."""
+        return self.shared is True
+
+    def settle(self, after: tuple[Transform, ...]) -> Transform:
+        """With ``shared`` decided."""
+        if self.shared is not None:
+            return self
+        return replace(self, shared=any(t.secure or t.private for t in after))
+
+    def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
+        """Fractions are fractions."""
+        found = []
+        if not 0 < self.fraction <= 1:
+            found.append(f"TopK: fraction must be above 0 and at most 1, not {self.fraction}")
+        if not 0 <= self.explore <= 1:
+            found.append(f"TopK: explore must be between 0 and 1, not {self.explore}")
+        return found
+
+    def init(self, params: Tree) -> Trees:
+        """No support yet: the first is drawn from the tensors' names."""
+        limit = torch.tensor(16 * sum(leaf.numel() for leaf in params.values()) + 2**20)
+        return {"support": {}, "score": {}, "count": {"rounds": torch.tensor(0), "limit": limit}}
+
+    def notes(self, state: Trees) -> Trees:
+        """The shared support."""
+        return {"support": state["support"]} if self.shared else {}
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        """The chosen coordinates of reply plus residual; what is left is the new residual."""
+        old = memory.get("residual", {})
+        leaves: dict[str, Parts] = {}
+        residual: dict[str, Tensor] = {}
+        for name, leaf in sent.total.items():
+            if leaf.numel() < 2 or not leaf.is_floating_point():
+                leaves[name] = {"raw": leaf}
+                continue
+            whole = leaf.reshape(-1)
+            if self.feedback and name in old and old[name].numel() == whole.numel():
+                whole = whole + old[name]
+            if self.shared:
+                index = notes.get("support", {}).get(name)
+                index = self._first(name, whole.numel()) if index is None else index.long()
+                leaves[name] = {"values": whole[index], "shape": shape_tag(leaf)}
+            else:
+                index = whole.abs().topk(self._size(whole.numel())).indices.sort().values
+                leaves[name] = {"values": whole[index], "index": index.int(), "shape": shape_tag(leaf)}
+            if self.feedback:
+                residual[name] = whole.index_fill(0, index, 0.0)
+        return Mean(pack(leaves), sent.weight), {"residual": residual} if self.feedback else {}
+
+    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
+        """Zeros, with the received values in their places."""
+        limit, rounds = int(state["count"]["limit"]), int(state["count"]["rounds"]) + 1
+        dense, support, score = dict[str, Tensor](), dict(state["support"]), dict(state["score"])
+        for name, parts in unpack(received.total).items():
+            if "raw" in parts:
+                dense[name] = parts["raw"]
+                continue
+            values, shape = parts["values"], shape_in(parts["shape"], limit)
+            size = math.prod(shape)
+            limit -= size
+            if values.shape != (self._size(size),):
+                raise ValueError(f"{name}: {tuple(values.shape)} values, where {self._size(size)} were asked for")
+            index = self._index(name, parts, size, state)
+            dense[name] = torch.zeros(size, dtype=values.dtype).index_put_((index,), values).reshape(shape)
+            if self.shared:
+                score[name] = self._rescore(score.get(name), index, values / received.weight, size)
+                support[name] = self._choose(score[name], Site("server").rng("support", name, rounds)).int()
+        count = {**state["count"], "rounds": torch.tensor(rounds)}
+        return Mean(dense, received.weight), {"support": support, "score": score, "count": count}
+
+    def _index(self, name: str, parts: Parts, size: int, state: Trees) -> Tensor:
+        if self.shared:
+            known = state["support"].get(name)
+            return self._first(name, size) if known is None else known.long()
+        index = parts["index"].long()
+        if index.shape != parts["values"].shape or not bool((index[1:] > index[:-1]).all()):
+            raise ValueError(f"{name}: positions must rise, one for each value")
+        if int(index[0]) < 0 or int(index[-1]) >= size:
+            raise ValueError(f"{name}: a position beyond {size} numbers")
+        return index
+
+    def _rescore(self, score: Tensor | None, index: Tensor, values: Tensor, size: int) -> Tensor:
+        """The size of each coordinate when it was last seen, fading by a tenth a round."""
+        faded = torch.zeros(size) if score is None else score * 0.9
+        return faded.index_put_((index,), values.abs().float())
+
+    def _choose(self, score: Tensor, dice: torch.Generator) -> Tensor:
+        size = self._size(score.numel())
+        best = score.topk(size - int(size * self.explore)).indices
+        order = torch.rand(score.numel(), generator=dice).index_fill_(0, best, -1.0)
+        fresh = order.topk(size - best.numel()).indices
+        return torch.cat([best, fresh]).sort().values
+
+    def _first(self, name: str, numel: int) -> Tensor:
+        """A support that everyone draws alike, before anything is known."""
+        dice = Site("everyone").rng("support", name)
+        return self._choose(torch.rand(numel, generator=dice), dice)
+
+    def _size(self, numel: int) -> int:
+        return max(1, math.ceil(self.fraction * numel))

@@ -1,0 +1,213 @@
+"""Pipelines: what is sent, what is kept, what is refused."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from polyclinic.core import state as saved
+from polyclinic.core import tree
+from polyclinic.core.execute import execute
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.pipeline import Packed, Sent, SentState, Transform, send_through
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
+from polyclinic.core.tree import Tree, Trees
+
+
+@savable
+class SumState(NamedTuple):
+    round: int
+    params: Tree
+    seen: Any = None
+
+
+@dataclass(frozen=True)
+class Told(Method[SumState]):
+    """Sends what it was told; the server moves by the mean. Counts at the site how often it was asked."""
+
+    sends: dict[str, Tree] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ("mean",)
+
+    def init(self, params: Tree) -> SumState:
+        return SumState(0, params)
+
+    def ask(self, state: SumState) -> Ask:
+        return Ask(state.round, {"params": state.params}, each={"a": {"mine": {"x": torch.ones(1)}}})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        value, weight = self.sends[site.name], self.weights.get(site.name, 1.0)
+        count = memory.get("count", {"n": torch.zeros(1)})["n"] + 1
+        parts: dict[str, Any] = {}
+        if "mean" in self.kinds:
+            parts["update"] = Mean.of(value, weight)
+        if "second" in self.kinds:
+            parts["second"] = Mean.of(tree.scale(value, 2), weight * 3)
+        if "leaf" in self.kinds:
+            parts["fisher"] = LeafMean.of(value, tree.scale(value, 0.5))
+        if "gather" in self.kinds:
+            parts["whole"] = Gather({site.name: tree.scale(value, 5)})
+        if "empty" in self.kinds:
+            parts["none"] = Mean({}, weight)
+        assert set(ask.trees) == ({"params", "mine"} if site.name == "a" else {"params"})
+        return Reply(parts), {"count": {"n": count}}
+
+    def server_update(self, state: SumState, reply: Reply, server: Site) -> SumState:
+        return SumState(state.round + 1, tree.add(state.params, reply.mean("update").value), reply)
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return {"count": memory["count"]["n"]} if memory else ask.trees["params"]
+
+
+@dataclass(frozen=True)
+class Doubled(Transform):
+    """Doubles at the site and halves at the server; counts in its memory and state."""
+
+    def init(self, params: Tree) -> Trees:
+        return {"n": {"x": torch.zeros(1)}}
+
+    def notes(self, state: Trees) -> Trees:
+        return {"n": state["n"]}
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        assert float(notes["n"]["x"]) == round
+        before = memory.get("n", {"x": torch.zeros(1)})["x"]
+        assert float(before) == round
+        return Mean(tree.scale(sent.total, 2), sent.weight), {"n": {"x": before + 1}}
+
+    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
+        return Mean(tree.scale(received.total, 0.5), received.weight), {"n": {"x": state["n"]["x"] + 1}}
+
+
+@dataclass(frozen=True)
+class Squared(Transform):
+    """Does not add up."""
+
+    @property
+    def additive(self) -> bool:
+        return False
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        return Mean({k: v.sign() * v.square() for k, v in sent.total.items()}, sent.weight), memory
+
+    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
+        return Mean({k: v.sign() * v.abs().sqrt() for k, v in received.total.items()}, received.weight), state
+
+
+@dataclass(frozen=True)
+class OnlySums(Transform):
+    @property
+    def secure(self) -> bool:
+        return True
+
+
+SENDS = {"a": {"w": torch.tensor([1.0, -2.0])}, "b": {"w": torch.tensor([3.0, 5.0])}}
+WEIGHTS = {"a": 1.0, "b": 3.0}
+
+
+def run(method: Method[Any], rounds: int = 1, discount: float = 1.0) -> tuple[Any, dict[str, Trees], list[Reply]]:
+    state, memory, sent = method.init({"w": torch.zeros(2)}), {name: {} for name in SENDS}, []
+    for _ in range(rounds):
+        ask, replies = method.ask(state), {}
+        for name in sorted(SENDS):
+            replies[name], memory[name] = execute(method, ask, memory[name], Site(name))
+        sent = list(replies.values())
+        state = method.server_update(state, merge(r * (discount if n == "b" else 1) for n, r in replies.items()),
+                                     Site("server"))  # fmt: skip
+        state = saved.decode(saved.encode(state))  # anything a state holds can be saved
+    return state, memory, sent
+
+
+ALL = ("mean", "second", "leaf", "empty")
+
+
+@pytest.mark.parametrize("kinds", [("mean",), ALL, ("leaf", "second", "mean")])
+@pytest.mark.parametrize("transforms", [(), (Doubled(),), (Squared(),), (Doubled(), Squared(), Doubled())])
+@pytest.mark.parametrize("discount", [1.0, 0.5])
+def test_transforms_that_undo_themselves_change_nothing(kinds: Any, transforms: Any, discount: float) -> None:
+    plain, _, _ = run(Told(SENDS, WEIGHTS, kinds), 2, discount)
+    sent, _, _ = run(send_through(Told(SENDS, WEIGHTS, kinds), *transforms), 2, discount)
+    assert torch.allclose(sent.inner.params["w"], plain.params["w"])
+    assert sent.inner.seen.parts.keys() == plain.seen.parts.keys()
+    for part, stat in plain.seen.parts.items():
+        for ours, theirs in zip(sent.inner.seen.parts[part].trees, stat.trees, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.allclose(ours[k], theirs[k]) for k in theirs)
+        if isinstance(stat, Mean):
+            assert sent.inner.seen.parts[part].weight == pytest.approx(stat.weight)
+
+
+@pytest.mark.parametrize("transforms", [(), (Squared(),)])
+def test_what_is_gathered_stays_apart(transforms: Any) -> None:
+    plain, _, _ = run(Told(SENDS, WEIGHTS, ("mean", "gather")))
+    sent, _, replies = run(send_through(Told(SENDS, WEIGHTS, ("mean", "gather")), *transforms))
+    assert isinstance(replies[0].parts["sent"], Packed)
+    whole = sent.inner.seen.gather("whole")
+    assert list(whole) == ["a", "b"]
+    assert all(torch.allclose(whole[n]["w"], plain.seen.gather("whole")[n]["w"]) for n in whole)
+    assert torch.allclose(sent.params["w"], plain.params["w"])
+
+
+def test_memories_do_not_collide_and_reach_the_model() -> None:
+    method = send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled())
+    state, memory, _ = run(method, 3)
+    assert set(memory["a"]) == {"inner/count", "train/0/n", "train/1/n"}
+    assert float(memory["a"]["inner/count"]["n"]) == 3
+    assert float(method.model_at(method.ask(state).at("a"), memory["a"])["count"]) == 3
+    assert [float(t["n"]["x"]) for t in state.transforms] == [3, 3]
+
+
+def test_pipelines_stand_inside_one_another() -> None:
+    inside = Sent(Sent(Told(SENDS, WEIGHTS), (Doubled(), Squared())), (Doubled(),))
+    with pytest.raises(ValueError, match="what each site sent"):  # Packed inside, decoded on a sum outside
+        run(inside, 1)
+    nested, _, _ = run(Sent(Sent(Told(SENDS, WEIGHTS), (Doubled(),)), (Doubled(), Squared())), 3)
+    flat, _, _ = run(send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled(), Squared()), 3)
+    assert torch.allclose(nested.params["w"], flat.params["w"])
+
+
+def test_trials_carry_the_notes() -> None:
+    method = send_through(Told(SENDS, WEIGHTS), Doubled())
+    state = method.init({"w": torch.zeros(2)})
+    (trial,) = method.trials(state)
+    assert trial.trees.keys() == method.ask(state).trees.keys() == {"params", "~0/n"}
+    assert isinstance(state, SentState)
+    assert method.predicts is None
+
+
+def test_wrong_combinations_are_refused_at_once_with_every_reason() -> None:
+    with pytest.raises(ValueError, match=r"OnlySums shows .* Squared sends does not add up: leave Squared out"):
+        send_through(Told(SENDS), OnlySums(), Squared())
+
+
+def test_a_sum_shows_no_single_site() -> None:
+    with pytest.raises(ValueError, match="secure summation shows only sums"):
+        run(send_through(Told(SENDS, WEIGHTS, ("mean", "gather")), OnlySums()))
+
+
+def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> None:
+    method = send_through(Told(SENDS, WEIGHTS), Squared())
+    state = method.init({"w": torch.zeros(2)})
+    good, _ = method.site_update(method.ask(state).at("a"), {}, Site("a"))
+    bad = Reply({"sent": Packed({"b": {"m/update/w": torch.tensor([float("nan"), 0])}}, {"b": 1.0})})
+    method.admit(state, good)
+    with pytest.raises(ValueError, match=r"site 'b' .* not finite"):
+        method.admit(state, bad)
+    with pytest.raises(ValueError, match="site 'b'"):
+        method.server_update(state, good + bad, Site("server"))
+
+
+def test_weights_must_be_positive_and_parts_nameable() -> None:
+    with pytest.raises(ValueError, match="must weigh more than 0"):
+        run(send_through(Told(SENDS, {"a": 0.0}), Squared()))
+
+
+def test_packed_merges_only_with_packed() -> None:
+    packed = Packed({"a": {}}, {"a": 1.0})
+    with pytest.raises(TypeError, match="not encoded"):
+        packed + Gather({"b": {}})
+    with pytest.raises(ValueError, match="gathered twice"):
+        packed + packed

@@ -1,0 +1,226 @@
+"""What a hospital's file may ask for before anything is allocated, and the one error for a file that is refused.
+
+A few kilobytes can claim to be terabytes: compressed streams, headers with absurd dimensions, lengths that do not
+match. Every reader in this package asks here first, so that a hostile or damaged file costs one clear line and
+bounded memory, never the process. Nothing here looks at the meaning of an image.
+"""
+
+import gzip
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+class Unreadable(ValueError):  # noqa: N818 (a refusal, not a bug)
+    """A file that is refused, and why, in one line.
+
+    The reason never quotes text found inside the file, which may name a patient: numbers and our own words only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one file may ask for. Raise them in a site's settings where its data is truly larger.
+
+    Attributes:
+        decoded_bytes: Bytes of one decoded image, counted with at least 4 bytes a voxel (it becomes float32).
+        side: Voxels along one axis.
+        file_bytes: Bytes of one file as it lies on disk.
+        header_bytes: Bytes of a header or of its extensions.
+        text_bytes: Bytes of a table, a manifest or a JSON file.
+        members: Arrays in one archive.
+    """
+
+    decoded_bytes: int = 2**30
+    side: int = 32_768
+    file_bytes: int = 2**32
+    header_bytes: int = 2**24
+    text_bytes: int = 2**26
+    members: int = 256
+
+
+LIMITS = Limits()
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes in words."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if nbytes < 1024 or unit == "TiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "bytes" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
+
+
+def regular_file(path: str | os.PathLike[str], limits: Limits = LIMITS) -> int:
+    """The size of an ordinary, not empty file in bytes; refuses pipes and devices, on which a reader would hang."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise Unreadable(path, "is a link to nothing" if os.path.islink(path) else "there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise Unreadable(path, f"cannot be opened ({type(error).__name__})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise Unreadable(path, "is not an ordinary file")
+    if found.st_size == 0:
+        raise Unreadable(path, "is empty (0 bytes)")
+    if found.st_size > limits.file_bytes:
+        raise Unreadable(path, f"is {size(found.st_size)}, the limit is {size(limits.file_bytes)}")
+    return found.st_size
+
+
+def read_whole(path: str | os.PathLike[str], limits: Limits = LIMITS) -> bytes:
+    """The bytes of an ordinary file within ``limits.file_bytes``."""
+    regular_file(path, limits)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limits.file_bytes + 1)
+    except OSError as error:
+        raise Unreadable(path, f"cannot be read ({type(error).__name__})") from None
+    if len(data) > limits.file_bytes:
+        raise Unreadable(path, f"grew over {size(limits.file_bytes)} while it was read")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], limits: Limits = LIMITS) -> str:
+    """The text of a table or JSON file in UTF-8 (or Latin-1), within ``limits.text_bytes``."""
+    found = regular_file(path, limits)
+    if found > limits.text_bytes:
+        raise Unreadable(path, f"is a text of {size(found)}, the limit is {size(limits.text_bytes)}")
+    data = read_whole(path, limits)
+    if b"\0" in data[:4096]:
+        raise Unreadable(path, "is not a text file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def fits(
+    path: str | os.PathLike[str], shape: Sequence[int], itemsize: int, limits: Limits = LIMITS, what: str = "image"
+) -> int:
+    """The bytes of an array of ``shape`` as stored, once it is known to be within the limits."""
+    if not shape or any(n < 1 for n in shape):
+        raise Unreadable(path, f"the {what} has a dimension below 1: {_by(shape)}")
+    if len(shape) > 8 or max(shape) > limits.side:
+        raise Unreadable(path, f"the {what} claims {_by(shape)} voxels; the limit is {limits.side} along an axis")
+    voxels = math.prod(int(n) for n in shape)
+    if voxels * max(itemsize, 4) > limits.decoded_bytes:
+        needed = size(voxels * max(itemsize, 4))
+        raise Unreadable(
+            path, f"the {what} claims {_by(shape)} voxels, {needed} decoded; the limit is {size(limits.decoded_bytes)}"
+        )
+    return voxels * itemsize
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(str(int(n)) for n in shape[:8])
+
+
+def read_exactly(path: str | os.PathLike[str], file: BinaryIO | gzip.GzipFile, count: int, what: str) -> bytes:
+    """``count`` bytes from a plain or gzip stream that are there, or a refusal."""
+    try:
+        data = file.read(count)
+    except (EOFError, OSError, zlib.error) as error:
+        raise Unreadable(path, f"the compressed data is damaged ({type(error).__name__}) in the {what}") from None
+    if len(data) < count:
+        raise Unreadable(path, f"is truncated: {len(data)} of the {count} bytes of the {what} are there")
+    return data
+
+
+def inflate(path: str | os.PathLike[str], data: bytes, most: int, wbits: int) -> bytes:
+    """Inflates at most ``most`` bytes (``wbits``: -15 raw deflate, 31 gzip); more than that, or damage, is refused."""
+    stream = zlib.decompressobj(wbits)
+    try:
+        out = stream.decompress(data, most + 1)
+    except zlib.error:
+        raise Unreadable(path, "the compressed data is damaged") from None
+    if len(out) > most:
+        raise Unreadable(path, f"{size(len(data))} compressed inflate to more than the {size(most)} expected")
+    if not stream.eof:
+        raise Unreadable(path, "is truncated: the compressed data stops in the middle")
+    return out
+
+
+def read_npz(path: str | os.PathLike[str], limits: Limits = LIMITS) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a NumPy archive; headers and sizes are checked before any array is decoded, objects refused."""
+    regular_file(path, limits)
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if len(members) > limits.members:
+                raise Unreadable(path, f"holds {len(members)} arrays, the limit is {limits.members}")
+            total = 0
+            for member in members:
+                with archive.open(member) as file:
+                    total += _npy_bytes(path, file, limits)
+                if total > limits.decoded_bytes:
+                    raise Unreadable(path, f"its arrays take over {size(limits.decoded_bytes)} together")
+            for member in members:
+                with archive.open(member) as file:
+                    arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
+                        file, allow_pickle=False, max_header_size=10_000
+                    )
+    except Unreadable:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise Unreadable(path, f"is not a sound NumPy archive ({type(error).__name__})") from None
+    return arrays
+
+
+def _npy_bytes(path: str | os.PathLike[str], file: Any, limits: Limits) -> int:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise Unreadable(path, "holds an array in an unknown NumPy format version")
+    shape, _, dtype = read(file, max_header_size=10_000)
+    if dtype.hasobject:
+        raise Unreadable(path, "holds Python objects, which are never loaded; save plain arrays")
+    total = math.prod(int(n) for n in shape) * dtype.itemsize
+    if any(n < 0 for n in shape) or total > limits.decoded_bytes:
+        raise Unreadable(path, f"holds an array of {size(total)}; the limit is {size(limits.decoded_bytes)}")
+    return total
+
+
+def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
+    """A PNG, JPEG, TIFF or BMP file. Shape [Y, X] or [Y, X, 3], uint8, uint16 or float32; one page only."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    regular_file(path, limits)
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as picture:
+            wide, high = picture.size
+            fits(path, (high, wide, len(picture.getbands())), 1, limits)
+            if (pages := getattr(picture, "n_frames", 1)) > 1:
+                raise Unreadable(path, f"holds {pages} pages; save one image per file")
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            keep = upright.mode in ("L", "RGB", "F", "I", "I;16")
+            palette_is_grey = upright.mode in ("1", "LA")
+            array = np.asarray(upright if keep else upright.convert("L" if palette_is_grey else "RGB"))
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:
+        raise Unreadable(path, "is not a PNG, JPEG, TIFF or BMP picture") from None
+    except Image.DecompressionBombError:
+        raise Unreadable(path, "claims more pixels than a picture may have") from None
+    except Exception as error:  # a codec may raise anything on damaged data
+        raise Unreadable(path, f"the picture is damaged ({type(error).__name__})") from None
+    return array.astype(np.float32) if array.dtype in (np.int32, np.float32) else array

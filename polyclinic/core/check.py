@@ -89,7 +89,7 @@ def _difference(agreed: Form, form: Form) -> str:
     missing, extra = [e for e in agreed if e not in form], [e for e in form if e not in agreed]
     same = {e[:2] for e in missing} & {e[:2] for e in extra}
     if same:
-        part, name = sorted(map(str, entry) for entry in same)[0]
+        part, name = min((str(entry[0]), str(entry[1])) for entry in same)
         was = next(e for e in missing if e[:2] == (part, name))
         got = next(e for e in extra if e[:2] == (part, name))
         return f"{part}: {name} is {got[2:]}, where other sites send {was[2:]}"

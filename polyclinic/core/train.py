@@ -121,7 +121,7 @@ def _collect(
     ask: Ask, asked: Sequence[str], arrivals: Sequence[Arrival], gate: Gate, state: State
 ) -> tuple[Step[State], dict[str, Reply]]:
     """Sorts what arrived into usable replies and lost sites."""
-    lost = {site: "no answer in time" for site in asked}
+    lost = dict.fromkeys(asked, "no answer in time")
     replies: dict[str, Reply] = {}
     for arrival in arrivals:
         if arrival.site not in lost or arrival.round != ask.round:

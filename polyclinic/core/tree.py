@@ -22,29 +22,29 @@ def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """a + b"""
+    """A + b"""
     return zip_with(torch.add, a, b)
 
 
 def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
-    """a ← a + by · b, in place, at memory bandwidth."""
+    """A ← a + by · b, in place, at memory bandwidth."""
     _require_same_names(a, b)
     for name, leaf in a.items():
         leaf.add_(b[name], alpha=by)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """a - b"""
+    """A - b"""
     return zip_with(torch.sub, a, b)
 
 
 def mul(a: Tree, b: Tree) -> Tree:
-    """a · b, element by element"""
+    """A · b, element by element"""
     return zip_with(torch.mul, a, b)
 
 
 def scale(a: Tree, by: float) -> Tree:
-    """by · a"""
+    """By · a"""
     return {name: leaf * by for name, leaf in a.items()}
 
 
@@ -54,7 +54,7 @@ def lerp(a: Tree, b: Tree, share: float) -> Tree:
 
 
 def shift(a: Tree, by: Tree) -> Tree:
-    """a + by, where ``by`` may name only some of the leaves of ``a``."""
+    """A + by, where ``by`` may name only some of the leaves of ``a``."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
     return {name: leaf + by[name] if name in by else leaf for name, leaf in a.items()}
@@ -82,7 +82,7 @@ def norm(a: Tree) -> float:
 
 
 def cosine(a: Tree, b: Tree) -> float:
-    """cos ∠(a, b), and 0 where either is 0."""
+    """Cos ∠(a, b), and 0 where either is 0."""
     size = norm(a) * norm(b)
     return dot(a, b) / size if size else 0.0
 

@@ -41,6 +41,7 @@ class Limits:
 
     Attributes:
         decoded_bytes: Bytes of one decoded image, counted with at least 4 bytes a voxel (it becomes float32).
+        inflated_bytes: Bytes of a data set that is compressed as a whole (deflated DICOM), whatever it holds.
         side: Voxels along one axis.
         file_bytes: Bytes of one file as it lies on disk.
         header_bytes: Bytes of a header or of its extensions.
@@ -49,6 +50,7 @@ class Limits:
     """
 
     decoded_bytes: int = 2**30
+    inflated_bytes: int = 2**27
     side: int = 32_768
     file_bytes: int = 2**32
     header_bytes: int = 2**24

@@ -1,8 +1,8 @@
 """NRRD files (.nrrd, and .nhdr with one data file beside it), read without another dependency.
 
 Format: Kindlmann, "Definition of NRRD File Format", https://teem.sourceforge.net/nrrd/format.html. Read here: raw and
-gzip encodings, all integer and float types, 2 to 4 axes of which at most one is not spatial (channels, ``none`` among the
-space directions), the spaces LPS, RAS and LAS. Everything else is refused by name.
+gzip encodings, all integer and float types, 2 to 4 axes of which at most one is not spatial (channels, ``none`` among
+the space directions), the spaces LPS, RAS and LAS. Everything else is refused by name.
 """
 
 import os

@@ -167,7 +167,7 @@ def as_image(
     slope: float = 1.0,
     inter: float = 0.0,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """slope · stored + inter as float32, and a note where ``fill`` replaced voxels that are not finite numbers.
+    """Slope · stored + inter as float32, and a note where ``fill`` replaced voxels that are not finite numbers.
 
     Without ``fill`` (None) a file with such voxels is refused.
     """

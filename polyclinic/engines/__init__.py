@@ -1,0 +1,1 @@
+"""How asks travel: within a process, to worker processes, between hospitals."""

@@ -1,0 +1,59 @@
+"""The reference engine: every site in this process, one after another."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from polyclinic.core.execute import Policy
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.train import Arrival
+from polyclinic.core.tree import Trees
+from polyclinic.engines.at_site import work
+
+
+class InProcess:
+    """Runs asks in the order in which they were sent.
+
+    Attributes:
+        memory: What each site keeps. Saved with the server's state, it resumes a run to the bit.
+    """
+
+    def __init__(
+        self, method: Method[Any], sites: Mapping[str, Site], memory: Mapping[str, Trees] | None = None,
+        policies: Mapping[str, Policy] | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Brings ``sites`` together.
+
+        Args:
+            memory: What sites kept from an earlier run.
+            policies: What sites allow; everything where one has none.
+            seed: For the server's own dice.
+        """
+        self.server = Site("server", seed=seed)
+        self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
+        self._method, self._sites, self._policies = method, dict(sites), policies or {}
+        self._queue: deque[tuple[Ask, str]] = deque()
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site's name, in order."""
+        return sorted(self._sites)
+
+    def send(self, ask: Ask, to: Sequence[str]) -> None:
+        """Queues ``ask`` for the sites named."""
+        self._queue.extend((ask, name) for name in to)
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        """Does what is queued. A site that worked longer than ``deadline`` seconds is lost."""
+        while self._queue:
+            ask, name = self._queue.popleft()
+            done = work(self._method, ask, self.memory[name], self._sites[name], self._policies.get(name))
+            if done.reply is not None and deadline is not None and done.seconds > deadline:
+                yield Arrival(name, ask.round, None, f"no answer within {deadline:g} s", done.seconds)
+                continue
+            self.memory[name] = done.memory
+            yield Arrival(name, ask.round, done.reply, done.lost, done.seconds)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,83 @@
+"""SCAFFOLD: stochastic controlled averaging.
+
+Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. Sites count the same, as there. Option II
+divides by the learning rate, so training must use plain SGD.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
+
+
+@savable
+class State(NamedTuple):
+    """The model x and the server's control variate c."""
+
+    round: int
+    params: Tree
+    control: Tree
+
+
+@dataclass(frozen=True)
+class Scaffold(Method[State]):
+    """FedAvg whose sites correct each gradient for their own drift.
+
+    Attributes:
+        population: N, the number of sites in the federation.
+        lr: η_g, the server's step.
+    """
+
+    task: Task
+    population: int
+    local: Local = Local()
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.local.optimiser != "sgd" or self.local.momentum:
+            raise ValueError(
+                'scaffold\'s correction is for plain SGD: set training.optimiser = "sgd" and momentum = 0, '
+                f"not {self.local.optimiser} with momentum {self.local.momentum:g}"
+            )
+
+    def init(self, params: Tree) -> State:
+        trained = {name for name, _ in self.task.model().named_parameters()}
+        return State(0, params, tree.zeros(tree.select(params, trained.__contains__)))
+
+    def ask(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params, "control": state.control})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        x, c, data = ask.trees["params"], ask.trees["control"], site.data["train"]
+        c_i = memory.get("control", tree.zeros(c))
+        drift = tree.sub(c, c_i)
+        y = self.local.fit(
+            self.task, x, site, ask.round, correct=lambda name, g: g + drift[name].to(g.device) if name in drift else g
+        )
+        # c_i⁺ = c_i − c + (x − y) / (K η_l)
+        moved = tree.select(tree.sub(x, y), c.__contains__)
+        lr = self.local.lr * self.local.decay**ask.round
+        c_new = tree.sub(tree.scale(moved, 1 / (self.local.count(data) * lr)), drift)
+        reply = Reply({"update": Mean.of(tree.sub(y, x)), "control": Mean.of(tree.sub(c_new, c_i))})
+        return reply, {**memory, "control": c_new}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        share = reply.mean("control").weight / self.population  # |S| / N
+        return State(
+            state.round + 1,
+            tree.shift(state.params, tree.scale(reply.mean("update").value, self.lr)),
+            tree.add(state.control, tree.scale(reply.mean("control").value, share)),
+        )
+
+
+def scaffold(task: Task, local: Local, population: int, *, lr: float = 1.0) -> Scaffold:
+    """FedAvg with control variates against drift between sites."""
+    return Scaffold(task, population, local, lr)

@@ -1,0 +1,84 @@
+"""The table of methods: what a study may name. Plain data, so that listing it imports no numerical library.
+
+A new method is one file and one line here. ``make`` is the function that builds it; its arguments after ``task`` and
+``local`` become the keys that a study file may set, with their defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method by name.
+
+    Attributes:
+        name: As in a study file.
+        make: ``module:function`` under ``polyclinic.methods``.
+        summary: One line for people.
+        paper: Whom to cite.
+        leaves: What leaves a site, in words; "nothing" where nothing does.
+        baseline: Whether it is something to compare with rather than federated learning.
+        pooled: Whether its data lie in one place.
+        tasks: The kinds of task it is for; any where empty.
+        stateful: Whether sites keep something between rounds.
+    """
+
+    name: str
+    make: str
+    summary: str
+    paper: str
+    leaves: str = "the change of the model"
+    baseline: bool = False
+    pooled: bool = False
+    tasks: tuple[Needs, ...] = ()
+    stateful: bool = False
+
+
+# By the survey's taxonomy (Guan, Yap, Bozoki and Liu, "Federated learning for medical image analysis", 2024).
+FAMILIES: Mapping[str, tuple[Entry, ...]] = {
+    "Baselines": (
+        Entry("single", "baselines:single", "every site trains alone", "Guan et al. 2024", "nothing", baseline=True, stateful=True),
+        Entry("cross", "baselines:cross", "every site is tested with the others' models", "Guan et al. 2024", "the model", baseline=True, stateful=True),
+        Entry("mix", "baselines:mix", "all data in one place", "Guan et al. 2024", "the data", baseline=True, pooled=True),
+    ),
+    "Federated optimisation": (
+        Entry("fedavg", "fedavg:fedavg", "federated averaging", "McMahan et al. 2017"),
+        Entry("fedsgd", "fedavg:fedsgd", "one full-batch gradient a round", "McMahan et al. 2017", "a gradient"),
+        Entry("fedprox", "fedavg:fedprox", "sites held near where they started", "Li et al. 2020 (MLSys)"),
+        Entry("scaffold", "scaffold:scaffold", "control variates against drift", "Karimireddy et al. 2020", "the change of the model and of a control variate", stateful=True),
+        Entry("fedavgm", "fedopt:fedavgm", "momentum at the server", "Hsu et al. 2019"),
+        Entry("fedadagrad", "fedopt:fedadagrad", "Adagrad at the server", "Reddi et al. 2021"),
+        Entry("fedadam", "fedopt:fedadam", "Adam at the server", "Reddi et al. 2021"),
+        Entry("fedyogi", "fedopt:fedyogi", "Yogi at the server", "Reddi et al. 2021"),
+    ),
+    "Client end: domain-specific learning": (
+        Entry("fedbn", "personal:fedbn", "normalisation layers stay at the sites", "Li et al. 2021 (ICLR)", "the change of all but normalisation layers", stateful=True),
+        Entry("silobn", "personal:silobn", "running statistics stay at the sites", "Andreux et al. 2020", "the change of all but running statistics", stateful=True),
+        Entry("fedper", "personal:fedper", "the head stays at the sites (FedPer, FLOP)", "Arivazhagan et al. 2019; Yang et al. 2021 (KDD)", "the change of all but the head", stateful=True),
+        Entry("lg-fedavg", "personal:lg_fedavg", "the representation stays at the sites", "Liang et al. 2020", "the change of the head", stateful=True),
+    ),
+    "Client end: domain adaptation": (),
+    "Client end: image harmonisation": (),
+    "Client end: contrastive and self-supervised learning": (),
+    "Client end: multi-task learning": (),
+    "Client end: weakly and semi-supervised learning": (),
+    "Client end: knowledge distillation": (),
+    "Client end: data synthesis": (),
+    "Client end: unequal machines": (),
+    "Server end: weight aggregation": (),
+    "Server end: domain shift and fairness": (),
+    "Server end: corrupted clients": (),
+    "Topologies": (),
+    "Communication: one-shot merging": (),
+}  # fmt: skip
+
+METHODS: Mapping[str, Entry] = {entry.name: entry for entries in FAMILIES.values() for entry in entries}
+
+
+def family_of(name: str) -> str:
+    """The heading under which a method stands."""
+    return next(family for family, entries in FAMILIES.items() if any(entry.name == name for entry in entries))

@@ -1,0 +1,98 @@
+"""Evaluation as one more job of a method, so that it runs wherever training runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Gather, Reply, merge
+from polyclinic.core.train import Federation
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.task import Task, borrow
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Evaluated(Method[State]):
+    """Any method, with one more job: to score the model with which a site would predict.
+
+    The job ``score/val`` sends a few numbers, computed at the site. ``predict/test`` sends what the model says of
+    each example, and the truth, from which intervals are computed; a site's policy may allow the first alone.
+    """
+
+    inner: Method[State]
+    task: Task
+
+    def init(self, params: Tree) -> State:
+        """The inner method's."""
+        return self.inner.init(params)
+
+    def ask(self, state: State) -> Ask | None:
+        """The inner method's."""
+        return self.inner.ask(state)
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        """Scores where the job says so; else what the inner method does."""
+        verb, _, role = ask.job.partition("/")
+        if verb not in ("score", "predict"):
+            return self.inner.site_update(ask, memory, site)
+        if not len(site.data.get(role, ())):
+            return Reply(), memory
+        params = self.inner.model_at(ask, memory)
+        found = outputs(self.inner.predicts or self.task, params, site.data[role], site.device, verb == "predict")
+        if verb == "score":
+            scores = self.task.summary(found) | {"n": float(len(site.data[role]))}
+            found = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+        return Reply({verb: Gather({site.name: found})}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        """The inner method's."""
+        return self.inner.server_update(state, reply, server)
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        """The inner method's."""
+        return self.inner.model_at(ask, memory)
+
+    @property
+    def predicts(self) -> Any:
+        """The inner method's."""
+        return self.inner.predicts
+
+    def trials(self, state: State) -> tuple[Ask, ...]:
+        """The inner method's."""
+        return self.inner.trials(state)
+
+
+def outputs(task: Task, params: Tree, data: Any, device: str = "cpu", thorough: bool = False, size: int = 64) -> Tree:
+    """What the model with ``params`` says of every example of ``data``, and whose example it is.
+
+    Returns:
+        The task's outputs over all examples, and ``patient`` [n], a number for each patient.
+    """
+    model = borrow(task, params, device).eval()
+    parts: list[dict[str, torch.Tensor]] = []
+    with torch.inference_mode():
+        for chunk in torch.arange(len(data)).split(size):
+            x, y = data[chunk]
+            parts.append(task.outputs(model, (x.to(device), y.to(device)), thorough=thorough))
+        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    patients = list(getattr(data, "patients", range(len(data))))
+    numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
+    return {**{k: v.clone() for k, v in found.items()}, "patient": torch.tensor([numbers[p] for p in patients])}
+
+
+def evaluate(
+    method: Method[State], federation: Federation, state: State, job: str = "score/val"
+) -> tuple[Mapping[str, Tree], ...]:
+    """What every site answers to ``job``, by site, once for each of the method's trials."""
+    answers = []
+    for ask in method.trials(state):
+        federation.send(replace(ask, job=job, secure=False, to=None), federation.sites)
+        arrivals = sorted(federation.replies(), key=lambda arrival: arrival.site)
+        reply = merge(arrival.reply for arrival in arrivals if arrival.reply is not None)
+        answers.append(reply.gather(job.partition("/")[0]) if reply.parts else {})
+    return tuple(answers)

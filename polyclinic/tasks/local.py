@@ -1,0 +1,187 @@
+"""How a site trains: the one training loop of Polyclinic.
+
+An ordinary PyTorch loop, pure when seen from outside: the same start, data and dice give the same bits. Methods bend
+it by what they pass (a loss, a penalty, a correction of gradients), or step through it themselves with ``stepper``;
+none has a loop of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.tasks.model import params_of
+from polyclinic.tasks.task import Batch, borrow
+
+Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
+Penalty: TypeAlias = Callable[[nn.Module, Tree], Tensor]
+Correct: TypeAlias = Callable[[str, Tensor], Tensor]
+Augment: TypeAlias = Callable[[Batch, torch.Generator], Batch]
+
+
+class Learns(Protocol):
+    """All that training needs of a task."""
+
+    def model(self) -> nn.Module: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """One site's share of a round.
+
+    Attributes:
+        epochs: Passes over the site's data. ``steps``, where given, counts optimiser steps instead.
+        batch_size: Examples in a minibatch; the last of an epoch may be smaller, and is left out where it would hold
+            one example only (batch normalisation cannot use it), unless the site has no other.
+        optimiser: ``sgd``, ``adam`` or ``adamw``. Its memory begins anew every round.
+        lr: Learning rate. ``decay``: what it is multiplied with after every round.
+        clip_norm: The largest Euclidean norm of a minibatch's gradient.
+        amp: Whether to compute in bfloat16 where the device is a GPU.
+        penalty: Added to the loss; receives the module and the parameters it started from.
+        augment: Changes a minibatch before it is used, with dice of its own.
+    """
+
+    epochs: int = 1
+    batch_size: int = 16
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay: float = 1.0
+    steps: int | None = None
+    clip_norm: float | None = None
+    amp: bool = False
+    penalty: Penalty | None = None
+    augment: Augment | None = None
+
+    def fit(
+        self, task: Learns, start: Tree, site: Site, round: int, *, role: str = "train", data: Any = None,
+        loss: Loss | None = None, correct: Correct | None = None, only: Callable[[str], bool] | None = None,
+        slot: str = "",
+    ) -> Tree:  # fmt: skip
+        """The parameters after training from ``start`` on a site's data.
+
+        Args:
+            round: Decides, with the site, the order of examples and the dropout; and the learning rate by ``decay``.
+            role: Which of the site's data to train on; or ``data`` instead.
+            loss: Replaces the task's.
+            correct: Edits each gradient by name before the optimiser sees it.
+            only: Which parameters to train; the others keep their values.
+            slot: Names the model, where several of one task live side by side.
+        """
+        model, data = borrow(task, start, site.device, slot), site.data[role] if data is None else data
+        loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
+        origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
+        with seeded(rng, site.device):
+            step = self.stepper(model, round, correct=correct, only=only)
+            for batch in self.batches(data, rng, site.device):
+                with self._precision(site.device):
+                    value = loss(model, batch)
+                    if self.penalty:
+                        value = value + self.penalty(model, origin)
+                step(value)
+        return params_of(model)
+
+    def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
+        """Shuffled minibatches of ``data`` for the whole of a site's share of a round."""
+        left = self.count(data)
+        while left:
+            chunks = torch.randperm(len(data), generator=rng).split(self.batch_size)
+            for chunk in chunks[: self._per_epoch(len(data))][:left]:
+                batch = data[chunk]
+                if self.augment:
+                    batch = self.augment(batch, rng)
+                left -= 1
+                yield batch[0].to(device), batch[1].to(device)
+
+    def stepper(
+        self, model: nn.Module, round: int = 0, *, correct: Correct | None = None,
+        only: Callable[[str], bool] | None = None,
+    ) -> Callable[[Tensor], None]:  # fmt: skip
+        """A function that takes one optimiser step down the loss it is given."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and (only is None or only(name))]
+        parameters = [p for _, p in named]
+        optimiser = self._optimiser(parameters, self.lr * self.decay**round)
+
+        def step(loss: Tensor) -> None:
+            model.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if correct:
+                for name, p in named:
+                    if p.grad is not None:
+                        p.grad = correct(name, p.grad)
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            optimiser.step()
+
+        return step
+
+    def count(self, data: Any) -> int:
+        """How many optimiser steps ``fit`` takes on ``data``."""
+        return self.epochs * self._per_epoch(len(data)) if self.steps is None else self.steps
+
+    def with_penalty(self, penalty: Penalty) -> "Local":
+        """The same, with ``penalty`` added to whatever is added already."""
+        return replace(self, penalty=penalty if self.penalty is None else Both(self.penalty, penalty))
+
+    def _per_epoch(self, examples: int) -> int:
+        batches = -(-examples // self.batch_size)
+        return batches - 1 if batches > 1 and examples % self.batch_size == 1 else batches
+
+    def _optimiser(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        match self.optimiser:
+            case "sgd":
+                return torch.optim.SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
+            case "adam":
+                return torch.optim.Adam(parameters, lr, weight_decay=self.weight_decay)
+            case "adamw":
+                return torch.optim.AdamW(parameters, lr, weight_decay=self.weight_decay)
+        raise ValueError(f"no optimiser is called {self.optimiser!r}; there are sgd, adam, adamw")
+
+    @contextmanager
+    def _precision(self, device: str) -> Iterator[None]:
+        if self.amp and device.startswith("cuda"):
+            with torch.autocast("cuda", torch.bfloat16):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
+    """Draws PyTorch's own randomness (dropout and the like) from ``rng``, and leaves the global one as it was."""
+    cuda = [torch.device(device)] if device.startswith("cuda") else []
+    seed = int(torch.randint(2**62, (), generator=rng))
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """The FedProx penalty, μ/2 · ‖w − w₀‖² (Li et al., MLSys 2020, equation 2)."""
+
+    mu: float
+
+    def __call__(self, model: nn.Module, start: Tree) -> Tensor:
+        """For the trainable parameters only."""
+        gaps = [(p - start[name]).square().sum() for name, p in model.named_parameters()]
+        return self.mu / 2 * torch.stack(gaps).sum()
+
+
+@dataclass(frozen=True)
+class Both:
+    """The sum of two penalties."""
+
+    first: Penalty
+    second: Penalty
+
+    def __call__(self, model: nn.Module, start: Tree) -> Tensor:
+        """The sum."""
+        return self.first(model, start) + self.second(model, start)

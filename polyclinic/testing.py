@@ -1,0 +1,162 @@
+"""What every method, transform and engine promises, as one check each. In the manner of scikit-learn's check_estimator.
+
+Use them on your own: ``check_method(MyMethod(task), task.first(), sites)`` raises ``Broken`` with the promise that was
+not kept, or returns nothing.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from polyclinic.core import state as states
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.pipeline import Transform, send_through
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Reply, merge
+from polyclinic.core.train import Federation, train
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.engines.at_site import work
+
+
+class Broken(AssertionError):
+    """A promise that was not kept. The message says which."""
+
+
+def check_method(
+    method: Method[Any], params: Tree, sites: Mapping[str, Site], rounds: int = 2, entropy: bool = True
+) -> None:
+    """Raises unless ``method`` is pure, deterministic, portable and independent of the order of arrival.
+
+    Args:
+        params: The model's first parameters, as ``task.first()`` gives them.
+        sites: At least two, small.
+        rounds: How many rounds to follow.
+        entropy: Whether to replace the sites' secret dice by fixed ones, so that noise can be compared too.
+    """
+    if entropy:
+        sites = {name: replace(site, entropy=_fixed) for name, site in sites.items()}
+    _promise(is_dataclass(method) and method.__dataclass_params__.frozen, "a method is a frozen dataclass")  # type: ignore[attr-defined]
+    _promise(_same(copy.deepcopy(method), method), "a method is its fields: a copy equals it")
+    given = copy.deepcopy(params)
+    state, memory = method.init(params), dict[str, Trees]((name, {}) for name in sorted(sites))
+    _promise(equal(params, given), "init changes none of its arguments")
+    for _ in range(20 * rounds):
+        ask = method.ask(state)
+        if ask is None or ask.round >= rounds:
+            break
+        _promise(equal(ask, method.ask(state)), "ask depends on its state alone")
+        replies: dict[str, Reply] = {}
+        for name in sorted(ask.to if ask.to is not None else sites):
+            replies[name], memory[name] = _check_site(method, ask, memory[name], sites[name])
+        state = _check_server(method, state, list(replies.values()))
+        after = method.ask(state)
+        _promise(after is None or (after.round, after.job) >= (ask.round, ""), "rounds never go back")
+    else:
+        raise Broken(f"ask.round must reach {rounds}: a round takes a bounded number of asks")
+    for ask in method.trials(state):
+        for name in sorted(sites):
+            model = method.model_at(ask.at(name), memory[name])
+            _promise(len(model) > 0, "model_at gives a site the model it predicts with")
+
+
+def _check_site(method: Method[Any], ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+    given = copy.deepcopy((ask, memory))
+    first = work(method, ask, memory, site)
+    if first.reply is None:
+        raise Broken(f"site_update raises nothing on good data, but it said: {first.lost}")
+    _promise(equal(given, (ask, memory)), "site_update changes none of its arguments")
+    same_ask, same_memory = portable_copy((ask, memory))
+    torch.randn(7)  # the global dice have moved on, which must not matter
+    again = work(copy.deepcopy(method), same_ask, same_memory, site)
+    _promise(equal((first.reply, first.memory), (again.reply, again.memory)), "site_update repeats itself to the bit")
+    _promise(
+        equal((first.reply, first.memory), portable_copy((first.reply, first.memory))),
+        "what a site sends and keeps survives being saved",
+    )
+    return first.reply, first.memory
+
+
+def _check_server(method: Method[Any], state: Any, replies: list[Reply]) -> Any:
+    server = Site("server")
+    forth, back = merge(replies), merge(reversed(replies))
+    _promise(close(forth, back), "replies merge in any order")
+    before = copy.deepcopy((state, forth))
+    after = method.server_update(state, forth, server)
+    _promise(equal(before, (state, forth)), "server_update changes none of its arguments")
+    _promise(equal(after, method.server_update(state, forth, server)), "server_update repeats itself to the bit")
+    saved = portable_copy(after)
+    _promise(equal(after, saved), "the server's state survives being saved")
+    return saved
+
+
+def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, sites: Mapping[str, Site]) -> None:
+    """Raises unless ``inner``, sent through ``transforms``, is a method that keeps all promises."""
+    check_method(send_through(inner, *transforms), params, sites)
+
+
+def check_engine(
+    engine: Callable[[Method[Any], Mapping[str, Site]], Federation], method: Method[Any], params: Tree,
+    sites: Mapping[str, Site], rounds: int = 3,
+) -> None:  # fmt: skip
+    """Raises unless ``engine`` gives ``method`` the same bits as the reference engine."""
+    from polyclinic.engines.in_process import InProcess
+
+    def run(federation: Federation) -> Any:
+        state = method.init(params)
+        for step in train(method, federation, state, rounds=rounds):
+            _promise(not step.lost, f"no site is lost: {dict(step.lost)}")
+            state = step.state
+        return state
+
+    expected, reference = run(here := InProcess(method, sites)), here.memory
+    there = engine(method, sites)
+    _promise(equal(expected, run(there)), "an engine changes no bit of the server's state")
+    memory = getattr(there, "memory", reference)
+    _promise(equal(reference, memory), "an engine changes no bit of a site's memory")
+
+
+def portable_copy(value: Any) -> Any:
+    """``value`` after being written to bytes and read back."""
+    return states.decode(states.encode(value))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nests of containers and tensors are identical, to the bit."""
+    return _same(a, b)
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether two nests of containers and tensors agree up to rounding."""
+    return _same(a, b, lambda x, y: torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-6))
+
+
+def _bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    same = x.dtype == y.dtype and torch.equal(x, y)
+    return same or (x.dtype == y.dtype and x.is_floating_point() and torch.equal(x.nan_to_num(), y.nan_to_num())
+                    and torch.equal(x.isnan(), y.isnan()))  # fmt: skip
+
+
+def _same(a: Any, b: Any, leaf: Callable[[torch.Tensor, torch.Tensor], bool] = _bits) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and leaf(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k], leaf) for k in a)
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(_same(x, y, leaf) for x, y in zip(a, b, strict=True))
+    if is_dataclass(a) and not isinstance(a, type):
+        return type(a) is type(b) and all(_same(getattr(a, f.name), getattr(b, f.name), leaf) for f in fields(a))
+    return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-9 * max(abs(a), abs(b)))
+
+
+def _promise(kept: bool, promise: str) -> None:
+    if not kept:
+        raise Broken(promise)
+
+
+def _fixed(size: int) -> bytes:
+    """Entropy that a test can repeat."""
+    generator = torch.Generator().manual_seed(size)
+    return bytes(torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8).tolist())

@@ -1,0 +1,97 @@
+"""What all tests share: small sites, and one thread, so that two workers do not fight over cores."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyclinic.core.site import Site
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+
+torch.set_num_threads(1)
+
+
+class Rows:
+    """Inputs and targets in memory, the least that a site's data must be."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[index], self.y[index]
+
+
+def blobs(seed: int, n: int, shape: tuple[int, ...], shift: float = 0.0, classes: int = 2) -> Rows:
+    """Two classes that differ in brightness, seen through a scanner that adds ``shift``."""
+    dice = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, (n,), generator=dice)
+    y[:classes] = torch.arange(classes)
+    x = torch.randn(n, *shape, generator=dice) + y.view(-1, *[1] * len(shape)) + shift
+    return Rows(x, y)
+
+
+def little_sites(shape: tuple[int, ...] = (1, 8, 8), count: int = 3, classes: int = 2) -> dict[str, Site]:
+    """``count`` sites of unequal size, the same every time, with training, validation, test and unlabelled data."""
+    return {
+        f"site-{k}": Site(
+            f"site-{k}",
+            {
+                role: blobs(10 * k + i, (12 + 5 * k) if role == "train" else 12, shape, 0.5 * k, classes)
+                for i, role in enumerate(("train", "val", "test", "unlabelled"))
+            },
+        )
+        for k in range(count)
+    }
+
+
+@pytest.fixture
+def sites() -> dict[str, Site]:
+    """Three sites with images of 8 x 8 pixels."""
+    return little_sites()
+
+
+@pytest.fixture
+def task() -> Classification:
+    """A small convolutional network with batch normalisation, two classes."""
+    return Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
+
+
+@pytest.fixture
+def local() -> Local:
+    """Two epochs of plain SGD."""
+    return Local(epochs=2, batch_size=8, lr=0.1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets."""
+    folder = os.environ.get("POLYCLINIC_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("POLYCLINIC_DATA names no folder of real data")
+    return Path(folder)
+
+
+def segmentation_sites(count: int = 3) -> dict[str, Site]:
+    """``count`` sites with noisy images of 16 x 16 pixels that hold a bright disc, and its mask."""
+    grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")).float()
+
+    def discs(seed: int, n: int, shift: float) -> Rows:
+        dice = torch.Generator().manual_seed(seed)
+        centre = 4 + 8 * torch.rand(n, 2, 1, 1, generator=dice)
+        radius = 2 + 2 * torch.rand(n, 1, 1, generator=dice)
+        mask = ((grid - centre).square().sum(1) < radius**2).long()
+        return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=dice) + shift)[:, None], mask)
+
+    roles = {"train": 10, "val": 4, "test": 4, "unlabelled": 8}
+    return {
+        f"site-{k}": Site(
+            f"site-{k}", {role: discs(10 * k + i, n + 2 * k, 0.3 * k) for i, (role, n) in enumerate(roles.items())}
+        )
+        for k in range(count)
+    }

@@ -1,0 +1,47 @@
+"""One table of everybody: every method keeps every promise, and gives the same bits on both engines."""
+
+import pytest
+
+from polyclinic.engines.workers import Workers
+from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.table import METHODS
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.tasks.segmentation import Segmentation
+from polyclinic.testing import check_engine, check_method
+from tests.conftest import little_sites, segmentation_sites
+
+IMAGES = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
+MASKS = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
+LOCAL = Local(epochs=1, batch_size=8, lr=0.05)
+
+
+def case(name: str):
+    """The method called ``name`` on the kind of task it is for, and sites with such data."""
+    kinds = METHODS[name].tasks
+    image = not kinds or "classification" in kinds
+    task, sites = (IMAGES, little_sites()) if image else (MASKS, segmentation_sites())
+    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5)), task, sites
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_promises(name: str) -> None:
+    method, task, sites = case(name)
+    check_method(method, task.first(0), sites)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_bits_in_worker_processes(name: str) -> None:
+    method, task, sites = case(name)
+    engines = []
+
+    def start(method, sites):
+        engines.append(Workers(method, sites))
+        return engines[0]
+
+    try:
+        check_engine(start, method, task.first(0), sites, rounds=5)
+    finally:
+        for engine in engines:
+            engine.close()

@@ -4,6 +4,7 @@ A tree is what a ``state_dict`` already is, so models, messages and files share 
 changes its arguments, except the functions whose names end in ``_``, as in PyTorch.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
@@ -73,7 +74,7 @@ def copy(a: Tree) -> Tree:
 def dot(a: Tree, b: Tree) -> float:
     """⟨a, b⟩ of all leaves taken as one vector, in double precision."""
     _require_same_names(a, b)
-    return sum(float(torch.sum(leaf.double() * b[name].double())) for name, leaf in a.items())
+    return math.fsum(float(torch.sum(leaf.double() * b[name].double())) for name, leaf in a.items())
 
 
 def norm(a: Tree) -> float:

@@ -71,10 +71,13 @@ def inspect(model: nn.Module) -> Inspection:
     if kinds["aliases"]:
         warnings.append(f"{len(kinds['aliases'])} tensors have a second name; each is sent once")
     return Inspection(
-        *(tuple(kinds[kind]) for kind in ("trainable", "statistics", "counters", "aliases")),
-        frozenset(inside),
-        frozenset(running),
-        tuple(warnings),
+        trainable=tuple(kinds["trainable"]),
+        statistics=tuple(kinds["statistics"]),
+        counters=tuple(kinds["counters"]),
+        aliases=tuple(kinds["aliases"]),
+        normalisation=frozenset(inside),
+        running=frozenset(running),
+        warnings=tuple(warnings),
     )
 
 

@@ -1,0 +1,98 @@
+"""A plan: one method on one task as plain data, from which every engine, here or at a hospital, builds the same thing.
+
+Names from our tables and numbers; never code, never a path to import. So a plan can be read, compared, hashed and
+refused before anything runs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from polyclinic.core.method import Method
+from polyclinic.core.pipeline import send_through
+from polyclinic.methods.registry import Setting, build
+from polyclinic.tasks.classification import Classification, MultiLabel
+from polyclinic.tasks.evaluation import Evaluated
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.tasks.regression import Regression
+from polyclinic.tasks.segmentation import Segmentation
+from polyclinic.tasks.task import Task
+from polyclinic.transforms.table import build as build_transform
+
+TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, how, and by which method.
+
+    Attributes:
+        kind: The kind of task. ``task``: its options.
+        network: The architecture's name. ``network_options``: what it takes besides.
+        inputs: (channels, *spatial) of an example, or (features,). ``outputs``: classes, labels or values.
+        training: The fields of ``Local``.
+        method: The method's name. ``options``: what the study sets for it.
+        send: Transforms in the order in which a reply passes them, each with ``name`` and its options.
+        sites: The sites that train.
+        rounds: How many rounds.
+        seed: Every reproducible random number follows from it.
+    """
+
+    kind: str
+    network: str
+    inputs: tuple[int, ...]
+    outputs: int
+    method: str
+    sites: tuple[str, ...]
+    rounds: int
+    seed: int = 0
+    task: Mapping[str, Any] = field(default_factory=dict)
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    send: tuple[Mapping[str, Any], ...] = ()
+
+    def build_task(self) -> Task:
+        """The task, its network not yet built."""
+        options = tuple(sorted((key, _hashable(value)) for key, value in self.network_options.items()))
+        network = Network(self.network, self.inputs, self.outputs, options)
+        return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
+
+    def build_method(self) -> Evaluated[Any]:
+        """The method with its transforms, able to be evaluated."""
+        task, local = self.build_task(), Local(**self.training)
+        inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
+        if self.send:
+            inner = send_through(inner, *(build_transform(item) for item in self.send))
+        return Evaluated(inner, task)
+
+    def to_json(self) -> str:
+        """The plan as canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan in ``text``.
+
+        Raises:
+            ValueError: Where it is not one, naming the field.
+        """
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("a plan is a table of fields")
+        if unknown := given.keys() - {f.name for f in fields(cls)}:
+            raise ValueError(f"a plan has no field {sorted(unknown)[0]!r}")
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+        return cls(**values)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

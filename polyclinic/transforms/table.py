@@ -1,0 +1,62 @@
+"""The table of transforms: what a study may put between a site and the server. Plain data, as for methods."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from polyclinic.core.pipeline import Transform
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One transform by name: ``make`` is ``module:class`` under ``polyclinic.transforms``."""
+
+    name: str
+    make: str
+    summary: str
+    paper: str = ""
+
+
+TRANSFORMS: Mapping[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry("clip", "privacy:Clip", "bounds the norm of what a site sends", "McMahan et al. 2018"),
+        Entry("adaptive-clip", "privacy:AdaptiveClip", "a bound that follows the median norm", "Andrew et al. 2021"),
+        Entry("gaussian", "privacy:Gaussian", "noise from the operating system, for a privacy budget", "Dwork and Roth 2014"),
+        Entry("top-k", "topk:TopK", "the largest coordinates; the rest is remembered", "Stich et al. 2018"),
+    )
+}  # fmt: skip
+
+
+def entry(name: str) -> Entry:
+    """The table's line for ``name``.
+
+    Raises:
+        ValueError: Where there is none; the message suggests one.
+    """
+    if name in TRANSFORMS:
+        return TRANSFORMS[name]
+    near = difflib.get_close_matches(name, TRANSFORMS, 1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    raise ValueError(f'no transform is called "{name}".{hint} There are {", ".join(TRANSFORMS)}')
+
+
+def maker(of: Entry) -> type[Transform]:
+    """The class."""
+    module, _, name = of.make.partition(":")
+    found: type[Transform] = getattr(import_module(f"polyclinic.transforms.{module}"), name)
+    return found
+
+
+def options(of: Entry) -> Mapping[str, dataclasses.Field[Any]]:
+    """What a study may set for a transform, by name."""
+    return {field.name: field for field in dataclasses.fields(maker(of))}
+
+
+def build(item: Mapping[str, Any]) -> Transform:
+    """The transform that ``item`` describes: its ``name``, and its options."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items() if key != "name"}
+    return maker(entry(item["name"]))(**given)

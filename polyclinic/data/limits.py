@@ -5,13 +5,15 @@ match. Every reader in this package asks here first, so that a hostile or damage
 bounded memory, never the process. Nothing here looks at the meaning of an image.
 """
 
+import contextlib
 import gzip
 import math
 import os
 import stat
+import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +23,7 @@ import numpy as np
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
-class Unreadable(ValueError):  # noqa: N818 (a refusal, not a bug)
+class Unreadable(ValueError):
     """A file that is refused, and why, in one line.
 
     The reason never quotes text found inside the file, which may name a patient: numbers and our own words only.
@@ -33,6 +35,24 @@ class Unreadable(ValueError):  # noqa: N818 (a refusal, not a bug)
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason}"
+
+
+@contextlib.contextmanager
+def refusing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns whatever a parser raises on damaged bytes into one refusal: ``what``, and the type of the error.
+
+    The parser's own words are dropped, for they may quote the file. A missing package stays an ``ImportError``.
+    """
+    try:
+        yield
+    except (Unreadable, ImportError):
+        raise
+    except RecursionError:
+        raise Unreadable(path, "nests its parts too deeply") from None
+    except MemoryError:
+        raise Unreadable(path, "needs more memory than this machine gives") from None
+    except Exception as error:
+        raise Unreadable(path, f"{what} ({type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
@@ -164,26 +184,21 @@ def read_npz(path: str | os.PathLike[str], limits: Limits = LIMITS) -> dict[str,
     """The arrays of a NumPy archive; headers and sizes are checked before any array is decoded, objects refused."""
     regular_file(path, limits)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len(members) > limits.members:
-                raise Unreadable(path, f"holds {len(members)} arrays, the limit is {limits.members}")
-            total = 0
-            for member in members:
-                with archive.open(member) as file:
-                    total += _npy_bytes(path, file, limits)
-                if total > limits.decoded_bytes:
-                    raise Unreadable(path, f"its arrays take over {size(limits.decoded_bytes)} together")
-            for member in members:
-                with archive.open(member) as file:
-                    arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
-                        file, allow_pickle=False, max_header_size=10_000
-                    )
-    except Unreadable:
-        raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise Unreadable(path, f"is not a sound NumPy archive ({type(error).__name__})") from None
+    with refusing(path, "is not a sound NumPy archive"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) > limits.members:
+            raise Unreadable(path, f"holds {len(members)} arrays, the limit is {limits.members}")
+        total = 0
+        for member in members:
+            with archive.open(member) as file:
+                total += _npy_bytes(path, file, limits)
+            if total > limits.decoded_bytes:
+                raise Unreadable(path, f"its arrays take over {size(limits.decoded_bytes)} together")
+        for member in members:
+            with archive.open(member) as file:
+                arrays[member.filename.removesuffix(".npy")] = np.lib.format.read_array(
+                    file, allow_pickle=False, max_header_size=10_000
+                )
     return arrays
 
 
@@ -203,10 +218,11 @@ def _npy_bytes(path: str | os.PathLike[str], file: Any, limits: Limits) -> int:
 
 def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
     """A PNG, JPEG, TIFF or BMP file. Shape [Y, X] or [Y, X, 3], uint8, uint16 or float32; one page only."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     regular_file(path, limits)
-    try:
+    with refusing(path, "is not a sound PNG, JPEG, TIFF or BMP picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as picture:
             wide, high = picture.size
             fits(path, (high, wide, len(picture.getbands())), 1, limits)
@@ -215,14 +231,5 @@ def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.nd
             picture.load()
             upright = ImageOps.exif_transpose(picture)
             keep = upright.mode in ("L", "RGB", "F", "I", "I;16")
-            palette_is_grey = upright.mode in ("1", "LA")
-            array = np.asarray(upright if keep else upright.convert("L" if palette_is_grey else "RGB"))
-    except Unreadable:
-        raise
-    except UnidentifiedImageError:
-        raise Unreadable(path, "is not a PNG, JPEG, TIFF or BMP picture") from None
-    except Image.DecompressionBombError:
-        raise Unreadable(path, "claims more pixels than a picture may have") from None
-    except Exception as error:  # a codec may raise anything on damaged data
-        raise Unreadable(path, f"the picture is damaged ({type(error).__name__})") from None
+            array = np.asarray(upright if keep else upright.convert("L" if upright.mode in ("1", "LA") else "RGB"))
     return array.astype(np.float32) if array.dtype in (np.int32, np.float32) else array

@@ -171,9 +171,10 @@ def as_image(
 
     Without ``fill`` (None) a file with such voxels is refused.
     """
+    if (slope, inter) != (1.0, 0.0):  # 32-bit counts lose digits in float32 before they are scaled
+        wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
+        stored = np.multiply(stored, slope, dtype=wide) + inter
     values = torch.from_numpy(stored.astype(np.float32))
-    if (slope, inter) != (1.0, 0.0):
-        values = values.mul_(slope).add_(inter)
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return values, ()

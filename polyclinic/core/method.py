@@ -89,7 +89,7 @@ class Method(ABC, Generic[State]):
         """The task whose model ``model_at`` fills, where it is another than the study's; else None."""
         return None
 
-    def trials(self, state: State) -> tuple[Ask, ...]:
-        """The asks under which the state is evaluated; scores are averaged over them. Usually one."""
+    def trial(self, state: State) -> Ask:
+        """The ask under which the state is evaluated: the next one, or, when finished, the final model."""
         ask = self.ask(state)
-        return () if ask is None else (ask,)
+        return Ask(0, {"params": state.params}) if ask is None else ask  # type: ignore[attr-defined]

@@ -148,9 +148,9 @@ class Sent(Method[SentState]):
         ask = self.inner.ask(state.inner)
         return None if ask is None else self._noted(ask, state)
 
-    def trials(self, state: SentState) -> tuple[Ask, ...]:
+    def trial(self, state: SentState) -> Ask:
         """The method's, with the transforms' notes."""
-        return tuple(self._noted(ask, state) for ask in self.inner.trials(state.inner))
+        return self._noted(self.inner.trial(state.inner), state)
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         """The method's."""

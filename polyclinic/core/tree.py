@@ -79,7 +79,7 @@ def dot(a: Tree, b: Tree) -> float:
 
 def norm(a: Tree) -> float:
     """The Euclidean norm of all leaves taken as one vector, in double precision."""
-    return dot(a, a) ** 0.5
+    return math.sqrt(dot(a, a))
 
 
 def cosine(a: Tree, b: Tree) -> float:

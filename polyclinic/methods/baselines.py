@@ -56,12 +56,15 @@ class Exchanged(NamedTuple):
 
     round: int
     params: Tree
-    models: dict[str, Tree]
+    models: Trees
 
 
 @dataclass(frozen=True)
 class Cross(Method[Exchanged]):
-    """Every site trains alone, and is tested with each of the other sites' models in turn."""
+    """Every site trains alone, and predicts with the model of the next site in name order.
+
+    With two sites this is the survey's Cross. With more, every model and every site's data are used once.
+    """
 
     task: Task
     local: Local = Local()
@@ -70,7 +73,9 @@ class Cross(Method[Exchanged]):
         return Exchanged(0, params, {})
 
     def ask(self, state: Exchanged) -> Ask:
-        return Ask(state.round, {"params": state.params})
+        names = sorted(state.models)
+        each = {name: {"other": state.models[names[(i + 1) % len(names)]]} for i, name in enumerate(names)}
+        return Ask(state.round, {"params": state.params}, each=each)
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         end = self.local.fit(self.task, memory.get("params", ask.trees["params"]), site, ask.round)
@@ -79,13 +84,8 @@ class Cross(Method[Exchanged]):
     def server_update(self, state: Exchanged, reply: Reply, server: Site) -> Exchanged:
         return Exchanged(state.round + 1, state.params, {**state.models, **reply.gather("model")})
 
-    def trials(self, state: Exchanged) -> tuple[Ask, ...]:
-        names, asks = sorted(state.models), []
-        for shift in range(1, len(names)):
-            each = {name: {"params": state.models[names[(i + shift) % len(names)]]} for i, name in enumerate(names)}
-            elsewhere = state.models[names[shift]]  # for a site that has no model of its own
-            asks.append(Ask(state.round, {"params": elsewhere}, each=each))
-        return tuple(asks)
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return ask.trees.get("other", ask.trees["params"])
 
 
 def single(task: Task, local: Local) -> Single:
@@ -94,7 +94,7 @@ def single(task: Task, local: Local) -> Single:
 
 
 def cross(task: Task, local: Local) -> Cross:
-    """Every site is tested with the models of the others."""
+    """Every site is tested with the model of another."""
     return Cross(task, local)
 
 

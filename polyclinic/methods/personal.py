@@ -50,6 +50,10 @@ class Personal(Method[State]):
         ask = self.inner.ask(state.inner)
         return ask and replace(ask, trees={**ask.trees, "own": state.first})
 
+    def trial(self, state: State) -> Ask:
+        ask = self.inner.trial(state.inner)
+        return replace(ask, trees={**ask.trees, "own": state.first})
+
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         own = memory.get("own", ask.trees["own"])
         whole = replace(ask, trees={**ask.trees, "params": {**ask.trees["params"], **own}})

@@ -42,7 +42,7 @@ class Entry:
 FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
         Entry("single", "baselines:single", "every site trains alone", "Guan et al. 2024", "nothing", baseline=True, stateful=True),
-        Entry("cross", "baselines:cross", "every site is tested with the others' models", "Guan et al. 2024", "the model", baseline=True, stateful=True),
+        Entry("cross", "baselines:cross", "every site is tested with another's model", "Guan et al. 2024", "the model", baseline=True, stateful=True),
         Entry("mix", "baselines:mix", "all data in one place", "Guan et al. 2024", "the data", baseline=True, pooled=True),
     ),
     "Federated optimisation": (

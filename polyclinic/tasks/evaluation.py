@@ -1,6 +1,6 @@
 """Evaluation as one more job of a method, so that it runs wherever training runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -62,9 +62,9 @@ class Evaluated(Method[State]):
         """The inner method's."""
         return self.inner.predicts
 
-    def trials(self, state: State) -> tuple[Ask, ...]:
+    def trial(self, state: State) -> Ask:
         """The inner method's."""
-        return self.inner.trials(state)
+        return self.inner.trial(state)
 
 
 def outputs(task: Task, params: Tree, data: Any, device: str = "cpu", thorough: bool = False, size: int = 64) -> Tree:
@@ -86,13 +86,10 @@ def outputs(task: Task, params: Tree, data: Any, device: str = "cpu", thorough: 
 
 
 def evaluate(
-    method: Method[State], federation: Federation, state: State, job: str = "score/val"
-) -> tuple[Mapping[str, Tree], ...]:
-    """What every site answers to ``job``, by site, once for each of the method's trials."""
-    answers = []
-    for ask in method.trials(state):
-        federation.send(replace(ask, job=job, secure=False, to=None), federation.sites)
-        arrivals = sorted(federation.replies(), key=lambda arrival: arrival.site)
-        reply = merge(arrival.reply for arrival in arrivals if arrival.reply is not None)
-        answers.append(reply.gather(job.partition("/")[0]) if reply.parts else {})
-    return tuple(answers)
+    method: Method[State], federation: Federation, state: State, sites: Sequence[str], job: str = "score/val"
+) -> Mapping[str, Tree]:
+    """What each of ``sites`` answers to ``job``. A site that has no such data, or does not answer, is left out."""
+    federation.send(replace(method.trial(state), job=job, secure=False, to=None), sites)
+    arrivals = sorted(federation.replies(), key=lambda arrival: arrival.site)
+    reply = merge(arrival.reply for arrival in arrivals if arrival.reply is not None)
+    return reply.gather(job.partition("/")[0]) if reply.parts else {}

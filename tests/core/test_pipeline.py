@@ -169,10 +169,10 @@ def test_pipelines_stand_inside_one_another() -> None:
     assert torch.allclose(nested.params["w"], flat.params["w"])
 
 
-def test_trials_carry_the_notes() -> None:
+def test_the_trial_carries_the_notes() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Doubled())
     state = method.init({"w": torch.zeros(2)})
-    (trial,) = method.trials(state)
+    trial = method.trial(state)
     assert trial.trees.keys() == method.ask(state).trees.keys() == {"params", "~0/n"}
     assert isinstance(state, SentState)
     assert method.predicts is None

@@ -1,0 +1,155 @@
+"""Test predictions as an arm leaves them, and how a patient's images become one case.
+
+A safetensors file holds ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
+leave a value for each image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty``...
+
+The unit is the patient. Scores of images of one patient with the same label are averaged into one case; a patient
+whose images carry different labels (several lesions, say) gives one case for each label, and intervals then resample
+whole patients. Regression averages targets too. Per-image values are averaged over the images where they are known.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PER_CASE_TASKS = ("segmentation", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The test predictions of one arm at one site.
+
+    Attributes:
+        patient: [n] which patient of the site each example belongs to.
+        score: [n, C] probabilities (regression: predictions); None for per-case tasks.
+        target: [n], [n, L] or [n, 1]; None for per-case tasks.
+        cases: Per-case metrics by name, [n, K] each, for segmentation and reconstruction.
+    """
+
+    patient: NDArray[np.int64]
+    score: NDArray[np.float64] | None = None
+    target: NDArray[Any] | None = None
+    cases: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.patient)
+
+
+def read_predictions(
+    file: Path, task: str, metric: str, sites: Sequence[str], problems: list[str]
+) -> Mapping[str, Predictions]:
+    """The predictions in ``file`` by site, sites in name order. What is wrong is added to ``problems``, in words."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        problems.append(f"{file}: not a safetensors file ({error}). Run the arm again.")
+        return {}
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, array in arrays.items():
+        site, _, name = key.rpartition("/")
+        found.setdefault(site, {})[name] = array
+    read = dict[str, Predictions]()
+    for site, parts in sorted(found.items()):
+        bad = [] if site in sites else [f"{file}: site {site!r} is not among the run's sites {sorted(sites)}"]
+        bad += [f"{file}: {text}" for text in _faults(site, parts, task, metric)]
+        problems.extend(bad)
+        if not bad and len(parts["patient"]):
+            read[site] = _predictions_of(parts, task)
+    return read
+
+
+def _faults(site: str, parts: Mapping[str, NDArray[Any]], task: str, metric: str) -> list[str]:
+    """What is wrong with the arrays of one site."""
+    per_case = task in PER_CASE_TASKS
+    wanted = ["patient", metric] if per_case else ["patient", "score", "target"]
+    if faults := [f"{site}/{name} is missing" for name in wanted if name not in parts]:
+        return faults
+    n = len(parts["patient"])
+    if faults := [f"{site}/{k} has {len(v)} rows, but {site}/patient has {n}" for k, v in parts.items() if len(v) != n]:
+        return faults
+    if parts["patient"].ndim != 1:
+        return [f"{site}/patient has shape {list(parts['patient'].shape)}; it must be one number for each example"]
+    return [] if per_case or n == 0 else _score_faults(site, parts["score"], parts["target"], task)
+
+
+def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: str) -> list[str]:
+    if score.ndim != 2:
+        return [f"{site}/score has shape {list(score.shape)}; it must be [examples, classes]"]
+    if not np.isfinite(score).all():
+        return [f"{site}/score holds {int((~np.isfinite(score)).sum())} values that are not finite"]
+    if task == "classification":
+        if score.shape[1] < 2:
+            return [f"{site}/score has one column; classification needs one for each class"]
+        if target.ndim != 1 or target.min() < 0 or target.max() >= score.shape[1]:
+            return [f"{site}/target must be class numbers from 0 to {score.shape[1] - 1}, one for each example"]
+    elif target.shape != score.shape:
+        return [f"{site}/target has shape {list(target.shape)}, but {site}/score has {list(score.shape)}"]
+    if task != "regression" and (score.min() < -1e-6 or score.max() > 1 + 1e-6):
+        return [f"{site}/score must hold probabilities between 0 and 1"]
+    return []
+
+
+def _predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions:
+    patient = np.asarray(parts["patient"], np.int64)
+    if task in PER_CASE_TASKS:
+        cases = {k: np.asarray(v, np.float64).reshape(len(patient), -1) for k, v in parts.items() if k != "patient"}
+        return Predictions(patient, cases=cases)
+    return Predictions(patient, np.asarray(parts["score"], np.float64), np.asarray(parts["target"]))
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is evaluated: one row a case.
+
+    Attributes:
+        patient: [n] as in ``Predictions``.
+        score: [n, C].
+        target: [n], [n, L] or [n, 1]. Zeros for per-case tasks.
+        values: Per-case values by metric, [n, K] each.
+        images: How many images these cases were made from.
+    """
+
+    patient: NDArray[np.int64]
+    score: NDArray[np.float64]
+    target: NDArray[Any]
+    values: Mapping[str, NDArray[np.float64]]
+    images: int
+
+    def score_for(self, metric: str) -> NDArray[np.float64]:
+        """What the metric's kernel takes as its score."""
+        return self.values.get(metric, self.score)
+
+
+def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
+    """One case for each patient, or for each patient and label. The rule is in this module's docstring."""
+    patient, n = predictions.patient, len(predictions)
+    if predictions.score is None or predictions.target is None:
+        ids, index = np.unique(patient, return_inverse=True)
+        values = {k: _mean_by(index, v, len(ids)) for k, v in predictions.cases.items() if k != "empty"}
+        return Cases(ids, np.zeros((len(ids), 1)), np.zeros(len(ids), np.int64), values, n)
+    target = predictions.target
+    if regression:
+        ids, index = np.unique(patient, return_inverse=True)
+        return Cases(ids, _mean_by(index, predictions.score, len(ids)), _mean_by(index, target, len(ids)), {}, n)
+    keys = np.column_stack([patient, target.reshape(n, -1).astype(np.int64)])
+    rows, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    score = _mean_by(index.reshape(-1), predictions.score, len(rows))
+    return Cases(patient[first], score, target[first], {}, n)
+
+
+def _mean_by(index: NDArray[np.int64], values: NDArray[Any], size: int) -> NDArray[np.float64]:
+    """The mean of the finite rows of ``values`` [n, k] for each index; NaN where there are none. [size, k]"""
+    values = np.asarray(values, np.float64).reshape(len(index), -1)
+    known = np.isfinite(values)
+    total, count = np.zeros((size, values.shape[1])), np.zeros((size, values.shape[1]))
+    np.add.at(total, index, np.where(known, values, 0.0))
+    np.add.at(count, index, known)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(count > 0, total / count, np.nan))

@@ -1,0 +1,315 @@
+"""Reads a run folder: what was planned, what happened round by round, and every test prediction.
+
+```
+runs/<name>-<hash>/
+  study.toml      the study as run           records.jsonl   one fact a line
+  run.json        who, what, where           journal.jsonl   the hash-chained journal
+  arms/<label>-seed<s>/predictions.safetensors   and, where kept, validation.safetensors of the same form
+```
+
+Reading checks everything and lists all problems at once, with file and line. A run that is not finished reads as far
+as it got: a torn last line, or arms without predictions, are noted in ``Run.missing`` and are no errors.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from polyclinic.studies.predictions import Predictions, read_predictions
+
+BASELINES = ("single", "mix", "cross")
+TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+
+
+class NotARun(ValueError):
+    """A folder or file that cannot be read as a run. The message lists every problem, with file and line."""
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
+
+
+class Round(_Line):
+    """One round of one arm: time, bytes, who was asked and who was lost."""
+
+    kind: Literal["round"]
+    method: str
+    seed: int
+    round: int
+    seconds: dict[str, float] = Field(default_factory=dict)
+    wall: float = 0.0
+    bytes_up: dict[str, int] = Field(default_factory=dict)
+    bytes_down: dict[str, int] = Field(default_factory=dict)
+    asked: tuple[str, ...] = ()
+    lost: dict[str, str] = Field(default_factory=dict)
+
+
+class Scores(_Line):
+    """Metrics of one site after a round, on validation; or of the sealed test, once."""
+
+    kind: Literal["scores", "test"]
+    method: str
+    seed: int
+    round: int
+    site: str
+    role: str = "test"
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    n: int = 0
+
+
+class Sealed(_Line):
+    """How often an arm's test set was opened."""
+
+    kind: Literal["sealed"]
+    method: str
+    seed: int
+    opened: int
+
+
+class Privacy(_Line):
+    """What privacy an arm spent."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
+
+    kind: Literal["privacy"]
+    method: str
+    seed: int = 0
+    round: int | None = None
+    site: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+
+
+class Quarantine(_Line):
+    """A reply the server refused, and why."""
+
+    kind: Literal["quarantine"]
+    method: str
+    seed: int
+    round: int
+    site: str
+    reason: str
+
+
+class DataInfo(_Line):
+    """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
+
+    title: str = ""
+    licence: str = ""
+    citation: str = ""
+    url: str = ""
+    notes: tuple[str, ...] = ()
+    simulated: str | None = None
+    fingerprint: str = ""
+    sites_are: str = ""
+
+
+class SiteInfo(_Line):
+    """One site: how many patients and examples in each role, and how many of each class."""
+
+    name: str
+    role: Literal["training", "external"] = "training"
+    patients: dict[str, int] = Field(default_factory=dict)
+    examples: dict[str, int] = Field(default_factory=dict)
+    classes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+
+class MethodInfo(_Line):
+    """One method of the study, and what leaves a site under it."""
+
+    label: str
+    name: str = ""
+    title: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
+    citation: str = ""
+    leaves: str = ""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is one of Single, Mix and Cross."""
+        return self.label in BASELINES
+
+
+class RunInfo(_Line):
+    """``run.json``."""
+
+    name: str
+    title: str = ""
+    hash: str = ""
+    created: str = ""
+    task: TASKS
+    classes: tuple[str, ...] = ()
+    metric: str
+    higher_is_better: bool = True
+    data: DataInfo = DataInfo()
+    sites: tuple[SiteInfo, ...]
+    methods: tuple[MethodInfo, ...]
+    rounds: int = 0
+    seeds: tuple[int, ...] = (0,)
+    engine: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    parameters: int = 0
+
+
+Known = Annotated[Round | Scores | Sealed | Privacy | Quarantine, Field(discriminator="kind")]
+_LINE: TypeAdapter[Known] = TypeAdapter(Known)
+_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read.
+
+    Attributes:
+        path: The folder.
+        info: ``run.json``.
+        lines: The records, in order.
+        arms: Test predictions by (method label, seed), then by site.
+        validation: Validation predictions, where they were kept.
+        study: The text of ``study.toml``.
+        missing: What a finished run would have and this one lacks, in words.
+        unread: Kinds of record this version does not know, and how many lines of each.
+    """
+
+    path: Path
+    info: RunInfo
+    lines: tuple[Known, ...] = ()
+    arms: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
+    validation: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
+    study: str = ""
+    missing: tuple[str, ...] = ()
+    unread: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def rounds(self) -> tuple[Round, ...]:
+        """The records of rounds."""
+        return tuple(line for line in self.lines if isinstance(line, Round))
+
+    @cached_property
+    def curves(self) -> tuple[Scores, ...]:
+        """Validation metrics by round and site."""
+        return tuple(line for line in self.lines if isinstance(line, Scores) and line.kind == "scores")
+
+    @cached_property
+    def privacy(self) -> tuple[Privacy, ...]:
+        """What privacy was spent."""
+        return tuple(line for line in self.lines if isinstance(line, Privacy))
+
+    @cached_property
+    def quarantined(self) -> tuple[Quarantine, ...]:
+        """Replies that were refused."""
+        return tuple(line for line in self.lines if isinstance(line, Quarantine))
+
+    @cached_property
+    def opened(self) -> Mapping[tuple[str, int], int]:
+        """How often each arm's test set was opened."""
+        return {(s.method, s.seed): s.opened for s in self.lines if isinstance(s, Sealed)}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files a result depends on, by path within the folder."""
+        files = [self.path / n for n in ("study.toml", "run.json", "records.jsonl", "journal.jsonl")]
+        files += sorted(self.path.glob("arms/*/predictions.safetensors")) + sorted(
+            self.path.glob("arms/*/model.safetensors")
+        )
+        return {str(f.relative_to(self.path)): _sha256(f) for f in files if f.is_file()}
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        NotARun: Where it is not one, or a file in it is damaged; all problems are listed.
+    """
+    path = Path(folder)
+    info = _read_info(path)
+    problems: list[str] = []
+    missing: list[str] = []
+    lines, unread = _read_lines(path / "records.jsonl", problems, missing)
+    arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}
+    validation: dict[tuple[str, int], Mapping[str, Predictions]] = {}
+    absent, sites = list[str](), [s.name for s in info.sites]
+    for method in info.methods:
+        for seed in info.seeds:
+            arm = path / "arms" / f"{method.label}-seed{seed}"
+            if (file := arm / "predictions.safetensors").is_file():
+                arms[method.label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
+            else:
+                absent.append(f"{method.label} (seed {seed})")
+            if (file := arm / "validation.safetensors").is_file():
+                validation[method.label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
+    if absent:
+        missing.append("no test predictions yet of " + ", ".join(absent))
+    study = path / "study.toml"
+    if not study.is_file():
+        missing.append("study.toml, the study as run")
+    if problems:
+        raise NotARun("\n".join([*problems, f"{_count(problems)} in {path}; nothing was written."]))
+    text = study.read_text(encoding="utf-8") if study.is_file() else ""
+    return Run(path, info, lines, arms, validation, text, tuple(missing), unread)
+
+
+def _read_info(path: Path) -> RunInfo:
+    file = path / "run.json"
+    if not path.is_dir():
+        raise NotARun(f"{path}: no such folder. Give the folder of a run, such as runs/<name>-<hash>.")
+    if not file.is_file():
+        raise NotARun(f"{path}: not a run folder: it has no run.json. `polyclinic run` writes run folders.")
+    try:
+        return RunInfo.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        problems = _in_words(error, str(file))
+        raise NotARun("\n".join([*problems, f"{_count(problems)} in {file}; nothing was written."])) from None
+
+
+def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[tuple[Known, ...], Mapping[str, int]]:
+    if not file.is_file():
+        missing.append("records.jsonl, what happened round by round")
+        return (), {}
+    raw, lines, unread = file.read_bytes(), list[Known](), Counter[str]()
+    parts = raw.split(b"\n")
+    for number, text in enumerate(parts, 1):
+        if not text.strip():
+            continue
+        torn = number == len(parts)  # a whole line ends with a newline
+        try:
+            value = json.loads(text)
+            if not isinstance(value, dict) or "kind" not in value:
+                raise ValueError('a record is an object with a "kind"')
+            if value["kind"] in _KINDS:
+                lines.append(_LINE.validate_python(value))
+            else:
+                unread[str(value["kind"])] += 1
+        except ValidationError as error:
+            problems.extend(_in_words(error, f"{file}:{number}"))
+        except ValueError as error:
+            if torn:
+                missing.append(f"the last line of records.jsonl (line {number}) was cut off while it was written")
+            else:
+                problems.append(f"{file}:{number}: not a JSON record ({error}). Restore the line or remove it.")
+    return tuple(lines), dict(unread)
+
+
+def _in_words(error: ValidationError, where: str) -> list[str]:
+    problems = []
+    for e in error.errors(include_url=False):
+        at = ".".join(str(p) for p in e["loc"] if p not in _KINDS)
+        problems.append(f"{where}: {at + ': ' if at else ''}{e['msg'][:1].lower()}{e['msg'][1:]}")
+    return problems
+
+
+def _count(problems: Sequence[str]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

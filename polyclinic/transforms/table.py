@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 from polyclinic.core.pipeline import Transform
 
@@ -60,3 +60,13 @@ def build(item: Mapping[str, Any]) -> Transform:
     """The transform that ``item`` describes: its ``name``, and its options."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items() if key != "name"}
     return maker(entry(item["name"]))(**given)
+
+
+def types(of: Entry) -> Mapping[str, Any]:
+    """The type of each option."""
+    return get_type_hints(maker(of))
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """What an option is where a study does not set it; ``...`` where it must."""
+    return ... if field.default is dataclasses.MISSING else field.default

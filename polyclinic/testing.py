@@ -26,8 +26,9 @@ class Broken(AssertionError):
 
 
 def check_method(
-    method: Method[Any], params: Tree, sites: Mapping[str, Site], rounds: int = 2, entropy: bool = True
-) -> None:
+    method: Method[Any], params: Tree, sites: Mapping[str, Site], rounds: int = 2, entropy: bool = True,
+    server: Site = Site("server"),
+) -> None:  # fmt: skip
     """Raises unless ``method`` is pure, deterministic, portable and independent of the order of arrival.
 
     Args:
@@ -35,6 +36,7 @@ def check_method(
         sites: At least two, small.
         rounds: How many rounds to follow.
         entropy: Whether to replace the sites' secret dice by fixed ones, so that noise can be compared too.
+        server: Where the server's half runs, with the data that it holds itself, if any.
     """
     if entropy:
         sites = {name: replace(site, entropy=_fixed) for name, site in sites.items()}
@@ -51,7 +53,7 @@ def check_method(
         replies: dict[str, Reply] = {}
         for name in sorted(ask.to if ask.to is not None else sites):
             replies[name], memory[name] = _check_site(method, ask, memory[name], sites[name])
-        state = _check_server(method, state, list(replies.values()))
+        state = _check_server(method, state, list(replies.values()), server)
         after = method.ask(state)
         _promise(after is None or (after.round, after.job) >= (ask.round, ""), "rounds never go back")
     else:
@@ -79,8 +81,7 @@ def _check_site(method: Method[Any], ask: Ask, memory: Trees, site: Site) -> tup
     return first.reply, first.memory
 
 
-def _check_server(method: Method[Any], state: Any, replies: list[Reply]) -> Any:
-    server = Site("server")
+def _check_server(method: Method[Any], state: Any, replies: list[Reply], server: Site) -> Any:
     forth, back = merge(replies), merge(reversed(replies))
     _promise(close(forth, back), "replies merge in any order")
     before = copy.deepcopy((state, forth))
@@ -99,9 +100,9 @@ def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, si
 
 def check_engine(
     engine: Callable[[Method[Any], Mapping[str, Site]], Federation], method: Method[Any], params: Tree,
-    sites: Mapping[str, Site], rounds: int = 3,
+    sites: Mapping[str, Site], rounds: int = 3, server_data: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Raises unless ``engine`` gives ``method`` the same bits as the reference engine."""
+    """Raises unless ``engine`` gives ``method`` the same bits as the reference engine does with the same data."""
     from polyclinic.engines.in_process import InProcess
 
     def run(federation: Federation) -> Any:
@@ -111,7 +112,7 @@ def check_engine(
             state = step.state
         return state
 
-    expected, reference = run(here := InProcess(method, sites)), here.memory
+    expected, reference = run(here := InProcess(method, sites, server_data=server_data)), here.memory
     there = engine(method, sites)
     _promise(equal(expected, run(there)), "an engine changes no bit of the server's state")
     memory = getattr(there, "memory", reference)

@@ -37,14 +37,16 @@ def blobs(seed: int, n: int, shape: tuple[int, ...], shift: float = 0.0, classes
 
 
 def little_sites(shape: tuple[int, ...] = (1, 8, 8), count: int = 3, classes: int = 2) -> dict[str, Site]:
-    """``count`` sites of unequal size, the same every time, with training, validation, test and unlabelled data."""
+    """``count`` sites of unequal size, the same every time. All hold the same ``public`` data."""
+    public = {"public": blobs(999, 12, shape, 0.25, classes)}
     return {
         f"site-{k}": Site(
             f"site-{k}",
             {
                 role: blobs(10 * k + i, (12 + 5 * k) if role == "train" else 12, shape, 0.5 * k, classes)
                 for i, role in enumerate(("train", "val", "test", "unlabelled"))
-            },
+            }
+            | public,
         )
         for k in range(count)
     }
@@ -89,9 +91,11 @@ def segmentation_sites(count: int = 3) -> dict[str, Site]:
         return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=dice) + shift)[:, None], mask)
 
     roles = {"train": 10, "val": 4, "test": 4, "unlabelled": 8}
+    public = {"public": discs(999, 8, 0.2)}
     return {
         f"site-{k}": Site(
-            f"site-{k}", {role: discs(10 * k + i, n + 2 * k, 0.3 * k) for i, (role, n) in enumerate(roles.items())}
+            f"site-{k}",
+            {role: discs(10 * k + i, n + 2 * k, 0.3 * k) for i, (role, n) in enumerate(roles.items())} | public,
         )
         for k in range(count)
     }

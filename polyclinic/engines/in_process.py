@@ -22,6 +22,7 @@ class InProcess:
     def __init__(
         self, method: Method[Any], sites: Mapping[str, Site], memory: Mapping[str, Trees] | None = None,
         policies: Mapping[str, Policy] | None = None, seed: int = 0,
+        server_data: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Brings ``sites`` together.
 
@@ -29,8 +30,9 @@ class InProcess:
             memory: What sites kept from an earlier run.
             policies: What sites allow; everything where one has none.
             seed: For the server's own dice.
+            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
         """
-        self.server = Site("server", seed=seed)
+        self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._method, self._sites, self._policies = method, dict(sites), policies or {}
         self._queue: deque[tuple[Ask, str]] = deque()

@@ -64,6 +64,7 @@ class Workers:
     def __init__(
         self, method: Method[Any], sites: Mapping[str, Site], memory: Mapping[str, Trees] | None = None,
         policies: Mapping[str, Policy] | None = None, seed: int = 0, workers: int = 2,
+        server_data: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Starts the workers.
 
@@ -72,8 +73,9 @@ class Workers:
             policies: What sites allow; everything where one has none.
             seed: For the server's own dice.
             workers: How many processes. More than there are cores is slower, not faster.
+            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
         """
-        self.server = Site("server", seed=seed)
+        self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._given = (method, dict(sites), dict(policies or {}))
         self._folder = shared_files.new_folder()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from polyclinic.core.site import Site
 from polyclinic.engines.workers import Workers
 from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.table import METHODS
@@ -25,10 +26,15 @@ def case(name: str):
     return build(name, Setting(task, LOCAL, tuple(sites), rounds=5)), task, sites
 
 
+def held_by_server(sites):
+    """Images without a hospital, for the methods that need some at the server."""
+    return {"public": sites["site-0"].data["public"]}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_promises(name: str) -> None:
     method, task, sites = case(name)
-    check_method(method, task.first(0), sites)
+    check_method(method, task.first(0), sites, server=Site("server", held_by_server(sites)))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -37,11 +43,11 @@ def test_same_bits_in_worker_processes(name: str) -> None:
     engines = []
 
     def start(method, sites):
-        engines.append(Workers(method, sites))
+        engines.append(Workers(method, sites, server_data=held_by_server(sites)))
         return engines[0]
 
     try:
-        check_engine(start, method, task.first(0), sites, rounds=5)
+        check_engine(start, method, task.first(0), sites, rounds=5, server_data=held_by_server(sites))
     finally:
         for engine in engines:
             engine.close()

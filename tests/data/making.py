@@ -56,7 +56,7 @@ def series(
     origin: Sequence[float] = (10.0, -20.0, 30.0),
     **values: Any,
 ) -> list[Path]:
-    """Saves ``volume`` [Z, Y, X] as one file a slice, in shuffled order; ``turn`` holds x, y, z directions as columns."""
+    """Saves ``volume`` [Z, Y, X], one file a slice, shuffled; ``turn``: the x, y, z directions as columns."""
     turn = np.eye(3) if turn is None else turn
     uid, study, frame = generate_uid(), generate_uid(), generate_uid()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,128 @@
+"""Examples in memory: what a site's role holds, and what every task indexes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+WITHHELD = -1
+"""The class that stands for "no label here". A regression's withheld target is NaN."""
+
+
+class DataError(ValueError):
+    """What is wrong with data or with the ``[data]`` table of a study: every problem, one sentence each.
+
+    Attributes:
+        problems: The sentences.
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Inputs, their targets, and whose they are.
+
+    Images may be kept as bytes (uint8) and are scaled to float32 in [0, 1] when they are asked for, so that a data
+    set takes a quarter of the memory.
+
+    Attributes:
+        inputs: Shape [n, C, *spatial] for images, uint8 or float32, or [n, F] for tables, float32.
+        targets: int64 [n] (classes), float32 [n, L] (several labels, or a number with L = 1), or int64 [n, *spatial]
+            (masks; they may be kept as uint8).
+        patients: Whose each example is. A patient is never in two roles.
+        ids: A name for each example, unique within its source.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    patients: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.inputs), len(self.targets), len(self.patients), len(self.ids)}
+        if len(sizes) != 1:
+            raise DataError(
+                f"{len(self.inputs)} inputs, {len(self.targets)} targets, {len(self.patients)} patients and "
+                f"{len(self.ids)} ids cannot belong together: give one of each per example"
+            )
+        if self.inputs.dtype not in (torch.uint8, torch.float32):
+            raise DataError(f"inputs are {self.inputs.dtype}: make them float32, or uint8 for images")
+        if self.inputs.ndim < 2:
+            raise DataError(f"inputs have shape {tuple(self.inputs.shape)}: the first axis counts examples and the "
+                            "second channels or features")  # fmt: skip
+        if self.targets.dtype not in (torch.int64, torch.uint8, torch.float32):
+            raise DataError(f"targets are {self.targets.dtype}: make them int64 (classes, masks) or float32 (numbers)")
+        if bad := _not_finite(self.inputs):
+            raise DataError(
+                f"{len(bad)} of {len(self)} inputs hold NaN or infinite values ({_some(self.ids, bad)}): repair or "
+                "leave out those examples, or declare how missing values are filled"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The examples at ``index``: inputs as float32, targets as int64 or float32."""
+        x, y = self.inputs[index], self.targets[index]
+        if x.dtype == torch.uint8:
+            x = x.float().div_(255)
+        return x, y.long() if y.dtype == torch.uint8 else y
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input: (C, *spatial) or (F,)."""
+        return tuple(self.inputs.shape[1:])
+
+    def subset(self, index: Tensor) -> "Examples":
+        """The examples at the positions ``index``, or where the mask ``index`` is true, as examples again."""
+        where = index.nonzero().flatten() if index.dtype == torch.bool else index
+        pick = where.tolist()
+        return Examples(
+            self.inputs[where],
+            self.targets[where],
+            tuple(self.patients[i] for i in pick),
+            tuple(self.ids[i] for i in pick),
+        )
+
+    def unlabelled(self) -> "Examples":
+        """The same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
+        masks = self.targets.long() if self.targets.dtype == torch.uint8 else self.targets
+        value = float("nan") if masks.dtype == torch.float32 else WITHHELD
+        return replace(self, targets=torch.full_like(masks, value))
+
+
+def concat(parts: Sequence[Examples]) -> Examples:
+    """The examples of all ``parts`` in order, as if they lay in one place.
+
+    Raises:
+        DataError: Where there is nothing to join, or inputs or targets differ in shape or kind.
+    """
+    if not parts:
+        raise DataError("there are no examples to join: every part is missing")
+    for what, tensors in (("inputs", [p.inputs for p in parts]), ("targets", [p.targets for p in parts])):
+        kinds = {(tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in tensors}
+        if len(kinds) > 1:
+            found = " and ".join(sorted(f"{shape} {dtype}" for shape, dtype in kinds))
+            raise DataError(f"examples cannot be joined, because their {what} differ: {found}")
+    return Examples(
+        torch.cat([p.inputs for p in parts]),
+        torch.cat([p.targets for p in parts]),
+        tuple(patient for p in parts for patient in p.patients),
+        tuple(name for p in parts for name in p.ids),
+    )
+
+
+def _not_finite(inputs: Tensor) -> list[int]:
+    """The positions of inputs that hold NaN or an infinity."""
+    if inputs.dtype == torch.uint8 or len(inputs) == 0 or bool(torch.isfinite(inputs.sum())):
+        return []  # a sum is finite only where every term is
+    return (~torch.isfinite(inputs).flatten(1).all(1)).nonzero().flatten().tolist()
+
+
+def _some(ids: Sequence[str], where: Sequence[int], most: int = 3) -> str:
+    more = ", ..." if len(where) > most else ""
+    return ", ".join(ids[i] for i in where[:most]) + more

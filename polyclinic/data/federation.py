@@ -1,0 +1,287 @@
+"""From a ``[data]`` table to sites with training, validation and test examples."""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from polyclinic.core.state import savable
+from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.source import Info, Table, digest, slug
+from polyclinic.data.spec import DataSpec
+from polyclinic.data.splits import ROLES, Duplicate, contents, dice_for, duplicates, official, split_patients, strata
+
+__all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
+
+
+@savable
+@dataclass(frozen=True)
+class RoleSummary:
+    """What a site has for one role.
+
+    Attributes:
+        patients: How many.
+        examples: How many.
+        classes: Examples per class (or with each of several labels); empty for numbers and masks.
+    """
+
+    patients: int
+    examples: int
+    classes: tuple[int, ...] = ()
+
+
+@savable
+@dataclass(frozen=True)
+class SiteSummary:
+    """One row of the table of sites.
+
+    Attributes:
+        name: The site.
+        title: As the data called it.
+        external: Whether nobody trains on it.
+        roles: By role.
+    """
+
+    name: str
+    title: str
+    external: bool
+    roles: Mapping[str, RoleSummary]
+
+
+@dataclass(frozen=True, eq=False)
+class Federated:
+    """Data at sites, ready for an engine, with all that a report must say of it.
+
+    Attributes:
+        sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabelled"``). External sites have
+            ``"test"`` only. Roles without examples are absent.
+        external: The sites that nobody trains on.
+        info: What the data is.
+        simulated: The sentence that goes with every result where sites were made up; None where they are real.
+        fingerprint: A hash of content, options and seed: equal data, equal fingerprint, on any machine.
+        rows: The table of sites, in the order of ``sites``.
+        duplicates: Equal inputs, wherever they are.
+        notes: What else a reader must be told, each a sentence.
+    """
+
+    sites: Mapping[str, Mapping[str, Examples]]
+    external: tuple[str, ...]
+    info: Info
+    simulated: str | None
+    fingerprint: str
+    rows: tuple[SiteSummary, ...]
+    duplicates: tuple[Duplicate, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one input: (C, *spatial) or (F,)."""
+        return next(iter(next(iter(self.sites.values())).values())).shape
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The sites that train."""
+        return tuple(name for name in self.sites if name not in self.external)
+
+
+def federate(spec: DataSpec, seed: int = 0) -> Federated:
+    """Reads the data that ``spec`` names and puts it at sites.
+
+    The same ``spec``, content and ``seed`` give the same federation, whatever the order of files on disk.
+
+    Raises:
+        DataError: Lists every problem.
+    """
+    source = spec.source()
+    whole = source.table()
+    if not len(whole):
+        raise DataError(f"{source.info.name} has no examples")
+    notes: list[str] = []
+    table, titles = _at_sites(whole, spec, seed, notes)
+    external = _external(spec, titles)
+    roles = _roles(table, spec, seed, external)
+    sites: dict[str, dict[str, Examples]] = {}
+    places: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
+        places[site, roles[patient]].append(name)
+    for site in titles:
+        order = [role for role in (*ROLES, "unlabelled") if places[site, role]]
+        sites[site] = {role: source.examples(sorted(places[site, role])) for role in order}
+        if "unlabelled" in sites[site]:
+            sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
+    sites, copies = _without_duplicates(sites, external, spec, notes)
+    _complete(sites, external)
+    rows = tuple(_summary(site, titles[site], site in external, sites[site], source.info) for site in sites)
+    partition = spec.partition
+    content = {**spec.model_dump(mode="json"), "path": None, "use": None}
+    return Federated(
+        sites,
+        external,
+        source.info,
+        partition.badge if partition else None,
+        digest("federated", 1, source.fingerprint, sorted(content.items(), key=lambda item: item[0]), seed),
+        rows,
+        copies,
+        (*source.info.notes, *notes),
+    )
+
+
+def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:
+    """The table with a column ``site``, each patient at one site; and the sites' titles in name order."""
+    if spec.partition is not None:
+        numbers = spec.partition.deal(strata(table), dice_for(seed, "partition"))
+        wide = len(str(spec.partition.count))
+        names = [f"site-{numbers[p] + 1:0{wide}d}" for p in table.patients]
+        titles = {name: name.replace("-", " ") for name in names}
+    else:
+        table, names, titles = _natural(table, str(spec.sites), notes)
+    table = dataclasses.replace(table, columns={**table.columns, "site": tuple(names)})
+    patients = {site: set[str]() for site in sorted(titles)}
+    for site, patient in zip(names, table.patients, strict=True):
+        patients[site].add(patient)
+    small = {site: len(found) for site, found in patients.items() if len(found) < spec.min_patients}
+    if small:
+        listed = ", ".join(f"{site} ({count})" for site, count in small.items())
+        notes.append(f"Left out, with fewer than {spec.min_patients} patients: {listed}.")
+    if len(small) == len(patients):
+        largest = max(small.values())
+        raise DataError(f"no site has min_patients = {spec.min_patients} patients; the largest has {largest}")
+    chosen = set[str]()
+    for site, found in patients.items():
+        if site not in small:
+            order, most = sorted(found), spec.max_patients or len(found)
+            chosen |= {order[i] for i in dice_for(seed, "max", site).permutation(len(order))[:most]}
+    kept = table.take([i for i, patient in enumerate(table.patients) if patient in chosen])
+    return kept, {site: titles[site] for site in patients if site not in small}
+
+
+def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[str], dict[str, str]]:
+    """Rows whose site is known, each patient at one site only; the site of each row; and the sites' titles."""
+    if column == "natural":
+        if not table.sites:
+            raise DataError(
+                'sites = "natural", but this data does not say which hospital an example comes from: name a column, or '
+                'make sites up with sites = {partition = "dirichlet", count = 4}'
+            )
+        column = table.sites[0]
+    if column not in table.columns:
+        raise DataError(f'sites = "{column}": there is no such column. There are {", ".join(table.columns) or "none"}')
+    values = table.columns[column]
+    if missing := [i for i, value in enumerate(values) if not value.strip()]:
+        notes.append(f"Left out: {len(missing)} examples whose {column} is missing.")
+    titles: dict[str, str] = {}
+    for value in sorted({value for value in values if value.strip()}):
+        if titles.setdefault(slug(value), value) != value:
+            raise DataError(f"two sites would both be called {slug(value)}: {titles[slug(value)]!r} and {value!r}")
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for patient, value in zip(table.patients, values, strict=True):
+        if value.strip():
+            counts[patient][slug(value)] += 1
+    home = {patient: min(sites, key=lambda s, n=sites: (-n[s], s)) for patient, sites in counts.items()}  # type: ignore[misc]
+    rows = [i for i, (p, v) in enumerate(zip(table.patients, values, strict=True)) if v.strip() and slug(v) == home[p]]
+    if several := sum(len(sites) > 1 for sites in counts.values()):
+        away = len(table) - len(missing) - len(rows)
+        notes.append(
+            f"{several} patients were seen at several sites; each is kept where most examples are, and {away} examples "
+            "elsewhere are left out."
+        )
+    return table.take(rows), [slug(values[i]) for i in rows], titles
+
+
+def _external(spec: DataSpec, titles: Mapping[str, str]) -> tuple[str, ...]:
+    names = {title: name for name, title in titles.items()} | {name: name for name in titles}
+    problems = [
+        f'external names "{site}", which is no site of this data. There are {", ".join(titles)}'
+        for site in spec.external
+        if site not in names
+    ]
+    external = tuple(sorted({names[site] for site in spec.external if site in names}))
+    if not problems and len(external) == len(titles):
+        problems.append("every site is external, so that nobody is left to train")
+    if problems:
+        raise DataError(problems)
+    return external
+
+
+def _roles(table: Table, spec: DataSpec, seed: int, external: tuple[str, ...]) -> dict[str, str]:
+    """The role of each patient. Labels are withheld from a share of the training patients, class by class."""
+    site_of = dict(zip(table.patients, table.columns["site"], strict=True))
+    groups = strata(table)
+    fixed = official(table) if spec.split == "official" else {}
+    roles: dict[str, str] = {}
+    for site in sorted(set(site_of.values())):
+        here = {patient: groups[patient] for patient, at in site_of.items() if at == site}
+        if site in external:
+            found = dict.fromkeys(here, "test")
+        elif isinstance(spec.split, tuple):
+            found = split_patients(here, spec.split, dice_for(seed, "split", site))
+        else:
+            found = {patient: fixed[patient] for patient in here}
+        if spec.unlabelled:
+            train = {patient: here[patient] for patient, role in found.items() if role == "train"}
+            shares = (1 - spec.unlabelled, 0.0, spec.unlabelled)
+            withheld = split_patients(train, shares, dice_for(seed, "unlabelled", site))
+            found |= {patient: "unlabelled" for patient, role in withheld.items() if role == "test"}
+        roles |= found
+    return roles
+
+
+def _without_duplicates(
+    sites: dict[str, dict[str, Examples]], external: tuple[str, ...], spec: DataSpec, notes: list[str]
+) -> tuple[dict[str, dict[str, Examples]], tuple[Duplicate, ...]]:
+    """Reports, drops or refuses inputs that occur more than once."""
+    copies = duplicates(sites)
+    if not copies:
+        return sites, copies
+    leaks = [d for d in copies if d.across_roles]
+    across = sum(d.across_sites for d in copies)
+    says = (
+        f"{len(copies)} inputs occur more than once, byte for byte; {len(leaks)} of them in two of training, "
+        f"validation and test, {across} at two sites."
+    )
+    if spec.duplicates == "refuse":
+        examples = "; ".join(" = ".join(d.ids[:3]) for d in (leaks or copies)[:3])
+        raise DataError(f'{says} Remove the copies, or set duplicates = "drop" ({examples})')
+    if spec.duplicates == "report":
+        notes.append(says)
+        return sites, copies
+    seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
+    for role in ("test", "val", "train", "unlabelled"):  # test data keep theirs
+        for site in sorted(kept, key=lambda s: (s not in external, s)):
+            if role in kept[site]:
+                fresh = []
+                for i, key in enumerate(contents(kept[site][role])):
+                    if key not in seen:
+                        fresh.append(i)
+                        seen.add(key)
+                dropped += len(kept[site][role]) - len(fresh)
+                kept[site][role] = kept[site][role].subset(torch.tensor(fresh, dtype=torch.int64))
+    notes.append(f"{says} {dropped} copies were dropped; where one is test data, that one was kept.")
+    return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}, copies
+
+
+def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...]) -> None:
+    problems = [
+        f"{site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger min_patients, "
+        "change the split, or name it external"
+        for site, roles in sites.items()
+        for role in (("test",) if site in external else ("train", "test"))
+        if role not in roles
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _summary(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
+    found = {}
+    for role, examples in roles.items():
+        classes: Sequence[int] = ()
+        if role != "unlabelled" and examples.targets.ndim == 1:
+            classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
+        elif role != "unlabelled" and info.task == "multilabel":
+            classes = examples.targets.sum(0).long().tolist()
+        found[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
+    return SiteSummary(name, title, external, found)

@@ -1,0 +1,91 @@
+"""From tables of a study file to values: each problem named by its key, all of them at once."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from polyclinic.data.examples import DataError
+
+T = TypeVar("T")
+Where = tuple[int | str, ...]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> T:
+    """A frozen dataclass from the options in ``given``.
+
+    Args:
+        cls: The dataclass; its fields are the options.
+        given: What a person wrote. JSON's rules hold: a list becomes a tuple, and nothing else becomes anything.
+        what: What it is for, in messages.
+        at: Where in the table the options stand.
+
+    Raises:
+        ValidationError: With every problem, each under ``at`` and its key.
+    """
+    hints = get_type_hints(cls)
+    fields: dict[str, Any] = {
+        f.name: (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.init and f.default_factory is dataclasses.MISSING
+    }
+    model = create_model(cls.__name__, __base__=_Strict, **fields)
+    lines: list[InitErrorDetails] = []
+    try:
+        valid = model.model_validate_json(json.dumps(dict(given), default=str))
+    except ValidationError as error:
+        for line in error.errors(include_url=False):
+            where = (*at, *line["loc"])
+            if line["type"] == "extra_forbidden":
+                lines.append(
+                    problem(where, f"unknown key.{choices(str(line['loc'][-1]), fields, what)}", line["input"])
+                )
+            else:
+                lines.append(again(line, where))
+        raise problems(lines) from None
+    try:
+        return cls(**{name: getattr(valid, name) for name in fields})
+    except DataError as error:
+        raise problems([_of_field(at, says, fields, given) for says in error.problems]) from None
+
+
+def _of_field(at: Where, says: str, fields: Iterable[str], given: Mapping[str, Any]) -> InitErrorDetails:
+    """A problem at the key with which it begins, as in "size = 3: choose 8 to 256"."""
+    key, _, rest = says.partition(" = ")
+    if key not in set(fields) or ": " not in rest:
+        return problem(at, says, dict(given))
+    return problem((*at, key), rest.partition(": ")[2], given.get(key))
+
+
+def choices(word: str, known: Iterable[str], what: str) -> str:
+    """A question ("Did you mean …?") where something known is near, and else a list of what there is."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, 1, 0.6)
+    return f' Did you mean "{near[0]}"?' if near else f" {what} takes {', '.join(names) or 'no options'}"
+
+
+def problem(at: Where, says: str, given: Any) -> InitErrorDetails:
+    """One problem, in our own words, at a key."""
+    plain = says.replace("{", "(").replace("}", ")")  # braces would be read as places to fill
+    return InitErrorDetails(type=PydanticCustomError("data", plain), loc=at, input=given)  # type: ignore[arg-type]
+
+
+def again(line: Any, at: Where) -> InitErrorDetails:
+    """A problem that pydantic found, at another place, with its type kept."""
+    context = line.get("ctx") or {}
+    if line["type"] in ("value_error", "data"):
+        return problem(at, str(context.get("error", line["msg"])), line["input"])
+    return InitErrorDetails(type=line["type"], loc=at, input=line["input"], ctx=context)
+
+
+def problems(lines: list[InitErrorDetails]) -> ValidationError:
+    """All problems as one error; inside a validator its lines join the others."""
+    return ValidationError.from_exception_data("data", lines)

@@ -1,0 +1,182 @@
+"""Sites that are made up: how one source's patients are dealt to imaginary hospitals.
+
+Every patient goes to one site with all examples. A result on such sites carries ``badge``, because real hospitals
+differ in more ways than these.
+
+* Dirichlet label skew, class by class: Yurochkin et al., "Bayesian nonparametric federated learning of neural
+  networks", ICML 2019, https://proceedings.mlr.press/v97/yurochkin19a.html. There a site may be left empty; here the
+  deal is drawn again until no site has fewer patients than ``least``.
+* Pathological classes: McMahan et al., "Communication-efficient learning of deep networks from decentralized data",
+  AISTATS 2017, section 3, https://proceedings.mlr.press/v54/mcmahan17a.html. There shards of sorted images are dealt;
+  here sites get whole classes and share a class's patients evenly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+
+from polyclinic.data.examples import DataError
+
+TRIES = 200
+
+
+@dataclass(frozen=True)
+class Iid:
+    """Patients dealt at random in equal numbers, evenly within each class."""
+
+    name: ClassVar[str] = "iid"
+    count: int = 4
+    least: int = 1
+
+    @property
+    def badge(self) -> str:
+        """The sentence that goes with every result on these sites."""
+        return f"Simulated sites: patients of one source were dealt at random to {self.count} equal sites."
+
+    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+        """A site's number for each patient. ``groups`` holds each patient's class."""
+        _enough(self.count, self.least, groups)
+        order = sorted(_shuffled(groups, dice), key=lambda patient: groups[patient])
+        return {patient: i % self.count for i, patient in enumerate(order)}
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    """Label skew: each class is spread over the sites in shares drawn from Dirichlet(α)."""
+
+    name: ClassVar[str] = "dirichlet"
+    count: int = 4
+    alpha: float = 0.5
+    least: int = 10
+
+    @property
+    def badge(self) -> str:
+        """The sentence that goes with every result on these sites."""
+        return (
+            f"Simulated sites: patients of one source were dealt to {self.count} sites with label skew, "
+            f"Dirichlet({self.alpha:g})."
+        )
+
+    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+        """A site's number for each patient. ``groups`` holds each patient's class."""
+        _positive("alpha", self.alpha)
+        _enough(self.count, self.least, groups)
+        for _ in range(TRIES):
+            sites: dict[str, int] = {}
+            for label in sorted(set(groups.values())):
+                patients = [p for p in _shuffled(groups, dice) if groups[p] == label]
+                shares = dice.dirichlet(np.full(self.count, self.alpha))  # p_c ~ Dir(α)
+                sites |= _by_share(patients, shares)
+            if _fewest(sites, self.count) >= self.least:
+                return sites
+        raise DataError(
+            f"no deal of {len(groups)} patients to {self.count} sites with alpha = {self.alpha:g} left every site "
+            f"{self.least} patients in {TRIES} draws: use fewer sites, a larger alpha or a smaller least"
+        )
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Quantity skew: sites differ in size, in shares drawn from Dirichlet(α), and not in classes."""
+
+    name: ClassVar[str] = "quantity"
+    count: int = 4
+    alpha: float = 1.0
+    least: int = 10
+
+    @property
+    def badge(self) -> str:
+        """The sentence that goes with every result on these sites."""
+        return (
+            f"Simulated sites: patients of one source were dealt at random to {self.count} sites of unequal size, "
+            f"Dirichlet({self.alpha:g})."
+        )
+
+    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+        """A site's number for each patient."""
+        _positive("alpha", self.alpha)
+        _enough(self.count, self.least, groups)
+        spare = len(groups) - self.least * self.count  # everyone gets the least, the rest is dealt by share
+        sizes = self.least + _whole(dice.dirichlet(np.full(self.count, self.alpha)) * spare)
+        return dict(zip(_shuffled(groups, dice), np.repeat(np.arange(self.count), sizes).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Pathological:
+    """Each site sees only some classes."""
+
+    name: ClassVar[str] = "pathological"
+    count: int = 4
+    classes: int = 1
+    least: int = 1
+
+    @property
+    def badge(self) -> str:
+        """The sentence that goes with every result on these sites."""
+        return (
+            f"Simulated sites: patients of one source were dealt to {self.count} sites, each with {self.classes} of "
+            "the classes only."
+        )
+
+    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+        """A site's number for each patient. ``groups`` holds each patient's class."""
+        _enough(self.count, self.least, groups)
+        labels = sorted(set(groups.values()))
+        if not 1 <= self.classes <= len(labels):
+            raise DataError(
+                f"classes = {self.classes}: this data has {len(labels)} classes, so choose 1 to {len(labels)}"
+            )
+        if self.count * self.classes < len(labels):
+            raise DataError(f"{self.count} sites with {self.classes} classes each cannot hold {len(labels)} classes: "
+                            "use more sites or more classes a site")  # fmt: skip
+        turn = dice.permutation(len(labels))
+        has = {k: {labels[turn[(k * self.classes + j) % len(labels)]] for j in range(self.classes)}
+               for k in range(self.count)}  # fmt: skip
+        sites: dict[str, int] = {}
+        for label in labels:
+            holders = [k for k in range(self.count) if label in has[k]]
+            patients = [p for p in _shuffled(groups, dice) if groups[p] == label]
+            sites |= {patient: holders[i % len(holders)] for i, patient in enumerate(patients)}
+        if (fewest := _fewest(sites, self.count)) < self.least:
+            raise DataError(f"a site would have {fewest} patients, fewer than least = {self.least}: use fewer sites")
+        return sites
+
+
+Partition: TypeAlias = Iid | Dirichlet | Quantity | Pathological
+PARTITIONS: dict[str, type[Partition]] = {p.name: p for p in (Iid, Dirichlet, Quantity, Pathological)}
+
+
+def _shuffled(groups: Mapping[str, int], dice: np.random.Generator) -> list[str]:
+    order = sorted(groups)
+    return [order[i] for i in dice.permutation(len(order))]
+
+
+def _by_share(patients: Sequence[str], shares: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> dict[str, int]:
+    sizes = _whole(shares * len(patients))
+    return dict(zip(patients, np.repeat(np.arange(len(shares)), sizes).tolist(), strict=True))
+
+
+def _whole(sizes: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """Whole numbers near ``sizes`` and with the same (whole) sum: the largest remainders are rounded up."""
+    floor = np.floor(sizes).astype(np.int64)
+    missing = round(float(sizes.sum())) - int(floor.sum())
+    floor[np.argsort(floor - sizes, kind="stable")[:missing]] += 1
+    return floor
+
+
+def _fewest(sites: Mapping[str, int], count: int) -> int:
+    return int(np.bincount(list(sites.values()), minlength=count).min())
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise DataError(f"{name} = {value:g}: it must be more than 0")
+
+
+def _enough(count: int, least: int, groups: Mapping[str, int]) -> None:
+    if count < 1 or least < 0:
+        raise DataError(f"count = {count}, least = {least}: at least one site, and no negative number of patients")
+    if len(groups) < count * max(least, 1):
+        raise DataError(f"{len(groups)} patients are too few for {count} sites of at least {max(least, 1)}")

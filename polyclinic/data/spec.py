@@ -1,0 +1,159 @@
+"""The ``[data]`` table of a study file, as a value: which data, whose sites, which split."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import ModelWrapValidatorHandler as Handler
+from pydantic_core import InitErrorDetails
+
+from polyclinic.data import options
+from polyclinic.data.partition import PARTITIONS, Partition
+from polyclinic.data.source import Source
+from polyclinic.data.splits import ROLES
+
+KINDS: dict[str, tuple[str, str]] = {
+    "nodules": ("polyclinic.data.nodules", "Nodules"),
+}
+"""What ``kind`` may be: the module and the class of the source. Options are the class's fields."""
+
+
+def _sites(value: Any) -> str | Partition:
+    """A column's name, or a made-up partition from its table ``{partition = "dirichlet", count = 8}``."""
+    if isinstance(value, str | Partition):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError('must be a column\'s name, or a partition such as {partition = "dirichlet", count = 8}')
+    given = dict(value)
+    name = given.pop("partition", None)
+    if name not in PARTITIONS:
+        raise options.problems([options.problem(
+            ("partition",), f"no partition is called {name!r}.{options.choices(str(name), PARTITIONS, 'it')}"
+            .replace("it takes", "There are"), name)])  # fmt: skip
+    return options.build(PARTITIONS[name], given, f'the partition "{name}"')
+
+
+def _plain(value: str | Partition) -> Any:
+    return value if isinstance(value, str) else {"partition": value.name, **vars(value)}
+
+
+def _split(value: Any) -> tuple[float, ...] | str:
+    """Three shares, or ``"official"``."""
+    if value == "official":
+        return "official"
+    numbers = isinstance(value, list | tuple) and all(type(n) in (int, float) for n in value)
+    if not numbers or len(value) != len(ROLES) or any(not 0 <= n <= 1 for n in value) or abs(sum(value) - 1) > 1e-6:
+        raise ValueError('must be the shares of training, validation and test, which sum to 1, or "official"')
+    if value[0] == 0 or value[2] == 0:
+        raise ValueError("training and test each need a share above 0")
+    return tuple(float(n) for n in value)
+
+
+Sites = Annotated[str | Partition, PlainValidator(_sites), PlainSerializer(_plain)]
+Split = Annotated[
+    tuple[float, ...] | str, PlainValidator(_split), PlainSerializer(lambda v: v if v == "official" else list(v))
+]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class DataSpec(BaseModel):
+    """Which data a study is about. Further keys are the source's own options, such as ``size`` and ``mm``.
+
+    Attributes:
+        use: A data set of the catalogue (``polyclinic data list``).
+        path: A folder or file of your own; ``~`` and ``$VARIABLES`` are filled in.
+        kind: What lies at ``path``; a key of ``KINDS``.
+        sites: ``"natural"`` for the source's own hospitals or scanners, another column's name, or a partition that
+            makes sites up.
+        split: Shares of training, validation and test, or ``"official"`` for the source's own split.
+        external: Sites that nobody trains on; all their data are test data.
+        min_patients: Sites with fewer patients are left out, and named.
+        max_patients: At most this many patients a site, drawn at random.
+        unlabelled: The share of each site's training patients whose labels are withheld (role ``"unlabelled"``).
+        duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    use: str | None = None
+    path: str | None = None
+    kind: str | None = None
+    sites: Sites = "natural"
+    split: Split = (0.6, 0.15, 0.25)
+    external: Names = ()
+    min_patients: Annotated[int, Field(ge=1)] = 10
+    max_patients: Annotated[int, Field(ge=1)] | None = None
+    unlabelled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    duplicates: Literal["report", "drop", "refuse"] = "report"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The source's own options, as given."""
+        return dict(self.model_extra or {})
+
+    @property
+    def partition(self) -> Partition | None:
+        """How sites are made up, or None where they are real."""
+        return None if isinstance(self.sites, str) else self.sites
+
+    def source(self) -> Source:
+        """Where the examples come from. Reads nothing yet."""
+        return source_of(self.use, self.path, self.kind, self.options)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _whole(cls, value: Any, handler: Handler["DataSpec"]) -> "DataSpec":
+        """Checks the table and the source's options in one pass."""
+        if not isinstance(value, Mapping):
+            return handler(value)
+        lines: list[InitErrorDetails] = []
+        spec = None
+        try:
+            spec = handler(value)
+        except ValidationError as error:
+            lines += [options.again(line, line["loc"]) for line in error.errors(include_url=False)]
+        own = {key: item for key, item in value.items() if key not in cls.model_fields}
+        use, path, kind = (value.get(key) for key in ("use", "path", "kind"))
+        if all(word is None or isinstance(word, str) for word in (use, path, kind)):
+            try:
+                source_of(use, path, kind, own)
+            except ValidationError as error:
+                lines += [options.again(line, line["loc"]) for line in error.errors(include_url=False)]
+        if spec is not None:
+            lines += list(_together(spec))
+        if lines:
+            raise options.problems(lines)
+        assert spec is not None
+        return spec
+
+
+def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[str, Any]) -> Source:
+    """The source that a ``[data]`` table names, with its ``own`` options.
+
+    Raises:
+        ValidationError: With every problem, by key.
+    """
+    if use is None and kind is None:
+        says = 'name a data set with use = "..." (`polyclinic data list` shows them), or give a path and its kind'
+        raise options.problems([options.problem(("use",), says, use)])
+    if use == "lidc-nodules":
+        kind = "nodules"
+    if kind not in KINDS:
+        says = f'no kind of data is called "{kind}".{options.choices(str(kind), KINDS, "kind")}'
+        raise options.problems([options.problem(("kind",), says, kind)])
+    module, name = KINDS[kind]
+    cls: type[Source] = getattr(importlib.import_module(module), name)
+    given = dict(own) if path is None else {**own, "path": path}
+    return options.build(cls, given, f'"{use or kind}"')
+
+
+def _together(spec: DataSpec) -> list[InitErrorDetails]:
+    """What is wrong between keys that are each right."""
+    found = []
+    if spec.max_patients is not None and spec.max_patients < spec.min_patients:
+        says = f"is below min_patients = {spec.min_patients}, so that no site would be left"
+        found.append(options.problem(("max_patients",), says, spec.max_patients))
+    if len(set(spec.external)) != len(spec.external):
+        found.append(options.problem(("external",), "names a site twice", spec.external))
+    return found

@@ -1,0 +1,154 @@
+"""Who trains, who validates, who tests: by patient, never by image."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.source import Table
+
+ROLES = ("train", "val", "test")
+BINS = 5
+"""Into how many groups of equal size numbers are cut when patients are stratified by them."""
+
+
+def dice_for(*key: int | str) -> np.random.Generator:
+    """Dice that depend on ``key`` and on nothing else."""
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little"))
+
+
+def strata(table: Table) -> dict[str, int]:
+    """For each patient the group within which splitting is even.
+
+    Classes: the one that most of the patient's examples have (the rarer of two equals). Several labels: which of them
+    are set in any example. Numbers: which of ``BINS`` quantiles the mean falls into. Masks: one group.
+    """
+    by_patient: dict[str, list[int]] = defaultdict(list)
+    for row, patient in enumerate(table.patients):
+        by_patient[patient].append(row)
+    labels = table.labels
+    if labels is None:
+        return dict.fromkeys(by_patient, 0)
+    if labels.ndim == 1:
+        overall = Counter(labels.tolist())
+        found = {}
+        for patient, rows in by_patient.items():
+            counts = Counter(labels[rows].tolist())
+            found[patient] = min(counts, key=lambda c, n=counts: (-n[c], overall[c], c))  # type: ignore[misc]
+        return found
+    if labels.shape[1] > 1:
+        patterns = {p: tuple(np.nan_to_num(labels[rows]).max(axis=0).tolist()) for p, rows in by_patient.items()}
+        number = {pattern: i for i, pattern in enumerate(sorted(set(patterns.values())))}
+        return {p: number[pattern] for p, pattern in patterns.items()}
+    means = {p: float(labels[rows].mean()) for p, rows in by_patient.items()}
+    cuts = np.quantile(list(means.values()), np.arange(1, BINS) / BINS)
+    return {p: int(np.searchsorted(cuts, mean)) for p, mean in means.items()}
+
+
+def split_patients(groups: Mapping[str, int], shares: Sequence[float], dice: np.random.Generator) -> dict[str, str]:
+    """A role for each patient, in the given shares, as evenly within each group as whole patients allow.
+
+    Patients are drawn in random order, group by group; each gets the role that lags most behind its share, in the
+    group and over all. A role that was to have a share has at least one patient, if there are enough patients.
+
+    Args:
+        groups: The stratum of each patient.
+        shares: Of training, validation and test; they sum to 1.
+        dice: Where the order comes from.
+    """
+    order = sorted(groups)
+    order = [order[i] for i in dice.permutation(len(order))]
+    order.sort(key=lambda patient: groups[patient])  # stable: random within a group
+    wanted = {role: share for role, share in zip(ROLES, shares, strict=True) if share > 0}
+    overall: Counter[str] = Counter()
+    within: dict[int, Counter[str]] = defaultdict(Counter)
+    roles = {}
+    for seen, patient in enumerate(order, start=1):
+        here = within[groups[patient]]
+        lag = {r: s * (seen + here.total() + 1) - overall[r] - here[r] for r, s in wanted.items()}
+        role = max(wanted, key=lambda r, lag=lag: (round(lag[r], 9), wanted[r]))  # type: ignore[misc]
+        roles[patient] = role
+        overall[role] += 1
+        here[role] += 1
+    for empty in [r for r in wanted if not overall[r] and len(order) >= len(wanted)]:
+        rich = overall.most_common(1)[0][0]
+        moved = next(p for p in reversed(order) if roles[p] == rich)
+        roles[moved] = empty
+        overall[rich] -= 1
+        overall[empty] += 1
+    return roles
+
+
+def official(table: Table) -> dict[str, str]:
+    """The role that the source's own column ``split`` gives to each patient.
+
+    Raises:
+        DataError: Where there is no such column, a value is unknown, or a patient is in two of its splits.
+    """
+    if "split" not in table.columns:
+        raise DataError('split = "official", but this data comes without a split of its own: give shares instead, '
+                        "such as split = [0.6, 0.15, 0.25]")  # fmt: skip
+    names = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+             "test": "test", "testing": "test"}  # fmt: skip
+    problems, roles = [], dict[str, str]()
+    values = table.columns["split"]
+    if unknown := sorted({v for v in values if v.lower() not in names}):
+        problems.append(f"the column split holds {', '.join(map(repr, unknown[:3]))}: it may hold train, val and test")
+    else:
+        twice = set()
+        for patient, value in zip(table.patients, values, strict=True):
+            if roles.setdefault(patient, names[value.lower()]) != names[value.lower()]:
+                twice.add(patient)
+        if twice:
+            problems.append(
+                f"{len(twice)} patients are in two of the official splits ({', '.join(sorted(twice)[:3])}): that leaks "
+                "test patients into training. Correct the column, or give shares to split anew by patient"
+            )
+    if problems:
+        raise DataError(problems)
+    return roles
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Examples whose inputs are equal, byte for byte.
+
+    Attributes:
+        ids: Their names.
+        places: Where each is, as (site, role).
+    """
+
+    ids: tuple[str, ...]
+    places: tuple[tuple[str, str], ...]
+
+    @property
+    def across_roles(self) -> bool:
+        """Whether training, validation and test data share it."""
+        return len({role for _, role in self.places}) > 1
+
+    @property
+    def across_sites(self) -> bool:
+        """Whether two sites share it."""
+        return len({site for site, _ in self.places}) > 1
+
+
+def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, ...]:
+    """Inputs that occur more than once, anywhere in the federation."""
+    found: dict[bytes, list[tuple[str, tuple[str, str]]]] = defaultdict(list)
+    for site, roles in sites.items():
+        for role, examples in roles.items():
+            for name, key in zip(examples.ids, contents(examples), strict=True):
+                found[key].append((name, (site, role)))
+    many = [sorted(copies, key=lambda c: (c[1], c[0])) for copies in found.values() if len(copies) > 1]
+    return tuple(Duplicate(tuple(n for n, _ in c), tuple(p for _, p in c)) for c in sorted(many))
+
+
+def contents(examples: Examples) -> list[bytes]:
+    """A hash of each input's bytes."""
+    flat: Any = examples.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
+    return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]

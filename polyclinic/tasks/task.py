@@ -44,8 +44,9 @@ class Task(ABC):
         """Scores of one site's ``outputs``, by name. A score that is undefined there is left out."""
 
     def model(self) -> nn.Module:
-        """A new model with random parameters."""
-        return self.network()
+        """A new model with random parameters. The global dice stay as they were."""
+        with torch.random.fork_rng(devices=[]):
+            return self.network()
 
     def first(self, seed: int = 0) -> Tree:
         """The parameters that a run with ``seed`` begins from."""

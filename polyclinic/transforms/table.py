@@ -25,7 +25,7 @@ TRANSFORMS: Mapping[str, Entry] = {
     for entry in (
         Entry("clip", "privacy:Clip", "bounds the norm of what a site sends", "McMahan et al. 2018"),
         Entry("adaptive-clip", "privacy:AdaptiveClip", "a bound that follows the median norm", "Andrew et al. 2021"),
-        Entry("gaussian", "privacy:Gaussian", "noise from the operating system, for a privacy budget", "Dwork and Roth 2014"),
+        Entry("gaussian", "privacy:Gaussian", "noise nobody can predict, for a privacy budget", "Dwork and Roth 2014"),
         Entry("top-k", "topk:TopK", "the largest coordinates; the rest is remembered", "Stich et al. 2018"),
     )
 }  # fmt: skip

@@ -1,0 +1,50 @@
+"""The command ``polyclinic``: what there is, and how a mistake is told."""
+
+import logging
+import os
+import sys
+
+from cyclopts import App
+
+from polyclinic import __version__
+
+app = App(
+    name="polyclinic",
+    help="Federated learning for medical image analysis: many clinics, one model, no image leaves its hospital.",
+    version=__version__,
+)
+_STUDIES, _LISTS, _DATA = "Studies", "What there is", "Data and privacy"
+_HOSPITALS = "Between hospitals"
+for group, name, target, summary in (
+    (_STUDIES, "demo", "run:demo", "Run a study of real patients at several sites, and open its report."),
+    (_STUDIES, "new", "run:new", "Write a commented study file to begin from."),
+    (_STUDIES, "run", "run:run", "Run a study."),
+    (_STUDIES, "report", "run:report", "Write the report of a run."),
+    (_STUDIES, "status", "run:status", "How far a run has come."),
+    (_LISTS, "methods", "lists:methods_app", "The federated methods, by the survey's taxonomy."),
+    (_LISTS, "networks", "lists:networks", "The networks that a study may name."),
+    (_LISTS, "transforms", "lists:transforms", "What may stand between a site and the server."),
+):
+    app.command(f"polyclinic.cli.{target}", name=name, help=summary, group=group)
+
+
+def main() -> None:
+    """Runs the command line. A mistake of the user's is told in its own words, without a traceback."""
+    logging.getLogger("polyclinic").addHandler(logging.NullHandler())
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not type(error).__module__.startswith("polyclinic.") and not isinstance(error, FileNotFoundError):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a person sees of a run: a line that lives while an arm trains, and plain lines where nobody watches."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from polyclinic.studies.runner import Event
+from polyclinic.studies.spec import Study
+
+
+class Display:
+    """Shows a run's events on ``console``."""
+
+    def __init__(self, console: Console, study: Study) -> None:
+        self.console, self.study = console, study
+        self._bar = Progress(
+            TextColumn("  {task.fields[name]:<24}"), TextColumn("round {task.completed:>3}/{task.total}"),
+            BarColumn(bar_width=20), TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Display":
+        """Begins."""
+        study = self.study
+        self.console.print(f"\n[bold]{study.title or study.name}[/bold]  [dim]study {study.hash[:12]}[/dim]")
+        names = ", ".join(method.called for method in study.methods)
+        self.console.print(f"  {study.task.kind} with {study.task.network}; {names}")
+        times = f" x {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
+        self.console.print(f"  {len(study.methods)} methods x {study.rounds} rounds{times}; judged by {study.metric}\n")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the live line, whatever happened."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Shows one event."""
+        name = event.label + (f" · seed {event.seed}" if len(self.study.seeds) > 1 else "")
+        match event.what:
+            case "data":
+                for note in event.notes:
+                    self.console.print(f"  [yellow]·[/yellow] {note}")
+                self.console.print()
+            case "arm":
+                self._task = self._bar.add_task("", total=event.rounds, completed=event.round, name=name, told="")
+            case "round" if self._task is not None:
+                self._bar.update(self._task, completed=event.round, told=self._told(event))
+                for site, reason in event.lost.items():
+                    self.console.print(f"  [yellow]![/yellow] {name} round {event.round}: {site} is left out: {reason}")
+                if not self.console.is_terminal and event.round == event.rounds:
+                    self.console.print(f"  {name:<24} round {event.round}/{event.rounds}  {self._told(event)}")
+            case "tested":
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                    self._task = None
+                self.console.print(f"  [green]✓[/green] {name:<22} test {self._told(event)}")
+
+    def _told(self, event: Event) -> str:
+        """The mean over sites and the worst site, and what was sent."""
+        scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
+        if not scores:
+            return ""
+        choose = min if self.study.higher_is_better else max
+        worst = choose(scores, key=lambda site: scores[site])
+        mean = sum(scores.values()) / len(scores)
+        sent = f"  {event.bytes / 1e6:.1f} MB" if event.bytes else ""
+        return f"{self.study.metric} {mean:.3f}  worst {worst} {scores[worst]:.3f}{sent}"

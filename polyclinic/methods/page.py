@@ -1,0 +1,105 @@
+"""What a method's page says, taken from its table line, its docstrings and its maker's arguments."""
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from polyclinic.methods.registry import entry, maker, options
+from polyclinic.methods.table import Entry, family_of
+
+
+@dataclass(frozen=True)
+class Page:
+    """One method, explained.
+
+    Attributes:
+        entry: Its line in the table. ``family``: the heading it stands under.
+        about: What it is, from the docstrings of its maker, its class and its module.
+        options: What a study may set, with defaults and, where the class describes it, the meaning.
+    """
+
+    entry: Entry
+    family: str
+    about: tuple[str, ...]
+    options: dict[str, tuple[Any, str]]
+
+    def as_markdown(self) -> str:
+        """The page as Markdown."""
+        e = self.entry
+        lines = [f"## {e.name}", "", f"*{self.family}* · {e.paper}", "", *(f"{text}\n" for text in self.about)]
+        lines += [f"**What leaves a site:** {e.leaves}.", ""]
+        if e.tasks:
+            lines += [f"**For:** {', '.join(e.tasks)}.", ""]
+        if e.stateful:
+            lines += ["**Sites keep something** between rounds; it never leaves them.", ""]
+        if self.options:
+            lines += ["| option | default | meaning |", "|---|---|---|"]
+            lines += [f"| `{name}` | `{value!r}` | {text} |" for name, (value, text) in self.options.items()]
+            lines += [""]
+        given = "".join(f"{n} = {_toml(v)}\n" for n, (v, _) in list(self.options.items())[:2] if _toml(v))
+        lines += ["```toml", "[[methods]]", f'name = "{e.name}"', given + "```"]
+        return "\n".join(lines) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The page as plain values."""
+        e = self.entry
+        return {
+            "name": e.name, "family": self.family, "summary": e.summary, "paper": e.paper, "leaves": e.leaves,
+            "about": list(self.about),
+            "options": {k: {"default": v, "meaning": m} for k, (v, m) in self.options.items()},
+        }  # fmt: skip
+
+
+def page(name: str) -> Page:
+    """The page of the method called ``name``.
+
+    Raises:
+        UnknownMethod: Where there is none; the message suggests one.
+    """
+    line = entry(name)
+    make = maker(line)
+    module = inspect.getmodule(make)
+    built = _class_of(make, module)
+    meanings = _attributes(inspect.getdoc(built) or "") if built else {}
+    about = [inspect.getdoc(make) or ""]
+    if built and built.__module__ == make.__module__:
+        about.append(_before_attributes(inspect.getdoc(built) or ""))
+    about.append(inspect.getdoc(module) or "" if module else "")
+    given = {key: (p.default, meanings.get(key, "")) for key, p in options(line).items()}
+    return Page(line, family_of(name), tuple(text for text in about if text), given)
+
+
+def _class_of(make: Any, module: Any) -> type | None:
+    """The class that a maker returns, by its annotation."""
+    kind = inspect.signature(make).return_annotation
+    return kind if isinstance(kind, type) else getattr(module, str(kind), None)
+
+
+def _before_attributes(doc: str) -> str:
+    return re.split(r"\n\s*Attributes:\n", doc)[0].strip()
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """The ``Attributes:`` of a docstring: name to meaning. Names mentioned within a meaning share it."""
+    parts = re.split(r"\n\s*Attributes:\n", doc)
+    found: dict[str, str] = {}
+    if len(parts) > 1:
+        for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", parts[1] + "\n", re.M | re.S):
+            meaning = " ".join(text.split())
+            found[name] = meaning
+            for other in re.findall(r"``(\w+)``:? ", meaning):
+                found.setdefault(other, meaning)
+    return found
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (
+        f'"{value}"'
+        if isinstance(value, str)
+        else ""
+        if value is None
+        else str(list(value) if isinstance(value, tuple) else value)
+    )

@@ -1,0 +1,43 @@
+"""Plain values as TOML text, for studies that were changed on the command line."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def dumps(data: Mapping[str, Any], under: tuple[str, ...] = ()) -> str:
+    """``data`` as TOML. Tables become headings, lists of tables ``[[…]]``, all else one line."""
+    plain = {k: v for k, v in data.items() if v is not None and not _is_table(v)}
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    for key, value in data.items():
+        path = (*under, key)
+        name = ".".join(_key(part) for part in path)
+        if isinstance(value, Mapping):
+            lines += ["", f"[{name}]", dumps(value, path).rstrip("\n")]
+        elif _is_table(value):
+            for item in value:
+                lines += ["", f"[[{name}]]", dumps(item, path).rstrip("\n")]
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+    )
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case Mapping():
+            return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + " }"
+        case list() | tuple():
+            return "[" + ", ".join(_value(item) for item in value) + "]"
+    return str(value)

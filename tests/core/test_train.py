@@ -1,0 +1,230 @@
+"""The drivers: one bad site never poisons or stops a round, and the journal cannot be rewritten unseen."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyclinic.core.check import Gate
+from polyclinic.core.execute import cohort_of
+from polyclinic.core.journal import Broken, Journal, verify
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Secret, Site
+from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.train import Arrival, TooFewReplies, train, train_async
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.testing import equal
+from tests.conftest import little_sites
+
+
+class Tampered(InProcess):
+    """An engine in which what one site sends is replaced on its way."""
+
+    def __init__(self, method, sites, victim: str, change) -> None:
+        super().__init__(method, sites)
+        self.victim, self.change = victim, change
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        for arrival in super().replies(deadline):
+            if arrival.site == self.victim:
+                for changed in self.change(arrival):
+                    yield changed
+            else:
+                yield arrival
+
+
+def poison(value: float):
+    def change(arrival: Arrival) -> Sequence[Arrival]:
+        mean = arrival.reply.mean("update")
+        total = {**mean.total, "head.bias": torch.full_like(mean.total["head.bias"], value)}
+        return [arrival._replace(reply=Reply({"update": Mean(total, mean.weight)}))]
+
+    return change
+
+
+def reweighted(weight: float):
+    return lambda a: [a._replace(reply=Reply({"update": Mean(a.reply.mean("update").total, weight)}))]
+
+
+def edited(edit):
+    return lambda a: [a._replace(reply=Reply({"update": Mean(edit(dict(a.reply.mean("update").total)), 10.0)}))]
+
+
+BAD = {
+    "nan": (poison(float("nan")), "NaN"),
+    "infinity": (poison(float("inf")), "NaN or an infinity"),
+    "shape": (edited(lambda t: {**t, "head.bias": torch.zeros(7)}), r"head.bias is \(\(7,\)"),
+    "dtype": (edited(lambda t: {**t, "head.bias": t["head.bias"].double()}), "float64"),
+    "missing": (edited(lambda t: {k: v for k, v in t.items() if k != "head.bias"}), "missing"),
+    "extra": (edited(lambda t: {**t, "more": torch.zeros(1)}), "not what other sites send"),
+    "renamed": (edited(lambda t: {k.replace("head", "tail"): v for k, v in t.items()}), "missing"),
+    "no reply": (lambda a: [], "no answer"),
+    "empty reply": (lambda a: [a._replace(reply=Reply())], "missing"),
+    "negative weight": (reweighted(-3.0), "a weight of -3"),
+    "nan weight": (reweighted(math.nan), "a weight of nan"),
+    "another round": (lambda a: [a._replace(round=a.round + 1)], "no answer"),
+    "a gather": (
+        lambda a: [a._replace(reply=Reply({"update": Gather({a.site: a.reply.mean("update").total})}))],
+        "update",
+    ),
+    "speaking for another": (
+        lambda a: [a._replace(reply=Reply({"update": Gather({"site-2": a.reply.mean("update").total})}))],
+        "speaks for",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_reply_changes_no_bit_of_the_others(name: str, task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    change, reason = BAD[name]
+    start = method.init(task.first(0))
+    (step,) = train(method, Tampered(method, sites, "site-1", change), start, rounds=1)
+    without = {k: v for k, v in sites.items() if k != "site-1"}
+    (expected,) = train(method, InProcess(method, without), start, rounds=1)
+    assert equal(step.state, expected.state)
+    assert list(step.lost) == ["site-1"]
+    import re
+
+    assert re.search(reason, step.lost["site-1"])
+
+
+def test_an_answer_counts_once(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    start = method.init(task.first(0))
+    (step,) = train(method, Tampered(method, sites, "site-1", lambda a: [a, a]), start, rounds=1)
+    (expected,) = train(method, InProcess(method, sites), start, rounds=1)
+    assert equal(step.state, expected.state)
+
+
+def test_a_stranger_counts_nothing(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    start = method.init(task.first(0))
+    forged = Tampered(method, sites, "site-1", lambda a: [a, a._replace(site="stranger")])
+    (step,) = train(method, forged, start, rounds=1)
+    (expected,) = train(method, InProcess(method, sites), start, rounds=1)
+    assert equal(step.state, expected.state)
+
+
+def test_limits_on_norm_and_weight(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    start = method.init(task.first(0))
+    huge = Tampered(method, sites, "site-0", poison(1e6))
+    (step,) = train(method, huge, start, rounds=1, gate=Gate(max_norm=100))
+    assert "norm" in step.lost["site-0"]
+    heavy = Tampered(method, sites, "site-0", reweighted(1e12))
+    (step,) = train(method, heavy, start, rounds=1, gate=Gate(max_weight=1000))
+    assert "weight" in step.lost["site-0"]
+
+
+def test_two_sites_that_differ_are_decided_by_what_was_asked() -> None:
+    ask = Ask(0, {"params": {"w": torch.zeros(2)}})
+    good, bad = Reply({"update": Mean.of({"w": torch.ones(2)})}), Reply({"update": Mean.of({"v": torch.ones(2)})})
+    assert list(Gate().refuse(ask, {"a": bad, "b": good})) == ["a"]
+    assert list(Gate().refuse(ask, {"a": good, "b": bad})) == ["b"]
+
+
+def test_too_few_replies_stop_with_every_reason(task, local) -> None:
+    method, sites = FedAvg(task, local), little_sites()
+    sites["site-1"] = replace(sites["site-1"], data={})
+    with pytest.raises(TooFewReplies, match=r"2 of 3 replies needed. site-1: failed: KeyError"):
+        list(train(method, InProcess(method, sites), method.init(task.first(0)), rounds=1, min_replies=3))
+
+
+def test_an_async_run_with_a_full_buffer_is_a_lockstep_run(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    start = method.init(task.first(0))
+    *_, expected = train(method, InProcess(method, sites), start, rounds=1)
+    (step,) = train_async(method, InProcess(method, sites), start, updates=1, buffer=3)
+    assert equal(step.state, expected.state)
+
+
+def test_an_async_run_gives_up_on_a_site_that_always_fails(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    sites["site-0"] = replace(sites["site-0"], data={})
+    steps = list(train_async(method, InProcess(method, sites), method.init(task.first(0)), updates=6))
+    assert len(steps) == 6
+    assert {site for step in steps for site in step.asked} == {"site-1", "site-2"}
+
+
+def test_a_site_whose_passes_are_used_up_is_not_asked_again(task, local) -> None:
+    sites, method = little_sites(), FedAvg(task, local)
+    steps = list(train_async(method, InProcess(method, sites), method.init(task.first(0)), updates=99, passes=2))
+    assert len(steps) == 6
+
+
+def test_cohorts_are_drawn_afresh_and_repeat() -> None:
+    names = [f"s{i:03}" for i in range(100)]
+    draws = [tuple(cohort_of(names, 10, r)) for r in range(20)]
+    assert draws == [tuple(cohort_of(names, 10, r)) for r in range(20)]
+    assert len(set(draws)) == 20
+    assert all(len(set(draw)) == 10 and list(draw) == sorted(draw) for draw in draws)
+
+
+def test_dice_depend_on_study_site_and_key_alone() -> None:
+    def draw(site: Site, *key: int | str) -> list[float]:
+        return torch.rand(3, generator=site.rng(*key)).tolist()
+
+    site = Site("a", seed=1)
+    assert draw(site, 0, "x") == draw(Site("a", seed=1), 0, "x")
+    others = [draw(site, 1, "x"), draw(site, 0, "y"), draw(Site("b", seed=1), 0, "x"), draw(Site("a", seed=2), 0, "x")]
+    assert all(other != draw(site, 0, "x") for other in others)
+
+
+def test_secret_dice_are_normal_and_never_repeat() -> None:
+    x, y = Secret().normal(200_001), Secret().normal(200_001)
+    assert not torch.equal(x, y)
+    assert x.shape == (200_001,)
+    assert abs(float(x.mean())) < 0.02
+    assert abs(float(x.std()) - 1) < 0.02
+    assert abs(float((x.abs() > 1.959964).double().mean()) - 0.05) < 0.005
+    assert Secret().uniform(0).numel() == 0
+
+
+def test_a_journal_shows_every_change(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    for i in range(5):
+        journal.write("round", {"round": i})
+    journal.close()
+    again = Journal(path)
+    assert again.head == journal.head
+    again.write("end")
+    again.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [e["seq"] for e in verify(path)] == list(range(6))
+    changed = json.loads(lines[2]) | {"round": 9}
+    tampering = {
+        "changed": ([*lines[:2], json.dumps(changed).encode() + b"\n", *lines[3:]], 3),
+        "dropped": (lines[:2] + lines[3:], 3),
+        "reordered": ([lines[0], lines[2], lines[1], *lines[3:]], 2),
+        "not JSON": ([*lines[:4], b"nonsense\n", *lines[5:]], 5),
+        "begun in the middle": (lines[1:], 1),
+    }
+    for name, (bad, line) in tampering.items():
+        path.write_bytes(b"".join(bad))
+        with pytest.raises(Broken, match=rf"journal.jsonl:{line}:"):
+            list(verify(path))
+        with pytest.raises(Broken):
+            Journal(path)
+        assert name
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.write("one")
+    head = journal.write("two")
+    journal.close()
+    with open(path, "ab") as file:
+        file.write(b'{"seq": 2, "event": "thr')
+    again = Journal(path)
+    assert again.head == head
+    again.write("three")
+    again.close()
+    assert [e["event"] for e in verify(path)] == ["one", "two", "three"]

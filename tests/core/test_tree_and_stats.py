@@ -1,0 +1,86 @@
+"""Sums are sums: merging does not depend on order or grouping, and is to the bit what + gives."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyclinic.core import tree
+from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
+from polyclinic.testing import close, equal
+
+
+def some_tree(seed: int, scale: float = 1.0) -> tree.Tree:
+    dice = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(3, 2, generator=dice) * scale, "b": torch.randn(4, generator=dice) * scale}
+
+
+seeds = st.integers(0, 10_000)
+
+
+@given(seeds, seeds)
+def test_arithmetic(i: int, j: int) -> None:
+    a, b = some_tree(i), some_tree(j)
+    assert close(tree.sub(tree.add(a, b), b), a)
+    assert equal(tree.unflatten(tree.flatten(a), a), a)
+    assert np.isclose(tree.norm(a), np.linalg.norm(tree.flatten(a).double().numpy()))
+    assert np.isclose(tree.dot(a, b), float(tree.flatten(a).double() @ tree.flatten(b).double()))
+    assert equal(tree.under("x", {**tree.prefixed("x", a), **tree.prefixed("xy", b)}), a)
+    assert equal(tree.lerp(a, b, 0.0), a)
+    assert equal(tree.lerp(a, b, 1.0), b)
+
+
+def test_trees_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"differ in \['b'\]"):
+        tree.add({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
+    with pytest.raises(ValueError, match="unknown leaves"):
+        tree.shift({"a": torch.ones(1)}, {"c": torch.ones(1)})
+
+
+@given(st.lists(st.tuples(seeds, st.floats(0.5, 100)), min_size=1, max_size=6), st.integers(0, 5))
+def test_merging_in_place_is_to_the_bit_what_plus_gives(given_: list[tuple[int, float]], cut: int) -> None:
+    replies = [
+        Reply(
+            {
+                "m": Mean.of(some_tree(s), w),
+                "l": LeafMean.of(some_tree(s), some_tree(s + 1)),
+                "g": Gather({f"{i}": some_tree(s)}),
+            }
+        )
+        for i, (s, w) in enumerate(given_)
+    ]
+    copies = [Reply(dict(r.parts)) for r in replies]
+    merged = merge(replies)
+    total = replies[0]
+    for reply in replies[1:]:
+        total = total + reply
+    assert equal(merged, total)
+    assert equal(replies, copies)
+    assert close(merge(replies[:cut]) + merge(replies[cut:]), merged)
+    assert close(merge(reversed(replies)), merged)
+
+
+def test_a_mean_is_the_weighted_mean() -> None:
+    values, weights = [some_tree(i) for i in range(3)], [1.0, 2.0, 5.0]
+    mean = merge(Reply({"m": Mean.of(v, w)}) for v, w in zip(values, weights, strict=True)).mean("m").value
+    expected = np.average([v["w"].numpy() for v in values], axis=0, weights=weights)
+    assert np.allclose(mean["w"], expected, atol=1e-6)
+    with pytest.raises(ZeroDivisionError):
+        _ = Mean({}, 0.0).value
+
+
+def test_a_discount_counts_less() -> None:
+    a, b = Reply({"m": Mean.of(some_tree(0))}), Reply({"m": Mean.of(some_tree(1))})
+    assert close((a * 3 + b).mean("m").value, (a + a + a + b).mean("m").value)
+
+
+def test_gathering_twice_from_one_site_is_refused() -> None:
+    one = Reply({"g": Gather({"site": some_tree(0)})})
+    with pytest.raises(ValueError, match="gathered twice"):
+        merge([one, one])
+
+
+def test_a_wrong_name_says_what_there_is() -> None:
+    with pytest.raises(KeyError, match=r"no Mean called 'updat' among \['update'\]"):
+        Reply({"update": Mean.of(some_tree(0))}).mean("updat")

@@ -1,0 +1,184 @@
+"""Training is pure: the same start, data and dice give the same bits, and everything that bends it does what it says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.tasks.classification import Classification, MultiLabel
+from polyclinic.tasks.evaluation import outputs
+from polyclinic.tasks.local import Local, Proximal
+from polyclinic.tasks.networks import Network
+from polyclinic.tasks.regression import Regression
+from polyclinic.tasks.segmentation import Segmentation, agreement
+from polyclinic.tasks.task import auc, borrow
+from polyclinic.testing import close, equal
+from tests.conftest import Rows, little_sites, segmentation_sites
+
+DROPOUT = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.5))))
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw"])
+def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(optimiser: str) -> None:
+    site, local = little_sites()["site-0"], Local(epochs=2, batch_size=4, optimiser=optimiser, lr=0.01)
+    start = DROPOUT.first(0)
+    kept = tree.copy(start)
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    end = local.fit(DROPOUT, start, site, 0)
+    assert torch.equal(torch.randn(3), expected)
+    torch.manual_seed(99)
+    assert equal(end, local.fit(DROPOUT, start, site, 0))
+    assert not equal(end, local.fit(DROPOUT, start, site, 1))
+    assert not equal(end, local.fit(DROPOUT, start, replace(site, name="other"), 0))
+    assert equal(start, kept)
+
+
+def test_one_step_is_plain_gradient_descent(task) -> None:
+    site = little_sites()["site-0"]
+    data = site.data["train"]
+    end = Local(epochs=1, batch_size=len(data), lr=0.1).fit(task, task.first(0), site, 0)
+    model = task.model()
+    from polyclinic.tasks.model import load
+
+    load(model, task.first(0)).train()
+    order = torch.randperm(len(data), generator=site.rng(0, "train", "train", ""))
+    loss = task.loss(model, data[order])
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(end[name], p.detach() - 0.1 * p.grad, atol=1e-6)
+
+
+def test_a_batch_of_one_is_left_out_where_there_are_others() -> None:
+    local = Local(batch_size=4)
+    sizes = [len(batch[1]) for batch in local.batches(Rows(torch.zeros(9, 2), torch.zeros(9)), torch.Generator())]
+    assert sizes == [4, 4]
+    assert local.count(range(9)) == 2
+    assert local.count(range(1)) == 1
+    assert local.count(range(8)) == 2
+    assert [Local(batch_size=4, steps=5).count(range(n)) for n in (1, 9, 100)] == [5, 5, 5]
+
+
+def test_what_bends_training(task) -> None:
+    site, start = little_sites()["site-1"], task.first(0)
+    local = Local(epochs=2, batch_size=8, lr=0.1)
+    free = local.fit(task, start, site, 0)
+    trainable = {name for name, _ in task.model().named_parameters()}
+    held = local.with_penalty(Proximal(5.0)).fit(task, start, site, 0)
+    moved = [tree.norm(tree.select(tree.sub(end, start), trainable.__contains__)) for end in (free, held)]
+    assert moved[1] < 0.5 * moved[0]
+    assert equal(free, local.with_penalty(Proximal(0.0)).fit(task, start, site, 0))
+    still = local.fit(task, start, site, 0, correct=lambda name, g: torch.zeros_like(g))
+    assert equal(tree.select(still, trainable.__contains__), tree.select(start, trainable.__contains__))
+    heads = local.fit(task, start, site, 0, only=lambda name: name.startswith("head."))
+    changed = {name for name in trainable if not torch.equal(heads[name], start[name])}
+    assert changed == {"head.weight", "head.bias"}
+    clipped = replace(local, steps=1, clip_norm=1e-3).fit(task, start, site, 0)
+    step = tree.norm(tree.select(tree.sub(clipped, start), trainable.__contains__))
+    assert np.isclose(step, 0.1 * 1e-3, rtol=1e-3)
+    slower = replace(local, steps=1, decay=0.5)
+    one, two = (tree.sub(slower.fit(task, start, site, r), start)["head.bias"].norm() for r in (0, 0))
+    assert torch.equal(one, two)
+
+
+def test_decay_multiplies_the_step(task) -> None:
+    data = Rows(torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
+    site = Site("s", {"train": data})
+    local = Local(steps=1, batch_size=4, lr=0.1, decay=0.5)
+    steps = [tree.sub(local.fit(task, task.first(0), site, r), task.first(0))["head.bias"] for r in (0, 1)]
+    assert torch.allclose(steps[1], 0.5 * steps[0])
+
+
+def test_models_of_one_task_live_side_by_side_in_slots(task) -> None:
+    a, b = borrow(task, task.first(0)), borrow(task, task.first(1), slot="teacher")
+    assert a is not b
+    assert borrow(task, task.first(2)) is a
+
+
+@pytest.mark.parametrize("n", [2, 7, 60])
+def test_auc_is_that_of_a_second_library(n: int) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    dice = np.random.default_rng(n)
+    truth = np.r_[0, 1, dice.integers(0, 2, n)]
+    score = np.round(dice.random(n + 2), 1)  # many ties
+    assert np.isclose(auc(torch.tensor(score), torch.tensor(truth)), roc_auc_score(truth, score))
+    assert auc(torch.tensor(score), torch.zeros(n + 2)) is None
+
+
+def test_summaries_leave_out_what_is_undefined() -> None:
+    task = Classification(Network("mlp", (3,), 2))
+    one_class = {"score": torch.tensor([[0.3, 0.7], [0.6, 0.4]]), "target": torch.tensor([1, 1])}
+    assert "auc" not in task.summary(one_class)
+    assert task.summary(one_class)["accuracy"] == 0.5
+    labels = MultiLabel(Network("mlp", (3,), 2))
+    found = labels.summary(
+        {"score": torch.tensor([[0.9, 0.2], [0.1, 0.3]]), "target": torch.tensor([[1.0, 0], [0, float("nan")]])}
+    )
+    assert found["auc"] == 1.0
+    ages = Regression(Network("mlp", (3,), 1), centre=50, spread=10)
+    assert "r2" not in ages.summary({"score": torch.tensor([[3.0]]), "target": torch.tensor([[4.0]])})
+
+
+def test_regression_learns_in_its_own_unit() -> None:
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 3, generator=dice)
+    site = Site("s", {"train": Rows(x, 60 + 10 * x[:, :1])})
+    task = Regression(Network("mlp", (3,), 1), centre=60, spread=10)
+    end = Local(epochs=60, lr=0.1).fit(task, task.first(0), site, 0)
+    assert task.summary(outputs(task, end, site.data["train"]))["r2"] > 0.9
+
+
+def test_segmentation_learns_discs() -> None:
+    site = segmentation_sites()["site-2"]
+    task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 4), ("norm", "batch"))))
+    end = Local(epochs=15, batch_size=4, optimiser="adam", lr=0.01).fit(task, task.first(0), site, 0)
+    found = outputs(task, end, site.data["test"], thorough=True)
+    assert found["dice"].mean() > 0.8
+    assert set(found) == {"dice", "empty", "hd95", "nsd", "volume_error", "patient"}
+    windows = replace(task, window=(16, 16))
+    assert close(outputs(windows, end, site.data["test"])["dice"], found["dice"])
+
+
+def test_empty_masks_are_decided_not_averaged_away() -> None:
+    full, none = torch.zeros(1, 6, 8, dtype=torch.long), torch.zeros(1, 6, 8, dtype=torch.long)
+    full[0, 2:4, 3:6] = 1
+    diagonal = (6**2 * 2.0**2 + 8**2 * 0.5**2) ** 0.5
+    spacing = (2.0, 0.5)
+    cases = {
+        "same": (full, full, 1.0, 0.0, 1.0, False),
+        "both empty": (none, none, 1.0, 0.0, 1.0, False),
+        "prediction empty": (none, full, 0.0, diagonal, 0.0, True),
+        "truth empty": (full, none, 0.0, diagonal, 0.0, False),
+    }
+    for name, (p, t, dice, hd95, nsd, empty) in cases.items():
+        found = agreement(p, t, 2, spacing, 1.0)
+        assert found["dice"].item() == dice, name
+        assert np.isclose(found["hd95"].item(), hd95), name
+        assert found["nsd"].item() == nsd, name
+        assert found["empty"].item() is empty, name
+
+
+def test_distances_are_in_millimetres_and_monais() -> None:
+    from monai.metrics import compute_hausdorff_distance
+
+    dice = torch.Generator().manual_seed(1)
+    blob = torch.nn.functional.avg_pool2d(torch.rand(2, 1, 40, 40, generator=dice), 9, 1, 4)[:, 0]
+    p, t = (blob > 0.5).long(), (blob > 0.52).long()
+    ours = agreement(p, t, 2, (0.5, 2.0), 1.0)["hd95"]
+    theirs = compute_hausdorff_distance(
+        p[:, None].float(), t[:, None].float(), include_background=True, percentile=95, spacing=(0.5, 2.0)
+    )
+    assert torch.allclose(ours.double(), theirs.double(), atol=1e-5)
+
+
+def test_whose_example_it_is_stays_with_the_outputs(task) -> None:
+    data = little_sites()["site-0"].data["test"]
+    data.patients = [f"p{i // 3}" for i in range(len(data))]
+    found = outputs(task, task.first(0), data, size=5)
+    assert found["patient"].tolist() == [i // 3 for i in range(len(data))]
+    assert found["score"].shape == (len(data), 2)

@@ -1,0 +1,148 @@
+"""Sites that do different amounts of work: as much as a fixed time allows, or whatever share they manage.
+
+Semi-synchronous training: Stripelis, Thompson and Ambite, "Semi-Synchronous Federated Learning for Energy-Efficient
+Training and Accelerated Convergence in Cross-Silo Settings", ACM TIST 2022, https://arxiv.org/abs/2102.02849, used for
+brain age in "Scaling Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440:
+t_max = λ · the slowest site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per minibatch. Partial
+work: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, section 5.2, where a share of the sites
+does between one epoch and all. https://arxiv.org/abs/1812.06127. We draw steps, so that one epoch can be cut short too.
+
+Seconds are given, not measured: a method has no clock, so that a run repeats itself to the bit. Measure them once, as
+the ``seconds`` that a run records divided by its minibatches. How many hours a study would take with such machines is
+what ``engines.unequal`` tells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.methods.fedavg import FedAvg, fedprox
+from polyclinic.methods.fedavg import State as Averaged
+from polyclinic.methods.fednova import FedNova
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
+
+
+@savable
+class State(NamedTuple):
+    """The inner method's state, and t_max in seconds; 0 before it is known."""
+
+    inner: Averaged
+    seconds: float
+
+    @property
+    def params(self) -> Tree:
+        """The model."""
+        return self.inner.params
+
+
+@dataclass(frozen=True)
+class SemiSync(Method[State]):
+    """Every site trains for the same time, so that fast ones do more and nobody waits.
+
+    Attributes:
+        inner: A method with a field ``local``, whose number of steps is set for each site.
+        seconds: Seconds per minibatch by site, as pairs; 1 where a site is not named.
+        share: λ, the time of a round in epochs of the slowest site; 1 or 2 in the paper.
+    """
+
+    inner: FedAvg
+    seconds: tuple[tuple[str, float], ...] = ()
+    share: float = 1.0
+
+    def init(self, params: Tree) -> State:
+        return State(self.inner.init(params), 0.0)
+
+    def ask(self, state: State) -> Ask | None:
+        ask = self.inner.ask(state.inner)
+        if ask is None:
+            return None
+        if not state.seconds:
+            return Ask(ask.round, {"params": state.params}, "epoch-time")
+        limit = {"t_max": torch.tensor(state.seconds, dtype=torch.float64)}
+        return replace(ask, trees={**ask.trees, "pace": limit})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        each = dict(self.seconds).get(site.name, 1.0)
+        if ask.job == "epoch-time":
+            epoch = replace(self.inner.local, epochs=1, steps=None).count(site.data["train"]) * each
+            return Reply({"seconds": Gather({site.name: {"epoch": torch.tensor(epoch, dtype=torch.float64)}})}), memory
+        steps = max(1, int(float(ask.trees["pace"]["t_max"]) / each + 1e-9))  # s_k = t_max / t_k
+        if not len(site.data["train"]):
+            steps = 0
+        return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(ask, memory, site)
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if not state.seconds:
+            slowest = max(float(leaves["epoch"]) for leaves in reply.gather("seconds").values())
+            return state._replace(seconds=self.share * slowest)
+        return state._replace(inner=self.inner.server_update(state.inner, reply, server))
+
+
+@dataclass(frozen=True)
+class PartialWork(Method[Averaged]):
+    """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
+
+    What they did counts in full, where a deadline would throw it away.
+
+    Attributes:
+        inner: A method with a field ``local``.
+        late: The probability; 0.5 and 0.9 in the paper.
+        least: The smallest share of the steps that a late site does.
+    """
+
+    inner: FedAvg
+    late: float = 0.5
+    least: float = 0.1
+
+    def init(self, params: Tree) -> Averaged:
+        return self.inner.init(params)
+
+    def ask(self, state: Averaged) -> Ask | None:
+        return self.inner.ask(state)
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        late, share = torch.rand(2, generator=site.rng(ask.round, "pace")).tolist()
+        whole = self.inner.local.count(site.data["train"])
+        if late >= self.late or not whole:
+            return self.inner.site_update(ask, memory, site)
+        steps = max(1, round(whole * (self.least + (1 - self.least) * share)))
+        return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(ask, memory, site)
+
+    def server_update(self, state: Averaged, reply: Reply, server: Site) -> Averaged:
+        return self.inner.server_update(state, reply, server)
+
+
+def semi_sync(
+    task: Task, local: Local, sites: Sequence[str], *, seconds: tuple[float, ...] = (), share: float = 1.0,
+    normalised: bool = False, uniform: bool = False,
+) -> SemiSync:  # fmt: skip
+    """Every site trains for the same time. ``seconds`` per minibatch are given in the order of the sites' names.
+
+    ``normalised`` averages as FedNova does, so that fast sites do not count more for their speed.
+    """
+    if seconds and len(seconds) != len(sites):
+        raise ValueError(
+            f"semi-sync: seconds has {len(seconds)} numbers and there are {len(sites)} sites: give one each"
+        )
+    if any(not s > 0 for s in seconds):
+        raise ValueError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
+    pairs = tuple(zip(sorted(sites), seconds, strict=False))
+    inner = (FedNova if normalised else FedAvg)(task, local, uniform=uniform)
+    return SemiSync(inner, pairs, share)
+
+
+def partial_work(
+    task: Task, local: Local, *, late: float = 0.5, least: float = 0.1, mu: float = 0.01, normalised: bool = False,
+    uniform: bool = False,
+) -> PartialWork:  # fmt: skip
+    """FedProx with late sites that do part of their work; ``normalised`` for FedNova's average of it."""
+    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalised else fedprox(task, local, mu=mu, uniform=uniform)
+    return PartialWork(inner, late, least)

@@ -38,6 +38,8 @@ class Entry:
     stateful: bool = False
 
 
+SEEN = "the change of the model, which the server sees site by site"
+
 # By the survey's taxonomy (Guan, Yap, Bozoki and Liu, "Federated learning for medical image analysis", 2024).
 FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
@@ -71,7 +73,11 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: contrastive and self-supervised learning": (),
     "Client end: multi-task learning": (),
     "Client end: weakly and semi-supervised learning": (),
-    "Client end: knowledge distillation": (),
+    "Client end: knowledge distillation": (
+        Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
+        Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student", stateful=True),
+        Entry("mutual", "fedmic:mutual", "a private and a shared model learn from one another", "Shen et al. 2020; Zhang et al. 2018", "the change of the shared model", stateful=True),
+    ),
     "Client end: data synthesis": (),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),
@@ -80,7 +86,18 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Server end: weight aggregation": (),
     "Server end: domain shift and fairness": (),
-    "Server end: corrupted clients": (),
+    "Server end: corrupted clients": (
+        Entry("watched", "corruption:watched", "the plain mean, and every site's standing shown to people", "Iglewicz and Hoaglin 1993", SEEN),
+        Entry("krum", "corruption:krum", "the one update closest to its neighbours", "Blanchard et al. 2017", SEEN),
+        Entry("multi-krum", "corruption:multi_krum", "the mean of the updates closest to their neighbours", "Blanchard et al. 2017", SEEN),
+        Entry("bulyan", "corruption:bulyan", "krum again and again, then a trimmed mean", "El Mhamdi et al. 2018", SEEN),
+        Entry("median", "corruption:coordinate_median", "each coordinate's median", "Yin et al. 2018", SEEN),
+        Entry("trimmed-mean", "corruption:trimmed_mean", "each coordinate's mean without its extremes", "Yin et al. 2018", SEEN),
+        Entry("geometric-median", "corruption:geometric_median", "the point nearest to all updates together (RFA)", "Pillutla et al. 2022", SEEN),
+        Entry("centred-clipping", "corruption:centred_clipping", "no site moves the last aggregate far", "Karimireddy et al. 2021", SEEN),
+        Entry("fltrust", "corruption:fltrust", "updates weighed by a trusted one", "Cao et al. 2021", SEEN),
+        Entry("dos", "corruption:dos", "updates weighed by how usual their distances are (DOS, COPOD)", "Alkhunaizi et al. 2022", SEEN),
+    ),
     "Topologies": (),
     "Communication: one-shot merging": (),
 }  # fmt: skip

@@ -1,0 +1,102 @@
+"""IFCA: several models, and each site trains the one that fits it best.
+
+Ghosh, Chung, Yin and Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020, Algorithm 1
+with model averaging. https://arxiv.org/abs/2006.04088.
+
+There a site names its cluster to the server. Here it sends one sum for every cluster, 0 for those it is not in, so that
+secure summation hides who belongs to which; it costs as many times the bytes. All models but the first begin at random.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task, borrow
+
+
+@savable
+class State(NamedTuple):
+    """One model for each cluster, and how much each weighed in the last round, [clusters]."""
+
+    round: int
+    models: tuple[Tree, ...]
+    weights: torch.Tensor
+
+    @property
+    def params(self) -> Tree:
+        """The model of the heaviest cluster."""
+        return self.models[int(self.weights.argmax())]
+
+
+@dataclass(frozen=True)
+class IFCA(Method[State]):
+    """FedAvg within clusters that form by themselves: a site joins the model whose loss on its data is smallest.
+
+    A site that never trained predicts with the model of the heaviest cluster.
+
+    Attributes:
+        clusters: k, how many models there are.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        lr: The server's step along the mean change.
+    """
+
+    task: Task
+    local: Local = Local()
+    clusters: int = 2
+    uniform: bool = False
+    lr: float = 1.0
+
+    def init(self, params: Tree) -> State:
+        others = (self.task.first(1000 + j) for j in range(1, self.clusters))
+        return State(0, (params, *others), torch.zeros(self.clusters))
+
+    def ask(self, state: State) -> Ask:
+        models = {f"cluster.{j}": model for j, model in enumerate(state.models)}
+        return Ask(state.round, {"params": state.params, **models})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        models = [ask.trees[f"cluster.{j}"] for j in range(self.clusters)]
+        losses = [self._loss(model, site) for model in models]
+        mine = min(range(self.clusters), key=losses.__getitem__)  # ĵ = argmin_j F_i(θ_j)
+        end = self.local.fit(self.task, models[mine], site, ask.round)
+        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        total: dict[str, torch.Tensor] = {"weights": torch.zeros(self.clusters)}
+        total["weights"][mine] = weight
+        for j, model in enumerate(models):
+            change = tree.scale(tree.sub(end, model), weight) if j == mine else tree.zeros(model)
+            total |= tree.prefixed(str(j), change)
+        return Reply({"update": Mean(total, 1.0)}), {**memory, "cluster": {"index": torch.tensor(mine)}}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        total = reply.mean("update").total
+        models = [self._moved(model, total, j) for j, model in enumerate(state.models)]
+        return State(state.round + 1, tuple(models), total["weights"])
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return ask.trees[f"cluster.{int(memory['cluster']['index'])}"] if "cluster" in memory else ask.trees["params"]
+
+    def _moved(self, model: Tree, total: Tree, j: int) -> Tree:
+        weight = float(total["weights"][j])
+        return tree.shift(model, tree.scale(tree.under(str(j), total), self.lr / weight)) if weight > 0 else model
+
+    def _loss(self, params: Tree, site: Site) -> float:
+        """F_i(θ), in evaluation mode."""
+        model, data, loss = borrow(self.task, params, site.device).eval(), site.data["train"], 0.0
+        with torch.inference_mode():
+            for chunk in torch.arange(len(data)).split(64):
+                x, y = data[chunk]
+                loss += float(self.task.loss(model, (x.to(site.device), y.to(site.device)))) * len(chunk)
+        return loss / len(data)
+
+
+def ifca(task: Task, local: Local, *, clusters: int = 2, lr: float = 1.0, uniform: bool = False) -> IFCA:
+    """Clustered federated learning: several models, and each site trains the one that fits it best."""
+    return IFCA(task, local, clusters, uniform, lr)

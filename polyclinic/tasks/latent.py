@@ -1,0 +1,41 @@
+"""What a model makes of an input before it predicts, as one vector for each example."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.tasks.task import Task, represent
+
+
+def pooled(h: Tensor) -> Tensor:
+    """[b, F, *spatial] to [b, F], by the mean over space; [b, F] as it is."""
+    return h.flatten(2).mean(2) if h.ndim > 2 else h
+
+
+def features(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
+    """What enters the head, pooled: [b, F]."""
+    return pooled(represent(task, model, inputs)[0])
+
+
+def encoded(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
+    """What leaves the encoder, pooled: [b, F]. In a U-Net that is the bottleneck; elsewhere, what enters the head."""
+    leaving: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, given: leaving.append(given))
+        for name, module in model.named_modules()
+        if name and task.network.in_encoder(f"{name}.")
+    ]
+    try:
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pooled(leaving[-1])
+
+
+@lru_cache(maxsize=64)
+def encoded_width(task: Task) -> int:
+    """F, the number of features that ``encoded`` gives."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return encoded(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]

@@ -7,7 +7,7 @@ the two sums of a ``LeafMean``; ``g``, what a ``Gather`` keeps apart by site.
 import torch
 
 from polyclinic.core.stats import LeafMean, Mean, Reply, Stat
-from polyclinic.core.tree import Tree
+from polyclinic.core.tree import Tree, Trees
 
 
 def join(reply: Reply, site: str, *, uniform: bool = False) -> Mean:
@@ -64,3 +64,19 @@ def split(joined: Mean) -> Reply:
 def scaled(a: Tree, by: float) -> Tree:
     """``a`` by ``by``, except what is kept apart by site."""
     return a if by == 1 else {name: leaf if name.startswith("g/") else leaf * by for name, leaf in a.items()}
+
+
+def above(key: str, trees: Trees) -> dict[str, Tree]:
+    """The same trees, with ``key/`` before their names."""
+    return {f"{key}/{name}": t for name, t in trees.items()}
+
+
+def below(key: str, trees: Trees) -> dict[str, Tree]:
+    """The trees whose names begin with ``key/``, without it. The inverse of ``above``."""
+    start = f"{key}/"
+    return {name.removeprefix(start): t for name, t in trees.items() if name.startswith(start)}
+
+
+def escaped(trees: Trees) -> dict[str, Tree]:
+    """Trees whose names cannot be taken for notes: pipelines may stand inside one another."""
+    return {f"~{name}" if name.startswith("~") else name: t for name, t in trees.items()}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.joined import join, scaled, split
+from polyclinic.core.joined import above, below, escaped, join, scaled, split
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
@@ -41,6 +41,11 @@ class Transform:
     @property
     def additive(self) -> bool:
         """Whether encoded replies still add up, so that they can be decoded on their sum."""
+        return True
+
+    @property
+    def dense(self) -> bool:
+        """Whether what is sent keeps the names, the shapes and the places of what came in."""
         return True
 
     @property
@@ -154,13 +159,13 @@ class Sent(Method[SentState]):
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         """The method's."""
-        return self.inner.model_at(self._bare(ask), _below("inner", memory))
+        return self.inner.model_at(self._bare(ask), below("inner", memory))
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """What the method does, and then each transform's ``encode``, from left to right."""
-        reply, inner = self.inner.site_update(self._bare(ask), _below("inner", memory), site)
-        kept = {**memory, **_above("inner", inner)}
-        for gone in _below("inner", memory).keys() - inner.keys():
+        reply, inner = self.inner.site_update(self._bare(ask), below("inner", memory), site)
+        kept = {**memory, **above("inner", inner)}
+        for gone in below("inner", memory).keys() - inner.keys():
             del kept[f"inner/{gone}"]
         if not reply.parts:
             return reply, kept
@@ -171,10 +176,10 @@ class Sent(Method[SentState]):
         for i, transform in enumerate(self.transforms):
             if i == self.cut:
                 sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
-            notes |= _below(f"~{i}", ask.trees)
+            notes |= below(f"~{i}", ask.trees)
             key = f"{ask.job}/{i}"
-            sent, own = transform.encode(sent, notes, _below(key, memory), site, ask.round)
-            kept |= _above(key, own)
+            sent, own = transform.encode(sent, notes, below(key, memory), site, ask.round)
+            kept |= above(key, own)
         if not apart:
             return Reply({"sent": sent}), kept
         if self.cut == len(self.transforms):
@@ -202,15 +207,17 @@ class Sent(Method[SentState]):
         inner = self.inner.server_update(state.inner, split(received) + gathered, server)
         return SentState(inner, tuple(states))
 
-    def admit(self, state: SentState, reply: Reply) -> None:
-        """Tries to decode what one site sent, so that an engine can refuse it before it is merged.
+    def opened(self, state: SentState, reply: Reply) -> Reply:
+        """What one site's reply decodes to, as far as that can be done before merging.
+
+        So an engine can refuse what is spoiled before it spoils the sum. A reply that adds up is given back as it is.
 
         Raises:
-            ValueError: Where it cannot be decoded, or holds a number that is not finite.
+            ValueError: Where it cannot be decoded, or holds a number that is not finite. The message names the site.
         """
-        if isinstance(received := reply.parts.get("sent"), Packed):
-            for _ in self._open(received, list(state.transforms)):
-                pass
+        if not isinstance(received := reply.parts.get("sent"), Packed):
+            return reply
+        return merge(Reply({"sum": sums, **apart}) for sums, apart in self._open(received, list(state.transforms)))
 
     def _open(self, received: Packed, states: list[Trees]) -> Iterator[tuple[Mean, dict[str, Stat]]]:
         """The sums, and what is to be kept apart, of each site in name order.
@@ -238,10 +245,10 @@ class Sent(Method[SentState]):
     def _noted(self, ask: Ask, state: SentState) -> Ask:
         notes: dict[str, Tree] = {}
         for i, (transform, own) in enumerate(zip(self.transforms, state.transforms, strict=True)):
-            notes |= _above(f"~{i}", transform.notes(own))
-        each = {site: _escaped(trees) for site, trees in ask.each.items()}
+            notes |= above(f"~{i}", transform.notes(own))
+        each = {site: escaped(trees) for site, trees in ask.each.items()}
         secure = ask.secure or any(t.secure for t in self.transforms)
-        return replace(ask, trees={**_escaped(ask.trees), **notes}, each=each, secure=secure)
+        return replace(ask, trees={**escaped(ask.trees), **notes}, each=each, secure=secure)
 
     def _bare(self, ask: Ask) -> Ask:
         """The ask as the method made it."""
@@ -286,17 +293,3 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
         yield from t.problems(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
             yield f"{names[i]} must come before {late[0]}: it protects the numbers themselves, not their encoding"
-
-
-def _above(key: str, trees: Trees) -> dict[str, Tree]:
-    return {f"{key}/{name}": t for name, t in trees.items()}
-
-
-def _below(key: str, trees: Trees) -> dict[str, Tree]:
-    start = f"{key}/"
-    return {name.removeprefix(start): t for name, t in trees.items() if name.startswith(start)}
-
-
-def _escaped(trees: Trees) -> dict[str, Tree]:
-    """Trees whose names cannot be taken for notes: pipelines may stand inside one another."""
-    return {f"~{name}" if name.startswith("~") else name: t for name, t in trees.items()}

@@ -48,3 +48,26 @@ def shape_in(tag: Tensor, limit: int) -> torch.Size:
     if (size := math.prod(tag.shape[1:])) > limit:
         raise ValueError(f"a tensor of {size} numbers, where at most {limit} fit this model")
     return tag.shape[1:]
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Whole numbers below 2^bits (shape [n], uint8), 8 / bits to a byte. ``bits`` is 1, 2, 4 or 8."""
+    each = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % each)).reshape(-1, each)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    packed: Tensor = (padded << shifts).sum(1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_bits(packed: Tensor, bits: int, size: int) -> Tensor:
+    """The inverse of ``pack_bits``. Shape [size], uint8.
+
+    Raises:
+        ValueError: Where ``packed`` is not as long as ``size`` numbers take.
+    """
+    each = 8 // bits
+    if packed.dtype != torch.uint8 or packed.shape != (-(-size // each),):
+        raise ValueError(f"{tuple(packed.shape)} bytes do not hold {size} numbers of {bits} bits")
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    codes: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
+    return codes.reshape(-1)[:size]

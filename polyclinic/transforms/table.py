@@ -26,7 +26,15 @@ TRANSFORMS: Mapping[str, Entry] = {
         Entry("clip", "privacy:Clip", "bounds the norm of what a site sends", "McMahan et al. 2018"),
         Entry("adaptive-clip", "privacy:AdaptiveClip", "a bound that follows the median norm", "Andrew et al. 2021"),
         Entry("gaussian", "privacy:Gaussian", "noise nobody can predict, for a privacy budget", "Dwork and Roth 2014"),
+        Entry("secure-sum", "secure:SecureSum", "the server learns only the sum over sites", "Bonawitz et al. 2017"),
+        Entry("bf16", "compression:BFloat16", "half the bytes: 8 bits of precision"),
+        Entry("int8", "compression:Int8", "a quarter of the bytes: 8 bits, a scale for each channel"),
+        Entry("qsgd", "compression:QSGD", "2, 4 or 8 bits, rounded at random, right on average", "Alistarh et al. 2017"),
+        Entry("sign", "compression:Sign", "one bit each; the rest is remembered", "Karimireddy et al. 2019"),
         Entry("top-k", "topk:TopK", "the largest coordinates; the rest is remembered", "Stich et al. 2018"),
+        Entry("low-rank", "compression:LowRank", "factors that hold a share of the energy", "Wu et al. 2022"),
+        Entry("power-sgd", "powersgd:PowerSGD", "factors of fixed rank; the rest is remembered", "Vogels et al. 2019"),
+        Entry("zstd", "zstd:Zstd", "lossless, last in a pipeline", "RFC 8878"),
     )
 }  # fmt: skip
 

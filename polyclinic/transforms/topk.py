@@ -5,7 +5,9 @@ https://arxiv.org/abs/1809.07599. What a site does not send, it adds to its next
 
 A support that each site chooses by itself does not add up. So there are two ways: ``shared=False`` is the
 paper's, with positions sent beside the values; with ``shared=True`` the server names the positions for all, and
-only values travel. The server's choice is ours: the largest coordinates it has lately seen, and a share drawn afresh.
+only values travel. The server's choice is ours: those that lately gained most in a round, and, for the share
+``explore``, those that were not sent for the longest time. So every coordinate is sent at least once in
+2 / (fraction · explore) rounds or so, and what sites remember stays small.
 """
 
 import math
@@ -18,6 +20,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.transforms.compression import number_limit, too_late
 from polyclinic.transforms.packing import Parts, pack, shape_in, shape_tag, unpack
 
 
@@ -28,7 +31,7 @@ class TopK(Transform):
     Attributes:
         fraction: How many, of 1. A tensor always sends one at least.
         shared: Whether all sites send the same positions. Left out, they do where sums or privacy come after.
-        explore: Which share of a shared support is drawn afresh in every round.
+        explore: Which share of a shared support goes to the coordinates that have waited longest.
         feedback: Whether a site remembers what it has not sent.
     """
 
@@ -42,6 +45,11 @@ class TopK(Transform):
         """With a shared support."""
         return self.shared is True
 
+    @property
+    def dense(self) -> bool:
+        """No."""
+        return False
+
     def settle(self, after: tuple[Transform, ...]) -> Transform:
         """With ``shared`` decided."""
         if self.shared is not None:
@@ -49,8 +57,8 @@ class TopK(Transform):
         return replace(self, shared=any(t.secure or t.private for t in after))
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
-        """Fractions are fractions."""
-        found = []
+        """Fractions are fractions; and where it remembers, places are places."""
+        found = too_late(self, before) if self.feedback else []
         if not 0 < self.fraction <= 1:
             found.append(f"TopK: fraction must be above 0 and at most 1, not {self.fraction}")
         if not 0 <= self.explore <= 1:
@@ -59,8 +67,7 @@ class TopK(Transform):
 
     def init(self, params: Tree) -> Trees:
         """No support yet: the first is drawn from the tensors' names."""
-        limit = torch.tensor(16 * sum(leaf.numel() for leaf in params.values()) + 2**20)
-        return {"support": {}, "score": {}, "count": {"rounds": torch.tensor(0), "limit": limit}}
+        return {"support": {}, "gain": {}, "age": {}, "limit": {"numbers": number_limit(params)}}
 
     def notes(self, state: Trees) -> Trees:
         """The shared support."""
@@ -91,8 +98,8 @@ class TopK(Transform):
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
         """Zeros, with the received values in their places."""
-        limit, rounds = int(state["count"]["limit"]), int(state["count"]["rounds"]) + 1
-        dense, support, score = dict[str, Tensor](), dict(state["support"]), dict(state["score"])
+        limit, dense = int(state["limit"]["numbers"]), dict[str, Tensor]()
+        support, gain, age = dict(state["support"]), dict(state["gain"]), dict(state["age"])
         for name, parts in unpack(received.total).items():
             if "raw" in parts:
                 dense[name] = parts["raw"]
@@ -105,10 +112,12 @@ class TopK(Transform):
             index = self._index(name, parts, size, state)
             dense[name] = torch.zeros(size, dtype=values.dtype).index_put_((index,), values).reshape(shape)
             if self.shared:
-                score[name] = self._rescore(score.get(name), index, values / received.weight, size)
-                support[name] = self._choose(score[name], Site("server").rng("support", name, rounds)).int()
-        count = {**state["count"], "rounds": torch.tensor(rounds)}
-        return Mean(dense, received.weight), {"support": support, "score": score, "count": count}
+                waited = age.get(name, torch.zeros(size)) + 1
+                known = gain.get(name, torch.zeros(size))
+                gain[name] = known.index_put((index,), values.abs() / waited[index])
+                age[name] = waited.index_fill(0, index, 0.0)
+                support[name] = self._choose(gain[name], age[name]).int()
+        return Mean(dense, received.weight), {**state, "support": support, "gain": gain, "age": age}
 
     def _index(self, name: str, parts: Parts, size: int, state: Trees) -> Tensor:
         if self.shared:
@@ -121,22 +130,17 @@ class TopK(Transform):
             raise ValueError(f"{name}: a position beyond {size} numbers")
         return index
 
-    def _rescore(self, score: Tensor | None, index: Tensor, values: Tensor, size: int) -> Tensor:
-        """The size of each coordinate when it was last seen, fading by a tenth a round."""
-        faded = torch.zeros(size) if score is None else score * 0.9
-        return faded.index_put_((index,), values.abs().float())
-
-    def _choose(self, score: Tensor, dice: torch.Generator) -> Tensor:
-        size = self._size(score.numel())
-        best = score.topk(size - int(size * self.explore)).indices
-        order = torch.rand(score.numel(), generator=dice).index_fill_(0, best, -1.0)
-        fresh = order.topk(size - best.numel()).indices
-        return torch.cat([best, fresh]).sort().values
+    def _choose(self, gain: Tensor, age: Tensor) -> Tensor:
+        """The best, and of the others the oldest."""
+        size = self._size(gain.numel())
+        best = gain.topk(size - int(size * self.explore)).indices
+        oldest = age.index_fill(0, best, -1.0).topk(size - best.numel()).indices
+        return torch.cat([best, oldest]).sort().values
 
     def _first(self, name: str, numel: int) -> Tensor:
         """A support that everyone draws alike, before anything is known."""
-        dice = Site("everyone").rng("support", name)
-        return self._choose(torch.rand(numel, generator=dice), dice)
+        drawn = torch.rand(numel, generator=Site("everyone").rng("support", name))
+        return self._choose(drawn, torch.zeros(numel))
 
     def _size(self, numel: int) -> int:
         return max(1, math.ceil(self.fraction * numel))

@@ -193,9 +193,10 @@ def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> No
     state = method.init({"w": torch.zeros(2)})
     good, _ = method.site_update(method.ask(state).at("a"), {}, Site("a"))
     bad = Reply({"sent": Packed({"b": {"m/update/w": torch.tensor([float("nan"), 0])}}, {"b": 1.0})})
-    method.admit(state, good)
+    opened = method.opened(state, good)
+    assert torch.allclose(opened.mean("sum").total["m/update/w"], SENDS["a"]["w"])
     with pytest.raises(ValueError, match=r"site 'b' .* not finite"):
-        method.admit(state, bad)
+        method.opened(state, bad)
     with pytest.raises(ValueError, match="site 'b'"):
         method.server_update(state, good + bad, Site("server"))
 

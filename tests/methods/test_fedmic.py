@@ -1,0 +1,78 @@
+"""Dual distillation: its limits, what travels, and who predicts."""
+
+import pytest
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.train import train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.fedmic import DualDistillation, fedkd, fedmic, mutual
+from polyclinic.tasks.distil import Dual
+from polyclinic.tasks.evaluation import Evaluated, evaluate
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import borrow
+from tests.conftest import little_sites
+
+
+def run(method, sites, params, rounds=2):
+    engine = InProcess(method, sites)
+    for step in train(method, engine, method.init(params), rounds=rounds):
+        assert not step.lost
+    return step, engine
+
+
+def test_without_distillation_the_student_is_fedavgs(task, local, sites):
+    alone = DualDistillation(Dual(task, task, (1, 1), (0, 0), 0, False), local)
+    step, _ = run(alone, sites, task.first(0))
+    plain, _ = run(FedAvg(task, local), sites, task.first(0))
+    found, wanted = step.state.params, plain.state.params
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(task, local, sites):
+    params = task.first(0)
+    small, _ = run(fedmic(task, local), sites, params)
+    large, engine = run(
+        fedmic(task, local, teacher="cnn", teacher_options=(("width", 12), ("depth", 2))), sites, params
+    )
+    assert small.bytes_up == large.bytes_up
+    assert large.reply.mean("update").total.keys() == params.keys()
+    kept = engine.memory["site-0"]["private"]
+    assert kept["teacher.encoder.0.weight"].shape[0] == 12
+    assert not any(name.startswith("student") for name in kept)
+
+
+@pytest.mark.parametrize("teacher", ["", "cnn"])
+def test_the_teacher_predicts_and_the_student_where_there_is_none(task, local, sites, teacher):
+    options = (("width", 6), ("depth", 2)) if teacher else ()
+    method = Evaluated(fedmic(task, local, teacher=teacher, teacher_options=options), task)
+    step, engine = run(method, sites, task.first(0))
+    ask, predicts = method.trial(step.state), method.predicts or task
+    x = sites["site-0"].data["test"].x
+
+    def say(of, params):
+        with torch.no_grad():
+            return borrow(of, params).eval()(x)
+
+    teacher_task = method.inner.dual.teacher
+    own = tree.under("teacher", engine.memory["site-0"]["private"])
+    assert torch.equal(say(predicts, method.model_at(ask, engine.memory["site-0"])), say(teacher_task, own))
+    assert torch.equal(say(predicts, method.model_at(ask, {})), say(task, step.state.params))
+    assert len(evaluate(method, engine, step.state, engine.sites)) == 3
+
+
+def test_the_teacher_fits_its_site_better_than_the_student_elsewhere(task):
+    sites = little_sites(count=3)
+    method = Evaluated(fedkd(task, Local(epochs=4, batch_size=8, lr=0.1)), task)
+    step, engine = run(method, sites, task.first(0), 4)
+    scores = evaluate(method, engine, step.state, engine.sites)
+    assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
+
+
+def test_mutual_learning_with_labels_alone_is_fedavg_beside_single(task, local, sites):
+    step, engine = run(mutual(task, local, alpha=1.0, beta=1.0), sites, task.first(0))
+    plain, _ = run(FedAvg(task, local), sites, task.first(0))
+    wanted = plain.state.params
+    assert all(torch.allclose(step.state.params[name], wanted[name], atol=1e-5) for name in wanted)
+    assert "teacher.head.weight" in engine.memory["site-1"]["private"]

@@ -144,6 +144,26 @@ def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     return Cases(patient[first], score, target[first], {}, n)
 
 
+def as_images(predictions: Predictions) -> Cases:
+    """Every image a case of its own, in the order of patients."""
+    p, order = predictions, np.argsort(predictions.patient, kind="stable")
+    if p.score is None or p.target is None:
+        values = {k: v[order] for k, v in p.cases.items() if k != "empty"}
+        return Cases(p.patient[order], np.zeros((len(p), 1)), np.zeros(len(p), np.int64), values, len(p))
+    return Cases(p.patient[order], p.score[order], p.target[order], {}, len(p))
+
+
+def as_cases(predictions: Predictions, unit: str = "patient", regression: bool = False) -> Cases:
+    """``by_patient`` or ``as_images``.
+
+    Raises:
+        ValueError: Where ``unit`` is neither ``"patient"`` nor ``"image"``.
+    """
+    if unit not in ("patient", "image"):
+        raise ValueError(f"unit {unit!r}: a case is a 'patient' or an 'image'")
+    return by_patient(predictions, regression) if unit == "patient" else as_images(predictions)
+
+
 def _mean_by(index: NDArray[np.int64], values: NDArray[Any], size: int) -> NDArray[np.float64]:
     """The mean of the finite rows of ``values`` [n, k] for each index; NaN where there are none. [size, k]"""
     values = np.asarray(values, np.float64).reshape(len(index), -1)

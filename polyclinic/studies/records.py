@@ -110,6 +110,7 @@ class DataInfo(_Line):
     simulated: str | None = None
     fingerprint: str = ""
     sites_are: str = ""
+    checks: tuple[str, ...] = ()
 
 
 class SiteInfo(_Line):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from polyclinic.studies.compare import Difference, difference
 from polyclinic.studies.intervals import Estimate, bca, delong, percentile, resamples
 from polyclinic.studies.metrics import Array, Metric
-from polyclinic.studies.predictions import Cases, by_patient
+from polyclinic.studies.predictions import Cases, as_cases
 from polyclinic.studies.records import Run
 
 JACKKNIFE = 600  # patients above which the percentile interval is as good and much cheaper
@@ -153,13 +153,8 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
     Raises:
         ValueError: Where ``unit`` is neither ``"patient"`` nor ``"image"``.
     """
-    if unit not in ("patient", "image"):
-        raise ValueError(f"unit {unit!r}: a case is a 'patient' or an 'image'")
     regression = run.info.task == "regression"
-    cases = {
-        arm: {s: by_patient(p, regression) if unit == "patient" else as_images(p) for s, p in sites.items()}
-        for arm, sites in run.arms.items()
-    }
+    cases = {arm: {s: as_cases(p, unit, regression) for s, p in sites.items()} for arm, sites in run.arms.items()}
     patients, weights = {}, {}
     for i, site in enumerate(run.info.sites):
         here = [arm[site.name].patient for arm in cases.values() if site.name in arm]
@@ -169,13 +164,3 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
             drawn = resamples(size, draws, np.random.default_rng([seed, 0, i]))
             weights[site.name] = np.concatenate([np.ones((1, size)), drawn])
     return Sample(cases, patients, weights, level, seed)
-
-
-def as_images(p: Any) -> Cases:
-    """Every image a case of its own, in the order of patients."""
-    order = np.argsort(p.patient, kind="stable")
-    if p.score is None:
-        values = {k: v[order] for k, v in p.cases.items() if k != "empty"}
-        zeros = np.zeros((len(order), 1))
-        return Cases(p.patient[order], zeros, np.zeros(len(order), np.int64), values, len(order))
-    return Cases(p.patient[order], p.score[order], p.target[order], {}, len(order))

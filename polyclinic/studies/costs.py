@@ -1,0 +1,109 @@
+"""What a method cost: bytes both ways, time, lost sites, and how much of it was needed to reach a target."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polyclinic.studies.records import Run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The validation metric over rounds, mean over the sites and seeds that have it."""
+
+    rounds: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one method cost, for one seed (the mean over seeds).
+
+    Attributes:
+        label: The method.
+        rounds: Rounds that were run.
+        up: Bytes sent by each site.
+        down: Bytes received by each site.
+        seconds: Work at each site.
+        wall: Seconds from the first to the last round.
+        lost: (seed, round, site, reason) of every reply that did not come.
+        reached: The first round whose validation mean reaches the target; None where none does.
+        bytes_to_target: Bytes a site sent and received, on average, up to that round.
+    """
+
+    label: str
+    rounds: int
+    up: Mapping[str, float]
+    down: Mapping[str, float]
+    seconds: Mapping[str, float]
+    wall: float
+    lost: Sequence[tuple[int, int, str, str]]
+    reached: int | None = None
+    bytes_to_target: float | None = None
+
+    @property
+    def per_site(self) -> float:
+        """Bytes a site sent and received, on average over sites."""
+        sites = self.up.keys() | self.down.keys()
+        total = sum(self.up.values()) + sum(self.down.values())
+        return total / len(sites) if sites else 0.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A level of the validation metric that methods are timed to, and where it comes from."""
+
+    value: float
+    meaning: str
+
+
+def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
+    """The validation curve of a method, over all sites or at one. A round counts if every seed that got there has it."""
+    by_round: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for s in run.curves:
+        value = s.metrics.get(metric)
+        if s.method == label and s.role == "val" and (site is None or s.site == site) and value is not None:
+            by_round[s.round][s.seed].append(value)
+    rounds = sorted(by_round)
+    values = [float(np.mean([np.mean(v) for v in by_round[r].values()])) for r in rounds]
+    return Curve(tuple(rounds), tuple(values))
+
+
+def target_of(run: Run, metric: str, higher_is_better: bool) -> Target | None:
+    """The best that training alone reaches on validation; without that baseline, 98 % of the best of all methods."""
+    best = max if higher_is_better else min
+    curves = {m.label: learning_curve(run, m.label, metric).values for m in run.info.methods}
+    if curves.get("single"):
+        return Target(best(curves["single"]), "the best mean over sites that training alone reaches")
+    found = [best(v) for v in curves.values() if v]
+    if not found:
+        return None
+    share, words = (0.98, "98 % of the best") if higher_is_better else (1 / 0.98, "within 2 % of the best")
+    return Target(best(found) * share, f"{words} that any method reaches")
+
+
+def cost_of(run: Run, label: str, metric: str, higher_is_better: bool, target: Target | None) -> Cost | None:
+    """What ``label`` cost; None where no round of it was recorded."""
+    mine = [r for r in run.rounds if r.method == label]
+    if not mine:
+        return None
+    seeds = sorted({r.seed for r in mine})
+    sums: dict[str, dict[str, float]] = {"up": defaultdict(float), "down": defaultdict(float), "s": defaultdict(float)}
+    for r in mine:
+        for key, values in (("up", r.bytes_up), ("down", r.bytes_down), ("s", r.seconds)):
+            for site, value in values.items():
+                sums[key][site] += value / len(seeds)
+    lost = [(r.seed, r.round, site, why) for r in mine for site, why in r.lost.items()]
+    curve, reached, spent = learning_curve(run, label, metric), None, None
+    if target is not None:
+        ahead = [v >= target.value if higher_is_better else v <= target.value for v in curve.values]
+        reached = next((r for r, yes in zip(curve.rounds, ahead, strict=True) if yes), None)
+    if reached is not None:
+        sites = {s for r in mine for s in (*r.bytes_up, *r.bytes_down)}
+        before = [sum(r.bytes_up.values()) + sum(r.bytes_down.values()) for r in mine if r.round <= reached]
+        spent = sum(before) / len(seeds) / max(len(sites), 1)
+    rounds = round(np.mean([len({r.round for r in mine if r.seed == s}) for s in seeds]))
+    wall = sum(r.wall for r in mine) / len(seeds)
+    return Cost(label, rounds, dict(sums["up"]), dict(sums["down"]), dict(sums["s"]), wall, lost, reached, spent)

@@ -1,0 +1,83 @@
+"""What every section of the page starts from: the run, its evaluation, its costs, and how to name things."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from polyclinic.core.journal import Broken, verify
+from polyclinic.studies.costs import Cost, Target, cost_of, target_of
+from polyclinic.studies.evaluation import Evaluation, MethodResult
+from polyclinic.studies.records import Run, SiteInfo
+from polyclinic.studies.report.words import digits_of
+
+NAMES = {"single": "Single", "mix": "Mix", "cross": "Cross"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run and what was computed from it."""
+
+    run: Run
+    result: Evaluation
+
+    @property
+    def digits(self) -> int:
+        """Decimals of the primary metric."""
+        return digits_of(self.result.metric)
+
+    @property
+    def label(self) -> str:
+        """The primary metric, with its unit."""
+        metric = self.result.metric
+        return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+    @property
+    def higher(self) -> bool:
+        """Whether higher values of the primary metric are better."""
+        return self.result.metric.higher_is_better is not False
+
+    @property
+    def level(self) -> str:
+        """``95 %``"""
+        return f"{100 * self.result.options.level:g} %"
+
+    @property
+    def first(self) -> MethodResult | None:
+        """The method spoken of first."""
+        return self.result.of(self.result.headline) if self.result.headline else None
+
+    def title(self, label: str) -> str:
+        """A method's name in text: short for the baselines."""
+        info = next((m for m in self.run.info.methods if m.label == label), None)
+        return NAMES.get(label) or (info.title if info and info.title else label)
+
+    def site(self, name: str) -> SiteInfo:
+        """What ``run.json`` says of a site."""
+        return next(s for s in self.run.info.sites if s.name == name)
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The level that methods are timed to."""
+        return target_of(self.run, self.result.metric.name, self.higher)
+
+    @cached_property
+    def costs(self) -> Mapping[str, Cost]:
+        """Costs by method, of those with recorded rounds."""
+        metric, found = self.result.metric.name, {}
+        for m in self.run.info.methods:
+            if cost := cost_of(self.run, m.label, metric, self.higher, self.target):
+                found[m.label] = cost
+        return found
+
+    @cached_property
+    def journal(self) -> tuple[int, str, str]:
+        """Entries and head of the journal, and what is wrong with it; (0, "", "") where there is none."""
+        file, entries, head = self.run.path / "journal.jsonl", 0, ""
+        if not file.is_file():
+            return 0, "", ""
+        try:
+            for entry in verify(file):
+                entries, head = entries + 1, str(entry["hash"])
+        except Broken as broken:
+            return entries, head, str(broken).replace(str(self.run.path) + "/", "")
+        return entries, head, ""

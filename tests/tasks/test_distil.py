@@ -100,7 +100,7 @@ def test_representations_are_drawn_together():
     site = Site("s", {"train": Rows(normal(32, 6), torch.arange(32) % 2)})
     start, batch = initial(dual.model, 0), site.data["train"][torch.arange(32)]
     end = Local(epochs=30, batch_size=32, lr=0.3).fit(dual, start, site, 0)
-    losses = [float(dual.loss(borrow(dual, params), batch)) for params in (start, end)]
+    losses = [dual.loss(borrow(dual, params), batch).item() for params in (start, end)]
     assert losses[1] < 0.5 * losses[0]
 
 

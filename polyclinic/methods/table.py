@@ -69,7 +69,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("ifca", "ifca:ifca", "several models; each site trains the one that fits it best", "Ghosh et al. 2020", "the change of every cluster's model, 0 for those that the site is not in", stateful=True),
     ),
     "Client end: domain adaptation": (),
-    "Client end: image harmonisation": (),
+    "Client end: image harmonisation": (
+        Entry("harmofl", "harmofl:harmofl", "one amplitude spectrum for all images, and flat minima", "Jiang et al. 2022 (AAAI)", "the mean amplitude spectrum of the site's images, once, then the change of the model"),
+    ),
     "Client end: contrastive and self-supervised learning": (),
     "Client end: multi-task learning": (),
     "Client end: weakly and semi-supervised learning": (),

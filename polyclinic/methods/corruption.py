@@ -1,0 +1,113 @@
+"""The robust rules under the names by which a study calls them. The papers are beside the rules, in ``methods.rules``.
+
+``over`` names the method whose updates the rule aggregates, with that method's own defaults: a rule is not tied to
+FedAvg. ``bound`` and ``quarantined`` are as in ``Robust``.
+"""
+
+from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.robust import Robust
+from polyclinic.methods.rules.coordinate import Median, TrimmedMean
+from polyclinic.methods.rules.dos import DOS
+from polyclinic.methods.rules.fltrust import FLTrust
+from polyclinic.methods.rules.geometric import CentredClipping, GeometricMedian
+from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.rule import Average, Rule
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
+
+
+def watched(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 0.0,
+    quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """The plain mean, with every site's standing for people to see."""
+    return _under(Average(), task, local, sites, rounds, over, bound, quarantined)
+
+
+def krum(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
+    bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """The one update that lies closest to its neighbours."""
+    return _under(Krum(corrupt), task, local, sites, rounds, over, bound, quarantined)
+
+
+def multi_krum(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
+    keep: int = 0, bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """The mean of the updates that lie closest to their neighbours."""
+    return _under(MultiKrum(corrupt, keep), task, local, sites, rounds, over, bound, quarantined)
+
+
+def bulyan(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.1,
+    bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """Krum's choice again and again, then the trimmed mean around the median."""
+    return _under(Bulyan(corrupt), task, local, sites, rounds, over, bound, quarantined)
+
+
+def coordinate_median(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 0.0,
+    quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """Each coordinate's median."""
+    return _under(Median(), task, local, sites, rounds, over, bound, quarantined)
+
+
+def trimmed_mean(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
+    bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """Each coordinate's mean without its largest and smallest values."""
+    return _under(TrimmedMean(corrupt), task, local, sites, rounds, over, bound, quarantined)
+
+
+def geometric_median(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", weighted: bool = False,
+    bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """The point nearest to all updates together (RFA)."""
+    return _under(GeometricMedian(weighted), task, local, sites, rounds, over, bound, quarantined)
+
+
+def centred_clipping(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", tau: float = 0.0,
+    steps: int = 3, bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """The mean of what each site would move the last aggregate, none by more than ``tau``."""
+    return _under(CentredClipping(tau, steps), task, local, sites, rounds, over, bound, quarantined)
+
+
+def fltrust(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", root: str = "",
+    bound: float = 0.0, quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """Updates weighed by their agreement with a trusted one.
+
+    ``root`` is whose: a site's, the first in name order where none is named; or ``server``, where that has data.
+    """
+    return _under(FLTrust(root or min(sites)), task, local, sites, rounds, over, bound, quarantined)
+
+
+def dos(
+    task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 1.0,
+    quarantined: tuple[str, ...] = (),
+) -> Robust:  # fmt: skip
+    """Updates weighed by how usual their distances to the others are, behind a bound on their length."""
+    return _under(DOS(), task, local, sites, rounds, over, bound, quarantined)
+
+
+def _under(
+    rule: Rule, task: Task, local: Local, sites: tuple[str, ...], rounds: int, over: str, bound: float,
+    quarantined: tuple[str, ...],
+) -> Robust:  # fmt: skip
+    """The method called ``over`` under ``rule``.
+
+    Raises:
+        ValueError: Where sites are quarantined that there are not.
+    """
+    if unknown := set(quarantined) - set(sites):
+        raise ValueError(f"quarantined names {sorted(unknown)}, which no site is called; there are {', '.join(sites)}")
+    return Robust(build(over, Setting(task, local, tuple(sites), rounds)), rule, bound, tuple(quarantined))

@@ -1,0 +1,76 @@
+"""A site's examples taken together, and without their targets.
+
+Data whose targets must not be used stand under the role ``"unlabelled"``; a site without labels has an empty
+``"train"``. What these functions return yields no target of an unlabelled example, whatever its source holds.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Batch
+
+
+@dataclass(frozen=True)
+class Untargeted:
+    """The inputs of ``data``; where targets would be, each example's position, int64 [b]."""
+
+    data: Any
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self.data[index][0], index.clone()
+
+
+@dataclass(frozen=True)
+class Chained:
+    """Several data sets as one, in order, without their targets."""
+
+    parts: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        inputs: Tensor | None = None
+        begin = 0
+        for part in self.parts:
+            here = (index >= begin) & (index < begin + len(part))
+            if bool(here.any()):
+                found = part[index[here] - begin][0]
+                inputs = found.new_empty(len(index), *found.shape[1:]) if inputs is None else inputs
+                inputs[here] = found
+            begin += len(part)
+        if inputs is None:
+            raise IndexError(f"no example at {index.tolist()[:5]} among {begin}")
+        return inputs, index.clone()
+
+
+def size(data: Mapping[str, Any], role: str) -> int:
+    """How many examples there are under ``role``."""
+    return len(data.get(role, ()))
+
+
+def unlabelled(data: Mapping[str, Any]) -> Untargeted:
+    """The examples whose targets must not be used. Their targets are not there."""
+    return Untargeted(data.get("unlabelled", ()))
+
+
+def all_inputs(data: Mapping[str, Any]) -> Chained:
+    """Every input that a site may learn from, labelled or not, without targets."""
+    return Chained(tuple(data[role] for role in ("train", "unlabelled") if size(data, role)))
+
+
+def endless(local: Local, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
+    """Minibatches of ``data`` as ``local`` makes them, without end: a second stream beside the one in ``Local.fit``.
+
+    Yields nothing where ``data`` is empty.
+    """
+    while len(data):
+        yield from local.batches(data, rng, device)

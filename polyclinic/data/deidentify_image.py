@@ -138,6 +138,7 @@ def clean(
         meta = pydicom.dataset.FileMetaDataset()
         meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = out.SOPClassUID, out.SOPInstanceUID
+        out.PatientID = out.PatientName = walk.pseudonym
         out.file_meta, out.preamble = meta, b"\0" * 128
         _say_so(out, options)
     return Cleaned(out, walk.pseudonym, patient, identifiers, removed)

@@ -68,13 +68,19 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("moon", "moon:moon", "sites keep their representation near the global model's", "Li et al. 2021 (CVPR)", stateful=True),
         Entry("ifca", "ifca:ifca", "several models; each site trains the one that fits it best", "Ghosh et al. 2020", "the change of every cluster's model, 0 for those that the site is not in", stateful=True),
     ),
-    "Client end: domain adaptation": (),
+    "Client end: domain adaptation": (
+        Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
+        Entry("fed-moe", "fedmoe:fed_moe", "a federated and a private model, mixed by a private gate", "Li et al. 2020 (Medical Image Analysis)", "the change of the federated expert", stateful=True),
+        Entry("fedharmony", "fedharmony:fedharmony", "features that do not tell which scanner they come from", "Dinsdale et al. 2022", "the change of the model and of a domain classifier; mean and deviation of features, kept apart by site"),
+    ),
     "Client end: image harmonisation": (
         Entry("harmofl", "harmofl:harmofl", "one amplitude spectrum for all images, and flat minima", "Jiang et al. 2022 (AAAI)", "the mean amplitude spectrum of the site's images, once, then the change of the model"),
     ),
     "Client end: contrastive and self-supervised learning": (),
     "Client end: multi-task learning": (),
-    "Client end: weakly and semi-supervised learning": (),
+    "Client end: weakly and semi-supervised learning": (
+        Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True),
+    ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
         Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student", stateful=True),

@@ -1,13 +1,15 @@
 """Learning from what another model says: divergences by kind of task, and two models that teach one another."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyclinic.core.tree import Tree
 from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import Batch, Task, represent
+from polyclinic.tasks.task import Batch, Task, borrow, represent
 
 
 class Said(nn.Module):
@@ -55,6 +57,27 @@ def width(task: Task) -> int:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         h, _ = represent(task, task.model().eval(), torch.zeros(1, *task.network.inputs))
     return h.shape[1]
+
+
+def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> tuple[Tensor, Tensor]:
+    """What the model with ``params`` says of every example of ``data``, in order.
+
+    Returns:
+        Raw outputs [n, C, ...], and the second of what ``data`` yields [n, ...]; both on the CPU.
+    """
+    model = borrow(task, params, device, "answers").eval()
+    said: list[Tensor] = []
+    targets: list[Tensor] = []
+    with torch.no_grad():
+        for chunk in torch.arange(len(data)).split(size):
+            if len(chunk):
+                x, y = data[chunk]
+                z = model(x.to(device))
+                said.append((z if isinstance(z, Tensor) else z[0]).cpu())
+                targets.append(y)
+    if not said:
+        return torch.zeros(0, task.network.outputs), torch.zeros(0, dtype=torch.long)
+    return torch.cat(said), torch.cat(targets)
 
 
 class Duo(nn.Module):

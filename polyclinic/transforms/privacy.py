@@ -14,13 +14,13 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.pipeline import Transform
-from polyclinic.core.site import Secret, Site
+from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.dpsgd import Spend, add_noise, meter
 
 BELOW = "m/~clip/below"  # whether a site's reply was below the bound, less one half
 
@@ -178,6 +178,7 @@ class Gaussian(Transform):
                 raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
             own = count_noise / self.share**0.5 if name == BELOW else deviation
             noisy[name] = add_noise(leaf, own, dice)
+        meter(Spend(self.multiplier))
         return Mean(noisy, sent.weight), memory
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
@@ -186,19 +187,6 @@ class Gaussian(Transform):
             raise ValueError(f"this sum holds the noise of {received.weight:g} sites, and {self.share} were counted "
                              "on: it protects less than it says. Raise SecureSum's threshold")  # fmt: skip
         return received, state
-
-
-def add_noise(leaf: Tensor, deviation: float, dice: Secret) -> Tensor:
-    """``leaf`` plus normal noise of ``deviation``, added in double precision and rounded to a grid.
-
-    The grid, 2⁻²⁰ deviations or a little less, hides which doubles the noise could have been (Ilya Mironov, "On
-    significance of the least significant bits for differential privacy", CCS 2012, rounds for this reason).
-    """
-    if deviation == 0 or not leaf.numel():
-        return leaf
-    grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
-    noisy = leaf.double() + deviation * dice.normal(*leaf.shape)
-    return ((noisy / grid).round() * grid).to(leaf.dtype)
 
 
 def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:

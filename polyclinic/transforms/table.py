@@ -29,7 +29,7 @@ TRANSFORMS: Mapping[str, Entry] = {
         Entry("secure-sum", "secure:SecureSum", "the server learns only the sum over sites", "Bonawitz et al. 2017"),
         Entry("bf16", "compression:BFloat16", "half the bytes: 8 bits of precision"),
         Entry("int8", "compression:Int8", "a quarter of the bytes: 8 bits, a scale for each channel"),
-        Entry("qsgd", "compression:QSGD", "2, 4 or 8 bits, rounded at random, right on average", "Alistarh et al. 2017"),
+        Entry("qsgd", "compression:QSGD", "2, 4 or 8 bits, random, right on average", "Alistarh et al. 2017"),
         Entry("sign", "compression:Sign", "one bit each; the rest is remembered", "Karimireddy et al. 2019"),
         Entry("top-k", "topk:TopK", "the largest coordinates; the rest is remembered", "Stich et al. 2018"),
         Entry("low-rank", "compression:LowRank", "factors that hold a share of the energy", "Wu et al. 2022"),

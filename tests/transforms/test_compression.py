@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.transforms.sending import close, constant, random_values, run
 
 from polyclinic.core import tree
 from polyclinic.core.pipeline import Packed, Transform
@@ -17,6 +16,7 @@ from polyclinic.transforms.packing import pack_bits, shape_in, shape_tag, unpack
 from polyclinic.transforms.powersgd import PowerSGD
 from polyclinic.transforms.topk import TopK
 from polyclinic.transforms.zstd import Zstd, unfold
+from tests.transforms.sending import close, constant, random_values, run
 
 VALUES = random_values()
 ALL = (BFloat16(), Int8(), QSGD(127), QSGD(7), QSGD(1), Sign(), LowRank(), LowRank(remember=True), PowerSGD(2), Zstd(),

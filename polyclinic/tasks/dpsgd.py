@@ -1,0 +1,242 @@
+"""Training that no single patient can change by much: differentially private stochastic gradient descent.
+
+Martin Abadi, Andy Chu, Ian Goodfellow, Brendan McMahan, Ilya Mironov, Kunal Talwar and Li Zhang, "Deep Learning with
+Differential Privacy", CCS 2016, Algorithm 1, https://arxiv.org/abs/1607.00133. Batches are Poisson samples, as its
+analysis assumes. We depart in where the dice come from: who is sampled, and the noise, are drawn from the operating
+system, since whoever knows a study's seed could otherwise repeat them. So private training does not repeat itself.
+
+What leaves a site protects its patients only if it is made from what ``fit`` returns, and from nothing else of the
+data. ``metered`` tells what was spent, so that a policy can refuse a reply that spent nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core.site import Secret, Site
+from polyclinic.core.tree import Tree
+from polyclinic.tasks.functional import at
+from polyclinic.tasks.local import Correct, Learns, Local, Loss, seeded
+from polyclinic.tasks.model import BATCH_NORMS, params_of
+from polyclinic.tasks.task import Batch, borrow
+
+
+class Spend(NamedTuple):
+    """What some releases cost in privacy: all that an accountant needs to know.
+
+    Attributes:
+        multiplier: The deviation of the normal noise over the clipping bound. 0 where ``pure`` is given instead.
+        rate: The probability with which each protected unit took part in a step.
+        steps: How many steps.
+        unit: Who is protected: a record (one image or row), a patient, or a whole site.
+        pure: ε of each step, for mechanisms that are not normal noise.
+    """
+
+    multiplier: float
+    rate: float = 1.0
+    steps: int = 1
+    unit: Literal["record", "patient", "site"] = "site"
+    pure: float = 0.0
+
+
+_meter: ContextVar[list[Spend] | None] = ContextVar("meter", default=None)
+
+
+@contextmanager
+def metered() -> Iterator[list[Spend]]:
+    """A list that fills with what is spent within."""
+    spent: list[Spend] = []
+    token = _meter.set(spent)
+    try:
+        yield spent
+    finally:
+        _meter.reset(token)
+
+
+def meter(spend: Spend) -> None:
+    """Tells whoever is counting."""
+    if (spent := _meter.get()) is not None:
+        spent.append(spend)
+
+
+@dataclass(frozen=True)
+class DPSGD(Local):
+    """Local training in which each unit's gradient is clipped, and the sum of them is hidden in noise.
+
+    Of ``Local``, ``batch_size`` is the expected size of a batch, counted in units; ``epochs`` means as many steps as
+    would see each unit once on average. A penalty does not read the data, and is neither clipped nor noised.
+
+    Attributes:
+        noise: σ, the deviation of the noise over ``bound``. ``plan`` finds it for a wanted ε.
+        bound: C, the largest norm of what one unit adds.
+        unit: Who is protected. A ``patient`` may have several images, whose mean gradient is clipped as one; the
+            data must then say whose each image is (``patients``). A ``record`` is one image or row.
+        chunk: How many images' gradients are held at once; chosen by the model's size where it is None.
+    """
+
+    noise: float = 1.0
+    bound: float = 1.0
+    unit: Literal["record", "patient"] = "patient"
+    chunk: int | None = None
+
+    def fit(
+        self, task: Learns, start: Tree, site: Site, round: int, *, role: str = "train", data: Any = None,
+        loss: Loss | None = None, correct: Correct | None = None, only: Callable[[str], bool] | None = None,
+        after: Callable[[nn.Module], None] | None = None, slot: str = "",
+    ) -> Tree:  # fmt: skip
+        """The parameters after private training from ``start``. Arguments as of ``Local.fit``.
+
+        Args:
+            correct: Edits each noisy gradient. Neither it nor ``after`` may use the data without privacy.
+
+        Raises:
+            ValueError: Where this task, model or data cannot be trained privately; the message says what to change.
+        """
+        model, data = borrow(task, start, site.device, slot), site.data[role] if data is None else data
+        members = self._members(data)
+        if problems := self.problems(task, model):
+            raise ValueError("; ".join(problems))
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or only(n))}
+        optimiser, dice = self._optimiser(list(named.values()), self.lr * self.decay**round), site.secret_rng()
+        spend, augmenting = self.spend(data), site.rng(round, "augment", role, slot)
+        expected = spend.rate * len(members)
+        origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
+        with seeded(site.rng(round, "train", role, slot), site.device):
+            for _ in range(spend.steps):
+                chosen = (dice.uniform(len(members)) < spend.rate).nonzero()[:, 0].tolist()
+                batches = self._gathered(data, [members[i] for i in chosen], model, augmenting, site.device)
+                total = self._clipped_sum(model, named, loss or task.loss, batches)
+                # g̃ = (Σ clip(g_i) + N(0, σ² C²)) / L, with L the expected size: the true one is private
+                gradient = {n: add_noise(g, self.noise * self.bound, dice) / expected for n, g in total.items()}
+                if self.penalty:
+                    model.zero_grad(set_to_none=True)
+                    self.penalty(model, origin).backward()  # type: ignore[no-untyped-call]
+                    gradient = {n: g if (own := named[n].grad) is None else g + own for n, g in gradient.items()}
+                for n, p in named.items():
+                    p.grad = correct(n, gradient[n]) if correct else gradient[n]
+                optimiser.step()
+                if after:
+                    after(model)
+        meter(spend)
+        return params_of(model)
+
+    def problems(self, task: Learns, model: nn.Module) -> list[str]:
+        """Why these cannot be trained privately, in sentences that say what to change."""
+        found = []
+        if not (self.noise > 0 and self.bound > 0):
+            found.append(f"DPSGD: noise and bound must be above 0, not {self.noise} and {self.bound}; without noise "
+                         "there is no privacy: use plain training and claim none")  # fmt: skip
+        if any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+            found.append("DPSGD: this network has batch normalisation, which mixes patients, so that no one's part can "
+                         'be bounded: build it with the option norm = "group" or "instance"')  # fmt: skip
+        if getattr(task, "class_weights", None) is not None:
+            found.append("DPSGD: class_weights have no effect where every example's loss stands alone: leave them out")
+        if self.amp or self.clip_norm is not None:
+            found.append("DPSGD: leave amp and clip_norm out; bound clips each unit by itself")
+        return found
+
+    def spend(self, data: Any) -> Spend:
+        """What one ``fit`` on ``data`` costs. The number of units counts as public."""
+        units = len(self._members(data))
+        return Spend(self.noise, min(1.0, self.batch_size / units), self.count(data), self.unit)
+
+    def count(self, data: Any) -> int:
+        """How many steps ``fit`` takes on ``data``."""
+        units = len(self._members(data))
+        return self.epochs * -(-units // self.batch_size) if self.steps is None else self.steps
+
+    def stepper(
+        self, model: nn.Module, round: int = 0, *, correct: Correct | None = None,
+        only: Callable[[str], bool] | None = None,
+    ) -> NoReturn:  # fmt: skip
+        """Refuses: steps that a method takes by itself are not private."""
+        raise ValueError(BY_ITSELF)
+
+    def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> NoReturn:
+        """Refuses: batches that a method uses by itself are not private."""
+        raise ValueError(BY_ITSELF)
+
+    def _members(self, data: Any) -> Sequence[Sequence[int]]:
+        """The positions of each unit's images."""
+        if self.unit == "record":
+            return [[i] for i in range(len(data))]
+        patients = getattr(data, "patients", None)
+        if patients is None:
+            raise ValueError("DPSGD: this data does not say whose each image is, so patients cannot be protected: "
+                             'name the patient column, or protect records only with unit = "record"')  # fmt: skip
+        found: dict[Any, list[int]] = {}
+        for i, patient in enumerate(patients):
+            found.setdefault(patient, []).append(i)
+        return list(found.values())
+
+    def _gathered(
+        self, data: Any, chosen: Sequence[Sequence[int]], model: nn.Module, rng: torch.Generator, device: str
+    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Batch]]]]:
+        """Some units at a time: how many images each has, and their images, each with the number of its unit."""
+        size = sum(p.numel() for p in model.parameters())
+        chunk = self.chunk or max(1, min(64, 2**26 // size))  # 256 MiB of gradients at most
+        for begin in range(0, len(chosen), chunk):
+            units = chosen[begin : begin + chunk]
+            of = torch.tensor([u for u, images in enumerate(units) for _ in images])
+            positions = torch.tensor([i for images in units for i in images])
+            parts = []
+            for part in torch.arange(len(positions)).split(chunk):
+                x, y = data[positions[part]]
+                if self.augment:
+                    x, y = self.augment((x, y), rng)
+                parts.append((of[part].to(device), (x.to(device), y.to(device))))
+            yield torch.tensor([float(len(images)) for images in units], device=device), parts
+
+    def _clipped_sum(
+        self, model: nn.Module, named: dict[str, nn.Parameter], loss: Loss,
+        batches: Iterator[tuple[Tensor, list[tuple[Tensor, Batch]]]],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Σ over units of min(1, C / ‖g_i‖) · g_i, with g_i the mean gradient of a unit's images."""
+        params = {n: p.detach() for n, p in named.items()}
+        total = {n: torch.zeros_like(p) for n, p in params.items()}
+        for images, parts in batches:
+            sums = {n: torch.zeros(len(images), *p.shape, device=p.device) for n, p in params.items()}
+            for of, batch in parts:
+                for n, g in per_example_gradients(model, params, loss, batch).items():
+                    sums[n].index_add_(0, of, g)
+            flat = [g.flatten(1) / images[:, None] for g in sums.values()]
+            norm = torch.stack([g.norm(dim=1) for g in flat]).norm(dim=0)
+            # One whose gradient is not finite adds nothing: it could not be bounded otherwise. And a little less
+            # than C, so that rounding cannot carry a sum above it.
+            factor = torch.where(norm.isfinite(), (self.bound / norm).clamp_max(1.0) * (1 - 2.0**-20), 0.0)
+            for n, g in zip(total, flat, strict=True):
+                total[n] += (factor @ g.nan_to_num(0.0, 0.0, 0.0)).reshape(total[n].shape)
+        return total
+
+
+BY_ITSELF = ("DPSGD: this method takes its training steps by itself, and they would not be private. Choose one that "
+             "trains once a round, such as fedavg, fedprox, fedopt or scaffold")  # fmt: skip
+
+
+def per_example_gradients(model: nn.Module, params: Tree, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+    """∂loss/∂params for each example of ``batch`` alone. Shapes [b, *shape of the parameter]."""
+
+    def alone(own: Tree, x: Tensor, y: Tensor) -> Tensor:
+        return at(model, own, loss, (x[None], y[None]))
+
+    each = torch.func.vmap(torch.func.grad(alone), in_dims=(None, 0, 0), randomness="different")
+    gradients: dict[str, Tensor] = each(dict(params), *batch)
+    return {name: g.detach() for name, g in gradients.items()}
+
+
+def add_noise(leaf: Tensor, deviation: float, dice: Secret) -> Tensor:
+    """``leaf`` plus normal noise of ``deviation``, added in double precision and rounded to a grid.
+
+    The grid, 2⁻²⁰ deviations or a little less, hides which doubles the noise could have been (Ilya Mironov, "On
+    significance of the least significant bits for differential privacy", CCS 2012, rounds for this reason).
+    """
+    if deviation == 0 or not leaf.numel():
+        return leaf
+    grid = 2.0 ** (torch.tensor(deviation, dtype=torch.float64).log2().floor().item() - 20)
+    noisy = leaf.double() + deviation * dice.normal(*leaf.shape).to(leaf.device)
+    return ((noisy / grid).round() * grid).to(leaf.dtype)

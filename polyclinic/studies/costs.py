@@ -60,7 +60,7 @@ class Target:
 
 
 def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
-    """The validation curve of a method, over all sites or at one. A round counts if every seed that got there has it."""
+    """The validation curve of a method, over all sites or at one; a round is the mean over the seeds that got there."""
     by_round: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for s in run.curves:
         value = s.metrics.get(metric)

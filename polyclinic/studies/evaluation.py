@@ -17,6 +17,18 @@ from polyclinic.studies.metrics import Metric, Undefined, metrics_for
 from polyclinic.studies.records import BASELINES, MethodInfo, Run
 from polyclinic.studies.resampling import Sample, sample
 
+BOUNDED = (
+    "auc",
+    "accuracy",
+    "balanced_accuracy",
+    "sensitivity",
+    "specificity",
+    "f1",
+    "average_precision",
+    "dice",
+    "nsd",
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -202,16 +214,22 @@ def _detailed(m: MethodResult, run: Run, data: Sample, table: Mapping[str, Metri
 def _random(
     sites: Mapping[str, Mapping[str, Estimate]], own: Sequence[str], metric: Metric, level: float
 ) -> Pooled | None:
-    values, variances = [], []
-    for site in own:
-        e = sites[site][metric.name]
-        if e.value is not None and e.low is not None and e.high is not None and e.high > e.low:
-            values.append(e.value)
-            variances.append(((e.high - e.low) / (2 * z_of(level))) ** 2)
+    """Sites as a sample of sites. Values that live between 0 and 1 are pooled as log odds, others as they are."""
+    known = [e for s in own if (e := sites[s][metric.name]).value is not None and e.low is not None]
+    known = [e for e in known if (e.high or 0.0) > (e.low or 0.0)]
+    values = np.array([[e.value, e.low, e.high] for e in known], float).reshape(-1, 3)
+    odds = metric.name in BOUNDED and bool(np.all((values > 0) & (values < 1)))
+    if odds:
+        values = np.log(values / (1 - values))
     try:
-        return pool_sites(values, variances, level)
+        pooled = pool_sites(values[:, 0], ((values[:, 2] - values[:, 1]) / (2 * z_of(level))) ** 2, level)
     except Undefined:
         return None
+    if not odds:
+        return pooled
+    e = pooled.estimate
+    back = [1 / (1 + np.exp(-v)) for v in (e.value, e.low, e.high) if v is not None]
+    return replace(pooled, estimate=replace(e, value=float(back[0]), low=float(back[1]), high=float(back[2])))
 
 
 def _with_gains(m: MethodResult, run: Run, data: Sample, metric: Metric, options: Options) -> MethodResult:

@@ -105,6 +105,14 @@ def _span(values: Sequence[float | None], pad: float = 0.06) -> tuple[float, flo
     return low - pad * wide, high + pad * wide
 
 
+def inches(text: str, points: float) -> float:
+    """How wide ``text`` is drawn."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), text, size=points, prop=FontProperties("DejaVu Sans")).get_extents().width) / 72
+
+
 def points(
     name: str, alt: str, rows: Sequence[Point], label: str, line: float | None = None, zero: bool = False
 ) -> str:
@@ -120,9 +128,10 @@ def points(
     """
     height = 0.62 + 0.29 * len(rows)
     with drawing(height) as (figure, axes):
-        longest = max((len(r.name) for r in rows), default=0)
-        left = min(0.085 + 0.0158 * longest, 0.42)
-        axes.set_position((left, 0.5 / height, 0.735 - left, 1 - 0.56 / height))
+        left = 0.03 + min(max((inches(r.name, 9) for r in rows), default=0.0) / WIDTH, 0.4)
+        right = 1 - max((inches(r.text, 8.5) for r in rows), default=0.0) / WIDTH
+        wide = max((right - left) / 1.03, 0.2)
+        axes.set_position((left, 0.5 / height, wide, 1 - 0.56 / height))
         for y, row in enumerate(rows):
             mark, colour, filled = STYLE[row.kind]
             if row.value is not None:
@@ -146,7 +155,8 @@ def points(
 def curves(name: str, alt: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> str:
     """One line a method over rounds, each named at its right end."""
     with drawing(2.9) as (figure, axes):
-        axes.set_position((0.12, 0.16, 0.58, 0.8))
+        widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
+        axes.set_position((0.12, 0.16, (0.86 - widest) / 1.07, 0.8))
         ends = []
         for i, (title, (x, y)) in enumerate(lines.items()):
             colour, mark = CURVES[i % len(CURVES)], MARKS[i % len(MARKS)]

@@ -239,7 +239,7 @@ def bootstrap(
     return Estimate(value, *limits, patients, f"{name} bootstrap over patients, {count} draws, seed {seed}")
 
 
-def pool_sites(values: Sequence[float], variances: Sequence[float], level: float = 0.95) -> Pooled:
+def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Array, level: float = 0.95) -> Pooled:
     """DerSimonian and Laird's random-effects mean: sites as a sample from many sites.
 
     Args:

@@ -145,7 +145,9 @@ def _predictions(m, seed, sites, task, images, role):
         n = n if role == "test" else max(n // 2, 2)
         base, noise = rng_of("patients", s, role), rng_of("noise", m, seed, s, role)
         patient = np.repeat(np.arange(n), images)
-        skill = METHODS[m][2] - hard * (0.9 if m != "single" else 0.45) + (0.25 if m == "fedbn" and s == "nairobi" else 0)
+        skill = (
+            METHODS[m][2] - hard * (0.9 if m != "single" else 0.45) + (0.25 if m == "fedbn" and s == "nairobi" else 0)
+        )
         common, own = base.normal(size=n)[patient], noise.normal(size=len(patient)) * 0.35
         if task == "classification":
             y = np.zeros(n, np.int64)
@@ -164,7 +166,7 @@ def _predictions(m, seed, sites, task, images, role):
             found[f"{s}/score"], found[f"{s}/target"] = guess[:, None].astype(np.float32), y[:, None].astype(np.float32)
         else:
             dice = np.clip(0.72 + 0.07 * skill + 0.1 * common + 0.05 * own, 0.02, 0.98)[:, None]
-            empty = (base.uniform(size=(n, 1))[patient] < 0.03 + 0.05 * max(hard, 0))
+            empty = base.uniform(size=(n, 1))[patient] < 0.03 + 0.05 * max(hard, 0)
             dice[empty] = 0.0
             hd = np.where(empty, 67.9, 2 + 14 * (1 - dice))
             found[f"{s}/dice"], found[f"{s}/hd95"] = dice.astype(np.float32), hd.astype(np.float32)

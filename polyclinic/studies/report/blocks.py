@@ -26,6 +26,19 @@ class Cell:
     value: Any = None
 
 
+Row = Mapping[str, Cell | str]
+
+
+def words(**headings: str) -> list[Column]:
+    """Columns of text: ``words(site="Site")``."""
+    return [Column(key, heading, False) for key, heading in headings.items()]
+
+
+def numbers(**headings: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(key, heading) for key, heading in headings.items()]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table on the page, and a file beside it.
@@ -42,12 +55,12 @@ class Table:
     name: str
     caption: str
     columns: Sequence[Column]
-    rows: Sequence[Mapping[str, Cell | str]]
+    rows: Sequence[Row]
     note: str | Markup = ""
     marks: Mapping[int, str] = field(default_factory=dict)
     kind: Literal["table"] = "table"
 
-    def text(self, row: Mapping[str, Cell | str], key: str) -> str:
+    def text(self, row: Row, key: str) -> str:
         """What stands in a cell."""
         cell = row.get(key, "–")
         return cell if isinstance(cell, str) else cell.text

@@ -10,17 +10,15 @@ from markupsafe import Markup
 
 from polyclinic.studies.evaluation import Options, evaluate
 from polyclinic.studies.records import read_run
-from polyclinic.studies.report.behaviour import curves_section, task_section
 from polyclinic.studies.report.blocks import Section, tables_of
+from polyclinic.studies.report.clinical import task_section
+from polyclinic.studies.report.curves import curves_section
+from polyclinic.studies.report.gains import gains_section
 from polyclinic.studies.report.leaving import leaving_section, privacy_section
 from polyclinic.studies.report.page import Source
-from polyclinic.studies.report.provenance import (
-    checklist_section,
-    data_section,
-    paragraph_section,
-    reproduce_section,
-)  # fmt: skip
-from polyclinic.studies.report.quality import gains_section, methods_section, sites_section
+from polyclinic.studies.report.paragraph import paragraph_section
+from polyclinic.studies.report.provenance import checklist_section, data_section, reproduce_section
+from polyclinic.studies.report.quality import methods_section, sites_section
 from polyclinic.studies.report.summary import findings, in_short
 
 HERE = Path(__file__).parent
@@ -93,13 +91,12 @@ def as_json(page: Source) -> str:
     """Everything the page says, as JSON with sorted keys."""
     value = {
         "run": page.run.info.model_dump(),
-        "evaluation": asdict(page.result),
+        "evaluation": asdict(page.result) | {"metric": page.result.metric.name},
         "costs": {k: asdict(c) for k, c in page.costs.items()},
         "findings": [asdict(f) for f in findings(page)],
         "missing": page.run.missing,
         "sha256": page.run.digests,
     }
-    value["evaluation"]["metric"] = page.result.metric.name
     return json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from polyclinic.core.journal import Broken, verify
 from polyclinic.studies.costs import Cost, Target, cost_of, target_of
 from polyclinic.studies.evaluation import Evaluation, MethodResult
+from polyclinic.studies.metrics import Metric, metrics_for
 from polyclinic.studies.records import Run, SiteInfo
 from polyclinic.studies.report.words import digits_of
 
@@ -28,8 +29,7 @@ class Source:
     @property
     def label(self) -> str:
         """The primary metric, with its unit."""
-        metric = self.result.metric
-        return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+        return self.named(self.result.metric)
 
     @property
     def higher(self) -> bool:
@@ -45,6 +45,21 @@ class Source:
     def first(self) -> MethodResult | None:
         """The method spoken of first."""
         return self.result.of(self.result.headline) if self.result.headline else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether intervals of a site's primary metric are DeLong's."""
+        estimates = [e[self.result.metric.name] for m in self.result.methods for e in m.sites.values()]
+        return any(e.how.startswith("DeLong") for e in estimates)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics of the run's task."""
+        return metrics_for(self.run.info.task, len(self.run.info.classes) or 2)
+
+    def named(self, metric: Metric) -> str:
+        """A metric's label with its unit."""
+        return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
     def title(self, label: str) -> str:
         """A method's name in text: short for the baselines."""

@@ -7,6 +7,7 @@ from markupsafe import Markup
 
 from polyclinic.studies.compare import BETTER, UNDECIDED, WORSE
 from polyclinic.studies.evaluation import external_sites, training_sites
+from polyclinic.studies.report.clinical import empty_predictions
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import count, interval, listed, many, number, with_interval
 
@@ -131,17 +132,16 @@ def _about_sites(page: Source) -> Iterator[Finding]:
 
 
 def _about_masks(page: Source) -> Iterator[Finding]:
-    if page.first is None or page.run.info.task != "segmentation":
+    first, found = page.first, []
+    if first is None or page.run.info.task != "segmentation":
         return
-    for site in page.first.sites:
-        arms = [page.run.arms[page.first.label, s][site] for s in page.first.seeds]
-        empty = [int(a.cases["empty"].astype(bool).sum()) for a in arms if "empty" in a.cases]
-        if sum(empty):
-            each = f"{sum(empty) / len(empty):.1f}" if len(empty) > 1 else str(empty[0])
-            of = count(arms[0].cases["empty"].size)
-            text = f"{each} of {of} predictions at {site} are empty though there is a target"
-            text += " (mean over seeds)" if len(empty) > 1 else ""
-            yield Finding(2, f"{text}; they count as Dice 0 and a distance of the image's diagonal.")
+    for site in first.sites:
+        if n := empty_predictions(page, first, site):
+            found.append(f"{site} {number(n, 0 if n == int(n) else 1)} of {count(page.result.images[site])}")
+    if found:
+        mean = " (mean over seeds)" if len(first.seeds) > 1 else ""
+        text = f"Predictions that are empty though there is a target{mean}: {listed(found)}. They count as Dice 0 and "
+        yield Finding(2, f"{text}a distance of the image’s diagonal.")
 
 
 def _about_study(page: Source) -> Iterator[Finding]:

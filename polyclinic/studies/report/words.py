@@ -1,10 +1,11 @@
-"""How numbers are written: few digits, true minus signs, intervals beside values, and words where there is no number."""
+"""How numbers are written: few digits, true minus signs, intervals beside values, words where there is no number."""
 
 from collections.abc import Sequence
 
 from polyclinic.studies.compare import Difference
 from polyclinic.studies.intervals import Estimate
 from polyclinic.studies.metrics import Metric
+from polyclinic.studies.report.blocks import Cell
 
 NONE = "–"
 THIN = "\u202f"
@@ -76,3 +77,20 @@ def duration(seconds: float) -> str:
 def listed(names: Sequence[str], last: str = "and") -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}" if names else ""
+
+
+def amount(value: float | None, digits: int = 3, signed: bool = False) -> Cell:
+    """A number as a cell."""
+    return Cell(number(value, digits, signed), value)
+
+
+def whole(n: int | None) -> Cell:
+    """A count as a cell."""
+    return Cell(NONE if n is None else count(n), n)
+
+
+def cell(e: Estimate | Difference | None, digits: int, signed: bool = False) -> Cell:
+    """A value with its interval, as a cell."""
+    if e is None:
+        return Cell(NONE)
+    return Cell("none" if e.value is None else with_interval(e, digits, signed), e.value)

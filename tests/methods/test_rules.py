@@ -207,7 +207,7 @@ def test_rules_do_not_depend_on_the_order_of_sites(rule) -> None:
 
 
 def test_limits() -> None:
-    """Nobody presumed corrupt: multi-krum, the trimmed mean and Bulyan are the mean. Trimmed to the last: the median."""
+    """Nobody presumed corrupt: multi-krum, trimmed mean and Bulyan are the mean. Trimmed to the last: the median."""
     x = draw(16, 9)
     for rule in (MultiKrum(0), TrimmedMean(0), Bulyan(0)):
         np.testing.assert_allclose(run(rule, x), x.mean(0), rtol=1e-5, atol=1e-6)
@@ -234,7 +234,10 @@ def test_dos_alone_is_not_safe() -> None:
     x = np.random.default_rng(18).normal(size=(10, 40)) + 1
     honest, x[9] = x[:9].mean(0), 1e8
     assert np.linalg.norm(run(DOS(), x) - honest) > 100 * np.linalg.norm(honest)
-    x[7:] = np.random.default_rng(19).normal(size=40)
+    dice = np.random.default_rng(0)
+    x = dice.normal(size=(10, 400)) * dice.uniform(0.5, 2, size=(10, 1)) + 0.3  # hospitals that differ
+    x[7:] = dice.normal(size=400)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
     shares = DOS().aggregate(Updates.of(trees(x)), {}).shares
     assert shares is not None
     assert sum(shares[f"s0{i}"] for i in (7, 8, 9)) > 0.5

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2009.09463, in the form of the PyOD library, which the aut
 The paper averages the two scores and its code adds them up; we average. It compares models, we the updates that are
 merged. Its limits, which we measured: softmax never gives a weight of 0, so that one update of length 10⁶ still moves
 the mean (put a bound on lengths in front: ``Robust(..., bound=1)``); three identical updates pass for the most usual
-ones and get most of the weight; and of ten honest hospitals one may get a third of it.
+ones and often get most of the weight; and of ten honest hospitals one may get a third of it.
 """
 
 from dataclasses import dataclass

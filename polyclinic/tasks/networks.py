@@ -165,6 +165,19 @@ def _dynunet(inputs: tuple[int, ...], outputs: int, levels: int = 4, **options: 
     )
 
 
+def _vit(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
+    """MONAI's ViT, which returns its prediction alone and not, as there, with every layer's tokens."""
+    from monai.networks import nets
+
+    class Predicting(nets.ViT):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            prediction: Tensor = super().forward(x)[0]
+            return prediction
+
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    return Predicting(**_places("ViT", inputs, outputs), classification=True, post_activation="", **given)
+
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "mlp": Architecture(mlp, ("head.",), "fully connected, for tables",
                         options={"width": 32, "depth": 1, "dropout": 0.0, "norm": "none"}),
@@ -176,7 +189,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "resnet18": Architecture(_monai("resnet18"), ("fc.",), "ResNet-18 (He 2016)", options={"norm": "batch"}),
     "efficientnet-b0": Architecture(_monai("EfficientNetBN", model_name="efficientnet-b0", pretrained=False),
                                     ("_fc.",), "EfficientNet-B0 (Tan 2019)"),
-    "vit": Architecture(_monai("ViT", classification=True, post_activation=""), ("classification_head.",),
+    "vit": Architecture(_vit, ("classification_head.",),
                         "vision transformer (Dosovitskiy 2021)",
                         options={"patch_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_layers": 12,
                                  "num_heads": 12}),

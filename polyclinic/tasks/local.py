@@ -113,7 +113,7 @@ class Local:
         optimiser = self._optimiser(parameters, self.lr * self.decay**round)
 
         def step(loss: Tensor) -> None:
-            model.zero_grad(set_to_none=True)
+            optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if correct:
                 for name, p in named:

@@ -24,7 +24,7 @@ from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.adversarial import Discriminator, pass_for_real, tell_apart
 from polyclinic.tasks.functional import still
-from polyclinic.tasks.latent import encoded, encoded_width
+from polyclinic.tasks.latent import encode_all, encoded, encoded_width
 from polyclinic.tasks.local import Local, seeded
 from polyclinic.tasks.model import params_of
 from polyclinic.tasks.task import InEncoder, Task, borrow
@@ -111,9 +111,7 @@ class FedAlign(Method[State]):
         """Features of ``share`` training examples at random, plus N(0, (noise · std)²)."""
         dice, data = site.rng(round, "features"), site.data["train"]
         chosen = torch.randperm(len(data), generator=dice)[: self.share]
-        model.eval()
-        with torch.no_grad():
-            h = encoded(self.task, model, data[chosen][0].to(site.device)).cpu()
+        h = encode_all(self.task, model, data, site.device, chosen)
         return h + self.noise * h.std() * torch.randn(h.shape, generator=dice)
 
 

@@ -24,7 +24,7 @@ from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.adversarial import Discriminator, confusion, moments
 from polyclinic.tasks.functional import still
-from polyclinic.tasks.latent import encoded, encoded_width
+from polyclinic.tasks.latent import encode_all, encoded, encoded_width
 from polyclinic.tasks.local import Local, seeded
 from polyclinic.tasks.model import params_of
 from polyclinic.tasks.task import InEncoder, Task, borrow
@@ -95,7 +95,7 @@ class FedHarmony(Method[State]):
                 guess(self.domain * F.cross_entropy(judge(features), truth))
                 forget(self.unlearn * confusion(judge(own)))
         reply = {"update": tree.sub(params_of(model), start), "judge": tree.sub(params_of(judge), ask.trees["judge"])}
-        gaussian = Gather({site.name: self._gaussian(model, site)})
+        gaussian = Gather({site.name: moments(encode_all(self.task, model, site.data["train"], site.device))})
         return Reply({**{part: Mean.of(leaves) for part, leaves in reply.items()}, "gaussian": gaussian}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
@@ -113,15 +113,6 @@ class FedHarmony(Method[State]):
             known = ask.trees[f"gaussian.{self.sites[k]}"]
             found.append(known["mean"] + known["std"] * torch.randn(each, len(known["mean"]), generator=dice))
         return torch.cat(found), torch.tensor(others).repeat_interleave(each)
-
-    def _gaussian(self, model: nn.Module, site: Site) -> Tree:
-        """The mean and deviation of the features of all training examples."""
-        model.eval()
-        data, found = site.data["train"], []
-        with torch.no_grad():
-            for chunk in torch.arange(len(data)).split(64):
-                found.append(encoded(self.task, model, data[chunk][0].to(site.device)))
-        return {name: leaf.cpu() for name, leaf in moments(torch.cat(found)).items()}
 
 
 def _distance(model: nn.Module, origin: Tree) -> Tensor:

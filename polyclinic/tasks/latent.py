@@ -1,6 +1,7 @@
 """What a model makes of an input before it predicts, as one vector for each example."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,14 @@ def encoded(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     return pooled(leaving[-1])
+
+
+def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", which: Tensor | None = None) -> Tensor:
+    """``encoded`` of all examples, or of those at ``which``, in evaluation mode and without gradients: [n, F]."""
+    model.eval()
+    index = torch.arange(len(data)) if which is None else which
+    with torch.no_grad():
+        return torch.cat([encoded(task, model, data[chunk][0].to(device)).cpu() for chunk in index.split(64)])
 
 
 @lru_cache(maxsize=64)

@@ -44,6 +44,11 @@ class Cost:
     bytes_to_target: float | None = None
 
     @property
+    def in_one_place(self) -> bool:
+        """Whether training ran where the data had been brought together, so that no message tells its cost."""
+        return bool(self.seconds) and not self.up and not self.down
+
+    @property
     def per_site(self) -> float:
         """Bytes a site sent and received, on average over sites."""
         sites = self.up.keys() | self.down.keys()
@@ -60,11 +65,13 @@ class Target:
 
 
 def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
-    """The validation curve of a method, over all sites or at one; a round is the mean over the seeds that got there."""
+    """A method's validation curve over training sites, or at one; a round is the mean of the seeds that got there."""
+    training = {s.name for s in run.info.sites if s.role == "training"}
     by_round: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for s in run.curves:
         value = s.metrics.get(metric)
-        if s.method == label and s.role == "val" and (site is None or s.site == site) and value is not None:
+        here = s.site == site if site is not None else s.site in training
+        if s.method == label and s.role == "val" and here and value is not None:
             by_round[s.round][s.seed].append(value)
     rounds = sorted(by_round)
     values = [float(np.mean([np.mean(v) for v in by_round[r].values()])) for r in rounds]
@@ -91,19 +98,28 @@ def cost_of(run: Run, label: str, metric: str, higher_is_better: bool, target: T
         return None
     seeds = sorted({r.seed for r in mine})
     sums: dict[str, dict[str, float]] = {"up": defaultdict(float), "down": defaultdict(float), "s": defaultdict(float)}
+    known = {s.name for s in run.info.sites}
     for r in mine:
         for key, values in (("up", r.bytes_up), ("down", r.bytes_down), ("s", r.seconds)):
             for site, value in values.items():
-                sums[key][site] += value / len(seeds)
+                if site in known or key == "s":
+                    sums[key][site] += value / len(seeds)
     lost = [(r.seed, r.round, site, why) for r in mine for site, why in r.lost.items()]
     curve, reached, spent = learning_curve(run, label, metric), None, None
     if target is not None:
         ahead = [v >= target.value if higher_is_better else v <= target.value for v in curve.values]
         reached = next((r for r, yes in zip(curve.rounds, ahead, strict=True) if yes), None)
     if reached is not None:
-        sites = {s for r in mine for s in (*r.bytes_up, *r.bytes_down)}
-        before = [sum(r.bytes_up.values()) + sum(r.bytes_down.values()) for r in mine if r.round <= reached]
-        spent = sum(before) / len(seeds) / max(len(sites), 1)
+        sites = (sums["up"].keys() | sums["down"].keys()) & known
+        moved = [
+            b
+            for r in mine
+            if r.round <= reached
+            for v in (r.bytes_up, r.bytes_down)
+            for s, b in v.items()
+            if s in sites
+        ]
+        spent = sum(moved) / len(seeds) / max(len(sites), 1)
     rounds = round(np.mean([len({r.round for r in mine if r.seed == s}) for s in seeds]))
     wall = sum(r.wall for r in mine) / len(seeds)
     return Cost(label, rounds, dict(sums["up"]), dict(sums["down"]), dict(sums["s"]), wall, lost, reached, spent)

@@ -1,9 +1,9 @@
 """A run's numbers: every method at every site, pooled, over sites, at the worst site, against training alone.
 
-Each site's patients are resampled within the site, the same draws for every method and seed, so that every
-difference is paired. A value over several seeds is the mean of the seeds' values. Differences also resample the
-seeds, where there are at least two, because another seed would have given another model. The method spoken of first
-is the federated one with the best mean over sites on *validation*; test data choose nothing.
+Each site's patients are resampled within the site, the same draws for every method, so that every difference is
+paired. A value over several seeds is the mean of the seeds' values. Differences also resample the seeds, where there
+are at least two, because another seed would have given another model. The method spoken of first is the federated one
+with the best mean over sites on *validation*; test data choose nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from polyclinic.studies.compare import Difference, Ranking, holm, rank_methods
 from polyclinic.studies.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.studies.metrics import Metric, Undefined, metrics_for
-from polyclinic.studies.records import BASELINES, MethodInfo, Run
+from polyclinic.studies.records import MethodInfo, Run
 from polyclinic.studies.resampling import Sample, sample
 
 BOUNDED = (
@@ -100,6 +100,7 @@ class Evaluation:
         patients: Test patients by site.
         images: Test images by site.
         cases: Test cases by site; more than patients where a patient has images of several labels.
+        shared: Whether all seeds tested the same patients, as far as can be told.
         options: How it was evaluated.
         chosen_by: How the headline was chosen, in words.
     """
@@ -113,6 +114,7 @@ class Evaluation:
     patients: Mapping[str, int]
     images: Mapping[str, int]
     cases: Mapping[str, int]
+    shared: bool
     options: Options
     chosen_by: str
 
@@ -140,7 +142,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     reference = "fedavg" if "fedavg" in shown else next(iter([*federated, *(m.label for m in methods)]), None)
     ranking = _ranking(methods, run, metric)
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
-    counts = {s: data.count(s) for s in data.weights}
+    counts = {s: data.count(s) for s in data.sites}
     return Evaluation(
         metric,
         detailed,
@@ -151,6 +153,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         {s: c[0] for s, c in counts.items()},
         {s: c[1] for s, c in counts.items()},
         {s: c[2] for s, c in counts.items()},
+        data.shared,
         options,
         how,
     )
@@ -169,7 +172,7 @@ def external_sites(run: Run) -> list[str]:
 def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric], options: Options) -> MethodResult:
     metric, training, external = table[run.info.metric], training_sites(run), external_sites(run)
     sites: dict[str, dict[str, Estimate]] = {}
-    for site in [s for s in data.weights if data.has(info.label, [s])]:
+    for site in [s for s in data.sites if data.has(info.label, [s])]:
         if data.count(site)[0] < options.min_cell:
             why = f"not shown: fewer than {options.min_cell} patients"
             sites[site] = {name: Estimate(None, why=why) for name in table}
@@ -188,7 +191,7 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
     by_seed = [v for v in data.macro(info.label, own, metric)[:, 0] if np.isfinite(v)] if own else []
     return MethodResult(
         info.label,
-        info.label in BASELINES,
+        info.baseline,
         data.seeds(info.label),
         sites,
         pooled,
@@ -288,10 +291,11 @@ def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | No
 def validation_mean(run: Run, label: str, metric: str) -> float | None:
     """The mean over seeds and sites of a validation metric, at the round whose model was tested."""
     kept = {(t.method, t.seed, t.site): t.round for t in run.lines if t.kind == "test"}
-    found = []
+    training, found = training_sites(run), []
     for s in run.curves:
         value = s.metrics.get(metric)
-        mine = s.method == label and s.role == "val" and kept.get((label, s.seed, s.site)) == s.round
+        mine = s.method == label and s.role == "val" and s.site in training
+        mine = mine and kept.get((label, s.seed, s.site)) == s.round
         if mine and value is not None and np.isfinite(value):
             found.append(value)
     return float(np.mean(found)) if found else None

@@ -136,7 +136,7 @@ class MethodInfo(_Line):
     @property
     def baseline(self) -> bool:
         """Whether it is one of Single, Mix and Cross."""
-        return self.label in BASELINES
+        return self.label in BASELINES or self.name in BASELINES
 
 
 class RunInfo(_Line):
@@ -206,8 +206,13 @@ class Run:
 
     @cached_property
     def quarantined(self) -> tuple[Quarantine, ...]:
-        """Replies that were refused."""
-        return tuple(line for line in self.lines if isinstance(line, Quarantine))
+        """Replies that were refused; those that a round already counts as lost are not repeated."""
+        lost = {(r.method, r.seed, r.round, site) for r in self.rounds for site in r.lost}
+        return tuple(
+            line
+            for line in self.lines
+            if isinstance(line, Quarantine) and (line.method, line.seed, line.round, line.site) not in lost
+        )
 
     @cached_property
     def opened(self) -> Mapping[tuple[str, int], int]:

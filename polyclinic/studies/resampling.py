@@ -1,4 +1,11 @@
-"""The draws behind every interval of a run: which patients count how often, the same for all methods and seeds."""
+"""The draws behind every interval of a run: which patients count how often, the same for all methods.
+
+Seeds may share their test patients (one split for all) or have splits of their own. Where patients carry the same
+number in every seed, each patient counts equally often in all of them, and a draw of a mean over seeds is the mean of
+the seeds' draws. Where every seed numbers its own test patients afresh, nobody can tell who is in two test sets; then
+the limits of a mean over seeds are the means of the seeds' limits, which is right for equal test sets and cautious for
+others.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +21,7 @@ from polyclinic.studies.predictions import Cases, as_cases
 from polyclinic.studies.records import Run
 
 JACKKNIFE = 600  # patients above which the percentile interval is as good and much cheaper
+Where = tuple[str, int]  # a site, and a seed
 
 
 @dataclass(frozen=True)
@@ -22,17 +30,24 @@ class Sample:
 
     Attributes:
         cases: By (method label, seed), then site.
-        patients: By site, the patients that any arm tested, ascending.
-        weights: By site, [1 + draws, patients]; the first row is all ones.
+        patients: By site and seed, the patients that any method tested, ascending.
+        weights: By site and seed, [1 + draws, patients]; the first row is all ones.
+        shared: Whether a patient has the same number in every seed.
         level: Of confidence.
         seed: Of the draws.
     """
 
     cases: Mapping[tuple[str, int], Mapping[str, Cases]]
-    patients: Mapping[str, NDArray[np.int64]]
-    weights: Mapping[str, Array]
+    patients: Mapping[Where, NDArray[np.int64]]
+    weights: Mapping[Where, Array]
+    shared: bool
     level: float
     seed: int
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that any method was tested at."""
+        return tuple(dict.fromkeys(site for site, _ in self.weights))
 
     def seeds(self, label: str) -> tuple[int, ...]:
         """The seeds for which ``label`` has predictions."""
@@ -44,23 +59,22 @@ class Sample:
         return bool(seeds) and all(site in self.cases[label, seed] for seed in seeds for site in sites)
 
     def count(self, site: str) -> tuple[int, int, int]:
-        """Test patients, images and cases of ``site``: the most any arm has."""
+        """Test patients, images and cases of ``site``: the most that any arm has, patients of all seeds if shared."""
         here = [arm[site] for arm in self.cases.values() if site in arm]
-        return len(self.patients[site]), max(c.images for c in here), max(len(c.patient) for c in here)
+        patients = max(len(ids) for (name, _), ids in self.patients.items() if name == site)
+        return patients, max(c.images for c in here), max(len(c.patient) for c in here)
 
-    def draws(
-        self, label: str, sites: Sequence[str], metric: Metric, weights: Mapping[str, Array] | None = None
-    ) -> Array:
+    def draws(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
         """The metric of ``label`` over the cases of ``sites`` taken together: [seeds, 1 + draws]."""
-        weights = self.weights if weights is None else weights
-        return np.stack([self._draws(label, seed, sites, metric, weights) for seed in self.seeds(label)])
+        return np.stack([self._draws(label, seed, sites, metric, self.weights) for seed in self.seeds(label)])
 
     def _draws(
-        self, label: str, seed: int, sites: Sequence[str], metric: Metric, weights: Mapping[str, Array]
+        self, label: str, seed: int, sites: Sequence[str], metric: Metric, weights: Mapping[Where, Array]
     ) -> Array:
         here = [self.cases[label, seed][s] for s in sites]
         columns = [
-            weights[s][:, np.searchsorted(self.patients[s], c.patient)] for s, c in zip(sites, here, strict=True)
+            weights[s, seed][:, np.searchsorted(self.patients[s, seed], c.patient)]
+            for s, c in zip(sites, here, strict=True)
         ]
         score, target = _together(here, metric.name)
         return metric.kernel(score, target, np.concatenate(columns, axis=1))
@@ -72,69 +86,93 @@ class Sample:
             return np.full((len(self.seeds(label)), 1 + self._count()), np.nan)
         return np.asarray(np.mean(each, axis=0))
 
+    def over_seeds(self, draws: Array) -> Array:
+        """Draws of the mean over seeds, [seeds, draws] -> [draws]; quantile by quantile where splits differ."""
+        return np.asarray((draws if self.shared else np.sort(draws, axis=1)).mean(0))
+
     def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric) -> Estimate:
         """The mean over sites with its percentile interval."""
-        n = sum(len(self.patients[s]) for s in sites)
-        values = self.macro(label, sites, metric).mean(0)
-        if not np.isfinite(values[0]):
+        n = self._patients(label, sites)
+        each = self.macro(label, sites, metric)
+        value = float(each[:, 0].mean())
+        if not np.isfinite(value):
             return Estimate(None, n=n, why="no site has a value")
-        limits = percentile(values[1:], self.level)
+        limits = percentile(self.over_seeds(each[:, 1:]), self.level)
         if limits is None:
-            return Estimate(float(values[0]), n=n, why="no interval: too few patients to resample")
-        return Estimate(float(values[0]), *limits, n, self._how("percentile"))
+            return Estimate(value, n=n, why="no interval: too few patients to resample")
+        return Estimate(value, *limits, n, self._how("percentile"))
 
     def estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
         """The metric over the cases of ``sites`` together, averaged over seeds, with or without its interval."""
-        n = sum(len(self.patients[s]) for s in sites)
-        plain = {s: np.ones((1, len(self.patients[s]))) for s in sites}
-        value = float(self.draws(label, sites, metric, plain).mean())
+        n, seeds = self._patients(label, sites), self.seeds(label)
+        plain = {w: np.ones((1, len(p))) for w, p in self.patients.items()}
+        values = [float(self._draws(label, seed, sites, metric, plain)[0]) for seed in seeds]
+        value = float(np.mean(values))
         if not np.isfinite(value):
-            return Estimate(None, n=n, why=metric.why(_together(self._first(label, sites), metric.name)[1]))
+            bad = seeds[int(np.flatnonzero(~np.isfinite(values))[0])]
+            return Estimate(None, n=n, why=metric.why(_together(self._cases(label, bad, sites), metric.name)[1]))
         if not interval:
             return Estimate(value, n=n)
-        if metric.name == "auc" and (exact := self._delong(label, sites)) is not None:
-            return exact
-        draws, name = self.draws(label, sites, metric).mean(0)[1:], "percentile"
-        if len(sites) == 1 and 2 <= n <= JACKKNIFE:
-            left = self.draws(label, sites, metric, {sites[0]: 1.0 - np.eye(n)}).mean(0)
-            limits, name = bca(value, draws, left, self.level), "BCa"
-        else:
-            limits = percentile(draws, self.level)
-        if limits is None or n < 2:
-            return Estimate(value, n=n, why="no interval: too few patients to resample")
-        return Estimate(value, *limits, n, self._how(name))
+        groups = [seeds] if self.shared else [(seed,) for seed in seeds]
+        found = [self._interval(label, group, sites, metric) for group in groups]
+        if any(e.low is None for e in found) or n < 2:
+            return Estimate(value, n=n, why=next((e.why for e in found if e.why), "no interval: one patient"))
+        low, high = (float(np.mean([getattr(e, k) for e in found])) for k in ("low", "high"))
+        return Estimate(value, low, high, n, found[0].how + ("" if len(found) == 1 else "; mean of the seeds’ limits"))
 
-    def _delong(self, label: str, sites: Sequence[str]) -> Estimate | None:
+    def _interval(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> Estimate:
+        """The interval of the mean over ``seeds``, which share their patients."""
+        if metric.name == "auc" and (exact := self._delong(label, seeds, sites)) is not None:
+            return exact
+        draws = np.mean([self._draws(label, s, sites, metric, self.weights) for s in seeds], axis=0)
+        ids, name = self.patients[sites[0], seeds[0]], "percentile"
+        if len(sites) == 1 and 2 <= len(ids) <= JACKKNIFE:
+            without = {(sites[0], s): 1.0 - np.eye(len(ids)) for s in seeds}
+            left = np.mean([self._draws(label, s, sites, metric, without) for s in seeds], axis=0)
+            limits, name = bca(float(draws[0]), draws[1:], left, self.level), "BCa"
+        else:
+            limits = percentile(draws[1:], self.level)
+        if limits is None:
+            return Estimate(float(draws[0]), why="no interval: too few patients to resample")
+        return Estimate(float(draws[0]), *limits, how=self._how(name))
+
+    def _delong(self, label: str, seeds: Sequence[int], sites: Sequence[str]) -> Estimate | None:
         """DeLong's interval, where there are two classes and every seed tested the same cases."""
-        arms = [[self.cases[label, seed][s] for s in sites] for seed in self.seeds(label)]
+        arms = [self._cases(label, seed, sites) for seed in seeds]
         scores, targets = zip(*(_together(arm, "auc") for arm in arms), strict=True)
-        if scores[0].shape[1] != 2 or targets[0].ndim != 1 or any(not np.array_equal(t, targets[0]) for t in targets):
+        if scores[0].shape[1] != 2 or targets[0].ndim != 1:
             return None
         ids = [np.concatenate([c.patient * len(sites) + i for i, c in enumerate(arm)]) for arm in arms]
-        if any(not np.array_equal(i, ids[0]) for i in ids):
+        same = (np.array_equal(a, ids[0]) and np.array_equal(t, targets[0]) for a, t in zip(ids, targets, strict=True))
+        if not all(same):
             return None
         clustered = len(np.unique(ids[0])) < len(ids[0])
         return delong(np.stack([s[:, 1] for s in scores]), targets[0] == 1, ids[0] if clustered else None, self.level)
 
-    def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
-        """Method ``a`` minus ``b``, mean over ``sites``, signed so that positive is better; paired."""
+    def paired(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Array:
+        """Method ``a`` minus ``b``, mean over ``sites``; positive is better. [common seeds, 1 + draws]"""
         common = [s for s in self.seeds(a) if s in self.seeds(b)]
-        n = sum(len(self.patients[s]) for s in sites)
-        if not common or not sites:
-            return Difference(None, n=n, why="no seed or no site in common")
         sign = -1.0 if metric.higher_is_better is False else 1.0
         rows = [[self.seeds(m).index(s) for s in common] for m in (a, b)]
-        d = sign * (self.macro(a, sites, metric)[rows[0]] - self.macro(b, sites, metric)[rows[1]])
-        draws, how = d[:, 1:].mean(0), self._how("paired percentile")
-        if len(common) > 1:  # another seed, another model: draw the seeds as well
-            dice = np.random.default_rng([self.seed, 1])
-            drawn = dice.integers(len(common), size=(len(common), d.shape[1] - 1))
-            draws = np.take_along_axis(d[:, 1:], drawn, axis=0).mean(0)
-            how = how.replace("over patients", "over patients and seeds")
-        return difference(float(d[:, 0].mean()), draws, n, self.level, how)
+        return sign * (self.macro(a, sites, metric)[rows[0]] - self.macro(b, sites, metric)[rows[1]])
 
-    def _first(self, label: str, sites: Sequence[str]) -> list[Cases]:
-        return [self.cases[label, self.seeds(label)[0]][s] for s in sites]
+    def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
+        """Method ``a`` minus ``b`` with its interval; another seed would give another model, so seeds are drawn too."""
+        if not sites or not set(self.seeds(a)) & set(self.seeds(b)):
+            return Difference(None, why="no seed or no site in common")
+        d, how = self.paired(a, b, sites, metric), self._how("paired percentile")
+        draws = d[:, 1:] if self.shared else np.sort(d[:, 1:], axis=1)
+        if len(d) > 1:
+            dice = np.random.default_rng([self.seed, 1])
+            draws = np.take_along_axis(draws, dice.integers(len(d), size=draws.shape), axis=0)
+            how = how.replace("over patients", "over patients and seeds")
+        return difference(float(d[:, 0].mean()), draws.mean(0), self._patients(a, sites), self.level, how)
+
+    def _cases(self, label: str, seed: int, sites: Sequence[str]) -> list[Cases]:
+        return [self.cases[label, seed][s] for s in sites]
+
+    def _patients(self, label: str, sites: Sequence[str]) -> int:
+        return sum(max(len(self.patients[s, seed]) for seed in self.seeds(label)) for s in sites)
 
     def _count(self) -> int:
         return len(next(iter(self.weights.values()))) - 1
@@ -154,13 +192,38 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
         ValueError: Where ``unit`` is neither ``"patient"`` nor ``"image"``.
     """
     regression = run.info.task == "regression"
-    cases = {arm: {s: as_cases(p, unit, regression) for s, p in sites.items()} for arm, sites in run.arms.items()}
-    patients, weights = {}, {}
-    for i, site in enumerate(run.info.sites):
-        here = [arm[site.name].patient for arm in cases.values() if site.name in arm]
-        if here:
-            patients[site.name] = np.unique(np.concatenate(here))
-            size = len(patients[site.name])
-            drawn = resamples(size, draws, np.random.default_rng([seed, 0, i]))
-            weights[site.name] = np.concatenate([np.ones((1, size)), drawn])
-    return Sample(cases, patients, weights, level, seed)
+    cases = {
+        arm: {s: as_cases(p, unit, regression) for s, p in sites.items()} for arm, sites in run.arms.items() if sites
+    }
+    shared, patients, weights = share_patients(cases), dict[Where, NDArray[np.int64]](), dict[Where, Array]()
+    seeds = list(dict.fromkeys(s for _, s in cases))
+    for i, site in enumerate(s.name for s in run.info.sites):
+        for group in [seeds] if shared else [[s] for s in seeds]:
+            here = [sites[site].patient for (_, s), sites in cases.items() if s in group and site in sites]
+            if here:
+                ids = np.unique(np.concatenate(here))
+                key = [seed, 0, i] if shared else [seed, 0, i, group[0]]
+                drawn = resamples(len(ids), draws, np.random.default_rng(key))
+                mine = np.concatenate([np.ones((1, len(ids))), drawn])
+                patients |= {(site, s): ids for s in group}
+                weights |= {(site, s): mine for s in group}
+    return Sample(cases, patients, weights, shared, level, seed)
+
+
+def share_patients(cases: Mapping[tuple[str, int], Mapping[str, Cases]]) -> bool:
+    """Whether a patient's number means the same patient in every seed, as far as the numbers and targets tell.
+
+    Numbers that name patients differently seed by seed run from 0 to n − 1 in each seed, and disagree somewhere in
+    how many there are, or in what is true of them.
+    """
+    found: dict[str, dict[int, list[tuple[int, bytes]]]] = {}
+    for (_, seed), sites in cases.items():
+        for site, c in sites.items():
+            rows = [(int(p), np.asarray(t).tobytes()) for p, t in zip(c.patient, c.target, strict=True)]
+            found.setdefault(site, {}).setdefault(seed, rows)
+    for seeds in found.values():
+        fresh = all({p for p, _ in rows} == set(range(len({p for p, _ in rows}))) for rows in seeds.values())
+        first = next(iter(seeds.values()))
+        if fresh and any(rows != first for rows in seeds.values()):
+            return False
+    return True

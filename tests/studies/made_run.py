@@ -15,20 +15,20 @@ SITES = {  # name: (role, test patients, share of positives, how hard, shift of 
     "osaka": ("external", 90, 0.4, 0.5, 0.5),
 }
 METHODS = {  # label: (name, title, skill by site class, citation, leaves)
-    "single": ("single", "Single: each site alone", 1.15, "", "Nothing: each site trains alone."),
-    "mix": ("mix", "Mix: all data in one place", 1.75, "", "All training examples: the upper bound, not federated."),
+    "single": ("single", "every site trains alone", 1.15, "", "Nothing: each site trains alone."),
+    "mix": ("mix", "all data in one place", 1.75, "", "All training examples: the upper bound, not federated."),
     "fedavg": (
-        "fedavg", "FedAvg", 1.55,
+        "fedavg", "federated averaging", 1.55,
         "McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data, AISTATS 2017",
         "The change of the model's weights after local training, weighted by the number of examples.",
     ),
     "fedprox": (
-        "fedprox", "FedProx (μ = 0.01)", 1.58,
+        "fedprox", "sites held near where they started", 1.58,
         "Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020",
         "The change of the model's weights after local training, weighted by the number of examples.",
     ),
     "fedbn": (
-        "fedbn", "FedBN", 1.62,
+        "fedbn", "normalisation layers stay at the sites", 1.62,
         "Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021",
         "The change of all weights but those of normalisation layers, which stay at the site.",
     ),
@@ -73,18 +73,18 @@ def write_run(
         "sites": [
             {
                 "name": s, "role": role,
-                "patients": {"train": 3 * n if role == "training" else 0, "val": n // 2 if role == "training" else 0, "test": n},
-                "examples": {"train": 3 * n * images if role == "training" else 0, "val": n // 2, "test": n * images},
+                "patients": {"test": n} | ({"train": 3 * n, "val": n // 2} if role == "training" else {}),
+                "examples": {"test": n * images} | ({"train": 3 * n, "val": n // 2} if role == "training" else {}),
                 "classes": {"train": [int(3 * n * (1 - p)), int(3 * n * p)], "test": [n - int(n * p), int(n * p)]},
             }
             for s, (role, n, p, _, _) in sites.items()
         ],
         "methods": [
-            {"label": m, "name": METHODS[m][0], "title": METHODS[m][1], "options": {"mu": 0.01} if m == "fedprox" else {},
-             "citation": METHODS[m][3], "leaves": METHODS[m][4]}
+            {"label": m, "name": METHODS[m][0], "title": METHODS[m][1],
+             "options": {"mu": 0.01} if m == "fedprox" else {}, "citation": METHODS[m][3], "leaves": METHODS[m][4]}
             for m in methods
         ],
-        "rounds": ROUNDS, "seeds": list(seeds), "engine": {"kind": "workers", "workers": 2},
+        "rounds": ROUNDS, "seeds": list(seeds), "engine": {"kind": "workers", "workers": 2, "device": "cpu"},
         "environment": {"python": "3.11.2", "torch": "2.13.0", "polyclinic": "0.1.0", "platform": "Linux x86_64"},
         "parameters": 105_354,
     }  # fmt: skip
@@ -113,14 +113,15 @@ def write_run(
 def _records(m, seed, sites, metric, finished):
     training = [s for s, v in sites.items() if v[0] == "training"]
     dice, size = rng_of("records", m, seed), 0 if m in ("single", "cross") else 421_416
-    best = {"single": 5}.get(m, 10)
+    best, trainers = {"single": 5}.get(m, 10), ["pooled"] if m == "mix" else training
     for r in range(1, ROUNDS + 1):
         lost = {"nairobi": "no reply within 30 s"} if (m, seed, r) == ("fedavg", 0, 4) and "nairobi" in sites else {}
         yield {
             "kind": "round", "method": m, "seed": seed, "round": r, "wall": 1.9 + float(dice.uniform()),
-            "seconds": {s: 0.4 + sites[s][1] / 200 + 0.05 * float(dice.uniform()) for s in training},
-            "bytes_up": {s: size for s in training if s not in lost}, "bytes_down": {s: size for s in training},
-            "asked": training, "lost": lost,
+            "seconds": {s: 0.9 + 0.05 * float(dice.uniform()) for s in trainers},
+            "bytes_up": {s: size for s in trainers if s not in lost},
+            "bytes_down": dict.fromkeys(trainers, size),
+            "asked": trainers, "lost": lost,
         }  # fmt: skip
         for s in training:
             skill = METHODS[m][2] * (1 - np.exp(-r / 3)) - 0.25 * sites[s][3]
@@ -129,8 +130,8 @@ def _records(m, seed, sites, metric, finished):
                 value = 12 * (1.05 - value)
             n = sites[s][1] // 2
             metrics = {metric: float(value), "loss": float(0.9 - 0.5 * skill / 2), "accuracy": float(value - 0.05)}
-            yield {"kind": "scores", "method": m, "seed": seed, "round": r, "role": "val", "site": s, "metrics": metrics,
-                   "n": n}  # fmt: skip
+            yield {"kind": "scores", "method": m, "seed": seed, "round": r, "role": "val", "site": s,
+                   "metrics": metrics, "n": n}  # fmt: skip
     if m == "fedprox" and seed == 1 and "lyon" in sites:
         yield {"kind": "quarantine", "method": m, "seed": seed, "round": 7, "site": "lyon",
                "reason": "update.head.weight holds 3 values that are not finite"}  # fmt: skip
@@ -151,7 +152,7 @@ def _predictions(m, seed, sites, task, images, role):
         common, own = base.normal(size=n)[patient], noise.normal(size=len(patient)) * 0.35
         if task == "classification":
             y = np.zeros(n, np.int64)
-            y[: int(round(share * n))] = 1
+            y[: round(share * n)] = 1
             y = base.permutation(y)[patient]
             logit = 1.3 * (skill * (y - 0.5) * 1.6 + common + own) + shift
             p = 1 / (1 + np.exp(-logit))

@@ -12,7 +12,7 @@ from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import NONE, count, duration, listed, many, number, size, whole
 
 MODES = {
-    "in_process": "All sites were simulated in one process on one machine",
+    "in-process": "All sites were simulated in one process on one machine",
     "workers": "All sites were simulated by worker processes on one machine",
 }
 
@@ -21,12 +21,25 @@ def leaving_section(page: Source) -> Section:
     """What each method sends, how much of it, how long it took, and who was lost."""
     title = "What left each hospital"
     said: list[Row] = [
-        {"method": page.title(m.label), "leaves": m.leaves or "not stated"} for m in page.run.info.methods
+        {
+            "method": page.title(m.label),
+            "does": _capital(m.title),
+            "options": ", ".join(f"{k} = {v}" for k, v in m.options.items()) or NONE,
+            "leaves": _capital(m.leaves or "not stated"),
+        }
+        for m in page.run.info.methods
     ]
-    leaves = Table("leaves", "Under each method.", words(method="Method", leaves="What leaves a site"), said)
+    columns = words(method="Method", does="What it does", options="Options", leaves="What leaves a site")
+    if all(row["options"] == NONE for row in said):
+        columns.pop(2)
+    leaves = Table("leaves", "The methods, and what leaves a site under each.", columns, said)
     if not page.costs:
         return Section("leaving", title, [leaves, Text("No round was recorded.")])
     return Section("leaving", title, [leaves, *_trade_off(page), _costs(page), *_sites(page), *_losses(page)])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _costs(page: Source) -> Table:
@@ -35,12 +48,14 @@ def _costs(page: Source) -> Table:
         n = max(len(c.up.keys() | c.down.keys()), 1)
         up, down, slow = sum(c.up.values()) / n, sum(c.down.values()) / n, max(c.seconds.values(), default=0.0)
         to = NONE if c.reached is None else f"round {c.reached}, {size(c.bytes_to_target or 0)}"
+        if c.in_one_place:
+            to = NONE if c.reached is None else f"round {c.reached}"
         rows.append(
             {
                 "method": page.title(label),
                 "rounds": whole(c.rounds),
-                "up": Cell(size(up), up),
-                "down": Cell(size(down), down),
+                "up": Cell("the data", None) if c.in_one_place else Cell(size(up), up),
+                "down": Cell(NONE, None) if c.in_one_place else Cell(size(down), down),
                 "wall": Cell(duration(c.wall), c.wall),
                 "slow": Cell(duration(slow), slow),
                 "target": Cell(to, c.bytes_to_target),

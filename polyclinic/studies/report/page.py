@@ -11,7 +11,13 @@ from polyclinic.studies.metrics import Metric, metrics_for
 from polyclinic.studies.records import Run, SiteInfo
 from polyclinic.studies.report.words import digits_of
 
-NAMES = {"single": "Single", "mix": "Mix", "cross": "Cross"}
+NAMES = {  # as their papers write them; others appear under the label that the study gave them
+    "single": "Single", "mix": "Mix", "cross": "Cross", "fedavg": "FedAvg", "fedsgd": "FedSGD", "fedprox": "FedProx",
+    "fedbn": "FedBN", "silobn": "SiloBN", "fedper": "FedPer", "fedrep": "FedRep", "lg-fedavg": "LG-FedAvg",
+    "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadagrad": "FedAdagrad", "fedadam": "FedAdam",
+    "fedyogi": "FedYogi", "fednova": "FedNova", "ditto": "Ditto", "apfl": "APFL", "moon": "MOON", "ifca": "IFCA",
+    "harmofl": "HarmoFL", "fedharmony": "FedHarmony", "fedmic": "FedMIC", "feddyn": "FedDyn", "fedce": "FedCE",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,8 @@ class Source:
         return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
     def title(self, label: str) -> str:
-        """A method's name in text: short for the baselines."""
-        info = next((m for m in self.run.info.methods if m.label == label), None)
-        return NAMES.get(label) or (info.title if info and info.title else label)
+        """A method's name in text."""
+        return NAMES.get(label, label)
 
     def site(self, name: str) -> SiteInfo:
         """What ``run.json`` says of a site."""

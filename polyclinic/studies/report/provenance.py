@@ -18,7 +18,7 @@ def data_section(page: Source) -> Section:
     data, info = page.run.info.data, page.run.info
     facts = {
         "Data": data.title,
-        "Sites are": data.sites_are,
+        "Sites are": data.sites_are if data.sites_are != data.simulated else "",
         "Licence": data.licence,
         "Source": data.url,
         "Cite": data.citation,
@@ -28,7 +28,7 @@ def data_section(page: Source) -> Section:
     }
     rows: list[Row] = [{"what": k, "value": v} for k, v in facts.items() if v]
     blocks: list[Any] = [Table("data", "What the data are.", words(what="", value=""), rows)]
-    blocks += [Text(note) for note in data.notes]
+    blocks += [Text(note) for note in data.notes if note != data.simulated]
     named = [r for r in ROLES if any(s.patients.get(r) for s in info.sites)]
     columns = words(site="Site", role="Role") + numbers(**{f"patients_{r}": f"Patients, {r}" for r in named})
     if any(s.examples.get(r, s.patients.get(r, 0)) != s.patients.get(r, 0) for s in info.sites for r in named):

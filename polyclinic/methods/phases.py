@@ -1,0 +1,137 @@
+"""Learning in two phases: first a representation from images alone, then the task from the few labels there are.
+
+Nobody's paper: what FedMoCo, Fed-MAE and FCL have in common. Rounds of both phases count.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.contrastive import extended
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.pool import all_inputs
+
+
+@savable
+class State(NamedTuple):
+    """The state of the phase that runs, and whether it is the second."""
+
+    inner: Any
+    second: bool
+
+    @property
+    def params(self) -> Tree:
+        """The model of the study's task."""
+        params: Tree = self.inner.params
+        return params
+
+
+@dataclass(frozen=True)
+class Then(Method[State]):
+    """One method for some rounds, then another that begins with its model. What sites kept for the first is dropped.
+
+    Attributes:
+        first: Runs first; its state has the ``params`` of the study's task.
+        second: Runs until the end. Its rounds are counted from 0, as if it ran alone.
+        rounds: How many rounds the first has.
+    """
+
+    first: Method[Any]
+    second: Method[Any]
+    rounds: int
+
+    def init(self, params: Tree) -> State:
+        return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)
+
+    def ask(self, state: State) -> Ask | None:
+        if not state.second:
+            return self.first.ask(state.inner)
+        ask = self.second.ask(state.inner)
+        return ask and replace(ask, round=ask.round + self.rounds)
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        running, ask, memory = self._at(ask, memory)
+        reply, kept = running.site_update(ask, memory, site)
+        return reply, {f"{self._name(running)}/{name}": leaves for name, leaves in kept.items()}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if state.second:
+            return state._replace(inner=self.second.server_update(state.inner, reply, server))
+        inner = self.first.server_update(state.inner, reply, server)
+        ask = self.first.ask(inner)
+        over = ask is None or ask.round >= self.rounds
+        return State(self.second.init(inner.params), True) if over else State(inner, False)
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        running, ask, memory = self._at(ask, memory)
+        return running.model_at(ask, memory)
+
+    @property
+    def predicts(self) -> Any:
+        return self.second.predicts
+
+    def _at(self, ask: Ask, memory: Trees) -> tuple[Method[Any], Ask, Trees]:
+        """Which method ``ask`` is from, and what it would see if it ran alone."""
+        running = self.first if ask.round < self.rounds else self.second
+        start = f"{self._name(running)}/"
+        own = {name.removeprefix(start): leaves for name, leaves in memory.items() if name.startswith(start)}
+        return running, ask if running is self.first else replace(ask, round=ask.round - self.rounds), own
+
+    def _name(self, running: Method[Any]) -> str:
+        return "first" if running is self.first else "second"
+
+
+@savable
+class Whole(NamedTuple):
+    """The study's network with what is learned beside it, as one tree."""
+
+    round: int
+    whole: Tree
+
+    @property
+    def params(self) -> Tree:
+        """The study's network alone."""
+        return tree.under("backbone", self.whole)
+
+
+@dataclass(frozen=True)
+class Pretrained(Method[Whole]):
+    """Federated averaging of a network that learns from images alone: all that a site has, labelled or not.
+
+    Attributes:
+        learner: Builds an ``Extended`` model and says what its loss is; it sees no target.
+    """
+
+    learner: Any
+    local: Local = Local()
+    uniform: bool = False
+
+    def init(self, params: Tree) -> Whole:
+        return Whole(0, extended(self.learner, params))
+
+    def ask(self, state: Whole) -> Ask:
+        return Ask(state.round, {"whole": state.whole})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, data = ask.trees["whole"], all_inputs(site.data)
+        end = self.local.fit(self.learner, start, site, ask.round, data=data)
+        weight = float(bool(len(data)) if self.uniform else len(data))
+        return Reply({"update": Mean.of(tree.sub(end, start), weight)}), memory
+
+    def server_update(self, state: Whole, reply: Reply, server: Site) -> Whole:
+        return Whole(state.round + 1, tree.shift(state.whole, reply.mean("update").value))
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return tree.under("backbone", ask.trees["whole"])
+
+
+def share_of(rounds: int, share: float) -> int:
+    """How many of ``rounds`` are a pretraining's ``share``: at least one if any, and never all."""
+    if not 0 <= share < 1:
+        raise ValueError(f"pretrain is the share of rounds that come first, at least 0 and less than 1, not {share:g}")
+    return min(max(round(rounds * share), 1), rounds - 1) if share else 0

@@ -69,6 +69,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("ifca", "ifca:ifca", "several models; each site trains the one that fits it best", "Ghosh et al. 2020", "the change of every cluster's model, 0 for those that the site is not in", stateful=True),
         Entry("feddg", "feddg:feddg", "sites practise in the styles of the others, for hospitals not yet seen", "Liu et al. 2021 (CVPR)", "low-frequency amplitude spectra of some images, once and kept apart by site, and seen by the other sites; then the change of the model"),
         Entry("fedsm", "fedsm:fedsm", "a global model, personal ones, and a selector between them", "Xu et al. 2022 (CVPR)", "the change of the global model and of the selector; the personal model, kept apart by site"),
+        Entry("iop-fl", "iopfl:iop_fl", "personal models inside; outside, a mixture of them found at test time", "Jiang et al. 2023 (TMI)", "the change of the model; the personal model, kept apart by site", tasks=("classification", "segmentation"), stateful=True),
     ),
     "Client end: domain adaptation": (
         Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
@@ -80,6 +81,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Client end: contrastive and self-supervised learning": (
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
+        Entry("fedmae", "fedmae:fedmae", "learns to fill in what is hidden, then from labels", "Yan et al. 2023"),
     ),
     "Client end: multi-task learning": (),
     "Client end: weakly and semi-supervised learning": (

@@ -56,6 +56,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedadagrad", "fedopt:fedadagrad", "Adagrad at the server", "Reddi et al. 2021"),
         Entry("fedadam", "fedopt:fedadam", "Adam at the server", "Reddi et al. 2021"),
         Entry("fedyogi", "fedopt:fedyogi", "Yogi at the server", "Reddi et al. 2021"),
+        Entry("feddyn", "feddyn:feddyn", "sites' objectives bent towards a common minimum", "Acar et al. 2021", stateful=True),
+        Entry("mime", "mime:mime", "local steps with the server's momentum, corrected against drift", "Karimireddy et al. 2021 (NeurIPS)", "a gradient, and the change of the model"),
+        Entry("mime-lite", "mime:mime_lite", "local steps with the server's momentum", "Karimireddy et al. 2021 (NeurIPS)", "the change of the model, and a gradient"),
     ),
     "Client end: domain-specific learning": (
         Entry("fedbn", "personal:fedbn", "normalisation layers stay at the sites", "Li et al. 2021 (ICLR)", "the change of all but normalisation layers", stateful=True),
@@ -98,8 +101,15 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("semi-sync", "paced:semi_sync", "every site trains for the same time", "Stripelis et al. 2022", "the change of the model, and the seconds of an epoch"),
         Entry("partial-work", "paced:partial_work", "late sites do part of their work", "Li et al. 2020 (MLSys)"),
     ),
-    "Server end: weight aggregation": (),
-    "Server end: domain shift and fairness": (),
+    "Server end: weight aggregation": (
+        Entry("loss-weighted", "loss_weighting:loss_weighted", "sites count more, the lower their training loss", "Li et al., in Guan et al. 2024"),
+        Entry("ida", "ida:ida", "sites count less, the farther they are from the mean", "Yeganeh et al. 2020", SEEN),
+    ),
+    "Server end: domain shift and fairness": (
+        Entry("q-ffl", "qffl:q_ffl", "sites count more, the worse the model is at them", "Li et al. 2020 (ICLR)"),
+        Entry("afl", "afl:afl", "the model that is best for the worst mixture of sites", "Mohri et al. 2019", "the change of the model, and the training loss"),
+        Entry("prop-ffl", "prop_ffl:prop_ffl", "hospitals count more, the nearer their loss is to the worst", "Hosseini et al. 2023", "the change of the model, the training loss and the number of examples"),
+    ),
     "Server end: corrupted clients": (
         Entry("watched", "corruption:watched", "the plain mean, and every site's standing shown to people", "Iglewicz and Hoaglin 1993", SEEN),
         Entry("krum", "corruption:krum", "the one update closest to its neighbours", "Blanchard et al. 2017", SEEN),

@@ -23,6 +23,9 @@ from polyclinic.tasks.task import Batch, Task, borrow, represent
 class Extended(nn.Module):
     """The study's network, ``backbone``, and what a pretraining puts after its representation, ``extra``."""
 
+    backbone: Any
+    extra: Any
+
     def __init__(self, backbone: nn.Module, extra: nn.Module) -> None:
         super().__init__()
         self.backbone, self.extra = backbone, extra

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from polyclinic.tasks.functional import at
 from polyclinic.tasks.local import Correct, Learns, Local, Loss, seeded
 from polyclinic.tasks.model import BATCH_NORMS, params_of
 from polyclinic.tasks.task import Batch, borrow
+
+Unit: TypeAlias = Literal["record", "patient", "site"]
 
 
 class Spend(NamedTuple):
@@ -40,7 +42,7 @@ class Spend(NamedTuple):
     multiplier: float
     rate: float = 1.0
     steps: int = 1
-    unit: Literal["record", "patient", "site"] = "site"
+    unit: Unit = "site"
     pure: float = 0.0
 
 

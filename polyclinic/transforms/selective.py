@@ -1,0 +1,129 @@
+"""Selective sharing with the sparse vector technique; and noise that only looks like privacy, under its own name.
+
+Wenqi Li, Fausto Milletarì, Daguang Xu, et al., "Privacy-preserving Federated Brain Tumour Segmentation", MLMI at
+MICCAI 2019, https://arxiv.org/abs/1910.00962: a site shares those changes that are larger than a noisy threshold, each
+with noise, and no others. The scales of the noise are those for which the technique is proven: Min Lyu, Dong Su and
+Ninghui Li, "Understanding the Sparse Vector Technique for Differential Privacy", VLDB 2017, Algorithm 7,
+https://arxiv.org/abs/1603.01699. They grow with the number of shared values, so an honest ε is large, or few are
+shared. Where a published result used less noise, it did not have the ε that it states.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyclinic.core import tree
+from polyclinic.core.pipeline import Transform
+from polyclinic.core.site import Secret, Site
+from polyclinic.core.stats import Mean
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.dpsgd import Spend, meter
+
+
+@dataclass(frozen=True)
+class SparseVector(Transform):
+    """Shares at most a fraction of the coordinates, the large ones, each with noise; the others are sent as 0.
+
+    ε in all is the sum of the three; it protects the whole site.
+
+    Attributes:
+        fraction: q, the largest share of coordinates that is sent. The paper tries 0.1 to 0.4.
+        bound: γ, to which each coordinate is clipped, up and down.
+        threshold: τ, above which a change counts as large.
+        epsilon_threshold: ε₁, for the threshold.
+        epsilon_queries: ε₂, for which coordinates are above it.
+        epsilon_answers: ε₃, for their values.
+    """
+
+    fraction: float = 0.1
+    bound: float = 1e-3
+    threshold: float = 1e-4
+    epsilon_threshold: float = 1.0
+    epsilon_queries: float = 1.0
+    epsilon_answers: float = 1.0
+
+    @property
+    def uniform(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def private(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def epsilon(self) -> float:
+        """ε₁ + ε₂ + ε₃"""
+        return self.epsilon_threshold + self.epsilon_queries + self.epsilon_answers
+
+    def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
+        """All fields are above 0."""
+        found = []
+        if not 0 < self.fraction <= 1:
+            found.append(f"SparseVector: fraction must be above 0 and at most 1, not {self.fraction}")
+        if not (self.bound > 0 and self.threshold >= 0):
+            found.append("SparseVector: bound must be above 0, and threshold not below")
+        if not min(self.epsilon_threshold, self.epsilon_queries, self.epsilon_answers) > 0:
+            found.append("SparseVector: each epsilon must be above 0")
+        return found
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        """The chosen coordinates with noise, and zeros."""
+        dice, like = site.secret_rng(), {k: v for k, v in sent.total.items() if v.is_floating_point()}
+        x = tree.flatten(like).double()
+        if not bool(x.isfinite().all()):
+            raise ValueError("what this site would send holds NaN or an infinity: lower the learning rate")
+        x = x.clamp(-self.bound, self.bound)
+        most = max(1, int(self.fraction * len(x)))
+        # One site more or less moves a coordinate by Δ = γ (add or remove) and its size by as much.
+        # ρ = Lap(Δ/ε₁); above, where |x_i| + Lap(2cΔ/ε₂) ≥ τ + ρ, in random order, until c are found
+        threshold = self.threshold + float(laplace(1, self.bound / self.epsilon_threshold, dice))
+        above = x.abs() + laplace(len(x), 2 * most * self.bound / self.epsilon_queries, dice) >= threshold
+        order = dice.uniform(len(x)).argsort()
+        chosen = order[above[order]][:most]
+        # x_i + Lap(cΔ/ε₃), clipped again as in the paper
+        answers = x[chosen] + laplace(len(chosen), most * self.bound / self.epsilon_answers, dice)
+        released = torch.zeros_like(x).index_put_((chosen,), answers.clamp(-self.bound, self.bound))
+        meter(Spend(0.0, pure=self.epsilon))
+        found = tree.unflatten(released, like)
+        return Mean({k: found[k].to(v.dtype) if k in found else v for k, v in sent.total.items()}, sent.weight), memory
+
+
+@dataclass(frozen=True)
+class UncalibratedNoise(Transform):
+    """Noise in proportion to what it covers. NOT differential privacy: nothing is bounded and no ε follows.
+
+    Several papers call this privacy (Li et al., "Multi-site fMRI analysis using privacy-preserving federated learning
+    and domain adaptation", Medical Image Analysis 65, 2020; HistoFL, 2022). It is here to repeat and to attack them.
+
+    Attributes:
+        scale: The deviation of the noise, in deviations of each tensor.
+    """
+
+    scale: float = 0.01
+
+    def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
+        """A scale is not below 0."""
+        return [] if 0 <= self.scale < math.inf else [f"UncalibratedNoise: scale must not be below 0: {self.scale}"]
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        """Adds N(0, (scale · deviation of the tensor)²)."""
+        dice = site.secret_rng()
+
+        def noisy(leaf: Tensor) -> Tensor:
+            if leaf.numel() < 2 or not leaf.is_floating_point():
+                return leaf
+            deviation = float(leaf.double().std(correction=0))
+            return (leaf.double() + self.scale * deviation * dice.normal(*leaf.shape)).to(leaf.dtype)
+
+        total: Tree = {name: noisy(leaf) for name, leaf in sent.total.items()}
+        return Mean(total, sent.weight), memory
+
+
+def laplace(size: int, scale: float, dice: Secret) -> Tensor:
+    """Noise with density exp(-|x| / scale) / (2 · scale). Shape [size], float64."""
+    u = dice.uniform(size) - 0.5
+    return -scale * u.sign() * (-2 * u.abs()).log1p()

@@ -1,0 +1,301 @@
+"""A privacy budget that is never under-counted: not by crashes, not by races, not by an editor."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
+
+from polyclinic.core import journal, state
+from polyclinic.core.execute import Refused, execute
+from polyclinic.core.journal import Broken
+from polyclinic.core.method import Ask
+from polyclinic.core.pipeline import send_through
+from polyclinic.core.site import Site
+from polyclinic.engines.at_site import work
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.dpsgd import DPSGD, Spend
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.transforms.budget import Budget
+from polyclinic.transforms.ledger import Exhausted, Ledger, payable
+from polyclinic.transforms.privacy import Clip, Gaussian
+from tests.conftest import blobs
+
+ONE = Spend(4.0, 1.0, 1, "patient")
+SMALL: dict[str, Any] = {"site": "a", "data": "ward-7", "unit": "patient", "epsilon": 1.8, "delta": 1e-5}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    made = Ledger(tmp_path / "budget.jsonl")
+    made.begin(**SMALL)
+    return made
+
+
+def test_spends_add_up_until_the_budget_is_used_up(ledger: Ledger) -> None:
+    assert ledger.spent().epsilon == 0
+    said = [ledger.reserve([ONE], {"round": r}).epsilon for r in range(3)]
+    assert said == sorted(said)
+    assert ledger.spent().epsilon == said[-1] < 1.8
+    assert ledger.spent().spends == (ONE._replace(steps=3),)
+    with pytest.raises(
+        Exhausted, match=r"ε = 1.8 \(δ = 1e-05\) for every patient of ward-7 is used up: 1\.698 is spent"
+    ):
+        ledger.reserve([ONE])
+    assert ledger.spent().epsilon == said[-1], "a refusal costs nothing"
+    assert "for every patient" in str(ledger.spent())
+
+
+def test_a_person_may_raise_the_budget_and_must_say_why(ledger: Ledger) -> None:
+    head = ledger.head()
+    ledger.raise_budget(9.0, "ethics board, minute 4 of 2026-11-02")
+    assert ledger.budget()["epsilon"] == 9.0
+    assert ledger.head() != head
+    for wrong in ((9.0, " "), (0.0, "why not")):
+        with pytest.raises(ValueError, match="above 0 and a reason"):
+            ledger.raise_budget(*wrong)
+
+
+def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not begin anew"):
+        ledger.begin(**SMALL)
+    ledger.path.unlink()
+    with pytest.raises(ValueError, match="does not begin anew"):
+        ledger.begin(**SMALL)
+    for wrong in ({"epsilon": 0}, {"delta": 1}, {"unit": "hospital"}):
+        with pytest.raises(ValueError, match="a budget has"):
+            Ledger(tmp_path / "other").begin(**{**SMALL, **wrong})
+
+
+def changed(ledger: Ledger, how: Callable[[list[bytes]], list[bytes]]) -> None:
+    ledger.path.write_bytes(b"".join(how(ledger.path.read_bytes().splitlines(keepends=True))))
+
+
+def cheaper(lines: list[bytes]) -> list[bytes]:
+    return [line.replace(b'"multiplier":4.0', b'"multiplier":400.0') for line in lines]
+
+
+HOW: list[Callable[[list[bytes]], list[bytes]]] = [
+    cheaper,
+    lambda lines: lines[:-1],
+    lambda lines: lines[:1] + lines[2:],
+    lambda lines: [lines[0], lines[2], lines[1]],
+    lambda lines: [*lines[:-1], lines[-1][:-9]],
+    lambda lines: [],
+    lambda lines: [*lines, lines[-1]],
+    lambda lines: [b"{}\n", *lines],
+]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_ledger_that_was_changed_releases_nothing(ledger: Ledger, how: Any) -> None:
+    for _ in range(2):
+        ledger.reserve([ONE])
+    changed(ledger, how)
+    for use in (lambda: ledger.reserve([ONE]), ledger.spent, ledger.head, lambda: ledger.raise_budget(9.0, "because")):
+        with pytest.raises(Broken):
+            use()
+
+
+def test_a_ledger_that_is_gone_releases_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.reserve([ONE])
+    copy = ledger.path.read_bytes()
+    ledger.path.unlink()
+    with pytest.raises(Broken, match="is missing, though its head is here"):
+        ledger.reserve([ONE])
+    ledger.path.write_bytes(copy)
+    (tmp_path / "budget.jsonl.head").unlink()
+    with pytest.raises(Broken, match="do not agree"):
+        ledger.reserve([ONE])
+    with pytest.raises(Broken, match="begin one, with the budget"):
+        Ledger(tmp_path / "new.jsonl").reserve([ONE])
+
+
+def test_entries_of_other_journals_are_no_ledger(tmp_path: Path) -> None:
+    other = journal.Journal(tmp_path / "j")
+    other.write("asked", {})
+    other.close()
+    with pytest.raises(Broken, match="'asked' is not an entry of a ledger"):
+        Ledger(tmp_path / "j").spent()
+
+
+def rounds_until_killed(ledger: Ledger, released: Path, deadly: int) -> None:
+    """What a site does, round after round: pay, then release. Kills itself at the n-th step that touches the disk."""
+    count = 0
+
+    def deadly_at(step: Callable[..., Any], torn: bool = False) -> Callable[..., Any]:
+        def counted(*given: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == deadly:
+                if torn:
+                    given[0].raw.write(bytes(given[1])[: len(given[1]) // 2])  # half a line has reached the disk
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*given, **more)
+
+        return counted
+
+    class Torn:
+        """A file whose writes can be cut in half."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def __enter__(self) -> "Torn":
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> Any:
+            return deadly_at(lambda file, given: file.write(given), torn=True)(self.file, data)
+
+    def opened(path: Any, mode: str = "r", *given: Any, **more: Any) -> Any:
+        file = open(path, mode, *given, **more)  # noqa: SIM115
+        return Torn(file) if mode in ("ab", "wb") else file
+
+    os.fsync, os.replace = deadly_at(os.fsync), deadly_at(os.replace)
+    journal.open = state.open = opened  # type: ignore[attr-defined]
+    for _ in range(2):
+        ledger.reserve([ONE])
+        with released.open("a") as out:
+            out.write(f"{count}\n")
+
+
+def test_kill_9_at_any_step_never_under_counts(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.raise_budget(1e3, "for a test")
+    released, context = tmp_path / "released", multiprocessing.get_context("fork")
+
+    def run(deadly: int) -> int:
+        """Runs until killed; how many replies have left by then, in all."""
+        process = context.Process(target=rounds_until_killed, args=(ledger, released, deadly))
+        process.start()
+        process.join(timeout=120)
+        assert process.exitcode == (-signal.SIGKILL if deadly else 0)
+        return len(released.read_text().splitlines()) if released.exists() else 0
+
+    assert run(0) == 2
+    steps = int(released.read_text().split()[1])
+    assert steps >= 10, "a write, a forced write and a rename, for entry and head, twice"
+    counted = 2
+    for deadly in range(1, steps + 1):
+        before = len(released.read_text().splitlines())
+        left = run(deadly) - before
+        after = sum(spend.steps for spend in ledger.spent().spends)
+        assert left <= after - counted <= left + 1, "what left is counted, and at most one that did not"
+        assert left == (deadly > steps // 2)
+        counted = after
+    assert sum(spend.steps for spend in ledger.reserve([ONE]).spends) == counted + 1, "and it goes on"
+
+
+def racer(path: str, start: Any, results: Any) -> None:
+    start.wait()
+    try:
+        Ledger(Path(path)).reserve([ONE])
+        results.put(True)
+    except Exhausted:
+        results.put(False)
+
+
+def test_two_jobs_that_race_for_the_last_budget_do_not_both_get_it(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.reserve([ONE])
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=racer, args=(str(ledger.path), start, results)) for _ in range(4)]
+    for process in racers:
+        process.start()
+    won = [results.get(timeout=60) for _ in racers]
+    for process in racers:
+        process.join(timeout=60)
+    assert sorted(won) == [False, False, False, True]
+    assert sum(spend.steps for spend in ledger.spent().spends) == 3
+
+
+def test_nothing_of_the_data_is_written(ledger: Ledger) -> None:
+    ledger.reserve([ONE], {"run": "r1", "round": 3})
+    entry = json.loads(ledger.path.read_text().splitlines()[-1])
+    assert set(entry) == {"seq", "event", "spends", "about", "previous", "hash"}
+    assert entry["about"] == {"run": "r1", "round": 3}
+
+
+def test_the_finest_protection_that_is_fine_enough_is_paid() -> None:
+    record, patient, site = (Spend(m, unit=u) for m, u in ((1.0, "record"), (2.0, "patient"), (3.0, "site")))  # type: ignore[arg-type]
+    assert payable([record, patient, site], "patient") == [patient]
+    assert payable([record, site, site], "patient") == [site._replace(unit="patient")] * 2
+    assert payable([patient], "record") == [patient._replace(unit="record")]
+    assert payable([record, patient], "site") == []
+
+
+class Ward:
+    """Eight patients."""
+
+    def __init__(self) -> None:
+        rows = blobs(1, 8, (1, 8, 8))
+        self.x, self.y, self.patients = rows.x, rows.y, tuple(f"p{i}" for i in range(8))
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[index], self.y[index]
+
+
+TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 2), ("depth", 2), ("norm", "group"))))
+
+
+def test_a_site_releases_only_what_it_paid_for(ledger: Ledger) -> None:
+    site, policy = Site("a", {"train": Ward()}), Budget(ledger)
+    private = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=1))
+    ask = private.ask(private.init(TASK.first()))
+    for round in range(3):
+        reply, _ = execute(private, replace(ask, round=round), {}, site, policy)
+        assert reply.parts
+    assert sum(spend.steps for spend in ledger.spent().spends) == 3
+    done = work(private, ask, {"kept": {}}, site, policy)
+    assert done.reply is None
+    assert "refused: budget.jsonl: the budget of ε = 1.8" in done.lost
+    assert done.memory == {"kept": {}}
+    with pytest.raises(Refused, match="added none: train with DPSGD, or send the method through Clip and Gaussian"):
+        execute(FedAvg(TASK, Local()), ask, {}, site, policy)
+    ledger.path.write_text("")
+    with pytest.raises(Refused, match="do not agree"):
+        execute(private, ask, {}, site, policy)
+
+
+def test_site_level_noise_is_paid_from_a_budget_for_sites(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "site.jsonl")
+    ledger.begin(**{**SMALL, "unit": "site"})
+    method = send_through(FedAvg(TASK, Local(epochs=1), uniform=True), Clip(1.0), Gaussian(4.0))
+    ask = method.ask(method.init(TASK.first()))
+    assert ask is not None
+    execute(method, ask, {}, Site("a", {"train": Ward()}), Budget(ledger))
+    assert ledger.spent().spends == (Spend(4.0),)
+    patients = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=1))
+    with pytest.raises(Refused, match="this budget protects every site, and nothing in what was asked does"):
+        execute(patients, ask_of(patients), {}, Site("a", {"train": Ward()}), Budget(ledger))
+
+
+def ask_of(method: FedAvg) -> Ask:
+    return method.ask(method.init(TASK.first()))
+
+
+def test_scores_are_free_unless_the_site_says_no(ledger: Ledger) -> None:
+    score = Ask(0, {"params": TASK.first()}, job="score/val")
+    site = Site("a", {"train": Ward()})
+    execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger))
+    with pytest.raises(Refused, match="the job 'score/val' added none"):
+        execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger, free=()))

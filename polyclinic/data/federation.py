@@ -10,7 +10,7 @@ import torch
 
 from polyclinic.core.state import savable
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.source import Info, Table, digest, slug
+from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
 from polyclinic.data.splits import ROLES, Duplicate, contents, dice_for, duplicates, official, split_patients, strata
 
@@ -107,9 +107,10 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
+    readers = _readers(source, places, titles, external)
     for site in titles:
         order = [role for role in (*ROLES, "unlabelled") if places[site, role]]
-        sites[site] = {role: source.examples(sorted(places[site, role])) for role in order}
+        sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabelled" in sites[site]:
             sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
     sites, copies = _without_duplicates(sites, external, spec, notes)
@@ -132,6 +133,9 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:
     """The table with a column ``site``, each patient at one site; and the sites' titles in name order."""
     if spec.partition is not None:
+        if table.labels is None and spec.partition.name in ("dirichlet", "pathological"):
+            raise DataError(f'partition = "{spec.partition.name}" deals patients by class, and masks have none: use '
+                            '"iid" or "quantity"')  # fmt: skip
         numbers = spec.partition.deal(strata(table), dice_for(seed, "partition"))
         wide = len(str(spec.partition.count))
         names = [f"site-{numbers[p] + 1:0{wide}d}" for p in table.patients]
@@ -189,6 +193,23 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
             "elsewhere are left out."
         )
     return table.take(rows), [slug(values[i]) for i in rows], titles
+
+
+def _readers(
+    source: Source,
+    places: Mapping[tuple[str, str], Sequence[str]],
+    titles: Mapping[str, str],
+    external: tuple[str, ...],
+) -> Mapping[str, Source]:
+    """What reads each site's examples: the source, or the source fitted to training rows where it has statistics."""
+    if not isinstance(source, FittedSource):
+        return dict.fromkeys(titles, source)
+    rows = {
+        site: [name for role in (("test",) if site in external else ("train", "unlabelled"))
+               for name in places.get((site, role), ())]
+        for site in titles
+    }  # fmt: skip
+    return source.fitted(rows, external)
 
 
 def _external(spec: DataSpec, titles: Mapping[str, str]) -> tuple[str, ...]:

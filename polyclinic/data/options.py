@@ -31,7 +31,7 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
     Raises:
         ValidationError: With every problem, each under ``at`` and its key.
     """
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     fields: dict[str, Any] = {
         f.name: (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -46,7 +46,9 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
             where = (*at, *line["loc"])
             if line["type"] == "extra_forbidden":
                 lines.append(
-                    problem(where, f"unknown key.{choices(str(line['loc'][-1]), fields, what)}", line["input"])
+                    problem(
+                        where, f"unknown key.{choices(str(line['loc'][-1]), fields, f'{what} takes')}", line["input"]
+                    )
                 )
             else:
                 lines.append(again(line, where))
@@ -65,11 +67,11 @@ def _of_field(at: Where, says: str, fields: Iterable[str], given: Mapping[str, A
     return problem((*at, key), rest.partition(": ")[2], given.get(key))
 
 
-def choices(word: str, known: Iterable[str], what: str) -> str:
-    """A question ("Did you mean …?") where something known is near, and else a list of what there is."""
+def choices(word: str, known: Iterable[str], lead: str) -> str:
+    """A question ("Did you mean …?") where something known is near, and else ``lead`` and a list of what there is."""
     names = list(known)
     near = difflib.get_close_matches(word, names, 1, 0.6)
-    return f' Did you mean "{near[0]}"?' if near else f" {what} takes {', '.join(names) or 'no options'}"
+    return f' Did you mean "{near[0]}"?' if near else f" {lead} {', '.join(names) or 'none'}"
 
 
 def problem(at: Where, says: str, given: Any) -> InitErrorDetails:

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -106,6 +106,19 @@ class Source(Protocol):
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Reads the named examples, in that order. Raises ``DataError`` with one line per unreadable file."""
+
+
+@runtime_checkable
+class FittedSource(Protocol):
+    """A source whose numbers depend on statistics over training rows, such as a table's means."""
+
+    def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, Source]:
+        """For each site the source that reads its examples.
+
+        Args:
+            rows: The ids of each site's training rows; for an external site, of the rows that it has.
+            external: The sites that have no part in statistics of the federation.
+        """
 
 
 def digest(*parts: Any) -> str:

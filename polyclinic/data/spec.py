@@ -15,6 +15,11 @@ from polyclinic.data.splits import ROLES
 
 KINDS: dict[str, tuple[str, str]] = {
     "nodules": ("polyclinic.data.nodules", "Nodules"),
+    "npz": ("polyclinic.data.npz", "Npz"),
+    "folders": ("polyclinic.data.folders", "Folders"),
+    "manifest": ("polyclinic.data.manifest", "Manifest"),
+    "pairs": ("polyclinic.data.pairs", "Pairs"),
+    "table": ("polyclinic.data.tables", "FeatureTable"),
 }
 """What ``kind`` may be: the module and the class of the source. Options are the class's fields."""
 
@@ -28,9 +33,8 @@ def _sites(value: Any) -> str | Partition:
     given = dict(value)
     name = given.pop("partition", None)
     if name not in PARTITIONS:
-        raise options.problems([options.problem(
-            ("partition",), f"no partition is called {name!r}.{options.choices(str(name), PARTITIONS, 'it')}"
-            .replace("it takes", "There are"), name)])  # fmt: skip
+        says = f"no partition is called {name!r}.{options.choices(str(name), PARTITIONS, 'There are')}"
+        raise options.problems([options.problem(("partition",), says, name)])
     return options.build(PARTITIONS[name], given, f'the partition "{name}"')
 
 
@@ -140,7 +144,7 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
     if use == "lidc-nodules":
         kind = "nodules"
     if kind not in KINDS:
-        says = f'no kind of data is called "{kind}".{options.choices(str(kind), KINDS, "kind")}'
+        says = f'no kind of data is called "{kind}".{options.choices(str(kind), KINDS, "There are")}'
         raise options.problems([options.problem(("kind",), says, kind)])
     module, name = KINDS[kind]
     cls: type[Source] = getattr(importlib.import_module(module), name)

@@ -70,7 +70,9 @@ def test_millimetres_are_true(radius: float, mm: float, x: float) -> None:
     image, diameter = draw([outline((3.0, True, circle(x, 2 * x, radius)))], 64, mm)
     assert diameter == pytest.approx(2 * radius, rel=0.01)
     shares = image[0].double() / 255
-    assert float(shares.sum()) * mm**2 == pytest.approx(math.pi * radius**2, rel=0.06)
+    assert float(shares.sum()) * mm**2 == pytest.approx(
+        math.pi * radius**2, abs=0.2 * 2 * math.pi * radius * mm / 4
+    )  # a fifth of a fine pixel along the border
     place = torch.arange(64) - 31.5
     assert abs(float((shares.sum(0) * place).sum() / shares.sum())) < 0.1
     assert abs(float((shares.sum(1) * place).sum() / shares.sum())) < 0.1

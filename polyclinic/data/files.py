@@ -1,0 +1,179 @@
+"""Files that a study names: where they are, what they hold, and a name for their content."""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polyclinic.data.cache import folder
+from polyclinic.data.examples import DataError
+from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_picture, size
+from polyclinic.data.steps import Picture
+from polyclinic.data.volume import Volume, canonical
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".dcm")
+ARCHIVE_BYTES = 64 * 2**30
+ARCHIVE_FILES = 10**6
+
+
+def placed(path: str) -> Path:
+    """The path that a study means: ``~`` and ``$VARIABLES`` filled in; it must exist.
+
+    Raises:
+        DataError: Where a variable is not set, or there is nothing at that path.
+    """
+    filled = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.findall(r"\$\{?(\w+)\}?", filled):
+        raise DataError(f'path = "{path}": the environment variable {unset[0]} is not set')
+    found = Path(filled)
+    if not found.exists():
+        raise DataError(f'path = "{path}": there is nothing at {found.absolute()}')
+    return found
+
+
+def content_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, or of the names and bytes of all files in a folder."""
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        named = [f"{file.relative_to(path).as_posix()} {content_of(file)}" for file in inside]
+        return hashlib.sha256("\n".join(named).encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def opened(path: str) -> Path:
+    """The folder that a study means. A ``.zip`` file is unpacked once, into the cache, under the hash of its content.
+
+    Raises:
+        DataError: Where the path is no folder and no sound archive.
+    """
+    found = placed(path)
+    if found.is_dir():
+        return found
+    if found.suffix.lower() != ".zip":
+        raise DataError(f'path = "{path}": give a folder, or a .zip file of one')
+    home = folder() / "unpacked" / content_of(found)
+    if not home.is_dir():
+        _unpack(found, home)
+    return home
+
+
+def _unpack(archive: Path, home: Path) -> None:
+    home.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with zipfile.ZipFile(archive) as packed, tempfile.TemporaryDirectory(dir=home.parent) as beside:
+            members = packed.infolist()
+            total = sum(member.file_size for member in members)
+            if len(members) > ARCHIVE_FILES or total > ARCHIVE_BYTES:
+                raise DataError(f"{archive.name} unpacks to {len(members)} files of {size(total)}: unpack it yourself")
+            packed.extractall(beside)  # the standard library keeps every member within `beside`
+            inner = Path(beside) / "content"
+            inner.mkdir()
+            for item in list(Path(beside).iterdir()):
+                if item != inner:
+                    shutil.move(item, inner / item.name)
+            os.replace(inner, home)
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+        if not home.is_dir():  # another process may have unpacked it at the same moment
+            raise DataError(f"{archive.name} cannot be unpacked ({type(error).__name__}): fetch it again") from None
+
+
+def kind_of(path: Path) -> str:
+    """The ending by which a file is read, such as ``".nii.gz"``; "" where we do not read it."""
+    name = path.name.lower()
+    return next((ending for ending in (*PICTURES, *VOLUMES) if name.endswith(ending)), "")
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without the ending by which it is read."""
+    return path.name[: len(path.name) - len(kind_of(path))]
+
+
+def patients_in(ids: Sequence[str], pattern: str) -> tuple[str, ...]:
+    r"""Whose each example is, where names say so.
+
+    Args:
+        ids: Names of examples.
+        pattern: A regular expression with one group, such as ``"_(\d+)[LR]$"``; "" where names say nothing. What the
+            group holds is the patient; a name without a match is a patient of its own.
+    """
+    if not pattern:
+        return tuple(ids)
+    found = (re.search(pattern, name) for name in ids)
+    return tuple(match.group(1) if match else name for match, name in zip(found, ids, strict=True))
+
+
+def check_pattern(key: str, pattern: str) -> list[str]:
+    """What is wrong with a regular expression that needs one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return [f"{key} = {pattern}: is no regular expression ({error})"]
+    return (
+        [] if groups == 1 or not pattern else [f"{key} = {pattern}: needs exactly one group in ( ), and has {groups}"]
+    )
+
+
+def read_image(paths: Sequence[Path], mask: Path | None = None, limits: Limits = LIMITS) -> Picture:
+    """One image from one file, or from one file per channel; and its mask.
+
+    Pictures come as 0 to 1 whatever their depth; volumes in their own units, turned to the axes (z, y, x) of RAS, and
+    flat where they hold one slice. A folder is read as a DICOM series. A mask of 0 and 255 is one of 0 and 1.
+
+    Raises:
+        Unreadable: Where a file is damaged, too large, or does not fit the others.
+    """
+    parts = [_read(path, False, limits) for path in paths]
+    pixels = torch.cat([part.pixels for part in parts]) if len({p.size for p in parts}) == 1 else None
+    if pixels is None:
+        raise Unreadable(paths[0], f"its channels differ in size: {' and '.join(str(p.size) for p in parts)}")
+    if mask is None:
+        return Picture(pixels, None, parts[0].spacing_mm)
+    labels = _read(mask, True, limits).pixels[0].long()
+    if tuple(labels.shape) != parts[0].size:
+        raise Unreadable(mask, f"the mask has size {tuple(labels.shape)} and its image {parts[0].size}")
+    if set(labels.unique().tolist()) <= {0, 255}:
+        labels //= 255
+    return Picture(pixels, labels, parts[0].spacing_mm)
+
+
+def _read(path: Path, mask: bool, limits: Limits) -> Picture:
+    kind = kind_of(path)
+    if kind in PICTURES:
+        array = read_picture(path, limits)
+        if mask and array.ndim > 2:
+            raise Unreadable(path, "is a colour picture, not a mask of labels")
+        depth = {"uint8": 255, "uint16": 65535}.get(str(array.dtype), 1)
+        pixels = torch.from_numpy(array.astype(np.float32)) / (1 if mask else depth)
+        return Picture(pixels.movedim(-1, 0) if pixels.ndim > 2 else pixels[None])
+    volume = _read_volume(path, kind, mask, limits)
+    flat = volume.size[0] == 1
+    volume = volume if flat else canonical(volume)
+    pixels = volume.array.float() / (255 if volume.units == "RGB" else 1)
+    pixels = pixels if pixels.ndim > 3 else pixels[None]
+    spacing = volume.spacing_mm if volume.measured else None
+    return Picture(pixels[:, 0], None, spacing and spacing[1:]) if flat else Picture(pixels, None, spacing)
+
+
+def _read_volume(path: Path, kind: str, mask: bool, limits: Limits) -> Volume:
+    if kind in (".nii", ".nii.gz"):
+        from polyclinic.data.nifti import read_nifti
+
+        return read_nifti(path, mask=mask, limits=limits)
+    if kind == ".nrrd":
+        from polyclinic.data.nrrd import read_nrrd
+
+        return read_nrrd(path, mask=mask, limits=limits)
+    if kind == ".dcm" or path.is_dir():
+        from polyclinic.data.dicom import read_dicom
+
+        return read_dicom(path, limits=limits)
+    raise Unreadable(path, f"is none of {', '.join((*PICTURES, *VOLUMES))}")

@@ -1,0 +1,294 @@
+"""Tables of features: one row per patient or visit, as in registries and region-of-interest studies of the brain.
+
+Missing values are filled and features are scaled with statistics over *training rows only*, in one of two ways:
+
+* ``"federation"``: means and deviations over the training rows of all training sites. They follow from each site's
+  Σx, Σx² and counts, so a real federation gets them through secure summation, and external sites use them unseen.
+* ``"site"``: each site's own. An external site then uses its own rows' features, never their labels.
+
+What was missing is told to the model by indicators, one for each feature that is missing anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, described
+from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.files import content_of, placed
+from polyclinic.data.rows import read_rows
+from polyclinic.data.source import Info, Table, Task, digest
+
+Array = np.ndarray[Any, Any]
+MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """A CSV (also gzipped) or Parquet table.
+
+    Attributes:
+        path: The file.
+        label: The column to predict.
+        features: The columns to predict from; every other column where this is empty.
+        leave_out: Columns that are not features.
+        categories: Columns whose values are codes or words, not amounts; each value becomes a feature of 0 and 1.
+        site: The column that names the hospital.
+        patient: The column that says whose a row is; "" where each row is a patient of its own.
+        threshold: A label above it is class 1, else class 0; None where labels are classes as they are.
+        regression: Whether the label is a number to predict.
+        classes: The names of the classes, in order.
+        missing: What stands for a missing value, besides nothing, ``NA``, ``NaN``, ``?``, ``null`` and the like.
+            Numbers are compared as numbers: ``"-9"`` is also ``-9.0``.
+        zero_is_missing: Columns in which 0 stands for a missing value.
+        fill: What a missing value becomes: the mean, the median (with each site's own statistics only), or 0.
+        scale: Whether features are scaled to mean 0 and deviation 1.
+        indicators: Whether a feature of 0 and 1 tells what was missing.
+        statistics: Whose rows the mean and deviation come from.
+        about: What is known of the data; the catalogue fills this in.
+    """
+
+    path: str
+    label: str
+    features: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    site: str = "site"
+    patient: str = ""
+    threshold: float | None = None
+    regression: bool = False
+    classes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    zero_is_missing: tuple[str, ...] = ()
+    fill: Literal["mean", "median", "zero"] = "mean"
+    scale: bool = True
+    indicators: bool = True
+    statistics: Literal["federation", "site"] = "federation"
+    about: Info | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.fill == "median" and self.statistics == "federation":
+            problems.append('fill = "median": a median does not follow from sums, so sites would have to show their '
+                            'values; use fill = "mean", or statistics = "site"')  # fmt: skip
+        if self.regression and self.threshold is not None:
+            problems.append("threshold = is for classes: leave it out, or set regression = false")
+        if problems:
+            raise DataError(problems)
+
+    @property
+    def info(self) -> Info:
+        """What it is, and what was done to it."""
+        task: Task = "regression" if self.regression else "classification"
+        whose = "all training sites" if self.statistics == "federation" else "each site"
+        notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics over the training rows of "
+                 f"{whose}."]  # fmt: skip
+        if unlabelled := len(self._raw[self.label]) - len(self._kept):
+            notes.append(f"{unlabelled} rows without {self.label} are left out.")
+        if not self.patient:
+            notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
+        stem = Path(self.path).name.partition(".")[0]
+        return described(self.about, Info(stem, stem, "table", "not stated", task, self._targets[1]), notes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes and of the options."""
+        options = sorted(
+            (k, v) for k, v in vars(self).items() if k in self.__dataclass_fields__ and k not in ("path", "about")
+        )
+        return digest("table", 1, content_of(placed(self.path)), options)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return self._inputs[1]
+
+    def table(self) -> Table:
+        """One row per row whose label is known. All columns but features and label are kept as text."""
+        raw, rows = self._raw, self._kept
+        ids = tuple(f"row {i + 2}" for i in rows)
+        patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids
+        if any(not p for p in patients):
+            raise DataError(f"{Path(self.path).name}: {sum(not p for p in patients)} rows have no {self.patient}")
+        others = [c for c in raw if c not in (*self._features, self.label, self.patient)]
+        columns = {c: tuple(raw[c][i] for i in rows) for c in others}
+        return Table(ids, patients, self._targets[0], columns, (self.site,) if self.site in columns else ())
+
+    def examples(self, ids: Sequence[str]) -> Examples:
+        """The named rows as they are in the file, neither filled nor scaled; refused where a value is missing."""
+        return self._examples(ids, self._inputs[0])
+
+    def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
+        """The same table filled and scaled, for each site.
+
+        Args:
+            rows: The training rows of each site; for an external site, the rows that it has.
+            external: The sites that have no part in statistics of the federation.
+        """
+        values, _, amounts = self._inputs
+        where = {name: i for i, name in enumerate(self.table().ids)}
+        own = {site: values[[where[name] for name in names]] for site, names in rows.items()}
+        pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
+        used = {site: pooled if self.statistics == "federation" else mine for site, mine in own.items()}
+        return {site: FittedTable(self, *self._statistics(seen, amounts)) for site, seen in used.items()}
+
+    def _statistics(self, seen: Array, amounts: Array) -> tuple[Array, Array, Array]:
+        """Of each input: what to subtract, what to divide by, and what stands for a missing value. Each [F]."""
+        there = ~np.isnan(seen)
+        count = np.maximum(there.sum(axis=0), 1)
+        mean = np.where(there, seen, 0).sum(axis=0) / count  # Σx / n
+        square = np.where(there, seen**2, 0).sum(axis=0) / count
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        fill = np.zeros_like(mean) if self.fill == "zero" else mean
+        if self.fill == "median":
+            fill = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in seen.T])
+        fill = np.where(amounts, fill, 0)
+        scaled = amounts & self.scale
+        return np.where(scaled, mean, 0), np.where(scaled & (spread > 1e-8 * np.abs(mean) + 1e-12), spread, 1), fill
+
+    def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
+        table = self.table()
+        where = {name: i for i, name in enumerate(table.ids)}
+        rows = [where[name] for name in ids]
+        assert table.labels is not None
+        x = torch.from_numpy(inputs[rows].astype(np.float32))
+        return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
+
+    @cached_property
+    def _raw(self) -> dict[str, list[str]]:
+        path = placed(self.path)
+        columns = read_rows(path)
+        wanted = [self.label, *self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
+        wanted += [self.patient] if self.patient else []
+        if problems := [f"{path.name} has no column {c!r}" for c in dict.fromkeys(wanted) if c not in columns]:
+            raise DataError([*problems, f"{path.name} has the columns {', '.join(list(columns)[:40])}"])
+        return columns
+
+    @cached_property
+    def _features(self) -> tuple[str, ...]:
+        apart = {self.label, self.site, self.patient, "split", *self.leave_out}
+        return self.features or tuple(c for c in self._raw if c not in apart)
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        gone = {i for i, word in enumerate(self._raw[self.label]) if self._is_missing(word)}
+        return [i for i in range(len(self._raw[self.label])) if i not in gone]
+
+    @cached_property
+    def _targets(self) -> tuple[Array, tuple[str, ...]]:
+        """The label of each kept row, and the classes."""
+        words = [self._raw[self.label][i] for i in self._kept]
+        if not words:
+            raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
+        if self.regression or self.threshold is not None:
+            numbers = np.array([self._number(word, self.label, i) for word, i in zip(words, self._kept, strict=True)])
+            if self.threshold is None:
+                return numbers.astype(np.float32)[:, None], ()
+            usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
+            return (numbers > self.threshold).astype(np.int64), self.classes or usual
+        found = sorted(set(words), key=lambda w: (0, float(w), w) if _is_number(w) else (1, 0.0, w))
+        if len(found) > max(50, len(words) // 4):
+            raise DataError(f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
+                            "true if it is a number, or a threshold")  # fmt: skip
+        if self.classes and len(self.classes) != len(found):
+            raise DataError(f"{Path(self.path).name}: {self.label} has {len(found)} values ({', '.join(found[:5])}), "
+                            f"but classes names {len(self.classes)}")  # fmt: skip
+        return np.array([found.index(w) for w in words], dtype=np.int64), self.classes or tuple(found)
+
+    @cached_property
+    def _inputs(self) -> tuple[Array, tuple[str, ...], Array]:
+        """Values with NaN where missing [n, F], their names, and which are amounts rather than 0 or 1 [F]."""
+        columns: list[Array] = []
+        names: list[str] = []
+        amounts: list[bool] = []
+        gaps: list[tuple[str, Array]] = []
+        for name in self._features:
+            words = [self._raw[name][i] for i in self._kept]
+            missing = np.array([self._is_missing(w) for w in words])
+            if name in self.categories:
+                values = sorted({w for w, gone in zip(words, missing, strict=True) if not gone})
+                columns += [np.array([float(w == value) for w in words]) for value in values]
+                names += [f"{name} = {value}" for value in values]
+                amounts += [False] * len(values)
+            else:
+                numbers = np.array([np.nan if gone else self._number(w, name, i)
+                                    for w, gone, i in zip(words, missing, self._kept, strict=True)])  # fmt: skip
+                if name in self.zero_is_missing:
+                    numbers[numbers == 0] = np.nan
+                missing = np.isnan(numbers)
+                columns.append(numbers)
+                names.append(name)
+                amounts.append(True)
+            if missing.any():
+                gaps.append((name, missing))
+        if not columns:
+            raise DataError(f"{Path(self.path).name} has no features")
+        if self.indicators:
+            columns += [missing.astype(float) for _, missing in gaps]
+            names += [f"{name} is missing" for name, _ in gaps]
+            amounts += [False] * len(gaps)
+        return np.stack(columns, axis=1), tuple(names), np.array(amounts)
+
+    def _is_missing(self, word: str) -> bool:
+        return word in MISSING or word in self.missing or (_is_number(word) and float(word) in self._missing_numbers)
+
+    @cached_property
+    def _missing_numbers(self) -> frozenset[float]:
+        return frozenset(float(word) for word in self.missing if _is_number(word))
+
+    def _number(self, word: str, column: str, row: int) -> float:
+        if not _is_number(word):
+            raise DataError(
+                f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is no number: name {column} in "
+                "categories or leave_out, or add the word to missing"
+            )
+        return float(word)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTable:
+    """A table filled and scaled with given statistics.
+
+    Attributes:
+        base: The table.
+        centre: What is subtracted from each input. Shape [F].
+        spread: What it is divided by. Shape [F].
+        fill: What stands for a missing value, before scaling. Shape [F].
+    """
+
+    base: FeatureTable
+    centre: Array
+    spread: Array
+    fill: Array
+
+    @property
+    def info(self) -> Info:
+        """The table's."""
+        return replace(self.base.info)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the table and the statistics."""
+        return digest(self.base.fingerprint, *(a.tobytes() for a in (self.centre, self.spread, self.fill)))
+
+    def table(self) -> Table:
+        """The table's."""
+        return self.base.table()
+
+    def examples(self, ids: Sequence[str]) -> Examples:
+        """The named rows, filled and scaled."""
+        values = self.base._inputs[0]
+        whole = np.where(np.isnan(values), self.fill, values)
+        return self.base._examples(ids, (whole - self.centre) / self.spread)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return bool(np.isfinite(float(word)))
+    except ValueError:
+        return False

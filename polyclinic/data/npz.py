@@ -68,7 +68,7 @@ class Npz:
         targets = arrays["target"]
         task: Task = "segmentation" if self._masks else "classification"
         if not self._masks:
-            task = "multilabel" if targets.ndim == 2 else "regression" if self.regression else "classification"
+            task = "regression" if self.regression else "multilabel" if targets.ndim == 2 else "classification"
         names = self.classes or tuple(str(name) for name in arrays.get("label_names", ()))
         if not names and task != "regression":
             count = targets.shape[1] if task == "multilabel" else int(targets.max()) + 1

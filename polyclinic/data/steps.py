@@ -145,7 +145,7 @@ class CropPad:
         pads: list[int] = []
         wanted = [int(n) for n in _each(self.size, len(picture.size), "size")]
         for new, old in reversed(list(zip(wanted, picture.size, strict=True))):
-            before = (new - old) // 2  # negative pads crop
+            before = int((new - old) / 2)  # negative pads crop; towards 0, so that cropping undoes padding
             pads += [before, new - old - before]
         mask = None if picture.mask is None else functional.pad(picture.mask, pads)
         return replace(picture, pixels=functional.pad(picture.pixels, pads, value=self.fill), mask=mask)

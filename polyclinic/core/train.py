@@ -19,7 +19,8 @@ State = TypeVar("State")
 class Arrival(NamedTuple):
     """One site's answer to one ask: a reply, or the reason why there is none.
 
-    ``seconds`` is how long the site worked, where the engine can tell.
+    ``seconds`` is how long the site worked, where the engine can tell. ``among`` names the sites whose replies are
+    summed in this one, where the ask was secure and the sum is all that the server learns.
     """
 
     site: str
@@ -27,6 +28,7 @@ class Arrival(NamedTuple):
     reply: Reply | None
     lost: str = ""
     seconds: float = 0.0
+    among: tuple[str, ...] = ()
 
 
 class Federation(Protocol):
@@ -109,9 +111,9 @@ def train(
         federation.send(ask, asked)
         arrivals = sorted(federation.replies(deadline), key=lambda a: a.site)  # one order of summation everywhere
         step, usable = _collect(ask, asked, arrivals, gate, state)
-        if len(usable) < min_replies:
+        if (heard := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
-            raise TooFewReplies(f"round {ask.round}: {len(usable)} of {min_replies} replies needed. {reasons}")
+            raise TooFewReplies(f"round {ask.round}: {heard} of {min_replies} replies needed. {reasons}")
         reply = merge(usable.values())
         state = method.server_update(state, reply, federation.server)
         yield Step(state, ask, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)
@@ -123,6 +125,7 @@ def _collect(
     """Sorts what arrived into usable replies and lost sites."""
     lost = dict.fromkeys(asked, "no answer in time")
     replies: dict[str, Reply] = {}
+    among: dict[str, tuple[str, ...]] = {}
     for arrival in arrivals:
         if arrival.site not in lost or arrival.round != ask.round:
             continue  # not asked, or an answer to something else
@@ -130,10 +133,12 @@ def _collect(
             lost[arrival.site] = arrival.lost
         elif arrival.site not in replies:  # an answer counts once
             replies[arrival.site] = arrival.reply
+            among[arrival.site] = arrival.among or (arrival.site,)
     refused = gate.refuse(ask, replies)
     usable = {site: reply for site, reply in replies.items() if site not in refused}
-    lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in usable}
-    up = {site: reply.nbytes for site, reply in replies.items()}
+    heard = {name for site in usable for name in among[site]}
+    lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in heard}
+    up = {name: reply.nbytes for site, reply in replies.items() for name in among[site]}
     down = {site: ask.nbytes(site) for site in asked}
     seconds = {arrival.site: arrival.seconds for arrival in arrivals}
     return Step(state, ask, Reply(), asked, lost, up, down, seconds), usable

@@ -10,6 +10,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.train import Arrival
 from polyclinic.core.tree import Trees
 from polyclinic.engines.at_site import work
+from polyclinic.engines.secured import secured
 
 
 class InProcess:
@@ -36,6 +37,7 @@ class InProcess:
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._method, self._sites, self._policies = method, dict(sites), policies or {}
         self._queue: deque[tuple[Ask, str]] = deque()
+        self._last: tuple[Ask | None, Sequence[str]] = (None, ())
 
     @property
     def sites(self) -> Sequence[str]:
@@ -44,10 +46,14 @@ class InProcess:
 
     def send(self, ask: Ask, to: Sequence[str]) -> None:
         """Queues ``ask`` for the sites named."""
+        self._last = (ask, to)
         self._queue.extend((ask, name) for name in to)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
         """Does what is queued. A site that worked longer than ``deadline`` seconds is lost."""
+        return secured(*self._last, self._arrivals(deadline))
+
+    def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
         while self._queue:
             ask, name = self._queue.popleft()
             done = work(self._method, ask, self.memory[name], self._sites[name], self._policies.get(name))

@@ -30,6 +30,7 @@ from polyclinic.core.train import Arrival
 from polyclinic.core.tree import Trees
 from polyclinic.engines import shared_files
 from polyclinic.engines.at_site import work
+from polyclinic.engines.secured import secured
 
 DEATHS = 3
 
@@ -82,6 +83,7 @@ class Workers:
         self._queue: deque[_Job] = deque()
         self._pending: dict[Path, int] = {}
         self._asks = 0
+        self._last: tuple[Ask | None, Sequence[str]] = (None, ())
         self._workers: list[_Worker] = []
         for _ in range(max(1, min(workers, len(sites)))):
             self._workers.append(self._start())
@@ -98,6 +100,7 @@ class Workers:
 
     def send(self, ask: Ask, to: Sequence[str]) -> None:
         """Queues ``ask`` for the sites named."""
+        self._last = (ask, to)
         if not to:
             return
         path = self._folder / f"ask-{self._asks}"
@@ -109,6 +112,9 @@ class Workers:
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
         """Yields answers as they arrive. A site that works longer than ``deadline`` seconds is stopped and lost."""
+        return secured(*self._last, self._arrivals(deadline))
+
+    def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
         while self._queue or any(worker.job for worker in self._workers):
             self._hand_out()
             busy = {worker.line: worker for worker in self._workers if worker.job}

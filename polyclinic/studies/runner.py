@@ -18,7 +18,7 @@ from polyclinic.core.execute import cohort_of
 from polyclinic.core.site import Site
 from polyclinic.core.train import Step, train
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.data.examples import concat
+from polyclinic.data.examples import DataError, concat
 from polyclinic.data.federation import Federated, SiteSummary, federate
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.plan import Plan
@@ -66,6 +66,7 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     """
     data = {seed: federate(study.data, seed) for seed in study.seeds}
     first = data[study.seeds[0]]
+    _check(study, first)
     plans = [(method, seed, _plan(study, method, data[seed], seed)) for method in study.methods for seed in study.seeds]
     for _, _, plan in plans:
         plan.build_method()  # a wrong combination is refused before anything runs
@@ -85,6 +86,36 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
         folder.journal.write("finished", {})
     finally:
         folder.close()
+
+
+def _check(study: Study, data: Federated) -> None:
+    """Whether the task fits the data.
+
+    Raises:
+        DataError: Where it does not, with what to do.
+    """
+    kind, found = study.task.kind, data.info.task
+    if kind != found:
+        raise DataError(f'{data.info.name} is data for {found}: set task.kind = "{found}", not "{kind}"')
+    if kind == "classification":
+        present = [
+            any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
+        ]
+        if sum(present) < 2:
+            only = ", ".join(name for name, there in zip(data.info.classes, present, strict=True) if there) or "none"
+            raise DataError(
+                f"the training data of all sites hold one class only ({only}): there is nothing to tell apart"
+            )
+
+
+def _lacking(data: Federated) -> list[str]:
+    """Sites that cannot learn or show what the others can, in sentences."""
+    notes = []
+    for row in data.rows:
+        for role, found in row.roles.items():
+            if found.classes and sum(count > 0 for count in found.classes) < 2 and data.info.task == "classification":
+                notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
+    return notes
 
 
 def _plan(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
@@ -117,6 +148,8 @@ class _Arm:
         self.label, self.entry = method.called, registry.entry(method.name)
         self.path = folder.arm(self.label, seed)
         self.method: Evaluated[Any] = plan.build_method()
+        shares = self.entry.leaves != "nothing"  # else there is no model for a site that never trained
+        self.judged = tuple(sorted(site for site in data.sites if shares or site not in data.external))
         self.length = 0
 
     def run(self, length: int) -> Iterator[Event]:
@@ -137,7 +170,7 @@ class _Arm:
             engine.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
-        study, judged = self.study, tuple(sorted(self.data.sites))
+        study = self.study
         trainers = list(self.plan.sites)
         size = min(study.cohort or len(trainers), len(trainers))
         cohort = partial(_cohort, trainers, size, self.seed)
@@ -163,7 +196,7 @@ class _Arm:
             self.folder.journal.write("round", self._who() | {"round": done, "lost": facts["lost"]})
             last = done >= study.rounds or following is None
             if done % study.evaluation.every == 0 or last:
-                scores = self._score(engine, state, judged, done)
+                scores = self._score(engine, state, done)
                 mean = sum(scores.values()) / len(scores) if scores else worst
                 better = mean > best_score if study.higher_is_better else mean < best_score
                 if better or study.evaluation.select == "last":
@@ -181,7 +214,7 @@ class _Arm:
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
         self.folder.journal.write("test opened", self._who() | {"round": best.round})
-        said = evaluate(self.method, engine, best.state, tuple(sorted(self.data.sites)), "predict/test")
+        said = evaluate(self.method, engine, best.state, self.judged, "predict/test")
         scores: dict[str, float] = {}
         for site, outputs in said.items():
             metrics = self.method.task.summary(outputs)
@@ -200,10 +233,10 @@ class _Arm:
         self._save("checkpoint", Checkpoint(*_as_before(end, self.length)))
         return self._event("tested", end.round, scores)
 
-    def _score(self, engine: Any, state: Any, sites: Sequence[str], done: int) -> dict[str, float]:
+    def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
         """Scores on validation data, written down; the primary one by site, of the sites that train."""
         found: dict[str, float] = {}
-        for site, leaves in evaluate(self.method, engine, state, sites).items():
+        for site, leaves in evaluate(self.method, engine, state, self.judged).items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.study.metric in metrics and site not in self.data.external:
@@ -291,7 +324,7 @@ def _times_opened(folder: Folder, who: Mapping[str, Any]) -> int:
 
 def _described(data: Federated) -> tuple[str, ...]:
     badge = (data.simulated,) if data.simulated else ()
-    return (*badge, *data.notes)
+    return (*badge, *data.notes, *_lacking(data))
 
 
 def _sites_are(study: Study, data: Federated) -> str:
@@ -317,7 +350,7 @@ def _info(study: Study, data: Federated, parameters: int) -> dict[str, Any]:
     methods = []
     for method in study.methods:
         entry = registry.entry(method.name)
-        known = {"name": entry.name, "title": entry.summary, "citation": entry.paper, "leaves": entry.leaves}
+        known = {"name": entry.name, "title": method.called, "citation": entry.paper, "leaves": entry.leaves}
         through = [item["name"] for item in method.send]
         methods.append(
             {"label": method.called, **known, "options": {**method.options, **({"send": through} if through else {})}}
@@ -333,7 +366,7 @@ def _info(study: Study, data: Federated, parameters: int) -> dict[str, Any]:
         "higher_is_better": study.higher_is_better,
         "data": {
             "title": data.info.title, "licence": data.info.licence, "citation": data.info.citation,
-            "url": data.info.url, "notes": list(data.notes), "simulated": data.simulated,
+            "url": data.info.url, "notes": [*data.notes, *_lacking(data)], "simulated": data.simulated,
             "fingerprint": data.fingerprint, "sites_are": _sites_are(study, data),
         },
         "sites": [_site(row) for row in data.rows],

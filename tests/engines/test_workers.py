@@ -204,7 +204,9 @@ os.kill(os.getpid(), 9)
     pids = [int(word) for word in said.split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in pids):
+    while any(
+        Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in pids
+    ):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
 

@@ -86,12 +86,18 @@ WRONG = {
     "a table for a number": (GOOD.replace("mu = 0.1", "mu = {}"), "must be a number, not a table"),
     "a choice": (GOOD.replace("lr = 0.1", 'optimiser = "adm"'), 'Did you mean "adam"?'),
     "a name with a slash": (GOOD.replace('name = "small"', 'name = "../small"'), "must be like"),
-    "two methods of one name": (GOOD.replace('name = "fedprox"\nmu = 0.1', 'name = "fedavg"'), "give one of them a label"),
+    "two methods of one name": (
+        GOOD.replace('name = "fedprox"\nmu = 0.1', 'name = "fedavg"'),
+        "give one of them a label",
+    ),
     "a seed twice": (GOOD.replace("[0, 1]", "[1, 1]"), "the same seed twice"),
     "unknown transform": (GOOD.replace('"clip"', '"clipp"'), 'Did you mean "clip"?'),
     "a transform without what it needs": (GOOD.replace(", bound = 1.0", ""), "is missing"),
     "a transform's unknown option": (GOOD.replace("bound = 1.0", "bound = 1.0, bond = 2"), 'Did you mean "bound"?'),
-    "an option of another task": (GOOD.replace('network = "cnn"', 'network = "cnn"\nspacing_mm = [1.0, 1.0]'), "not for"),
+    "an option of another task": (
+        GOOD.replace('network = "cnn"', 'network = "cnn"\nspacing_mm = [1.0, 1.0]'),
+        "not for",
+    ),
     "a method's own training": (GOOD.replace("mu = 0.1", "training = { lrr = 1.0 }"), 'Did you mean "lr"?'),
 }
 

@@ -1,0 +1,273 @@
+"""A run is the same to the bit whatever interrupts it, and its folder says what happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.core.journal import verify
+from polyclinic.data.examples import DataError
+from polyclinic.studies.folder import RunExists, read_tensors
+from polyclinic.studies.runner import run
+from polyclinic.studies.spec import parse
+
+STUDY = """\
+name = "small"
+rounds = 4
+seeds = [0, 1]
+
+[data]
+path = "{path}"
+kind = "npz"
+sites = "site"
+external = ["d"]
+
+[task]
+options = {{ width = 4, depth = 2, dropout = 0.2 }}
+
+[training]
+batch_size = 8
+
+[engine]
+kind = "{engine}"
+
+[[methods]]
+name = "single"
+
+[[methods]]
+name = "mix"
+
+[[methods]]
+name = "cross"
+
+[[methods]]
+name = "fedbn"
+
+[[methods]]
+name = "scaffold"
+
+[[methods]]
+name = "fedavg"
+label = "private"
+uniform = true
+send = [{{ name = "clip", bound = 5.0 }}]
+"""
+
+
+def npz(folder: Path, **changes: object) -> Path:
+    """Images of 8 x 8 pixels at four sites, brighter where the label is 1."""
+    dice = np.random.default_rng(0)
+    n = 160
+    labels = dice.integers(0, 2, n)
+    images = (dice.normal(100, 30, (n, 8, 8)) + 40 * labels[:, None, None]).clip(0, 255).astype(np.uint8)
+    site = np.array(list("abcd"))[np.arange(n) % 4]
+    path = folder / "small.npz"
+    np.savez(path, **({"images": images, "labels": labels, "site": site} | changes))
+    return path
+
+
+def study(folder: Path, engine: str = "in-process", **changes: str) -> str:
+    text = STUDY.format(path=folder / "small.npz", engine=engine)
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return text
+
+
+def go(text: str, path: Path, resume: bool = False) -> list:
+    return list(run(parse(text), text, path, resume))
+
+
+def facts(path: Path) -> list[dict]:
+    """The records without what differs from machine to machine."""
+    with open(path / "records.jsonl") as file:
+        return [{k: v for k, v in json.loads(line).items() if k not in ("wall", "seconds")} for line in file]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every model and prediction of a run."""
+    return {
+        f"{file.parent.name}/{file.stem}/{name}": leaf
+        for kind in ("model", "predictions")
+        for file in sorted(path.glob(f"arms/*/{kind}.safetensors"))
+        for name, leaf in read_tensors(file).items()
+    }
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = tensors(a), tensors(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and facts(a) == facts(b)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    npz(folder)
+    go(study(folder), folder / "in-process")
+    return folder
+
+
+def test_a_run_leaves_everything_a_result_depends_on(done: Path) -> None:
+    path = done / "in-process"
+    info = json.loads((path / "run.json").read_text())
+    assert [m["label"] for m in info["methods"]] == ["single", "mix", "cross", "fedbn", "scaffold", "private"]
+    assert {s["name"]: s["role"] for s in info["sites"]} == {
+        "a": "training",
+        "b": "training",
+        "c": "training",
+        "d": "external",
+    }
+    assert parse((path / "study.toml").read_text()).hash == info["hash"]
+    lines = facts(path)
+    arms = {(m["label"], s) for m in info["methods"] for s in (0, 1)}
+    for kind, per_arm in (("round", 4), ("sealed", 1)):
+        assert sum(line["kind"] == kind for line in lines) == per_arm * len(arms)
+    assert {line["opened"] for line in lines if line["kind"] == "sealed"} == {1}
+    tested = {(line["method"], line["site"]) for line in lines if line["kind"] == "test"}
+    assert {site for method, site in tested if method == "scaffold"} == {"a", "b", "c", "d"}
+    assert {site for method, site in tested if method == "single"} == {"a", "b", "c"}
+    up = {line["method"]: sum(line["bytes_up"].values()) for line in lines if line["kind"] == "round"}
+    assert up["single"] == 0
+    assert up["scaffold"] > up["private"] > up["fedbn"] > 0
+    events = [e["event"] for e in verify(path / "journal.jsonl")]
+    assert events[0] == "begun"
+    assert events[-1] == "finished"
+    assert events.count("test opened") == len(arms)
+
+
+def test_validation_chooses_and_test_is_of_the_chosen_round(done: Path) -> None:
+    lines = facts(done / "in-process")
+    for method in ("fedbn", "mix", "single"):
+        scores: dict[int, list[float]] = {}
+        for line in lines:
+            if (line["kind"], line["method"], line["seed"]) == ("scores", method, 0) and line["site"] != "d":
+                scores.setdefault(line["round"], []).append(line["metrics"]["auc"])
+        best = max(scores, key=lambda r: (np.mean(scores[r]), -r))
+        tested = {
+            line["round"] for line in lines if (line["kind"], line["method"], line["seed"]) == ("test", method, 0)
+        }
+        assert tested == {best}
+
+
+def test_worker_processes_give_the_same_run(done: Path) -> None:
+    go(study(done, "workers"), done / "workers")
+    assert same(done / "in-process", done / "workers")
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(done: Path, tmp_path: Path) -> None:
+    text = study(done)
+    for stop_after in (1, 2, 7, 23, 40):
+        path = tmp_path / f"stopped-{stop_after}"
+        events = run(parse(text), text, path)
+        for _ in range(stop_after):
+            next(events)
+        events.close()
+        go(text, path, resume=True)
+        assert same(done / "in-process", path), stop_after
+
+
+@pytest.mark.parametrize("engine", ["in-process", pytest.param("workers", marks=pytest.mark.slow)])
+def test_a_run_killed_anywhere_goes_on_to_the_same_bits(engine: str, done: Path, tmp_path: Path) -> None:
+    text, path = study(done, engine), tmp_path / "killed"
+    (tmp_path / "s.toml").write_text(text)
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from polyclinic.studies.runner import run\nfrom polyclinic.studies.spec import read\n"
+        "study = Path(sys.argv[1]); out = Path(sys.argv[2])\n"
+        "for event in run(read(study), study.read_text(), out, resume=(out / 'run.json').exists()): pass\n"
+    )
+    finished = 1
+    for attempt in range(40):
+        child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "s.toml"), str(path)])
+        if attempt < 4:  # let it begin, then kill it at a moment that is different every time
+            deadline = time.monotonic() + 30
+            seen = _length(path)
+            while child.poll() is None and _length(path) <= seen + 500 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.03 * attempt)
+            child.send_signal(signal.SIGKILL)
+        finished = child.wait(timeout=120)
+        if finished == 0:
+            break
+    assert finished == 0
+    assert same(done / "in-process", path)
+    assert sum(e["event"] == "resumed" for e in verify(path / "journal.jsonl")) >= 1
+
+
+def _length(path: Path) -> int:
+    file = path / "records.jsonl"
+    return file.stat().st_size if file.exists() else 0
+
+
+def test_a_finished_run_is_not_run_again(done: Path) -> None:
+    before = (done / "in-process" / "records.jsonl").read_bytes()
+    with pytest.raises(RunExists, match="--resume continues it"):
+        go(study(done), done / "in-process")
+    events = go(study(done), done / "in-process", resume=True)
+    assert [e.what for e in events] == ["data"] + ["tested"] * 12
+    assert events[-1].scores
+    assert (done / "in-process" / "records.jsonl").read_bytes() == before
+
+
+def test_a_cohort_is_asked_and_no_more(done: Path, tmp_path: Path) -> None:
+    text = (
+        study(done).replace("rounds = 4", "rounds = 6\ncohort = 2").split("[[methods]]")[0]
+        + '[[methods]]\nname = "fedavg"\n'
+    )
+    go(text, tmp_path / "cohort")
+    asked = [line["asked"] for line in facts(tmp_path / "cohort") if line["kind"] == "round"]
+    assert all(len(names) == 2 and "d" not in names for names in asked)
+    assert len({tuple(names) for names in asked}) > 1
+
+
+BAD = {
+    "nan": ({"images": np.full((160, 8, 8), np.nan, np.float32)}, "NaN"),
+    "one class": ({"labels": np.zeros(160, int)}, "class"),
+    "no such file": (None, "small.npz"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_is_told_before_anything_runs(name: str, tmp_path: Path) -> None:
+    changes, words = BAD[name]
+    if changes is not None:
+        npz(tmp_path, **changes)
+    with pytest.raises(DataError, match=words):
+        go(study(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_site_that_fails_is_left_out_and_named(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyclinic.methods.fedavg import FedAvg
+
+    real = FedAvg.site_update
+
+    def failing(self, ask, memory, site):
+        if site.name == "b" and ask.round == 1:
+            raise MemoryError("out of memory")
+        return real(self, ask, memory, site)
+
+    monkeypatch.setattr(FedAvg, "site_update", failing)
+    text = study(done).split("[[methods]]")[0] + '[[methods]]\nname = "fedavg"\n'
+    events = go(text, tmp_path / "failing")
+    assert [dict(e.lost) for e in events if e.what == "round" and e.seed == 0 and e.round == 2][0]["b"].startswith(
+        "failed: Mem"
+    )
+    quarantined = [line for line in facts(tmp_path / "failing") if line["kind"] == "quarantine"]
+    assert {(line["site"], line["round"]) for line in quarantined} == {("b", 2)}
+
+
+def test_a_wrong_combination_is_refused_before_anything_runs(done: Path, tmp_path: Path) -> None:
+    text = study(done).replace("[training]", '[training]\noptimiser = "adam"')
+    with pytest.raises(ValueError, match="plain SGD"):
+        go(text, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert os.listdir(tmp_path) == []

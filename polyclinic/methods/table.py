@@ -81,6 +81,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Client end: image harmonisation": (
         Entry("harmofl", "harmofl:harmofl", "one amplitude spectrum for all images, and flat minima", "Jiang et al. 2022 (AAAI)", "the mean amplitude spectrum of the site's images, once, then the change of the model"),
+        Entry("zscore", "zscore:zscore", "inputs of mean 0 and deviation 1, over all sites or within each", "textbook", "sums and sums of squares of the data, once, then the change of the model", stateful=True),
+        Entry("combat", "combat:combat", "each scanner's offset and scale, taken out of every feature", "Johnson et al. 2007; Chen et al. 2022 (NeuroImage)", "the site's sums of features and of squared residuals, once, then the change of the model", stateful=True),
     ),
     "Client end: contrastive and self-supervised learning": (
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
@@ -89,6 +91,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: multi-task learning": (),
     "Client end: weakly and semi-supervised learning": (
         Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True),
+        Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification")),
+        Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation")),
     ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
@@ -104,6 +108,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Server end: weight aggregation": (
         Entry("loss-weighted", "loss_weighting:loss_weighted", "sites count more, the lower their training loss", "Li et al., in Guan et al. 2024"),
         Entry("ida", "ida:ida", "sites count less, the farther they are from the mean", "Yeganeh et al. 2020", SEEN),
+        Entry("prr-fl", "prrfl:prr_fl", "low frequencies of the weights are shared; a deputy and a personal model teach one another", "Chen et al. 2021 (MICCAI)", "a deputy model without normalisation layers, which the server sees site by site", tasks=("classification",), stateful=True),
+        Entry("pfa", "pfa:pfa", "low frequencies of the weights are shared", "Chen et al. 2021 (MICCAI)", "the model without normalisation layers, which the server sees site by site", stateful=True),
     ),
     "Server end: domain shift and fairness": (
         Entry("q-ffl", "qffl:q_ffl", "sites count more, the worse the model is at them", "Li et al. 2020 (ICLR)"),

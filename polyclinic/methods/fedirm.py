@@ -25,7 +25,7 @@ from polyclinic.tasks.augment import WEAK
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import params_of
 from polyclinic.tasks.momentum import follow_, ramp
-from polyclinic.tasks.pool import endless, size, unlabelled
+from polyclinic.tasks.pool import fit_both
 from polyclinic.tasks.relation import matrix, mismatch, relation_of, reliable
 from polyclinic.tasks.task import Batch, Task, borrow
 
@@ -75,24 +75,18 @@ class FedIRM(Method[State]):
         return Ask(state.round, {"params": state.params, "relation": state.relation})
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, labels = ask.trees["params"], size(site.data, "train")
-        free = size(site.data, "unlabelled") if ask.round >= max(self.warmup, 1) else 0
+        start, dice = ask.trees["params"], site.rng(ask.round, "views")
         teacher = borrow(self.task, memory.get("teacher", start), site.device, "teacher")
-        dice, shared = site.rng(ask.round, "views"), ask.trees["relation"]["matrix"].to(site.device)
-        stream = endless(self.local, unlabelled(site.data), site.rng(ask.round, "unlabelled"), site.device)
-        by = self.consistency * ramp(ask.round, self.growth)
+        shared, by = ask.trees["relation"]["matrix"].to(site.device), self.consistency * ramp(ask.round, self.growth)
 
-        def loss(model: nn.Module, batch: Batch) -> Tensor:
-            if not labels:
-                return by * self.alone(model, teacher, batch[0], shared, dice)
-            seen = torch.stack([self.task.loss(model, (WEAK.view(batch[0], dice), batch[1])) for _ in range(2)])
-            return seen.mean() + (by * self.alone(model, teacher, next(stream)[0], shared, dice) if free else 0.0)
+        def known(model: nn.Module, batch: Batch) -> Tensor:
+            return torch.stack([self.task.loss(model, (WEAK.view(batch[0], dice), batch[1])) for _ in range(2)]).mean()
 
-        def after(model: nn.Module) -> None:
-            follow_(teacher, model, self.keep)
-
-        data = site.data["train"] if labels else unlabelled(site.data) if free else ()
-        end = self.local.fit(self.task, start, site, ask.round, data=data, loss=loss, after=after if free else None)
+        end, labels, free = fit_both(
+            self.local, self.task, start, site, ask.round, known,
+            lambda model, x: by * self.alone(model, teacher, x, shared, dice),
+            wait=ask.round < max(self.warmup, 1), after=lambda model: follow_(teacher, model, self.keep),
+        )  # fmt: skip
         update = Mean.of(tree.sub(end, start), float(bool(labels or free)))
         relation = relation_of(self.task, end, site.data.get("train", ()), self.temperature, site.device)
         kept = {**memory, "teacher": params_of(teacher)} if free else memory

@@ -4,15 +4,17 @@ Data whose targets must not be used stand under the role ``"unlabelled"``; a sit
 ``"train"``. What these functions return yields no target of an unlabelled example, whatever its source holds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.task import Batch
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.tasks.local import Local, Loss
+from polyclinic.tasks.task import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,33 @@ def endless(local: Local, data: Any, rng: torch.Generator, device: str = "cpu") 
     """
     while len(data):
         yield from local.batches(data, rng, device)
+
+
+def fit_both(
+    local: Local, task: Task, start: Tree, site: Site, round: int, known: Loss,
+    alone: Callable[[nn.Module, Tensor], Tensor], *, wait: bool = False,
+    after: Callable[[nn.Module], None] | None = None,
+) -> tuple[Tree, int, int]:  # fmt: skip
+    """``Local.fit`` on labelled and unlabelled examples side by side; on either alone, where a site has no other.
+
+    Args:
+        known: The loss of a labelled minibatch.
+        alone: The loss of unlabelled inputs. Where there are labels too, each step adds it for another minibatch.
+        wait: Whether unlabelled examples are not used yet.
+        after: As in ``Local.fit``, where unlabelled examples are used.
+
+    Returns:
+        The parameters at the end, and how many labelled and unlabelled examples they were learned from.
+    """
+    labels, free = size(site.data, "train"), 0 if wait else size(site.data, "unlabelled")
+    stream = endless(local, unlabelled(site.data), site.rng(round, "unlabelled"), site.device)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if not labels:
+            return alone(model, batch[0])
+        value = known(model, batch)
+        return value + alone(model, next(stream)[0]) if free else value
+
+    data = site.data["train"] if labels else unlabelled(site.data) if free else ()
+    end = local.fit(task, start, site, round, data=data, loss=loss, after=after if free else None)
+    return end, labels, free

@@ -1,0 +1,66 @@
+"""Federated semi-supervised learning with pseudo-labels: some sites have labels, others only images.
+
+Yang, Xu, Li, Myronenko, Roth, Harmon, Xu, Turkbey, Turkbey, Wang, Zhu, Carrafiello, Patella, Cariati, Obinata, Mori,
+Tamura, An, Wood and Xu, "Federated semi-supervised learning for COVID region segmentation in chest CT using
+multi-national data from China, Italy, Japan", Medical Image Analysis 70:101992, 2021,
+https://arxiv.org/abs/2011.11750. The exact formulas were not at hand. Our reading: after a warm-up on labelled sites,
+each image is pseudo-labelled from a weak view by the model being trained, a strong view is learned from it where the
+model is sure enough, and unlabelled images count less in the average. Pseudo-labels enter by cross-entropy, labels by
+the task's own loss (Dice and cross-entropy for segmentation). A site with both kinds of data learns from both.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Trees
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.pool import fit_both, size
+from polyclinic.tasks.pseudo import pseudo_loss, two_views
+from polyclinic.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class FedSemi(FedAvg):
+    """FedAvg in which sites without labels learn from the model's own sure predictions, once it can be trusted.
+
+    Attributes:
+        warmup: Rounds in which unlabelled images wait.
+        threshold: The least probability of a pseudo-label.
+        trust: What an unlabelled image counts, in a site's loss beside its labels and in the average over sites.
+    """
+
+    warmup: int = 1
+    threshold: float = 0.9
+    trust: float = 0.5
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, dice = ask.trees["params"], site.rng(ask.round, "views")
+        labelled = bool(size(site.data, "train"))
+
+        def alone(model: nn.Module, x: Tensor) -> Tensor:
+            weak, strong = two_views(self.task.kind, x, dice)
+            with torch.no_grad():
+                believed = model(weak).softmax(1)
+            return (self.trust if labelled else 1.0) * pseudo_loss(model(strong), believed, self.threshold)
+
+        wait = ask.round < self.warmup
+        end, labels, free = fit_both(self.local, self.task, start, site, ask.round, self.task.loss, alone, wait=wait)
+        weight = labels + self.trust * free
+        weight = float(weight > 0) if self.uniform else weight
+        return Reply({"update": Mean.of(tree.sub(end, start), weight)}), memory
+
+
+def fedsemi(
+    task: Task, local: Local, rounds: int, *, warmup: float = 0.2, threshold: float = 0.9, trust: float = 0.5,
+    lr: float = 1.0, uniform: bool = False,
+) -> FedSemi:  # fmt: skip
+    """Pseudo-labels at sites without labels, after the share ``warmup`` of the rounds."""
+    return FedSemi(task, local, lr, uniform, math.ceil(warmup * rounds), threshold, trust)

@@ -74,13 +74,13 @@ def test_noise_comes_from_the_operating_system() -> None:
 
 def test_the_bound_finds_the_median_norm() -> None:
     """Andrew et al., figure 1 in small: from 100 times below, to about the median, and nearer without noise."""
-    sizes = {f"s{i:02}": 0.5 + i / 19 for i in range(20)}  # the median is 1
+    sizes = {f"s{i:02}": 0.5 + i / 9 for i in range(10)}  # the median is 1
 
     def values(site: str, round: int) -> Tree:
         v = VALUES(site, round)
         return tree.scale(v, sizes[site] / tree.norm(v))
 
-    for clip, tolerance in ((AdaptiveClip(0.01), 0.05), (AdaptiveClip(0.01, count_noise=1.0), 0.15)):
+    for clip, tolerance in ((AdaptiveClip(0.01), 0.08), (AdaptiveClip(0.01, count_noise=0.5), 0.2)):
         ran = run(values, clip, *([Gaussian(0.1)] if clip.count_noise else []), sites=tuple(sizes), rounds=90)
         bounds = [float(s.transforms[0]["clip"]["bound"]) for s in ran.states]
         assert abs(sum(bounds[-15:]) / 15 - 1) < tolerance
@@ -117,7 +117,7 @@ def test_the_count_takes_its_share_of_the_noise() -> None:
     ((AdaptiveClip(1.0, count_noise=0.4), Gaussian(1.0)), "count_noise must be above 0.5"),
     ((TopK(0.5, shared=False), Clip(1.0)), "Clip must come before TopK"),
     ((SecureSum(), Clip(1.0)), "SecureSum must come last"),
-    ((SecureSum(limit=2000.0, bits=20),), "can wrap around"),
+    ((SecureSum(limit=2000.0),), "can wrap around"),
     ((SecureSum(bits=40),), "bits from 0 to 30"),
     ((SecureSum(threshold=2),), "threshold must be at least 3"),
     ((TopK(0.5, shared=False), SecureSum()), "what TopK sends does not add up"),
@@ -137,7 +137,7 @@ def test_weights_would_tell_how_many_examples_a_site_has() -> None:
 
 def test_the_sum_in_the_ring_is_the_sum() -> None:
     ours, plain = run(WIDE, SecureSum()), run(WIDE)
-    assert close(ours.last, plain.last, 2.0**-20)
+    assert close(ours.last, plain.last, 2.0**-22)
     assert ours.weight == plain.weight == 3
     assert all(leaf.dtype == torch.int32 for leaf in ours.replies[0]["a"].mean("sent").total.values())
     assert ours.replies[0]["a"].nbytes == 4 * (SIZE + 1)
@@ -179,7 +179,7 @@ def test_secure_sums_are_asked_for_and_not_discounted() -> None:
     ask = method.ask(method.init(VALUES("a", 0)))
     assert ask is not None
     assert ask.secure
-    assert terms(ask) == (5, 255)
+    assert terms(ask) == (5, 63)
     plain = send_through(Told(WIDE, {}), Clip(1.0))
     assert terms(plain.ask(plain.init(VALUES("a", 0)))) is None  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cannot be discounted"):

@@ -35,7 +35,7 @@ class SecureSum(Transform):
     """
 
     limit: float = 8.0
-    bits: int = 20
+    bits: int = 22
     heaviest: float = 1.0
     threshold: int | None = None
 

@@ -99,7 +99,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student", stateful=True),
         Entry("mutual", "fedmic:mutual", "a private and a shared model learn from one another", "Shen et al. 2020; Zhang et al. 2018", "the change of the shared model", stateful=True),
     ),
-    "Client end: data synthesis": (),
+    "Client end: data synthesis": (
+        Entry("fedvss", "fedvss:fedvss", "virtual examples made with the local and the global model", "Zhu and Luo 2022"),
+    ),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),
         Entry("semi-sync", "paced:semi_sync", "every site trains for the same time", "Stripelis et al. 2022", "the change of the model, and the seconds of an epoch"),

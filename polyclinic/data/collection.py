@@ -146,7 +146,8 @@ class Collection:
                 'alike, such as {step = "resize", size = 128}, {step = "crop_pad", size = 128} or {step = "channels"}'
             )
         out: dict[str, Any] = {"images": torch.stack([f.pixels for f in good]), "bad": bad}
-        if self._bytes:
+        read = [e for e, f in zip(self.entries, found, strict=True) if isinstance(f, Picture)]
+        if not self.steps and all(_shallow(path) for e in read for path in e.images):
             out["images"] = (out["images"] * 255).round().to(torch.uint8)
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
@@ -159,21 +160,15 @@ class Collection:
         except (Unreadable, DataError) as error:
             return f"{entry.id}: {error}"
 
-    @property
-    def _bytes(self) -> bool:
-        """Whether images can be kept as bytes without loss: pictures of 8 bits, as they are."""
-        from PIL import Image
 
-        def shallow(path: Path) -> bool:
-            if kind_of(path) not in (".png", ".jpg", ".jpeg", ".bmp"):
-                return False
-            with Image.open(path) as picture:
-                return picture.mode in ("L", "RGB", "1", "P", "RGBA", "LA")
+def _shallow(path: Path) -> bool:
+    """Whether a picture has 8 bits, so that it can be kept as bytes without loss."""
+    from PIL import Image
 
-        try:
-            return not self.steps and all(shallow(path) for e in self.entries for path in e.images)
-        except OSError:
-            return False
+    if kind_of(path) not in (".png", ".jpg", ".jpeg", ".bmp"):
+        return False
+    with Image.open(path) as picture:
+        return picture.mode in ("L", "RGB", "1", "P", "RGBA", "LA")
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:

@@ -10,6 +10,7 @@ import torch
 
 from polyclinic.core.state import savable
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
 from polyclinic.data.splits import ROLES, Duplicate, contents, dice_for, duplicates, official, split_patients, strata
@@ -113,16 +114,19 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabelled" in sites[site]:
             sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
+    if spec.scanners:
+        sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = _without_duplicates(sites, external, spec, notes)
     _complete(sites, external)
     rows = tuple(_summary(site, titles[site], site in external, sites[site], source.info) for site in sites)
-    partition = spec.partition
+    badges = [spec.partition.badge] if spec.partition else []
+    badges += [badge(spec.scanners)] if spec.scanners else []
     content = {**spec.model_dump(mode="json"), "path": None, "use": None}
     return Federated(
         sites,
         external,
         source.info,
-        partition.badge if partition else None,
+        " ".join(badges) or None,
         digest("federated", 1, source.fingerprint, sorted(content.items(), key=lambda item: item[0]), seed),
         rows,
         copies,

@@ -116,6 +116,7 @@ class Manifest(FromFiles):
                 numbers.append(tuple(float(rows[c][i]) for c in labels))
             except ValueError:
                 problems.append(f"{name}: row {i + 2} has no number in {' or '.join(labels)}")
+                numbers.append(())
         return numbers, self.classes or (labels if task == "multilabel" else ())
 
 

@@ -75,6 +75,7 @@ class DataSpec(BaseModel):
         min_patients: Sites with fewer patients are left out, and named.
         max_patients: At most this many patients a site, drawn at random.
         unlabelled: The share of each site's training patients whose labels are withheld (role ``"unlabelled"``).
+        scanners: The strength of imaginary scanners, one per site, that change its images; 0 for none.
         duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
     """
 
@@ -89,6 +90,7 @@ class DataSpec(BaseModel):
     min_patients: Annotated[int, Field(ge=1)] = 10
     max_patients: Annotated[int, Field(ge=1)] | None = None
     unlabelled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scanners: Annotated[float, Field(ge=0, le=2)] = 0.0
     duplicates: Literal["report", "drop", "refuse"] = "report"
 
     @property

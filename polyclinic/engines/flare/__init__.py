@@ -1,0 +1,23 @@
+"""Between hospitals, over NVIDIA FLARE 2.9: how asks travel, who may join, what survives a crash.
+
+FLARE carries messages, knows who is who (mutual TLS, signed jobs) and starts processes. Everything else is ours, because
+it decides results or protects sites: rounds, checkpoints, site memory, policy, journals. Only this package imports
+``nvflare``, and only where a process of FLARE needs it. See docs/deployment.md.
+"""
+
+from importlib.util import find_spec
+
+
+class NotInstalled(RuntimeError):
+    """NVIDIA FLARE is not there. The message says how to install it."""
+
+
+def require() -> None:
+    """Raises unless NVIDIA FLARE is installed.
+
+    Raises:
+        NotInstalled: Where it is not.
+    """
+    missing = [package for package in ("nvflare", "cryptography") if find_spec(package) is None]
+    if missing:
+        raise NotInstalled(f"{' and '.join(missing)} is not installed: pip install 'polyclinic[flare]'")

@@ -1,0 +1,180 @@
+"""A site's desk: every call passes over it, and nothing leaves but what it hands out.
+
+It keeps the journal and the memory, asks people and policy, and lets the training process work. It knows no network, so
+the tests play the server, honest or hostile. Nothing here needs PyTorch.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare import journals
+from polyclinic.engines.flare.homes import SiteHome, private_folder, read_toml, write_private
+from polyclinic.engines.flare.memory import Link, Memory, OldMessage
+from polyclinic.engines.flare.messages import VERSION, Answer, Call, printable
+from polyclinic.engines.flare.order import Order, code_hash
+from polyclinic.engines.flare.reviews import APPROVED, REFUSED, Reviews
+from polyclinic.engines.flare.trainer import Died, Stopped, Trainer
+
+
+class Refusal(Exception):
+    """Why a call is not answered by a reply."""
+
+    def __init__(self, reason: str, forgot: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.forgot = reason, forgot
+
+
+class Desk:
+    """One run at one site, from the first call to the end of the job."""
+
+    def __init__(self, home: SiteHome, order: Order, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Takes up ``order`` at the site in ``home``.
+
+        Args:
+            stopped: Whether the job was ended, which ends training too.
+        """
+        self.home, self.order = home, order
+        self.name: str = read_toml(home.settings, "polyclinic site init")["site"]
+        self.memory = Memory(home.memory(order.run))
+        self.journal = journals.SharedJournal(home.journal)
+        self.reviews = Reviews(home.reviews)
+        write_private(self.memory.folder / "order.json", order.to_json())
+        self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
+        self._automatic = False
+        self._hash = order.hash
+
+    def close(self) -> None:
+        """Ends training and closes the journal."""
+        self.trainer.close()
+        self.journal.close()
+
+    def answer(self, call: Call, body: Path | None) -> tuple[Answer, Path | None]:
+        """What to answer to ``call``, and the file beside it. ``body`` is the call's file, checked already."""
+        try:
+            self._check(call)
+            match call.kind:
+                case "hello":
+                    self._hello()
+                    link = None
+                case "end":
+                    self.journal.write("run ended", {"run": call.run, "server": call.head})
+                    self.trainer.close()
+                    link = None
+                case _:
+                    link = self._do(call, body)
+        except Refusal as refusal:
+            details = {"run": call.run, "number": call.number, "reason": printable(refusal.reason), "server": call.head}
+            self.journal.write("no reply", details)
+            return self._sign(call, None, printable(refusal.reason, 2000), refusal.forgot), None
+        return self._sign(call, link), self.memory.reply(call.number) if link else None
+
+    def _check(self, call: Call) -> None:
+        if call.site != self.name or call.run != self.order.run:
+            raise Refusal(f"this message is for {call.site} in {call.run}, and here is {self.name} in {self.order.run}")
+        if call.order != self._hash:
+            raise Refusal("refused: the server asks for another study than the one whose order came with the job")
+
+    def _hello(self) -> None:
+        """Raises unless this study may run here."""
+        found = self._train({"what": "check"})
+        problems = tuple(found["problems"])
+        self._automatic = bool(found["automatic"]) and not problems
+        if self._automatic:
+            self.journal.write("admitted by the policy", {"run": self.order.run, "order": self._hash})
+            return
+        before = self.reviews.get(self.order.run)
+        review = self.reviews.offer(self.order, problems, found["patients"])
+        if review != before:
+            self.journal.write(
+                "study offered", {"run": self.order.run, "order": self._hash, "problems": list(problems)}
+            )
+        if problems:
+            raise Refusal("refused by the site's policy: " + "; ".join(problems))
+        self._permitted()
+
+    def _permitted(self) -> None:
+        """Raises unless a policy or a person allows this very study, now."""
+        if self._automatic:
+            return
+        review = self.reviews.stands(self.order)
+        if review is not None and review.state == REFUSED:
+            raise Refusal(f"refused by a person at {self.name}: {review.reason or 'no reason given'}")
+        if review is None or review.state != APPROVED:
+            raise Refusal(f"waits for a person at {self.name}: `polyclinic site review {self.order.run}`")
+
+    def _do(self, call: Call, body: Path | None) -> Link:
+        self._permitted()
+        if body is None:
+            raise Refusal("refused: an ask without its file")
+        try:
+            self.memory.settle(call.after, call.confirmed, call.number)
+        except OldMessage as error:
+            raise Refusal(f"refused: {error}") from None
+        again = self.memory.chain.link(call.number)
+        if again is not None and again.ask == call.sha256 and self.memory.reply(call.number).exists():
+            details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
+            self.journal.write("asked again, answered as before", details)
+            return again
+        if undone := self.memory.undo(call.after):
+            self.journal.write("rolled back", {"run": call.run, "messages": list(undone)})
+        try:
+            before = self.memory.before(call.after)
+        except KeyError:
+            self.memory.begin_anew()
+            raise Refusal(f"the memory after message {call.after} is no longer at {self.name}", forgot=True) from None
+        asked = {"run": call.run, "number": call.number, "round": call.round, "job": call.job}
+        self.journal.write("asked", {**asked, "ask": call.sha256, "bytes": call.size, "server": call.head})
+        done = self._train({
+            "what": "ask", "ask": str(body), "memory": str(before or ""), "round": call.round, "job": call.job,
+            "reply": str(self.memory.reply(call.number)), "kept": str(self.memory.kept(call.number)),
+            "sent": self.memory.sent_in(call.round),
+        }, call.deadline)  # fmt: skip
+        memory = {"same": before.name if before else "", "kept": self.memory.kept(call.number).name, "none": ""}
+        link = Link(
+            call.number, call.sha256, call.round, call.job, done["size"], done["sha256"], memory[done["memory"]],
+            done["seconds"],
+        )  # fmt: skip
+        self.memory.add(link)
+        self.journal.write("answered", {**asked, "reply": link.sha256, "bytes": link.size})
+        return link
+
+    def _train(self, command: dict[str, Any], deadline: float = 0.0) -> dict[str, Any]:
+        try:
+            done = self.trainer.do(command, deadline or None)
+        except Died as error:
+            raise Refusal(f"failed: {error}") from None
+        except Stopped as error:
+            raise Refusal(f"stopped: {error}") from None
+        if done["lost"]:
+            raise Refusal(done["lost"])
+        return done
+
+    def _sign(self, call: Call, link: Link | None, lost: str = "", forgot: bool = False) -> Answer:
+        answer = Answer(
+            VERSION, call.run, call.number, self.name, self.journal.head, link.size if link else 0,
+            link.sha256 if link else "", lost, forgot, link.seconds if link else 0.0, code_hash(), "",
+        )  # fmt: skip
+        return Answer(**{**asdict(answer), "signature": journals.sign(self._key, answer.signed)})
+
+    @cached_property
+    def _key(self) -> Any:
+        from polyclinic.engines.flare.authority import load_key
+
+        return load_key(self.home.keys / "site.key")
+
+
+def take_in(memory: Memory, received: Path, number: int) -> Path:
+    """Moves a file that was received to where asks lie; the one before it is gone."""
+    for old in memory.folder.glob("*.ask"):
+        old.unlink(missing_ok=True)
+    place = memory.folder / f"{number}.ask"
+    try:
+        os.replace(received, place)
+    except OSError:
+        shutil.move(received, place)
+    return place

@@ -1,0 +1,102 @@
+"""Before a run and after it: who may take part, who waits for a person, who has other code; and good-bye."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from polyclinic.core.train import TooFewReplies
+from polyclinic.engines.flare.federation import Carrier
+from polyclinic.engines.flare.journals import SharedJournal
+from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
+from polyclinic.engines.flare.order import Order, code_hash
+
+PARTING = 5.0
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop."""
+
+    order: Order
+    carrier: Carrier
+    journal: SharedJournal
+    say: Callable[..., None]
+    pause: Callable[[], None]
+    poll: float
+
+
+def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
+    """The sites that are ready, once all are or ``order.patience`` is over; sites that wait are asked again.
+
+    A site that refuses, or has other code, is not asked again. At the ``end`` nobody waits for anybody for long.
+
+    Raises:
+        TooFewReplies: Where too few will take part. The message says why, site by site.
+    """
+    order, number = about.order, 0
+    until = time.monotonic() + (order.patience if kind == "hello" else PARTING)
+    ready, waiting, gone = set[str](), dict.fromkeys(sites, "no answer yet"), dict[str, str]()
+    head = about.journal.write(kind, {"to": list(sites)})
+    asked_at = -about.poll
+    open_calls: dict[str, int] = {}
+    while waiting and time.monotonic() < until:
+        if time.monotonic() - asked_at >= about.poll:
+            number += 1
+            asked_at = time.monotonic()
+            fresh = [name for name in waiting if name not in open_calls]
+            about.carrier.post([_call(about.order, kind, name, number, head) for name in fresh], None)
+            open_calls |= dict.fromkeys(fresh, number)
+            if kind == "hello":
+                about.say("greeting", "", waiting=waiting)
+        if (delivery := about.carrier.arrived(0.25)) is not None and delivery.site in waiting:
+            open_calls.pop(delivery.site, None)
+            _hear(about, delivery.site, delivery.text, ready, waiting, gone)
+        for name in [n for n in waiting if about.carrier.away(n)]:
+            gone[name] = "the site is away"
+            del waiting[name]
+        about.pause()
+    for name in open_calls:
+        about.carrier.drop(name)
+    if kind == "hello":
+        _enough(about, ready, {**gone, **waiting})
+    return tuple(sorted(ready))
+
+
+def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
+    return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0.0, "")
+
+
+def _hear(
+    about: Greeting, site: str, text: object, ready: set[str], waiting: dict[str, str], gone: dict[str, str]
+) -> None:
+    try:
+        answer = Answer.from_json(text)
+    except BadMessage as error:
+        gone[site] = f"its answer cannot be read: {error}"
+        del waiting[site]
+        return
+    if answer.lost.startswith("waits for"):
+        waiting[site] = printable(answer.lost)
+        return
+    del waiting[site]
+    if answer.lost:
+        gone[site] = printable(answer.lost)
+    elif answer.code != code_hash():
+        gone[site] = (
+            f"its polyclinic differs from the server's (code {answer.code[:12]} there, {code_hash()[:12]} here): install the same version"
+        )
+    else:
+        ready.add(site)
+    about.journal.write(
+        "greeted", {"site": site, "lost": gone.get(site, ""), "head": answer.head, "signature": answer.signature}
+    )
+
+
+def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> None:
+    about.journal.write("ready", {"sites": sorted(ready), "missing": dict(missing)})
+    if len(ready) < max(about.order.min_replies, 1):
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
+        raise TooFewReplies(
+            f"{len(ready)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
+        )

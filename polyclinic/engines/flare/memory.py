@@ -1,0 +1,147 @@
+"""What a site keeps of one run: memory keyed by message, settled when the server confirms, rolled back when it does not.
+
+A link holds what came of one message: the reply that was sent, and the memory after it. The server says from which
+link to go on (``after``) and up to which its own disk is safe (``confirmed``). Links before ``confirmed`` are dropped,
+links beyond ``after`` are undone: their message was lost, or the server crashed before it had written. A message that
+comes a second time gets the same reply again, so that nothing is trained, and no privacy spent, twice.
+
+    confirmed        after
+        │              │
+    ... 7 ────────── 9 ────────── 12 (undone)          files: 7.memory  9.memory 9.reply
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare.homes import private_folder, read_json, write_private
+
+
+class OldMessage(ValueError):
+    """A message that the server itself has settled: a replay, or a server restored from an older copy."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What came of one message.
+
+    Attributes:
+        number: Which message. ``ask``: the SHA-256 of its file. ``round`` and ``job``: what it was for.
+        size: The length of the reply's file, and ``sha256`` its hash; 0 and empty where there is none.
+        memory: The file that holds the memory after it; empty where there is nothing to keep.
+        seconds: How long the work took.
+    """
+
+    number: int
+    ask: str
+    round: int
+    job: str
+    size: int
+    sha256: str
+    memory: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The links of one run, in order, and what had been confirmed.
+
+    Attributes:
+        sent: Bytes sent by round, for the policy's limit.
+    """
+
+    confirmed: int = 0
+    links: tuple[Link, ...] = ()
+    sent: tuple[tuple[int, int], ...] = ()
+
+    def link(self, number: int) -> Link | None:
+        """The link of a message, if it is there."""
+        return next((link for link in self.links if link.number == number), None)
+
+
+class Memory:
+    """The folder of one run at a site."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens or makes it."""
+        self.folder = private_folder(folder)
+        table = read_json(self.folder / "chain.json", default={})
+        links = tuple(Link(**link) for link in table.get("links", ()))
+        sent = tuple((int(r), int(n)) for r, n in table.get("sent", ()))
+        self.chain = Chain(int(table.get("confirmed", 0)), links, sent)
+
+    def settle(self, after: int, confirmed: int, number: int) -> None:
+        """Drops what is confirmed.
+
+        Raises:
+            OldMessage: Where the server goes back behind what it had confirmed.
+        """
+        back = bool(self.chain.links) and min(confirmed, after) < self.chain.confirmed
+        if back or number <= self.chain.confirmed:
+            raise OldMessage(
+                f"message {number} begins before message {self.chain.confirmed}, which the server had confirmed: it is a "
+                "replay, or the server was restored from an older copy. A person here may allow it with "
+                "`polyclinic site forget RUN`"
+            )
+        if confirmed > self.chain.confirmed:
+            kept = tuple(link for link in self.chain.links if link.number >= confirmed)
+            self._store(replace(self.chain, confirmed=confirmed, links=kept))
+
+    def undo(self, after: int) -> tuple[int, ...]:
+        """Removes links beyond ``after``, and returns their numbers."""
+        undone = tuple(link.number for link in self.chain.links if link.number > after)
+        if undone:
+            self._store(replace(self.chain, links=tuple(link for link in self.chain.links if link.number <= after)))
+        return undone
+
+    def before(self, after: int) -> Path | None:
+        """The memory to begin with: None where there is nothing.
+
+        Raises:
+            KeyError: Where the memory after that message is not here.
+        """
+        if after == 0:
+            return None
+        link = self.chain.link(after)
+        if link is None or (link.memory and not (self.folder / link.memory).exists()):
+            raise KeyError(after)
+        return self.folder / link.memory if link.memory else None
+
+    def add(self, link: Link) -> None:
+        """Remembers a link; its files are on the disk already."""
+        sent = dict(self.chain.sent)
+        sent[link.round] = sent.get(link.round, 0) + link.size
+        recent = tuple(sorted(sent.items()))[-100:]
+        self._store(replace(self.chain, links=(*self.chain.links, link), sent=recent))
+
+    def sent_in(self, round: int) -> int:
+        """The bytes that were sent in a round."""
+        return dict(self.chain.sent).get(round, 0)
+
+    def reply(self, number: int) -> Path:
+        """Where the reply to a message lies."""
+        return self.folder / f"{number}.reply"
+
+    def kept(self, number: int) -> Path:
+        """Where the memory after a message lies."""
+        return self.folder / f"{number}.memory"
+
+    def begin_anew(self) -> None:
+        """Drops a memory that is of no use any more; messages that were settled stay refused."""
+        self._store(replace(self.chain, links=()))
+
+    def forget(self) -> None:
+        """Removes everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _store(self, chain: Chain) -> None:
+        """Writes the chain first and removes files after, so that a crash leaves files too many, never too few."""
+        table: dict[str, Any] = asdict(chain)
+        write_private(self.folder / "chain.json", json.dumps(table))
+        self.chain = chain
+        wanted = {link.memory for link in chain.links} | {self.reply(link.number).name for link in chain.links}
+        for path in self.folder.iterdir():
+            if path.suffix in (".memory", ".reply") and path.name not in wanted:
+                path.unlink(missing_ok=True)

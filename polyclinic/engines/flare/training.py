@@ -1,0 +1,94 @@
+"""What the training process does: builds what the order says, from what is installed here, and does asks within the policy."""
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Site
+from polyclinic.core.state import Corrupt
+from polyclinic.engines import policy as policies
+from polyclinic.engines.at_site import work
+from polyclinic.engines.flare import site_data, wire
+from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
+from polyclinic.engines.flare.messages import printable
+from polyclinic.engines.flare.order import Order
+from polyclinic.engines.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """One run at one site."""
+
+    def __init__(self, home: SiteHome, run: str) -> None:
+        torch.set_num_threads(1)
+        self.home = home
+        self.settings = read_toml(home.settings, "polyclinic site init")
+        self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order's plan."""
+        return self.order.build_plan()
+
+    @cached_property
+    def method(self) -> Any:
+        """The order's method."""
+        return self.plan.build_method()
+
+    @cached_property
+    def site(self) -> Site:
+        """This site, with its data."""
+        data = site_data.load(Path(self.settings["data"]), self.order.data, self.plan)
+        return Site(self.settings["site"], data, self.settings.get("device", "cpu"), self.plan.seed)
+
+    def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """What came of one command; whatever goes wrong is a reason, not an exception."""
+        try:
+            return self._check() if command["what"] == "check" else self._ask(command)
+        except (Corrupt, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            log.exception("failed")
+            return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
+
+    def _check(self) -> dict[str, Any]:
+        """Whether the study could run here: its problems, and how many patients there are by role."""
+        policy = policies.read(self.home.policy)
+        problems = policy.problems(self.plan)
+        if self.site.name not in self.plan.sites:
+            problems.append(f"the study is not for {self.site.name}, but for {', '.join(self.plan.sites)}")
+        patients = {role: policies.count_patients(data) for role, data in self.site.data.items()}
+        automatic = self.order.method_hash in policy.approve.automatically
+        return {"lost": "", "problems": problems, "patients": patients, "automatic": automatic}
+
+    def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        ask = wire.read(Path(command["ask"]))
+        memory = wire.read(Path(command["memory"])) if command["memory"] else {}
+        if not isinstance(ask, Ask) or (ask.round, ask.job) != (command["round"], command["job"]):
+            raise Corrupt("the file holds another ask than the message says")
+        rules = policies.Enforced(policies.read(self.home.policy), self.plan, command["sent"])
+        done = work(self.method, ask, memory, self.site, rules)
+        if done.reply is None:
+            return {"lost": _without_data(done.lost), "seconds": done.seconds}
+        size, sha256 = wire.write(Path(command["reply"]), done.reply)
+        same = done.memory is memory or done.memory == {} == memory
+        if not same and done.memory:
+            wire.write(Path(command["kept"]), done.memory)
+        return {
+            "lost": "", "seconds": done.seconds, "size": size, "sha256": sha256,
+            "memory": "same" if same else "kept" if done.memory else "none",
+        }  # fmt: skip
+
+
+def _without_data(reason: str) -> str:
+    """Why there is no reply, as the server may read it. What an exception says may name a patient, and stays in the log."""
+    failed = re.fullmatch(r"failed: (\w+): .*?(\([\w.]+:\d+\))?", reason, re.DOTALL)
+    if not failed:
+        return printable(reason, 2000)
+    log.error("%s", reason)
+    return f"failed: {failed[1]} {failed[2] or ''}; the site's log says more"

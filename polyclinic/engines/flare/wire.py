@@ -1,0 +1,144 @@
+"""Values in files: written piece by piece, read leaf by leaf, so that memory does not grow with the number of sites.
+
+The layout is that of ``core.state``. What is read back stays on the disk: a leaf enters memory when somebody asks for it
+and leaves it with the last reference. So a server that merges fifty replies of 400 MB holds the sum and one leaf.
+"""
+
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyclinic.core import state
+from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
+
+BLOCK = 4 * 2**20
+
+
+def write(path: Path, value: Any) -> tuple[int, str]:
+    """Writes ``value`` to ``path``, forces it to the disk, and returns its length and SHA-256.
+
+    Raises:
+        OSError: Where there is no room; nothing half-written is left.
+        TypeError: Where it cannot be saved.
+    """
+    head, tensors = state.header_of(value)
+    beside = path.with_name(f".{path.name}.part")
+    hasher, size = hashlib.sha256(), 0
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            for piece in (head, *(_bytes_of(tensor) for tensor in tensors)):
+                file.write(piece)
+                hasher.update(piece)
+                size += len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    return size, hasher.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The bytes of a tensor as they lie in memory, without a copy where it is contiguous."""
+    if not tensor.numel():
+        return b""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data
+
+
+def read(path: Path) -> Any:
+    """The value at ``path``; its tensors are private views of the file.
+
+    Raises:
+        Corrupt: Where it is not a value of ours.
+    """
+    with open(path, "rb") as file:
+        return state.decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), share=True)
+
+
+def hash_of(path: Path) -> tuple[int, str]:
+    """The length and SHA-256 of the file at ``path``."""
+    hasher, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            hasher.update(block)
+            size += len(block)
+    return size, hasher.hexdigest()
+
+
+def read_reply(path: Path) -> Reply:
+    """The reply at ``path``, whose leaves stay on the disk until somebody looks at them.
+
+    Raises:
+        Corrupt: Where the file does not hold a reply.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise state.Corrupt("the file is empty")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    reply = state.decode(mapped, share=True)
+    if not isinstance(reply, Reply) or not isinstance(reply.parts, Mapping):
+        raise state.Corrupt(f"a reply was expected, not {type(reply).__name__}")
+    if len(reply.parts) > 1000:
+        raise state.Corrupt(f"a reply of {len(reply.parts)} parts")
+    return Reply({part: _lazy(part, stat, mapped) for part, stat in reply.parts.items()})
+
+
+def _lazy(part: str, stat: Stat, mapped: mmap.mmap) -> Stat:
+    """``stat`` with its trees on the disk, after checking that it is what its class says."""
+    if not isinstance(stat, Mean | LeafMean | Gather):
+        raise state.Corrupt(f"{part}: a {type(stat).__name__} is no stat")
+    changes: dict[str, Any] = {}
+    for field in fields(stat):
+        value = getattr(stat, field.name)
+        if field.name in ("total", "weight") and isinstance(value, Mapping):
+            changes[field.name] = OnDisk(_tree(part, value), mapped)
+        elif field.name == "items" and isinstance(value, Mapping):
+            changes["items"] = {site: OnDisk(_tree(part, leaves), mapped) for site, leaves in value.items()}
+        elif (field.name == "weight" and isinstance(stat, Mean) and isinstance(value, float)) or (
+            field.name == "weights" and isinstance(value, Mapping) and all(isinstance(w, float) for w in value.values())
+        ):
+            continue
+        else:
+            raise state.Corrupt(f"{part}: its {field.name} is {type(value).__name__}")
+    return replace(stat, **changes)
+
+
+def _tree(part: str, value: Any) -> Mapping[str, Tensor]:
+    if isinstance(value, Mapping) and all(isinstance(leaf, Tensor) for leaf in value.values()):
+        return value
+    raise state.Corrupt(f"{part}: a tree holds something else than tensors")
+
+
+class OnDisk(Mapping[str, Tensor]):
+    """A tree whose leaves lie in a file. Each access copies one leaf into memory."""
+
+    def __init__(self, views: Mapping[str, Tensor], mapped: mmap.mmap) -> None:
+        self._views, self._mapped = views, mapped
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The leaf, in memory."""
+        leaf = self._views[name].clone()
+        self._mapped.madvise(mmap.MADV_DONTNEED)  # nothing was written to the pages, so nothing is lost
+        return leaf
+
+    def __iter__(self) -> Iterator[str]:
+        """The leaves' names."""
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        """How many leaves."""
+        return len(self._views)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all leaves, without reading them."""
+        return sum(view.numel() * view.element_size() for view in self._views.values())

@@ -1,0 +1,337 @@
+"""What a hospital allows: a TOML file that people can read, enforced at the site on the values at hand.
+
+The server cannot override it. It is read again before every message, so that a change counts at once. Three places
+ask it: ``problems`` before a study is shown to a person, ``admit`` before anything runs, ``release`` before anything leaves.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polyclinic.core import tree
+from polyclinic.core.execute import Refused
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.pipeline import Sent, Transform
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.tree import Tree
+from polyclinic.engines.plan import Plan
+from polyclinic.tasks.local import Local
+from polyclinic.transforms import table as transforms
+
+MAX_POLICY = 2**18
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+
+DEFAULT = """\
+# What this hospital allows. Whatever is not allowed here is refused, whoever asks, and the refusal is in journal.jsonl.
+# Changes count from the next message on.
+
+[approve]
+# A person approves every study (`polyclinic site review`), except of methods whose hashes stand here.
+automatically = []
+
+[allow]
+jobs = ["*"]                    # patterns of the jobs that may run ...
+never = ["predict/*"]           # ... except these: what a model says of each patient stays here
+stats = ["Mean", "LeafMean"]    # what may leave: sums over this site's examples ...
+gather = ["score"]              # ... and of what the server sees apart by site, these parts
+
+[require]
+transforms = []                 # such as {name = "clip", bound_at_most = 1.0}, {name = "gaussian", multiplier_at_least = 0.8}
+secure = false                  # whether the server may see only sums over several sites
+min_sites = 3                   # how many sites such a sum must hold
+
+[limits]
+min_patients = 10               # fewer patients than this never train and are never scored
+megabytes_per_round = 2000.0
+rounds = 2000
+epochs = 100                    # in one round
+steps = 100000                  # in one round
+learning_rate = 10.0
+"""
+
+
+class BadPolicy(ValueError):
+    """A policy file that is not one. The message lists every problem."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Approve(_Table):
+    """Which methods need no person: by hash."""
+
+    automatically: tuple[Hash, ...] = ()
+
+
+class Allow(_Table):
+    """What may run and leave."""
+
+    jobs: tuple[str, ...] = ("*",)
+    never: tuple[str, ...] = ("predict/*",)
+    stats: tuple[str, ...] = ("Mean", "LeafMean")
+    gather: tuple[str, ...] = ("score",)
+
+
+class Require(_Table):
+    """What everything that leaves must have passed."""
+
+    transforms: tuple[dict[str, str | float | int], ...] = ()
+    secure: bool = False
+    min_sites: Count = 3
+
+
+class Limits(_Table):
+    """How much."""
+
+    min_patients: Count = 10
+    megabytes_per_round: Amount = 2000.0
+    rounds: Count = 2000
+    epochs: Count = 100
+    steps: Count = 100_000
+    learning_rate: Amount = 10.0
+
+
+class Policy(_Table):
+    """The policy file."""
+
+    approve: Approve = Approve()
+    allow: Allow = Allow()
+    require: Require = Require()
+    limits: Limits = Limits()
+
+    def problems(self, plan: Plan) -> list[str]:
+        """Why this policy would refuse ``plan``, before anything is asked: a sentence each.
+
+        Raises:
+            ValueError: Where the plan cannot be built.
+        """
+        method = plan.build_method()
+        return [*_plan_problems(self, plan), *_transform_problems(self.require, _transforms_of(method))]
+
+
+def read(path: Path) -> Policy:
+    """The policy in the file at ``path``.
+
+    Raises:
+        BadPolicy: Where it is not one, with every problem.
+    """
+    if not path.is_file():
+        raise BadPolicy(
+            f"{path} does not exist, and without a policy nothing runs: `polyclinic site policy --reset` writes the default"
+        )
+    with open(path, "rb") as file:
+        data = file.read(MAX_POLICY + 1)
+    return parse(data, str(path))
+
+
+def parse(data: bytes, where: str = "policy.toml") -> Policy:
+    """The policy in ``data``; ``where`` names it in messages.
+
+    Raises:
+        BadPolicy: Where it is not one, with every problem.
+    """
+    if len(data) > MAX_POLICY:
+        raise BadPolicy(f"{where} is larger than {MAX_POLICY} bytes")
+    try:
+        table = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadPolicy(f"{where}: {error}") from None
+    try:
+        policy = Policy.model_validate(_tuples(table))
+    except (ValidationError, RecursionError) as error:
+        lines = [_sentence(e) for e in error.errors()] if isinstance(error, ValidationError) else ["nested too deeply"]
+        raise BadPolicy("\n".join(f"{where}: {line}" for line in lines)) from None
+    if wrong := list(_unknown_transforms(policy.require)):
+        raise BadPolicy("\n".join(f"{where}: require.transforms: {line}" for line in wrong))
+    return policy
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _sentence(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{place}: no such key; `polyclinic site policy --default` shows those there are"
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+@dataclass(frozen=True)
+class Enforced:
+    """A policy, at work on one study at one site. It is a ``core.execute.Policy``.
+
+    Attributes:
+        sent: Bytes that left in this round before this message.
+    """
+
+    policy: Policy
+    plan: Plan
+    sent: int = 0
+
+    def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:
+        """Before anything runs.
+
+        Raises:
+            Refused: With every reason.
+        """
+        found = [*self.policy.problems(self.plan), *_ask_problems(self.policy, self.plan, method, ask, site)]
+        if found:
+            raise Refused("; ".join(found))
+
+    def release(self, method: Method[Any], ask: Ask, reply: Reply, site: Site) -> None:
+        """Before anything leaves.
+
+        Raises:
+            Refused: With every reason.
+        """
+        if found := list(_reply_problems(self.policy, reply, site.name, self.sent)):
+            raise Refused("; ".join(found))
+
+
+def _plan_problems(policy: Policy, plan: Plan) -> Iterator[str]:
+    limits, local = policy.limits, Local(**plan.training)
+    for what, value, most in (
+        ("rounds", plan.rounds, limits.rounds),
+        ("epochs in a round", local.epochs if local.steps is None else 0, limits.epochs),
+        ("steps in a round", local.steps or 0, limits.steps),
+        ("learning_rate", local.lr, limits.learning_rate),
+    ):
+        if value > most:
+            yield f"{value:g} {what.replace('_', ' ')}, and the policy allows {most:g} (limits.{what.split()[0]})"
+
+
+def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, site: Site) -> Iterator[str]:
+    allow, limits = policy.allow, policy.limits
+    if not any(fnmatchcase(ask.job, pattern) for pattern in allow.jobs):
+        yield f"the job {ask.job!r} is not among those that the policy allows (allow.jobs)"
+    if any(fnmatchcase(ask.job, pattern) for pattern in allow.never):
+        yield f"the job {ask.job!r} never runs here (allow.never)"
+    if not 0 <= ask.round < plan.rounds + 1:
+        yield f"round {ask.round} of a study of {plan.rounds}"
+    verb, _, role = ask.job.partition("/")
+    scored = verb in ("score", "predict")
+    if (patients := count_patients(site.data.get(role if scored else "train", ()))) < limits.min_patients and not (
+        scored and not patients
+    ):
+        yield f"{patients} patients here, and the policy asks for {limits.min_patients} (limits.min_patients)"
+    hides = any(t.secure for t in _transforms_of(method))
+    if hides and not scored and not ask.secure:
+        yield "the study promises a secure sum, and the server asks for the reply itself"
+    if policy.require.secure and not scored and not ask.secure:
+        yield "the policy allows secure sums only (require.secure)"
+    if (size := ask.nbytes(site.name)) > limits.megabytes_per_round * 1e6:
+        yield f"a message of {size / 1e6:.0f} MB, and the policy allows {limits.megabytes_per_round:g} (limits.megabytes_per_round)"
+    if "params" in ask.trees:
+        yield from _model_problems(plan, method, ask.trees["params"])
+
+
+def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[str]:
+    """Why ``params`` cannot be of the model that was approved: another architecture, or not numbers."""
+    known = _shapes(plan)
+    if method.predicts is not None:
+        known = {**known, **_task_shapes(method.predicts)}
+    for name, leaf in params.items():
+        if name not in known:
+            yield f"the server's model has a tensor {name[:80]!r}, which the approved model does not have"
+            return
+        if tuple(leaf.shape) != known[name]:
+            yield f"the server's {name[:80]!r} has the shape {tuple(leaf.shape)}, and the approved model's {known[name]}"
+            return
+    if not tree.finite(params):
+        yield "the server's model holds NaN or infinite numbers"
+
+
+_known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+
+def _shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    if plan.hash not in _known:
+        _known[plan.hash] = _task_shapes(plan.build_task())
+    return _known[plan.hash]
+
+
+def _task_shapes(task: Any) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in task.first(0).items()}
+
+
+def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Iterator[str]:
+    for part, stat in reply.parts.items():
+        kind = type(stat).__name__
+        if isinstance(stat, Gather):
+            if not any(fnmatchcase(part, pattern) for pattern in policy.allow.gather):
+                yield (f"{part!r} would leave as a {kind}, which the server sees apart from other sites' "
+                       "(allow.gather names the parts that may)")  # fmt: skip
+            if list(stat.items) != [site]:
+                yield f"{part!r} speaks for {sorted(stat.items)}, not for {site}"
+        elif kind not in policy.allow.stats:
+            yield f"{part!r} would leave as a {kind}, which the policy does not allow (allow.stats)"
+    most = policy.limits.megabytes_per_round * 1e6
+    if sent + reply.nbytes > most:
+        yield f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows {most / 1e6:g} (limits.megabytes_per_round)"
+
+
+def _transforms_of(method: Any) -> tuple[Transform, ...]:
+    """The transforms that replies pass, from the outermost method inwards."""
+    found: tuple[Transform, ...] = ()
+    while method is not None:
+        if isinstance(method, Sent):
+            found = (*method.transforms, *found)
+        method = getattr(method, "inner", None)
+    return found
+
+
+def _transform_problems(require: Require, present: tuple[Transform, ...]) -> Iterator[str]:
+    for wanted in require.transforms:
+        made = transforms.maker(transforms.entry(str(wanted["name"])))
+        having = [t for t in present if isinstance(t, made)]
+        if not having:
+            yield f"what leaves must pass {wanted['name']!r} (require.transforms)"
+        for key, bound in wanted.items():
+            field, least = _bound(key)
+            if field is None:
+                continue
+            for t in having:
+                value = getattr(t, field)
+                if value is None or (value < float(bound) if least else value > float(bound)):
+                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for at {'least' if least else 'most'} {bound} (require.transforms)"
+
+
+def _unknown_transforms(require: Require) -> Iterator[str]:
+    for wanted in require.transforms:
+        try:
+            known = transforms.options(transforms.entry(str(wanted.get("name"))))
+        except ValueError as error:
+            yield str(error)
+            continue
+        for key, value in wanted.items():
+            field, _ = _bound(key)
+            if key != "name" and (field is None or field not in known):
+                yield f"{wanted['name']} has no {key!r}; write {' or '.join(f'{k}_at_least' for k in known) or 'only its name'}"
+            elif field is not None and isinstance(value, str):
+                yield f"{wanted['name']}: {key} is a number"
+
+
+def _bound(key: str) -> tuple[str | None, bool]:
+    """The field and the direction of ``multiplier_at_least`` or ``bound_at_most``."""
+    for ending, least in (("_at_least", True), ("_at_most", False)):
+        if key.endswith(ending):
+            return key.removesuffix(ending), least
+    return None, True
+
+
+def count_patients(data: Any) -> int:
+    """How many patients are in ``data``; examples, where it does not say whose they are."""
+    patients = getattr(data, "patients", None)
+    return len(set(patients)) if patients is not None else len(data)

@@ -1,0 +1,155 @@
+"""Sites in folders, and a carrier that walks between them: the whole exchange without FLARE and without processes."""
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyclinic.core.site import Site
+from polyclinic.engines import policy as policies
+from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.authority import new_keys
+from polyclinic.engines.flare.conduct import Conductor
+from polyclinic.engines.flare.desk import Desk, take_in
+from polyclinic.engines.flare.federation import Delivery, Ended
+from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
+from polyclinic.engines.flare.messages import Call
+from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.reviews import APPROVED, Reviews
+from polyclinic.engines.flare.training import Training
+from tests.conftest import little_sites
+
+TRAINING = {"epochs": 1, "batch_size": 8, "lr": 0.05}
+_keys: dict[str, Path] = {}
+
+
+def order(method: str = "fedavg", run: str = "run-1", sites: Sequence[str] = ("site-0", "site-1", "site-2"), rounds: int = 3, **changes: Any) -> Order:
+    """A small order; ``changes`` of the plan go in ``plan``."""
+    plan = {
+        "kind": "classification", "network": "cnn", "inputs": [1, 8, 8], "outputs": 2, "method": method, "sites": list(sites),
+        "rounds": rounds, "seed": 3, "network_options": {"width": 4, "depth": 2}, "training": TRAINING, **changes.pop("plan", {}),
+    }
+    return Order(run, plan, **{"patience": 5.0, **changes})
+
+
+def write_data(folder: Path, site: Site) -> None:
+    """A site's data as a hospital keeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for role, rows in site.data.items():
+        np.savez(folder / f"{role}.npz", inputs=rows.x.numpy(), targets=rows.y.numpy())
+
+
+def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT) -> SiteHome:
+    """A site's folder, with data and policy, as after `site init` and `site join`. Keys are made once and copied."""
+    home = SiteHome(path)
+    private_folder(path)
+    write_data(path / "data", site)
+    write_private(home.settings, f'site = "{name}"\ndata = "{path / "data"}"\n')
+    write_private(home.policy, policy)
+    if "keys" not in _keys or not _keys["keys"].exists():
+        new_keys(home.keys)
+        _keys["keys"] = home.keys
+    else:
+        shutil.copytree(_keys["keys"], home.keys)
+    return home
+
+
+def approve(home: SiteHome, an: Order) -> None:
+    """What a person at the site does."""
+    reviews = Reviews(home.reviews)
+    reviews.offer(an, (), {})
+    reviews.decide(an.run, APPROVED, "a person", "because")
+
+
+class Inline:
+    """A training process that is none."""
+
+    pid = 0
+
+    def __init__(self, home: SiteHome, run: str) -> None:
+        self.home, self.run, self.training = home, run, None
+
+    def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
+        self.training = self.training or Training(self.home, self.run)
+        return self.training.do(dict(command))
+
+    def close(self) -> None:
+        self.training = None
+
+
+class LocalCarrier:
+    """Carries messages within this process, in the order in which they were posted.
+
+    ``tamper`` may change a call before it arrives; ``lose`` says whether a site never answers a call.
+    """
+
+    def __init__(self, homes: Mapping[str, SiteHome], an: Order, tamper: Callable[[Call], Call] = lambda call: call,
+                 lose: Callable[[Call], bool] = lambda call: False, crash: Callable[[Call], bool] = lambda call: False) -> None:
+        self.homes, self.order, self.tamper, self.lose, self.crash = homes, an, tamper, lose, crash
+        self.desks: dict[str, Desk] = {}
+        self.queue: deque[tuple[Call, Path | None]] = deque()
+        self.calls: list[Call] = []
+
+    def desk(self, name: str) -> Desk:
+        if name not in self.desks:
+            self.desks[name] = Desk(self.homes[name], self.order)
+            self.desks[name].trainer = Inline(self.homes[name], self.order.run)
+        return self.desks[name]
+
+    def restart(self, name: str) -> None:
+        """The site's machine reboots."""
+        if name in self.desks:
+            self.desks.pop(name).close()
+
+    def post(self, calls: Sequence[Call], body: Path | None) -> None:
+        self.queue.extend((call, body) for call in calls)
+
+    def arrived(self, seconds: float) -> Delivery | None:
+        if not self.queue:
+            return None
+        call, body = self.queue.popleft()
+        if self.crash(call):
+            raise Ended("the server crashed")
+        if self.lose(call):
+            return None
+        call = self.tamper(call)
+        self.calls.append(call)
+        desk = self.desk(call.site)
+        if body is not None:
+            copy = desk.memory.folder / "received"
+            shutil.copy(body, copy)
+            body = take_in(desk.memory, copy, call.number)
+        answer, file = desk.answer(call, body)
+
+        def take(path: Path, limit: int) -> tuple[int, str]:
+            shutil.copy(file, path)
+            return wire.hash_of(path)
+
+        return Delivery(call.site, answer.to_json(), take)
+
+    def away(self, site: str) -> bool:
+        return False
+
+    def drop(self, site: str) -> None:
+        self.queue = deque((call, body) for call, body in self.queue if call.site != site)
+
+    def close(self) -> None:
+        for desk in self.desks.values():
+            desk.close()
+
+
+def hospital(root: Path, count: int = 3, policy: str = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")) -> dict[str, SiteHome]:
+    """``count`` site folders with little data."""
+    return {name: make_site(root / name, name, site, policy) for name, site in little_sites(count=count).items()}
+
+
+def conductor(root: Path, an: Order, carrier: LocalCarrier) -> Conductor:
+    return Conductor(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0)
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -130,7 +130,13 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fltrust", "corruption:fltrust", "updates weighed by a trusted one", "Cao et al. 2021", SEEN),
         Entry("dos", "corruption:dos", "updates weighed by how usual their distances are (DOS, COPOD)", "Alkhunaizi et al. 2022", SEEN),
     ),
-    "Topologies": (),
+    "Topologies": (
+        Entry("swarm", "swarm:swarm", "no central server: one of the sites merges, another in each round", "Warnat-Herresthal et al. 2021", "the change of the model, which the elected site sees site by site"),
+        Entry("gossip", "gossip:gossip", "no server: sites average with their neighbours", "Lian et al. 2017", "the model, which neighbours see", stateful=True),
+        Entry("cyclic", "cyclic:cyclic", "the model travels from site to site", "Chang et al. 2018", "the change of the model, which the next site sees"),
+        Entry("split", "split:split", "the server holds the last layers; labels travel", "Gupta and Raskar 2018; Poirot et al. 2019", "activations and labels of every minibatch, and the first layers", tasks=("classification", "multilabel", "regression"), stateful=True),
+        Entry("u-split", "split:u_split", "the server holds the middle layers; labels stay home", "Vepakomma et al. 2018", "activations and gradients of every minibatch, and the first and last layers", tasks=("classification", "multilabel", "regression"), stateful=True),
+    ),
     "Communication: one-shot merging": (),
 }  # fmt: skip
 

@@ -1,0 +1,82 @@
+"""The federated z-score: images and columns of mean 0 and deviation 1, over all sites or within each.
+
+Textbook statistics; sums only. The simplest harmonisation, and the one to beat.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.personal import Personal
+from polyclinic.methods.prepared import Prepared
+from polyclinic.tasks.affine import AffineInput
+from polyclinic.tasks.front import fronted, in_front
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.statistics import Summary, count_up
+from polyclinic.tasks.task import Task
+
+
+@savable
+class State(NamedTuple):
+    """The sums of all sites' data; nothing at first."""
+
+    sums: Tree
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Finds the mean and the deviation of every channel or column, over all sites, and within each where asked.
+
+    Attributes:
+        by_site: Whether a site uses its own mean and deviation instead of everyone's.
+    """
+
+    task: Task
+    by_site: bool = False
+
+    def init(self, params: Tree) -> State:
+        return State({})
+
+    def ask(self, state: State) -> Ask | None:
+        return None if state.sums else Ask(0, {}, "moments")
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        sums = count_up(site.data["train"], self.task.network.outputs)
+        own = {**memory, "own": self.standardise(sums)} if self.by_site else memory
+        return Reply({"sums": Mean(sums, 1.0)}), own
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return State(dict(reply.mean("sums").total))
+
+    def front(self, state: State) -> Tree:
+        return self.standardise(state.sums)
+
+    def standardise(self, sums: Tree) -> Tree:
+        """The front x ↦ (x − mean) / deviation; constant channels are only centred. The identity without sums."""
+        shape = affine_shape(self.task)
+        if not sums:
+            return {"front.scale": torch.ones(shape), "front.shift": torch.zeros(shape)}
+        found = Summary(sums, torch.empty(0))
+        scale = 1 / torch.where(found.std > 1e-12, found.std, 1.0)
+        leaves = {"front.scale": scale, "front.shift": -found.mean * scale}
+        return {name: leaf.float().reshape(shape) for name, leaf in leaves.items()}
+
+
+def affine_shape(task: Task) -> tuple[int, ...]:
+    """One number for each channel of an image, or column of a table, in a shape that broadcasts."""
+    channels, *spatial = task.network.inputs
+    return (channels, *[1] * len(spatial))
+
+
+def zscore(task: Task, local: Local, *, by_site: bool = False, uniform: bool = False) -> Prepared:
+    """FedAvg on inputs of mean 0 and deviation 1, of all sites together or of each by itself."""
+    task = fronted(task, AffineInput(affine_shape(task)))
+    plain = FedAvg(task, local, uniform=uniform)
+    return Prepared(ZScore(task, by_site), Personal(plain, in_front) if by_site else plain, task)

@@ -41,6 +41,7 @@ class Options:
         min_cell: Sites with fewer test patients are not shown by themselves; 0 shows all.
         unit: ``"patient"``, or ``"image"`` where each image is a case of its own; patients are resampled either way.
         few: Test patients below which a site is called small.
+        reference: The method that others are compared with; by default FedAvg, or the first federated one.
     """
 
     level: float = 0.95
@@ -49,6 +50,7 @@ class Options:
     min_cell: int = 0
     unit: str = "patient"
     few: int = 30
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     headline, how = _headline(methods, metric)
     shown = {m.label for m in methods}
     federated = [m.label for m in methods if not m.baseline]
-    reference = "fedavg" if "fedavg" in shown else next(iter([*federated, *(m.label for m in methods)]), None)
+    usual = [k for k in (options.reference, "fedavg", *federated, *(m.label for m in methods)) if k in shown]
+    reference = usual[0] if usual else None
     ranking = _ranking(methods, run, metric)
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
     counts = {s: data.count(s) for s in data.sites}

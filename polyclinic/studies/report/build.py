@@ -11,6 +11,7 @@ from markupsafe import Markup
 from polyclinic.studies.evaluation import Options, evaluate
 from polyclinic.studies.records import read_run
 from polyclinic.studies.report.blocks import Section, tables_of
+from polyclinic.studies.report.card import model_card
 from polyclinic.studies.report.clinical import task_section
 from polyclinic.studies.report.curves import curves_section
 from polyclinic.studies.report.gains import gains_section
@@ -46,6 +47,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
     files = {
         "report.html": render(page, sections),
         "report.json": as_json(page),
+        "model_card.md": model_card(page),
         **{f"tables/{t.name}.csv": t.csv() for s in sections for t in tables_of(s.blocks)},
     }
     folder = Path(out) if out is not None else run.path / "report"

@@ -88,7 +88,7 @@ def _about_run(page: Source) -> Iterator[Finding]:
     if run.missing:
         yield Finding(3, f"This run is not finished: {'; '.join(run.missing)}. The numbers below cover what is there.")
     if page.journal[2]:
-        yield Finding(3, f"The journal's chain does not hold: {page.journal[2]}")
+        yield Finding(3, f"The journal’s chain does not hold: {page.journal[2]}")
     twice = [f"{page.title(m)} (seed {s}): {k} times" for (m, s), k in run.opened.items() if k > 1]
     if twice:
         yield Finding(3, f"The sealed test set was opened more than once: {listed(twice)}.")

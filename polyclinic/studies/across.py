@@ -1,0 +1,166 @@
+"""Several runs beside each other: paired where they tested the same patients, by ranks where they did not."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from polyclinic.studies.compare import BETTER, WORSE, Difference, Ranking, rank_methods
+from polyclinic.studies.evaluation import Evaluation, Options, evaluate
+from polyclinic.studies.intervals import Estimate
+from polyclinic.studies.metrics import Undefined
+from polyclinic.studies.predictions import Predictions
+from polyclinic.studies.records import MethodInfo, Run, read_run
+
+
+class NotComparable(ValueError):
+    """Runs that cannot be compared patient by patient. The message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of one run.
+
+    Attributes:
+        run: The run's folder name.
+        method: Its label there.
+        mean: The mean over training sites of the primary metric.
+        difference: Minus the reference, paired, Holm-corrected over all rows; None for the reference itself.
+        verdict: In words.
+    """
+
+    run: str
+    method: str
+    mean: Estimate
+    difference: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Methods over data sets: one run a data set.
+
+    Attributes:
+        runs: The runs' names, in order.
+        methods: Those that every run has.
+        values: Mean over sites of each run's own primary metric, [runs, methods].
+        ranking: Mean ranks, with the critical difference; None with fewer than three runs or methods.
+        gains: Of each method, at how many sites it is shown to be better than training alone, and at how many worse.
+    """
+
+    runs: tuple[str, ...]
+    methods: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    ranking: Ranking | None
+    gains: Mapping[str, tuple[int, int]]
+
+
+def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Options = Options()) -> list[Row]:
+    """Every method of every run against one reference, on the same patients.
+
+    Args:
+        run_dirs: Run folders with the same task, metric and test patients.
+        reference: ``"<run>/<method>"``; by default the first run's method that its report speaks of.
+        options: How to evaluate.
+
+    Raises:
+        NotARun: Where a folder is not a run.
+        NotComparable: Where the runs tested different patients, or another metric.
+    """
+    runs = {Path(d).resolve().name: read_run(d) for d in run_dirs}
+    if len(runs) < 2:
+        raise NotComparable("give at least two run folders with different names")
+    _require_same_patients(runs)
+    first = next(iter(runs))
+    reference = reference or f"{first}/{evaluate(runs[first], options).headline}"
+    merged = _merged(runs)
+    labels = [m.label for m in merged.info.methods]
+    if reference not in labels:
+        raise NotComparable(f"no method {reference!r} in these runs; there are {', '.join(labels)}")
+    result = evaluate(merged, replace(options, reference=reference))
+    rows = []
+    for m in result.methods:
+        run, _, method = m.label.partition("/")
+        d = result.comparisons.get(m.label)
+        rows.append(Row(run, method, m.macro, d, d.verdict() if d else "reference"))
+    return rows
+
+
+def panel(run_dirs: Sequence[str | Path], options: Options = Options()) -> Panel:
+    """Methods over data sets. Metrics may differ from run to run: ranks do not mind.
+
+    Raises:
+        NotARun: Where a folder is not a run.
+        NotComparable: Where the runs have no method in common.
+    """
+    results = {Path(d).resolve().name: evaluate(read_run(d), options) for d in run_dirs}
+    common = [m.label for m in next(iter(results.values())).methods]
+    common = [k for k in common if all(k in {m.label for m in r.methods} for r in results.values())]
+    if not common:
+        raise NotComparable("these runs have no method in common")
+    values = [[r.of(k).macro.value for k in common] for r in results.values()]
+    gains = {k: _against_single(k, results.values()) for k in common if k != "single"}
+    rows = tuple(tuple(row) for row in values)
+    return Panel(tuple(results), tuple(common), rows, _ranks(common, values, list(results.values())), gains)
+
+
+def _ranks(methods: Sequence[str], values: list[list[float | None]], results: Sequence[Evaluation]) -> Ranking | None:
+    whole = [i for i, row in enumerate(values) if all(v is not None for v in row)]
+    signs = [-1.0 if results[i].metric.higher_is_better is False else 1.0 for i in whole]
+    table = np.array([values[i] for i in whole], float).reshape(len(whole), len(methods))
+    try:
+        return rank_methods(methods, table * np.array(signs)[:, None])
+    except Undefined:
+        return None
+
+
+def _against_single(label: str, results: Iterable[Evaluation]) -> tuple[int, int]:
+    """Sites at which ``label`` is shown to be better than training alone, and worse."""
+    verdicts = [g.verdict() for r in results for g in r.of(label).gains.values()]
+    return verdicts.count(BETTER), verdicts.count(WORSE)
+
+
+def _require_same_patients(runs: Mapping[str, Run]) -> None:
+    (first, base), *others = runs.items()
+    problems = []
+    for name, run in others:
+        for field in ("task", "metric"):
+            ours, theirs = getattr(base.info, field), getattr(run.info, field)
+            if ours != theirs:
+                problems.append(f"{field}: {first} has {ours!r}, {name} has {theirs!r}")
+        for site, seed in sorted(_tested(base).keys() | _tested(run).keys()):
+            ours, theirs = _tested(base).get((site, seed)), _tested(run).get((site, seed))
+            if ours is not None and theirs is not None and ours != theirs:
+                problems.append(f"test patients at {site} (seed {seed}) differ between {first} and {name}")
+        if not _tested(base).keys() & _tested(run).keys():
+            problems.append(f"{first} and {name} have no site and seed in common")
+    if problems:
+        raise NotComparable("\n".join([*problems, "These runs cannot be compared patient by patient."]))
+
+
+def _tested(run: Run) -> dict[tuple[str, int], bytes]:
+    """Who was tested, and what is true of them, by site and seed."""
+    found: dict[tuple[str, int], bytes] = {}
+    for (_, seed), sites in run.arms.items():
+        for site, p in sites.items():
+            found.setdefault((site, seed), _identity(p))
+    return found
+
+
+def _identity(p: Predictions) -> bytes:
+    order = np.argsort(p.patient, kind="stable")
+    truth = b"" if p.target is None else np.ascontiguousarray(p.target[order]).tobytes()
+    return p.patient[order].tobytes() + truth
+
+
+def _merged(runs: Mapping[str, Run]) -> Run:
+    """One run with the methods of all, labelled ``<run>/<method>``."""
+    base = next(iter(runs.values()))
+    methods: list[MethodInfo] = []
+    arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}
+    for name, run in runs.items():
+        for m in run.info.methods:
+            methods.append(m.model_copy(update={"label": f"{name}/{m.label}", "name": m.name or m.label}))
+        arms |= {(f"{name}/{label}", seed): sites for (label, seed), sites in run.arms.items()}
+    return replace(base, info=base.info.model_copy(update={"methods": tuple(methods)}), arms=arms, lines=())

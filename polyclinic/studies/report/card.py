@@ -1,0 +1,92 @@
+"""The model card: a README for whoever receives the model, with front matter that model hubs read.
+
+The headings are those of Mitchell et al., "Model Cards for Model Reporting", FAT* 2019,
+https://arxiv.org/abs/1810.03993. What only a person knows is left open, and marked so.
+"""
+
+import json
+
+from polyclinic.studies.report.page import Source
+from polyclinic.studies.report.paragraph import methods_paragraph
+from polyclinic.studies.report.summary import findings, in_short
+from polyclinic.studies.report.words import cell, count, interval, number
+
+OPEN = "*To be written by a person.*"
+
+
+def model_card(page: Source) -> str:
+    """The card of the chosen method's model, as Markdown."""
+    info, first = page.run.info, page.first
+    title = info.title or info.name
+    lines = [
+        *_front_matter(page),
+        f"# {title}",
+        "",
+        *(str(s.striptags()) for s in in_short(page)),
+        "",
+        "## Model",
+        "",
+        f"- Task: {info.task}" + (f" of {', '.join(info.classes)}" if info.classes else ""),
+        f"- Parameters: {count(info.parameters)}",
+        f"- Training: {page.title(first.label) if first else 'not finished'}, {info.rounds} rounds at most",
+        f"- Study: {info.name}, hash {info.hash}",
+        "",
+        "## Intended use, and uses out of scope",
+        "",
+        OPEN,
+        "",
+        "Polyclinic trained and evaluated this model for research. It is no medical device.",
+        "",
+        "## Data",
+        "",
+        f"{info.data.title or 'Not stated'}. Licence of the data: {info.data.licence or 'not stated'}.",
+        *([info.data.citation] if info.data.citation else []),
+    ]
+    if info.data.simulated:
+        lines += ["", f"**Simulated split.** {info.data.simulated}"]
+    lines += ["", *_sites(page), "", "## Look at this first", ""]
+    lines += [f"- {f.text}" for f in findings(page)] or ["- Nothing was found."]
+    lines += ["", "## Privacy", "", *_privacy(page), "", "## How it was made", "", *_made(page)]
+    lines += ["", "## Ethical considerations, caveats and recommendations", "", OPEN, "", "## Files", ""]
+    lines += [f"- `{name}`: sha256 `{digest}`" for name, digest in page.run.digests.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(page: Source) -> list[str]:
+    info = page.run.info
+    tags = ["federated-learning", "medical-imaging", info.task]
+    return [  # no licence: that of the model is for a person to give
+        "---",
+        f"library_name: {json.dumps('polyclinic')}",
+        f"tags: {json.dumps(tags)}",
+        f"metrics: {json.dumps([page.result.metric.name])}",
+        "---",
+        "",
+    ]
+
+
+def _sites(page: Source) -> list[str]:
+    first, name, d = page.first, page.result.metric.name, page.digits
+    lines = [f"| Site | Role | Trained on | Tested on | {page.label} ({page.level} CI) |", "|---|---|---:|---:|---:|"]
+    for s in page.run.info.sites:
+        found = first.sites.get(s.name, {}).get(name) if first else None
+        trained, tested = (count(s.patients.get(r, 0)) for r in ("train", "test"))
+        lines.append(f"| {s.name} | {s.role} | {trained} | {tested} | {cell(found, d).text} |")
+    if first is not None and first.macro.value is not None:
+        mean = first.macro
+        lines += ["", f"Mean over training sites: {number(mean.value, d)} ({interval(mean.low, mean.high, d)})."]
+    return lines
+
+
+def _privacy(page: Source) -> list[str]:
+    mine = [p for p in page.run.privacy if page.first and p.method == page.first.label and p.epsilon is not None]
+    if not mine:
+        return ["No noise was added in training; nothing bounds what this model tells of a patient."]
+    most = max(mine, key=lambda p: p.epsilon or 0)
+    delta = "not stated" if most.delta is None else f"{most.delta:g}"
+    return [f"ε = {most.epsilon:.3g}, δ = {delta}, protecting one {most.unit or 'unit that is not stated'}."]
+
+
+def _made(page: Source) -> list[str]:
+    text, references = methods_paragraph(page)
+    return [text, "", *(f"{i}. {r}" for i, r in enumerate(references, 1))]

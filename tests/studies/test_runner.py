@@ -258,9 +258,8 @@ def test_a_site_that_fails_is_left_out_and_named(done: Path, tmp_path: Path, mon
     monkeypatch.setattr(FedAvg, "site_update", failing)
     text = study(done).split("[[methods]]")[0] + '[[methods]]\nname = "fedavg"\n'
     events = go(text, tmp_path / "failing")
-    assert [dict(e.lost) for e in events if e.what == "round" and e.seed == 0 and e.round == 2][0]["b"].startswith(
-        "failed: Mem"
-    )
+    lost = next(e.lost for e in events if e.what == "round" and e.seed == 0 and e.round == 2)
+    assert lost["b"].startswith("failed: Mem")
     quarantined = [line for line in facts(tmp_path / "failing") if line["kind"] == "quarantine"]
     assert {(line["site"], line["round"]) for line in quarantined} == {("b", 2)}
 

@@ -73,6 +73,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("feddg", "feddg:feddg", "sites practise in the styles of the others, for hospitals not yet seen", "Liu et al. 2021 (CVPR)", "low-frequency amplitude spectra of some images, once and kept apart by site, and seen by the other sites; then the change of the model"),
         Entry("fedsm", "fedsm:fedsm", "a global model, personal ones, and a selector between them", "Xu et al. 2022 (CVPR)", "the change of the global model and of the selector; the personal model, kept apart by site"),
         Entry("iop-fl", "iopfl:iop_fl", "personal models inside; outside, a mixture of them found at test time", "Jiang et al. 2023 (TMI)", "the change of the model; the personal model, kept apart by site", tasks=("classification", "segmentation"), stateful=True),
+        Entry("fednorm", "fednorm:fednorm", "one model for several modalities, with normalisation layers for each", "Bernecker et al. 2022", "the change of the model, and which modality the site has"),
     ),
     "Client end: domain adaptation": (
         Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
@@ -88,7 +89,10 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
         Entry("fedmae", "fedmae:fedmae", "learns to fill in what is hidden, then from labels", "Yan et al. 2023"),
     ),
-    "Client end: multi-task learning": (),
+    "Client end: multi-task learning": (
+        Entry("fmtl", "fmtl:fmtl", "shared experts, private gates and towers", "Huang et al. 2023", "the change of the encoder and of the experts", tasks=("classification",), stateful=True),
+        Entry("private-heads", "fmtl:private_heads", "a shared encoder, and a head for each site's classes", "Parekh et al. 2021", "the change of the encoder", stateful=True),
+    ),
     "Client end: weakly and semi-supervised learning": (
         Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True),
         Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification")),

@@ -1,0 +1,84 @@
+"""Cyclic weight transfer: the model travels from site to site, and each trains it in turn.
+
+Ken Chang, Niranjan Balachandar, Carson Lam, Darvin Yi, James Brown, Andrew Beers, Bruce Rosen, Daniel Rubin and
+Jayashree Kalpathy-Cramer, "Distributed deep learning networks among institutions for medical imaging", Journal of the
+American Medical Informatics Association 25 (2018), 945-954, https://doi.org/10.1093/jamia/ocy017.
+
+What this shows: what is learned, and that it depends on the order of sites, since the last site's patients are
+remembered best. What it does not: that nobody else sees the model, since the driver carries it from site to site.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
+
+
+@savable
+class State(NamedTuple):
+    """The model as the last site left it, the order of this cycle, and whose turn it is."""
+
+    round: int
+    params: Tree
+    order: tuple[str, ...]
+    at: int
+
+
+@dataclass(frozen=True)
+class Cyclic(Method[State]):
+    """One model, passed on. A round is a cycle in which every site has its turn.
+
+    A site that does not answer is passed over, where the driver bears it (``min_replies=0``).
+
+    Attributes:
+        sites: Who takes part, in the order of the first cycle.
+        shuffle: Whether to draw a new order for every later cycle, so that no site is always the last.
+    """
+
+    task: Task
+    sites: tuple[str, ...]
+    local: Local = Local()
+    shuffle: bool = False
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, self.sites, 0)
+
+    def ask(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params}, to=(state.order[state.at],))
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start = ask.trees["params"]
+        end = self.local.fit(self.task, start, site, ask.round)
+        return Reply({"update": Mean.of(tree.sub(end, start))}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        params = tree.shift(state.params, reply.mean("update").value) if reply.parts else state.params
+        if state.at + 1 < len(state.order):
+            return state._replace(params=params, at=state.at + 1)
+        order = state.order
+        if self.shuffle:
+            drawn = torch.randperm(len(order), generator=server.rng(state.round, "order"))
+            order = tuple(sorted(order)[i] for i in drawn.tolist())
+        return State(state.round + 1, params, order, 0)
+
+
+def cyclic(
+    task: Task, local: Local, sites: tuple[str, ...], *, order: tuple[str, ...] = (), shuffle: bool = False
+) -> Cyclic:
+    """The model travels from site to site, in ``order`` or as the study names them.
+
+    Raises:
+        ValueError: Where ``order`` does not name every site once.
+    """
+    if order and sorted(order) != sorted(sites):
+        raise ValueError(f"order must name every site once: {', '.join(sites)}; not {', '.join(order)}")
+    return Cyclic(task, tuple(order or sites), local, shuffle)

@@ -1,0 +1,167 @@
+"""Split learning: the network is cut, and what passes between its pieces travels instead of the model.
+
+Otkrist Gupta and Ramesh Raskar, "Distributed learning of deep neural network over multiple agents", Journal of Network
+and Computer Applications 116 (2018), https://arxiv.org/abs/1810.06060; Vepakomma, Gupta, Swedish and Raskar, "Split
+learning for health", 2018, https://arxiv.org/abs/1812.00564 (the U shape); for fundus photographs and chest X-rays
+Maarten Poirot and others, 2019, https://arxiv.org/abs/1912.12115. Sites take turns and hand their pieces on.
+
+Plain: a site holds the first layers, the server the rest, and the labels travel. U-shaped: the last layer is at the
+site too, and labels stay home. Either way every minibatch's activations leave the site, from which images can often be
+recovered: cutting a network is no privacy by itself.
+
+What this shows: the same learning as if all sites' minibatches passed through one model in one place, to the bit, and
+how many messages that takes. What it does not: the speed of a network, since a message here is a call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.chain import Piece, first_bend, length
+from polyclinic.tasks.distil import Said
+from polyclinic.tasks.local import Local, seeded
+from polyclinic.tasks.task import Batch, Task
+
+
+@savable
+class State(NamedTuple):
+    """The model, whose turn it is, and what passes between the pieces just now.
+
+    Attributes:
+        params: The server's layers as they are, the sites' as they were handed on last.
+        at: Whose turn it is. ``batch``: at which of its minibatches. ``job``: what comes next.
+        sends: What the site receives next. ``keeps``: what the server still needs.
+    """
+
+    round: int
+    params: Tree
+    at: int
+    batch: int
+    job: str
+    sends: Trees
+    keeps: Tree
+
+
+@dataclass(frozen=True)
+class Split(Method[State]):
+    """One model in pieces: the first layers at the site whose turn it is, the rest at the server.
+
+    Attributes:
+        sites: The order of turns.
+        cut: How many layers the site holds in front; up to the first that is not linear where 0.
+        u_shaped: Whether the site holds the head too, so that labels stay home.
+    """
+
+    task: Task
+    sites: tuple[str, ...]
+    local: Local = Local()
+    cut: int = 0
+    u_shaped: bool = True
+
+    def __post_init__(self) -> None:
+        local, most, problems = self.local, length(self.task) - 2, []
+        if local.optimiser != "sgd" or local.momentum or local.penalty or local.clip_norm is not None:
+            problems.append("in split learning each piece steps by itself: use plain sgd, with momentum = 0 and "
+                            "neither a penalty nor clip_norm")  # fmt: skip
+        if not 0 <= self.cut <= most:
+            problems.append(f"cut must leave the server a layer: 1 to {most}, or 0 to choose, not {self.cut}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def front(self) -> Piece:
+        """The layers at a site, before those at the server."""
+        return Piece(self.task, 0, self.cut or min(first_bend(self.task), length(self.task) - 2))
+
+    @property
+    def body(self) -> Piece:
+        """The layers at the server."""
+        return Piece(self.task, self.front.stop, length(self.task) - self.u_shaped)
+
+    @property
+    def tail(self) -> Piece:
+        """The layers at a site after those at the server; none unless U-shaped."""
+        return Piece(self.task, self.body.stop, length(self.task))
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, 0, 0, "front", {}, {})
+
+    def ask(self, state: State) -> Ask:
+        body, begins = self.body.of(state.params), state.batch == 0 and state.job == "front"
+        ends = {name: leaf for name, leaf in state.params.items() if name not in body}
+        trees = {**state.sends, "ends": ends} if begins else state.sends
+        return Ask(state.round, trees, state.job, to=(self.sites[state.at],))
+
+    def trial(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        begins = "ends" in ask.trees
+        ends, b = (ask.trees["ends"], 0) if begins else (memory["ends"], int(memory["at"]["batch"]))
+        with seeded(site.rng(ask.round, ask.job, b), site.device):
+            if ask.job == "tail":
+                said, batch = ask.trees["said"]["h"], self._batch(b, ask.round, site)
+                ends, back = self.tail.learn(ends, said, self._against(batch), self.local, ask.round, site.device)
+                return self._reply(site, {"gradient": back}, ends, b, memory)
+            if "gradient" in ask.trees:  # of the last minibatch
+                x, g = self._batch(b, ask.round, site)[0], ask.trees["gradient"]["h"].to(site.device)
+                ends, _ = self.front.learn(ends, x, lambda h: (h * g).sum(), self.local, ask.round, site.device)
+                b += 1
+        if b == self.local.count(site.data["train"]):
+            return Reply({"ends": Gather({site.name: ends})}), memory
+        x, y = self._batch(b, ask.round, site)
+        with seeded(site.rng(ask.round, ask.job, b), site.device):
+            sent = {"h": self.front.say(ends, x, site.device)}
+        return self._reply(site, sent if self.u_shaped else {**sent, "y": y.cpu()}, ends, b, memory)
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if "sent" not in reply.parts:  # the turn is over; a site that was lost hands nothing on
+            ends = next(iter(reply.gather("ends").values())) if reply.parts else {}
+            at = (state.at + 1) % len(self.sites)
+            return State(state.round + (at == 0), {**state.params, **ends}, at, 0, "front", {}, {})
+        (sent,) = reply.gather("sent").values()
+        with seeded(server.rng(state.round, state.at, state.batch), server.device):
+            if self.u_shaped and state.job == "front":
+                said = self.body.say(state.params, sent["h"], server.device)
+                return state._replace(job="tail", sends={"said": {"h": said}}, keeps=sent)
+            if self.u_shaped:
+                x, g = state.keeps["h"], sent["gradient"].to(server.device)
+                params, back = self.body.learn(
+                    state.params, x, lambda h: (h * g).sum(), self.local, state.round, server.device
+                )
+            else:
+                loss = self._against((sent["h"], sent["y"].to(server.device)))
+                params, back = self.body.learn(state.params, sent["h"], loss, self.local, state.round, server.device)
+        sends = {"gradient": {"h": back}}
+        return State(state.round, params, state.at, state.batch + 1, "front", sends, {})
+
+    def _reply(self, site: Site, sent: Tree, ends: Tree, b: int, memory: Trees) -> tuple[Reply, Trees]:
+        kept = {**memory, "ends": ends, "at": {"batch": torch.tensor(b)}}
+        return Reply({"sent": Gather({site.name: sent})}), kept
+
+    def _against(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda said: self.task.loss(Said(said), batch)
+
+    def _batch(self, b: int, round: int, site: Site) -> Batch:
+        """The b-th minibatch of the site's turn."""
+        batches = self.local.batches(site.data["train"], site.rng(round, "split"), site.device)
+        return next(islice(batches, b, None))
+
+
+def split(task: Task, local: Local, sites: tuple[str, ...], *, cut: int = 0) -> Split:
+    """The first layers at the sites, the rest at the server; labels travel."""
+    return Split(task, sites, local, cut, u_shaped=False)
+
+
+def u_split(task: Task, local: Local, sites: tuple[str, ...], *, cut: int = 0) -> Split:
+    """The first layers and the last at the sites, the rest at the server; labels stay home."""
+    return Split(task, sites, local, cut)

@@ -1,0 +1,103 @@
+"""Swarm learning: no central server; in every round the sites elect one of them to merge.
+
+Stefanie Warnat-Herresthal and others, "Swarm Learning for decentralized and confidential clinical machine learning",
+Nature 594 (2021), 265-270, https://doi.org/10.1038/s41586-021-03583-3; for histology Saldanha and others, Nature
+Medicine 28 (2022). There a blockchain registers the sites and elects the merger; here the driver's dice elect, and
+the list of who merged is kept in the state.
+
+What this shows: that the result is FedAvg's, who merged, and that a merger that dies is replaced. What it does not:
+that no outsider sees a model, since the driver carries all messages; nor a blockchain, nor its cost.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, Mean, Reply, merge
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
+
+
+@savable
+class State(NamedTuple):
+    """The model and, while it is being merged, what the sites sent and who is to merge, in the order of election.
+
+    ``merged`` lists who merged each round; empty for a round that nobody could.
+    """
+
+    round: int
+    params: Tree
+    sent: Trees
+    elected: tuple[str, ...]
+    merged: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Swarm(Method[State]):
+    """FedAvg whose server is one of the sites, another in each round.
+
+    Deputies merge beside the elected site, and the first whose answer comes is believed. Where none answers and the
+    driver bears it (``min_replies=0``), the next are asked, until every site has been.
+
+    Attributes:
+        deputies: How many sites merge beside the elected one.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+
+    task: Task
+    local: Local = Local()
+    deputies: int = 1
+    uniform: bool = False
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {}, (), ())
+
+    def ask(self, state: State) -> Ask:
+        if not state.elected:
+            return Ask(state.round, {"params": state.params})
+        sent = {f"from/{site}": change for site, change in state.sent.items()}
+        asked = state.elected[: 1 + self.deputies]
+        return Ask(state.round, {"params": state.params, **sent}, job="merge", to=asked)
+
+    def trial(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start = ask.trees["params"]
+        if ask.job == "train":
+            change = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
+            weight = torch.tensor(1.0 if self.uniform else float(len(site.data["train"])), dtype=torch.float64)
+            return Reply({"change": Gather({site.name: {**change, "/weight": weight}})}), memory
+        sent = {name: t for name, t in sorted(ask.trees.items()) if name.startswith("from/")}
+        all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())
+        merged = tree.shift(start, all_of_them.mean("update").value)
+        return Reply({"merged": Gather({site.name: merged})}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if state.elected:
+            answers = reply.gather("merged") if reply.parts else {}
+            if believed := next((name for name in state.elected if name in answers), ""):
+                return State(state.round + 1, answers[believed], {}, (), (*state.merged, believed))
+            left = state.elected[1 + self.deputies :]
+            if left:
+                return state._replace(elected=left)
+        elif reply.parts:
+            sent = reply.gather("change")
+            drawn = torch.randperm(len(sent), generator=server.rng(state.round, "election")).tolist()
+            return state._replace(sent=sent, elected=tuple(sorted(sent)[i] for i in drawn))
+        return State(state.round + 1, state.params, {}, (), (*state.merged, ""))  # nobody is left: as it was
+
+
+def _weighed(change: Tree) -> Mean:
+    return Mean.of(tree.select(change, lambda name: name != "/weight"), float(change["/weight"]))
+
+
+def swarm(task: Task, local: Local, *, deputies: int = 1, uniform: bool = False) -> Swarm:
+    """FedAvg whose server is one of the sites, another in each round."""
+    return Swarm(task, local, deputies, uniform)

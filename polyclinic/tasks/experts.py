@@ -1,99 +1,110 @@
-"""Several models that predict as one: a gated mixture, and a choice by a selector.
+"""A head of several experts, of which a gate takes what it needs.
 
-They are networks like any other, so that a task with such a network evaluates them unchanged. Their parts' tensors are
-called ``shared.…``, ``own.…``, ``gate.…`` and so on.
+Ma, Zhao, Yi, Chen, Hong and Chi, "Modeling Task Relationships in Multi-task Learning with Multi-gate
+Mixture-of-Experts", KDD 2018, equations 5 and 6. https://doi.org/10.1145/3219819.3220007.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core.tree import Tree
+from polyclinic.tasks.contrastive import nce
+from polyclinic.tasks.distil import Said, pooled, width
+from polyclinic.tasks.model import initial
 from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import Task
+from polyclinic.tasks.task import Batch, Task, represent
 
-T = TypeVar("T", bound=Task)
+
+class GatedHead(nn.Module):
+    """Experts that everybody shares; a gate and a tower that can be one's own."""
+
+    def __init__(self, features: int, outputs: int, experts: int, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(features, width), nn.ReLU()) for _ in range(experts))
+        self.gate, self.tower = nn.Linear(features, experts), nn.Linear(width, outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[b, features, ...] to [b, outputs]: tower(Σ_e softmax(W h)_e · expert_e(h))."""
+        h = pooled(h)
+        share = self.gate(h).softmax(1)
+        said = torch.stack([expert(h) for expert in self.experts], 1)
+        answer: Tensor = self.tower((share[..., None] * said).sum(1))
+        return answer
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Two copies of a network whose predictions are mixed by a gate that sees the input."""
+class Gated(Network):
+    """A network whose head is replaced by ``experts`` of a given ``width`` with a gate and a tower."""
+
+    experts: int = 4
+    width: int = 32
+
+    def __call__(self) -> nn.Module:
+        """A new module with random parameters."""
+        model = super().__call__()
+        place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
+        parent, _, last = place.rpartition(".")
+        setattr(model.get_submodule(parent), last, GatedHead(self._features(), self.outputs, self.experts, self.width))
+        return model
+
+    def private(self, name: str) -> bool:
+        """Whether a tensor lies in the gate or in the tower."""
+        return self.in_head(name) and (".gate." in name or ".tower." in name)
+
+    def _features(self) -> int:
+        base = Network(self.name, self.inputs, self.outputs, self.options)
+        return width(cast(Task, _Only(base)))
+
+
+@dataclass(frozen=True)
+class _Only:
+    """As much of a task as it takes to build its model."""
 
     network: Network
 
-    def __call__(self) -> nn.Module:
-        """A new module; its gate begins at one half."""
-        return _Mixed(self.network(), self.network(), self.network.inputs)
+    def model(self) -> nn.Module:
+        return self.network()
 
 
-class _Mixed(nn.Module):
-    """a · shared(x) + (1 − a) · own(x) with a = σ(W x), by example. In training, nothing flows back into ``own``."""
+def gated(task: Task, experts: int, width: int) -> Task:
+    """``task`` with a head of gated experts."""
+    own = task.network
+    return replace(task, network=Gated(own.name, own.inputs, own.outputs, own.options, experts, width))
 
-    def __init__(self, shared: nn.Module, own: nn.Module, inputs: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shared, self.own = shared, own
-        self.gate = nn.Linear(inputs[0] if len(inputs) == 1 else 2 * inputs[0], 1)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, as the networks give them."""
-        ours, mine = prediction(self.shared(x)), prediction(self.own(x)).detach()
-        a = self.gate(summary(x)).sigmoid().view(-1, *[1] * (ours.ndim - 1))
-        mixed: Tensor = a * ours + (1 - a) * mine
-        return mixed
+def begin(task: Task, params: Tree) -> Tree:
+    """The first parameters of ``task``'s model, with those of ``params`` that fit it."""
+    fresh = initial(task.network, 0)
+    fits = {name: leaf for name, leaf in params.items() if name in fresh and fresh[name].shape == leaf.shape}
+    return {**fresh, **fits}
 
 
 @dataclass(frozen=True)
-class Selected:
-    """A global model, one for each site, and a selector that guesses which site an input resembles.
+class WithContrast:
+    """A classification task whose representation is also drawn together within a class and apart between classes.
+
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2. https://arxiv.org/abs/2004.11362.
 
     Attributes:
-        selector: Builds the selector, whose outputs are the sites.
-        threshold: How sure the selector must be, or the global model predicts.
+        task: The task. ``weight``: what the contrast counts. ``temperature``: τ.
     """
 
-    network: Network
-    selector: Network
-    threshold: float
+    task: Task
+    weight: float = 0.1
+    temperature: float = 0.1
 
-    def __call__(self) -> nn.Module:
-        """A new module."""
-        return _Chosen(self)
+    def model(self) -> nn.Module:
+        """The task's."""
+        return self.task.model()
 
-
-class _Chosen(nn.Module):
-    def __init__(self, build: Selected) -> None:
-        super().__init__()
-        self.shared, self.selector, self.threshold = build.network(), build.selector(), build.threshold
-        self.own = nn.ModuleList([build.network() for _ in range(build.selector.outputs)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The prediction of whichever model is chosen, input by input."""
-        sure, site = self.selector(x).softmax(1).max(1)
-        chosen = torch.where(sure > self.threshold, site, -1)
-        found = prediction(self.shared(x))
-        for k, model in enumerate(self.own):
-            if bool((mine := chosen == k).any()):
-                found = torch.where(mine.view(-1, *[1] * (found.ndim - 1)), prediction(model(x)), found)
-        return found
-
-
-def predicting_with(task: T, network: Any) -> T:
-    """``task`` with another network."""
-    return replace(task, network=network)
-
-
-def prediction(found: Any) -> Tensor:
-    """The first output of a network that may give several."""
-    main: Tensor = found if isinstance(found, Tensor) else found[0]
-    return main
-
-
-def summary(x: Tensor) -> Tensor:
-    """What a gate sees: a table's row as it is; of an image, each channel's mean and deviation. [b, F]"""
-    if x.ndim == 2:
-        return x
-    flat = x.flatten(2)
-    return torch.cat([flat.mean(2), flat.std(2)], 1)
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss and the contrast of the minibatch's representations."""
+        h, z = represent(self.task, model, batch[0])
+        value = self.task.loss(Said(z), batch)
+        unit = nn.functional.normalize(pooled(h), dim=1)
+        other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        logits = (unit @ unit.T / self.temperature).masked_fill(~other, -1e9)
+        return value + self.weight * nce(logits, ((batch[1][:, None] == batch[1]) & other).to(unit))

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from polyclinic.studies.runner import Event
+from polyclinic.studies.arm import Event
 from polyclinic.studies.spec import Study
 
 

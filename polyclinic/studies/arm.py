@@ -1,0 +1,236 @@
+"""An arm: one method with one seed. It trains, is scored on validation data, and is tested once, at its end.
+
+A checkpoint after every round makes stopping at any moment and going on change no bit. The test data are opened for
+the model of the best round, and the journal says so each time they are.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from polyclinic.core import state as states
+from polyclinic.core.execute import cohort_of
+from polyclinic.core.journal import verify
+from polyclinic.core.site import Site
+from polyclinic.core.train import Step, train
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.data.examples import concat
+from polyclinic.data.federation import Federated
+from polyclinic.engines.in_process import InProcess
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.workers import Workers
+from polyclinic.methods import registry
+from polyclinic.studies.folder import Checkpoint, Folder, write_tensors
+from polyclinic.studies.spec import MethodSpec, Study
+from polyclinic.tasks.evaluation import Evaluated, evaluate
+
+POOLED = "pooled"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run.
+
+    Attributes:
+        what: ``data`` (sites are ready), ``arm`` (one begins), ``round`` (one is complete), ``tested`` (an arm ends).
+        label: Which method, and ``seed`` which seed.
+        round: How many rounds of ``rounds`` are complete.
+        scores: The primary metric by site: on validation data after a round, on test data at the end.
+        bytes: What all sites sent and received in the round.
+        lost: Sites that sent nothing usable in the round, each with the reason.
+        notes: Sentences for people.
+    """
+
+    what: str
+    label: str = ""
+    seed: int = 0
+    round: int = 0
+    rounds: int = 0
+    scores: Mapping[str, float] = field(default_factory=dict)
+    bytes: int = 0
+    lost: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Arm:
+    """One method with one seed."""
+
+    def __init__(
+        self, study: Study, method: MethodSpec, seed: int, plan: Plan, data: Federated, folder: Folder
+    ) -> None:
+        self.study, self.seed, self.plan, self.data, self.folder = study, seed, plan, data, folder
+        self.label, self.entry = method.called, registry.entry(method.name)
+        self.path = folder.arm(self.label, seed)
+        self.method: Evaluated[Any] = plan.build_method()
+        shares = self.entry.leaves != "nothing"  # else there is no model for a site that never trained
+        self.judged = tuple(sorted(site for site in data.sites if shares or site not in data.external))
+        self.length = 0
+
+    def run(self, length: int) -> Iterator[Event]:
+        """Runs the arm from where it stands; ``length`` is that of the records before it."""
+        at, file = None, self.path / "checkpoint.safetensors"
+        if file.exists():
+            at = states.load(file)
+            self.length = at.records
+            if at.done:
+                yield self._event("tested", at.round, self._recorded_test())
+                return
+        self.folder.open_records(at.records if at else length)
+        yield self._event("arm", at.round if at else 0)
+        engine = self._engine(at.memory if at else None)
+        try:
+            yield from self._train(engine, at)
+        finally:
+            engine.close()
+
+    def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
+        study = self.study
+        trainers = list(self.plan.sites)
+        size = min(study.cohort or len(trainers), len(trainers))
+        cohort = partial(_cohort, trainers, size, self.seed)
+        worst = float("-inf") if study.higher_is_better else float("inf")
+        state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
+        best_round, best_score = (at.best_round, at.best_score) if at else (0, worst)
+        done, begun = at.round if at else 0, time.perf_counter()
+        steps: list[Step[Any]] = []
+        scores: dict[str, float] = {}
+        need = min(study.min_replies, size)
+        for step in train(
+            self.method, engine, state, rounds=study.rounds, cohort=cohort, deadline=study.deadline, min_replies=need
+        ):
+            state, steps = step.state, [*steps, step]
+            following = self.method.ask(state)
+            if following is not None and following.round == step.ask.round:
+                continue  # the round takes another message
+            done = step.ask.round + 1
+            facts = _round_facts(steps)
+            self._record("round", round=done, wall=time.perf_counter() - begun, **facts)
+            for site, reason in facts["lost"].items():
+                self._record("quarantine", round=done, site=site, reason=reason)
+            self.folder.journal.write("round", self._who() | {"round": done, "lost": facts["lost"]})
+            last = done >= study.rounds or following is None
+            if done % study.evaluation.every == 0 or last:
+                scores = self._score(engine, state, done)
+                mean = sum(scores.values()) / len(scores) if scores else worst
+                better = mean > best_score if study.higher_is_better else mean < best_score
+                if better or study.evaluation.select == "last":
+                    best_round, best_score = done, mean
+                    self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
+            self.length = self.folder.settle()
+            self._save("checkpoint", Checkpoint(state, engine.memory, done, self.length, best_round, best_score, False))
+            moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
+            yield self._event("round", done, scores, moved, facts["lost"])
+            steps, begun = [], time.perf_counter()
+        yield self._test(engine, Checkpoint(state, engine.memory, done, 0, best_round, best_score, True))
+
+    def _test(self, engine: Any, end: Checkpoint) -> Event:
+        """Opens the test data, once, for the model of the best round."""
+        best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
+        engine.memory.update(best.memory)
+        self.folder.journal.write("test opened", self._who() | {"round": best.round})
+        said = evaluate(self.method, engine, best.state, self.judged, "predict/test")
+        scores: dict[str, float] = {}
+        for site, outputs in said.items():
+            metrics = self.method.task.summary(outputs)
+            self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
+            if self.study.metric in metrics:
+                scores[site] = metrics[self.study.metric]
+        predictions = {f"{site}/{name}": leaf for site, outputs in said.items() for name, leaf in outputs.items()}
+        if predictions:
+            write_tensors(self.path / "predictions.safetensors", predictions)
+        model: Tree = self.method.model_at(self.method.trial(best.state), {})
+        meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
+        write_tensors(self.path / "model.safetensors", model, meta)
+        opened = _times_opened(self.folder, self._who())
+        self._record("sealed", opened=opened)
+        self.length = self.folder.settle()
+        self._save("checkpoint", Checkpoint(*_as_before(end, self.length)))
+        return self._event("tested", end.round, scores)
+
+    def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
+        """Scores on validation data, written down; the primary one by site, of the sites that train."""
+        found: dict[str, float] = {}
+        for site, leaves in evaluate(self.method, engine, state, self.judged).items():
+            metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
+            self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
+            if self.study.metric in metrics and site not in self.data.external:
+                found[site] = metrics[self.study.metric]
+        return found
+
+    def _engine(self, memory: Mapping[str, Trees] | None) -> Any:
+        chosen = self.study.engine
+        make = partial(Site, device=chosen.device, seed=self.seed)
+        sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
+        if self.entry.pooled:
+            parts = [self.data.sites[name] for name in self.data.training]
+            pooled = {role: concat([part[role] for part in parts if role in part]) for role in ("train", "val")}
+            sites = {
+                name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
+            }
+            sites[POOLED] = make(POOLED, pooled)
+        if chosen.kind == "in-process":
+            return InProcess(self.method, sites, memory, seed=self.seed)
+        workers = chosen.workers or min(
+            len(sites), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+        return Workers(self.method, sites, memory, seed=self.seed, workers=workers)
+
+    def _recorded_test(self) -> dict[str, float]:
+        """The test scores of an arm that was finished before."""
+        found = {}
+        with open(self.folder.path / "records.jsonl", encoding="utf-8") as file:
+            for line in file:
+                fact = json.loads(line)
+                if fact["kind"] == "test" and (fact["method"], fact["seed"]) == (self.label, self.seed):
+                    found[fact["site"]] = fact["metrics"].get(self.study.metric, float("nan"))
+        return found
+
+    def _save(self, name: str, value: Checkpoint) -> None:
+        states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
+
+    def _record(self, kind: str, **facts: Any) -> None:
+        self.folder.record(kind, **self._who(), **facts)
+
+    def _who(self) -> dict[str, Any]:
+        return {"method": self.label, "seed": self.seed}
+
+    def _event(
+        self, what: str, done: int, scores: Mapping[str, float] | None = None, moved: int = 0,
+        lost: Mapping[str, str] | None = None,
+    ) -> Event:  # fmt: skip
+        return Event(what, self.label, self.seed, done, self.study.rounds, scores or {}, moved, lost or {})
+
+
+def _cohort(trainers: Sequence[str], size: int, seed: int, sites: Sequence[str], round: int) -> Sequence[str]:
+    """Who trains in a round: all training sites, or as many of them as the study asks, drawn afresh."""
+    return cohort_of(trainers, size, round, seed)
+
+
+def _as_before(end: Checkpoint, records: int) -> tuple[Any, ...]:
+    return (end.state, end.memory, end.round, records, end.best_round, end.best_score, True)
+
+
+def _round_facts(steps: Sequence[Step[Any]]) -> dict[str, Any]:
+    """What the exchanges of one round add up to."""
+
+    def total(name: str) -> dict[str, Any]:
+        sums: dict[str, Any] = {}
+        for step in steps:
+            for site, value in getattr(step, name).items():
+                sums[site] = sums.get(site, 0) + value
+        return sums
+
+    return {
+        "asked": sorted({site for step in steps for site in step.asked}),
+        "lost": {site: reason for step in steps for site, reason in step.lost.items()},
+        **{name: total(name) for name in ("bytes_up", "bytes_down", "seconds")},
+    }
+
+
+def _times_opened(folder: Folder, who: Mapping[str, Any]) -> int:
+    entries = verify(folder.path / "journal.jsonl")
+    return sum(e["event"] == "test opened" and all(e[k] == v for k, v in who.items()) for e in entries)

@@ -75,17 +75,13 @@ def _costs(page: Source) -> Table:
 def _trade_off(page: Source) -> list[Picture]:
     rows = []
     for m in page.result.methods:
-        cost = page.costs.get(m.label)
-        if cost is not None and m.macro.value is not None:
-            rows.append(
-                (page.title(m.label), cost.per_site / 1e6, m.macro.value, "baseline" if m.baseline else "plain")
-            )
+        cost, mean = page.costs.get(m.label), m.macro.value
+        if cost is not None and mean is not None and not cost.in_one_place:
+            rows.append((page.title(m.label), cost.per_site / 1e6, mean, "baseline" if m.baseline else "plain"))
     if len({x for _, x, _, _ in rows}) < 2:
         return []
     alt = f"Mean {page.label} on test patients against megabytes that a site sends and receives; numbers in the tables."
-    text = (
-        "Quality against traffic. Hollow marks are baselines; Mix stands where its messages do, and needs the data too."
-    )
+    text = "Quality against traffic. Hollow marks are baselines. A method that moves the data themselves is left out."
     drawn = figures.scatter("tradeoff", alt, rows, "MB sent and received per site", f"{page.label}, mean over sites")
     return [Picture(drawn, text)]
 

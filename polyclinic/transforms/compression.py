@@ -1,16 +1,17 @@
 """Smaller messages: fewer bits for each number, or fewer numbers for each matrix.
 
-A codec treats every tensor of a reply by itself. Tensors of one number, and of integers, pass as they are. What a
-codec of ``feedback`` loses, the site remembers and adds to its next reply (Sai Praneeth Karimireddy, Quentin Rebjock,
-Sebastian Stich and Martin Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019,
-https://arxiv.org/abs/1901.09847). That memory is private, and never leaves the site.
+A codec treats every tensor of a reply by itself, and only of the parts that are changes to a model: statistics and the
+like travel whole. So do vectors, or in half the bytes: they are few, and a running variance that is rounded coarsely,
+or sent late, becomes negative. What a codec of ``feedback`` loses, the site remembers and adds to its next reply (Sai
+Praneeth Karimireddy, Quentin Rebjock, Sebastian Stich and Martin Jaggi, "Error Feedback Fixes SignSGD and other
+Gradient Compression Schemes", ICML 2019, https://arxiv.org/abs/1901.09847). That memory is private, and never leaves.
 
 What codecs send does not add up, so they do not go with ``SecureSum``; ``TopK`` and ``PowerSGD(shared=True)`` do.
 """
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.transforms.packing import Parts, pack, pack_bits, shape_in, shape_tag, unpack, unpack_bits
+from polyclinic.transforms.packing import (
+    CHANGES,
+    Parts,
+    may_lose,
+    pack,
+    pack_bits,
+    shape_in,
+    shape_tag,
+    unpack,
+    unpack_bits,
+)
 
 
 def too_late(transform: Transform, before: tuple[Transform, ...]) -> list[str]:
@@ -37,7 +48,13 @@ def number_limit(params: Tree) -> Tensor:
 
 @dataclass(frozen=True)
 class Codec(Transform):
-    """A transform that encodes each tensor by itself. A codec says how: ``shrink`` and ``grow``."""
+    """A transform that encodes each tensor by itself. A codec says how: ``shrink`` and ``grow``.
+
+    Attributes:
+        parts: The parts of a reply that are encoded, by name.
+    """
+
+    parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
     @property
     def additive(self) -> bool:
@@ -53,6 +70,11 @@ class Codec(Transform):
     def feedback(self) -> bool:
         """Whether a site remembers what it has not sent."""
         return False
+
+    @property
+    def halves(self) -> bool:
+        """Whether vectors are sent as ``BFloat16`` sends them."""
+        return True
 
     @abstractmethod
     def shrink(self, leaf: Tensor, dice: torch.Generator, round: int) -> Parts | None:
@@ -74,11 +96,13 @@ class Codec(Transform):
             whole = leaf
             if self.feedback and name in old and old[name].shape == leaf.shape:
                 whole = leaf + old[name]
-            plain = leaf.numel() < 2 or not leaf.is_floating_point()
-            parts = None if plain else self.shrink(whole, dice, round)
+            parts: Parts | None = None
+            if may_lose(name, leaf, self.parts):
+                halved = leaf.ndim < 2 and self.halves
+                parts = {"half": whole.bfloat16()} if halved else self.shrink(whole, dice, round)
             leaves[name] = {"raw": whole} if parts is None else parts
             if self.feedback and parts is not None:
-                left[name] = whole - self.grow(parts)
+                left[name] = whole - _grown(self, parts)
         return Mean(pack(leaves), sent.weight), {"residual": left} if self.feedback else {}
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
@@ -87,7 +111,13 @@ class Codec(Transform):
         for parts in leaves.values():
             if "shape" in parts:
                 limit -= math.prod(shape_in(parts["shape"], limit))
-        return Mean({name: p["raw"] if "raw" in p else self.grow(p) for name, p in leaves.items()}, 1.0), state
+        return Mean({name: _grown(self, parts) for name, parts in leaves.items()}, 1.0), state
+
+
+def _grown(codec: Codec, parts: Parts) -> Tensor:
+    if "raw" in parts:
+        return parts["raw"]
+    return parts["half"].float() if "half" in parts else codec.grow(parts)
 
 
 @dataclass(frozen=True)
@@ -108,8 +138,8 @@ class Int8(Codec):
     """A quarter of the bytes: whole numbers from -127 to 127, with a scale for each output channel."""
 
     def shrink(self, leaf: Tensor, dice: torch.Generator, round: int) -> Parts:
-        """Sends round(127 · x / max |x|), the maximum over each slice of the first axis; of a vector, over all."""
-        rows = leaf.reshape(1 if leaf.ndim < 2 else leaf.shape[0], -1)
+        """Sends round(127 · x / max |x|), the maximum over each slice of the first axis."""
+        rows = leaf.reshape(leaf.shape[0], -1)
         scale = rows.abs().amax(1, keepdim=True) / 127
         codes = torch.where(scale > 0, rows / scale, 0.0).round().clamp(-127, 127).to(torch.int8)
         return {"codes": codes.reshape(leaf.shape), "scale": scale[:, 0].float()}
@@ -117,7 +147,7 @@ class Int8(Codec):
     def grow(self, parts: Parts) -> Tensor:
         """The codes, times max |x| / 127."""
         codes, scale = parts["codes"], parts["scale"]
-        if codes.dtype != torch.int8 or scale.shape != (1 if codes.ndim < 2 else codes.shape[0],):
+        if codes.dtype != torch.int8 or scale.shape != codes.shape[:1]:
             raise ValueError(f"{tuple(scale.shape)} scales do not fit codes of shape {tuple(codes.shape)}")
         return (codes.reshape(len(scale), -1).float() * scale[:, None]).reshape(codes.shape)
 
@@ -224,6 +254,11 @@ class LowRank(Codec):
         fine = 0 < self.start <= 1 and 0 < self.end <= 1 and self.rounds >= 1
         found = [] if fine else ["LowRank: start and end must be above 0 and at most 1, and rounds at least 1"]
         return found + (too_late(self, before) if self.remember else [])
+
+    @property
+    def halves(self) -> bool:
+        """No: vectors travel whole."""
+        return False
 
     def energy(self, round: int) -> float:
         """T(t) = T_start + (t + 1) / R · (T_end − T_start), and T_end from round R on."""

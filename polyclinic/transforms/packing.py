@@ -9,6 +9,7 @@ from torch import Tensor
 from polyclinic.core.tree import Tree
 
 Parts = dict[str, Tensor]
+CHANGES = ("update", "control", "change")  # what methods call the parts that the server adds to what it has
 
 
 def pack(leaves: Mapping[str, Parts]) -> Tree:
@@ -29,6 +30,15 @@ def unpack(packed: Tree) -> dict[str, Parts]:
             raise ValueError(f"{key!r} was not packed")
         leaves.setdefault(name, {})[part] = x
     return leaves
+
+
+def may_lose(key: str, leaf: Tensor, parts: tuple[str, ...]) -> bool:
+    """Whether a codec that loses something may have this leaf: more than one number, real, and of a part in ``parts``.
+
+    Statistics, prototypes and weights are not changes that add up over rounds: what is not sent of them now would be
+    wrong later. They travel whole.
+    """
+    return leaf.numel() > 1 and leaf.is_floating_point() and not set(parts).isdisjoint(key.split("/")[1:])
 
 
 def shape_tag(leaf: Tensor) -> Tensor:

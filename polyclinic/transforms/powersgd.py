@@ -10,7 +10,7 @@ Distributed Deep Learning", ICDCS 2023.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.transforms.compression import multiplied, number_limit, too_late
-from polyclinic.transforms.packing import Parts, pack, shape_in, shape_tag, unpack
+from polyclinic.transforms.packing import CHANGES, Parts, may_lose, pack, shape_in, shape_tag, unpack
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class PowerSGD(Transform):
     Attributes:
         rank: r.
         shared: Whether all sites use one basis, so that what they send adds up.
+        parts: The parts of a reply that are encoded, by name.
     """
 
     rank: int = 4
     shared: bool = False
+    parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
     @property
     def additive(self) -> bool:
@@ -63,7 +65,7 @@ class PowerSGD(Transform):
         old, warm = memory.get("residual", {}), memory.get("basis", {})
         leaves, left, kept = dict[str, Parts](), dict[str, Tensor](), dict[str, Tensor]()
         for name, leaf in sent.total.items():
-            if not self._shrinks(leaf.shape) or not leaf.is_floating_point():
+            if not self._shrinks(leaf.shape) or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}
                 continue
             whole = leaf + old[name] if name in old and old[name].shape == leaf.shape else leaf

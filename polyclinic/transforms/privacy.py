@@ -173,6 +173,7 @@ class Gaussian(Transform):
             z = (self.multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
         deviation = z * float(clip["bound"]) / self.share**0.5
         noisy = {}
+        refuse_variances(sent.total)
         for name, leaf in sent.total.items():
             if leaf.numel() and not leaf.is_floating_point():
                 raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
@@ -187,6 +188,17 @@ class Gaussian(Transform):
             raise ValueError(f"this sum holds the noise of {received.weight:g} sites, and {self.share} were counted "
                              "on: it protects less than it says. Raise SecureSum's threshold")  # fmt: skip
         return received, state
+
+
+def refuse_variances(sent: Tree) -> None:
+    """Raises where noise would make a running variance negative, and the model useless without a word.
+
+    Raises:
+        ValueError: Naming the tensor and what to do.
+    """
+    if found := next((name for name in sent if "running_var" in name), None):
+        raise ValueError(f"{found} is a variance of batch normalisation, which noise would make negative: build the "
+                         'network with the option norm = "group", or keep the statistics at the sites (silobn, fedbn)')  # fmt: skip
 
 
 def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:

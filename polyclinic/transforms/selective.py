@@ -20,6 +20,7 @@ from polyclinic.core.site import Secret, Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.dpsgd import Spend, meter
+from polyclinic.transforms.privacy import refuse_variances
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class SparseVector(Transform):
     def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
         """The chosen coordinates with noise, and zeros."""
         dice, like = site.secret_rng(), {k: v for k, v in sent.total.items() if v.is_floating_point()}
+        refuse_variances(like)
         x = tree.flatten(like).double()
         if not bool(x.isfinite().all()):
             raise ValueError("what this site would send holds NaN or an infinity: lower the learning rate")

@@ -11,7 +11,7 @@ only values travel. The server's choice is ours: those that lately gained most i
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.transforms.compression import number_limit, too_late
-from polyclinic.transforms.packing import Parts, pack, shape_in, shape_tag, unpack
+from polyclinic.transforms.packing import CHANGES, Parts, may_lose, pack, shape_in, shape_tag, unpack
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class TopK(Transform):
         shared: Whether all sites send the same positions. Left out, they do where sums or privacy come after.
         explore: Which share of a shared support goes to the coordinates that have waited longest.
         feedback: Whether a site remembers what it has not sent.
+        parts: The parts of a reply that are encoded, by name. Vectors travel whole.
     """
 
     fraction: float
     shared: bool | None = None
     explore: float = 0.5
     feedback: bool = True
+    parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
     @property
     def additive(self) -> bool:
@@ -79,7 +81,7 @@ class TopK(Transform):
         leaves: dict[str, Parts] = {}
         residual: dict[str, Tensor] = {}
         for name, leaf in sent.total.items():
-            if leaf.numel() < 2 or not leaf.is_floating_point():
+            if leaf.ndim < 2 or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}
                 continue
             whole = leaf.reshape(-1)

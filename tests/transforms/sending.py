@@ -35,6 +35,7 @@ class Told(Method[Sum]):
     values: Values
     weights: Mapping[str, float]
     uniform: bool = True
+    part: str = "update"
 
     def init(self, params: Tree) -> Sum:
         return Sum(0, params, params, 0.0)
@@ -43,10 +44,10 @@ class Told(Method[Sum]):
         return Ask(state.round, {"params": state.params})
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        return Reply({"update": Mean.of(self.values(site.name, ask.round), self.weights.get(site.name, 1.0))}), memory
+        return Reply({self.part: Mean.of(self.values(site.name, ask.round), self.weights.get(site.name, 1.0))}), memory
 
     def server_update(self, state: Sum, reply: Reply, server: Site) -> Sum:
-        mean = reply.mean("update")
+        mean = reply.mean(self.part)
         return Sum(state.round + 1, tree.add(state.params, mean.value), mean.value, mean.weight)
 
 
@@ -78,8 +79,9 @@ def run(
     weights: Mapping[str, float] | None = None,
     merge: Callable[[dict[str, Reply]], Reply] = lambda replies: add(list(replies.values())),
     uniform: bool = True,
+    part: str = "update",
 ) -> Ran:
-    method = send_through(Told(values, weights or {}, uniform), *transforms)
+    method = send_through(Told(values, weights or {}, uniform, part), *transforms)
     state = method.init(tree.zeros(values(sites[0], 0)))
     memory: dict[str, Trees] = {name: {} for name in sites}
     sent, states = [], []

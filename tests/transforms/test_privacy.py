@@ -53,6 +53,13 @@ def test_parts_are_clipped_together_and_integers_never_hidden() -> None:
         Gaussian(1.0).encode(sent, notes, {}, Site("a"), 0)
 
 
+@pytest.mark.parametrize("transforms", [(Clip(1.0), Gaussian(1.0)), (SparseVector(),),
+                                        (TopK(0.5), Clip(1.0), Gaussian(1.0))], ids=str)  # fmt: skip
+def test_variances_are_not_hidden_in_noise(transforms: Any) -> None:
+    with pytest.raises(ValueError, match=r"running_var.* noise would make negative: .* norm = .group."):
+        one(lambda site, round: {"norm.running_var": torch.ones(3)}, *transforms)
+
+
 @pytest.mark.parametrize("share", [1, 4])
 def test_noise_has_the_stated_depth_in_the_sum(share: int) -> None:
     """Of `share` sites, each adds its part; together it is as much as one alone would add."""

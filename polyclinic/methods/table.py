@@ -74,11 +74,13 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedsm", "fedsm:fedsm", "a global model, personal ones, and a selector between them", "Xu et al. 2022 (CVPR)", "the change of the global model and of the selector; the personal model, kept apart by site"),
         Entry("iop-fl", "iopfl:iop_fl", "personal models inside; outside, a mixture of them found at test time", "Jiang et al. 2023 (TMI)", "the change of the model; the personal model, kept apart by site", tasks=("classification", "segmentation"), stateful=True),
         Entry("fednorm", "fednorm:fednorm", "one model for several modalities, with normalisation layers for each", "Bernecker et al. 2022", "the change of the model, and which modality the site has"),
+        Entry("fedmri", "fedmri:fedmri", "a shared encoder, a private decoder, and a contrast of encoders", "Feng et al. 2022 (TMI)", "the change of the encoder; with `others`, the encoder, kept apart by site", stateful=True),
     ),
     "Client end: domain adaptation": (
         Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
         Entry("fed-moe", "fedmoe:fed_moe", "a federated and a private model, mixed by a private gate", "Li et al. 2020 (Medical Image Analysis)", "the change of the federated expert", stateful=True),
         Entry("fedharmony", "fedharmony:fedharmony", "features that do not tell which scanner they come from", "Dinsdale et al. 2022", "the change of the model and of a domain classifier; mean and deviation of features, kept apart by site"),
+        Entry("fl-mrcm", "mrcm:mrcm", "sites with truth, aligned to one without", "Guo et al. 2021 (CVPR)", "the change of the model; of the target instead, latent features of some examples, kept apart", stateful=True),
     ),
     "Client end: image harmonisation": (
         Entry("harmofl", "harmofl:harmofl", "one amplitude spectrum for all images, and flat minima", "Jiang et al. 2022 (AAAI)", "the mean amplitude spectrum of the site's images, once, then the change of the model"),
@@ -97,6 +99,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True),
         Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification")),
         Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation")),
+        Entry("fedmix", "fedmix:fedmix", "masks, boxes, labels of images or nothing, by two networks that agree", "Wicaksana et al. 2023", "the change of two models, how many images it used, and their loss", tasks=("segmentation",), stateful=True),
     ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),

@@ -1,0 +1,117 @@
+"""FedMix: segmentation from sites that are annotated by masks, by boxes, by labels of images, or not at all.
+
+Wicaksana, Yan, Zhang, Huang, Wu, Yang and Cheng, "FedMix: Mixed Supervised Federated Learning for Medical Image
+Segmentation", IEEE TMI 42(7):1955, 2023, https://arxiv.org/abs/2205.01840, with the official settings
+(https://github.com/Jwicaksana/FedMix). A round takes two messages, so that the server sees sums alone: sites first say
+what they used and lost, then send their change with the weight that follows from everybody's. Departures: pseudo-masks
+are not refined further; empty ones are used only where an image is labelled as empty; sites predict with the first
+network.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.mixed import ROLES, MixedSegmentation, Tally
+from polyclinic.tasks.pool import endless, size, unlabelled
+from polyclinic.tasks.task import Batch, Task
+
+
+@savable
+class State(NamedTuple):
+    """Both networks; and between the two messages of a round, Σ n and Σ loss^β."""
+
+    round: int
+    twins: Tree
+    totals: Tree
+
+    @property
+    def params(self) -> Tree:
+        """The first network."""
+        return tree.under("first", self.twins)
+
+
+@dataclass(frozen=True)
+class FedMix(Method[State]):
+    """Two networks teach one another where annotation is weak; sites that lose more count more.
+
+    Attributes:
+        mixed: The task, and when the networks' masks agree enough to be learned.
+        by_loss: λ, what the part of a site's weight by loss counts beside that by examples; 10.
+        power: β, the power of the loss; 1.5.
+    """
+
+    mixed: MixedSegmentation
+    local: Local = Local()
+    by_loss: float = 10.0
+    power: float = 1.5
+
+    def init(self, params: Tree) -> State:
+        second = self.mixed.task.first(1)
+        return State(0, {**tree.prefixed("first", params), **tree.prefixed("second", second)}, {})
+
+    def ask(self, state: State) -> Ask:
+        if state.totals:
+            return Ask(state.round, {"totals": state.totals}, "weigh")
+        return Ask(state.round, {"twins": state.twins})
+
+    def trial(self, state: State) -> Ask:
+        return Ask(state.round, {"twins": state.twins})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        if ask.job == "weigh" and "own" not in memory:
+            return Reply(), memory  # it was lost before it could say what it used
+        if ask.job == "weigh":
+            own, total, change = memory["own"], ask.trees["totals"], memory["change"]
+            # w_i = n_i / Σ n + λ loss_i^β / Σ loss^β
+            weight = float(
+                own["used"] / total["used"].clamp_min(1) + self.by_loss * own["loss"] / total["loss"].clamp_min(1e-12)
+            )
+            kept = {name: leaves for name, leaves in memory.items() if name not in ("own", "change")}
+            return Reply({"update": Mean.of(change, weight)}), kept
+        start, tally = ask.trees["twins"], Tally()
+        end = self._trained(start, site, ask.round, tally)
+        loss = (tally.loss / tally.used) ** self.power if tally.used else 0.0
+        own = {"used": torch.tensor(float(tally.used)), "loss": torch.tensor(loss)}
+        return Reply({"tally": Mean.of(own)}), {**memory, "own": own, "change": tree.sub(end, start)}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if not state.totals:
+            return state._replace(totals=reply.mean("tally").total)
+        update = reply.mean("update")
+        twins = tree.shift(state.twins, update.value) if update.weight else state.twins  # nobody could use anything
+        return State(state.round + 1, twins, {})
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return tree.under("first", ask.trees["twins"])
+
+    def _trained(self, start: Tree, site: Site, round: int, tally: Tally) -> Tree:
+        """Both networks after training on all that the site has, as long as its largest role takes."""
+        roles = sorted((role for role in ROLES if size(site.data, role)), key=lambda role: -size(site.data, role))
+        held = {role: unlabelled(site.data) if role == "unlabelled" else site.data[role] for role in roles}
+        streams = {role: endless(self.local, held[role], site.rng(round, role), site.device) for role in roles[1:]}
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            value = self.mixed.loss_of(roles[0], model, batch, tally)
+            for role, stream in streams.items():
+                value = value + self.mixed.loss_of(role, model, next(stream), tally)
+            return value
+
+        data = held[roles[0]] if roles else ()
+        return self.local.fit(self.mixed, start, site, round, data=data, loss=loss)
+
+
+def fedmix(
+    task: Task, local: Local, *, agree: float = 0.9, inside: float = 0.5, by_loss: float = 10.0, power: float = 1.5
+) -> FedMix:
+    """Segmentation from masks (``train``), boxes (``boxed``), labels of images (``tagged``) and bare images."""
+    return FedMix(MixedSegmentation(task, agree, inside), local, by_loss, power)

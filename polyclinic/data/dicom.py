@@ -21,6 +21,7 @@ from polyclinic.data.limits import LIMITS, Limits, Unreadable, fits, refusing
 from polyclinic.data.volume import Volume, affine_from
 
 SUFFIXES = (".dcm", ".ima", ".dicom", "")
+_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")
 _TELL_APART = (  # what separates several images in one series at the same positions, tried in this order
     "EchoTime",
     "EchoNumbers",
@@ -83,7 +84,7 @@ def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
-            if name.startswith(".") or name.upper() == "DICOMDIR":
+            if name.startswith(".") or name.upper() in _NOT_IMAGES:
                 continue
             if path.suffix.lower() in SUFFIXES or path.suffix[1:].isdigit() or looks_like_dicom(path):
                 found.append(path)

@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -69,6 +70,8 @@ def require_pydicom() -> Any:
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
     """Whether the word DICM stands at byte 128."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:

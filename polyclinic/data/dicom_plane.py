@@ -111,7 +111,7 @@ def _even_steps(
         )
     if np.abs(gaps - step).max() > slack:
         missing = np.rint(gaps / gaps.min()) - 1
-        if np.abs(gaps - (missing + 1) * gaps.min()).max() <= 2 * slack and missing.max() < 1000:
+        if np.abs(gaps - (missing + 1) * gaps.min()).max() <= 2 * slack and missing.sum() <= len(gaps):
             count, wide, narrow = int(missing.sum()), gaps.max(), gaps.min()
             raise Unreadable(path, f"{count} slices are missing (gaps of {wide:.4g} mm among gaps of {narrow:.4g} mm)")
         raise Unreadable(path, f"its slices are unevenly spaced, from {gaps.min():.4g} to {gaps.max():.4g} mm")

@@ -223,7 +223,11 @@ def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.nd
     regular_file(path, limits)
     with refusing(path, "is not a sound PNG, JPEG, TIFF or BMP picture"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as picture:
+        try:
+            picture = Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP"))
+        except Image.DecompressionBombError:
+            raise Unreadable(path, "claims more pixels than a picture may have") from None
+        with picture:
             wide, high = picture.size
             fits(path, (high, wide, len(picture.getbands())), 1, limits)
             if (pages := getattr(picture, "n_frames", 1)) > 1:

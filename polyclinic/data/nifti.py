@@ -86,7 +86,7 @@ def _header(path: Path, stream: BinaryIO | gzip.GzipFile, limits: Limits) -> tup
     code = int(header["datatype"])
     try:
         dtype = header.get_data_dtype()
-    except nibabel.spatialimages.HeaderDataError:
+    except (KeyError, nibabel.spatialimages.HeaderDataError):
         raise Unreadable(path, f"states the unknown data type {code}") from None
     if dtype.kind not in "iuf" and dtype.names != ("R", "G", "B"):
         raise Unreadable(path, f"states the data type {code}, which is not a real number or RGB")

@@ -29,7 +29,7 @@ def methods(*, json_: bool = False) -> None:
         if entries:
             console.print(f"\n[bold]{family}[/bold]")
             for e in entries:
-                console.print(f"  [cyan]{e.name:<18}[/cyan] {e.summary} [dim]{e.paper}[/dim]", highlight=False)
+                console.print(f"  [cyan]{e.name:<18}[/cyan] {e.summary} [dim]{e.paper}[/dim]", highlight=False, soft_wrap=True)
     console.print("\n[dim]polyclinic methods show NAME explains one.[/dim]")
 
 
@@ -92,4 +92,4 @@ def _table(rows: dict[str, tuple[str, dict[str, Any]]], as_json: bool) -> None:
         return
     for name, (summary, options) in rows.items():
         given = ", ".join(f"{key} = {value}" for key, value in options.items())
-        console.print(f"  [cyan]{name:<18}[/cyan] {summary} [dim]{given}[/dim]", highlight=False)
+        console.print(f"  [cyan]{name:<18}[/cyan] {summary} [dim]{given}[/dim]", highlight=False, soft_wrap=True)

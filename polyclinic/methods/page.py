@@ -2,11 +2,13 @@
 
 import inspect
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from polyclinic.methods.registry import entry, maker, options
-from polyclinic.methods.table import Entry, family_of
+from polyclinic.methods.table import FAMILIES, Entry, family_of
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,28 @@ def _toml(value: Any) -> str:
         if value is None
         else str(list(value) if isinstance(value, tuple) else value)
     )
+
+
+def write_pages(folder: Path) -> None:
+    """Writes one page for each family of the table, and their index, into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = [
+        "# Methods",
+        "",
+        "By the taxonomy of Guan, Yap, Bozoki and Liu, *Federated learning for medical image analysis: A survey* (2024).",
+        "These pages are made from the table and the docstrings by `make docs`.",
+        "",
+    ]
+    for family, entries in FAMILIES.items():
+        if not entries:
+            continue
+        file = re.sub(r"[^a-z]+", "-", family.lower()).strip("-") + ".md"
+        told = [page(e.name).as_markdown() for e in entries]
+        (folder / file).write_text("\n".join([f"# {family}", "", *told]), encoding="utf-8")
+        index += [f"## [{family}]({file})", "", "| method | | paper | what leaves a site |", "|---|---|---|---|"]
+        index += [f"| `{e.name}` | {e.summary} | {e.paper} | {e.leaves} |" for e in entries] + [""]
+    (folder / "README.md").write_text("\n".join(index), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pages(Path(sys.argv[1]))

@@ -75,6 +75,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("iop-fl", "iopfl:iop_fl", "personal models inside; outside, a mixture of them found at test time", "Jiang et al. 2023 (TMI)", "the change of the model; the personal model, kept apart by site", tasks=("classification", "segmentation"), stateful=True),
         Entry("fednorm", "fednorm:fednorm", "one model for several modalities, with normalisation layers for each", "Bernecker et al. 2022", "the change of the model, and which modality the site has"),
         Entry("fedmri", "fedmri:fedmri", "a shared encoder, a private decoder, and a contrast of encoders", "Feng et al. 2022 (TMI)", "the change of the encoder; with `others`, the encoder, kept apart by site", stateful=True),
+        Entry("site-graph", "site_graph:site_graph", "a shared CNN and, at each site, a graph network over its labels", "Chakravarty et al. 2021 (ISBI)", "the change of all but the graph network", tasks=("multilabel", "classification"), stateful=True),
     ),
     "Client end: domain adaptation": (
         Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
@@ -100,6 +101,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification")),
         Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation")),
         Entry("fedmix", "fedmix:fedmix", "masks, boxes, labels of images or nothing, by two networks that agree", "Wicaksana et al. 2023", "the change of two models, how many images it used, and their loss", tasks=("segmentation",), stateful=True),
+        Entry("histofl", "histofl:histofl", "slides as bags of patches, weights sent with uncalibrated noise", "Lu et al. 2022 (MedIA)", "the change of the model, blurred"),
     ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
@@ -119,11 +121,19 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("ida", "ida:ida", "sites count less, the farther they are from the mean", "Yeganeh et al. 2020", SEEN),
         Entry("prr-fl", "prrfl:prr_fl", "low frequencies of the weights are shared; a deputy and a personal model teach one another", "Chen et al. 2021 (MICCAI)", "a deputy model without normalisation layers, which the server sees site by site", tasks=("classification",), stateful=True),
         Entry("pfa", "pfa:pfa", "low frequencies of the weights are shared", "Chen et al. 2021 (MICCAI)", "the model without normalisation layers, which the server sees site by site", stateful=True),
+        Entry("auto-fedavg", "auto_fedavg:auto_fedavg", "the weights of the mean are learned", "Xia et al. 2021", "the change of the model, which the server sees site by site, and gradients"),
+        Entry("fedmix-weights", "adaptive_weights:fedmix_weights", "sites count by their examples and by their loss", "Wicaksana et al. 2023", "the change of the model, the number of examples and the training loss", stateful=True),
+        Entry("fedce", "fedce:fedce", "sites count by what they contribute", "Jiang et al. 2023 (CVPR)", "the change of the model, which the server sees site by site, and the training loss"),
+        Entry("fedgma", "fedgma:fedgma", "coordinates on which sites disagree move less", "Tenison et al. 2023", "the change of the model, and its signs"),
+        Entry("fedbuff", "fedbuff:fedbuff", "nobody waits for the slowest site; old answers count less", "Nguyen et al. 2022"),
+        Entry("dynamic-fusion", "dynamic_fusion:dynamic_fusion", "a site sends its model only where training made it better", "Zhang et al. 2021", "whether training helped and, where it did, the change of the model", stateful=True),
     ),
     "Server end: domain shift and fairness": (
         Entry("q-ffl", "qffl:q_ffl", "sites count more, the worse the model is at them", "Li et al. 2020 (ICLR)"),
         Entry("afl", "afl:afl", "the model that is best for the worst mixture of sites", "Mohri et al. 2019", "the change of the model, and the training loss"),
         Entry("prop-ffl", "prop_ffl:prop_ffl", "hospitals count more, the nearer their loss is to the worst", "Hosseini et al. 2023", "the change of the model, the training loss and the number of examples"),
+        Entry("guided-gradient", "guided:guided_gradient", "sites whose change points against the common direction do not count", "Fan et al., in Guan et al. 2024", SEEN),
+        Entry("fedsld", "fedsld:fedsld", "minibatches weighed to look like the whole federation", "Luo and Wu 2022", "the change of the model and, once, class counts", tasks=("classification",)),
     ),
     "Server end: corrupted clients": (
         Entry("watched", "corruption:watched", "the plain mean, and every site's standing shown to people", "Iglewicz and Hoaglin 1993", SEEN),

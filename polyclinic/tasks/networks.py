@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyclinic.tasks.mil import attention_mil
+
 
 @dataclass(frozen=True)
 class Network:
@@ -193,6 +195,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                         "vision transformer (Dosovitskiy 2021)",
                         options={"patch_size": 16, "hidden_size": 768, "mlp_dim": 3072, "num_layers": 12,
                                  "num_heads": 12}),
+    "attention-mil": Architecture(attention_mil, ("head.",), "attention over bags of features, for slides (Ilse 2018)",
+                                  options={"width": 64, "attention": 32, "dropout": 0.0}),
     "unet": Architecture(_unet, ("final_conv.",), "U-Net with instance normalisation (MONAI BasicUNet)",
                          encoder=("conv_0.", "down_"), options={"width": 16, "norm": "instance", "dropout": 0.0}),
     "segresnet": Architecture(_monai("SegResNet"), ("conv_final.",), "SegResNet (Myronenko 2018), group normalisation",

@@ -1,0 +1,46 @@
+"""Attention over a bag of instances, such as the patches of a slide of which only the whole has a label.
+
+Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, equation 9 (gated attention).
+https://arxiv.org/abs/1802.04712.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class AttentionMIL(nn.Module):
+    """A bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, and is never attended to."""
+
+    def __init__(self, features: int, outputs: int, width: int = 64, attention: int = 32, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Dropout(dropout))
+        self.content, self.gate = nn.Linear(width, attention), nn.Linear(width, attention)
+        self.score = nn.Linear(attention, 1)
+        self.head = nn.Linear(width, outputs)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """What each instance counts: [b, instances], summing to 1 for each bag."""
+        return self._attend(x, self.encoder(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The prediction from the attended mean of instances."""
+        h = self.encoder(x)
+        return cast(Tensor, self.head((self._attend(x, h)[..., None] * h).sum(1)))  # z = Σ a_k h_k
+
+    def _attend(self, x: Tensor, h: Tensor) -> Tensor:
+        # a_k ∝ exp( wᵀ ( tanh(V h_k) ⊙ sigm(U h_k) ) )
+        a = self.score(self.content(h).tanh() * self.gate(h).sigmoid())[..., 0]
+        padding = (x == 0).all(2)
+        a = a.masked_fill(padding & ~padding.all(1, keepdim=True), -torch.inf)
+        return cast(Tensor, a.softmax(1))
+
+
+def attention_mil(
+    inputs: tuple[int, ...], outputs: int, width: int = 64, attention: int = 32, dropout: float = 0.0
+) -> nn.Module:
+    """For bags of the shape ``inputs``, (instances, features)."""
+    if len(inputs) != 2:
+        raise ValueError(f"attention-mil needs bags of (instances, features), not inputs of shape {inputs}")
+    return AttentionMIL(inputs[1], outputs, width, attention, dropout)

@@ -18,8 +18,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.experts import Mixture, predicting_with
+from polyclinic.tasks.composed import predicting_with
 from polyclinic.tasks.local import Local
+from polyclinic.tasks.mixture import Mixture
 from polyclinic.tasks.model import initial
 from polyclinic.tasks.task import Batch, Task
 

@@ -22,8 +22,9 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.methods import fedopt
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.experts import Selected, predicting_with
+from polyclinic.tasks.composed import predicting_with
 from polyclinic.tasks.local import Local
+from polyclinic.tasks.mixture import Selected
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Task
 

@@ -17,7 +17,7 @@ from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.experts import predicting_with
+from polyclinic.tasks.composed import predicting_with
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.routing import Routed
 from polyclinic.tasks.task import Task

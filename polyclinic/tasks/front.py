@@ -5,29 +5,28 @@ model goes. So a method that harmonises replaces its task's network by a fronted
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
+from polyclinic.tasks.composed import Composed, predicting_with
 from polyclinic.tasks.model import initial
-from polyclinic.tasks.networks import Architecture, Network
 from polyclinic.tasks.task import Task
 
 T = TypeVar("T", bound=Task)
 
 
 @dataclass(frozen=True)
-class Fronted:
+class Fronted(Composed):
     """``network`` with ``front`` before it. The front's tensors are called ``front.…``.
 
     Attributes:
         front: Builds the module that inputs pass through; hashable.
     """
 
-    network: Network
     front: Callable[[], nn.Module]
 
     def __call__(self) -> nn.Module:
@@ -37,25 +36,6 @@ class Fronted:
         model.register_forward_pre_hook(_enter)
         return model
 
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """The network's."""
-        return self.network.inputs
-
-    @property
-    def outputs(self) -> int:
-        """The network's."""
-        return self.network.outputs
-
-    @property
-    def architecture(self) -> Architecture:
-        """The network's."""
-        return self.network.architecture
-
-    def in_head(self, name: str) -> bool:
-        """Whether a tensor belongs to the network's head."""
-        return self.network.in_head(name)
-
     def in_encoder(self, name: str) -> bool:
         """Whether a tensor belongs to the network's encoder."""
         return not in_front(name) and self.network.in_encoder(name)
@@ -63,8 +43,7 @@ class Fronted:
 
 def fronted(task: T, front: Callable[[], nn.Module]) -> T:
     """``task`` with a front before its network."""
-    network: Any = Fronted(task.network, front)
-    return replace(task, network=network)
+    return predicting_with(task, Fronted(task.network, front))
 
 
 def in_front(name: str) -> bool:

@@ -44,6 +44,13 @@ def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", whi
 
 
 @lru_cache(maxsize=64)
+def head_width(task: Task) -> int:
+    """F, the number of features that enter the head."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return features(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]
+
+
+@lru_cache(maxsize=64)
 def encoded_width(task: Task) -> int:
     """F, the number of features that ``encoded`` gives."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -6,19 +6,19 @@ for every batch from equal ones. What is learned from is the same: sure predicti
 published code's rotations, and its smoothness term of weight 1e-6, are left out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polyclinic.tasks.experts import prediction
+from polyclinic.tasks.composed import Composed
+from polyclinic.tasks.mixture import prediction
 from polyclinic.tasks.model import BATCH_NORMS, inspect
 
 
 @dataclass(frozen=True)
-class Routed:
+class Routed(Composed):
     """Builds the mixture of ``members`` copies of a network that predicts classes.
 
     Where the buffer ``adapt`` is 0, the first member predicts alone. Where it is 1, every batch is adapted to: Adam
@@ -31,7 +31,6 @@ class Routed:
             predictions with and without noise of deviation ``noise``, in the inputs' unit.
     """
 
-    network: Callable[[], nn.Module]
     members: int
     steps: int = 10
     lr: float = 1e-3

@@ -29,7 +29,9 @@ def methods(*, json_: bool = False) -> None:
         if entries:
             console.print(f"\n[bold]{family}[/bold]")
             for e in entries:
-                console.print(f"  [cyan]{e.name:<18}[/cyan] {e.summary} [dim]{e.paper}[/dim]", highlight=False, soft_wrap=True)
+                console.print(
+                    f"  [cyan]{e.name:<18}[/cyan] {e.summary} [dim]{e.paper}[/dim]", highlight=False, soft_wrap=True
+                )
     console.print("\n[dim]polyclinic methods show NAME explains one.[/dim]")
 
 

@@ -123,19 +123,25 @@ def status(run_folder: Path) -> None:
     run_folder
         A folder that `polyclinic run` made.
     """
-    from polyclinic.core import state as states
-    from polyclinic.studies import spec
+    import json
 
-    text = run_folder / "study.toml"
-    if not text.is_file():
-        raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no study.toml")
-    study = spec.read(text)
-    for method in study.methods:
-        for seed in study.seeds:
-            file = run_folder / "arms" / f"{method.called}-seed{seed}" / "checkpoint.safetensors"
-            at: Any = states.load(file) if file.exists() else None
-            told = "not begun" if at is None else "done" if at.done else f"round {at.round} of {study.rounds}"
-            console.print(f"  {method.called:<20} seed {seed:<4} {told}")
+    if not (run_folder / "run.json").is_file():
+        raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no run.json")
+    info = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    done: dict[tuple[str, int], int] = {}
+    tested = set[tuple[str, int]]()
+    records = run_folder / "records.jsonl"
+    for line in records.read_bytes().split(b"\n")[:-1] if records.exists() else []:
+        fact = json.loads(line)
+        if fact["kind"] == "round":
+            done[fact["method"], fact["seed"]] = fact["round"]
+        elif fact["kind"] == "sealed":
+            tested.add((fact["method"], fact["seed"]))
+    for method in info["methods"]:
+        for seed in info["seeds"]:
+            arm = method["label"], seed
+            told = "tested" if arm in tested else f"round {done.get(arm, 0)} of {info['rounds']}"
+            console.print(f"  {arm[0]:<20} seed {seed:<4} {told}")
 
 
 def template(name: str) -> str:

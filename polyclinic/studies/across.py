@@ -9,9 +9,10 @@ import numpy as np
 from polyclinic.studies.compare import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.studies.evaluation import Evaluation, Options, evaluate
 from polyclinic.studies.intervals import Estimate
+from polyclinic.studies.lines import MethodInfo
 from polyclinic.studies.metrics import Undefined
 from polyclinic.studies.predictions import Predictions
-from polyclinic.studies.records import MethodInfo, Run, read_run
+from polyclinic.studies.records import Run, read_run
 
 
 class NotComparable(ValueError):

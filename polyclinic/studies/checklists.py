@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from polyclinic.studies.evaluation import Evaluation, external_sites
-from polyclinic.studies.records import Run
+from polyclinic.studies.evaluation import Evaluation
+from polyclinic.studies.records import Run, external_sites
 
 ALL = ("federated_healthcare", "claim_2024", "tripod_ai", "future_ai")
 STATUS = {"shown": "✓ shown", "open": "open", "person": "for a person"}

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from polyclinic.studies.compare import Difference, Ranking, holm, rank_methods
+from polyclinic.studies.between import Against, ranked
+from polyclinic.studies.compare import Difference, Ranking
 from polyclinic.studies.intervals import Estimate, Pooled, pool_sites, z_of
+from polyclinic.studies.lines import MethodInfo
 from polyclinic.studies.metrics import Metric, Undefined, metrics_for
-from polyclinic.studies.records import MethodInfo, Run
+from polyclinic.studies.records import Run, external_sites, training_sites
 from polyclinic.studies.resampling import Sample, sample
 
 BOUNDED = (
@@ -98,6 +100,9 @@ class Evaluation:
         headline: The method spoken of first; None where no method has predictions.
         reference: The method the others are compared with.
         comparisons: Each other method minus the reference, mean over sites, Holm-corrected.
+        over_splits: The same by Nadeau and Bengio's corrected t over seeds, where these have splits of their own and
+            are at least three.
+        over_sites: The same by Wilcoxon's signed ranks over sites, where there are at least six.
         ranking: Mean ranks over sites, where there are at least three methods and sites.
         patients: Test patients by site.
         images: Test images by site.
@@ -112,6 +117,8 @@ class Evaluation:
     headline: str | None
     reference: str | None
     comparisons: Mapping[str, Difference]
+    over_splits: Mapping[str, Difference]
+    over_sites: Mapping[str, Difference]
     ranking: Ranking | None
     patients: Mapping[str, int]
     images: Mapping[str, int]
@@ -143,7 +150,9 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     federated = [m.label for m in methods if not m.baseline]
     usual = [k for k in (options.reference, "fedavg", *federated, *(m.label for m in methods)) if k in shown]
     reference = usual[0] if usual else None
-    ranking = _ranking(methods, run, metric)
+    against = Against(run, data, [m.label for m in methods if m.label != reference], reference or "")
+    by_site = [[m.sites[s][metric.name].value if s in m.sites else None for m in methods] for s in training_sites(run)]
+    ranking = ranked([m.label for m in methods], by_site, metric)
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
     counts = {s: data.count(s) for s in data.sites}
     return Evaluation(
@@ -151,7 +160,9 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         detailed,
         headline,
         reference,
-        _comparisons(methods, reference, run, data, metric, options),
+        against.holm_corrected(metric),
+        against.over_splits(metric),
+        against.over_sites(metric),
         ranking,
         {s: c[0] for s, c in counts.items()},
         {s: c[1] for s, c in counts.items()},
@@ -160,16 +171,6 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         options,
         how,
     )
-
-
-def training_sites(run: Run) -> list[str]:
-    """The names of the sites that trained."""
-    return [s.name for s in run.info.sites if s.role == "training"]
-
-
-def external_sites(run: Run) -> list[str]:
-    """The names of the sites that never trained."""
-    return [s.name for s in run.info.sites if s.role == "external"]
 
 
 def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric], options: Options) -> MethodResult:
@@ -246,34 +247,6 @@ def _with_gains(m: MethodResult, run: Run, data: Sample, metric: Metric, options
         if data.count(site)[0] >= options.min_cell:
             gains[site] = data.difference(m.label, "single", [site], metric)
     return replace(m, gains=gains)
-
-
-def _comparisons(
-    methods: Sequence[MethodResult], reference: str | None, run: Run, data: Sample, metric: Metric, options: Options
-) -> dict[str, Difference]:
-    """Every other method against the reference: one family, Holm-corrected."""
-    training, found = training_sites(run), dict[str, Difference]()
-    for m in methods:
-        if reference is not None and m.label != reference:
-            sites = [s for s in training if data.has(m.label, [s]) and data.has(reference, [s])]
-            found[m.label] = data.difference(m.label, reference, sites, metric)
-    asked = [k for k, d in found.items() if d.p is not None]
-    for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
-        found[k] = replace(found[k], adjusted=p)
-    return found
-
-
-def _ranking(methods: Sequence[MethodResult], run: Run, metric: Metric) -> Ranking | None:
-    rows = []
-    for site in training_sites(run):
-        row = [m.sites[site][metric.name].value if site in m.sites else None for m in methods]
-        if all(v is not None for v in row):
-            rows.append(row)
-    try:
-        values = np.array(rows, float).reshape(len(rows), len(methods))
-        return rank_methods([m.label for m in methods], values, metric.higher_is_better is not False)
-    except Undefined:
-        return None
 
 
 def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | None, str]:

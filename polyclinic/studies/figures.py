@@ -152,15 +152,37 @@ def points(
         return svg(figure, name, alt)
 
 
-def curves(name: str, alt: str, lines: Mapping[str, tuple[Sequence[int], Sequence[float]]], label: str) -> str:
-    """One line a method over rounds, each named at its right end."""
+def curves(
+    name: str,
+    alt: str,
+    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    label: str,
+    first: str = "",
+    behind: Sequence[str] = (),
+) -> str:
+    """One line a method over rounds, each named at its right end.
+
+    Args:
+        name: Of the picture, unique on the page.
+        alt: What it shows, in words.
+        lines: Rounds and values by title.
+        label: Of the vertical axis.
+        first: The title to draw in the first colour and in bold strokes.
+        behind: Titles to draw in grey, with broken lines.
+    """
     with drawing(2.9) as (figure, axes):
         widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
         axes.set_position((0.12, 0.16, (0.86 - widest) / 1.07, 0.8))
         ends = []
-        for i, (title, (x, y)) in enumerate(lines.items()):
-            colour, mark = CURVES[i % len(CURVES)], MARKS[i % len(MARKS)]
-            axes.plot(x, y, color=colour, lw=1.5, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
+        order = sorted((t for t in lines if t not in behind), key=lambda t: t != first)
+        for i, title in enumerate([*behind, *order]):
+            if title not in lines:
+                continue
+            (x, y), grey, turn = lines[title], title in behind, max(i - len(behind), 0)
+            colour = GREY if grey else CURVES[turn % len(CURVES)]
+            mark, wide = MARKS[-1 - i % 4] if grey else MARKS[turn % 4], 2.2 if title == first else 1.4
+            style = "--" if grey else "-"
+            axes.plot(x, y, style, color=colour, lw=wide, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
             if len(x):
                 ends.append((y[-1], title, colour, mark))
         low, high = axes.get_ylim()

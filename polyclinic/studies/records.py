@@ -18,151 +18,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from polyclinic.studies.lines import Known, Privacy, Quarantine, Round, RunInfo, Scores, Sealed
 from polyclinic.studies.predictions import Predictions, read_predictions
 
-BASELINES = ("single", "mix", "cross")
-TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+_LINE: TypeAdapter[Known] = TypeAdapter(Known)
+_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine")
 
 
 class NotARun(ValueError):
     """A folder or file that cannot be read as a run. The message lists every problem, with file and line."""
-
-
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
-
-
-class Round(_Line):
-    """One round of one arm: time, bytes, who was asked and who was lost."""
-
-    kind: Literal["round"]
-    method: str
-    seed: int
-    round: int
-    seconds: dict[str, float] = Field(default_factory=dict)
-    wall: float = 0.0
-    bytes_up: dict[str, int] = Field(default_factory=dict)
-    bytes_down: dict[str, int] = Field(default_factory=dict)
-    asked: tuple[str, ...] = ()
-    lost: dict[str, str] = Field(default_factory=dict)
-
-
-class Scores(_Line):
-    """Metrics of one site after a round, on validation; or of the sealed test, once."""
-
-    kind: Literal["scores", "test"]
-    method: str
-    seed: int
-    round: int
-    site: str
-    role: str = "test"
-    metrics: dict[str, float | None] = Field(default_factory=dict)
-    n: int = 0
-
-
-class Sealed(_Line):
-    """How often an arm's test set was opened."""
-
-    kind: Literal["sealed"]
-    method: str
-    seed: int
-    opened: int
-
-
-class Privacy(_Line):
-    """What privacy an arm spent."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
-
-    kind: Literal["privacy"]
-    method: str
-    seed: int = 0
-    round: int | None = None
-    site: str | None = None
-    epsilon: float | None = None
-    delta: float | None = None
-    unit: str | None = None
-
-
-class Quarantine(_Line):
-    """A reply the server refused, and why."""
-
-    kind: Literal["quarantine"]
-    method: str
-    seed: int
-    round: int
-    site: str
-    reason: str
-
-
-class DataInfo(_Line):
-    """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
-
-    title: str = ""
-    licence: str = ""
-    citation: str = ""
-    url: str = ""
-    notes: tuple[str, ...] = ()
-    simulated: str | None = None
-    fingerprint: str = ""
-    sites_are: str = ""
-    checks: tuple[str, ...] = ()
-
-
-class SiteInfo(_Line):
-    """One site: how many patients and examples in each role, and how many of each class."""
-
-    name: str
-    role: Literal["training", "external"] = "training"
-    patients: dict[str, int] = Field(default_factory=dict)
-    examples: dict[str, int] = Field(default_factory=dict)
-    classes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-
-
-class MethodInfo(_Line):
-    """One method of the study, and what leaves a site under it."""
-
-    label: str
-    name: str = ""
-    title: str = ""
-    options: dict[str, Any] = Field(default_factory=dict)
-    citation: str = ""
-    leaves: str = ""
-
-    @property
-    def baseline(self) -> bool:
-        """Whether it is one of Single, Mix and Cross."""
-        return self.label in BASELINES or self.name in BASELINES
-
-
-class RunInfo(_Line):
-    """``run.json``."""
-
-    name: str
-    title: str = ""
-    hash: str = ""
-    created: str = ""
-    task: TASKS
-    classes: tuple[str, ...] = ()
-    metric: str
-    higher_is_better: bool = True
-    data: DataInfo = DataInfo()
-    sites: tuple[SiteInfo, ...]
-    methods: tuple[MethodInfo, ...]
-    rounds: int = 0
-    seeds: tuple[int, ...] = (0,)
-    engine: dict[str, Any] = Field(default_factory=dict)
-    environment: dict[str, Any] = Field(default_factory=dict)
-    parameters: int = 0
-
-
-Known = Annotated[Round | Scores | Sealed | Privacy | Quarantine, Field(discriminator="kind")]
-_LINE: TypeAdapter[Known] = TypeAdapter(Known)
-_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine")
 
 
 @dataclass(frozen=True)
@@ -227,6 +94,16 @@ class Run:
             self.path.glob("arms/*/model.safetensors")
         )
         return {str(f.relative_to(self.path)): _sha256(f) for f in files if f.is_file()}
+
+
+def training_sites(run: Run) -> list[str]:
+    """The names of the sites that trained."""
+    return [s.name for s in run.info.sites if s.role == "training"]
+
+
+def external_sites(run: Run) -> list[str]:
+    """The names of the sites that never trained."""
+    return [s.name for s in run.info.sites if s.role == "external"]
 
 
 def read_run(folder: str | Path) -> Run:

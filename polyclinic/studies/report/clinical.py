@@ -7,9 +7,10 @@ import numpy as np
 
 from polyclinic.studies import calibration as cal
 from polyclinic.studies import figures
-from polyclinic.studies.evaluation import MethodResult, external_sites, training_sites
+from polyclinic.studies.evaluation import MethodResult
 from polyclinic.studies.metrics import Undefined
 from polyclinic.studies.predictions import Cases, as_cases
+from polyclinic.studies.records import external_sites, training_sites
 from polyclinic.studies.report.blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import amount, cell, digits_of, number, whole, with_interval

@@ -6,7 +6,7 @@ import numpy as np
 
 from polyclinic.studies import figures
 from polyclinic.studies.costs import learning_curve
-from polyclinic.studies.evaluation import training_sites
+from polyclinic.studies.records import training_sites
 from polyclinic.studies.report.blocks import Folded, Picture, Row, Section, Table, numbers, words
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import amount, many, number, whole
@@ -39,9 +39,12 @@ def curves_section(page: Source) -> Section | None:
         note += f" Target: {number(page.target.value, d)}, {page.target.meaning}."
     alt = f"Validation {page.label} over rounds, a line for each of {many(len(lines), 'method')}; values in the table."
     shown = {page.title(k): (c.rounds, c.values) for k, c in lines.items()}
-    text = "How each method learned. These are validation patients; no test patient was looked at here."
-    picture = Picture(figures.curves("curves", alt, shown, f"Validation {page.label}"), text)
-    table = Table("curves", f"Validation {page.label}.", columns, rows, note)
+    text = "How each method learned; baselines are grey and broken. No test patient was looked at here."
+    first = page.title(page.first.label) if page.first else ""
+    behind = [page.title(m.label) for m in page.run.info.methods if m.baseline]
+    drawn = figures.curves("curves", alt, shown, f"Validation {page.label}", first, behind)
+    picture = Picture(drawn, text)
+    table = Table("curves", f"{page.label} on validation patients.", columns, rows, note)
     return Section("curves", "Learning curves", [picture, table, *_by_site(page)])
 
 

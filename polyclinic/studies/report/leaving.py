@@ -6,7 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from polyclinic.studies import figures
-from polyclinic.studies.records import Privacy
+from polyclinic.studies.lines import Privacy
 from polyclinic.studies.report.blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import NONE, count, duration, listed, many, number, size, whole
@@ -23,15 +23,14 @@ def leaving_section(page: Source) -> Section:
     said: list[Row] = [
         {
             "method": page.title(m.label),
-            "does": _capital(m.title),
+            "does": _capital(m.title) if m.title.lower() not in (m.label, m.name) else NONE,
             "options": ", ".join(f"{k} = {v}" for k, v in m.options.items()) or NONE,
             "leaves": _capital(m.leaves or "not stated"),
         }
         for m in page.run.info.methods
     ]
     columns = words(method="Method", does="What it does", options="Options", leaves="What leaves a site")
-    if all(row["options"] == NONE for row in said):
-        columns.pop(2)
+    columns = [c for c in columns if any(row[c.key] != NONE for row in said)]
     leaves = Table("leaves", "The methods, and what leaves a site under each.", columns, said)
     if not page.costs:
         return Section("leaving", title, [leaves, Text("No round was recorded.")])

@@ -7,8 +7,9 @@ from functools import cached_property
 from polyclinic.core.journal import Broken, verify
 from polyclinic.studies.costs import Cost, Target, cost_of, target_of
 from polyclinic.studies.evaluation import Evaluation, MethodResult
+from polyclinic.studies.lines import SiteInfo
 from polyclinic.studies.metrics import Metric, metrics_for
-from polyclinic.studies.records import Run, SiteInfo
+from polyclinic.studies.records import Run
 from polyclinic.studies.report.words import digits_of
 
 NAMES = {  # as their papers write them; others appear under the label that the study gave them
@@ -26,6 +27,11 @@ class Source:
 
     run: Run
     result: Evaluation
+
+    @property
+    def short(self) -> str:
+        """The first eight digits of the study's hash, as in the folder's name."""
+        return self.run.info.hash[:8]
 
     @property
     def digits(self) -> int:

@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from polyclinic.studies.evaluation import external_sites, training_sites
+from polyclinic.studies.records import external_sites, training_sites
 from polyclinic.studies.report.blocks import Section, Text
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import count, listed, many
@@ -106,4 +106,4 @@ def _rest(page: Source) -> list[str]:
             pair = f"(ε = {most.epsilon:.3g}, δ = {most.delta:g})"
             said.append(f"{page.title(method)} was differentially private{unit} with {pair}.")
     version = f"Polyclinic {info.environment.get('polyclinic', '')}".strip()
-    return [*said, f"Experiments were run with {version} (study {info.name}, hash {info.hash})."]
+    return [*said, f"Experiments were run with {version} (study {info.name}, hash {page.short})."]

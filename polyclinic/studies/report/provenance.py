@@ -1,6 +1,7 @@
 """Sections on where it all came from: the data, the checklists, and how to do it again."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -33,18 +34,29 @@ def data_section(page: Source) -> Section:
     columns = words(site="Site", role="Role") + numbers(**{f"patients_{r}": f"Patients, {r}" for r in named})
     if any(s.examples.get(r, s.patients.get(r, 0)) != s.patients.get(r, 0) for s in info.sites for r in named):
         columns += numbers(**{f"examples_{r}": f"Examples, {r}" for r in named})
-    with_classes = [r for r in named if any(s.classes.get(r) for s in info.sites)]
-    columns += numbers(**{f"classes_{r}": f"Classes, {r}" for r in with_classes})
     table: list[Row] = []
     for s in info.sites:
         row: dict[str, Cell | str] = {"site": s.name, "role": s.role}
         row |= {f"patients_{r}": whole(s.patients.get(r, 0)) for r in named}
         row |= {f"examples_{r}": whole(s.examples.get(r, 0)) for r in named}
-        row |= {f"classes_{r}": " / ".join(map(str, s.classes.get(r, ()))) or NONE for r in named}
         table.append(row)
-    note = f"Classes in the order {' / '.join(info.classes)}." if with_classes and info.classes else ""
-    blocks.append(Table("data_sites", "Patients and examples at each site.", columns, table, note))
-    return Section("data", "Data card", blocks)
+    blocks.append(Table("data_sites", "Patients and examples at each site.", columns, table))
+    return Section("data", "Data card", [*blocks, *_classes(page, named)])
+
+
+def _classes(page: Source, roles: Sequence[str]) -> list[Table]:
+    """How many examples of each class, site by site."""
+    info = page.run.info
+    named = [r for r in roles if any(s.classes.get(r) for s in info.sites)]
+    if not named:
+        return []
+    rows: list[Row] = [
+        {"site": s.name, **{r: " / ".join(count(n) for n in s.classes.get(r, ())) or NONE for r in named}}
+        for s in info.sites
+    ]
+    note = f"In the order {' / '.join(info.classes)}." if info.classes else ""
+    columns = words(site="Site") + numbers(**{r: r.capitalize() for r in named})
+    return [Table("data_classes", "Examples of each class.", columns, rows, note)]
 
 
 def checklist_section(page: Source) -> Section:
@@ -73,7 +85,8 @@ def reproduce_section(page: Source) -> Section:
     """Study file, hashes, versions, seeds, and the command."""
     run, info = page.run, page.run.info
     facts: dict[str, Any] = {
-        "Run": f"{info.name}-{info.hash}",
+        "Run": f"{info.name}-{page.short}",
+        "Study hash": info.hash if info.hash != page.short else "",
         "Created": info.created,
         "Seeds": ", ".join(map(str, info.seeds)),
         "Rounds": info.rounds,
@@ -99,7 +112,7 @@ def reproduce_section(page: Source) -> Section:
     text = Markup(
         "To run it again, save the study below as <code>study.toml</code> and call "
         "<code>polyclinic run study.toml</code>; to write this page again, <code>polyclinic report {}</code>."
-    ).format(f"runs/{info.name}-{info.hash}")
+    ).format(f"runs/{info.name}-{page.short}")
     files = Table("hashes", "Files of the run folder.", words(what="File", value="SHA-256"), hashes)
     return Section(
         "reproduce",

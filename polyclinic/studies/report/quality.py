@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from polyclinic.studies import figures
+from polyclinic.studies.compare import Difference
 from polyclinic.studies.evaluation import MethodResult
 from polyclinic.studies.report.blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
@@ -25,7 +26,7 @@ from polyclinic.studies.report.words import (
 )  # fmt: skip
 
 SHOWN = {  # of a task's metrics, those in the table of sites
-    "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier", "ece"),
+    "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
     "multilabel": ("auc", "average_precision", "f1", "ece"),
 }
 
@@ -99,20 +100,33 @@ def _differences(page: Source, reference: str) -> Table:
             "difference": cell(diff, d, signed=True),
             "p": Cell(p_value(diff.p), diff.p),
             "adjusted": Cell(p_value(diff.adjusted), diff.adjusted),
+            "splits": _p(result.over_splits.get(label)),
+            "sites": _p(result.over_sites.get(label)),
             "verdict": diff.verdict(),
         }
         for label, diff in result.comparisons.items()
     ]
     against = page.title(reference)
     columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level} CI)", p="p")
-    columns += numbers(adjusted="p after Holm") + words(verdict="Verdict")
+    columns += numbers(adjusted="p after Holm")
+    columns += numbers(splits="p over splits") if result.over_splits else []
+    columns += numbers(sites="p over sites") if result.over_sites else []
+    columns += words(verdict="Verdict")
     several = any(len(m.seeds) > 1 for m in result.methods)
     note = (
         f"Mean over sites, paired: the same resampled patients{' and seeds' if several else ''} for both; + is better. "
         f"Holm’s correction for {many(len(rows), 'comparison')}. “No difference shown” unless the interval leaves out "
         "0 and the corrected p is below 0.05."
     )
+    if result.over_splits:
+        note += " Over splits: Nadeau and Bengio’s corrected t, one split a seed, not corrected for many methods."
+    if result.over_sites:
+        note += " Over sites: Wilcoxon’s signed ranks, not corrected for many methods."
     return Table("differences", f"{page.label}, each method against {against}.", columns, rows, note)
+
+
+def _p(d: Difference | None) -> Cell:
+    return Cell(p_value(d.p), d.p) if d else Cell(NONE)
 
 
 def _ranking(page: Source) -> Iterator[Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from polyclinic.studies.compare import BETTER, UNDECIDED, WORSE
-from polyclinic.studies.evaluation import external_sites, training_sites
+from polyclinic.studies.records import external_sites, training_sites
 from polyclinic.studies.report.clinical import empty_predictions
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import count, interval, listed, many, number, with_interval
@@ -54,7 +54,7 @@ def in_short(page: Source) -> list[Markup]:
                 "On held-out patients of the training sites the mean {} over sites was <strong>{} ({})</strong>."
             ).format(page.label, number(mean.value, d), interval(mean.low, mean.high, d))
         )
-    said += list(_against(page))
+    said += [*_against(page), *_among_methods(page)]
     return said
 
 
@@ -67,6 +67,10 @@ def _against(page: Source) -> Iterator[Markup]:
     verdicts = {s: g.verdict() for s, g in first.gains.items()}
     up, down = ([s for s, v in verdicts.items() if v == w] for w in (BETTER, WORSE))
     open_ = [s for s in verdicts if s not in up and s not in down]
+    if not up and not down:
+        every = "at the only site" if len(open_) == 1 else f"at any of the {len(open_)} sites"
+        yield Markup("No difference from training alone was shown {}.").format(every)
+        return
     parts = []
     if up:
         parts.append(f"better at {many(len(up), 'site')} ({listed(up)})")
@@ -74,7 +78,28 @@ def _against(page: Source) -> Iterator[Markup]:
         parts.append(f"worse at {many(len(down), 'site')} ({listed(down)})")
     if open_:
         parts.append(f"no difference shown at {many(len(open_), 'site')} ({listed(open_)})")
-    yield Markup("Against training alone it was {}.").format("; ".join(parts))
+    yield Markup("Compared with training alone: {}.").format("; ".join(parts))
+
+
+def _among_methods(page: Source) -> Iterator[Markup]:
+    """What the paired comparison showed."""
+    result = page.result
+    if not result.comparisons or not result.reference:
+        return
+    verdicts = {page.title(k): d.verdict() for k, d in result.comparisons.items()}
+    better, worse = ([k for k, v in verdicts.items() if v == w] for w in (BETTER, WORSE))
+    against = page.title(result.reference)
+    if not better and not worse:
+        others = (
+            f"None of the {len(verdicts)} other methods was" if len(verdicts) > 1 else f"{next(iter(verdicts))} was not"
+        )
+        yield Markup("{} shown to differ from {}.").format(others, against)
+        return
+    parts = [f"{listed(better)} better"] if better else []
+    parts += [f"{listed(worse)} worse"] if worse else []
+    rest = len(verdicts) - len(better) - len(worse)
+    parts += [f"no difference for {many(rest, 'other')}"] if rest else []
+    yield Markup("Compared with {}, shown to be: {}.").format(against, "; ".join(parts))
 
 
 def findings(page: Source) -> list[Finding]:
@@ -115,13 +140,17 @@ def _about_sites(page: Source) -> Iterator[Finding]:
             shown = g.verdict() == WORSE
             how = "loses by federating" if shown else "may lose by federating, though no difference is shown"
             text = f"{site} {how}: {with_interval(g, d, signed=True)} {metric.label} against training alone."
-            yield Finding(3 if shown else 2, text)
+            yield Finding(3 if shown else 1, text)
     if first.worst is not None and first.macro.value is not None and len(first.sites) > 1:
         name, value = first.worst
         gap = abs(value - first.macro.value)
         way = "below" if page.higher else "above"
-        tested = many(result.patients[name], "test patient")
-        yield Finding(2, f"{name} is {number(gap, d)} {way} the mean of the sites, on {tested}.")
+        tested, e = many(result.patients[name], "test patient"), first.sites[name][metric.name]
+        text = f"{name} is {number(gap, d)} {way} the mean of the sites, on {tested}"
+        if e.low is not None and e.high is not None and e.low <= first.macro.value <= e.high:
+            yield Finding(1, f"{text}; its interval, {interval(e.low, e.high, d)}, holds that mean.")
+        else:
+            yield Finding(2, f"{text}.")
     for site, estimates in first.sites.items():
         if estimates[metric.name].value is None:
             yield Finding(2, f"{metric.label} has no value at {site}: {estimates[metric.name].why}.")

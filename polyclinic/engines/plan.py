@@ -14,6 +14,7 @@ from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
 from polyclinic.methods.registry import Setting, build
 from polyclinic.tasks.classification import Classification, MultiLabel
+from polyclinic.tasks.dpsgd import DPSGD
 from polyclinic.tasks.evaluation import Evaluated
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
@@ -21,6 +22,7 @@ from polyclinic.tasks.regression import Regression
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.tasks.task import Task
 from polyclinic.transforms.table import build as build_transform
+from polyclinic.transforms.table import entry as transform_entry
 
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression)}
 
@@ -33,7 +35,7 @@ class Plan:
         kind: The kind of task. ``task``: its options.
         network: The architecture's name. ``network_options``: what it takes besides.
         inputs: (channels, *spatial) of an example, or (features,). ``outputs``: classes, labels or values.
-        training: The fields of ``Local``.
+        training: The fields of ``Local``; ``private`` among them makes it ``DPSGD`` with those fields.
         method: The method's name. ``options``: what the study sets for it.
         send: Transforms in the order in which a reply passes them, each with ``name`` and its options.
         sites: The sites that train.
@@ -61,9 +63,20 @@ class Plan:
         network = Network(self.network, self.inputs, self.outputs, options)
         return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
 
+    def build_local(self) -> Local:
+        """How a site trains."""
+        fields = {key: value for key, value in self.training.items() if key != "private"}
+        private = self.training.get("private")
+        return DPSGD(**fields, **private) if private else Local(**fields)
+
+    @property
+    def private(self) -> bool:
+        """Whether what leaves a site is hidden in noise that a budget can account for."""
+        return bool(self.training.get("private")) or any(transform_entry(item["name"]).pays for item in self.send)
+
     def build_method(self) -> Evaluated[Any]:
         """The method with its transforms, able to be evaluated."""
-        task, local = self.build_task(), Local(**self.training)
+        task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if self.send:
             inner = send_through(inner, *(build_transform(item) for item in self.send))

@@ -16,7 +16,7 @@ from polyclinic.core import state as states
 from polyclinic.core.execute import cohort_of
 from polyclinic.core.journal import verify
 from polyclinic.core.site import Site
-from polyclinic.core.train import Step, train
+from polyclinic.core.train import Step, TooFewReplies, train
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
@@ -27,6 +27,9 @@ from polyclinic.methods import registry
 from polyclinic.studies.folder import Checkpoint, Folder, write_tensors
 from polyclinic.studies.spec import MethodSpec, Study
 from polyclinic.tasks.evaluation import Evaluated, evaluate
+from polyclinic.transforms.accounting import epsilon_rdp
+from polyclinic.transforms.budget import Budget
+from polyclinic.transforms.ledger import Ledger
 
 POOLED = "pooled"
 
@@ -68,6 +71,7 @@ class Arm:
         self.method: Evaluated[Any] = plan.build_method()
         shares = self.entry.leaves != "nothing"  # else there is no model for a site that never trained
         self.judged = tuple(sorted(site for site in data.sites if shares or site not in data.external))
+        self.ledgers = self._ledgers() if study.privacy and plan.private else {}
         self.length = 0
 
     def run(self, length: int) -> Iterator[Event]:
@@ -99,9 +103,10 @@ class Arm:
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
         need = min(study.min_replies, size)
-        for step in train(
+        steps_of = train(
             self.method, engine, state, rounds=study.rounds, cohort=cohort, deadline=study.deadline, min_replies=need
-        ):
+        )
+        for step in self._within_budget(steps_of):
             state, steps = step.state, [*steps, step]
             following = self.method.ask(state)
             if following is not None and following.round == step.ask.round:
@@ -111,6 +116,7 @@ class Arm:
             self._record("round", round=done, wall=time.perf_counter() - begun, **facts)
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
+            self._account(done)
             self.folder.journal.write("round", self._who() | {"round": done, "lost": facts["lost"]})
             last = done >= study.rounds or following is None
             if done % study.evaluation.every == 0 or last:
@@ -126,6 +132,15 @@ class Arm:
             yield self._event("round", done, scores, moved, facts["lost"])
             steps, begun = [], time.perf_counter()
         yield self._test(engine, Checkpoint(state, engine.memory, done, 0, best_round, best_score, True))
+
+    def _within_budget(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
+        """``steps``, ended where no site has budget left."""
+        try:
+            yield from steps
+        except TooFewReplies as error:
+            if not self.ledgers or "is used up" not in str(error):
+                raise
+            self.folder.journal.write("budget used up", self._who())
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
         """Opens the test data, once, for the model of the best round."""
@@ -172,12 +187,37 @@ class Arm:
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
             sites[POOLED] = make(POOLED, pooled)
+        policies = {site: Budget(ledger, ("score", "predict")) for site, ledger in self.ledgers.items()}
         if chosen.kind == "in-process":
-            return InProcess(self.method, sites, memory, seed=self.seed)
+            return InProcess(self.method, sites, memory, policies, self.seed)
         workers = chosen.workers or min(
             len(sites), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
-        return Workers(self.method, sites, memory, seed=self.seed, workers=workers)
+        return Workers(self.method, sites, memory, policies, self.seed, workers)
+
+    def _ledgers(self) -> dict[str, Ledger]:
+        """What each training site may spend in this arm."""
+        budget = self.study.privacy
+        assert budget is not None
+        folder = self.path / "ledgers"
+        folder.mkdir(exist_ok=True)
+        ledgers = {site: Ledger(folder / f"{site}.jsonl") for site in self.plan.sites}
+        for site, ledger in ledgers.items():
+            if not ledger.path.exists():
+                ledger.begin(site=site, data=self.data.info.name, **budget.model_dump())
+        return ledgers
+
+    def _account(self, done: int) -> None:
+        """Writes down what each site has spent: the bound by Rényi after a round, the sharper one at the end."""
+        for site, ledger in self.ledgers.items():
+            spends = ledger.spends()
+            budget = ledger.budget()
+            exact = ledger.spent().epsilon if done == self.study.rounds else None
+            bound = epsilon_rdp(spends, budget["delta"]) if exact is None else exact
+            by = "rdp" if exact is None else "pld"
+            self._record(
+                "privacy", round=done, site=site, epsilon=bound, delta=budget["delta"], unit=budget["unit"], by=by
+            )
 
     def _recorded_test(self) -> dict[str, float]:
         """The test scores of an arm that was finished before."""

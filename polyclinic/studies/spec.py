@@ -63,6 +63,23 @@ class TaskSpec(_Spec):
         return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
 
 
+class PrivateSpec(_Spec):
+    """Differentially private training (``tasks/dpsgd.py``): noise, the bound on one unit's gradient, and the unit."""
+
+    noise: Positive
+    bound: Positive = 1.0
+    unit: Literal["record", "patient"] = "patient"
+    chunk: Annotated[int, Field(ge=1)] | None = None
+
+
+class PrivacySpec(_Spec):
+    """The budget that a site may spend in one arm. Methods that add no noise have none, and the report says so."""
+
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Literal["record", "patient", "site"] = "patient"
+
+
 class TrainingSpec(_Spec):
     """How a site trains in a round."""
 
@@ -76,6 +93,7 @@ class TrainingSpec(_Spec):
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip_norm: Positive | None = None
     amp: bool = False
+    private: PrivateSpec | None = None
 
 
 class MethodSpec(_Spec):
@@ -133,6 +151,7 @@ class Study(_Spec):
     training: TrainingSpec = TrainingSpec()
     methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
+    privacy: PrivacySpec | None = None
     engine: EngineSpec = EngineSpec()
 
     @property

@@ -71,7 +71,7 @@ class Ledger:
             list(self._entries())
             self._append("raised", {"epsilon": epsilon, "reason": reason})
 
-    def reserve(self, spends: Iterable[Spend], about: Mapping[str, Any] | None = None) -> Statement:
+    def reserve(self, spends: Iterable[Spend], about: Mapping[str, Any] | None = None) -> float:
         """Spends, before anything is released. When this returns, the spend is on the disk.
 
         Args:
@@ -79,7 +79,7 @@ class Ledger:
             about: What it is for, such as run and round. No names, no paths.
 
         Returns:
-            What was spent in all, this included.
+            What was spent in all, this included: Rényi's ε, which is quick and a little too large. ``spent`` says more.
 
         Raises:
             Exhausted: Where it would exceed the budget. Nothing was spent.
@@ -92,7 +92,7 @@ class Ledger:
                                 "was asked does")  # fmt: skip
             total = [*before, *spends]
             # Rényi's bound is never too small, so where it fits, so does the other
-            if epsilon_rdp(total, budget["delta"]) > budget["epsilon"]:
+            if (quick := epsilon_rdp(total, budget["delta"])) > budget["epsilon"]:
                 after = epsilon(total, budget["delta"])
                 if after > budget["epsilon"]:
                     now = epsilon(before, budget["delta"])
@@ -103,7 +103,7 @@ class Ledger:
                     )
             entries = [dict(spend._asdict()) for spend in spends]
             self._append("spend", {"spends": entries, "about": dict(about or {})})
-        return statement(total, budget["delta"])
+        return quick
 
     def spent(self) -> Statement:
         """What was spent so far.
@@ -114,6 +114,15 @@ class Ledger:
         with self._alone():
             budget, spends = self._read(self._entries())
         return statement(spends, budget["delta"])._replace(unit=budget["unit"])
+
+    def spends(self) -> tuple[Spend, ...]:
+        """What was spent, release by release, for whoever keeps an account while it grows.
+
+        Raises:
+            Broken: Where the ledger was changed or cut, or is missing.
+        """
+        with self._alone():
+            return tuple(self._read(self._entries())[1])
 
     def budget(self) -> dict[str, Any]:
         """``site``, ``data``, ``unit``, ``epsilon`` and ``delta``."""

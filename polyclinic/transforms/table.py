@@ -12,12 +12,13 @@ from polyclinic.core.pipeline import Transform
 
 @dataclass(frozen=True)
 class Entry:
-    """One transform by name: ``make`` is ``module:class`` under ``polyclinic.transforms``."""
+    """One transform by name: ``make`` is ``module:class`` under ``polyclinic.transforms``; ``pays`` if it spends ε."""
 
     name: str
     make: str
     summary: str
     paper: str = ""
+    pays: bool = False
 
 
 TRANSFORMS: Mapping[str, Entry] = {
@@ -25,8 +26,8 @@ TRANSFORMS: Mapping[str, Entry] = {
     for entry in (
         Entry("clip", "privacy:Clip", "bounds the norm of what a site sends", "McMahan et al. 2018"),
         Entry("adaptive-clip", "privacy:AdaptiveClip", "a bound that follows the median norm", "Andrew et al. 2021"),
-        Entry("gaussian", "privacy:Gaussian", "noise nobody can predict, for a privacy budget", "Dwork and Roth 2014"),
-        Entry("sparse-vector", "selective:SparseVector", "only large changes, each with noise", "Li et al. 2019"),
+        Entry("gaussian", "privacy:Gaussian", "noise nobody can predict", "Dwork and Roth 2014", pays=True),
+        Entry("sparse-vector", "selective:SparseVector", "large changes, each with noise", "Li et al. 2019", pays=True),
         Entry("uncalibrated-noise", "selective:UncalibratedNoise", "NOT privacy: noise without a bound or an ε"),
         Entry("secure-sum", "secure:SecureSum", "the server learns only the sum over sites", "Bonawitz et al. 2017"),
         Entry("bf16", "compression:BFloat16", "half the bytes: 8 bits of precision"),

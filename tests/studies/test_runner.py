@@ -270,3 +270,53 @@ def test_a_wrong_combination_is_refused_before_anything_runs(done: Path, tmp_pat
         go(text, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert os.listdir(tmp_path) == []
+
+
+PRIVATE = """
+[privacy]
+epsilon = {epsilon}
+delta = 1e-3
+unit = "record"
+
+[[methods]]
+name = "fedavg"
+training = {{ private = {{ noise = 1.0, unit = "record" }} }}
+
+[[methods]]
+name = "fedavg"
+label = "open"
+"""
+
+
+def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> None:
+    text = (
+        study(done)
+        .split("[[methods]]")[0]
+        .replace("seeds = [0, 1]", "seeds = [0]")
+        .replace("0.2 }", '0.0, norm = "group" }')
+    )
+    go(text + PRIVATE.format(epsilon=100.0), tmp_path / "private")
+    spent = [line for line in facts(tmp_path / "private") if line["kind"] == "privacy"]
+    assert {line["method"] for line in spent} == {"fedavg"}
+    assert {line["site"] for line in spent} == {"a", "b", "c"}
+    per_round = [line["epsilon"] for line in spent if line["site"] == "a"]
+    assert len(per_round) == 4
+    assert 0 < per_round[0] < per_round[1] < per_round[2]
+    assert spent[-1]["by"] == "pld"
+
+
+def test_a_used_up_budget_ends_training_and_the_model_of_then_is_tested(done: Path, tmp_path: Path) -> None:
+    text = (
+        study(done)
+        .split("[[methods]]")[0]
+        .replace("seeds = [0, 1]", "seeds = [0]")
+        .replace("0.2 }", '0.0, norm = "group" }')
+    )
+    text = text.replace("rounds = 4", "rounds = 40")
+    go(text + PRIVATE.format(epsilon=8.0), tmp_path / "private")
+    lines = [line for line in facts(tmp_path / "private") if line["method"] == "fedavg"]
+    rounds = max(line["round"] for line in lines if line["kind"] == "round")
+    assert 1 <= rounds < 40
+    assert all(line["epsilon"] <= 8.0 * 1.5 for line in lines if line["kind"] == "privacy")
+    assert any(line["kind"] == "test" for line in lines)
+    assert "budget used up" in [e["event"] for e in verify(tmp_path / "private" / "journal.jsonl")]

@@ -1,7 +1,7 @@
 """What a hospital allows: a TOML file that people can read, enforced at the site on the values at hand.
 
 The server cannot override it. It is read again before every message, so that a change counts at once. Three places
-ask it: ``problems`` before a study is shown to a person, ``admit`` before anything runs, ``release`` before anything leaves.
+ask it: ``problems`` before a person sees a study, ``admit`` before anything runs, ``release`` before anything leaves.
 """
 
 import tomllib
@@ -29,33 +29,7 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 
-DEFAULT = """\
-# What this hospital allows. Whatever is not allowed here is refused, whoever asks, and the refusal is in journal.jsonl.
-# Changes count from the next message on.
-
-[approve]
-# A person approves every study (`polyclinic site review`), except of methods whose hashes stand here.
-automatically = []
-
-[allow]
-jobs = ["*"]                    # patterns of the jobs that may run ...
-never = ["predict/*"]           # ... except these: what a model says of each patient stays here
-stats = ["Mean", "LeafMean"]    # what may leave: sums over this site's examples ...
-gather = ["score"]              # ... and of what the server sees apart by site, these parts
-
-[require]
-transforms = []                 # such as {name = "clip", bound_at_most = 1.0}, {name = "gaussian", multiplier_at_least = 0.8}
-secure = false                  # whether the server may see only sums over several sites
-min_sites = 3                   # how many sites such a sum must hold
-
-[limits]
-min_patients = 10               # fewer patients than this never train and are never scored
-megabytes_per_round = 2000.0
-rounds = 2000
-epochs = 100                    # in one round
-steps = 100000                  # in one round
-learning_rate = 10.0
-"""
+DEFAULT = Path(__file__).with_name("policy.toml").read_text(encoding="utf-8")
 
 
 class BadPolicy(ValueError):
@@ -126,7 +100,7 @@ def read(path: Path) -> Policy:
     """
     if not path.is_file():
         raise BadPolicy(
-            f"{path} does not exist, and without a policy nothing runs: `polyclinic site policy --reset` writes the default"
+            f"{path} does not exist, and without a policy nothing runs: `polyclinic site policy --reset` writes one"
         )
     with open(path, "rb") as file:
         data = file.read(MAX_POLICY + 1)
@@ -232,7 +206,8 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
     if policy.require.secure and not scored and not ask.secure:
         yield "the policy allows secure sums only (require.secure)"
     if (size := ask.nbytes(site.name)) > limits.megabytes_per_round * 1e6:
-        yield f"a message of {size / 1e6:.0f} MB, and the policy allows {limits.megabytes_per_round:g} (limits.megabytes_per_round)"
+        most = limits.megabytes_per_round
+        yield f"a message of {size / 1e6:.0f} MB, and the policy allows {most:g} (limits.megabytes_per_round)"
     if "params" in ask.trees:
         yield from _model_problems(plan, method, ask.trees["params"])
 
@@ -247,7 +222,7 @@ def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[s
             yield f"the server's model has a tensor {name[:80]!r}, which the approved model does not have"
             return
         if tuple(leaf.shape) != known[name]:
-            yield f"the server's {name[:80]!r} has the shape {tuple(leaf.shape)}, and the approved model's {known[name]}"
+            yield f"the server's {name[:80]!r} has the shape {tuple(leaf.shape)}, the approved model's {known[name]}"
             return
     if not tree.finite(params):
         yield "the server's model holds NaN or infinite numbers"
@@ -279,7 +254,8 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
             yield f"{part!r} would leave as a {kind}, which the policy does not allow (allow.stats)"
     most = policy.limits.megabytes_per_round * 1e6
     if sent + reply.nbytes > most:
-        yield f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows {most / 1e6:g} (limits.megabytes_per_round)"
+        yield (f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows "
+               f"{most / 1e6:g} (limits.megabytes_per_round)")  # fmt: skip
 
 
 def _transforms_of(method: Any) -> tuple[Transform, ...]:
@@ -305,7 +281,8 @@ def _transform_problems(require: Require, present: tuple[Transform, ...]) -> Ite
             for t in having:
                 value = getattr(t, field)
                 if value is None or (value < float(bound) if least else value > float(bound)):
-                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for at {'least' if least else 'most'} {bound} (require.transforms)"
+                    asks = f"at {'least' if least else 'most'} {bound}"
+                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for {asks} (require.transforms)"
 
 
 def _unknown_transforms(require: Require) -> Iterator[str]:
@@ -318,7 +295,8 @@ def _unknown_transforms(require: Require) -> Iterator[str]:
         for key, value in wanted.items():
             field, _ = _bound(key)
             if key != "name" and (field is None or field not in known):
-                yield f"{wanted['name']} has no {key!r}; write {' or '.join(f'{k}_at_least' for k in known) or 'only its name'}"
+                could = " or ".join(f"{k}_at_least" for k in known) or "only its name"
+                yield f"{wanted['name']} has no {key!r}; write {could}"
             elif field is not None and isinstance(value, str):
                 yield f"{wanted['name']}: {key} is a number"
 

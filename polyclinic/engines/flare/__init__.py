@@ -1,8 +1,8 @@
 """Between hospitals, over NVIDIA FLARE 2.9: how asks travel, who may join, what survives a crash.
 
-FLARE carries messages, knows who is who (mutual TLS, signed jobs) and starts processes. Everything else is ours, because
-it decides results or protects sites: rounds, checkpoints, site memory, policy, journals. Only this package imports
-``nvflare``, and only where a process of FLARE needs it. See docs/deployment.md.
+FLARE carries messages, knows who is who (mutual TLS, signed jobs) and starts processes. Everything else is ours,
+because it decides results or protects sites: rounds, checkpoints, site memory, policy, journals. Only this package
+imports ``nvflare``, and only where a process of FLARE needs it. See docs/deployment.md.
 """
 
 from importlib.util import find_spec

@@ -55,7 +55,7 @@ class Authority:
             key, key.public_key(), _subject(project), _subject(project), days=days, authority=True
         )
         private_folder(folder)
-        write_private(folder / "ca.key", _pem(key))
+        write_private(folder / "ca.key", pem(key))
         write_private(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
         return cls(certificate, key)
 
@@ -64,8 +64,10 @@ class Authority:
         """The authority in ``folder``."""
         return cls(load_certificate(read_small(folder / "ca.crt")), load_key(folder / "ca.key"))
 
-    def issue(self, public: rsa.RSAPublicKey, who: str, organisation: str, *, role: str = "", hosts: tuple[str, ...] = (),
-              days: float = DAYS) -> x509.Certificate:  # fmt: skip
+    def issue(
+        self, public: rsa.RSAPublicKey, who: str, organisation: str, *, role: str = "", hosts: tuple[str, ...] = (),
+        days: float = DAYS,
+    ) -> x509.Certificate:  # fmt: skip
         """A certificate for ``who``: a server where it has ``hosts``, a person where it has a ``role``, else a site."""
         issuer = self.certificate.subject
         subject = _subject(who, organisation, role)
@@ -125,7 +127,7 @@ def new_keys(folder: Path) -> tuple[rsa.RSAPrivateKey, ed25519.Ed25519PrivateKey
     """A site's two keys, made here and kept in ``folder``; those that are there already are kept."""
     private_folder(folder)
     if not (folder / "site.key").exists():
-        write_private(folder / "site.key", _pem(rsa.generate_private_key(public_exponent=65537, key_size=BITS)))
+        write_private(folder / "site.key", pem(rsa.generate_private_key(public_exponent=65537, key_size=BITS)))
     if not (folder / "secure.key").exists():
         write_private(folder / "secure.key", ed25519.Ed25519PrivateKey.generate().private_bytes_raw().hex())
     return load_key(folder / "site.key"), load_secure_key(folder / "secure.key")
@@ -237,8 +239,8 @@ def check_dates(certificate: x509.Certificate, now: datetime | None = None) -> i
     """
     now = now or datetime.now(UTC)
     if now < certificate.not_valid_before_utc:
-        raise BadFile(f"the certificate begins at {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC and this machine's clock "
-                      f"says {now:%Y-%m-%d %H:%M}: set the clock")  # fmt: skip
+        raise BadFile(f"the certificate begins at {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC and this "
+                      f"machine's clock says {now:%Y-%m-%d %H:%M}: set the clock")  # fmt: skip
     if now > certificate.not_valid_after_utc:
         raise BadFile(f"the certificate ended at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: renew it with "
                       "`polyclinic site init --renew`, or set the clock if it is wrong")  # fmt: skip
@@ -306,8 +308,8 @@ def _fields(table: Any, kind: str, wanted: tuple[str, ...], what: str) -> None:
             raise BadFile(f"the field {field!r} is not {'a number' if field == 'port' else 'text'}")
 
 
-def _pem(key: rsa.RSAPrivateKey) -> bytes:
-    # FLARE reads the traditional form.
+def pem(key: rsa.RSAPrivateKey) -> bytes:
+    """A private key in the form that FLARE reads."""
     form = serialization.PrivateFormat.TraditionalOpenSSL
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 

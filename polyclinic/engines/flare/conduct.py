@@ -5,6 +5,7 @@ rename; a crash at any moment loses at most the round under way, and that round 
 a message that comes twice as they answered it the first time.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -24,9 +25,9 @@ from polyclinic.engines.flare.greeting import Greeting, greet
 from polyclinic.engines.flare.homes import private_folder, write_private
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.order import Order, code_hash
+from polyclinic.engines.flare.processes import birth
+from polyclinic.engines.flare.runs import FAILED, FINISHED, INTERRUPTED
 from polyclinic.tasks.evaluation import evaluate
-
-FINISHED, INTERRUPTED, FAILED = "finished", "interrupted", "failed"
 
 
 @savable
@@ -72,26 +73,29 @@ class Conductor:
     def run(self) -> str:
         """Runs to the end, and says how it ended: ``finished``, ``interrupted`` (try again) or ``failed``."""
         outcome, why = FAILED, ""
-        try:
-            self._say("greeting", "")
-            self._run()
-            outcome = FINISHED
-        except (Ended, TooFewReplies, Pause) as error:
-            outcome, why = INTERRUPTED, str(error)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self.journal.write(outcome, {"why": why} if why else {})
-            self._say(outcome, why)
-            self.journal.close()
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two attempts at one run would ruin it
+            try:
+                self._say("greeting", "")
+                self._run()
+                outcome = FINISHED
+            except (Ended, TooFewReplies, Pause) as error:
+                outcome, why = INTERRUPTED, str(error)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self.journal.write(outcome, {"why": why} if why else {})
+                self._say(outcome, why)
+                self.journal.close()
         return outcome
 
     def _run(self) -> None:
         standing = self._load()
         self.journal.write(
             "begun" if standing is None else "resumed",
-            {"order": self.order.hash, "code": code_hash(), "round": standing.round if standing else 0, "sites": list(self.members)},
+            {"order": self.order.hash, "code": code_hash(), "round": standing.round if standing else 0,
+             "sites": list(self.members)},
         )  # fmt: skip
         ready = greet(Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll), self.members)
         begin = standing or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
@@ -100,6 +104,7 @@ class Conductor:
             self.order, self.carrier, self.folder / "under-way", self.journal, ready, self.plan.seed,
             Count(begin.number, begin.answered),
         )  # fmt: skip
+        self._say("running", "", begin.round)
         try:
             end = begin if begin.trained else self._train(federation, begin)
             self._finish(federation, end)
@@ -207,6 +212,7 @@ class Conductor:
             "phase": phase,
             "why": why,
             "pid": os.getpid(),
+            "birth": birth(os.getpid()),
             "beat": time.time(),
             "waiting": dict(waiting or {}),
         }

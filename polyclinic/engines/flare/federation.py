@@ -123,7 +123,7 @@ class FlareFederation:
             self._post(ask, to, f"{self.count.number}.ask")
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers as they arrive. A site that is away, or late by ``deadline``, is lost, and what it sends later is dropped."""
+        """Yields answers as they arrive. A site that is away, or late, is lost, and what it sends later is dropped."""
         while self._pending:
             if (delivery := self._carrier.arrived(TICK)) is not None and (arrival := self._hear(delivery)):
                 yield arrival
@@ -144,7 +144,8 @@ class FlareFederation:
         body = self._folder / file
         size, sha256 = wire.write(body, ask)
         number, head = self.count.number, self._journal.write(
-            "asked", {"number": self.count.number, "round": ask.round, "job": ask.job, "to": list(to), "ask": sha256, "bytes": size}
+            "asked",
+            {"number": self.count.number, "round": ask.round, "job": ask.job, "to": list(to), "ask": sha256, "bytes": size},
         )  # fmt: skip
         calls = [
             Call(

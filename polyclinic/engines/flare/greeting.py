@@ -84,7 +84,8 @@ def _hear(
         gone[site] = printable(answer.lost)
     elif answer.code != code_hash():
         gone[site] = (
-            f"its polyclinic differs from the server's (code {answer.code[:12]} there, {code_hash()[:12]} here): install the same version"
+            f"its polyclinic differs from the server's (code {answer.code[:12]} there, {code_hash()[:12]} here): "
+            "install the same version"
         )
     else:
         ready.add(site)

@@ -1,4 +1,4 @@
-"""What a site keeps of one run: memory keyed by message, settled when the server confirms, rolled back when it does not.
+"""What a site keeps of one run: memory keyed by message, settled when the server confirms, else rolled back.
 
 A link holds what came of one message: the reply that was sent, and the memory after it. The server says from which
 link to go on (``after``) and up to which its own disk is safe (``confirmed``). Links before ``confirmed`` are dropped,
@@ -81,8 +81,8 @@ class Memory:
         back = bool(self.chain.links) and min(confirmed, after) < self.chain.confirmed
         if back or number <= self.chain.confirmed:
             raise OldMessage(
-                f"message {number} begins before message {self.chain.confirmed}, which the server had confirmed: it is a "
-                "replay, or the server was restored from an older copy. A person here may allow it with "
+                f"message {number} begins before message {self.chain.confirmed}, which the server had confirmed: it is "
+                "a replay, or the server was restored from an older copy. A person here may allow it with "
                 "`polyclinic site forget RUN`"
             )
         if confirmed > self.chain.confirmed:

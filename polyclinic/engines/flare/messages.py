@@ -52,7 +52,8 @@ class _Message:
         if not isinstance(table, dict):
             raise BadMessage("a message is a table")
         if table.get("version") != VERSION:
-            raise BadMessage(f"the other end speaks version {str(table.get('version'))[:20]} and this one version {VERSION}: "
+            other = str(table.get("version"))[:20]
+            raise BadMessage(f"the other end speaks version {other} and this one version {VERSION}: "
                              "install the same version of polyclinic at both ends")  # fmt: skip
         wanted = {field.name for field in fields(cls)}
         if odd := sorted(table.keys() ^ wanted):

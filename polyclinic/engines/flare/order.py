@@ -1,4 +1,4 @@
-"""An order: a plan, and how it is to be run between hospitals. Plain data, so that a person can read, compare and refuse it.
+"""An order: a plan, and how it is to be run between hospitals. Plain data: people can read, compare and refuse it.
 
 Nothing here needs PyTorch, so that a site can hash an order before it builds anything of it.
 """

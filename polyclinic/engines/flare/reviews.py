@@ -1,4 +1,4 @@
-"""What waits for a person at a site, what was decided, and the words in which it is shown. Nothing here needs PyTorch."""
+"""What waits for a person at a site, what was decided, and how two orders differ. Nothing here needs PyTorch."""
 
 import json
 from collections.abc import Iterator, Mapping

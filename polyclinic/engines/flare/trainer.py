@@ -1,4 +1,4 @@
-"""The process that trains. It holds data, model and PyTorch; if it dies, its site answers with a reason and starts another.
+"""The process that trains. It holds data, model and PyTorch; if it dies, its site starts another, or says why.
 
 The job process at a site (``executor``, ``desk``) imports no PyTorch and moves files; this process opens no connection.
 They talk in lines of JSON over two pipes, and exchange values as files. It dies with its parent.
@@ -72,7 +72,8 @@ class Trainer:
 
     def _once(self, command: Mapping[str, Any], end: float | None) -> dict[str, Any]:
         process = self._process = self._process or self._start()
-        assert process.stdin and process.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(command).encode() + b"\n")
             process.stdin.flush()

@@ -1,4 +1,4 @@
-"""What the training process does: builds what the order says, from what is installed here, and does asks within the policy."""
+"""What the training process does: builds what the order says, from what is installed here; does asks within the policy."""
 
 import logging
 import re
@@ -86,7 +86,7 @@ class Training:
 
 
 def _without_data(reason: str) -> str:
-    """Why there is no reply, as the server may read it. What an exception says may name a patient, and stays in the log."""
+    """Why there is no reply, as the server may read it. What an exception says may name a patient: it stays here."""
     failed = re.fullmatch(r"failed: (\w+): .*?(\([\w.]+:\d+\))?", reason, re.DOTALL)
     if not failed:
         return printable(reason, 2000)

@@ -1,0 +1,283 @@
+"""``polyclinic site``: what a hospital does."""
+
+import getpass
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from polyclinic.engines.flare import doctor, member
+from polyclinic.engines.flare.homes import BadHome, SiteHome
+from polyclinic.engines.flare.journals import SharedJournal
+from polyclinic.engines.flare.memory import Memory
+from polyclinic.engines.flare.order import code_hash
+from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Review, Reviews, differences, flat
+
+app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
+Home = Annotated[Path, Parameter(help="The site's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
+HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
+
+
+@app.command
+def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = False, home: Home = HERE) -> None:
+    """Make this site's keys, here, and the request to send to the coordinator.
+
+    Parameters
+    ----------
+    name: What the site is called in every study: small letters, digits, hyphens.
+    organisation: Whose site it is: letters, digits, underscores.
+    renew: Whether to ask for a new certificate for a site that has joined.
+    new_keys: With renew, whether to make new keys too.
+    """
+    request = member.init(SiteHome(home.resolve()), name, organisation, renew, new_keys)
+    print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
+    print(f"send     {request} to the coordinator. It holds no secret.")
+    print("next     polyclinic site join FILE --data DIR, with the file that comes back")
+
+
+@app.command
+def join(
+    file: Path, *, data: Path, fingerprint: str = "", device: str = "cpu", yes: bool = False, home: Home = HERE
+) -> None:
+    """Join with the FILE that the coordinator gave back.
+
+    Parameters
+    ----------
+    file: The join file.
+    data: The folder with this site's examples; see docs/deployment.md for what it holds.
+    fingerprint: The authority's, as the coordinator read it to you; else you are asked.
+    device: Where to compute, cpu or cuda.
+    yes: Whether to join without having compared fingerprints.
+    """
+    site = SiteHome(home.resolve())
+    table, found = member.read_join(site, file)
+    print(
+        f"project  {table['project']} at {table['host']}:{table['port']}; outbound connections only, no port opens here"
+    )
+    print(f"ca       {found}")
+    said = fingerprint.replace(":", "").strip().lower()
+    if said and said != found.replace(":", ""):
+        raise BadHome("this is not the fingerprint that you were told: do not join, and ask the coordinator")
+    if not said and not yes:
+        if not sys.stdin.isatty():
+            raise BadHome(
+                "compare the fingerprint with the coordinator's on the telephone, and give it: --fingerprint ..."
+            )
+        if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
+            raise BadHome("not joined")
+    member.join(site, table, data, device)
+    print(f"joined   as {table['site']}, until {table['expires'][:10]}")
+    print("next     polyclinic site policy (read it), polyclinic site doctor, polyclinic site start")
+
+
+@app.command
+def start(*, background: bool = False, home: Home = HERE) -> None:
+    """Take part until stopped.
+
+    Parameters
+    ----------
+    background: Whether to return at once. A service manager should not: see `polyclinic site unit`.
+    """
+    site = SiteHome(home.resolve())
+    if background:
+        print(f"started  process {member.start(site)}")
+        return
+    print(f"running  {member.settings(site, joined=True)['site']}; Ctrl-C stops it")
+    member.run(site)
+
+
+@app.command
+def stop(*, home: Home = HERE) -> None:
+    """Stop taking part, for now."""
+    print("stopped" if member.stop(SiteHome(home.resolve())) else "it was not running")
+
+
+@app.command(name="doctor")
+def examine(*, home: Home = HERE) -> None:
+    """What is wrong, in one line each: clock, certificate, name, port, server, version, data, policy."""
+    found = doctor.examine(SiteHome(home.resolve()))
+    for what, good, words in found:
+        print(f"{'ok ' if good else 'BAD'}  {what:12} {words}")
+    if not all(good for _, good, _ in found):
+        raise SystemExit(1)
+
+
+@app.command
+def status(*, home: Home = HERE) -> None:
+    """How this site is: connected to whom, what runs, what waits for a person."""
+    site = SiteHome(home.resolve())
+    given = member.settings(site)
+    up = member.is_up(site)
+    print(f"site     {given['site']} is {member.status(site)['state'] if up else 'not running'}")
+    if "project" in given:
+        print(
+            f"server   {given['project']} at {given['host']}:{given['port']}, certificate until {given['expires'][:10]}"
+        )
+        print(f"data     {given['data']}")
+    else:
+        print("server   not joined yet")
+    for review in Reviews(site.reviews).all():
+        memory = Memory(site.memory(review.what.run)).chain
+        last = memory.links[-1] if memory.links else None
+        did = f"answered message {last.number} of round {last.round + 1}" if last else "nothing yet"
+        print(f"study    {review.what.run:24} {review.state:10} {did}")
+    print(f"journal  {SharedJournal(site.journal).head[:16]}")
+
+
+@app.command
+def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> None:
+    """Check and show what this hospital allows.
+
+    Parameters
+    ----------
+    default: Whether to show the policy that a new site begins with.
+    reset: Whether to put it in place of the one here, which is kept as policy.toml.before.
+    """
+    from polyclinic.engines import policy as policies
+
+    site = SiteHome(home.resolve())
+    if default:
+        print(policies.DEFAULT, end="")
+        return
+    if reset:
+        if site.policy.exists():
+            os.replace(site.policy, site.policy.with_name("policy.toml.before"))
+        site.policy.write_text(policies.DEFAULT, encoding="utf-8")
+        SharedJournal(site.journal).write("policy reset", {"by": _person()})
+    policies.read(site.policy)
+    print(site.policy.read_text(encoding="utf-8"), end="")
+    print(f"# {site.policy} is in order")
+
+
+@app.command
+def review(run: str = "", *, home: Home = HERE) -> None:
+    """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved."""
+    reviews = Reviews(SiteHome(home.resolve()).reviews)
+    if not run:
+        waiting = [r for r in reviews.all() if r.state == WAITING]
+        for item in waiting:
+            print(
+                f"{item.what.run:24} {item.what.plan['method']:16} since {item.seen[:16]}  {'; '.join(item.problems)}"
+            )
+        print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
+        return
+    found = reviews.get(run)
+    if found is None:
+        raise BadHome(f"no study called {run!r} has come")
+    before = [r for r in reviews.all() if r.state == APPROVED and r.what.run != run]
+    _show(found, before[-1] if before else None)
+
+
+@app.command
+def approve(run: str, *, reason: str, home: Home = HERE) -> None:
+    """Allow RUN, exactly as `review` shows it.
+
+    Parameters
+    ----------
+    reason: Why, as in "IRB 26-114". It goes into the journal.
+    """
+    _decide(SiteHome(home.resolve()), run, APPROVED, reason)
+
+
+@app.command
+def refuse(run: str, *, reason: str, home: Home = HERE) -> None:
+    """Refuse RUN, or take an approval back; it counts from the next message on.
+
+    Parameters
+    ----------
+    reason: Why. The server reads it.
+    """
+    _decide(SiteHome(home.resolve()), run, REFUSED, reason)
+
+
+@app.command
+def log(*, last: int = 20, home: Home = HERE) -> None:
+    """What was asked, done, refused and sent, after checking that nobody changed the journal.
+
+    Parameters
+    ----------
+    last: How many entries.
+    """
+    from polyclinic.cli.journal import show
+
+    show(SiteHome(home.resolve()).journal, last)
+
+
+@app.command
+def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
+    """Delete what methods keep here for RUN. If it goes on, this site begins anew."""
+    site = SiteHome(home.resolve())
+    if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
+        return
+    Memory(site.memory(run)).forget()
+    SharedJournal(site.journal).write("memory deleted", {"run": run, "by": _person()})
+    print(f"deleted  the memory of {run}")
+
+
+@app.command
+def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
+    """Print a systemd unit that keeps this site running."""
+    template = Path(__file__).parents[1] / "engines" / "flare" / "unit.service"
+    values = {"HOME": str(home.resolve()), "USER": user, "POLYCLINIC": str(Path(sys.argv[0]).resolve()), "ROLE": "site"}
+    text = template.read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    print(text, end="")
+
+
+@app.command
+def leave(*, yes: bool = False, home: Home = HERE) -> None:
+    """End the membership: delete certificate, keys and memories. Journal, policy and data stay."""
+    if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
+        return
+    member.leave(SiteHome(home.resolve()))
+    print("left")
+
+
+def _decide(site: SiteHome, run: str, state: str, reason: str) -> None:
+    decided = Reviews(site.reviews).decide(run, state, _person(), reason)
+    details = {"run": run, "order": decided.what.hash, "by": decided.by, "reason": reason}
+    SharedJournal(site.journal).write(f"{state} by a person", details)
+    print(f"{state:8} {run}")
+
+
+def _show(item: Review, before: Review | None) -> None:
+    an = item.what
+    print(f"{an.run}: {item.state}{f' by {item.by}: {item.reason}' if item.by else ''}")
+    print("\nWhat would run here, every round")
+    for key, value in flat({k: v for k, v in an.plan.items() if k not in ("sites", "rounds", "seed")}):
+        print(f"  {key} = {value}")
+    print("\nWhat would leave")
+    print(f"  {_leaves(an.plan['method'])}, {an.plan['rounds']} times")
+    through = ", ".join(item["name"] for item in an.plan.get("send", ()))
+    print(f"  through {through or 'no transform: the server sees it as it is'}")
+    scores = f"scores on validation data every {an.score_every} rounds" if an.score_every else "no scores"
+    print(f"  {scores}; at the end {an.test or 'no test'}")
+    print(f"\nWith whom\n  {', '.join(an.plan['sites'])}")
+    print(f"\nWhose data here\n  {json.dumps(dict(item.patients))} patients")
+    print(f"\nHashes\n  order  {an.hash}\n  method {an.method_hash}\n  code   {item.code}")
+    if item.code != code_hash():
+        print("  polyclinic was changed here since this study came: it will be offered again")
+    if before:
+        print(f"\nAgainst {before.what.run}, approved {before.decided[:10]} by {before.by}")
+        print("\n".join(f"  {line}" for line in differences(an, before.what)) or "  nothing differs")
+        print(f"  the code {'is the same' if before.code == item.code else 'has changed'}")
+    if item.problems:
+        print("\nThe policy refuses it\n" + "\n".join(f"  {problem}" for problem in item.problems))
+    elif item.state == WAITING:
+        print(
+            f'\npolyclinic site approve {an.run} --reason "..."   or   polyclinic site refuse {an.run} --reason "..."'
+        )
+
+
+def _leaves(method: str) -> str:
+    from polyclinic.methods.registry import entry
+
+    return entry(method).leaves
+
+
+def _person() -> str:
+    return os.environ.get("SUDO_USER") or getpass.getuser()

@@ -1,0 +1,126 @@
+"""What is wrong at a site, in one line each, before somebody has to read a log."""
+
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from polyclinic import __version__
+from polyclinic.engines.flare import authority as authorities
+from polyclinic.engines.flare import member, processes
+from polyclinic.engines.flare.homes import BadHome, SiteHome, read_small
+
+PATIENCE = 5.0
+Finding = tuple[str, bool, str]
+
+
+def examine(home: SiteHome) -> list[Finding]:
+    """What was looked at, whether it is well, and what to do."""
+    try:
+        given = member.settings(home, joined=True)
+    except BadHome as error:
+        return [("folder", False, str(error))]
+    return list(_examine(home, given))
+
+
+def _examine(home: SiteHome, given: dict[str, Any]) -> Iterator[Finding]:
+    yield _try("certificate", lambda: _certificate(home))
+    name = _try("name", lambda: _resolve(given["host"], given["port"]))
+    yield name
+    if name[1]:
+        port = _try("port", lambda: _connect(given["host"], given["port"]))
+        yield port
+        if port[1]:
+            yield _try("server", lambda: _greet(home, given))
+    yield _try("data", lambda: _data(Path(given["data"])))
+    yield _try("policy", lambda: _policy(home))
+    yield _try("disk", lambda: _disk(home.path))
+    yield "version", True, f"polyclinic {__version__}"
+    running = len(processes.working_in(home.kit))
+    yield (
+        "processes",
+        member.is_up(home),
+        f"{running} of FLARE run" if member.is_up(home) else "not running: polyclinic site start",
+    )
+
+
+def _try(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return what, True, look()
+    except Exception as error:  # a doctor does not faint
+        return what, False, f"{error}" if isinstance(error, BadHome) else f"{type(error).__name__}: {error}"
+
+
+def _certificate(home: SiteHome) -> str:
+    certificate = authorities.load_certificate(read_small(home.kit / "startup" / "client.crt"))
+    days = authorities.check_dates(certificate)
+    if days < authorities.WARN_DAYS:
+        raise BadHome(f"ends in {days} days: polyclinic site init --renew, and send the request to the coordinator")
+    return f"good for {days} days; this machine's clock says {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+
+
+def _resolve(host: str, port: int) -> str:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except socket.gaierror as error:
+        raise BadHome(
+            f"{host} cannot be found ({error}): is the name right, and does this machine have a name server?"
+        ) from None
+    return f"{host} is {', '.join(sorted(found))}"
+
+
+def _connect(host: str, port: int) -> str:
+    try:
+        with socket.create_connection((host, port), timeout=PATIENCE):
+            return f"{host}:{port} answers"
+    except OSError as error:
+        raise BadHome(
+            f"{host}:{port} does not answer ({error}): is the server up, and may this machine connect out to that port?"
+        ) from None
+
+
+def _greet(home: SiteHome, given: dict[str, Any]) -> str:
+    startup = home.kit / "startup"
+    context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+    context.load_cert_chain(startup / "client.crt", startup / "client.key")
+    try:
+        with (
+            socket.create_connection((given["host"], given["port"]), timeout=PATIENCE) as line,
+            context.wrap_socket(line, server_hostname=given["host"]) as safe,
+        ):
+            return f"shows a certificate of this project's authority ({safe.version()})"
+    except ssl.SSLCertVerificationError as error:
+        raise BadHome(
+            f"its certificate is not of this project's authority, or a clock is wrong ({error.verify_message})"
+        ) from None
+    except (ssl.SSLError, OSError) as error:
+        raise BadHome(f"no secure connection ({error}): does a firewall or proxy break up TLS?") from None
+
+
+def _data(folder: Path) -> str:
+    from polyclinic.engines.flare.site_data import ROLES
+
+    if not folder.is_dir():
+        raise BadHome(f"{folder} is not there: is the disk mounted?")
+    found = [role for role in ROLES if (folder / f"{role}.npz").is_file()]
+    if not found and not (folder / "data.toml").is_file():
+        raise BadHome(f"{folder} holds neither train.npz nor data.toml")
+    return f"{folder} holds {', '.join(found) or 'data.toml'}"
+
+
+def _policy(home: SiteHome) -> str:
+    from polyclinic.engines import policy as policies
+
+    policies.read(home.policy)
+    return f"{home.policy} is in order"
+
+
+def _disk(folder: Path) -> str:
+    import shutil
+
+    free = shutil.disk_usage(folder).free
+    if free < 2**30:
+        raise BadHome(f"{free / 2**20:.0f} MB are free at {folder}: make room")
+    return f"{free / 2**30:.0f} GB are free"

@@ -1,0 +1,66 @@
+"""At a site, what FLARE's job process runs: it hands calls to the desk and brings back its answers.
+
+One of the two classes of ours that FLARE may build. It never raises, for a job process that fails takes the whole job
+with it; and it imports no PyTorch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable, make_reply
+
+from polyclinic.engines.flare import transfer
+from polyclinic.engines.flare.desk import Desk, take_in
+from polyclinic.engines.flare.homes import BadHome, SiteHome
+from polyclinic.engines.flare.messages import BadMessage, Call, printable
+from polyclinic.engines.flare.order import BadOrder, Order
+
+
+class SiteExecutor(Executor):  # type: ignore[misc]
+    """Does what a desk allows, for one job."""
+
+    def __init__(self, order: str) -> None:
+        """For the ``order`` in the signed job."""
+        super().__init__()
+        self.text = order
+        self.desk: Desk | None = None
+        self.stopped = False
+
+    def handle_event(self, event_type: str, fl_ctx: Any) -> None:
+        """Opens the desk when the run starts and closes it when it ends."""
+        if event_type == EventType.START_RUN:
+            home = SiteHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
+            try:
+                self.desk = Desk(home, Order.from_json(self.text), lambda: self.stopped)
+            except (BadOrder, BadHome, OSError) as error:
+                self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
+        elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
+            self.stopped = True
+            if self.desk:
+                self.desk.close()
+
+    def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
+        """One call and its answer."""
+        desk = self.desk
+        if desk is None:
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        cell = fl_ctx.get_engine().get_cell()
+        desk.trainer.stopped = lambda: self.stopped or abort_signal.triggered
+        try:
+            call = Call.from_json(shareable.get("call"))
+            body = None
+            if call.size:
+                path = desk.memory.folder / "received"
+                if transfer.fetch(cell, shareable, "server", path, call.size, abort_signal) != (call.size, call.sha256):
+                    raise BadMessage("the file is not the one that its message names")
+                body = take_in(desk.memory, path, call.number)
+            answer, file = desk.answer(call, body)
+            beside = transfer.offer(cell, file, 1) if file else {}
+            return Shareable({"answer": answer.to_json(), **beside})
+        except (BadMessage, OSError, ValueError) as error:
+            self.log_error(fl_ctx, printable(str(error)))
+            desk.journal.write("message refused", {"reason": printable(str(error))})
+            return Shareable({"answer": None, "reason": printable(str(error))})

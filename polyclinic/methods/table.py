@@ -76,6 +76,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fednorm", "fednorm:fednorm", "one model for several modalities, with normalisation layers for each", "Bernecker et al. 2022", "the change of the model, and which modality the site has"),
         Entry("fedmri", "fedmri:fedmri", "a shared encoder, a private decoder, and a contrast of encoders", "Feng et al. 2022 (TMI)", "the change of the encoder; with `others`, the encoder, kept apart by site", stateful=True),
         Entry("site-graph", "site_graph:site_graph", "a shared CNN and, at each site, a graph network over its labels", "Chakravarty et al. 2021 (ISBI)", "the change of all but the graph network", tasks=("multilabel", "classification"), stateful=True),
+        Entry("lc-fed", "lcfed:lc_fed", "channels chosen for each site, and heads calibrated where sites disagree", "Wang et al. 2022 (ECCV)", "the change of all but the head; the head, kept apart by site and seen by the other sites", tasks=("segmentation",), stateful=True),
     ),
     "Client end: domain adaptation": (
         Entry("fed-align", "fedalign:fed_align", "features that discriminators cannot tell apart by site", "Li et al. 2020 (Medical Image Analysis)", "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site", stateful=True),
@@ -107,6 +108,10 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
         Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student", stateful=True),
         Entry("mutual", "fedmic:mutual", "a private and a shared model learn from one another", "Shen et al. 2020; Zhang et al. 2018", "the change of the shared model", stateful=True),
+        Entry("taught", "teacher:taught", "sites learn from labels and from a teacher", "Kumar et al. 2021; Hinton et al. 2015"),
+        Entry("fedmd", "fedmd:fedmd", "sites exchange what their models say of public images", "Li and Wang 2019", "scores on public images", tasks=("classification", "multilabel", "regression"), stateful=True),
+        Entry("feddf", "feddf:feddf", "the server distils all models on public images", "Lin et al. 2020", "the model, seen by the server for each site"),
+        Entry("fedad", "fedad:fedad", "one exchange of predictions and attention on public images", "Gong et al. 2021, 2022", "probabilities and attention on public images, once; class counts", tasks=("classification",)),
     ),
     "Client end: data synthesis": (
         Entry("fedvss", "fedvss:fedvss", "virtual examples made with the local and the global model", "Zhu and Luo 2022"),

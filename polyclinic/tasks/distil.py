@@ -160,3 +160,40 @@ def either(task: Task, second: Network) -> Task:
     """``task`` with a model that is either its own or one of the network ``second``."""
     own = task.network
     return replace(task, network=Either("either", own.inputs, own.outputs, pair=(own, second)))
+
+
+def look(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a model says [b, C, ...], and where it looks: [b, places] of length 1, from its last convolution.
+
+    Where: the mean square over channels at each place. Zagoruyko and Komodakis, "Paying More Attention to Attention",
+    ICLR 2017, equation 2. https://arxiv.org/abs/1612.03928. Without convolutions there are no places.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    found: list[Tensor] = []
+    hook = convolutions[-1].register_forward_hook(lambda *given: found.append(given[2])) if convolutions else None
+    try:
+        z = model(inputs)
+    finally:
+        if hook:
+            hook.remove()
+    places = found[-1].square().mean(1).flatten(1) if found else inputs.new_zeros(len(inputs), 0)
+    return z if isinstance(z, Tensor) else z[0], F.normalize(places, dim=1)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A loss for inputs whose targets are positions in ``wanted``: what an ensemble said of each of them.
+
+    Attributes:
+        kind: Of the task. ``wanted``: raw outputs [n, C, ...]. ``temperature``: T.
+    """
+
+    kind: str
+    wanted: Tensor
+    temperature: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The divergence of what ``model`` says from what was wanted."""
+        z = model(batch[0])
+        target = self.wanted[batch[1].cpu()].to(batch[0].device)
+        return divergence(self.kind, z if isinstance(z, Tensor) else z[0], target, self.temperature)

@@ -69,6 +69,18 @@ def all_inputs(data: Mapping[str, Any]) -> Chained:
     return Chained(tuple(data[role] for role in ("train", "unlabelled") if size(data, role)))
 
 
+def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
+    """The images that are nobody's patients, the same everywhere.
+
+    Raises:
+        ValueError: Where there are none, with what to do.
+    """
+    if not size(data, "public"):
+        raise ValueError(f"{method} distils on public images, and {who} has none: give data under the role 'public', "
+                         "the same at every place, or choose a method without them, such as fedavg")  # fmt: skip
+    return Untargeted(data["public"])
+
+
 def endless(local: Local, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
     """Minibatches of ``data`` as ``local`` makes them, without end: a second stream beside the one in ``Local.fit``.
 

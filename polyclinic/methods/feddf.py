@@ -1,0 +1,70 @@
+"""FedDF: the server fuses the sites' models by distilling what they say together of public images.
+
+Lin, Kong, Stich and Jaggi, "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
+Algorithm 1 and equation 1 (AVGLOGITS). https://arxiv.org/abs/2006.07242. The paper keeps the student that does best on
+validation data, of which the server here has none: it distils for a fixed number of passes.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.methods.fedavg import State
+from polyclinic.tasks.distil import Matching, answers
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.pool import public
+from polyclinic.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class FedDF(Method[State]):
+    """FedAvg whose average then learns to say of public, unlabelled images what all sites' models say on average.
+
+    Needs the role ``public`` at the server.
+
+    Attributes:
+        distil: How the server trains; Adam at 1e-3 in the paper.
+        temperature: T of the distillation.
+    """
+
+    task: Task
+    local: Local = Local()
+    distil: Local = Local(epochs=5, optimiser="adam", lr=1e-3)
+    temperature: float = 1.0
+
+    def init(self, params: Tree) -> State:
+        return State(0, params)
+
+    def ask(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        end = self.local.fit(self.task, ask.trees["params"], site, ask.round)
+        n = torch.tensor(float(len(site.data["train"])))
+        return Reply({"model": Gather({site.name: {**tree.prefixed("model", end), "examples": n}})}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        images = public(server.data, "the server", "feddf")
+        mean, logits = Mean(tree.zeros(state.params), 0.0), torch.zeros(())
+        sent = reply.gather("model")
+        for leaves in sent.values():
+            model = tree.under("model", leaves)
+            mean = mean + Mean.of(model, float(leaves["examples"]))
+            logits = logits + answers(self.task, model, images, server.device)[0] / len(sent)
+        loss = Matching(self.task.kind, logits, self.temperature)  # KL( σ(mean_k f(x; w_k)) ‖ σ(f(x; w)) )
+        params = self.distil.fit(self.task, mean.value, server, state.round, data=images, loss=loss)
+        return State(state.round + 1, params)
+
+
+def feddf(
+    task: Task, local: Local, *, distil_epochs: int = 5, distil_lr: float = 1e-3, distil_batch: int = 64,
+    temperature: float = 1.0,
+) -> FedDF:  # fmt: skip
+    """FedAvg, then distillation of all sites' models on the server's public images."""
+    distil = replace(FedDF.distil, epochs=distil_epochs, lr=distil_lr, batch_size=distil_batch)
+    return FedDF(task, local, distil, temperature)

@@ -1,0 +1,86 @@
+"""FedMD: sites exchange what their models say of public images, never the models.
+
+Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", NeurIPS 2019 workshop, Algorithm 1.
+https://arxiv.org/abs/1910.03581. The public images here have no labels, so the paper's first training on them is left
+out, and all of them are used in every round. Networks may differ by site in the paper; here they are of one kind. Where
+the server holds the public images too, it distils a model of its own for sites that never took part.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.distil import answers
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.pool import public, size
+from polyclinic.tasks.task import Batch, Task
+
+
+@savable
+class State(NamedTuple):
+    """What all sites say of the public images on average, and the model of a site that never took part."""
+
+    round: int
+    params: Tree
+    consensus: Tree
+
+
+@dataclass(frozen=True)
+class FedMD(Method[State]):
+    """Each round, sites digest the consensus on public images, revisit their own data, and say what they now think.
+
+    Needs the role ``public``, the same images at every site.
+
+    Attributes:
+        digest: How a site learns the consensus, by mean absolute error of scores.
+    """
+
+    task: Task
+    local: Local = Local()
+    digest: Local = Local()
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {})
+
+    def ask(self, state: State) -> Ask:
+        return Ask(state.round, {"params": state.params, "consensus": state.consensus})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        params, images = memory.get("params", ask.trees["params"]), public(site.data, site.name, "fedmd")
+        params = self._digested(params, ask.trees["consensus"], images, site, ask.round)
+        params = self.local.fit(self.task, params, site, ask.round)  # revisit
+        scores, _ = answers(self.task, params, images, site.device)
+        return Reply({"scores": Mean.of({"scores": scores})}), {**memory, "params": params}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        consensus = reply.mean("scores").value  # f̃ = Σ_k f_k / m
+        params = state.params
+        if size(server.data, "public"):
+            params = self._digested(params, consensus, public(server.data, "the server", "fedmd"), server, state.round)
+        return State(state.round + 1, params, consensus)
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return memory.get("params", ask.trees["params"])
+
+    def _digested(self, params: Tree, consensus: Tree, images: object, at: Site, round: int) -> Tree:
+        """``params`` after learning to say what everybody says; unchanged before anybody has said anything."""
+        if not consensus:
+            return params
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            z = model(batch[0])
+            return F.l1_loss(z, consensus["scores"][batch[1].cpu()].to(z))
+
+        return self.digest.fit(self.task, params, at, round, data=images, loss=loss, slot="digest")
+
+
+def fedmd(task: Task, local: Local, *, digest_epochs: int = 1, digest_lr: float = 0.0) -> FedMD:
+    """Sites exchange scores on public images; ``digest_lr`` is the training's where it is 0."""
+    return FedMD(task, local, replace(local, epochs=digest_epochs, steps=None, lr=digest_lr or local.lr))

@@ -21,18 +21,23 @@ def features(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
 
 def encoded(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
     """What leaves the encoder, pooled: [b, F]. In a U-Net that is the bottleneck; elsewhere, what enters the head."""
-    leaving: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda _, __, given: leaving.append(given))
-        for name, module in model.named_modules()
-        if name and task.network.in_encoder(f"{name}.")
-    ]
+    return pooled(_leaving(task, model, inputs)[1])
+
+
+def _leaving(task: Task, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor]:
+    """The encoder's last module, by name, and what it gives."""
+    found: list[tuple[str, Tensor]] = []
+
+    def listen(name: str, module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda _, __, given: found.append((name, given)))
+
+    hooks = [listen(name, m) for name, m in model.named_modules() if name and task.network.in_encoder(f"{name}.")]
     try:
         model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return pooled(leaving[-1])
+    return found[-1]
 
 
 def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", which: Tensor | None = None) -> Tensor:
@@ -50,8 +55,18 @@ def head_width(task: Task) -> int:
         return features(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]
 
 
-@lru_cache(maxsize=64)
 def encoded_width(task: Task) -> int:
     """F, the number of features that ``encoded`` gives."""
+    return _probe(task)[1]
+
+
+def bottleneck(task: Task) -> str:
+    """The name of the encoder's last module."""
+    return _probe(task)[0]
+
+
+@lru_cache(maxsize=64)
+def _probe(task: Task) -> tuple[str, int]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return encoded(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]
+        name, given = _leaving(task, task.model().eval(), torch.zeros(2, *task.network.inputs))
+    return name, given.shape[1]

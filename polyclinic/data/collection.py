@@ -151,6 +151,8 @@ class Collection:
             out["images"] = (out["images"] * 255).round().to(torch.uint8)
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
+            if set(masks.unique().tolist()) == {0, 255}:
+                masks //= 255  # black and white, in all masks, are 0 and 1
             out["masks"] = masks.to(torch.uint8) if int(masks.max()) < 256 else masks
         return out
 

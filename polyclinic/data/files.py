@@ -34,6 +34,11 @@ def placed(path: str) -> Path:
     if unset := re.findall(r"\$\{?(\w+)\}?", filled):
         raise DataError(f'path = "{path}": the environment variable {unset[0]} is not set')
     found = Path(filled)
+    if not found.exists() and found.parent == folder() / "downloads":
+        raise DataError(
+            f"{found.name} is not here yet: fetch it with `polyclinic data get {found.stem.split('_')[0]}`, or set path "
+            "= where you have it"
+        )
     if not found.exists():
         raise DataError(f'path = "{path}": there is nothing at {found.absolute()}')
     return found
@@ -126,7 +131,7 @@ def read_image(paths: Sequence[Path], mask: Path | None = None, limits: Limits =
     """One image from one file, or from one file per channel; and its mask.
 
     Pictures come as 0 to 1 whatever their depth; volumes in their own units, turned to the axes (z, y, x) of RAS, and
-    flat where they hold one slice. A folder is read as a DICOM series. A mask of 0 and 255 is one of 0 and 1.
+    flat where they hold one slice. A folder is read as a DICOM series.
 
     Raises:
         Unreadable: Where a file is damaged, too large, or does not fit the others.
@@ -140,8 +145,6 @@ def read_image(paths: Sequence[Path], mask: Path | None = None, limits: Limits =
     labels = _read(mask, True, limits).pixels[0].long()
     if tuple(labels.shape) != parts[0].size:
         raise Unreadable(mask, f"the mask has size {tuple(labels.shape)} and its image {parts[0].size}")
-    if set(labels.unique().tolist()) <= {0, 255}:
-        labels //= 255
     return Picture(pixels, labels, parts[0].spacing_mm)
 
 

@@ -1,6 +1,6 @@
 """Folders of images whose names say what is in them: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +8,7 @@ from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, From
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import check_pattern, kind_of, opened, patients_in
 from polyclinic.data.preprocess import Steps
-from polyclinic.data.source import Info
+from polyclinic.data.source import HIDDEN, Info
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Folders(FromFiles):
         classes: The classes in order; found and sorted where this is empty.
         steps: Preprocessing.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in.
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
     """
 
     path: str
@@ -33,7 +33,7 @@ class Folders(FromFiles):
     classes: tuple[str, ...] = ()
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
-    about: Info | None = None
+    about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         problems = check_pattern("patient", self.patient)

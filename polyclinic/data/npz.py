@@ -4,7 +4,7 @@ MedMNIST: Yang et al., Scientific Data 10:41 (2023), https://doi.org/10.1038/s41
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
 from polyclinic.data.limits import LIMITS, Unreadable, read_npz
 from polyclinic.data.preprocess import Steps, apply, fingerprint
-from polyclinic.data.source import Info, Table, Task, digest
+from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.steps import Picture
 
 SPLITS = ("train", "val", "test")
@@ -41,7 +41,7 @@ class Npz:
         regression: Whether the labels are numbers rather than classes.
         steps: Preprocessing.
         gigabytes: The most that the decoded arrays may take.
-        about: What is known of the data; the catalogue fills this in.
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Npz:
     regression: bool = False
     steps: Steps = ()
     gigabytes: float = 4.0
-    about: Info | None = None
+    about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         if problems := check_pattern("patient_pattern", self.patient_pattern):

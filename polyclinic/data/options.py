@@ -35,7 +35,7 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
     fields: dict[str, Any] = {
         f.name: (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.init and f.default_factory is dataclasses.MISSING
+        if f.init and not f.metadata.get("hidden")
     }
     model = create_model(cls.__name__, __base__=_Strict, **fields)
     lines: list[InitErrorDetails] = []

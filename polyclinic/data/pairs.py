@@ -8,7 +8,7 @@ labels. Masks without a name of their own keep the image's.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.files import check_pattern, kind_of, opened, patients_in, stem_of
 from polyclinic.data.limits import Unreadable, read_text
 from polyclinic.data.preprocess import Steps
-from polyclinic.data.source import Info
+from polyclinic.data.source import HIDDEN, Info
 
 FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"))
 
@@ -35,7 +35,7 @@ class Pairs(FromFiles):
         classes: The names of 0, 1, ...; read from ``dataset.json`` where there is one.
         steps: Preprocessing.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in.
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Pairs(FromFiles):
     classes: tuple[str, ...] = ()
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
-    about: Info | None = None
+    about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         if problems := [*check_pattern("patient", self.patient), *check_pattern("site", self.site)]:

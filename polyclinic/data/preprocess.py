@@ -14,6 +14,7 @@ from polyclinic.data.steps import (
     Foreground,
     Percentiles,
     Picture,
+    Relabel,
     Resample,
     Resize,
     Scale,
@@ -23,7 +24,7 @@ from polyclinic.data.steps import (
 )
 
 STEPS: dict[str, type[Any]] = {
-    s.name: s for s in (Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Channels)
+    s.name: s for s in (Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Relabel, Channels)
 }
 
 

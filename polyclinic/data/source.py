@@ -15,6 +15,9 @@ import numpy as np
 
 from polyclinic.data.examples import DataError, Examples
 
+HIDDEN = {"hidden": True}
+"""Marks a field of a source that a study file cannot set."""
+
 Task = Literal["classification", "multilabel", "regression", "segmentation"]
 
 
@@ -132,7 +135,8 @@ def digest(*parts: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """``text`` as a site's name: small letters, digits and hyphens, at most 63 of them, as ``"slices-1-25mm"``.
+    """``text`` as a site's name: small letters, digits and hyphens, at most 63 of them, as ``"slices-1-25-mm"``. A
+    number alone becomes ``"site-3"``.
 
     Raises:
         DataError: Where nothing of ``text`` is left.
@@ -140,4 +144,4 @@ def slug(text: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].strip("-")
     if not name:
         raise DataError(f"{text!r} cannot name a site: use letters or digits")
-    return name
+    return f"site-{name}" if name.isdigit() else name

@@ -1,5 +1,6 @@
 """The ``[data]`` table of a study file, as a value: which data, whose sites, which split."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -8,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic import ModelWrapValidatorHandler as Handler
 from pydantic_core import InitErrorDetails
 
-from polyclinic.data import options
+from polyclinic.data import catalogue, options
+from polyclinic.data.examples import DataError
 from polyclinic.data.partition import PARTITIONS, Partition
 from polyclinic.data.source import Source
 from polyclinic.data.splits import ROLES
@@ -18,6 +20,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "npz": ("polyclinic.data.npz", "Npz"),
     "folders": ("polyclinic.data.folders", "Folders"),
     "manifest": ("polyclinic.data.manifest", "Manifest"),
+    "patterns": ("polyclinic.data.patterns", "Patterns"),
     "pairs": ("polyclinic.data.pairs", "Pairs"),
     "table": ("polyclinic.data.tables", "FeatureTable"),
 }
@@ -143,15 +146,23 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
     if use is None and kind is None:
         says = 'name a data set with use = "..." (`polyclinic data list` shows them), or give a path and its kind'
         raise options.problems([options.problem(("use",), says, use)])
-    if use == "lidc-nodules":
-        kind = "nodules"
+    given, about = dict(own) if path is None else {**own, "path": path}, None
+    if use is not None:
+        if kind is not None:
+            says = f'is given beside use = "{use}": the catalogue knows what kind it is, so leave one of them out'
+            raise options.problems([options.problem(("kind",), says, kind)])
+        try:
+            kind, given, about = catalogue.resolve(use, path, own)
+        except DataError as error:
+            raise options.problems([options.problem(("use",), says, use) for says in error.problems]) from None
     if kind not in KINDS:
         says = f'no kind of data is called "{kind}".{options.choices(str(kind), KINDS, "There are")}'
         raise options.problems([options.problem(("kind",), says, kind)])
     module, name = KINDS[kind]
-    cls: type[Source] = getattr(importlib.import_module(module), name)
-    given = dict(own) if path is None else {**own, "path": path}
-    return options.build(cls, given, f'"{use or kind}"')
+    source: Source = options.build(getattr(importlib.import_module(module), name), given, f'"{use or kind}"')
+    if about is not None and hasattr(source, "about"):
+        source = dataclasses.replace(source, about=about)  # type: ignore[type-var]
+    return source
 
 
 def _together(spec: DataSpec) -> list[InitErrorDetails]:

@@ -254,6 +254,35 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Relabel:
+    """The mask's ``values`` become 0, 1, 2, ... in the order in which they are listed, or what ``to`` lists."""
+
+    name: ClassVar[str] = "relabel"
+    version: ClassVar[int] = 1
+    values: tuple[int, ...]
+    to: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) != len(self.values):
+            raise DataError(f"values = {list(self.values)}: lists a value twice")
+        if self.to and (len(self.to) != len(self.values) or min(self.to) < 0):
+            raise DataError(f"to = {list(self.to)}: give one number from 0 for each of values = {list(self.values)}")
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The image is not changed. A value that is not listed is refused."""
+        if picture.mask is None:
+            raise DataError('the step "relabel" is for masks, and there is none')
+        if unknown := sorted(set(picture.mask.unique().tolist()) - set(self.values)):
+            raise DataError(
+                f"the mask holds {unknown[:5]}, which are not among the step's values = {list(self.values)}"
+            )
+        mask = torch.zeros_like(picture.mask)
+        for old, new in zip(self.values, self.to or range(len(self.values)), strict=True):
+            mask[picture.mask == old] = new
+        return replace(picture, mask=mask)
+
+
+@dataclass(frozen=True)
 class Channels:
     """To ``count`` channels: colours to grey by their mean, grey to colours by repeating it."""
 

@@ -10,7 +10,7 @@ What was missing is told to the model by indicators, one for each feature that i
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
 from polyclinic.data.rows import read_rows
-from polyclinic.data.source import Info, Table, Task, digest
+from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 
 Array = np.ndarray[Any, Any]
 MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
@@ -50,7 +50,7 @@ class FeatureTable:
         scale: Whether features are scaled to mean 0 and deviation 1.
         indicators: Whether a feature of 0 and 1 tells what was missing.
         statistics: Whose rows the mean and deviation come from.
-        about: What is known of the data; the catalogue fills this in.
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
     """
 
     path: str
@@ -69,7 +69,7 @@ class FeatureTable:
     scale: bool = True
     indicators: bool = True
     statistics: Literal["federation", "site"] = "federation"
-    about: Info | None = None
+    about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
         problems = []

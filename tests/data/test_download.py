@@ -1,0 +1,149 @@
+"""Fetching from a server on this machine: whole, resumed, damaged, refused, and with no server at all."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from polyclinic.data import catalogue
+from polyclinic.data.download import fetch
+from polyclinic.data.examples import DataError
+
+CONTENT = bytes(range(256)) * 4000
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``CONTENT``; ``cut`` ends every answer after so many bytes; ``ranges`` is whether it can go on."""
+
+    cut: int | None = None
+    ranges = True
+    status = 200
+    content = CONTENT
+    asked: list[str | None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        """The content, or the rest of it."""
+        span = self.headers.get("Range")
+        self.server.asked.append(span)
+        if self.server.status != 200:
+            self.send_error(self.server.status)
+            return
+        first = int(span.removeprefix("bytes=").removesuffix("-")) if span and self.server.ranges else 0
+        body = self.server.content[first:]
+        if span and not body:
+            self.send_error(416)
+            return
+        self.send_response(206 if span and self.server.ranges else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.cut])
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server on the loopback address, for one test."""
+    one = Server(("127.0.0.1", 0), Handler)
+    one.asked = []
+    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield one
+    one.shutdown()
+    one.server_close()
+    thread.join(5)
+
+
+@pytest.fixture
+def address(server: Server) -> str:
+    """Where it listens."""
+    return f"http://127.0.0.1:{server.server_address[1]}/"
+
+
+def test_a_whole_file_comes_once(server: Server, address: str, tmp_path: Path) -> None:
+    """Equal to the byte; the second time nothing is asked; no part is left behind."""
+    to = tmp_path / "deep" / "x.npz"
+    assert fetch(address, to, MD5).read_bytes() == CONTENT
+    assert fetch(address, to, MD5) == to
+    assert server.asked == [None]
+    assert [f.name for f in to.parent.iterdir()] == ["x.npz"]
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(server: Server, address: str, tmp_path: Path) -> None:
+    """Answers that end early: each request asks for the rest only."""
+    server.cut = 300_000
+    assert fetch(address, tmp_path / "x", MD5).read_bytes() == CONTENT
+    starts = [int(span.removeprefix("bytes=")[:-1]) for span in server.asked if span]
+    assert starts == sorted(starts)
+    assert len(server.asked) == -(-len(CONTENT) // 300_000)
+
+
+def test_a_part_from_another_day_is_used(server: Server, address: str, tmp_path: Path) -> None:
+    """What lies there is not asked for again; nor is a part that is already whole."""
+    (tmp_path / "x.part").write_bytes(CONTENT[:1000])
+    assert fetch(address, tmp_path / "x", MD5).read_bytes() == CONTENT
+    assert server.asked == ["bytes=1000-"]
+    (tmp_path / "y.part").write_bytes(CONTENT)
+    assert fetch(address, tmp_path / "y", MD5).read_bytes() == CONTENT
+
+
+def test_a_server_that_cannot_go_on_is_asked_anew(server: Server, address: str, tmp_path: Path) -> None:
+    """It sends everything again, and the file is right."""
+    server.ranges = False
+    (tmp_path / "x.part").write_bytes(b"something else")
+    assert fetch(address, tmp_path / "x", MD5).read_bytes() == CONTENT
+
+
+def test_a_wrong_file_is_deleted_and_said(server: Server, address: str, tmp_path: Path) -> None:
+    """Never under its name; a file that lies there but is another is said too."""
+    server.content = CONTENT[:-1] + b"!"
+    with pytest.raises(DataError, match="is not the file that was published"):
+        fetch(address, tmp_path / "x", MD5)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "x").write_bytes(b"mine")
+    with pytest.raises(DataError, match="delete it and try again"):
+        fetch(address, tmp_path / "x", MD5)
+    assert (tmp_path / "x").read_bytes() == b"mine"
+
+
+def test_refusals_and_no_network_say_what_to_do(server: Server, address: str, tmp_path: Path) -> None:
+    """404 at once; 503 after some tries; nobody listening: how to bring the file by hand, and its checksum."""
+    server.status = 404
+    with pytest.raises(DataError, match=f"the server answered 404 .* MD5 is {MD5}.* put it at"):
+        fetch(address, tmp_path / "x", MD5)
+    assert len(server.asked) == 1
+    server.status = 503
+    with pytest.raises(DataError, match="the server answered 503"):
+        fetch(address, tmp_path / "x", MD5, tries=2)
+    with pytest.raises(DataError, match="If this machine has no way to the internet"):
+        fetch("http://127.0.0.1:9/x", tmp_path / "x", MD5, tries=1, timeout=2)
+    server.status, server.cut = 200, 0
+    with pytest.raises(DataError, match="the connection ended early"):
+        fetch(address, tmp_path / "x", MD5, tries=2)
+
+
+def test_the_catalogue_fetches_by_name(
+    server: Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To its place in the cache, under MedMNIST's name for the size; sets behind agreements say what to do."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
+    one = catalogue.entry("breastmnist")
+    monkeypatch.setattr(catalogue, "entry", lambda _: catalogue.dataclasses.replace(one, md5={28: MD5, 64: MD5}))
+    assert catalogue.get("breastmnist", base=address) == tmp_path / "downloads" / "breastmnist.npz"
+    assert catalogue.get("breastmnist", 64, base=address).name == "breastmnist_64.npz"
+    with pytest.raises(DataError, match="has no size 99: choose 28, 64"):
+        catalogue.get("breastmnist", 99)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"adni cannot be fetched automatically\. Apply at LONI"):
+        catalogue.get("adni")

@@ -92,6 +92,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: contrastive and self-supervised learning": (
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
         Entry("fedmae", "fedmae:fedmae", "learns to fill in what is hidden, then from labels", "Yan et al. 2023"),
+        Entry("fcl", "fcl:fcl", "contrast between parts of the body, with other sites' features", "Wu et al. 2021 (MICCAI)", "the change of the model; features of single images", stateful=True),
     ),
     "Client end: multi-task learning": (
         Entry("fmtl", "fmtl:fmtl", "shared experts, private gates and towers", "Huang et al. 2023", "the change of the encoder and of the experts", tasks=("classification",), stateful=True),
@@ -115,6 +116,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Client end: data synthesis": (
         Entry("fedvss", "fedvss:fedvss", "virtual examples made with the local and the global model", "Zhu and Luo 2022"),
+        Entry("fedreplay", "fedreplay:fed_replay", "the server trains on what the sites' generators replay", "Qu et al. 2022 (Medical Image Analysis)", "a generator of the site's examples and its class counts, kept apart by site", tasks=("classification",), stateful=True),
     ),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),

@@ -134,3 +134,18 @@ def similarity(before: Tensor, after: Tensor) -> float:
     i, j = torch.triu_indices(len(before), len(before), 1)
     ranks = torch.stack([(1 - (k[i] * k[j]).sum(1)).argsort().argsort().double() for k in (before, after)])
     return float(torch.corrcoef(ranks)[0, 1])
+
+
+def partitions(parts: tuple[Any, ...], count: int) -> Tensor:
+    """In which of ``count`` parts of its volume each slice of the data sets in ``parts`` lies; -1 where not known."""
+    found = [torch.zeros(0, dtype=torch.long)]
+    for data in parts:
+        height = torch.as_tensor(getattr(data, "positions", torch.full((len(data),), torch.nan)))
+        known = (height * count).long().clamp(0, count - 1)
+        found.append(torch.where(height.isfinite(), known, -1))
+    return torch.cat(found)
+
+
+def alike(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Which of ``theirs`` [n] lie in the same partition as each of ``mine`` [b]: [b, n] of 0 and 1."""
+    return ((mine[:, None] == theirs) & (mine[:, None] >= 0)).float()

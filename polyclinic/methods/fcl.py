@@ -1,0 +1,120 @@
+"""FCL: contrastive learning for volumes, whose slices at the same height of the body look alike in every hospital.
+
+Wu, Zeng, Wang, Shi and Hu, "Federated Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
+https://arxiv.org/abs/2204.10983: momentum contrast of a U-Net's way down; sites exchange features of slices, so that
+each compares with all; slices in the same partition of their volumes count as alike, at home and elsewhere (global
+structural matching); few labels then suffice. The exact loss was not at hand: all keys of a slice's partition are its
+positives, every other key a negative, in one InfoNCE. Heights come with the data, as ``positions`` from 0 to 1; a data
+set without them has slices that are like nothing but themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.method import Ask, Method
+from polyclinic.core.site import Site
+from polyclinic.core.state import savable
+from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.phases import Then, share_of
+from polyclinic.tasks.augment import STRONG
+from polyclinic.tasks.contrastive import Contrast, alike, extended, nce, partitions
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.momentum import follow_
+from polyclinic.tasks.pool import all_inputs
+from polyclinic.tasks.task import Batch, Task, borrow
+
+
+@savable
+class State(NamedTuple):
+    """The network with its projection, and the features that each site last sent."""
+
+    round: int
+    whole: Tree
+    features: dict[str, Tree]
+
+    @property
+    def params(self) -> Tree:
+        """The study's network alone."""
+        return tree.under("backbone", self.whole)
+
+
+@dataclass(frozen=True)
+class FCL(Method[State]):
+    """Sites learn which slices show the same part of the body, from their own volumes and from others' features.
+
+    Attributes:
+        contrast: The network with its projection, and the temperature.
+        parts: Into how many partitions a volume is cut; 4.
+        queue: How many earlier keys of its own a site compares with.
+        exchange: How many features of single slices a site sends in a round.
+        keep: How slowly the key encoder follows.
+    """
+
+    contrast: Contrast
+    local: Local = Local()
+    parts: int = 4
+    queue: int = 512
+    exchange: int = 64
+    keep: float = 0.99
+
+    def init(self, params: Tree) -> State:
+        return State(0, extended(self.contrast, params), {})
+
+    def ask(self, state: State) -> Ask:
+        features = {f"{name}/{leaf}": x for name, found in state.features.items() for leaf, x in found.items()}
+        return Ask(state.round, {"whole": state.whole, "features": features})
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, data, dice = ask.trees["whole"], all_inputs(site.data), site.rng(ask.round, "views")
+        key, place = borrow(self.contrast, start, site.device, "key"), partitions(data.parts, self.parts)
+        nothing = {"keys": torch.zeros(0, self.contrast.width), "places": torch.zeros(0, dtype=torch.long)}
+        queue, remote = dict(memory.get("queue", nothing)), self._others(ask.trees["features"], site.name, nothing)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            q, here = self.contrast.embed(model, STRONG.view(batch[0], dice)), place[batch[1].cpu()]
+            with torch.no_grad():
+                k = self.contrast.embed(key, STRONG.view(batch[0], dice))
+            keys = torch.cat([k, queue["keys"].to(k), remote["keys"].to(k)])
+            positive = alike(here, torch.cat([here, queue["places"], remote["places"]]))
+            positive[:, : len(k)].fill_diagonal_(1)  # a slice is like itself, wherever it lies
+            queue["keys"] = torch.cat([queue["keys"], k.cpu()])[-self.queue :]
+            queue["places"] = torch.cat([queue["places"], here])[-self.queue :]
+            return nce(q @ keys.T / self.contrast.temperature, positive.to(q))
+
+        def after(model: nn.Module) -> None:
+            follow_(key, model, self.keep)
+
+        end = self.local.fit(self.contrast, start, site, ask.round, data=data, loss=loss, after=after)
+        some = torch.randperm(len(data), generator=site.rng(ask.round, "exchange"))[: self.exchange]
+        sent = {"keys": self.contrast.keys(end, data, site.device)[some], "places": place[some]}
+        update, features = Mean.of(tree.sub(end, start), float(len(data))), Gather({site.name: sent})
+        return Reply({"update": update, "features": features}), {**memory, "queue": queue}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        whole = tree.shift(state.whole, reply.mean("update").value)
+        return State(state.round + 1, whole, {**state.features, **reply.gather("features")})
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return tree.under("backbone", ask.trees["whole"])
+
+    def _others(self, features: Tree, name: str, nothing: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What other sites sent, and where in the body it lies."""
+        sites = sorted({leaf.rpartition("/")[0] for leaf in features} - {name})
+        return {leaf: torch.cat([x, *(features[f"{site}/{leaf}"] for site in sites)]) for leaf, x in nothing.items()}
+
+
+def fcl(
+    task: Task, local: Local, rounds: int, *, pretrain: float = 0.5, pretrain_lr: float = 0.0, width: int = 64,
+    temperature: float = 0.1, parts: int = 4, queue: int = 512, exchange: int = 64, keep: float = 0.99,
+) -> Then:  # fmt: skip
+    """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels."""
+    first = replace(local, lr=pretrain_lr or local.lr)
+    contrast = FCL(Contrast(task, width, temperature), first, parts, queue, exchange, keep)
+    return Then(contrast, FedAvg(task, local), share_of(rounds, pretrain))

@@ -244,7 +244,7 @@ def _unlike(looks: Sequence[Look]) -> list[Finding]:
                     "warning", "spacing", f"{_n(len(far), 'image')} over 3 times from the median spacing", _names(far)
                 )
             )
-        elif table.max() / np.median(table) > 1.01 or np.median(table) / table.min() > 1.01:
+        elif ratio.max() > 1.01:
             found.append(Finding("note", "spacing", "spacing differs between images: resample them in millimetres"))
         if len(measured) < len(looks):
             rest = [look for look in looks if look.spacing_mm is None]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polyclinic.data.deidentify_image import Cleaned, Deidentification, Pseudonyms, clean
+from polyclinic.data.deidentify_image import Cleaned, Deidentification, Pseudonyms, clean, letters
 from polyclinic.data.deidentify_scan import Identifiers
 from polyclinic.data.dicom_file import looks_like_dicom, open_dicom, quiet, require_pydicom
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_text, read_whole, refusing
@@ -198,10 +198,10 @@ def _walk(source: Path) -> Iterator[Path]:
 
 def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: bytes) -> str:
     """Writes a new file under a random name, complete or not at all; its name relative to ``destination``."""
-    series = pseudonyms.uid("folder/" + str(cleaned.dataset.get("SeriesInstanceUID") or ""))[-12:]
-    folder = destination / cleaned.pseudonym / f"S{series}"
+    series = str(cleaned.dataset.get("SeriesInstanceUID") or "")
+    folder = destination / cleaned.pseudonym / pseudonyms.folder(series)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{secrets.token_hex(8)}.dcm"
+    path = folder / f"{letters(secrets.token_bytes(8))}.dcm"
     part = path.with_suffix(".part")
     with open(part, "xb") as file:
         file.write(data)

@@ -65,6 +65,11 @@ class Deidentification:
             raise ValueError(f"shift_days is 1 to 36500, not {self.shift_days}")
 
 
+def letters(data: bytes) -> str:
+    """Two letters from A to P for each byte."""
+    return data.hex().translate(str.maketrans("0123456789abcdef", "ABCDEFGHIJKLMNOP"))
+
+
 @dataclass(frozen=True)
 class Pseudonyms:
     """What a site's secret turns identifiers into."""
@@ -75,8 +80,12 @@ class Pseudonyms:
         return hmac.new(self.secret, f"polyclinic/{kind}/{text}".encode(), hashlib.sha256).digest()
 
     def patient(self, identifier: str) -> str:
-        """``P`` and 16 hexadecimal digits (64 bits)."""
-        return "P" + self._mac("patient", identifier).hex()[:16].upper()
+        """``P`` and 16 letters from A to P (64 bits): no digits that could be taken for a record number."""
+        return "P" + letters(self._mac("patient", identifier)[:8])
+
+    def folder(self, series: str) -> str:
+        """``S`` and 12 letters for a series."""
+        return "S" + letters(self._mac("series", series)[:6])
 
     def uid(self, uid: str) -> str:
         """A UID under 2.25 with 128 bits of the code."""

@@ -168,16 +168,20 @@ def read_exactly(path: str | os.PathLike[str], file: BinaryIO | gzip.GzipFile, c
 
 def inflate(path: str | os.PathLike[str], data: bytes, most: int, wbits: int) -> bytes:
     """Inflates at most ``most`` bytes (``wbits``: -15 raw deflate, 31 gzip); more than that, or damage, is refused."""
-    stream = zlib.decompressobj(wbits)
-    try:
-        out = stream.decompress(data, most + 1)
-    except zlib.error:
-        raise Unreadable(path, "the compressed data is damaged") from None
-    if len(out) > most:
-        raise Unreadable(path, f"{size(len(data))} compressed inflate to more than the {size(most)} expected")
-    if not stream.eof:
-        raise Unreadable(path, "is truncated: the compressed data stops in the middle")
-    return out
+    parts, room, rest = [], most + 1, data
+    while True:
+        stream = zlib.decompressobj(wbits)
+        try:
+            parts.append(stream.decompress(rest, room))
+        except zlib.error:
+            raise Unreadable(path, "the compressed data is damaged") from None
+        room, rest = room - len(parts[-1]), stream.unused_data
+        if room == 0:
+            raise Unreadable(path, f"{size(len(data))} compressed inflate to more than the {size(most)} expected")
+        if not stream.eof:
+            raise Unreadable(path, "is truncated: the compressed data stops in the middle")
+        if wbits < 16 or not rest.startswith(b"\x1f\x8b"):  # gzip may come in several members
+            return b"".join(parts)
 
 
 def read_npz(path: str | os.PathLike[str], limits: Limits = LIMITS) -> dict[str, np.ndarray[Any, Any]]:

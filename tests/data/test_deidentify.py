@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import logging
+import os
 import stat
 import warnings
 from pathlib import Path
@@ -262,6 +263,19 @@ def test_every_sample_of_pydicom_is_released_clean_or_refused(tmp_path: Path) ->
     same = {pydicom.dcmread(tmp_path / "dst" / n).pixel_array.tobytes() for n in released.written}
     assert pydicom.dcmread(folder / "CT_small.dcm").pixel_array.tobytes() in same
     assert pydicom.dcmread(folder / "SC_rgb_rle.dcm").pixel_array.tobytes() in same
+
+
+def test_damaged_files_do_not_stop_the_rest(tmp_path: Path) -> None:
+    lay_out(tmp_path / "src", 2)
+    sound = next((tmp_path / "src").rglob("*.dcm")).read_bytes()
+    for name, data in (("empty", b""), ("cut", sound[:700]), ("text", b"Jane Doe" * 99), ("short", sound[:-90])):
+        (tmp_path / "src" / f"{name}.dcm").write_bytes(data)
+    os.mkfifo(tmp_path / "src" / "pipe.dcm")
+    released = deidentify_folder(tmp_path / "src", tmp_path / "dst", tmp_path / "key.json")
+    assert len(released.written) == 2
+    assert sorted(refusal.path.stem for refusal in released.refused) == ["cut", "empty", "short", "text"]
+    content = json.loads((tmp_path / "key.json").read_text())
+    assert sorted(content["runs"][0]["refused"]) == ["cut.dcm", "empty.dcm", "short.dcm", "text.dcm"]
 
 
 def test_text_inside_a_compressed_frame_does_not_come_along(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
     uniform = [n for n, t in zip(names, transforms, strict=True) if t.uniform]
     if secure and packing:
         yield (f"{secure[0]} shows the server only sums, and what {packing[0]} sends does not add up: "
-               f"leave {packing[0]} out, or use TopK or PowerSGD(shared=True), which add up")  # fmt: skip
+               f"leave {packing[0]} out, or use TopK or PowerSGD with shared=True")  # fmt: skip
     if secure and getattr(inner, "gathers", False):
         yield f"{type(inner).__name__} must see what each site sent, and {secure[0]} shows only sums: leave one out"
     if uniform and getattr(inner, "uniform", True) is False:

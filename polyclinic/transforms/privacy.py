@@ -198,7 +198,8 @@ def refuse_variances(sent: Tree) -> None:
     """
     if found := next((name for name in sent if "running_var" in name), None):
         raise ValueError(f"{found} is a variance of batch normalisation, which noise would make negative: build the "
-                         'network with the option norm = "group", or keep the statistics at the sites (silobn, fedbn)')  # fmt: skip
+                         'network with the option norm = "group", or keep the statistics at the sites '
+                         "(silobn, fedbn)")  # fmt: skip
 
 
 def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:

@@ -118,6 +118,13 @@ class Collection:
         shown = "; ".join(reason for _, reason in bad[:5]) + (" ..." if len(bad) > 5 else "")
         return (f"{len(bad)} files were left out because they cannot be read: {shown}.",)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; where nobody named a mask's, as many numbers as masks hold."""
+        if self.info.classes or self.info.task != "segmentation" or "masks" not in self._decoded:
+            return self.info.classes
+        return ("background", *(f"label {i}" for i in range(1, int(self._decoded["masks"].max()) + 1)))
+
     @cached_property
     def _decoded(self) -> dict[str, Any]:
         key = digest("decoded", VERSION, self.contents, fingerprint(self.steps), [e.id for e in self.entries])
@@ -195,7 +202,7 @@ class FromFiles:
     def info(self) -> Info:
         """What it is, and which files were left out."""
         found = self._collection
-        return replace(found.info, notes=(*found.info.notes, *found.notes))
+        return replace(found.info, classes=found.classes, notes=(*found.info.notes, *found.notes))
 
     @property
     def fingerprint(self) -> str:

@@ -290,8 +290,8 @@ def _without_duplicates(
 
 def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...]) -> None:
     problems = [
-        f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger min_patients, "
-        "change the split, or name it external"
+        f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger "
+        "min_patients, change the split, or name it external"
         for site, roles in sites.items()
         for role in (("test",) if site in external else ("train", "test"))
         if role not in roles

@@ -35,10 +35,11 @@ def placed(path: str) -> Path:
         raise DataError(f'path = "{path}": the environment variable {unset[0]} is not set')
     found = Path(filled)
     if not found.exists() and found.parent == folder() / "downloads":
-        raise DataError(
-            f"{found.name} is not here yet: fetch it with `polyclinic data get {found.stem.split('_')[0]}`, or set path "
-            "= where you have it"
+        name = found.stem.split("_")[0]
+        says = (
+            f"{found.name} is not here yet: fetch it with `polyclinic data get {name}`, or set path = where you have it"
         )
+        raise DataError(says)
     if not found.exists():
         raise DataError(f'path = "{path}": there is nothing at {found.absolute()}')
     return found

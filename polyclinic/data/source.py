@@ -135,8 +135,7 @@ def digest(*parts: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """``text`` as a site's name: small letters, digits and hyphens, at most 63 of them, as ``"slices-1-25-mm"``. A
-    number alone becomes ``"site-3"``.
+    """``text`` as a site's name: small letters, digits and hyphens, as ``"slices-1-25-mm"``; 3 becomes ``"site-3"``.
 
     Raises:
         DataError: Where nothing of ``text`` is left.

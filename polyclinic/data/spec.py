@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "patterns": ("polyclinic.data.patterns", "Patterns"),
     "pairs": ("polyclinic.data.pairs", "Pairs"),
     "table": ("polyclinic.data.tables", "FeatureTable"),
+    "bids": ("polyclinic.data.bids_images", "BidsImages"),
+    "dicom": ("polyclinic.data.dicom_images", "DicomImages"),
 }
 """What ``kind`` may be: the module and the class of the source. Options are the class's fields."""
 

@@ -1,10 +1,11 @@
 """Tables of features: one row per patient or visit, as in registries and region-of-interest studies of the brain.
 
-Missing values are filled and features are scaled with statistics over *training rows only*, in one of two ways:
+Missing values are filled and features are scaled with statistics over *training rows only*, in one of three ways:
 
 * ``"federation"``: means and deviations over the training rows of all training sites. They follow from each site's
   Σx, Σx² and counts, so a real federation gets them through secure summation, and external sites use them unseen.
 * ``"site"``: each site's own. An external site then uses its own rows' features, never their labels.
+* ``"declared"``: from a file. A real hospital sees only its own rows, so what holds for all must come from outside.
 
 What was missing is told to the model by indicators, one for each feature that is missing anywhere.
 """
@@ -23,6 +24,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
 from polyclinic.data.rows import read_rows
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
+from polyclinic.data.statistics import Statistics
 
 Array = np.ndarray[Any, Any]
 MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
@@ -49,7 +51,8 @@ class FeatureTable:
         fill: What a missing value becomes: the mean, the median (with each site's own statistics only), or 0.
         scale: Whether features are scaled to mean 0 and deviation 1.
         indicators: Whether a feature of 0 and 1 tells what was missing.
-        statistics: Whose rows the mean and deviation come from.
+        statistics: Whose rows the mean and deviation come from; or ``"declared"``: from the file ``declared``.
+        declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
         about: What is known of the data; the catalogue fills this in, and a study file cannot.
     """
 
@@ -68,7 +71,8 @@ class FeatureTable:
     fill: Literal["mean", "median", "zero"] = "mean"
     scale: bool = True
     indicators: bool = True
-    statistics: Literal["federation", "site"] = "federation"
+    statistics: Literal["federation", "site", "declared"] = "federation"
+    declared: str = ""
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
@@ -78,6 +82,9 @@ class FeatureTable:
                             'values; use fill = "mean", or statistics = "site"')  # fmt: skip
         if self.regression and self.threshold is not None:
             problems.append("threshold = is for classes: leave it out, or set regression = false")
+        if (self.statistics == "declared") != bool(self.declared):
+            problems.append('declared = the file that lists inputs and their statistics; give it with statistics = '
+                            '"declared", and only then')  # fmt: skip
         if problems:
             raise DataError(problems)
 
@@ -85,9 +92,9 @@ class FeatureTable:
     def info(self) -> Info:
         """What it is, and what was done to it."""
         task: Task = "regression" if self.regression else "classification"
-        whose = "all training sites" if self.statistics == "federation" else "each site"
-        notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics over the training rows of "
-                 f"{whose}."]  # fmt: skip
+        whose = {"federation": "over the training rows of all training sites", "site": "over each site's training rows",
+                 "declared": f"from {Path(self.declared).name}"}[self.statistics]  # fmt: skip
+        notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
         if unlabelled := len(self._raw[self.label]) - len(self._kept):
             notes.append(f"{unlabelled} rows without {self.label} are left out.")
         if not self.patient:
@@ -99,9 +106,11 @@ class FeatureTable:
     def fingerprint(self) -> str:
         """A hash of the file's bytes and of the options."""
         options = sorted(
-            (k, v) for k, v in vars(self).items() if k in self.__dataclass_fields__ and k not in ("path", "about")
+            (k, v)
+            for k, v in vars(self).items()
+            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
         )
-        return digest("table", 1, content_of(placed(self.path)), options)
+        return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,26 +139,17 @@ class FeatureTable:
             rows: The training rows of each site; for an external site, the rows that it has.
             external: The sites that have no part in statistics of the federation.
         """
-        values, _, amounts = self._inputs
+        if self._declared is not None:
+            return {site: FittedTable(self, self._declared) for site in rows}
+        values, names, amounts = self._inputs
         where = {name: i for i, name in enumerate(self.table().ids)}
-        own = {site: values[[where[name] for name in names]] for site, names in rows.items()}
+        own = {site: values[[where[name] for name in ids]] for site, ids in rows.items()}
         pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
         used = {site: pooled if self.statistics == "federation" else mine for site, mine in own.items()}
-        return {site: FittedTable(self, *self._statistics(seen, amounts)) for site, seen in used.items()}
-
-    def _statistics(self, seen: Array, amounts: Array) -> tuple[Array, Array, Array]:
-        """Of each input: what to subtract, what to divide by, and what stands for a missing value. Each [F]."""
-        there = ~np.isnan(seen)
-        count = np.maximum(there.sum(axis=0), 1)
-        mean = np.where(there, seen, 0).sum(axis=0) / count  # Σx / n
-        square = np.where(there, seen**2, 0).sum(axis=0) / count
-        spread = np.sqrt(np.maximum(square - mean**2, 0))
-        fill = np.zeros_like(mean) if self.fill == "zero" else mean
-        if self.fill == "median":
-            fill = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in seen.T])
-        fill = np.where(amounts, fill, 0)
-        scaled = amounts & self.scale
-        return np.where(scaled, mean, 0), np.where(scaled & (spread > 1e-8 * np.abs(mean) + 1e-12), spread, 1), fill
+        return {
+            site: FittedTable(self, Statistics.of(names, seen, amounts, self.fill, self.scale))
+            for site, seen in used.items()
+        }
 
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
         table = self.table()
@@ -191,48 +191,62 @@ class FeatureTable:
                 return numbers.astype(np.float32)[:, None], ()
             usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
             return (numbers > self.threshold).astype(np.int64), self.classes or usual
+        words = [_plain(word) for word in words]
         found = sorted(set(words), key=lambda w: (0, float(w), w) if _is_number(w) else (1, 0.0, w))
         if len(found) > max(50, len(words) // 4):
             raise DataError(f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
                             "true if it is a number, or a threshold")  # fmt: skip
+        if self.classes and set(found) <= set(self.classes):  # a hospital may lack a class
+            found = list(self.classes)
         if self.classes and len(self.classes) != len(found):
             raise DataError(f"{Path(self.path).name}: {self.label} has {len(found)} values ({', '.join(found[:5])}), "
                             f"but classes names {len(self.classes)}")  # fmt: skip
         return np.array([found.index(w) for w in words], dtype=np.int64), self.classes or tuple(found)
 
     @cached_property
+    def _declared(self) -> Statistics | None:
+        return Statistics.read(placed(self.declared)) if self.statistics == "declared" else None
+
+    @cached_property
     def _inputs(self) -> tuple[Array, tuple[str, ...], Array]:
         """Values with NaN where missing [n, F], their names, and which are amounts rather than 0 or 1 [F]."""
-        columns: list[Array] = []
-        names: list[str] = []
-        amounts: list[bool] = []
-        gaps: list[tuple[str, Array]] = []
+        columns: dict[str, Array] = {}
+        amounts: set[str] = set()
+        missing: dict[str, Array] = {}
         for name in self._features:
             words = [self._raw[name][i] for i in self._kept]
-            missing = np.array([self._is_missing(w) for w in words])
+            gone = np.array([self._is_missing(w) for w in words])
             if name in self.categories:
-                values = sorted({w for w, gone in zip(words, missing, strict=True) if not gone})
-                columns += [np.array([float(w == value) for w in words]) for value in values]
-                names += [f"{name} = {value}" for value in values]
-                amounts += [False] * len(values)
+                words = [_plain(w) for w in words]
+                for value in sorted({w for w, no in zip(words, gone, strict=True) if not no}):
+                    columns[f"{name} = {value}"] = np.array([float(w == value) for w in words])
             else:
-                numbers = np.array([np.nan if gone else self._number(w, name, i)
-                                    for w, gone, i in zip(words, missing, self._kept, strict=True)])  # fmt: skip
+                numbers = np.array([np.nan if no else self._number(w, name, i)
+                                    for w, no, i in zip(words, gone, self._kept, strict=True)])  # fmt: skip
                 if name in self.zero_is_missing:
                     numbers[numbers == 0] = np.nan
-                missing = np.isnan(numbers)
-                columns.append(numbers)
-                names.append(name)
-                amounts.append(True)
-            if missing.any():
-                gaps.append((name, missing))
+                gone = np.isnan(numbers)
+                columns[name] = numbers
+                amounts.add(name)
+            missing[f"{name} is missing"] = gone
         if not columns:
             raise DataError(f"{Path(self.path).name} has no features")
-        if self.indicators:
-            columns += [missing.astype(float) for _, missing in gaps]
-            names += [f"{name} is missing" for name, _ in gaps]
-            amounts += [False] * len(gaps)
-        return np.stack(columns, axis=1), tuple(names), np.array(amounts)
+        if self._declared is not None:
+            names = self._declared.names
+            columns |= {name: gone.astype(float) for name, gone in missing.items()}
+            columns |= {n: np.zeros(len(self._kept)) for n in names if n not in columns and self._is_category(n)}
+            if lacking := [n for n in names if n not in columns]:
+                raise DataError(
+                    [f'{Path(self.path).name} has no input "{n}", which {self.declared} lists' for n in lacking]
+                )
+        else:
+            columns |= {n: gone.astype(float) for n, gone in missing.items() if self.indicators and gone.any()}
+            names = tuple(columns)
+        return np.stack([columns[n] for n in names], axis=1), names, np.array([n in amounts for n in names])
+
+    def _is_category(self, name: str) -> bool:
+        """Whether ``name`` is "column = value" of a category that is here, with a value that may not be."""
+        return any(name.startswith(f"{column} = ") for column in self.categories)
 
     def _is_missing(self, word: str) -> bool:
         return word in MISSING or word in self.missing or (_is_number(word) and float(word) in self._missing_numbers)
@@ -256,15 +270,11 @@ class FittedTable:
 
     Attributes:
         base: The table.
-        centre: What is subtracted from each input. Shape [F].
-        spread: What it is divided by. Shape [F].
-        fill: What stands for a missing value, before scaling. Shape [F].
+        statistics: How.
     """
 
     base: FeatureTable
-    centre: Array
-    spread: Array
-    fill: Array
+    statistics: Statistics
 
     @property
     def info(self) -> Info:
@@ -274,7 +284,7 @@ class FittedTable:
     @property
     def fingerprint(self) -> str:
         """A hash of the table and the statistics."""
-        return digest(self.base.fingerprint, *(a.tobytes() for a in (self.centre, self.spread, self.fill)))
+        return digest(self.base.fingerprint, self.statistics.text())
 
     def table(self) -> Table:
         """The table's."""
@@ -282,9 +292,12 @@ class FittedTable:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """The named rows, filled and scaled."""
-        values = self.base._inputs[0]
-        whole = np.where(np.isnan(values), self.fill, values)
-        return self.base._examples(ids, (whole - self.centre) / self.spread)
+        return self.base._examples(ids, self.statistics(self.base._inputs[0]))
+
+
+def _plain(word: str) -> str:
+    """A whole number without its point, so that 4 and 4.0 are one category."""
+    return f"{float(word):.0f}" if _is_number(word) and float(word).is_integer() else word
 
 
 def _is_number(word: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
 from polyclinic.data.rows import read_rows
+from polyclinic.data.statistics import Statistics
 from polyclinic.data.tables import FeatureTable
 
 TEXT = """id,age,chol,kind,ill,site
@@ -147,7 +148,7 @@ def test_not_text_and_too_large_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_bytes(b"id,x\n\xff\xfe,1\n")
     with pytest.raises(DataError, match="is not text in UTF-8"):
         read_rows(tmp_path / "b.csv")
-    (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"0" * 2**28))
+    (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"0" * (2**26 + 1)))
     with pytest.raises(DataError, match=r"bomb\.csv\.gz"):
         read_rows(tmp_path / "bomb.csv.gz")
 
@@ -165,3 +166,51 @@ def test_test_rows_never_touch_the_statistics(tmp_path: Path) -> None:
     for site in first.sites:
         assert torch.equal(first.sites[site]["train"].inputs, second.sites[site]["train"].inputs)
     assert first.fingerprint != second.fingerprint
+
+
+def test_a_hospital_alone_reads_its_table_as_the_federation_does(tmp_path: Path) -> None:
+    """Declared inputs and statistics: each hospital's own file gives the same numbers as the whole table did."""
+    whole = table(written(tmp_path))
+    ids = whole.table().ids
+    fitted = whole.fitted({"north": ids[:2], "south": ids[2:]})["south"]
+    (tmp_path / "inputs.toml").write_text(fitted.statistics.text())
+    south = "\n".join([line for line in TEXT.splitlines() if "North" not in line and ",y," not in line]) + "\n"
+    alone = table(
+        written(tmp_path, south.replace(",x,", ",x,"), "s.csv"),
+        statistics="declared",
+        declared=str(tmp_path / "inputs.toml"),
+    )
+    got = alone.fitted({"south": alone.table().ids})["south"].examples(alone.table().ids)
+    expected = fitted.examples((ids[2], ids[4]))
+    assert alone.names == whole.names
+    assert torch.equal(got.inputs, expected.inputs)
+
+
+def test_declared_statistics_are_checked(tmp_path: Path) -> None:
+    """They survive being written; an edit that makes no sense, or an input that is not here, is named."""
+    source = table(written(tmp_path))
+    fitted = source.fitted({"all": source.table().ids})["all"]
+    file = tmp_path / "inputs.toml"
+    file.write_text(fitted.statistics.text())
+    back = Statistics.read(file)
+    assert back.names == fitted.statistics.names
+    assert np.array_equal(back.spread, fitted.statistics.spread)
+    file.write_text(fitted.statistics.text() + '"weight" = { centre = 1.0, spread = 2.0, fill = 0.0 }\n')
+    declared = table(source.path, statistics="declared", declared=str(file))
+    with pytest.raises(DataError, match='has no input "weight"'):
+        declared.names  # noqa: B018
+    for text in ('"age" = { centre = 1, spread = 0, fill = 1 }', '"age" = 3', "", "["):
+        file.write_text(text)
+        with pytest.raises(DataError, match=r"needs centre, spread|lists no inputs|cannot be read|is empty"):
+            Statistics.read(file)
+    with pytest.raises(DataError, match="give it with statistics"):
+        table(source.path, declared=str(file))
+
+
+def test_one_category_however_it_is_written(tmp_path: Path) -> None:
+    """4 and 4.0 are one; a class that a hospital lacks keeps its place."""
+    text = "c,y\n4.0,1\n4,1\n3,1.0\n"
+    source = FeatureTable(written(tmp_path, text), "y", categories=("c",), classes=("0", "1", "2"), indicators=False)
+    assert source.names == ("c = 3", "c = 4")
+    assert source.table().labels.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+    assert source.info.classes == ("0", "1", "2")

@@ -11,7 +11,7 @@ in name order, and only then summed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -26,32 +26,24 @@ from polyclinic.core.tree import Tree, Trees
 
 @dataclass(frozen=True)
 class Transform:
-    """One change to what leaves a site, and its undoing at the server. The identity, by default."""
+    """One change to what leaves a site, and its undoing at the server. The identity, by default.
 
-    @property
-    def uniform(self) -> bool:
-        """Whether every site must count the same, as for privacy."""
-        return False
+    Attributes:
+        uniform: Whether every site must count the same, as for privacy.
+        secure: Whether the server may see only sums of what this sends.
+        dense: Whether what is sent keeps the names, the shapes and the places of what came in.
+        private: Whether this bounds or hides what is sent, so that it must see the numbers themselves, before packing.
+    """
 
-    @property
-    def secure(self) -> bool:
-        """Whether the server may see only sums of what this sends."""
-        return False
+    uniform: ClassVar[bool] = False
+    secure: ClassVar[bool] = False
+    dense: ClassVar[bool] = True
+    private: ClassVar[bool] = False
 
     @property
     def additive(self) -> bool:
         """Whether encoded replies still add up, so that they can be decoded on their sum."""
         return True
-
-    @property
-    def dense(self) -> bool:
-        """Whether what is sent keeps the names, the shapes and the places of what came in."""
-        return True
-
-    @property
-    def private(self) -> bool:
-        """Whether this bounds or hides what is sent, so that it must see the numbers themselves, before packing."""
-        return False
 
     def settle(self, after: tuple["Transform", ...]) -> "Transform":
         """This transform with whatever was left open decided, in view of what comes ``after`` it."""

@@ -12,6 +12,7 @@ What codecs send does not add up, so they do not go with ``SecureSum``; ``TopK``
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,14 +57,11 @@ class Codec(Transform):
 
     parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
+    dense: ClassVar[bool] = False
+
     @property
     def additive(self) -> bool:
         """No: the server decodes what each site sent."""
-        return False
-
-    @property
-    def dense(self) -> bool:
-        """No."""
         return False
 
     @property

@@ -11,6 +11,7 @@ Distributed Deep Learning", ICDCS 2023.
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,15 +38,12 @@ class PowerSGD(Transform):
     shared: bool = False
     parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
+    dense: ClassVar[bool] = False
+
     @property
     def additive(self) -> bool:
         """With a shared basis."""
         return self.shared
-
-    @property
-    def dense(self) -> bool:
-        """No."""
-        return False
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """A rank is at least 1; and it remembers."""
@@ -122,6 +120,6 @@ class PowerSGD(Transform):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Orthonormal columns that span those of ``matrix``."""
+    """Orthonormal columns that span those of ``matrix``, laid out as they are after saving: sums depend on it."""
     basis: Tensor = torch.linalg.qr(matrix).Q
-    return basis
+    return basis.contiguous()

@@ -12,6 +12,7 @@ them from everyone outside the hospital; for three to thirty hospitals that is n
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -31,15 +32,8 @@ class Clip(Transform):
 
     bound: float
 
-    @property
-    def uniform(self) -> bool:
-        """Yes: a weight would be a second thing to protect."""
-        return True
-
-    @property
-    def private(self) -> bool:
-        """Yes."""
-        return True
+    uniform: ClassVar[bool] = True
+    private: ClassVar[bool] = True
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """A bound must be a number above 0."""
@@ -71,15 +65,8 @@ class AdaptiveClip(Transform):
     rate: float = 0.2
     count_noise: float | None = None
 
-    @property
-    def uniform(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def private(self) -> bool:
-        """Yes."""
-        return True
+    uniform: ClassVar[bool] = True
+    private: ClassVar[bool] = True
 
     def settle(self, after: tuple[Transform, ...]) -> Transform:
         """With ``count_noise`` chosen."""
@@ -140,15 +127,8 @@ class Gaussian(Transform):
     multiplier: float
     share: int = 1
 
-    @property
-    def uniform(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def private(self) -> bool:
-        """Yes."""
-        return True
+    uniform: ClassVar[bool] = True
+    private: ClassVar[bool] = True
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """Noise hides what is bounded, and a part of the noise hides nothing until it is summed."""

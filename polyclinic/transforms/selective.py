@@ -10,6 +10,7 @@ shared. Where a published result used less noise, it did not have the ε that it
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,15 +46,8 @@ class SparseVector(Transform):
     epsilon_queries: float = 1.0
     epsilon_answers: float = 1.0
 
-    @property
-    def uniform(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def private(self) -> bool:
-        """Yes."""
-        return True
+    uniform: ClassVar[bool] = True
+    private: ClassVar[bool] = True
 
     @property
     def epsilon(self) -> float:

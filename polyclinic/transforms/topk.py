@@ -12,6 +12,7 @@ only values travel. The server's choice is ours: those that lately gained most i
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,15 +43,12 @@ class TopK(Transform):
     feedback: bool = True
     parts: tuple[str, ...] = field(default=CHANGES, kw_only=True)
 
+    dense: ClassVar[bool] = False
+
     @property
     def additive(self) -> bool:
         """With a shared support."""
         return self.shared is True
-
-    @property
-    def dense(self) -> bool:
-        """No."""
-        return False
 
     def settle(self, after: tuple[Transform, ...]) -> Transform:
         """With ``shared`` decided."""

@@ -7,7 +7,7 @@ than that; for a frame of thirty kilobytes can hold a gigabyte of zeros.
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,13 +34,10 @@ class Zstd(Transform):
 
     level: int = 3
 
-    @property
-    def additive(self) -> bool:
-        """No."""
-        return False
+    dense: ClassVar[bool] = False
 
     @property
-    def dense(self) -> bool:
+    def additive(self) -> bool:
         """No."""
         return False
 

@@ -1,7 +1,7 @@
 """Pipelines: what is sent, what is kept, what is refused."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -99,9 +99,7 @@ class Squared(Transform):
 
 @dataclass(frozen=True)
 class OnlySums(Transform):
-    @property
-    def secure(self) -> bool:
-        return True
+    secure: ClassVar[bool] = True
 
 
 SENDS = {"a": {"w": torch.tensor([1.0, -2.0])}, "b": {"w": torch.tensor([3.0, 5.0])}}

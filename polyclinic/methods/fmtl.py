@@ -1,13 +1,14 @@
 """Several tasks at once: shared experts with private gates, and private heads over a shared encoder.
 
-FMTL: Huang et al., "Federated Multi-Task Learning for Joint Diagnosis of Multiple Mental Disorders on MRI Scans", IEEE
-Transactions on Biomedical Engineering 70(4):1137, 2023, https://doi.org/10.1109/TBME.2022.3210940: a feature extractor
-learned by federated contrast, and a multi-gate mixture of experts whose experts are shared and whose gates and towers
-belong to each disorder. The equations were not at hand: the contrast is the supervised one, added to the loss; its
+FMTL: Huang, Hu, Liu, Xue, Zhu, Song and Tan, "Federated Multi-Task Learning for Joint Diagnosis of Multiple Mental
+Disorders on MRI Scans", IEEE Transactions on Biomedical Engineering 70(4):1137-1149, 2023: a feature extractor learned
+by federated contrast, and a multi-gate mixture of experts whose experts are shared and whose gates and towers belong to
+each disorder. The equations were not at hand: the contrast is the supervised one, added to the loss; the paper's
 privacy noise is left to the transforms.
 
-Private heads: Parekh et al., "Cross-Domain Federated Learning in Medical Imaging", 2021,
-https://arxiv.org/abs/2112.10001: sites with different organs or modalities average the encoder and keep the rest.
+Private heads: Parekh, Lai, Braverman, Leal, Rowe, Pillai and Jacobs, "Cross-Domain Federated Learning in Medical
+Imaging", 2021, https://arxiv.org/abs/2112.10001: sites with different organs or modalities average the encoder and keep
+the rest.
 """
 
 from collections.abc import Sequence

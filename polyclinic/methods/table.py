@@ -88,6 +88,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("harmofl", "harmofl:harmofl", "one amplitude spectrum for all images, and flat minima", "Jiang et al. 2022 (AAAI)", "the mean amplitude spectrum of the site's images, once, then the change of the model"),
         Entry("zscore", "zscore:zscore", "inputs of mean 0 and deviation 1, over all sites or within each", "textbook", "sums and sums of squares of the data, once, then the change of the model", stateful=True),
         Entry("combat", "combat:combat", "each scanner's offset and scale, taken out of every feature", "Johnson et al. 2007; Chen et al. 2022 (NeuroImage)", "the site's sums of features and of squared residuals, once, then the change of the model", stateful=True),
+        Entry("vafl", "vafl:vafl", "every site's images in the style of the one that varies least", "Yan et al. 2021 (JBHI)", "how much the site's images vary, and from one site made images, kept apart by site; then the change of the model", stateful=True),
+        Entry("stain-norm", "stain_norm:stain_norm", "one generator gives all sites' images a common style", "Ke et al. 2021 (ISBI)", "the change of a generator of images, then that of the model", stateful=True),
     ),
     "Client end: contrastive and self-supervised learning": (
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
@@ -117,6 +119,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: data synthesis": (
         Entry("fedvss", "fedvss:fedvss", "virtual examples made with the local and the global model", "Zhu and Luo 2022"),
         Entry("fedreplay", "fedreplay:fed_replay", "the server trains on what the sites' generators replay", "Qu et al. 2022 (Medical Image Analysis)", "a generator of the site's examples and its class counts, kept apart by site", tasks=("classification",), stateful=True),
+        Entry("fedni", "fedni:fedni", "population graphs, completed by imagined neighbours", "Peng et al. 2022", tasks=("classification", "multilabel", "regression")),
     ),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),

@@ -1,7 +1,7 @@
 """Learning from what another model says: divergences by kind of task, and two models that teach one another."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,21 @@ def pooled(h: Tensor) -> Tensor:
     return h.flatten(2).mean(2) if h.ndim > 2 else h
 
 
-def width(task: Task) -> int:
-    """F, how many features enter the head of ``task``'s model."""
+def width(network: Network) -> int:
+    """F, how many features enter the head of ``network``."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        h, _ = represent(task, task.model().eval(), torch.zeros(1, *task.network.inputs))
+        h, _ = represent(of(network), network().eval(), torch.zeros(1, *network.inputs))
     return h.shape[1]
+
+
+@dataclass(frozen=True)
+class _OfNetwork:
+    network: Network
+
+
+def of(network: Network) -> Task:
+    """As much of a task as it takes to find the representation of ``network``."""
+    return cast(Task, _OfNetwork(network))
 
 
 def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> tuple[Tensor, Tensor]:
@@ -111,7 +121,7 @@ class Dual:
 
     def model(self) -> nn.Module:
         """A ``Duo``."""
-        projection = nn.Linear(width(self.student), width(self.teacher), bias=False)
+        projection = nn.Linear(width(self.student.network), width(self.teacher.network), bias=False)
         return Duo(self.teacher.model(), self.student.model(), projection)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -5,7 +5,6 @@ Mixture-of-Experts", KDD 2018, equations 5 and 6. https://doi.org/10.1145/321981
 """
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,29 +43,15 @@ class Gated(Network):
 
     def __call__(self) -> nn.Module:
         """A new module with random parameters."""
-        model = super().__call__()
+        model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
         place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
         parent, _, last = place.rpartition(".")
-        setattr(model.get_submodule(parent), last, GatedHead(self._features(), self.outputs, self.experts, self.width))
+        setattr(model.get_submodule(parent), last, GatedHead(width(base), self.outputs, self.experts, self.width))
         return model
 
     def private(self, name: str) -> bool:
         """Whether a tensor lies in the gate or in the tower."""
         return self.in_head(name) and (".gate." in name or ".tower." in name)
-
-    def _features(self) -> int:
-        base = Network(self.name, self.inputs, self.outputs, self.options)
-        return width(cast(Task, _Only(base)))
-
-
-@dataclass(frozen=True)
-class _Only:
-    """As much of a task as it takes to build its model."""
-
-    network: Network
-
-    def model(self) -> nn.Module:
-        return self.network()
 
 
 def gated(task: Task, experts: int, width: int) -> Task:

@@ -59,7 +59,7 @@ def test_a_kind_that_cannot_be_compared_is_named():
 def test_width_is_what_enters_the_head(task, features):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert width(task) == features
+    assert width(task.network) == features
     assert torch.equal(torch.get_rng_state(), before)
     assert pooled(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
 

@@ -106,6 +106,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation")),
         Entry("fedmix", "fedmix:fedmix", "masks, boxes, labels of images or nothing, by two networks that agree", "Wicaksana et al. 2023", "the change of two models, how many images it used, and their loss", tasks=("segmentation",), stateful=True),
         Entry("histofl", "histofl:histofl", "slides as bags of patches, weights sent with uncalibrated noise", "Lu et al. 2022 (MedIA)", "the change of the model, blurred"),
+        Entry("fedcy", "fedcy:fedcy", "videos without labels learn from the order of time", "Kassem et al. 2023", tasks=("classification",)),
     ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),

@@ -1,0 +1,38 @@
+"""Two videos of the same kind of operation: a moment found in one, looked up in the other, must be found again.
+
+Dwibedi, Aytar, Tompson, Sermanet and Zisserman, "Temporal Cycle-Consistency Learning", CVPR 2019, section 3.2
+(cycle-back classification). https://arxiv.org/abs/1904.07846.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
+    """How badly moments of one video are found again by way of another.
+
+    Args:
+        u: Embeddings [n, w] of one video's frames, in order. ``v``: of the other's, [m, w].
+        temperature: How soft the nearest neighbour is.
+    """
+    # ṽ_i = Σ_j softmax_j(−‖u_i − v_j‖² / τ) v_j;  then u_i must be the nearest of u to ṽ_i
+    soft = (-torch.cdist(u, v).square() / temperature).softmax(1) @ v
+    back = -torch.cdist(soft, u).square() / temperature
+    return F.cross_entropy(back, torch.arange(len(u), device=u.device))
+
+
+def clip(data: Any, frames: int, rng: torch.Generator, other_than: int | None = None) -> tuple[Tensor, int]:
+    """Up to ``frames`` frames of one video of ``data``, in order, and which video it is.
+
+    ``data.videos`` says to which video each example belongs, a number for each; examples are in the order of time.
+    A data set without it is one video.
+    """
+    of = torch.as_tensor(getattr(data, "videos", torch.zeros(len(data), dtype=torch.long)))
+    names = [name for name in of.unique().tolist() if name != other_than] or of.unique().tolist()
+    name = names[int(torch.randint(len(names), (), generator=rng))]
+    mine = (of == name).nonzero()[:, 0]
+    chosen = torch.randperm(len(mine), generator=rng)[:frames].sort().values
+    return data[mine[chosen]][0], name

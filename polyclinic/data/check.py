@@ -37,6 +37,18 @@ KINDS = {
 }
 
 
+STUDY = {
+    "classes": "folders",
+    "nnunet": "pairs",
+    "bids": "bids",
+    "manifest": "manifest",
+    "dicom": "dicom",
+    "npz": "npz",
+    "table": "table",
+}
+"""What a study file calls each: ``kind = ...`` in its ``[data]`` table."""
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What was found. File names that look like a person are masked; identifiers and values of tags are not in it.
@@ -109,6 +121,8 @@ class CheckReport:
         rest = Counter(f.message for f in damaged[20:])
         out += [f"x {count} more files: {reason}" for reason, count in rest.most_common(20)]
         out += [f"{marks[f.level]} {f.line()}" for f in self.findings if f.code != "unreadable"]
+        if self.kind in STUDY:
+            out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')
         errors = sum(f.level == "error" for f in self.findings)
         out.append("nothing stands in the way" if self.ok else f"{errors} thing{'s' * (errors > 1)} to put right first")
         return out

@@ -24,8 +24,10 @@ _MOST = 20_000
 
 def content_hash(array: Tensor) -> str:
     """32 hexadecimal digits that name the voxels and the shape of an image, whatever its file format."""
-    numbers = np.ascontiguousarray(array.numpy().astype(np.float32))
-    return hashlib.blake2b(repr(numbers.shape).encode() + numbers.tobytes(), digest_size=16).hexdigest()
+    numbers = np.ascontiguousarray(array.numpy().astype(np.float32, copy=False))
+    name = hashlib.blake2b(repr(numbers.shape).encode(), digest_size=16)
+    name.update(numbers.reshape(-1).view(np.uint8).data)
+    return name.hexdigest()
 
 
 def small_picture(volume: Volume, side: int = SIDE) -> np.ndarray:  # type: ignore[type-arg]

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from polyclinic.data.check import CheckReport, check_command, check_folder
+from polyclinic.data.check import KINDS as CHECK_KINDS
+from polyclinic.data.check import STUDY, CheckReport, check_command, check_folder
 from polyclinic.data.check_alike import content_hash, nearly_equal, small_picture
 from polyclinic.data.check_layout import detect
 from polyclinic.data.check_names import in_name, shown
@@ -22,6 +23,7 @@ from polyclinic.data.check_page import page, write_page
 from polyclinic.data.deidentify import deidentify_folder
 from polyclinic.data.dicom_file import quiet
 from polyclinic.data.limits import Unreadable, read_npz
+from polyclinic.data.spec import KINDS as STUDY_KINDS
 from polyclinic.data.volume import Volume
 from tests.data.making import CT, RADIOGRAPH, ULTRASOUND, image, nifti_bytes, pydicom, save, series
 
@@ -428,6 +430,11 @@ def test_the_command_says_whether_anything_stands_in_the_way(tmp_path: Path) -> 
     (tmp_path / "a" / "train" / "benign" / "bad.png").write_bytes(b"x")
     assert check_command(str(tmp_path / "a"), say=said.append) == 1
     assert said[-1] == "1 thing to put right first"
+
+
+def test_every_kind_that_a_study_can_read_is_named_as_the_study_names_it() -> None:
+    assert set(STUDY) < set(CHECK_KINDS)
+    assert set(STUDY.values()) <= set(STUDY_KINDS)
 
 
 def test_nothing_is_changed_in_the_data(tmp_path: Path) -> None:

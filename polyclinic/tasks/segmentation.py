@@ -1,5 +1,6 @@
 """Segmentation in two and three dimensions, and what a score means where a mask is empty."""
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,14 +93,24 @@ def agreement(
 
 def _surfaces(p: Tensor, t: Tensor, spacing: tuple[float, ...], tolerance: float) -> dict[str, Tensor]:
     """The 95th percentile of surface distances, and the share of surfaces within ``tolerance``."""
-    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-
     axes = tuple(range(2, p.ndim))
     diagonal = sum((side * mm) ** 2 for side, mm in zip(p.shape[2:], spacing, strict=True)) ** 0.5
     some_p, some_t = p.any(dim=axes), t.any(dim=axes)
     distance = torch.where(some_p == some_t, 0.0, diagonal)
     share = (some_p == some_t).float()
-    for case, label in (some_p & some_t).nonzero().tolist():
+    with warnings.catch_warnings():  # MONAI warns of its own use of its own option
+        warnings.simplefilter("ignore", FutureWarning)
+        _measure(p, t, some_p & some_t, spacing, tolerance, distance, share)
+    return {"hd95": distance, "nsd": share}
+
+
+def _measure(
+    p: Tensor, t: Tensor, both: Tensor, spacing: tuple[float, ...], tolerance: float, distance: Tensor, share: Tensor
+) -> None:
+    """Fills in ``distance`` and ``share`` where there are two surfaces to compare."""
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    for case, label in both.nonzero().tolist():
         pair = [mask[case, label][None, None].float() for mask in (p, t)]
         distance[case, label] = compute_hausdorff_distance(
             *pair, include_background=True, percentile=95, spacing=spacing
@@ -107,4 +118,3 @@ def _surfaces(p: Tensor, t: Tensor, spacing: tuple[float, ...], tolerance: float
         share[case, label] = compute_surface_dice(
             *pair, class_thresholds=[tolerance], include_background=True, spacing=spacing
         )
-    return {"hd95": distance, "nsd": share}

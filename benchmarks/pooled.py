@@ -63,4 +63,5 @@ means = {name: float(np.mean(values)) for name, values in scores.items()}
 print(json.dumps({"scores": {k: [round(v, 4) for v in vs] for k, vs in scores.items()}}))
 for name in ("plain PyTorch", "random forest"):
     gap = means["polyclinic mix"] - means[name]
-    print(json.dumps({"name": f"pooled test AUC, mix minus {name}", "value": round(gap, 4), "goal": 0.02, "met": gap >= -0.02}))
+    told = {"name": f"pooled test AUC, mix minus {name}", "value": round(gap, 4), "goal": -0.02, "met": gap >= -0.02}
+    print(json.dumps(told))

@@ -113,8 +113,8 @@ def write_pages(folder: Path) -> None:
     index = [
         "# Methods",
         "",
-        "By the taxonomy of Guan, Yap, Bozoki and Liu, *Federated learning for medical image analysis: A survey* (2024).",
-        "These pages are made from the table and the docstrings by `make docs`.",
+        "By the taxonomy of Guan, Yap, Bozoki and Liu, *Federated learning for medical image analysis: A survey*",
+        "(2024). These pages are made from the table and the docstrings by `make docs`.",
         "",
     ]
     for family, entries in FAMILIES.items():

@@ -32,8 +32,7 @@ class Tampered(InProcess):
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
         for arrival in super().replies(deadline):
             if arrival.site == self.victim:
-                for changed in self.change(arrival):
-                    yield changed
+                yield from self.change(arrival)
             else:
                 yield arrival
 

@@ -96,7 +96,7 @@ def test_scaffolds_control_is_the_mean_of_the_sites(task, local) -> None:
 
 
 def test_scaffold_refuses_another_optimiser(task) -> None:
-    with pytest.raises(ValueError, match='set training.optimiser = "sgd"'):
+    with pytest.raises(ValueError, match=r'set training\.optimiser = "sgd"'):
         Scaffold(task, 3, Local(optimiser="adam"))
 
 

@@ -1,4 +1,4 @@
-"""Training is pure: the same start, data and dice give the same bits, and everything that bends it does what it says."""
+"""Training is pure: the same start, data and dice give the same bits, and what bends it does what it says."""
 
 from dataclasses import replace
 

@@ -9,6 +9,7 @@ support of each site's own), and then they travel as ``Packed``: apart, each wit
 in name order, and only then summed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +21,7 @@ from polyclinic.core.joined import above, below, escaped, join, scaled, split
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply, Stat, merge
+from polyclinic.core.stats import Gather, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
 
 
@@ -156,9 +157,7 @@ class Sent(Method[SentState]):
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """What the method does, and then each transform's ``encode``, from left to right."""
         reply, inner = self.inner.site_update(self._bare(ask), below("inner", memory), site)
-        kept = {**memory, **above("inner", inner)}
-        for gone in below("inner", memory).keys() - inner.keys():
-            del kept[f"inner/{gone}"]
+        kept = {**_without("inner", memory), **above("inner", inner)}
         if not reply.parts:
             return reply, kept
         sent = join(reply, site.name, uniform=any(t.uniform for t in self.transforms))
@@ -169,9 +168,9 @@ class Sent(Method[SentState]):
             if i == self.cut:
                 sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
             notes |= below(f"~{i}", ask.trees)
-            key = f"{ask.job}/{i}"
+            key = f"sent/{ask.job}/{i}"
             sent, own = transform.encode(sent, notes, below(key, memory), site, ask.round)
-            kept |= above(key, own)
+            kept = {**_without(key, kept), **above(key, own)}
         if not apart:
             return Reply({"sent": sent}), kept
         if self.cut == len(self.transforms):
@@ -189,9 +188,9 @@ class Sent(Method[SentState]):
         states, gathered = list(state.transforms), Reply()
         received = reply.parts["sent"]
         if isinstance(received, Packed):
-            opened = list(self._open(received, states))  # changes states
-            gathered = merge(Reply(kept) for _, kept in opened)
-            received = merge(Reply({"sum": total}) for total, _ in opened).mean("sum")
+            merged = merge(self._open(received, states))  # changes states; one site is held at a time
+            received = merged.mean("")
+            gathered = Reply({part: stat for part, stat in merged.parts.items() if part})
         if not isinstance(received, Mean):
             raise ValueError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
         for i in reversed(range(self.cut)):
@@ -200,7 +199,7 @@ class Sent(Method[SentState]):
         return SentState(inner, tuple(states))
 
     def opened(self, state: SentState, reply: Reply) -> Reply:
-        """What one site's reply decodes to, as far as that can be done before merging.
+        """What one site's reply decodes to, as far as that can be done before merging: sums are the part ``""``.
 
         So an engine can refuse what is spoiled before it spoils the sum. A reply that adds up is given back as it is.
 
@@ -209,30 +208,32 @@ class Sent(Method[SentState]):
         """
         if not isinstance(received := reply.parts.get("sent"), Packed):
             return reply
-        return merge(Reply({"sum": sums, **apart}) for sums, apart in self._open(received, list(state.transforms)))
+        return merge(self._open(received, list(state.transforms)))
 
-    def _open(self, received: Packed, states: list[Trees]) -> Iterator[tuple[Mean, dict[str, Stat]]]:
-        """The sums, and what is to be kept apart, of each site in name order.
+    def _open(self, received: Packed, states: list[Trees]) -> Iterator[Reply]:
+        """What each site sent, in name order: what adds up as the part ``""``, and what is kept apart as it was.
 
         A transform that is decoded site by site sees the same state each time; of what it makes of it the last is
         put into ``states``.
         """
         before = tuple(states)
         for name in sorted(received.items):
-            one, weight = Mean(received.items[name], 1.0), received.weights[name]
+            one, weight = Mean(received.items[name], 1.0), received.weights.get(name, math.nan)
             try:
+                if not 0 < weight < math.inf:
+                    raise ValueError(f"it claims to weigh {weight}")
                 for i in reversed(range(self.cut, len(self.transforms))):
                     one, states[i] = self.transforms[i].decode(one, before[i])
                 if not tree.finite(one.total):
                     raise ValueError("it holds numbers that are not finite")
-            except (ValueError, KeyError, RuntimeError, IndexError) as error:
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"what site {name!r} sent cannot be decoded: {error}") from error
             sums = {leaf: x * weight for leaf, x in one.total.items() if not leaf.startswith("g/")}
             apart: dict[str, dict[str, torch.Tensor]] = {}
-            for leaf in one.total.keys() - sums.keys():
+            for leaf in sorted(one.total.keys() - sums.keys()):
                 _, part, rest = leaf.split("/", 2)
                 apart.setdefault(part, {}).update({rest: one.total[leaf]} if rest else {})
-            yield Mean(sums, weight), {part: Gather({name: leaves}) for part, leaves in sorted(apart.items())}
+            yield Reply({"": Mean(sums, weight)} | {part: Gather({name: leaves}) for part, leaves in apart.items()})
 
     def _noted(self, ask: Ask, state: SentState) -> Ask:
         notes: dict[str, Tree] = {}
@@ -285,3 +286,7 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
         yield from t.problems(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
             yield f"{names[i]} must come before {late[0]}: it protects the numbers themselves, not their encoding"
+
+
+def _without(key: str, trees: Trees) -> dict[str, Tree]:
+    return {name: t for name, t in trees.items() if not name.startswith(f"{key}/")}

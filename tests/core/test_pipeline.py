@@ -152,7 +152,7 @@ def test_what_is_gathered_stays_apart(transforms: Any) -> None:
 def test_memories_do_not_collide_and_reach_the_model() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled())
     state, memory, _ = run(method, 3)
-    assert set(memory["a"]) == {"inner/count", "train/0/n", "train/1/n"}
+    assert set(memory["a"]) == {"inner/count", "sent/train/0/n", "sent/train/1/n"}
     assert float(memory["a"]["inner/count"]["n"]) == 3
     assert float(method.model_at(method.ask(state).at("a"), memory["a"])["count"]) == 3
     assert [float(t["n"]["x"]) for t in state.transforms] == [3, 3]
@@ -192,9 +192,12 @@ def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> No
     good, _ = method.site_update(method.ask(state).at("a"), {}, Site("a"))
     bad = Reply({"sent": Packed({"b": {"m/update/w": torch.tensor([float("nan"), 0])}}, {"b": 1.0})})
     opened = method.opened(state, good)
-    assert torch.allclose(opened.mean("sum").total["m/update/w"], SENDS["a"]["w"])
+    assert torch.allclose(opened.mean("").total["m/update/w"], SENDS["a"]["w"])
     with pytest.raises(ValueError, match=r"site 'b' .* not finite"):
         method.opened(state, bad)
+    for weights in ({}, {"b": -1.0}, {"b": float("nan")}, {"b": float("inf")}):
+        with pytest.raises(ValueError, match=r"site 'b' .* claims to weigh"):
+            method.opened(state, Reply({"sent": Packed({"b": {"m/update/w": torch.ones(2)}}, weights)}))
     with pytest.raises(ValueError, match="site 'b'"):
         method.server_update(state, good + bad, Site("server"))
 

@@ -1,6 +1,7 @@
 """Codecs: the limits in which they change nothing, what they may lose, what they remember, what they refuse."""
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -9,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.core import tree
-from polyclinic.core.pipeline import Packed, Transform
-from polyclinic.core.stats import Mean
+from polyclinic.core.pipeline import Packed, Transform, send_through
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Mean, Reply
 from polyclinic.transforms.compression import QSGD, BFloat16, Codec, Int8, LowRank, Sign
 from polyclinic.transforms.packing import pack_bits, shape_in, shape_tag, unpack_bits
 from polyclinic.transforms.powersgd import PowerSGD
 from polyclinic.transforms.topk import TopK
 from polyclinic.transforms.zstd import Zstd, unfold
-from tests.transforms.sending import close, constant, random_values, run
+from tests.transforms.sending import Told, close, constant, random_values, run
 
 VALUES = random_values()
 ALL = (BFloat16(), Int8(), QSGD(127), QSGD(7), QSGD(1), Sign(), LowRank(), LowRank(remember=True), PowerSGD(2), Zstd(),
@@ -284,3 +286,44 @@ def test_a_bomb_of_compressed_zeros_is_refused() -> None:
 def test_fields_that_make_no_sense_are_refused(wrong: Any, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         run(VALUES, *wrong)
+
+
+def spoiled(parts: dict[str, torch.Tensor], dice: random.Random) -> dict[str, torch.Tensor]:
+    """A message with something wrong in it."""
+    found = dict(parts)
+    name = dice.choice(sorted(found))
+    x = found[name]
+    match dice.randrange(7):
+        case 0:
+            del found[name]
+        case 1:
+            found[f"m/update/{dice.random()}:raw"] = torch.ones(3)
+        case 2:
+            found[name] = x.to(dice.choice([torch.int64, torch.float64, torch.uint8, torch.bool, torch.float16]))
+        case 3:
+            found[name] = x.reshape(-1)[: x.numel() // 2]
+        case 4:
+            found[name] = torch.full_like(x, dice.choice([0, 1, 127]))
+        case 5:
+            found[name] = torch.randint(0, 255, tuple(x.shape), dtype=torch.uint8).to(x.dtype)
+        case _:
+            found[name.replace(":", ";", 1)] = found.pop(name)
+    return found
+
+
+@pytest.mark.parametrize("codecs", [(codec,) for codec in ALL if not codec.additive] + CHAINS, ids=str)
+def test_spoiled_messages_are_refused_or_harmless(codecs: Any) -> None:
+    method = send_through(Told(VALUES, {}), *codecs)
+    state = method.init(VALUES("a", 0))
+    good, _ = method.site_update(method.ask(state).at("a"), {}, Site("a"))
+    dice, refused = random.Random(0), 0
+    for _ in range(60):
+        items = {"a": spoiled(good.gather("sent")["a"], dice)}
+        said = ""
+        try:
+            opened = method.opened(state, Reply({"sent": Packed(items, {"a": 1.0})}))
+            assert tree.finite(opened.mean("").total)
+        except ValueError as error:
+            said, refused = str(error), refused + 1
+        assert not said or "what site 'a' sent cannot be decoded" in said
+    assert refused > 5 or method.cut  # what is decoded on the sum shows there, or in the gate before it

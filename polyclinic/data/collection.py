@@ -13,7 +13,7 @@ import torch
 
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.files import content_of, kind_of, read_image
+from polyclinic.data.files import content_of, read_image
 from polyclinic.data.limits import Unreadable
 from polyclinic.data.preprocess import apply, fingerprint
 from polyclinic.data.source import Info, Table, digest
@@ -152,10 +152,9 @@ class Collection:
                 f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): add steps that make them "
                 'alike, such as {step = "resize", size = 128}, {step = "crop_pad", size = 128} or {step = "channels"}'
             )
+        if len({f.pixels.dtype for f in good}) > 1:  # pictures of 8 bits among deeper ones
+            good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
         out: dict[str, Any] = {"images": torch.stack([f.pixels for f in good]), "bad": bad}
-        read = [e for e, f in zip(self.entries, found, strict=True) if isinstance(f, Picture)]
-        if not self.steps and all(_shallow(path) for e in read for path in e.images):
-            out["images"] = (out["images"] * 255).round().to(torch.uint8)
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
             if set(masks.unique().tolist()) == {0, 255}:
@@ -165,19 +164,9 @@ class Collection:
 
     def _one(self, entry: Entry) -> Picture | str:
         try:
-            return apply(self.steps, read_image(entry.images, entry.mask))
+            return apply(self.steps, read_image(entry.images, entry.mask, as_bytes=not self.steps))
         except (Unreadable, DataError) as error:
             return f"{entry.id}: {error}"
-
-
-def _shallow(path: Path) -> bool:
-    """Whether a picture has 8 bits, so that it can be kept as bytes without loss."""
-    from PIL import Image
-
-    if kind_of(path) not in (".png", ".jpg", ".jpeg", ".bmp"):
-        return False
-    with Image.open(path) as picture:
-        return picture.mode in ("L", "RGB", "1", "P", "RGBA", "LA")
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:

@@ -128,19 +128,24 @@ def check_pattern(key: str, pattern: str) -> list[str]:
     )
 
 
-def read_image(paths: Sequence[Path], mask: Path | None = None, limits: Limits = LIMITS) -> Picture:
+def read_image(
+    paths: Sequence[Path], mask: Path | None = None, limits: Limits = LIMITS, *, as_bytes: bool = False
+) -> Picture:
     """One image from one file, or from one file per channel; and its mask.
 
-    Pictures come as 0 to 1 whatever their depth; volumes in their own units, turned to the axes (z, y, x) of RAS, and
-    flat where they hold one slice. A folder is read as a DICOM series.
+    Pictures come as 0 to 1 whatever their depth (with ``as_bytes``, those of 8 bits as uint8); volumes in their own
+    units, turned to the axes (z, y, x) of RAS, and flat where they hold one slice. A folder is read as a DICOM series.
 
     Raises:
         Unreadable: Where a file is damaged, too large, or does not fit the others.
     """
     parts = [_read(path, False, limits) for path in paths]
-    pixels = torch.cat([part.pixels for part in parts]) if len({p.size for p in parts}) == 1 else None
-    if pixels is None:
+    if len({part.size for part in parts}) > 1:
         raise Unreadable(paths[0], f"its channels differ in size: {' and '.join(str(p.size) for p in parts)}")
+    channels = [part.pixels for part in parts]
+    if not as_bytes or any(pixels.dtype != torch.uint8 for pixels in channels):
+        channels = [pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels for pixels in channels]
+    pixels = torch.cat(channels) if len(channels) > 1 else channels[0]
     if mask is None:
         return Picture(pixels, None, parts[0].spacing_mm)
     labels = _read(mask, True, limits).pixels[0].long()
@@ -155,8 +160,12 @@ def _read(path: Path, mask: bool, limits: Limits) -> Picture:
         array = read_picture(path, limits)
         if mask and array.ndim > 2:
             raise Unreadable(path, "is a colour picture, not a mask of labels")
-        depth = {"uint8": 255, "uint16": 65535}.get(str(array.dtype), 1)
-        pixels = torch.from_numpy(array.astype(np.float32)) / (1 if mask else depth)
+        if array.dtype == np.uint8:
+            pixels = torch.from_numpy(array.copy())
+        else:
+            pixels = torch.from_numpy(
+                array.astype(np.float32) / (65535 if array.dtype == np.uint16 and not mask else 1)
+            )
         return Picture(pixels.movedim(-1, 0) if pixels.ndim > 2 else pixels[None])
     volume = _read_volume(path, kind, mask, limits)
     flat = volume.size[0] == 1

@@ -22,8 +22,6 @@ KINDS: dict[str, tuple[str, str]] = {
     "manifest": ("polyclinic.data.manifest", "Manifest"),
     "patterns": ("polyclinic.data.patterns", "Patterns"),
     "pairs": ("polyclinic.data.pairs", "Pairs"),
-    "bids": ("polyclinic.data.bids_images", "BidsImages"),
-    "dicom": ("polyclinic.data.dicom_images", "DicomImages"),
     "table": ("polyclinic.data.tables", "FeatureTable"),
     "bids": ("polyclinic.data.bids_images", "BidsImages"),
     "dicom": ("polyclinic.data.dicom_images", "DicomImages"),

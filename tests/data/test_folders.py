@@ -124,7 +124,7 @@ def test_a_second_reading_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     import polyclinic.data.collection as module
 
     real = module.read_image
-    monkeypatch.setattr(module, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(module, "read_image", lambda *_, **__: pytest.fail("decoded again"))
     again = Folders(str(tmp_path))
     assert torch.equal(again.examples(again.table().ids).inputs, before.inputs)
     monkeypatch.setattr(module, "read_image", real)

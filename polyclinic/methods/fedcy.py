@@ -19,9 +19,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Trees
 from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.contrastive import encode
 from polyclinic.tasks.cycle import clip, cycle_back
 from polyclinic.tasks.experts import WithContrast
+from polyclinic.tasks.latent import encoded
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.pool import fit_both
 from polyclinic.tasks.task import Task
@@ -55,7 +55,7 @@ class FedCy(FedAvg):
             one, name = clip(site.data["unlabelled"], self.frames, dice)
             two, _ = clip(site.data["unlabelled"], self.frames, dice, other_than=name)
             seen = torch.cat([one, two]).to(site.device)
-            u, v = F.normalize(encode(self.task, model, seen), dim=1).split([len(one), len(two)])
+            u, v = F.normalize(encoded(self.task, model, seen), dim=1).split([len(one), len(two)])
             return by * (cycle_back(u, v, self.temperature) + cycle_back(v, u, self.temperature)) / 2
 
         end, labels, free = fit_both(self.local, self.task, start, site, ask.round, learner.loss, alone)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.tasks.distil import pooled
+from polyclinic.tasks.latent import encoded, encoded_width
 from polyclinic.tasks.model import initial
-from polyclinic.tasks.task import Batch, Task, borrow, represent
+from polyclinic.tasks.task import Batch, Task, borrow
 
 
 class Extended(nn.Module):
@@ -36,22 +36,6 @@ def extended(learner: Any, params: Tree) -> Tree:
     return {**initial(learner.model, 0), **tree.prefixed("backbone", params)}
 
 
-def encode(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
-    """The representation [b, F] of ``inputs``, averaged over space: of a U-Net, what its way down ends with."""
-    if not task.network.architecture.encoder:
-        return pooled(represent(task, model, inputs)[0])
-    last = [module for name, module in model.named_children() if task.network.in_encoder(f"{name}.")][-1]
-    while isinstance(last, nn.ModuleList):
-        last = last[-1]
-    found: list[Tensor] = []
-    hook = last.register_forward_hook(lambda *given: found.append(given[2]))
-    try:
-        model(inputs)
-    finally:
-        hook.remove()
-    return pooled(found[-1])
-
-
 @dataclass(frozen=True)
 class Contrast:
     """A network that learns to tell images apart: the study's, and a projection of its representation.
@@ -67,15 +51,14 @@ class Contrast:
 
     def model(self) -> nn.Module:
         """An ``Extended`` model whose ``extra`` is the projection."""
-        backbone = self.task.model()
-        with torch.no_grad():
-            F_ = encode(self.task, backbone.eval(), torch.zeros(1, *self.task.network.inputs)).shape[1]
-        return Extended(backbone, nn.Sequential(nn.Linear(F_, F_), nn.ReLU(), nn.Linear(F_, self.width)))
+        size = encoded_width(self.task)
+        projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, self.width))
+        return Extended(self.task.model(), projection)
 
     def embed(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Projections [b, width] of length 1."""
         assert isinstance(model, Extended)
-        return F.normalize(model.extra(encode(self.task, model.backbone, inputs)), dim=1)
+        return F.normalize(model.extra(encoded(self.task, model.backbone, inputs)), dim=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """NT-Xent of a minibatch whose first and second halves are two views of the same images."""

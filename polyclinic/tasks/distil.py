@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
+from polyclinic.tasks.latent import head_width, pooled
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Batch, Task, borrow, represent
 
@@ -47,21 +48,12 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
                      "segmentation, regression")  # fmt: skip
 
 
-def pooled(h: Tensor) -> Tensor:
-    """A representation [b, F, *spatial] as one vector for each example, [b, F]."""
-    return h.flatten(2).mean(2) if h.ndim > 2 else h
-
-
-def width(network: Network) -> int:
-    """F, how many features enter the head of ``network``."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        h, _ = represent(of(network), network().eval(), torch.zeros(1, *network.inputs))
-    return h.shape[1]
-
-
 @dataclass(frozen=True)
 class _OfNetwork:
     network: Network
+
+    def model(self) -> nn.Module:
+        return self.network()
 
 
 def of(network: Network) -> Task:
@@ -121,7 +113,7 @@ class Dual:
 
     def model(self) -> nn.Module:
         """A ``Duo``."""
-        projection = nn.Linear(width(self.student.network), width(self.teacher.network), bias=False)
+        projection = nn.Linear(head_width(self.student), head_width(self.teacher), bias=False)
         return Duo(self.teacher.model(), self.student.model(), projection)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
 from polyclinic.tasks.contrastive import nce
-from polyclinic.tasks.distil import Said, pooled, width
+from polyclinic.tasks.distil import Said, of
+from polyclinic.tasks.latent import head_width, pooled
 from polyclinic.tasks.model import initial
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Batch, Task, represent
@@ -46,7 +47,9 @@ class Gated(Network):
         model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
         place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
         parent, _, last = place.rpartition(".")
-        setattr(model.get_submodule(parent), last, GatedHead(width(base), self.outputs, self.experts, self.width))
+        setattr(
+            model.get_submodule(parent), last, GatedHead(head_width(of(base)), self.outputs, self.experts, self.width)
+        )
         return model
 
     def private(self, name: str) -> bool:

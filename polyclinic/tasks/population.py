@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.tasks.distil import of, pooled, width
+from polyclinic.tasks.distil import of
+from polyclinic.tasks.latent import features, head_width
 from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import Batch, Task, represent
+from polyclinic.tasks.task import Batch, Task
 
 
 def neighbours(h: Tensor, count: int) -> Tensor:
@@ -50,7 +51,7 @@ class Population(nn.Module):
 
     def represent(self, x: Tensor) -> Tensor:
         """[b, *inputs] to [b, features]"""
-        return pooled(represent(of(self.network), self.base, x)[0])
+        return features(of(self.network), self.base, x)
 
     def imagine(self, h: Tensor, edges: Tensor) -> Tensor:
         """For each patient the neighbour that is missing, from those that are there: [b, features]."""
@@ -78,7 +79,7 @@ class Populated(Network):
     def __call__(self) -> nn.Module:
         """A new module with random parameters."""
         base = Network(self.name, self.inputs, self.outputs, self.options)
-        return Population(base, width(base), self.count)
+        return Population(base, head_width(of(base)), self.count)
 
     def in_head(self, name: str) -> bool:
         """Whether a tensor belongs to the base's head."""

@@ -8,8 +8,8 @@ from scipy.special import logsumexp, softmax
 from polyclinic.core.site import Site
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fedcy import FedCy
-from polyclinic.tasks.contrastive import encode
 from polyclinic.tasks.cycle import clip, cycle_back
+from polyclinic.tasks.latent import encoded
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import borrow
 from tests.conftest import Rows, little_sites
@@ -96,7 +96,7 @@ def test_moments_become_findable(task):
     def loss(params):
         model = borrow(task, params).eval()
         with torch.no_grad():
-            h = torch.nn.functional.normalize(encode(task, model, data.x), dim=1)
+            h = torch.nn.functional.normalize(encoded(task, model, data.x), dim=1)
         return float(cycle_back(h[:24], h[24:]))
 
     assert loss(end.state.params) < loss(start) - 0.1

@@ -8,7 +8,8 @@ from scipy.stats import spearmanr
 
 from polyclinic.core.site import Site
 from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.contrastive import Contrast, drawn, encode, extended, gaussian, momentum_nce, nce, similarity
+from polyclinic.tasks.contrastive import Contrast, drawn, extended, gaussian, momentum_nce, nce, similarity
+from polyclinic.tasks.latent import encoded
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.tasks.task import borrow
@@ -61,7 +62,7 @@ def test_nt_xent_pairs_each_view_with_its_other(task):
 )
 def test_every_network_has_a_representation(task, features):
     model = task.model().eval()
-    h = encode(task, model, normal(2, *task.network.inputs))
+    h = encoded(task, model, normal(2, *task.network.inputs))
     assert h.shape == (2, features)
     h.sum().backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]

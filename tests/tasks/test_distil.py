@@ -7,7 +7,8 @@ from scipy.special import expit, rel_entr, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.distil import Dual, divergence, either, pooled, width
+from polyclinic.tasks.distil import Dual, divergence, either
+from polyclinic.tasks.latent import head_width, pooled
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import initial, params_of
 from polyclinic.tasks.networks import Network
@@ -59,7 +60,7 @@ def test_a_kind_that_cannot_be_compared_is_named():
 def test_width_is_what_enters_the_head(task, features):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert width(task.network) == features
+    assert head_width(task) == features
     assert torch.equal(torch.get_rng_state(), before)
     assert pooled(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
 

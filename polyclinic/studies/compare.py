@@ -1,6 +1,6 @@
 """Is one method better than another? Paired, corrected for the number of questions, and content to say no.
 
-- Paired differences under the same resampled patients (and resampled seeds, where there are several).
+- Paired differences under the same resampled patients; with several seeds, the variance between seeds is added.
 - Paired DeLong test of two AUCs (DeLong et al. 1988, see ``intervals``).
 - Corrected resampled t (Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003,
   https://doi.org/10.1023/A:1024068626366, equation 3.6 with its variance (1/J + n_test/n_train) σ²): for repeated
@@ -68,6 +68,35 @@ def difference(value: float, draws: Array, n: int = 0, level: float = 0.95, how:
     if limits is None:
         return Difference(value, n=n, why="no interval: too few patients to resample")
     return Difference(value, *limits, two_sided(draws), None, n, how)
+
+
+def over_seeds(values: Array, draws: Array, n: int = 0, level: float = 0.95, how: str = "") -> Difference:
+    """The mean of several seeds' differences, unsure of the patients and of the luck of training.
+
+    The variance is that of the bootstrap over patients plus that of a mean of S seeds, Var = Var_b + s²/S. The
+    interval is Student's, with Satterthwaite's degrees of freedom, so that two or three seeds do not pass for many.
+    What differs by patient and seed at once is counted in both parts, which errs on the side of caution.
+
+    Args:
+        values: [S] one difference a seed, S ≥ 2.
+        draws: [draws] bootstrap values of their mean.
+        n: Patients behind them.
+        level: Of confidence.
+        how: The bootstrap, in words.
+    """
+    value, known = float(np.mean(values)), draws[np.isfinite(draws)]
+    if not np.isfinite(value):
+        return Difference(None, n=n, why="undefined for one of the two")
+    if len(known) < max(0.5 * len(draws), 20):
+        return Difference(value, n=n, why="no interval: too few patients to resample")
+    patients, seeds = float(known.var(ddof=1)), float(np.var(values, ddof=1)) / len(values)
+    total = patients + seeds
+    if total == 0:
+        return Difference(value, value, value, 1.0 if value == 0 else 0.0, None, n, how)
+    df = total**2 / (seeds**2 / (len(values) - 1) + patients**2 / max(n - 1, 1))
+    half = float(stats.t.ppf(0.5 + level / 2, df)) * total**0.5
+    p = float(2 * stats.t.sf(abs(value) / total**0.5, df))
+    return Difference(value, value - half, value + half, p, None, n, how)
 
 
 def delong_test(a: Array, b: Array, positive: Array, patient: Ints | None = None, level: float = 0.95) -> Difference:

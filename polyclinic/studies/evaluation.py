@@ -1,9 +1,9 @@
 """A run's numbers: every method at every site, pooled, over sites, at the worst site, against training alone.
 
 Each site's patients are resampled within the site, the same draws for every method, so that every difference is
-paired. A value over several seeds is the mean of the seeds' values. Differences also resample the seeds, where there
-are at least two, because another seed would have given another model. The method spoken of first is the federated one
-with the best mean over sites on *validation*; test data choose nothing.
+paired. A value over several seeds is the mean of the seeds' values; its interval is for these models. Differences add
+the variance between seeds, where there are at least two, because another seed would have given another model. The
+method spoken of first is the federated one with the best mean over sites on *validation*; test data choose nothing.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a line of ``records.jsonl`` and the file ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
+"""What a line of ``records.jsonl`` and ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
 
 from typing import Annotated, Any, Literal
 

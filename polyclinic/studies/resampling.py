@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.studies.compare import Difference, difference
+from polyclinic.studies.compare import Difference, difference, over_seeds
 from polyclinic.studies.intervals import Estimate, bca, delong, percentile, resamples
 from polyclinic.studies.metrics import Array, Metric
 from polyclinic.studies.predictions import Cases, as_cases
@@ -157,16 +157,14 @@ class Sample:
         return sign * (self.macro(a, sites, metric)[rows[0]] - self.macro(b, sites, metric)[rows[1]])
 
     def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
-        """Method ``a`` minus ``b`` with its interval; another seed would give another model, so seeds are drawn too."""
+        """Method ``a`` minus ``b``, with an interval that also covers other seeds where there are several."""
         if not sites or not set(self.seeds(a)) & set(self.seeds(b)):
             return Difference(None, why="no seed or no site in common")
-        d, how = self.paired(a, b, sites, metric), self._how("paired percentile")
-        draws = d[:, 1:] if self.shared else np.sort(d[:, 1:], axis=1)
-        if len(d) > 1:
-            dice = np.random.default_rng([self.seed, 1])
-            draws = np.take_along_axis(draws, dice.integers(len(d), size=draws.shape), axis=0)
-            how = how.replace("over patients", "over patients and seeds")
-        return difference(float(d[:, 0].mean()), draws.mean(0), self._patients(a, sites), self.level, how)
+        d, n = self.paired(a, b, sites, metric), self._patients(a, sites)
+        if len(d) == 1:
+            return difference(float(d[0, 0]), d[0, 1:], n, self.level, self._how("paired percentile"))
+        how = self._how("paired").replace(",", f" and variance between {len(d)} seeds,", 1)
+        return over_seeds(d[:, 0], self.over_seeds(d[:, 1:]), n, self.level, how)
 
     def _cases(self, label: str, seed: int, sites: Sequence[str]) -> list[Cases]:
         return [self.cases[label, seed][s] for s in sites]

@@ -122,6 +122,34 @@ def test_a_verdict_needs_the_interval_and_the_corrected_p():
     assert cmp.Difference(None, why="x").verdict() == cmp.UNDECIDED
 
 
+def seeded(count, luck, dice, patients=0.02, draws=200):
+    """Differences of ``count`` seeds that share their patients, with bootstrap draws of their mean."""
+    values = patients * dice.normal() + luck * dice.normal(size=count)
+    return values, values.mean() + patients * dice.normal(size=draws)
+
+
+@pytest.mark.parametrize(("count", "luck"), [(2, 0.01), (3, 0.02), (5, 0.05), (10, 0.05)])
+def test_differences_over_seeds_keep_their_level(count, luck):
+    dice = np.random.default_rng(count)
+    p = [cmp.over_seeds(*seeded(count, luck, dice), n=200).p for _ in range(1500)]
+    assert np.mean(np.array(p) < 0.05) < 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5 + 0.02
+
+
+def test_patients_alone_would_not_keep_it():
+    dice = np.random.default_rng(0)
+    p = [cmp.two_sided(seeded(3, 0.05, dice)[1]) for _ in range(500)]
+    assert np.mean(np.array(p) < 0.05) > 0.2
+
+
+def test_seeds_that_agree_leave_the_patients_interval():
+    draws = 0.1 + 0.02 * np.random.default_rng(1).normal(size=5000)
+    d, plain = cmp.over_seeds(np.full(4, 0.1), draws, n=10_000), cmp.difference(0.1, draws)
+    assert (d.low, d.high) == (pytest.approx(plain.low, abs=0.002), pytest.approx(plain.high, abs=0.002))
+    assert cmp.over_seeds(np.zeros(3), np.zeros(100)).verdict() == cmp.UNDECIDED
+    assert cmp.over_seeds(np.array([0.1, np.nan]), draws).value is None
+    assert cmp.over_seeds(np.array([0.1, 0.1]), np.full(100, np.nan)).low is None
+
+
 def test_two_sided_p_is_never_zero_and_one_in_the_middle():
     assert cmp.two_sided(np.ones(99)) == pytest.approx(0.02)
     assert cmp.two_sided(np.linspace(-1, 1, 100)) == pytest.approx(1.0, abs=0.02)

@@ -66,6 +66,7 @@ def _table(page: Source, first: MethodResult) -> Table:
     columns = words(site="Site") + numbers(alone="Alone", federated=page.title(first.label))
     columns += numbers(gain=f"Gain ({page.level} CI)", p="p") + words(verdict="Verdict")
     note = "p is not corrected for the number of sites: each site asks about itself."
+    note += " Intervals add the variance between seeds." if len(first.seeds) > 1 else ""
     return Table("gains", "Gain over training alone.", columns, rows, note, marks)
 
 

@@ -88,10 +88,13 @@ def _evaluation(page: Source, refs: References) -> list[str]:
         f"({count(o.draws)} draws).",
     ]
     if result.comparisons and result.reference:
-        drawn = "patients and seeds" if any(len(m.seeds) > 1 for m in result.methods) else "patients"
+        several = any(len(m.seeds) > 1 for m in result.methods)
+        also = (
+            ", adding the variance between seeds (Student’s t, Satterthwaite’s degrees of freedom)" if several else ""
+        )
         said.append(
-            f"Methods were compared with {page.title(result.reference)} by paired bootstrap over {drawn}, with Holm’s "
-            f"correction{refs.cite(HOLM)}."
+            f"Methods were compared with {page.title(result.reference)} by paired bootstrap over patients{also}, with "
+            f"Holm’s correction{refs.cite(HOLM)}."
         )
     return said
 

@@ -112,9 +112,9 @@ def _differences(page: Source, reference: str) -> Table:
     columns += numbers(splits="p over splits") if result.over_splits else []
     columns += numbers(sites="p over sites") if result.over_sites else []
     columns += words(verdict="Verdict")
-    several = any(len(m.seeds) > 1 for m in result.methods)
+    seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
     note = (
-        f"Mean over sites, paired: the same resampled patients{' and seeds' if several else ''} for both; + is better. "
+        f"Mean over sites, paired: the same resampled patients for both{seeds}; + is better. "
         f"Holm’s correction for {many(len(rows), 'comparison')}. “No difference shown” unless the interval leaves out "
         "0 and the corrected p is below 0.05."
     )

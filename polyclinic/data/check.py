@@ -172,6 +172,8 @@ def check_folder(
             progress(len(looks) + len(refused))
     found += [Finding("error", "unreadable", reason, (shown(name),)) for name, reason in refused]
     found += layout_problems(layout)
+    if links := sum(Path(f, n).is_symlink() for f, names, _ in os.walk(root) for n in names):
+        found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
     found += health_information(layout, looks, health, limits)
     found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
     return _report(layout, looks, found)

@@ -34,7 +34,7 @@ class Released:
         patients: How many patients they show.
         removed: How many elements were removed or changed, by tag number.
         refused: What was not released, and why; source paths, for the eyes of the site.
-        left: Files that are not DICOM and were not copied.
+        left: Files that are not DICOM, indexes (DICOMDIR) and links to folders, which were not copied.
     """
 
     destination: Path
@@ -52,7 +52,7 @@ class Released:
         shown = ", ".join(f"({t >> 16:04x},{t & 0xFFFF:04x}) x{n}" for t, n in tags[:12])
         out.append(f"removed or changed {sum(self.removed.values())} elements of {len(tags)} kinds: {shown}")
         if self.left:
-            out.append(f"left behind {self.left} files that are not DICOM")
+            out.append(f"left behind {self.left} files that are no DICOM images, indexes or links to folders")
         reasons = Counter(refusal.reason for refusal in self.refused)
         out += [f"refused {count}: {reason}" for reason, count in reasons.most_common()]
         if reasons:
@@ -104,7 +104,8 @@ def deidentify_folder(
         for done, path in enumerate(files):
             if progress is not None:
                 progress(done, len(files))
-            if not looks_like_dicom(path) and path.suffix.lower() not in (".dcm", ".dicom", ".ima"):
+            named = path.suffix.lower() in (".dcm", ".dicom", ".ima") and not path.is_dir()
+            if path.name.upper() == "DICOMDIR" or not (named or looks_like_dicom(path)):
                 left += 1
                 continue
             try:
@@ -188,12 +189,11 @@ def _read_back(
 
 
 def _walk(source: Path) -> Iterator[Path]:
+    """Every file, and every link to a folder, which is not followed."""
     for folder, folders, names in os.walk(source):
         folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.upper() != "DICOMDIR" and path.is_file() and not path.is_symlink():
-                yield path
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in sorted([*names, *links]))
 
 
 def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: bytes) -> str:

@@ -271,11 +271,25 @@ def test_damaged_files_do_not_stop_the_rest(tmp_path: Path) -> None:
     for name, data in (("empty", b""), ("cut", sound[:700]), ("text", b"Jane Doe" * 99), ("short", sound[:-90])):
         (tmp_path / "src" / f"{name}.dcm").write_bytes(data)
     os.mkfifo(tmp_path / "src" / "pipe.dcm")
+    os.mkfifo(tmp_path / "src" / "pipe")
+    (tmp_path / "src" / "gone.dcm").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "src" / "loop").symlink_to(tmp_path / "src")
+    (tmp_path / "src" / "DICOMDIR").write_bytes(sound)
     released = deidentify_folder(tmp_path / "src", tmp_path / "dst", tmp_path / "key.json")
     assert len(released.written) == 2
-    assert sorted(refusal.path.stem for refusal in released.refused) == ["cut", "empty", "short", "text"]
+    assert sorted(refusal.path.stem for refusal in released.refused) == [
+        "cut",
+        "empty",
+        "gone",
+        "pipe",
+        "short",
+        "text",
+    ]
+    assert released.left == 3
     content = json.loads((tmp_path / "key.json").read_text())
-    assert sorted(content["runs"][0]["refused"]) == ["cut.dcm", "empty.dcm", "short.dcm", "text.dcm"]
+    assert sorted(content["runs"][0]["refused"]) == [
+        f"{name}.dcm" for name in ("cut", "empty", "gone", "pipe", "short", "text")
+    ]
 
 
 def test_text_inside_a_compressed_frame_does_not_come_along(tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ def test_pipes_links_and_folders_do_not_hang(tmp_path: Path) -> None:
     report = check_folder(tmp_path, limits=LIMITS)
     lines = sorted(f.line() for f in report.findings if f.code == "unreadable")
     assert lines == ["nowhere.dcm: is a link to nothing", "pipe.dcm: is not an ordinary file"]
+    assert any(f.line() == "1 links to folders are not followed" for f in report.findings)
     assert report.examples == 1
 
 

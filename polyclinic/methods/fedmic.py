@@ -85,8 +85,8 @@ class DualDistillation(Method[State]):
 
 
 def _teacher(task: Task, name: str, options: tuple[tuple[str, Any], ...]) -> Task:
-    own = task.network
-    return task if not name else replace(task, network=Network(name, own.inputs, own.outputs, tuple(options)))
+    own, pairs = task.network, tuple((key, value) for key, value in options)  # a study file has lists
+    return task if not name else replace(task, network=Network(name, own.inputs, own.outputs, pairs))
 
 
 def fedmic(

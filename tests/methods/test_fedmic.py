@@ -30,6 +30,12 @@ def test_without_distillation_the_student_is_fedavgs(task, local, sites):
     assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
 
 
+def test_a_teacher_may_come_from_a_study_file(task, local):
+    lists, tuples = (fedkd(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
+    assert lists == tuples
+    assert hash(lists.dual) == hash(tuples.dual)
+
+
 def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(task, local, sites):
     params = task.first(0)
     small, _ = run(fedmic(task, local), sites, params)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -478,3 +479,14 @@ def test_a_panel_ranks_methods_over_data_sets(tmp_path):
     assert found.methods == tuple(METHODS)
     assert found.ranking.methods[-1] == "single"
     assert found.gains["mix"][0] > found.gains["mix"][1]
+
+
+@pytest.mark.parametrize("name", ["report", "evaluation"])
+def test_examples_of_the_pages_run(name, tmp_path, monkeypatch):
+    write_run(tmp_path / "runs" / "demo-42e2f0e4", sites=LITTLE, seeds=(0,), methods=("fedavg",))
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, name, "exec"), {})

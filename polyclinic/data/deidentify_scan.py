@@ -47,18 +47,23 @@ class Identifiers:
     Attributes:
         words: Lower-case text: names, identifiers, addresses.
         digits: Runs of at least 6 digits, searched for as whole numbers.
+        own: What belongs to one file only, its UIDs and the numbers in its name, searched for in its own header.
     """
 
     words: frozenset[str] = field(default=frozenset(), repr=False)
     digits: frozenset[str] = field(default=frozenset(), repr=False)
+    own: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __or__(self, other: "Identifiers") -> "Identifiers":
+        """What is known of a patient from two files: their names and numbers, not what is each slice's own."""
         return Identifiers(self.words | other.words, self.digits | other.digits)
 
     def in_text(self, text: str) -> bool:
         """Whether a text holds any of them."""
         low = text.lower()
-        return any(_found(word, low) for word in self.words) or any(_number(d).search(low) for d in self.digits)
+        if any(_found(word, low) for word in self.words) or any(text in low for text in self.own):
+            return True
+        return any(digits in low and _number(digits).search(low) for digits in self.digits)
 
     def in_header(self, data: bytes) -> bool:
         """Whether the bytes of a header hold any of them, in ASCII, Latin-1, UTF-8 or UTF-16."""
@@ -111,7 +116,7 @@ def collect(dataset: Any, removed: Iterable[int], extra: Iterable[str] = ()) -> 
         removed: Tags whose text was removed or changed: their long numbers are searched for.
         extra: Further text that was dropped, such as the preamble's or the file's name.
     """
-    gone, words, digits = set(removed), set[str](), set[str]()
+    gone, words, digits, own = set(removed), set[str](), set[str](), set[str]()
     for element in elements(dataset):
         tag, values = int(element.tag), _texts(element)
         if element.VR == "PN":
@@ -121,7 +126,7 @@ def collect(dataset: Any, removed: Iterable[int], extra: Iterable[str] = ()) -> 
             words.update(value.lower() for value in values if len(value) >= (3 if not value.isdigit() else 99))
             digits.update(value for value in values if value.isdigit() and len(value) >= 6)
         elif element.VR == "UI" and tag in gone:
-            words.update(value for value in values if not value.startswith("1.2.840.10008.") and len(value) > 10)
+            own.update(value for value in values if not value.startswith("1.2.840.10008.") and len(value) > 10)
         if tag == BIRTH_DATE:
             for value in values:
                 digits.add(value)
@@ -131,11 +136,12 @@ def collect(dataset: Any, removed: Iterable[int], extra: Iterable[str] = ()) -> 
                 words.update(_codes(value))
                 digits.update(re.findall(r"(?<!\d)\d{6,}(?!\d)", value))
     for text in extra:
-        words.update(_codes(text))
-        digits.update(re.findall(r"(?<!\d)\d{6,}(?!\d)", text))
+        own.update(_codes(text))
+        own.update(n for n in re.findall(r"\d{8,}", text) if n.count("0") <= len(n) / 2)  # not a slice's counter
     return Identifiers(
         frozenset(w for w in words if len(w) >= (3 if w.isascii() else 2) and w not in _EVERYWHERE),
         frozenset(d for d in digits if len(set(d)) > 1 and len(d) >= 6),
+        frozenset(own),
     )
 
 

@@ -1,0 +1,55 @@
+"""Whatever a method trains, every site can be scored with it: those that took part, and one that never did."""
+
+import pytest
+
+from polyclinic.core.site import Site
+from polyclinic.core.train import train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.table import METHODS
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.evaluation import Evaluated, evaluate
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.tasks.regression import Regression
+from tests.conftest import Rows, blobs, little_sites
+
+TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
+LOCAL = Local(batch_size=8, lr=0.05)
+SHIFT = [
+    "ditto", "apfl", "fedrep", "moon", "ifca", "feddg", "fedsm", "iop-fl", "fednorm", "fedmri", "site-graph",
+    "fed-align", "fed-moe", "fedharmony", "fl-mrcm", "harmofl", "zscore", "combat", "vafl", "stain-norm", "fedreplay",
+]  # fmt: skip
+QUICK = {"vafl": {"epochs": 1}, "stain-norm": {"epochs": 1, "exchanges": 2}, "fedreplay": {"epochs": 1, "examples": 32}}
+
+
+@pytest.mark.parametrize("name", SHIFT)
+def test_inside_and_outside(name: str) -> None:
+    sites = little_sites()
+    method = Evaluated(build(name, Setting(TASK, LOCAL, tuple(sites), 3), QUICK.get(name)), TASK)
+    federation, state = InProcess(method, sites), method.init(TASK.first())
+    for step in train(method, federation, state, rounds=2):
+        assert not step.lost
+        state = step.state
+    everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(9, 10, (1, 8, 8))})}
+    served = InProcess(method, everyone, federation.memory)
+    found = evaluate(method, served, state, list(everyone))
+    assert set(found) == set(everyone)
+    assert all(0 <= float(scores["accuracy"]) <= 1 for scores in found.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["ditto", "apfl", "fedrep", "moon", "ifca", "fedsm", "fedharmony", "fed-moe", "combat", "zscore"]
+)
+def test_regression_on_tables(name: str) -> None:
+    """What a brain-age study needs: numbers as targets, columns as inputs."""
+    rows = {f"site-{k}": blobs(k, 20, (6,)) for k in range(3)}
+    sites = {n: Site(n, {r: Rows(b.x, b.x[:, :1] * 10 + 50) for r in ("train", "val")}) for n, b in rows.items()}
+    task = Regression(Network("mlp", (6,), 1), 50.0, 10.0)
+    method = Evaluated(build(name, Setting(task, LOCAL, tuple(sites), 3)), task)
+    assert name in METHODS
+    federation, state = InProcess(method, sites), method.init(task.first())
+    for step in train(method, federation, state, rounds=2):
+        assert not step.lost
+        state = step.state
+    assert all(float(s["mae"]) < 100 for s in evaluate(method, federation, state, list(sites)).values())

@@ -14,8 +14,8 @@ import math
 import os
 import stat
 import struct
+import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,36 @@ _DECODERS = {  # transfer syntax: what decodes it beyond our `dicom` extra
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps pydicom's warnings and log lines, which quote values, off every screen and log."""
-    log = logging.getLogger("pydicom")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
+class _Silence:
+    """Warnings and log lines of pydicom off, from the first thread that asks until the last one is done."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                log = logging.getLogger("pydicom")
+                self._stack.callback(log.setLevel, log.level)
+                log.setLevel(logging.CRITICAL + 1)
+                self._stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._stack.close()
+
+
+_SILENCE = _Silence()
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Keeps pydicom's warnings and log lines, which quote values, off every screen and log; for any thread."""
+    return _SILENCE
 
 
 def require_pydicom() -> Any:

@@ -1,5 +1,8 @@
 """DICOM series: millimetres, units and orientation, against what was written and against SimpleITK."""
 
+import logging
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +235,20 @@ def test_not_finite_numbers_in_the_header_are_refused(tmp_path: Path) -> None:
             path = save(image(pixels, **{"PixelSpacing": [1, 1], **fields}), tmp_path / "a.dcm")
         with pytest.raises(Unreadable, match=why):
             read_dicom(path)
+
+
+def test_reading_in_threads_is_quiet_and_leaves_warnings_as_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet():
+        dataset = image(VOLUME[0], StudyDate="not a date MRN771234", ImagePositionPatient=[0, 0, 0])
+        for i in range(24):
+            save(dataset, tmp_path / f"{i}.dcm")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = (list(warnings.filters), logging.getLogger("pydicom").level)
+        with ThreadPoolExecutor(6) as pool:
+            read = list(pool.map(read_dicom, sorted(tmp_path.glob("*.dcm"))))
+        assert (list(warnings.filters), logging.getLogger("pydicom").level) == before
+    assert len(read) == 24
+    assert "771234" not in caplog.text + "".join(str(w.message) for w in caught)

@@ -1,5 +1,6 @@
 """Damaged and hostile files: each costs one clear line and bounded memory, and the rest of the site is read."""
 
+import functools
 import gzip
 import io
 import os
@@ -46,11 +47,12 @@ def with_syntax(uid: str, body: bytes) -> bytes:
     return b"\0" * 128 + b"DICM" + size + meta + body
 
 
+@functools.cache
 def deflated_bomb() -> bytes:
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-    body = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, 400 * 2**20)
+    body = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OW", 0, 200 * 2**20)
     out = squeeze.compress(body)
-    for _ in range(400):
+    for _ in range(200):
         out += squeeze.compress(bytes(2**20))
     return with_syntax("1.2.840.10008.1.2.1.99", out + squeeze.flush())
 

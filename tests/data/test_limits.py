@@ -96,7 +96,7 @@ def refused(read: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize(("name", "sound", "read"), READERS, ids=[r[0] for r in READERS])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_are_read_or_refused_and_nothing_else(
     tmp_path: Path, name: str, sound: bytes, read: Callable[[Path], object], data: st.DataObject

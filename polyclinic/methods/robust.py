@@ -165,8 +165,13 @@ def apart(reply: Reply, site: str) -> Reply:
     return Reply({**rest, PART: Gather({site: leaves})}) if leaves else reply
 
 
+def _claim(key: str) -> bool:
+    """Whether a leaf says what a part weighs."""
+    return not key.partition("/")[2]
+
+
 def _values(leaves: Tree) -> Tree:
-    return tree.select(leaves, lambda key: not key.endswith("/"))
+    return tree.select(leaves, lambda key: not _claim(key))
 
 
 def _weights(leaves: Tree) -> dict[str, float]:
@@ -179,7 +184,7 @@ def _refused(sent: Mapping[str, Tree]) -> dict[str, str]:
     """The sites whose updates cannot be added to the others', each with the reason."""
     found = faults({site: _values(leaves) for site, leaves in sent.items()})
     for site, leaves in sent.items():
-        claims = [leaf for key, leaf in leaves.items() if key.endswith("/")]
+        claims = [leaf for key, leaf in leaves.items() if _claim(key)]
         if any(x.numel() != 1 or not bool(x.isfinite().all()) or not float(x) > 0 for x in claims):
             found.setdefault(site, "what it claims to weigh is not a number above 0")
     return dict(sorted(found.items()))

@@ -208,6 +208,20 @@ def test_any_method_may_stand_under_a_rule(task, local, sites) -> None:
         check_method(build("median", setting, {"over": over}), task.first(0), sites)
 
 
+def test_a_rule_over_clipped_and_noised_updates(local, sites) -> None:
+    """Sites protect themselves first; the rule then judges what they chose to send."""
+    from polyclinic.tasks.classification import Classification
+    from polyclinic.tasks.networks import Network
+    from polyclinic.transforms.privacy import Clip, Gaussian
+
+    task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("norm", "group"))))
+    sent = send_through(FedAvg(task, local, uniform=True), Clip(1.0), Gaussian(0.01))
+    state, steps = run(Robust(sent, Median()), task, sites)
+    assert not any(step.lost for step in steps)
+    assert not any(note.excluded for note in state.notes.values())
+    assert 0 < tree.norm(tree.sub(state.params, task.first(0))) < 3
+
+
 def test_secure_summation_is_refused_in_a_sentence(task, local, sites) -> None:
     with pytest.raises(ValueError, match="must see what each site sent"):
         send_through(Robust(FedAvg(task, local, uniform=True), Median()), SumsOnly())

@@ -1,0 +1,197 @@
+"""What robust rules withstand, on real patients: ``python benchmarks/attacks.py`` writes docs/studies/attacks.md.
+
+Two federations of ten sites. Heart disease: four hospitals, each dealt to two or three sites, so that sites differ as
+real hospitals do. Chest X-rays: one hospital's, dealt to ten sites with label skew. One to three of the ten attack from
+the first round on; who, is drawn for each seed. Every rule is judged on honest test patients by AUC,
+beside the mean of honest sites; by whom its alarms name; and, without any attack, by what it costs the hospital that
+differs most.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hospitals import CHEST, HEART, first, mlp, pooled, read, scores, sites_of, split_up
+
+from polyclinic.audits.attacks import (
+    ALIE,
+    IPM,
+    Attack,
+    Collusion,
+    Huge,
+    LabelFlip,
+    Noise,
+    NotANumber,
+    Replacement,
+    SignFlip,
+)  # fmt: skip
+from polyclinic.audits.poisoning import Poisoned
+from polyclinic.core.site import Site
+from polyclinic.core.train import TooFewReplies, train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.robust import Robust
+from polyclinic.methods.rules.coordinate import Median, TrimmedMean
+from polyclinic.methods.rules.dos import DOS
+from polyclinic.methods.rules.fltrust import FLTrust
+from polyclinic.methods.rules.geometric import CentredClipping, GeometricMedian
+from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.rule import Average, Rule
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.local import Local
+
+RULES: dict[str, tuple[Rule, float]] = {
+    "mean": (Average(weighted=False), 0.0),
+    "mean, bounded": (Average(weighted=False), 1.0),
+    "krum": (Krum(0.3), 0.0),
+    "multi-krum": (MultiKrum(0.3), 0.0),
+    "bulyan": (Bulyan(0.1), 0.0),
+    "median": (Median(), 0.0),
+    "trimmed-mean": (TrimmedMean(0.3), 0.0),
+    "geometric-median": (GeometricMedian(), 0.0),
+    "centred-clipping": (CentredClipping(), 0.0),
+    "fltrust": (FLTrust(""), 0.0),
+    "dos, bounded": (DOS(), 1.0),
+    "dos, unbounded": (DOS(), 0.0),
+}
+ATTACKS: dict[str, Attack] = {
+    "label flip": LabelFlip(), "sign flip": SignFlip(4.0), "Gaussian": Noise(10.0), "ALIE": ALIE(), "IPM": IPM(0.5),
+    "replacement": Replacement(size=10.0), "norm 10⁶": Huge(1e6), "NaN": NotANumber(), "collusion": Collusion(1.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One federation to attack.
+
+    Attributes:
+        test: Patients of all hospitals. ``minority``: those of the hospital that differs most.
+        weak: The sites of that hospital.
+    """
+
+    task: Classification
+    local: Local
+    rounds: int
+    sites: dict[str, Site]
+    test: Any
+    minority: Any
+    weak: tuple[str, ...]
+
+
+def heart(seed: int) -> Setting:
+    """Four hospitals in ten sites. Zurich and Basel differ most: 93 % of their patients are ill."""
+    data = read(HEART, seed)
+    whole = sites_of(data, seed)
+    sites = split_up(whole, {"cleveland": 3, "hungarian": 3, "switzerland": 2, "va": 2}, seed)
+    weak = ("switzerland-1", "switzerland-2")
+    task = mlp(*data.shape)
+    return Setting(
+        task, Local(epochs=2, batch_size=16, lr=0.1), 15, sites, pooled(whole), whole["switzerland"].data["test"], weak
+    )
+
+
+def chest(seed: int) -> Setting:
+    """One hospital's X-rays at ten made-up sites. The sites differ most whose children are mostly healthy."""
+    data = read(CHEST, seed)
+    whole = sites_of(data, seed)
+    ill = {name: float(site.data["train"].targets.float().mean()) for name, site in whole.items()}
+    weak = tuple(sorted(ill, key=lambda name: ill[name])[:2])
+    minority = pooled({name: whole[name] for name in weak})
+    local = Local(epochs=2, batch_size=16, lr=0.1)
+    return Setting(mlp(1, 28, 28, width=32), local, 10, first(whole, 96), pooled(whole), minority, weak)
+
+
+SETTINGS = {"heart disease, 4 hospitals in 10 sites": heart, "chest X-rays, 10 made-up sites": chest}
+
+
+def run(
+    setting: Setting, rule: Rule, bound: float, attack: Attack | None, attackers: tuple[str, ...], seed: int
+) -> dict[str, Any]:
+    """One training: scores on honest test patients, and whom the alarms name."""
+    if isinstance(rule, FLTrust):  # whoever vouches for the others must be honest
+        rule = FLTrust(
+            next(name for name in sorted(setting.sites) if name not in attackers and name not in setting.weak)
+        )
+    method: Any = Robust(FedAvg(setting.task, setting.local, uniform=True), rule, bound)
+    if attack is not None:
+        method = Poisoned(method, attackers, attack, tuple(setting.sites))
+    state, lost = method.init(setting.task.first(seed)), set[str]()
+    try:
+        for step in train(method, InProcess(method, setting.sites, seed=seed), state, rounds=setting.rounds):
+            state = step.state
+            lost |= set(step.lost)
+    except TooFewReplies:  # the model is so broken that no site can train it any more
+        return {"score": 0.5, "auc": 0.5, "minority": None, "caught": None, "wronged": None, "weak_wronged": None}
+    robust = state if attack is None else state.inner
+    named = {line.split(":")[0] for line in robust.alarms} | lost
+    found = scores(setting.task, robust.params, setting.test)
+    return {
+        "score": found["balanced_accuracy"], "auc": found["auc"],
+        "minority": scores(setting.task, robust.params, setting.minority)["accuracy"],
+        "caught": len(named & set(attackers)), "wronged": len(named - set(attackers)),
+        "weak_wronged": len((named - set(attackers)) & set(setting.weak)),
+    }  # fmt: skip
+
+
+def cases(quick: bool) -> Iterator[tuple[str, int, str, str, int]]:
+    """(federation, seed, rule, attack or "", attackers)"""
+    for where in SETTINGS:
+        for seed in range(1 if quick else 3):
+            for rule in RULES:
+                yield where, seed, rule, "", 0
+                for attack in ATTACKS:
+                    for f in (2,) if quick else (1, 2, 3):
+                        if attack != "collusion" or f == 3 or quick:
+                            yield where, seed, rule, attack, f
+
+
+def main() -> None:
+    """Runs what is not yet among the records, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, two attackers; prints the page, writes nothing")
+    parser.add_argument(
+        "--records", type=Path, default=Path("runs/attacks.jsonl"), help="results so far, to go on from"
+    )
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.records.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.records.read_text().splitlines() if given.records.exists() else []
+    done = {tuple(row["case"]): row for row in map(json.loads, lines)}
+    at: tuple[str, int] = ("", -1)
+    with open(given.records, "a") as file:
+        for case in cases(given.quick):
+            if case in done:
+                continue
+            where, seed, rule, attack, f = case
+            if at != (where, seed):
+                setting, at = SETTINGS[where](seed), (where, seed)
+            order = torch.randperm(len(setting.sites), generator=torch.Generator().manual_seed(100 + seed)).tolist()
+            attackers = tuple(sorted(sorted(setting.sites)[i] for i in order[:f]))
+            begun = time.process_time()
+            row = {"case": case, **run(setting, *RULES[rule], ATTACKS.get(attack), attackers, seed)}
+            done[case] = row | {"seconds": time.process_time() - begun}
+            file.write(json.dumps(done[case]) + "\n")
+            file.flush()
+    from attacks_page import page
+
+    text = page(
+        {key: row for key, row in done.items() if key in set(cases(given.quick))},
+        list(RULES),
+        list(ATTACKS),
+        list(SETTINGS),
+    )
+    if given.quick:
+        print(text)
+    else:
+        out = Path(__file__).parent.parent / "docs" / "studies" / "attacks.md"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

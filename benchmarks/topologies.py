@@ -1,0 +1,183 @@
+"""Do topologies without a server reach FedAvg? ``python benchmarks/topologies.py`` writes docs/studies/topologies.md.
+
+Heart disease at four hospitals, the same network, the same local training and as many rounds for all. AUC on all
+hospitals' test patients together, on ten random splits; intervals are of the splits, and differences are paired. The
+order of cyclic transfer is judged by each hospital's own patients, where every turn is short and where it is long. In
+one row the elected merger is killed at random.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hospitals import HEART, mlp, pooled, read, scores, sites_of
+
+from polyclinic.core.train import Arrival, train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.cyclic import Cyclic
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.gossip import Gossip
+from polyclinic.methods.split import Split
+from polyclinic.methods.swarm import Swarm
+from polyclinic.tasks.evaluation import outputs
+from polyclinic.tasks.local import Local
+
+ROUNDS, LOCAL, LONG = 20, Local(epochs=2, batch_size=16, lr=0.05), Local(epochs=10, batch_size=16, lr=0.1)
+NAMES = ("cleveland", "hungarian", "switzerland", "va")
+DEATHS = 0.4
+
+
+class Killing(InProcess):
+    """Kills a site that merges with probability ``DEATHS``, after its work and before its answer."""
+
+    killed = 0
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        for arrival in list(super().replies(deadline)):
+            merging = arrival.reply is not None and "merged" in arrival.reply.parts
+            if merging and bool(torch.rand((), generator=self.dice) < DEATHS):
+                self.killed += 1
+                yield arrival._replace(reply=None, lost="killed")
+            else:
+                yield arrival
+
+
+def methods(task: Any) -> dict[str, Any]:
+    """By name, all for the same task."""
+    return {
+        "fedavg": FedAvg(task, LOCAL),
+        "fedavg, equal sites": FedAvg(task, LOCAL, uniform=True),
+        "swarm": Swarm(task, LOCAL),
+        "swarm, mergers killed": Swarm(task, LOCAL, deputies=0),
+        "gossip, ring": Gossip(task, LOCAL, 2, "ring"),
+        "gossip, random": Gossip(task, LOCAL, 2, "random"),
+        "cyclic": Cyclic(task, NAMES, LOCAL),
+        "cyclic, reversed": Cyclic(task, NAMES[::-1], LOCAL),
+        "cyclic, shuffled": Cyclic(task, NAMES, LOCAL, shuffle=True),
+        "cyclic, long turns": Cyclic(task, NAMES, LONG),
+        "cyclic, long turns, reversed": Cyclic(task, NAMES[::-1], LONG),
+        "split": Split(task, NAMES, LOCAL, u_shaped=False),
+        "u-split": Split(task, NAMES, LOCAL),
+    }
+
+
+def run(label: str, seed: int) -> dict[str, Any]:
+    """AUC of all test patients, accuracy by hospital, exchanges and megabytes."""
+    data = read(HEART, seed)
+    sites, task = sites_of(data, seed), mlp(*data.shape)
+    method = methods(task)[label]
+    engine: InProcess = InProcess(method, sites, seed=seed)
+    if "killed" in label:
+        engine = Killing(method, sites, seed=seed)
+        engine.dice = torch.Generator().manual_seed(seed)  # type: ignore[attr-defined]
+    state, exchanges, moved = method.init(task.first(seed)), 0, 0
+    for step in train(method, engine, state, rounds=ROUNDS, min_replies=0 if "killed" in label else 1):
+        state, exchanges = step.state, exchanges + 1
+        moved += sum(step.bytes_up.values()) + sum(step.bytes_down.values())
+    trial, by_site = method.trial(state), {}
+    score, target = [], []
+    for name in NAMES:
+        said = outputs(task, method.model_at(trial.at(name), engine.memory[name]), sites[name].data["test"])
+        by_site[name] = float((said["score"].argmax(1) == said["target"]).float().mean())
+        score.append(said["score"])
+        target.append(said["target"])
+    everyone = task.summary({"score": torch.cat(score), "target": torch.cat(target)})
+    mean = scores(task, state.params, pooled(sites))["auc"]
+    unmerged = sum(name == "" for name in getattr(state, "merged", ()))
+    return {"auc": everyone["auc"], "mean_model": mean, "sites": by_site, "exchanges": exchanges, "mb": moved / 1e6,
+            "killed": getattr(engine, "killed", 0), "unmerged": unmerged}  # fmt: skip
+
+
+def interval(x: np.ndarray, digits: int = 3) -> str:
+    """The mean over splits, and where it lies when splits are drawn anew."""
+    dice = np.random.default_rng(0)
+    low, high = np.quantile([x[dice.integers(0, len(x), len(x))].mean() for _ in range(4000)], (0.025, 0.975))
+    return f"{x.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+HEAD = """# Topologies: learning without a central server
+
+Written by `python benchmarks/topologies.py`; every number was measured. Heart disease at four hospitals, {rounds}
+rounds, {splits} random splits; AUC on all hospitals' test patients, each judged with the model that its site predicts
+with. These are simulations: one program carries all messages. They show what is learned and how many messages that
+takes, not that nobody else sees them. A difference whose interval holds 0 is no difference that these data show.
+
+| method | AUC | beside FedAvg | exchanges | MB |
+|---|---|---|---|---|
+"""
+
+ORDER = """
+## The order of a cycle
+
+Accuracy in % on each hospital's own test patients, mean over splits, at the end of a cycle. The order is {forth},
+or the reverse; a long turn is ten passes at twice the step.
+
+"""
+
+
+def page(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The study as Markdown."""
+    splits, base = len(rows["fedavg"]), np.array([r["auc"] for r in rows["fedavg"]])
+    lines = []
+    for label, found in rows.items():
+        auc = np.array([r["auc"] for r in found])
+        beside = "" if label == "fedavg" else interval(auc - base)
+        exchanges, mb = (np.mean([r[key] for r in found]) for key in ("exchanges", "mb"))
+        lines.append(f"| {label} | {interval(auc)} | {beside} | {exchanges:.0f} | {mb:.1f} |")
+    killed = rows["swarm, mergers killed"]
+    died, idle = np.mean([r["killed"] for r in killed]), sum(r["unmerged"] for r in killed)
+    lines += ["", f"Where mergers were killed with probability {DEATHS:g}, {died:.1f} a run died; in {idle} of "
+              f"{ROUNDS * splits} rounds nobody was left to merge, and all runs completed."]  # fmt: skip
+    order = [f"| method | {' | '.join(NAMES)} |", "|---" * (len(NAMES) + 1) + "|"]
+    for label in ("fedavg", "cyclic", "cyclic, reversed", "cyclic, shuffled", "cyclic, long turns",
+                  "cyclic, long turns, reversed"):  # fmt: skip
+        cells = [f"{100 * np.mean([r['sites'][n] for r in rows[label]]):.1f}" for n in NAMES]
+        order.append(f"| {label} | {' | '.join(cells)} |")
+    order.append("")
+    for label in ("cyclic", "cyclic, long turns"):
+        pairs = list(zip(rows[label], rows[f"{label}, reversed"], strict=True))
+        early, late = NAMES[0], NAMES[-1]
+        gaps = [[a["sites"][late] - b["sites"][late], b["sites"][early] - a["sites"][early]] for a, b in pairs]
+        worth = interval(100 * np.array(gaps).mean(1), 1)
+        order.append(f"{label.capitalize()}: to be the last of a cycle rather than the first is worth {worth} points of "
+                     f"accuracy at one's own hospital ({NAMES[0]} and {NAMES[-1]}).\n")  # fmt: skip
+    head = HEAD.format(rounds=ROUNDS, splits=splits) + "\n".join(lines) + "\n"
+    return head + ORDER.format(forth=", ".join(NAMES)) + "\n".join(order)
+
+
+def main() -> None:
+    """Runs what is not yet among the records, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument(
+        "--records", type=Path, default=Path("runs/topologies.jsonl"), help="results so far, to go on from"
+    )
+    parser.add_argument("--quick", action="store_true", help="two splits; prints the page, writes nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.records.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.records.read_text().splitlines() if given.records.exists() else []
+    done = {tuple(row["case"]): row for row in map(json.loads, lines)}
+    labels, splits = list(methods(mlp(4))), 2 if given.quick else given.splits
+    with open(given.records, "a") as file:
+        for seed in range(splits):
+            for label in labels:
+                if (label, seed) not in done:
+                    done[label, seed] = {"case": (label, seed), **run(label, seed)}
+                    file.write(json.dumps(done[label, seed]) + "\n")
+                    file.flush()
+    text = page({label: [done[label, seed] for seed in range(splits)] for label in labels})
+    if given.quick:
+        print(text)
+        return
+    out = Path(__file__).parent.parent / "docs" / "studies" / "topologies.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,14 @@ Two messages, each a sum: first counts and moments; then histograms, whose edges
 nothing must be agreed on beforehand. Minima and maxima would betray single patients, and are not asked for.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
@@ -65,13 +67,19 @@ class Fingerprint(Method[State]):
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         data, edges = site.data[self.role], ask.trees["edges"]["edges"] if ask.job == "histogram" else None
         sums = count_up(data, self.task.network.outputs) if edges is None else spread_out(data, edges)
-        reply = Reply({"sums": Mean(sums, 1.0)})
+        reply = Reply({"sums": Mean(tree.scale(sums, 1 / self.pixels), max(1.0, float(len(data))))})
         return (reply + Reply({"apart": Gather({site.name: sums})}) if self.by_site else reply), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         apart = reply.gather("apart") if self.by_site else {}
         sites = {name: {**state.sites.get(name, {}), **sums} for name, sums in apart.items()}
-        return State({**state.sums, **reply.mean("sums").total}, {**state.sites, **sites})
+        found = {name: leaf.double() * self.pixels for name, leaf in reply.mean("sums").total.items()}
+        return State({**state.sums, **found}, {**state.sites, **sites})
+
+    @property
+    def pixels(self) -> int:
+        """How many values a channel of an example has; sums are sent by pixel, in digits that secure summation keeps."""
+        return math.prod(self.task.network.inputs[1:])
 
     def edges(self, sums: Tree) -> Tensor:
         """The edges of equal bins that reach as many deviations from the mean. [channels, bins + 1]"""

@@ -3,11 +3,13 @@
 Textbook statistics; sums only. The simplest harmonisation, and the one to beat.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from polyclinic.core import tree
 from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
@@ -50,10 +52,12 @@ class ZScore:
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         sums = count_up(site.data["train"], self.task.network.outputs)
         own = {**memory, "own": self.standardise(sums)} if self.by_site else memory
-        return Reply({"sums": Mean(sums, 1.0)}), own
+        by_pixel = tree.scale(sums, 1 / math.prod(self.task.network.inputs[1:]))  # in digits that secure sums keep
+        return Reply({"sums": Mean(by_pixel, float(len(site.data["train"])))}), own
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return State(dict(reply.mean("sums").total))
+        pixels = math.prod(self.task.network.inputs[1:])
+        return State({name: leaf.double() * pixels for name, leaf in reply.mean("sums").total.items()})
 
     def front(self, state: State) -> Tree:
         return self.standardise(state.sums)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyclinic.core.pipeline import send_through
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
+from polyclinic.core.train import TooFewReplies, train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.workers import Workers
 from polyclinic.methods.fedavg import FedAvg
@@ -19,6 +20,7 @@ from polyclinic.tasks.classification import Classification, MultiLabel
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.testing import check_engine, check_method
+from polyclinic.transforms.secure.ring import SecureSum
 from tests.conftest import Rows, little_sites, segmentation_sites
 
 
@@ -115,3 +117,30 @@ def test_the_same_bits_on_both_engines(task) -> None:
     finally:
         for engine in engines:
             engine.close()
+
+
+def test_it_passes_secure_summation() -> None:
+    """The server sees nothing but the sum, and the sum is right to the digits that are kept."""
+    sites = little_sites(count=4)
+    task = Classification(Network("cnn", (1, 8, 8), 2))
+    plain = Fingerprint(task, bins=32)
+    method = send_through(plain, SecureSum(limit=64.0, bits=20, heaviest=32.0))
+    state = method.init({})
+    for step in train(method, InProcess(method, sites), state, rounds=1):
+        assert not step.lost
+        assert step.ask.secure
+        state = step.state
+    secret, open_ = plain.summary(state.inner), plain.summary(found(plain, sites))
+    torch.testing.assert_close(secret.mean, open_.mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(secret.std, open_.std, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(secret.classes, open_.classes, rtol=1e-3, atol=0.05)
+    torch.testing.assert_close(secret.quantile(0.9), open_.quantile(0.9), rtol=0, atol=0.3)
+
+
+def test_keeping_sites_apart_and_secure_summation_exclude_each_other() -> None:
+    sites = little_sites(count=4)
+    plain = Fingerprint(Classification(Network("cnn", (1, 8, 8), 2)), by_site=True)
+    method = send_through(plain, SecureSum(limit=64.0, bits=20, heaviest=32.0))
+    with pytest.raises(TooFewReplies):
+        for _ in train(method, InProcess(method, sites), method.init({}), rounds=1):
+            pass

@@ -112,7 +112,8 @@ def _privacy(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _privacy_curve(run: Run, result: Evaluation, journal: Journal) -> str:
-    levels = {round(p.epsilon, 6) for p in run.privacy if p.epsilon is not None}
+    spent = [max((p.epsilon or 0.0 for p in run.spent(m.label)), default=0.0) for m in run.info.methods]
+    levels = {round(e, 6) for e in spent if e}
     return f"Privacy: {len(levels)} values of ε" if len(levels) > 1 else ""
 
 

@@ -86,6 +86,15 @@ class Run:
         """How often each arm's test set was opened."""
         return {(s.method, s.seed): s.opened for s in self.lines if isinstance(s, Sealed)}
 
+    def spent(self, label: str) -> tuple[Privacy, ...]:
+        """What each site had spent under ``label`` at the end, sites in name order; of several seeds the largest."""
+        last = {(p.site, p.seed): p for p in self.privacy if p.method == label}
+        most: dict[str | None, Privacy] = {}
+        for (site, _), p in last.items():
+            if site not in most or (p.epsilon or 0) > (most[site].epsilon or 0):
+                most[site] = p
+        return tuple(most[k] for k in sorted(most, key=lambda k: k or ""))
+
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files a result depends on, by path within the folder."""

@@ -446,6 +446,25 @@ def test_without_matplotlib_the_message_names_the_extra(run, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("single", "fedavg"), privacy=False)
+    with open(path / "records.jsonl", "a") as file:
+        for seed, round_, epsilon, by in (
+            (0, 1, 3.0, "rdp"),
+            (0, 2, 2.5, "pld"),
+            (1, 1, 2.9, "rdp"),
+            (1, 2, 2.6, "pld"),
+        ):
+            line = {"kind": "privacy", "method": "fedavg", "seed": seed, "round": round_, "site": "ada", "by": by}
+            file.write(json.dumps(line | {"epsilon": epsilon, "delta": 1e-5, "unit": "patient"}) + "\n")
+    (spent,) = read_run(path).spent("fedavg")
+    assert (spent.epsilon, spent.seed, spent.round) == (2.6, 1, 2)
+    page = Page(build_report(path, options=FEW).read_text())
+    assert "by pld" in page.text
+    assert "FedAvg was differentially private per patient with (ε = 2.6, δ = 1e-05)" in page.text
+    assert "No noise was added" not in page.text
+
+
 # Several runs
 
 

@@ -79,7 +79,7 @@ def _sites(page: Source) -> list[str]:
 
 
 def _privacy(page: Source) -> list[str]:
-    mine = [p for p in page.run.privacy if page.first and p.method == page.first.label and p.epsilon is not None]
+    mine = [p for p in (page.run.spent(page.first.label) if page.first else ()) if p.epsilon is not None]
     if not mine:
         return ["No noise was added in training; nothing bounds what this model tells of a patient."]
     most = max(mine, key=lambda p: p.epsilon or 0)

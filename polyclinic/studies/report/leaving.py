@@ -119,14 +119,14 @@ def _losses(page: Source) -> list[Any]:
 def privacy_section(page: Source) -> Section:
     """What was spent where; and, where nothing was done, that nothing was done."""
     federated = [m.label for m in page.run.info.methods if not m.baseline]
-    spent = {label: _last(page, label) for label in federated}
+    spent = {label: page.run.spent(label) for label in federated}
     blocks: list[Any] = []
     if rows := [row for label, records in spent.items() for row in _privacy_rows(page, label, records)]:
         columns = words(method="Method", site="Site") + numbers(epsilon="ε", delta="δ")
         columns += words(unit="Protects one") + numbers(round="After round") + words(how="How")
         note = (
             "Whoever sees the messages can change their odds that one unit took part by a factor of at most exp(ε), "
-            "except with probability δ; smaller is more private. The largest value over seeds."
+            "except with probability δ; smaller is more private. At the end, and of several seeds the largest."
         )
         blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
         blocks += _against_epsilon(page, spent)
@@ -155,15 +155,6 @@ def _privacy_rows(page: Source, label: str, records: Sequence[Privacy]) -> list[
         {"method": page.title(label), **dict(zip(names, key, strict=True)), "site": ", ".join(sites)}
         for key, sites in rows.items()
     ]
-
-
-def _last(page: Source, label: str) -> list[Privacy]:
-    """For each site the record with the largest ε: budgets only grow."""
-    found: dict[str | None, Privacy] = {}
-    for p in page.run.privacy:
-        if p.method == label and (p.site not in found or (p.epsilon or 0) >= (found[p.site].epsilon or 0)):
-            found[p.site] = p
-    return [found[k] for k in sorted(found, key=lambda k: k or "")]
 
 
 def _against_epsilon(page: Source, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:

@@ -102,7 +102,7 @@ def _evaluation(page: Source, refs: References) -> list[str]:
 def _rest(page: Source) -> list[str]:
     info, said = page.run.info, []
     for method in dict.fromkeys(p.method for p in page.run.privacy):
-        spent = [p for p in page.run.privacy if p.method == method and p.epsilon is not None and p.delta is not None]
+        spent = [p for p in page.run.spent(method) if p.epsilon is not None and p.delta is not None]
         if spent:
             most = max(spent, key=lambda p: p.epsilon or 0)
             unit = f" per {most.unit}" if most.unit else ""

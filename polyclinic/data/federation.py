@@ -121,13 +121,13 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
     rows = tuple(_summary(site, titles[site], site in external, sites[site], source.info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
-    content = {**spec.model_dump(mode="json"), "path": None, "use": None}
+    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind"})
     return Federated(
         sites,
         external,
         source.info,
         " ".join(badges) or None,
-        digest("federated", 1, source.fingerprint, sorted(content.items(), key=lambda item: item[0]), seed),
+        digest("federated", 1, source.fingerprint, sorted(common.items()), seed),
         rows,
         copies,
         (*source.info.notes, *notes),

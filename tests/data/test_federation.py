@@ -1,6 +1,7 @@
 """From a [data] table to sites: nobody leaks, everything is named, mistakes are listed at once."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,3 +213,16 @@ def test_the_demo_data(nodules: Nodules) -> None:
         if not row.external:
             everyone = sum(summary.patients for summary in row.roles.values())
             assert abs(row.roles["train"].patients / everyone - 0.6) < 0.03
+
+
+def test_the_place_of_the_files_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """A copy of the same table elsewhere is the same federation; another split is not."""
+    rows = "\n".join(f"p{i},{i},{i % 2},{'ab'[i % 3 == 0]}" for i in range(90))
+    names = set()
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "t.csv").write_text(f"id,x,y,site\n{rows}\n")
+        spec = DataSpec(kind="table", path=str(tmp_path / place / "t.csv"), label="y", patient="id")
+        names.add(federate(spec).fingerprint)
+        names.add(federate(spec.model_copy(update={"split": (0.5, 0.2, 0.3)})).fingerprint)
+    assert len(names) == 2

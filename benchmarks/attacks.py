@@ -139,9 +139,9 @@ def run(
 
 
 def cases(quick: bool) -> Iterator[tuple[str, int, str, str, int]]:
-    """(federation, seed, rule, attack or "", attackers)"""
-    for where in SETTINGS:
-        for seed in range(1 if quick else 3):
+    """(federation, seed, rule, attack or "", number of attackers)"""
+    for seed in range(1 if quick else 3):
+        for where in SETTINGS:
             for rule in RULES:
                 yield where, seed, rule, "", 0
                 for attack in ATTACKS:

@@ -17,7 +17,7 @@ it. FLTrust trusts an honest site. *Bounded* means that updates are first scaled
 """
 
 
-NAMED = """Whom the alarms name, out of ten sites: attackers found of all attackers, and honest sites named wrongly per
+NAMED = """Whom the alarms name, out of ten sites: attackers found of all attackers, and honest sites named wrongly a
 run. All rules and numbers of attackers together; runs that broke down left out.
 """
 

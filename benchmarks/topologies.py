@@ -143,8 +143,8 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
         early, late = NAMES[0], NAMES[-1]
         gaps = [[a["sites"][late] - b["sites"][late], b["sites"][early] - a["sites"][early]] for a, b in pairs]
         worth = interval(100 * np.array(gaps).mean(1), 1)
-        order.append(f"{label.capitalize()}: to be the last of a cycle rather than the first is worth {worth} points of "
-                     f"accuracy at one's own hospital ({NAMES[0]} and {NAMES[-1]}).\n")  # fmt: skip
+        order.append(f"{label.capitalize()}: to be the last of a cycle rather than the first is worth {worth} points "
+                     f"of accuracy at one's own hospital ({NAMES[0]} and {NAMES[-1]}).\n")  # fmt: skip
     head = HEAD.format(rounds=ROUNDS, splits=splits) + "\n".join(lines) + "\n"
     return head + ORDER.format(forth=", ".join(NAMES)) + "\n".join(order)
 

@@ -21,9 +21,17 @@ for group, name, target, summary in (
     (_STUDIES, "run", "run:run", "Run a study."),
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "How far a run has come."),
+    (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
+    (_STUDIES, "panel", "results:panel", "Rank methods over several data sets."),
+    (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "lists:methods_app", "The federated methods, by the survey's taxonomy."),
     (_LISTS, "networks", "lists:networks", "The networks that a study may name."),
     (_LISTS, "transforms", "lists:transforms", "What may stand between a site and the server."),
+    (_DATA, "data", "data:app", "Data sets of the field, and the check of your own."),
+    (_DATA, "privacy", "privacy:app", "Plan a privacy budget, and read what was spent of one."),
+    (_HOSPITALS, "server", "server:app", "Coordinate studies between hospitals."),
+    (_HOSPITALS, "site", "site:app", "Take part with your own data, which stay."),
+    (_HOSPITALS, "journal", "journal:app", "Check the journals of sites, servers and runs."),
 ):
     app.command(f"polyclinic.cli.{target}", name=name, help=summary, group=group)
 

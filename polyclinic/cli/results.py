@@ -1,0 +1,82 @@
+"""``polyclinic compare``, ``panel`` and ``export``: what to make of finished runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+console = Console(highlight=False)
+
+
+def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False) -> None:
+    """Compare the methods of several runs with one of them, on the same test patients, paired.
+
+    Parameters
+    ----------
+    run_folders
+        Runs of the same task on the same patients.
+    reference
+        RUN/METHOD to compare with; by default the one that the first run's report speaks of.
+    json_
+        Print JSON instead.
+    """
+    from polyclinic.studies.across import compare as compared
+
+    rows = compared(run_folders, reference)
+    if json_:
+        print(json.dumps([asdict(row) for row in rows], indent=1, default=str))
+        return
+    for row in rows:
+        difference = "" if row.difference is None else f"{row.difference.value:+.3f}"
+        told = f"  {row.run:<28} {row.method:<18} {_number(row.mean.value):>7}  {difference:>7}  {row.verdict}"
+        console.print(told, soft_wrap=True)
+
+
+def panel(run_folders: list[Path]) -> None:
+    """Methods over data sets: one run for each, ranked, with the critical difference.
+
+    Parameters
+    ----------
+    run_folders
+        Runs with methods in common; their data, tasks and metrics may differ.
+    """
+    from polyclinic.studies.across import panel as made
+
+    found = made(run_folders)
+    console.print("  " + " " * 30 + "".join(f"{method:>14}" for method in found.methods), soft_wrap=True)
+    for run, values in zip(found.runs, found.values, strict=True):
+        console.print(f"  {run:<30}" + "".join(f"{_number(value):>14}" for value in values), soft_wrap=True)
+    for method, (better, worse) in found.gains.items():
+        console.print(f"  {method}: better than training alone at {better} sites, worse at {worse}", soft_wrap=True)
+    if found.ranking is None:
+        console.print("  [dim]Three runs and three methods are needed for a ranking.[/dim]")
+
+
+def export(
+    run_folder: Path, out: Path, *, form: Literal["safetensors", "onnx", "pt2", "bundle"] = "bundle", method: str = "",
+    seed: int | None = None,
+) -> None:  # fmt: skip
+    """Write a run's model in a form that other tools open.
+
+    Parameters
+    ----------
+    run_folder
+        A finished run.
+    out
+        The file, or for a bundle the folder, to write.
+    form
+        A MONAI bundle, ONNX, torch.export or plain tensors.
+    method
+        Which method's model; by default the one that the report speaks of.
+    seed
+        Which seed's; by default the first.
+    """
+    from polyclinic.studies.export import export as write
+
+    console.print(f"  [green]✓[/green] {write(run_folder, form, out, method, seed)}")
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"

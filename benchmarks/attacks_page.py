@@ -21,8 +21,8 @@ NAMED = """Whom the alarms name, out of ten sites: attackers found of all attack
 run. All rules and numbers of attackers together; runs that broke down left out.
 """
 
-COST = """Without an attack: what a rule costs beside the mean, in hundredths of AUC for everyone and in points of accuracy
-at the hospital that differs most (a positive number is a loss).
+COST = """Without an attack: what a rule costs beside the mean, in hundredths of AUC for everyone and in points of
+accuracy at the hospital that differs most (a positive number is a loss).
 """
 
 

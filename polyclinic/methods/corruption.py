@@ -20,7 +20,11 @@ def watched(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 0.0,
     quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """The plain mean, with every site's standing for people to see."""
+    """The plain mean, with every site's standing for people to see.
+
+    Nothing is withstood, except where ``bound`` is set: then no site is heard louder than the usual one. A site stands
+    out by the median of its distances to the others (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993).
+    """
     return _under(Average(), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -28,7 +32,11 @@ def krum(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
     bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """The one update that lies closest to its neighbours."""
+    """The one update that lies closest to its neighbours; all else that was learned in the round is lost.
+
+    Blanchard, El Mhamdi, Guerraoui and Stainer, NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the
+    share of sites presumed corrupt; f of n sites need n to be at least 2f + 3.
+    """
     return _under(Krum(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -36,7 +44,12 @@ def multi_krum(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
     keep: int = 0, bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """The mean of the updates that lie closest to their neighbours."""
+    """The mean of the updates that lie closest to their neighbours.
+
+    Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the share of sites presumed
+    corrupt; f of n sites need n to be at least 2f + 3. ``keep`` is how many updates are averaged, n - f where 0: those
+    of honest hospitals that differ are left out first.
+    """
     return _under(MultiKrum(corrupt, keep), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -44,7 +57,11 @@ def bulyan(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.1,
     bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """Krum's choice again and again, then the trimmed mean around the median."""
+    """Krum's choice again and again, then the trimmed mean around the median.
+
+    El Mhamdi, Guerraoui and Rouault, ICML 2018, https://arxiv.org/abs/1802.07927. ``corrupt`` is the share of sites
+    presumed corrupt; f of n sites need n to be at least 4f + 3.
+    """
     return _under(Bulyan(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -52,7 +69,10 @@ def coordinate_median(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 0.0,
     quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """Each coordinate's median."""
+    """Each coordinate's median over sites, whatever minority is corrupt; sites count the same.
+
+    Yin, Chen, Ramchandran and Bartlett, ICML 2018, https://arxiv.org/abs/1803.01498.
+    """
     return _under(Median(), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -60,7 +80,11 @@ def trimmed_mean(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", corrupt: float = 0.2,
     bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """Each coordinate's mean without its largest and smallest values."""
+    """Each coordinate's mean over sites without its largest and smallest values; sites count the same.
+
+    Yin, Chen, Ramchandran and Bartlett, ICML 2018, https://arxiv.org/abs/1803.01498. ``corrupt`` is the share of values
+    left out at either end.
+    """
     return _under(TrimmedMean(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -68,7 +92,11 @@ def geometric_median(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", weighted: bool = False,
     bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """The point nearest to all updates together (RFA)."""
+    """The point nearest to all updates together (RFA).
+
+    Pillutla, Kakade and Harchaoui, IEEE Transactions on Signal Processing 2022, https://arxiv.org/abs/1912.13445.
+    ``weighted`` counts sites by what they claim to weigh, as in the paper; a liar then counts more.
+    """
     return _under(GeometricMedian(weighted), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -76,7 +104,11 @@ def centred_clipping(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", tau: float = 0.0,
     steps: int = 3, bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """The mean of what each site would move the last aggregate, none by more than ``tau``."""
+    """The mean of what each site would move the last aggregate, none by more than ``tau``.
+
+    Karimireddy, He and Jaggi, ICML 2021, https://arxiv.org/abs/2012.10333. Where ``tau`` is 0, the median distance
+    takes its place. ``steps`` is how often to repeat it.
+    """
     return _under(CentredClipping(tau, steps), task, local, sites, rounds, over, bound, quarantined)
 
 
@@ -84,9 +116,10 @@ def fltrust(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", root: str = "",
     bound: float = 0.0, quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """Updates weighed by their agreement with a trusted one.
+    """Updates weighed by their agreement with a trusted one, and scaled to its length.
 
-    ``root`` is whose: a site's, the first in name order where none is named; or ``server``, where that has data.
+    Cao, Fang, Liu and Gong, NDSS 2021, https://arxiv.org/abs/2012.13995. ``root`` is whose: a site's, the first
+    in name order where none is named; or ``server``, where that has training data of its own.
     """
     return _under(FLTrust(root or min(sites)), task, local, sites, rounds, over, bound, quarantined)
 
@@ -95,7 +128,11 @@ def dos(
     task: Task, local: Local, sites: tuple[str, ...], rounds: int, *, over: str = "fedavg", bound: float = 1.0,
     quarantined: tuple[str, ...] = (),
 ) -> Robust:  # fmt: skip
-    """Updates weighed by how usual their distances to the others are, behind a bound on their length."""
+    """Updates weighed by how usual their distances to the others are (DOS, with COPOD), behind a bound on their length.
+
+    Alkhunaizi, Kamzolov, Takáč and Nandakumar, MICCAI 2022, https://arxiv.org/abs/2207.10804. It needs no setting, but
+    colluders who send the same pass for the most usual sites, and one honest site may get a third of the weight.
+    """
     return _under(DOS(), task, local, sites, rounds, over, bound, quarantined)
 
 

@@ -165,7 +165,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("split", "split:split", "the server holds the last layers; labels travel", "Gupta and Raskar 2018; Poirot et al. 2019", "activations and labels of every minibatch, and the first layers", tasks=("classification", "multilabel", "regression"), stateful=True),
         Entry("u-split", "split:u_split", "the server holds the middle layers; labels stay home", "Vepakomma et al. 2018", "activations and gradients of every minibatch, and the first and last layers", tasks=("classification", "multilabel", "regression"), stateful=True),
     ),
-    "Communication: one-shot merging": (),
+    "Communication: one-shot merging": (
+        Entry("data-vectors", "datavectors:datavectors", "one message from each site, whenever it is ready", "Tian et al. 2024", "the change of the model and its statistics, once, which the server sees site by site"),
+    ),
 }  # fmt: skip
 
 METHODS: Mapping[str, Entry] = {entry.name: entry for entries in FAMILIES.values() for entry in entries}

@@ -15,9 +15,9 @@ from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, read_image
 from polyclinic.data.limits import Unreadable
+from polyclinic.data.picture import Picture, Step
 from polyclinic.data.preprocess import apply, fingerprint
 from polyclinic.data.source import Info, Table, digest
-from polyclinic.data.steps import Picture, Step
 
 VERSION = 1
 UNKNOWN_PATIENTS = (

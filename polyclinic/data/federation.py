@@ -5,51 +5,16 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from polyclinic.core.state import savable
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
 from polyclinic.data.splits import ROLES, Duplicate, contents, dice_for, duplicates, official, split_patients, strata
+from polyclinic.data.summary import RoleSummary, SiteSummary, summarise
 
 __all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
-
-
-@savable
-@dataclass(frozen=True)
-class RoleSummary:
-    """What a site has for one role.
-
-    Attributes:
-        patients: How many.
-        examples: How many.
-        classes: Examples per class (or with each of several labels); empty for numbers and masks.
-    """
-
-    patients: int
-    examples: int
-    classes: tuple[int, ...] = ()
-
-
-@savable
-@dataclass(frozen=True)
-class SiteSummary:
-    """One row of the table of sites.
-
-    Attributes:
-        name: The site.
-        title: As the data called it.
-        external: Whether nobody trains on it.
-        roles: By role.
-    """
-
-    name: str
-    title: str
-    external: bool
-    roles: Mapping[str, RoleSummary]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +83,7 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = _without_duplicates(sites, external, spec, notes)
     _complete(sites, external)
-    rows = tuple(_summary(site, titles[site], site in external, sites[site], source.info) for site in sites)
+    rows = tuple(summarise(site, titles[site], site in external, sites[site], source.info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind"})
@@ -298,15 +263,3 @@ def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, 
     ]
     if problems:
         raise DataError(problems)
-
-
-def _summary(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
-    found = {}
-    for role, examples in roles.items():
-        classes: Sequence[int] = ()
-        if role != "unlabelled" and examples.targets.ndim == 1:
-            classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
-        elif role != "unlabelled" and info.task == "multilabel":
-            classes = examples.targets.sum(0).long().tolist()
-        found[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
-    return SiteSummary(name, title, external, found)

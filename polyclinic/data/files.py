@@ -15,7 +15,7 @@ import torch
 from polyclinic.data.cache import folder
 from polyclinic.data.examples import DataError
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_picture, size
-from polyclinic.data.steps import Picture
+from polyclinic.data.picture import Picture
 from polyclinic.data.volume import Volume, canonical
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")

@@ -17,9 +17,9 @@ from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
 from polyclinic.data.limits import LIMITS, Unreadable, read_npz
+from polyclinic.data.picture import Picture
 from polyclinic.data.preprocess import Steps, apply, fingerprint
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
-from polyclinic.data.steps import Picture
 
 SPLITS = ("train", "val", "test")
 COLOURS = (1, 3, 4)

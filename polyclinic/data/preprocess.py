@@ -7,18 +7,17 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, ValidationError
 
 from polyclinic.data import options
+from polyclinic.data.picture import Picture, Step
 from polyclinic.data.source import digest
 from polyclinic.data.steps import (
     Channels,
     CropPad,
     Foreground,
     Percentiles,
-    Picture,
     Relabel,
     Resample,
     Resize,
     Scale,
-    Step,
     Window,
     ZScore,
 )

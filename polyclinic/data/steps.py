@@ -11,47 +11,16 @@ over areas first, so that nothing aliases.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from polyclinic.data.examples import DataError
+from polyclinic.data.picture import Picture
 
 LARGEST = 2**31
 """The most numbers that one image may be resampled to."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image as the steps see it.
-
-    Attributes:
-        pixels: float32, shape [C, *spatial] with two or three spatial axes (y, x) or (z, y, x). Pictures of 8 and 16
-            bits come as 0 to 1, volumes in their own units.
-        mask: int64, shape [*spatial], or None.
-        spacing_mm: Millimetres between neighbours along each spatial axis, or None where the file does not say.
-    """
-
-    pixels: Tensor
-    mask: Tensor | None = None
-    spacing_mm: tuple[float, ...] | None = None
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Pixels along each spatial axis."""
-        return tuple(self.pixels.shape[1:])
-
-
-class Step(Protocol):
-    """One step: fields are its options, ``name`` is its word in a study file, ``version`` changes with its numbers."""
-
-    name: ClassVar[str]
-    version: ClassVar[int]
-
-    def __call__(self, picture: Picture) -> Picture:
-        """The picture after the step."""
 
 
 def _each(value: float | Sequence[float], axes: int, what: str) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ from polyclinic.data.files import content_of, placed
 from polyclinic.data.rows import read_rows
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.statistics import Statistics
+from polyclinic.data.words import is_number, plain
 
 Array = np.ndarray[Any, Any]
 MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
@@ -191,8 +192,8 @@ class FeatureTable:
                 return numbers.astype(np.float32)[:, None], ()
             usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
             return (numbers > self.threshold).astype(np.int64), self.classes or usual
-        words = [_plain(word) for word in words]
-        found = sorted(set(words), key=lambda w: (0, float(w), w) if _is_number(w) else (1, 0.0, w))
+        words = [plain(word) for word in words]
+        found = sorted(set(words), key=lambda w: (0, float(w), w) if is_number(w) else (1, 0.0, w))
         if len(found) > max(50, len(words) // 4):
             raise DataError(f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
                             "true if it is a number, or a threshold")  # fmt: skip
@@ -217,7 +218,7 @@ class FeatureTable:
             words = [self._raw[name][i] for i in self._kept]
             gone = np.array([self._is_missing(w) for w in words])
             if name in self.categories:
-                words = [_plain(w) for w in words]
+                words = [plain(w) for w in words]
                 for value in sorted({w for w, no in zip(words, gone, strict=True) if not no}):
                     columns[f"{name} = {value}"] = np.array([float(w == value) for w in words])
             else:
@@ -249,14 +250,14 @@ class FeatureTable:
         return any(name.startswith(f"{column} = ") for column in self.categories)
 
     def _is_missing(self, word: str) -> bool:
-        return word in MISSING or word in self.missing or (_is_number(word) and float(word) in self._missing_numbers)
+        return word in MISSING or word in self.missing or (is_number(word) and float(word) in self._missing_numbers)
 
     @cached_property
     def _missing_numbers(self) -> frozenset[float]:
-        return frozenset(float(word) for word in self.missing if _is_number(word))
+        return frozenset(float(word) for word in self.missing if is_number(word))
 
     def _number(self, word: str, column: str, row: int) -> float:
-        if not _is_number(word):
+        if not is_number(word):
             raise DataError(
                 f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is no number: name {column} in "
                 "categories or leave_out, or add the word to missing"
@@ -293,15 +294,3 @@ class FittedTable:
     def examples(self, ids: Sequence[str]) -> Examples:
         """The named rows, filled and scaled."""
         return self.base._examples(ids, self.statistics(self.base._inputs[0]))
-
-
-def _plain(word: str) -> str:
-    """A whole number without its point, so that 4 and 4.0 are one category."""
-    return f"{float(word):.0f}" if _is_number(word) and float(word).is_integer() else word
-
-
-def _is_number(word: str) -> bool:
-    try:
-        return bool(np.isfinite(float(word)))
-    except ValueError:
-        return False

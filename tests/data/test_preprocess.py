@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from polyclinic.data.examples import DataError
+from polyclinic.data.picture import Picture
 from polyclinic.data.preprocess import STEPS, Steps, apply, fingerprint
 from polyclinic.data.steps import (
     Channels,
     CropPad,
     Foreground,
     Percentiles,
-    Picture,
     Relabel,
     Resample,
     Resize,

@@ -78,7 +78,7 @@ class Fingerprint(Method[State]):
 
     @property
     def pixels(self) -> int:
-        """How many values a channel of an example has; sums are sent by pixel, in digits that secure summation keeps."""
+        """How many values a channel of an example has; sums are sent by pixel, in digits that secure sums keep."""
         return math.prod(self.task.network.inputs[1:])
 
     def edges(self, sums: Tree) -> Tensor:

@@ -47,13 +47,14 @@ class HarmoFL(Method[State]):
 
     Attributes:
         task: With a network that has an ``AmplitudeNormaliser`` before it.
+        window: The share of the spectrum that is normalised, 1 for all of it; the published code's is one frequency.
         alpha: α, the length of the step to where the gradient is taken; 0.05 in the paper.
         decay: v, the weight of each new minibatch in the running mean of amplitudes; 0.1 in the paper.
         uniform: Whether every site counts the same, as in the paper.
     """
 
     task: Task
-    fraction: float
+    window: float
     local: Local = Local()
     alpha: float = 0.05
     decay: float = 0.1
@@ -98,7 +99,7 @@ class HarmoFL(Method[State]):
         once, rng = replace(self.local, epochs=1, steps=None, augment=None), site.rng(round, "amplitude")
         running: Tensor | None = None
         for x, _ in once.batches(site.data["train"], rng):
-            mean = crop(spectrum(x)[0], self.fraction).mean(0)
+            mean = crop(spectrum(x)[0], self.window).mean(0)
             running = mean if running is None else (1 - self.decay) * running + self.decay * mean
         if running is None:
             raise ValueError(f"site {site.name!r} has no training images to take an amplitude of")

@@ -7,7 +7,7 @@ There a site names its cluster to the server. Here it sends one sum for every cl
 secure summation hides who belongs to which; it costs as many times the bytes. All models but the first begin at random.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,11 @@ class IFCA(Method[State]):
 
     def ask(self, state: State) -> Ask:
         models = {f"cluster.{j}": model for j, model in enumerate(state.models)}
-        return Ask(state.round, {"params": state.params, **models})
+        return Ask(state.round, models)
+
+    def trial(self, state: State) -> Ask:
+        ask = self.ask(state)
+        return replace(ask, trees={**ask.trees, "params": state.params})
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         models = [ask.trees[f"cluster.{j}"] for j in range(self.clusters)]

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from polyclinic.core import tree
 from polyclinic.core.method import Ask
-from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
+from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply, Stat
 
 Form: TypeAlias = tuple[tuple[object, ...], ...]
 
@@ -70,11 +70,11 @@ class Gate:
 
 
 def _form(reply: Reply) -> Form:
-    """Parts, kinds, names, shapes and types. Of a gather only the parts: its sizes may differ by site."""
+    """Parts, kinds, names, shapes and types. Of a gather only the parts, unless its sites must send alike."""
     leaves: list[tuple[object, ...]] = []
     for part, stat in sorted(reply.parts.items()):
         leaves.append((part, type(stat).__name__))
-        if isinstance(stat, Mean | LeafMean):
+        if isinstance(stat, Mean | LeafMean | Alike):
             leaves += [(part, name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(stat.trees[0].items())]
     return tuple(leaves)
 

@@ -111,6 +111,12 @@ class Gather:
         return self
 
 
+@savable
+@dataclass(frozen=True)
+class Alike(Gather):
+    """A gather in which every site sends the same leaves: their names, shapes and types are checked as a mean's are."""
+
+
 Stat: TypeAlias = Mean | LeafMean | Gather
 S = TypeVar("S", Mean, LeafMean, Gather)
 

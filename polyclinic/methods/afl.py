@@ -16,7 +16,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.stats import Alike, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.risk import risk
@@ -61,7 +61,7 @@ class AFL(Method[State]):
         end = self.local.fit(self.task, start, site, ask.round)
         return Reply({
             "update": Mean.of(tree.sub(end, start), float(ask.trees["share"]["λ"])),
-            "loss": Gather({site.name: {"F": torch.tensor(loss, dtype=torch.float64)}}),
+            "loss": Alike({site.name: {"F": torch.tensor(loss, dtype=torch.float64)}}),
         }), memory  # fmt: skip
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:

@@ -18,7 +18,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.stats import Alike, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.methods.rules.rule import Updates
 from polyclinic.tasks.local import Local
@@ -81,7 +81,7 @@ class AutoFedAvg(Method[State]):
             return Reply({"gradient": Mean.of(full_gradient(self.task, start, site, ask.round, "val"))}), memory
         change = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
         size = torch.tensor(float(len(site.data["train"])), dtype=torch.float64)
-        return Reply({"change": Gather({site.name: {**change, "/size": size}})}), memory
+        return Reply({"change": Alike({site.name: {**change, "/size": size}})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.left:

@@ -16,7 +16,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.stats import Alike, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.risk import risk
@@ -65,7 +65,7 @@ class DynamicFusion(Method[State]):
         end = self.local.fit(self.task, start, site, ask.round)
         gain = risk(self.task, start, site, ask.round, "val") - risk(self.task, end, site, ask.round, "val")
         said = {"better": torch.tensor(float(gain > self.margin))}
-        return Reply({"said": Gather({site.name: said})}), {**memory, "change": tree.sub(end, start)}
+        return Reply({"said": Alike({site.name: said})}), {**memory, "change": tree.sub(end, start)}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.better:

@@ -16,7 +16,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.stats import Alike, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.methods.rules.rule import Updates
 from polyclinic.tasks.local import Local
@@ -70,7 +70,7 @@ class FedCE(Method[State]):
         error = risk(self.task, ask.trees.get("without", start), site, ask.round)
         change = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
         said = {**change, "/error": torch.tensor(error, dtype=torch.float64)}
-        return Reply({"update": Gather({site.name: said})}), memory
+        return Reply({"update": Alike({site.name: said})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         sent = reply.gather("update")

@@ -19,7 +19,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.stats import Alike, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
@@ -63,7 +63,7 @@ class Gossip(Method[State]):
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         end = self.local.fit(self.task, self.model_at(ask, memory), site, ask.round)
-        return Reply({"model": Gather({site.name: end})}), {**memory, "own": end}
+        return Reply({"model": Alike({site.name: end})}), {**memory, "own": end}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not reply.parts:

@@ -18,7 +18,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Reply
+from polyclinic.core.stats import Alike, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.fourier import low_frequencies
 from polyclinic.tasks.local import Local
@@ -61,7 +61,7 @@ class PFA(Method[State]):
         keep = InNormalisation(self.task)
         deputy, memory = self.learn({**ask.trees["params"], **memory.get("norm", {})}, ask.round, memory, site)
         shared = tree.select(deputy, lambda name: not keep(name))
-        return Reply({"deputy": Gather({site.name: shared})}), {**memory, "norm": tree.select(deputy, keep)}
+        return Reply({"deputy": Alike({site.name: shared})}), {**memory, "norm": tree.select(deputy, keep)}
 
     def learn(self, deputy: Tree, round: int, memory: Trees, site: Site) -> tuple[Tree, Trees]:
         """The deputy after training, and the memory with the model that the site predicts with."""

@@ -19,7 +19,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.stats import Alike, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.risk import risk
@@ -68,7 +68,7 @@ class PropFFL(Method[State]):
         start, size = ask.trees["params"], 1.0 if self.uniform else float(len(site.data["train"]))
         if ask.job == "loss":
             said = torch.tensor([risk(self.task, start, site, ask.round), size], dtype=torch.float64)
-            return Reply({"loss": Gather({site.name: {"F, n": said}})}), memory
+            return Reply({"loss": Alike({site.name: {"F, n": said}})}), memory
         end = self.local.fit(self.task, start, site, ask.round)
         return Reply({"update": Mean.of(tree.sub(end, start), float(ask.trees["share"]["a"]))}), memory
 

@@ -18,7 +18,7 @@ from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply, merge
+from polyclinic.core.stats import Alike, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
@@ -73,11 +73,11 @@ class Swarm(Method[State]):
         if ask.job == "train":
             change = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
             weight = torch.tensor(1.0 if self.uniform else float(len(site.data["train"])), dtype=torch.float64)
-            return Reply({"change": Gather({site.name: {**change, "/weight": weight}})}), memory
+            return Reply({"change": Alike({site.name: {**change, "/weight": weight}})}), memory
         sent = {name: t for name, t in sorted(ask.trees.items()) if name.startswith("from/")}
         all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())
         merged = tree.shift(start, all_of_them.mean("update").value)
-        return Reply({"merged": Gather({site.name: merged})}), memory
+        return Reply({"merged": Alike({site.name: merged})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.elected:

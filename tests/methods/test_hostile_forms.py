@@ -1,0 +1,68 @@
+"""One site that sends tensors of another form stops no round, at any method that sees what each site sends."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from polyclinic.audits.attacks import Attack
+from polyclinic.audits.poisoning import Poisoned
+from polyclinic.core import tree
+from polyclinic.core.check import Gate
+from polyclinic.core.method import Ask
+from polyclinic.core.stats import Alike, Gather, Reply
+from polyclinic.core.train import train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.robust import State as RobustState
+from tests.conftest import little_sites
+
+NAMES = (
+    "fedce", "auto-fedavg", "pfa", "gossip", "swarm", "afl", "prop-ffl", "dynamic-fusion", "q-ffl", "fedmix-weights",
+    "mime", "feddyn", "fedgma", "ida", "guided-gradient", "median", "multi-krum", "dos", "centred-clipping",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Longer(Attack):
+    """One tensor with a number too many."""
+
+    def update(self, own, known, alone, together):
+        name = next(iter(own))
+        return {**own, name: torch.cat([own[name].reshape(-1), torch.ones(1, dtype=own[name].dtype)])}
+
+
+@dataclass(frozen=True)
+class Renamed(Attack):
+    """A tensor that nobody asked for."""
+
+    def update(self, own, known, alone, together):
+        name = next(iter(own))
+        return {**own, f"{name}.more": torch.ones(3)}
+
+
+@pytest.mark.parametrize("attack", [Longer(), Renamed()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_another_form_is_named_and_left_out(name, attack, task, local) -> None:
+    sites = little_sites(count=4)
+    method = Poisoned(build(name, Setting(task, local, tuple(sites), 3)), ("site-2",), attack)
+    state, lost = method.init(task.first(0)), set()
+    for step in train(method, InProcess(method, sites), state, rounds=2):
+        state = step.state
+        lost |= set(step.lost)
+    if isinstance(state.inner, RobustState):
+        lost |= {site for site, note in state.inner.notes.items() if "other tensors" in note.excluded}
+    assert lost == {"site-2"}
+    assert tree.finite(state.params)
+
+
+def test_only_gathers_that_say_so_must_be_alike() -> None:
+    def replies(kind):
+        return {f"s{k}": Reply({"x": kind({f"s{k}": {"a": torch.zeros(2 + (k == 1))}})}) for k in range(3)}
+
+    ask = Ask(0, {})
+    assert Gate().refuse(ask, replies(Gather)) == {}
+    assert list(Gate().refuse(ask, replies(Alike))) == ["s1"]
+    merged = replies(Alike)["s0"] + replies(Alike)["s2"]
+    assert isinstance(merged.parts["x"], Alike)
+    assert merged.gather("x").keys() == {"s0", "s2"}

@@ -19,7 +19,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.methods.merging import Merging, merged
+from polyclinic.methods.merging import Merging, merged, total
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InRunningStatistics, Task
 
@@ -90,7 +90,7 @@ class DataVectors(Method[State]):
             return state._replace(params=state.base)
         vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
         means = [tree.under("running", leaves) for leaves in state.sent.values()]
-        statistics = {n: sum(m[n] for m in means) / len(means) for n in means[0]}  # stands unless restored
+        statistics = tree.scale(total(means), 1 / len(means))  # stands unless restored
         params, _ = merged(
             self.merging, self.task, {**state.base, **statistics}, vectors, self.local, server.data.get("val"),
             server.data.get("public"), replace(server, name="server"),

@@ -114,7 +114,18 @@ def fcl(
     task: Task, local: Local, rounds: int, *, pretrain: float = 0.5, pretrain_lr: float = 0.0, width: int = 64,
     temperature: float = 0.1, parts: int = 4, queue: int = 512, exchange: int = 64, keep: float = 0.99,
 ) -> Then:  # fmt: skip
-    """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels."""
+    """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels.
+
+    Args:
+        pretrain: The share of them in which images are compared, labelled or not, and no label is read.
+        pretrain_lr: The learning rate in those; 0 for that of training.
+        width: How long a projection is.
+        temperature: τ of the contrast.
+        parts: Into how many partitions a volume is cut; 4.
+        queue: How many earlier keys of its own a site compares with.
+        exchange: How many features of single slices a site sends in a round.
+        keep: How slowly the key encoder follows.
+    """
     first = replace(local, lr=pretrain_lr or local.lr)
     contrast = FCL(Contrast(task, width, temperature), first, parts, queue, exchange, keep)
     return Then(contrast, FedAvg(task, local), share_of(rounds, pretrain))

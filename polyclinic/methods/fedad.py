@@ -100,7 +100,11 @@ def fedad(
     task: Task, local: Local, rounds: int, *, distil_epochs: int = 0, attention: float = 1.0, levels: int = 100,
     noise: float = 0.0,
 ) -> FedAD:  # fmt: skip
-    """One exchange after all training; the student takes ``distil_epochs``, as many as a site where that is 0."""
+    """One exchange after all training; the student takes ``distil_epochs``, as many as a site where that is 0.
+
+    Args:
+        distil_epochs: The student's passes over the public images; as many as a site's over its own where 0.
+    """
     whole = replace(local, epochs=local.epochs * rounds, steps=local.steps and local.steps * rounds)
     student = replace(local, epochs=distil_epochs or whole.epochs, steps=None)
     return FedAD(task, whole, student, attention, levels, noise)

@@ -65,6 +65,12 @@ def feddf(
     task: Task, local: Local, *, distil_epochs: int = 5, distil_lr: float = 1e-3, distil_batch: int = 64,
     temperature: float = 1.0,
 ) -> FedDF:  # fmt: skip
-    """FedAvg, then distillation of all sites' models on the server's public images."""
+    """FedAvg, then distillation of all sites' models on the server's public images.
+
+    Args:
+        distil_epochs: The server's passes over the public images after each round.
+        distil_lr: Its learning rate, with Adam.
+        distil_batch: Its minibatch.
+    """
     distil = replace(FedDF.distil, epochs=distil_epochs, lr=distil_lr, batch_size=distil_batch)
     return FedDF(task, local, distil, temperature)

@@ -113,6 +113,11 @@ def fedirm(
     task: Task, local: Local, rounds: int, *, warmup: float = 0.1, consistency: float = 15.0, growth: float = 0.15,
     keep: float = 0.99, confidence: float = 0.3, entropy: float = 0.9, passes: int = 10, temperature: float = 2.0,
 ) -> FedIRM:  # fmt: skip
-    """Sites without labels match how classes relate elsewhere. ``warmup`` and ``growth`` are shares of the rounds."""
+    """Sites without labels match how classes relate elsewhere. ``warmup`` and ``growth`` are shares of the rounds.
+
+    Args:
+        warmup: The share of them in which unlabelled images wait; 0.1 in the paper.
+        growth: The share of the rounds after which they are; 0.15.
+    """
     wait, grow = math.ceil(warmup * rounds), math.ceil(growth * rounds)
     return FedIRM(task, local, wait, consistency, grow, keep, confidence, entropy, passes, temperature)

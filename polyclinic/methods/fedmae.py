@@ -25,9 +25,6 @@ def fedmae(
     """Learns to fill in what is hidden for the first share ``pretrain`` of the rounds, then trains on labels.
 
     Args:
-        task: What is learned.
-        local: How a site trains.
-        rounds: All rounds.
         pretrain: The share of them in which every image of a site is used, labelled or not.
         pretrain_lr: The learning rate in those; 0 for that of training. 1e-3 with ``adamw`` in the paper.
         pretrain_optimiser: The optimiser in those; that of training where empty.

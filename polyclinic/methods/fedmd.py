@@ -82,5 +82,10 @@ class FedMD(Method[State]):
 
 
 def fedmd(task: Task, local: Local, *, digest_epochs: int = 1, digest_lr: float = 0.0) -> FedMD:
-    """Sites exchange scores on public images; ``digest_lr`` is the training's where it is 0."""
+    """Sites exchange scores on public images; ``digest_lr`` is the training's where it is 0.
+
+    Args:
+        digest_epochs: Passes over the public images in which a site learns the consensus.
+        digest_lr: The learning rate in those; 0 for that of training.
+    """
     return FedMD(task, local, replace(local, epochs=digest_epochs, steps=None, lr=digest_lr or local.lr))

@@ -94,7 +94,17 @@ def fedmic(
     representation: float = 1.0, decision: float = 1.0, temperature: float = 1.0, adaptive: bool = True,
     uniform: bool = False,
 ) -> DualDistillation:  # fmt: skip
-    """A private teacher and a shared student; ``teacher`` names its network, the study's own by default."""
+    """A private teacher and a shared student; ``teacher`` names its network, the study's own by default.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        representation: What the distance between representations counts.
+        decision: What the divergence of decisions counts.
+        temperature: T of the decisions.
+        adaptive: Whether both are divided by the sum of the task losses, so that models that are wrong teach little.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
     own, both = _teacher(task, teacher, teacher_options), (decision, decision)
     return DualDistillation(Dual(own, task, (1.0, 1.0), both, representation, adaptive, temperature), local, uniform)
 
@@ -103,7 +113,13 @@ def fedkd(
     task: Task, local: Local, *, teacher: str = "", teacher_options: tuple[tuple[str, int], ...] = (),
     uniform: bool = False,
 ) -> DualDistillation:  # fmt: skip
-    """A private mentor and a shared mentee, with the paper's adaptive losses."""
+    """A private mentor and a shared mentee, with the paper's adaptive losses.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
     return fedmic(task, local, teacher=teacher, teacher_options=teacher_options, uniform=uniform)
 
 
@@ -111,6 +127,14 @@ def mutual(
     task: Task, local: Local, *, teacher: str = "", teacher_options: tuple[tuple[str, int], ...] = (),
     alpha: float = 0.5, beta: float = 0.5, uniform: bool = False,
 ) -> DualDistillation:  # fmt: skip
-    """A private model with α · CE + (1 − α) · KL and a shared one with β · CE + (1 − β) · KL."""
+    """A private model with α · CE + (1 − α) · KL and a shared one with β · CE + (1 − β) · KL.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        alpha: α, what the labels count for the private model.
+        beta: β, what they count for the shared one.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
     own = _teacher(task, teacher, teacher_options)
     return DualDistillation(Dual(own, task, (alpha, beta), (1 - alpha, 1 - beta), 0.0, False), local, uniform)

@@ -113,5 +113,10 @@ class FedMix(Method[State]):
 def fedmix(
     task: Task, local: Local, *, agree: float = 0.9, inside: float = 0.5, by_loss: float = 10.0, power: float = 1.5
 ) -> FedMix:
-    """Segmentation from masks (``train``), boxes (``boxed``), labels of images (``tagged``) and bare images."""
+    """Segmentation from masks (``train``), boxes (``boxed``), labels of images (``tagged``) and bare images.
+
+    Args:
+        agree: ε, the least Dice between the two networks' masks for them to be learned; 0.9.
+        inside: The least Dice between a mask and its box; 0.5.
+    """
     return FedMix(MixedSegmentation(task, agree, inside), local, by_loss, power)

@@ -115,7 +115,18 @@ def fedmoco(
     task: Task, local: Local, rounds: int, *, pretrain: float = 0.5, pretrain_lr: float = 0.0, width: int = 64,
     temperature: float = 0.1, queue: int = 1024, transfer: int = 64, keep: float = 0.99, power: float = 1.0,
 ) -> Then:  # fmt: skip
-    """Momentum contrast for the first share ``pretrain`` of the rounds, then FedAvg on the labels there are."""
+    """Momentum contrast for the first share ``pretrain`` of the rounds, then FedAvg on the labels there are.
+
+    Args:
+        pretrain: The share of them in which images are compared, labelled or not, and no label is read.
+        pretrain_lr: The learning rate in those; 0 for that of training.
+        width: How long a projection is.
+        temperature: τ of the contrast.
+        queue: How many earlier keys of its own a site compares with.
+        transfer: How many negatives it draws from each other site's Gaussian at each step; 0 for none.
+        keep: How slowly the key encoder follows.
+        power: p, how much the similarity of representations decides a site's weight; 0 for FedAvg's.
+    """
     first = replace(local, lr=pretrain_lr or local.lr)
     contrast = FedMoCo(Contrast(task, width, temperature), first, queue, transfer, keep, power)
     return Then(contrast, FedAvg(task, local), share_of(rounds, pretrain))

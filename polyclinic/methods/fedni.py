@@ -66,5 +66,11 @@ def fedni(
     task: Task, local: Local, rounds: int, *, pretrain: float = 0.2, hidden: float = 0.5,
     neighbours: int = 5, lr: float = 1.0, uniform: bool = False,
 ) -> FedNI:  # fmt: skip
-    """Population graphs, completed by what was learned in the first share ``pretrain`` of the rounds."""
+    """Population graphs, completed by what was learned in the first share ``pretrain`` of the rounds.
+
+    Args:
+        pretrain: The share of them in which the generator of neighbours learns.
+        hidden: The share of patients that are hidden from it meanwhile.
+        neighbours: How many others of a minibatch each patient is joined to.
+    """
     return FedNI(populated(task, neighbours), local, lr, uniform, share_of(rounds, pretrain), hidden)

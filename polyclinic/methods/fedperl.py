@@ -133,5 +133,9 @@ def fedperl(
     task: Task, local: Local, rounds: int, *, peers: int = 2, warmup: float = 0.05, threshold: float = 0.6,
     trust: float = 0.5, agreement: float = 0.01,
 ) -> FedPerl:  # fmt: skip
-    """Peers help to pseudo-label, after the share ``warmup`` of the rounds."""
+    """Peers help to pseudo-label, after the share ``warmup`` of the rounds.
+
+    Args:
+        warmup: The share of the rounds before unlabelled images and peers are used; 0.05 in the paper.
+    """
     return FedPerl(task, local, peers, math.ceil(warmup * rounds), threshold, trust, agreement)

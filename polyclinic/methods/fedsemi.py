@@ -62,5 +62,9 @@ def fedsemi(
     task: Task, local: Local, rounds: int, *, warmup: float = 0.2, threshold: float = 0.9, trust: float = 0.5,
     lr: float = 1.0, uniform: bool = False,
 ) -> FedSemi:  # fmt: skip
-    """Pseudo-labels at sites without labels, after the share ``warmup`` of the rounds."""
+    """Pseudo-labels at sites without labels, after the share ``warmup`` of the rounds.
+
+    Args:
+        warmup: The share of them in which unlabelled images wait.
+    """
     return FedSemi(task, local, lr, uniform, math.ceil(warmup * rounds), threshold, trust)

@@ -85,7 +85,15 @@ def fmtl(
     task: Task, local: Local, *, experts: int = 4, width: int = 32, contrast: float = 0.1, temperature: float = 0.1,
     uniform: bool = False,
 ) -> FMTL:  # fmt: skip
-    """Shared experts, private gates and towers."""
+    """Shared experts, private gates and towers.
+
+    Args:
+        experts: How many experts there are.
+        width: How wide each is.
+        contrast: What the supervised contrast of representations counts.
+        temperature: τ of the contrast.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
     mixed = gated(task, experts, width)
     learner = cast(Task, WithContrast(mixed, contrast, temperature))
     return FMTL(FedAvg(learner, local, uniform=uniform), InGate(cast(Gated, mixed.network)), mixed)
@@ -94,7 +102,12 @@ def fmtl(
 def private_heads(
     task: Task, local: Local, sites: Sequence[str], *, classes: tuple[int, ...] = (), uniform: bool = False
 ) -> PrivateHeads:
-    """A shared encoder; ``classes`` says how many classes each site tells apart, in the order of the sites' names."""
+    """A shared encoder; ``classes`` says how many classes each site tells apart, in the order of the sites' names.
+
+    Args:
+        classes: How many classes each site tells apart, in the order of the sites' names; all where empty.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
     if classes and len(classes) != len(sites):
         raise ValueError(
             f"private-heads: classes has {len(classes)} numbers and there are {len(sites)} sites: give one each"

@@ -63,8 +63,12 @@ def page(name: str) -> Page:
     make = maker(line)
     module = inspect.getmodule(make)
     built = _class_of(make, module)
-    meanings = _attributes(inspect.getdoc(built) or "") if built else {}
-    about = [inspect.getdoc(make) or ""]
+    told = inspect.getdoc(make) or ""
+    meanings: dict[str, str] = {}
+    for cls in reversed(built.__mro__ if built else ()):  # what a class inherits is told by its parents
+        meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""))
+    meanings |= _attributes(told, "Args")
+    about = [_before_attributes(told, "Args")]
     if built and built.__module__ == make.__module__:
         about.append(_before_attributes(inspect.getdoc(built) or ""))
     about.append(inspect.getdoc(module) or "" if module else "")
@@ -78,13 +82,13 @@ def _class_of(make: Any, module: Any) -> type | None:
     return kind if isinstance(kind, type) else getattr(module, str(kind), None)
 
 
-def _before_attributes(doc: str) -> str:
-    return re.split(r"\n\s*Attributes:\n", doc)[0].strip()
+def _before_attributes(doc: str, heading: str = "Attributes") -> str:
+    return re.split(rf"\n\s*{heading}:\n", doc)[0].strip()
 
 
-def _attributes(doc: str) -> dict[str, str]:
-    """The ``Attributes:`` of a docstring: name to meaning. Names mentioned within a meaning share it."""
-    parts = re.split(r"\n\s*Attributes:\n", doc)
+def _attributes(doc: str, heading: str = "Attributes") -> dict[str, str]:
+    """What stands under ``heading`` in a docstring: name to meaning. Names mentioned within a meaning share it."""
+    parts = re.split(rf"\n\s*{heading}:\n", doc)
     found: dict[str, str] = {}
     if len(parts) > 1:
         for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", parts[1] + "\n", re.M | re.S):

@@ -90,6 +90,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("combat", "combat:combat", "each scanner's offset and scale, taken out of every feature", "Johnson et al. 2007; Chen et al. 2022 (NeuroImage)", "the site's sums of features and of squared residuals, once, then the change of the model", stateful=True),
         Entry("vafl", "vafl:vafl", "every site's images in the style of the one that varies least", "Yan et al. 2021 (JBHI)", "how much the site's images vary, and from one site made images, kept apart by site; then the change of the model", stateful=True),
         Entry("stain-norm", "stain_norm:stain_norm", "one generator gives all sites' images a common style", "Ke et al. 2021 (ISBI)", "the change of a generator of images, then that of the model", stateful=True),
+        Entry("histogram-match", "histogram_match:histogram_match", "every site's grey values get the quantiles of all sites' together", "Nyúl and Udupa 1999", "counts, moments and histograms of the data, once, as sums; then the change of the model", stateful=True),
     ),
     "Client end: contrastive and self-supervised learning": (
         Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
@@ -124,8 +125,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),
-        Entry("semi-sync", "paced:semi_sync", "every site trains for the same time", "Stripelis et al. 2022", "the change of the model, and the seconds of an epoch"),
-        Entry("partial-work", "paced:partial_work", "late sites do part of their work", "Li et al. 2020 (MLSys)"),
+        Entry("semi-sync", "semi_sync:semi_sync", "every site trains for the same time", "Stripelis et al. 2022", "the change of the model, and the seconds of an epoch"),
+        Entry("partial-work", "partial_work:partial_work", "late sites do part of their work", "Li et al. 2020 (MLSys)"),
     ),
     "Server end: weight aggregation": (
         Entry("loss-weighted", "loss_weighting:loss_weighted", "sites count more, the lower their training loss", "Li et al., in Guan et al. 2024"),

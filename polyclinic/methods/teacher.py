@@ -40,6 +40,7 @@ class Taught(Method[State]):
             ``global``: the server's model as the round began, which needs none.
         share: a, what the teacher counts instead of the labels; 0.5.
         temperature: T; 2 to 4.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
 
     task: Task

@@ -11,9 +11,9 @@ from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.unequal import Machine, Unequal
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fednova import FedNova
-from polyclinic.methods.paced import SemiSync
 from polyclinic.methods.personal import fedbn
 from polyclinic.methods.scaffold import Scaffold
+from polyclinic.methods.semi_sync import SemiSync
 from polyclinic.tasks.evaluation import Evaluated, evaluate
 from polyclinic.tasks.local import Local
 from polyclinic.testing import check_engine, equal

@@ -13,7 +13,8 @@ from polyclinic.core.train import train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fednova import FedNova, accumulation, fednova
-from polyclinic.methods.paced import PartialWork, SemiSync, partial_work, semi_sync
+from polyclinic.methods.partial_work import PartialWork, partial_work
+from polyclinic.methods.semi_sync import SemiSync, semi_sync
 from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network

@@ -1,11 +1,9 @@
-"""Sites that do different amounts of work: as much as a fixed time allows, or whatever share they manage.
+"""Semi-synchronous training: every site works for the same time, and nobody waits.
 
-Semi-synchronous training: Stripelis, Thompson and Ambite, "Semi-Synchronous Federated Learning for Energy-Efficient
-Training and Accelerated Convergence in Cross-Silo Settings", ACM TIST 2022, https://arxiv.org/abs/2102.02849, used for
-brain age in "Scaling Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440:
-t_max = λ · the slowest site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per minibatch. Partial
-work: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, section 5.2, where a share of the sites
-does between one epoch and all. https://arxiv.org/abs/1812.06127. We draw steps, so that one epoch can be cut short too.
+Stripelis, Thompson and Ambite, "Semi-Synchronous Federated Learning for Energy-Efficient Training and Accelerated
+Convergence in Cross-Silo Settings", ACM TIST 2022, https://arxiv.org/abs/2102.02849, used for brain age in "Scaling
+Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440: t_max = λ · the slowest
+site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per minibatch.
 
 Seconds are given, not measured: a method has no clock, so that a run repeats itself to the bit. Measure them once, as
 the ``seconds`` that a run records divided by its minibatches. How many hours a study would take with such machines is
@@ -23,7 +21,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.methods.fedavg import FedAvg, fedprox
+from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fedavg import State as Averaged
 from polyclinic.methods.fednova import FedNova
 from polyclinic.tasks.local import Local
@@ -86,47 +84,16 @@ class SemiSync(Method[State]):
         return state._replace(inner=self.inner.server_update(state.inner, reply, server))
 
 
-@dataclass(frozen=True)
-class PartialWork(Method[Averaged]):
-    """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
-
-    What they did counts in full, where a deadline would throw it away.
-
-    Attributes:
-        inner: A method with a field ``local``.
-        late: The probability; 0.5 and 0.9 in the paper.
-        least: The smallest share of the steps that a late site does.
-    """
-
-    inner: FedAvg
-    late: float = 0.5
-    least: float = 0.1
-
-    def init(self, params: Tree) -> Averaged:
-        return self.inner.init(params)
-
-    def ask(self, state: Averaged) -> Ask | None:
-        return self.inner.ask(state)
-
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        late, share = torch.rand(2, generator=site.rng(ask.round, "pace")).tolist()
-        whole = self.inner.local.count(site.data["train"])
-        if late >= self.late or not whole:
-            return self.inner.site_update(ask, memory, site)
-        steps = max(1, round(whole * (self.least + (1 - self.least) * share)))
-        return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(ask, memory, site)
-
-    def server_update(self, state: Averaged, reply: Reply, server: Site) -> Averaged:
-        return self.inner.server_update(state, reply, server)
-
-
 def semi_sync(
     task: Task, local: Local, sites: Sequence[str], *, seconds: tuple[float, ...] = (), share: float = 1.0,
     normalised: bool = False, uniform: bool = False,
 ) -> SemiSync:  # fmt: skip
-    """Every site trains for the same time. ``seconds`` per minibatch are given in the order of the sites' names.
+    """Every site trains for the same time, as much as it can.
 
-    ``normalised`` averages as FedNova does, so that fast sites do not count more for their speed.
+    Args:
+        seconds: Seconds per minibatch, one number for each site in the order of their names; 1 for all where empty.
+        normalised: Whether to average as FedNova does, so that fast sites do not count more for their speed.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
     if seconds and len(seconds) != len(sites):
         raise ValueError(
@@ -137,12 +104,3 @@ def semi_sync(
     pairs = tuple(zip(sorted(sites), seconds, strict=False))
     inner = (FedNova if normalised else FedAvg)(task, local, uniform=uniform)
     return SemiSync(inner, pairs, share)
-
-
-def partial_work(
-    task: Task, local: Local, *, late: float = 0.5, least: float = 0.1, mu: float = 0.01, normalised: bool = False,
-    uniform: bool = False,
-) -> PartialWork:  # fmt: skip
-    """FedProx with late sites that do part of their work; ``normalised`` for FedNova's average of it."""
-    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalised else fedprox(task, local, mu=mu, uniform=uniform)
-    return PartialWork(inner, late, least)

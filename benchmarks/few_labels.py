@@ -1,0 +1,156 @@
+"""Do images without labels help? ``python benchmarks/few_labels.py`` writes docs/studies/few-labels.md.
+
+Two public sets, dealt to five made-up hospitals each: pneumonia in chest X-rays and malignancy in breast ultrasound,
+both of 28 x 28 pixels. Nine in ten training images of every hospital lose their label (``everywhere``), or two of them
+keep one label in twenty and three have none (``hospitals``). Every method trains the same network with the same number
+of optimiser steps in the same number of rounds, on several splits. A method's score is the AUC on all hospitals' test
+images together, of the model after the last round; differences to FedAvg on the same few labels are paired by split,
+with Student's interval over splits.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hospitals import pooled, read, scores, sites_of
+from scipy.stats import t
+
+from polyclinic.core.site import Site
+from polyclinic.core.train import train
+from polyclinic.engines.in_process import InProcess
+from polyclinic.methods.registry import Setting, build
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+
+CHEST = {
+    "kind": "npz", "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz", "max_patients": 300,
+    "sites": {"partition": "dirichlet", "count": 5, "alpha": 5.0},
+}  # fmt: skip
+BREAST = {
+    "kind": "npz", "path": "$POLYCLINIC_DATA/busi/busi_28_breastmnist_like.npz", "duplicates": "drop",
+    "sites": {"partition": "dirichlet", "count": 5, "alpha": 5.0},
+}  # fmt: skip
+SETTINGS = {
+    "Chest X-rays, labels lost everywhere": (CHEST, "everywhere"),
+    "Chest X-rays, two hospitals with few labels and three with none": (CHEST, "hospitals"),
+    "Breast ultrasound, labels lost everywhere": (BREAST, "everywhere"),
+}
+LOCAL, ROUNDS = Local(steps=8, batch_size=16, optimiser="adam", lr=1e-3), 25
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedavg": ("fedavg", {}),
+    "fedsemi": ("fedsemi", {}),
+    "fedsemi, threshold 0.7": ("fedsemi", {"threshold": 0.7}),
+    "fedperl": ("fedperl", {}),
+    "fedirm": ("fedirm", {"consistency": 1.0, "passes": 4}),
+    "fedmoco": ("fedmoco", {}),
+    "fedmae": ("fedmae", {}),
+    "fedvss": ("fedvss", {}),
+}
+ALL = "fedavg with every label"
+
+
+def hidden(sites: Mapping[str, Site], how: str) -> dict[str, Site]:
+    """The same sites with labels withheld, as ``how`` says; nothing of them is left in the data."""
+    found = {}
+    for i, (name, site) in enumerate(sites.items()):
+        data = site.data["train"]
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(site.seed + 7))
+        kept = round(len(data) / 10) if how == "everywhere" else round(len(data) / 20) if i < 2 else 0
+        roles = {"train": data.subset(order[:kept]), "unlabelled": data.subset(order[kept:]).unlabelled()}
+        found[name] = Site(name, {**site.data, **roles}, seed=site.seed)
+    return found
+
+
+def auc(where: str, label: str, seed: int) -> float:
+    """The AUC on all test images after the last round."""
+    spec, how = SETTINGS[where]
+    data = read(spec, seed)
+    sites = sites_of(data, seed)
+    test = pooled(sites)
+    sites = sites if label == ALL else hidden(sites, how)
+    shape = (("depth", 3), ("dropout", 0.2), ("norm", "group"), ("width", 8))
+    task = Classification(Network("cnn", data.shape, 2, shape))
+    name, options = METHODS["fedavg" if label == ALL else label]
+    method = build(name, Setting(task, LOCAL, tuple(sites), ROUNDS), options)
+    engine, state = InProcess(method, sites, seed=seed), method.init(task.first(seed))
+    for step in train(method, engine, state, rounds=ROUNDS):
+        assert not step.lost, step.lost
+        state = step.state
+    return scores(task, method.model_at(method.trial(state), {}), test)["auc"]
+
+
+def interval(x: np.ndarray) -> tuple[float, float, float]:
+    """Mean and Student's 95 % interval."""
+    half = float(t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+
+
+def page(found: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """The study as Markdown."""
+    lines = [HEAD]
+    for where, rows in found.items():
+        splits = len(next(iter(rows.values())))
+        lines += [
+            f"## {where}",
+            "",
+            f"{splits} splits.",
+            "",
+            "| method | AUC, % | beside FedAvg on the same labels, points |",
+            "|---|---|---|",
+        ]
+        base = 100 * np.array(rows["fedavg"])
+        for label, values in rows.items():
+            x = 100 * np.array(values)
+            mean, low, high = interval(x)
+            gap = interval(x - base)
+            beside = "" if label == "fedavg" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+            lines.append(f"| {label} | {mean:.1f} ({low:.1f} to {high:.1f}) | {beside} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+HEAD = """# Few labels: do images without labels help?
+
+Written by `python benchmarks/few_labels.py`; every number was measured. The script says how. The sites are made up, the
+images real. A difference whose interval holds 0 is no difference that these data show.
+"""
+
+
+def main() -> None:
+    """Runs the study and writes the page, keeping what is done so that it can be stopped and taken up again."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one split of one setting, printed only")
+    parser.add_argument("--keep", type=Path, default=Path("few_labels.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/studies/few-labels.md")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    labels = [*METHODS, ALL]
+    if given.quick:
+        for label in labels:
+            begun = time.perf_counter()
+            value = auc("Breast ultrasound, labels lost everywhere", label, 0)
+            print(f"{label:30s} {value:.3f} {time.perf_counter() - begun:.0f} s", flush=True)
+        return
+    found: dict[str, dict[str, list[float]]] = json.loads(given.keep.read_text()) if given.keep.exists() else {}
+    for seed in range(given.splits):
+        for where in SETTINGS:
+            for label in labels:
+                values = found.setdefault(where, {}).setdefault(label, [])
+                if len(values) <= seed:
+                    values.append(auc(where, label, seed))
+                    given.keep.write_text(json.dumps(found))
+                    print(f"{seed} {where}: {label} {values[-1]:.3f}", flush=True)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What to do about slow hospitals: ``python benchmarks/unequal.py`` writes docs/studies/unequal-machines.md.
+
+Heart disease at four hospitals whose machines differ by a factor of twenty, in virtual time (``engines.unequal``).
+Every way of working has the same time, and what it learned by then is judged: the accuracy on each hospital's test
+patients, averaged over hospitals, and that of the slowest hospital, on several splits. Differences to FedAvg that waits
+for everybody are paired by split, with Student's interval over splits.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hospitals import HEART, mlp, read, sites_of
+from scipy.stats import t
+
+from polyclinic.core.method import Method
+from polyclinic.core.train import Step, TooFewReplies, train, train_async
+from polyclinic.engines.unequal import Machine, Unequal
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.fednova import FedNova
+from polyclinic.methods.semi_sync import SemiSync
+from polyclinic.tasks.evaluation import outputs
+from polyclinic.tasks.local import Local
+
+SECONDS = (1.0, 2.0, 5.0, 20.0)  # for a minibatch, in the order of the hospitals' names
+SETTINGS = ((10, 0.0), (60, 0.0), (60, 0.2))  # minutes, and how often each fails
+LOCAL = Local(epochs=2, batch_size=16, lr=0.05)
+
+Run = Callable[[Method[Any], Unequal, Any], Iterator[Step[Any]]]
+
+
+def waiting(deadline: float | None = None) -> Run:
+    """In lock-step, with or without a deadline. Where everybody failed, everybody is asked again."""
+
+    def go(method: Method[Any], engine: Unequal, state: Any) -> Iterator[Step[Any]]:
+        while True:
+            with suppress(TooFewReplies):
+                for step in train(method, engine, state, rounds=10**6, deadline=deadline):
+                    state = step.state
+                    yield step
+
+    return go
+
+
+def buffered(size: int) -> Run:
+    """Without waiting; old answers count 1 / √(1 + age)."""
+    return lambda method, engine, state: train_async(
+        method, engine, state, updates=10**6, buffer=size, discount=lambda age: (1 + age) ** -0.5
+    )
+
+
+def ways(task: Any, sites: tuple[str, ...]) -> dict[str, tuple[Method[Any], Run]]:
+    """Every way of working by name."""
+    pace = tuple(zip(sites, SECONDS, strict=True))
+    return {
+        "FedAvg, waits for all": (FedAvg(task, LOCAL), waiting()),
+        "FedAvg, deadline of 100 s": (FedAvg(task, LOCAL), waiting(100.0)),
+        "FedNova, waits for all": (FedNova(task, LOCAL), waiting()),
+        "semi-synchronous, λ = 1": (SemiSync(FedAvg(task, LOCAL), pace, 1.0), waiting()),
+        "semi-synchronous, λ = 1, FedNova's average": (SemiSync(FedNova(task, LOCAL), pace, 1.0), waiting()),
+        "semi-synchronous, λ = 0.25": (SemiSync(FedAvg(task, LOCAL), pace, 0.25), waiting()),
+        "buffered, 2 answers": (FedAvg(task, LOCAL), buffered(2)),
+    }
+
+
+def run(way: str, minutes: float, drop_out: float, seed: int) -> tuple[float, float, int]:
+    """Mean accuracy and that of the slowest hospital when time is up, and how often the server's model moved."""
+    data = read(HEART, seed)
+    sites, task = sites_of(data, seed), mlp(*data.shape)
+    names = tuple(sorted(sites))
+    machines = {name: Machine(s, up=1e6, down=1e6, drop_out=drop_out) for name, s in zip(names, SECONDS, strict=True)}
+    method, go = ways(task, names)[way]
+    engine = Unequal(method, sites, machines, seed=seed)
+    state, moved = method.init(task.first(seed)), 0
+    for step in go(method, engine, state):
+        if engine.clock > 60 * minutes:
+            break  # this answer came too late
+        state, moved = step.state, moved + 1
+    params = method.model_at(method.trial(state), {})
+    right = {}
+    for name, site in sites.items():
+        said = outputs(task, params, site.data["test"])
+        right[name] = float((said["score"].argmax(1) == said["target"]).float().mean())
+    return float(np.mean(list(right.values()))), right[names[-1]], moved
+
+
+def interval(x: np.ndarray) -> tuple[float, float, float]:
+    """Mean and Student's 95 % interval."""
+    half = float(t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
+
+
+HEAD = """# Unequal machines: what to do about slow hospitals
+
+Written by `python benchmarks/unequal.py`; every number was measured, in virtual time. The script says how. A difference
+whose interval holds 0 is no difference that these data show.
+
+Four hospitals with heart patients; a minibatch takes them {seconds} seconds.
+
+```
+ time →        | round 1                      | round 2 ...
+ waits for all | fast ██░░░░░░░░░░░░░░░░░░░░  |  fast machines idle until the slowest is done
+               | slow ██████████████████████  |
+ deadline      | fast ██ | ██ | ██ | ██ ...   |  the slow hospital is lost, every time
+ semi-sync     | fast ██████████████████████  |  all work for the same time; fast ones do more steps
+               | slow ██████████████████████  |
+```
+"""
+
+
+def main() -> None:
+    """Runs the study and writes the page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--splits", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/studies/unequal-machines.md")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds = ", ".join(f"{a:g}" for a in SECONDS)
+    lines = [HEAD.format(seconds=seconds)]
+    assert all(a < b for a, b in pairwise(SECONDS))
+    for minutes, drop_out in SETTINGS:
+        fails = f", and each fails {drop_out:.0%} of the times it is asked" if drop_out else ""
+        lines += [f"## {minutes} minutes{fails}", "",
+                  f"{given.splits} splits.", "",
+                  "| way of working | updates | accuracy, % | beside waiting for all, points | slowest hospital, % |",
+                  "|---|---|---|---|---|"]  # fmt: skip
+        base: np.ndarray | None = None
+        for way in ways(mlp(1), tuple("abcd")):
+            found = np.array([run(way, minutes, drop_out, seed) for seed in range(given.splits)])
+            print(minutes, drop_out, way, found.mean(0), flush=True)
+            base = found[:, 0] if base is None else base
+            mean, low, high = interval(100 * found[:, 0])
+            gap = interval(100 * (found[:, 0] - base))
+            beside = "" if way == "FedAvg, waits for all" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+            slow = interval(100 * found[:, 1])
+            lines.append(f"| {way} | {found[:, 2].mean():.0f} | {mean:.1f} ({low:.1f} to {high:.1f}) | {beside} "
+                         f"| {slow[0]:.1f} ({slow[1]:.1f} to {slow[2]:.1f}) |")  # fmt: skip
+        lines.append("")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

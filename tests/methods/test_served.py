@@ -19,6 +19,7 @@ LOCAL = Local(batch_size=8, lr=0.05)
 SHIFT = [
     "ditto", "apfl", "fedrep", "moon", "ifca", "feddg", "fedsm", "iop-fl", "fednorm", "fedmri", "site-graph",
     "fed-align", "fed-moe", "fedharmony", "fl-mrcm", "harmofl", "zscore", "combat", "vafl", "stain-norm", "fedreplay",
+    "histogram-match",
 ]  # fmt: skip
 QUICK = {"vafl": {"epochs": 1}, "stain-norm": {"epochs": 1, "exchanges": 2}, "fedreplay": {"epochs": 1, "examples": 32}}
 

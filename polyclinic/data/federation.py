@@ -86,6 +86,7 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
     rows = tuple(summarise(site, titles[site], site in external, sites[site], source.info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
+    badges += [source.info.simulated] if source.info.simulated else []
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind"})
     return Federated(
         sites,

@@ -36,6 +36,7 @@ class Info:
         citation: What to cite.
         url: Where it comes from.
         notes: What a reader of a report must be told, each a sentence.
+        simulated: The sentence that goes with every result where the patients themselves are made up.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Info:
     citation: str = ""
     url: str = ""
     notes: tuple[str, ...] = ()
+    simulated: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,9 +154,11 @@ class Arm:
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:
                 scores[site] = metrics[self.study.metric]
-        predictions = {f"{site}/{name}": leaf for site, outputs in said.items() for name, leaf in outputs.items()}
-        if predictions:
-            write_tensors(self.path / "predictions.safetensors", predictions)
+        known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
+        for name, answers in (("predictions", said), ("validation", known)):
+            leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
+            if leaves:
+                write_tensors(self.path / f"{name}.safetensors", leaves)
         model: Tree = self.method.model_at(self.method.trial(best.state), {})
         meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
         write_tensors(self.path / "model.safetensors", model, meta)

@@ -111,6 +111,19 @@ def _sites_are(study: Study, data: Federated) -> str:
     return "as the data say" if named == "natural" else f"by {named}"
 
 
+def _patients_apart(data: Federated) -> bool:
+    """Whether the data say whose each example is, and nobody is in two roles or at two sites."""
+    seen: dict[str, tuple[str, str]] = {}
+    named = False
+    for site, roles in data.sites.items():
+        for role, examples in roles.items():
+            named = named or examples.patients != examples.ids
+            for patient in set(examples.patients):
+                if seen.setdefault(patient, (site, role)) != (site, role):
+                    return False
+    return named
+
+
 def _site(row: SiteSummary) -> dict[str, Any]:
     roles = row.roles
     return {
@@ -145,6 +158,7 @@ def _info(study: Study, data: Federated, parameters: int) -> dict[str, Any]:
             "title": data.info.title, "licence": data.info.licence, "citation": data.info.citation,
             "url": data.info.url, "notes": [*data.notes, *_lacking(data)], "simulated": data.simulated,
             "fingerprint": data.fingerprint, "sites_are": _sites_are(study, data),
+            "checks": ["patients_apart"] if _patients_apart(data) else [],
         },
         "sites": [_site(row) for row in data.rows],
         "methods": methods,

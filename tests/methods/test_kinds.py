@@ -1,0 +1,54 @@
+"""What the table says a method is for, it can do: every kind of task, two rounds and a prediction."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.table import METHODS
+from polyclinic.tasks.classification import MultiLabel
+from polyclinic.tasks.evaluation import Evaluated, evaluate
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.tasks.regression import Regression
+from polyclinic.tasks.segmentation import Segmentation
+from tests.conftest import Rows, little_sites, segmentation_sites
+from tests.methods.few_labels import run
+
+MINE = [
+    *("fedmic", "mutual", "fedmoco", "fedmae", "fcl", "fedsemi", "fedperl", "fedvss"),
+    *("private-heads", "fedmix", "taught", "fedmd", "feddf", "fedni", "histofl"),
+]
+SMALL = (("depth", 2), ("width", 4))
+TASKS = {
+    "segmentation": Segmentation(Network("unet", (1, 16, 16), 2, (("norm", "batch"), ("width", 2)))),
+    "multilabel": MultiLabel(Network("cnn", (1, 8, 8), 3, SMALL)),
+    "regression": Regression(Network("cnn", (1, 8, 8), 1, SMALL)),
+}
+
+
+def sites_for(kind):
+    if kind == "segmentation":
+        return segmentation_sites(2)
+    made = {
+        "multilabel": lambda y: torch.stack([y == 0, y == 1, torch.ones_like(y)], 1).float(),
+        "regression": lambda y: y[:, None].float() * 3 + 1,
+    }[kind]
+    return {
+        name: replace(site, data={role: Rows(d.x, made(d.y)) for role, d in site.data.items()})
+        for name, site in little_sites(count=2).items()
+    }
+
+
+CASES = [(n, k) for n in MINE for k in TASKS if not METHODS[n].tasks or k in METHODS[n].tasks]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_it_works_for_its_kinds_of_task(name, kind):
+    task, sites = TASKS[kind], sites_for(kind)
+    method = Evaluated(build(name, Setting(task, Local(epochs=1, batch_size=8, lr=0.01), tuple(sites), 2)), task)
+    step, engine = run(method, sites, task.first(0), 2, {"public": sites["site-0"].data["public"]})
+    scores = evaluate(method, engine, step.state, engine.sites)
+    assert len(scores) == 2
+    assert all(bool(torch.isfinite(torch.stack(list(s.values()))).all()) for s in scores.values())

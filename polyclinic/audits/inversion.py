@@ -102,7 +102,7 @@ class Inversion:
             return total
 
         for _ in range(self.steps):
-            value = optimiser.step(closure)  # type: ignore[arg-type]
+            value: Any = optimiser.step(closure)  # type: ignore[arg-type]
             if not math.isfinite(float(value.detach())):
                 break
         return best
@@ -225,7 +225,7 @@ def leak(
     noise: float = 0.0, clip: float | None = None,
 ) -> Leak:  # fmt: skip
     """Attacks the gradient of one example, x [1, *shape] with its target [1, ...] known to the attacker."""
-    seen = {name: leaf.detach() for name, leaf in gradient(loss(model, (x, target)), model).items()}
+    seen: Tree = {name: leaf.detach() for name, leaf in gradient(loss(model, (x, target)), model).items()}
     if noise or clip is not None:
         seen = obscured(seen, noise, dice, clip)
     drawn, _ = how.search(model, loss, seen, tuple(x.shape[1:]), target, dice)

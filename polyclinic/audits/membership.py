@@ -12,7 +12,7 @@ matters: an attacker who is sure of a few patients harms them, however poor it i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Task, auc, borrow
 
 
@@ -161,7 +162,7 @@ class Verdict:
     """What the loss tells of each site's examples, and of those that a control was made to memorise.
 
     Attributes:
-        control: A copy of the model that memorised some examples, attacked in the same way.
+        control: A network that memorised some examples, attacked in the same way.
         sites: By site.
     """
 
@@ -172,21 +173,28 @@ class Verdict:
     def says(self) -> str:
         """The verdict in a sentence."""
         if self.control.auc < 0.7:
-            return "The attack did not even find what a copy was made to memorise, so it shows nothing."
+            return "The attack did not even find what a network was made to memorise, so it shows nothing."
         worst = max(self.sites, key=lambda site: self.sites[site].auc)
         area = self.sites[worst].auc
-        told = f"most at {worst} (AUC {area:.3f}; {self.control.auc:.3f} for a copy made to memorise)"
+        told = f"most at {worst} (AUC {area:.3f}; {self.control.auc:.3f} for a network made to memorise)"
         return f"Training examples can be told apart, {told}." if area > 0.6 else f"Little can be told, {told}."
 
 
-def memorised(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 60, count: int = 16) -> Found:
-    """The leaky control: a copy of the model is trained on some of ``data`` alone, again and again, then attacked."""
+def memorised(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 100, count: int = 16) -> Found:
+    """The leaky control: a network is trained on some of ``data`` alone, again and again, then attacked likewise.
+
+    It is fully connected, from random weights, since a small convolutional one may be unable to memorise; where masks
+    are predicted it is a copy of the model.
+    """
     site = Site("control", seed=seed)
     order = torch.randperm(len(data), generator=site.rng("half"))[: 2 * count]
     if len(order) < 2:
         raise ValueError("the control needs at least two examples")
     learned, left = order[: len(order) // 2], order[len(order) // 2 :]
-    hard = Local(steps=steps, batch_size=len(learned), optimiser="adam", lr=3e-3)
+    if task.kind in ("classification", "multilabel", "regression"):
+        task = replace(task, network=Network("mlp", tuple(data[order[:1]][0].shape[1:]), task.network.outputs))
+        params = task.first(seed)
+    hard = Local(steps=steps, batch_size=len(learned), optimiser="adam", lr=1e-2)
     end = hard.fit(task, params, site, 0, data=Part(data, learned))
     return by_loss(task, end, Part(data, learned), Part(data, left))
 

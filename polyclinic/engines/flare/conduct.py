@@ -91,61 +91,63 @@ class Conductor:
         return outcome
 
     def _run(self) -> None:
-        standing = self._load()
+        at = self._load()
         self.journal.write(
-            "begun" if standing is None else "resumed",
-            {"order": self.order.hash, "code": code_hash(), "round": standing.round if standing else 0,
-             "sites": list(self.members)},
-        )  # fmt: skip
-        ready = greet(Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll), self.members)
-        begin = standing or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
-        self._open_records(begin.records)
+            "begun" if at is None else "resumed",
+            {
+                "order": self.order.hash,
+                "code": code_hash(),
+                "round": at.round if at else 0,
+                "sites": list(self.members),
+            },
+        )
+        # One reference to the state, so that the one before is gone when the next has come.
+        self._at = at or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
+        del at
+        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll)
+        ready = greet(greeting, self.members)
+        self._open_records(self._at.records)
         federation = FlareFederation(
             self.order, self.carrier, self.folder / "under-way", self.journal, ready, self.plan.seed,
-            Count(begin.number, begin.answered),
+            Count(self._at.number, self._at.answered),
         )  # fmt: skip
-        self._say("running", "", begin.round)
+        self._say("running", "", self._at.round)
         try:
-            end = begin if begin.trained else self._train(federation, begin)
-            self._finish(federation, end)
+            if not self._at.trained:
+                self._train(federation)
+            self._finish(federation)
         finally:
             self._records.close()
-        greet(Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll), ready, "end")
+        greet(greeting, ready, "end")
 
-    def _train(self, federation: FlareFederation, at: Standing) -> Standing:
+    def _train(self, federation: FlareFederation) -> None:
         begun = time.perf_counter()
-        state, done = at.state, at.round
-        for step in self._steps(federation, state, at.round):
-            state = step.state
-            following = self.method.ask(state)
-            done = step.ask.round + 1 if following is None or following.round != step.ask.round else done
+        for step in self._steps(federation):
+            following = self.method.ask(step.state)
+            over = following is None or following.round != step.ask.round
+            done = step.ask.round + 1 if over else self._at.round
             self._record_step(step, done, time.perf_counter() - begun)
-            every = self.order.score_every
-            if every and done > at.round and done % every == 0:
-                self._score(federation, state, done)
-            at = self._save(federation, state, done)
+            if self.order.score_every and over and done % self.order.score_every == 0:
+                self._score(federation, step.state, done)
+            self._save(federation, step.state, done)
             self._say("running", "", done)
             self._pause()
             begun = time.perf_counter()
-            del step  # its reply is large
-        return self._save(federation, state, done, trained=True)
+            dict.clear(step.reply.parts)  # type: ignore[arg-type]  # it is large, and the driver keeps it for a while
+            del step, following  # the ask holds the model before
+        self._save(federation, self._at.state, self._at.round, trained=True)
 
-    def _steps(self, federation: FlareFederation, state: Any, done: int) -> Iterator[Step[Any]]:
+    def _steps(self, federation: FlareFederation) -> Iterator[Step[Any]]:
         order, sites = self.order, federation.sites
         if order.mode == "buffered":
-            yield from train_async(
-                self.method,
-                federation,
-                state,
-                updates=self.plan.rounds - done,
-                buffer=order.buffer,
-                passes=order.passes,
+            left = self.plan.rounds - self._at.round
+            return train_async(
+                self.method, federation, self._at.state, updates=left, buffer=order.buffer, passes=order.passes
             )
-            return
         size = min(order.cohort or len(sites), len(sites))
         cohort = partial(_drawn, size, self.plan.seed) if size < len(sites) else everyone
-        yield from train(
-            self.method, federation, state, rounds=self.plan.rounds, cohort=cohort, deadline=order.deadline,
+        return train(
+            self.method, federation, self._at.state, rounds=self.plan.rounds, cohort=cohort, deadline=order.deadline,
             min_replies=order.min_replies,
         )  # fmt: skip
 
@@ -154,8 +156,9 @@ class Conductor:
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
 
-    def _finish(self, federation: FlareFederation, end: Standing) -> None:
+    def _finish(self, federation: FlareFederation) -> None:
         """Writes the model, and opens the test data if the order says so."""
+        end = self._at
         model = self.method.model_at(self.method.trial(end.state), {})
         wire.write(self.folder / "model.safetensors", dict(model))
         if self.order.test:
@@ -195,15 +198,14 @@ class Conductor:
         standing: Standing = states.load(path)
         return standing
 
-    def _save(self, federation: FlareFederation, state: Any, done: int, trained: bool = False) -> Standing:
+    def _save(self, federation: FlareFederation, state: Any, done: int, trained: bool = False) -> None:
         self._records.flush()
         os.fsync(self._records.fileno())
         count = federation.count
-        standing = Standing(state, done, count.number, dict(count.answered), self._records.tell(), trained)
-        _, sha256 = wire.write(self.folder / "checkpoint.safetensors", standing)
+        self._at = Standing(state, done, count.number, dict(count.answered), self._records.tell(), trained)
+        _, sha256 = wire.write(self.folder / "checkpoint.safetensors", self._at)
         self.journal.write("checkpoint", {"round": done, "number": count.number, "state": sha256})
         federation.confirm()
-        return standing
 
     def _say(self, phase: str, why: str, done: int | None = None, waiting: Mapping[str, str] | None = None) -> None:
         """Writes status.json, by which people and the supervisor know how it goes."""
@@ -219,7 +221,7 @@ class Conductor:
         if done is not None:
             self._said["round"] = done
         self._said["rounds"] = self.plan.rounds
-        write_private(self.folder / "status.json", json.dumps(self._said))
+        write_private(self.folder / "status.json", json.dumps(self._said), durable=False)
 
     def _pause(self) -> None:
         """Raises ``Pause`` where the supervisor has asked for one."""

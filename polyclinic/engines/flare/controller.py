@@ -3,8 +3,11 @@
 The other class of ours that FLARE may build.
 """
 
+import os
 import queue
+import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +18,24 @@ from nvflare.apis.shareable import Shareable
 from polyclinic.engines.flare import transfer
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.federation import Delivery, Ended
-from polyclinic.engines.flare.homes import ServerHome
+from polyclinic.engines.flare.homes import ServerHome, private_folder
 from polyclinic.engines.flare.job import TASK
-from polyclinic.engines.flare.messages import Call
+from polyclinic.engines.flare.messages import BadMessage, Call
 from polyclinic.engines.flare.order import Order
+
+FETCHERS = 2
 
 
 class FlareCarrier:
     """Carries calls as FLARE tasks, one a site, and takes answers as they are submitted."""
 
-    def __init__(self, controller: Controller, fl_ctx: Any, abort_signal: Any) -> None:
+    def __init__(self, controller: Controller, fl_ctx: Any, abort_signal: Any, inbox: Path, limit: int = 2**33) -> None:
         self.controller, self.fl_ctx, self.abort_signal = controller, fl_ctx, abort_signal
         self.cell = fl_ctx.get_engine().get_cell()
-        self.came: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self.came: queue.Queue[Delivery] = queue.Queue()
         self.tasks: dict[str, Task] = {}
+        self.inbox, self.limit = private_folder(inbox), limit
+        self.fetching = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         """Sends each call to its site, and with each the same file."""
@@ -48,14 +55,9 @@ class FlareCarrier:
         if self.abort_signal.triggered:
             raise Ended("the job was ended")
         try:
-            site, result = self.came.get(timeout=seconds)
+            return self.came.get(timeout=seconds)
         except queue.Empty:
             return None
-
-        def take(path: Path, limit: int) -> tuple[int, str]:
-            return transfer.fetch(self.cell, result, site, path, limit, self.abort_signal)
-
-        return Delivery(site, result.get("answer"), take)
 
     def away(self, site: str) -> bool:
         """Whether FLARE has not heard of a site for long."""
@@ -67,9 +69,35 @@ class FlareCarrier:
         if task is not None and task.completion_status is None:
             self.controller.cancel_task(task)
 
+    def close(self) -> None:
+        """Ends fetching and empties the inbox."""
+        self.fetching.shutdown(wait=False, cancel_futures=True)
+        for path in self.inbox.iterdir():
+            path.unlink(missing_ok=True)
+
     def _received(self, client_task: Any, fl_ctx: Any) -> None:
-        self.came.put((client_task.client.name, client_task.result))
+        # FLARE holds a lock here; files are fetched by others, few at a time, so that memory stays bounded.
+        self.fetching.submit(self._fetch, client_task.client.name, client_task.result)
         client_task.result = None
+
+    def _fetch(self, site: str, result: Any) -> None:
+        """Takes the file beside an answer into the inbox, and then hands both on."""
+        problem, found = "", (0, "")
+        path = self.inbox / f"{uuid.uuid4()}.part"
+        if "ref" in result or "body" in result:
+            try:
+                found = transfer.fetch(self.cell, result, site, path, self.limit, self.abort_signal)
+            except (OSError, BadMessage) as error:
+                problem = str(error)
+
+        def take(place: Path, limit: int) -> tuple[int, str]:
+            if problem or not path.exists():
+                raise OSError(problem or "no file came")
+            os.replace(path, place)
+            return found
+
+        reason = str(result.get("reason") or "its job process failed")
+        self.came.put(Delivery(site, result.get("answer"), take, reason))
 
 
 class StudyController(Controller):  # type: ignore[misc]
@@ -96,5 +124,9 @@ class StudyController(Controller):  # type: ignore[misc]
         home = ServerHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parents[1])
         present = {client.name for client in self._engine.get_clients()}
         members = tuple(sorted(present & set(self.order.plan["sites"])))
-        carrier = FlareCarrier(self, fl_ctx, abort_signal)
-        Conductor(self.order, carrier, home.run(self.order.run), members).run()
+        folder = home.run(self.order.run)
+        carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox")
+        try:
+            Conductor(self.order, carrier, folder, members).run()
+        finally:
+            carrier.close()

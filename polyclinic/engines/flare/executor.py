@@ -9,8 +9,7 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
-from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.shareable import Shareable
 
 from polyclinic.engines.flare import transfer
 from polyclinic.engines.flare.desk import Desk, take_in
@@ -46,7 +45,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """One call and its answer."""
         desk = self.desk
         if desk is None:
-            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+            return Shareable({"answer": None, "reason": "failed: its desk cannot be opened; the site's log says more"})
         cell = fl_ctx.get_engine().get_cell()
         desk.trainer.stopped = lambda: self.stopped or abort_signal.triggered
         try:
@@ -60,7 +59,9 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             answer, file = desk.answer(call, body)
             beside = transfer.offer(cell, file, 1) if file else {}
             return Shareable({"answer": answer.to_json(), **beside})
-        except (BadMessage, OSError, ValueError) as error:
-            self.log_error(fl_ctx, printable(str(error)))
-            desk.journal.write("message refused", {"reason": printable(str(error))})
-            return Shareable({"answer": None, "reason": printable(str(error))})
+        except Exception as error:
+            known = isinstance(error, BadMessage | OSError)
+            reason = printable(str(error)) if known else f"{type(error).__name__}; the site's log says more"
+            self.log_exception(fl_ctx, "a message was refused")
+            desk.journal.write("message refused", {"reason": reason})
+            return Shareable({"answer": None, "reason": f"refused: {reason}"})

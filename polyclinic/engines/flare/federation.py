@@ -25,7 +25,7 @@ TICK = 0.25
 
 
 class Delivery(NamedTuple):
-    """Something that came from a site: the text of its answer, and how to take the file beside it.
+    """Something that came from a site: the text of its answer, or the reason why there is none, and the file beside it.
 
     ``take`` writes the file to a path, at most so many bytes, and returns its length and SHA-256; it raises ``OSError``
     where it cannot.
@@ -34,6 +34,7 @@ class Delivery(NamedTuple):
     site: str
     text: object
     take: Callable[[Path, int], tuple[int, str]]
+    reason: str = ""
 
 
 class Carrier(Protocol):
@@ -142,11 +143,10 @@ class FlareFederation:
 
     def _post(self, ask: Ask, to: Sequence[str], file: str) -> None:
         body = self._folder / file
-        size, sha256 = wire.write(body, ask)
-        number, head = self.count.number, self._journal.write(
-            "asked",
-            {"number": self.count.number, "round": ask.round, "job": ask.job, "to": list(to), "ask": sha256, "bytes": size},
-        )  # fmt: skip
+        size, sha256 = wire.write(body, ask, durable=False)
+        number = self.count.number
+        asked = {"number": number, "round": ask.round, "job": ask.job, "to": list(to), "ask": sha256, "bytes": size}
+        head = self._journal.write("asked", asked)
         calls = [
             Call(
                 VERSION, self._order.run, number, name, head, size, sha256, "do", self._hash, ask.round, ask.job,
@@ -169,7 +169,8 @@ class FlareFederation:
             if pending is None:
                 return None
             del self._pending[delivery.site]
-            return self._lost(pending.call, f"its answer cannot be read: {error}")
+            why = printable(delivery.reason) if delivery.text is None else f"its answer cannot be read: {error}"
+            return self._lost(pending.call, why)
         if pending is None or answer.number != pending.call.number:
             self._journal.write("late or repeated, dropped", {"number": answer.number, "site": answer.site})
             return None

@@ -51,7 +51,7 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
                 about.say("greeting", "", waiting=waiting)
         if (delivery := about.carrier.arrived(0.25)) is not None and delivery.site in waiting:
             open_calls.pop(delivery.site, None)
-            _hear(about, delivery.site, delivery.text, ready, waiting, gone)
+            _hear(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
         for name in [n for n in waiting if about.carrier.away(n)]:
             gone[name] = "the site is away"
             del waiting[name]
@@ -68,12 +68,18 @@ def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
 
 
 def _hear(
-    about: Greeting, site: str, text: object, ready: set[str], waiting: dict[str, str], gone: dict[str, str]
+    about: Greeting,
+    site: str,
+    text: object,
+    reason: str,
+    ready: set[str],
+    waiting: dict[str, str],
+    gone: dict[str, str],
 ) -> None:
     try:
         answer = Answer.from_json(text)
     except BadMessage as error:
-        gone[site] = f"its answer cannot be read: {error}"
+        gone[site] = printable(reason) if text is None else f"its answer cannot be read: {error}"
         del waiting[site]
         return
     if answer.lost.startswith("waits for"):

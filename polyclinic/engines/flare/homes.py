@@ -147,16 +147,18 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, text: str | bytes) -> None:
-    """Writes a file that only this user reads; a crash leaves the old file or the new one."""
+def write_private(path: Path, text: str | bytes, durable: bool = True) -> None:
+    """Writes a file that only this user reads. If it is ``durable``, a crash leaves the old file or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(beside, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise

@@ -218,7 +218,7 @@ def start(home: SiteHome) -> int:
 
 def _say(home: SiteHome, state: str) -> None:
     said = {"state": state, "pid": os.getpid(), "birth": processes.birth(os.getpid()), "beat": time.time()}
-    write_private(home.path / "status.json", json.dumps(said))
+    write_private(home.path / "status.json", json.dumps(said), durable=False)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Memory:
         self.chain = Chain(int(table.get("confirmed", 0)), links, sent)
 
     def settle(self, after: int, confirmed: int, number: int) -> None:
-        """Drops what is confirmed.
+        """Drops what is confirmed, from the disk with the next link.
 
         Raises:
             OldMessage: Where the server goes back behind what it had confirmed.
@@ -87,7 +87,7 @@ class Memory:
             )
         if confirmed > self.chain.confirmed:
             kept = tuple(link for link in self.chain.links if link.number >= confirmed)
-            self._store(replace(self.chain, confirmed=confirmed, links=kept))
+            self.chain = replace(self.chain, confirmed=confirmed, links=kept)
 
     def undo(self, after: int) -> tuple[int, ...]:
         """Removes links beyond ``after``, and returns their numbers."""

@@ -11,6 +11,8 @@ MODULES = {
     "server": ("nvflare.private.fed.app.server.server_train", "fed_server.json"),
     "site": ("nvflare.private.fed.app.client.client_train", "fed_client.json"),
 }
+# So that a server gives the memory of large tensors back at once; glibc would otherwise learn to keep it.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_ARENA_MAX": "2"}
 MAX_LOG = 50 * 2**20
 
 
@@ -19,7 +21,8 @@ def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[
     module, config = MODULES[kind]
     given = [f"{key}={value}" for key, value in {"secure_train": "true", "config_folder": "config", **settings}.items()]
     command = [sys.executable, "-m", module, "-m", str(kit), "-s", config, "--set", *given]
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    memory = MEMORY if kind == "server" else {}
+    env = {**memory, **os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
     turn_over(log)
     with open(log, "ab") as out:
         return subprocess.Popen(

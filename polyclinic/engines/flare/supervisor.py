@@ -1,7 +1,7 @@
 """Keeps a server alive and its runs going: starts FLARE, submits jobs, notices what died, goes on from checkpoints.
 
 FLARE's word on a job is not believed alone: after a crash it says ``RUNNING`` for ever. The run's own status file and
-its process number decide. Every attempt continues from the last checkpoint; a site that was away joins the next attempt.
+its process number decide. Every attempt goes on from the last checkpoint; a site that was away joins the next one.
 """
 
 import json
@@ -197,7 +197,7 @@ class Supervisor:
             "beat": time.time(),
             "sites": self._sites,
         }
-        write_private(self.home.path / "status.json", json.dumps(said))
+        write_private(self.home.path / "status.json", json.dumps(said), durable=False)
 
 
 def main(path: str) -> None:

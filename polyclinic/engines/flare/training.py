@@ -1,4 +1,4 @@
-"""What the training process does: builds what the order says, from what is installed here; does asks within the policy."""
+"""What the training process does: it builds what the order says, from what is installed here, and obeys the policy."""
 
 import logging
 import re

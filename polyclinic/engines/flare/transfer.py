@@ -15,7 +15,7 @@ from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 from polyclinic.engines.flare.messages import BadMessage
 
 INLINE = 2**18
-BLOCK = 4 * 2**20
+BLOCK, LARGE = 4 * 2**20, 2**26
 PATIENCE = 60.0
 KEEP = 3600.0
 
@@ -25,7 +25,9 @@ def offer(cell: Any, path: Path, receivers: int) -> dict[str, Any]:
     if path.stat().st_size <= INLINE:
         return {"body": path.read_bytes()}
     downloader = ObjectDownloader(cell, timeout=KEEP, num_receivers=receivers)
-    return {"ref": add_file(downloader, str(path), chunk_size=BLOCK), "at": cell.get_fqcn()}
+    # Of a file that is not large all blocks together cost no memory to speak of, and fewer are faster.
+    block = BLOCK if path.stat().st_size > LARGE else 4 * BLOCK
+    return {"ref": add_file(downloader, str(path), chunk_size=block), "at": cell.get_fqcn()}
 
 
 def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: Any = None) -> tuple[int, str]:
@@ -45,7 +47,9 @@ def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: 
         raise BadMessage(f"no file of {sender} stands beside its message")
     consumer = _ToFile(path, limit)
     with consumer:
-        download_object(at, ref, consumer, PATIENCE, cell, abort_signal=stopped)
+        download_object(
+            from_fqcn=at, ref_id=ref, per_request_timeout=PATIENCE, cell=cell, consumer=consumer, abort_signal=stopped
+        )
     if consumer.problem:
         path.unlink(missing_ok=True)
         raise OSError(consumer.problem)

@@ -21,8 +21,8 @@ from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
 BLOCK = 4 * 2**20
 
 
-def write(path: Path, value: Any) -> tuple[int, str]:
-    """Writes ``value`` to ``path``, forces it to the disk, and returns its length and SHA-256.
+def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
+    """Writes ``value`` to ``path``, forces it to the disk if it must be ``durable``; its length and SHA-256.
 
     Raises:
         OSError: Where there is no room; nothing half-written is left.
@@ -38,7 +38,8 @@ def write(path: Path, value: Any) -> tuple[int, str]:
                 hasher.update(piece)
                 size += len(piece)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,223 @@
+"""What the engine between hospitals costs beyond training and bytes: NVIDIA FLARE's bare exchange, and ours, in one deployment.
+
+One server and three sites on this machine, mutual TLS, a model of so many megabytes both ways. The bare exchange is one
+FLARE task a site and round with one numpy array (benchmarks/bare_exchange.py). Ours is federated averaging with one
+training step a round; what sites report as training is subtracted.
+
+    python benchmarks/flare.py --megabytes 10 --rounds 8
+    python benchmarks/flare.py --megabytes 400 --rounds 3 --no-bare
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(ROOT))
+
+from polyclinic.engines.flare import coordinator, job, member, processes  # noqa: E402
+from polyclinic.engines.flare.console import Console  # noqa: E402
+from polyclinic.engines.flare.homes import ServerHome, SiteHome  # noqa: E402
+from polyclinic.engines.flare.order import Order  # noqa: E402
+from polyclinic.engines.flare.reviews import APPROVED, Reviews  # noqa: E402
+from polyclinic.engines.flare.runs import OVER, Queue  # noqa: E402
+
+FEATURES = 64
+SITES = ("site-1", "site-2", "site-3")
+
+
+def deploy(root: Path, scheme: str, features: int) -> tuple[ServerHome, dict[str, SiteHome]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ServerHome(root / "server")
+    coordinator.init(server, "benchmark", "localhost", port, "bench", scheme)
+    homes, dice = {}, np.random.default_rng(0)
+    for name in SITES:
+        home = homes[name] = SiteHome(root / name)
+        _, table = coordinator.admit(server, member.init(home, name, "bench"))
+        data = root / "data" / name
+        data.mkdir(parents=True)
+        np.savez(data / "train.npz", inputs=dice.standard_normal((16, features), np.float32), targets=np.arange(16) % 2)
+        member.join(home, table, data)
+        home.policy.write_text("[limits]\nmin_patients = 1\nmegabytes_per_round = 100000.0\n")
+    return server, homes
+
+
+class Watch(threading.Thread):
+    """The most memory and the CPU time of processes, by a word on their command line."""
+
+    def __init__(self, words: dict[str, str]) -> None:
+        super().__init__(daemon=True)
+        self.words, self.stop = words, threading.Event()
+        self.peak: dict[str, dict[int, dict[str, int]]] = {name: {} for name in words}
+        self.cpu: dict[str, dict[int, float]] = {name: {} for name in words}
+        self.before: dict[int, float] = {}
+
+    def clear(self) -> None:
+        """Forgets what was seen; processes that live on count from here."""
+        self.peak = {name: {} for name in self.words}
+        self.before = {pid: cpu for pids in self.cpu.values() for pid, cpu in pids.items()}
+        self.cpu = {name: {} for name in self.words}
+
+    def run(self) -> None:
+        tick = os.sysconf("SC_CLK_TCK")
+        while not self.stop.wait(0.1):
+            for entry in Path("/proc").iterdir():
+                if not entry.name.isdigit():
+                    continue
+                try:
+                    line = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                    name = next((n for n, word in self.words.items() if re.search(word, line)), None)
+                    if name is None:
+                        continue
+                    status = dict(re.findall(r"(VmHWM|RssAnon):\s+(\d+)", (entry / "status").read_text()))
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                kept = self.peak[name].setdefault(int(entry.name), {"all": 0, "anon": 0})
+                kept["all"] = max(kept["all"], int(status.get("VmHWM", 0)) * 1024)
+                kept["anon"] = max(kept["anon"], int(status.get("RssAnon", 0)) * 1024)
+                self.cpu[name][int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick
+
+    def result(self) -> dict[str, Any]:
+        return {
+            name: {
+                "peak_mb": round(max((v["all"] for v in pids.values()), default=0) / 2**20),
+                "peak_anonymous_mb": round(max((v["anon"] for v in pids.values()), default=0) / 2**20),
+                "cpu_s": round(sum(cpu - self.before.get(pid, 0.0) for pid, cpu in self.cpu[name].items()), 2),
+            }
+            for name, pids in self.peak.items()
+        }
+
+
+def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, rounds: int, root: Path) -> list[float]:
+    """Seconds a round of FLARE's own exchange."""
+    for kit, allowed in [
+        (server.kit, "bare_exchange.BareController"),
+        *((h.kit, "bare_exchange.BareExecutor") for h in homes.values()),
+    ]:
+        path = kit / "local" / "resources.json"
+        table = json.loads(path.read_text())
+        table["class_allow_list"].append(allowed)
+        path.write_text(json.dumps(table))
+    folder = job.write(root / "bare", Order("bare", {"sites": list(SITES)}))
+    config = folder / "app" / "config"
+    table = json.loads((config / "config_fed_server.json").read_text())
+    args = {"megabytes": megabytes, "rounds": rounds, "report": str(root / "bare.json")}
+    table["workflows"] = [{"id": "bare", "path": "bare_exchange.BareController", "args": args}]
+    (config / "config_fed_server.json").write_text(json.dumps(table))
+    table = json.loads((config / "config_fed_client.json").read_text())
+    table["executors"] = [{"tasks": ["bare"], "executor": {"path": "bare_exchange.BareExecutor", "args": {}}}]
+    (config / "config_fed_client.json").write_text(json.dumps(table))
+    console = Console(server.admin, root / "console.log")
+    number = console.submit(folder)
+    until = time.monotonic() + 600
+    while not console.status(number).startswith("FINISHED") and time.monotonic() < until:
+        time.sleep(0.5)
+    console.close()
+    found = json.loads((root / "bare.json").read_text())
+    print(f"bare     server peak {found['server_bytes'] / 2**20:.0f} MB")
+    return list(found["seconds"])
+
+
+def ours(
+    server: ServerHome, homes: dict[str, SiteHome], features: int, width: int, depth: int, rounds: int
+) -> list[float]:
+    """Seconds a round of ours, without what sites report as training."""
+    plan = {
+        "kind": "classification", "network": "mlp", "inputs": [features], "outputs": 2, "method": "fedavg", "sites": list(SITES),
+        "rounds": rounds, "network_options": {"width": width, "depth": depth}, "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }  # fmt: skip
+    order = Order("ours", plan)
+    for home in homes.values():
+        reviews = Reviews(home.reviews)
+        reviews.offer(order, (), {})
+        reviews.decide(order.run, APPROVED, "benchmark", "benchmark")
+    coordinator.order(server, order)
+    queue, until = Queue(server), time.monotonic() + 1200
+    while (entry := queue.get("ours")) and entry.state not in OVER and time.monotonic() < until:
+        time.sleep(0.5)
+    folder = server.run("ours")
+    print(f"ours     {entry.state if entry else ''} {entry.why if entry else ''}")
+    at = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    ends = [_seconds(e["time"]) for e in at if e["event"] == "checkpoint"][:rounds]
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    trained = [max(r["seconds"].values()) for r in records if r["kind"] == "round"]
+    # The first round loads data and libraries at the sites, and is left out on both sides.
+    return [b - a - t for a, b, t in zip(ends, ends[1:], trained[1:], strict=False)]
+
+
+def _seconds(text: str) -> float:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text).timestamp()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--scheme", default="grpc")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-bare", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    given = parser.parse_args()
+    rounds = 4 if given.quick else given.rounds
+    width = 256 if given.megabytes < 50 else 2048
+    depth = max(1, round(given.megabytes * 2**20 / 4 / width**2))
+    root = given.keep or Path(tempfile.mkdtemp(prefix="polyclinic-benchmark-"))
+    server, homes = deploy(root, given.scheme, FEATURES)
+    watch = Watch({
+        "server": rf"runner_process.*{re.escape(str(server.kit))}", "server parent": rf"server_train.*{re.escape(str(server.kit))}",
+        "site": rf"worker_process.*{re.escape(str(homes['site-1'].kit))}",
+        "site training": rf"trainer {re.escape(str(homes['site-1'].path))} ",
+    })  # fmt: skip
+    try:
+        coordinator.start(server)
+        for home in homes.values():
+            member.start(home)
+        until = time.monotonic() + 120
+        while len(coordinator.status(server)["sites"]) < len(SITES) and time.monotonic() < until:
+            time.sleep(0.5)
+        watch.start()
+        floor = [] if given.no_bare else bare(server, homes, given.megabytes, rounds, root)[1:]
+        for name, found in (watch.result() if floor else {}).items():
+            print(f"bare     {name:14} {found}")
+        watch.clear()
+        own = ours(server, homes, FEATURES, width, depth, rounds)
+        watch.stop.set()
+        watch.join()
+        print(f"load     {os.getloadavg()[0]:.1f}; {given.megabytes:g} MB, {len(SITES)} sites, {given.scheme}")
+        for name, seconds in (("bare", floor), ("ours", own)):
+            if seconds:
+                print(f"{name:8} median {statistics.median(seconds):.2f} s a round; {[round(s, 2) for s in seconds]}")
+        if floor:
+            print(f"ratio    {statistics.median(own) / statistics.median(floor):.2f}")
+        for name, found in watch.result().items():
+            print(f"ours     {name:14} {found}")
+    finally:
+        for home in homes.values():
+            member.stop(home)
+        coordinator.stop(server)
+        processes.end(root)
+        if not given.keep:
+            shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -64,6 +64,7 @@ def test_unlabelled_images_count_by_trust_and_their_targets_not_at_all(task):
     assert not same(one.params, never.state.params)
 
 
+@pytest.mark.slow
 def test_it_helps_segmentation_where_two_of_three_sites_have_no_masks():
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 4), ("norm", "batch"))))
     sites = half_labelled(labelled=1, sites=segmentation_sites())

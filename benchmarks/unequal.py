@@ -70,7 +70,7 @@ def ways(task: Any, sites: tuple[str, ...]) -> dict[str, tuple[Method[Any], Run]
 
 
 def run(way: str, minutes: float, drop_out: float, seed: int) -> tuple[float, float, int]:
-    """Mean accuracy and that of the slowest hospital when time is up, and how often the server's model moved."""
+    """Mean accuracy and that of the slowest hospital when time is up, and how many exchanges there were."""
     data = read(HEART, seed)
     sites, task = sites_of(data, seed), mlp(*data.shape)
     names = tuple(sorted(sites))
@@ -111,6 +111,12 @@ Four hospitals with heart patients; a minibatch takes them {seconds} seconds.
  semi-sync     | fast ██████████████████████  |  all work for the same time; fast ones do more steps
                | slow ██████████████████████  |
 ```
+
+**In short**, for these hospitals: where there is time for a round or two only, waiting for the slowest costs more than
+ten points, and every way that does not wait is better. Where there is time enough, waiting for all is as good as anything
+on average, and highest for the slowest hospital, whose patients the other ways see less of (there, intervals overlap);
+FedNova's average changes little. Semi-synchronous rounds as long as the slowest site's epoch give the fastest site more
+than a dozen epochs in each and lose about two points; rounds of a quarter of that lose nothing that these data show.
 """
 
 
@@ -128,7 +134,7 @@ def main() -> None:
         fails = f", and each fails {drop_out:.0%} of the times it is asked" if drop_out else ""
         lines += [f"## {minutes} minutes{fails}", "",
                   f"{given.splits} splits.", "",
-                  "| way of working | updates | accuracy, % | beside waiting for all, points | slowest hospital, % |",
+                  "| way of working | exchanges | accuracy, % | beside waiting for all, points | slowest hospital, % |",
                   "|---|---|---|---|---|"]  # fmt: skip
         base: np.ndarray | None = None
         for way in ways(mlp(1), tuple("abcd")):

@@ -35,7 +35,7 @@ CHEST = {
     "kind": "npz", "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz", "max_patients": 200,
     "sites": {"partition": "dirichlet", "count": 8, "alpha": 0.5},
 }  # fmt: skip
-LOCAL, ROUNDS = Local(epochs=2, batch_size=16, lr=0.05), 30
+LOCAL, ROUNDS = Local(epochs=1, batch_size=16, lr=0.05), 25
 LARGE = {"teacher": "cnn", "teacher_options": (("depth", 3), ("width", 16))}
 RANK = {
     "0.95 to 0.98": LowRank(0.95, 0.98, ROUNDS),

@@ -56,8 +56,8 @@ def test_every_site_comes_to_merge(task, local, sites) -> None:
     assert set(state.merged) == set(sites)
 
 
-def test_a_killed_merger_is_replaced_and_changes_no_bit(task, local) -> None:
-    sites = little_sites(count=5)
+def test_a_killed_merger_is_replaced_and_changes_no_bit(task) -> None:
+    sites, local = little_sites(count=5), Local(steps=1)
     expected, _ = run(FedAvg(task, local), task, sites, 6)
     dice = torch.Generator().manual_seed(0)
 
@@ -196,10 +196,10 @@ def joint(task, local, sites, order, rounds):
 
 
 @pytest.mark.parametrize("u_shaped", [False, True])
-@pytest.mark.parametrize(("task", "cut"), [(MLP, 0), (MLP, 1), (MLP, 9), (MLP, 11), (CNN, 0), (CNN, 6)])
+@pytest.mark.parametrize(("task", "cut"), [(MLP, 0), (MLP, 1), (MLP, 11), (CNN, 6)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_split_learning_is_joint_training_to_the_bit(u_shaped, task, cut, count) -> None:
-    sites, local = little_sites(task.network.inputs, count), Local(epochs=2, batch_size=8, lr=0.1, weight_decay=1e-3)
+    sites, local = little_sites(task.network.inputs, count), Local(batch_size=8, lr=0.1, weight_decay=1e-3)
     order = tuple(sorted(sites, reverse=True))
     state, _ = run(Split(task, order, local, cut, u_shaped), task, sites, 2)
     assert equal(state.params, joint(task, local, sites, order, 2))
@@ -249,9 +249,13 @@ def test_a_site_lost_in_its_turn_is_passed_over(local, sites) -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
+    class Branching(Network):
+        def __call__(self):
+            return torch.nn.Bilinear(2, 2, 2)
+
     names = ("a",)
     with pytest.raises(ValueError, match="choose mlp or cnn, not densenet121"):
-        Split(Classification(Network("densenet121", (1, 32, 32), 2)), names)
+        Split(Classification(Branching("densenet121", (1, 32, 32), 2)), names)
     with pytest.raises(ValueError, match=r"plain sgd.*cut must leave the server a layer: 1 to 12"):
         Split(MLP, names, Local(momentum=0.9), cut=13)
     assert length(MLP) == 14

@@ -216,7 +216,7 @@ class Verdict:
         if self.control.psnr_db < max(20.0, self.control.guess_db + 6):
             return f"The attack did not succeed even where it should, so it shows nothing ({told})."
         if self.found.psnr_db > self.found.guess_db + 3:
-            return f"The image leaks ({told})."
+            return f"The example leaks ({told})."
         return f"This attack drew nothing beyond a guess ({told}); a stronger one might."
 
 

@@ -158,6 +158,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Shuffled:
+    """The examples of ``data`` at the positions ``inputs``, with the targets of those at ``targets``."""
+
+    data: Any
+    targets: Tensor
+    inputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: Tensor) -> Any:
+        return self.data[self.inputs[index]][0], self.data[self.targets[index]][1]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the loss tells of each site's examples, and of those that a control was made to memorise.
 
@@ -183,16 +198,17 @@ class Verdict:
 def memorised(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 100, count: int = 16) -> Found:
     """The leaky control: a network is trained on some of ``data`` alone, again and again, then attacked likewise.
 
-    It is fully connected, from random weights, since a small convolutional one may be unable to memorise; where masks
-    are predicted it is a copy of the model.
+    Targets are dealt out anew among the examples, so that only memory helps. The network is fully connected, from
+    random weights, since a small convolutional one may be unable to memorise; for masks it is a copy of the model.
     """
     site = Site("control", seed=seed)
     order = torch.randperm(len(data), generator=site.rng("half"))[: 2 * count]
     if len(order) < 2:
         raise ValueError("the control needs at least two examples")
-    learned, left = order[: len(order) // 2], order[len(order) // 2 :]
+    data = Shuffled(data, order[torch.randperm(len(order), generator=site.rng("targets"))], order)
+    learned, left = torch.arange(len(order)).tensor_split(2)
     if task.kind in ("classification", "multilabel", "regression"):
-        task = replace(task, network=Network("mlp", tuple(data[order[:1]][0].shape[1:]), task.network.outputs))
+        task = replace(task, network=Network("mlp", tuple(data[learned[:1]][0].shape[1:]), task.network.outputs))
         params = task.first(seed)
     hard = Local(steps=steps, batch_size=len(learned), optimiser="adam", lr=1e-2)
     end = hard.fit(task, params, site, 0, data=Part(data, learned))

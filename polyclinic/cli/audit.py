@@ -13,8 +13,8 @@ def audit(
 ) -> None:  # fmt: skip
     """Attack a run's model as an outsider might, with a leaky control beside each attack.
 
-    Who was trained on, by the loss, at each site; and one training image from its gradient. Writes audit.json into the
-    run folder. What these two attacks do not find, others may.
+    Who was trained on, by the loss, at each site; and one training example from its gradient. Writes audit.json into
+    the run folder. What these two attacks do not find, others may.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def audit(
     for site, one in found.membership.sites.items():
         console.print(f"    {site:<24} {one.says}", soft_wrap=True, markup=False)
     console.print(f"  {found.membership.says}", soft_wrap=True)
-    console.print(f"  [bold]An image from its gradient?[/bold] One of {found.site}'s, label known, no defence:")
+    console.print(f"  [bold]An example from its gradient?[/bold] One of {found.site}'s, label known, no defence:")
     for name, leak in (("control", found.inversion.control), (found.method, found.inversion.found)):
         told = f"{leak.psnr_db:.1f} dB, a guess {leak.guess_db:.1f} dB, RDLV {leak.rdlv:.2f}"
         console.print(f"    {name:<24} {told}", soft_wrap=True)

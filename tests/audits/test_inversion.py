@@ -82,7 +82,7 @@ def test_the_audit_shows_its_control_first(sigmoid_net):
 def test_a_failed_control_shows_nothing():
     bad, poor, good, best = (Leak(db, 10.0, 0.0, torch.zeros(1)) for db in (4.0, 12.0, 40.0, 60.0))
     assert "shows nothing" in Verdict(poor, bad).says
-    assert "The image leaks" in Verdict(best, good).says
+    assert "The example leaks" in Verdict(best, good).says
 
 
 def test_the_label_of_one_image_is_always_seen(sigmoid_net):

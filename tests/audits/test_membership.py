@@ -132,6 +132,8 @@ def test_each_loss_is_of_one_example_alone(task):
 def test_the_control_leaks_and_the_verdict_rests_on_it():
     control = memorised(TASK, TASK.first(), noisy())
     assert control.auc > 0.8
+    easy = Rows(x := torch.randn(40, 20, generator=torch.Generator().manual_seed(1)), (x[:, 0] > 0).long())
+    assert memorised(TASK, TASK.first(), easy).auc > 0.8  # also where targets can be learned without memory
     low, high, failed = Found(0.52, 0.0, 9, 9), Found(0.8, 0.1, 9, 9), Found(0.55, 0.0, 9, 9)
     assert "Little can be told" in Verdict(control, {"a": low}).says
     assert "most at b (AUC 0.800" in Verdict(control, {"a": low, "b": high}).says

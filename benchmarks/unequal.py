@@ -116,8 +116,8 @@ Four hospitals with heart patients; a minibatch takes them {seconds} seconds.
 ten points, and every way that does not wait is better. Where there is time enough, waiting for all is as good as
 anything on average, and highest for the slowest hospital, whose patients the other ways see less of (there, intervals
 overlap); FedNova's average changes little. Semi-synchronous rounds as long as the slowest site's epoch give the fastest
-site more than a dozen epochs in each and lose about two points; rounds of a quarter of that lose nothing that these data
-show.
+site more than a dozen epochs in each and lose about two points; rounds of a quarter of that lose nothing that these
+data show.
 """
 
 

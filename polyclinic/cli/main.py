@@ -29,6 +29,8 @@ for group, name, target, summary in (
     (_LISTS, "transforms", "lists:transforms", "What may stand between a site and the server."),
     (_DATA, "data", "data:app", "Data sets of the field, and the check of your own."),
     (_DATA, "privacy", "privacy:app", "Plan a privacy budget, and read what was spent of one."),
+    (_DATA, "vectors", "vectors:app", "One-shot merging: each site hands over one signed file."),
+    (_DATA, "audit", "audit:audit", "Attack a run's model, with a leaky control beside."),
     (_HOSPITALS, "server", "server:app", "Coordinate studies between hospitals."),
     (_HOSPITALS, "site", "site:app", "Take part with your own data, which stay."),
     (_HOSPITALS, "journal", "journal:app", "Check the journals of sites, servers and runs."),

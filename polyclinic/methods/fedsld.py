@@ -35,7 +35,8 @@ class State(NamedTuple):
 class FedSLD(Method[State]):
     """FedAvg whose sites weigh examples so that every minibatch looks like the whole federation.
 
-    Before the first round the sites' class counts are added up, once; only the sum is needed.
+    Before the first round the sites' class counts are added up, once; only the sum is needed. Class weights and label
+    smoothing, where the task has them, give way to this.
     """
 
     task: Task

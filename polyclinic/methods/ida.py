@@ -67,6 +67,11 @@ def ida(task: Task, local: Local, *, sized: bool = False, intrac: bool = False) 
     """FedAvg whose sites count less, the farther they are from the mean.
 
     ``sized`` multiplies by the number of examples, ``intrac`` by the inverse of the training accuracy.
+
+    Raises:
+        ValueError: Where ``intrac`` is asked of a task that has no accuracy.
     """
+    if intrac and task.kind != "classification":
+        raise ValueError(f"intrac = true needs an accuracy, which {task.kind} has none of: leave it out")
     inner = ByError(task, local, uniform=not sized) if intrac else FedAvg(task, local, uniform=not sized)
     return Robust(inner, InverseDistance(sized or intrac, Not(InRunningStatistics(task))))

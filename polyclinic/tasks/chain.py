@@ -52,7 +52,7 @@ class Piece:
     def say(self, params: Tree, x: Tensor, device: str = "cpu") -> Tensor:
         """What the piece with its part of ``params`` says of ``x``, in training mode. Shape [b, ...]."""
         with torch.no_grad():
-            said: Tensor = borrow(self, self.of(params), device)(x.to(device))
+            said: Tensor = borrow(self, self.of(params), device)(_fresh(x, device))
         return said.cpu()
 
     def learn(
@@ -63,7 +63,7 @@ class Piece:
         Returns:
             ``params`` with the piece's part after the step, and the loss's gradient at ``x``.
         """
-        model, inside = borrow(self, self.of(params), device), x.detach().to(device).requires_grad_()
+        model, inside = borrow(self, self.of(params), device), _fresh(x, device).requires_grad_()
         value = loss(model(inside))
         if any(True for _ in model.parameters()):
             local.stepper(model, round)(value)
@@ -71,6 +71,11 @@ class Piece:
             value.backward()  # type: ignore[no-untyped-call]
         assert inside.grad is not None
         return {**params, **params_of(model)}, inside.grad.cpu()
+
+
+def _fresh(x: Tensor, device: str) -> Tensor:
+    """A copy in memory of its own: sums over a view into a message may round otherwise."""
+    return x.detach().to(device, copy=True)
 
 
 @lru_cache(maxsize=64)

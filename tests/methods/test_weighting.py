@@ -104,6 +104,10 @@ def test_ida_with_intrac_divides_by_accuracy(task, local, sites) -> None:
     n = len(sites["site-0"].data["train"])
     assert n <= claimed <= 2 * n  # accuracy is at least that of guessing
     assert n / claimed * n == pytest.approx(round(n / claimed * n))
+    from polyclinic.tasks.regression import Regression
+
+    with pytest.raises(ValueError, match="which regression has none of"):
+        ida(Regression(task.network), local, intrac=True)
 
 
 def test_q_0_counts_all_sites_the_same(task, local, sites) -> None:

@@ -37,6 +37,11 @@ class FedDF(Method[State]):
     distil: Local = Local(epochs=5, optimiser="adam", lr=1e-3)
     temperature: float = 1.0
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, params)
 

@@ -65,6 +65,11 @@ class FedMoCo(Method[State]):
     keep: float = 0.99
     power: float = 1.0
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, extended(self.contrast, params), {})
 

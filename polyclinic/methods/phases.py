@@ -45,6 +45,11 @@ class Then(Method[State]):
     second: Method[Any]
     rounds: int
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends, in either phase."""
+        return any(getattr(method, "gathers", False) for method in (self.first, self.second))
+
     def init(self, params: Tree) -> State:
         return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)
 

@@ -1,0 +1,23 @@
+"""Methods that must see what each site sends say so, and are refused under secure summation before anything runs."""
+
+import pytest
+
+from polyclinic.core.pipeline import send_through
+from polyclinic.methods.registry import Setting, build
+from polyclinic.tasks.local import Local
+from polyclinic.transforms.table import build as build_transform
+
+SITES = ("a", "b", "c")
+
+
+@pytest.mark.parametrize("name", ["fedmoco", "fcl", "fedperl", "feddf", "semi-sync"])
+def test_refused_early(task, name):
+    method = build(name, Setting(task, Local(), SITES, 4))
+    with pytest.raises(ValueError, match="must see what each site sent"):
+        send_through(method, build_transform({"name": "secure-sum"}))
+
+
+@pytest.mark.parametrize("name", ["fedmae", "fedirm", "fedsemi", "fedmic", "fednova", "fedmd"])
+def test_sums_are_enough(task, name):
+    method = build(name, Setting(task, Local(), SITES, 4))
+    assert not getattr(method, "gathers", False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from polyclinic.core.site import Site
 from polyclinic.tasks.classification import Classification
@@ -12,6 +13,8 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 
 torch.set_num_threads(1)
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 class Rows:

@@ -105,6 +105,11 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and facts(a) == facts(b)
 
 
+def opened_once(path: Path) -> list[dict]:
+    """The records as if no arm had been killed while its test data were open; how often they were is told apart."""
+    return [{k: v for k, v in fact.items() if k != "opened"} for fact in facts(path)]
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
@@ -198,7 +203,13 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(engine: str, done: Path,
         if finished == 0:
             break
     assert finished == 0
-    assert same(done / "in-process", path)
+    x, y = tensors(done / "in-process"), tensors(path)
+    assert x.keys() == y.keys()
+    assert all(torch.equal(x[k], y[k]) for k in x)
+    assert opened_once(done / "in-process") == opened_once(path)
+    sealed = {(f["method"], f["seed"]): f["opened"] for f in facts(path) if f["kind"] == "sealed"}
+    events = [e for e in verify(path / "journal.jsonl") if e["event"] == "test opened"]
+    assert all(sum((e["method"], e["seed"]) == arm for e in events) == times for arm, times in sealed.items())
     assert sum(e["event"] == "resumed" for e in verify(path / "journal.jsonl")) >= 1
 
 

@@ -22,6 +22,7 @@ SMALL = {
         (1, 16, 16),
         (("hidden_size", 12), ("mlp_dim", 12), ("num_layers", 1), ("num_heads", 2), ("patch_size", 8)),
     ),
+    "attention-mil": ((5, 6), (("width", 4), ("attention", 3))),
     "unet": ((1, 32, 32), (("width", 4),)),
     "segresnet": ((1, 16, 16), (("init_filters", 8),)),
     "dynunet": ((1, 16, 16), (("levels", 3), ("filters", (4, 8, 8)))),

@@ -27,11 +27,26 @@ TRAINING = {"epochs": 1, "batch_size": 8, "lr": 0.05}
 _keys: dict[str, Path] = {}
 
 
-def order(method: str = "fedavg", run: str = "run-1", sites: Sequence[str] = ("site-0", "site-1", "site-2"), rounds: int = 3, **changes: Any) -> Order:
+def order(
+    method: str = "fedavg",
+    run: str = "run-1",
+    sites: Sequence[str] = ("site-0", "site-1", "site-2"),
+    rounds: int = 3,
+    **changes: Any,
+) -> Order:
     """A small order; ``changes`` of the plan go in ``plan``."""
     plan = {
-        "kind": "classification", "network": "cnn", "inputs": [1, 8, 8], "outputs": 2, "method": method, "sites": list(sites),
-        "rounds": rounds, "seed": 3, "network_options": {"width": 4, "depth": 2}, "training": TRAINING, **changes.pop("plan", {}),
+        "kind": "classification",
+        "network": "cnn",
+        "inputs": [1, 8, 8],
+        "outputs": 2,
+        "method": method,
+        "sites": list(sites),
+        "rounds": rounds,
+        "seed": 3,
+        "network_options": {"width": 4, "depth": 2},
+        "training": TRAINING,
+        **changes.pop("plan", {}),
     }
     return Order(run, plan, **{"patience": 5.0, **changes})
 
@@ -87,8 +102,14 @@ class LocalCarrier:
     ``tamper`` may change a call before it arrives; ``lose`` says whether a site never answers a call.
     """
 
-    def __init__(self, homes: Mapping[str, SiteHome], an: Order, tamper: Callable[[Call], Call] = lambda call: call,
-                 lose: Callable[[Call], bool] = lambda call: False, crash: Callable[[Call], bool] = lambda call: False) -> None:
+    def __init__(
+        self,
+        homes: Mapping[str, SiteHome],
+        an: Order,
+        tamper: Callable[[Call], Call] = lambda call: call,
+        lose: Callable[[Call], bool] = lambda call: False,
+        crash: Callable[[Call], bool] = lambda call: False,
+    ) -> None:
         self.homes, self.order, self.tamper, self.lose, self.crash = homes, an, tamper, lose, crash
         self.desks: dict[str, Desk] = {}
         self.queue: deque[tuple[Call, Path | None]] = deque()
@@ -142,7 +163,9 @@ class LocalCarrier:
             desk.close()
 
 
-def hospital(root: Path, count: int = 3, policy: str = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")) -> dict[str, SiteHome]:
+def hospital(
+    root: Path, count: int = 3, policy: str = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
+) -> dict[str, SiteHome]:
     """``count`` site folders with little data."""
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(count=count).items()}
 

@@ -21,7 +21,6 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree
 from polyclinic.engines.plan import Plan
-from polyclinic.tasks.local import Local
 from polyclinic.transforms import table as transforms
 
 MAX_POLICY = 2**18
@@ -175,7 +174,7 @@ class Enforced:
 
 
 def _plan_problems(policy: Policy, plan: Plan) -> Iterator[str]:
-    limits, local = policy.limits, Local(**plan.training)
+    limits, local = policy.limits, plan.build_local()
     for what, value, most in (
         ("rounds", plan.rounds, limits.rounds),
         ("epochs in a round", local.epochs if local.steps is None else 0, limits.epochs),

@@ -32,7 +32,7 @@ from polyclinic.engines.flare.homes import (
     name as checked_name,
 )
 from polyclinic.engines.flare.journals import SharedJournal
-from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.engines.flare.runs import Queue
 
 DEFAULTS = {"runs_at_once": 1, "wait_for_all": 60, "dead_after": 30}
@@ -192,10 +192,13 @@ def order(home: ServerHome, an: Order) -> None:
 
     Raises:
         BadHome: Where a site is not admitted, or the run's name was used.
-        ValueError: Where it cannot be built.
+        BadOrder: Where it cannot be built.
     """
     plan = an.build_plan()
-    plan.build_method()
+    try:
+        plan.build_method()
+    except (TypeError, ValueError) as error:
+        raise BadOrder(f"the plan cannot be built: {error}") from None
     admitted = sites(home)
     wrong = [site for site in plan.sites if site not in admitted or admitted[site]["revoked"]]
     if wrong or not plan.sites:

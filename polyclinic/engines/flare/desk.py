@@ -115,8 +115,8 @@ class Desk:
             self.memory.settle(call.after, call.confirmed, call.number)
         except OldMessage as error:
             raise Refusal(f"refused: {error}") from None
-        again = self.memory.chain.link(call.number)
-        if again is not None and again.ask == call.sha256 and self.memory.reply(call.number).exists():
+        again = self.memory.chain.same(call.number, call.after, call.sha256)
+        if again is not None and self.memory.reply(call.number).exists():
             details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
             self.journal.write("asked again, answered as before", details)
             return again
@@ -136,7 +136,7 @@ class Desk:
         }, call.deadline)  # fmt: skip
         memory = {"same": before.name if before else "", "kept": self.memory.kept(call.number).name, "none": ""}
         link = Link(
-            call.number, call.sha256, call.round, call.job, done["size"], done["sha256"], memory[done["memory"]],
+            call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"], memory[done["memory"]],
             done["seconds"],
         )  # fmt: skip
         self.memory.add(link)

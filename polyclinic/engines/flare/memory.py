@@ -28,13 +28,15 @@ class Link:
     """What came of one message.
 
     Attributes:
-        number: Which message. ``ask``: the SHA-256 of its file. ``round`` and ``job``: what it was for.
+        number: Which message. ``after``: from which one's memory it began. ``ask``: the SHA-256 of its file.
+        round: What it was for, and ``job``.
         size: The length of the reply's file, and ``sha256`` its hash; 0 and empty where there is none.
         memory: The file that holds the memory after it; empty where there is nothing to keep.
         seconds: How long the work took.
     """
 
     number: int
+    after: int
     ask: str
     round: int
     job: str
@@ -59,6 +61,11 @@ class Chain:
     def link(self, number: int) -> Link | None:
         """The link of a message, if it is there."""
         return next((link for link in self.links if link.number == number), None)
+
+    def same(self, number: int, after: int, ask: str) -> Link | None:
+        """The link of this very message, which began from the same memory, if it was answered before."""
+        link = self.link(number)
+        return link if link is not None and (link.after, link.ask) == (after, ask) else None
 
 
 class Memory:

@@ -1,0 +1,221 @@
+"""Who may join: requests, join files, certificates; forged, foreign, expired, changed."""
+
+import json
+import random
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from polyclinic.engines.flare import authority as authorities
+from polyclinic.engines.flare import coordinator, kit, member
+from polyclinic.engines.flare.authority import Authority, BadFile
+from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome, name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> ServerHome:
+    home = ServerHome(place / "server")
+    coordinator.init(home, "demo", "localhost", 8002, "coordinator_org")
+    return home
+
+
+@pytest.fixture(scope="module")
+def site(place: Path, server: ServerHome) -> SiteHome:
+    home = SiteHome(place / "site")
+    member.init(home, "site-1", "hospital")
+    return home
+
+
+@pytest.fixture(scope="module")
+def table(server: ServerHome, site: SiteHome) -> dict:
+    return coordinator.admit(server, site.path / "site-1.request")[1]
+
+
+def write(path: Path, value: object) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_a_site_joins_and_its_keys_never_leave(site: SiteHome, table: dict, tmp_path: Path) -> None:
+    join = write(tmp_path / "join", table)
+    found, fingerprint = member.read_join(site, join)
+    (tmp_path / "data").mkdir()
+    member.join(site, found, tmp_path / "data")
+    key = (site.keys / "site.key").read_text()
+    for sent in ((site.path / "site-1.request").read_text(), join.read_text()):
+        assert "PRIVATE" not in sent
+        assert key[100:160] not in sent
+        assert (site.keys / "secure.key").read_text() not in sent
+    assert len(fingerprint.replace(":", "")) == 64
+    for path in (site.keys / "site.key", site.keys / "secure.key", site.kit / "startup" / "client.key", site.settings):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteHome, server: ServerHome) -> None:
+    for folder in (site.kit, server.kit):
+        resources = json.loads((folder / "local" / "resources.json").read_text())
+        assert resources["class_allow_list"] in ([kit.EXECUTOR], [kit.CONTROLLER])
+        assert resources["class_list_enforcement_mode"] == "enforce"
+        assert "stream" not in json.dumps(resources["components"]).lower()
+        rights = json.loads((folder / "local" / "authorization.json").read_text())["permissions"]
+        for role, right in rights.items():
+            allowed = {right} if isinstance(right, str) else {right["byoc"], right["shell_commands"], right["clone_job"]}
+            assert allowed == {"none"}, role
+    config = json.loads((site.kit / "startup" / "fed_client.json").read_text())
+    assert config["require_signed_jobs"] is True
+    assert config["client"]["connection_security"] == "mtls"
+    assert "/tmp" not in (server.kit / "local" / "resources.json").read_text().replace(str(server.path), "")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "why"),
+    [
+        ("host", "evil.example.org", "changed after"), ("port", 9999, "changed after"), ("project", "other", "changed after"),
+        ("site", "site-2", "is for 'site-2'"), ("port", 0, "port"), ("port", True, "'port'"), ("port", "8002", "'port'"),
+        ("host", "a b", "host"), ("host", "-x", "host"), ("scheme", "ftp", "scheme"), ("signature", "AAAA", "changed after"),
+        ("signature", "not base 64!", "changed after"), ("certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----", "cannot be read"),
+        ("authority", "", "cannot be read"), ("format", "polyclinic join 2", "this version reads"), ("format", None, "not a join file"),
+        ("surprise", "x", "not known"),
+    ],
+)  # fmt: skip
+def test_a_changed_join_file_is_refused(field, value, why, site: SiteHome, table: dict, tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=why):
+        member.read_join(site, write(tmp_path / "join", {**table, field: value}))
+
+
+def test_a_join_file_of_another_authority_is_refused(site: SiteHome, table: dict, tmp_path: Path) -> None:
+    other = Authority.make(tmp_path / "ca", "demo")
+    request = json.loads((site.path / "site-1.request").read_text())
+    settings = {"project": "demo", "host": "localhost", "port": 8002, "scheme": "grpc"}
+    foreign = authorities.join_file(other, request, settings)
+    (tmp_path / "data").mkdir()
+    member.join(site, member.read_join(site, write(tmp_path / "join", table))[0], tmp_path / "data")
+    with pytest.raises(BadFile, match="another authority"):
+        member.read_join(site, write(tmp_path / "foreign", foreign))
+    mixed = {**foreign, "authority": table["authority"]}
+    with pytest.raises(BadFile, match="changed after"):
+        member.read_join(site, write(tmp_path / "mixed", mixed))
+
+
+def test_a_join_file_for_other_keys_is_refused(server: ServerHome, table: dict, tmp_path: Path) -> None:
+    other = SiteHome(tmp_path / "other")
+    member.init(other, "site-1", "hospital")
+    with pytest.raises(BadFile, match="not for this site's key"):
+        member.read_join(other, write(tmp_path / "join", table))
+
+
+def test_certificates_begin_end_and_say_so(server: ServerHome) -> None:
+    authority = Authority.load(server.authority)
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    certificate = authority.issue(key.public_key(), "site-9", "hospital", days=40)
+    now = datetime.now(timezone.utc)
+    assert authorities.check_dates(certificate) == 39
+    with pytest.raises(BadFile, match="renew"):
+        authorities.check_dates(certificate, now + timedelta(days=41))
+    with pytest.raises(BadFile, match="set the clock"):
+        authorities.check_dates(certificate, now - timedelta(days=1))
+    assert authorities.check_dates(certificate, now + timedelta(days=1)) == 38
+    long = authority.issue(key.public_key(), "site-9", "hospital", days=10**5)
+    assert long.not_valid_after_utc == authority.certificate.not_valid_after_utc
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"site": "site-2"}, "certificate request is for"), ({"organisation": "elsewhere"}, "certificate request is for"),
+        ({"site": "../x"}, "a site's name"), ({"csr": "x"}, "cannot be read"), ({"secure": "zz"}, "cannot be read"),
+        ({"format": "polyclinic request 9"}, "this version reads"), ({"organisation": "a b"}, "an organisation"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_refused(changes, why, server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
+    request = json.loads((site.path / "site-1.request").read_text())
+    with pytest.raises(BadFile, match=why):
+        coordinator.admit(server, write(tmp_path / "request", {**request, **changes}))
+
+
+def test_a_weak_key_is_refused() -> None:
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    csr = x509.CertificateSigningRequestBuilder(authorities._subject("site-1", "hospital")).sign(weak, hashes.SHA256())
+    table = {
+        "format": authorities.REQUEST, "site": "site-1", "organisation": "hospital", "polyclinic": "1", "secure": "00" * 32,
+        "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
+    }  # fmt: skip
+    with pytest.raises(BadFile, match="2048"):
+        authorities.check_request(table)
+
+
+def test_one_name_is_one_organisation_and_may_be_shut_out(server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
+    impostor = SiteHome(tmp_path / "impostor")
+    member.init(impostor, "site-1", "other_hospital")
+    with pytest.raises(BadFile, match="a site of hospital already"):
+        coordinator.admit(server, impostor.path / "site-1.request")
+    coordinator.shut_out(server, "site-1")
+    assert json.loads((server.kit / "disabled_clients.json").read_text()) == {"disabled_clients": ["site-1"]}
+    with pytest.raises(BadFile, match="shut out"):
+        coordinator.admit(server, site.path / "site-1.request")
+    coordinator.shut_out(server, "site-1", readmit=True)
+    assert coordinator.admit(server, site.path / "site-1.request")[0] == "site-1"
+    with pytest.raises(BadHome, match="no site called 'site-7'"):
+        coordinator.shut_out(server, "site-7")
+
+
+def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
+    before = (site.keys / "site.key").read_text()
+    member.init(site, "site-1", "hospital", renew=True)
+    assert (site.keys / "site.key").read_text() == before
+    join = write(tmp_path / "join", coordinator.admit(server, site.path / "site-1.request")[1])
+    member.read_join(site, join)
+    member.init(site, "site-1", "hospital", renew=True, new_keys=True)
+    assert (site.keys / "site.key").read_text() != before
+    with pytest.raises(BadFile, match="not for this site's key"):
+        member.read_join(site, join)
+    member.read_join(site, write(join, coordinator.admit(server, site.path / "site-1.request")[1]))
+
+
+@pytest.mark.parametrize("bad", ["", "A", "../../etc/passwd", "/etc", "a" * 64, "a\nb", "<script>", "-a", "a\x00", "ａ", "a_b"])
+def test_names_cannot_be_paths_lines_or_markup(bad: str) -> None:
+    with pytest.raises(BadHome):
+        name(bad)
+
+
+def test_mutated_files_are_refused_in_words(server: ServerHome, site: SiteHome, table: dict, tmp_path: Path) -> None:
+    """Two seconds each of damaged requests and join files."""
+    dice = random.Random(3)
+    for source, read in (
+        ((site.path / "site-1.request").read_text(), lambda path: coordinator.admit(server, path)),
+        (json.dumps(table), lambda path: member.read_join(site, path)),
+    ):
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            characters = list(source)
+            for _ in range(dice.randint(1, 4)):
+                characters[dice.randrange(len(characters))] = chr(dice.randrange(1, 200))
+            path = tmp_path / "file"
+            path.write_text("".join(characters))
+            try:
+                read(path)
+            except BadHome:
+                pass
+    big = tmp_path / "big"
+    big.write_bytes(b"[" * 2**21)
+    for read in (lambda path: coordinator.admit(server, path), lambda path: member.read_join(site, path)):
+        with pytest.raises(BadHome):
+            read(big)
+
+
+def test_init_tells_every_mistake_and_makes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BadHome) as found:
+        coordinator.init(ServerHome(tmp_path / "s"), "A B", "x y", 0, "no spaces", "ftp")
+    assert len(str(found.value).splitlines()) == 5
+    assert not (tmp_path / "s").exists()

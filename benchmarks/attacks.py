@@ -138,33 +138,37 @@ def run(
     }  # fmt: skip
 
 
-def cases(quick: bool) -> Iterator[tuple[str, int, str, str, int]]:
-    """(federation, seed, rule, attack or "", number of attackers)"""
-    for seed in range(1 if quick else 3):
+def cases(splits: int, attackers: tuple[int, ...]) -> Iterator[tuple[str, int, str, str, int]]:
+    """(federation, seed, rule, attack or "", number of attackers); a collusion takes three."""
+    for seed in range(splits):
         for where in SETTINGS:
             for rule in RULES:
                 yield where, seed, rule, "", 0
                 for attack in ATTACKS:
-                    for f in (2,) if quick else (1, 2, 3):
-                        if attack != "collusion" or f == 3 or quick:
-                            yield where, seed, rule, attack, f
+                    for f in (3,) if attack == "collusion" else attackers:
+                        yield where, seed, rule, attack, f
 
 
 def main() -> None:
     """Runs what is not yet among the records, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, two attackers; prints the page, writes nothing")
+    parser.add_argument("--splits", type=int, default=2, help="how many random splits")
+    parser.add_argument("--attackers", type=int, nargs="+", default=[1, 3], help="how many of ten sites attack")
+    parser.add_argument(
+        "--quick", action="store_true", help="one split, two attackers; prints the page, writes nothing"
+    )
     parser.add_argument(
         "--records", type=Path, default=Path("runs/attacks.jsonl"), help="results so far, to go on from"
     )
     given = parser.parse_args()
+    todo = list(cases(1, (2,)) if given.quick else cases(given.splits, tuple(given.attackers)))
     torch.set_num_threads(1)
     given.records.parent.mkdir(parents=True, exist_ok=True)
     lines = given.records.read_text().splitlines() if given.records.exists() else []
     done = {tuple(row["case"]): row for row in map(json.loads, lines)}
     at: tuple[str, int] = ("", -1)
     with open(given.records, "a") as file:
-        for case in cases(given.quick):
+        for case in todo:
             if case in done:
                 continue
             where, seed, rule, attack, f = case
@@ -180,7 +184,7 @@ def main() -> None:
     from attacks_page import page
 
     text = page(
-        {key: row for key, row in done.items() if key in set(cases(given.quick))},
+        {key: row for key, row in done.items() if key in set(todo)},
         list(RULES),
         list(ATTACKS),
         list(SETTINGS),

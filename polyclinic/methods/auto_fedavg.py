@@ -65,6 +65,11 @@ class AutoFedAvg(Method[State]):
     steps: int = 2
     every: int = 1
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, params, params, {}, {}, 0)
 

@@ -55,6 +55,11 @@ class FedCE(Method[State]):
     local: Local = Local()
     mode: str = "times"
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, params, {}, {}, {}, {})
 

@@ -55,6 +55,11 @@ class PropFFL(Method[State]):
         if not self.margin > 1:
             raise ValueError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, params, {})
 

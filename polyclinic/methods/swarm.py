@@ -55,6 +55,11 @@ class Swarm(Method[State]):
     deputies: int = 1
     uniform: bool = False
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the server must see what each site sends. Yes."""
+        return True
+
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())
 

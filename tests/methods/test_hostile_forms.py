@@ -10,6 +10,7 @@ from polyclinic.audits.poisoning import Poisoned
 from polyclinic.core import tree
 from polyclinic.core.check import Gate
 from polyclinic.core.method import Ask
+from polyclinic.core.pipeline import send_through
 from polyclinic.core.stats import Alike, Gather, Reply
 from polyclinic.core.train import train
 from polyclinic.engines.in_process import InProcess
@@ -17,6 +18,7 @@ from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.robust import State as RobustState
 from polyclinic.tasks.local import Local
 from tests.conftest import little_sites
+from tests.methods.test_robust import SumsOnly
 
 NAMES = (
     "fedce", "auto-fedavg", "pfa", "gossip", "swarm", "afl", "prop-ffl", "dynamic-fusion", "q-ffl", "fedmix-weights",
@@ -66,3 +68,20 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
     merged = replies(Alike)["s0"] + replies(Alike)["s2"]
     assert isinstance(merged.parts["x"], Alike)
     assert merged.gather("x").keys() == {"s0", "s2"}
+
+
+@pytest.mark.parametrize("name", [
+    "fedce", "auto-fedavg", "pfa", "prr-fl", "gossip", "swarm", "split", "u-split", "afl", "prop-ffl", "dynamic-fusion",
+    "ida", "guided-gradient", "krum", "watched",
+])  # fmt: skip
+def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, local) -> None:
+    method = build(name, Setting(task, local, ("a", "b", "c"), 3))
+    with pytest.raises(ValueError, match="must see what each site sent"):
+        send_through(method, SumsOnly())
+
+
+@pytest.mark.parametrize(
+    "name", ["fedmix-weights", "loss-weighted", "fedgma", "fedsld", "feddyn", "mime", "q-ffl", "fedbuff"]
+)
+def test_sums_are_enough_for_the_others(name, task, local) -> None:
+    send_through(build(name, Setting(task, local, ("a", "b", "c"), 3)), SumsOnly())

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export POLYCLINIC_DATA ?=
 
-.PHONY: demo test test-slow check bench docs clean
+.PHONY: demo test test-slow check format bench docs clean
 
 demo: $(READY)
 	$(BIN)/polyclinic demo
@@ -17,10 +17,12 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests
 
 check: $(READY)
-	$(BIN)/ruff format --check polyclinic tests benchmarks examples
 	$(BIN)/ruff check polyclinic tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format polyclinic tests benchmarks examples
 
 bench: $(READY)
 	$(BIN)/python benchmarks/speed.py --quick

@@ -13,7 +13,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 
 torch.set_num_threads(1)
-settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("shared machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 
 

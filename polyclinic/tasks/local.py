@@ -127,7 +127,8 @@ class Local:
 
     def count(self, data: Any) -> int:
         """How many optimiser steps ``fit`` takes on ``data``."""
-        return self.epochs * self._per_epoch(len(data)) if self.steps is None else self.steps
+        whole = self._per_epoch(len(data))
+        return self.epochs * whole if self.steps is None or not whole else self.steps  # nothing to learn from: no step
 
     def with_penalty(self, penalty: Penalty) -> "Local":
         """The same, with ``penalty`` added to whatever is added already."""

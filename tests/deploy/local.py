@@ -1,6 +1,7 @@
 """Sites in folders, and a carrier that walks between them: the whole exchange without FLARE and without processes."""
 
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from polyclinic.core.site import Site
 from polyclinic.engines import policy as policies
-from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.authority import new_keys
+from polyclinic.engines.flare.authority import load_secure_key, new_keys
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.desk import Desk, take_in
-from polyclinic.engines.flare.federation import Delivery, Ended
-from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
+from polyclinic.engines.flare.exchange import Delivery, Ended
+from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, write_private
 from polyclinic.engines.flare.messages import Call
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.reviews import APPROVED, Reviews
@@ -70,7 +71,13 @@ def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT)
         _keys["keys"] = home.keys
     else:
         shutil.copytree(_keys["keys"], home.keys)
+        write_private(home.keys / "secure.key", Ed25519PrivateKey.generate().private_bytes_raw().hex())
     return home
+
+
+def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
+    """The sites' public keys for secure sums."""
+    return {name: load_secure_key(home.keys / "secure.key").public_key().public_bytes_raw().hex() for name, home in homes.items()}
 
 
 def approve(home: SiteHome, an: Order) -> None:
@@ -114,6 +121,7 @@ class LocalCarrier:
         self.desks: dict[str, Desk] = {}
         self.queue: deque[tuple[Call, Path | None]] = deque()
         self.calls: list[Call] = []
+        self.idle = 0
 
     def desk(self, name: str) -> Desk:
         if name not in self.desks:
@@ -131,7 +139,12 @@ class LocalCarrier:
 
     def arrived(self, seconds: float) -> Delivery | None:
         if not self.queue:
+            self.idle += 1
+            if self.idle > 3000:
+                raise Ended("nobody has answered for long: does the test lose a message and set no deadline?")
+            time.sleep(0.002)
             return None
+        self.idle = 0
         call, body = self.queue.popleft()
         if self.crash(call):
             raise Ended("the server crashed")
@@ -148,7 +161,7 @@ class LocalCarrier:
 
         def take(path: Path, limit: int) -> tuple[int, str]:
             shutil.copy(file, path)
-            return wire.hash_of(path)
+            return hash_of(path)
 
         return Delivery(call.site, answer.to_json(), take)
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from polyclinic.core import state as states
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
 from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.homes import hash_of
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.testing import equal
 from tests.deploy.local import order
 
 CALL = Call(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "do", "c" * 64, 2, "train", 5, 3, 0.0, "")
-ANSWER = Answer(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "", False, 1.5, "d" * 64, "sig")
+ANSWER = Answer(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "", False, 1.5, "d" * 64, "", "sig")
 
 
 @pytest.mark.parametrize("message", [CALL, ANSWER])
@@ -116,7 +117,7 @@ def test_a_reply_on_the_disk_is_the_reply(tmp_path) -> None:
     read = []
     for k, reply in enumerate(replies):
         size, sha256 = wire.write(tmp_path / str(k), reply)
-        assert (size, sha256) == wire.hash_of(tmp_path / str(k))
+        assert (size, sha256) == hash_of(tmp_path / str(k))
         assert (tmp_path / str(k)).read_bytes() == states.encode(reply)
         read.append(wire.read_reply(tmp_path / str(k)))
         (tmp_path / str(k)).unlink()  # its pages live as long as the reply

@@ -20,7 +20,8 @@ from polyclinic.core.execute import cohort_of
 from polyclinic.core.state import savable
 from polyclinic.core.train import Step, TooFewReplies, everyone, train, train_async
 from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.federation import Carrier, Count, Ended, FlareFederation
+from polyclinic.engines.flare.exchange import Carrier, Count, Ended
+from polyclinic.engines.flare.federation import FlareFederation
 from polyclinic.engines.flare.greeting import Greeting, greet
 from polyclinic.engines.flare.homes import private_folder, write_private
 from polyclinic.engines.flare.journals import SharedJournal

@@ -17,7 +17,7 @@ from nvflare.apis.shareable import Shareable
 
 from polyclinic.engines.flare import transfer
 from polyclinic.engines.flare.conduct import Conductor
-from polyclinic.engines.flare.federation import Delivery, Ended
+from polyclinic.engines.flare.exchange import Delivery, Ended
 from polyclinic.engines.flare.homes import ServerHome, private_folder
 from polyclinic.engines.flare.job import TASK
 from polyclinic.engines.flare.messages import BadMessage, Call

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def order(home: ServerHome, an: Order) -> None:
         raise BadHome(
             f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {', '.join(admitted) or 'none yet'}"
         )
-    Queue(home).add(an)
+    # Vouched for by the authority, and part of what a person approves at every site.
+    Queue(home).add(replace(an, identities={site: admitted[site]["secure"] for site in plan.sites}))
 
 
 def check(home: ServerHome) -> None:

@@ -7,18 +7,29 @@ the tests play the server, honest or hostile. Nothing here needs PyTorch.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from polyclinic.engines.flare import journals
-from polyclinic.engines.flare.homes import SiteHome, private_folder, read_toml, write_private
+from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, read_toml, write_private
 from polyclinic.engines.flare.memory import Link, Memory, OldMessage
 from polyclinic.engines.flare.messages import VERSION, Answer, Call, printable
 from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.reviews import APPROVED, REFUSED, Reviews
 from polyclinic.engines.flare.trainer import Died, Stopped, Trainer
+
+PASSING = (".ask", ".advertise", ".share", ".mask", ".agree", ".reveal")
+
+
+class Sent(NamedTuple):
+    """A file that leaves, if any."""
+
+    size: int = 0
+    sha256: str = ""
+    path: Path | None = None
+    seconds: float = 0.0
 
 
 class Refusal(Exception):
@@ -60,18 +71,20 @@ class Desk:
             match call.kind:
                 case "hello":
                     self._hello()
-                    link = None
+                    sent = Sent()
                 case "end":
                     self.journal.write("run ended", {"run": call.run, "server": call.head})
                     self.trainer.close()
-                    link = None
+                    sent = Sent()
+                case "secure":
+                    sent = self._secure(call, body)
                 case _:
-                    link = self._do(call, body)
+                    sent = self._do(call, body)
         except Refusal as refusal:
             details = {"run": call.run, "number": call.number, "reason": printable(refusal.reason), "server": call.head}
             self.journal.write("no reply", details)
-            return self._sign(call, None, printable(refusal.reason, 2000), refusal.forgot), None
-        return self._sign(call, link), self.memory.reply(call.number) if link else None
+            return self._sign(call, Sent(), printable(refusal.reason, 2000), refusal.forgot), None
+        return self._sign(call, sent), sent.path
 
     def _check(self, call: Call) -> None:
         if call.site != self.name or call.run != self.order.run:
@@ -107,7 +120,7 @@ class Desk:
         if review is None or review.state != APPROVED:
             raise Refusal(f"waits for a person at {self.name}: `polyclinic site review {self.order.run}`")
 
-    def _do(self, call: Call, body: Path | None) -> Link:
+    def _do(self, call: Call, body: Path | None) -> Sent:
         self._permitted()
         if body is None:
             raise Refusal("refused: an ask without its file")
@@ -119,7 +132,7 @@ class Desk:
         if again is not None and self.memory.reply(call.number).exists():
             details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
             self.journal.write("asked again, answered as before", details)
-            return again
+            return self._sent(again)
         if undone := self.memory.undo(call.after):
             self.journal.write("rolled back", {"run": call.run, "messages": list(undone)})
         try:
@@ -132,16 +145,42 @@ class Desk:
         done = self._train({
             "what": "ask", "ask": str(body), "memory": str(before or ""), "round": call.round, "job": call.job,
             "reply": str(self.memory.reply(call.number)), "kept": str(self.memory.kept(call.number)),
-            "sent": self.memory.sent_in(call.round),
+            "sent": self.memory.sent_in(call.round), "layout": str(self.memory.layout(call.number)),
+            "automatic": self._automatic,
         }, call.deadline)  # fmt: skip
         memory = {"same": before.name if before else "", "kept": self.memory.kept(call.number).name, "none": ""}
         link = Link(
-            call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"], memory[done["memory"]],
-            done["seconds"],
+            call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"],
+            memory[done["memory"]], done["seconds"], done["secure"],
         )  # fmt: skip
         self.memory.add(link)
-        self.journal.write("answered", {**asked, "reply": link.sha256, "bytes": link.size})
-        return link
+        sent = self._sent(link)
+        self.journal.write("answered", {**asked, "reply": sent.sha256, "bytes": sent.size})
+        return sent
+
+    def _sent(self, link: Link) -> Sent:
+        """What leaves of a link: its reply; or, of one for a secure sum, names and shapes alone."""
+        if not link.secure:
+            return Sent(link.size, link.sha256, self.memory.reply(link.number), link.seconds)
+        size, sha256 = hash_of(self.memory.layout(link.number))
+        return Sent(size, sha256, self.memory.layout(link.number), link.seconds)
+
+    def _secure(self, call: Call, body: Path | None) -> Sent:
+        """One stage of a secure sum of what came of an earlier ask."""
+        self._permitted()
+        link = self.memory.chain.link(call.number)
+        if link is None or not link.secure or (link.round, link.job) != (call.round, call.job) or body is None:
+            raise Refusal("refused: nothing waits here for a secure sum under that number")
+        out = self.memory.folder / f"{call.number}.{call.stage}"
+        done = self._train({
+            "what": "secure", "stage": call.stage, "body": str(body), "vector": str(self.memory.reply(call.number)),
+            "out": str(out), "round": call.round, "revealed": list(self.memory.revealed_in(call.round, call.job)),
+        }, call.deadline)  # fmt: skip
+        if call.stage == "reveal":
+            self.memory.reveal(call.round, call.job, tuple(done["alive"]))
+        details = {"run": call.run, "number": call.number, "stage": call.stage, "server": call.head}
+        self.journal.write("secure sum", {**details, "bytes": done["size"], "over": done["alive"]})
+        return Sent(done["size"], done["sha256"], out, 0.0)
 
     def _train(self, command: dict[str, Any], deadline: float = 0.0) -> dict[str, Any]:
         try:
@@ -154,12 +193,12 @@ class Desk:
             raise Refusal(done["lost"])
         return done
 
-    def _sign(self, call: Call, link: Link | None, lost: str = "", forgot: bool = False) -> Answer:
+    def _sign(self, call: Call, sent: Sent, lost: str = "", forgot: bool = False) -> Answer:
         answer = Answer(
-            VERSION, call.run, call.number, self.name, self.journal.head, link.size if link else 0,
-            link.sha256 if link else "", lost, forgot, link.seconds if link else 0.0, code_hash(), "",
+            VERSION, call.run, call.number, self.name, self.journal.head, sent.size, sent.sha256, lost, forgot,
+            sent.seconds, code_hash(), call.stage, "",
         )  # fmt: skip
-        return Answer(**{**asdict(answer), "signature": journals.sign(self._key, answer.signed)})
+        return replace(answer, signature=journals.sign(self._key, answer.signed))
 
     @cached_property
     def _key(self) -> Any:
@@ -170,8 +209,9 @@ class Desk:
 
 def take_in(memory: Memory, received: Path, number: int) -> Path:
     """Moves a file that was received to where asks lie; the one before it is gone."""
-    for old in memory.folder.glob("*.ask"):
-        old.unlink(missing_ok=True)
+    for old in memory.folder.iterdir():
+        if old.suffix in PASSING:
+            old.unlink(missing_ok=True)
     place = memory.folder / f"{number}.ask"
     try:
         os.replace(received, place)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyclinic.core.train import TooFewReplies
-from polyclinic.engines.flare.federation import Carrier
+from polyclinic.engines.flare.exchange import Carrier
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.order import Order, code_hash

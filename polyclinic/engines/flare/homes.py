@@ -12,6 +12,7 @@ server/                                     site/
 ```
 """
 
+import hashlib
 import json
 import os
 import re
@@ -162,6 +163,16 @@ def write_private(path: Path, text: str | bytes, durable: bool = True) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def hash_of(path: Path) -> tuple[int, str]:
+    """The length and SHA-256 of the file at ``path``."""
+    hasher, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            hasher.update(block)
+            size += len(block)
+    return size, hasher.hexdigest()
 
 
 def sync(folder: Path) -> None:

@@ -33,6 +33,7 @@ class Link:
         size: The length of the reply's file, and ``sha256`` its hash; 0 and empty where there is none.
         memory: The file that holds the memory after it; empty where there is nothing to keep.
         seconds: How long the work took.
+        secure: Whether the reply leaves only under masks.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Link:
     sha256: str
     memory: str
     seconds: float
+    secure: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Chain:
 
     Attributes:
         sent: Bytes sent by round, for the policy's limit.
+        revealed: For which round and job shares of a secure sum were revealed, and over which sites.
     """
 
     confirmed: int = 0
     links: tuple[Link, ...] = ()
     sent: tuple[tuple[int, int], ...] = ()
+    revealed: tuple[tuple[int, str, tuple[str, ...]], ...] = ()
 
     def link(self, number: int) -> Link | None:
         """The link of a message, if it is there."""
@@ -77,7 +81,8 @@ class Memory:
         table = read_json(self.folder / "chain.json", default={})
         links = tuple(Link(**link) for link in table.get("links", ()))
         sent = tuple((int(r), int(n)) for r, n in table.get("sent", ()))
-        self.chain = Chain(int(table.get("confirmed", 0)), links, sent)
+        revealed = tuple((int(r), str(job), tuple(alive)) for r, job, alive in table.get("revealed", ()))
+        self.chain = Chain(int(table.get("confirmed", 0)), links, sent, revealed)
 
     def settle(self, after: int, confirmed: int, number: int) -> None:
         """Drops what is confirmed, from the disk with the next link.
@@ -127,9 +132,22 @@ class Memory:
         """The bytes that were sent in a round."""
         return dict(self.chain.sent).get(round, 0)
 
+    def revealed_in(self, round: int, job: str) -> tuple[str, ...]:
+        """The sites over which a secure sum of that round's job was opened; none where none was."""
+        return next((alive for r, j, alive in self.chain.revealed if (r, j) == (round, job)), ())
+
+    def reveal(self, round: int, job: str, alive: tuple[str, ...]) -> None:
+        """Notes, before it happens, that a secure sum over ``alive`` is opened."""
+        if not self.revealed_in(round, job):
+            self._store(replace(self.chain, revealed=(*self.chain.revealed, (round, job, alive))[-1000:]))
+
     def reply(self, number: int) -> Path:
         """Where the reply to a message lies."""
         return self.folder / f"{number}.reply"
+
+    def layout(self, number: int) -> Path:
+        """Where the names and shapes of a reply for a secure sum lie."""
+        return self.folder / f"{number}.layout"
 
     def kept(self, number: int) -> Path:
         """Where the memory after a message lies."""
@@ -148,7 +166,8 @@ class Memory:
         table: dict[str, Any] = asdict(chain)
         write_private(self.folder / "chain.json", json.dumps(table))
         self.chain = chain
-        wanted = {link.memory for link in chain.links} | {self.reply(link.number).name for link in chain.links}
+        wanted = {link.memory for link in chain.links}
+        wanted |= {path.name for link in chain.links for path in (self.reply(link.number), self.layout(link.number))}
         for path in self.folder.iterdir():
-            if path.suffix in (".memory", ".reply") and path.name not in wanted:
+            if path.suffix in (".memory", ".reply", ".layout") and path.name not in wanted:
                 path.unlink(missing_ok=True)

@@ -13,7 +13,8 @@ from polyclinic.engines.flare.homes import NAME
 
 VERSION = 1
 MAX_MESSAGE = 2**20
-KINDS = ("hello", "do", "end")
+KINDS = ("hello", "do", "secure", "end")
+STAGES = ("", "advertise", "share", "mask", "agree", "reveal")
 
 
 class BadMessage(ValueError):
@@ -87,7 +88,8 @@ class Call(_Message):
     """From the server: do this.
 
     Attributes:
-        kind: ``hello`` (may this run?), ``do`` (the ask in the file) or ``end`` (the run is over).
+        kind: ``hello`` (may this run?), ``do`` (the ask in the file), ``secure`` (a stage of a secure sum of what came
+            of it) or ``end`` (the run is over).
         order: SHA-256 of the order that this belongs to.
         round: The round of the ask. ``job``: its job.
         after: From which message's memory to begin; 0 for none.
@@ -115,12 +117,14 @@ class Call(_Message):
             raise BadMessage("the field 'order' is not a hash")
         if not 0 <= self.confirmed <= self.after < 2**53 or not 0 <= self.round < 2**53:
             raise BadMessage("a number is out of range")
-        if self.kind == "do" and not (self.after < self.number and self.size):
+        if self.stage not in STAGES or bool(self.stage) != (self.kind == "secure"):
+            raise BadMessage(f"no secure sum has the stage {self.stage[:20]!r}")
+        if self.kind in ("do", "secure") and not (self.after < self.number and self.size):
             raise BadMessage("an ask has a file, and a number above those before it")
         if not 0 <= self.deadline < 1e9:
             raise BadMessage("the deadline is out of range")
-        if len(self.job) > 100 or len(self.stage) > 20:
-            raise BadMessage("a name is too long")
+        if len(self.job) > 100:
+            raise BadMessage("a job's name is too long")
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class Answer(_Message):
         forgot: Whether the site no longer has the memory from which it was to begin.
         seconds: How long it worked.
         code: SHA-256 of the code that computes at this site.
+        stage: The call's.
         signature: The site's, under run, number, head and file.
     """
 
@@ -139,6 +144,7 @@ class Answer(_Message):
     forgot: bool
     seconds: float
     code: str
+    stage: str
     signature: str
 
     def check(self) -> None:
@@ -146,6 +152,8 @@ class Answer(_Message):
         super().check()
         if not 0 <= self.seconds < 1e9:
             raise BadMessage("the seconds are out of range")
+        if self.stage not in STAGES:
+            raise BadMessage(f"no secure sum has the stage {self.stage[:20]!r}")
         if len(self.lost) > 4000 or len(self.code) > 64 or len(self.signature) > 2000:
             raise BadMessage("a text is too long")
 

@@ -37,6 +37,7 @@ class Order:
         buffer: In buffered mode, how many answers one update takes. ``passes``: how often each site is asked.
         score_every: After every how many rounds sites score the model on their validation data; 0 for never.
         test: The job at the end, ``score/test`` or ``predict/test``; none where empty.
+        identities: The sites' public keys for secure sums, by name.
         data: What sites are to do to their data before: the ``[data]`` table of the study, without where it lies.
         patience: Seconds to wait for sites that are away, or for people who have not yet approved.
     """
@@ -51,6 +52,7 @@ class Order:
     passes: int | None = None
     score_every: int = 0
     test: str = ""
+    identities: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     patience: float = 86400.0
 
@@ -115,7 +117,7 @@ def _checked(given: Any) -> dict[str, Any]:
         name(given["run"], "a run's name")
     except BadHome as error:
         raise BadOrder(str(error)) from None
-    for key in ("plan", "data"):
+    for key in ("plan", "data", "identities"):
         if not isinstance(given.get(key, {}), dict):
             raise BadOrder(f"the field {key!r} is a table")
     whole = {"cohort": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}

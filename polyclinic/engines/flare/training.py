@@ -18,7 +18,10 @@ from polyclinic.engines.flare import site_data, wire
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.secure_training import SecureTraining
 from polyclinic.engines.plan import Plan
+from polyclinic.transforms.secure import layout_of
+from polyclinic.transforms.secure.keys import ProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +51,22 @@ class Training:
         data = site_data.load(Path(self.settings["data"]), self.order.data, self.plan)
         return Site(self.settings["site"], data, self.settings.get("device", "cpu"), self.plan.seed)
 
+    @cached_property
+    def sums(self) -> SecureTraining:
+        """This site's part in secure sums."""
+        return SecureTraining(self.site.name, self.order.identities, self.home.keys / "secure.key")
+
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """What came of one command; whatever goes wrong is a reason, not an exception."""
         try:
-            return self._check() if command["what"] == "check" else self._ask(command)
+            match command["what"]:
+                case "check":
+                    return self._check()
+                case "secure":
+                    return self.sums.step(command, policies.read(self.home.policy).require.min_sites)
+            return self._ask(command)
+        except ProtocolError as error:
+            return {"lost": printable(f"refused: {error}", 2000), "seconds": 0.0}
         except (Corrupt, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             log.exception("failed")
             return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
@@ -71,17 +86,23 @@ class Training:
         memory = wire.read(Path(command["memory"])) if command["memory"] else {}
         if not isinstance(ask, Ask) or (ask.round, ask.job) != (command["round"], command["job"]):
             raise Corrupt("the file holds another ask than the message says")
-        rules = policies.Enforced(policies.read(self.home.policy), self.plan, command["sent"])
+        policy = policies.read(self.home.policy)
+        if command["automatic"] and self.order.method_hash not in policy.approve.automatically:
+            return {"lost": "refused: the policy no longer approves this method by itself", "seconds": 0.0}
+        rules = policies.Enforced(policy, self.plan, command["sent"])
         done = work(self.method, ask, memory, self.site, rules)
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}
         size, sha256 = wire.write(Path(command["reply"]), done.reply)
+        if ask.secure:
+            wire.write(Path(command["layout"]), layout_of(done.reply))
         same = done.memory is memory or done.memory == {} == memory
         if not same and done.memory:
             wire.write(Path(command["kept"]), done.memory)
         return {
             "lost": "", "seconds": done.seconds, "size": size, "sha256": sha256,
             "memory": "same" if same else "kept" if done.memory else "none",
+            "secure": ask.secure,
         }  # fmt: skip
 
 

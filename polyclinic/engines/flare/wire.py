@@ -18,8 +18,6 @@ from torch import Tensor
 from polyclinic.core import state
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
 
-BLOCK = 4 * 2**20
-
 
 def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
     """Writes ``value`` to ``path``, forces it to the disk if it must be ``durable``; its length and SHA-256.
@@ -63,16 +61,6 @@ def read(path: Path) -> Any:
     """
     with open(path, "rb") as file:
         return state.decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), share=True)
-
-
-def hash_of(path: Path) -> tuple[int, str]:
-    """The length and SHA-256 of the file at ``path``."""
-    hasher, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            hasher.update(block)
-            size += len(block)
-    return size, hasher.hexdigest()
 
 
 def read_reply(path: Path) -> Reply:

@@ -4,8 +4,8 @@ Ken Chang, Niranjan Balachandar, Carson Lam, Darvin Yi, James Brown, Andrew Beer
 Jayashree Kalpathy-Cramer, "Distributed deep learning networks among institutions for medical imaging", Journal of the
 American Medical Informatics Association 25 (2018), 945-954, https://doi.org/10.1093/jamia/ocy017.
 
-What this shows: what is learned, and that it depends on the order of sites, since the last site's patients are
-remembered best. What it does not: that nobody else sees the model, since the driver carries it from site to site.
+What this shows: what is learned, and that it leans towards the hospital that trained last (docs/studies/topologies.md
+measures by how much). What it does not: that nobody else sees the model, since the driver carries it from site to site.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,10 @@
-"""Doing one ask at one site, the same way in every engine: timed, on one thread, and never raising."""
+"""Doing one ask at one site, the same way in every engine: timed, repeatable to the bit, and never raising."""
 
 import logging
+import os
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,7 +33,7 @@ def work(method: Method[Any], ask: Ask, memory: Trees, site: Site, policy: Polic
     """Does ``ask`` at ``site``. Whatever goes wrong there is a reason, not an exception."""
     begun = time.perf_counter()
     try:
-        with one_thread():
+        with repeatable(site.device):
             reply, kept = execute(method, ask, memory, site, policy)
         return Done(reply, kept, "", time.perf_counter() - begun)
     except Refused as refusal:
@@ -44,14 +46,38 @@ def work(method: Method[Any], ask: Ask, memory: Trees, site: Site, policy: Polic
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Computes on one thread, so that sums come in one order: the same bits on every engine and machine size."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+def repeatable(device: str = "cpu") -> Iterator[None]:
+    """Computes so that the same numbers give the same bits.
+
+    On a processor that is one thread, so that sums come in one order on every engine and machine size. On a GPU it is
+    the deterministic kernels; where PyTorch has none (3-D pooling, some interpolation), it takes another and the last
+    bits may differ from run to run.
+    """
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
     try:
-        yield
+        if device.startswith("cuda"):
+            with _deterministic():
+                yield
+        else:
+            yield
     finally:
-        torch.set_num_threads(before)
+        if threads != 1:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's deterministic kernels on a GPU, and its own choice again afterwards."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = tuned

@@ -63,7 +63,7 @@ class APFL(FedAvg):
         return {name: leaf if name in trained else memory["own"][name] for name, leaf in mixed.items()}
 
     def _rate(self, round: int) -> float:
-        return self.local.lr * self.local.decay**round
+        return self.local.rate(round)
 
 
 def _slope(loss: Tensor, mixed: Tree, own: Tree, shared: Tree) -> float:

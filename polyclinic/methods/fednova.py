@@ -60,7 +60,7 @@ class FedNova(FedAvg):
         start = ask.trees["params"]
         local = self.local.with_penalty(Proximal(self.mu)) if self.mu else self.local
         end = local.fit(self.task, start, site, ask.round)
-        shrink = self.mu * local.lr * local.decay**ask.round
+        shrink = self.mu * local.rate(ask.round)
         a = accumulation(local.count(site.data["train"]), local.momentum, shrink)
         running, change = InRunningStatistics(self.task), tree.sub(end, start)
         # d_i = (x − x_i) / ‖a_i‖₁

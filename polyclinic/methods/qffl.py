@@ -33,7 +33,7 @@ class QFFL(FedAvg):
         start, learned = ask.trees["params"], trained(self.task)
         loss = risk(self.task, start, site, ask.round) + 1e-10
         change = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
-        L = 1 / (self.local.lr * self.local.decay**ask.round)
+        L = 1 / self.local.rate(ask.round)
         # Δw_k = L (w - w_k);  h_k = q F_k^{q-1} ‖Δw_k‖² + L F_k^q;  w ← w - Σ F_k^q Δw_k / Σ h_k
         square = L**2 * tree.norm(tree.select(change, learned.__contains__)) ** 2
         h = self.q * loss ** (self.q - 1) * square + L * loss**self.q

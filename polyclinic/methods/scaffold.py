@@ -64,7 +64,7 @@ class Scaffold(Method[State]):
         )
         # c_i⁺ = c_i − c + (x − y) / (K η_l)
         moved = tree.select(tree.sub(x, y), c.__contains__)
-        lr = self.local.lr * self.local.decay**ask.round
+        lr = self.local.rate(ask.round)
         c_new = tree.sub(tree.scale(moved, 1 / (self.local.count(data) * lr)), drift)
         reply = Reply({"update": Mean.of(tree.sub(y, x)), "control": Mean.of(tree.sub(c_new, c_i))})
         return reply, {**memory, "control": c_new}

@@ -91,6 +91,8 @@ class TrainingSpec(_Spec):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    warm_up: Annotated[int, Field(ge=0)] = 0
+    cosine: Annotated[int, Field(ge=1)] | None = None
     clip_norm: Positive | None = None
     amp: bool = False
     private: PrivateSpec | None = None

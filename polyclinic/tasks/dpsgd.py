@@ -104,7 +104,7 @@ class DPSGD(Local):
         if problems := self.problems(task, model):
             raise ValueError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or only(n))}
-        optimiser, dice = self._optimiser(list(named.values()), self.lr * self.decay**round), site.secret_rng()
+        optimiser, dice = self._optimiser(list(named.values()), self.rate(round)), site.secret_rng()
         spend, augmenting = self.spend(data), site.rng(round, "augment", role, slot)
         expected = spend.rate * len(members)
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start

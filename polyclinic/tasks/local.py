@@ -5,6 +5,7 @@ it by what they pass (a loss, a penalty, a correction of gradients), or step thr
 none has a loop of its own.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ class Local:
             one example only (batch normalisation cannot use it), unless the site has no other.
         optimiser: ``sgd``, ``adam`` or ``adamw``. Its memory begins anew every round.
         lr: Learning rate. ``decay``: what it is multiplied with after every round.
+        warm_up: Over how many rounds the learning rate rises to ``lr``.
+        cosine: Over how many rounds it falls, along half a cosine; usually as many as the study has.
         clip_norm: The largest Euclidean norm of a minibatch's gradient.
         amp: Whether to compute in bfloat16 where the device is a GPU.
         penalty: Added to the loss; receives the module and the parameters it started from.
@@ -54,6 +57,8 @@ class Local:
     momentum: float = 0.0
     weight_decay: float = 0.0
     decay: float = 1.0
+    warm_up: int = 0
+    cosine: int | None = None
     steps: int | None = None
     clip_norm: float | None = None
     amp: bool = False
@@ -110,7 +115,7 @@ class Local:
         """A function that takes one optimiser step down the loss it is given."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and (only is None or only(name))]
         parameters = [p for _, p in named]
-        optimiser = self._optimiser(parameters, self.lr * self.decay**round)
+        optimiser = self._optimiser(parameters, self.rate(round))
 
         def step(loss: Tensor) -> None:
             optimiser.zero_grad()
@@ -129,6 +134,15 @@ class Local:
         """How many optimiser steps ``fit`` takes on ``data``."""
         whole = self._per_epoch(len(data))
         return self.epochs * whole if self.steps is None or not whole else self.steps  # nothing to learn from: no step
+
+    def rate(self, round: int) -> float:
+        """The learning rate in a round, the first of which is 0. Never 0, so that methods may divide by it."""
+        rate = self.lr * self.decay**round
+        if round < self.warm_up:
+            rate *= (round + 1) / (self.warm_up + 1)
+        if self.cosine:
+            rate *= (1 + math.cos(math.pi * min(round, self.cosine - 1) / self.cosine)) / 2
+        return rate
 
     def with_penalty(self, penalty: Penalty) -> "Local":
         """The same, with ``penalty`` added to whatever is added already."""

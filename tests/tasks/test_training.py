@@ -85,6 +85,17 @@ def test_what_bends_training(task) -> None:
     assert torch.equal(one, two)
 
 
+def test_the_rate_rises_over_the_warm_up_and_falls_along_a_cosine_but_never_to_nothing() -> None:
+    plain = Local(lr=0.2)
+    assert [plain.rate(r) for r in (0, 7)] == [0.2, 0.2]
+    rising = replace(plain, warm_up=3)
+    assert [rising.rate(r) for r in range(5)] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2])
+    falling = replace(plain, cosine=4)
+    assert falling.rate(0) == 0.2
+    assert falling.rate(2) == pytest.approx(0.1)
+    assert falling.rate(100) == falling.rate(3) > 0
+
+
 def test_decay_multiplies_the_step(task) -> None:
     data = Rows(torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
     site = Site("s", {"train": data})

@@ -48,7 +48,7 @@ class Gate:
     def _stat(self, site: str, stat: Stat) -> str | None:
         for leaves in stat.trees:
             for name, leaf in leaves.items():
-                if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+                if not tree.finite_leaf(leaf):
                     return f"{name} holds NaN or an infinity"
         match stat:
             case Gather(items) if list(items) != [site]:

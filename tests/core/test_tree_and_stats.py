@@ -85,3 +85,12 @@ def test_gathering_twice_from_one_site_is_refused() -> None:
 def test_a_wrong_name_says_what_there_is() -> None:
     with pytest.raises(KeyError, match=r"no Mean called 'updat' among \['update'\]"):
         Reply({"update": Mean.of(some_tree(0))}).mean("updat")
+
+
+@given(
+    st.lists(st.floats(width=32) | st.sampled_from([3e38, -3e38, float("inf"), float("-inf"), float("nan")]), max_size=9),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_finite_looks_at_every_number_where_a_sum_cannot_tell(values, dtype) -> None:
+    leaf = torch.tensor(values, dtype=dtype)
+    assert tree.finite_leaf(leaf) == bool(torch.isfinite(leaf).all())

@@ -5,7 +5,7 @@ ask it: ``problems`` before a person sees a study, ``admit`` before anything run
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,7 @@ from polyclinic.core.pipeline import Sent, Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree
+from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
 from polyclinic.transforms import table as transforms
 
@@ -51,7 +52,7 @@ class Allow(_Table):
     jobs: tuple[str, ...] = ("*",)
     never: tuple[str, ...] = ("predict/*",)
     stats: tuple[str, ...] = ("Mean", "LeafMean")
-    gather: tuple[str, ...] = ("score",)
+    gather: tuple[str, ...] = ("score", "describe")
 
 
 class Require(_Table):
@@ -66,6 +67,7 @@ class Limits(_Table):
     """How much."""
 
     min_patients: Count = 10
+    min_cell: Count = 5
     megabytes_per_round: Amount = 2000.0
     rounds: Count = 2000
     epochs: Count = 100
@@ -89,6 +91,16 @@ class Policy(_Table):
         """
         method = plan.build_method()
         return [*_plan_problems(self, plan), *_transform_problems(self.require, _transforms_of(method))]
+
+
+    def survey_problems(self) -> list[str]:
+        """Why this policy would refuse to say what the data here are: a sentence each."""
+        found = []
+        if not _matches(JOB, self.allow.jobs) or _matches(JOB, self.allow.never):
+            found.append(f"the job {JOB!r} does not run here (allow.jobs, allow.never)")
+        if not _matches(JOB, self.allow.gather):
+            found.append(f"{JOB!r} does not leave (allow.gather)")
+        return found
 
 
 def read(path: Path) -> Policy:
@@ -159,7 +171,10 @@ class Enforced:
         Raises:
             Refused: With every reason.
         """
-        found = [*self.policy.problems(self.plan), *_ask_problems(self.policy, self.plan, method, ask, site)]
+        if isinstance(method, Describe):
+            found = self.policy.survey_problems()
+        else:
+            found = [*self.policy.problems(self.plan), *_ask_problems(self.policy, self.plan, method, ask, site)]
         if found:
             raise Refused("; ".join(found))
 
@@ -187,9 +202,9 @@ def _plan_problems(policy: Policy, plan: Plan) -> Iterator[str]:
 
 def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, site: Site) -> Iterator[str]:
     allow, limits = policy.allow, policy.limits
-    if not any(fnmatchcase(ask.job, pattern) for pattern in allow.jobs):
+    if not _matches(ask.job, allow.jobs):
         yield f"the job {ask.job!r} is not among those that the policy allows (allow.jobs)"
-    if any(fnmatchcase(ask.job, pattern) for pattern in allow.never):
+    if _matches(ask.job, allow.never):
         yield f"the job {ask.job!r} never runs here (allow.never)"
     if not 0 <= ask.round < plan.rounds + 1:
         yield f"round {ask.round} of a study of {plan.rounds}"
@@ -244,7 +259,7 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
     for part, stat in reply.parts.items():
         kind = type(stat).__name__
         if isinstance(stat, Gather):
-            if not any(fnmatchcase(part, pattern) for pattern in policy.allow.gather):
+            if not _matches(part, policy.allow.gather):
                 yield (f"{part!r} would leave as a {kind}, which the server sees apart from other sites' "
                        "(allow.gather names the parts that may)")  # fmt: skip
             if list(stat.items) != [site]:
@@ -306,6 +321,10 @@ def _bound(key: str) -> tuple[str | None, bool]:
         if key.endswith(ending):
             return key.removesuffix(ending), least
     return None, True
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def count_patients(data: Any) -> int:

@@ -235,7 +235,7 @@ class Hostile:
             size, sha256 = wire.write(body, ask)
         round, job = (ask.round, ask.job) if ask else (0, "")
         call = Call(VERSION, self.an.run, self.number, "site-0", "", size, sha256, "do" if ask else "hello", self.an.hash,
-                    round, job, 0, 0, 0.0, "")  # fmt: skip
+                    round, job, 0, 0, 0, 0.0, "")  # fmt: skip
         return self.desk.answer(replace(call, **changes), body)[0]
 
     def ask(self, **changes) -> Ask:
@@ -384,7 +384,7 @@ def _sized(delivery, value):
     [
         (lambda d: d._replace(text="{"), "not JSON"),
         (lambda d: d._replace(text=None, reason="its job process failed"), "its job process failed"),
-        (lambda d: _with(d, version=2), "install the same version"),
+        (lambda d: _with(d, version=VERSION + 1), "install the same version"),
         (lambda d: _with(d, site="site-2"), "speaks for site-2"),
         (lambda d: _with(d, size=2**40), "beyond the limit"),
         (lambda d: _with(d, sha256="0" * 64), "not the one that its message names"),

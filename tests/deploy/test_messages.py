@@ -19,7 +19,7 @@ from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.testing import equal
 from tests.deploy.local import order
 
-CALL = Call(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "do", "c" * 64, 2, "train", 5, 3, 0.0, "")
+CALL = Call(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "do", "c" * 64, 2, "train", 5, 3, 4, 0.0, "")
 ANSWER = Answer(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "", False, 1.5, "d" * 64, "", "sig")
 
 
@@ -33,7 +33,7 @@ def test_a_message_survives_the_way(message) -> None:
     [
         {"run": "../../etc/passwd"}, {"site": "a\nb"}, {"site": "A"}, {"number": -1}, {"number": True}, {"number": 2**60}, {"number": 1.5},
         {"size": -1}, {"size": 0}, {"sha256": "x" * 64}, {"sha256": ""}, {"head": "short"}, {"kind": "shell"}, {"order": "x"},
-        {"after": 7}, {"after": 2}, {"confirmed": 6}, {"deadline": float("inf")}, {"deadline": "1"}, {"job": "x" * 101}, {"stage": "x" * 30},
+        {"after": 7}, {"after": 2}, {"confirmed": 6}, {"keep": 6}, {"keep": -1}, {"kind": "look"}, {"deadline": float("inf")}, {"deadline": "1"}, {"job": "x" * 101}, {"stage": "x" * 30},
         {"round": -1}, {"version": VERSION + 1}, {"version": None}, {"extra": 1},
     ],
 )  # fmt: skip

@@ -9,16 +9,20 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polyclinic.core import state as states
 from polyclinic.core.execute import cohort_of
+from polyclinic.core.journal import verify
+from polyclinic.core.method import Ask
 from polyclinic.core.state import savable
-from polyclinic.core.train import Step, TooFewReplies, everyone, train, train_async
+from polyclinic.core.train import Step, TooFewReplies, train, train_async
+from polyclinic.core.tree import Tree
+from polyclinic.engines.describe import JOB, read_description
 from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.exchange import Carrier, Count, Ended
 from polyclinic.engines.flare.federation import FlareFederation
@@ -41,6 +45,8 @@ class Standing:
         number: The last message's number, and ``answered`` the last of each site's that was answered.
         records: The length of records.jsonl in bytes.
         trained: Whether the training is over, and only the test is left.
+        best: The round whose model is tested, 0 for the last. ``score`` is its mean over sites, and ``kept`` the last
+            message of each site that is in it.
     """
 
     state: Any
@@ -49,6 +55,9 @@ class Standing:
     answered: Mapping[str, int]
     records: int
     trained: bool = False
+    best: int = 0
+    score: float = 0.0
+    kept: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,11 +121,15 @@ class Conductor:
             self.order, self.carrier, self.folder / "under-way", self.journal, ready, self.plan.seed,
             Count(self._at.number, self._at.answered),
         )  # fmt: skip
+        federation.keep(self._at.kept)
         self._say("running", "", self._at.round)
         try:
-            if not self._at.trained:
-                self._train(federation)
-            self._finish(federation)
+            if self.order.mode == "survey":
+                self._survey(federation)
+            else:
+                if not self._at.trained:
+                    self._train(federation)
+                self._finish(federation)
         finally:
             self._records.close()
         greet(greeting, ready, "end")
@@ -128,8 +141,9 @@ class Conductor:
             over = following is None or following.round != step.ask.round
             done = step.ask.round + 1 if over else self._at.round
             self._record_step(step, done, time.perf_counter() - begun)
-            if self.order.score_every and over and done % self.order.score_every == 0:
-                self._score(federation, step.state, done)
+            last = following is None or done >= self.plan.rounds
+            if self.order.score_every and over and (done % self.order.score_every == 0 or last):
+                self._judge(federation, step.state, done)
             self._save(federation, step.state, done)
             self._say("running", "", done)
             self._pause()
@@ -145,37 +159,77 @@ class Conductor:
             return train_async(
                 self.method, federation, self._at.state, updates=left, buffer=order.buffer, passes=order.passes
             )
-        size = min(order.cohort or len(sites), len(sites))
-        cohort = partial(_drawn, size, self.plan.seed) if size < len(sites) else everyone
+        trainers = [site for site in sites if site in self.plan.sites]
+        size = min(order.cohort or len(trainers), len(trainers))
+        cohort = partial(_drawn, trainers, size, self.plan.seed)
         return train(
             self.method, federation, self._at.state, rounds=self.plan.rounds, cohort=cohort, deadline=order.deadline,
             min_replies=order.min_replies,
         )  # fmt: skip
 
-    def _score(self, federation: FlareFederation, state: Any, done: int) -> None:
+    def _judge(self, federation: FlareFederation, state: Any, done: int) -> None:
+        """Lets sites score the model on validation data, and keeps it where it is the best so far."""
+        found = []
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
+            if self.order.best.get("metric") in metrics and site in self.plan.sites:
+                found.append(metrics[self.order.best["metric"]])
+        if not found:
+            return
+        mean = sum(found) / len(found)
+        if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
+            kept = dict(federation.count.answered)
+            wire.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
+            self._at = replace(self._at, best=done, score=mean, kept=kept)
+            federation.keep(kept)
+
+    def _best(self, round: int) -> Path:
+        return self.folder / f"best-{round}.safetensors"
+
+    def _survey(self, federation: FlareFederation) -> None:
+        """Asks every site what its data are, and trains nothing."""
+        federation.send(Ask(0, {}, JOB), federation.sites)
+        said: dict[str, Any] = {}
+        for arrival in federation.replies(self.order.deadline):
+            if arrival.reply is not None:
+                said[arrival.site] = read_description(arrival.reply, arrival.site)
+        write_private(self.folder / "survey.json", json.dumps(dict(sorted(said.items())), indent=1))
+        self._save(federation, self._at.state, 1, trained=True)
 
     def _finish(self, federation: FlareFederation) -> None:
         """Writes the model, and opens the test data if the order says so."""
         end = self._at
-        model = self.method.model_at(self.method.trial(end.state), {})
+        tested: Standing = states.load(self._best(end.best)) if end.best else end
+        if end.best:
+            federation.look_back()
+        model = self.method.model_at(self.method.trial(tested.state), {})
         wire.write(self.folder / "model.safetensors", dict(model))
         if self.order.test:
-            self.journal.write("test opened", {"round": end.round})
-            said = evaluate(self.method, federation, end.state, federation.sites, self.order.test)
-            for site, leaves in said.items():
-                alone = self.order.test == "score/test"
-                metrics = (
-                    {k: float(v) for k, v in leaves.items() if k != "n"} if alone else self.method.task.summary(leaves)
-                )
-                count = int(leaves["n"]) if alone else len(leaves["patient"])
-                self._record("test", round=end.round, site=site, metrics=metrics, n=count)
-            if self.order.test == "predict/test":
-                leaves = {f"{site}/{name}": leaf for site, outputs in said.items() for name, leaf in outputs.items()}
-                wire.write(self.folder / "predictions.safetensors", leaves)
+            self.journal.write("test opened", {"round": tested.round})
+            self._test(federation, tested)
+            opened = sum(entry["event"] == "test opened" for entry in verify(self.folder / "journal.jsonl"))
+            self._record("sealed", opened=opened)
         self._save(federation, end.state, end.round, trained=True)
+
+    def _test(self, federation: FlareFederation, tested: Standing) -> None:
+        """Scores by site; and what the model says of each patient, where a site's policy lets that leave."""
+        said: Mapping[str, Tree] = {}
+        if self.order.test == "predict/test":
+            said = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
+        for site, leaves in said.items():
+            metrics = self.method.task.summary(leaves)
+            self._record("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
+        others = [site for site in federation.sites if site not in said]
+        scored = evaluate(self.method, federation, tested.state, others, "score/test") if others else {}
+        for site, leaves in scored.items():
+            metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
+            self._record("test", round=tested.round, site=site, metrics=metrics, n=int(leaves["n"]))
+        known = evaluate(self.method, federation, tested.state, list(said), "predict/val") if said else {}
+        for name, answers in (("predictions", said), ("validation", known)):
+            if answers:
+                leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
+                wire.write(self.folder / f"{name}.safetensors", leaves)
 
     def _record_step(self, step: Step[Any], done: int, wall: float) -> None:
         facts = {name: dict(getattr(step, name)) for name in ("bytes_up", "bytes_down", "seconds", "lost")}
@@ -184,7 +238,7 @@ class Conductor:
             self._record("quarantine", round=done, site=site, reason=reason)
 
     def _record(self, kind: str, **facts: Any) -> None:
-        fact = {"kind": kind, "method": self.plan.method, "seed": self.plan.seed, **facts}
+        fact = {"kind": kind, "method": self.order.label or self.plan.method, "seed": self.plan.seed, **facts}
         self._records.write(json.dumps(fact, separators=(",", ":")).encode() + b"\n")
 
     def _open_records(self, length: int) -> None:
@@ -203,8 +257,12 @@ class Conductor:
         self._records.flush()
         os.fsync(self._records.fileno())
         count = federation.count
-        self._at = Standing(state, done, count.number, dict(count.answered), self._records.tell(), trained)
+        best = (self._at.best, self._at.score, self._at.kept)
+        self._at = Standing(state, done, count.number, dict(count.answered), self._records.tell(), trained, *best)
         _, sha256 = wire.write(self.folder / "checkpoint.safetensors", self._at)
+        for old in self.folder.glob("best-*.safetensors"):
+            if old != self._best(self._at.best):
+                old.unlink()
         self.journal.write("checkpoint", {"round": done, "number": count.number, "state": sha256})
         federation.confirm()
 
@@ -236,5 +294,6 @@ class Pause(RuntimeError):
     """The supervisor wants to begin a new attempt at this boundary. The message says why."""
 
 
-def _drawn(size: int, seed: int, sites: Any, round: int) -> Any:
-    return cohort_of(sites, size, round, seed)
+def _drawn(trainers: Sequence[str], size: int, seed: int, sites: Any, round: int) -> Any:
+    """Who trains in a round: all who train, or as many of them as the order asks, drawn afresh."""
+    return cohort_of(trainers, size, round, seed)

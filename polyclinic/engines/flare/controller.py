@@ -123,7 +123,7 @@ class StudyController(Controller):  # type: ignore[misc]
         """The run, from its checkpoint to its end."""
         home = ServerHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parents[1])
         present = {client.name for client in self._engine.get_clients()}
-        members = tuple(sorted(present & set(self.order.plan["sites"])))
+        members = tuple(sorted(present & set(self.order.everyone)))
         folder = home.run(self.order.run)
         carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox")
         try:

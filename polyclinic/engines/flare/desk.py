@@ -101,7 +101,7 @@ class Desk:
             self.journal.write("admitted by the policy", {"run": self.order.run, "order": self._hash})
             return
         before = self.reviews.get(self.order.run)
-        review = self.reviews.offer(self.order, problems, found["patients"])
+        review = self.reviews.offer(self.order, problems, found["patients"], found.get("notes", ()))
         if review != before:
             self.journal.write(
                 "study offered", {"run": self.order.run, "order": self._hash, "problems": list(problems)}
@@ -125,7 +125,7 @@ class Desk:
         if body is None:
             raise Refusal("refused: an ask without its file")
         try:
-            self.memory.settle(call.after, call.confirmed, call.number)
+            self.memory.settle(call.after, call.confirmed, call.number, call.keep)
         except OldMessage as error:
             raise Refusal(f"refused: {error}") from None
         again = self.memory.chain.same(call.number, call.after, call.sha256)
@@ -135,11 +135,12 @@ class Desk:
             return self._sent(again)
         if undone := self.memory.undo(call.after):
             self.journal.write("rolled back", {"run": call.run, "messages": list(undone)})
+        start = call.keep if call.kind == "look" else call.after
         try:
-            before = self.memory.before(call.after)
+            before = self.memory.before(start)
         except KeyError:
             self.memory.begin_anew()
-            raise Refusal(f"the memory after message {call.after} is no longer at {self.name}", forgot=True) from None
+            raise Refusal(f"the memory after message {start} is no longer at {self.name}", forgot=True) from None
         asked = {"run": call.run, "number": call.number, "round": call.round, "job": call.job}
         self.journal.write("asked", {**asked, "ask": call.sha256, "bytes": call.size, "server": call.head})
         done = self._train({

@@ -86,6 +86,7 @@ class Exchange:
 
     Attributes:
         count: Where the conversation stands.
+        keep: The last message of each site that is in the best model so far; its memory is kept for the test.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Exchange:
         """Begins where ``count`` stands; messages under way lie in ``folder``, replies have at most ``limit`` bytes."""
         self.order, self.carrier, self.journal, self.count, self.limit = order, carrier, journal, count, limit
         self.confirmed = dict(count.answered)
+        self.keep: Mapping[str, int] = {}
         self._hash = order.hash
         self._folder = private_folder(folder)
         self._pending: dict[str, _Pending] = {}
@@ -122,7 +124,8 @@ class Exchange:
         calls = [
             Call(
                 VERSION, self.order.run, number, name, head, size, sha256, kind, self._hash, round, job,
-                self.count.answered.get(name, 0), self.confirmed.get(name, 0), self.order.deadline or 0.0, stage,
+                self.count.answered.get(name, 0), self.confirmed.get(name, 0), self.keep.get(name, 0),
+                self.order.deadline or 0.0, stage,
             )
             for name in to
         ]  # fmt: skip
@@ -197,8 +200,9 @@ class Exchange:
         self.journal.write("site begins anew", {"site": call.site, "number": call.number, "after": call.after})
         answered.pop(call.site, None)
         self.confirmed.pop(call.site, None)
+        self.keep = {name: number for name, number in self.keep.items() if name != call.site}
         self.count = replace(self.count, answered=answered)
-        pending.call, pending.again = replace(call, after=0, confirmed=0), True
+        pending.call, pending.again = replace(call, after=0, confirmed=0, keep=0), True
         self.carrier.post([pending.call], pending.body)
 
     def _write(self, event: str, call: Call, answer: Answer | None, details: Mapping[str, object]) -> None:

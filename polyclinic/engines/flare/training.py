@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import work
+from polyclinic.engines.describe import Describe, describe
 from polyclinic.engines.flare import site_data, wire
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
@@ -42,14 +44,27 @@ class Training:
 
     @cached_property
     def method(self) -> Any:
-        """The order's method."""
+        """The order's method; of a survey, the description of this site's data."""
+        if self.order.mode == "survey":
+            return Describe(self._kind, self.held.classes, policies.read(self.home.policy).limits.min_cell)
         return self.plan.build_method()
+
+    @cached_property
+    def held(self) -> site_data.Held:
+        """This site's data, as the order needs them."""
+        return site_data.load(Path(self.settings["data"]), self.order, self.plan, self.settings["site"])
 
     @cached_property
     def site(self) -> Site:
         """This site, with its data."""
-        data = site_data.load(Path(self.settings["data"]), self.order.data, self.plan)
-        return Site(self.settings["site"], data, self.settings.get("device", "cpu"), self.plan.seed)
+        device = self.settings.get("device", "cpu")
+        return Site(self.settings["site"], self.held.roles, device, self.plan.seed)
+
+    @property
+    def _kind(self) -> str:
+        """The kind of task of the study that a survey belongs to."""
+        arms = self.order.study.get("arms", ())
+        return str(arms[0]["plan"]["kind"]) if arms else self.plan.kind
 
     @cached_property
     def sums(self) -> SecureTraining:
@@ -74,12 +89,26 @@ class Training:
     def _check(self) -> dict[str, Any]:
         """Whether the study could run here: its problems, and how many patients there are by role."""
         policy = policies.read(self.home.policy)
-        problems = policy.problems(self.plan)
-        if self.site.name not in self.plan.sites:
-            problems.append(f"the study is not for {self.site.name}, but for {', '.join(self.plan.sites)}")
+        survey, notes = self.order.mode == "survey", list[str]()
+        problems = policy.survey_problems() if survey else policy.problems(self.plan)
+        if survey and self.order.study and not self.order.of_study:
+            problems.append("the survey is not the one of the study that it names")
+        if self.site.name not in self.order.everyone:
+            problems.append(f"the study is not for {self.site.name}, but for {', '.join(self.order.everyone)}")
+        for arm in self.order.study.get("arms", ()) if survey else ():
+            notes += [f"{arm['label']}: {problem}" for problem in self._arm_problems(policy, arm["plan"])]
         patients = {role: policies.count_patients(data) for role, data in self.site.data.items()}
-        automatic = self.order.method_hash in policy.approve.automatically
-        return {"lost": "", "problems": problems, "patients": patients, "automatic": automatic}
+        automatic = not survey and self.order.method_hash in policy.approve.automatically
+        return {"lost": "", "problems": problems, "patients": patients, "automatic": automatic, "notes": notes}
+
+    def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
+        """Why the policy would refuse an arm of a study, as far as its plan says."""
+        shape = describe(self.site.data, plan["kind"])
+        try:
+            whole = {"inputs": shape["inputs"], "outputs": shape["outputs"], **plan}
+            return policy.problems(replace(self.order, plan=whole).build_plan())
+        except (ValueError, TypeError) as error:
+            return [f"it cannot be built here: {error}"]
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         ask = wire.read(Path(command["ask"]))

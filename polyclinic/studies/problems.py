@@ -87,7 +87,8 @@ def sentence(error: ErrorDetails, known: Sequence[str] = ()) -> str:
         case "dict_type" | "model_type" | "model_attributes_type":
             return "must be a table, with keys of its own"
         case "string_pattern_mismatch":
-            return f"must be like {context['pattern']}"
+            dots = "dots, plus signs and hyphens" if "." in context["pattern"] else "hyphens"
+            return f'must be small letters, digits and {dots} only, as in "heart-2026"'
         case "value_error":
             return str(context["error"])
     return error["msg"][0].lower() + error["msg"][1:]

@@ -85,7 +85,7 @@ WRONG = {
     "a boolean for a number": (GOOD.replace("mu = 0.1", "mu = true"), "must be a number, not true"),
     "a table for a number": (GOOD.replace("mu = 0.1", "mu = {}"), "must be a number, not a table"),
     "a choice": (GOOD.replace("lr = 0.1", 'optimiser = "adm"'), 'Did you mean "adam"?'),
-    "a name with a slash": (GOOD.replace('name = "small"', 'name = "../small"'), "must be like"),
+    "a name with a slash": (GOOD.replace('name = "small"', 'name = "../small"'), "must be small letters, digits and hyphens"),
     "two methods of one name": (
         GOOD.replace('name = "fedprox"\nmu = 0.1', 'name = "fedavg"'),
         "give one of them a label",

@@ -4,15 +4,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from polyclinic.engines.flare import coordinator
+from polyclinic.engines.flare import coordinator, study_runs
 from polyclinic.engines.flare.homes import BadHome, ServerHome, read_json, read_small
 from polyclinic.engines.flare.order import BadOrder, Order
-from polyclinic.engines.flare.runs import OVER, Queue
+from polyclinic.engines.flare.runs import FINISHED, OVER, Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
 Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -100,7 +101,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    background: Whether to return at once. A service manager should not: see deploy/polyclinic-server.service.
+    background: Whether to return at once. A service manager should not: see `polyclinic server unit`.
     """
     server = ServerHome(home.resolve())
     if background:
@@ -120,6 +121,14 @@ def stop(*, home: Home = HERE) -> None:
 
 
 @app.command
+def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
+    """Print a systemd unit that keeps this server running."""
+    from polyclinic.engines.flare import member
+
+    print(member.unit("server", home.resolve(), user), end="")
+
+
+@app.command
 def status(*, home: Home = HERE) -> None:
     """How the server, its sites and its runs are."""
     server = ServerHome(home.resolve())
@@ -128,35 +137,44 @@ def status(*, home: Home = HERE) -> None:
     print(f"server   {given['project']} at {given['host']}:{given['port']} is {said['state'] if up else 'not running'}")
     seen = ", ".join(said["sites"]) if up and said["sites"] else "none"
     print(f"sites    {seen} connected, of {len(coordinator.sites(server))} admitted")
+    for title, study in study_runs.all_of(server).items():
+        why = f" because {study['why']}" if study["why"] else ""
+        told = {study_runs.SURVEY: "asks the sites what their data are", study_runs.QUEUED: "runs"}
+        print(f"study    {title:24} {told.get(study['state'], 'stopped')}{why}, {len(study['runs'])} runs")
     for run, entry in queue.all().items():
         print(_line(queue, run, entry))
 
 
 @app.command
-def run(order: Path, *, name: str = "", inputs: tuple[int, ...] = (), outputs: int = 0, method: str = "",
+def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tuple[int, ...] = (), outputs: int = 0,
         wait: bool = False, home: Home = HERE) -> None:  # fmt: skip
-    """Put a study into the queue.
+    """Put a study into the queue: the file that `polyclinic run` takes, unchanged.
 
-    ORDER is an order (a plan with how to run it, see docs/deployment.md), or a study file, whose task then needs
-    ``--inputs`` and ``--outputs``, because the data are elsewhere.
+    The sites first say what an example looks like and how many there are; then every method runs with every seed. The
+    people at the sites approve the study once. `polyclinic server export` makes a run folder of it.
 
     Parameters
     ----------
-    order: The file.
-    name: What to call the run; the file's own name for it by default.
-    inputs: Of a study file: channels and size of an example, as in 1 32 32.
-    outputs: Of a study file: how many classes, labels or values.
-    method: Of a study file with several methods: which.
-    wait: Whether to stay until the run is over.
+    file: A study file; or an order for a single run, as JSON.
+    name: What to call it here; the file's own name for it by default.
+    sites: Who takes part; everybody who is admitted by default.
+    inputs: Channels and size of an example, as in 1 32 32, where the sites should not be asked.
+    outputs: With inputs: how many classes, labels or values.
+    wait: Whether to stay until all of it is over.
     """
     server = ServerHome(home.resolve())
-    an = _order(order, name, inputs, outputs, method, tuple(coordinator.sites(server)))
-    coordinator.order(server, an)
-    print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
+    admitted = [site for site, entry in coordinator.sites(server).items() if not entry["revoked"]]
+    if strange := [site for site in sites if site not in admitted]:
+        raise BadHome(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
+    table = _table(file)
+    if "plan" in table:
+        queued = [_queue_order(server, file, table, name, sites or tuple(admitted))]
+    else:
+        queued = _queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
     if not coordinator.is_up(server):
         print("next     polyclinic server start")
     elif wait:
-        _wait(server, an.run)
+        _wait(server, queued, "" if "plan" in table else name or table["name"])
 
 
 @app.command
@@ -171,7 +189,7 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
     coordinator.order(server, an)
     print(f"queued   {an.run} over {', '.join(who)}")
     if wait and coordinator.is_up(server):
-        _wait(server, an.run)
+        _wait(server, [an.run])
 
 
 @app.command
@@ -182,69 +200,99 @@ def cancel(run: str, *, home: Home = HERE) -> None:
 
 
 @app.command
-def export(run: str, out: Path, *, home: Home = HERE) -> None:
-    """Copy what RUN left to the folder OUT: model, scores, order and journal; nothing of messages under way."""
-    folder = ServerHome(home.resolve()).run(run)
+def export(name: str, out: Path, *, home: Home = HERE) -> None:
+    """Make the folder OUT of a study, for `polyclinic report`; or copy what a single run left.
+
+    Parameters
+    ----------
+    name: A study, or a run.
+    out: A new folder.
+    """
+    server = ServerHome(home.resolve())
+    study = study_runs.all_of(server).get(name)
+    if study is not None:
+        _export_study(server, name, study, out)
+        return
+    folder = server.run(name)
     if not (folder / "model.safetensors").exists():
-        raise BadHome(f"{run} has no model yet: `polyclinic server status` says how far it is")
+        raise BadHome(f"{name} has no model yet: `polyclinic server status` says how far it is")
     out.mkdir(parents=True, exist_ok=True)
     for path in ("model.safetensors", "predictions.safetensors", "records.jsonl", "journal.jsonl"):
         if (folder / path).exists():
             shutil.copy(folder / path, out / path)
-    entry = Queue(ServerHome(home.resolve())).get(run)
+    entry = Queue(server).get(name)
     if entry:
         (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
-    print(f"exported {run} to {out}")
+    print(f"exported {name} to {out}")
 
 
-def _order(
-    path: Path, name: str, inputs: tuple[int, ...], outputs: int, method: str, admitted: tuple[str, ...]
-) -> Order:
+def _table(path: Path) -> dict[str, Any]:
+    """What stands in the file that is to be run."""
     import tomllib
 
-    if path.suffix == ".json":
-        table: dict[str, Any] = read_json(path)
-    else:
-        try:
-            table = tomllib.loads(read_small(path))
-        except FileNotFoundError:
-            raise BadOrder(f"{path} does not exist") from None
-        except tomllib.TOMLDecodeError as error:
-            raise BadOrder(f"{path}: {error}") from None
+    try:
+        table: Any = read_json(path) if path.suffix == ".json" else tomllib.loads(read_small(path))
+    except FileNotFoundError:
+        raise BadOrder(f"{path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadOrder(f"{path}: {error}") from None
     if not isinstance(table, dict):
-        raise BadOrder(f"{path} is not an order")
-    if "plan" not in table:
-        table = _of_study(path, inputs, outputs, method)
-    table["plan"] = {"sites": list(admitted), **table["plan"]}
+        raise BadOrder(f"{path} is neither a study nor an order")
+    return table
+
+
+def _queue_order(server: ServerHome, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
+    table["plan"] = {"sites": list(sites), **table["plan"]}
     table["run"] = name or table.get("run") or path.stem
     try:
-        return Order.from_json(json.dumps(table))
+        an = Order.from_json(json.dumps(table))
     except BadOrder as error:
         raise BadOrder(f"{path}: {error}") from None
+    coordinator.order(server, an)
+    print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
+    return an.run
 
 
-def _of_study(path: Path, inputs: tuple[int, ...], outputs: int, label: str) -> dict[str, Any]:
-    """The fields of an order, from a study file."""
-    from polyclinic.studies import spec
+def _queue_study(
+    server: ServerHome, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
+) -> list[str]:
+    from polyclinic.studies import elsewhere, spec
 
+    if bool(inputs) != (outputs > 0):
+        raise BadOrder("give --inputs and --outputs together, or neither: then the sites are asked")
     study = spec.read(path)
-    methods = [m for m in study.methods if not label or m.called == label]
-    if len(methods) != 1:
-        raise BadOrder(f"{path} has the methods {', '.join(m.called for m in study.methods)}: choose one with --method")
-    if not inputs or outputs < 1:
-        raise BadOrder(
-            f"{path} is a study, and its data are elsewhere: say what an example is, as in --inputs 1 32 32 --outputs 2"
-        )
-    plan = {
-        "kind": study.task.kind, "network": study.task.network, "inputs": list(inputs), "outputs": outputs,
-        "method": methods[0].name, "rounds": study.rounds, "seed": study.seeds[0], "task": study.task.settings,
-        "network_options": study.task.options, "training": study.training_of(methods[0]), "options": methods[0].options,
-        "send": [dict(item) for item in methods[0].send],
-    }  # fmt: skip
-    return {
-        "run": study.name, "plan": json.loads(json.dumps(plan)), "cohort": study.cohort, "deadline": study.deadline,
-        "min_replies": study.min_replies, "score_every": study.evaluation.every,
-    }  # fmt: skip
+    shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
+    arms, notes = elsewhere.arms(study, sites, shape)
+    title, text = name or study.name, path.read_text(encoding="utf-8")
+    queued = study_runs.put(server, text, title, study.hash, arms, elsewhere.how(study), arms[0]["plan"]["sites"])
+    for note in notes:
+        print(f"note     {note}")
+    labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))
+    print(f"queued   {title}: {labels}; {len(arms)} runs of {study.rounds} rounds over {', '.join(sites)}")
+    if not shape:
+        print("first    the sites are asked what an example looks like; a person at each approves the study, once")
+    return queued
+
+
+def _export_study(server: ServerHome, title: str, study: Mapping[str, Any], out: Path) -> None:
+    from polyclinic.studies import elsewhere, spec
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadHome(f"{out} is there already, and not empty: choose a new folder")
+    path, queue = server.path / "studies" / title / "study.toml", Queue(server)
+    entries = {run: queue.get(run) for run in study["runs"]}
+    arms = {
+        run: {**arm, "plan": e.what.plan if (e := entries[run]) else arm["plan"]} for run, arm in study["runs"].items()
+    }
+    done = {run: server.run(run) for run, e in entries.items() if e and e.state == FINISHED}
+    if not done:
+        raise BadHome(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
+    said = study_runs.survey_of(server, title)
+    missing = elsewhere.collect(spec.read(path), path.read_text(encoding="utf-8"), title, arms, said, done, out)
+    if missing:
+        print(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
+    print(f"exported {title} to {out}")
+    print(f"next     polyclinic report {out}")
 
 
 def _line(queue: Queue, run: str, entry: Any) -> str:
@@ -254,15 +302,22 @@ def _line(queue: Queue, run: str, entry: Any) -> str:
     return f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
 
 
-def _wait(server: ServerHome, run: str) -> None:
-    queue, before = Queue(server), ""
-    while (entry := queue.get(run)) is not None:
-        line = _line(queue, run, entry)
-        if line != before:
-            print(line, flush=True)
-            before = line
-        if entry.state in OVER:
-            if entry.state != "finished":
-                raise BadHome(f"{run} {entry.state}: {entry.why}")
+def _wait(server: ServerHome, queued: Sequence[str], title: str = "") -> None:
+    """Tells how runs go until they are over; those of a study, until all of it is."""
+    queue, before, runs = Queue(server), dict[str, str](), list(queued)
+    while True:
+        study = study_runs.all_of(server).get(title) if title else None
+        if study:
+            runs = [*([study["survey"]] if study["survey"] else []), *study["runs"]]
+            if study["state"] == study_runs.STOPPED:
+                raise BadHome(f"{title} stopped: {study['why']}")
+        entries = {run: entry for run in runs if (entry := queue.get(run))}
+        for run, entry in entries.items():
+            if (line := _line(queue, run, entry)) != before.get(run):
+                print(line, flush=True)
+                before[run] = line
+        if len(entries) == len(runs) and all(entry.state in OVER for entry in entries.values()):
+            if bad := [f"{run} {e.state}: {e.why}" for run, e in entries.items() if e.state != FINISHED]:
+                raise BadHome("\n".join(bad))
             return
         time.sleep(0.5)

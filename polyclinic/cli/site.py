@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -13,7 +13,7 @@ from polyclinic.engines.flare import doctor, member
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.memory import Memory
-from polyclinic.engines.flare.order import code_hash
+from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Review, Reviews, differences, flat
 
 app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
@@ -154,20 +154,26 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
 
 @app.command
 def review(run: str = "", *, home: Home = HERE) -> None:
-    """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved."""
+    """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved.
+
+    Parameters
+    ----------
+    run: A run, or a study.
+    """
     reviews = Reviews(SiteHome(home.resolve()).reviews)
     if not run:
         waiting = [r for r in reviews.all() if r.state == WAITING]
         for item in waiting:
-            print(
-                f"{item.what.run:24} {item.what.plan['method']:16} since {item.seen[:16]}  {'; '.join(item.problems)}"
-            )
+            title, what = item.what.study.get("name") or item.what.run, ", ".join(_methods(item.what))
+            print(f"{title:24} {what:16} since {item.seen[:16]}  {'; '.join(item.problems)}".rstrip())
         print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
         return
-    found = reviews.get(run)
-    if found is None:
+    named = reviews.named(run)
+    if not named:
         raise BadHome(f"no study called {run!r} has come")
-    before = [r for r in reviews.all() if r.state == APPROVED and r.what.run != run]
+    found = next((r for r in reversed(named) if r.state == WAITING), named[-1])
+    before = [r for r in reviews.all() if r.state == APPROVED and not found.what.same_study(r.what)]
+    before = [r for r in before if r.what.run != found.what.run]
     _show(found, before[-1] if before else None)
 
 
@@ -220,12 +226,7 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
 @app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     """Print a systemd unit that keeps this site running."""
-    template = Path(__file__).parents[1] / "engines" / "flare" / "unit.service"
-    values = {"HOME": str(home.resolve()), "USER": user, "POLYCLINIC": str(Path(sys.argv[0]).resolve()), "ROLE": "site"}
-    text = template.read_text(encoding="utf-8")
-    for key, value in values.items():
-        text = text.replace(f"@{key}@", value)
-    print(text, end="")
+    print(member.unit("site", home.resolve(), user), end="")
 
 
 @app.command
@@ -237,40 +238,90 @@ def leave(*, yes: bool = False, home: Home = HERE) -> None:
     print("left")
 
 
-def _decide(site: SiteHome, run: str, state: str, reason: str) -> None:
-    decided = Reviews(site.reviews).decide(run, state, _person(), reason)
-    details = {"run": run, "order": decided.what.hash, "by": decided.by, "reason": reason}
-    SharedJournal(site.journal).write(f"{state} by a person", details)
-    print(f"{state:8} {run}")
+def _decide(site: SiteHome, name: str, state: str, reason: str) -> None:
+    journal = SharedJournal(site.journal)
+    for decided in Reviews(site.reviews).decide(name, state, _person(), reason):
+        run = decided.what.run
+        journal.write(
+            f"{state} by a person", {"run": run, "order": decided.what.hash, "by": decided.by, "reason": reason}
+        )
+        print(f"{state:8} {run}")
+
+
+def _methods(an: Order) -> list[str]:
+    """What a study runs, or the run its method."""
+    return list(dict.fromkeys(arm["label"] for arm in an.study.get("arms", ()))) or [an.label or an.plan["method"]]
 
 
 def _show(item: Review, before: Review | None) -> None:
     an = item.what
-    print(f"{an.run}: {item.state}{f' by {item.by}: {item.reason}' if item.by else ''}")
+    title = f"the study {an.study['name']}" if an.study else an.run
+    print(f"{title}: {item.state}{f' by {item.by}: {item.reason}' if item.by else ''}")
+    arms = _arms(an)
+    shared = {key: value for key, value in arms[0][2].items() if all(arm[2].get(key) == value for arm in arms)}
+    apart = ("sites", "rounds", "seed")
     print("\nWhat would run here, every round")
-    for key, value in flat({k: v for k, v in an.plan.items() if k not in ("sites", "rounds", "seed")}):
+    for key, value in flat({k: v for k, v in shared.items() if k not in apart}):
         print(f"  {key} = {value}")
+    for label, seeds, plan in arms:
+        own = {k: v for k, v in plan.items() if k not in apart and (k not in shared or k == "method")}
+        print(f"  {label}{f', with the seeds {seeds}' if len(arms) > 1 or an.study else ''}")
+        for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(arms) > 1 else ():
+            print(f"    {key} = {value}")
     print("\nWhat would leave")
-    print(f"  {_leaves(an.plan['method'])}, {an.plan['rounds']} times")
-    through = ", ".join(item["name"] for item in an.plan.get("send", ()))
-    print(f"  through {through or 'no transform: the server sees it as it is'}")
-    scores = f"scores on validation data every {an.score_every} rounds" if an.score_every else "no scores"
-    print(f"  {scores}; at the end {an.test or 'no test'}")
-    print(f"\nWith whom\n  {', '.join(an.plan['sites'])}")
+    if an.mode == "survey":
+        print("  first, once: the shape of an example, and how many patients, examples and classes there are")
+    for label, _, plan in arms:
+        through, leaves = ", ".join(item["name"] for item in plan.get("send", ())), _leaves(plan["method"])
+        if leaves == "nothing":
+            print(f"  {label}: nothing but scores")
+            continue
+        print(f"  {label}: {leaves}, {plan['rounds']} times,")
+        print(f"    through {through or 'no transform: the server sees it as it is'}")
+    every = f"every {an.score_every} rounds" if an.score_every > 1 else "every round"
+    scores = f"scores on validation data {every}" if an.score_every else "no scores"
+    print(f"  {scores}; at the end {_test(an.test)}")
+    others = f"; only scored: {', '.join(an.external)}" if an.external else ""
+    print(f"\nWith whom\n  {', '.join(an.plan['sites'])}{others}")
     print(f"\nWhose data here\n  {json.dumps(dict(item.patients))} patients")
     print(f"\nHashes\n  order  {an.hash}\n  method {an.method_hash}\n  code   {item.code}")
+    if an.study:
+        print(f"  study  {an.study['hash']}")
     if item.code != code_hash():
         print("  polyclinic was changed here since this study came: it will be offered again")
     if before:
-        print(f"\nAgainst {before.what.run}, approved {before.decided[:10]} by {before.by}")
+        print(f"\nAgainst {before.what.study.get('name') or before.what.run}, "
+              f"approved {before.decided[:10]} by {before.by}")  # fmt: skip
         print("\n".join(f"  {line}" for line in differences(an, before.what)) or "  nothing differs")
         print(f"  the code {'is the same' if before.code == item.code else 'has changed'}")
+    if item.notes:
+        print("\nThe policy refuses, of this study\n" + "\n".join(f"  {note}" for note in item.notes))
     if item.problems:
         print("\nThe policy refuses it\n" + "\n".join(f"  {problem}" for problem in item.problems))
     elif item.state == WAITING:
-        print(
-            f'\npolyclinic site approve {an.run} --reason "..."   or   polyclinic site refuse {an.run} --reason "..."'
-        )
+        name = an.study.get("name") or an.run
+        print(f'\npolyclinic site approve {name} --reason "..."   or   polyclinic site refuse {name} --reason "..."')
+
+
+def _arms(an: Order) -> list[tuple[str, str, dict[str, Any]]]:
+    """The methods that would run: label, seeds, plan."""
+    seeds: dict[str, list[str]] = {}
+    plans: dict[str, dict[str, Any]] = {}
+    for arm in an.study.get("arms", ()):
+        seeds.setdefault(arm["label"], []).append(str(arm["plan"].get("seed", 0)))
+        plans.setdefault(arm["label"], arm["plan"])
+    if not plans:
+        return [(an.label or an.plan["method"], str(an.plan.get("seed", 0)), an.plan)]
+    return [(label, ", ".join(seeds[label]), plan) for label, plan in plans.items()]
+
+
+def _test(job: str) -> str:
+    asks = {
+        "score/test": "scores on test data",
+        "predict/test": "what the model says of each test patient, without names, where the policy allows it "
+        "(allow.never, allow.gather); else scores",
+    }
+    return asks.get(job, "no test")
 
 
 def _leaves(method: str) -> str:

@@ -136,8 +136,8 @@ def shape_of(said: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], int, lis
     shapes = {site: tuple(found["inputs"]) for site, found in said.items()}
     if len(set(shapes.values())) != 1:
         told = "; ".join(f"{site}: {' x '.join(map(str, shape))}" for site, shape in sorted(shapes.items()))
-        raise ValueError(f"the sites' examples differ in shape, and one model takes one shape ({told or 'no site said'}). "
-                         "Let them resize alike in data.toml")  # fmt: skip
+        why = "the sites' examples differ in shape, and one model takes one shape"
+        raise ValueError(f"{why} ({told or 'no site said'}). Let them resize alike in data.toml")
     outputs = max(found["outputs"] for found in said.values())
     named = {tuple(found["classes"]): site for site, found in sorted(said.items()) if found["classes"]}
     if len(named) > 1:

@@ -92,7 +92,6 @@ class Policy(_Table):
         method = plan.build_method()
         return [*_plan_problems(self, plan), *_transform_problems(self.require, _transforms_of(method))]
 
-
     def survey_problems(self) -> list[str]:
         """Why this policy would refuse to say what the data here are: a sentence each."""
         found = []

@@ -8,6 +8,7 @@ a message that comes twice as they answered it the first time.
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,7 +91,7 @@ class Conductor:
                 self._run()
                 outcome = FINISHED
             except (Ended, TooFewReplies, Pause) as error:
-                outcome, why = INTERRUPTED, str(error)
+                outcome, why = FAILED if _all_refuse(error) else INTERRUPTED, str(error)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
                 raise
@@ -292,6 +293,12 @@ class Conductor:
 
 class Pause(RuntimeError):
     """The supervisor wants to begin a new attempt at this boundary. The message says why."""
+
+
+def _all_refuse(error: Exception) -> bool:
+    """Whether too few replies came because every site refuses: asking again would change nothing."""
+    reasons = re.findall(r"(?:^|[.;] )([a-z0-9][a-z0-9-]*): (refused)?", str(error))
+    return isinstance(error, TooFewReplies) and bool(reasons) and all(refused for _, refused in reasons)
 
 
 def _drawn(trainers: Sequence[str], size: int, seed: int, sites: Any, round: int) -> Any:

@@ -188,8 +188,8 @@ def sites(home: ServerHome) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def order(home: ServerHome, an: Order) -> None:
-    """Puts an order into the queue, after checking that it can be built and that its sites may join.
+def order(home: ServerHome, an: Order) -> Order:
+    """Puts an order into the queue, after checking that it can be built and that its sites may join; as it was queued.
 
     Raises:
         BadHome: Where a site is not admitted, or the run's name was used.
@@ -201,13 +201,15 @@ def order(home: ServerHome, an: Order) -> None:
     except (TypeError, ValueError) as error:
         raise BadOrder(f"the plan cannot be built: {error}") from None
     admitted = sites(home)
-    wrong = [site for site in plan.sites if site not in admitted or admitted[site]["revoked"]]
+    wrong = [site for site in an.everyone if site not in admitted or admitted[site]["revoked"]]
     if wrong or not plan.sites:
         raise BadHome(
             f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {', '.join(admitted) or 'none yet'}"
         )
     # Vouched for by the authority, and part of what a person approves at every site.
-    Queue(home).add(replace(an, identities={site: admitted[site]["secure"] for site in plan.sites}))
+    made = replace(an, identities={site: admitted[site]["secure"] for site in plan.sites})
+    Queue(home).add(made)
+    return made
 
 
 def check(home: ServerHome) -> None:

@@ -57,6 +57,7 @@ class Desk:
         write_private(self.memory.folder / "order.json", order.to_json())
         self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
         self._automatic = False
+        self._said = ""
         self._hash = order.hash
 
     def close(self) -> None:
@@ -82,7 +83,9 @@ class Desk:
                     sent = self._do(call, body)
         except Refusal as refusal:
             details = {"run": call.run, "number": call.number, "reason": printable(refusal.reason), "server": call.head}
-            self.journal.write("no reply", details)
+            if call.kind != "hello" or refusal.reason != self._said:  # who waits is asked again and again
+                self.journal.write("no reply", details)
+            self._said = refusal.reason
             return self._sign(call, Sent(), printable(refusal.reason, 2000), refusal.forgot), None
         return self._sign(call, sent), sent.path
 

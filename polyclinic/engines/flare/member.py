@@ -174,6 +174,15 @@ def leave(home: SiteHome) -> None:
     SharedJournal(home.journal).write("left", {"project": given.get("project", "")})
 
 
+def unit(role: str, home: Path, user: str, program: str = "") -> str:
+    """A systemd unit that keeps the ``role``, site or server, in the folder ``home`` running."""
+    text = Path(__file__).with_name("unit.service").read_text(encoding="utf-8")
+    program = program or str(Path(sys.argv[0]).resolve())
+    for key, value in {"HOME": str(home), "USER": user, "POLYCLINIC": program, "ROLE": role}.items():
+        text = text.replace(f"@{key}@", value)
+    return text
+
+
 def default_policy() -> str:
     """The policy that a new site begins with."""
     return (Path(__file__).parents[1] / "policy.toml").read_text(encoding="utf-8")

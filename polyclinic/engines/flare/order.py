@@ -117,7 +117,7 @@ class Order:
 
     def same_study(self, other: "Order") -> bool:
         """Whether both are parts of one study, under one set of rules: who approved one approved the other."""
-        own = {"run": "", "plan": {}, "label": "", "mode": "rounds"}
+        own = {"run": "", "plan": {}, "label": "", "mode": "rounds", "external": ()}
         return self.of_study and other.of_study and replace(self, **own) == replace(other, **own)  # type: ignore[arg-type]
 
     @property

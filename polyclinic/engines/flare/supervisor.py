@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare import job as jobs
-from polyclinic.engines.flare import processes
+from polyclinic.engines.flare import processes, study_runs
 from polyclinic.engines.flare.console import Console, NoAnswer
 from polyclinic.engines.flare.homes import ServerHome, read_toml, write_private
 from polyclinic.engines.flare.journals import SharedJournal
@@ -63,6 +63,7 @@ class Supervisor:
         """Looks after everything once."""
         self._keep_server()
         self._look_for_sites()
+        study_runs.advance(self.home)
         for run, entry in self.queue.all().items():
             if entry.state in OVER:
                 continue

@@ -35,12 +35,16 @@ class Examples:
             (masks; they may be kept as uint8).
         patients: Whose each example is. A patient is never in two roles.
         ids: A name for each example, unique within its source.
+        positions: How high in its volume each slice lies, from 0 to 1: float32 [n], where the data say so.
+        videos: A number for the video of each frame, int64 [n], where the data say so; frames are in order of time.
     """
 
     inputs: Tensor
     targets: Tensor
     patients: tuple[str, ...]
     ids: tuple[str, ...]
+    positions: Tensor | None = None
+    videos: Tensor | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.inputs), len(self.targets), len(self.patients), len(self.ids)}
@@ -86,6 +90,8 @@ class Examples:
             self.targets[where],
             tuple(self.patients[i] for i in pick),
             tuple(self.ids[i] for i in pick),
+            None if self.positions is None else self.positions[where],
+            None if self.videos is None else self.videos[where],
         )
 
     def unlabelled(self) -> "Examples":

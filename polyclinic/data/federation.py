@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.held import Named, described, hold
 from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
@@ -22,8 +23,9 @@ class Federated:
     """Data at sites, ready for an engine, with all that a report must say of it.
 
     Attributes:
-        sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabelled"``). External sites have
-            ``"test"`` only. Roles without examples are absent.
+        sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabelled"``, ``"boxed"``,
+            ``"tagged"``, ``"public"``). External sites have ``"test"`` only. Roles without examples are absent, but for
+            the ``"train"`` of a site whose annotation is weak.
         external: The sites that nobody trains on.
         info: What the data is.
         simulated: The sentence that goes with every result where sites were made up; None where they are real.
@@ -31,6 +33,7 @@ class Federated:
         rows: The table of sites, in the order of ``sites``.
         duplicates: Equal inputs, wherever they are.
         notes: What else a reader must be told, each a sentence.
+        public: Images that are nobody's patients, without targets: sites and server hold the same.
     """
 
     sites: Mapping[str, Mapping[str, Examples]]
@@ -41,6 +44,7 @@ class Federated:
     rows: tuple[SiteSummary, ...]
     duplicates: tuple[Duplicate, ...] = ()
     notes: tuple[str, ...] = ()
+    public: Examples | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,13 +71,14 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
         raise DataError(f"{source.info.name} has no examples")
     notes: list[str] = []
     table, titles = _at_sites(whole, spec, seed, notes)
-    external = _external(spec, titles)
-    roles = _roles(table, spec, seed, external)
+    named = Named.of(spec, titles)
+    outside = named.external + named.public
+    roles = _roles(table, spec, seed, outside, named.weak)
     sites: dict[str, dict[str, Examples]] = {}
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
         places[site, roles[patient]].append(name)
-    readers = _readers(source, places, titles, external)
+    readers = _readers(source, places, titles, outside)
     for site in titles:
         order = [role for role in (*ROLES, "unlabelled") if places[site, role]]
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
@@ -81,22 +86,25 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
             sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
-    sites, copies = _without_duplicates(sites, external, spec, notes)
-    _complete(sites, external)
-    rows = tuple(summarise(site, titles[site], site in external, sites[site], source.info) for site in sites)
+    sites, copies = _without_duplicates(sites, outside, spec, notes)
+    sites, public = hold(sites, named, spec, table, seed)
+    _complete(sites, named.external)
+    info, more = described(source.info, named, spec, titles)
+    rows = tuple(summarise(site, titles[site], site in named.external, sites[site], info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     badges += [source.info.simulated] if source.info.simulated else []
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind"})
     return Federated(
         sites,
-        external,
-        source.info,
+        named.external,
+        info,
         " ".join(badges) or None,
         digest("federated", 1, source.fingerprint, sorted(common.items()), seed),
         rows,
         copies,
-        (*source.info.notes, *notes),
+        (*source.info.notes, *notes, *more),
+        public,
     )
 
 
@@ -182,22 +190,9 @@ def _readers(
     return source.fitted(rows, external)
 
 
-def _external(spec: DataSpec, titles: Mapping[str, str]) -> tuple[str, ...]:
-    names = {title: name for name, title in titles.items()} | {name: name for name in titles}
-    problems = [
-        f'external names "{site}", which is no site of this data. There are {", ".join(titles)}'
-        for site in spec.external
-        if site not in names
-    ]
-    external = tuple(sorted({names[site] for site in spec.external if site in names}))
-    if not problems and len(external) == len(titles):
-        problems.append("every site is external, so that nobody is left to train")
-    if problems:
-        raise DataError(problems)
-    return external
-
-
-def _roles(table: Table, spec: DataSpec, seed: int, external: tuple[str, ...]) -> dict[str, str]:
+def _roles(
+    table: Table, spec: DataSpec, seed: int, external: tuple[str, ...], weak: Mapping[str, str]
+) -> dict[str, str]:
     """The role of each patient. Labels are withheld from a share of the training patients, class by class."""
     site_of = dict(zip(table.patients, table.columns["site"], strict=True))
     groups = strata(table)
@@ -211,9 +206,9 @@ def _roles(table: Table, spec: DataSpec, seed: int, external: tuple[str, ...]) -
             found = split_patients(here, spec.split, dice_for(seed, "split", site))
         else:
             found = {patient: fixed[patient] for patient in here}
-        if spec.unlabelled:
+        if share := 1.0 if weak.get(site) == "none" else spec.unlabelled:
             train = {patient: here[patient] for patient, role in found.items() if role == "train"}
-            shares = (1 - spec.unlabelled, 0.0, spec.unlabelled)
+            shares = (1 - share, 0.0, share)
             withheld = split_patients(train, shares, dice_for(seed, "unlabelled", site))
             found |= {patient: "unlabelled" for patient, role in withheld.items() if role == "test"}
         roles |= found

@@ -18,7 +18,7 @@ from polyclinic.data.examples import DataError, Examples
 HIDDEN = {"hidden": True}
 """Marks a field of a source that a study file cannot set."""
 
-Task = Literal["classification", "multilabel", "regression", "segmentation"]
+Task = Literal["classification", "multilabel", "regression", "segmentation", "reconstruction"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pydantic import ModelWrapValidatorHandler as Handler
 from pydantic_core import InitErrorDetails
 
 from polyclinic.data import catalogue, options
+from polyclinic.data.annotations import Annotation
 from polyclinic.data.examples import DataError
 from polyclinic.data.partition import PARTITIONS, Partition
 from polyclinic.data.source import Source
@@ -81,6 +82,12 @@ class DataSpec(BaseModel):
         min_patients: Sites with fewer patients are left out, and named.
         max_patients: At most this many patients a site, drawn at random.
         unlabelled: The share of each site's training patients whose labels are withheld (role ``"unlabelled"``).
+        annotations: By site, what its training data are annotated with where that is not all there is: ``"boxes"`` or
+            ``"labels"`` (of whole images) instead of masks, or ``"none"``.
+        public: Sites whose images are nobody's patients: every site and the server hold them, without targets.
+        accelerate: By how much acquisition was accelerated, for reconstruction: the full image is the target; 0 for
+            not at all. ``centre``: the share of k-space around its middle that is always measured.
+        position: The column that says how high in its volume a slice lies. ``video``: which video a frame is of.
         scanners: The strength of imaginary scanners, one per site, that change its images; 0 for none.
         duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
     """
@@ -96,6 +103,12 @@ class DataSpec(BaseModel):
     min_patients: Annotated[int, Field(ge=1)] = 10
     max_patients: Annotated[int, Field(ge=1)] | None = None
     unlabelled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    annotations: dict[str, Annotation] = {}
+    public: Names = ()
+    accelerate: Annotated[float, Field(ge=0, le=32)] = 0.0
+    centre: Annotated[float, Field(gt=0, le=1)] = 0.08
+    position: str | None = None
+    video: str | None = None
     scanners: Annotated[float, Field(ge=0, le=2)] = 0.0
     duplicates: Literal["report", "drop", "refuse"] = "report"
 
@@ -174,6 +187,11 @@ def _together(spec: DataSpec) -> list[InitErrorDetails]:
     if spec.max_patients is not None and spec.max_patients < spec.min_patients:
         says = f"is below min_patients = {spec.min_patients}, so that no site would be left"
         found.append(options.problem(("max_patients",), says, spec.max_patients))
+    if 0 < spec.accelerate < 1:
+        says = "is how many times faster than usual: 1 or more, or 0 for images that are not to be reconstructed"
+        found.append(options.problem(("accelerate",), says, spec.accelerate))
+    if both := sorted({*spec.public} & {*spec.external}):
+        found.append(options.problem(("public",), f"names {both[0]}, which is external as well", both[0]))
     if len(set(spec.external)) != len(spec.external):
         found.append(options.problem(("external",), "names a site twice", spec.external))
     return found

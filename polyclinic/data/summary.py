@@ -49,6 +49,8 @@ def summarise(name: str, title: str, external: bool, roles: Mapping[str, Example
     found = {}
     for role, examples in roles.items():
         classes: Sequence[int] = ()
+        if role == "public":
+            continue  # nobody's patients, and the same everywhere
         if role != "unlabelled" and examples.targets.ndim == 1:
             classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
         elif role != "unlabelled" and info.task == "multilabel":

@@ -18,13 +18,16 @@ from polyclinic.tasks.dpsgd import DPSGD
 from polyclinic.tasks.evaluation import Evaluated
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
+from polyclinic.tasks.reconstruction import Reconstruction
 from polyclinic.tasks.regression import Regression
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.tasks.task import Task
 from polyclinic.transforms.table import build as build_transform
 from polyclinic.transforms.table import entry as transform_entry
 
-TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression)}
+TASKS: Mapping[str, type[Task]] = {
+    task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Reconstruction)
+}
 
 
 @dataclass(frozen=True)

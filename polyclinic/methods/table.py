@@ -25,6 +25,8 @@ class Entry:
         pooled: Whether its data lie in one place.
         tasks: The kinds of task it is for; any where empty.
         stateful: Whether sites keep something between rounds.
+        unlabelled: Whether a site without any labels takes part. Elsewhere it is only judged.
+        newcomers: Whether there is a model for a site that never trained.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Entry:
     pooled: bool = False
     tasks: tuple[Needs, ...] = ()
     stateful: bool = False
+    unlabelled: bool = False
+    newcomers: bool = True
 
 
 SEEN = "the change of the model, which the server sees site by site"
@@ -43,8 +47,8 @@ SEEN = "the change of the model, which the server sees site by site"
 # By the survey's taxonomy (Guan, Yap, Bozoki and Liu, "Federated learning for medical image analysis", 2024).
 FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
-        Entry("single", "baselines:single", "every site trains alone", "Guan et al. 2024", "nothing", baseline=True, stateful=True),
-        Entry("cross", "baselines:cross", "every site is tested with another's model", "Guan et al. 2024", "the model", baseline=True, stateful=True),
+        Entry("single", "baselines:single", "every site trains alone", "Guan et al. 2024", "nothing", baseline=True, stateful=True, newcomers=False),
+        Entry("cross", "baselines:cross", "every site is tested with another's model", "Guan et al. 2024", "the model", baseline=True, stateful=True, newcomers=False),
         Entry("mix", "baselines:mix", "all data in one place", "Guan et al. 2024", "the data", baseline=True, pooled=True),
     ),
     "Federated optimisation": (
@@ -93,21 +97,21 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("histogram-match", "histogram_match:histogram_match", "every site's grey values get the quantiles of all sites' together", "Nyúl and Udupa 1999", "counts, moments and histograms of the data, once, as sums; then the change of the model", stateful=True),
     ),
     "Client end: contrastive and self-supervised learning": (
-        Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True),
-        Entry("fedmae", "fedmae:fedmae", "learns to fill in what is hidden, then from labels", "Yan et al. 2023"),
-        Entry("fcl", "fcl:fcl", "contrast between parts of the body, with other sites' features", "Wu et al. 2021 (MICCAI)", "the change of the model; features of single images", stateful=True),
+        Entry("fedmoco", "fedmoco:fedmoco", "momentum contrast with negatives from other sites' feature statistics", "Dong and Voiculescu 2021", "the change of the model; mean and covariance of image features", stateful=True, unlabelled=True),
+        Entry("fedmae", "fedmae:fedmae", "learns to fill in what is hidden, then from labels", "Yan et al. 2023", unlabelled=True),
+        Entry("fcl", "fcl:fcl", "contrast between parts of the body, with other sites' features", "Wu et al. 2021 (MICCAI)", "the change of the model; features of single images", stateful=True, unlabelled=True),
     ),
     "Client end: multi-task learning": (
         Entry("fmtl", "fmtl:fmtl", "shared experts, private gates and towers", "Huang et al. 2023", "the change of the encoder and of the experts", tasks=("classification",), stateful=True),
         Entry("private-heads", "fmtl:private_heads", "a shared encoder, and a head for each site's classes", "Parekh et al. 2021", "the change of the encoder", stateful=True),
     ),
     "Client end: weakly and semi-supervised learning": (
-        Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True),
-        Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification")),
-        Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation")),
-        Entry("fedmix", "fedmix:fedmix", "masks, boxes, labels of images or nothing, by two networks that agree", "Wicaksana et al. 2023", "the change of two models, how many images it used, and their loss", tasks=("segmentation",), stateful=True),
+        Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True, unlabelled=True),
+        Entry("fedsemi", "fedsemi:fedsemi", "sites without labels learn from sure predictions", "Yang et al. 2021 (MedIA)", tasks=("segmentation", "classification"), unlabelled=True),
+        Entry("fedperl", "fedperl:fedperl", "similar peers help to label, unknown to one another", "Bdair et al. 2021", "the model, seen by the server alone; others receive averages", tasks=("classification", "segmentation"), unlabelled=True),
+        Entry("fedmix", "fedmix:fedmix", "masks, boxes, labels of images or nothing, by two networks that agree", "Wicaksana et al. 2023", "the change of two models, how many images it used, and their loss", tasks=("segmentation",), stateful=True, unlabelled=True),
         Entry("histofl", "histofl:histofl", "slides as bags of patches, weights sent with uncalibrated noise", "Lu et al. 2022 (MedIA)", "the change of the model, blurred"),
-        Entry("fedcy", "fedcy:fedcy", "videos without labels learn from the order of time", "Kassem et al. 2023", tasks=("classification",)),
+        Entry("fedcy", "fedcy:fedcy", "videos without labels learn from the order of time", "Kassem et al. 2023", tasks=("classification",), unlabelled=True),
     ),
     "Client end: knowledge distillation": (
         Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True),
@@ -121,7 +125,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: data synthesis": (
         Entry("fedvss", "fedvss:fedvss", "virtual examples made with the local and the global model", "Zhu and Luo 2022"),
         Entry("fedreplay", "fedreplay:fed_replay", "the server trains on what the sites' generators replay", "Qu et al. 2022 (Medical Image Analysis)", "a generator of the site's examples and its class counts, kept apart by site", tasks=("classification",), stateful=True),
-        Entry("fedni", "fedni:fedni", "population graphs, completed by imagined neighbours", "Peng et al. 2022", tasks=("classification", "multilabel", "regression")),
+        Entry("fedni", "fedni:fedni", "population graphs, completed by imagined neighbours", "Peng et al. 2022", tasks=("classification", "multilabel", "regression"), unlabelled=True),
     ),
     "Client end: unequal machines": (
         Entry("fednova", "fednova:fednova", "changes averaged per unit of work", "Wang et al. 2020", "the change of the model per step, and how many steps"),

@@ -70,7 +70,7 @@ class Arm:
         self.path = folder.arm(self.label, seed)
         self.method: Evaluated[Any] = plan.build_method()
         shares = self.entry.leaves != "nothing"  # else there is no model for a site that never trained
-        self.judged = tuple(sorted(site for site in data.sites if shares or site not in data.external))
+        self.judged = tuple(sorted(site for site in data.sites if shares or site in plan.sites))
         self.ledgers = self._ledgers() if study.privacy and plan.private else {}
         self.length = 0
 
@@ -184,18 +184,20 @@ class Arm:
         sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
         if self.entry.pooled:
             parts = [self.data.sites[name] for name in self.data.training]
-            pooled = {role: concat([part[role] for part in parts if role in part]) for role in ("train", "val")}
+            filled = {role: [part[role] for part in parts if len(part.get(role, ()))] for role in ("train", "val")}
+            pooled = {role: concat(examples) for role, examples in filled.items() if examples}
             sites = {
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
             sites[POOLED] = make(POOLED, pooled)
         policies = {site: Budget(ledger, ("score", "predict")) for site, ledger in self.ledgers.items()}
+        held = {} if self.data.public is None else {"public": self.data.public}
         if chosen.kind == "in-process":
-            return InProcess(self.method, sites, memory, policies, self.seed)
+            return InProcess(self.method, sites, memory, policies, self.seed, held)
         workers = chosen.workers or min(
             len(sites), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
-        return Workers(self.method, sites, memory, policies, self.seed, workers)
+        return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
     def _ledgers(self) -> dict[str, Ledger]:
         """What each training site may spend in this arm."""

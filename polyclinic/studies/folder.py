@@ -116,10 +116,11 @@ class Folder:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:
-    """A plain safetensors file that any tool reads."""
+    """A plain safetensors file that any tool reads. Names may share a tensor; each is then written whole."""
     from safetensors.torch import save
 
-    states.write_bytes(path, save({name: t.contiguous() for name, t in tensors.items()}, dict(meta or {})))
+    apart = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    states.write_bytes(path, save(apart, dict(meta or {})))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

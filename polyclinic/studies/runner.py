@@ -12,6 +12,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary, federate
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
+from polyclinic.methods.table import Entry
 from polyclinic.studies.arm import POOLED, Arm, Event
 from polyclinic.studies.folder import Folder, environment
 from polyclinic.studies.spec import MethodSpec, Study
@@ -57,7 +58,8 @@ def _check(study: Study, data: Federated) -> None:
     """
     kind, found = study.task.kind, data.info.task
     if kind != found:
-        raise DataError(f'{data.info.name} is data for {found}: set task.kind = "{found}", not "{kind}"')
+        fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
+        raise DataError(f'{data.info.name} is data for {found}: set {fast}task.kind = "{found}", not "{kind}"')
     if kind == "classification":
         present = [
             any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
@@ -74,21 +76,24 @@ def _lacking(data: Federated) -> list[str]:
     notes = []
     for row in data.rows:
         for role, found in row.roles.items():
-            if found.classes and sum(count > 0 for count in found.classes) < 2 and data.info.task == "classification":
+            present = sum(count > 0 for count in found.classes)
+            if not found.examples:
+                notes.append(f"{row.name} has no labels to learn from: methods that need some do not train there.")
+            elif found.classes and present < 2 and data.info.task == "classification":
                 notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
     return notes
 
 
 def _plan(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
-    regression = study.task.kind == "regression"
-    outputs = int(data.sites[data.training[0]]["train"].targets.shape[1]) if regression else len(data.info.classes)
+    continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
+    outputs = int(data.sites[data.training[0]]["train"].targets.shape[1]) if continuous else len(data.info.classes)
     return Plan(
         kind=study.task.kind,
         network=study.task.network,
         inputs=data.shape,
         outputs=outputs,
         method=method.name,
-        sites=(POOLED,) if registry.entry(method.name).pooled else data.training,
+        sites=_trainers(registry.entry(method.name), data),
         rounds=study.rounds,
         seed=seed,
         task=study.task.settings,
@@ -97,6 +102,13 @@ def _plan(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
         options=method.options,
         send=method.send,
     )
+
+
+def _trainers(entry: Entry, data: Federated) -> tuple[str, ...]:
+    """Who trains: all training sites, or those with labels, where the method can use no others."""
+    if entry.pooled:
+        return (POOLED,)
+    return tuple(site for site in data.training if entry.unlabelled or len(data.sites[site].get("train", ())))
 
 
 def _described(data: Federated) -> tuple[str, ...]:
@@ -117,6 +129,8 @@ def _patients_apart(data: Federated) -> bool:
     named = False
     for site, roles in data.sites.items():
         for role, examples in roles.items():
+            if role == "public":  # nobody's patients
+                continue
             named = named or examples.patients != examples.ids
             for patient in set(examples.patients):
                 if seen.setdefault(patient, (site, role)) != (site, role):

@@ -29,7 +29,7 @@ class _Spec(BaseModel):
 class TaskSpec(_Spec):
     """What is learned. ``network`` is one of ``polyclinic networks``; ``options`` are its own."""
 
-    kind: Literal["classification", "multilabel", "segmentation", "regression"] = "classification"
+    kind: Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"] = "classification"
     network: str = "cnn"
     options: dict[str, Any] = {}
     class_weights: tuple[Positive, ...] | None = None
@@ -39,6 +39,7 @@ class TaskSpec(_Spec):
     spacing_mm: tuple[Positive, ...] | None = None
     tolerance_mm: Positive | None = None
     window: tuple[int, ...] | None = None
+    residual: bool | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -52,6 +53,7 @@ class TaskSpec(_Spec):
             "multilabel": set[str](),
             "segmentation": {"spacing_mm", "tolerance_mm", "window"},
             "regression": {"centre", "spread"},
+            "reconstruction": {"residual"},
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
             raise ValueError(f"{sorted(wrong)[0]} is not for {self.kind}")
@@ -125,7 +127,10 @@ class EvaluationSpec(_Spec):
     ``metric`` decides which round's model is tested, by its mean over sites (``select = "best"``); or the last is.
     """
 
-    metric: Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2"] | None = None
+    metric: (
+        Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"]
+        | None
+    ) = None
     every: Annotated[int, Field(ge=1)] = 1
     select: Literal["best", "last"] = "best"
 
@@ -159,13 +164,13 @@ class Study(_Spec):
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
-        usual = {"classification": "auc", "multilabel": "auc", "segmentation": "dice", "regression": "mae"}
-        return self.evaluation.metric or usual[self.task.kind]
+        usual = {"segmentation": "dice", "regression": "mae", "reconstruction": "psnr"}
+        return self.evaluation.metric or usual.get(self.task.kind, "auc")
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric not in ("loss", "mae", "rmse")
+        return self.metric not in ("loss", "mae", "rmse", "nmse")
 
     @property
     def hash(self) -> str:

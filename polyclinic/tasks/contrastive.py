@@ -123,7 +123,8 @@ def partitions(parts: tuple[Any, ...], count: int) -> Tensor:
     """In which of ``count`` parts of its volume each slice of the data sets in ``parts`` lies; -1 where not known."""
     found = [torch.zeros(0, dtype=torch.long)]
     for data in parts:
-        height = torch.as_tensor(getattr(data, "positions", torch.full((len(data),), torch.nan)))
+        said = getattr(data, "positions", None)
+        height = torch.full((len(data),), torch.nan) if said is None else torch.as_tensor(said)
         known = (height * count).long().clamp(0, count - 1)
         found.append(torch.where(height.isfinite(), known, -1))
     return torch.cat(found)

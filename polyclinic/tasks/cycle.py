@@ -30,7 +30,8 @@ def clip(data: Any, frames: int, rng: torch.Generator, other_than: int | None = 
     ``data.videos`` says to which video each example belongs, a number for each; examples are in the order of time.
     A data set without it is one video.
     """
-    of = torch.as_tensor(getattr(data, "videos", torch.zeros(len(data), dtype=torch.long)))
+    said = getattr(data, "videos", None)
+    of = torch.zeros(len(data), dtype=torch.long) if said is None else torch.as_tensor(said)
     names = [name for name in of.unique().tolist() if name != other_than] or of.unique().tolist()
     name = names[int(torch.randint(len(names), (), generator=rng))]
     mine = (of == name).nonzero()[:, 0]

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class AttentionMIL(nn.Module):
-    """A bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, and is never attended to."""
+    """A bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, and is never attended to.
+
+    A bag may have one channel before its instances, as an image has: [b, 1, instances, features].
+    """
 
     def __init__(self, features: int, outputs: int, width: int = 64, attention: int = 32, dropout: float = 0.0) -> None:
         super().__init__()
@@ -22,10 +25,12 @@ class AttentionMIL(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """What each instance counts: [b, instances], summing to 1 for each bag."""
+        x = x if x.ndim == 3 else x[:, 0]
         return self._attend(x, self.encoder(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """The prediction from the attended mean of instances."""
+        x = x if x.ndim == 3 else x[:, 0]
         h = self.encoder(x)
         return cast(Tensor, self.head((self._attend(x, h)[..., None] * h).sum(1)))  # z = Σ a_k h_k
 
@@ -40,7 +45,7 @@ class AttentionMIL(nn.Module):
 def attention_mil(
     inputs: tuple[int, ...], outputs: int, width: int = 64, attention: int = 32, dropout: float = 0.0
 ) -> nn.Module:
-    """For bags of the shape ``inputs``, (instances, features)."""
-    if len(inputs) != 2:
+    """For bags of the shape ``inputs``, (instances, features) or (1, instances, features)."""
+    if len(inputs) not in (2, 3) or inputs[:-2] not in ((), (1,)):
         raise ValueError(f"attention-mil needs bags of (instances, features), not inputs of shape {inputs}")
-    return AttentionMIL(inputs[1], outputs, width, attention, dropout)
+    return AttentionMIL(inputs[-1], outputs, width, attention, dropout)

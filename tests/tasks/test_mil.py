@@ -59,4 +59,4 @@ def test_it_finds_the_instance_that_matters():
 
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="bags of \\(instances, features\\)"):
-        attention_mil((1, 8, 8), 2)
+        attention_mil((2, 8, 8), 2)

@@ -1,0 +1,132 @@
+"""Every method runs from a study file by its name: in process, over workers, and after being stopped, to the bit."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyclinic.methods.table import METHODS
+from polyclinic.studies.runner import run
+from polyclinic.studies.spec import parse
+from tests.studies.test_runner import facts, same
+
+# What a method is run with where its defaults would take long on a few tiny images, and what it cannot do without.
+OPTIONS: Mapping[str, str] = {
+    "vafl": "epochs = 1", "stain-norm": "epochs = 1\nexchanges = 1", "fedreplay": "epochs = 1\nexamples = 8",
+    "fedad": "distil_epochs = 1", "feddf": "distil_epochs = 1", "fcl": "queue = 16\nexchange = 4",
+    "fedmoco": "queue = 16", "krum": "corrupt = 0.0", "multi-krum": "corrupt = 0.0", "bulyan": "corrupt = 0.0",
+    "fl-mrcm": 'target = "e"', "fednorm": 'modalities = ["mr", "ct", "mr"]',
+}  # fmt: skip
+IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
+UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
+# By kind of data: the [data] table, the [task] table, and the methods that are run on it.
+KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
+    "images": (
+        IMAGES + 'external = ["d"]\npublic = ["p"]\nunlabelled = 0.25\nannotations = { c = "none" }',
+        'network = "cnn"\noptions = { width = 4, depth = 2, dropout = 0.2 }',
+        [n for n, e in METHODS.items() if not e.tasks or "classification" in e.tasks],
+    ),
+    "masks": (
+        IMAGES + 'public = ["p"]\nposition = "height"\nannotations = { a = "full", b = "boxes", c = "labels", d = "none", e = "full" }',
+        'kind = "segmentation"\n' + UNET,
+        ["fedavg", "fedmix", "fedsemi", "fcl", "feddf", "feddg", "fedsm", "iop-fl"],
+    ),
+    "masks of all": (IMAGES, 'kind = "segmentation"\n' + UNET, ["lc-fed", "ditto", "fedbn"]),
+    "fast scans": (
+        IMAGES + 'accelerate = 4.0\ncentre = 0.2\nexternal = ["d"]',
+        'kind = "reconstruction"\n' + UNET,
+        ["mix", "fedavg", "fedmri", "fl-mrcm", "silobn"],
+    ),
+    "bags": (IMAGES, 'network = "attention-mil"\noptions = { width = 8, attention = 4 }', ["histofl", "fedprox"]),
+    "videos": (
+        IMAGES + 'patient = "video"\nvideo = "video"\nunlabelled = 0.5',
+        'network = "cnn"\noptions = { width = 4, depth = 2 }',
+        ["fedcy", "fedavg"],
+    ),
+    "labels": (
+        IMAGES + 'public = ["p"]', 'kind = "multilabel"\noptions = { width = 4, depth = 2 }',
+        ["site-graph", "fedmd", "split", "u-split", "fedni"],
+    ),
+}  # fmt: skip
+SLOW = [name for name in KINDS if name == "images"]
+
+
+def npz(folder: Path, kind: str) -> Path:
+    """Six sites with a few noisy images each, brighter where there is something to find."""
+    dice, side, sites = np.random.default_rng(0), 8 if kind in ("images", "labels", "videos") else 16, "abcdep"
+    n = (24 if side == 8 else 12) * len(sites)
+    classes = dice.integers(0, 2, n)
+    grid = np.indices((side, side)) - side / 2 + 0.5
+    masks = ((grid**2).sum(0) < (side / 4) ** 2) * classes[:, None, None]
+    images = (dice.normal(100, 30, (n, side, side)) + 60 * masks).clip(0, 255).astype(np.uint8)
+    arrays: dict[str, Any] = {"images": images, "site": np.array(list(sites))[np.arange(n) % len(sites)]}
+    if kind.startswith("masks"):
+        arrays |= {"masks": masks.astype(np.uint8), "height": np.arange(n) / n}
+    elif kind == "labels":
+        arrays["labels"] = np.stack([classes, 1 - classes, classes], 1).astype(np.float32)
+    else:
+        arrays["labels"] = classes
+    if kind == "bags":
+        arrays["images"] = images.astype(np.float32) / 255
+    if kind == "videos":  # six frames each
+        arrays["video"] = np.array([f"{i % len(sites)}-{i // (6 * len(sites))}" for i in range(n)])
+    path = folder / "small.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def text(folder: Path, kind: str, names: Sequence[str], engine: str = "in-process") -> str:
+    data, task, _ = KINDS[kind]
+    methods = "\n".join(f'[[methods]]\nname = "{name}"\n{OPTIONS.get(name, "")}\n' for name in names)
+    return (
+        f'name = "every-method"\nrounds = 2\n[data]\npath = "{npz(folder, kind)}"\n{data}\n[task]\n{task}\n'
+        f'[training]\nbatch_size = 6\nlr = 0.01\n[engine]\nkind = "{engine}"\nworkers = 2\n{methods}'
+    )
+
+
+def whole(study: str, path: Path) -> list[dict[str, Any]]:
+    """Runs a study to its end. Nobody may be lost on the way."""
+    list(run(parse(study), study, path))
+    found = facts(path)
+    lost = [(f["method"], f["lost"]) for f in found if f["kind"] == "round" and f["lost"]]
+    assert not lost, "\n".join(map(str, lost))
+    return found
+
+
+def test_every_method_is_run_here() -> None:
+    assert {name for _, _, names in KINDS.values() for name in names} == METHODS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_name(kind: str, tmp_path: Path) -> None:
+    """In process, from beginning to end; every site but the public one is tested."""
+    names = KINDS[kind][2]
+    found = whole(text(tmp_path, kind, names), tmp_path / "run")
+    for name in names:
+        tested = {f["site"] for f in found if f["kind"] == "test" and f["method"] == name}
+        assert {"a", "b", "c", "d", "e"} <= tested, name
+        assert "p" not in tested or "public" not in KINDS[kind][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_over_workers_and_after_a_stop_in_every_arm(kind: str, tmp_path: Path) -> None:
+    """Each arm is left after its first round and taken up again by the other engine."""
+    names = KINDS[kind][2]
+    whole(text(tmp_path, kind, names), tmp_path / "whole")
+    study = text(tmp_path, kind, names, "workers")
+    resume, seen, stopped = False, "", set[str]()
+    while seen != "end":
+        events = run(parse(study), study, tmp_path / "parts", resume)
+        for event in events:
+            seen = "end"
+            if event.what == "round" and event.label not in stopped:
+                stopped.add(event.label)
+                seen = "stopped"
+                break
+        events.close()
+        resume = True
+    assert stopped == set(names)
+    assert same(tmp_path / "whole", tmp_path / "parts")

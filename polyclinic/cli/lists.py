@@ -28,10 +28,7 @@ def methods(*, json_: bool = False) -> None:
     for family, entries in FAMILIES.items():
         if entries:
             console.print(f"\n[bold]{family}[/bold]")
-            for e in entries:
-                console.print(
-                    f"  [cyan]{e.name:<18}[/cyan] {e.summary} [dim]{e.paper}[/dim]", highlight=False, soft_wrap=True
-                )
+            _columns([(e.name, e.summary, e.paper) for e in entries])
     console.print("\n[dim]polyclinic methods show NAME explains one.[/dim]")
 
 
@@ -92,6 +89,25 @@ def _table(rows: dict[str, tuple[str, dict[str, Any]]], as_json: bool) -> None:
     if as_json:
         print(json.dumps({name: {"summary": s, "options": o} for name, (s, o) in rows.items()}, indent=1, default=str))
         return
-    for name, (summary, options) in rows.items():
-        given = ", ".join(f"{key} = {value}" for key, value in options.items())
-        console.print(f"  [cyan]{name:<18}[/cyan] {summary} [dim]{given}[/dim]", highlight=False, soft_wrap=True)
+    given = {name: ", ".join(f"{k} = {v}" for k, v in options.items()) for name, (_, options) in rows.items()}
+    _columns([(name, summary, given[name]) for name, (summary, _) in rows.items()])
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> None:
+    """Prints (name, what it is, what else) in columns: wrapped to a terminal's width, else one line each."""
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    if not console.is_terminal:
+        wide = max((len(summary) for _, summary, _ in rows), default=0)
+        for name, summary, more in rows:
+            print(f"  {name:<18}  {summary:<{wide}}  {more}".rstrip())
+        return
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(width=18, no_wrap=True, style="cyan")
+    table.add_column(ratio=3, min_width=30)
+    table.add_column(ratio=2, style="dim")
+    for name, summary, more in rows:
+        table.add_row(Text(name), Text(summary), Text(more))
+    console.print(Padding(table, (0, 0, 0, 2)), highlight=False)

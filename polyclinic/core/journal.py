@@ -5,6 +5,7 @@ breaking the chain from there on. A torn last line, as a crash leaves it, is tol
 off on reopening.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -37,16 +38,26 @@ class Journal:
             _cut_torn_line(path)
             for entry in verify(path):
                 self.head, self._seq = entry["hash"], entry["seq"] + 1
-        self._file = open(path, "ab")  # noqa: SIM115
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: str, details: Mapping[str, Any] | None = None) -> str:
-        """Appends an entry, forces it to the disk, and returns the new head."""
+        """Appends an entry, forces it to the disk, and returns the new head.
+
+        Raises:
+            OSError: Where there is no room. Then the journal is as it was.
+        """
         entry = {"seq": self._seq, "event": event, **(details or {}), "previous": self.head}
-        self.head = entry["hash"] = _hash(entry)
-        self._seq += 1
-        self._file.write(json.dumps(entry, separators=(",", ":"), ensure_ascii=True).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        entry["hash"] = _hash(entry)
+        line = json.dumps(entry, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
+        self.head, self._seq = entry["hash"], self._seq + 1
         return self.head
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, read_description
 from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.exchange import Carrier, Count, Ended
-from polyclinic.engines.flare.federation import FlareFederation
+from polyclinic.engines.flare.federation import FlareFederation, discount_of
 from polyclinic.engines.flare.greeting import Greeting, greet
 from polyclinic.engines.flare.homes import private_folder, write_private
 from polyclinic.engines.flare.journals import SharedJournal
@@ -92,12 +93,16 @@ class Conductor:
                 outcome = FINISHED
             except (Ended, TooFewReplies, Pause) as error:
                 outcome, why = FAILED if _all_refuse(error) else INTERRUPTED, str(error)
+            except OSError as error:  # such as a full disk: there may be room again
+                outcome, why = INTERRUPTED, f"{type(error).__name__}: {error}"
+                raise
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
                 raise
             finally:
-                self.journal.write(outcome, {"why": why} if why else {})
-                self._say(outcome, why)
+                with suppress(OSError):
+                    self.journal.write(outcome, {"why": why} if why else {})
+                    self._say(outcome, why)
                 self.journal.close()
         return outcome
 
@@ -158,8 +163,9 @@ class Conductor:
         if order.mode == "buffered":
             left = self.plan.rounds - self._at.round
             return train_async(
-                self.method, federation, self._at.state, updates=left, buffer=order.buffer, passes=order.passes
-            )
+                self.method, federation, self._at.state, updates=left, buffer=order.buffer, passes=order.passes,
+                discount=discount_of(self.method),
+            )  # fmt: skip
         trainers = [site for site in sites if site in self.plan.sites]
         size = min(order.cohort or len(trainers), len(trainers))
         cohort = partial(_drawn, trainers, size, self.plan.seed)

@@ -219,9 +219,12 @@ def check(home: ServerHome) -> None:
         BadHome: Where it runs already, or its settings are not right.
     """
     require()
-    settings(home)
+    port = settings(home)["port"]
     if is_up(home):
         raise BadHome(f"the server in {home.path} runs already (process {status(home)['pid']})")
+    if not processes.working_in(home.kit) and processes.taken(port):  # what a crash left there is ended by the start
+        raise BadHome(f"another program on this machine listens on port {port}: end it, or is it another copy of this "
+                      "server?")  # fmt: skip
 
 
 def start(home: ServerHome) -> int:

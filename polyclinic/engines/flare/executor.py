@@ -4,6 +4,7 @@ One of the two classes of ours that FLARE may build. It never raises, for a job 
 with it; and it imports no PyTorch.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,23 @@ class SiteExecutor(Executor):  # type: ignore[misc]
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Opens the desk when the run starts and closes it when it ends."""
         if event_type == EventType.START_RUN:
-            home = SiteHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
-            try:
-                self.desk = Desk(home, Order.from_json(self.text), lambda: self.stopped)
-            except (BadOrder, BadHome, OSError) as error:
-                self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
+            self._open(fl_ctx)
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.stopped = True
             if self.desk:
                 self.desk.close()
 
+    def _open(self, fl_ctx: Any) -> None:
+        home = SiteHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
+        try:
+            self.desk = Desk(home, Order.from_json(self.text), lambda: self.stopped)
+        except (BadOrder, BadHome, OSError) as error:
+            self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
+
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
         """One call and its answer."""
+        if self.desk is None:
+            self._open(fl_ctx)  # the disk may have been full when the run started
         desk = self.desk
         if desk is None:
             return Shareable({"answer": None, "reason": "failed: its desk cannot be opened; the site's log says more"})
@@ -63,5 +69,6 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             known = isinstance(error, BadMessage | OSError)
             reason = printable(str(error)) if known else f"{type(error).__name__}; the site's log says more"
             self.log_exception(fl_ctx, "a message was refused")
-            desk.journal.write("message refused", {"reason": reason})
+            with suppress(OSError):  # the disk may be full; then nothing leaves, and the server's journal names us
+                desk.journal.write("message refused", {"reason": reason})
             return Shareable({"answer": None, "reason": f"refused: {reason}"})

@@ -4,13 +4,14 @@ FLARE carries between hospitals (``controller``), and the tests carry within a p
 and the results see is the same.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
-from polyclinic.core.train import Arrival
+from polyclinic.core.train import Arrival, undiscounted
 from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.exchange import Carrier, Count, Exchange
 from polyclinic.engines.flare.journals import SharedJournal
@@ -72,7 +73,11 @@ class FlareFederation:
             self._exchange.post(ask, to, self._kind, ask.round, ask.job)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers as they arrive. A site that is away, or late, is lost, and what it sends later is dropped."""
+        """Yields answers as they arrive. A site that is away, or late, is lost, and what it sends later is dropped.
+
+        Without a ``deadline`` the order's holds, for scores and in buffered mode too, so that nobody waits for ever.
+        """
+        deadline = self._exchange.order.deadline if deadline is None else deadline
         if self._secure is not None:
             yield from secure_sum(self._exchange, *self._secure, deadline)
             return
@@ -86,3 +91,12 @@ class FlareFederation:
                     lost = self._exchange.lost(call, f"its reply was refused: {printable(str(error))}").lost
                 path.unlink(missing_ok=True)  # its pages live as long as somebody holds the reply
             yield Arrival(call.site, call.round, reply, lost, seconds)
+
+
+def discount_of(method: Any) -> Callable[[int], float]:
+    """What an old answer counts by its age, as ``method`` says, or the method that it wraps; in full where none does."""
+    while method is not None:
+        if callable(found := getattr(method, "discount", None)):
+            return found  # type: ignore[no-any-return]
+        method = getattr(method, "inner", None)
+    return undiscounted

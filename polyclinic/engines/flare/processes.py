@@ -1,7 +1,9 @@
 """Starting FLARE's processes, finding what they left behind, and ending it: only what works in one of our folders."""
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +53,17 @@ def working_in(folder: Path) -> list[int]:
         if ours and any(word == here or word.startswith(f"{here}/") for word in words):
             found.append(int(entry.name))
     return sorted(found)
+
+
+def taken(port: int) -> bool:
+    """Whether somebody on this machine listens on ``port``. FLARE would share it with them, and with them its sites."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def end(folder: Path, patience: float = 5.0) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,7 +51,10 @@ class Supervisor:
         self.journal.write("server started", {"pid": os.getpid()})
         try:
             while not self.stop:
-                self.tick()
+                try:
+                    self.tick()
+                except OSError as error:  # such as a full disk: what could not be written is tried again
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 time.sleep(pause)
         finally:
             self.console.close()
@@ -214,6 +218,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     main(sys.argv[1])

@@ -1,0 +1,104 @@
+"""Two hundred rounds at five sites while something breaks every few rounds: the bits, the journals, the memory.
+
+All five sites must answer every round, so whatever breaks costs time and no bit. POLYCLINIC_SOAK_ROUNDS makes it shorter
+or longer; what breaks, and when, follows from the number of rounds alone.
+"""
+
+import os
+import random
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from polyclinic.core.journal import verify
+from polyclinic.engines.flare import coordinator
+from polyclinic.engines.flare.runs import OVER, Queue
+from polyclinic.testing import equal
+from tests.conftest import little_sites
+from tests.deploy.real import KINDS, Hospitals, reference, study, until
+
+pytestmark = [pytest.mark.deploy, pytest.mark.slow]
+ROUNDS = int(os.environ.get("POLYCLINIC_SOAK_ROUNDS", "200"))
+EVERY = 12
+FAULTS = ("training", "training", "site job", "site parent", "whole site", "server job", "whole server")
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> Iterator[Hospitals]:
+    made = Hospitals(tmp_path / "five", count=5)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def break_something(house: Hospitals, what: str, site: str) -> None:
+    with suppress(AssertionError):  # it may be gone already, which is as good
+        match what:
+            case "whole site":
+                for kind in ("site keeper", "site parent", "site job", "training"):
+                    house.kill(kind, site)
+                house.start_site(site)
+            case "whole server":
+                for kind in ("supervisor", "server parent", "server job"):
+                    house.kill(kind)
+                house.command("server", "start", "--background", home=house.server.path)
+            case "server job":
+                house.kill(what)
+            case _:
+                house.kill(what, site)
+
+
+def megabytes(pid: int) -> float:
+    """Memory of a process that is its own, not shared with files."""
+    with suppress(OSError):
+        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) / 1024 if found else 0.0
+    return 0.0
+
+
+def test_many_rounds_while_things_break(five: Hospitals) -> None:
+    dice, run, queue = random.Random(ROUNDS), "soak", Queue(five.server)
+    an = five.order(study(run, rounds=ROUNDS, sites=tuple(five.homes), min_replies=5, score_every=10))
+    broken: list[tuple[int, str, str]] = []
+    used: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
+    following = EVERY // 2
+    end = time.monotonic() + 60 * ROUNDS
+    while (entry := queue.get(run)) is not None and entry.state not in OVER:
+        assert time.monotonic() < end, five.tell(run)
+        done = queue.progress(run).get("round", 0)
+        for kind in KINDS:
+            for house in five.homes if kind.startswith(("site", "training")) else ("",):
+                for pid in five.pids(kind, house):
+                    used[kind, pid].append((done, megabytes(pid)))
+        if done >= following and queue.progress(run).get("phase") == "running":
+            what, site = dice.choice(FAULTS), dice.choice(sorted(five.homes))
+            broken.append((done, what, site))
+            break_something(five, what, site)
+            following = done + EVERY
+        time.sleep(1.0)
+    five.finished(run)
+    print(f"{ROUNDS} rounds, {len(broken)} faults, {five.attempts(run)} attempts: {broken}")
+    state, memory = reference(an, little_sites(count=5))
+    assert equal(state, five.state(run))
+    for site, kept in memory.items():
+        assert equal(kept, five.memory(run, site)), site
+    five.journals_hold()
+    assert len(broken) >= ROUNDS // EVERY - 1
+    checkpoints = [e["round"] for e in verify(five.server.run(run) / "journal.jsonl") if e["event"] == "checkpoint"]
+    assert sorted(set(checkpoints)) == list(range(1, ROUNDS + 1))
+    for (kind, pid), seen in used.items():
+        first, last = seen[0][0], seen[-1][0]
+        if last - first < 20:
+            continue  # it did not live long enough to tell
+        early = max(mb for at, mb in seen if at <= first + (last - first) / 2)
+        late = max(mb for at, mb in seen if at > first + (last - first) / 2)
+        print(f"{kind:14} {pid:8} rounds {first} to {last}: {early:.0f} MB, then {late:.0f} MB")
+        assert late <= 1.1 * early + 20, f"{kind} {pid} grew from {early:.0f} to {late:.0f} MB"
+    until(lambda: coordinator.is_up(five.server), "the server to be there")

@@ -24,6 +24,7 @@ from polyclinic.core.journal import verify
 from polyclinic.core.site import Site
 from polyclinic.core.train import train, train_async
 from polyclinic.engines.flare import coordinator, member, processes
+from polyclinic.engines.flare.federation import discount_of
 from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome
 from polyclinic.engines.flare.memory import Memory
 from polyclinic.engines.flare.order import Order
@@ -267,7 +268,8 @@ def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dic
     there = {n: Site(n, s.data, "cpu", plan.seed, fixed(n)) for n, s in (sites or little_sites()).items() if n in plan.sites}
     engine, state = InProcess(method, there, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
-        steps = train_async(method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes)
+        steps = train_async(method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes,
+                            discount=discount_of(method))  # fmt: skip
     else:
         size = an.cohort or len(there)
         steps = train(method, engine, state, rounds=plan.rounds, min_replies=an.min_replies,

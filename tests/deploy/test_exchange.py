@@ -15,6 +15,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.train import train, train_async
 from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.federation import discount_of
 from polyclinic.engines.flare.messages import VERSION, Answer, Call
 from polyclinic.engines.flare.reviews import REFUSED, Reviews
 from polyclinic.engines.in_process import InProcess
@@ -38,7 +39,8 @@ def reference(an, sites=None):
     all_sites = {n: Site(n, s.data, "cpu", plan.seed) for n, s in (sites or little_sites()).items()}
     engine, state = InProcess(method, all_sites, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
-        steps = train_async(method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes)
+        steps = train_async(method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes,
+                            discount=discount_of(method))  # fmt: skip
     else:
         steps = train(method, engine, state, rounds=plan.rounds, min_replies=an.min_replies)
     for step in steps:

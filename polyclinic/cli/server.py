@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from polyclinic.engines.flare import coordinator, study_runs
-from polyclinic.engines.flare.homes import BadHome, ServerHome, read_json, read_small
-from polyclinic.engines.flare.order import BadOrder, Order
-from polyclinic.engines.flare.runs import FINISHED, OVER, Queue
+from polyclinic.cli.ordering import export_study, line_of, queue_order, queue_study, table_of, wait_for
+from polyclinic.engines.flare import authority, coordinator, study_runs
+from polyclinic.engines.flare.homes import BadHome, ServerHome, read_small
+from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.runs import Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
 Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -39,6 +39,14 @@ def init(
     print(f"ca       {fingerprint}")
     print("         Read this to every site on the telephone: it is how they know that a join file is yours.")
     print("next     polyclinic server start; then, for each site's request: polyclinic server admit FILE")
+
+
+@app.command
+def fingerprint(*, home: Home = HERE) -> None:
+    """Print the fingerprint of this project's authority, which sites compare on the telephone."""
+    server = ServerHome(home.resolve())
+    coordinator.settings(server)
+    print(authority.fingerprint(authority.load_certificate(read_small(server.authority / "ca.crt"))))
 
 
 @app.command
@@ -142,7 +150,7 @@ def status(*, home: Home = HERE) -> None:
         told = {study_runs.SURVEY: "asks the sites what their data are", study_runs.QUEUED: "runs"}
         print(f"study    {title:24} {told.get(study['state'], 'stopped')}{why}, {len(study['runs'])} runs")
     for run, entry in queue.all().items():
-        print(_line(queue, run, entry))
+        print(line_of(queue, run, entry))
 
 
 @app.command
@@ -166,15 +174,25 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
     admitted = [site for site, entry in coordinator.sites(server).items() if not entry["revoked"]]
     if strange := [site for site in sites if site not in admitted]:
         raise BadHome(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
-    table = _table(file)
+    table = table_of(file)
     if "plan" in table:
-        queued = [_queue_order(server, file, table, name, sites or tuple(admitted))]
+        queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
     else:
-        queued = _queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
+        queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
     if not coordinator.is_up(server):
         print("next     polyclinic server start")
     elif wait:
-        _wait(server, queued, "" if "plan" in table else name or table["name"])
+        wait_for(server, queued, "" if "plan" in table else name or table["name"])
+
+
+@app.command
+def wait(name: str, *, home: Home = HERE) -> None:
+    """Stay until NAME, a study or a run, is over, and tell how it goes."""
+    server = ServerHome(home.resolve())
+    study = study_runs.all_of(server).get(name)
+    if study is None and Queue(server).get(name) is None:
+        raise BadHome(f"there is no study and no run called {name!r}: `polyclinic server status` lists them")
+    wait_for(server, [] if study else [name], name if study else "")
 
 
 @app.command
@@ -189,7 +207,7 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
     coordinator.order(server, an)
     print(f"queued   {an.run} over {', '.join(who)}")
     if wait and coordinator.is_up(server):
-        _wait(server, [an.run])
+        wait_for(server, [an.run])
 
 
 @app.command
@@ -211,7 +229,7 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
     server = ServerHome(home.resolve())
     study = study_runs.all_of(server).get(name)
     if study is not None:
-        _export_study(server, name, study, out)
+        export_study(server, name, study, out)
         return
     folder = server.run(name)
     if not (folder / "model.safetensors").exists():
@@ -224,100 +242,3 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
     if entry:
         (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
     print(f"exported {name} to {out}")
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """What stands in the file that is to be run."""
-    import tomllib
-
-    try:
-        table: Any = read_json(path) if path.suffix == ".json" else tomllib.loads(read_small(path))
-    except FileNotFoundError:
-        raise BadOrder(f"{path} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BadOrder(f"{path}: {error}") from None
-    if not isinstance(table, dict):
-        raise BadOrder(f"{path} is neither a study nor an order")
-    return table
-
-
-def _queue_order(server: ServerHome, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
-    table["plan"] = {"sites": list(sites), **table["plan"]}
-    table["run"] = name or table.get("run") or path.stem
-    try:
-        an = Order.from_json(json.dumps(table))
-    except BadOrder as error:
-        raise BadOrder(f"{path}: {error}") from None
-    coordinator.order(server, an)
-    print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
-    return an.run
-
-
-def _queue_study(
-    server: ServerHome, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
-) -> list[str]:
-    from polyclinic.studies import elsewhere, spec
-
-    if bool(inputs) != (outputs > 0):
-        raise BadOrder("give --inputs and --outputs together, or neither: then the sites are asked")
-    study = spec.read(path)
-    shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
-    arms, notes = elsewhere.arms(study, sites, shape)
-    title, text = name or study.name, path.read_text(encoding="utf-8")
-    queued = study_runs.put(server, text, title, study.hash, arms, elsewhere.how(study), arms[0]["plan"]["sites"])
-    for note in notes:
-        print(f"note     {note}")
-    labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))
-    print(f"queued   {title}: {labels}; {len(arms)} runs of {study.rounds} rounds over {', '.join(sites)}")
-    if not shape:
-        print("first    the sites are asked what an example looks like; a person at each approves the study, once")
-    return queued
-
-
-def _export_study(server: ServerHome, title: str, study: Mapping[str, Any], out: Path) -> None:
-    from polyclinic.studies import elsewhere, spec
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadHome(f"{out} is there already, and not empty: choose a new folder")
-    path, queue = server.path / "studies" / title / "study.toml", Queue(server)
-    entries = {run: queue.get(run) for run in study["runs"]}
-    arms = {
-        run: {**arm, "plan": e.what.plan if (e := entries[run]) else arm["plan"]} for run, arm in study["runs"].items()
-    }
-    done = {run: server.run(run) for run, e in entries.items() if e and e.state == FINISHED}
-    if not done:
-        raise BadHome(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
-    said = study_runs.survey_of(server, title)
-    missing = elsewhere.collect(spec.read(path), path.read_text(encoding="utf-8"), title, arms, said, done, out)
-    if missing:
-        print(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
-    print(f"exported {title} to {out}")
-    print(f"next     polyclinic report {out}")
-
-
-def _line(queue: Queue, run: str, entry: Any) -> str:
-    said = queue.progress(run)
-    how = f"round {said['round']} of {said['rounds']}" if said else "not begun"
-    why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in said.get("waiting", {}).items())
-    return f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
-
-
-def _wait(server: ServerHome, queued: Sequence[str], title: str = "") -> None:
-    """Tells how runs go until they are over; those of a study, until all of it is."""
-    queue, before, runs = Queue(server), dict[str, str](), list(queued)
-    while True:
-        study = study_runs.all_of(server).get(title) if title else None
-        if study:
-            runs = [*([study["survey"]] if study["survey"] else []), *study["runs"]]
-            if study["state"] == study_runs.STOPPED:
-                raise BadHome(f"{title} stopped: {study['why']}")
-        entries = {run: entry for run in runs if (entry := queue.get(run))}
-        for run, entry in entries.items():
-            if (line := _line(queue, run, entry)) != before.get(run):
-                print(line, flush=True)
-                before[run] = line
-        if len(entries) == len(runs) and all(entry.state in OVER for entry in entries.values()):
-            if bad := [f"{run} {e.state}: {e.why}" for run, e in entries.items() if e.state != FINISHED]:
-                raise BadHome("\n".join(bad))
-            return
-        time.sleep(0.5)

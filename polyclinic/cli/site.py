@@ -1,20 +1,20 @@
 """``polyclinic site``: what a hospital does."""
 
 import getpass
-import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from polyclinic.cli.review import methods_of, show
 from polyclinic.engines.flare import doctor, member
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.memory import Memory
-from polyclinic.engines.flare.order import Order, code_hash
-from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Review, Reviews, differences, flat
+from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews
 
 app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
 Home = Annotated[Path, Parameter(help="The site's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -40,8 +40,9 @@ def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = 
 
 @app.command
 def join(
-    file: Path, *, data: Path, fingerprint: str = "", device: str = "cpu", yes: bool = False, home: Home = HERE
-) -> None:
+    file: Path, *, data: Path, fingerprint: str = "", device: str = "cpu", proxy: str = "", yes: bool = False,
+    home: Home = HERE,
+) -> None:  # fmt: skip
     """Join with the FILE that the coordinator gave back.
 
     Parameters
@@ -50,6 +51,7 @@ def join(
     data: The folder with this site's examples; see docs/deployment.md for what it holds.
     fingerprint: The authority's, as the coordinator read it to you; else you are asked.
     device: Where to compute, cpu or cuda.
+    proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
     yes: Whether to join without having compared fingerprints.
     """
     site = SiteHome(home.resolve())
@@ -68,7 +70,7 @@ def join(
             )
         if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
             raise BadHome("not joined")
-    member.join(site, table, data, device)
+    member.join(site, table, data, device, proxy)
     print(f"joined   as {table['site']}, until {table['expires'][:10]}")
     print("next     polyclinic site policy (read it), polyclinic site doctor, polyclinic site start")
 
@@ -153,18 +155,21 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
 
 
 @app.command
-def review(run: str = "", *, home: Home = HERE) -> None:
+def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
     """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved.
 
     Parameters
     ----------
     run: A run, or a study.
+    wait: Whether to stay until it comes, or until anything waits.
     """
     reviews = Reviews(SiteHome(home.resolve()).reviews)
+    while wait and not (reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING]):
+        time.sleep(0.5)
     if not run:
         waiting = [r for r in reviews.all() if r.state == WAITING]
         for item in waiting:
-            title, what = item.what.study.get("name") or item.what.run, ", ".join(_methods(item.what))
+            title, what = item.what.study.get("name") or item.what.run, ", ".join(methods_of(item.what))
             print(f"{title:24} {what:16} since {item.seen[:16]}  {'; '.join(item.problems)}".rstrip())
         print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
         return
@@ -174,7 +179,7 @@ def review(run: str = "", *, home: Home = HERE) -> None:
     found = next((r for r in reversed(named) if r.state == WAITING), named[-1])
     before = [r for r in reviews.all() if r.state == APPROVED and not found.what.same_study(r.what)]
     before = [r for r in before if r.what.run != found.what.run]
-    _show(found, before[-1] if before else None)
+    show(found, before[-1] if before else None)
 
 
 @app.command
@@ -246,88 +251,6 @@ def _decide(site: SiteHome, name: str, state: str, reason: str) -> None:
             f"{state} by a person", {"run": run, "order": decided.what.hash, "by": decided.by, "reason": reason}
         )
         print(f"{state:8} {run}")
-
-
-def _methods(an: Order) -> list[str]:
-    """What a study runs, or the run its method."""
-    return list(dict.fromkeys(arm["label"] for arm in an.study.get("arms", ()))) or [an.label or an.plan["method"]]
-
-
-def _show(item: Review, before: Review | None) -> None:
-    an = item.what
-    title = f"the study {an.study['name']}" if an.study else an.run
-    print(f"{title}: {item.state}{f' by {item.by}: {item.reason}' if item.by else ''}")
-    arms = _arms(an)
-    shared = {key: value for key, value in arms[0][2].items() if all(arm[2].get(key) == value for arm in arms)}
-    apart = ("sites", "rounds", "seed")
-    print("\nWhat would run here, every round")
-    for key, value in flat({k: v for k, v in shared.items() if k not in apart}):
-        print(f"  {key} = {value}")
-    for label, seeds, plan in arms:
-        own = {k: v for k, v in plan.items() if k not in apart and (k not in shared or k == "method")}
-        print(f"  {label}{f', with the seeds {seeds}' if len(arms) > 1 or an.study else ''}")
-        for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(arms) > 1 else ():
-            print(f"    {key} = {value}")
-    print("\nWhat would leave")
-    if an.mode == "survey":
-        print("  first, once: the shape of an example, and how many patients, examples and classes there are")
-    for label, _, plan in arms:
-        through, leaves = ", ".join(item["name"] for item in plan.get("send", ())), _leaves(plan["method"])
-        if leaves == "nothing":
-            print(f"  {label}: nothing but scores")
-            continue
-        print(f"  {label}: {leaves}, {plan['rounds']} times,")
-        print(f"    through {through or 'no transform: the server sees it as it is'}")
-    every = f"every {an.score_every} rounds" if an.score_every > 1 else "every round"
-    scores = f"scores on validation data {every}" if an.score_every else "no scores"
-    print(f"  {scores}; at the end {_test(an.test)}")
-    others = f"; only scored: {', '.join(an.external)}" if an.external else ""
-    print(f"\nWith whom\n  {', '.join(an.plan['sites'])}{others}")
-    print(f"\nWhose data here\n  {json.dumps(dict(item.patients))} patients")
-    print(f"\nHashes\n  order  {an.hash}\n  method {an.method_hash}\n  code   {item.code}")
-    if an.study:
-        print(f"  study  {an.study['hash']}")
-    if item.code != code_hash():
-        print("  polyclinic was changed here since this study came: it will be offered again")
-    if before:
-        print(f"\nAgainst {before.what.study.get('name') or before.what.run}, "
-              f"approved {before.decided[:10]} by {before.by}")  # fmt: skip
-        print("\n".join(f"  {line}" for line in differences(an, before.what)) or "  nothing differs")
-        print(f"  the code {'is the same' if before.code == item.code else 'has changed'}")
-    if item.notes:
-        print("\nThe policy refuses, of this study\n" + "\n".join(f"  {note}" for note in item.notes))
-    if item.problems:
-        print("\nThe policy refuses it\n" + "\n".join(f"  {problem}" for problem in item.problems))
-    elif item.state == WAITING:
-        name = an.study.get("name") or an.run
-        print(f'\npolyclinic site approve {name} --reason "..."   or   polyclinic site refuse {name} --reason "..."')
-
-
-def _arms(an: Order) -> list[tuple[str, str, dict[str, Any]]]:
-    """The methods that would run: label, seeds, plan."""
-    seeds: dict[str, list[str]] = {}
-    plans: dict[str, dict[str, Any]] = {}
-    for arm in an.study.get("arms", ()):
-        seeds.setdefault(arm["label"], []).append(str(arm["plan"].get("seed", 0)))
-        plans.setdefault(arm["label"], arm["plan"])
-    if not plans:
-        return [(an.label or an.plan["method"], str(an.plan.get("seed", 0)), an.plan)]
-    return [(label, ", ".join(seeds[label]), plan) for label, plan in plans.items()]
-
-
-def _test(job: str) -> str:
-    asks = {
-        "score/test": "scores on test data",
-        "predict/test": "what the model says of each test patient, without names, where the policy allows it "
-        "(allow.never, allow.gather); else scores",
-    }
-    return asks.get(job, "no test")
-
-
-def _leaves(method: str) -> str:
-    from polyclinic.methods.registry import entry
-
-    return entry(method).leaves
 
 
 def _person() -> str:

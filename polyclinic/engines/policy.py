@@ -9,20 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polyclinic.core import tree
 from polyclinic.core.execute import Refused
 from polyclinic.core.method import Ask, Method
-from polyclinic.core.pipeline import Sent, Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
-from polyclinic.transforms import table as transforms
+from polyclinic.engines.required import transform_problems, transforms_of, unknown_transforms
+from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +75,14 @@ class Limits(_Table):
     learning_rate: Amount = 10.0
 
 
+class Privacy(_Table):
+    """What may be spent of each unit's privacy, over all studies with these data, for ever."""
+
+    epsilon: Annotated[float, Field(gt=0, le=1e6)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Literal["record", "patient", "site"] = "patient"
+
+
 class Policy(_Table):
     """The policy file."""
 
@@ -82,6 +90,7 @@ class Policy(_Table):
     allow: Allow = Allow()
     require: Require = Require()
     limits: Limits = Limits()
+    privacy: Privacy | None = None
 
     def problems(self, plan: Plan) -> list[str]:
         """Why this policy would refuse ``plan``, before anything is asked: a sentence each.
@@ -90,7 +99,11 @@ class Policy(_Table):
             ValueError: Where the plan cannot be built.
         """
         method = plan.build_method()
-        return [*_plan_problems(self, plan), *_transform_problems(self.require, _transforms_of(method))]
+        found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
+        if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
+            found.append("what leaves must be hidden in noise that the budget here can pay for (privacy): train with "
+                         "DPSGD, or send through clip and gaussian")  # fmt: skip
+        return found
 
     def survey_problems(self) -> list[str]:
         """Why this policy would refuse to say what the data here are: a sentence each."""
@@ -134,7 +147,7 @@ def parse(data: bytes, where: str = "policy.toml") -> Policy:
     except (ValidationError, RecursionError) as error:
         lines = [_sentence(e) for e in error.errors()] if isinstance(error, ValidationError) else ["nested too deeply"]
         raise BadPolicy("\n".join(f"{where}: {line}" for line in lines)) from None
-    if wrong := list(_unknown_transforms(policy.require)):
+    if wrong := list(unknown_transforms(policy.require.transforms)):
         raise BadPolicy("\n".join(f"{where}: require.transforms: {line}" for line in wrong))
     return policy
 
@@ -213,7 +226,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
         scored and not patients
     ):
         yield f"{patients} patients here, and the policy asks for {limits.min_patients} (limits.min_patients)"
-    hides = any(t.secure for t in _transforms_of(method))
+    hides = any(t.secure for t in transforms_of(method))
     if hides and not scored and not ask.secure:
         yield "the study promises a secure sum, and the server asks for the reply itself"
     if policy.require.secure and not scored and not ask.secure:
@@ -269,57 +282,6 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
     if sent + reply.nbytes > most:
         yield (f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows "
                f"{most / 1e6:g} (limits.megabytes_per_round)")  # fmt: skip
-
-
-def _transforms_of(method: Any) -> tuple[Transform, ...]:
-    """The transforms that replies pass, from the outermost method inwards."""
-    found: tuple[Transform, ...] = ()
-    while method is not None:
-        if isinstance(method, Sent):
-            found = (*method.transforms, *found)
-        method = getattr(method, "inner", None)
-    return found
-
-
-def _transform_problems(require: Require, present: tuple[Transform, ...]) -> Iterator[str]:
-    for wanted in require.transforms:
-        made = transforms.maker(transforms.entry(str(wanted["name"])))
-        having = [t for t in present if isinstance(t, made)]
-        if not having:
-            yield f"what leaves must pass {wanted['name']!r} (require.transforms)"
-        for key, bound in wanted.items():
-            field, least = _bound(key)
-            if field is None:
-                continue
-            for t in having:
-                value = getattr(t, field)
-                if value is None or (value < float(bound) if least else value > float(bound)):
-                    asks = f"at {'least' if least else 'most'} {bound}"
-                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for {asks} (require.transforms)"
-
-
-def _unknown_transforms(require: Require) -> Iterator[str]:
-    for wanted in require.transforms:
-        try:
-            known = transforms.options(transforms.entry(str(wanted.get("name"))))
-        except ValueError as error:
-            yield str(error)
-            continue
-        for key, value in wanted.items():
-            field, _ = _bound(key)
-            if key != "name" and (field is None or field not in known):
-                could = " or ".join(f"{k}_at_least" for k in known) or "only its name"
-                yield f"{wanted['name']} has no {key!r}; write {could}"
-            elif field is not None and isinstance(value, str):
-                yield f"{wanted['name']}: {key} is a number"
-
-
-def _bound(key: str) -> tuple[str | None, bool]:
-    """The field and the direction of ``multiplier_at_least`` or ``bound_at_most``."""
-    for ending, least in (("_at_least", True), ("_at_most", False)):
-        if key.endswith(ending):
-            return key.removesuffix(ending), least
-    return None, True
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

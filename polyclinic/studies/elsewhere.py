@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core import state as states
-from polyclinic.core.journal import verify
+from polyclinic.core.journal import Journal, verify
 from polyclinic.engines.describe import shape_of
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
-from polyclinic.studies.folder import Folder, environment, write_tensors
+from polyclinic.studies.folder import environment, write_tensors
+from polyclinic.studies.lines import arm_name
 from polyclinic.studies.spec import Study
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
@@ -95,24 +96,21 @@ def collect(
     """
     names = sorted({site for arm in runs.values() for site in (*arm["plan"]["sites"], *arm["external"])})
     info = _info(study, title, runs, said, names)
-    folder = Folder(out)
-    folder.begin(text, info, resume=False)
-    folder.open_records(0)
-    missing = []
-    try:
-        for run, arm in runs.items():
-            who = {"method": arm["label"], "seed": arm["seed"]}
-            if run not in folders:
-                missing.append(f"{arm['label']} (seed {arm['seed']})")
-                continue
-            for fact in _facts(folders[run] / "records.jsonl"):
-                folder.record(fact.pop("kind"), **fact)
-            _tensors(folders[run], folder.arm(arm["label"], arm["seed"]), study, arm)
-            heads = list(verify(folders[run] / "journal.jsonl"))
-            folder.journal.write("collected", {**who, "run": run, "head": heads[-1]["hash"], "entries": len(heads)})
-        folder.settle()
-    finally:
-        folder.close()
+    out.mkdir(parents=True, exist_ok=True)
+    states.write_bytes(out / "study.toml", text.encode())
+    states.write_bytes(out / "run.json", json.dumps(info, indent=1).encode())
+    journal, lines, missing = Journal(out / "journal.jsonl"), list[str](), list[str]()
+    for run, arm in runs.items():
+        if run not in folders:
+            missing.append(f"{arm['label']} (seed {arm['seed']})")
+            continue
+        lines += [json.dumps(fact, separators=(",", ":")) for fact in _facts(folders[run] / "records.jsonl")]
+        _tensors(folders[run], out / "arms" / arm_name(arm["label"], arm["seed"]), study, arm)
+        heads = list(verify(folders[run] / "journal.jsonl"))
+        said = {"method": arm["label"], "seed": arm["seed"], "run": run, "head": heads[-1]["hash"]}
+        journal.write("collected", {**said, "entries": len(heads)})
+    states.write_bytes(out / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    journal.close()
     return missing
 
 
@@ -140,6 +138,7 @@ def _together(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(folder: Path, arm: Path, study: Study, about: Mapping[str, Any]) -> None:
     """The model, and the predictions that sites let go, as files that any tool reads."""
+    arm.mkdir(parents=True)
     model = states.load(folder / "model.safetensors")
     meta = {"study": study.hash, "method": about["label"], "plan": json.dumps(about["plan"], sort_keys=True)}
     write_tensors(arm / "model.safetensors", model, {**meta, "round": str(_tested(folder))})

@@ -1,5 +1,6 @@
 """What is wrong at a site, in one line each, before somebody has to read a log."""
 
+import os
 import socket
 import ssl
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import member, processes
+from polyclinic.engines.flare import member, processes, proxies
 from polyclinic.engines.flare.homes import BadHome, SiteHome, read_small
 
 PATIENCE = 5.0
@@ -26,18 +27,21 @@ def examine(home: SiteHome) -> list[Finding]:
 
 
 def _examine(home: SiteHome, given: dict[str, Any]) -> Iterator[Finding]:
+    proxy = proxies.of(given)
+    yield _try("clock", lambda: _clock(home))
     yield _try("certificate", lambda: _certificate(home))
-    name = _try("name", lambda: _resolve(given["host"], given["port"]))
+    where = proxies.check(proxy) if proxy else (given["host"], given["port"])
+    name = _try("proxy" if proxy else "name", lambda: _resolve(*where))
     yield name
     if name[1]:
-        port = _try("port", lambda: _connect(given["host"], given["port"]))
+        port = _try("port", lambda: _connect(given["host"], given["port"], proxy))
         yield port
         if port[1]:
-            yield _try("server", lambda: _greet(home, given))
+            yield _try("server", lambda: _greet(home, given, proxy))
     yield _try("data", lambda: _data(Path(given["data"])))
     yield _try("policy", lambda: _policy(home))
     yield _try("disk", lambda: _disk(home.path))
-    yield "version", True, f"polyclinic {__version__}"
+    yield _try("version", lambda: _version(home))
     running = len(processes.working_in(home.kit))
     yield (
         "processes",
@@ -56,9 +60,27 @@ def _try(what: str, look: Callable[[], str]) -> Finding:
 def _certificate(home: SiteHome) -> str:
     certificate = authorities.load_certificate(read_small(home.kit / "startup" / "client.crt"))
     days = authorities.check_dates(certificate)
+    if certificate.public_key() != authorities.load_key(home.keys / "site.key").public_key():
+        raise BadHome("it is for other keys than those in keys/: send the new request, and join with what comes back")
     if days < authorities.WARN_DAYS:
         raise BadHome(f"ends in {days} days: polyclinic site init --renew, and send the request to the coordinator")
-    return f"good for {days} days; this machine's clock says {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+    return f"good for {days} days"
+
+
+def _clock(home: SiteHome) -> str:
+    """Clocks that go backwards, or stand before this site joined or after the authority ends, are wrong."""
+    now = time.time()
+    text = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
+    root = authorities.load_certificate(read_small(home.kit / "startup" / "rootCA.pem"))
+    written = max(path.stat().st_mtime for path in (home.settings, home.journal) if path.exists())
+    if now < written - 300 or now < root.not_valid_before_utc.timestamp() - 300:
+        raise BadHome(
+            f"it says {text}, which is before things that this site has written: set the clock (chrony, ntpd)"
+        )
+    if now > root.not_valid_after_utc.timestamp():
+        raise BadHome(f"it says {text}, and the project ended on {root.not_valid_after_utc:%Y-%m-%d}: set the clock, or "
+                      "join a new project")  # fmt: skip
+    return f"says {text}; compare it with another"
 
 
 def _resolve(host: str, port: int) -> str:
@@ -71,23 +93,24 @@ def _resolve(host: str, port: int) -> str:
     return f"{host} is {', '.join(sorted(found))}"
 
 
-def _connect(host: str, port: int) -> str:
+def _connect(host: str, port: int, proxy: str) -> str:
     try:
-        with socket.create_connection((host, port), timeout=PATIENCE):
-            return f"{host}:{port} answers"
+        with proxies.connect(host, port, proxy, PATIENCE):
+            return f"{host}:{port} answers{f' through {proxy}' if proxy else ''}"
     except OSError as error:
         raise BadHome(
-            f"{host}:{port} does not answer ({error}): is the server up, and may this machine connect out to that port?"
+            f"{host}:{port} does not answer ({error}): is the server up, and may this machine connect out to that port"
+            + (f" through {proxy}?" if proxy else "? Behind a proxy: `polyclinic site join FILE ... --proxy URL`")
         ) from None
 
 
-def _greet(home: SiteHome, given: dict[str, Any]) -> str:
+def _greet(home: SiteHome, given: dict[str, Any], proxy: str) -> str:
     startup = home.kit / "startup"
     context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
     context.load_cert_chain(startup / "client.crt", startup / "client.key")
     try:
         with (
-            socket.create_connection((given["host"], given["port"]), timeout=PATIENCE) as line,
+            proxies.connect(given["host"], given["port"], proxy, PATIENCE) as line,
             context.wrap_socket(line, server_hostname=given["host"]) as safe,
         ):
             return f"shows a certificate of this project's authority ({safe.version()})"
@@ -100,14 +123,24 @@ def _greet(home: SiteHome, given: dict[str, Any]) -> str:
 
 
 def _data(folder: Path) -> str:
-    from polyclinic.engines.flare.site_data import ROLES
+    from polyclinic.engines.flare.site_data import ROLES, read
 
     if not folder.is_dir():
         raise BadHome(f"{folder} is not there: is the disk mounted?")
     found = [role for role in ROLES if (folder / f"{role}.npz").is_file()]
     if not found and not (folder / "data.toml").is_file():
-        raise BadHome(f"{folder} holds neither train.npz nor data.toml")
-    return f"{folder} holds {', '.join(found) or 'data.toml'}"
+        raise BadHome(f"{folder} holds neither train.npz nor data.toml; docs/deployment.md says what they hold")
+    held = read(folder, {})
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise BadHome(f"{folder} may not be read by this user")
+    return "; ".join(f"{role}: {len(set(data.patients))} patients" for role, data in held.roles.items())
+
+
+def _version(home: SiteHome) -> str:
+    """Whether the last run that came was refused for its version or code."""
+    from polyclinic.engines.flare.order import code_hash
+
+    return f"polyclinic {__version__}, code {code_hash()[:12]}; the server must have the same code"
 
 
 def _policy(home: SiteHome) -> str:

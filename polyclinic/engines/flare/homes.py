@@ -7,6 +7,7 @@ server/                                     site/
   admitted.json who may join                  keys/           made here, never leave
   flare/        what FLARE needs              flare/          what FLARE needs
   queue/        studies that wait             reviews/        what waits for a person, what was approved
+  studies/      study files, and their runs   ledgers/        what was spent of the privacy budget
   runs/<run>/   plan, checkpoint, journal     memory/<run>/   what methods keep here between rounds
   server.log                                  journal.jsonl   what was asked, done, refused, sent
 ```
@@ -135,6 +136,11 @@ class SiteHome:
     def journal(self) -> Path:
         """journal.jsonl"""
         return self.path / "journal.jsonl"
+
+    @property
+    def ledgers(self) -> Path:
+        """What was spent of the privacy budget, one file a data folder."""
+        return self.path / "ledgers"
 
     def memory(self, run: str) -> Path:
         """What methods keep at this site for one run."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import kit, processes, require
+from polyclinic.engines.flare import kit, processes, proxies, require
 from polyclinic.engines.flare.authority import BadFile
 from polyclinic.engines.flare.homes import (
     BadHome,
@@ -82,15 +82,21 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
     return table, authorities.fingerprint(root)
 
 
-def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cpu") -> None:
-    """Installs what a checked join file says, with the data in the folder ``data``."""
+def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cpu", proxy: str = "") -> None:
+    """Installs what a checked join file says, with the data in the folder ``data``.
+
+    Raises:
+        BadHome: Where the folder is not there, or the proxy cannot be one.
+    """
     require()
+    if proxy:
+        proxies.check(proxy, table["scheme"])
     if not data.is_dir():
         raise BadHome(f"{data} is not a folder: `--data` names the folder with this site's examples")
     key = authorities.pem(authorities.load_key(home.keys / "site.key"))
     kit.make_site(home.kit, table, table["certificate"].encode(), key, table["authority"].encode())
     given = {key: table[key] for key in ("site", "organisation", "project", "host", "port", "scheme", "expires")}
-    write_private(home.settings, toml({**given, "data": str(data.resolve()), "device": device}))
+    write_private(home.settings, toml({**given, "data": str(data.resolve()), "device": device, "proxy": proxy}))
     SharedJournal(home.journal).write(
         "joined", {"project": table["project"], "host": table["host"], "expires": table["expires"]}
     )
@@ -121,6 +127,7 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
     given = settings(home, joined=True)
     if is_up(home):
         raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
+    proxies.use(given.get("proxy", ""))
     ending = {"now": False}
     if stopped is None:
         for number in (signal.SIGTERM, signal.SIGINT):

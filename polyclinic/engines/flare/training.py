@@ -17,11 +17,14 @@ from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import work
 from polyclinic.engines.describe import Describe, describe
 from polyclinic.engines.flare import site_data, wire
+from polyclinic.engines.flare.authority import digest
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.secure_training import SecureTraining
+from polyclinic.engines.paid import Paid
 from polyclinic.engines.plan import Plan
+from polyclinic.transforms.ledger import Ledger
 from polyclinic.transforms.secure import layout_of
 from polyclinic.transforms.secure.keys import ProtocolError
 
@@ -118,7 +121,11 @@ class Training:
         policy = policies.read(self.home.policy)
         if command["automatic"] and self.order.method_hash not in policy.approve.automatically:
             return {"lost": "refused: the policy no longer approves this method by itself", "seconds": 0.0}
-        rules = policies.Enforced(policy, self.plan, command["sent"])
+        rules: policies.Enforced | Paid = policies.Enforced(policy, self.plan, command["sent"])
+        if policy.privacy and self.order.data.get("rehearsal") is not True:
+            data = Path(self.settings["data"]).name
+            ledger = Ledger(self.home.ledgers / f"{digest(str(Path(self.settings['data'])))[:12]}.jsonl")
+            rules = Paid.of(rules, policy.privacy, ledger, self.site.name, data)
         done = work(self.method, ask, memory, self.site, rules)
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}

@@ -15,6 +15,7 @@ from polyclinic.studies.report.card import model_card
 from polyclinic.studies.report.clinical import task_section
 from polyclinic.studies.report.curves import curves_section
 from polyclinic.studies.report.gains import gains_section
+from polyclinic.studies.report.kept import kept_section
 from polyclinic.studies.report.leaving import leaving_section, privacy_section
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.paragraph import paragraph_section
@@ -62,6 +63,7 @@ def sections_of(page: Source) -> list[Section]:
     found = [
         methods_section(page),
         sites_section(page),
+        kept_section(page),
         gains_section(page),
         curves_section(page),
         task_section(page),

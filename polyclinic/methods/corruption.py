@@ -36,6 +36,9 @@ def krum(
 
     Blanchard, El Mhamdi, Guerraoui and Stainer, NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the
     share of sites presumed corrupt; f of n sites need n to be at least 2f + 3.
+
+    Args:
+        corrupt: The share of sites presumed corrupt.
     """
     return _under(Krum(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
@@ -49,6 +52,10 @@ def multi_krum(
     Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the share of sites presumed
     corrupt; f of n sites need n to be at least 2f + 3. ``keep`` is how many updates are averaged, n - f where 0: those
     of honest hospitals that differ are left out first.
+
+    Args:
+        corrupt: The share of sites presumed corrupt.
+        keep: How many updates are averaged; n - f where 0.
     """
     return _under(MultiKrum(corrupt, keep), task, local, sites, rounds, over, bound, quarantined)
 
@@ -61,6 +68,9 @@ def bulyan(
 
     El Mhamdi, Guerraoui and Rouault, ICML 2018, https://arxiv.org/abs/1802.07927. ``corrupt`` is the share of sites
     presumed corrupt; f of n sites need n to be at least 4f + 3.
+
+    Args:
+        corrupt: The share of sites presumed corrupt.
     """
     return _under(Bulyan(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
@@ -84,6 +94,9 @@ def trimmed_mean(
 
     Yin, Chen, Ramchandran and Bartlett, ICML 2018, https://arxiv.org/abs/1803.01498. ``corrupt`` is the share of values
     left out at either end.
+
+    Args:
+        corrupt: The share of values left out at either end.
     """
     return _under(TrimmedMean(corrupt), task, local, sites, rounds, over, bound, quarantined)
 
@@ -96,6 +109,9 @@ def geometric_median(
 
     Pillutla, Kakade and Harchaoui, IEEE Transactions on Signal Processing 2022, https://arxiv.org/abs/1912.13445.
     ``weighted`` counts sites by what they claim to weigh, as in the paper; a liar then counts more.
+
+    Args:
+        weighted: Whether sites count by what they claim to weigh, as in the paper; a liar then counts more.
     """
     return _under(GeometricMedian(weighted), task, local, sites, rounds, over, bound, quarantined)
 
@@ -108,6 +124,10 @@ def centred_clipping(
 
     Karimireddy, He and Jaggi, ICML 2021, https://arxiv.org/abs/2012.10333. Where ``tau`` is 0, the median distance
     takes its place. ``steps`` is how often to repeat it.
+
+    Args:
+        tau: The farthest a site may move the aggregate; the median distance where 0.
+        steps: How often it is repeated.
     """
     return _under(CentredClipping(tau, steps), task, local, sites, rounds, over, bound, quarantined)
 
@@ -120,6 +140,9 @@ def fltrust(
 
     Cao, Fang, Liu and Gong, NDSS 2021, https://arxiv.org/abs/2012.13995. ``root`` is whose: a site's, the first
     in name order where none is named; or ``server``, where that has training data of its own.
+
+    Args:
+        root: Whose update is trusted: a site's, or ``server``; the first site's in name order where none is named.
     """
     return _under(FLTrust(root or min(sites)), task, local, sites, rounds, over, bound, quarantined)
 

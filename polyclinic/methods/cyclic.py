@@ -76,6 +76,9 @@ def cyclic(
 ) -> Cyclic:
     """The model travels from site to site, in ``order`` or as the study names them.
 
+    Args:
+        order: In which order sites are visited; as the study names them where empty.
+
     Raises:
         ValueError: Where ``order`` does not name every site once.
     """

@@ -102,5 +102,12 @@ def datavectors(
     task: Task, local: Local, sites: tuple[str, ...], *, scale: float = 0.0, ties: float = 0.0, by_layer: bool = False,
     tune: int = 0,
 ) -> DataVectors:  # fmt: skip
-    """One message from each site, merged. ``scale`` 0: searched where the server can, else that of the mean."""
+    """One message from each site, merged. ``scale`` 0: searched where the server can, else that of the mean.
+
+    Args:
+        scale: λ; 0: searched where the server holds labelled examples, else that of the mean.
+        ties: The share of each vector's largest entries that TIES keeps; 0 for the plain sum.
+        by_layer: Whether each layer of the sum is made as long as the sites' are on average.
+        tune: Passes over the server's labelled examples at the end, at a tenth of the learning rate.
+    """
     return DataVectors(task, local, Merging(scale or None, ties, by_layer, tune), sites)

@@ -104,5 +104,9 @@ def fedsgd(task: Task, local: Local, *, lr: float = 1.0, uniform: bool = False) 
 
 
 def fedprox(task: Task, local: Local, *, mu: float = 0.01, lr: float = 1.0, uniform: bool = False) -> FedAvg:
-    """FedAvg whose sites are held near where they started, by μ/2 · ‖w − w₀‖²."""
+    """FedAvg whose sites are held near where they started, by μ/2 · ‖w − w₀‖².
+
+    Args:
+        mu: μ, the pull towards where a site started; from 0.001 to 1 in the paper.
+    """
     return FedAvg(task, local.with_penalty(Proximal(mu)), lr, uniform)

@@ -49,7 +49,7 @@ class FedIRM(Method[State]):
 
     Attributes:
         warmup: Rounds in which unlabelled images wait; 20 of 200 in the paper. At least 1, for the first matrix.
-        consistency: What both unsupervised losses count when grown; ``growth``: rounds until then. 15 and 30.
+        consistency: What both unsupervised losses count when grown, 15; ``growth``: rounds until then, 30.
         keep: How slowly the average moves; 0.99.
         confidence: The least probability of a pseudo-label; 0.3. ``entropy``: its largest entropy, as a share of ln C,
             in the mean of ``passes`` (10) forward passes with dropout.
@@ -118,6 +118,7 @@ def fedirm(
     Args:
         warmup: The share of them in which unlabelled images wait; 0.1 in the paper.
         growth: The share of the rounds after which they are; 0.15.
+        passes: How many forward passes with dropout its mean is taken of; 10.
     """
     wait, grow = math.ceil(warmup * rounds), math.ceil(growth * rounds)
     return FedIRM(task, local, wait, consistency, grow, keep, confidence, entropy, passes, temperature)

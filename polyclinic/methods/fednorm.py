@@ -98,6 +98,9 @@ def fednorm(
 ) -> FedNorm:
     """FedAvg with normalisation layers for each modality; ``modalities`` names each site's, in the sites' order.
 
+    Args:
+        modalities: Each site's modality, in the order of the sites' names; one for all where empty.
+
     Raises:
         ValueError: Where there are not as many modalities as sites.
     """

@@ -90,7 +90,11 @@ class FedOpt(Method[State]):
 
 
 def fedavgm(task: Task, local: Local, *, lr: float = 1.0, beta: float = 0.9, uniform: bool = False) -> FedOpt:
-    """Momentum at the server."""
+    """Momentum at the server.
+
+    Args:
+        beta: β, what remains of the last move.
+    """
     return FedOpt(task, local, "momentum", lr, beta1=beta, uniform=uniform)
 
 

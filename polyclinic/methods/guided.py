@@ -42,5 +42,9 @@ class Guided(Rule):
 
 
 def guided_gradient(task: Task, local: Local, *, sized: bool = False) -> Robust:
-    """FedAvg in which sites count by their agreement with the mean direction."""
+    """FedAvg in which sites count by their agreement with the mean direction.
+
+    Args:
+        sized: Whether sites also count in proportion to their examples.
+    """
     return Robust(FedAvg(task, local, uniform=not sized), Guided(sized))

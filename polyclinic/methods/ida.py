@@ -68,6 +68,10 @@ def ida(task: Task, local: Local, *, sized: bool = False, intrac: bool = False) 
 
     ``sized`` multiplies by the number of examples, ``intrac`` by the inverse of the training accuracy.
 
+    Args:
+        sized: Whether sites also count in proportion to their examples.
+        intrac: Whether they also count by the inverse of their training accuracy.
+
     Raises:
         ValueError: Where ``intrac`` is asked of a task that has no accuracy.
     """

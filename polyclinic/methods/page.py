@@ -3,12 +3,20 @@
 import inspect
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyclinic.methods.registry import entry, maker, options
 from polyclinic.methods.table import FAMILIES, Entry, family_of
+
+USUAL = {
+    "lr": "The server's step along the mean change, 1 for plain averaging.",
+    "uniform": "Whether every site counts the same, instead of in proportion to its examples.",
+    "over": "The method whose updates the rule aggregates, with that method's own defaults.",
+}
+"""What options mean that many methods have, where a method's own docstrings do not say."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Page:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:
             lines += ["**Sites keep something** between rounds; it never leaves them.", ""]
+        if e.unlabelled:
+            lines += ["**A site without any labels takes part.**", ""]
         if self.options:
             lines += ["| option | default | meaning |", "|---|---|---|"]
             lines += [f"| `{name}` | `{value!r}` | {text} |" for name, (value, text) in self.options.items()]
@@ -64,15 +74,18 @@ def page(name: str) -> Page:
     module = inspect.getmodule(make)
     built = _class_of(make, module)
     told = inspect.getdoc(make) or ""
-    meanings: dict[str, str] = {}
+    known, meanings = options(line), dict[str, str]()
+    for cls in vars(module).values():  # a variant that wraps is told by what it wraps
+        if inspect.isclass(cls) and cls.__module__ == make.__module__:
+            meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""), known)
     for cls in reversed(built.__mro__ if built else ()):  # what a class inherits is told by its parents
-        meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""))
-    meanings |= _attributes(told, "Args")
+        meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""), known)
+    meanings |= _attributes(told, known, "Args")
     about = [_before_attributes(told, "Args")]
     if built and built.__module__ == make.__module__:
         about.append(_before_attributes(inspect.getdoc(built) or ""))
     about.append(inspect.getdoc(module) or "" if module else "")
-    given = {key: (p.default, meanings.get(key, "")) for key, p in options(line).items()}
+    given = {key: (p.default, meanings.get(key, USUAL.get(key, ""))) for key, p in known.items()}
     return Page(line, family_of(name), tuple(text for text in about if text), given)
 
 
@@ -86,16 +99,22 @@ def _before_attributes(doc: str, heading: str = "Attributes") -> str:
     return re.split(rf"\n\s*{heading}:\n", doc)[0].strip()
 
 
-def _attributes(doc: str, heading: str = "Attributes") -> dict[str, str]:
-    """What stands under ``heading`` in a docstring: name to meaning. Names mentioned within a meaning share it."""
-    parts = re.split(rf"\n\s*{heading}:\n", doc)
+def _attributes(doc: str, known: Collection[str], heading: str = "Attributes") -> dict[str, str]:
+    """What stands under ``heading`` in a docstring: name to meaning.
+
+    A ``known`` name within a meaning that a colon follows has what comes after; other names within a meaning share it.
+    """
+    parts = re.split(rf"\n\s*{heading}:\n", re.split(r"\n\s*(?:Raises|Returns):\n", doc)[0])
     found: dict[str, str] = {}
     if len(parts) > 1:
         for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", parts[1] + "\n", re.M | re.S):
             meaning = " ".join(text.split())
-            found[name] = meaning
-            for other in re.findall(r"``(\w+)``:? ", meaning):
-                found.setdefault(other, meaning)
+            own, *others = re.split(rf"[;.,] ``(?=(?:{'|'.join(known) or '-'})``: )", meaning)
+            found[name] = own + ("" if own.endswith(".") else ".")
+            for other, what in (text.split("``: ", 1) for text in others):
+                found[other] = what[0].upper() + what[1:].removesuffix(".") + "."
+            for other in re.findall(r"``(\w+)``", own):
+                found.setdefault(other, found[name])
     return found
 
 

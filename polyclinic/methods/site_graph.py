@@ -57,6 +57,11 @@ def in_graph(name: str) -> bool:
 
 
 def site_graph(task: Task, local: Local, *, width: int = 16, depth: int = 2, uniform: bool = False) -> SiteGraph:
-    """A shared CNN; a graph network over labels stays at each site, ``width`` numbers a node and ``depth`` layers."""
+    """A shared CNN; a graph network over labels stays at each site, ``width`` numbers a node and ``depth`` layers.
+
+    Args:
+        width: How many numbers describe a label in the graph.
+        depth: How many layers the graph network has.
+    """
     headed = predicting_with(task, GraphHeaded(task.network, head_width(task), width, depth))
     return SiteGraph(FedAvg(headed, local, uniform=uniform), in_graph, headed)

@@ -24,3 +24,4 @@ def test_every_method_says_what_it_is_whom_to_cite_and_what_leaves() -> None:
         assert entry.paper, name
         assert entry.leaves, name
         assert any(len(text) > 80 for text in told.about), name
+        assert all(meaning for _, meaning in told.options.values()), (name, told.options)

@@ -36,11 +36,13 @@ from polyclinic.core.train import TooFewReplies, train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.robust import Robust
+from polyclinic.methods.rules.bulyan import Bulyan
+from polyclinic.methods.rules.clipping import CentredClipping
 from polyclinic.methods.rules.coordinate import Median, TrimmedMean
 from polyclinic.methods.rules.dos import DOS
 from polyclinic.methods.rules.fltrust import FLTrust
-from polyclinic.methods.rules.geometric import CentredClipping, GeometricMedian
-from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.geometric import GeometricMedian
+from polyclinic.methods.rules.krum import Krum, MultiKrum
 from polyclinic.methods.rules.rule import Average, Rule
 from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.local import Local

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from polyclinic.methods.rules.bulyan import Bulyan
 from polyclinic.methods.rules.coordinate import Median, TrimmedMean
 from polyclinic.methods.rules.geometric import GeometricMedian
-from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.krum import Krum, MultiKrum
 from polyclinic.methods.rules.rule import Average, Updates
 
 SITES, F = 16, 3

@@ -48,10 +48,7 @@ class AFL(Method[State]):
     rate: float = 0.1
     lr: float = 1.0
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {name: 1 / len(self.sites) for name in sorted(self.sites)})

@@ -65,10 +65,7 @@ class AutoFedAvg(Method[State]):
     steps: int = 2
     every: int = 1
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, params, {}, {}, 0)

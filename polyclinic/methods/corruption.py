@@ -6,11 +6,13 @@ FedAvg. ``bound`` and ``quarantined`` are as in ``Robust``.
 
 from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.robust import Robust
+from polyclinic.methods.rules.bulyan import Bulyan
+from polyclinic.methods.rules.clipping import CentredClipping
 from polyclinic.methods.rules.coordinate import Median, TrimmedMean
 from polyclinic.methods.rules.dos import DOS
 from polyclinic.methods.rules.fltrust import FLTrust
-from polyclinic.methods.rules.geometric import CentredClipping, GeometricMedian
-from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.geometric import GeometricMedian
+from polyclinic.methods.rules.krum import Krum, MultiKrum
 from polyclinic.methods.rules.rule import Average, Rule
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task

@@ -48,10 +48,7 @@ class DynamicFusion(Method[State]):
     margin: float = 0.0
     uniform: bool = False
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, ())

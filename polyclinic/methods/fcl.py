@@ -64,10 +64,7 @@ class FCL(Method[State]):
     exchange: int = 64
     keep: float = 0.99
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, extended(self.contrast, params), {})

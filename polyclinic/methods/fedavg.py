@@ -1,19 +1,12 @@
-"""Federated averaging, and what is one step from it.
+"""Federated averaging.
 
-FedAvg: McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
+McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629. Sites send changes instead of
 models, which is the same mean and lets the server take a step of another length.
-
-FedSGD is the same paper's limit of one full-batch gradient a round.
-
-FedProx: Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020,
-Algorithm 2 and equation 2. https://arxiv.org/abs/1812.06127.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
 
 from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
@@ -21,9 +14,8 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.tasks.local import Local, Proximal, seeded
-from polyclinic.tasks.model import params_of
-from polyclinic.tasks.task import Task, borrow
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import Task
 
 
 @savable
@@ -68,45 +60,6 @@ class FedAvg(Method[State]):
         return 1.0 if self.uniform else float(len(site.data["train"]))
 
 
-@dataclass(frozen=True)
-class FedSGD(FedAvg):
-    """Sites send one full-batch gradient; the server takes the step.
-
-    Attributes:
-        chunk: How many examples are held at once. The gradient is that of all; batch normalisation, where a model
-            has it, sees chunks.
-    """
-
-    chunk: int = 256
-
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, data = ask.trees["params"], site.data["train"]
-        model = borrow(self.task, start, site.device)
-        with seeded(site.rng(ask.round, "gradient"), site.device):
-            for chunk in torch.arange(len(data)).split(self.chunk):
-                x, y = data[chunk]
-                share = len(chunk) / len(data)
-                (self.task.loss(model, (x.to(site.device), y.to(site.device))) * share).backward()
-        statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
-        # w ← w − η g
-        steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        return Reply({"update": Mean.of({**statistics, **steps}, self.weight(site))}), memory
-
-
 def fedavg(task: Task, local: Local, *, lr: float = 1.0, uniform: bool = False) -> FedAvg:
     """Federated averaging."""
     return FedAvg(task, local, lr, uniform)
-
-
-def fedsgd(task: Task, local: Local, *, lr: float = 1.0, uniform: bool = False) -> FedSGD:
-    """One full-batch gradient a round; its step is the training's ``lr`` times this ``lr``."""
-    return FedSGD(task, local, lr, uniform)
-
-
-def fedprox(task: Task, local: Local, *, mu: float = 0.01, lr: float = 1.0, uniform: bool = False) -> FedAvg:
-    """FedAvg whose sites are held near where they started, by μ/2 · ‖w − w₀‖².
-
-    Args:
-        mu: μ, the pull towards where a site started; from 0.001 to 1 in the paper.
-    """
-    return FedAvg(task, local.with_penalty(Proximal(mu)), lr, uniform)

@@ -37,10 +37,7 @@ class FedDF(Method[State]):
     distil: Local = Local(epochs=5, optimiser="adam", lr=1e-3)
     temperature: float = 1.0
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params)

@@ -2,8 +2,7 @@
 
 Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", NeurIPS 2019 workshop, Algorithm 1.
 https://arxiv.org/abs/1910.03581. The public images here have no labels, so the paper's first training on them is left
-out, and all of them are used in every round. Networks may differ by site in the paper; here they are of one kind. Where
-the server holds the public images too, it distils a model of its own for sites that never took part.
+out; all are used in every round. Networks are of one kind here. A server with the images distils one for new sites.
 """
 
 from dataclasses import dataclass, replace
@@ -82,7 +81,7 @@ class FedMD(Method[State]):
 
 
 def fedmd(task: Task, local: Local, *, digest_epochs: int = 1, digest_lr: float = 0.0) -> FedMD:
-    """Sites exchange scores on public images; ``digest_lr`` is the training's where it is 0.
+    """Sites exchange scores on public images.
 
     Args:
         digest_epochs: Passes over the public images in which a site learns the consensus.

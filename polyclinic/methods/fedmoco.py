@@ -65,10 +65,7 @@ class FedMoCo(Method[State]):
     keep: float = 0.99
     power: float = 1.0
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, extended(self.contrast, params), {})

@@ -93,10 +93,7 @@ class FedPerl(Method[State]):
                 "fedperl: the average of one peer is that peer's model, known to another site: set peers to 2 or more"
             )
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -53,10 +53,7 @@ class Gossip(Method[State]):
         if self.neighbours < 0 or self.neighbours % 2:
             raise ValueError(f"neighbours stand half on each side, so their number is even, not {self.neighbours}")
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, ())

@@ -13,8 +13,9 @@ from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.methods.fedavg import FedAvg, State, fedprox
+from polyclinic.methods.fedavg import FedAvg, State
 from polyclinic.methods.fednova import FedNova
+from polyclinic.methods.fedprox import fedprox
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 

@@ -50,10 +50,7 @@ class PFA(Method[State]):
     local: Local = Local()
     start: float = 0.7
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

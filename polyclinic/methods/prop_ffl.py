@@ -55,10 +55,7 @@ class PropFFL(Method[State]):
         if not self.margin > 1:
             raise ValueError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

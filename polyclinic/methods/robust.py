@@ -75,10 +75,7 @@ class Robust(Method[State]):
         if problems:
             raise ValueError("; ".join(problems))
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     @property
     def uniform(self) -> bool:

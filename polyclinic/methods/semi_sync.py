@@ -55,10 +55,7 @@ class SemiSync(Method[State]):
     seconds: tuple[tuple[str, float], ...] = ()
     share: float = 1.0
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), 0.0)

@@ -92,10 +92,7 @@ class Split(Method[State]):
         """The layers at a site after those at the server; none unless U-shaped."""
         return Piece(self.task, self.body.stop, length(self.task))
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, 0, 0, "front", {}, {})

@@ -55,10 +55,7 @@ class Swarm(Method[State]):
     deputies: int = 1
     uniform: bool = False
 
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends. Yes."""
-        return True
+    gathers = True  # the server must see what each site sends
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())

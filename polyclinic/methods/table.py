@@ -53,8 +53,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Federated optimisation": (
         Entry("fedavg", "fedavg:fedavg", "federated averaging", "McMahan et al. 2017"),
-        Entry("fedsgd", "fedavg:fedsgd", "one full-batch gradient a round", "McMahan et al. 2017", "a gradient"),
-        Entry("fedprox", "fedavg:fedprox", "sites held near where they started", "Li et al. 2020 (MLSys)"),
+        Entry("fedsgd", "fedsgd:fedsgd", "one full-batch gradient a round", "McMahan et al. 2017", "a gradient"),
+        Entry("fedprox", "fedprox:fedprox", "sites held near where they started", "Li et al. 2020 (MLSys)"),
         Entry("scaffold", "scaffold:scaffold", "control variates against drift", "Karimireddy et al. 2020", "the change of the model and of a control variate", stateful=True),
         Entry("fedavgm", "fedopt:fedavgm", "momentum at the server", "Hsu et al. 2019"),
         Entry("fedadagrad", "fedopt:fedadagrad", "Adagrad at the server", "Reddi et al. 2021"),
@@ -103,7 +103,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     ),
     "Client end: multi-task learning": (
         Entry("fmtl", "fmtl:fmtl", "shared experts, private gates and towers", "Huang et al. 2023", "the change of the encoder and of the experts", tasks=("classification",), stateful=True),
-        Entry("private-heads", "fmtl:private_heads", "a shared encoder, and a head for each site's classes", "Parekh et al. 2021", "the change of the encoder", stateful=True),
+        Entry("private-heads", "private_heads:private_heads", "a shared encoder, and a head for each site's classes", "Parekh et al. 2021", "the change of the encoder", stateful=True),
     ),
     "Client end: weakly and semi-supervised learning": (
         Entry("fedirm", "fedirm:fedirm", "sites without labels match how classes relate elsewhere", "Liu et al. 2021 (MICCAI)", "the change of the model, and how classes relate in its eyes", tasks=("classification",), stateful=True, unlabelled=True),

@@ -13,8 +13,10 @@ from polyclinic.core.site import Site
 from polyclinic.core.train import train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.methods.baselines import Cross, Single, mix
-from polyclinic.methods.fedavg import FedAvg, fedprox, fedsgd
+from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fedopt import FedOpt, fedavgm
+from polyclinic.methods.fedprox import fedprox
+from polyclinic.methods.fedsgd import fedsgd
 from polyclinic.methods.personal import Personal, fedbn, fedper, lg_fedavg, silobn
 from polyclinic.methods.registry import UnknownMethod, entry
 from polyclinic.methods.scaffold import Scaffold

@@ -7,8 +7,9 @@ from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.fmtl import fmtl, limited, private_heads
+from polyclinic.methods.fmtl import fmtl
 from polyclinic.methods.personal import fedper
+from polyclinic.methods.private_heads import limited, private_heads
 from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.evaluation import Evaluated, evaluate
 from polyclinic.tasks.experts import GatedHead, WithContrast, begin, gated

@@ -16,9 +16,9 @@ from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.personal import fedbn
 from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.robust import PART, Robust, apart
+from polyclinic.methods.rules.clipping import CentredClipping
 from polyclinic.methods.rules.coordinate import Median, TrimmedMean
 from polyclinic.methods.rules.fltrust import FLTrust
-from polyclinic.methods.rules.geometric import CentredClipping
 from polyclinic.methods.rules.krum import Krum, MultiKrum
 from polyclinic.methods.rules.rule import Average
 from polyclinic.methods.rules.watch import Note, alarms

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polyclinic.methods.rules.bulyan import Bulyan
+from polyclinic.methods.rules.clipping import CentredClipping
 from polyclinic.methods.rules.coordinate import Median, TrimmedMean
 from polyclinic.methods.rules.dos import DOS, copod
 from polyclinic.methods.rules.fltrust import FLTrust
-from polyclinic.methods.rules.geometric import CentredClipping, GeometricMedian
-from polyclinic.methods.rules.krum import Bulyan, Krum, MultiKrum
+from polyclinic.methods.rules.geometric import GeometricMedian
+from polyclinic.methods.rules.krum import Krum, MultiKrum
 from polyclinic.methods.rules.order import exchanges, sort_rows
 from polyclinic.methods.rules.rule import CHUNK, Average, Updates, faults, standings
 

@@ -19,8 +19,9 @@ from polyclinic.core.method import Method
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.train import train
 from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.fedavg import FedAvg, fedprox
+from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fedopt import fedavgm
+from polyclinic.methods.fedprox import fedprox
 from polyclinic.methods.personal import fedbn
 from polyclinic.methods.robust import Robust
 from polyclinic.methods.scaffold import scaffold

@@ -1,12 +1,10 @@
-"""Points in between: the geometric median and centred clipping.
+"""The geometric median (RFA).
 
 Krishna Pillutla, Sham Kakade and Zaid Harchaoui, "Robust Aggregation for Federated Learning", IEEE Transactions on
-Signal Processing 70 (2022), Algorithm 2, https://arxiv.org/abs/1912.13445. Sai Praneeth Karimireddy, Lie He and Martin
-Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021, equation CC,
-https://arxiv.org/abs/2012.10333.
+Signal Processing 70 (2022), Algorithm 2, https://arxiv.org/abs/1912.13445.
 
-Both stay within the span of the updates, so that we compute their coefficients from inner products alone, whatever the
-size of the model.
+It stays within the span of the updates, so that we compute coefficients from inner products alone, whatever the size of
+the model.
 """
 
 from dataclasses import dataclass
@@ -46,48 +44,6 @@ class GeometricMedian(Rule):
                 break
             c = new
         return blended(updates, c)
-
-
-@dataclass(frozen=True)
-class CentredClipping(Rule):
-    """From the last aggregate, the mean of what each site would move it, none by more than τ.
-
-    The paper has the sites send momentum; ours send what their method sends.
-
-    Attributes:
-        tau: τ. Where it is 0, the median of the distances from the last aggregate, so that half of the sites are
-            clipped at the first of the steps.
-        steps: L, how often to repeat it from where it came to.
-    """
-
-    tau: float = 0.0
-    steps: int = 3
-
-    @property
-    def remembers(self) -> bool:
-        """Yes: it starts from the last aggregate."""
-        return True
-
-    def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """From the last aggregate, v ← v + 1/n Σ (x_i - v) · min(1, τ / ‖x_i - v‖)"""
-        n = len(updates)
-        points = self._beside(updates, last) if last else updates
-        c = torch.zeros(len(points), dtype=torch.float64)
-        c[n:] = 1.0
-        far = distance_to(points.gram, c)[:n]
-        tau = self.tau or float(median(far))
-        for _ in range(self.steps):
-            pull = (tau / distance_to(points.gram, c)[:n].clamp_min(1e-300)).clamp_max(1.0) / n
-            c = c * (1 - pull.sum())
-            c[:n] += pull
-        return Verdict(points.blend(c), dict(zip(updates.sites, c[:n].tolist(), strict=True)))
-
-    def _beside(self, updates: Updates, last: Tree) -> Updates:
-        """The updates and, after them, the last aggregate."""
-        one = torch.ones(1, dtype=torch.float64)
-        return Updates(
-            {**updates.trees, "~last": last}, torch.cat([updates.weights, one]), torch.cat([updates.factors, one])
-        )
 
 
 def distance_to(gram: Tensor, c: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""Private heads over a shared encoder, for sites with different organs, modalities or classes.
+
+Parekh, Lai, Braverman, Leal, Rowe, Pillai and Jacobs, "Cross-Domain Federated Learning in Medical Imaging", 2021,
+https://arxiv.org/abs/2112.10001: sites with different organs or modalities average the encoder and keep the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Reply
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.personal import Personal
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.task import InEncoder, Not, Task
+
+
+@dataclass(frozen=True)
+class PrivateHeads(Personal):
+    """The encoder is shared; what follows stays at the site, which may tell apart fewer classes than others.
+
+    Attributes:
+        classes: How many of the network's outputs a site uses, as pairs with its name; all where it is not named.
+    """
+
+    classes: tuple[tuple[str, int], ...] = ()
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        used = dict(self.classes).get(site.name)
+        if used and "own" not in memory:
+            memory = {**memory, "own": limited(ask.trees["own"], used)}
+        return super().site_update(ask, memory, site)
+
+
+def limited(own: Tree, used: int) -> Tree:
+    """A head that says only the first ``used`` classes: the bias of the others is so low that none is ever learned."""
+    last = [name for name in own if name.endswith("bias")][-1]
+    bias = torch.where(torch.arange(len(own[last])) < used, own[last], -1e4)
+    return {**own, last: bias}
+
+
+def private_heads(
+    task: Task, local: Local, sites: Sequence[str], *, classes: tuple[int, ...] = (), uniform: bool = False
+) -> PrivateHeads:
+    """A shared encoder; ``classes`` says how many classes each site tells apart, in the order of the sites' names.
+
+    Args:
+        classes: How many classes each site tells apart, in the order of the sites' names; all where empty.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    if classes and len(classes) != len(sites):
+        raise ValueError(
+            f"private-heads: classes has {len(classes)} numbers and there are {len(sites)} sites: give one each"
+        )
+    if wrong := [c for c in classes if not 1 < c <= task.network.outputs]:
+        raise ValueError(f"private-heads: {wrong[0]} classes at a site, where the network has {task.network.outputs}")
+    pairs = tuple(zip(sorted(sites), classes, strict=False))
+    return PrivateHeads(FedAvg(task, local, uniform=uniform), Not(InEncoder(task)), pairs)

@@ -4,10 +4,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
+
+from polyclinic.cli.run import changes
 
 app = App(name="data", help="Data sets of the field, and the check of your own.")
 console = Console(highlight=False)
@@ -94,6 +97,83 @@ def check(
     from polyclinic.data.check import check_command
 
     sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, console.print))
+
+
+@app.command
+def plan(
+    study: Path, *, out: Path | None = None, seed: int | None = None, by_site: bool = False, force: bool = False,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+) -> None:  # fmt: skip
+    """Sum up a study's training data over its sites, and write the preprocessing that follows into a file to edit.
+
+    The study then uses it with `plan = "FILE"` in `[data]`; `polyclinic data drift` compares later data with it.
+
+    Parameters
+    ----------
+    study
+        The study file. Its `[data]` needs no steps yet.
+    out
+        Where to write; by default beside the study, as NAME.plan.toml.
+    seed
+        Whose split says what training data are; the study's first seed by default.
+    by_site
+        Describe each site with at least 10 patients by itself as well. The sites' numbers are then in the file.
+    force
+        Replace a file that is there.
+    set_
+        Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
+    """
+    from polyclinic.studies import spec
+    from polyclinic.studies.planning import plan as made
+
+    to = out or study.with_name(f"{study.stem}.plan.toml")
+    if to.exists() and not force:
+        console.print(f"{escape(str(to))} is there already; --force replaces it", soft_wrap=True)
+        sys.exit(2)
+    checked = spec.read(study, changes(set_ or []))
+    chosen = checked.seeds[0] if seed is None else seed
+    found = made(checked.data, checked.name, chosen, by_site)
+    to.write_text(found.text(), encoding="utf-8")
+    console.print(f"  [green]✓[/green] {escape(str(to))}", soft_wrap=True)
+    for reason in found.why:
+        console.print(f"    {escape(reason)}", soft_wrap=True)
+    if len(checked.seeds) > 1:
+        console.print(f"    [yellow]![/yellow] made from the training rows of seed {chosen}; the study's other "
+                      "seeds test on some of them", soft_wrap=True)  # fmt: skip
+    console.print(f'    next: plan = "{escape(str(to))}" in \\[data], in place of steps or statistics', soft_wrap=True)
+
+
+@app.command
+def drift(
+    plan: Path, study: Path, *, json_: bool = False,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+) -> None:  # fmt: skip
+    """Compare new data with those a model was trained on, site by site, by sums alone. Exit code 1 is an alarm.
+
+    Parameters
+    ----------
+    plan
+        The file that `polyclinic data plan` wrote of the training data.
+    study
+        The study file. All examples of its `[data]` count as new, whatever their split.
+    json_
+        Print JSON instead.
+    set_
+        Change one value of the study, such as `--set data.path=/data/2027`. May be given several times.
+    """
+    from polyclinic.data.data_plan import DataPlan
+    from polyclinic.data.drift import as_json, lines
+    from polyclinic.studies import spec
+    from polyclinic.studies.planning import drifts
+
+    found = drifts(DataPlan.read(plan), spec.read(study, changes(set_ or [])).data)
+    if json_:
+        print(json.dumps([as_json(one) for one in found], indent=1))
+    else:
+        for one in found:
+            for line in lines(one):
+                console.print(escape(line), soft_wrap=True)
+    sys.exit(any(one.alarm for one in found))
 
 
 @app.command

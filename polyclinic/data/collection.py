@@ -1,7 +1,7 @@
 """Image files with what is known of each: what every source of files is made of."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -109,6 +109,14 @@ class Collection:
             targets = torch.tensor([entry[name].label for name in ids], dtype=kind)
         return Examples(decoded["images"][rows], targets, tuple(entry[name].patient for name in ids), tuple(ids))
 
+    def pictures(self) -> Iterator[Picture | None]:
+        """Each entry as its files hold it, before any step; None where it cannot be read."""
+        for entry in self.entries:
+            try:
+                yield read_image(entry.images, entry.mask)
+            except Unreadable:
+                yield None
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What to say of files that were left out."""
@@ -186,6 +194,11 @@ class FromFiles:
     @cached_property
     def _collection(self) -> Collection:
         return self.collect()
+
+    @property
+    def collection(self) -> Collection:
+        """What ``collect`` found, once."""
+        return self._collection
 
     @property
     def info(self) -> Info:

@@ -24,15 +24,15 @@ ARCHIVE_BYTES = 64 * 2**30
 ARCHIVE_FILES = 10**6
 
 
-def placed(path: str) -> Path:
-    """The path that a study means: ``~`` and ``$VARIABLES`` filled in; it must exist.
+def placed(path: str, key: str = "path") -> Path:
+    """The path that a study means by ``key``: ``~`` and ``$VARIABLES`` filled in; it must exist.
 
     Raises:
         DataError: Where a variable is not set, or there is nothing at that path.
     """
     filled = os.path.expandvars(os.path.expanduser(path))
     if unset := re.findall(r"\$\{?(\w+)\}?", filled):
-        raise DataError(f'path = "{path}": the environment variable {unset[0]} is not set')
+        raise DataError(f'{key} = "{path}": the environment variable {unset[0]} is not set')
     found = Path(filled)
     if not found.exists() and found.parent == folder() / "downloads":
         name = found.stem.split("_")[0]
@@ -41,7 +41,7 @@ def placed(path: str) -> Path:
         )
         raise DataError(says)
     if not found.exists():
-        raise DataError(f'path = "{path}": there is nothing at {found.absolute()}')
+        raise DataError(f'{key} = "{path}": there is nothing at {found.absolute()}')
     return found
 
 

@@ -11,7 +11,9 @@ from pydantic_core import InitErrorDetails
 
 from polyclinic.data import catalogue, options
 from polyclinic.data.annotations import Annotation
+from polyclinic.data.data_plan import DataPlan
 from polyclinic.data.examples import DataError
+from polyclinic.data.files import placed
 from polyclinic.data.partition import PARTITIONS, Partition
 from polyclinic.data.source import Source
 from polyclinic.data.splits import ROLES
@@ -75,6 +77,7 @@ class DataSpec(BaseModel):
         use: A data set of the catalogue (``polyclinic data list``).
         path: A folder or file of your own; ``~`` and ``$VARIABLES`` are filled in.
         kind: What lies at ``path``; a key of ``KINDS``.
+        plan: The file of a ``DataPlan`` (``polyclinic data plan`` writes it), whose preprocessing is used.
         sites: ``"natural"`` for the source's own hospitals or scanners, another column's name, or a partition that
             makes sites up.
         split: Shares of training, validation and test, or ``"official"`` for the source's own split.
@@ -97,6 +100,7 @@ class DataSpec(BaseModel):
     use: str | None = None
     path: str | None = None
     kind: str | None = None
+    plan: str | None = None
     sites: Sites = "natural"
     split: Split = (0.6, 0.15, 0.25)
     external: Names = ()
@@ -124,7 +128,20 @@ class DataSpec(BaseModel):
 
     def source(self) -> Source:
         """Where the examples come from. Reads nothing yet."""
-        return source_of(self.use, self.path, self.kind, self.options)
+        own = self.options
+        if self.plan is None:
+            return source_of(self.use, self.path, self.kind, own)
+        planned = DataPlan.options(placed(self.plan, "plan"), own)
+        try:
+            return source_of(self.use, self.path, self.kind, planned)
+        except ValidationError as error:
+            says = [
+                f"it was made for {'images' if 'steps' in planned else 'a table'}, which this data is not"
+                if line["loc"] in (("steps",), ("statistics",), ("declared",)) and "unknown key" in line["msg"]
+                else f"{'.'.join(map(str, line['loc']))}: {line['msg']}"
+                for line in error.errors()
+            ]
+            raise DataError([f'plan = "{self.plan}": {one}' for one in dict.fromkeys(says)]) from None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -192,6 +209,9 @@ def _together(spec: DataSpec) -> list[InitErrorDetails]:
         found.append(options.problem(("accelerate",), says, spec.accelerate))
     if both := sorted({*spec.public} & {*spec.external}):
         found.append(options.problem(("public",), f"names {both[0]}, which is external as well", both[0]))
+    if spec.plan is not None and (twice := [key for key in ("steps", "statistics", "declared") if key in spec.options]):
+        says = f"says how data are prepared, and so does {twice[0]}: leave one of them out"
+        found.append(options.problem(("plan",), says, spec.plan))
     if len(set(spec.external)) != len(spec.external):
         found.append(options.problem(("external",), "names a site twice", spec.external))
     return found

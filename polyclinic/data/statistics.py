@@ -6,7 +6,7 @@ reads: ``statistics = "declared"``.
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,19 @@ class Statistics:
         """
         try:
             table = tomllib.loads(read_text(path))
+            if "version" in table and isinstance(table.get("use"), dict):  # a plan
+                table = table["use"].get("inputs", {})
         except (Unreadable, tomllib.TOMLDecodeError) as error:
             raise DataError(f"{path.name} cannot be read: {error}") from None
+        return cls.of_table(table, path)
+
+    @classmethod
+    def of_table(cls, table: Mapping[str, Any], path: Path) -> "Statistics":
+        """From the file's table, or a plan's ``[use.inputs]``.
+
+        Raises:
+            DataError: With every problem, naming the input.
+        """
         problems = [
             f'{path.name}: "{name}" needs centre, spread (above 0) and fill, as numbers'
             for name, row in table.items()

@@ -116,7 +116,7 @@ class FeatureTable:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the inputs, in order."""
-        return self._inputs[1]
+        return self.inputs[1]
 
     def table(self) -> Table:
         """One row per row whose label is known. All columns but features and label are kept as text."""
@@ -131,7 +131,7 @@ class FeatureTable:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """The named rows as they are in the file, neither filled nor scaled; refused where a value is missing."""
-        return self._examples(ids, self._inputs[0])
+        return self._examples(ids, self.inputs[0])
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
         """The same table filled and scaled, for each site.
@@ -142,7 +142,7 @@ class FeatureTable:
         """
         if self._declared is not None:
             return {site: FittedTable(self, self._declared) for site in rows}
-        values, names, amounts = self._inputs
+        values, names, amounts = self.inputs
         where = {name: i for i, name in enumerate(self.table().ids)}
         own = {site: values[[where[name] for name in ids]] for site, ids in rows.items()}
         pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
@@ -209,7 +209,7 @@ class FeatureTable:
         return Statistics.read(placed(self.declared)) if self.statistics == "declared" else None
 
     @cached_property
-    def _inputs(self) -> tuple[Array, tuple[str, ...], Array]:
+    def inputs(self) -> tuple[Array, tuple[str, ...], Array]:
         """Values with NaN where missing [n, F], their names, and which are amounts rather than 0 or 1 [F]."""
         columns: dict[str, Array] = {}
         amounts: set[str] = set()
@@ -293,4 +293,4 @@ class FittedTable:
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """The named rows, filled and scaled."""
-        return self.base._examples(ids, self.statistics(self.base._inputs[0]))
+        return self.base._examples(ids, self.statistics(self.base.inputs[0]))

@@ -22,7 +22,7 @@ for group, name, target, summary in (
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "How far a run has come."),
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
-    (_STUDIES, "panel", "results:panel", "Rank methods over several data sets."),
+    (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets, and run all of them."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "lists:methods_app", "The federated methods, by the survey's taxonomy."),
     (_LISTS, "networks", "lists:networks", "The networks that a study may name."),

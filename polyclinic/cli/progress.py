@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from polyclinic.studies.arm import Event
+from polyclinic.studies.jobs import Event
 from polyclinic.studies.spec import Study
 
 
@@ -20,7 +20,7 @@ class Display:
             BarColumn(bar_width=20), TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Display":
         """Begins."""
@@ -29,6 +29,9 @@ class Display:
         names = ", ".join(method.called for method in study.methods)
         self.console.print(f"  {study.task.kind} with {study.task.network}; {names}")
         times = f" x {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
+        folds = "leaving one site out" if study.folds == "sites" else f"{study.folds} folds"
+        times += f" x {folds}" if study.folds else ""
+        times += f", each after {study.search.trials} trials" if study.search else ""
         self.console.print(f"  {len(study.methods)} methods x {study.rounds} rounds{times}; judged by {study.metric}\n")
         self._bar.start()
         return self
@@ -37,30 +40,36 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the live line, whatever happened."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
+        for task in self._tasks.values():
+            self._bar.remove_task(task)
         self._bar.stop()
 
     def show(self, event: Event) -> None:
         """Shows one event."""
         name = event.label + (f" · seed {event.seed}" if len(self.study.seeds) > 1 else "")
+        name += "" if event.fold is None else f" · fold {event.fold}"
         match event.what:
             case "data":
                 for note in event.notes:
                     self.console.print(f"  [yellow]·[/yellow] {note}")
                 self.console.print()
+            case "trial":
+                value = event.scores.get("validation")
+                found = "no score" if value is None else f"{self.study.metric} {value:.3f} on validation"
+                self.console.print(f"  [dim]  {name:<22} trial {event.round}/{event.rounds}  {found}[/dim]")
             case "arm":
-                self._task = self._bar.add_task("", total=event.rounds, completed=event.round, name=name, told="")
-            case "round" if self._task is not None:
-                self._bar.update(self._task, completed=event.round, told=self._told(event))
+                self._tasks[name] = self._bar.add_task(
+                    "", total=event.rounds, completed=event.round, name=name, told=""
+                )
+            case "round" if name in self._tasks:
+                self._bar.update(self._tasks[name], completed=event.round, told=self._told(event))
                 for site, reason in event.lost.items():
                     self.console.print(f"  [yellow]![/yellow] {name} round {event.round}: {site} is left out: {reason}")
                 if not self.console.is_terminal and event.round == event.rounds:
                     self.console.print(f"  {name:<24} round {event.round}/{event.rounds}  {self._told(event)}")
             case "tested":
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                    self._task = None
+                if (task := self._tasks.pop(name, None)) is not None:
+                    self._bar.remove_task(task)
                 self.console.print(f"  [green]✓[/green] {name:<22} test {self._told(event)}")
 
     def _told(self, event: Event) -> str:

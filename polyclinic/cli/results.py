@@ -3,9 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from cyclopts import App
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from polyclinic.studies.across import Panel
 
 console = Console(highlight=False)
 
@@ -34,6 +38,10 @@ def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False
         console.print(told, soft_wrap=True)
 
 
+panel_app = App(name="panel", help="Rank methods over several data sets.")
+
+
+@panel_app.default
 def panel(run_folders: list[Path]) -> None:
     """Methods over data sets: one run for each, ranked, with the critical difference.
 
@@ -44,14 +52,24 @@ def panel(run_folders: list[Path]) -> None:
     """
     from polyclinic.studies.across import panel as made
 
-    found = made(run_folders)
-    console.print("  " + " " * 30 + "".join(f"{method:>14}" for method in found.methods), soft_wrap=True)
+    show_panel(made(run_folders))
+
+
+def show_panel(found: "Panel") -> None:
+    """Prints methods over data sets."""
+    wide = max(14, *(len(method) + 2 for method in found.methods))
+    console.print("  " + " " * 30 + "".join(f"{method:>{wide}}" for method in found.methods), soft_wrap=True)
     for run, values in zip(found.runs, found.values, strict=True):
-        console.print(f"  {run:<30}" + "".join(f"{_number(value):>14}" for value in values), soft_wrap=True)
+        console.print(f"  {run:<30}" + "".join(f"{_number(value):>{wide}}" for value in values), soft_wrap=True)
     for method, (better, worse) in found.gains.items():
         console.print(f"  {method}: better than training alone at {better} sites, worse at {worse}", soft_wrap=True)
     if found.ranking is None:
         console.print("  [dim]Three runs and three methods are needed for a ranking.[/dim]")
+        return
+    r = found.ranking
+    ranks = ", ".join(f"{m} {rank:.2f}" for m, rank in zip(r.methods, r.ranks, strict=True))
+    console.print(f"  mean ranks over {r.blocks} data sets: {ranks}", soft_wrap=True)
+    console.print(f"  critical difference {r.critical:.2f}; Friedman p = {r.p:.3g}", soft_wrap=True)
 
 
 def export(

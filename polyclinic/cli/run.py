@@ -1,5 +1,6 @@
 """``polyclinic run``, ``demo``, ``new``, ``report`` and ``status``."""
 
+import json
 import shutil
 import sys
 from importlib.resources import files
@@ -33,31 +34,47 @@ def run(
     workers
         How many sites to run at once; as many as there are cores by default.
     """
-    from polyclinic.cli.progress import Display
-    from polyclinic.studies import spec
-    from polyclinic.studies.runner import run as run_study
-    from polyclinic.studies.toml_text import dumps
+    from polyclinic.studies.scenarios import read_all
 
-    changes = _changes(set_ or [])
-    checked = spec.read(study, changes)
-    text = study.read_text(encoding="utf-8")
-    if changes:
-        text = f"# {study.name}, changed by {' '.join(f'--set {item}' for item in set_ or [])}\n" + dumps(
-            checked.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-        )
+    found = read_all(study, changes(set_ or []))
+    for scenario in found:
+        if len(found) > 1:
+            console.print(f"\n[bold]── {scenario.name} ──[/bold]")
+        _one(study, scenario, scenario.folder(out), resume, fresh, workers)
+    if found[0].name:
+        _beside_each_other(out / found[0].study.name, {s.name: s.folder(out) for s in found})
+
+
+def _one(file: Path, scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None) -> None:
+    """Runs one study and writes its report."""
+    from polyclinic.cli.progress import Display
+    from polyclinic.studies.runner import run as run_study
+
+    study = scenario.study
     if workers is not None:
-        checked = checked.model_copy(update={"engine": checked.engine.model_copy(update={"workers": workers})})
-    folder = out / f"{checked.name}-{checked.hash[:8]}"
-    if fresh and (folder / "run.json").exists():
+        study = study.model_copy(update={"engine": study.engine.model_copy(update={"workers": workers})})
+    there = (folder / "run.json").exists()
+    if fresh and there:
         shutil.rmtree(folder)
     try:
-        with Display(console, checked) as display:
-            for event in run_study(checked, text, folder, resume):
+        with Display(console, study) as display:
+            for event in run_study(study, scenario.text, folder, resume):
                 display.show(event)
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Nothing is lost: [bold]polyclinic run {study} --resume[/bold] goes on from there.")
+        console.print(f"\nStopped. Nothing is lost: [bold]polyclinic run {file} --resume[/bold] goes on from there.")
         sys.exit(130)
     report(folder)
+
+
+def _beside_each_other(folder: Path, runs: dict[str, Path]) -> None:
+    """Writes and shows the table of methods by scenarios."""
+    from polyclinic.cli.results import show_panel
+    from polyclinic.studies.across import panel, write_panel
+
+    found = panel(list(runs.values()), names=list(runs))
+    console.print()
+    show_panel(found)
+    console.print(f"  [green]✓[/green] {write_panel(found, folder)}")
 
 
 def demo(*, out: Path = Path("runs"), resume: bool = False, fresh: bool = False, workers: int | None = None) -> None:
@@ -121,27 +138,35 @@ def status(run_folder: Path) -> None:
     Parameters
     ----------
     run_folder
-        A folder that `polyclinic run` made.
+        A folder that `polyclinic run` made, or the folder around a file's scenarios.
     """
-    import json
+    from polyclinic.studies.lines import RunInfo, arm_names, record_files
 
     if not (run_folder / "run.json").is_file():
-        raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no run.json")
-    info = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
-    done: dict[tuple[str, int], int] = {}
-    tested = set[tuple[str, int]]()
-    records = run_folder / "records.jsonl"
-    for line in records.read_bytes().split(b"\n")[:-1] if records.exists() else []:
-        fact = json.loads(line)
-        if fact["kind"] == "round":
-            done[fact["method"], fact["seed"]] = fact["round"]
-        elif fact["kind"] == "sealed":
-            tested.add((fact["method"], fact["seed"]))
-    for method in info["methods"]:
-        for seed in info["seeds"]:
-            arm = method["label"], seed
-            told = "tested" if arm in tested else f"round {done.get(arm, 0)} of {info['rounds']}"
-            console.print(f"  {arm[0]:<20} seed {seed:<4} {told}")
+        runs = sorted(path.parent for path in run_folder.glob("*/run.json"))
+        if not runs:
+            raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no run.json")
+        for one in runs:
+            console.print(f"[bold]{one.name}[/bold]")
+            status(one)
+        return
+    info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())
+    arms = arm_names(info)
+    done: dict[tuple[str, int, int], str] = {}
+    for file in record_files(run_folder, [name for *_, name in arms]):
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            fact = json.loads(line)
+            arm = fact["method"], fact["seed"], fact.get("fold", 0)
+            if fact["kind"] == "round":
+                done[arm] = f"round {fact['round']} of {info.rounds}"
+            elif fact["kind"] == "sealed":
+                done[arm] = "tested"
+    for label, seed, fold, name in arms:
+        told = done.get((label, seed, fold), f"round 0 of {info.rounds}")
+        if trials := len(list((run_folder / "arms" / name / "trials").glob("*"))):
+            told = f"trial {trials} of its search"
+        where = f" fold {fold:<2}" if info.folds else ""
+        console.print(f"  {label:<20} seed {seed:<4}{where} {told}")
 
 
 def template(name: str) -> str:
@@ -149,18 +174,18 @@ def template(name: str) -> str:
     return files("polyclinic.studies").joinpath(f"templates/{name}.toml").read_text(encoding="utf-8")
 
 
-def _changes(items: list[str]) -> dict[str, Any]:
+def changes(items: list[str]) -> dict[str, Any]:
     """``key=value`` pairs; a value is read as TOML, and as text where it is none."""
     import tomllib
 
-    changes: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key:
             console.print(f"--set {item}: write it as key=value, such as training.lr=0.01")
             sys.exit(2)
         try:
-            changes[key] = tomllib.loads(f"x = {value}")["x"]
+            found[key] = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
-            changes[key] = value
-    return changes
+            found[key] = value
+    return found

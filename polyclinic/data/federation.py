@@ -12,7 +12,19 @@ from polyclinic.data.held import Named, described, hold
 from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
-from polyclinic.data.splits import ROLES, Duplicate, contents, dice_for, duplicates, official, split_patients, strata
+from polyclinic.data.splits import (
+    ROLES,
+    Duplicate,
+    Fold,
+    contents,
+    dice_for,
+    duplicates,
+    fold_patients,
+    official,
+    split_patients,
+    strata,
+    without_test,
+)
 from polyclinic.data.summary import RoleSummary, SiteSummary, summarise
 
 __all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
@@ -57,23 +69,32 @@ class Federated:
         return tuple(name for name in self.sites if name not in self.external)
 
 
-def federate(spec: DataSpec, seed: int = 0) -> Federated:
+def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: Source | None = None) -> Federated:
     """Reads the data that ``spec`` names and puts it at sites.
 
-    The same ``spec``, content and ``seed`` give the same federation, whatever the order of files on disk.
+    The same ``spec``, content, ``seed`` and ``fold`` give the same federation, whatever the order of files on disk.
+
+    Args:
+        spec: Which data.
+        seed: Of every random choice.
+        fold: Which fold of a cross-validation; a single split by ``spec.split`` where there is none.
+        source: ``spec.source()``, where it is at hand, so that it is not read again.
 
     Raises:
         DataError: Lists every problem.
     """
-    source = spec.source()
+    source = source or spec.source()
     whole = source.table()
     if not len(whole):
         raise DataError(f"{source.info.name} has no examples")
     notes: list[str] = []
     table, titles = _at_sites(whole, spec, seed, notes)
     named = Named.of(spec, titles)
+    held_out = fold is not None and fold.by == "sites"
+    if fold is not None and held_out:
+        named = _without(named, fold, titles)
     outside = named.external + named.public
-    roles = _roles(table, spec, seed, outside, named.weak)
+    roles = _roles(table, spec, seed, outside, named.weak, fold)
     sites: dict[str, dict[str, Examples]] = {}
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, site, patient in zip(table.ids, table.columns["site"], table.patients, strict=True):
@@ -88,19 +109,19 @@ def federate(spec: DataSpec, seed: int = 0) -> Federated:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = _without_duplicates(sites, outside, spec, notes)
     sites, public = hold(sites, named, spec, table, seed)
-    _complete(sites, named.external)
+    _complete(sites, named.external, held_out)
     info, more = described(source.info, named, spec, titles)
     rows = tuple(summarise(site, titles[site], site in named.external, sites[site], info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     badges += [source.info.simulated] if source.info.simulated else []
-    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind"})
+    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return Federated(
         sites,
         named.external,
         info,
         " ".join(badges) or None,
-        digest("federated", 1, source.fingerprint, sorted(common.items()), seed),
+        digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else [])),
         rows,
         copies,
         (*source.info.notes, *notes, *more),
@@ -190,8 +211,25 @@ def _readers(
     return source.fitted(rows, external)
 
 
+def _without(named: Named, fold: Fold, titles: Mapping[str, str]) -> Named:
+    """``named`` with the one site external that a fold by sites tests.
+
+    Raises:
+        DataError: Where there are not as many sites as folds.
+    """
+    sites = sorted(titles.keys() - {*named.external, *named.public})
+    if len(sites) < 2 or len(sites) != fold.count:
+        raise DataError(f"leaving one of {fold.count} sites out: there are {len(sites)} that train")
+    out = sites[fold.index]
+    return dataclasses.replace(
+        named,
+        external=tuple(sorted((*named.external, out))),
+        weak={site: kind for site, kind in named.weak.items() if site != out},
+    )
+
+
 def _roles(
-    table: Table, spec: DataSpec, seed: int, external: tuple[str, ...], weak: Mapping[str, str]
+    table: Table, spec: DataSpec, seed: int, external: tuple[str, ...], weak: Mapping[str, str], fold: Fold | None
 ) -> dict[str, str]:
     """The role of each patient. Labels are withheld from a share of the training patients, class by class."""
     site_of = dict(zip(table.patients, table.columns["site"], strict=True))
@@ -202,6 +240,10 @@ def _roles(
         here = {patient: groups[patient] for patient, at in site_of.items() if at == site}
         if site in external:
             found = dict.fromkeys(here, "test")
+        elif isinstance(spec.split, tuple) and fold is not None and fold.by == "patients":
+            found = fold_patients(here, fold, spec.split, dice_for(seed, "split", site))
+        elif isinstance(spec.split, tuple) and fold is not None:
+            found = split_patients(here, without_test(spec.split), dice_for(seed, "split", site))
         elif isinstance(spec.split, tuple):
             found = split_patients(here, spec.split, dice_for(seed, "split", site))
         else:
@@ -249,12 +291,14 @@ def _without_duplicates(
     return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}, copies
 
 
-def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...]) -> None:
+def _complete(
+    sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...], held_out: bool = False
+) -> None:
     problems = [
         f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger "
         "min_patients, change the split, or name it external"
         for site, roles in sites.items()
-        for role in (("test",) if site in external else ("train", "test"))
+        for role in (("test",) if site in external else ("train",) if held_out else ("train", "test"))
         if role not in roles
     ]
     if problems:

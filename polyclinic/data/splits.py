@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -82,6 +82,47 @@ def split_patients(groups: Mapping[str, int], shares: Sequence[float], dice: np.
         overall[rich] -= 1
         overall[empty] += 1
     return roles
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One fold of a cross-validation, number ``index`` of ``count``.
+
+    With ``by = "patients"`` the patients of every site are dealt to ``count`` groups, of which this fold tests one.
+    With ``by = "sites"`` this fold tests one site whole, and that site trains nothing: leave one site out.
+    """
+
+    index: int
+    count: int
+    by: Literal["patients", "sites"] = "patients"
+
+
+def fold_patients(
+    groups: Mapping[str, int], fold: Fold, shares: Sequence[float], dice: np.random.Generator
+) -> dict[str, str]:
+    """A role for each patient: one group of ``fold.count`` tests, the others train and validate in their shares.
+
+    Over the folds, with equal ``dice``, every patient is a test patient exactly once. Groups are as even within each
+    stratum as whole patients allow.
+
+    Raises:
+        DataError: Where there are fewer patients than folds.
+    """
+    if len(groups) < fold.count:
+        raise DataError(f"{len(groups)} patients are too few for {fold.count} folds: ask for fewer folds, or leave "
+                        f"small sites out with min_patients = {fold.count}")  # fmt: skip
+    order = sorted(groups)
+    order = [order[i] for i in dice.permutation(len(order))]
+    order.sort(key=lambda patient: groups[patient])  # stable: random within a group
+    tests = {patient for i, patient in enumerate(order) if i % fold.count == fold.index}
+    rest = {patient: group for patient, group in groups.items() if patient not in tests}
+    return dict.fromkeys(tests, "test") | split_patients(rest, without_test(shares), dice)
+
+
+def without_test(shares: Sequence[float]) -> tuple[float, float, float]:
+    """The shares of training and validation where test patients are set apart otherwise."""
+    train, val, _ = shares
+    return train / (train + val), val / (train + val), 0.0
 
 
 def official(table: Table) -> dict[str, str]:

@@ -1,11 +1,13 @@
 """Several runs beside each other: paired where they tested the same patients, by ranks where they did not."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from polyclinic.core import state as states
 from polyclinic.studies.compare import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.studies.evaluation import Evaluation, Options, evaluate
 from polyclinic.studies.intervals import Estimate
@@ -48,6 +50,9 @@ class Panel:
         values: Mean over sites of each run's own primary metric, [runs, methods].
         ranking: Mean ranks, with the critical difference; None with fewer than three runs or methods.
         gains: Of each method, at how many sites it is shown to be better than training alone, and at how many worse.
+        metrics: Each run's primary metric.
+        rest: The methods that some runs lack.
+        estimates: By run and method, also those of ``rest``.
     """
 
     runs: tuple[str, ...]
@@ -55,6 +60,9 @@ class Panel:
     values: tuple[tuple[float | None, ...], ...]
     ranking: Ranking | None
     gains: Mapping[str, tuple[int, int]]
+    metrics: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
+    estimates: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
 
 
 def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Options = Options()) -> list[Row]:
@@ -88,22 +96,69 @@ def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Option
     return rows
 
 
-def panel(run_dirs: Sequence[str | Path], options: Options = Options()) -> Panel:
+def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: Sequence[str] = ()) -> Panel:
     """Methods over data sets. Metrics may differ from run to run: ranks do not mind.
+
+    Args:
+        run_dirs: Run folders.
+        options: How to evaluate.
+        names: What to call the runs; by default as their folders are called.
 
     Raises:
         NotARun: Where a folder is not a run.
         NotComparable: Where the runs have no method in common.
     """
-    results = {Path(d).resolve().name: evaluate(read_run(d), options) for d in run_dirs}
-    common = [m.label for m in next(iter(results.values())).methods]
-    common = [k for k in common if all(k in {m.label for m in r.methods} for r in results.values())]
+    called = names or [Path(d).resolve().name for d in run_dirs]
+    results = {name: evaluate(read_run(d), options) for name, d in zip(called, run_dirs, strict=True)}
+    every = list(dict.fromkeys(m.label for r in results.values() for m in r.methods))
+    common = [k for k in every if all(k in {m.label for m in r.methods} for r in results.values())]
     if not common:
         raise NotComparable("these runs have no method in common")
+    rest = [k for k in every if k not in common]
+    estimates = {
+        (name, k): r.of(k).macro for name, r in results.items() for k in every if k in {m.label for m in r.methods}
+    }
     values = [[r.of(k).macro.value for k in common] for r in results.values()]
     gains = {k: _against_single(k, results.values()) for k in common if k != "single"}
     rows = tuple(tuple(row) for row in values)
-    return Panel(tuple(results), tuple(common), rows, _ranks(common, values, list(results.values())), gains)
+    ranking = _ranks(common, values, list(results.values()))
+    metrics = tuple(r.metric.label for r in results.values())
+    return Panel(tuple(results), tuple(common), rows, ranking, gains, metrics, tuple(rest), estimates)
+
+
+def write_panel(found: Panel, folder: Path) -> Path:
+    """Writes a panel as panel.md and panel.json into ``folder``, and returns the first."""
+    named = dict(zip(found.runs, found.metrics, strict=True))
+    methods = (*found.methods, *found.rest)
+    lines = ["| data | metric | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
+    for run in found.runs:
+        cells = [_cell(found.estimates.get((run, k))) for k in methods]
+        lines.append(f"| {run} | {named[run]} | " + " | ".join(cells) + " |")
+    told = ["Mean over training sites, with 95 % intervals over patients (and of the mean over seeds). ", ""]
+    if found.ranking is not None:
+        r = found.ranking
+        ranks = ", ".join(f"{m} {rank:.2f}" for m, rank in zip(r.methods, r.ranks, strict=True))
+        told.append(f"Mean ranks over {r.blocks} data sets, 1 is best: {ranks}.")
+        told.append(f"Two methods closer than {r.critical:.2f} are not told apart (Nemenyi); Friedman's p = {r.p:.3g}.")
+        told.append("")
+    for k, (better, worse) in found.gains.items():
+        told.append(f"- {k}: shown to be better than training alone at {better} sites, worse at {worse}.")
+    states.write_bytes(folder / "panel.md", "\n".join([*told, "", *lines, ""]).encode())
+    facts = [
+        {"data": run, "metric": named[run], "method": k, "patients": e.n}
+        | {"value": e.value, "low": e.low, "high": e.high}
+        for (run, k), e in found.estimates.items()
+    ]
+    states.write_bytes(folder / "panel.json", (json.dumps(facts, indent=1) + "\n").encode())
+    return folder / "panel.md"
+
+
+def _cell(e: Estimate | None) -> str:
+    if e is None:
+        return ""
+    if e.value is None:
+        return "—"
+    return f"{e.value:.3f}" + (f" ({e.low:.3f} to {e.high:.3f})" if e.low is not None and e.high is not None else "")
 
 
 def _ranks(methods: Sequence[str], values: list[list[float | None]], results: Sequence[Evaluation]) -> Ranking | None:
@@ -126,10 +181,10 @@ def _require_same_patients(runs: Mapping[str, Run]) -> None:
     (first, base), *others = runs.items()
     problems = []
     for name, run in others:
-        for field in ("task", "metric"):
-            ours, theirs = getattr(base.info, field), getattr(run.info, field)
+        for key in ("task", "metric"):
+            ours, theirs = getattr(base.info, key), getattr(run.info, key)
             if ours != theirs:
-                problems.append(f"{field}: {first} has {ours!r}, {name} has {theirs!r}")
+                problems.append(f"{key}: {first} has {ours!r}, {name} has {theirs!r}")
         for site, seed in sorted(_tested(base).keys() | _tested(run).keys()):
             ours, theirs = _tested(base).get((site, seed)), _tested(run).get((site, seed))
             if ours is not None and theirs is not None and ours != theirs:

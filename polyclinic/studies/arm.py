@@ -1,31 +1,32 @@
-"""An arm: one method with one seed. It trains, is scored on validation data, and is tested once, at its end.
+"""An arm: one method, seed and fold. It trains, is scored on validation data, and is tested once, at its end.
 
 A checkpoint after every round makes stopping at any moment and going on change no bit. The test data are opened for
 the model of the best round, and the journal says so each time they are.
 """
 
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from polyclinic.core import state as states
 from polyclinic.core.execute import cohort_of
-from polyclinic.core.journal import verify
 from polyclinic.core.site import Site
 from polyclinic.core.train import Step, TooFewReplies, train
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
+from polyclinic.data.splits import Fold
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.workers import Workers
 from polyclinic.methods import registry
-from polyclinic.studies.folder import Checkpoint, Folder, write_tensors
-from polyclinic.studies.spec import MethodSpec, Study
+from polyclinic.studies.folder import ArmFolder, Checkpoint, write_tensors
+from polyclinic.studies.jobs import Event, Job, cores
+from polyclinic.studies.spec import Study
 from polyclinic.tasks.evaluation import Evaluated, evaluate
 from polyclinic.transforms.accounting import epsilon_rdp
 from polyclinic.transforms.budget import Budget
@@ -34,62 +35,53 @@ from polyclinic.transforms.ledger import Ledger
 POOLED = "pooled"
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened in a run.
+class Arm:
+    """One method with one seed and one fold.
 
-    Attributes:
-        what: ``data`` (sites are ready), ``arm`` (one begins), ``round`` (one is complete), ``tested`` (an arm ends).
-        label: Which method, and ``seed`` which seed.
-        round: How many rounds of ``rounds`` are complete.
-        scores: The primary metric by site: on validation data after a round, on test data at the end.
-        bytes: What all sites sent and received in the round.
-        lost: Sites that sent nothing usable in the round, each with the reason.
-        notes: Sentences for people.
+    Args:
+        study: What is studied.
+        job: Which arm.
+        plan: What to build.
+        data: Where the patients are.
+        folder: Where to write.
+        numbers: A number for each patient, the same in every arm, by which test sets are recognised.
     """
 
-    what: str
-    label: str = ""
-    seed: int = 0
-    round: int = 0
-    rounds: int = 0
-    scores: Mapping[str, float] = field(default_factory=dict)
-    bytes: int = 0
-    lost: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-class Arm:
-    """One method with one seed."""
-
     def __init__(
-        self, study: Study, method: MethodSpec, seed: int, plan: Plan, data: Federated, folder: Folder
+        self, study: Study, job: Job, plan: Plan, data: Federated, folder: ArmFolder, numbers: Mapping[str, int]
     ) -> None:
-        self.study, self.seed, self.plan, self.data, self.folder = study, seed, plan, data, folder
-        self.label, self.entry = method.called, registry.entry(method.name)
-        self.path = folder.arm(self.label, seed)
+        self.study, self.job, self.plan, self.data, self.folder = study, job, plan, data, folder
+        self.seed, self.numbers = job.seed, numbers
+        self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
         self.method: Evaluated[Any] = plan.build_method()
-        shares = self.entry.leaves != "nothing"  # else there is no model for a site that never trained
-        self.judged = tuple(sorted(site for site in data.sites if shares or site in plan.sites))
+        every = self.entry.newcomers
+        self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
+        self.tested = _tested(self.judged, data.external, job.fold)
         self.ledgers = self._ledgers() if study.privacy and plan.private else {}
         self.length = 0
 
-    def run(self, length: int) -> Iterator[Event]:
-        """Runs the arm from where it stands; ``length`` is that of the records before it."""
+    def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
+        """Runs the arm from where it stands. ``before`` are the facts that stand before its first round."""
         at, file = None, self.path / "checkpoint.safetensors"
         if file.exists():
             at = states.load(file)
-            self.length = at.records
             if at.done:
-                yield self._event("tested", at.round, self._recorded_test())
                 return
-        self.folder.open_records(at.records if at else length)
-        yield self._event("arm", at.round if at else 0)
-        engine = self._engine(at.memory if at else None)
+        self.folder.open(at.records if at else 0)
         try:
-            yield from self._train(engine, at)
+            if at is None:
+                for fact in before:
+                    self.folder.record(**fact)
+                yield self._event("arm", 0)
+            else:
+                yield self._event("arm", at.round)
+            engine = self._engine(at.memory if at else None)
+            try:
+                yield from self._train(engine, at)
+            finally:
+                engine.close()
         finally:
-            engine.close()
+            self.folder.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
@@ -117,7 +109,7 @@ class Arm:
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
             self._account(done)
-            self.folder.journal.write("round", self._who() | {"round": done, "lost": facts["lost"]})
+            self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"]})
             last = done >= study.rounds or following is None
             if done % study.evaluation.every == 0 or last:
                 scores = self._score(engine, state, done)
@@ -126,12 +118,16 @@ class Arm:
                 if better or study.evaluation.select == "last":
                     best_round, best_score = done, mean
                     self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
-            self.length = self.folder.settle()
-            self._save("checkpoint", Checkpoint(state, engine.memory, done, self.length, best_round, best_score, False))
+            length = self.folder.settle()
+            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, best_round, best_score, False))
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
             yield self._event("round", done, scores, moved, facts["lost"])
             steps, begun = [], time.perf_counter()
-        yield self._test(engine, Checkpoint(state, engine.memory, done, 0, best_round, best_score, True))
+        end = Checkpoint(state, engine.memory, done, 0, best_round, best_score, True)
+        if self.job.trial is None:
+            yield self._test(engine, end)
+        else:
+            self._save("checkpoint", end)
 
     def _within_budget(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
         """``steps``, ended where no site has budget left."""
@@ -140,14 +136,14 @@ class Arm:
         except TooFewReplies as error:
             if not self.ledgers or "is used up" not in str(error):
                 raise
-            self.folder.journal.write("budget used up", self._who())
+            self.folder.note("budget used up", self.job.who)
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
         """Opens the test data, once, for the model of the best round."""
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
-        self.folder.journal.write("test opened", self._who() | {"round": best.round})
-        said = evaluate(self.method, engine, best.state, self.judged, "predict/test")
+        opened = self.folder.note("test opened", self.job.who | {"round": best.round})
+        said = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         scores: dict[str, float] = {}
         for site, outputs in said.items():
             metrics = self.method.task.summary(outputs)
@@ -156,16 +152,16 @@ class Arm:
                 scores[site] = metrics[self.study.metric]
         known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
         for name, answers in (("predictions", said), ("validation", known)):
+            role = "test" if name == "predictions" else "val"
+            answers = {site: outputs | self._numbered(site, role) for site, outputs in answers.items()}
             leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
         model: Tree = self.method.model_at(self.method.trial(best.state), {})
         meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
         write_tensors(self.path / "model.safetensors", model, meta)
-        opened = _times_opened(self.folder, self._who())
         self._record("sealed", opened=opened)
-        self.length = self.folder.settle()
-        self._save("checkpoint", Checkpoint(*_as_before(end, self.length)))
+        self._save("checkpoint", replace(end, records=self.folder.settle()))
         return self._event("tested", end.round, scores)
 
     def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
@@ -194,9 +190,7 @@ class Arm:
         held = {} if self.data.public is None else {"public": self.data.public}
         if chosen.kind == "in-process":
             return InProcess(self.method, sites, memory, policies, self.seed, held)
-        workers = chosen.workers or min(
-            len(sites), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
     def _ledgers(self) -> dict[str, Ledger]:
@@ -223,30 +217,22 @@ class Arm:
                 "privacy", round=done, site=site, epsilon=bound, delta=budget["delta"], unit=budget["unit"], by=by
             )
 
-    def _recorded_test(self) -> dict[str, float]:
-        """The test scores of an arm that was finished before."""
-        found = {}
-        with open(self.folder.path / "records.jsonl", encoding="utf-8") as file:
-            for line in file:
-                fact = json.loads(line)
-                if fact["kind"] == "test" and (fact["method"], fact["seed"]) == (self.label, self.seed):
-                    found[fact["site"]] = fact["metrics"].get(self.study.metric, float("nan"))
-        return found
+    def _numbered(self, site: str, role: str) -> Tree:
+        """Whose each example is, by the numbers that are the same in every arm."""
+        return {"patient": torch.tensor([self.numbers[patient] for patient in self.data.sites[site][role].patients])}
 
     def _save(self, name: str, value: Checkpoint) -> None:
         states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
 
     def _record(self, kind: str, **facts: Any) -> None:
-        self.folder.record(kind, **self._who(), **facts)
-
-    def _who(self) -> dict[str, Any]:
-        return {"method": self.label, "seed": self.seed}
+        self.folder.record(kind, **self.job.who, **facts)
 
     def _event(
         self, what: str, done: int, scores: Mapping[str, float] | None = None, moved: int = 0,
         lost: Mapping[str, str] | None = None,
     ) -> Event:  # fmt: skip
-        return Event(what, self.label, self.seed, done, self.study.rounds, scores or {}, moved, lost or {})
+        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}}
+        return self.job.event(what, round=done, rounds=self.study.rounds, **told)
 
 
 def _cohort(trainers: Sequence[str], size: int, seed: int, sites: Sequence[str], round: int) -> Sequence[str]:
@@ -254,8 +240,11 @@ def _cohort(trainers: Sequence[str], size: int, seed: int, sites: Sequence[str],
     return cohort_of(trainers, size, round, seed)
 
 
-def _as_before(end: Checkpoint, records: int) -> tuple[Any, ...]:
-    return (end.state, end.memory, end.round, records, end.best_round, end.best_score, True)
+def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
+    """Whose test patients an arm opens: everybody's, or with folds, each patient's in one fold of a seed only."""
+    if fold is None or (fold.by == "patients" and fold.index == 0):
+        return tuple(judged)
+    return tuple(site for site in judged if (site in external) == (fold.by == "sites"))
 
 
 def _round_facts(steps: Sequence[Step[Any]]) -> dict[str, Any]:
@@ -273,8 +262,3 @@ def _round_facts(steps: Sequence[Step[Any]]) -> dict[str, Any]:
         "lost": {site: reason for step in steps for site, reason in step.lost.items()},
         **{name: total(name) for name in ("bytes_up", "bytes_down", "seconds")},
     }
-
-
-def _times_opened(folder: Folder, who: Mapping[str, Any]) -> int:
-    entries = verify(folder.path / "journal.jsonl")
-    return sum(e["event"] == "test opened" and all(e[k] == v for k, v in who.items()) for e in entries)

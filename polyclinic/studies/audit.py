@@ -15,8 +15,10 @@ from polyclinic.audits import inversion, membership
 from polyclinic.core import state as states
 from polyclinic.core.site import Site
 from polyclinic.data.federation import federate
+from polyclinic.data.splits import Fold
 from polyclinic.studies.export import plan_of
 from polyclinic.studies.folder import read_tensors
+from polyclinic.studies.lines import arm_name
 from polyclinic.studies.records import Run, read_run
 from polyclinic.studies.spec import parse
 from polyclinic.tasks.model import load
@@ -83,11 +85,12 @@ def audit_run(
     run = read_run(run_dir)
     seed = run.info.seeds[0] if seed is None else seed
     label = label or _last_shared(run)
-    file = run.path / "arms" / f"{label}-seed{seed}" / "model.safetensors"
+    file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
         raise NotAudited(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
     study = parse((run.path / "study.toml").read_text(encoding="utf-8"), run.path / "study.toml")
-    data = federate(study.data, seed)
+    fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
+    data = federate(study.data, seed, fold)
     if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
         raise NotAudited(f"{run.path}: the data have changed since the run, so who was trained on is not known")
     plan, params = plan_of(file), read_tensors(file)

@@ -9,7 +9,7 @@ import numpy as np
 from polyclinic.studies.compare import Difference, Ranking, corrected_t, holm, rank_methods, signed_ranks
 from polyclinic.studies.metrics import Metric, Undefined
 from polyclinic.studies.records import Run, training_sites
-from polyclinic.studies.resampling import Sample
+from polyclinic.studies.resampling import Sample, by_fold
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,22 @@ class Against:
         return found
 
     def over_splits(self, metric: Metric) -> dict[str, Difference]:
-        """The corrected t over seeds, where each of at least three has a split of its own."""
+        """The corrected t over splits, of which there are at least three: folds, or seeds with splits of their own."""
         found: dict[str, Difference] = {}
-        if self.data.shared:
+        if not self.run.splits and self.data.one_split:
             return found
+        by_split = by_fold(self.run, self.data.level) if self.run.splits else self.data
         for label, sites in self._sites():
             here = [s for s in self.run.info.sites if s.name in sites]
             test, train = (sum(s.patients.get(r, 0) for s in here) for r in ("test", "train"))
-            if test and train and len(self._seeds(label)) >= 3:
-                by_seed = self.data.paired(label, self.reference, sites, metric)[:, 0]
-                if np.isfinite(by_seed).all():
-                    found[label] = corrected_t([float(d) for d in by_seed], test, train, self.data.level)
+            if self.run.splits:  # each tests one part in so many; under folds by sites, one site in so many
+                test = test // self.run.info.folds
+                train = train - test if self.run.info.folds_by == "sites" else train
+            shared = set(by_split.seeds(label)) & set(by_split.seeds(self.reference))
+            if test and train > 0 and len(shared) >= 3:
+                each = by_split.by_split(label, self.reference, sites, metric)
+                if len(each) >= 3:
+                    found[label] = corrected_t(each, test, train, self.data.level)
         return found
 
     def over_sites(self, metric: Metric) -> dict[str, Difference]:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method cost, for one seed (the mean over seeds).
+    """What one method cost, for one arm (the mean over seeds and folds).
 
     Attributes:
         label: The method.
@@ -31,6 +31,7 @@ class Cost:
         lost: (seed, round, site, reason) of every reply that did not come.
         reached: The first round whose validation mean reaches the target; None where none does.
         bytes_to_target: Bytes a site sent and received, on average, up to that round.
+        by_site_to_target: The same site by site.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Cost:
     lost: Sequence[tuple[int, int, str, str]]
     reached: int | None = None
     bytes_to_target: float | None = None
+    by_site_to_target: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def in_one_place(self) -> bool:
@@ -65,14 +67,14 @@ class Target:
 
 
 def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
-    """A method's validation curve over training sites, or at one; a round is the mean of the seeds that got there."""
+    """A method's validation curve over training sites, or at one; a round is the mean of the arms that got there."""
     training = {s.name for s in run.info.sites if s.role == "training"}
-    by_round: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_round: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for s in run.curves:
         value = s.metrics.get(metric)
         here = s.site == site if site is not None else s.site in training
         if s.method == label and s.role == "val" and here and value is not None:
-            by_round[s.round][s.seed].append(value)
+            by_round[s.round][s.seed, s.fold].append(value)
     rounds = sorted(by_round)
     values = [float(np.mean([np.mean(v) for v in by_round[r].values()])) for r in rounds]
     return Curve(tuple(rounds), tuple(values))
@@ -96,30 +98,27 @@ def cost_of(run: Run, label: str, metric: str, higher_is_better: bool, target: T
     mine = [r for r in run.rounds if r.method == label]
     if not mine:
         return None
-    seeds = sorted({r.seed for r in mine})
+    arms = {(r.seed, r.fold) for r in mine}
     sums: dict[str, dict[str, float]] = {"up": defaultdict(float), "down": defaultdict(float), "s": defaultdict(float)}
     known = {s.name for s in run.info.sites}
     for r in mine:
         for key, values in (("up", r.bytes_up), ("down", r.bytes_down), ("s", r.seconds)):
             for site, value in values.items():
                 if site in known or key == "s":
-                    sums[key][site] += value / len(seeds)
+                    sums[key][site] += value / len(arms)
     lost = [(r.seed, r.round, site, why) for r in mine for site, why in r.lost.items()]
     curve, reached, spent = learning_curve(run, label, metric), None, None
     if target is not None:
         ahead = [v >= target.value if higher_is_better else v <= target.value for v in curve.values]
         reached = next((r for r, yes in zip(curve.rounds, ahead, strict=True) if yes), None)
+    to_target: dict[str, float] = {}
     if reached is not None:
         sites = (sums["up"].keys() | sums["down"].keys()) & known
-        moved = [
-            b
-            for r in mine
-            if r.round <= reached
-            for v in (r.bytes_up, r.bytes_down)
-            for s, b in v.items()
-            if s in sites
-        ]
-        spent = sum(moved) / len(seeds) / max(len(sites), 1)
-    rounds = round(np.mean([len({r.round for r in mine if r.seed == s}) for s in seeds]))
-    wall = sum(r.wall for r in mine) / len(seeds)
-    return Cost(label, rounds, dict(sums["up"]), dict(sums["down"]), dict(sums["s"]), wall, lost, reached, spent)
+        for site in sorted(sites):
+            moved = (r.bytes_up.get(site, 0) + r.bytes_down.get(site, 0) for r in mine if r.round <= reached)
+            to_target[site] = sum(moved) / len(arms)
+        spent = sum(to_target.values()) / max(len(sites), 1)
+    rounds = round(np.mean([len({r.round for r in mine if (r.seed, r.fold) == arm}) for arm in arms]))
+    wall = sum(r.wall for r in mine) / len(arms)
+    up, down, seconds = (dict(sums[key]) for key in ("up", "down", "s"))
+    return Cost(label, rounds, up, down, seconds, wall, lost, reached, spent, to_target)

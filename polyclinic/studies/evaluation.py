@@ -100,8 +100,8 @@ class Evaluation:
         headline: The method spoken of first; None where no method has predictions.
         reference: The method the others are compared with.
         comparisons: Each other method minus the reference, mean over sites, Holm-corrected.
-        over_splits: The same by Nadeau and Bengio's corrected t over seeds, where these have splits of their own and
-            are at least three.
+        over_splits: The same by Nadeau and Bengio's corrected t over splits: folds, or seeds that have splits of their
+            own; at least three.
         over_sites: The same by Wilcoxon's signed ranks over sites, where there are at least six.
         ranking: Mean ranks over sites, where there are at least three methods and sites.
         patients: Test patients by site.
@@ -265,13 +265,13 @@ def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | No
 
 
 def validation_mean(run: Run, label: str, metric: str) -> float | None:
-    """The mean over seeds and sites of a validation metric, at the round whose model was tested."""
-    kept = {(t.method, t.seed, t.site): t.round for t in run.lines if t.kind == "test"}
+    """The mean over seeds, folds and sites of a validation metric, at the round whose model was tested."""
+    kept = {(t.method, t.seed, t.fold): t.round for t in run.lines if t.kind == "test"}
     training, found = training_sites(run), []
     for s in run.curves:
         value = s.metrics.get(metric)
         mine = s.method == label and s.role == "val" and s.site in training
-        mine = mine and kept.get((label, s.seed, s.site)) == s.round
+        mine = mine and kept.get((label, s.seed, s.fold)) == s.round
         if mine and value is not None and np.isfinite(value):
             found.append(value)
     return float(np.mean(found)) if found else None

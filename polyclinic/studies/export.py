@@ -16,6 +16,7 @@ from torch import nn
 from polyclinic import __version__
 from polyclinic.engines.plan import Plan
 from polyclinic.studies.folder import read_tensors, write_tensors
+from polyclinic.studies.lines import arm_name
 from polyclinic.studies.records import Run, read_run
 from polyclinic.tasks.model import load
 
@@ -48,7 +49,7 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
         raise NotExported(f"no form called {form!r}; there are {', '.join(FORMATS)}")
     run, out = read_run(run_dir), Path(out)
     label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
-    file = run.path / "arms" / f"{label}-seed{seed}" / "model.safetensors"
+    file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
         raise NotExported(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
     plan, params = plan_of(file), read_tensors(file)

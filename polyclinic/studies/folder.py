@@ -7,13 +7,17 @@ runs/<name>-<hash8>/
   arms/<label>-seed<s>/checkpoint.safetensors   the server's state and the sites' memory after the last round
                        best.safetensors         the same, after the best round on validation data
                        model.safetensors        the tested model;  predictions.safetensors   what it said
+                       search.jsonl             what a search tried;  chosen.toml   what it chose, to read and change
+                       records.jsonl            the arm's records, until the run is finished and joins them
 ```
+With folds an arm's folder is ``<label>-seed<s>-fold<f>``.
 """
 
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from polyclinic import __version__
 from polyclinic.core import state as states
-from polyclinic.core.journal import Journal
+from polyclinic.core.journal import Journal, verify
 from polyclinic.core.state import savable
 from polyclinic.core.tree import Trees
 
@@ -37,7 +41,7 @@ class Checkpoint:
     Attributes:
         state: The server's. ``memory``: every site's.
         round: How many rounds are complete.
-        records: The length of records.jsonl in bytes at that moment.
+        records: The length of the arm's records.jsonl in bytes at that moment.
         best_round: The best round on validation data so far, and ``best_score`` its score.
         done: Whether the arm has been tested.
     """
@@ -55,12 +59,51 @@ class RunExists(ValueError):
     """The folder holds a run already. The message says how to go on."""
 
 
+class ArmFolder:
+    """One arm's part of a run's folder.
+
+    Attributes:
+        path: Where it is.
+        note: Writes an entry to the run's journal, and says how often the same entry is there now.
+    """
+
+    def __init__(self, path: Path, note: "Note") -> None:
+        self.path, self.note = path, note
+        self._records: Any = None
+
+    def open(self, length: int) -> None:
+        """Opens the records for appending after their first ``length`` bytes; what follows is redone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._records = open(self.path / "records.jsonl", "ab")  # noqa: SIM115
+        self._records.truncate(length)
+        self._records.seek(0, os.SEEK_END)
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Appends one fact."""
+        self._records.write(json.dumps({"kind": kind, **facts}, separators=(",", ":")).encode() + b"\n")
+
+    def settle(self) -> int:
+        """Forces the records to the disk and returns their length in bytes."""
+        self._records.flush()
+        os.fsync(self._records.fileno())
+        return int(self._records.tell())
+
+    def close(self) -> None:
+        """Closes the records."""
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+
+
+Note = Callable[[str, dict[str, Any]], int]
+
+
 class Folder:
     """One run's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records: Any = None
+        self._notes: Counter[str] = Counter()
 
     def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
         """Makes the folder, or takes up the one that is there.
@@ -78,41 +121,33 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             states.write_bytes(self.path / "study.toml", study.encode())
             states.write_bytes(self.path / "run.json", json.dumps(info, indent=1).encode())
-        self.journal = Journal(self.path / "journal.jsonl")
+        self._journal = Journal(self.path / "journal.jsonl")
+        for entry in verify(self._journal.path):
+            self._notes[_said(entry)] += 1
 
-    def arm(self, label: str, seed: int) -> Path:
-        """The folder of one arm."""
-        path = self.path / "arms" / f"{label}-seed{seed}"
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    def note(self, event: str, details: dict[str, Any]) -> int:
+        """Writes an entry to the journal, and says how often the same entry is there now."""
+        self._journal.write(event, details)
+        said = _said({"event": event, **details})
+        self._notes[said] += 1
+        return self._notes[said]
 
-    def open_records(self, length: int) -> None:
-        """Opens the records for appending after their first ``length`` bytes; what follows is redone."""
-        self.close_records()
-        self._records = open(self.path / "records.jsonl", "ab")  # noqa: SIM115
-        self._records.truncate(length)
-        self._records.seek(0, os.SEEK_END)
-
-    def record(self, kind: str, **facts: Any) -> None:
-        """Appends one fact."""
-        self._records.write(json.dumps({"kind": kind, **facts}, separators=(",", ":")).encode() + b"\n")
-
-    def settle(self) -> int:
-        """Forces the records to the disk and returns their length in bytes."""
-        self._records.flush()
-        os.fsync(self._records.fileno())
-        return int(self._records.tell())
-
-    def close_records(self) -> None:
-        """Closes the records."""
-        if self._records is not None:
-            self._records.close()
-            self._records = None
+    def finish(self, names: Sequence[str]) -> None:
+        """Joins the records of all arms, in their order; a crash on the way is made good by doing it again."""
+        parts = [self.path / "arms" / name / "records.jsonl" for name in names]
+        if all(part.is_file() for part in parts):
+            states.write_bytes(self.path / "records.jsonl", b"".join(part.read_bytes() for part in parts))
+        for part in parts:
+            part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Closes everything."""
-        self.close_records()
-        self.journal.close()
+        """Closes the journal."""
+        self._journal.close()
+
+
+def _said(entry: Mapping[str, Any]) -> str:
+    chain = ("seq", "previous", "hash")
+    return json.dumps({k: v for k, v in entry.items() if k not in chain}, sort_keys=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """What a line of ``records.jsonl`` and ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +20,7 @@ class Round(_Line):
     kind: Literal["round"]
     method: str
     seed: int
+    fold: int = 0
     round: int
     seconds: dict[str, float] = Field(default_factory=dict)
     wall: float = 0.0
@@ -33,6 +36,7 @@ class Scores(_Line):
     kind: Literal["scores", "test"]
     method: str
     seed: int
+    fold: int = 0
     round: int
     site: str
     role: str = "test"
@@ -46,6 +50,7 @@ class Sealed(_Line):
     kind: Literal["sealed"]
     method: str
     seed: int
+    fold: int = 0
     opened: int
 
 
@@ -57,6 +62,7 @@ class Privacy(_Line):
     kind: Literal["privacy"]
     method: str
     seed: int = 0
+    fold: int = 0
     round: int | None = None
     site: str | None = None
     epsilon: float | None = None
@@ -70,9 +76,35 @@ class Quarantine(_Line):
     kind: Literal["quarantine"]
     method: str
     seed: int
+    fold: int = 0
     round: int
     site: str
     reason: str
+
+
+class Trial(_Line):
+    """One setting that a search tried on validation data, for ``rounds`` rounds; ``score`` is the best of them."""
+
+    kind: Literal["trial"]
+    method: str
+    seed: int
+    fold: int = 0
+    trial: int
+    values: dict[str, Any] = Field(default_factory=dict)
+    score: float | None = None
+    rounds: int = 0
+    seconds: float = 0.0
+
+
+class Chosen(_Line):
+    """What an arm trains with after a search; ``by`` says whether the search chose it or a person changed it."""
+
+    kind: Literal["chosen"]
+    method: str
+    seed: int
+    fold: int = 0
+    values: dict[str, Any] = Field(default_factory=dict)
+    by: Literal["search", "hand"] = "search"
 
 
 class DataInfo(_Line):
@@ -116,7 +148,7 @@ class MethodInfo(_Line):
 
 
 class RunInfo(_Line):
-    """``run.json``."""
+    """``run.json``. With ``folds``, each seed has so many arms a method, each with a fold of patients or sites."""
 
     name: str
     title: str = ""
@@ -131,9 +163,29 @@ class RunInfo(_Line):
     methods: tuple[MethodInfo, ...]
     rounds: int = 0
     seeds: tuple[int, ...] = (0,)
+    folds: int = 0
+    folds_by: Literal["", "patients", "sites"] = ""
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
 
 
-Known = Annotated[Round | Scores | Sealed | Privacy | Quarantine, Field(discriminator="kind")]
+Known = Annotated[Round | Scores | Sealed | Privacy | Quarantine | Trial | Chosen, Field(discriminator="kind")]
+
+
+def arm_name(label: str, seed: int, fold: int | None = None) -> str:
+    """The name of an arm's folder."""
+    return f"{label}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
+
+
+def arm_names(info: RunInfo) -> list[tuple[str, int, int, str]]:
+    """Method label, seed, fold and folder name of every arm of a run, in the order of their records."""
+    folds: Sequence[int | None] = range(info.folds) if info.folds else [None]
+    return [(m.label, s, f or 0, arm_name(m.label, s, f)) for s in info.seeds for f in folds for m in info.methods]
+
+
+def record_files(run: Path, names: Iterable[str]) -> list[Path]:
+    """Where a run's records are: in one file, or, until it is finished, one for each arm."""
+    whole = run / "records.jsonl"
+    parts = [run / "arms" / name / "records.jsonl" for name in names]
+    return [whole] if whole.is_file() else [part for part in parts if part.is_file()]

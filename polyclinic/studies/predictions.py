@@ -39,6 +39,14 @@ class Predictions:
         return len(self.patient)
 
 
+def joined(a: Predictions, b: Predictions) -> Predictions:
+    """The predictions of two folds at one site, of different patients, as one."""
+    score = None if a.score is None or b.score is None else np.concatenate([a.score, b.score])
+    target = None if a.target is None or b.target is None else np.concatenate([a.target, b.target])
+    cases = {k: np.concatenate([a.cases[k], b.cases[k]]) for k in a.cases if k in b.cases}
+    return Predictions(np.concatenate([a.patient, b.patient]), score, target, cases)
+
+
 def read_predictions(
     file: Path, task: str, metric: str, sites: Sequence[str], problems: list[str]
 ) -> Mapping[str, Predictions]:

@@ -21,11 +21,23 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from polyclinic.studies.lines import Known, Privacy, Quarantine, Round, RunInfo, Scores, Sealed
-from polyclinic.studies.predictions import Predictions, read_predictions
+from polyclinic.studies.lines import (
+    Chosen,
+    Known,
+    Privacy,
+    Quarantine,
+    Round,
+    RunInfo,
+    Scores,
+    Sealed,
+    Trial,
+    arm_names,
+    record_files,
+)
+from polyclinic.studies.predictions import Predictions, joined, read_predictions
 
 _LINE: TypeAdapter[Known] = TypeAdapter(Known)
-_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine")
+_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine", "trial", "chosen")
 
 
 class NotARun(ValueError):
@@ -40,8 +52,11 @@ class Run:
         path: The folder.
         info: ``run.json``.
         lines: The records, in order.
-        arms: Test predictions by (method label, seed), then by site.
-        validation: Validation predictions, where they were kept.
+        arms: Test predictions by (method label, seed), then by site. With folds these are all folds' together, each
+            patient once; those of external sites are the first fold's.
+        splits: The same fold by fold, by (method label, seed, fold); empty without folds.
+        validation: Validation predictions, where they were kept. With folds there are none, since one fold's
+            validation patients are another's test patients, who may choose no threshold.
         study: The text of ``study.toml``.
         missing: What a finished run would have and this one lacks, in words.
         unread: Kinds of record this version does not know, and how many lines of each.
@@ -52,6 +67,7 @@ class Run:
     lines: tuple[Known, ...] = ()
     arms: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
     validation: Mapping[tuple[str, int], Mapping[str, Predictions]] = field(default_factory=dict)
+    splits: Mapping[tuple[str, int, int], Mapping[str, Predictions]] = field(default_factory=dict)
     study: str = ""
     missing: tuple[str, ...] = ()
     unread: Mapping[str, int] = field(default_factory=dict)
@@ -74,23 +90,42 @@ class Run:
     @cached_property
     def quarantined(self) -> tuple[Quarantine, ...]:
         """Replies that were refused; those that a round already counts as lost are not repeated."""
-        lost = {(r.method, r.seed, r.round, site) for r in self.rounds for site in r.lost}
+        lost = {(r.method, r.seed, r.fold, r.round, site) for r in self.rounds for site in r.lost}
         return tuple(
             line
             for line in self.lines
-            if isinstance(line, Quarantine) and (line.method, line.seed, line.round, line.site) not in lost
+            if isinstance(line, Quarantine)
+            and (line.method, line.seed, line.fold, line.round, line.site) not in lost
         )
 
     @cached_property
     def opened(self) -> Mapping[tuple[str, int], int]:
-        """How often each arm's test set was opened."""
-        return {(s.method, s.seed): s.opened for s in self.lines if isinstance(s, Sealed)}
+        """How often the test set of each method and seed was opened; with folds, the most of any."""
+        found: dict[tuple[str, int], int] = {}
+        for s in (line for line in self.lines if isinstance(line, Sealed)):
+            found[s.method, s.seed] = max(s.opened, found.get((s.method, s.seed), 0))
+        return found
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The settings that a search tried."""
+        return tuple(line for line in self.lines if isinstance(line, Trial))
+
+    @cached_property
+    def chosen(self) -> tuple[Chosen, ...]:
+        """What each arm trained with after a search."""
+        return tuple(line for line in self.lines if isinstance(line, Chosen))
+
+    @property
+    def repeats(self) -> int:
+        """How many arms a method has: one for each seed and fold."""
+        return len(self.info.seeds) * max(1, self.info.folds)
 
     def spent(self, label: str) -> tuple[Privacy, ...]:
         """What each site had spent under ``label`` at the end, sites in name order; of several seeds the largest."""
-        last = {(p.site, p.seed): p for p in self.privacy if p.method == label}
+        last = {(p.site, p.seed, p.fold): p for p in self.privacy if p.method == label}
         most: dict[str | None, Privacy] = {}
-        for (site, _), p in last.items():
+        for (site, _, _), p in last.items():
             if site not in most or (p.epsilon or 0) > (most[site].epsilon or 0):
                 most[site] = p
         return tuple(most[k] for k in sorted(most, key=lambda k: k or ""))
@@ -125,19 +160,19 @@ def read_run(folder: str | Path) -> Run:
     info = _read_info(path)
     problems: list[str] = []
     missing: list[str] = []
-    lines, unread = _read_lines(path / "records.jsonl", problems, missing)
-    arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}
+    names = arm_names(info)
+    lines, unread = _read_records(path, [name for *_, name in names], problems, missing)
+    found: dict[tuple[str, int, int], Mapping[str, Predictions]] = {}
     validation: dict[tuple[str, int], Mapping[str, Predictions]] = {}
     absent, sites = list[str](), [s.name for s in info.sites]
-    for method in info.methods:
-        for seed in info.seeds:
-            arm = path / "arms" / f"{method.label}-seed{seed}"
-            if (file := arm / "predictions.safetensors").is_file():
-                arms[method.label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
-            else:
-                absent.append(f"{method.label} (seed {seed})")
-            if (file := arm / "validation.safetensors").is_file():
-                validation[method.label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
+    for label, seed, fold, name in names:
+        if (file := path / "arms" / name / "predictions.safetensors").is_file():
+            found[label, seed, fold] = read_predictions(file, info.task, info.metric, sites, problems)
+        else:
+            absent.append(f"{label} (seed {seed}" + (f", fold {fold})" if info.folds else ")"))
+        if (file := path / "arms" / name / "validation.safetensors").is_file() and not info.folds:
+            validation[label, seed] = read_predictions(file, info.task, info.metric, sites, problems)
+    arms = _whole_arms(found, max(1, info.folds))
     if absent:
         missing.append("no test predictions yet of " + ", ".join(absent))
     study = path / "study.toml"
@@ -146,7 +181,24 @@ def read_run(folder: str | Path) -> Run:
     if problems:
         raise NotARun("\n".join([*problems, f"{_count(problems)} in {path}; nothing was written."]))
     text = study.read_text(encoding="utf-8") if study.is_file() else ""
-    return Run(path, info, lines, arms, validation, text, tuple(missing), unread)
+    splits = found if info.folds else {}
+    return Run(path, info, lines, arms, validation, splits, text, tuple(missing), unread)
+
+
+def _whole_arms(
+    found: Mapping[tuple[str, int, int], Mapping[str, Predictions]], folds: int
+) -> dict[tuple[str, int], Mapping[str, Predictions]]:
+    """The predictions of each method and seed whose folds are all there, folds put together."""
+    arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}
+    for label, seed, first in found:
+        parts = [found.get((label, seed, fold)) for fold in range(folds)]
+        if first == 0 and all(part is not None for part in parts):
+            whole: dict[str, Predictions] = {}
+            for part in parts:
+                for site, p in (part or {}).items():
+                    whole[site] = joined(whole[site], p) if site in whole else p
+            arms[label, seed] = dict(sorted(whole.items()))
+    return arms
 
 
 def _read_info(path: Path) -> RunInfo:
@@ -162,10 +214,21 @@ def _read_info(path: Path) -> RunInfo:
         raise NotARun("\n".join([*problems, f"{_count(problems)} in {file}; nothing was written."])) from None
 
 
-def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[tuple[Known, ...], Mapping[str, int]]:
-    if not file.is_file():
-        missing.append("records.jsonl, what happened round by round")
-        return (), {}
+def _read_records(
+    path: Path, names: Sequence[str], problems: list[str], missing: list[str]
+) -> tuple[tuple[Known, ...], Mapping[str, int]]:
+    files = record_files(path, names)
+    if files != [path / "records.jsonl"]:
+        missing.append("records.jsonl, what happened round by round" + (", which its arms still hold" if files else ""))
+    lines, unread = list[Known](), Counter[str]()
+    for file in files:
+        read, unknown = _read_lines(file, problems, missing)
+        lines += read
+        unread += unknown
+    return tuple(lines), dict(unread)
+
+
+def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[list[Known], Counter[str]]:
     raw, lines, unread = file.read_bytes(), list[Known](), Counter[str]()
     parts = raw.split(b"\n")
     for number, text in enumerate(parts, 1):
@@ -187,7 +250,7 @@ def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[tu
                 missing.append(f"the last line of records.jsonl (line {number}) was cut off while it was written")
             else:
                 problems.append(f"{file}:{number}: not a JSON record ({error}). Restore the line or remove it.")
-    return tuple(lines), dict(unread)
+    return lines, unread
 
 
 def _in_words(error: ValidationError, where: str) -> list[str]:

@@ -1,14 +1,14 @@
 """The draws behind every interval of a run: which patients count how often, the same for all methods.
 
 Seeds may share their test patients (one split for all) or have splits of their own. Where patients carry the same
-number in every seed, each patient counts equally often in all of them, and a draw of a mean over seeds is the mean of
-the seeds' draws. Where every seed numbers its own test patients afresh, nobody can tell who is in two test sets; then
-the limits of a mean over seeds are the means of the seeds' limits, which is right for equal test sets and cautious for
-others.
+number in every seed, as runs of this version write them, each patient counts equally often in all of them, and a draw
+of a mean over seeds is the mean of the seeds' draws. Where every seed numbers its own test patients afresh, nobody can
+tell who is in two test sets; then the limits of a mean over seeds are the means of the seeds' limits, which is right
+for equal test sets and cautious for others. With folds, a seed's arm is all its folds together: each patient once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Sample:
         patients: By site and seed, the patients that any method tested, ascending.
         weights: By site and seed, [1 + draws, patients]; the first row is all ones.
         shared: Whether a patient has the same number in every seed.
+        images: How many images of a site were tested in any arm, and how many cases they made, by site.
         level: Of confidence.
         seed: Of the draws.
     """
@@ -43,6 +44,15 @@ class Sample:
     shared: bool
     level: float
     seed: int
+    images: Mapping[str, tuple[int, int]]
+
+    @property
+    def one_split(self) -> bool:
+        """Whether every seed tested the same patients, as far as can be told."""
+        return self.shared and all(
+            len({c.patient.tobytes() for c in (arm[site] for arm in self.cases.values() if site in arm)}) == 1
+            for site in self.sites
+        )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -59,10 +69,9 @@ class Sample:
         return bool(seeds) and all(site in self.cases[label, seed] for seed in seeds for site in sites)
 
     def count(self, site: str) -> tuple[int, int, int]:
-        """Test patients, images and cases of ``site``: the most that any arm has, patients of all seeds if shared."""
-        here = [arm[site] for arm in self.cases.values() if site in arm]
+        """Test patients, images and cases of ``site``, of all seeds if they can be told apart; else the most of any."""
         patients = max(len(ids) for (name, _), ids in self.patients.items() if name == site)
-        return patients, max(c.images for c in here), max(len(c.patient) for c in here)
+        return patients, *self.images[site]
 
     def draws(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
         """The metric of ``label`` over the cases of ``sites`` taken together: [seeds, 1 + draws]."""
@@ -156,6 +165,19 @@ class Sample:
         rows = [[self.seeds(m).index(s) for s in common] for m in (a, b)]
         return sign * (self.macro(a, sites, metric)[rows[0]] - self.macro(b, sites, metric)[rows[1]])
 
+    def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
+        """Method ``a`` minus ``b`` in each split: the mean over those of ``sites`` that both were tested at there."""
+        sign = -1.0 if metric.higher_is_better is False else 1.0
+        plain = {w: np.ones((1, len(p))) for w, p in self.patients.items()}
+        found = []
+        for seed in [s for s in self.seeds(a) if s in self.seeds(b)]:
+            both = [s for s in sites if s in self.cases[a, seed] and s in self.cases[b, seed]]
+            each = [[float(self._draws(m, seed, [s], metric, plain)[0]) for m in (a, b)] for s in both]
+            known = [x - y for x, y in each if np.isfinite(x) and np.isfinite(y)]
+            if known:
+                found.append(sign * float(np.mean(known)))
+        return found
+
     def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
         """Method ``a`` minus ``b``, with an interval that also covers other seeds where there are several."""
         if not sites or not set(self.seeds(a)) & set(self.seeds(b)):
@@ -205,7 +227,34 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
                 mine = np.concatenate([np.ones((1, len(ids))), drawn])
                 patients |= {(site, s): ids for s in group}
                 weights |= {(site, s): mine for s in group}
-    return Sample(cases, patients, weights, shared, level, seed)
+    return Sample(cases, patients, weights, shared, level, seed, _images(run, cases, shared))
+
+
+def by_fold(run: Run, level: float) -> Sample:
+    """The test cases of every fold by itself, each fold as if it were a seed, without draws."""
+    numbers = {key: i for i, key in enumerate(sorted({(seed, fold) for _, seed, fold in run.splits}))}
+    arms = {(label, numbers[seed, fold]): sites for (label, seed, fold), sites in run.splits.items()}
+    return sample(replace(run, arms=arms, splits={}), 1, 0, level)
+
+
+def _images(
+    run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shared: bool
+) -> dict[str, tuple[int, int]]:
+    """How many images, and how many cases, every site has in all arms together, or at most in one."""
+    found: dict[str, tuple[int, int]] = {}
+    for site in (s.name for s in run.info.sites):
+        here = [(run.arms[arm][site], sites[site]) for arm, sites in cases.items() if site in sites]
+        if here and not shared:
+            found[site] = max(c.images for _, c in here), max(len(c.patient) for _, c in here)
+        elif here:
+            images: dict[int, int] = {}
+            rows = set[tuple[int, bytes]]()
+            for p, c in here:
+                ids, counts = np.unique(p.patient, return_counts=True)
+                images |= dict(zip(ids.tolist(), counts.tolist(), strict=True))
+                rows |= {(int(i), np.asarray(t).tobytes()) for i, t in zip(c.patient, c.target, strict=True)}
+            found[site] = sum(images.values()), len(rows)
+    return found
 
 
 def share_patients(cases: Mapping[tuple[str, int], Mapping[str, Cases]]) -> bool:

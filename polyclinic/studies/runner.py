@@ -1,21 +1,33 @@
-"""Runs a study: every method with every seed, one arm after the other, in a folder that survives any crash.
+"""Runs a study: every method with every seed and fold, in a folder that survives any crash.
 
-A generator: it yields what happened, and progress bars, early ends and tests are what the caller makes of it.
+A generator: it yields what happened, and progress bars, early ends and tests are what the caller makes of it. Arms
+run one after the other, or side by side in processes of their own; either way to the same bits.
 """
 
+import dataclasses
+import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import state as states
 from polyclinic.data.examples import DataError
-from polyclinic.data.federation import Federated, SiteSummary, federate
+from polyclinic.data.federation import Federated, federate
+from polyclinic.data.source import Source
+from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
 from polyclinic.methods.table import Entry
-from polyclinic.studies.arm import POOLED, Arm, Event
-from polyclinic.studies.folder import Folder, environment
-from polyclinic.studies.spec import MethodSpec, Study
+from polyclinic.studies import search
+from polyclinic.studies.arm import POOLED, Arm
+from polyclinic.studies.describe import described, information, patients_apart
+from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
+from polyclinic.studies.jobs import Event, Job, cores
+from polyclinic.studies.parallel import in_turn, possible, side_by_side
+from polyclinic.studies.parts import MethodSpec
+from polyclinic.studies.spec import Study, with_values
 from polyclinic.tasks.model import inspect
 
 
@@ -25,29 +37,184 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     Raises:
         DataError: Where the data cannot be had or cannot be used, with every problem; nothing was run.
         RunExists: Where the folder holds a run and ``resume`` is not asked for.
+        NotChosen: Where what a search chose was changed after training had begun with it.
     """
-    data = {seed: federate(study.data, seed) for seed in study.seeds}
-    first = data[study.seeds[0]]
-    _check(study, first)
-    plans = [(method, seed, _plan(study, method, data[seed], seed)) for method in study.methods for seed in study.seeds]
-    for _, _, plan in plans:
-        plan.build_method()  # a wrong combination is refused before anything runs
-    task = plans[0][2].build_task()
+    work = _Work.of(study, path)
+    splits = work.looked_at()
+    first = splits[0]
+    for method in study.methods:
+        _plan(study, method, first, study.seeds[0]).build_method()  # a wrong combination is refused before anything
+    task = _plan(study, study.methods[0], first, study.seeds[0]).build_task()
     found = inspect(task.model())
     parameters = sum(leaf.numel() for leaf in task.first(0).values())
     folder = Folder(path)
-    folder.begin(text, _info(study, first, parameters), resume)
+    folder.begin(text, information(study, splits, parameters), resume)
     try:
-        folder.journal.write("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
-        yield Event("data", notes=(*_described(first), *found.warnings))
-        length = 0
-        for method, seed, plan in plans:
-            arm = Arm(study, method, seed, plan, data[seed], folder)
-            yield from arm.run(length)
-            length = arm.length
-        folder.journal.write("finished", {})
+        folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
+        notes = [note for data in splits for note in described(data)]
+        yield Event("data", notes=(*dict.fromkeys(notes), *found.warnings))
+        done = work.results()
+        jobs = [job for job in work.jobs if job.name not in done]
+        for job in work.jobs:
+            if job.name in done:
+                yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
+        workers = study.engine.workers or cores()
+        if _whole_arms(study, len(jobs), workers):
+            inside = study.engine.model_copy(update={"kind": "in-process"})  # each arm has one process
+            work.study = study.model_copy(update={"engine": inside})
+            yield from side_by_side(jobs, work, folder.note, workers)
+        else:
+            yield from in_turn(jobs, work, folder.note)
+        folder.finish([job.name for job in work.jobs])
+        folder.note("finished", {})
     finally:
         folder.close()
+
+
+def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
+    """Whether workers share arms rather than the sites of one arm."""
+    engine = study.engine
+    if engine.kind != "workers" or engine.parallel == "sites" or not possible():
+        return False
+    usual = engine.device == "cpu" and study.deadline is None and jobs >= 2 * workers
+    return engine.parallel == "arms" or (usual and workers > 1)
+
+
+@dataclasses.dataclass
+class _Work:
+    """Runs one arm after its search. Keeps the data of one split, since arms of one split follow each other."""
+
+    study: Study
+    path: Path
+    source: Source
+    numbers: Mapping[str, int]
+    jobs: tuple[Job, ...] = ()
+    latest: tuple[int, Fold | None, Federated] | None = None
+
+    @classmethod
+    def of(cls, study: Study, path: Path) -> "_Work":
+        """Finds out which arms there are."""
+        source = study.data.source()
+        patients = sorted(set(source.table().patients))
+        work = cls(study, path, source, {patient: i for i, patient in enumerate(patients)})
+        folds: list[Fold | None] = [None]
+        if study.folds == "sites":
+            sites = federate(study.data, study.seeds[0], None, source).training
+            folds = [Fold(i, len(sites), "sites") for i in range(len(sites))]
+        elif study.folds is not None:
+            folds = [Fold(i, study.folds) for i in range(study.folds)]
+        work.jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
+        return work
+
+    def looked_at(self) -> list[Federated]:
+        """The splits of the first seed, after a look at those of all seeds.
+
+        Raises:
+            DataError: Where any of them cannot be used.
+        """
+        kept = []
+        for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.jobs):
+            data = self._data(seed, fold)
+            _check(self.study, data)
+            patients_apart(data)
+            if seed == self.study.seeds[0]:
+                kept.append(data if not kept else dataclasses.replace(data, sites={}))
+        return kept
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """The test scores of the arms that are finished, by name."""
+        found: dict[str, dict[str, float]] = {}
+        for job in self.jobs:
+            file = self.path / "arms" / job.name / "checkpoint.safetensors"
+            if file.is_file() and states.load(file).done:
+                found[job.name] = {}
+        for job, fact in self._tests():
+            if job.name in found:
+                found[job.name][fact["site"]] = fact["metrics"].get(self.study.metric, math.nan)
+        return found
+
+    def _tests(self) -> Iterator[tuple[Job, Mapping[str, Any]]]:
+        import json
+
+        from polyclinic.studies.lines import record_files
+
+        by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.jobs}
+        for file in record_files(self.path, [job.name for job in self.jobs]):
+            for line in file.read_bytes().split(b"\n")[:-1]:
+                if line.startswith(b'{"kind":"test"'):
+                    fact = json.loads(line)
+                    yield by_key[fact["method"], fact["seed"], fact.get("fold", 0)], fact
+
+    def __call__(self, job: Job, note: Note) -> Iterator[Event]:
+        """Runs one arm from where it stands, with its search before it."""
+        folder = ArmFolder(self.path / "arms" / job.name, note)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        facts: list[dict[str, Any]] = []
+        if self.study.search is not None:
+            yield from self._search(job, folder)
+            job, facts = self._chosen(job, folder)
+        yield from self._arm(self.study, job, folder).run(*facts)
+
+    def _arm(self, study: Study, job: Job, folder: ArmFolder, sealed: bool = False) -> Arm:
+        data = self._data(job.seed, job.fold)
+        data = _sealed(data) if sealed else data
+        return Arm(study, job, _plan(study, job.method, data, job.seed), data, folder, self.numbers)
+
+    def _data(self, seed: int, fold: Fold | None) -> Federated:
+        if self.latest is None or self.latest[:2] != (seed, fold):
+            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.source))
+        return self.latest[2]
+
+    def _search(self, job: Job, folder: ArmFolder) -> Iterator[Event]:
+        """Tries settings on validation data, in an arm of its own each, which has no test data to open."""
+        spec, file = self.study.search, folder.path / "search.jsonl"
+        assert spec is not None
+        if file.exists():
+            return
+        study = self.study.model_copy(update={"rounds": spec.rounds or self.study.rounds})
+        settings = spec.settings(job.method.called, job.seed, job.fold.index if job.fold else 0)
+        lines = []
+        for trial, values in enumerate(settings):
+            one = dataclasses.replace(job, method=with_values(job.method, values), trial=trial)
+            own = ArmFolder(folder.path / "trials" / str(trial), folder.note)
+            begun = time.process_time()
+            for _ in self._arm(study, one, own, sealed=True).run():
+                pass
+            end: Checkpoint = states.load(own.path / "checkpoint.safetensors")
+            score = end.best_score if math.isfinite(end.best_score) else None
+            facts = {"trial": trial, "values": values, "score": score}
+            spent = {"rounds": end.round, "seconds": time.process_time() - begun}
+            lines.append({"kind": "trial", **job.who, **facts, **spent})
+            folder.note("trial", job.who | facts)
+            scores = {} if score is None else {"validation": score}
+            yield job.event("trial", round=trial + 1, rounds=len(settings), scores=scores)
+        states.write_bytes(file, search.trial_lines(lines))
+        shutil.rmtree(folder.path / "trials", ignore_errors=True)
+
+    def _chosen(self, job: Job, folder: ArmFolder) -> tuple[Job, list[dict[str, Any]]]:
+        """The job with the settings that its file names, and what is to be recorded of the search.
+
+        Raises:
+            NotChosen: Where the file cannot be used, or was changed after training had begun.
+        """
+        file, trials = folder.path / "chosen.toml", search.read_trials(folder.path / "search.jsonl")
+        best = search.best(trials, self.study.higher_is_better)
+        if not file.exists():
+            search.write_chosen(file, job.method.called, best["values"], best["score"], self.study.metric)
+        values = search.read_chosen(file)
+        by = "search" if values == best["values"] else "hand"
+        chosen = {"kind": "chosen", **job.who, "values": values, "by": by}
+        if (folder.path / "checkpoint.safetensors").exists():
+            search.require_unchanged(folder.path, chosen)
+        else:
+            folder.note("chosen", {k: v for k, v in chosen.items() if k != "kind"})
+        return dataclasses.replace(job, method=with_values(job.method, values, file)), [*trials, chosen]
+
+
+def _sealed(data: Federated) -> Federated:
+    """``data`` without its test patients and external sites: what is not there cannot be opened."""
+    sites = {s: {r: e for r, e in roles.items() if r != "test"} for s, roles in data.sites.items()}
+    return dataclasses.replace(data, sites={s: sites[s] for s in data.training}, external=())
 
 
 def _check(study: Study, data: Federated) -> None:
@@ -69,19 +236,6 @@ def _check(study: Study, data: Federated) -> None:
             raise DataError(
                 f"the training data of all sites hold one class only ({only}): there is nothing to tell apart"
             )
-
-
-def _lacking(data: Federated) -> list[str]:
-    """Sites that cannot learn or show what the others can, in sentences."""
-    notes = []
-    for row in data.rows:
-        for role, found in row.roles.items():
-            present = sum(count > 0 for count in found.classes)
-            if not found.examples:
-                notes.append(f"{row.name} has no labels to learn from: methods that need some do not train there.")
-            elif found.classes and present < 2 and data.info.task == "classification":
-                notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
-    return notes
 
 
 def _plan(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
@@ -111,74 +265,3 @@ def _trainers(entry: Entry, data: Federated) -> tuple[str, ...]:
     return tuple(site for site in data.training if entry.unlabelled or len(data.sites[site].get("train", ())))
 
 
-def _described(data: Federated) -> tuple[str, ...]:
-    badge = (data.simulated,) if data.simulated else ()
-    return (*badge, *data.notes, *_lacking(data))
-
-
-def _sites_are(study: Study, data: Federated) -> str:
-    if data.simulated:
-        return data.simulated
-    named = study.data.sites
-    return "as the data say" if named == "natural" else f"by {named}"
-
-
-def _patients_apart(data: Federated) -> bool:
-    """Whether the data say whose each example is, and nobody is in two roles or at two sites."""
-    seen: dict[str, tuple[str, str]] = {}
-    named = False
-    for site, roles in data.sites.items():
-        for role, examples in roles.items():
-            if role == "public":  # nobody's patients
-                continue
-            named = named or examples.patients != examples.ids
-            for patient in set(examples.patients):
-                if seen.setdefault(patient, (site, role)) != (site, role):
-                    return False
-    return named
-
-
-def _site(row: SiteSummary) -> dict[str, Any]:
-    roles = row.roles
-    return {
-        "name": row.name,
-        "role": "external" if row.external else "training",
-        "patients": {role: found.patients for role, found in roles.items()},
-        "examples": {role: found.examples for role, found in roles.items()},
-        "classes": {role: list(found.classes) for role, found in roles.items() if found.classes},
-    }
-
-
-def _info(study: Study, data: Federated, parameters: int) -> dict[str, Any]:
-    """``run.json``."""
-    methods = []
-    for method in study.methods:
-        entry = registry.entry(method.name)
-        known = {"name": entry.name, "title": method.called, "citation": entry.paper, "leaves": entry.leaves}
-        through = [item["name"] for item in method.send]
-        methods.append(
-            {"label": method.called, **known, "options": {**method.options, **({"send": through} if through else {})}}
-        )
-    return {
-        "name": study.name,
-        "title": study.title or study.name,
-        "hash": study.hash,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "task": study.task.kind,
-        "classes": list(data.info.classes),
-        "metric": study.metric,
-        "higher_is_better": study.higher_is_better,
-        "data": {
-            "title": data.info.title, "licence": data.info.licence, "citation": data.info.citation,
-            "url": data.info.url, "notes": [*data.notes, *_lacking(data)], "simulated": data.simulated,
-            "fingerprint": data.fingerprint, "sites_are": _sites_are(study, data),
-            "checks": ["patients_apart"] if _patients_apart(data) else [],
-        },
-        "sites": [_site(row) for row in data.rows],
-        "methods": methods,
-        "rounds": study.rounds,
-        "seeds": list(study.seeds),
-        "engine": study.engine.model_dump(),
-        "environment": environment(),
-        "parameters": parameters,
-    }  # fmt: skip

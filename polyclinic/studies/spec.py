@@ -7,149 +7,47 @@ never code and never a path to import.
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, create_model
 
 from polyclinic.data.federation import DataSpec
 from polyclinic.methods import registry as methods
+from polyclinic.studies.parts import (
+    EngineSpec,
+    EvaluationSpec,
+    MethodSpec,
+    Positive,
+    PrivacySpec,
+    Table,
+    TaskSpec,
+    TrainingSpec,
+)
 from polyclinic.studies.problems import BadStudy, Problem, sentence
+from polyclinic.studies.search import NotChosen, SearchSpec, changed, count, extremes
 from polyclinic.transforms import table as transforms
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _folds(value: Any) -> int | Literal["sites"] | None:
+    if value is None or value == "sites" or (type(value) is int and 2 <= value <= 50):
+        return value  # type: ignore[no-any-return]
+    raise ValueError('must be a whole number from 2 to 50, or "sites" to leave one site out after the other')
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class Study(Table):
+    """A study, whole.
 
-
-class TaskSpec(_Spec):
-    """What is learned. ``network`` is one of ``polyclinic networks``; ``options`` are its own."""
-
-    kind: Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"] = "classification"
-    network: str = "cnn"
-    options: dict[str, Any] = {}
-    class_weights: tuple[Positive, ...] | None = None
-    label_smoothing: Share | None = None
-    centre: float | None = None
-    spread: Positive | None = None
-    spacing_mm: tuple[Positive, ...] | None = None
-    tolerance_mm: Positive | None = None
-    window: tuple[int, ...] | None = None
-    residual: bool | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> "TaskSpec":
-        from polyclinic.studies.problems import nearest
-        from polyclinic.tasks.networks import ARCHITECTURES
-
-        if self.network not in ARCHITECTURES:
-            raise ValueError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
-        allowed = {
-            "classification": {"class_weights", "label_smoothing"},
-            "multilabel": set[str](),
-            "segmentation": {"spacing_mm", "tolerance_mm", "window"},
-            "regression": {"centre", "spread"},
-            "reconstruction": {"residual"},
-        }[self.kind]
-        if wrong := self.settings.keys() - allowed:
-            raise ValueError(f"{sorted(wrong)[0]} is not for {self.kind}")
-        return self
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What is set of the task's own options."""
-        return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
-
-
-class PrivateSpec(_Spec):
-    """Differentially private training (``tasks/dpsgd.py``): noise, the bound on one unit's gradient, and the unit."""
-
-    noise: Positive
-    bound: Positive = 1.0
-    unit: Literal["record", "patient"] = "patient"
-    chunk: Annotated[int, Field(ge=1)] | None = None
-
-
-class PrivacySpec(_Spec):
-    """The budget that a site may spend in one arm. Methods that add no noise have none, and the report says so."""
-
-    epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    unit: Literal["record", "patient", "site"] = "patient"
-
-
-class TrainingSpec(_Spec):
-    """How a site trains in a round."""
-
-    epochs: Annotated[int, Field(ge=1)] = 1
-    steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Positive = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    warm_up: Annotated[int, Field(ge=0)] = 0
-    cosine: Annotated[int, Field(ge=1)] | None = None
-    clip_norm: Positive | None = None
-    amp: bool = False
-    private: PrivateSpec | None = None
-
-
-class MethodSpec(_Spec):
-    """A method by name, with its options; ``send`` lists what its replies pass through; ``training`` what differs."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    name: str
-    label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,40}$")] = ""
-    send: tuple[dict[str, Any], ...] = ()
-    training: dict[str, Any] = {}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the study sets for the method."""
-        return dict(self.model_extra or {})
-
-    @property
-    def called(self) -> str:
-        """The label, or the name where there is none."""
-        return self.label or self.name
-
-
-class EvaluationSpec(_Spec):
-    """How models are judged: every ``every`` rounds on validation data, and once on the test data.
-
-    ``metric`` decides which round's model is tested, by its mean over sites (``select = "best"``); or the last is.
+    ``folds`` cross-validates: every patient of every site is tested once for each seed, by a model that never saw
+    that patient; or, with ``"sites"``, by a model that never saw the patient's site.
     """
-
-    metric: (
-        Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"]
-        | None
-    ) = None
-    every: Annotated[int, Field(ge=1)] = 1
-    select: Literal["best", "last"] = "best"
-
-
-class EngineSpec(_Spec):
-    """Where sites run. It changes no bit of a result, and is no part of a study's hash."""
-
-    kind: Literal["workers", "in-process"] = "workers"
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    device: str = "cpu"
-
-
-class Study(_Spec):
-    """A study, whole."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     title: str = ""
     rounds: Annotated[int, Field(ge=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    folds: Annotated[Any, PlainValidator(_folds)] = None
     cohort: Annotated[int, Field(ge=1)] | None = None
     min_replies: Annotated[int, Field(ge=1)] = 1
     deadline: Positive | None = None
@@ -158,6 +56,7 @@ class Study(_Spec):
     training: TrainingSpec = TrainingSpec()
     methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
     evaluation: EvaluationSpec = EvaluationSpec()
+    search: SearchSpec | None = None
     privacy: PrivacySpec | None = None
     engine: EngineSpec = EngineSpec()
 
@@ -175,7 +74,8 @@ class Study(_Spec):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        value = self.model_dump(mode="json", exclude={"engine", "title"})
+        unset = {key for key in ("folds", "search") if getattr(self, key) is None}
+        value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
@@ -203,17 +103,27 @@ def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any]
     except tomllib.TOMLDecodeError as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
     for key, value in (changes or {}).items():
-        _set(data, key.split("."), value)
+        set_key(data, key.split("."), value)
+    if "scenarios" in data:
+        says = "this file holds several studies, and one is wanted here: take the study.toml of a scenario's run folder"
+        raise BadStudy(path, text, data, [Problem(("scenarios",), says)])
+    study, problems = checked(data)
+    if problems or study is None:
+        raise BadStudy(path, text, data, problems)
+    return study
+
+
+def checked(data: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
+    """The study that ``data`` describes, or everything that is wrong with it."""
     study, problems = _validated(Study, data, ())
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
             problems += _method_problems(item, ("methods", i))
-    if isinstance(study, Study) and not problems:
-        problems += _together(study)
-    if problems or not isinstance(study, Study):
-        raise BadStudy(path, text, data, problems)
-    return study
+    if not isinstance(study, Study) or problems:
+        return None, problems
+    problems += _together(study)
+    return (None if problems else study), problems
 
 
 def _validated(model: type[BaseModel], data: Any, at: tuple[str | int, ...]) -> tuple[BaseModel | None, list[Problem]]:
@@ -275,7 +185,7 @@ def _method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Pr
 
 
 def _options(name: str, fields: Mapping[str, Any], given: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
-    model: type[BaseModel] = create_model(name, __base__=_Spec, **dict(fields))
+    model: type[BaseModel] = create_model(name, __base__=Table, **dict(fields))
     return _validated(model, given, at)[1]
 
 
@@ -293,10 +203,73 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    return problems
+    return [*problems, *_folded(study), *_searched(study)]
 
 
-def _set(data: dict[str, Any], path: list[str], value: Any) -> None:
+def _folded(study: Study) -> Iterator[Problem]:
+    """What does not go with folds."""
+    if study.folds is None:
+        return
+    if study.data.split == "official":
+        says = "the data's official split has one test set: leave folds out, or give split as shares"
+        yield Problem(("folds",), says)
+    elif study.data.split[1] == 0:
+        yield Problem(("data", "split"), "folds need validation patients beside them: give validation a share above 0")
+    if study.folds != "sites":
+        return
+    if study.data.external:
+        yield Problem(("data", "external"), 'folds = "sites" holds every site out in turn: leave external out')
+    for i, method in enumerate(study.methods):
+        if not methods.entry(method.name).newcomers:
+            says = f'{method.name} has no model for a site that was held out, so folds = "sites" cannot test it'
+            yield Problem(("methods", i, "name"), says)
+
+
+def _searched(study: Study) -> Iterator[Problem]:
+    """What is wrong with a search: unknown labels, keys or values, and budgets that differ."""
+    search = study.search
+    if search is None:
+        return
+    if study.privacy is not None:
+        says = "trials spend privacy too, and the budget would not count them: search without [privacy]"
+        yield Problem(("search",), says)
+    by_label = {method.called: method for method in study.methods}
+    for label in search.methods.keys() - by_label.keys():
+        says = f"no method of this study is called so. There are {', '.join(by_label)}"
+        yield Problem(("search", "methods", label), says)
+    for key in search.space:
+        if not key.startswith("training."):
+            says = f"is for every method, so only training.… may stand here; put {key} under [search.methods.LABEL]"
+            yield Problem(("search", "space", key), says)
+    for label, method in by_label.items():
+        space = search.of(label)
+        item = method.model_dump(mode="json", exclude_defaults=True)
+        for key, value in extremes(space):
+            for problem in _method_problems(changed(item, {key: value}), ()):
+                where = ("search", "methods", label) if key in search.methods.get(label, {}) else ("search", "space")
+                yield Problem((*where, *key.split(".")), f"{label} cannot use {json.dumps(value)}: {problem.says}")
+        if (many := count(space)) is not None and many < search.trials:
+            says = (
+                f"{label} has {many} settings to try: every method gets the same number of trials, so give it "
+                f"{search.trials} or more, or lower trials"
+            )
+            yield Problem(("search", "trials"), says)
+
+
+def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None = None) -> MethodSpec:
+    """``method`` with what a search chose.
+
+    Raises:
+        NotChosen: Where the method cannot use the values; ``file`` is where they are from.
+    """
+    item = changed(method.model_dump(mode="json", exclude_defaults=True), values)
+    if problems := _method_problems(item, ()):
+        said = "; ".join(f"{'.'.join(map(str, p.path))}: {p.says}" for p in problems)
+        raise NotChosen(f"{file or method.called}: {said}")
+    return MethodSpec.model_validate_json(json.dumps(item))
+
+
+def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
     data[path[-1]] = value

@@ -68,6 +68,16 @@ def _training(page: Source, refs: References) -> list[str]:
     methods = [page.title(m.label) + refs.cite(m.citation) for m in info.methods]
     seeds = "one random seed" if len(info.seeds) == 1 else f"{len(info.seeds)} random seeds"
     said = [f"We trained {listed(methods)} for up to {many(info.rounds, 'round')} with {seeds}."]
+    if info.folds_by == "patients":
+        said.append(
+            f"Each seed was cross-validated with {info.folds} folds of patients within sites: every patient was tested "
+            "once, by a model that had not seen that patient."
+        )
+    elif info.folds_by == "sites":
+        said.append("Each site was left out in turn and tested by a model that had seen none of its patients.")
+    if run.trials:
+        tried = max(t.trial for t in run.trials) + 1
+        said.append(f"Every method chose among {tried} settings on validation patients, anew within each split.")
     if any(m.validation is not None for m in page.result.methods):
         said.append("The round whose model was tested was chosen on validation patients.")
     if run.opened and all(k == 1 for k in run.opened.values()) and run.arms.keys() <= run.opened.keys():

@@ -89,6 +89,7 @@ def reproduce_section(page: Source) -> Section:
         "Study hash": info.hash if info.hash != page.short else "",
         "Created": info.created,
         "Seeds": ", ".join(map(str, info.seeds)),
+        "Folds": f"{info.folds}, of {info.folds_by}" if info.folds else "",
         "Rounds": info.rounds,
         "Parameters": count(info.parameters),
         "Engine": ", ".join(f"{k} {v}" for k, v in info.engine.items()),

@@ -177,7 +177,7 @@ def _about_study(page: Source) -> Iterator[Finding]:
     run = page.run
     if run.info.data.simulated:
         yield Finding(3, f"The sites are simulated. {run.info.data.simulated}")
-    if not external_sites(run):
+    if not external_sites(run) and run.info.folds_by != "sites":
         yield Finding(2, "No site was held out of training, so nothing here speaks for a hospital that joins later.")
     if len(run.info.seeds) == 1:
         yield Finding(2, "One seed: the intervals cover the choice of patients, not the luck of training.")

@@ -1,0 +1,136 @@
+"""The tables of a study file, each as a value: task, training, methods, privacy, evaluation, engine."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    """A table of a study file: its keys are known, its values of the right kind, and nothing changes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskSpec(Table):
+    """What is learned. ``network`` is one of ``polyclinic networks``; ``options`` are its own."""
+
+    kind: Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"] = "classification"
+    network: str = "cnn"
+    options: dict[str, Any] = {}
+    class_weights: tuple[Positive, ...] | None = None
+    label_smoothing: Share | None = None
+    centre: float | None = None
+    spread: Positive | None = None
+    spacing_mm: tuple[Positive, ...] | None = None
+    tolerance_mm: Positive | None = None
+    window: tuple[int, ...] | None = None
+    residual: bool | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> "TaskSpec":
+        from polyclinic.studies.problems import nearest
+        from polyclinic.tasks.networks import ARCHITECTURES
+
+        if self.network not in ARCHITECTURES:
+            raise ValueError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
+        allowed = {
+            "classification": {"class_weights", "label_smoothing"},
+            "multilabel": set[str](),
+            "segmentation": {"spacing_mm", "tolerance_mm", "window"},
+            "regression": {"centre", "spread"},
+            "reconstruction": {"residual"},
+        }[self.kind]
+        if wrong := self.settings.keys() - allowed:
+            raise ValueError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is set of the task's own options."""
+        return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
+
+
+class PrivateSpec(Table):
+    """Differentially private training (``tasks/dpsgd.py``): noise, the bound on one unit's gradient, and the unit."""
+
+    noise: Positive
+    bound: Positive = 1.0
+    unit: Literal["record", "patient"] = "patient"
+    chunk: Annotated[int, Field(ge=1)] | None = None
+
+
+class PrivacySpec(Table):
+    """The budget that a site may spend in one arm. Methods that add no noise have none, and the report says so."""
+
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Literal["record", "patient", "site"] = "patient"
+
+
+class TrainingSpec(Table):
+    """How a site trains in a round."""
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    warm_up: Annotated[int, Field(ge=0)] = 0
+    cosine: Annotated[int, Field(ge=1)] | None = None
+    clip_norm: Positive | None = None
+    amp: bool = False
+    private: PrivateSpec | None = None
+
+
+class MethodSpec(Table):
+    """A method by name, with its options; ``send`` lists what its replies pass through; ``training`` what differs."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str
+    label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,40}$")] = ""
+    send: tuple[dict[str, Any], ...] = ()
+    training: dict[str, Any] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the study sets for the method."""
+        return dict(self.model_extra or {})
+
+    @property
+    def called(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
+
+
+class EvaluationSpec(Table):
+    """How models are judged: every ``every`` rounds on validation data, and once on the test data.
+
+    ``metric`` decides which round's model is tested, by its mean over sites (``select = "best"``); or the last is.
+    """
+
+    metric: (
+        Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"]
+        | None
+    ) = None
+    every: Annotated[int, Field(ge=1)] = 1
+    select: Literal["best", "last"] = "best"
+
+
+class EngineSpec(Table):
+    """Where sites run. It changes no bit of a result, and is no part of a study's hash.
+
+    ``parallel`` says what worker processes share: the sites of one arm, or whole arms, one process each; ``"auto"``
+    takes arms where there are at least twice as many as workers.
+    """
+
+    kind: Literal["workers", "in-process"] = "workers"
+    workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    parallel: Literal["auto", "sites", "arms"] = "auto"
+    device: str = "cpu"

@@ -16,6 +16,11 @@ app = App(name="data", help="Data sets of the field, and the check of your own."
 console = Console(highlight=False)
 
 
+def _line(text: str) -> None:
+    """A line as it is: brackets are no markup, and nothing is broken in two."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @app.command(name="list")
 def list_(*, json_: bool = False) -> None:
     """List the data sets that a study may name with `use`.
@@ -68,13 +73,13 @@ def get(name: str, *, size: int = 28, mirror: str | None = None) -> None:
     name
         As `polyclinic data list` says it.
     size
-        Pixels along each side, where there are several: 28, 64, 128 or 224.
+        Pixels along each side, for MedMNIST: 28, 64, 128 or 224.
     mirror
         The address of a folder that holds the same files, such as one within a hospital.
     """
     from polyclinic.data import catalogue
 
-    console.print(str(catalogue.get(name, size, mirror or catalogue.ZENODO)))
+    _line(str(catalogue.get(name, size, mirror or catalogue.ZENODO)))
 
 
 @app.command
@@ -96,7 +101,7 @@ def check(
     """
     from polyclinic.data.check import check_command
 
-    sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, console.print))
+    sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, _line))
 
 
 @app.command
@@ -199,4 +204,4 @@ def deidentify(
     from polyclinic.data.deidentify import deidentify_command
 
     given = str(key) if key else None
-    sys.exit(deidentify_command(str(source), str(destination), given, approve, keep_characteristics, console.print))
+    sys.exit(deidentify_command(str(source), str(destination), given, approve, keep_characteristics, _line))

@@ -1,8 +1,8 @@
 """The data sets that people of this field use: what each is, how to get it, and how it is read.
 
-The tables are ``catalogue.toml`` (sets behind registrations and agreements, with a recipe each) and ``medmnist.toml``
-(the 18 sets of MedMNIST, fetched with their published checksums). Nothing is fetched while a study runs: ``get`` does
-it beforehand.
+The tables are ``catalogue.toml`` (sets behind registrations and agreements, with a recipe each), ``medmnist.toml`` (the
+18 sets of MedMNIST) and ``decathlon.toml`` (the ten tasks of the Medical Segmentation Decathlon), fetched with their
+published checksums. Nothing is fetched while a study runs: ``get`` does it beforehand.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from polyclinic.data.archives import ENDINGS, unpack
 from polyclinic.data.cache import folder
 from polyclinic.data.download import fetch
 from polyclinic.data.examples import DataError
@@ -22,6 +23,8 @@ from polyclinic.data.source import Info, Task
 
 ZENODO = "https://zenodo.org/records/10519652/files/"
 MEDMNIST = "Yang et al., Scientific Data 10:41 (2023), doi:10.1038/s41597-022-01721-8"
+DECATHLON = "Antonelli et al., Nature Communications 13:4128 (2022), doi:10.1038/s41467-022-30695-9"
+MONAI = "https://msd-for-monai.s3-us-west-2.amazonaws.com/"
 USUAL = 28
 
 
@@ -45,7 +48,10 @@ class Dataset:
         kind: How it is read (a key of ``polyclinic.data.spec.KINDS``); "" where this version cannot.
         file: What ``path`` names below the folder that the user gives.
         options: The source's options; a study can set any of them anew.
-        md5: For sets that ``get`` can fetch: the published checksum of each size in pixels.
+        md5: For sets that ``get`` can fetch, each size in pixels a file: the published checksums.
+        link: For sets that ``get`` can fetch as one archive: its address.
+        checksum: The archive's published MD5.
+        inside: The folder within the archive that holds the data.
     """
 
     name: str
@@ -64,11 +70,14 @@ class Dataset:
     file: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     md5: Mapping[int, str] = field(default_factory=dict)
+    link: str = ""
+    checksum: str = ""
+    inside: str = ""
 
     @property
     def automatic(self) -> bool:
         """Whether ``get`` fetches it."""
-        return bool(self.md5)
+        return bool(self.md5 or self.link)
 
     @property
     def info(self) -> Info:
@@ -80,6 +89,8 @@ class Dataset:
 
     def where(self, size: int = USUAL) -> Path:
         """Where ``get`` puts it."""
+        if self.link:
+            return folder() / "downloads" / self.name
         return folder() / "downloads" / (f"{self.name}.npz" if size == USUAL else f"{self.name}_{size}.npz")
 
 
@@ -123,7 +134,7 @@ def example(one: Dataset) -> str:
     if "simulate" in one.sites:
         partition = "iid" if one.task == "segmentation" else "dirichlet"
         lines.append(f'sites = {{partition = "{partition}", count = 4}}')
-    if one.automatic:
+    if one.md5:
         lines.append('split = "official"')
     return "\n".join(lines)
 
@@ -145,6 +156,8 @@ def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
     one = entry(name)
     if not one.automatic:
         raise DataError(f"{name} cannot be fetched automatically. {one.get} Licence: {one.licence}. See {one.url}")
+    if one.link:
+        return _archive(one, None if base == ZENODO else base)
     if size not in one.md5:
         raise DataError(f"{name} has no size {size}: choose {', '.join(map(str, one.md5))}")
     to = one.where(size)
@@ -166,7 +179,9 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
     one, given = entry(name), dict(own)
     if not one.kind:
         raise DataError(f'"{name}" is listed with its recipe only; this version has no reader for it. {one.get}')
-    if one.automatic:
+    if one.link and path is None:
+        return one.kind, {**one.options, **given, "path": str(one.where() / one.inside)}, one.info
+    if one.md5:
         size = given.pop("size", USUAL)
         if size not in one.md5:
             raise DataError(f"size = {size}: {name} comes in {', '.join(map(str, one.md5))} pixels")
@@ -182,6 +197,17 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
     return one.kind, {**one.options, **given, "path": below}, one.info
 
 
+def _archive(one: Dataset, base: str | None) -> Path:
+    """Fetches an archive, unpacks it, and takes the archive away."""
+    home, name = one.where(), one.link.partition("?")[0].rpartition("/")[2]
+    if not home.is_dir():
+        kind = next(ending for ending in ENDINGS if name.endswith(ending))
+        packed = fetch(one.link if base is None else base + name, home.with_name(home.name + kind), one.checksum)
+        unpack(packed, home)
+        packed.unlink()
+    return home
+
+
 def _medmnist(one: Dataset, size: int, path: str | None) -> str:
     """The archive: in the user's folder, the user's own file, or where ``get`` puts it."""
     if path is None:
@@ -195,6 +221,12 @@ def _entries() -> dict[str, Dataset]:
     for name, values in _read("catalogue.toml").items():
         found[name] = Dataset(name, **{**values, "classes": tuple(values.get("classes", ()))})
         found[name] = dataclasses.replace(found[name], get=" ".join(found[name].get.split()))
+    for name, values in _read("decathlon.toml").items():
+        found[name] = Dataset(
+            name, **{**values, "classes": tuple(values["classes"])}, task="segmentation", licence="CC BY-SA 4.0",
+            citation=DECATHLON, url="http://medicaldecathlon.com/", kind="pairs",
+            link=f"{MONAI}{values['inside']}.tar", get=f"`polyclinic data get {name}` ({values['inside']}.tar).",
+        )  # fmt: skip
     for name, values in _read("medmnist.toml").items():
         values.pop("channels")
         md5 = {int(k): v for k, v in values.pop("md5").items()}

@@ -3,25 +3,21 @@
 import hashlib
 import os
 import re
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from polyclinic.data.archives import ENDINGS, unpack
 from polyclinic.data.cache import folder
 from polyclinic.data.examples import DataError
-from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_picture, size
+from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_picture
 from polyclinic.data.picture import Picture
 from polyclinic.data.volume import Volume, canonical
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".dcm")
-ARCHIVE_BYTES = 64 * 2**30
-ARCHIVE_FILES = 10**6
 
 
 def placed(path: str, key: str = "path") -> Path:
@@ -34,12 +30,10 @@ def placed(path: str, key: str = "path") -> Path:
     if unset := re.findall(r"\$\{?(\w+)\}?", filled):
         raise DataError(f'{key} = "{path}": the environment variable {unset[0]} is not set')
     found = Path(filled)
-    if not found.exists() and found.parent == folder() / "downloads":
-        name = found.stem.split("_")[0]
-        says = (
-            f"{found.name} is not here yet: fetch it with `polyclinic data get {name}`, or set path = where you have it"
-        )
-        raise DataError(says)
+    if not found.exists() and (fetched := folder() / "downloads") in found.parents:
+        name = Path(found.relative_to(fetched).parts[0]).stem.split("_")[0]
+        says = f"fetch it with `polyclinic data get {name}`, or set path = where you have it"
+        raise DataError(f"{found.name} is not here yet: {says}")
     if not found.exists():
         raise DataError(f'{key} = "{path}": there is nothing at {found.absolute()}')
     return found
@@ -56,7 +50,7 @@ def content_of(path: Path) -> str:
 
 
 def opened(path: str) -> Path:
-    """The folder that a study means. A ``.zip`` file is unpacked once, into the cache, under the hash of its content.
+    """The folder that a study means. A ``.zip`` or ``.tar`` file is unpacked once, into the cache, under its hash.
 
     Raises:
         DataError: Where the path is no folder and no sound archive.
@@ -64,32 +58,12 @@ def opened(path: str) -> Path:
     found = placed(path)
     if found.is_dir():
         return found
-    if found.suffix.lower() != ".zip":
-        raise DataError(f'path = "{path}": give a folder, or a .zip file of one')
+    if not found.name.lower().endswith(ENDINGS):
+        raise DataError(f'path = "{path}": give a folder, or a .zip or .tar file of one')
     home = folder() / "unpacked" / content_of(found)
     if not home.is_dir():
-        _unpack(found, home)
+        unpack(found, home)
     return home
-
-
-def _unpack(archive: Path, home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with zipfile.ZipFile(archive) as packed, tempfile.TemporaryDirectory(dir=home.parent) as beside:
-            members = packed.infolist()
-            total = sum(member.file_size for member in members)
-            if len(members) > ARCHIVE_FILES or total > ARCHIVE_BYTES:
-                raise DataError(f"{archive.name} unpacks to {len(members)} files of {size(total)}: unpack it yourself")
-            packed.extractall(beside)  # the standard library keeps every member within `beside`
-            inner = Path(beside) / "content"
-            inner.mkdir()
-            for item in list(Path(beside).iterdir()):
-                if item != inner:
-                    shutil.move(item, inner / item.name)
-            os.replace(inner, home)
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
-        if not home.is_dir():  # another process may have unpacked it at the same moment
-            raise DataError(f"{archive.name} cannot be unpacked ({type(error).__name__}): fetch it again") from None
 
 
 def kind_of(path: Path) -> str:

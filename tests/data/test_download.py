@@ -1,6 +1,8 @@
 """Fetching from a server on this machine: whole, resumed, damaged, refused, and with no server at all."""
 
 import hashlib
+import io
+import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +13,8 @@ import pytest
 from polyclinic.data import catalogue
 from polyclinic.data.download import fetch
 from polyclinic.data.examples import DataError
+from polyclinic.data.federation import DataSpec, federate
+from tests.data.test_catalogue import decathlon
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -147,3 +151,69 @@ def test_the_catalogue_fetches_by_name(
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"adni cannot be fetched automatically\. Apply at LONI"):
         catalogue.get("adni")
+
+
+def tape(folder: Path, inside: str) -> bytes:
+    """A ``.tar`` file of ``folder`` under the name ``inside``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as packed:
+        packed.add(folder, inside)
+    return buffer.getvalue()
+
+
+def test_an_archive_is_fetched_unpacked_once_and_studied(
+    server: Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task of the Decathlon, from nothing to sites at work, by its name alone."""
+    monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
+    decathlon()(tmp_path / "made")
+    server.content = tape(tmp_path / "made", "Task04_Hippocampus")
+    one = catalogue.entry("msd-hippocampus")
+    right = catalogue.dataclasses.replace(one, checksum=hashlib.md5(server.content).hexdigest())
+    monkeypatch.setattr(catalogue, "entry", lambda _: right)
+    spec = DataSpec(use="msd-hippocampus", sites={"partition": "iid", "count": 1})
+    with pytest.raises(DataError, match="Task04_Hippocampus is not here yet: fetch it with `polyclinic data get msd-hip"):
+        federate(spec)
+    server.cut = 20_000  # a poor line: each answer breaks off
+    home = catalogue.get("msd-hippocampus", base=address)
+    assert home == tmp_path / "cache" / "downloads" / "msd-hippocampus"
+    assert len(server.asked) > 2
+    assert {path.name for path in home.parent.iterdir()} == {"msd-hippocampus"}  # the archive itself is gone
+    asked = len(server.asked)
+    assert catalogue.get("msd-hippocampus", base=address) == home
+    assert len(server.asked) == asked
+    assert federate(spec).shape == (1, 6, 10, 12)
+
+
+@pytest.mark.parametrize("kind", ["outside", "link", "device"])
+def test_an_archive_cannot_write_elsewhere(tmp_path: Path, kind: str) -> None:
+    from polyclinic.data.archives import unpack
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as packed:
+        member = tarfile.TarInfo("../evil" if kind == "outside" else "evil")
+        if kind == "link":
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        elif kind == "device":
+            member.type = tarfile.CHRTYPE
+        packed.addfile(member, io.BytesIO())
+    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match=r"x\.tar cannot be unpacked"):
+        unpack(tmp_path / "x.tar", tmp_path / "inner" / "home")
+    assert not (tmp_path / "inner" / "evil").exists()
+    assert not (tmp_path / "inner" / "home").exists()
+
+
+def test_an_archive_of_too_much_or_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyclinic.data import archives
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_bytes(bytes(5000))
+    (tmp_path / "x.tar").write_bytes(tape(tmp_path / "full", "full"))
+    monkeypatch.setattr(archives, "MOST_BYTES", 1000)
+    with pytest.raises(DataError, match="unpack it yourself"):
+        archives.unpack(tmp_path / "x.tar", tmp_path / "home")
+    (tmp_path / "y.tar").write_bytes(b"not an archive" * 100)
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        archives.unpack(tmp_path / "y.tar", tmp_path / "home")
+    assert not (tmp_path / "home").exists()

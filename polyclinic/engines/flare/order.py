@@ -117,8 +117,9 @@ class Order:
 
     def same_study(self, other: "Order") -> bool:
         """Whether both are parts of one study, under one set of rules: who approved one approved the other."""
-        own = {"run": "", "plan": {}, "label": "", "mode": "rounds", "external": ()}
-        return self.of_study and other.of_study and replace(self, **own) == replace(other, **own)  # type: ignore[arg-type]
+        own = {"run": "", "plan": {}, "label": "", "external": ()}
+        ours, theirs = (replace(an, **own, mode=an.mode.replace("survey", "rounds")) for an in (self, other))  # type: ignore[arg-type]
+        return self.of_study and other.of_study and ours == theirs
 
     @property
     def hash(self) -> str:

@@ -32,8 +32,8 @@ def kept_section(page: Source) -> Section | None:
     columns = words(site="Site") + numbers(cases="Test cases")
     columns += numbers(**{f"m{i}": page.title(label) for i, label in enumerate(labels)})
     said = Text(
-        "These hospitals keep what a model says of their single patients, as their policies say, and computed these scores "
-        "themselves. They are in none of the tables, intervals and comparisons above."
+        "These hospitals keep what a model says of their single patients, as their policies say, and computed these "
+        "scores themselves. They are in none of the tables, intervals and comparisons above."
     )
     caption = f"{page.label} on test data, as these sites computed it, over images; mean over seeds."
     return Section("kept", "Sites that keep their predictions", [said, Table("kept", caption, columns, rows)])

@@ -6,7 +6,7 @@ from typing import Any
 
 from cyclopts import App
 
-from polyclinic.core.journal import Broken, verify
+from polyclinic.core.journal import FIRST, Broken, verify
 from polyclinic.engines.flare.homes import read_toml
 
 app = App(name="journal", help="Check the journals of sites, servers and runs.")
@@ -49,7 +49,7 @@ def check_heads(journal: Path, against: Path) -> int:
     Raises:
         Broken: Where it noted one that is not there: one of the two was rewritten. Or where it noted none.
     """
-    own = {entry["hash"] for entry in _entries(journal)}
+    own = {FIRST, *(entry["hash"] for entry in _entries(journal))}
     settings = journal.resolve().with_name("site.toml")
     site = read_toml(settings, "polyclinic site init")["site"] if settings.is_file() else ""
     run, noted = journal.resolve().parent.name, 0

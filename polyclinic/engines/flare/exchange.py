@@ -206,7 +206,7 @@ class Exchange:
         self.carrier.post([pending.call], pending.body)
 
     def _write(self, event: str, call: Call, answer: Answer | None, details: Mapping[str, object]) -> None:
-        said = {"head": answer.head, "signature": answer.signature} if answer else {}
+        said = {"reply": answer.sha256, "head": answer.head, "signature": answer.signature} if answer else {}
         stage = {"stage": call.stage} if call.stage else {}
         self.journal.write(
             event, {"number": call.number, "round": call.round, "site": call.site, **stage, **details, **said}

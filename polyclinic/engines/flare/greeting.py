@@ -96,7 +96,14 @@ def _hear(
     else:
         ready.add(site)
     about.journal.write(
-        "greeted", {"site": site, "lost": gone.get(site, ""), "head": answer.head, "signature": answer.signature}
+        "greeted",
+        {
+            "site": site,
+            "number": answer.number,
+            "lost": gone.get(site, ""),
+            "head": answer.head,
+            "signature": answer.signature,
+        },
     )
 
 

@@ -72,10 +72,10 @@ def nearly_equal(pictures: Sequence[np.ndarray], hashes: Sequence[str]) -> list[
     step = 512
     for start in range(0, count, step):
         alike = signs[start : start + step] @ signs[start:].T / signs.shape[1]
-        rows, columns = np.nonzero(alike >= _HASH)
+        same = centred[start : start + step] @ centred[start:].T
+        rows, columns = np.nonzero((alike >= _HASH) & (same >= _SAME))
         for i, j in zip((rows + start).tolist(), (columns + start).tolist(), strict=True):
-            different = i < j and hashes[i] != hashes[j] and not flat[i] and not flat[j]
-            if different and float(centred[i] @ centred[j]) >= _SAME:
+            if i < j and hashes[i] != hashes[j] and not flat[i] and not flat[j]:
                 found.append((i, j))
     return found
 

@@ -9,6 +9,7 @@ import torch
 
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.held import Named, described, hold
+from polyclinic.data.near import near_duplicates, told
 from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
@@ -105,6 +106,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabelled" in sites[site]:
             sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
+    if spec.alike != "ignore":
+        notes += told(near_duplicates(sites, source.fingerprint), spec.alike == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = _without_duplicates(sites, outside, spec, notes)

@@ -93,6 +93,7 @@ class DataSpec(BaseModel):
         position: The column that says how high in its volume a slice lies. ``video``: which video a frame is of.
         scanners: The strength of imaginary scanners, one per site, that change its images; 0 for none.
         duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
+        alike: Whether nearly equal images are looked for and reported, or refused where two roles share them.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
@@ -115,6 +116,7 @@ class DataSpec(BaseModel):
     video: str | None = None
     scanners: Annotated[float, Field(ge=0, le=2)] = 0.0
     duplicates: Literal["report", "drop", "refuse"] = "report"
+    alike: Literal["ignore", "report", "refuse"] = "ignore"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from polyclinic.tasks.networks import Network
 
 PLAIN: dict[str, Any] = {
     "annotations": {}, "accelerate": 0.0, "position": None, "video": None, "scanners": 0.0, "duplicates": "report",
+    "alike": "ignore",
 }  # fmt: skip
 """What a federation is dealt without, so that examples may be numbers of rows."""
 

@@ -15,14 +15,17 @@ app = App(
 )
 _STUDIES, _LISTS, _DATA = "Studies", "What there is", "Data and privacy"
 _HOSPITALS = "Between hospitals"
+study = App(name="study", group=_STUDIES, help="The same commands as one group, such as polyclinic study run.")
 for group, name, target, summary in (
     (_STUDIES, "demo", "run:demo", "Run a study of real patients at several sites, and open its report."),
     (_STUDIES, "new", "run:new", "Write a commented study file to begin from."),
     (_STUDIES, "run", "run:run", "Run a study."),
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "How far a run has come."),
+    (_STUDIES, "standing", "standing:standing", "How each site's updates stood, and how to leave one out."),
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets, and run all of them."),
+    (_STUDIES, "track", "results:track", "Hand a run's records on to MLflow or TensorBoard."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "lists:methods_app", "The federated methods, by the survey's taxonomy."),
     (_LISTS, "networks", "lists:networks", "The networks that a study may name."),
@@ -36,6 +39,9 @@ for group, name, target, summary in (
     (_HOSPITALS, "journal", "journal:app", "Check the journals of sites, servers and runs."),
 ):
     app.command(f"polyclinic.cli.{target}", name=name, help=summary, group=group)
+    if group == _STUDIES:
+        study.command(f"polyclinic.cli.{target}", name=name, help=summary)
+app.command(study)
 
 
 def main() -> None:

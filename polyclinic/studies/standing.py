@@ -1,0 +1,78 @@
+"""How each site's updates stood among the others', for the person who decides who is heard.
+
+Methods under a robust rule (``methods.robust``) keep a note of every site in the server's state. It is read from a
+run's checkpoints, while the run goes on as well as after.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyclinic.core import state as states
+from polyclinic.methods import registry
+from polyclinic.methods.rules.watch import Note
+
+
+class NoStanding(ValueError):
+    """The run has no notes of sites. The message says which methods keep them."""
+
+
+@dataclass(frozen=True)
+class Standings:
+    """One arm's notes.
+
+    Attributes:
+        arm: The method's label and the seed, as the arm's folder is called. ``round``: after which round.
+        notes: By site. ``alarms``: a sentence for each site that a person should look at.
+    """
+
+    arm: str
+    round: int
+    notes: Mapping[str, Note]
+    alarms: tuple[str, ...]
+
+
+def read(run: Path) -> list[Standings]:
+    """The standings in every arm of the run at ``run`` that keeps some.
+
+    Raises:
+        FileNotFoundError: Where there is no run.
+        NoStanding: Where no method of it looks at sites one by one.
+    """
+    file = run / "run.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{run}: there is no run here; name the folder that `polyclinic run` wrote")
+    _know(json.loads(file.read_text(encoding="utf-8")))
+    found = list(_arms(run))
+    if not found:
+        raise NoStanding(
+            f"{run}: none of its methods keeps a note of every site's updates. Those under a robust rule do; to look "
+            'without withstanding anything, study "watched"'
+        )
+    return found
+
+
+def _arms(run: Path) -> Iterator[Standings]:
+    for file in sorted(run.glob("arms/*/checkpoint.safetensors")):
+        at = states.load(file)
+        if notes := _notes(at.state):
+            yield Standings(file.parent.name, at.round, dict(notes.notes), notes.alarms)
+
+
+def _notes(state: Any) -> Any:
+    """The state that keeps notes, however deep it lies in the states of methods that wrap."""
+    if isinstance(notes := getattr(state, "notes", None), Mapping) and notes:
+        return state
+    inner = getattr(state, "inner", None)
+    return None if inner is None else _notes(inner)
+
+
+def _know(info: Mapping[str, Any]) -> None:
+    """Imports the methods of a run, whose states lie in its checkpoints."""
+    import polyclinic.studies.folder  # noqa: F401
+
+    for method in info["methods"]:
+        for name in (method["name"], method.get("options", {}).get("over", "fedavg")):
+            registry.maker(registry.entry(name))

@@ -3,9 +3,9 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -55,6 +55,38 @@ def panel(run_folders: list[Path]) -> None:
     show_panel(made(run_folders))
 
 
+@panel_app.command(name="run")
+def panel_run(
+    study: Path, *, set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
+) -> None:  # fmt: skip
+    """Run every data set of a file with its methods, and rank them.
+
+    The file holds a scenario for each data set (examples/panel.toml). One that names no methods is run with every
+    method that fits its task, its network and its training; those that do not are told, with the reason.
+
+    Parameters
+    ----------
+    study
+        The file.
+    set_
+        Change one value in every scenario, such as `--set rounds=5`.
+    resume
+        Go on where an earlier run stopped.
+    fresh
+        Begin again.
+    out
+        Where run folders are kept.
+    workers
+        How many processes; as many as there are cores by default.
+    """
+    from polyclinic.cli.run import changes, run_all
+    from polyclinic.studies.applicable import with_every_method
+    from polyclinic.studies.scenarios import read_all
+
+    run_all(study, read_all(study, changes(set_ or []), with_every_method), resume, fresh, out, workers)
+
+
 def show_panel(found: "Panel") -> None:
     """Prints methods over data sets."""
     wide = max(14, *(len(method) + 2 for method in found.methods))
@@ -94,6 +126,23 @@ def export(
     from polyclinic.studies.export import export as write
 
     console.print(f"  [green]✓[/green] {write(run_folder, form, out, method, seed)}")
+
+
+def track(run_folder: Path, *, to: Literal["mlflow", "tensorboard"], where: str = "") -> None:
+    """Hand the records of a run on to MLflow or TensorBoard.
+
+    Parameters
+    ----------
+    run_folder
+        A run, finished or not.
+    to
+        The tool.
+    where
+        MLflow: a tracking address, by default the file mlflow.db beside the run. TensorBoard: a folder.
+    """
+    from polyclinic.studies.track import track as hand_on
+
+    console.print(f"  [green]✓[/green] {hand_on(run_folder, to, where)}")
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,11 +37,17 @@ def run(
     """
     from polyclinic.studies.scenarios import read_all
 
-    found = read_all(study, changes(set_ or []))
+    run_all(study, read_all(study, changes(set_ or [])), resume, fresh, out, workers)
+
+
+def run_all(file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None) -> None:
+    """Runs every study of a file, and sets them beside each other where there are several."""
     for scenario in found:
-        if len(found) > 1:
+        if scenario.name:
             console.print(f"\n[bold]── {scenario.name} ──[/bold]")
-        _one(study, scenario, scenario.folder(out), resume, fresh, workers)
+        for note in scenario.notes:
+            console.print(f"  [yellow]·[/yellow] {note}", soft_wrap=True)
+        _one(file, scenario, scenario.folder(out), resume, fresh, workers)
     if found[0].name:
         _beside_each_other(out / found[0].study.name, {s.name: s.folder(out) for s in found})
 
@@ -118,17 +125,24 @@ def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
     console.print(f"{file} written. Next: [bold]polyclinic run {file}[/bold]")
 
 
-def report(run_folder: Path) -> None:
+def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95) -> None:
     """Write the report of a run: one HTML file, and its tables as CSV and JSON beside it.
 
     Parameters
     ----------
     run_folder
         A folder that `polyclinic run` made.
+    min_cell
+        Show no site by itself that has fewer test patients than this, and no smaller group of patients.
+    draws
+        Of the bootstrap.
+    level
+        Of the intervals' confidence.
     """
+    from polyclinic.studies.evaluation import Options
     from polyclinic.studies.report.build import build_report
 
-    page = build_report(run_folder)
+    page = build_report(run_folder, options=Options(level=level, draws=draws, min_cell=min_cell))
     console.print(f"  [green]✓[/green] {page}")
 
 

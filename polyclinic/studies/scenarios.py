@@ -13,7 +13,7 @@ same thing with other keys. What stands outside ``[[scenarios]]`` is common to a
 import copy
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ class Scenario:
         name: Its own; empty where the file is one study.
         study: What to run.
         text: The study alone, as TOML.
+        notes: What was left out of it, in sentences.
     """
 
     name: str
     study: Study
     text: str
+    notes: tuple[str, ...] = ()
 
     def folder(self, out: Path) -> Path:
         """Where it runs, under ``out``: beside the file's other scenarios, if there are any."""
@@ -45,7 +47,13 @@ class Scenario:
         return out / self.study.name / called if self.name else out / called
 
 
-def read_all(path: Path, changes: Mapping[str, Any] | None = None) -> tuple[Scenario, ...]:
+Complete = Callable[[dict[str, Any]], tuple[dict[str, Any], tuple[str, ...]]]
+"""Fills in what a study leaves open, and says what it left out."""
+
+
+def read_all(
+    path: Path, changes: Mapping[str, Any] | None = None, complete: Complete | None = None
+) -> tuple[Scenario, ...]:
     """Every study in the file at ``path``, with ``changes`` by dotted key in all of them.
 
     Raises:
@@ -54,12 +62,13 @@ def read_all(path: Path, changes: Mapping[str, Any] | None = None) -> tuple[Scen
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
-    return parse_all(path.read_text(encoding="utf-8"), path, changes)
+    return parse_all(path.read_text(encoding="utf-8"), path, changes, complete)
 
 
 def parse_all(
-    text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None
-) -> tuple[Scenario, ...]:
+    text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None,
+    complete: Complete | None = None,
+) -> tuple[Scenario, ...]:  # fmt: skip
     """Every study in ``text``; ``path`` is its name in messages."""
     try:
         data = tomllib.loads(text)
@@ -77,13 +86,16 @@ def parse_all(
     problems = list(_form(items))
     found = []
     for i, item in enumerate(items if not problems else []):
-        whole = _merged(common, item.get("set", {}))
+        whole, notes = _merged(common, item.get("set", {})), tuple[str, ...]()
+        if complete is not None:
+            whole, notes = complete(whole)
         study, wrong = checked(whole)
         problems += [Problem(_place(p.path, item, i), p.says) for p in wrong]
         if study is not None:
             title = f"{study.title or study.name}: {item.get('title', item['name'])}"
             titled = study.model_copy(update={"title": title})
-            found.append(Scenario(item["name"], titled, _written(whole, f"{Path(path).name}, {item['name']}", changes)))
+            told = _written(whole, f"{Path(path).name}, {item['name']}", changes)
+            found.append(Scenario(item["name"], titled, "".join(f"# {note}\n" for note in notes) + told, notes))
     if problems:
         raise BadStudy(path, text, data, problems)
     return tuple(found)

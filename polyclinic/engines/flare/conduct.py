@@ -26,7 +26,7 @@ from polyclinic.core.train import Step, TooFewReplies, train, train_async
 from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, read_description
 from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.exchange import Carrier, Count, Ended
+from polyclinic.engines.flare.exchange import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.federation import FlareFederation, discount_of
 from polyclinic.engines.flare.greeting import Greeting, greet
 from polyclinic.engines.flare.homes import private_folder, write_private
@@ -151,6 +151,8 @@ class Conductor:
             if self.order.score_every and over and (done % self.order.score_every == 0 or last):
                 self._judge(federation, step.state, done)
             self._save(federation, step.state, done)
+            since = self._said.get("away", {})  # the supervisor readmits who was heard of later than that
+            self._said["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
             self._say("running", "", done)
             self._pause()
             begun = time.perf_counter()

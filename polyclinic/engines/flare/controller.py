@@ -22,6 +22,7 @@ from polyclinic.engines.flare.homes import ServerHome, private_folder
 from polyclinic.engines.flare.job import TASK
 from polyclinic.engines.flare.messages import BadMessage, Call
 from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.pulse import Pulse
 
 FETCHERS = 2
 
@@ -29,13 +30,18 @@ FETCHERS = 2
 class FlareCarrier:
     """Carries calls as FLARE tasks, one a site, and takes answers as they are submitted."""
 
-    def __init__(self, controller: Controller, fl_ctx: Any, abort_signal: Any, inbox: Path, limit: int = 2**33) -> None:
+    def __init__(
+        self, controller: Controller, fl_ctx: Any, abort_signal: Any, inbox: Path, sites: Sequence[str],
+        dead_after: float, limit: int = 2**33,
+    ) -> None:  # fmt: skip
+        """For one job and the ``sites`` that take part; one that is silent for ``dead_after`` seconds is away."""
         self.controller, self.fl_ctx, self.abort_signal = controller, fl_ctx, abort_signal
         self.cell = fl_ctx.get_engine().get_cell()
         self.came: queue.Queue[Delivery] = queue.Queue()
         self.tasks: dict[str, Task] = {}
         self.inbox, self.limit = private_folder(inbox), limit
         self.fetching = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        self.pulse = Pulse(self.cell, fl_ctx.get_job_id(), sites, dead_after)
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         """Sends each call to its site, and with each the same file."""
@@ -60,8 +66,8 @@ class FlareCarrier:
             return None
 
     def away(self, site: str) -> bool:
-        """Whether FLARE has not heard of a site for long."""
-        return self.controller.get_client_disconnect_time(site) is not None
+        """Whether FLARE has not heard of a site for long, or its job process does not answer."""
+        return self.controller.get_client_disconnect_time(site) is not None or self.pulse.silent(site)
 
     def drop(self, site: str) -> None:
         """Withdraws a site's task."""
@@ -71,6 +77,7 @@ class FlareCarrier:
 
     def close(self) -> None:
         """Ends fetching and empties the inbox."""
+        self.pulse.close()
         self.fetching.shutdown(wait=False, cancel_futures=True)
         for path in self.inbox.iterdir():
             path.unlink(missing_ok=True)
@@ -103,10 +110,10 @@ class FlareCarrier:
 class StudyController(Controller):  # type: ignore[misc]
     """Runs one order."""
 
-    def __init__(self, order: str) -> None:
-        """For the ``order`` in the signed job."""
+    def __init__(self, order: str, dead_after: float = 30.0) -> None:
+        """For the ``order`` in the signed job; a site that is silent for ``dead_after`` seconds is away."""
         super().__init__(task_check_period=0.1)
-        self.order = Order.from_json(order)
+        self.order, self.dead_after = Order.from_json(order), dead_after
 
     def start_controller(self, fl_ctx: Any) -> None:
         """Nothing to prepare."""
@@ -125,7 +132,7 @@ class StudyController(Controller):  # type: ignore[misc]
         present = {client.name for client in self._engine.get_clients()}
         members = tuple(sorted(present & set(self.order.everyone)))
         folder = home.run(self.order.run)
-        carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox")
+        carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox", members, self.dead_after)
         try:
             Conductor(self.order, carrier, folder, members).run()
         finally:

@@ -14,6 +14,7 @@ from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call,
 from polyclinic.engines.flare.order import Order
 
 TICK = 0.25
+AWAY = "the site is away"
 
 
 class Delivery(NamedTuple):
@@ -142,7 +143,7 @@ class Exchange:
             for name, pending in list(self._pending.items()):
                 late = deadline is not None and now - pending.since > deadline
                 if name in self._pending and (late or self.carrier.away(name)):
-                    reason = f"no answer within {deadline:g} s" if late else "the site is away"
+                    reason = f"no answer within {deadline:g} s" if late else AWAY
                     del self._pending[name]
                     self.carrier.drop(name)
                     yield self.lost(pending.call, reason)

@@ -12,7 +12,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.shareable import Shareable
 
-from polyclinic.engines.flare import transfer
+from polyclinic.engines.flare import pulse, transfer
 from polyclinic.engines.flare.desk import Desk, take_in
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.messages import BadMessage, Call, printable
@@ -33,6 +33,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """Opens the desk when the run starts and closes it when it ends."""
         if event_type == EventType.START_RUN:
             self._open(fl_ctx)
+            pulse.answer(fl_ctx.get_engine().get_cell())
         elif event_type in (EventType.ABOUT_TO_END_RUN, EventType.END_RUN):
             self.stopped = True
             if self.desk:

@@ -25,7 +25,7 @@ def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float =
     empty: dict[str, Any] = {"format_version": 2, "task_data_filters": [], "task_result_filters": [], "components": []}
     server = {
         **empty, "server": {"heart_beat_timeout": dead_after, "task_request_interval": interval},
-        "workflows": [{"id": TASK, "path": CONTROLLER, "args": {"order": text}}],
+        "workflows": [{"id": TASK, "path": CONTROLLER, "args": {"order": text, "dead_after": dead_after}}],
         "dead_client_grace_period": dead_after / 2, "dead_client_check_lead_time": dead_after / 2,
     }  # fmt: skip
     site = {

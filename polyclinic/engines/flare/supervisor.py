@@ -135,6 +135,7 @@ class Supervisor:
             if why != entry.why:
                 self.queue.change(run, why=why)
             return
+        (self.home.run(run) / "pause").unlink(missing_ok=True)  # whoever was waited for is in this attempt
         folder = jobs.write(self.home.path / "jobs" / run, order, dead_after=self.settings["dead_after"])
         number = self.console.submit(folder)
         self.queue.change(
@@ -155,7 +156,10 @@ class Supervisor:
         elif not fresh and time.time() - entry.since > SILENCE:
             self._again(run, entry, progress, f"it did not begin within {SILENCE:g} s ({status})")
         else:
-            back = (self._sites.keys() & set(entry.what.everyone)) - set(entry.members)
+            there, away = set(entry.members), progress.get("away", {})
+            # FLARE lists a site for a while after it is gone; one that came back was heard of since.
+            back = {site for site in entry.what.everyone if site in self._sites
+                    and (site not in there or (site in away and self._sites[site] > away[site]))}  # fmt: skip
             if (
                 back
                 and fresh

@@ -15,6 +15,7 @@ from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.homes import SiteHome
 from polyclinic.engines.flare.memory import Memory
 from polyclinic.testing import equal
+from polyclinic.transforms.ledger import Ledger
 from tests.deploy.local import LocalCarrier, approve, conductor, hospital, identities, order
 from tests.deploy.test_exchange import EVERYTHING, reference, state_of
 from tests.deploy.test_secure import GROUP, SUM
@@ -71,10 +72,10 @@ def attempt(root: Path, an, homes: dict[str, SiteHome], die_at: int | None = Non
 class Town:
     """Hospitals that can be made again and again."""
 
-    def __init__(self, root: Path, case: str) -> None:
+    def __init__(self, root: Path, case: str, policy: str = EVERYTHING, **how) -> None:
         self.root = root
-        homes = hospital(root / "template", policy=EVERYTHING)
-        how = {"method": case, "rounds": 2, **CASES[case]}
+        homes = hospital(root / "template", policy=policy)
+        how = {"method": case, "rounds": 2, **CASES.get(case, {}), **how}
         self.order = order(**how, identities=identities(homes))
         for home in homes.values():
             approve(home, self.order)
@@ -103,11 +104,12 @@ def town(request: pytest.FixtureRequest, tmp_path: Path) -> Town:
     return Town(tmp_path, request.param)
 
 
-def moments_of(town: Town) -> int:
+def moments_of(town: Town, same: bool = True) -> int:
     place, homes = town.made("undisturbed")
     code, count = attempt(place, town.order, homes)
     assert code == 0
-    town.check(place, homes)
+    if same:
+        town.check(place, homes)
     return count
 
 
@@ -139,6 +141,51 @@ def test_a_run_that_dies_three_times_goes_on_to_the_bit(town: Town) -> None:
     count = moments_of(town)
     for first in range(7, count, 23):
         dies_and_goes_on(town, first, (7 * first) % 61, (13 * first) % 97)
+
+
+PRIVATE = EVERYTHING + """
+[privacy]
+epsilon = 1000.0
+delta = 1e-3
+unit = "record"
+"""
+
+
+def spends_of(home: SiteHome) -> int:
+    """How many releases the site's ledger knows of."""
+    return sum(len(Ledger(path).spends()) for path in home.ledgers.glob("*.jsonl"))
+
+
+def releases_of(home: SiteHome) -> int:
+    """How many different replies left a site: each was made from noise of its own."""
+    return len({e["reply"] for e in verify(home.journal) if e["event"] == "answered" and e["job"] == "train"})
+
+
+def spend_is_never_too_small(root: Path, step: int) -> None:
+    pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
+    training = {"batch_size": 8, "lr": 0.05, "steps": 1, "private": {"noise": 2.0, "bound": 1.0, "unit": "record"}}
+    town = Town(root, "fedavg", PRIVATE, plan={"training": training, "network_options": GROUP})
+    count = moments_of(town, same=False)
+    assert count > 100
+    extra = 0
+    for moment in range(3, count, step):
+        place, homes = town.made(f"at-{moment}")
+        assert attempt(place, town.order, homes, moment)[0] in (DEATH, 0)
+        assert attempt(place, town.order, homes)[0] == 0
+        for home in homes.values():
+            assert spends_of(home) >= releases_of(home) >= 2
+            extra += spends_of(home) - 2
+        shutil.rmtree(place)
+    assert extra <= count // step + 1  # and hardly ever too large: what was paid for and lost, once for each death
+
+
+def test_privacy_spend_is_never_under_counted_whenever_a_run_dies(tmp_path: Path) -> None:
+    spend_is_never_too_small(tmp_path, 120)
+
+
+@pytest.mark.slow
+def test_privacy_spend_is_never_under_counted_at_any_write(tmp_path: Path) -> None:
+    spend_is_never_too_small(tmp_path, 1)
 
 
 def test_a_journal_on_a_full_disk_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,10 @@ def change_executor(module: Any) -> None:
     def twisted(self: Any, task_name: str, shareable: Any, *rest: Any) -> Any:
         result = execute(self, task_name, shareable, *rest)
         wish = FOLDER / f"twist-{self.desk.name if self.desk else ''}"
-        if not wish.exists() or json.loads(shareable["call"])["kind"] != "do":
+        if json.loads(shareable["call"])["kind"] != "do":
+            return result
+        earlier, self.earlier = getattr(self, "earlier", {}), dict(result)
+        if not wish.exists():
             return result
         how = wish.read_text()
         wish.unlink()
@@ -98,6 +101,8 @@ def change_executor(module: Any) -> None:
             case "elsewhere":
                 del result["body"]
                 result["ref"], result["at"] = "R" + "0" * 32, "site-1.nowhere"
+            case "replayed":
+                result.update(earlier)
             case "raised":
                 raise MemoryError("as if there were none left")
         return result

@@ -43,6 +43,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         home = SiteHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
         try:
             self.desk = Desk(home, Order.from_json(self.text), lambda: self.stopped)
+            self.desk.trainer.warm()
         except (BadOrder, BadHome, OSError) as error:
             self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
 

@@ -43,6 +43,10 @@ class Trainer:
         """The process's number; 0 where there is none."""
         return self._process.pid if self._process else 0
 
+    def warm(self) -> None:
+        """Starts the process before there is work, so that it loads its libraries while the server does."""
+        self._process = self._process or self._start()
+
     def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
         """What the process answers. One that dies is replaced and asked again, up to three times.
 
@@ -71,7 +75,9 @@ class Trainer:
             self._process = None
 
     def _once(self, command: Mapping[str, Any], end: float | None) -> dict[str, Any]:
-        process = self._process = self._process or self._start()
+        self.warm()
+        process = self._process
+        assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
         try:

@@ -121,11 +121,12 @@ class Training:
         policy = policies.read(self.home.policy)
         if command["automatic"] and self.order.method_hash not in policy.approve.automatically:
             return {"lost": "refused: the policy no longer approves this method by itself", "seconds": 0.0}
-        rules: policies.Enforced | Paid = policies.Enforced(policy, self.plan, command["sent"])
+        enforced = policies.Enforced(policy, self.plan, command["sent"])
+        rules: policies.Enforced | Paid = enforced
         if policy.privacy and self.order.data.get("rehearsal") is not True:
             data = Path(self.settings["data"]).name
             ledger = Ledger(self.home.ledgers / f"{digest(str(Path(self.settings['data'])))[:12]}.jsonl")
-            rules = Paid.of(rules, policy.privacy, ledger, self.site.name, data)
+            rules = Paid.of(enforced, policy.privacy, ledger, self.site.name, data)
         done = work(self.method, ask, memory, self.site, rules)
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}

@@ -183,10 +183,10 @@ def main() -> None:
             done[case] = row | {"seconds": time.process_time() - begun}
             file.write(json.dumps(done[case]) + "\n")
             file.flush()
-    from attacks_page import page
+    from attacks_page import page, whole
 
     text = page(
-        {key: row for key, row in done.items() if key in set(todo)},
+        whole(done, todo),
         list(RULES),
         list(ATTACKS),
         list(SETTINGS),

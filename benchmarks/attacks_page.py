@@ -70,7 +70,8 @@ def summary(records: Records, rules: Sequence[str], settings: Sequence[str]) -> 
     """Each rule's worst attack by number of attackers, over both federations, and what it costs without one."""
     counts = sorted({key[4] for key in records} - {0})
     heads = [f"worst loss, {f} of 10" for f in counts]
-    rows = [f"| rule | {' | '.join(heads)} | loss without attack | accuracy lost at the hospital that differs most |",
+    rows = [f"| rule | {' | '.join(heads)} | loss without attack, heart and X-rays | "
+            "accuracy lost at the hospital that differs most, likewise |",
             "|---" * (len(counts) + 3) + "|"]  # fmt: skip
     for rule in rules:
         cells = []
@@ -140,7 +141,7 @@ ADVICE = """What follows for a federation of about ten hospitals:
    alarm is a reason to ask, not to exclude, and no alarm is no proof. `polyclinic standing RUN` shows every site.
 2. **Never the bare mean.** One site of ten destroys it. What is not finite is refused before any rule, and changes
    no bit of the others' aggregate; what it costs is that site's patients.
-3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and the least where
+3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and little where
    a hospital differs (2 points of accuracy, and 6 on the X-rays); one attacker costs a hundredth, three at worst six.
    Centred clipping and the mean bounded at the median length cost as little on average, but 14 and 24 points at the
    X-ray sites that differ. The coordinate median and the trimmed mean withstand three attackers a little better and

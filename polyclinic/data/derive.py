@@ -18,7 +18,7 @@ from polyclinic.data.measures import AXES
 from polyclinic.tasks.statistics import Summary
 
 FEWEST = 10
-"""A site with fewer patients is not described by itself, and no group of values holds fewer."""
+"""A site with fewer patients is not described by itself, and no group holds fewer examples."""
 GROUPS = 10
 COARSE = 3.0
 LARGEST = {2: 256, 3: 128}

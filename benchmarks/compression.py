@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyclinic.core import tree
 from polyclinic.core.execute import execute
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import Site
@@ -80,65 +79,72 @@ class Rays:
         return self.x[index], self.y[index]
 
 
-def sites_of(data: np.lib.npyio.NpzFile, each: int) -> dict[str, Site]:
+def sites_of(data: np.lib.npyio.NpzFile, each: int, seed: int = 0, device: str = "cpu") -> dict[str, Site]:
     """Four sites of ``each`` images, with 20, 40, 60 and 80 per cent of pneumonia."""
-    dice = np.random.default_rng(0)
+    dice = np.random.default_rng(seed)
     labels = data["train_labels"].reshape(-1)
     by_class = [list(dice.permutation(np.flatnonzero(labels == c))) for c in (0, 1)]
     sites = {}
     for k, share in enumerate((0.2, 0.4, 0.6, 0.8)):
         sick = round(share * each)
         chosen = [by_class[1].pop() for _ in range(sick)] + [by_class[0].pop() for _ in range(each - sick)]
-        sites[f"site-{k}"] = Site(f"site-{k}", {"train": Rays(data["train_images"][chosen], labels[chosen])})
+        mine = {"train": Rays(data["train_images"][chosen], labels[chosen])}
+        sites[f"site-{k}"] = Site(f"site-{k}", mine, device=device, seed=seed)
     return sites
+
+
+def measure(images: Path, name: str, each: int, rounds: int, seed: int = 0, device: str = "cpu") -> dict[str, float]:
+    """What the codec ``name`` costs, and how good the model is after ``rounds`` rounds with it."""
+    with np.load(images) as data:
+        sites, test = sites_of(data, each, seed, device), Rays(data["test_images"], data["test_labels"])
+    task = Classification(Network("densenet121", (1, 32, 32), 2))
+    method = send_through(FedAvg(task, Timed(batch_size=32, optimiser="adam", lr=1e-3)), *CODECS[name])
+    state, memory = method.init(task.first(seed)), dict[str, Trees].fromkeys(sites, {})
+    up, down, at_site, at_server = list[int](), list[int](), 0.0, 0.0
+    training.clear()
+    for _ in range(rounds):
+        ask, replies = method.ask(state), []
+        assert ask is not None
+        for site in sites.values():
+            begun = time.process_time()
+            reply, memory[site.name] = execute(method, ask, memory[site.name], site)
+            at_site += time.process_time() - begun
+            replies.append(reply)
+            up.append(reply.nbytes)
+            down.append(ask.nbytes(site.name))
+        begun = time.process_time()
+        state = method.server_update(state, merge(replies), Site("server"))
+        at_server += time.process_time() - begun
+    model, scores = borrow(task, state.params, device).eval(), []
+    with torch.inference_mode():
+        for chunk in torch.arange(len(test)).split(128):
+            scores.append(model(test[chunk][0].to(device)).softmax(1)[:, 1].cpu())
+    score = torch.cat(scores)
+    return {
+        "MB up": sum(up) / len(up) / 1e6, "MB, last": up[-1] / 1e6, "MB down": sum(down) / len(down) / 1e6,
+        "AUC": auc(score, test.y == 1) or float("nan"),
+        "accuracy": float(((score > 0.5) == (test.y == 1)).float().mean()),
+        "site s": (at_site - sum(training)) / (rounds * len(sites)), "server s": at_server / rounds,
+    }  # fmt: skip
 
 
 def main() -> None:
     """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("images", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--each", type=int, default=256, help="images at a site")
+    parser.add_argument("--seeds", type=int, default=1, help="splits, each with another start")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", default=list(CODECS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with np.load(given.images) as data:
-        sites, test = sites_of(data, given.each), Rays(data["test_images"], data["test_labels"])
-    task = Classification(Network("densenet121", (1, 32, 32), 2))
-    first = task.first(0)
-    print(f"DenseNet-121, {tree.size(first):,} numbers; 4 sites x {given.each} images; {given.rounds} rounds")
-    columns = ("MB up", "MB, last", "MB down", "AUC", "accuracy", "site s", "server s")
-    print(f"{'codec':<24}" + "".join(f"{column:>10}" for column in columns))
+    print(f"DenseNet-121; 4 sites x {given.each} images; {given.rounds} rounds")
     for name in given.only:
-        method = send_through(FedAvg(task, Timed(batch_size=32, optimiser="adam", lr=1e-3)), *CODECS[name])
-        state, memory = method.init(first), dict[str, Trees].fromkeys(sites, {})
-        up, down, at_site, at_server = list[int](), list[int](), 0.0, 0.0
-        for _ in range(given.rounds):
-            ask, replies = method.ask(state), []
-            assert ask is not None
-            for site in sites.values():
-                begun = time.process_time()
-                reply, memory[site.name] = execute(method, ask, memory[site.name], site)
-                at_site += time.process_time() - begun
-                replies.append(reply)
-                up.append(reply.nbytes)
-                down.append(ask.nbytes(site.name))
-            begun = time.process_time()
-            state = method.server_update(state, merge(replies), Site("server"))
-            at_server += time.process_time() - begun
-        model, scores = borrow(task, state.params).eval(), []
-        with torch.inference_mode():
-            for chunk in torch.arange(len(test)).split(128):
-                scores.append(model(test[chunk][0]).softmax(1)[:, 1])
-        score = torch.cat(scores)
-        area = auc(score, test.y == 1) or float("nan")
-        right = float(((score > 0.5) == (test.y == 1)).float().mean())
-        count = given.rounds * len(sites)
-        codec = (at_site - sum(training)) / count
-        figures = (sum(up) / len(up) / 1e6, up[-1] / 1e6, sum(down) / len(down) / 1e6, area, right, codec,
-                   at_server / given.rounds)  # fmt: skip
-        print(f"{name:<24}" + "".join(f"{figure:>10.3f}" for figure in figures), flush=True)
-        training.clear()
+        for seed in range(given.seeds):
+            found = measure(given.images, name, given.each, given.rounds, seed, given.device)
+            told = "".join(f"  {column} {figure:.3f}" for column, figure in found.items())
+            print(f"{name:<24} seed {seed}{told}", flush=True)
 
 
 if __name__ == "__main__":

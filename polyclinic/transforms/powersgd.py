@@ -96,10 +96,10 @@ class PowerSGD(Transform):
             if self.shared:
                 basis, on_left = self._shared(name, shape, state)
                 factor = parts["factor"]
-                found[name] = multiplied(*((basis, factor.T) if on_left else (factor, basis.T)), shape)
+                found[name] = multiplied(*((basis, _turned(factor)) if on_left else (factor, basis.T)), shape)
                 bases[name], sides[name] = _orthogonal(factor), torch.tensor(not on_left)
             else:
-                found[name] = multiplied(parts["p"], parts["q"].T, shape)
+                found[name] = multiplied(parts["p"], _turned(parts["q"]), shape)
         return Mean(found, received.weight), {**state, "basis": bases, "side": sides}
 
     def _shared(self, name: str, shape: torch.Size, notes: Trees) -> tuple[Tensor, bool]:
@@ -117,6 +117,13 @@ class PowerSGD(Transform):
             return False
         rows, columns = shape[0], math.prod(shape[1:])
         return self.rank < min(rows, columns) and self.rank * (rows + columns) < rows * columns
+
+
+def _turned(factor: Tensor) -> Tensor:
+    """``factor``, transposed; what a site sent may have any shape."""
+    if factor.ndim != 2:
+        raise ValueError(f"a factor has two axes, and this one has shape {tuple(factor.shape)}")
+    return factor.T
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

@@ -34,12 +34,22 @@ def test_a_message_survives_the_way(message) -> None:
         {"run": "../../etc/passwd"}, {"site": "a\nb"}, {"site": "A"}, {"number": -1}, {"number": True}, {"number": 2**60}, {"number": 1.5},
         {"size": -1}, {"size": 0}, {"sha256": "x" * 64}, {"sha256": ""}, {"head": "short"}, {"kind": "shell"}, {"order": "x"},
         {"after": 7}, {"after": 2}, {"confirmed": 6}, {"keep": 6}, {"keep": -1}, {"kind": "look"}, {"deadline": float("inf")}, {"deadline": "1"}, {"job": "x" * 101}, {"stage": "x" * 30},
-        {"round": -1}, {"version": VERSION + 1}, {"version": None}, {"extra": 1},
+        {"round": -1}, {"version": VERSION + 1}, {"version": VERSION - 1}, {"version": None}, {"extra": 1},
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_refused(changes) -> None:
     with pytest.raises(BadMessage):
         Call.from_json(json.dumps({**asdict(CALL), **changes}))
+
+
+@pytest.mark.parametrize("other", [VERSION - 1, VERSION + 1])
+def test_another_version_is_told_in_a_sentence(other: int) -> None:
+    """Both ends say the same, whichever of them is older: the version is read before anything else."""
+    for message in (CALL, ANSWER):
+        with pytest.raises(BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"):
+            type(message).from_json(json.dumps({**asdict(message), "version": other, "something": "new"}))
+    with pytest.raises(BadOrder, match="another version of polyclinic"):
+        Order.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Call)])

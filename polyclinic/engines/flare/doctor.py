@@ -41,7 +41,7 @@ def _examine(home: SiteHome, given: dict[str, Any]) -> Iterator[Finding]:
     yield _try("data", lambda: _data(Path(given["data"])))
     yield _try("policy", lambda: _policy(home))
     yield _try("disk", lambda: _disk(home.path))
-    yield _try("version", lambda: _version(home))
+    yield _try("version", _version)
     running = len(processes.working_in(home.kit))
     yield (
         "processes",
@@ -136,8 +136,8 @@ def _data(folder: Path) -> str:
     return "; ".join(f"{role}: {len(set(data.patients))} patients" for role, data in held.roles.items())
 
 
-def _version(home: SiteHome) -> str:
-    """Whether the last run that came was refused for its version or code."""
+def _version() -> str:
+    """What is installed here; the server compares it when a study begins, and names both where they differ."""
     from polyclinic.engines.flare.order import code_hash
 
     return f"polyclinic {__version__}, code {code_hash()[:12]}; the server must have the same code"

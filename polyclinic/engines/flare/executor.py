@@ -28,6 +28,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         self.text = order
         self.desk: Desk | None = None
         self.stopped = False
+        self.problem = "the site's log says more"
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Opens the desk when the run starts and closes it when it ends."""
@@ -46,6 +47,8 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             self.desk.trainer.warm()
         except (BadOrder, BadHome, OSError) as error:
             self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
+            if isinstance(error, BadOrder):  # perhaps of another version; what it says comes from the server itself
+                self.problem = printable(str(error))
 
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
         """One call and its answer."""
@@ -53,7 +56,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             self._open(fl_ctx)  # the disk may have been full when the run started
         desk = self.desk
         if desk is None:
-            return Shareable({"answer": None, "reason": "failed: its desk cannot be opened; the site's log says more"})
+            return Shareable({"answer": None, "reason": f"failed: its desk cannot be opened; {self.problem}"})
         cell = fl_ctx.get_engine().get_cell()
         desk.trainer.stopped = lambda: self.stopped or abort_signal.triggered
         try:

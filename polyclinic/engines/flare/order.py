@@ -156,7 +156,7 @@ def _checked(given: Any) -> dict[str, Any]:
         raise BadOrder("an order is a table of fields")
     known = {f.name for f in fields(Order)}
     if odd := sorted(given.keys() - known):
-        raise BadOrder(f"an order has no field {odd[0][:40]!r}")
+        raise BadOrder(f"an order has no field {odd[0][:40]!r} here: was it written by another version of polyclinic?")
     if missing := [key for key in ("run", "plan") if key not in given]:
         raise BadOrder(f"an order needs the field {missing[0]!r}")
     try:

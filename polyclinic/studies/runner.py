@@ -25,7 +25,7 @@ from polyclinic.studies.arm import POOLED, Arm
 from polyclinic.studies.describe import described, information, patients_apart
 from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
 from polyclinic.studies.jobs import Event, Job, cores
-from polyclinic.studies.parallel import in_turn, possible, side_by_side
+from polyclinic.studies.parallel import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.parts import MethodSpec
 from polyclinic.studies.spec import Study, with_values
 from polyclinic.tasks.model import inspect
@@ -43,8 +43,8 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     splits = work.looked_at()
     first = splits[0]
     for method in study.methods:
-        _plan(study, method, first, study.seeds[0]).build_method()  # a wrong combination is refused before anything
-    task = _plan(study, study.methods[0], first, study.seeds[0]).build_task()
+        plan_of(study, method, first, study.seeds[0]).build_method()  # a wrong combination is refused before anything
+    task = plan_of(study, study.methods[0], first, study.seeds[0]).build_task()
     found = inspect(task.model())
     parameters = sum(leaf.numel() for leaf in task.first(0).values())
     folder = Folder(path)
@@ -59,6 +59,8 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
             if job.name in done:
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
         workers = study.engine.workers or cores()
+        if jobs and study.engine.kind == "workers" and possible():
+            warm_up()
         if _whole_arms(study, len(jobs), workers):
             inside = study.engine.model_copy(update={"kind": "in-process"})  # each arm has one process
             work.study = study.model_copy(update={"engine": inside})
@@ -158,7 +160,7 @@ class _Work:
     def _arm(self, study: Study, job: Job, folder: ArmFolder, sealed: bool = False) -> Arm:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        return Arm(study, job, _plan(study, job.method, data, job.seed), data, folder, self.numbers)
+        return Arm(study, job, plan_of(study, job.method, data, job.seed), data, folder, self.numbers)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest is None or self.latest[:2] != (seed, fold):
@@ -238,7 +240,8 @@ def _check(study: Study, data: Federated) -> None:
             )
 
 
-def _plan(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
+def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
+    """What the arms of one method build, given the sites and shapes of their data."""
     continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
     outputs = int(data.sites[data.training[0]]["train"].targets.shape[1]) if continuous else len(data.info.classes)
     return Plan(

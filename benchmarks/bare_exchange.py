@@ -27,7 +27,7 @@ class BareController(Controller):
     def process_result_of_unknown_task(self, *_: Any) -> None: ...
 
     def control_flow(self, abort_signal: Any, fl_ctx: Any) -> None:
-        seconds = []
+        seconds, ends = [], []
         for _ in range(self.rounds):
             begun = time.perf_counter()
             total = np.zeros_like(self.array)
@@ -41,8 +41,9 @@ class BareController(Controller):
             self.broadcast_and_wait(task, fl_ctx, targets=sites, min_responses=len(sites), abort_signal=abort_signal)
             self.array = total / len(sites)
             seconds.append(time.perf_counter() - begun)
+            ends.append(time.time())
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        Path(self.report).write_text(json.dumps({"seconds": seconds, "server_bytes": memory}))
+        Path(self.report).write_text(json.dumps({"seconds": seconds, "ends": ends, "server_bytes": memory}))
 
 
 class BareExecutor(Executor):

@@ -20,9 +20,10 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
@@ -67,6 +68,12 @@ class Watch(threading.Thread):
         self.peak: dict[str, dict[int, dict[str, int]]] = {name: {} for name in words}
         self.cpu: dict[str, dict[int, float]] = {name: {} for name in words}
         self.before: dict[int, float] = {}
+        self.spent: list[tuple[float, float]] = []  # when, and the CPU seconds of all processes until then
+
+    def between(self, begun: float, ended: float) -> float:
+        """The CPU seconds of all processes between two moments."""
+        until = [max((cpu for at, cpu in self.spent if at <= moment), default=0.0) for moment in (begun, ended)]
+        return until[1] - until[0]
 
     def clear(self) -> None:
         """Forgets what was seen; processes that live on count from here."""
@@ -76,6 +83,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         tick = os.sysconf("SC_CLK_TCK")
+        every: dict[int, float] = {}
         while not self.stop.wait(0.1):
             for entry in Path("/proc").iterdir():
                 if not entry.name.isdigit():
@@ -92,7 +100,9 @@ class Watch(threading.Thread):
                 kept = self.peak[name].setdefault(int(entry.name), {"all": 0, "anon": 0})
                 kept["all"] = max(kept["all"], int(status.get("VmHWM", 0)) * 1024)
                 kept["anon"] = max(kept["anon"], int(status.get("RssAnon", 0)) * 1024)
-                self.cpu[name][int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick
+                every[int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick
+                self.cpu[name][int(entry.name)] = every[int(entry.name)]
+            self.spent.append((time.time(), sum(every.values())))
 
     def result(self) -> dict[str, Any]:
         return {
@@ -105,8 +115,16 @@ class Watch(threading.Thread):
         }
 
 
-def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, rounds: int, root: Path) -> list[float]:
-    """Seconds a round of FLARE's own exchange."""
+class Found(NamedTuple):
+    """Seconds of each round but the first, and when they began and ended."""
+
+    seconds: list[float]
+    begun: float
+    ended: float
+
+
+def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, rounds: int, root: Path) -> Found:
+    """FLARE's own exchange."""
     for kit, allowed in [
         (server.kit, "bare_exchange.BareController"),
         *((h.kit, "bare_exchange.BareExecutor") for h in homes.values()),
@@ -133,13 +151,13 @@ def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, round
     console.close()
     found = json.loads(report.read_text())
     print(f"bare     server peak {found['server_bytes'] / 2**20:.0f} MB")
-    return list(found["seconds"])
+    return Found(found["seconds"][1:], found["ends"][0], found["ends"][-1])
 
 
 def ours(
     server: ServerHome, homes: dict[str, SiteHome], features: int, width: int, depth: int, rounds: int
-) -> list[float]:
-    """Seconds a round of ours, without what sites report as training."""
+) -> tuple[Found, float]:
+    """Ours, without what sites report as training; and the CPU seconds of one site's training in one round."""
     plan = {
         "kind": "classification", "network": "mlp", "inputs": [features], "outputs": 2, "method": "fedavg", "sites": list(SITES),
         "rounds": rounds, "network_options": {"width": width, "depth": depth}, "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
@@ -161,7 +179,27 @@ def ours(
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     trained = [max(r["seconds"].values()) for r in records if r["kind"] == "round"]
     # The first round loads data and libraries at the sites, and is left out on both sides.
-    return [b - a - t for a, b, t in zip(ends, ends[1:], trained[1:], strict=False)]
+    seconds = [b - a - t for a, b, t in zip(ends, ends[1:], trained[1:], strict=False)]
+    return Found(seconds, ends[0], ends[-1]), _training(Order("ours", plan), features)
+
+
+def _training(order: Order, features: int) -> float:
+    """The CPU seconds that one round of training takes in one process, with nothing around it."""
+    from polyclinic.core.site import Site
+    from polyclinic.data.examples import Examples
+
+    torch.set_num_threads(1)
+    plan = order.build_plan()
+    method = plan.build_method()
+    ask = method.ask(method.init(plan.build_task().first(0)))
+    assert ask is not None
+    names = tuple(str(i) for i in range(16))
+    site = Site(SITES[0], {"train": Examples(torch.randn(16, features), torch.arange(16) % 2, names, names)})
+    method.site_update(ask, {}, site)
+    begun = time.process_time()
+    for _ in range(5):
+        method.site_update(ask, {}, site)
+    return (time.process_time() - begun) / 5
 
 
 def _seconds(text: str) -> float:
@@ -186,8 +224,8 @@ def main() -> None:
     server, homes = deploy(root, given.scheme, FEATURES)
     watch = Watch({
         "server": rf"runner_process.*{re.escape(str(server.kit))}", "server parent": rf"server_train.*{re.escape(str(server.kit))}",
-        "site": rf"worker_process.*{re.escape(str(homes['site-1'].kit))}",
-        "site training": rf"trainer {re.escape(str(homes['site-1'].path))} ",
+        "site": rf"worker_process.*{re.escape(str(root))}/site-",
+        "site training": rf"trainer {re.escape(str(root))}/site-", "site parent": rf"client_train.*{re.escape(str(root))}/site-",
     })  # fmt: skip
     try:
         coordinator.start(server)
@@ -197,22 +235,27 @@ def main() -> None:
         while len(coordinator.status(server)["sites"]) < len(SITES) and time.monotonic() < until:
             time.sleep(0.5)
         watch.start()
-        floor = [] if given.no_bare else bare(server, homes, given.megabytes, rounds, root)[1:]
-        for name, found in (watch.result() if floor else {}).items():
+        floors = [] if given.no_bare else [bare(server, homes, given.megabytes, rounds, root)]
+        for name, found in (watch.result() if floors else {}).items():
             print(f"bare     {name:14} {found}")
         watch.clear()
-        own = ours(server, homes, FEATURES, width, depth, rounds)
+        own, training = ours(server, homes, FEATURES, width, depth, rounds)
         used = watch.result()
         if not given.no_bare:  # once more, for the machine's load may have changed
-            floor += bare(server, homes, given.megabytes, rounds, root)[1:]
+            floors.append(bare(server, homes, given.megabytes, rounds, root))
         watch.stop.set()
         watch.join()
         print(f"load     {os.getloadavg()[0]:.1f}; {given.megabytes:g} MB, {len(SITES)} sites, {given.scheme}")
-        for name, seconds in (("bare", floor), ("ours", own)):
-            if seconds:
-                print(f"{name:8} median {statistics.median(seconds):.2f} s a round; {[round(s, 2) for s in seconds]}")
-        if floor:
-            print(f"ratio    {statistics.median(own) / statistics.median(floor):.2f}")
+        cpu = []
+        for name, found in (*(("bare", floor) for floor in floors), ("ours", own)):
+            cpu.append(watch.between(found.begun, found.ended) / len(found.seconds) / len(SITES))
+            print(f"{name:8} median {statistics.median(found.seconds):.2f} s a round, {cpu[-1]:.2f} CPU-seconds a site and "
+                  f"round; {[round(s, 2) for s in found.seconds]}")  # fmt: skip
+        if floors:
+            floor = [s for one in floors for s in one.seconds]
+            print(f"ratio    {statistics.median(own.seconds) / statistics.median(floor):.2f}")
+            print(f"beyond   {cpu[-1] - statistics.mean(cpu[:-1]) - training:.2f} CPU-seconds a site and round, beside "
+                  f"{training:.2f} of training")  # fmt: skip
         for name, found in used.items():
             print(f"ours     {name:14} {found}")
     finally:

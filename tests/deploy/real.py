@@ -67,7 +67,7 @@ class Hospitals:
     def __init__(self, root: Path, count: int = 3, policy: str = POLICY, ports: dict[str, int] | None = None, **settings: int) -> None:
         """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test."""
         self.root, self.faults, self.port = root, root / "faults", free_port()
-        self.faults.mkdir()
+        self.faults.mkdir(parents=True)
         self.server, self.sites = ServerHome(root / "server"), little_sites(count=count)
         self.homes = {name: SiteHome(root / name) for name in self.sites}
         inside = Path(__file__).parent / "inside"

@@ -31,7 +31,7 @@ from polyclinic.transforms.secure.messages import Advert
 from tests.deploy.clinics import STUDY
 from tests.deploy.local import order
 
-QUICK, LONG = 0.7, 60.0
+QUICK, LONG = 0.3, 60.0
 GROWTH = 400  # megabytes that a minute of hostile bytes may leave behind or need at once
 SLOWEST = 5.0  # seconds that one piece of hostile bytes may take, on a busy machine
 Decoder = tuple[bytes, Callable[[bytes], Any], tuple[type[Exception], ...]]

@@ -301,6 +301,7 @@ def attempt(root: Path, homes: dict[str, SiteHome], an: Order) -> str:
         carrier.close()
 
 
+@pytest.mark.slow
 def test_a_budget_at_the_site_is_paid_over_all_studies_and_ends(tmp_path: Path) -> None:
     policy = BUDGET.replace("{epsilon}", "1e6").replace('"patient"', '"record"')
     homes = hospital(tmp_path, count=1, policy=policy)

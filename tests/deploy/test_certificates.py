@@ -1,0 +1,254 @@
+"""Who is heard by a real server: certificates of all kinds, shutting out, renewal while a run goes on, and proxies."""
+
+import json
+import shutil
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from polyclinic.engines.flare import authority as authorities
+from polyclinic.engines.flare import coordinator, processes, proxies
+from polyclinic.engines.flare.authority import Authority
+from polyclinic.engines.flare.homes import BadHome
+from polyclinic.testing import equal
+from tests.conftest import little_sites
+from tests.deploy.local import order
+from tests.deploy.real import Hospitals, reference, until
+
+
+class HttpProxy:
+    """What stands at a hospital's way out: it passes CONNECT on, and counts."""
+
+    def __init__(self, allow: bool = True) -> None:
+        self.allow, self.asked = allow, list[str]()
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = self.listening.accept()
+                threading.Thread(target=self._one, args=(line,), daemon=True).start()
+
+    def _one(self, line: socket.socket) -> None:
+        with suppress(OSError, ValueError, IndexError):
+            said = b""
+            while b"\r\n\r\n" not in said:
+                said += line.recv(4096)
+            to = said.split()[1].decode()
+            self.asked.append(to)
+            if not self.allow:
+                line.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+                line.close()
+                return
+            there = socket.create_connection((to.rpartition(":")[0], int(to.rpartition(":")[2])))
+            line.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            for a, b in ((line, there), (there, line)):
+                threading.Thread(target=_pass, args=(a, b), daemon=True).start()
+
+    def close(self) -> None:
+        self.listening.close()
+
+
+def _pass(a: socket.socket, b: socket.socket) -> None:
+    with suppress(OSError):
+        while data := a.recv(65536):
+            b.sendall(data)
+    for end in (a, b):
+        with suppress(OSError):
+            end.close()
+
+
+def test_a_proxy_is_one_or_is_told() -> None:
+    assert proxies.check("http://proxy.hospital.org:3128") == ("proxy.hospital.org", 3128)
+    for bad in ("", "proxy:3128", "https://proxy:1", "http://proxy", "http://proxy:99999", "http://a b:1", "http://u:p@proxy:1", "http://[::1:1", "http://p:1/x"):
+        with pytest.raises(BadHome, match="written like"):
+            proxies.check(bad)
+    with pytest.raises(BadHome, match="only grpc passes"):
+        proxies.check("http://proxy:1", "tcp")
+
+
+def test_the_environment_names_a_proxy_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*proxies.VARIABLES, "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    given = {"host": "fed.org", "scheme": "grpc"}
+    assert proxies.of(given) == ""
+    monkeypatch.setenv("https_proxy", "http://env:1")
+    assert proxies.of(given) == "http://env:1"
+    assert proxies.of({**given, "proxy": "http://own:1"}) == "http://own:1"
+    assert proxies.of({**given, "scheme": "tcp"}) == ""
+    monkeypatch.setenv("no_proxy", "a.org, fed.org")
+    assert proxies.of(given) == ""
+
+
+def test_a_line_through_a_proxy_and_one_that_says_no() -> None:
+    house, closed = HttpProxy(), HttpProxy(allow=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with proxies.connect("127.0.0.1", port, house.url, 5.0) as line:
+            there, _ = server.accept()
+            line.sendall(b"x")
+            assert there.recv(1) == b"x"
+            there.close()
+        assert house.asked == [f"127.0.0.1:{port}"]
+        with pytest.raises(OSError, match="403 Forbidden"):
+            proxies.connect("127.0.0.1", port, closed.url, 5.0)
+    house.close()
+    closed.close()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
+    pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
+    made = Hospitals(Path(tmp_path_factory.mktemp("two")), count=2)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def heard(port: int, root: Path, certificate: tuple[Path, Path] | None) -> bool:
+    """Whether a gRPC server answers somebody with this certificate and key."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(root)
+    context.set_alpn_protocols(["h2"])
+    if certificate:
+        context.load_cert_chain(*certificate)
+    try:
+        with socket.create_connection(("localhost", port), timeout=30) as line, context.wrap_socket(line, server_hostname="localhost") as safe:
+            safe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            return bool(safe.recv(9))
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def at(days: float) -> type[datetime]:
+    """A clock that is off."""
+
+    class Off(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=days)
+
+    return Off
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_who_has_no_good_certificate_is_not_heard(two: Hospitals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, foreign = Authority.load(two.server.authority), Authority.make(tmp_path / "ca", "tests")
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+    def made(name: str, authority: Authority, clock: float = 0.0) -> tuple[Path, Path]:
+        with monkeypatch.context() as patch:
+            if clock:
+                patch.setattr(authorities, "datetime", at(clock))
+            certificate = authority.issue(key.public_key(), "site-0", "hospital", days=1)
+        for ending, data in ((".crt", certificate.public_bytes(serialization.Encoding.PEM)), (".key", authorities.pem(key))):
+            (tmp_path / f"{name}{ending}").write_bytes(data)
+        return tmp_path / f"{name}.crt", tmp_path / f"{name}.key"
+
+    root = two.server.authority / "ca.crt"
+    kit = two.homes["site-0"].kit / "startup"
+    assert heard(two.port, root, (kit / "client.crt", kit / "client.key"))
+    assert heard(two.port, root, made("fresh", ours))
+    assert not heard(two.port, root, None)
+    assert not heard(two.port, root, made("foreign", foreign))
+    assert not heard(two.port, root, made("expired", ours, -10))
+    assert not heard(two.port, root, made("early", ours, 10))
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_a_site_cannot_take_another_sites_name(two: Hospitals, tmp_path: Path) -> None:
+    """A certificate of site-0 under the name of site-1, while site-1 is away."""
+    two.command("site", "stop", home=two.homes["site-1"].path)
+    until(lambda: "site-1" not in coordinator.status(two.server)["sites"], "site-1 to be away")
+    shutil.copytree(two.homes["site-0"].kit, tmp_path / "kit")
+    config = tmp_path / "kit" / "startup" / "fed_client.json"
+    config.write_text(config.read_text().replace("site-0", "site-1"))
+    process = processes.start("site", tmp_path / "kit", tmp_path / "log", uid="site-1", org="hospital")
+    try:
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            assert "site-1" not in coordinator.status(two.server)["sites"]
+            time.sleep(0.5)
+    finally:
+        process.kill()
+        process.wait()
+        processes.end(tmp_path)
+    two.start_site("site-1")
+    two.together()
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_who_is_shut_out_is_out_and_may_be_let_in_again(two: Hospitals) -> None:
+    two.command("server", "shut-out", "site-1", home=two.server.path)
+    until(lambda: "site-1" not in coordinator.status(two.server)["sites"], "site-1 to be out")
+    time.sleep(10)
+    assert "site-1" not in coordinator.status(two.server)["sites"]
+    assert "shut out since" in two.command("server", "sites", home=two.server.path)
+    assert "not admitted" in two.command("server", "run", str(write(two, order("fedavg", run="out", sites=("site-0", "site-1")))), home=two.server.path, code=2)
+    two.command("server", "readmit", "site-1", home=two.server.path)
+    two.together()
+
+
+def write(two: Hospitals, an) -> Path:
+    path = two.root / f"{an.run}.json"
+    path.write_text(an.to_json())
+    return path
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_certificates_and_keys_are_renewed_while_a_run_goes_on(two: Hospitals) -> None:
+    an = two.order(order("scaffold", run="renewed", sites=("site-0", "site-1"), rounds=4, min_replies=2))
+    two.hold(2, "site-0")
+    two.held(2, "site-0")
+    home, before = two.homes["site-0"], (two.homes["site-0"].keys / "site.key").read_text()
+    two.command("site", "init", "--name", "site-0", "--organisation", "hospital", "--renew", "--new-keys", home=home.path)
+    two.command("server", "admit", str(home.path / "site-0.request"), home=two.server.path)
+    two.command("site", "stop", home=home.path)
+    fingerprint = two.command("server", "fingerprint", home=two.server.path).strip()
+    data = str(two.root / "data" / "site-0")
+    two.command("site", "join", str(home.path / "site-0.join"), "--data", data, "--fingerprint", fingerprint, home=home.path)
+    two.release()
+    two.start_site("site-0")
+    two.finished("renewed", patience=600)
+    assert (home.keys / "site.key").read_text() != before
+    state, _ = reference(an, {n: s for n, s in little_sites().items() if n in ("site-0", "site-1")})
+    assert equal(state, two.state("renewed"))
+    assert "good for" in two.command("site", "doctor", home=home.path)
+
+
+@pytest.mark.deploy
+@pytest.mark.slow
+def test_a_site_behind_a_proxy_takes_part(two: Hospitals) -> None:
+    house, home = HttpProxy(), two.homes["site-1"]
+    two.command("site", "stop", home=home.path)
+    fingerprint = two.command("server", "fingerprint", home=two.server.path).strip()
+    where = ("--data", str(two.root / "data" / "site-1"), "--fingerprint", fingerprint, "--proxy", house.url)
+    two.command("site", "join", str(home.path / "site-1.join"), *where, home=home.path)
+    two.start_site("site-1")
+    two.together()
+    assert house.asked
+    assert set(house.asked) == {f"localhost:{two.port}"}
+    assert f"through {house.url}" in two.command("site", "doctor", home=home.path)
+    an = two.order(order("fedavg", run="behind", sites=("site-0", "site-1"), rounds=2, min_replies=2))
+    two.finished(an.run)
+    state, _ = reference(an, {n: s for n, s in little_sites().items() if n in ("site-0", "site-1")})
+    assert equal(state, two.state(an.run))
+    assert json.loads((two.server.run(an.run) / "status.json").read_text())["phase"] == "finished"
+    house.close()

@@ -161,13 +161,14 @@ def _info(
     external = {site for arm in runs.values() for site in arm["external"]}
     plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
     labels = dict.fromkeys(arm["label"] for arm in runs.values())
+    continuous = study.task.kind in ("regression", "reconstruction")
     notes = ["The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
              *(f"{site} has fewer patients in some group than it lets be counted." for site in names
                if None in _numbers(said.get(site, {})))]  # fmt: skip
     return {
         "name": title, "title": study.title or study.name, "hash": study.hash, "task": study.task.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "classes": classes or ([f"class {i}" for i in range(outputs)] if study.task.kind != "regression" else []),
+        "classes": [] if continuous else classes or [f"class {i}" for i in range(outputs)],
         "metric": study.metric, "higher_is_better": study.higher_is_better,
         "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
         "sites": [_site(name, name in external, said.get(name, {})) for name in names],

@@ -26,6 +26,7 @@ for group, name, target, summary in (
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets, and run all of them."),
     (_STUDIES, "track", "results:track", "Hand a run's records on to MLflow or TensorBoard."),
+    (_STUDIES, "explain", "explain:explain", "What a run's model looks at, at every site."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "lists:methods_app", "The federated methods, by the survey's taxonomy."),
     (_LISTS, "networks", "lists:networks", "The networks that a study may name."),

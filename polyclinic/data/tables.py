@@ -119,13 +119,14 @@ class FeatureTable:
         return self.inputs[1]
 
     def table(self) -> Table:
-        """One row per row whose label is known. All columns but features and label are kept as text."""
+        """One row per row whose label is known. All columns but features and label are kept as text; sex and age too."""
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids
         if any(not p for p in patients):
             raise DataError(f"{Path(self.path).name}: {sum(not p for p in patients)} rows have no {self.patient}")
-        others = [c for c in raw if c not in (*self._features, self.label, self.patient)]
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {self.label, self.patient}
+        others = [c for c in raw if c not in apart]
         columns = {c: tuple(raw[c][i] for i in rows) for c in others}
         return Table(ids, patients, self._targets[0], columns, (self.site,) if self.site in columns else ())
 

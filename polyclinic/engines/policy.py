@@ -221,7 +221,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
     if not 0 <= ask.round < plan.rounds + 1:
         yield f"round {ask.round} of a study of {plan.rounds}"
     verb, _, role = ask.job.partition("/")
-    scored = verb in ("score", "predict")
+    scored = verb in ("score", "predict", "explain")
     if (patients := count_patients(site.data.get(role if scored else "train", ()))) < limits.min_patients and not (
         scored and not patients
     ):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from polyclinic.studies.evaluation import Evaluation
+from polyclinic.studies.maps import read_explanation
 from polyclinic.studies.records import Run, external_sites
 
 ALL = ("federated_healthcare", "claim_2024", "tripod_ai", "future_ai")
@@ -223,6 +224,31 @@ def _between_sites(run: Run, result: Evaluation, journal: Journal) -> str:
     return "Every site: spread, I²" if any(m.random is not None for m in result.methods) else ""
 
 
+def _topology(run: Run, result: Evaluation, journal: Journal) -> str:
+    without = [m.label for m in run.info.methods if m.name in SERVERLESS]
+    return f"Methods side by side: {', '.join(without)} without a lasting server" if without else ""
+
+
+def _contribution(run: Run, result: Evaluation, journal: Journal) -> str:
+    named = any(m.name == "fedce" for m in run.info.methods)
+    return "Methods side by side: FedCE weighs sites by what they contribute" if named else ""
+
+
+def _subgroups(run: Run, result: Evaluation, journal: Journal) -> str:
+    return "Groups of patients" if (run.path / "groups.json").is_file() and result.headline else ""
+
+
+def _operating(run: Run, result: Evaluation, journal: Journal) -> str:
+    binary = run.info.task == "classification" and len(run.info.classes) == 2
+    return "Calibration: operating points" if binary and run.validation and result.headline else ""
+
+
+def _explained(run: Run, result: Evaluation, journal: Journal) -> str:
+    found = read_explanation(run, result.headline) if result.headline else None
+    return f"What the model looks at: agreement of {len(found.maps)} sites" if found and len(found.maps) > 1 else ""
+
+
+SERVERLESS = frozenset({"swarm", "gossip", "cyclic"})
 PERSONAL = frozenset(
     {"fedbn", "silobn", "lg_fedavg", "lg-fedavg", "flop", "ditto", "fedper", "fedrep", "apfl", "personal"}
 )
@@ -258,6 +284,11 @@ FACTS: Mapping[str, Callable[[Run, Evaluation, Journal], str]] = {
     "metrics": _metrics,
     "internal": _internal,
     "between_sites": _between_sites,
+    "topology": _topology,
+    "contribution": _contribution,
+    "subgroups": _subgroups,
+    "operating": _operating,
+    "explained": _explained,
 }
 
 

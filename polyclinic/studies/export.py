@@ -143,6 +143,12 @@ def _inference(plan: Plan) -> dict[str, Any]:
             "filename": "$@bundle_root + '/models/model.safetensors'",
         },
         "load": "$@network_def.load_state_dict(@weights)",
+        "image": {"_target_": "torch.zeros", "size": [1, *plan.inputs]},  # whoever runs it puts an image here
+        "inferer": {"_target_": "SimpleInferer"},
+        "prediction": "$@inferer(@image, @network_def.eval())",
+        "initialize": ["$@load"],
+        "run": ["$@prediction"],
+        "finalize": [],
     }
 
 

@@ -22,7 +22,7 @@ from polyclinic.studies.metrics import Array
 TEAL, ORANGE, GREY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-WIDTH = 4.9  # inches; the page shows an inch as about 98 pixels
+WIDTH = 4.4  # inches; the page shows an inch as about 101 pixels, a phone as 82
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def svg(figure: Any, name: str, alt: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    text = text.replace('xlink:href="data:', 'href="data:')
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box is not None
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">'

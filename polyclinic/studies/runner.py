@@ -24,6 +24,7 @@ from polyclinic.studies import search
 from polyclinic.studies.arm import POOLED, Arm
 from polyclinic.studies.describe import described, information, patients_apart
 from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
+from polyclinic.studies.groups import write_groups
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.parallel import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.parts import MethodSpec
@@ -49,6 +50,7 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     parameters = sum(leaf.numel() for leaf in task.first(0).values())
     folder = Folder(path)
     folder.begin(text, information(study, splits, parameters), resume)
+    write_groups(path, work.source.table(), work.numbers)
     try:
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [note for data in splits for note in described(data)]

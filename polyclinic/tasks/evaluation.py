@@ -11,6 +11,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply, merge
 from polyclinic.core.train import Federation
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.tasks.saliency import saliency
 from polyclinic.tasks.task import Task, borrow
 
 State = TypeVar("State")
@@ -22,6 +23,7 @@ class Evaluated(Method[State]):
 
     The job ``score/val`` sends a few numbers, computed at the site. ``predict/test`` sends what the model says of
     each example, and the truth, from which intervals are computed; a site's policy may allow the first alone.
+    ``explain/val`` sends where the model looks, on average over the site's patients.
     """
 
     inner: Method[State]
@@ -38,11 +40,14 @@ class Evaluated(Method[State]):
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Scores where the job says so; else what the inner method does."""
         verb, _, role = ask.job.partition("/")
-        if verb not in ("score", "predict"):
+        if verb not in ("score", "predict", "explain"):
             return self.inner.site_update(ask, memory, site)
         if not len(site.data.get(role, ())):
             return Reply(), memory
         params = self.inner.model_at(ask, memory)
+        if verb == "explain":
+            looked = saliency(self.inner.predicts or self.task, params, site.data[role], site.device)
+            return Reply({verb: Gather({site.name: looked})}), memory
         found = outputs(self.inner.predicts or self.task, params, site.data[role], site.device, verb == "predict")
         if verb == "score":
             scores = self.task.summary(found) | {"n": float(len(site.data[role]))}

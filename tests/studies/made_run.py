@@ -53,12 +53,14 @@ def write_run(
 ) -> Path:
     sites = SITES if sites is None else sites
     path.mkdir(parents=True, exist_ok=True)
-    metric = {"classification": "auc", "multilabel": "auc", "segmentation": "dice", "regression": "mae"}[task]
+    metric = {"classification": "auc", "multilabel": "auc", "segmentation": "dice", "regression": "mae",
+              "reconstruction": "psnr"}[task]
     classes = {
         "classification": ["benign", "malignant"],
         "multilabel": ["effusion", "oedema", "nodule"],
         "segmentation": ["nodule"],
         "regression": [],
+        "reconstruction": [],
     }[task]
     (path / "study.toml").write_text(f'name = "made-up"\ntask = "{task}"\nrounds = {ROUNDS}\nseeds = {list(seeds)}\n')
     info = {
@@ -165,6 +167,10 @@ def _predictions(m, seed, sites, task, images, role):
             y = base.normal(60, 12, size=n)[patient]
             guess = y + (8 / max(skill, 0.4)) * (0.8 * common + own) + 2 * shift
             found[f"{s}/score"], found[f"{s}/target"] = guess[:, None].astype(np.float32), y[:, None].astype(np.float32)
+        elif task == "reconstruction":
+            db = (26 + 2 * skill + 1.5 * common + 0.5 * own)[:, None]
+            found[f"{s}/psnr"], found[f"{s}/nmse"] = db.astype(np.float32), (10 ** (-db / 15)).astype(np.float32)
+            found[f"{s}/ssim"] = (1 - 10 ** (-db / 30)).astype(np.float32)
         else:
             dice = np.clip(0.72 + 0.07 * skill + 0.1 * common + 0.05 * own, 0.02, 0.98)[:, None]
             empty = base.uniform(size=(n, 1))[patient] < 0.03 + 0.05 * max(hard, 0)
@@ -175,6 +181,33 @@ def _predictions(m, seed, sites, task, images, role):
             found[f"{s}/volume_error"] = (np.abs(1 - dice) * 0.7).astype(np.float32)
         found[f"{s}/patient"] = patient
     return {k: np.ascontiguousarray(v) for k, v in found.items()}
+
+
+def write_groups(path):
+    """Sex and age of the invented patients, by the numbers in their predictions; few say nothing of themselves."""
+    from safetensors.numpy import load_file
+
+    first = next(iter(sorted(path.glob("arms/*/predictions.safetensors"))))
+    ids = sorted({int(i) for k, v in load_file(first).items() if k.endswith("/patient") for i in v})
+    groups = {
+        "sex": {"female": ids[::2], "male": ids[1::2]},
+        "age": {"below 40": ids[:1], "40 to 59": ids[1::2], "60 to 74": ids[2::2]},
+    }
+    (path / "groups.json").write_text(json.dumps(groups))
+
+
+def write_maps(path, shape=(16, 16), method="fedbn", seed=0):
+    """Where an invented model looks: at the middle, and at one site a little beside it."""
+    training = [s["name"] for s in json.loads((path / "run.json").read_text())["sites"] if s["role"] == "training"]
+    leaves, grid = {}, np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    for k, site in enumerate(training):
+        bump = np.exp(-4 * ((grid - 0.2 * (k == 1)) ** 2).sum(0)) + 0.1 * rng_of("map", site).uniform(size=shape)
+        leaves[f"{site}/map"] = (bump / bump.sum()).astype(np.float32)
+        leaves[f"{site}/untrained"] = np.full(shape, 1 / np.prod(shape), np.float32) * rng_of(site).uniform(size=shape)
+        leaves[f"{site}/patients"] = np.array([10 + k])
+    names = "" if len(shape) > 1 else "\n".join(f"region {i}" for i in range(shape[0]))
+    leaves = {k: np.ascontiguousarray(v, v.dtype) for k, v in leaves.items()}
+    save_file(leaves, path / "arms" / f"{method}-seed{seed}" / "explanations.safetensors", {"features": names})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Checklists: every item is there, and none is ticked without something in the run that supports it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from polyclinic.studies.checklists import ALL, FACTS, counts, fill, load
 from polyclinic.studies.evaluation import Options, evaluate
 from polyclinic.studies.records import read_run
-from tests.studies.made_run import write_run
+from polyclinic.studies.report import build_report
+from tests.studies.made_run import write_groups, write_maps, write_run
 
 SIZES = {"federated_healthcare": 26, "claim_2024": 44, "tripod_ai": 27, "future_ai": 30}
 FEW = Options(draws=100)
@@ -63,6 +66,72 @@ def test_what_ticks_a_row_and_what_does_not(tmp_path, item, how, why_not):
     usual = {"seeds": (0,)}
     assert item in ticked(write_run(tmp_path / "yes", **{**usual, **how}))
     assert item not in ticked(write_run(tmp_path / "no", **{**usual, **why_not}))
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "make"),
+    [
+        ("federated_healthcare", "24", write_maps),
+        ("claim_2024", "31", write_maps),
+        ("future_ai", "Explainability 2", write_maps),
+        ("tripod_ai", "14", write_groups),
+    ],
+)
+def test_a_file_in_the_run_folder_ticks_its_row(tmp_path, name, item, make):
+    path = write_run(tmp_path / "r", seeds=(0,))
+    assert item not in ticked(path, name)
+    make(path)
+    assert item in ticked(path, name)
+
+
+def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path):
+    path = write_run(tmp_path / "r", seeds=(0,))
+    assert "7" in ticked(path)
+    assert "8" not in ticked(path)
+    line = {"kind": "privacy", "method": "fedbn", "seed": 0, "round": 12, "site": "lyon", "epsilon": 8.0, "delta": 1e-5}
+    with open(path / "records.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert "8" in ticked(path)
+    page = build_report(path, options=FEW).read_text(encoding="utf-8")
+    assert "What privacy costs: quality against ε." in page
+    assert "Quality against traffic." in page
+
+
+def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path):
+    path = write_run(tmp_path / "r", seeds=(0,))
+    assert not {"10", "21"} & ticked(path)
+    info = json.loads((path / "run.json").read_text())
+    info["methods"][2]["name"], info["methods"][3]["name"] = "gossip", "fedce"
+    (path / "run.json").write_text(json.dumps(info))
+    assert {"10", "21"} <= ticked(path)
+
+
+# The page of what the product shows for every row
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "checklist.md"
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.splitlines() if re.match(r"\| \d", line)]
+
+
+def test_the_page_has_every_row_in_the_words_of_the_report():
+    rows = rows_of(PAGE.read_text(encoding="utf-8"))
+    assert [(r[0], r[1]) for r in rows] == [(i.id, i.text) for i in load("federated_healthcare").items]
+    assert all(len(r) == 4 for r in rows)
+
+
+def test_every_test_and_file_that_the_page_names_is_there():
+    """A row without a test says that it is open. The tests themselves are run like all others."""
+    root = PAGE.parents[1]
+    for row, _, feature, shown in rows_of(PAGE.read_text(encoding="utf-8")):
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown)
+        assert named or shown.startswith("open"), f"row {row} names no test and is not called open"
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (root / file).read_text(encoding="utf-8"), re.M), f"row {row}: {test}"
+        for target in re.findall(r"\]\(([^)#]+)\)", feature + shown):
+            assert (PAGE.parent / target).is_file(), f"row {row}: {target}"
 
 
 def test_a_test_set_opened_twice_is_not_sealed(tmp_path):

@@ -54,6 +54,24 @@ def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path):
 
 
 @pytest.mark.slow
+def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path):
+    from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+    run, model = made
+    folder = export(run, "bundle", tmp_path / "bundle")
+    config, meta = (str(folder / "configs" / f"{k}.json") for k in ("inference", "metadata"))
+    verify_net_in_out("network_def", meta_file=meta, config_file=config, device="cpu")
+    flow = ConfigWorkflow(
+        config, meta, logging_file=False, workflow_type=None, bundle_root=str(folder), image=images
+    )
+    flow.initialize()
+    with torch.inference_mode():
+        (said,) = flow.run()
+        torch.testing.assert_close(said, model(images), rtol=0, atol=0)
+    flow.finalize()
+
+
+@pytest.mark.slow
 def test_torch_export_takes_any_batch(made, images, tmp_path):
     run, model = made
     loaded = torch.export.load(export(run, "pt2", tmp_path / "m.pt2")).module()
@@ -67,6 +85,18 @@ def test_onnx_gives_the_same_numbers(made, images, tmp_path):
     pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
     run, model = made
     session = reference.ReferenceEvaluator(str(export(run, "onnx", tmp_path / "m.onnx")))
+    for batch in (images, images[:3]):
+        (said,) = session.run(None, {"image": batch.numpy()})
+        np.testing.assert_allclose(said, model(batch).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
+    run, model = made
+    file = export(run, "onnx", tmp_path / "m.onnx")
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     for batch in (images, images[:3]):
         (said,) = session.run(None, {"image": batch.numpy()})
         np.testing.assert_allclose(said, model(batch).detach().numpy(), atol=1e-5)

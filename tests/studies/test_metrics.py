@@ -175,3 +175,32 @@ def test_regression_and_masks_average_over_images():
 def test_a_wrong_unit_is_refused():
     with pytest.raises(ValueError, match="'patient' or an 'image'"):
         as_cases(Predictions(np.zeros(1, int), np.ones((1, 2)), np.zeros(1, int)), "slice")
+
+
+# Masks
+
+
+def surface_distances(a, b, spacing):
+    """From every border voxel of ``a`` to the nearest of ``b``, by SciPy's distance transform."""
+    from scipy.ndimage import binary_erosion, distance_transform_edt
+
+    edges = [mask & ~binary_erosion(mask, border_value=0) for mask in (a, b)]
+    return distance_transform_edt(~edges[1], sampling=spacing)[edges[0]]
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((40, 36), (0.5, 2.0)), ((18, 20, 16), (3.0, 1.0, 0.7))])
+@pytest.mark.parametrize("seed", range(3))
+def test_dice_hd95_and_volume_equal_plain_scipy(shape, spacing, seed):
+    """Distances are MONAI's inside; here they are computed from their definition, by another library."""
+    import torch
+    from scipy.ndimage import gaussian_filter
+
+    from polyclinic.tasks.segmentation import agreement
+
+    field = gaussian_filter(np.random.default_rng(seed).normal(size=(2, *shape)), (0, *[3] * len(shape)))
+    t, p = field[0] > 0.0, field[0] + 0.3 * field[1] > 0.0
+    got = agreement(torch.tensor(p)[None].long(), torch.tensor(t)[None].long(), 2, spacing, 1.0)
+    assert got["dice"].item() == pytest.approx(2 * (p & t).sum() / (p.sum() + t.sum()))
+    both = [surface_distances(p, t, spacing), surface_distances(t, p, spacing)]
+    assert got["hd95"].item() == pytest.approx(max(np.percentile(d, 95) for d in both), rel=1e-5)
+    assert got["volume_error"].item() == pytest.approx(abs(int(p.sum()) - int(t.sum())) / t.sum())

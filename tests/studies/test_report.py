@@ -175,13 +175,14 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path):
     json.loads((path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize("task", ["segmentation", "regression", "multilabel"])
+@pytest.mark.parametrize("task", ["segmentation", "regression", "multilabel", "reconstruction"])
 def test_other_tasks(tmp_path, task):
     page = built(tmp_path / "r", task=task, seeds=(0, 1), methods=("single", "mix", "fedavg", "fedprox"))
     words = {
         "segmentation": "are empty though there is a target",
         "regression": "Bland and Altman",
         "multilabel": "Over all labels",
+        "reconstruction": "NMSE",
     }
     assert words[task] in page.text
 

@@ -14,6 +14,7 @@ from polyclinic.studies.report.blocks import Section, tables_of
 from polyclinic.studies.report.card import model_card
 from polyclinic.studies.report.clinical import task_section
 from polyclinic.studies.report.curves import curves_section
+from polyclinic.studies.report.explained import explained_section
 from polyclinic.studies.report.gains import gains_section
 from polyclinic.studies.report.kept import kept_section
 from polyclinic.studies.report.leaving import leaving_section, privacy_section
@@ -21,6 +22,7 @@ from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.paragraph import paragraph_section
 from polyclinic.studies.report.provenance import checklist_section, data_section, reproduce_section
 from polyclinic.studies.report.quality import methods_section, sites_section
+from polyclinic.studies.report.subgroups import subgroups_section
 from polyclinic.studies.report.summary import findings, in_short
 
 HERE = Path(__file__).parent
@@ -67,6 +69,8 @@ def sections_of(page: Source) -> list[Section]:
         gains_section(page),
         curves_section(page),
         task_section(page),
+        subgroups_section(page),
+        explained_section(page),
         leaving_section(page),
         privacy_section(page),
         data_section(page),

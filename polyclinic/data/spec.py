@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "table": ("polyclinic.data.tables", "FeatureTable"),
     "bids": ("polyclinic.data.bids_images", "BidsImages"),
     "dicom": ("polyclinic.data.dicom_images", "DicomImages"),
+    "fastmri": ("polyclinic.data.fastmri", "FastMri"),
     "roi-phantom": ("polyclinic.data.phantoms", "RoiPhantom"),
 }
 """What ``kind`` may be: the module and the class of the source. Options are the class's fields."""

@@ -67,7 +67,8 @@ def _front_matter(page: Source) -> list[str]:
 
 def _sites(page: Source) -> list[str]:
     first, name, d = page.first, page.result.metric.name, page.digits
-    lines = [f"| Site | Role | Trained on | Tested on | {page.label} ({page.level} CI) |", "|---|---|---:|---:|---:|"]
+    heading = f"{page.label} ({page.level}\u00a0CI)"
+    lines = [f"| Site | Role | Trained on | Tested on | {heading} |", "|---|---|---:|---:|---:|"]
     for s in page.run.info.sites:
         found = first.sites.get(s.name, {}).get(name) if first else None
         trained, tested = (count(s.patients.get(r, 0)) for r in ("train", "test"))

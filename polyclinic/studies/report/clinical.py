@@ -79,8 +79,8 @@ def _summary(page: Source, first: MethodResult) -> Table:
         for k in ("ece", "brier", "calibration_slope", "calibration_intercept")
         if k in first.pooled or k in first.external
     ]
-    columns = words(metric="Measure") + numbers(training=f"{TRAINING} ({page.level} CI)")
-    columns += numbers(external=f"{EXTERNAL} ({page.level} CI)") if first.external else []
+    columns = words(metric="Measure") + numbers(training=f"{TRAINING} ({page.level}\u00a0CI)")
+    columns += numbers(external=f"{EXTERNAL} ({page.level}\u00a0CI)") if first.external else []
     note = {
         "multilabel": "Over all labels. ",
         "classification": "" if "calibration_slope" in first.pooled else "Of the likeliest class. ",

@@ -30,7 +30,7 @@ def gains_section(page: Source) -> Section:
         "interval leaves out 0; hollow ones are not shown to differ. {}"
     ).format(page.title(first.label), _losers(first))
     alt = f"Gain in {page.label} over training alone at each site: " + "; ".join(f"{p.name} {p.text}" for p in points)
-    label = f"Gain in {page.label} ({page.level} CI)"
+    label = f"Gain in {page.label} ({page.level}\u00a0CI)"
     picture = Picture(figures.points("gains", alt, points, label, 0.0, zero=True), text)
     return Section("worth", TITLE, [picture, _table(page, first), *_upper_bound(page, first), *_others(page)])
 
@@ -64,7 +64,7 @@ def _table(page: Source, first: MethodResult) -> Table:
         )
     marks = {i: "warn" for i, g in enumerate(first.gains.values()) if g.value is not None and g.value < 0}
     columns = words(site="Site") + numbers(alone="Alone", federated=page.title(first.label))
-    columns += numbers(gain=f"Gain ({page.level} CI)", p="p") + words(verdict="Verdict")
+    columns += numbers(gain=f"Gain ({page.level}\u00a0CI)", p="p") + words(verdict="Verdict")
     note = "p is not corrected for the number of sites: each site asks about itself."
     note += " Intervals add the variance between seeds." if len(first.seeds) > 1 else ""
     return Table("gains", "Gain over training alone.", columns, rows, note, marks)
@@ -102,5 +102,5 @@ def _others(page: Source) -> Iterator[Any]:
         for m in others
     ]
     columns = words(method="Method") + numbers(**{s: s for s in sites})
-    caption = f"Gain in {page.label} over training alone ({page.level} CI)."
+    caption = f"Gain in {page.label} over training alone ({page.level}\u00a0CI)."
     yield Folded("Gains of the other methods", [Table("gains_others", caption, columns, rows)])

@@ -50,8 +50,8 @@ class Source:
 
     @property
     def level(self) -> str:
-        """``95 %``"""
-        return f"{100 * self.result.options.level:g} %"
+        """``95 %``, unbroken"""
+        return f"{100 * self.result.options.level:g}\u00a0%"
 
     @property
     def first(self) -> MethodResult | None:

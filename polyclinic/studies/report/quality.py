@@ -58,7 +58,7 @@ def _methods_picture(page: Source) -> Picture:
         text += Markup(" The rest of this page speaks of <strong>{}</strong>: {}.").format(
             page.title(result.headline), result.chosen_by
         )
-    return Picture(figures.points("methods", alt, rows, f"{page.label}, mean over sites ({page.level} CI)"), text)
+    return Picture(figures.points("methods", alt, rows, f"{page.label}, mean over sites ({page.level}\u00a0CI)"), text)
 
 
 def _levels(page: Source) -> Table:
@@ -75,7 +75,7 @@ def _levels(page: Source) -> Table:
         }
         for m in result.methods
     ]
-    columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level} CI)", spread="SD over sites")
+    columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD over sites")
     if any(m.seed_sd is not None for m in result.methods):
         columns += numbers(seeds="SD over seeds")
     columns += numbers(pooled="Pooled", worst="Worst site")
@@ -107,7 +107,7 @@ def _differences(page: Source, reference: str) -> Table:
         for label, diff in result.comparisons.items()
     ]
     against = page.title(reference)
-    columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level} CI)", p="p")
+    columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level}\u00a0CI)", p="p")
     columns += numbers(adjusted="p after Holm")
     columns += numbers(splits="p over splits") if result.over_splits else []
     columns += numbers(sites="p over sites") if result.over_sites else []
@@ -175,7 +175,7 @@ def sites_section(page: Source) -> Section | None:
         text += Markup(" Were these sites a sample of many, their mean would be {} ({}); I² = {:.0f} %.").format(
             number(e.value, d), interval(e.low, e.high, d), 100 * first.random.i2
         )
-    picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level} CI)", line), text)
+    picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
     blocks = [picture, _sites_table(page, first), *_matrix(page)]
     return Section("sites", "Every site, on its own held-out patients", blocks)
 
@@ -202,7 +202,7 @@ def _sites_table(page: Source, first: MethodResult) -> Table:
     columns = words(site="Site", role="Role") + numbers(patients="Patients")
     if any(result.images[s] != result.patients[s] for s in result.patients):
         columns += numbers(images="Images")
-    columns += numbers(primary=f"{page.label} ({page.level} CI)", **{m.name: page.named(m) for m in others})
+    columns += numbers(primary=f"{page.label} ({page.level}\u00a0CI)", **{m.name: page.named(m) for m in others})
     ways = dict.fromkeys(e[name].how for e in first.sites.values() if e[name].how)
     why = [f"{s}: {e[name].why}" for s, e in first.sites.items() if e[name].why]
     note = f"Intervals: {'; '.join(ways) or 'none'}."
@@ -220,7 +220,7 @@ def _matrix(page: Source) -> Iterator[Folded]:
         for m in result.methods
     ]
     columns = words(method="Method") + numbers(**{s: s for s in sites})
-    caption = f"{page.label} ({page.level} CI) of every method at every site."
+    caption = f"{page.label} ({page.level}\u00a0CI) of every method at every site."
     yield Folded("Every method at every site", [Table("methods_by_site", caption, columns, rows)])
 
 

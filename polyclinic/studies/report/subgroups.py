@@ -31,15 +31,16 @@ def subgroups_section(page: Source) -> Section | None:
             if e.value is not None:
                 points.append(figures.Point.of(f"{attribute.name}: {group.name}", e, with_interval(e, d)))
     pooled = first.pooled.get(page.result.metric.name)
+    heading = f"{page.label} ({page.level}\u00a0CI)"
     blocks: list[Any] = []
     if points:
         alt = f"{page.label} of {page.title(first.label)} by group: " + "; ".join(f"{p.name} {p.text}" for p in points)
         line = pooled.value if pooled else None
-        drawn = figures.points("groups", alt, points, f"{page.label} ({page.level} CI)", line)
+        drawn = figures.points("groups", alt, points, heading, line)
         text = f"{page.title(first.label)}, test patients of the training sites taken together."
         text += " The dotted line is all of them." if line is not None else ""
         blocks.append(Picture(drawn, text))
-    columns = words(what="By", group="Group") + numbers(patients="Patients", value=f"{page.label} ({page.level} CI)")
+    columns = words(what="By", group="Group") + numbers(patients="Patients", value=heading)
     note = (
         f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor what would let them be worked "
         "out. Groups are looked at, not compared: no difference between them was tested."

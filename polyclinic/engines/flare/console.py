@@ -21,9 +21,9 @@ class NoAnswer(RuntimeError):
 class Console:
     """Asks the server; one question at a time."""
 
-    def __init__(self, kit: Path, log: Path) -> None:
-        """With the coordinator's folder ``kit``."""
-        self.kit, self.log = kit, log
+    def __init__(self, kit: Path, log: Path, patience: float = PATIENCE) -> None:
+        """With the coordinator's folder ``kit``; waits at most ``patience`` seconds for an answer."""
+        self.kit, self.log, self.patience = kit, log, patience
         self._process: subprocess.Popen[bytes] | None = None
 
     def sites(self) -> dict[str, float]:
@@ -75,8 +75,8 @@ class Console:
             line = b""
             while not line.endswith(b"\n"):
                 assert process.stdout is not None
-                if not select([process.stdout], [], [], PATIENCE)[0]:
-                    raise NoAnswer(f"the server did not answer within {PATIENCE:g} s")
+                if not select([process.stdout], [], [], self.patience)[0]:
+                    raise NoAnswer(f"the server did not answer within {self.patience:g} s")
                 piece = os.read(process.stdout.fileno(), 2**16)
                 if not piece:
                     raise NoAnswer("the line to the server broke")

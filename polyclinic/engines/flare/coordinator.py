@@ -171,7 +171,7 @@ def shut_out(home: ServerHome, site: str, readmit: bool = False) -> None:
     write_private(home.kit / "disabled_clients.json", json.dumps({"disabled_clients": sorted(out)}))
     SharedJournal(home.path / "journal.jsonl").write("site readmitted" if readmit else "site shut out", {"site": site})
     if is_up(home):
-        console = Console(home.admin, home.path / "console.log")
+        console = Console(home.admin, home.path / "console.log", patience=180.0)
         try:
             (console.enable if readmit else console.disable)(site)
         except NoAnswer as error:
@@ -203,9 +203,8 @@ def order(home: ServerHome, an: Order) -> Order:
     admitted = sites(home)
     wrong = [site for site in an.everyone if site not in admitted or admitted[site]["revoked"]]
     if wrong or not plan.sites:
-        raise BadHome(
-            f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {', '.join(admitted) or 'none yet'}"
-        )
+        may = ", ".join(site for site in admitted if not admitted[site]["revoked"])
+        raise BadHome(f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {may or 'none yet'}")
     # Vouched for by the authority, and part of what a person approves at every site.
     made = replace(an, identities={site: admitted[site]["secure"] for site in plan.sites})
     Queue(home).add(made)

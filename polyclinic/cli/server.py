@@ -13,7 +13,7 @@ from polyclinic.cli.ordering import export_study, line_of, queue_order, queue_st
 from polyclinic.engines.flare import authority, coordinator, study_runs
 from polyclinic.engines.flare.homes import BadHome, ServerHome, read_small
 from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.runs import Queue
+from polyclinic.engines.flare.runs import OVER, Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
 Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -145,11 +145,16 @@ def status(*, home: Home = HERE) -> None:
     print(f"server   {given['project']} at {given['host']}:{given['port']} is {said['state'] if up else 'not running'}")
     seen = ", ".join(said["sites"]) if up and said["sites"] else "none"
     print(f"sites    {seen} connected, of {len(coordinator.sites(server))} admitted")
+    runs = queue.all()
     for title, study in study_runs.all_of(server).items():
-        why = f" because {study['why']}" if study["why"] else ""
-        told = {study_runs.SURVEY: "asks the sites what their data are", study_runs.QUEUED: "runs"}
-        print(f"study    {title:24} {told.get(study['state'], 'stopped')}{why}, {len(study['runs'])} runs")
-    for run, entry in queue.all().items():
+        over = sum(run in runs and runs[run].state in OVER for run in study["runs"])
+        told = {
+            study_runs.SURVEY: "asks the sites what their data are",
+            study_runs.QUEUED: f"{over} of {len(study['runs'])} runs are over",
+            study_runs.STOPPED: f"stopped: {study['why']}",
+        }
+        print(f"study    {title:24} {told[study['state']]}")
+    for run, entry in runs.items():
         print(line_of(queue, run, entry))
 
 

@@ -108,8 +108,9 @@ class Arm:
             self._record("round", round=done, wall=time.perf_counter() - begun, **facts)
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
-            self._account(done)
-            self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"]})
+            spent = self._account(done)
+            paid = {"epsilon": spent} if spent else {}
+            self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
             last = done >= study.rounds or following is None
             if done % study.evaluation.every == 0 or last:
                 scores = self._score(engine, state, done)
@@ -121,7 +122,7 @@ class Arm:
             length = self.folder.settle()
             self._save("checkpoint", Checkpoint(state, engine.memory, done, length, best_round, best_score, False))
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
-            yield self._event("round", done, scores, moved, facts["lost"])
+            yield self._event("round", done, scores, moved, facts["lost"], max(spent.values(), default=None))
             steps, begun = [], time.perf_counter()
         end = Checkpoint(state, engine.memory, done, 0, best_round, best_score, True)
         if self.job.trial is None:
@@ -153,7 +154,7 @@ class Arm:
         known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
         for name, answers in (("predictions", said), ("validation", known)):
             role = "test" if name == "predictions" else "val"
-            answers = {site: outputs | self._numbered(site, role) for site, outputs in answers.items()}
+            answers = {site: {**outputs, **self._numbered(site, role)} for site, outputs in answers.items()}
             leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
@@ -205,8 +206,9 @@ class Arm:
                 ledger.begin(site=site, data=self.data.info.name, **budget.model_dump())
         return ledgers
 
-    def _account(self, done: int) -> None:
-        """Writes down what each site has spent: the bound by Rényi after a round, the sharper one at the end."""
+    def _account(self, done: int) -> dict[str, float]:
+        """Writes down ε of each site so far: the bound by Rényi after a round, the sharper one at the end."""
+        spent: dict[str, float] = {}
         for site, ledger in self.ledgers.items():
             spends = ledger.spends()
             budget = ledger.budget()
@@ -216,6 +218,8 @@ class Arm:
             self._record(
                 "privacy", round=done, site=site, epsilon=bound, delta=budget["delta"], unit=budget["unit"], by=by
             )
+            spent[site] = bound
+        return spent
 
     def _numbered(self, site: str, role: str) -> Tree:
         """Whose each example is, by the numbers that are the same in every arm."""
@@ -229,9 +233,9 @@ class Arm:
 
     def _event(
         self, what: str, done: int, scores: Mapping[str, float] | None = None, moved: int = 0,
-        lost: Mapping[str, str] | None = None,
+        lost: Mapping[str, str] | None = None, epsilon: float | None = None,
     ) -> Event:  # fmt: skip
-        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}}
+        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon}
         return self.job.event(what, round=done, rounds=self.study.rounds, **told)
 
 

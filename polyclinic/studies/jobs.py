@@ -23,6 +23,7 @@ class Event:
         bytes: What all sites sent and received in the round.
         lost: Sites that sent nothing usable in the round, each with the reason.
         notes: Sentences for people.
+        epsilon: The largest ε that a site has spent so far; None where nothing is paid for.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Event:
     lost: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fold: int | None = None
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Job:
     trial: int | None = None
 
     @property
+    def _fold(self) -> int | None:
+        return None if self.fold is None else self.fold.index
+
+    @property
     def who(self) -> dict[str, Any]:
         """What marks its records."""
         fold = {} if self.fold is None else {"fold": self.fold.index}
@@ -56,11 +62,11 @@ class Job:
     @property
     def name(self) -> str:
         """Its folder's name."""
-        return arm_name(self.method.called, self.seed, self.fold and self.fold.index)
+        return arm_name(self.method.called, self.seed, self._fold)
 
     def event(self, what: str, **facts: Any) -> Event:
         """Something that happened to it."""
-        return Event(what, self.method.called, self.seed, fold=self.fold and self.fold.index, **facts)
+        return Event(what, self.method.called, self.seed, fold=self._fold, **facts)
 
 
 def cores() -> int:

@@ -54,8 +54,9 @@ def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int)
                 job, deaths = waiting.popleft()
                 line, process = _begin(job, work, list(running))
                 running[line] = (process, job, deaths)
-            for line in wait(list(running)):
-                assert isinstance(line, Connection)
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                line = ready
                 process, job, deaths = running[line]
                 try:
                     kind, value = json.loads(line.recv_bytes())

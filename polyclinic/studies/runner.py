@@ -116,7 +116,7 @@ class _Work:
         Raises:
             DataError: Where any of them cannot be used.
         """
-        kept = []
+        kept = list[Federated]()
         for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.jobs):
             data = self._data(seed, fold)
             _check(self.study, data)

@@ -65,7 +65,7 @@ class Display:
                 self._bar.update(self._tasks[name], completed=event.round, told=self._told(event))
                 for site, reason in event.lost.items():
                     self.console.print(f"  [yellow]![/yellow] {name} round {event.round}: {site} is left out: {reason}")
-                if not self.console.is_terminal and event.round == event.rounds:
+                if not self.console.is_terminal and (event.round == event.rounds or event.epsilon is not None):
                     self.console.print(f"  {name:<24} round {event.round}/{event.rounds}  {self._told(event)}")
             case "tested":
                 if (task := self._tasks.pop(name, None)) is not None:
@@ -73,12 +73,13 @@ class Display:
                 self.console.print(f"  [green]✓[/green] {name:<22} test {self._told(event)}")
 
     def _told(self, event: Event) -> str:
-        """The mean over sites and the worst site, and what was sent."""
+        """The mean over sites and the worst site, what was sent, and what privacy was spent."""
         scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
+        spent = "" if event.epsilon is None else f"  ε = {event.epsilon:.2f}"
         if not scores:
-            return ""
+            return spent.strip()
         choose = min if self.study.higher_is_better else max
         worst = choose(scores, key=lambda site: scores[site])
         mean = sum(scores.values()) / len(scores)
         sent = f"  {event.bytes / 1e6:.1f} MB" if event.bytes else ""
-        return f"{self.study.metric} {mean:.3f}  worst {worst} {scores[worst]:.3f}{sent}"
+        return f"{self.study.metric} {mean:.3f}  worst {worst} {scores[worst]:.3f}{sent}{spent}"

@@ -305,7 +305,7 @@ def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> Non
         .replace("seeds = [0, 1]", "seeds = [0]")
         .replace("0.2 }", '0.0, norm = "group" }')
     )
-    go(text + PRIVATE.format(epsilon=100.0), tmp_path / "private")
+    events = go(text + PRIVATE.format(epsilon=100.0), tmp_path / "private")
     spent = [line for line in facts(tmp_path / "private") if line["kind"] == "privacy"]
     assert {line["method"] for line in spent} == {"fedavg"}
     assert {line["site"] for line in spent} == {"a", "b", "c"}
@@ -313,6 +313,13 @@ def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> Non
     assert len(per_round) == 4
     assert 0 < per_round[0] < per_round[1] < per_round[2]
     assert spent[-1]["by"] == "pld"
+    told = [e.epsilon for e in events if e.what == "round" and e.label == "fedavg"]
+    assert told == [max(line["epsilon"] for line in spent if line["round"] == n) for n in (1, 2, 3, 4)]
+    assert all(e.epsilon is None for e in events if e.label == "open")
+    entries = [e for e in verify(tmp_path / "private" / "journal.jsonl") if e["event"] == "round"]
+    journal = [e["epsilon"]["a"] for e in entries if e["method"] == "fedavg"]
+    assert journal == per_round
+    assert all("epsilon" not in e for e in entries if e["method"] == "open")
 
 
 def test_a_used_up_budget_ends_training_and_the_model_of_then_is_tested(done: Path, tmp_path: Path) -> None:

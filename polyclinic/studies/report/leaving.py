@@ -129,6 +129,7 @@ def privacy_section(page: Source) -> Section:
             "except with probability δ; smaller is more private. At the end, and of several seeds the largest."
         )
         blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
+        blocks += _by_round(page)
         blocks += _against_epsilon(page, spent)
     if bare := [page.title(k) for k, v in spent.items() if not v]:
         text = Markup(
@@ -155,6 +156,23 @@ def _privacy_rows(page: Source, label: str, records: Sequence[Privacy]) -> list[
         {"method": page.title(label), **dict(zip(names, key, strict=True)), "site": ", ".join(sites)}
         for key, sites in rows.items()
     ]
+
+
+def _by_round(page: Source) -> list[Folded]:
+    """The largest ε of all sites and seeds after each round."""
+    most: dict[tuple[str, int], float] = {}
+    for p in page.run.privacy:
+        if p.round is not None and p.epsilon is not None:
+            most[p.method, p.round] = max(p.epsilon, most.get((p.method, p.round), 0.0))
+    if not most:
+        return []
+    rows: list[Row] = [
+        {"method": page.title(label), "round": str(round), "epsilon": f"{most[label, round]:.3g}"}
+        for label, round in sorted(most)
+    ]
+    columns = words(method="Method") + numbers(round="After round", epsilon="ε, largest of all sites")
+    note = "Between rounds by Rényi's bound, which is quick and a little larger; after the last, by the tight one."
+    return [Folded("ε after each round", [Table("privacy-rounds", "Privacy spent, by round.", columns, rows, note)])]
 
 
 def _against_epsilon(page: Source, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:

@@ -205,6 +205,7 @@ class Conductor:
                 said[arrival.site] = read_description(arrival.reply, arrival.site)
         write_private(self.folder / "survey.json", json.dumps(dict(sorted(said.items())), indent=1))
         self._save(federation, self._at.state, 1, trained=True)
+        self._say("running", "", 1)
 
     def _finish(self, federation: FlareFederation) -> None:
         """Writes the model, and opens the test data if the order says so."""

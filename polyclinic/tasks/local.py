@@ -94,6 +94,7 @@ class Local:
                 step(value)
                 if after:
                     after(model)
+        model.zero_grad(set_to_none=True)  # so that gradients are gone when what was learned is copied
         return params_of(model)
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:

@@ -127,8 +127,7 @@ def test_kill_a_whole_site(house: Hospitals) -> None:
     FLARE lets it in again and notices nothing; its silence is noticed. This study wants all three, and gets them.
     """
     an = begin(house, "site-gone", who=("site-1",), min_replies=3)
-    for kind in ("site keeper", "site parent", "site job", "training"):
-        house.kill(kind, "site-1")
+    house.power_cut("site-1")
     house.release()
     house.start_site("site-1")
     house.finished("site-gone")
@@ -158,8 +157,7 @@ def test_kill_the_servers_job(house: Hospitals) -> None:
 def test_kill_the_whole_server(house: Hospitals) -> None:
     """Supervisor, FLARE and job; started again, it goes on by itself, and FLARE's stale word RUNNING is not believed."""
     an = begin(house, "server-gone")
-    for kind in ("supervisor", "server parent", "server job"):
-        house.kill(kind)
+    house.power_cut()
     house.release()
     assert not coordinator.is_up(house.server)
     house.command("server", "start", "--background", home=house.server.path)
@@ -225,8 +223,7 @@ def test_a_site_away_for_three_rounds_returns_with_its_memory(house: Hospitals) 
     house.order(study(run, rounds=rounds, min_replies=2))
     house.hold(1, "site-1")
     house.held(1, "site-1")
-    for kind in ("site keeper", "site parent", "site job", "training"):
-        house.kill(kind, "site-1")
+    house.power_cut("site-1")
     house.release()
     house.hold(5, "site-0")
     house.held(5, "site-0")  # rounds 1 to 4 went on without it

@@ -31,6 +31,8 @@ def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float =
     site = {
         **empty, "executors": [{"tasks": [TASK], "executor": {"path": EXECUTOR, "args": {"order": text}}}],
         "default_task_fetch_interval": interval,
+        # A busy server may need minutes to load PyTorch; FLARE gives it one, and then fails the whole job.
+        "max_runner_sync_timeout": 600.0,
     }  # fmt: skip
     meta = {
         "name": order.run, "resource_spec": {}, "min_clients": 1,

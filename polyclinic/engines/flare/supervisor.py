@@ -54,7 +54,8 @@ class Supervisor:
                 try:
                     self.tick()
                 except OSError as error:  # such as a full disk: what could not be written is tried again
-                    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    with suppress(OSError):  # the log lies on the same disk
+                        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 time.sleep(pause)
         finally:
             self.console.close()

@@ -206,13 +206,14 @@ class _Work:
         if not file.exists():
             search.write_chosen(file, job.method.called, best["values"], best["score"], self.study.metric)
         values = search.read_chosen(file)
+        method = with_values(job.method, values, file)
         by = "search" if values == best["values"] else "hand"
         chosen = {"kind": "chosen", **job.who, "values": values, "by": by}
         if (folder.path / "checkpoint.safetensors").exists():
             search.require_unchanged(folder.path, chosen)
         else:
             folder.note("chosen", {k: v for k, v in chosen.items() if k != "kind"})
-        return dataclasses.replace(job, method=with_values(job.method, values, file)), [*trials, chosen]
+        return dataclasses.replace(job, method=method), [*trials, chosen]
 
 
 def _sealed(data: Federated) -> Federated:

@@ -19,7 +19,7 @@ def polyclinic(*args: str, cwd: Path | None = None) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["methods"], ["methods", "--json"], ["--version"]])
+@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["methods"], ["methods", "--json"], ["study", "--help"], ["--version"]])
 def test_looking_around_imports_no_numerical_library(args: list[str]) -> None:
     script = f"""
 import sys

@@ -279,12 +279,12 @@ def test_a_slow_line(house: Hospitals, way: Proxy) -> None:
 
 
 def test_a_site_that_is_too_late_is_lost_for_a_round(house: Hospitals) -> None:
-    an = begin(house, "late", who=("site-1",), deadline=25.0, min_replies=2)
+    an = begin(house, "late", who=("site-1",), deadline=90.0, min_replies=2)
     until(lambda: house.lost("late"), "the deadline to pass")
     house.release()
     house.finished("late")
     assert [(round, site) for round, site, _ in house.lost("late")] == [(2, "site-1")]
-    assert an.deadline == 25.0
+    assert an.deadline == 90.0
 
 
 # Disks ------------------------------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_a_message_that_was_used_already_is_dropped(house: Hospitals) -> None:
     """The answer to the round before comes again in the place of the answer to this one."""
     run = "replayed"
     house.hold(1, "site-1")
-    house.order(study(run, rounds=3, min_replies=2, deadline=40.0))
+    house.order(study(run, rounds=3, min_replies=2, deadline=90.0))
     house.held(1, "site-1")
     house.twist("site-1", "replayed")
     house.release()

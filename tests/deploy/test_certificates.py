@@ -1,6 +1,5 @@
-"""Who is heard by a real server: certificates of all kinds, shutting out, renewal while a run goes on, and proxies."""
+"""Who is heard by a real server: certificates of all kinds, another's name, shutting out; and the line through a proxy."""
 
-import json
 import shutil
 import socket
 import ssl
@@ -19,10 +18,8 @@ from polyclinic.engines.flare import authority as authorities
 from polyclinic.engines.flare import coordinator, processes, proxies
 from polyclinic.engines.flare.authority import Authority
 from polyclinic.engines.flare.homes import BadHome
-from polyclinic.testing import equal
-from tests.conftest import little_sites
 from tests.deploy.local import order
-from tests.deploy.real import Hospitals, reference, until
+from tests.deploy.real import Hospitals, until
 
 
 class HttpProxy:
@@ -209,46 +206,3 @@ def write(two: Hospitals, an) -> Path:
     path = two.root / f"{an.run}.json"
     path.write_text(an.to_json())
     return path
-
-
-@pytest.mark.deploy
-@pytest.mark.slow
-def test_certificates_and_keys_are_renewed_while_a_run_goes_on(two: Hospitals) -> None:
-    an = two.order(order("scaffold", run="renewed", sites=("site-0", "site-1"), rounds=4, min_replies=2))
-    two.hold(2, "site-0")
-    two.held(2, "site-0")
-    home, before = two.homes["site-0"], (two.homes["site-0"].keys / "site.key").read_text()
-    two.command("site", "init", "--name", "site-0", "--organisation", "hospital", "--renew", "--new-keys", home=home.path)
-    two.command("server", "admit", str(home.path / "site-0.request"), home=two.server.path)
-    two.command("site", "stop", home=home.path)
-    fingerprint = two.command("server", "fingerprint", home=two.server.path).strip()
-    data = str(two.root / "data" / "site-0")
-    two.command("site", "join", str(home.path / "site-0.join"), "--data", data, "--fingerprint", fingerprint, home=home.path)
-    two.release()
-    two.start_site("site-0")
-    two.finished("renewed", patience=600)
-    assert (home.keys / "site.key").read_text() != before
-    state, _ = reference(an, {n: s for n, s in little_sites().items() if n in ("site-0", "site-1")})
-    assert equal(state, two.state("renewed"))
-    assert "good for" in two.command("site", "doctor", home=home.path)
-
-
-@pytest.mark.deploy
-@pytest.mark.slow
-def test_a_site_behind_a_proxy_takes_part(two: Hospitals) -> None:
-    house, home = HttpProxy(), two.homes["site-1"]
-    two.command("site", "stop", home=home.path)
-    fingerprint = two.command("server", "fingerprint", home=two.server.path).strip()
-    where = ("--data", str(two.root / "data" / "site-1"), "--fingerprint", fingerprint, "--proxy", house.url)
-    two.command("site", "join", str(home.path / "site-1.join"), *where, home=home.path)
-    two.start_site("site-1")
-    two.together()
-    assert house.asked
-    assert set(house.asked) == {f"localhost:{two.port}"}
-    assert f"through {house.url}" in two.command("site", "doctor", home=home.path)
-    an = two.order(order("fedavg", run="behind", sites=("site-0", "site-1"), rounds=2, min_replies=2))
-    two.finished(an.run)
-    state, _ = reference(an, {n: s for n, s in little_sites().items() if n in ("site-0", "site-1")})
-    assert equal(state, two.state(an.run))
-    assert json.loads((two.server.run(an.run) / "status.json").read_text())["phase"] == "finished"
-    house.close()

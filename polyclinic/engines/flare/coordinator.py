@@ -173,7 +173,14 @@ def shut_out(home: ServerHome, site: str, readmit: bool = False) -> None:
     if is_up(home):
         console = Console(home.admin, home.path / "console.log", patience=180.0)
         try:
-            (console.enable if readmit else console.disable)(site)
+            for left in reversed(range(4)):  # it may be starting
+                try:
+                    (console.enable if readmit else console.disable)(site)
+                    break
+                except NoAnswer:
+                    if not left:
+                        raise
+                    time.sleep(2.0)
         except NoAnswer as error:
             raise BadHome(
                 f"{site} is on the list, and FLARE learns of it when it starts again; now it said: {error}"

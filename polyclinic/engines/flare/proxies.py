@@ -32,6 +32,7 @@ def use(proxy: str) -> None:
     """Lets processes that are started from here go out by ``proxy``; where it is empty, as the environment says."""
     if proxy:
         os.environ["grpc_proxy"] = proxy  # noqa: SIM112  (gRPC reads this name in small letters alone)
+        os.environ["no_grpc_proxy"] = "none.invalid"  # noqa: SIM112  (else it would look at no_proxy)
 
 
 def of(settings: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def test_axe_finds_no_fault(opened, reports, task):
 
 def test_axe_would_find_one(opened, tmp_path):
     axe = pytest.importorskip("axe_playwright_python", reason="needs axe-core: polyclinic[browser]")
-    (tmp_path / "bad.html").write_text("<!doctype html><html><body><img src='data:,'><p style='color:#eee'>x</p>")
+    (tmp_path / "bad.html").write_text("<!doctype html><html><body><img src='data:,'><p style='color:#ddd;background:#fff'>Words too pale to read.</p>")
     tab = opened(tmp_path / "bad.html")
     tab.evaluate((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")

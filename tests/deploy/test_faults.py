@@ -17,7 +17,6 @@ import pytest
 from polyclinic.core.journal import verify
 from polyclinic.engines.flare import coordinator, processes
 from polyclinic.engines.flare.homes import ServerHome, SiteHome
-from polyclinic.engines.flare.runs import Queue
 from polyclinic.testing import equal
 from polyclinic.transforms.ledger import Ledger
 from tests.deploy.proxy import Proxy
@@ -322,26 +321,6 @@ def fake_clock() -> str:
     if not found:
         pytest.skip("libfaketime is not installed, so no process can be shown another clock")
     return str(found[0])
-
-
-@pytest.mark.parametrize("shift", ["+1d", "-1d"])
-def test_a_site_whose_clock_is_off_by_a_day(shift: str, house: Hospitals) -> None:
-    """A day ahead does no harm. A day behind, the certificates are not yet valid: the site stays outside, and says why."""
-    env = {"LD_PRELOAD": fake_clock(), "FAKETIME": shift, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
-    house.command("site", "stop", home=house.homes["site-1"].path)
-    house.start_site("site-1", **env)
-    run = f"clock-{shift[0] == '+'}".lower()
-    if shift == "+1d":
-        house.together()
-        an = house.order(study(run, rounds=2))
-        house.finished(run)
-        bits_are_the_same(house, run, an)
-    else:
-        house.order(study(run, rounds=2, min_replies=2))
-        house.finished(run)
-        assert trained(house, run, "site-1") == 0
-        assert Queue(house.server).get(run).members == ("site-0", "site-2")  # type: ignore[union-attr]
-    house.command("site", "stop", home=house.homes["site-1"].path)
 
 
 def test_the_doctor_knows_a_wrong_clock(house: Hospitals) -> None:

@@ -41,7 +41,8 @@ class FlareCarrier:
         self.tasks: dict[str, Task] = {}
         self.inbox, self.limit = private_folder(inbox), limit
         self.fetching = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
-        self.pulse = Pulse(self.cell, fl_ctx.get_job_id(), sites, dead_after)
+        self.job = fl_ctx.get_job_id()
+        self.pulse = Pulse(self.cell, self.job, sites, dead_after)
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         """Sends each call to its site, and with each the same file."""
@@ -93,7 +94,7 @@ class FlareCarrier:
         path = self.inbox / f"{uuid.uuid4()}.part"
         if "ref" in result or "body" in result:
             try:
-                found = transfer.fetch(self.cell, result, site, path, self.limit, self.abort_signal)
+                found = transfer.fetch(self.cell, result, f"{site}.{self.job}", path, self.limit, self.abort_signal)
             except (OSError, BadMessage) as error:
                 problem = str(error)
 

@@ -31,7 +31,7 @@ def offer(cell: Any, path: Path, receivers: int) -> dict[str, Any]:
 
 
 def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: Any = None) -> tuple[int, str]:
-    """Writes the file that stands ``beside`` a message from ``sender`` to ``path``; its length and SHA-256.
+    """Writes the file that stands ``beside`` a message from the process ``sender`` to ``path``; its length and SHA-256.
 
     Raises:
         OSError: Where it cannot be had, or is longer than ``limit`` bytes.
@@ -43,7 +43,7 @@ def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: 
             raise OSError(f"{len(body)} bytes came, and {limit} were announced")
         path.write_bytes(body)
         return len(body), hashlib.sha256(body).hexdigest()
-    if not (isinstance(ref, str) and isinstance(at, str)) or at.split(".")[0] != sender:
+    if not (isinstance(ref, str) and isinstance(at, str)) or at != sender:
         raise BadMessage(f"no file of {sender} stands beside its message")
     consumer = _ToFile(path, limit)
     with consumer:

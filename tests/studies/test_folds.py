@@ -97,7 +97,7 @@ def test_leaving_one_site_out_trains_on_nobody_of_it() -> None:
     st.sampled_from([None, "patients", "sites"]),
     st.floats(0, 0.5),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_configuration_puts_a_patient_in_two_places(
     archive: Path, seed: int, sites: str, by: str | None, unlabelled: float
 ) -> None:

@@ -9,10 +9,8 @@ FedAvg are paired by split, with Student's interval over splits.
 
 import argparse
 import json
-import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from domain_shift_page import page
 from hospitals import BRAIN, HEART, read, sites_of
-from scipy.stats import t
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -178,68 +176,6 @@ def scored(study: Study, label: str, seed: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def interval(x: np.ndarray) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval."""
-    half = float(t.ppf(0.975, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
-
-
-def lines_of(rows: Mapping[str, list[list[dict[str, Any]]]], metric: str, seen: bool) -> list[str]:
-    """A table: the mean over sites, beside FedAvg, and the worst site; over splits."""
-
-    def mean(split: list[dict[str, Any]]) -> float:
-        return float(np.nanmean([100 * r["score"] for r in split if r["seen"] == seen]))
-
-    splits = min(len(found) for found in rows.values())
-    base = np.array([mean(split) for split in rows["fedavg"]])
-    out = [f"| method | {metric}, mean over sites | beside FedAvg, points | worst site |", "|---|---|---|---|"]
-    for members in FAMILIES.values():
-        for label in (m for m in members if m in rows):
-            found = rows[label]
-            if not any(r["seen"] == seen for r in found[0]):
-                continue
-            x = np.array([mean(split) for split in found])
-            by_site = defaultdict(list)
-            for split in found:
-                for r in split:
-                    if r["seen"] == seen:
-                        by_site[r["site"]].append(100 * r["score"])
-            worst = min(by_site, key=lambda s, b=by_site: float(np.nanmean(b[s])))  # type: ignore[misc]
-            gap = interval(x - base[: len(x)])
-            mark = "" if label == "fedavg" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
-            if label != "fedavg" and gap[1] * gap[2] > 0:
-                mark = f"**{mark}**"
-            out.append(f"| {label} | {interval(x)[0]:.1f} | {mark} | {np.nanmean(by_site[worst]):.1f} ({worst}) |")
-    return [f"{splits} splits.", "", *out, ""]
-
-
-def page(found: Mapping[str, Mapping[str, list[list[dict[str, Any]]]]]) -> str:
-    """The study as Markdown."""
-    lines = [HEAD]
-    for title, rows in found.items():
-        metric = "Dice, %" if STUDIES[title].metric == "dice" else "AUC, %"
-        some = rows["fedavg"][0]
-        if "never seen" in title:
-            lines += [f"## {title}", "", *lines_of(rows, metric, False)]
-            continue
-        lines += [f"## {title}", "", *lines_of(rows, metric, True)]
-        if any(not r["seen"] for r in some):
-            unseen = {label: splits for label, splits in rows.items() if label not in ("single",)}
-            lines += [f"### The same models at {sum(not r['seen'] for r in some)} scanners never seen", "",
-                      *lines_of(unseen, metric, False)]  # fmt: skip
-    notes = Path(__file__).with_suffix(".md")
-    return "\n".join(lines) + (notes.read_text() if notes.exists() else "")
-
-
-HEAD = """# Domain shift: what helps where hospitals differ
-
-Written by `python benchmarks/domain_shift.py`; every number was measured. The script says how. The sites are real
-hospitals, scanners and cameras. A difference whose interval holds 0 is no difference that these data show; those that
-do not hold it are bold. With so many comparisons some bold ones are chance. Networks and images are small, and nothing
-was tuned: this is a comparison of methods under equal conditions, not of what each can reach.
-"""
-
-
 def main() -> None:
     """Runs the studies and writes the page, keeping what is done so that it can be stopped and taken up again."""
     parser = argparse.ArgumentParser()
@@ -266,7 +202,9 @@ def main() -> None:
                         given.keep.write_text(json.dumps(found))
     if not given.quick:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(page(found))
+        metrics = {title: study.metric for title, study in STUDIES.items()}
+        kept = {title: found[title] for title in STUDIES if title in found}
+        given.out.write_text(page(kept, metrics, [m for members in FAMILIES.values() for m in members]))
 
 
 if __name__ == "__main__":

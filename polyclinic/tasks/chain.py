@@ -74,8 +74,8 @@ class Piece:
 
 
 def _fresh(x: Tensor, device: str) -> Tensor:
-    """A copy in memory of its own: sums over a view into a message may round otherwise."""
-    return x.detach().to(device, copy=True)
+    """A copy in memory of its own, in rows: sums over a view, or in another order of axes, may round otherwise."""
+    return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)

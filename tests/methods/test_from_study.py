@@ -15,6 +15,7 @@ from tests.studies.test_runner import facts, same
 # What a method is run with where its defaults would take long on a few tiny images, and what it cannot do without.
 OPTIONS: Mapping[str, str] = {
     "vafl": "epochs = 1", "stain-norm": "epochs = 1\nexchanges = 1", "fedreplay": "epochs = 1\nexamples = 8",
+    "histofl": "noise = 0.0",  # which nobody can repeat
     "fedad": "distil_epochs = 1", "feddf": "distil_epochs = 1", "fcl": "queue = 16\nexchange = 4",
     "fedmoco": "queue = 16", "krum": "corrupt = 0.0", "multi-krum": "corrupt = 0.0", "bulyan": "corrupt = 0.0",
     "fl-mrcm": 'target = "e"', "fednorm": 'modalities = ["mr", "ct", "mr"]',

@@ -72,7 +72,7 @@ def parse_all(
     """Every study in ``text``; ``path`` is its name in messages."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
     for key, value in (changes or {}).items():
         set_key(data, key.split("."), value)

@@ -100,7 +100,7 @@ def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any]
     """The study in ``text``; ``path`` is its name in messages."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
     for key, value in (changes or {}).items():
         set_key(data, key.split("."), value)

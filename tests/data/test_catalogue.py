@@ -366,7 +366,7 @@ def test_every_entry_is_whole(name: str) -> None:
 
 def test_all_of_medmnist() -> None:
     """Eighteen sets; 2-D in four sizes, 3-D in two; the two whose official checksum was seen on real files."""
-    sets = [one for one in catalogue.list_datasets() if one.automatic]
+    sets = [one for one in catalogue.list_datasets() if one.automatic and "mnist" in one.name]
     assert len(sets) == 18
     assert all(set(one.md5) == ({28, 64} if one.name.endswith("3d") else {28, 64, 128, 224}) for one in sets)
     assert len({md5 for one in sets for md5 in one.md5.values()}) == 12 * 4 + 6 * 2
@@ -386,7 +386,7 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.Monkey
     for given, where, says in (
         ({"use": "ham1000"}, "use", 'Did you mean "ham10000"'),
         ({"use": "adni"}, "use", "Apply at LONI"),
-        ({"use": "fastmri", "path": "x"}, "use", "no reader for it"),
+        ({"use": "camelyon16", "path": "x"}, "use", "no reader for it"),
         ({"use": "breastmnist", "size": 99}, "use", "comes in 28, 64, 128, 224 pixels"),
         ({"use": "adni", "path": "x", "kind": "manifest"}, "kind", "leave one of them out"),
         ({"use": "ham10000", "path": "x", "labell": "dx"}, "labell", 'Did you mean "label"'),

@@ -188,7 +188,7 @@ def test_a_server_restored_from_an_old_backup_is_refused(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "server" / an.run)
     shutil.copytree(kept, tmp_path / "server" / an.run)
     outcome, _ = run(tmp_path, an, homes)
-    assert outcome == "interrupted"
+    assert outcome == "failed"
     why = json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
     assert "restored from an older copy" in why
 

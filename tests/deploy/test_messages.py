@@ -153,7 +153,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"run": "../x"}, "a run's name"), ({"plan": []}, "'plan' is a table"), ({"mode": "fast"}, "rounds or buffered"),
+        ({"run": "../x"}, "a run's name"), ({"plan": []}, "'plan' is a table"), ({"mode": "fast"}, "rounds, buffered or survey"),
         ({"cohort": 0}, "'cohort'"), ({"min_replies": None}, "'min_replies'"), ({"deadline": 0}, "'deadline'"), ({"deadline": True}, "'deadline'"),
         ({"test": "predict/train"}, "'test'"), ({"colour": "red"}, "no field 'colour'"), ({"score_every": -1}, "'score_every'"),
     ],

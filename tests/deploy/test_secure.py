@@ -132,7 +132,7 @@ def _session_of(tmp_path: Path, change):
 def test_a_policy_that_asks_for_more_peers_is_obeyed(tmp_path: Path) -> None:
     homes, an = setting(tmp_path, count=3, rounds=1, policy="[limits]\nmin_patients = 2\n[require]\nmin_sites = 4\n")
     outcome, _ = run(tmp_path, an, homes)
-    assert outcome == "interrupted"
+    assert outcome == "failed"
     assert "require.min_sites" in json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
 
 
@@ -145,7 +145,7 @@ def test_a_session_with_other_keys_than_were_approved_is_refused(tmp_path: Path)
     con.order = lying  # the server's own copy
     con.order.__dict__["hash"] = an.hash
     carrier.tamper = lambda call: replace(call, order=an.hash)
-    assert con.run() == "interrupted"
+    assert con.run() == "failed"
     assert "another key" in json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
     carrier.close()
 

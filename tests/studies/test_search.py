@@ -50,7 +50,7 @@ name = "fedprox"
 REFUSED = {
     "budgets that differ": ("trials = 2", "trials = 3", "mix has 2 settings to try: every method gets the same"),
     "an unknown label": ("methods.fedprox]", "methods.fedproxx]", "no method of this study is called so"),
-    "a value out of range": ("low = 0.001, high = 1.0, log = true", "low = -1.0, high = 1.0", "fedprox cannot use -1.0"),
+    "a value out of range": ("[0.01, 0.3]", "[-1.0, 0.3]", "cannot use -1.0"),
     "an unknown key": ("mu =", "mew =", "fedprox cannot use"),
     "a key of one method for all": ("training.lr = [", "mu = [", "only training.… may stand here"),
     "a learning rate of no kind": ("[0.01, 0.3]", '[0.01, "fast"]', "must be a number"),

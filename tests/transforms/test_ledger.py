@@ -140,7 +140,7 @@ def rounds_until_killed(ledger: Ledger, released: Path, deadly: int) -> None:
             count += 1
             if count == deadly:
                 if torn:
-                    given[0].raw.write(bytes(given[1])[: len(given[1]) // 2])  # half a line has reached the disk
+                    given[0].write(bytes(given[1])[: len(given[1]) // 2])  # half a line has reached the disk
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*given, **more)
 

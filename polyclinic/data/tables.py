@@ -119,7 +119,7 @@ class FeatureTable:
         return self.inputs[1]
 
     def table(self) -> Table:
-        """One row per row whose label is known. All columns but features and label are kept as text; sex and age too."""
+        """One row per row whose label is known. Columns but features and label are kept as text; sex and age too."""
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids

@@ -9,7 +9,8 @@ Records = Mapping[tuple[str, int, str, str, int], Mapping[str, Any]]
 
 HEAD = """# Attacks: what robust rules withstand, and what they cost
 
-Written by `python benchmarks/attacks.py`; every number was measured, the script says how. Ten sites, of which some
+Written by `python benchmarks/attacks.py`; every number was measured, the script says how, part of them with PyTorch 2.11
+and the rest with 2.13. Ten sites, of which some
 attack in every round. **AUC lost** is in hundredths, beside the mean of ten honest sites under the same split; averaged
 over the splits. The attackers of ALIE and IPM know every honest update, those of the collusion each other and the usual
 length. Rules that ask for a share of corrupt sites were told 30 %, Bulyan 10 %, which is the most that ten sites allow

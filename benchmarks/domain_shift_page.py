@@ -12,7 +12,8 @@ Splits = list[list[dict[str, Any]]]
 
 HEAD = """# Domain shift: what helps where hospitals differ
 
-Written by `python benchmarks/domain_shift.py`; every number was measured, the script says how. The sites are real
+Written by `python benchmarks/domain_shift.py`; every number was measured, the script says how, with PyTorch 2.11 and the
+cameras on a GPU. The sites are real
 hospitals, scanners and cameras. Differences to FedAvg are paired by split, with Student's interval over splits. One that
 holds 0 is no difference that these data show; those that do not are bold, and with so many comparisons some bold ones
 are chance. Networks and images are small, and nothing was tuned: this compares methods under equal conditions, not what

@@ -14,5 +14,10 @@ def fedprox(task: Task, local: Local, *, mu: float = 0.01, lr: float = 1.0, unif
 
     Args:
         mu: μ, the pull towards where a site started; from 0.001 to 1 in the paper.
+
+    Raises:
+        ValueError: Where ``mu`` is negative, which would push sites away.
     """
+    if mu < 0:
+        raise ValueError(f"mu must be at least 0, not {mu:g}")
     return FedAvg(task, local.with_penalty(Proximal(mu)), lr, uniform)

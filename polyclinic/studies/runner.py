@@ -8,6 +8,7 @@ import dataclasses
 import math
 import shutil
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from polyclinic.studies.groups import write_groups
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.parallel import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.parts import MethodSpec
+from polyclinic.studies.problems import BadStudy, Problem
 from polyclinic.studies.spec import Study, with_values
 from polyclinic.tasks.model import inspect
 
@@ -36,6 +38,7 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     """Runs ``study`` in the folder at ``path``; ``text`` is its file, kept beside the results.
 
     Raises:
+        BadStudy: Where methods cannot be built with these settings and data, each with the reason; nothing was run.
         DataError: Where the data cannot be had or cannot be used, with every problem; nothing was run.
         RunExists: Where the folder holds a run and ``resume`` is not asked for.
         NotChosen: Where what a search chose was changed after training had begun with it.
@@ -43,8 +46,7 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     work = _Work.of(study, path)
     splits = work.looked_at()
     first = splits[0]
-    for method in study.methods:
-        plan_of(study, method, first, study.seeds[0]).build_method()  # a wrong combination is refused before anything
+    _refuse_wrong_combinations(study, text, first)
     task = plan_of(study, study.methods[0], first, study.seeds[0]).build_task()
     found = inspect(task.model())
     parameters = sum(leaf.numel() for leaf in task.first(0).values())
@@ -73,6 +75,22 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
         folder.note("finished", {})
     finally:
         folder.close()
+
+
+def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None:
+    """Builds every method once.
+
+    Raises:
+        BadStudy: With every method that cannot be built, and why.
+    """
+    problems = []
+    for i, method in enumerate(study.methods):
+        try:
+            plan_of(study, method, data, study.seeds[0]).build_method()
+        except (TypeError, ValueError) as error:
+            problems.append(Problem(("methods", i), str(error)))
+    if problems:
+        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
 
 
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from polyclinic.core.journal import verify
 from polyclinic.data.examples import DataError
 from polyclinic.studies.folder import RunExists, read_tensors
+from polyclinic.studies.problems import BadStudy
 from polyclinic.studies.runner import run
 from polyclinic.studies.spec import parse
 
@@ -337,3 +338,14 @@ def test_a_used_up_budget_ends_training_and_the_model_of_then_is_tested(done: Pa
     assert all(line["epsilon"] <= 8.0 * 1.5 for line in lines if line["kind"] == "privacy")
     assert any(line["kind"] == "test" for line in lines)
     assert "budget used up" in [e["event"] for e in verify(tmp_path / "private" / "journal.jsonl")]
+
+
+def test_methods_that_cannot_be_built_are_all_told_before_anything_runs(tmp_path: Path) -> None:
+    npz(tmp_path)
+    text = study(tmp_path).replace("uniform = true\n", "") + '[[methods]]\nname = "fedprox"\nmu = -1.0\n'
+    with pytest.raises(BadStudy) as caught:
+        go(text, tmp_path / "run")
+    assert "write FedAvg(..., uniform=True)" in str(caught.value)
+    assert "mu must be at least 0, not -1" in str(caught.value)
+    assert "2 problems, nothing was run." in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -106,6 +106,7 @@ def test_the_contrast_by_loops() -> None:
     assert float(boundary_contrast(h[1:], masks[1:])) == 0
 
 
+@pytest.mark.slow
 def test_it_keeps_its_promises_on_masks() -> None:
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
     check_method(feddg(task, Local(batch_size=4), window=0.2), task.first(), segmentation_sites(2))

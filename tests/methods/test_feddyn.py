@@ -101,6 +101,7 @@ def test_feddyn_counts_only_those_who_took_part() -> None:
     assert torch.allclose(state.h["w"], -0.1 * moved / 4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_feddyn_goes_where_all_sites_together_are_best() -> None:
     """Its point; FedAvg with many local steps stops elsewhere."""
     sites = lines()

@@ -89,6 +89,7 @@ def told_apart(task, features: list[torch.Tensor]) -> float:
     return float((x @ w).argmax(1).eq(y).float().mean())
 
 
+@pytest.mark.slow
 def test_it_unlearns_the_scanner() -> None:
     """The first feature decides the label, the fourth betrays the scanner: the encoder forgets the fourth."""
     task, local = Classification(Network("mlp", (4,), 2, (("width", 8),))), Local(2, 16, "adam", 0.01)

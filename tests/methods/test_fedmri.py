@@ -70,6 +70,7 @@ def test_the_contrast_starts_when_there_is_an_old_encoder(task, local, sites) ->
 
 
 @pytest.mark.parametrize("others", [False, True])
+@pytest.mark.slow
 def test_reconstruction(others) -> None:
     sites, local = accelerated(), Local(epochs=2, batch_size=5, optimiser="adam", lr=3e-3)
     method = Evaluated(fedmri(TASK, local, others=others), TASK)

@@ -52,6 +52,7 @@ def test_only_sites_that_have_a_class_are_asked_for_it(task, local, sites) -> No
     assert len(first) == pytest.approx(200, abs=40)  # classes are as likely as one another
 
 
+@pytest.mark.slow
 def test_sites_of_one_class_each_teach_both() -> None:
     """No site has seen two classes; the server, which has seen no example, tells them apart."""
     dice, sites = torch.Generator().manual_seed(0), {}

@@ -60,6 +60,7 @@ def test_the_threshold_decides_between_the_personal_and_the_global(task, local, 
     torch.testing.assert_close(found, borrow(task, task.first(2 if mine else 0)).eval()(x))
 
 
+@pytest.mark.slow
 def test_the_selector_learns_whose_images_they_are(task) -> None:
     """Scanners that add a constant: every site's own images go to its own model, and evaluation works everywhere."""
     sites = {n: Site(n, {r: blobs(7 * k + i, 40, (1, 8, 8), shift=3.0 * k) for i, r in enumerate(("train", "val"))})

@@ -40,6 +40,7 @@ def test_the_targets_truth_is_never_used(task, local, sites) -> None:
     assert close(run(method, task.first(), {**sites, "site-1": blind}).params, state.params)
 
 
+@pytest.mark.slow
 def test_features_come_nearer_to_the_targets() -> None:
     """The fourth column betrays the scanner; aligned encoders carry less of it."""
     task = Classification(Network("mlp", (4,), 2, (("width", 8),)))

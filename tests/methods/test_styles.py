@@ -43,6 +43,7 @@ def run(method, sites, rounds, watch=None):
     return state, federation
 
 
+@pytest.mark.slow
 def test_vafl_takes_the_site_that_varies_least_and_translates_the_others() -> None:
     sites, seen = scanners(), []
     method = vafl(TASK, LOCAL, epochs=40, lr=1e-2, width=8)

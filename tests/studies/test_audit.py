@@ -36,6 +36,7 @@ def test_an_audit_says_what_it_found_beside_its_controls(done, capsys):
         assert written[part]["says"] in said
 
 
+@pytest.mark.slow
 def test_the_same_audit_finds_the_same(done):
     first, again = (audit_run(done / "run", limit=10, steps=1, restarts=1).to_json() for _ in range(2))
     assert first == again

@@ -109,6 +109,7 @@ def test_it_is_built_for_everybody(page):
     assert set(targets) <= set(page.ids)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(run, tmp_path):
     first, again = (build_report(run, tmp_path / k, FEW).parent for k in "ab")
     names = sorted(str(f.relative_to(first)) for f in first.rglob("*") if f.is_file())

@@ -167,6 +167,7 @@ def test_worker_processes_give_the_same_run(done: Path) -> None:
     assert same(done / "in-process", done / "workers")
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(done: Path, tmp_path: Path) -> None:
     text = study(done)
     for stop_after in (1, 2, 7, 23, 40):

@@ -66,6 +66,7 @@ def test_how_steps_are_counted_does_not_matter() -> None:
     assert epsilon([Spend(0.0)], 1e-5) == math.inf
 
 
+@pytest.mark.slow
 def test_small_consortia_are_told_the_truth() -> None:
     """Five hospitals in every round with σ = 1 for 50 rounds: close to meaningless, and said so."""
     said = statement([Spend(1.0, 1.0, 50)], 1e-3)

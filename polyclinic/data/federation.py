@@ -5,8 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
+from polyclinic.data.duplicates import Duplicate, without_duplicates
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.held import Named, described, hold
 from polyclinic.data.near import near_duplicates, told
@@ -15,11 +14,8 @@ from polyclinic.data.source import FittedSource, Info, Source, Table, digest, sl
 from polyclinic.data.spec import DataSpec
 from polyclinic.data.splits import (
     ROLES,
-    Duplicate,
     Fold,
-    contents,
     dice_for,
-    duplicates,
     fold_patients,
     official,
     split_patients,
@@ -110,7 +106,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         notes += told(near_duplicates(sites, source.fingerprint), spec.alike == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
-    sites, copies = _without_duplicates(sites, outside, spec, notes)
+    sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
     sites, public = hold(sites, named, spec, table, seed)
     _complete(sites, named.external, held_out)
     info, more = described(source.info, named, spec, titles)
@@ -258,40 +254,6 @@ def _roles(
             found |= {patient: "unlabelled" for patient, role in withheld.items() if role == "test"}
         roles |= found
     return roles
-
-
-def _without_duplicates(
-    sites: dict[str, dict[str, Examples]], external: tuple[str, ...], spec: DataSpec, notes: list[str]
-) -> tuple[dict[str, dict[str, Examples]], tuple[Duplicate, ...]]:
-    """Reports, drops or refuses inputs that occur more than once."""
-    copies = duplicates(sites)
-    if not copies:
-        return sites, copies
-    leaks = [d for d in copies if d.across_roles]
-    across = sum(d.across_sites for d in copies)
-    says = (
-        f"{len(copies)} inputs occur more than once, byte for byte; {len(leaks)} of them in two of training, "
-        f"validation and test, {across} at two sites."
-    )
-    if spec.duplicates == "refuse":
-        examples = "; ".join(" = ".join(d.ids[:3]) for d in (leaks or copies)[:3])
-        raise DataError(f'{says} Remove the copies, or set duplicates = "drop" ({examples})')
-    if spec.duplicates == "report":
-        notes.append(says)
-        return sites, copies
-    seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
-    for role in ("test", "val", "train", "unlabelled"):  # test data keep theirs
-        for site in sorted(kept, key=lambda s: (s not in external, s)):
-            if role in kept[site]:
-                fresh = []
-                for i, key in enumerate(contents(kept[site][role])):
-                    if key not in seen:
-                        fresh.append(i)
-                        seen.add(key)
-                dropped += len(kept[site][role]) - len(fresh)
-                kept[site][role] = kept[site][role].subset(torch.tensor(fresh, dtype=torch.int64))
-    notes.append(f"{says} {dropped} copies were dropped; where one is test data, that one was kept.")
-    return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}, copies
 
 
 def _complete(

@@ -8,9 +8,9 @@ import torch
 
 from polyclinic.data.cache import cached
 from polyclinic.data.check_alike import SIDE, nearly_equal, small_picture
+from polyclinic.data.duplicates import Duplicate, contents
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.source import digest
-from polyclinic.data.splits import Duplicate, contents
 from polyclinic.data.volume import Volume
 
 VERSION = 1

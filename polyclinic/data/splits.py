@@ -4,12 +4,11 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError
 from polyclinic.data.source import Table
 
 ROLES = ("train", "val", "test")
@@ -153,43 +152,3 @@ def official(table: Table) -> dict[str, str]:
     if problems:
         raise DataError(problems)
     return roles
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """Examples whose inputs are equal, byte for byte.
-
-    Attributes:
-        ids: Their names.
-        places: Where each is, as (site, role).
-    """
-
-    ids: tuple[str, ...]
-    places: tuple[tuple[str, str], ...]
-
-    @property
-    def across_roles(self) -> bool:
-        """Whether training, validation and test data share it."""
-        return len({role for _, role in self.places}) > 1
-
-    @property
-    def across_sites(self) -> bool:
-        """Whether two sites share it."""
-        return len({site for site, _ in self.places}) > 1
-
-
-def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, ...]:
-    """Inputs that occur more than once, anywhere in the federation."""
-    found: dict[bytes, list[tuple[str, tuple[str, str]]]] = defaultdict(list)
-    for site, roles in sites.items():
-        for role, examples in roles.items():
-            for name, key in zip(examples.ids, contents(examples), strict=True):
-                found[key].append((name, (site, role)))
-    many = [sorted(copies, key=lambda c: (c[1], c[0])) for copies in found.values() if len(copies) > 1]
-    return tuple(Duplicate(tuple(n for n, _ in c), tuple(p for _, p in c)) for c in sorted(many))
-
-
-def contents(examples: Examples) -> list[bytes]:
-    """A hash of each input's bytes."""
-    flat: Any = examples.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
-    return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]

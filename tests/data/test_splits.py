@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyclinic.data.duplicates import contents, duplicates
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.source import Table
-from polyclinic.data.splits import contents, dice_for, duplicates, official, split_patients, strata
+from polyclinic.data.splits import dice_for, official, split_patients, strata
 
 shares = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 9)).map(lambda s: tuple(n / sum(s) for n in s))
 

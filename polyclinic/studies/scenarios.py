@@ -12,14 +12,13 @@ same thing with other keys. What stands outside ``[[scenarios]]`` is common to a
 
 import copy
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyclinic.studies.problems import BadStudy, Problem, nearest
-from polyclinic.studies.spec import Study, checked, set_key
+from polyclinic.studies.spec import Study, checked, set_key, table_of, text_of
 from polyclinic.studies.toml_text import dumps
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,40}$")
@@ -60,9 +59,7 @@ def read_all(
         BadStudy: Lists every problem of all of them.
         FileNotFoundError: Where there is no such file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
-    return parse_all(path.read_text(encoding="utf-8"), path, changes, complete)
+    return parse_all(text_of(path), path, changes, complete)
 
 
 def parse_all(
@@ -70,12 +67,7 @@ def parse_all(
     complete: Complete | None = None,
 ) -> tuple[Scenario, ...]:  # fmt: skip
     """Every study in ``text``; ``path`` is its name in messages."""
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
-    for key, value in (changes or {}).items():
-        set_key(data, key.split("."), value)
+    data = table_of(text, path, changes)
     items = data.get("scenarios")
     if items is None:
         study, problems = checked(data)

@@ -90,20 +90,38 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
         BadStudy: Lists every problem, each with its line, what is wrong and what to do.
         FileNotFoundError: Where there is no such file.
     """
+    return parse(text_of(path), path, changes)
+
+
+def text_of(path: Path) -> str:
+    """What is in the study file at ``path``.
+
+    Raises:
+        FileNotFoundError: Where there is no such file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
-    text = path.read_text(encoding="utf-8")
-    return parse(text, path, changes)
+    return path.read_text(encoding="utf-8")
 
 
-def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None) -> Study:
-    """The study in ``text``; ``path`` is its name in messages."""
+def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The table in ``text``, with ``changes`` by dotted key; not yet checked.
+
+    Raises:
+        BadStudy: Where it is not TOML.
+    """
     try:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
     for key, value in (changes or {}).items():
         set_key(data, key.split("."), value)
+    return data
+
+
+def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None) -> Study:
+    """The study in ``text``; ``path`` is its name in messages."""
+    data = table_of(text, path, changes)
     if "scenarios" in data:
         says = "this file holds several studies, and one is wanted here: take the study.toml of a scenario's run folder"
         raise BadStudy(path, text, data, [Problem(("scenarios",), says)])

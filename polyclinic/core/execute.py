@@ -1,6 +1,7 @@
 """What every engine runs at a site."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from polyclinic.core.method import Ask, Method
@@ -57,3 +58,16 @@ def cohort_of(sites: Sequence[str], size: int, round: int, seed: int = 0) -> Seq
     dice = Site("server", seed=seed).rng("cohort", round)
     chosen = torch.randperm(len(sites), generator=dice)[:size].tolist()
     return sorted(sites[i] for i in chosen)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A cohort of ``size`` of the sites that train, drawn afresh for each round; all of them where they are no more."""
+
+    trainers: tuple[str, ...]
+    size: int
+    seed: int = 0
+
+    def __call__(self, sites: Sequence[str], round: int) -> Sequence[str]:
+        """Who is asked in ``round``."""
+        return cohort_of(self.trainers, self.size, round, self.seed)

@@ -71,7 +71,15 @@ class Step(Generic[State]):
 
 
 class TooFewReplies(RuntimeError):
-    """A round had fewer usable replies than it needs. The state before it is intact."""
+    """A round had fewer usable replies than it needs. The state before it is intact.
+
+    Attributes:
+        lost: The sites that sent nothing usable, each with the reason.
+    """
+
+    def __init__(self, message: str, lost: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 def everyone(sites: Sequence[str], round: int) -> Sequence[str]:
@@ -113,7 +121,7 @@ def train(
         step, usable = _collect(ask, asked, arrivals, gate, state)
         if (heard := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
-            raise TooFewReplies(f"round {ask.round}: {heard} of {min_replies} replies needed. {reasons}")
+            raise TooFewReplies(f"round {ask.round}: {heard} of {min_replies} replies needed. {reasons}", step.lost)
         reply = merge(usable.values())
         state = method.server_update(state, reply, federation.server)
         yield Step(state, ask, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)

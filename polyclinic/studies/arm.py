@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from polyclinic.core import state as states
-from polyclinic.core.execute import cohort_of
+from polyclinic.core.execute import Drawn
 from polyclinic.core.site import Site
 from polyclinic.core.train import Step, TooFewReplies, train
 from polyclinic.core.tree import Tree, Trees
@@ -87,7 +87,7 @@ class Arm:
         study = self.study
         trainers = list(self.plan.sites)
         size = min(study.cohort or len(trainers), len(trainers))
-        cohort = partial(_cohort, trainers, size, self.seed)
+        cohort = Drawn(tuple(trainers), size, self.seed)
         worst = float("-inf") if study.higher_is_better else float("inf")
         state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
         best_round, best_score = (at.best_round, at.best_score) if at else (0, worst)
@@ -135,7 +135,7 @@ class Arm:
         try:
             yield from steps
         except TooFewReplies as error:
-            if not self.ledgers or "is used up" not in str(error):
+            if not self.ledgers or not any("is used up" in reason for reason in error.lost.values()):
                 raise
             self.folder.note("budget used up", self.job.who)
 
@@ -237,11 +237,6 @@ class Arm:
     ) -> Event:  # fmt: skip
         told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon}
         return self.job.event(what, round=done, rounds=self.study.rounds, **told)
-
-
-def _cohort(trainers: Sequence[str], size: int, seed: int, sites: Sequence[str], round: int) -> Sequence[str]:
-    """Who trains in a round: all training sites, or as many of them as the study asks, drawn afresh."""
-    return cohort_of(trainers, size, round, seed)
 
 
 def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:

@@ -8,17 +8,15 @@ a message that comes twice as they answered it the first time.
 import fcntl
 import json
 import os
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polyclinic.core import state as states
-from polyclinic.core.execute import cohort_of
+from polyclinic.core.execute import Drawn
 from polyclinic.core.journal import verify
 from polyclinic.core.method import Ask
 from polyclinic.core.state import savable
@@ -170,7 +168,7 @@ class Conductor:
             )  # fmt: skip
         trainers = [site for site in sites if site in self.plan.sites]
         size = min(order.cohort or len(trainers), len(trainers))
-        cohort = partial(_drawn, trainers, size, self.plan.seed)
+        cohort = Drawn(tuple(trainers), size, self.plan.seed)
         return train(
             self.method, federation, self._at.state, rounds=self.plan.rounds, cohort=cohort, deadline=order.deadline,
             min_replies=order.min_replies,
@@ -305,11 +303,6 @@ class Pause(RuntimeError):
 
 
 def _all_refuse(error: Exception) -> bool:
-    """Whether too few replies came because every site refuses: asking again would change nothing."""
-    reasons = re.findall(r"(?:^|[.;] )([a-z0-9][a-z0-9-]*): (refused)?", str(error))
-    return isinstance(error, TooFewReplies) and bool(reasons) and all(refused for _, refused in reasons)
-
-
-def _drawn(trainers: Sequence[str], size: int, seed: int, sites: Any, round: int) -> Any:
-    """Who trains in a round: all who train, or as many of them as the order asks, drawn afresh."""
-    return cohort_of(trainers, size, round, seed)
+    """Whether too few replies came because every site that is missing refuses: asking again would change nothing."""
+    reasons = list(error.lost.values()) if isinstance(error, TooFewReplies) else []
+    return bool(reasons) and all(reason.startswith("refused") for reason in reasons)

@@ -112,6 +112,5 @@ def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> Non
     trainers = ready & set(about.order.plan["sites"])
     if len(trainers) < max(about.order.min_replies, 1):
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
-        raise TooFewReplies(
-            f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
-        )
+        says = f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
+        raise TooFewReplies(says, missing)

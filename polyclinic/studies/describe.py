@@ -9,6 +9,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
 from polyclinic.methods import registry
 from polyclinic.studies.folder import environment
+from polyclinic.studies.parts import MethodSpec
 from polyclinic.studies.spec import Study
 
 
@@ -62,17 +63,18 @@ def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str
     }
 
 
+def method_facts(method: MethodSpec) -> dict[str, Any]:
+    """What a report says of one method of a study."""
+    entry = registry.entry(method.name)
+    through = [item["name"] for item in method.send]
+    options = {**method.options, **({"send": through} if through else {})}
+    known = {"name": entry.name, "title": entry.summary, "citation": entry.paper, "leaves": entry.leaves}
+    return {"label": method.called, **known, "options": options}
+
+
 def information(study: Study, splits: Sequence[Federated], parameters: int) -> dict[str, Any]:
     """``run.json``; ``splits`` are the first seed's, one for each fold."""
     data = splits[0]
-    methods = []
-    for method in study.methods:
-        entry = registry.entry(method.name)
-        known = {"name": entry.name, "title": method.called, "citation": entry.paper, "leaves": entry.leaves}
-        through = [item["name"] for item in method.send]
-        methods.append(
-            {"label": method.called, **known, "options": {**method.options, **({"send": through} if through else {})}}
-        )
     by = "sites" if study.folds == "sites" else "patients"
     folded = {} if study.folds is None else {"folds": len(splits), "folds_by": by}
     return {
@@ -91,7 +93,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
             "checks": ["patients_apart"] if patients_apart(data) else [],
         },
         "sites": [_site(row, splits, study.folds) for row in data.rows],
-        "methods": methods,
+        "methods": [method_facts(method) for method in study.methods],
         "rounds": study.rounds,
         "seeds": list(study.seeds),
         **folded,

@@ -16,6 +16,7 @@ from polyclinic.core.journal import Journal, verify
 from polyclinic.engines.describe import shape_of
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
+from polyclinic.studies.describe import method_facts
 from polyclinic.studies.folder import environment, write_tensors
 from polyclinic.studies.lines import arm_name
 from polyclinic.studies.spec import Study
@@ -107,8 +108,8 @@ def collect(
         lines += [json.dumps(fact, separators=(",", ":")) for fact in _facts(folders[run] / "records.jsonl")]
         _tensors(folders[run], out / "arms" / arm_name(arm["label"], arm["seed"]), study, arm)
         heads = list(verify(folders[run] / "journal.jsonl"))
-        said = {"method": arm["label"], "seed": arm["seed"], "run": run, "head": heads[-1]["hash"]}
-        journal.write("collected", {**said, "entries": len(heads)})
+        about = {"method": arm["label"], "seed": arm["seed"], "run": run}
+        journal.write("collected", {**about, "head": heads[-1]["hash"], "entries": len(heads)})
     states.write_bytes(out / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
     journal.close()
     return missing
@@ -160,7 +161,7 @@ def _info(
     inputs, outputs, classes = shape_of(said) if said else (first["plan"]["inputs"], first["plan"]["outputs"], [])
     external = {site for arm in runs.values() for site in arm["external"]}
     plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
-    labels = dict.fromkeys(arm["label"] for arm in runs.values())
+    labels = {arm["label"] for arm in runs.values()}
     continuous = study.task.kind in ("regression", "reconstruction")
     notes = ["The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
              *(f"{site} has fewer patients in some group than it lets be counted." for site in names
@@ -172,7 +173,7 @@ def _info(
         "metric": study.metric, "higher_is_better": study.higher_is_better,
         "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
         "sites": [_site(name, name in external, said.get(name, {})) for name in names],
-        "methods": [_method(study, label) for label in labels],
+        "methods": [method_facts(method) for method in study.methods if method.called in labels],
         "rounds": study.rounds, "seeds": list(study.seeds), "engine": {"kind": "flare"}, "environment": environment(),
         "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
     }  # fmt: skip
@@ -183,15 +184,6 @@ def _site(name: str, external: bool, said: Mapping[str, Any]) -> dict[str, Any]:
     known = {key: {r: has[key] for r, has in roles.items() if has[key] is not None} for key in ("patients", "examples")}
     classes = {r: has["classes"] for r, has in roles.items() if has["classes"] and None not in has["classes"]}
     return {"name": name, "role": "external" if external else "training", **known, "classes": classes}
-
-
-def _method(study: Study, label: str) -> dict[str, Any]:
-    method = next(m for m in study.methods if m.called == label)
-    entry = registry.entry(method.name)
-    through = [item["name"] for item in method.send]
-    options = {**method.options, **({"send": through} if through else {})}
-    known = {"name": entry.name, "title": entry.summary, "citation": entry.paper, "leaves": entry.leaves}
-    return {"label": label, **known, "options": options}
 
 
 def _numbers(said: Mapping[str, Any]) -> list[int | None]:

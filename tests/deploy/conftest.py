@@ -12,12 +12,8 @@ from tests.deploy.real import Hospitals
 def shared_hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     """Made once; whoever breaks something mends it (``hospitals`` does)."""
     pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
-    made = Hospitals(Path(tmp_path_factory.mktemp("hospitals")))
-    try:
-        made.start()
+    with Hospitals(Path(tmp_path_factory.mktemp("hospitals"))) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

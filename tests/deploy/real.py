@@ -111,6 +111,18 @@ class Hospitals:
         assert ended == code, f"{words}: {said.getvalue()}"
         return said.getvalue()
 
+    def __enter__(self) -> "Hospitals":
+        """Starts everybody; whatever happens then, everybody is stopped at the end."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def start(self) -> None:
         """Starts everybody, and waits until everybody is connected."""
         self.command("server", "start", "--background", home=self.server.path)

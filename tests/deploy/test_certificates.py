@@ -107,12 +107,8 @@ def test_a_line_through_a_proxy_and_one_that_says_no() -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
-    made = Hospitals(Path(tmp_path_factory.mktemp("two")), count=2)
-    try:
-        made.start()
+    with Hospitals(Path(tmp_path_factory.mktemp("two")), count=2) as made:
         yield made
-    finally:
-        made.close()
 
 
 def heard(port: int, root: Path, certificate: tuple[Path, Path] | None) -> bool:

@@ -39,11 +39,8 @@ def broken(way: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hos
     """Hospitals for these tests, with a supervisor that waits less long for who is away."""
     made = Hospitals(Path(tmp_path_factory.mktemp("broken")), ports={"site-2": way.port}, wait_for_all=20)
     way.target = made.port
-    try:
-        made.start()
+    with made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

@@ -30,12 +30,8 @@ FAULTS = ("training", "training", "site job", "site parent", "whole site", "serv
 
 @pytest.fixture
 def five(tmp_path: Path) -> Iterator[Hospitals]:
-    made = Hospitals(tmp_path / "five", count=5)
-    try:
-        made.start()
+    with Hospitals(tmp_path / "five", count=5) as made:
         yield made
-    finally:
-        made.close()
 
 
 def break_something(house: Hospitals, what: str, site: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from polyclinic.core.stats import Reply
 from polyclinic.core.train import TooFewReplies, train
 from polyclinic.core.tree import Trees
 from polyclinic.engines.in_process import InProcess
-from polyclinic.engines.workers import Workers
+from polyclinic.engines.workers import DEATHS, Workers
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.personal import fedbn
 from polyclinic.methods.scaffold import Scaffold
@@ -87,19 +88,24 @@ def test_workers_killed_from_outside_change_nothing(task, local) -> None:
     reference = InProcess(method, sites)
     expected = run(method, reference, task.first(0), rounds=12)[0]
     with Workers(method, sites) as engine:
-        stop = threading.Event()
+        stop, steps = threading.Event(), []
+        killed: Counter[int] = Counter()
 
         def assassin() -> None:
-            for i in range(6):  # fewer than DEATHS in a row can hit one site
-                if stop.wait(0.2):
-                    return
-                os.kill(engine.pids[i % 2], signal.SIGKILL)
+            while sum(killed.values()) < 6 and not stop.wait(0.2):
+                if killed[len(steps)] < DEATHS - 1:  # so often a site may lose its worker in one round
+                    killed[len(steps)] += 1
+                    os.kill(engine.pids[sum(killed.values()) % 2], signal.SIGKILL)
 
         thread = threading.Thread(target=assassin)
         thread.start()
-        state, steps = run(method, engine, task.first(0), rounds=12)
+        state = method.init(task.first(0))
+        for step in train(method, engine, state, rounds=12):
+            state = step.state
+            steps.append(step)
         stop.set()
         thread.join()
+        assert killed
         assert [step.lost for step in steps] == [{}] * 12
         assert equal(state, expected)
         assert equal(engine.memory, reference.memory)

@@ -77,7 +77,10 @@ def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT)
 
 def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
     """The sites' public keys for secure sums."""
-    return {name: load_secure_key(home.keys / "secure.key").public_key().public_bytes_raw().hex() for name, home in homes.items()}
+    return {
+        name: load_secure_key(home.keys / "secure.key").public_key().public_bytes_raw().hex()
+        for name, home in homes.items()
+    }
 
 
 def approve(home: SiteHome, an: Order) -> None:

@@ -64,7 +64,9 @@ def until(true: Callable[[], Any], what: str, patience: float = PATIENCE, pause:
 class Hospitals:
     """One server and some sites, each in a folder of its own under ``root``."""
 
-    def __init__(self, root: Path, count: int = 3, policy: str = POLICY, ports: dict[str, int] | None = None, **settings: int) -> None:
+    def __init__(
+        self, root: Path, count: int = 3, policy: str = POLICY, ports: dict[str, int] | None = None, **settings: int
+    ) -> None:
         """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test."""
         self.root, self.faults, self.port = root, root / "faults", free_port()
         self.faults.mkdir(parents=True)
@@ -162,7 +164,9 @@ class Hospitals:
     def finished(self, run: str, patience: float = PATIENCE) -> None:
         """Waits until a run is over, and checks that it ended well."""
         queue = Queue(self.server)
-        until(lambda: (e := queue.get(run)) is not None and e.state in OVER, f"{run} to end ({self.tell(run)})", patience)
+        until(
+            lambda: (e := queue.get(run)) is not None and e.state in OVER, f"{run} to end ({self.tell(run)})", patience
+        )
         entry = queue.get(run)
         assert entry is not None
         assert entry.state == FINISHED, f"{run} {entry.state}: {entry.why}"
@@ -195,7 +199,11 @@ class Hospitals:
 
     def journals_hold(self) -> None:
         """Every journal of every house is whole."""
-        for path in [self.server.path / "journal.jsonl", *self.server.path.glob("runs/*/journal.jsonl"), *(h.journal for h in self.homes.values())]:
+        for path in [
+            self.server.path / "journal.jsonl",
+            *self.server.path.glob("runs/*/journal.jsonl"),
+            *(h.journal for h in self.homes.values()),
+        ]:
             assert list(verify(path)), path
 
     def pids(self, kind: str, site: str = "") -> list[int]:
@@ -286,7 +294,9 @@ def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dic
     """The state and the sites' memory after the same run in this process, with noise that repeats."""
     plan = an.build_plan()
     method = plan.build_method()
-    there = {n: Site(n, s.data, "cpu", plan.seed, fixed(n)) for n, s in (sites or little_sites()).items() if n in plan.sites}
+    there = {
+        n: Site(n, s.data, "cpu", plan.seed, fixed(n)) for n, s in (sites or little_sites()).items() if n in plan.sites
+    }
     engine, state = InProcess(method, there, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
         steps = train_async(method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes,

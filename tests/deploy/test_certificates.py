@@ -68,7 +68,17 @@ def _pass(a: socket.socket, b: socket.socket) -> None:
 
 def test_a_proxy_is_one_or_is_told() -> None:
     assert proxies.check("http://proxy.hospital.org:3128") == ("proxy.hospital.org", 3128)
-    for bad in ("", "proxy:3128", "https://proxy:1", "http://proxy", "http://proxy:99999", "http://a b:1", "http://u:p@proxy:1", "http://[::1:1", "http://p:1/x"):
+    for bad in (
+        "",
+        "proxy:3128",
+        "https://proxy:1",
+        "http://proxy",
+        "http://proxy:99999",
+        "http://a b:1",
+        "http://u:p@proxy:1",
+        "http://[::1:1",
+        "http://p:1/x",
+    ):
         with pytest.raises(BadHome, match="written like"):
             proxies.check(bad)
     with pytest.raises(BadHome, match="only grpc passes"):
@@ -119,7 +129,10 @@ def heard(port: int, root: Path, certificate: tuple[Path, Path] | None) -> bool:
     if certificate:
         context.load_cert_chain(*certificate)
     try:
-        with socket.create_connection(("localhost", port), timeout=30) as line, context.wrap_socket(line, server_hostname="localhost") as safe:
+        with (
+            socket.create_connection(("localhost", port), timeout=30) as line,
+            context.wrap_socket(line, server_hostname="localhost") as safe,
+        ):
             safe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
             return bool(safe.recv(9))
     except (ssl.SSLError, ConnectionError):
@@ -139,7 +152,9 @@ def at(days: float) -> type[datetime]:
 
 @pytest.mark.deploy
 @pytest.mark.slow
-def test_who_has_no_good_certificate_is_not_heard(two: Hospitals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_no_good_certificate_is_not_heard(
+    two: Hospitals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, foreign = Authority.load(two.server.authority), Authority.make(tmp_path / "ca", "tests")
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
@@ -148,7 +163,10 @@ def test_who_has_no_good_certificate_is_not_heard(two: Hospitals, tmp_path: Path
             if clock:
                 patch.setattr(authorities, "datetime", at(clock))
             certificate = authority.issue(key.public_key(), "site-0", "hospital", days=1)
-        for ending, data in ((".crt", certificate.public_bytes(serialization.Encoding.PEM)), (".key", authorities.pem(key))):
+        for ending, data in (
+            (".crt", certificate.public_bytes(serialization.Encoding.PEM)),
+            (".key", authorities.pem(key)),
+        ):
             (tmp_path / f"{name}{ending}").write_bytes(data)
         return tmp_path / f"{name}.crt", tmp_path / f"{name}.key"
 
@@ -193,7 +211,13 @@ def test_who_is_shut_out_is_out_and_may_be_let_in_again(two: Hospitals) -> None:
     time.sleep(10)
     assert "site-1" not in coordinator.status(two.server)["sites"]
     assert "shut out since" in two.command("server", "sites", home=two.server.path)
-    assert "not admitted" in two.command("server", "run", str(write(two, order("fedavg", run="out", sites=("site-0", "site-1")))), home=two.server.path, code=2)
+    assert "not admitted" in two.command(
+        "server",
+        "run",
+        str(write(two, order("fedavg", run="out", sites=("site-0", "site-1")))),
+        home=two.server.path,
+        code=2,
+    )
     two.command("server", "readmit", "site-1", home=two.server.path)
     two.together()
 

@@ -99,7 +99,9 @@ class Town:
         shutil.rmtree(place)
 
 
-@pytest.fixture(params=["scaffold", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "scaffold")])
+@pytest.fixture(
+    params=["scaffold", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "scaffold")]
+)
 def town(request: pytest.FixtureRequest, tmp_path: Path) -> Town:
     return Town(tmp_path, request.param)
 
@@ -143,12 +145,15 @@ def test_a_run_that_dies_three_times_goes_on_to_the_bit(town: Town) -> None:
         dies_and_goes_on(town, first, (7 * first) % 61, (13 * first) % 97)
 
 
-PRIVATE = EVERYTHING + """
+PRIVATE = (
+    EVERYTHING
+    + """
 [privacy]
 epsilon = 1000.0
 delta = 1e-3
 unit = "record"
 """
+)
 
 
 def spends_of(home: SiteHome) -> int:

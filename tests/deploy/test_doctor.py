@@ -76,7 +76,9 @@ def test_a_clock_that_is_off(days: int, site: SiteHome, monkeypatch: pytest.Monk
     assert "set the clock" in words
 
 
-def test_a_certificate_that_ends_soon_has_ended_or_is_for_other_keys(site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_ends_soon_has_ended_or_is_for_other_keys(
+    site: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for days, why in ((720, "ends in 9 days"), (740, "renew it"), (-1, "set the clock")):
         when = datetime.now(timezone.utc) + timedelta(days=days)
 
@@ -147,5 +149,7 @@ def test_a_policy_with_a_mistake_and_one_that_is_gone(site: SiteHome) -> None:
 
 
 def test_a_disk_that_is_nearly_full(site: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 2**20})())
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 2**20})()
+    )
     assert "make room" in found(site)["disk"][1]

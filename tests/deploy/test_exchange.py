@@ -82,7 +82,9 @@ def test_same_bits_as_in_process(method: str, tmp_path: Path) -> None:
         last = [link for link in json.loads((folder / "chain.json").read_text())["links"]][-1]
         kept = wire.read(folder / last["memory"]) if last["memory"] else {}
         assert equal(memory[name], kept)
-        assert (events(home.journal).count("answered")) == len([c for c in carrier.calls if c.site == name and c.kind == "do"])
+        assert (events(home.journal).count("answered")) == len(
+            [c for c in carrier.calls if c.site == name and c.kind == "do"]
+        )
 
 
 def test_private_noise_passes_and_differs_every_time(tmp_path: Path) -> None:
@@ -90,7 +92,11 @@ def test_private_noise_passes_and_differs_every_time(tmp_path: Path) -> None:
     homes = hospital(tmp_path, policy=EVERYTHING)
     found = []
     for name in ("run-1", "run-2"):
-        an = order("fedavg", run=name, plan={"options": {"uniform": True}, "send": send, "network_options": {"width": 8, "norm": "group"}})
+        an = order(
+            "fedavg",
+            run=name,
+            plan={"options": {"uniform": True}, "send": send, "network_options": {"width": 8, "norm": "group"}},
+        )
         for home in homes.values():
             approve(home, an)
         assert run(tmp_path, an, homes)[0] == "finished"
@@ -121,7 +127,9 @@ def test_a_server_that_crashes_at_any_message_goes_on_to_the_bit(method: str, at
     assert run(tmp_path, an, homes, crash=crash)[0] == "interrupted"
     assert run(tmp_path, an, homes)[0] == "finished"
     assert equal(reference(an)[0], state_of(tmp_path, an))
-    assert "resumed" in events(tmp_path / "server" / an.run / "journal.jsonl") or at <= 9  # the first checkpoint comes after the first round's scores
+    assert (
+        "resumed" in events(tmp_path / "server" / an.run / "journal.jsonl") or at <= 9
+    )  # the first checkpoint comes after the first round's scores
 
 
 def test_a_message_that_comes_twice_is_answered_once(tmp_path: Path) -> None:
@@ -142,7 +150,9 @@ def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> N
     homes, an = hospital(tmp_path), order("scaffold", rounds=5, deadline=0.6)
     for home in homes.values():
         approve(home, an)
-    outcome, carrier = run(tmp_path, an, homes, lose=lambda call: call.site == "site-1" and call.round in (1, 2) and call.kind == "do")
+    outcome, carrier = run(
+        tmp_path, an, homes, lose=lambda call: call.site == "site-1" and call.round in (1, 2) and call.kind == "do"
+    )
     assert outcome == "finished"
     mine = [call for call in carrier.calls if call.site == "site-1" and call.kind == "do"]
     assert [call.round for call in mine] == [0, 3, 4]
@@ -304,7 +314,9 @@ def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why,
 def test_a_model_of_nan_is_refused(tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     ask = server.ask()
-    bad = {name: leaf * float("nan") if leaf.is_floating_point() else leaf for name, leaf in ask.trees["params"].items()}
+    bad = {
+        name: leaf * float("nan") if leaf.is_floating_point() else leaf for name, leaf in ask.trees["params"].items()
+    }
     assert "NaN" in server.call(replace(ask, trees={"params": bad})).lost
 
 
@@ -356,7 +368,12 @@ class Liar(LocalCarrier):
 
     def arrived(self, seconds):
         delivery = super().arrived(seconds)
-        if delivery is None or delivery.site != "site-1" or "reply" not in str(delivery.text) and '"size":0' in str(delivery.text):
+        if (
+            delivery is None
+            or delivery.site != "site-1"
+            or "reply" not in str(delivery.text)
+            and '"size":0' in str(delivery.text)
+        ):
             return delivery
         return self.twist(delivery)
 

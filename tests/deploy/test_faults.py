@@ -165,7 +165,12 @@ def test_kill_the_whole_server(house: Hospitals) -> None:
 def test_kill_the_server_job_at_its_writes(house: Hospitals) -> None:
     """Just before, and just after, what it writes has its name; every other such moment is in test_crashes.py."""
     run, deaths = "server-writes", []
-    for file, when, skip in (("checkpoint", "before", 1), ("checkpoint", "after", 3), ("model", "before", 0), ("model", "after", 0)):
+    for file, when, skip in (
+        ("checkpoint", "before", 1),
+        ("checkpoint", "after", 3),
+        ("model", "before", 0),
+        ("model", "after", 0),
+    ):
         deaths.append(house.die_at("runner_process", rf"{run}/{file}\.safetensors$", when, skip))
     an = house.order(study(run, rounds=4))
     house.finished(run, 3 * PATIENCE)
@@ -198,7 +203,11 @@ def test_privacy_spend_is_never_under_counted(file: str, house: Hospitals) -> No
     died = house.die_at(r"flare\.trainer", rf"site-1/.*{file}$", "before", skip=1)
     training = {"batch_size": 8, "lr": 0.05, "steps": 1, "private": {"noise": 2.0, "bound": 1.0, "unit": "record"}}
     try:
-        house.order(study(run, "fedavg", rounds=3, plan={"training": training, "network_options": {"width": 8, "norm": "group"}}))
+        house.order(
+            study(
+                run, "fedavg", rounds=3, plan={"training": training, "network_options": {"width": 8, "norm": "group"}}
+            )
+        )
         house.finished(run)
     finally:
         home.policy.write_text(POLICY)

@@ -77,7 +77,9 @@ def decoders(root: Path) -> dict[str, Decoder]:
         return loaded
 
     def leaf(data: bytes) -> Any:
-        return read_description(Reply({PART: Gather({"a": {"text": torch.tensor(list(data), dtype=torch.uint8)}})}), "a")
+        return read_description(
+            Reply({PART: Gather({"a": {"text": torch.tensor(list(data), dtype=torch.uint8)}})}), "a"
+        )
 
     def proxy(data: bytes) -> Any:
         return proxies.check(data.decode(errors="replace"))
@@ -119,7 +121,20 @@ def damaged(good: bytes, dice: random.Random) -> bytes:
             case 2:
                 data[at:at] = data[at : at + length]
             case 3:
-                data[at:at] = dice.choice([b"-1", b"1e999", b"null", b"NaN", b'"', b"\\u0000", b"\xff\xfe", b"99999999999999999999", b"{}", b"[]"])
+                data[at:at] = dice.choice(
+                    [
+                        b"-1",
+                        b"1e999",
+                        b"null",
+                        b"NaN",
+                        b'"',
+                        b"\\u0000",
+                        b"\xff\xfe",
+                        b"99999999999999999999",
+                        b"{}",
+                        b"[]",
+                    ]
+                )
             case 4:
                 data[at : at + length] = dice.randbytes(length)
             case 5:

@@ -68,7 +68,9 @@ def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteHome, server:
         assert "stream" not in json.dumps(resources["components"]).lower()
         rights = json.loads((folder / "local" / "authorization.json").read_text())["permissions"]
         for role, right in rights.items():
-            allowed = {right} if isinstance(right, str) else {right["byoc"], right["shell_commands"], right["clone_job"]}
+            allowed = (
+                {right} if isinstance(right, str) else {right["byoc"], right["shell_commands"], right["clone_job"]}
+            )
             assert allowed == {"none"}, role
     config = json.loads((site.kit / "startup" / "fed_client.json").read_text())
     assert config["require_signed_jobs"] is True
@@ -170,7 +172,9 @@ def test_one_name_is_one_organisation_and_may_be_shut_out(server: ServerHome, si
         coordinator.shut_out(server, "site-7")
 
 
-def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
+def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(
+    server: ServerHome, site: SiteHome, tmp_path: Path
+) -> None:
     before = (site.keys / "site.key").read_text()
     member.init(site, "site-1", "hospital", renew=True)
     assert (site.keys / "site.key").read_text() == before
@@ -183,7 +187,9 @@ def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(server: ServerHom
     member.read_join(site, write(join, coordinator.admit(server, site.path / "site-1.request")[1]))
 
 
-@pytest.mark.parametrize("bad", ["", "A", "../../etc/passwd", "/etc", "a" * 64, "a\nb", "<script>", "-a", "a\x00", "ａ", "a_b"])
+@pytest.mark.parametrize(
+    "bad", ["", "A", "../../etc/passwd", "/etc", "a" * 64, "a\nb", "<script>", "-a", "a\x00", "ａ", "a_b"]
+)
 def test_names_cannot_be_paths_lines_or_markup(bad: str) -> None:
     with pytest.raises(BadHome):
         name(bad)

@@ -82,7 +82,9 @@ def test_a_server_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path,
 
 
 @pytest.mark.parametrize("how", ["changed", "removed", "swapped", "cut in the middle", "not JSON"])
-def test_the_first_bad_line_is_named(how: str, houses: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_first_bad_line_is_named(
+    how: str, houses: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     lines = houses[0].read_text().splitlines()
     if how == "changed":
         lines[3] = lines[3].replace('"event":"', '"event":"x')
@@ -100,7 +102,9 @@ def test_the_first_bad_line_is_named(how: str, houses: tuple[Path, Path, Path], 
         check(path)
 
 
-def test_journals_hold_no_data_and_two_that_are_strangers_do_not_agree(houses: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_journals_hold_no_data_and_two_that_are_strangers_do_not_agree(
+    houses: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     site, server, _ = houses
     other = Journal(tmp_path / "journal.jsonl")
     other.write("begun", {})
@@ -109,7 +113,25 @@ def test_journals_hold_no_data_and_two_that_are_strangers_do_not_agree(houses: t
         check_heads(site, tmp_path / "journal.jsonl")
     with pytest.raises(Broken, match="does not exist"):
         check(tmp_path / "nothing.jsonl")
-    known = {"event", "seq", "time", "previous", "hash", "run", "number", "round", "job", "ask", "bytes", "server", "reply", "order", "reason", "messages", "problems"}
+    known = {
+        "event",
+        "seq",
+        "time",
+        "previous",
+        "hash",
+        "run",
+        "number",
+        "round",
+        "job",
+        "ask",
+        "bytes",
+        "server",
+        "reply",
+        "order",
+        "reason",
+        "messages",
+        "problems",
+    }
     for entry in verify(site):
         assert set(entry) <= known, entry
         assert all(not isinstance(value, float) for value in entry.values())

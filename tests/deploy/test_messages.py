@@ -46,7 +46,9 @@ def test_a_wrong_call_is_refused(changes) -> None:
 def test_another_version_is_told_in_a_sentence(other: int) -> None:
     """Both ends say the same, whichever of them is older: the version is read before anything else."""
     for message in (CALL, ANSWER):
-        with pytest.raises(BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"):
+        with pytest.raises(
+            BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"
+        ):
             type(message).from_json(json.dumps({**asdict(message), "version": other, "something": "new"}))
     with pytest.raises(BadOrder, match="another version of polyclinic"):
         Order.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
@@ -60,7 +62,9 @@ def test_a_call_without_a_field_is_refused(field: str) -> None:
         Call.from_json(json.dumps(table))
 
 
-@pytest.mark.parametrize("text", [None, 3, "", "[]", "null", "{", "x" * (2**20 + 1), "[" * 10_000, '{"version": 1e999}'])
+@pytest.mark.parametrize(
+    "text", [None, 3, "", "[]", "null", "{", "x" * (2**20 + 1), "[" * 10_000, '{"version": 1e999}']
+)
 def test_what_is_no_message_is_refused(text) -> None:
     for kind in (Call, Answer):
         with pytest.raises(BadMessage):
@@ -78,12 +82,18 @@ def test_any_json_is_refused_in_words(value) -> None:
 
 def test_mutated_messages_never_do_harm() -> None:
     dice, until = random.Random(1), time.monotonic() + 2
-    sources = [(Call, CALL.to_json(), BadMessage), (Answer, ANSWER.to_json(), BadMessage), (Order, order().to_json(), BadOrder)]
+    sources = [
+        (Call, CALL.to_json(), BadMessage),
+        (Answer, ANSWER.to_json(), BadMessage),
+        (Order, order().to_json(), BadOrder),
+    ]
     while time.monotonic() < until:
         kind, text, error = dice.choice(sources)
         characters = list(text)
         for _ in range(dice.randint(1, 5)):
-            characters[dice.randrange(len(characters))] = chr(dice.choice([dice.randrange(32, 127), dice.randrange(0x3000)]))
+            characters[dice.randrange(len(characters))] = chr(
+                dice.choice([dice.randrange(32, 127), dice.randrange(0x3000)])
+            )
         try:
             kind.from_json("".join(characters))
         except error:
@@ -93,7 +103,9 @@ def test_mutated_messages_never_do_harm() -> None:
 def test_mutated_files_never_do_harm(tmp_path) -> None:
     """Three seconds of damaged replies: each is a reply with other numbers, or is refused; nothing else happens."""
     dice, until = random.Random(2), time.monotonic() + 3
-    good = states.encode(Reply({"update": Mean({"w": torch.randn(4, 4)}, 2.0), "g": Gather({"a": {"x": torch.arange(3)}})}))
+    good = states.encode(
+        Reply({"update": Mean({"w": torch.randn(4, 4)}, 2.0), "g": Gather({"a": {"x": torch.arange(3)}})})
+    )
     path = tmp_path / "reply"
     while time.monotonic() < until:
         data = bytearray(good)
@@ -110,7 +122,13 @@ def test_mutated_files_never_do_harm(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x80\x04\x95cposix\nsystem\n", b"PK\x03\x04" + b"\0" * 100, (2**60).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"],
+    [
+        b"",
+        b"\x80\x04\x95cposix\nsystem\n",
+        b"PK\x03\x04" + b"\0" * 100,
+        (2**60).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+    ],
 )
 def test_other_formats_are_refused_without_running_anything(data: bytes, tmp_path) -> None:
     (tmp_path / "reply").write_bytes(data)

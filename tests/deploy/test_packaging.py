@@ -20,7 +20,14 @@ def test_units_are_those_that_the_commands_print(role: str) -> None:
     unit = member.unit(role, Path(f"/srv/polyclinic/{role}"), "polyclinic", "/opt/polyclinic/bin/polyclinic")
     assert (DEPLOY / f"polyclinic-{role}.service").read_text() == unit
     assert "@" not in unit
-    for line in ("Restart=always", "NoNewPrivileges=yes", "ProtectSystem=strict", "UMask=0077", "CapabilityBoundingSet=", f"ReadWritePaths=/srv/polyclinic/{role}"):
+    for line in (
+        "Restart=always",
+        "NoNewPrivileges=yes",
+        "ProtectSystem=strict",
+        "UMask=0077",
+        "CapabilityBoundingSet=",
+        f"ReadWritePaths=/srv/polyclinic/{role}",
+    ):
         assert line in unit.splitlines()
 
 
@@ -89,7 +96,12 @@ def test_the_composition_is_closed_and_starts_what_the_units_start() -> None:
 @pytest.mark.parametrize("role", ["server", "site"])
 def test_the_entry_point_starts_and_says_what_is_missing(role: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "polyclinic.cli.main", role, "start"]
-    done = subprocess.run(line, capture_output=True, text=True, env={"POLYCLINIC_HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        line,
+        capture_output=True,
+        text=True,
+        env={"POLYCLINIC_HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2
     assert f"polyclinic {role} init" in done.stderr
     assert "Traceback" not in done.stderr

@@ -42,7 +42,10 @@ def test_a_study_between_hospitals_gives_the_bits_of_one_process(hospitals: Hosp
     file.write_text(an.to_json())
     hospitals.command("server", "run", str(file), home=hospitals.server.path)
     for site, home in hospitals.homes.items():
-        until(lambda home=home: "quick" in hospitals.command("site", "review", home=home.path), f"the study to come to {site}")
+        until(
+            lambda home=home: "quick" in hospitals.command("site", "review", home=home.path),
+            f"the study to come to {site}",
+        )
         hospitals.command("site", "approve", "quick", "--reason", "IRB 1", home=home.path)
     hospitals.finished("quick")
     state, memory = reference(an)

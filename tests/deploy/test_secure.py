@@ -83,7 +83,9 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["", "advertise", "share", "mask", "agree", "reveal"])
 def test_a_site_lost_at_any_stage_is_lost_alone(stage: str, tmp_path: Path) -> None:
     homes, an = setting(tmp_path, rounds=1, deadline=0.6)
-    outcome, lost = run(tmp_path, an, homes, lose=lambda c: c.site == "site-2" and c.stage == stage and c.kind in ("do", "secure"))
+    outcome, lost = run(
+        tmp_path, an, homes, lose=lambda c: c.site == "site-2" and c.stage == stage and c.kind in ("do", "secure")
+    )
     assert outcome == "finished"
     # Once its vector is in the sum, a site is not missed any more.
     assert list(lost) == (["site-2"] if stage in ("", "advertise", "share", "mask") else [])
@@ -101,7 +103,10 @@ def test_a_server_that_crashes_in_a_sum_goes_on(stage: str, tmp_path: Path) -> N
     from tests.conftest import little_sites
 
     homes, an = setting(tmp_path, count=3, rounds=2)
-    assert run(tmp_path, an, homes, crash=lambda c: c.stage == stage and c.round == 1 and c.site == "site-1")[0] == "interrupted"
+    assert (
+        run(tmp_path, an, homes, crash=lambda c: c.stage == stage and c.round == 1 and c.site == "site-1")[0]
+        == "interrupted"
+    )
     assert run(tmp_path, an, homes)[0] == "finished"
     assert equal(reference(an, little_sites(count=3))[0], state_of(tmp_path, an))
     trained = [e for e in verify(homes["site-0"].journal) if e["event"] == "asked"]
@@ -157,5 +162,7 @@ def test_stages_out_of_order_or_without_an_ask_are_refused(tmp_path: Path) -> No
     outcome, why = _session_of(tmp_path / "a", skip)
     assert outcome == "interrupted"
     assert "refused" in why or "needed" in why
-    outcome, why = _session_of(tmp_path / "b", lambda c: replace(c, number=c.number + 1) if c.stage == "advertise" else c)
+    outcome, why = _session_of(
+        tmp_path / "b", lambda c: replace(c, number=c.number + 1) if c.stage == "advertise" else c
+    )
     assert outcome == "interrupted"

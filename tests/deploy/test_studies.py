@@ -61,7 +61,15 @@ class Clinics:
     def put(self) -> list[str]:
         arms, _ = elsewhere.arms(self.study, CLINICS)
         text = self.file.read_text()
-        return study_runs.put(self.server, text, self.study.name, self.study.hash, arms, elsewhere.how(self.study), arms[0]["plan"]["sites"])
+        return study_runs.put(
+            self.server,
+            text,
+            self.study.name,
+            self.study.hash,
+            arms,
+            elsewhere.how(self.study),
+            arms[0]["plan"]["sites"],
+        )
 
     def work(self) -> dict[str, str]:
         """Runs what waits, as far as it goes."""
@@ -113,7 +121,13 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     said = study_runs.survey_of(clinics.server, "spots")
     out = tmp_path / "out"
     assert elsewhere.collect(clinics.study, clinics.file.read_text(), "spots", runs, said, folders, out) == []
-    list(run_here(clinics.study.model_copy(update={"engine": clinics.study.engine.model_copy(update={"kind": "in-process"})}), clinics.file.read_text(), tmp_path / "here"))
+    list(
+        run_here(
+            clinics.study.model_copy(update={"engine": clinics.study.engine.model_copy(update={"kind": "in-process"})}),
+            clinics.file.read_text(),
+            tmp_path / "here",
+        )
+    )
     here, there = predictions(tmp_path / "here"), predictions(out)
     assert {(m, s) for m, s in here if m != "mix"} == set(there) == {
         ("single", "lyon"), ("single", "oslo"), ("fedbn", "lyon"), ("fedbn", "oslo"), ("fedbn", "osaka"),
@@ -121,7 +135,9 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     for key, p in there.items():
         assert (p.score == here[key].score).all(), key
         assert (p.target == here[key].target).all()
-        alike = [np.unique(q.patient, return_inverse=True)[1] for q in (p, here[key])]  # numbers differ, patients do not
+        alike = [
+            np.unique(q.patient, return_inverse=True)[1] for q in (p, here[key])
+        ]  # numbers differ, patients do not
         assert len(set(zip(*alike, strict=True))) == len(set(alike[0])) == len(set(alike[1]))
     run = read_run(out)
     assert run.missing == ()
@@ -189,7 +205,11 @@ def test_an_approval_of_a_study_covers_its_parts_and_nothing_else(tmp_path: Path
 
 def test_a_survey_says_shapes_and_counts_and_hides_the_small(tmp_path: Path) -> None:
     patients = tuple(f"p{i // 2}" for i in range(12))
-    data = {"train": Examples(torch.zeros(12, 1, 8, 8), torch.tensor([0] * 9 + [1] * 3), patients, tuple(map(str, range(12))))}
+    data = {
+        "train": Examples(
+            torch.zeros(12, 1, 8, 8), torch.tensor([0] * 9 + [1] * 3), patients, tuple(map(str, range(12)))
+        )
+    }
     found = describe(data, "classification", ("a", "b"), min_cell=5)
     assert found["inputs"] == [1, 8, 8]
     assert found["outputs"] == 2
@@ -250,7 +270,10 @@ def test_sites_that_keep_predictions_send_scores_and_a_refused_study_fails_at_on
         assert {key.partition("/")[0] for key in states.load(folder / "predictions.safetensors")} == {"lyon"}
         facts = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
         assert {f["site"] for f in facts if f["kind"] == "test"} >= {"lyon", "oslo"}
-    bad = Clinics(tmp_path / "bad", policies=dict.fromkeys(CLINICS, '[allow]\ngather = ["describe"]\nstats = []\n[limits]\nmin_patients = 2\n'))
+    bad = Clinics(
+        tmp_path / "bad",
+        policies=dict.fromkeys(CLINICS, '[allow]\ngather = ["describe"]\nstats = []\n[limits]\nmin_patients = 2\n'),
+    )
     bad.put()
     bad.offer()
     bad.approve()
@@ -288,7 +311,10 @@ def test_a_study_is_taken_up_once_and_only_with_those_who_may_join(tmp_path: Pat
 
 
 BUDGET = OPEN + '[privacy]\nepsilon = {epsilon}\ndelta = 1e-3\nunit = "patient"\n'
-NOISE = {"network_options": {"width": 8, "norm": "group"}, "training": {"epochs": 1, "batch_size": 8, "lr": 0.05, "private": {"noise": 1.0, "bound": 1.0, "unit": "record"}}}
+NOISE = {
+    "network_options": {"width": 8, "norm": "group"},
+    "training": {"epochs": 1, "batch_size": 8, "lr": 0.05, "private": {"noise": 1.0, "bound": 1.0, "unit": "record"}},
+}
 
 
 def attempt(root: Path, homes: dict[str, SiteHome], an: Order) -> str:
@@ -347,5 +373,3 @@ def test_a_site_reads_its_data_as_its_file_says(tmp_path: Path) -> None:
     an = replace(order(), external=("here",))
     plan = replace(an.build_plan(), inputs=(1, 8, 8))
     assert {role: len(data) for role, data in site_data.load(folder, an, plan, "here").roles.items()} == {"test": 132}
-
-

@@ -20,7 +20,8 @@ def check(journal: Path, *, against: Path | None = None, certificate: Path | Non
     ----------
     journal: A journal.jsonl.
     against: The other end's journal of the same runs: every head that it noted must be in this one.
-    certificate: Of a server's run: a site's client.crt, to check the site's signatures.
+    certificate: Of a server's run: a site's client.crt, to check its signatures; or its folder certificates/, where it
+        was renewed.
     """
     count, head = 0, ""
     for entry in _entries(journal):
@@ -69,7 +70,7 @@ def check_heads(journal: Path, against: Path) -> int:
 
 
 def check_signatures(journal: Path, certificate: Path) -> int:
-    """How many entries of a server's run carry a good signature by the owner of ``certificate``.
+    """How many entries of a server's run carry a good signature by the owner of ``certificate``, or of those in it.
 
     Raises:
         Broken: At the first bad signature under that site's name.
@@ -79,14 +80,18 @@ def check_signatures(journal: Path, certificate: Path) -> int:
     from polyclinic.engines.flare.authority import load_certificate
     from polyclinic.engines.flare.journals import signed_by
 
-    owner = load_certificate(certificate.read_text())
-    name = str(owner.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    paths = sorted(certificate.glob("*.crt")) if certificate.is_dir() else [certificate]
+    owned = [load_certificate(path.read_text()) for path in paths]
+    names = {str(one.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value) for one in owned}
+    if len(names) != 1:
+        raise Broken(f"{certificate} holds the certificates of {len(names)} sites: one is needed")
+    (name,) = names
     good, run = 0, journal.resolve().parent.name
     for number, entry in enumerate(_entries(journal)):
         if entry.get("site") != name or not entry.get("signature"):
             continue
         said = f"{run}\n{entry['number']}\n{name}\n{entry['head']}\n{entry.get('reply', '')}".encode()
-        if not signed_by(owner, entry["signature"], said):
+        if not any(signed_by(one, entry["signature"], said) for one in owned):
             raise Broken(f"{journal}:{number + 1}: this is not the signature of {name}")
         good += 1
     return good

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from polyclinic.core.site import Site
 from polyclinic.engines import policy as policies
-from polyclinic.engines.flare.authority import load_secure_key, new_keys
+from polyclinic.engines.flare import keys
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.desk import Desk, take_in
 from polyclinic.engines.flare.exchange import Delivery, Ended
@@ -67,7 +67,7 @@ def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT)
     write_private(home.settings, f'site = "{name}"\ndata = "{path / "data"}"\n')
     write_private(home.policy, policy)
     if "keys" not in _keys or not _keys["keys"].exists():
-        new_keys(home.keys)
+        keys.make(home.keys)
         _keys["keys"] = home.keys
     else:
         shutil.copytree(_keys["keys"], home.keys)
@@ -78,7 +78,7 @@ def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT)
 def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
     """The sites' public keys for secure sums."""
     return {
-        name: load_secure_key(home.keys / "secure.key").public_key().public_bytes_raw().hex()
+        name: keys.load_secure(home.keys / "secure.key").public_key().public_bytes_raw().hex()
         for name, home in homes.items()
     }
 

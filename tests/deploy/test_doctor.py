@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import coordinator, doctor, member
+from polyclinic.engines.flare import coordinator, doctor, keys, member
 from polyclinic.engines.flare.homes import ServerHome, SiteHome
 from tests.conftest import little_sites
 from tests.deploy.local import write_data
@@ -93,6 +93,8 @@ def test_a_certificate_that_ends_soon_has_ended_or_is_for_other_keys(
             assert not good
             assert why in words
     member.init(site, "site-0", "hospital", renew=True, new_keys=True)
+    assert "new keys wait" in found(site)["certificate"][1]
+    keys.take_up(site.keys)
     assert "for other keys" in found(site)["certificate"][1]
     (site.kit / "startup" / "client.crt").write_text("x")
     assert "cannot be read" in found(site)["certificate"][1]

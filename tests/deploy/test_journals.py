@@ -8,7 +8,8 @@ from cryptography.hazmat.primitives import serialization
 
 from polyclinic.cli.journal import check, check_heads, check_signatures
 from polyclinic.core.journal import Broken, Journal, verify
-from polyclinic.engines.flare.authority import Authority, load_key
+from polyclinic.engines.flare import keys
+from polyclinic.engines.flare.authority import Authority
 from tests.deploy.local import LocalCarrier, approve, conductor, hospital, order
 
 
@@ -24,7 +25,7 @@ def houses(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     carrier.close()
     home = homes["site-0"]
     authority = Authority.make(root / "ca", "tests")
-    certificate = authority.issue(load_key(home.keys / "site.key").public_key(), "site-0", "hospital")
+    certificate = authority.issue(keys.load(home.keys / "site.key").public_key(), "site-0", "hospital")
     (root / "site-0.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return home.journal, root / "server" / an.run / "journal.jsonl", root / "site-0.crt"
 

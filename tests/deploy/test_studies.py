@@ -15,8 +15,7 @@ from polyclinic.core.state import Corrupt
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.data.examples import Examples
 from polyclinic.engines.describe import PART, checked, describe, hidden, read_description, shape_of
-from polyclinic.engines.flare import site_data, study_runs
-from polyclinic.engines.flare.authority import new_keys
+from polyclinic.engines.flare import keys, site_data, study_runs
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.desk import Desk
 from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome
@@ -49,7 +48,7 @@ class Clinics:
             home = self.homes[name] = SiteHome(root / name)
             (root / name).mkdir()
             if "keys" not in _made or not _made["keys"].exists():
-                new_keys(home.keys)
+                keys.make(home.keys)
                 _made["keys"] = home.keys
             else:
                 shutil.copytree(_made["keys"], home.keys)

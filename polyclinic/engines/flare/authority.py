@@ -11,22 +11,23 @@ named in its certificate's join file and so vouched for by the authority.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from polyclinic.engines.flare import keys
 from polyclinic.engines.flare.homes import BadHome, host, name, private_folder, read_small, write_private
 
 REQUEST, JOIN = "polyclinic request 1", "polyclinic join 1"
-BITS, CA_DAYS, DAYS, WARN_DAYS = 3072, 3650, 730, 30
+CA_DAYS, DAYS, WARN_DAYS = 3650, 730, 30
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 
 
@@ -50,19 +51,19 @@ class Authority:
         """
         if (folder / "ca.key").exists():
             raise BadHome(f"{folder} holds an authority already: a new one would shut out every site")
-        key = rsa.generate_private_key(public_exponent=65537, key_size=BITS)
+        key = rsa.generate_private_key(public_exponent=65537, key_size=keys.BITS)
         certificate = _certificate(
             key, key.public_key(), _subject(project), _subject(project), days=days, authority=True
         )
         private_folder(folder)
-        write_private(folder / "ca.key", pem(key))
+        write_private(folder / "ca.key", keys.pem(key))
         write_private(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
         return cls(certificate, key)
 
     @classmethod
     def load(cls, folder: Path) -> "Authority":
         """The authority in ``folder``."""
-        return cls(load_certificate(read_small(folder / "ca.crt")), load_key(folder / "ca.key"))
+        return cls(load_certificate(read_small(folder / "ca.crt")), keys.load(folder / "ca.key"))
 
     def issue(
         self, public: rsa.RSAPublicKey, who: str, organisation: str, *, role: str = "", hosts: tuple[str, ...] = (),
@@ -123,19 +124,9 @@ def _subject(who: str, organisation: str = "", role: str = "") -> x509.Name:
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in parts if value])
 
 
-def new_keys(folder: Path) -> tuple[rsa.RSAPrivateKey, ed25519.Ed25519PrivateKey]:
-    """A site's two keys, made here and kept in ``folder``; those that are there already are kept."""
-    private_folder(folder)
-    if not (folder / "site.key").exists():
-        write_private(folder / "site.key", pem(rsa.generate_private_key(public_exponent=65537, key_size=BITS)))
-    if not (folder / "secure.key").exists():
-        write_private(folder / "secure.key", ed25519.Ed25519PrivateKey.generate().private_bytes_raw().hex())
-    return load_key(folder / "site.key"), load_secure_key(folder / "secure.key")
-
-
 def request(folder: Path, site: str, organisation: str, version: str) -> dict[str, Any]:
     """What a site sends to the coordinator in order to be admitted."""
-    key, secure = new_keys(folder)
+    key, secure = keys.make(folder)
     csr = x509.CertificateSigningRequestBuilder(_subject(site, organisation)).sign(key, hashes.SHA256())
     return {
         "format": REQUEST, "site": site, "organisation": organisation, "polyclinic": version,
@@ -185,8 +176,8 @@ def join_file(
     return {**table, "signature": authority.sign(table)}
 
 
-def check_join(table: Any, key: rsa.RSAPrivateKey, site: str) -> tuple[x509.Certificate, x509.Certificate]:
-    """The site's certificate and the authority's, if the join file is whole and for ``site`` and its ``key``.
+def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple[x509.Certificate, x509.Certificate]:
+    """The site's certificate and the authority's, if the join file is whole and for ``site`` and one of its ``own`` keys.
 
     Raises:
         BadFile: Where it is not, naming what is wrong.
@@ -214,7 +205,7 @@ def check_join(table: Any, key: rsa.RSAPrivateKey, site: str) -> tuple[x509.Cert
     if table["site"] != site:
         raise BadFile(f"it is for {table['site'][:64]!r}, and this site is called {site!r}")
     mine, root = load_certificate(table["certificate"]), load_certificate(table["authority"])
-    public = root.public_key()
+    public = key_of(root)
     body = {k: v for k, v in table.items() if k != "signature"}
     try:
         if not isinstance(public, rsa.RSAPublicKey):
@@ -225,7 +216,7 @@ def check_join(table: Any, key: rsa.RSAPrivateKey, site: str) -> tuple[x509.Cert
         if isinstance(error, BadFile):
             raise
         raise BadFile("it was changed after the coordinator made it, or is not signed by the authority in it") from None
-    if mine.public_key() != key.public_key():
+    if key_of(mine) not in [key.public_key() for key in own]:
         raise BadFile("its certificate is not for this site's key: was the request made in another folder?")
     check_dates(mine)
     return mine, root
@@ -265,17 +256,16 @@ def load_certificate(text: str) -> x509.Certificate:
         raise BadFile(f"a certificate cannot be read ({error})") from None
 
 
-def load_key(path: Path) -> rsa.RSAPrivateKey:
-    """The RSA key in the file at ``path``."""
-    key = serialization.load_pem_private_key(read_small(path).encode(), password=None)
-    if not isinstance(key, rsa.RSAPrivateKey):
-        raise BadFile(f"{path} is not an RSA key")
-    return key
+def key_of(certificate: x509.Certificate) -> Any:
+    """Whose certificate it is. Its frame may be right, and the key in it no key.
 
-
-def load_secure_key(path: Path) -> ed25519.Ed25519PrivateKey:
-    """The Ed25519 key in the file at ``path``."""
-    return ed25519.Ed25519PrivateKey.from_private_bytes(bytes.fromhex(read_small(path)))
+    Raises:
+        BadFile: Where it holds none.
+    """
+    try:
+        return certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise BadFile(f"the key in a certificate cannot be read ({str(error)[:100]})") from None
 
 
 def check_organisation(text: object) -> str:
@@ -306,12 +296,6 @@ def _fields(table: Any, kind: str, wanted: tuple[str, ...], what: str) -> None:
         kinds = int if field == "port" else str
         if not isinstance(table[field], kinds) or isinstance(table[field], bool):
             raise BadFile(f"the field {field!r} is not {'a number' if field == 'port' else 'text'}")
-
-
-def pem(key: rsa.RSAPrivateKey) -> bytes:
-    """A private key in the form that FLARE reads."""
-    form = serialization.PrivateFormat.TraditionalOpenSSL
-    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
 def _plain(table: Mapping[str, Any]) -> bytes:

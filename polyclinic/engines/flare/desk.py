@@ -206,9 +206,9 @@ class Desk:
 
     @cached_property
     def _key(self) -> Any:
-        from polyclinic.engines.flare.authority import load_key
+        from polyclinic.engines.flare import keys
 
-        return load_key(self.home.keys / "site.key")
+        return keys.load(self.home.keys / "site.key")
 
 
 def take_in(memory: Memory, received: Path, number: int) -> Path:

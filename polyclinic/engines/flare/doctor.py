@@ -10,7 +10,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import member, processes, proxies
+from polyclinic.engines.flare import keys, member, processes, proxies
 from polyclinic.engines.flare.homes import BadHome, SiteHome, read_small
 
 PATIENCE = 5.0
@@ -60,11 +60,12 @@ def _try(what: str, look: Callable[[], str]) -> Finding:
 def _certificate(home: SiteHome) -> str:
     certificate = authorities.load_certificate(read_small(home.kit / "startup" / "client.crt"))
     days = authorities.check_dates(certificate)
-    if certificate.public_key() != authorities.load_key(home.keys / "site.key").public_key():
+    if certificate.public_key() != keys.load(home.keys / "site.key").public_key():
         raise BadHome("it is for other keys than those in keys/: send the new request, and join with what comes back")
     if days < authorities.WARN_DAYS:
         raise BadHome(f"ends in {days} days: polyclinic site init --renew, and send the request to the coordinator")
-    return f"good for {days} days"
+    waits = "; new keys wait for theirs: join with what the coordinator sends back"
+    return f"good for {days} days{waits if keys.upcoming(home.keys).exists() else ''}"
 
 
 def _clock(home: SiteHome) -> str:

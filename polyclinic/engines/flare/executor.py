@@ -64,7 +64,10 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             body = None
             if call.size:
                 path = desk.memory.folder / "received"
-                if transfer.fetch(cell, shareable, f"server.{fl_ctx.get_job_id()}", path, call.size, abort_signal) != (call.size, call.sha256):
+                if transfer.fetch(cell, shareable, f"server.{fl_ctx.get_job_id()}", path, call.size, abort_signal) != (
+                    call.size,
+                    call.sha256,
+                ):
                     raise BadMessage("the file is not the one that its message names")
                 body = take_in(desk.memory, path, call.number)
             answer, file = desk.answer(call, body)

@@ -9,7 +9,8 @@ server/                                     site/
   queue/        studies that wait             reviews/        what waits for a person, what was approved
   studies/      study files, and their runs   ledgers/        what was spent of the privacy budget
   runs/<run>/   plan, checkpoint, journal     memory/<run>/   what methods keep here between rounds
-  server.log                                  journal.jsonl   what was asked, done, refused, sent
+  server.log                                  certificates/   every one that this site had
+                                              journal.jsonl   what was asked, done, refused, sent
 ```
 """
 
@@ -121,6 +122,11 @@ class SiteHome:
     def keys(self) -> Path:
         """The folder of the site's private keys."""
         return self.path / "keys"
+
+    @property
+    def certificates(self) -> Path:
+        """The folder of every certificate that the site had."""
+        return self.path / "certificates"
 
     @property
     def kit(self) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import kit, processes, proxies, require
+from polyclinic.engines.flare import keys, kit, processes, proxies, require
 from polyclinic.engines.flare.authority import BadFile
 from polyclinic.engines.flare.homes import (
     BadHome,
@@ -47,10 +47,12 @@ def init(home: SiteHome, site: str, organisation: str, renew: bool = False, new_
     if home.settings.exists() and not renew:
         raise BadHome(f"{home.path} is a site already: `--renew` asks for a new certificate")
     private_folder(home.path)
-    if renew and new_keys:
-        os.replace(home.keys / "site.key", home.keys / "site.key.before")
+    own = home.keys
+    if renew and new_keys:  # those that are there stay in use until a certificate for the new ones has come
+        own = keys.upcoming(home.keys)
+        shutil.rmtree(own, ignore_errors=True)
     request = home.path / f"{site}.request"
-    write_private(request, json.dumps(authorities.request(home.keys, site, organisation, __version__), indent=1))
+    write_private(request, json.dumps(authorities.request(own, site, organisation, __version__), indent=1))
     if not home.settings.exists():
         write_private(home.settings, toml({"site": site, "organisation": organisation}))
     if not home.policy.exists():
@@ -68,7 +70,7 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
     site = settings(home)["site"]
     try:
         table = json.loads(read_small(path))
-        _, root = authorities.check_join(table, authorities.load_key(home.keys / "site.key"), site)
+        _, root = authorities.check_join(table, keys.of_site(home.keys), site)
     except FileNotFoundError:
         raise BadFile(f"{path} does not exist") from None
     except BadHome as error:
@@ -86,19 +88,33 @@ def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cp
     """Installs what a checked join file says, with the data in the folder ``data``.
 
     Raises:
-        BadHome: Where the folder is not there, or the proxy cannot be one.
+        BadHome: Where the folder is not there, the proxy cannot be one, or the site runs.
     """
     require()
+    if is_up(home):
+        raise BadHome(f"the site in {home.path} runs: `polyclinic site stop` first; runs wait for it, or go on without")
     if proxy:
         proxies.check(proxy, table["scheme"])
     if not data.is_dir():
         raise BadHome(f"{data} is not a folder: `--data` names the folder with this site's examples")
-    key = authorities.pem(authorities.load_key(home.keys / "site.key"))
-    kit.make_site(home.kit, table, table["certificate"].encode(), key, table["authority"].encode())
+    certificate = authorities.load_certificate(table["certificate"])
+    key = next(key for key in keys.of_site(home.keys) if key.public_key() == certificate.public_key())
+    kit.make_site(home.kit, table, table["certificate"].encode(), keys.pem(key), table["authority"].encode())
+    if key.public_key() != keys.load(home.keys / "site.key").public_key():
+        keys.take_up(home.keys)
+    # What was signed under an earlier one can be checked for as long as the journals are kept.
+    private_folder(home.certificates)
+    write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
     given = {key: table[key] for key in ("site", "organisation", "project", "host", "port", "scheme", "expires")}
     write_private(home.settings, toml({**given, "data": str(data.resolve()), "device": device, "proxy": proxy}))
     SharedJournal(home.journal).write(
-        "joined", {"project": table["project"], "host": table["host"], "expires": table["expires"]}
+        "joined",
+        {
+            "project": table["project"],
+            "host": table["host"],
+            "expires": table["expires"],
+            "certificate": authorities.fingerprint(certificate),
+        },
     )
 
 

@@ -10,6 +10,7 @@ from polyclinic.engines.flare.homes import BadHome, host
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 
+
 def check(proxy: str, scheme: str = "grpc") -> tuple[str, int]:
     """The host and port of ``proxy``.
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.authority import load_secure_key
+from polyclinic.engines.flare import keys, wire
+from polyclinic.engines.flare.homes import BadHome
 from polyclinic.transforms.secure import vector_of
 from polyclinic.transforms.secure.keys import ProtocolError, Session
 from polyclinic.transforms.secure.messages import Advert, Agreed
@@ -20,9 +20,9 @@ from polyclinic.transforms.secure.site import SecureSite
 class SecureTraining:
     """Whatever sum this site takes part in just now."""
 
-    def __init__(self, site: str, identities: Mapping[str, str], key: Path) -> None:
-        """``identities`` are the sites' public keys as a person approved them with the order."""
-        self.site, self.identities, self.key = site, dict(identities), key
+    def __init__(self, site: str, identities: Mapping[str, str], own: Path) -> None:
+        """``identities`` are the sites' public keys as a person approved them with the order; ``own``: its keys/."""
+        self.site, self.identities, self.own = site, dict(identities), own
         self._session: SecureSite | None = None
         self._alive: tuple[str, ...] = ()
 
@@ -72,7 +72,11 @@ class SecureTraining:
                                 f"asks for {min_sites} (require.min_sites)")  # fmt: skip
         if session.size != (size := len(vector_of(wire.read(Path(command["vector"]))))):
             raise ProtocolError(f"a session for {session.size} numbers, and here are {size}")
-        self._session = SecureSite(session, self.site, load_secure_key(self.key))
+        try:
+            key = keys.for_sums(self.own, self.identities.get(self.site, ""))
+        except BadHome as error:
+            raise ProtocolError(str(error)) from None
+        self._session = SecureSite(session, self.site, key)
         return self._session.advertise()
 
     def _agree(self, alive: Any, revealed: list[str], min_sites: int) -> Agreed:

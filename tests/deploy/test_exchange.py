@@ -3,7 +3,9 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.train import train, train_async
-from polyclinic.engines.flare import wire
+from polyclinic.engines.flare import exchange, wire
 from polyclinic.engines.flare.federation import discount_of
 from polyclinic.engines.flare.messages import VERSION, Answer, Call
 from polyclinic.engines.flare.reviews import REFUSED, Reviews
@@ -159,6 +161,28 @@ def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> N
     assert mine[1].after == mine[0].number  # it goes on from what it kept after round 0
     lost = [e for e in verify(tmp_path / "server" / an.run / "journal.jsonl") if e["event"] == "lost"]
     assert [(e["site"], e["round"]) for e in lost] == [("site-1", 1), ("site-1", 2)]
+
+
+def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it is named."""
+    looks = count()
+    monkeypatch.setattr(
+        exchange, "time", SimpleNamespace(monotonic=lambda: float(next(looks)))
+    )  # a second at each look
+    homes = hospital(tmp_path, policy=EVERYTHING)
+    an = order("scaffold", rounds=2, deadline=100.0, score_every=2, test="score/test")
+    for home in homes.values():
+        approve(home, an)
+    outcome, _ = run(tmp_path, an, homes, lose=lambda call: call.site == "site-1" and call.job.startswith("score"))
+    assert outcome == "finished"
+    assert equal(reference(an)[0], state_of(tmp_path, an))
+    folder = tmp_path / "server" / an.run
+    facts = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for kind in ("scores", "test"):
+        assert [fact["site"] for fact in facts if fact["kind"] == kind] == ["site-0", "site-2"]
+    lost = [e for e in verify(folder / "journal.jsonl") if e["event"] == "lost"]
+    assert {(e["site"], e["reason"]) for e in lost} == {("site-1", "no answer within 100 s")}
+    assert {e["job"] for e in lost} == {"score/val", "score/test"}
 
 
 def test_what_the_server_never_wrote_is_undone_at_the_site(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import coordinator, kit, member
+from polyclinic.engines.flare import coordinator, keys, kit, member
 from polyclinic.engines.flare.authority import Authority, BadFile
 from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome, name
+from tests.deploy.local import order
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,16 @@ def test_a_site_joins_and_its_keys_never_leave(site: SiteHome, table: dict, tmp_
     assert len(fingerprint.replace(":", "")) == 64
     for path in (site.keys / "site.key", site.keys / "secure.key", site.kit / "startup" / "client.key", site.settings):
         assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_order_without_a_deadline_gets_the_servers(server: ServerHome, table: dict) -> None:
+    """A site that never answers would hold up a run for ever."""
+    assert table["site"] == "site-1"
+    queued = coordinator.order(server, order(run="no-deadline", sites=["site-1"]))
+    assert queued.deadline == coordinator.DEFAULTS["answer_within"]
+    assert coordinator.order(server, order(run="own-deadline", sites=["site-1"], deadline=7.0)).deadline == 7.0
+    server.settings.write_text(server.settings.read_text().replace("answer_within = 86400", "answer_within = 600"))
+    assert coordinator.order(server, order(run="set-deadline", sites=["site-1"])).deadline == 600.0
 
 
 def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteHome, server: ServerHome) -> None:
@@ -180,11 +191,22 @@ def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(
     assert (site.keys / "site.key").read_text() == before
     join = write(tmp_path / "join", coordinator.admit(server, site.path / "site-1.request")[1])
     member.read_join(site, join)
+    secure = keys.load_secure(site.keys / "secure.key").public_key().public_bytes_raw().hex()
     member.init(site, "site-1", "hospital", renew=True, new_keys=True)
+    assert (site.keys / "site.key").read_text() == before  # in use until the certificate has come
+    member.read_join(site, join)
+    table, _ = member.read_join(site, write(join, coordinator.admit(server, site.path / "site-1.request")[1]))
+    (tmp_path / "data").mkdir()
+    member.join(site, table, tmp_path / "data")
     assert (site.keys / "site.key").read_text() != before
-    with pytest.raises(BadFile, match="not for this site's key"):
-        member.read_join(site, join)
-    member.read_join(site, write(join, coordinator.admit(server, site.path / "site-1.request")[1]))
+    assert not keys.upcoming(site.keys).exists()
+    assert (site.kit / "startup" / "client.key").read_text() == (site.keys / "site.key").read_text()
+    assert table["secure"] != secure
+    for public in (secure, table["secure"]):  # studies that were approved with the earlier key go on with it
+        assert keys.for_sums(site.keys, public).public_key().public_bytes_raw().hex() == public
+    with pytest.raises(BadHome, match="another key"):
+        keys.for_sums(site.keys, "0" * 64)
+    assert len(list(site.certificates.glob("*.crt"))) == 2
 
 
 @pytest.mark.parametrize(

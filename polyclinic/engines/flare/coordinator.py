@@ -14,7 +14,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import kit, processes, require
+from polyclinic.engines.flare import keys, kit, processes, require
 from polyclinic.engines.flare.authority import Authority, BadFile
 from polyclinic.engines.flare.homes import (
     BadHome,
@@ -36,7 +36,9 @@ from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.engines.flare.runs import Queue
 
-DEFAULTS = {"runs_at_once": 1, "wait_for_all": 60, "dead_after": 30}
+# How many runs go on at once; seconds to wait for every site before a run begins without some; seconds of silence after
+# which a site is away; and seconds after which an answer is not waited for, where the study sets no deadline.
+DEFAULTS = {"runs_at_once": 1, "wait_for_all": 60, "dead_after": 30, "answer_within": 86400}
 
 
 def init(
@@ -102,9 +104,9 @@ def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], 
         ("server", given["host"], "", tuple(dict.fromkeys((given["host"], "localhost")))),
         ("admin", kit.COORDINATOR, "lead", ()),
     ):
-        key = rsa.generate_private_key(public_exponent=65537, key_size=authorities.BITS)
+        key = rsa.generate_private_key(public_exponent=65537, key_size=keys.BITS)
         certificate = authority.issue(key.public_key(), who, given["organisation"], role=role, hosts=hosts, days=days)
-        made |= {f"{which}.crt": certificate.public_bytes(pem), f"{which}.key": authorities.pem(key)}
+        made |= {f"{which}.crt": certificate.public_bytes(pem), f"{which}.key": keys.pem(key)}
     kit.make_server(home.kit, home.admin, home.store, {**given, "sites": 1000}, made)
 
 
@@ -115,9 +117,9 @@ def settings(home: ServerHome) -> dict[str, Any]:
         BadHome: Where it is not there or lacks something.
     """
     found = read_toml(home.settings, "polyclinic server init")
-    if missing := [key for key in ("project", "host", "port", "organisation", "scheme", *DEFAULTS) if key not in found]:
+    if missing := [key for key in ("project", "host", "port", "organisation", "scheme") if key not in found]:
         raise BadHome(f"{home.settings}: {missing[0]} is missing")
-    return found
+    return {**DEFAULTS, **found}
 
 
 def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tuple[str, dict[str, Any]]:
@@ -213,7 +215,11 @@ def order(home: ServerHome, an: Order) -> Order:
         may = ", ".join(site for site in admitted if not admitted[site]["revoked"])
         raise BadHome(f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {may or 'none yet'}")
     # Vouched for by the authority, and part of what a person approves at every site.
-    made = replace(an, identities={site: admitted[site]["secure"] for site in plan.sites})
+    identities = {site: admitted[site]["secure"] for site in plan.sites}
+    deadline = an.deadline or float(
+        settings(home)["answer_within"]
+    )  # a site that never answers holds nobody up for ever
+    made = replace(an, identities=identities, deadline=deadline)
     Queue(home).add(made)
     return made
 

@@ -154,7 +154,7 @@ class Exchange:
 
     def lost(self, call: Call, reason: str, answer: Answer | None = None) -> Outcome:
         """Writes down that a call came to nothing."""
-        self._write("lost", call, answer, {"reason": reason})
+        self._write("lost", call, answer, {"job": call.job, "reason": reason})
         return Outcome(call, None, reason, answer.seconds if answer else 0.0)
 
     def _hear(self, delivery: Delivery) -> Outcome | None:

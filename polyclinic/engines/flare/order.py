@@ -38,7 +38,8 @@ class Order:
             and asks each site what its data are.
         cohort: How many sites a round asks; all by default.
         min_replies: How many usable replies an update needs.
-        deadline: Seconds after which a site that has not answered is lost for a round.
+        deadline: Seconds after which a site that has not answered is lost for a round, a survey, or scores. What the
+            coordinator queues always has one: that of the study, or ``answer_within`` of server.toml.
         buffer: In buffered mode, how many answers one update takes. ``passes``: how often each site is asked.
         score_every: After every how many rounds sites score the model on their validation data; 0 for never.
         test: The job at the end, ``score/test`` or ``predict/test``; none where empty.

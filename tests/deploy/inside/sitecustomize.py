@@ -1,8 +1,8 @@
 """Loaded by Python in every real process that the tests start, because this folder stands on PYTHONPATH.
 
 By files in the folder that POLYCLINIC_TEST_FAULTS names, a test decides about processes that it did not write: when they
-die (``*.kill``), how long a site works (``hold-SITE-ROUND``), and what a site's job process makes of an answer
-(``twist-SITE``). Privacy noise comes from the site's name, so that it repeats. Without that folder nothing changes.
+die (``*.kill``), how long a site works (``hold-SITE-ROUND``) or scores (``silent-SITE``), and what a site's job process
+makes of an answer (``twist-SITE``). Privacy noise comes from the site's name, so that it repeats. Without that folder nothing changes.
 """
 
 import hashlib
@@ -66,6 +66,8 @@ def change_training(module: Any) -> None:
         if hold.exists():
             hold.with_name(f"held-{self.site.name}-{command['round']}").touch()
         while hold.exists() and not command["job"].startswith("score"):
+            time.sleep(0.02)
+        while command["job"].startswith("score") and (FOLDER / f"silent-{self.site.name}").exists():
             time.sleep(0.02)
         return ask(self, command)
 

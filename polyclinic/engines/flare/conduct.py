@@ -31,6 +31,7 @@ from polyclinic.engines.flare.homes import private_folder, write_private
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.processes import birth
+from polyclinic.engines.flare.records import Records
 from polyclinic.engines.flare.runs import FAILED, FINISHED, INTERRUPTED
 from polyclinic.tasks.evaluation import evaluate
 
@@ -120,7 +121,9 @@ class Conductor:
         del at
         greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll)
         ready = greet(greeting, self.members)
-        self._open_records(self._at.records)
+        self._records = Records(
+            self.folder / "records.jsonl", self._at.records, self.order.label or self.plan.method, self.plan.seed
+        )
         federation = FlareFederation(
             self.order, self.carrier, self.folder / "under-way", self.journal, ready, self.plan.seed,
             Count(self._at.number, self._at.answered),
@@ -144,7 +147,7 @@ class Conductor:
             following = self.method.ask(step.state)
             over = following is None or following.round != step.ask.round
             done = step.ask.round + 1 if over else self._at.round
-            self._record_step(step, done, time.perf_counter() - begun)
+            self._records.step(step, done, time.perf_counter() - begun)
             last = following is None or done >= self.plan.rounds
             if self.order.score_every and over and (done % self.order.score_every == 0 or last):
                 self._judge(federation, step.state, done)
@@ -179,7 +182,7 @@ class Conductor:
         found = []
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
-            self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
+            self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
                 found.append(metrics[self.order.best["metric"]])
         if not found:
@@ -217,7 +220,7 @@ class Conductor:
             self.journal.write("test opened", {"round": tested.round})
             self._test(federation, tested)
             opened = sum(entry["event"] == "test opened" for entry in verify(self.folder / "journal.jsonl"))
-            self._record("sealed", opened=opened)
+            self._records.write("sealed", opened=opened)
         self._save(federation, end.state, end.round, trained=True)
 
     def _test(self, federation: FlareFederation, tested: Standing) -> None:
@@ -227,32 +230,17 @@ class Conductor:
             said = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
         for site, leaves in said.items():
             metrics = self.method.task.summary(leaves)
-            self._record("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
+            self._records.write("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
         others = [site for site in federation.sites if site not in said]
         scored = evaluate(self.method, federation, tested.state, others, "score/test") if others else {}
         for site, leaves in scored.items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
-            self._record("test", round=tested.round, site=site, metrics=metrics, n=int(leaves["n"]))
+            self._records.write("test", round=tested.round, site=site, metrics=metrics, n=int(leaves["n"]))
         known = evaluate(self.method, federation, tested.state, list(said), "predict/val") if said else {}
         for name, answers in (("predictions", said), ("validation", known)):
             if answers:
                 leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
                 wire.write(self.folder / f"{name}.safetensors", leaves)
-
-    def _record_step(self, step: Step[Any], done: int, wall: float) -> None:
-        facts = {name: dict(getattr(step, name)) for name in ("bytes_up", "bytes_down", "seconds", "lost")}
-        self._record("round", round=done, wall=wall, asked=list(step.asked), job=step.ask.job, **facts)
-        for site, reason in step.lost.items():
-            self._record("quarantine", round=done, site=site, reason=reason)
-
-    def _record(self, kind: str, **facts: Any) -> None:
-        fact = {"kind": kind, "method": self.order.label or self.plan.method, "seed": self.plan.seed, **facts}
-        self._records.write(json.dumps(fact, separators=(",", ":")).encode() + b"\n")
-
-    def _open_records(self, length: int) -> None:
-        self._records = open(self.folder / "records.jsonl", "ab")  # noqa: SIM115
-        self._records.truncate(length)
-        self._records.seek(0, os.SEEK_END)
 
     def _load(self) -> Standing | None:
         path = self.folder / "checkpoint.safetensors"
@@ -262,11 +250,10 @@ class Conductor:
         return standing
 
     def _save(self, federation: FlareFederation, state: Any, done: int, trained: bool = False) -> None:
-        self._records.flush()
-        os.fsync(self._records.fileno())
+        length = self._records.sync()
         count = federation.count
         best = (self._at.best, self._at.score, self._at.kept)
-        self._at = Standing(state, done, count.number, dict(count.answered), self._records.tell(), trained, *best)
+        self._at = Standing(state, done, count.number, dict(count.answered), length, trained, *best)
         _, sha256 = wire.write(self.folder / "checkpoint.safetensors", self._at)
         for old in self.folder.glob("best-*.safetensors"):
             if old != self._best(self._at.best):

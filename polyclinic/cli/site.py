@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from polyclinic.cli.review import methods_of, show
-from polyclinic.engines.flare import doctor, member
+from polyclinic.engines.flare import doctor, member, proxies
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.memory import Memory
@@ -115,9 +115,9 @@ def status(*, home: Home = HERE) -> None:
     up = member.is_up(site)
     print(f"site     {given['site']} is {member.status(site)['state'] if up else 'not running'}")
     if "project" in given:
-        print(
-            f"server   {given['project']} at {given['host']}:{given['port']}, certificate until {given['expires'][:10]}"
-        )
+        way = f" through {proxy}" if (proxy := proxies.of(given)) else ""
+        where = f"{given['project']} at {given['host']}:{given['port']}{way}"
+        print(f"server   {where}, certificate until {given['expires'][:10]}")
         print(f"data     {given['data']}")
     else:
         print("server   not joined yet")

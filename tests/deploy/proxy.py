@@ -1,19 +1,22 @@
-"""A way between a site and its server that a test can cut, stall and slow down."""
+"""Ways between a site and its server: one that a test can cut, stall and slow down, and one that speaks HTTP."""
 
+import queue
 import selectors
 import socket
 import threading
 import time
 from contextlib import suppress
 
-BLOCK = 2**16
+BLOCK = 2**14
+ON_THE_LINE = 64  # blocks, for each way: a megabyte
 
 
 class Proxy:
     """Listens on a port of its own and passes bytes both ways to ``target``.
 
     Attributes:
-        rate: Bytes a second in each direction; without limit where None. ``delay``: seconds that each block waits.
+        rate: Bytes a second in each direction; without limit where None. ``delay``: seconds that each byte is on
+            its way.
         stalled: Whether bytes are held back, as by a firewall that drops packets.
     """
 
@@ -63,6 +66,9 @@ class Proxy:
                 threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
 
     def _pass(self, one: socket.socket, other: socket.socket) -> None:
+        """One direction: what is read waits on the line, and another thread lets it out when it is due."""
+        line: queue.Queue[tuple[float, bytes]] = queue.Queue(ON_THE_LINE)
+        threading.Thread(target=self._let_out, args=(line, one, other), daemon=True).start()
         with suppress(OSError), selectors.DefaultSelector() as ready:
             ready.register(one, selectors.EVENT_READ)
             while True:
@@ -73,8 +79,17 @@ class Proxy:
                 block = one.recv(BLOCK)
                 if not block:
                     break
-                if self.delay:
-                    time.sleep(self.delay)
+                line.put((time.monotonic() + self.delay, block))
+        line.put((0.0, b""))
+
+    def _let_out(self, line: "queue.Queue[tuple[float, bytes]]", one: socket.socket, other: socket.socket) -> None:
+        block = b""
+        with suppress(OSError):
+            while True:
+                due, block = line.get()
+                if not block:
+                    break
+                time.sleep(max(0.0, due - time.monotonic()))
                 if self.rate:
                     time.sleep(len(block) / self.rate)
                 while self.stalled:
@@ -87,3 +102,50 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
             with suppress(OSError):
                 end.close()
+        while block:  # so that who reads never waits for room
+            block = line.get()[1]
+
+
+class HttpProxy:
+    """What stands at a hospital's way out: it passes CONNECT on, and counts calls (``asked``) and bytes (``passed``)."""
+
+    def __init__(self, allow: bool = True) -> None:
+        self.allow, self.asked, self.passed = allow, list[str](), 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = self.listening.accept()
+                threading.Thread(target=self._one, args=(line,), daemon=True).start()
+
+    def _one(self, line: socket.socket) -> None:
+        with suppress(OSError, ValueError, IndexError):
+            said = b""
+            while b"\r\n\r\n" not in said:
+                said += line.recv(4096)
+            to = said.split()[1].decode()
+            self.asked.append(to)
+            if not self.allow:
+                line.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+                line.close()
+                return
+            there = socket.create_connection((to.rpartition(":")[0], int(to.rpartition(":")[2])))
+            line.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            for a, b in ((line, there), (there, line)):
+                threading.Thread(target=self._pass, args=(a, b), daemon=True).start()
+
+    def close(self) -> None:
+        self.listening.close()
+
+    def _pass(self, a: socket.socket, b: socket.socket) -> None:
+        with suppress(OSError):
+            while data := a.recv(65536):
+                b.sendall(data)
+                self.passed += len(data)
+        for end in (a, b):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

@@ -3,10 +3,8 @@
 import shutil
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,55 +13,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import coordinator, processes, proxies
+from polyclinic.engines.flare import coordinator, keys, processes, proxies
 from polyclinic.engines.flare.authority import Authority
 from polyclinic.engines.flare.homes import BadHome
 from tests.deploy.local import order
+from tests.deploy.proxy import HttpProxy
 from tests.deploy.real import Hospitals, until
-
-
-class HttpProxy:
-    """What stands at a hospital's way out: it passes CONNECT on, and counts."""
-
-    def __init__(self, allow: bool = True) -> None:
-        self.allow, self.asked = allow, list[str]()
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                line, _ = self.listening.accept()
-                threading.Thread(target=self._one, args=(line,), daemon=True).start()
-
-    def _one(self, line: socket.socket) -> None:
-        with suppress(OSError, ValueError, IndexError):
-            said = b""
-            while b"\r\n\r\n" not in said:
-                said += line.recv(4096)
-            to = said.split()[1].decode()
-            self.asked.append(to)
-            if not self.allow:
-                line.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
-                line.close()
-                return
-            there = socket.create_connection((to.rpartition(":")[0], int(to.rpartition(":")[2])))
-            line.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            for a, b in ((line, there), (there, line)):
-                threading.Thread(target=_pass, args=(a, b), daemon=True).start()
-
-    def close(self) -> None:
-        self.listening.close()
-
-
-def _pass(a: socket.socket, b: socket.socket) -> None:
-    with suppress(OSError):
-        while data := a.recv(65536):
-            b.sendall(data)
-    for end in (a, b):
-        with suppress(OSError):
-            end.close()
 
 
 def test_a_proxy_is_one_or_is_told() -> None:
@@ -165,7 +120,7 @@ def test_who_has_no_good_certificate_is_not_heard(
             certificate = authority.issue(key.public_key(), "site-0", "hospital", days=1)
         for ending, data in (
             (".crt", certificate.public_bytes(serialization.Encoding.PEM)),
-            (".key", authorities.pem(key)),
+            (".key", keys.pem(key)),
         ):
             (tmp_path / f"{name}{ending}").write_bytes(data)
         return tmp_path / f"{name}.crt", tmp_path / f"{name}.key"

@@ -2,7 +2,8 @@
 
 FLARE itself notices a machine that fell silent, but not one that was switched off and on again: it lets the site in
 under a new token and waits for ever for a job process that no longer exists. A process that does not answer for
-``dead_after`` seconds counts as away, whatever the machine says.
+``dead_after`` seconds counts as away, whatever the machine says. Over a slow line the question waits behind the file
+that is under way; so each block of that file counts as an answer.
 """
 
 import logging
@@ -40,6 +41,11 @@ class Pulse:
         """Whether a site has answered before, and does not any more."""
         return time.monotonic() - self._heard.get(site, float("inf")) > self._dead_after
 
+    def heard(self, place: str) -> None:
+        """Something came from the process called ``place``."""
+        if place in self._places:
+            self._heard[self._places[place]] = time.monotonic()
+
     def close(self) -> None:
         """Asks no more."""
         self._over.set()
@@ -56,4 +62,4 @@ class Pulse:
                 continue
             for place, reply in said.items():
                 if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
-                    self._heard[self._places[place]] = time.monotonic()
+                    self.heard(place)

@@ -1,37 +1,60 @@
 """Files between FLARE's job processes: offered at one end, fetched in blocks by the other, hashed on the way.
 
 FLARE's own download service moves the blocks. A file is named by an unguessable reference that only its receiver is
-told. Small files travel inside the message. Nothing is held in memory but a block.
+told. Small files travel inside the message. Nothing is held in memory but a block. Over a slow line nothing else gets
+past a block; so blocks are small, and whoever wants to know that the other end lives is told of each.
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nvflare.fuel.f3.streaming.download_service import Consumer, download_object
-from nvflare.fuel.f3.streaming.file_downloader import add_file
+from nvflare.fuel.f3.streaming.file_downloader import FileDownloadable
 from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 
 from polyclinic.engines.flare.messages import BadMessage
 
 INLINE = 2**18
-BLOCK, LARGE = 4 * 2**20, 2**26
+BLOCK = 2**20
 PATIENCE = 60.0
 KEEP = 3600.0
 
 
-def offer(cell: Any, path: Path, receivers: int) -> dict[str, Any]:
-    """What to put beside a message so that its ``receivers`` can have the file at ``path``."""
+def offer(cell: Any, path: Path, receivers: int, moved: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """What to put beside a message so that its ``receivers`` can have the file at ``path``.
+
+    ``moved`` is told which process asked, at every block.
+    """
     if path.stat().st_size <= INLINE:
         return {"body": path.read_bytes()}
     downloader = ObjectDownloader(cell, timeout=KEEP, num_receivers=receivers)
-    # Of a file that is not large all blocks together cost no memory to speak of, and fewer are faster.
-    block = BLOCK if path.stat().st_size > LARGE else 4 * BLOCK
-    return {"ref": add_file(downloader, str(path), chunk_size=block), "at": cell.get_fqcn()}
+    return {"ref": downloader.add_object(_Watched(path, moved)), "at": cell.get_fqcn()}
 
 
-def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: Any = None) -> tuple[int, str]:
+class _Watched(FileDownloadable):  # type: ignore[misc]
+    """A file that is offered, and somebody who hears of each block."""
+
+    def __init__(self, path: Path, moved: Callable[[str], None] | None) -> None:
+        super().__init__(str(path), chunk_size=BLOCK)
+        self._moved = moved
+
+    def produce(self, state: dict[str, Any], requester: str) -> tuple[str, Any, dict[str, Any]]:
+        """The next block."""
+        if self._moved:
+            self._moved(requester)
+        made: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)
+        return made
+
+
+def fetch(
+    cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: Any = None,
+    moved: Callable[[str], None] | None = None,
+) -> tuple[int, str]:  # fmt: skip
     """Writes the file that stands ``beside`` a message from the process ``sender`` to ``path``; its length and SHA-256.
+
+    ``moved`` is told the sender at every block.
 
     Raises:
         OSError: Where it cannot be had, or is longer than ``limit`` bytes.
@@ -45,7 +68,7 @@ def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: 
         return len(body), hashlib.sha256(body).hexdigest()
     if not (isinstance(ref, str) and isinstance(at, str)) or at != sender:
         raise BadMessage(f"no file of {sender} stands beside its message")
-    consumer = _ToFile(path, limit)
+    consumer = _ToFile(path, limit, lambda: moved(sender) if moved else None)
     with consumer:
         download_object(
             from_fqcn=at, ref_id=ref, per_request_timeout=PATIENCE, cell=cell, consumer=consumer, abort_signal=stopped
@@ -59,15 +82,10 @@ def fetch(cell: Any, beside: Any, sender: str, path: Path, limit: int, stopped: 
 class _ToFile(Consumer):  # type: ignore[misc]
     """Takes blocks as they come."""
 
-    def __init__(self, path: Path, limit: int) -> None:
+    def __init__(self, path: Path, limit: int, moved: Callable[[], None]) -> None:
         super().__init__()
-        self.path, self.limit, self.size, self.hasher, self.problem = (
-            path,
-            limit,
-            0,
-            hashlib.sha256(),
-            "it did not come",
-        )
+        self.path, self.limit, self.moved = path, limit, moved
+        self.size, self.hasher, self.problem = 0, hashlib.sha256(), "it did not come"
 
     def __enter__(self) -> "_ToFile":
         self.file = open(self.path, "wb")
@@ -78,6 +96,7 @@ class _ToFile(Consumer):  # type: ignore[misc]
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
         """A block."""
+        self.moved()
         if not isinstance(data, bytes) or self.size + len(data) > self.limit:
             raise OSError(f"more than the {self.limit} bytes that were announced came")
         self.file.write(data)

@@ -78,7 +78,7 @@ def verify(path: Path) -> Iterator[dict[str, Any]]:
                 entry = json.loads(line)
                 fits = entry["seq"] == number and entry["previous"] == head
                 unchanged = fits and _hash({k: v for k, v in entry.items() if k != "hash"}) == entry["hash"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 unchanged = False
             if not unchanged:
                 raise Broken(f"{path}:{number + 1}: this entry was changed, or one before it removed")

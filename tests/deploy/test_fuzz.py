@@ -18,7 +18,7 @@ from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.data.examples import Examples
 from polyclinic.engines.describe import PART, checked, describe, read_description
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import proxies, wire
+from polyclinic.engines.flare import keys, proxies, wire
 from polyclinic.engines.flare.authority import Authority
 from polyclinic.engines.flare.homes import BadHome
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call
@@ -50,7 +50,7 @@ def decoders(root: Path) -> dict[str, Decoder]:
     authority = Authority.make(root / "ca", "fuzz")
     request = authorities.request(root / "keys", "site-1", "hospital", "0")
     join = authorities.join_file(authority, request, {"project": "fuzz", "host": "h", "port": 1, "scheme": "grpc"})
-    key = authorities.load_key(root / "keys" / "site.key")
+    key = keys.load(root / "keys" / "site.key")
     journal = Journal(root / "made.jsonl")
     for i in range(5):
         journal.write("event", {"n": i})
@@ -94,7 +94,7 @@ def decoders(root: Path) -> dict[str, Decoder]:
         "descriptions": (said, leaf, (states.Corrupt,)),
         "tables of descriptions": (said, table(checked), (ValueError, TypeError, KeyError, AttributeError)),
         "requests": (json.dumps(request).encode(), table(authorities.check_request), (BadHome,)),
-        "join files": (json.dumps(join).encode(), table(lambda t: authorities.check_join(t, key, "site-1")), (BadHome,)),
+        "join files": (json.dumps(join).encode(), table(lambda t: authorities.check_join(t, [key], "site-1")), (BadHome,)),
         "policies": (DEFAULT.encode(), parse, (BadPolicy,)),
         "studies": (STUDY.encode(), text(spec.parse), (BadStudy,)),
         "journals": ((root / "made.jsonl").read_bytes(), on_disk(lambda path: list(verify(path))), (Broken,)),
@@ -177,6 +177,16 @@ def all_decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]
 def test_damaged_bytes_are_read_or_refused(name: str, all_decoders: dict[str, Decoder]) -> None:
     assert set(NAMES) == set(all_decoders)
     assert fuzz(name, all_decoders[name], QUICK) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("states", b""), ("replies", b""), ("journals", b'{"a":' * 100_000), ("states", b"\xff" * 8)],
+)
+def test_what_was_found_once_stays_refused(name: str, found: bytes, all_decoders: dict[str, Decoder]) -> None:
+    _, read, refusals = all_decoders[name]
+    with pytest.raises(refusals):
+        read(found)
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ class FedAvg(Method[State]):
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = ask.trees["params"]
-        end = self.local.fit(self.task, start, site, ask.round)
-        return Reply({"update": Mean.of(tree.sub(end, start), self.weight(site))}), memory
+        update = tree.sub(self.local.fit(self.task, start, site, ask.round), start)
+        return Reply({"update": Mean.of(update, self.weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         change = tree.scale(reply.mean("update").value, self.lr)

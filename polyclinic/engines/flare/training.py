@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.engines import policy as policies
@@ -72,7 +71,7 @@ class Training:
     @cached_property
     def sums(self) -> SecureTraining:
         """This site's part in secure sums."""
-        return SecureTraining(self.site.name, self.order.identities, self.home.keys / "secure.key")
+        return SecureTraining(self.site.name, self.order.identities, self.home.keys)
 
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """What came of one command; whatever goes wrong is a reason, not an exception."""
@@ -114,9 +113,9 @@ class Training:
             return [f"it cannot be built here: {error}"]
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        ask = wire.read(Path(command["ask"]))
+        ask = wire.read_ask(Path(command["ask"]))
         memory = wire.read(Path(command["memory"])) if command["memory"] else {}
-        if not isinstance(ask, Ask) or (ask.round, ask.job) != (command["round"], command["job"]):
+        if (ask.round, ask.job) != (command["round"], command["job"]):
             raise Corrupt("the file holds another ask than the message says")
         policy = policies.read(self.home.policy)
         if command["automatic"] and self.order.method_hash not in policy.approve.automatically:

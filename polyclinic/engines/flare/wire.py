@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import state
+from polyclinic.core.method import Ask
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
+
+LARGE = 2**20
 
 
 def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
@@ -59,8 +62,28 @@ def read(path: Path) -> Any:
     Raises:
         Corrupt: Where it is not a value of ours.
     """
+    return state.decode(_mapped(path), share=True)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file at ``path`` as memory, of which nothing is read yet."""
     with open(path, "rb") as file:
-        return state.decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), share=True)
+        if os.fstat(file.fileno()).st_size == 0:
+            raise state.Corrupt("the file is empty")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def read_ask(path: Path) -> Ask:
+    """The ask at ``path``, whose leaves stay on the disk until somebody looks at them.
+
+    Raises:
+        Corrupt: Where the file does not hold an ask.
+    """
+    mapped = _mapped(path)
+    ask = state.decode(mapped, share=True)
+    if not isinstance(ask, Ask) or not isinstance(ask.trees, Mapping) or ask.each != {}:
+        raise state.Corrupt(f"an ask for one site was expected, not {type(ask).__name__}")
+    return replace(ask, trees={name: OnDisk(_tree(name, leaves), mapped) for name, leaves in ask.trees.items()})
 
 
 def read_reply(path: Path) -> Reply:
@@ -69,10 +92,7 @@ def read_reply(path: Path) -> Reply:
     Raises:
         Corrupt: Where the file does not hold a reply.
     """
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise state.Corrupt("the file is empty")
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped = _mapped(path)
     reply = state.decode(mapped, share=True)
     if not isinstance(reply, Reply) or not isinstance(reply.parts, Mapping):
         raise state.Corrupt(f"a reply was expected, not {type(reply).__name__}")
@@ -108,14 +128,14 @@ def _tree(part: str, value: Any) -> Mapping[str, Tensor]:
 
 
 class OnDisk(Mapping[str, Tensor]):
-    """A tree whose leaves lie in a file. Each access copies one leaf into memory."""
+    """A tree whose leaves lie in a file. Each access copies one leaf into memory; two trees in one are in memory."""
 
     def __init__(self, views: Mapping[str, Tensor], mapped: mmap.mmap) -> None:
         self._views, self._mapped = views, mapped
 
     def __getitem__(self, name: str) -> Tensor:
         """The leaf, in memory."""
-        leaf = self._views[name].clone()
+        leaf = _copy(self._views[name])
         self._mapped.madvise(mmap.MADV_DONTNEED)  # nothing was written to the pages, so nothing is lost
         return leaf
 
@@ -127,7 +147,22 @@ class OnDisk(Mapping[str, Tensor]):
         """How many leaves."""
         return len(self._views)
 
+    def __or__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This tree and another, as of two dictionaries."""
+        return {**self, **other}
+
+    def __ror__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Another tree and this, as of two dictionaries."""
+        return {**other, **self}
+
     @property
     def nbytes(self) -> int:
         """The bytes of all leaves, without reading them."""
         return sum(view.numel() * view.element_size() for view in self._views.values())
+
+
+def _copy(view: Tensor) -> Tensor:
+    """A copy of a leaf. Of a large one in pages of its own, which are gone with it: a heap would keep holes."""
+    if (size := view.numel() * view.element_size()) < LARGE:
+        return view.clone()
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=view.dtype).view(view.shape).copy_(view)

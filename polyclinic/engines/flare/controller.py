@@ -46,7 +46,7 @@ class FlareCarrier:
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         """Sends each call to its site, and with each the same file."""
-        beside = transfer.offer(self.cell, body, len(calls), self.pulse.heard) if body else {}
+        beside = transfer.offer(self.cell, body, len(calls), self.pulse.moved) if body else {}
         for call in calls:
             task = Task(TASK, Shareable({"call": call.to_json(), **beside}), result_received_cb=self._received)
             self.drop(call.site)
@@ -95,7 +95,7 @@ class FlareCarrier:
         if "ref" in result or "body" in result:
             try:
                 found = transfer.fetch(
-                    self.cell, result, f"{site}.{self.job}", path, self.limit, self.abort_signal, self.pulse.heard
+                    self.cell, result, f"{site}.{self.job}", path, self.limit, self.abort_signal, self.pulse.moved
                 )
             except (OSError, BadMessage) as error:
                 problem = str(error)

@@ -2,8 +2,8 @@
 
 FLARE itself notices a machine that fell silent, but not one that was switched off and on again: it lets the site in
 under a new token and waits for ever for a job process that no longer exists. A process that does not answer for
-``dead_after`` seconds counts as away, whatever the machine says. Over a slow line the question waits behind the file
-that is under way; so each block of that file counts as an answer.
+``dead_after`` seconds counts as away, whatever the machine says. Over a slow line the question waits behind the block of a
+file that is under way; so a block counts as an answer, and the next one may take a minute longer.
 """
 
 import logging
@@ -18,6 +18,7 @@ from nvflare.fuel.f3.message import Message
 
 CHANNEL, TOPIC = "polyclinic", "pulse"
 EVERY = 3.0
+BLOCK_TAKES = 60.0
 log = logging.getLogger(__name__)
 
 
@@ -33,18 +34,23 @@ class Pulse:
         """For FLARE's ``job``. Sites count as living until they have been silent for ``dead_after`` seconds."""
         self._cell, self._places, self._dead_after = cell, {f"{site}.{job}": site for site in sites}, dead_after
         # Their processes are only starting now; how long that may take is for the greeting to say.
-        self._heard = dict.fromkeys(sites, float("inf"))
+        self._lives_until = dict.fromkeys(sites, float("inf"))
         self._over = threading.Event()
         threading.Thread(target=self._ask, name="pulse", daemon=True).start()
 
     def silent(self, site: str) -> bool:
         """Whether a site has answered before, and does not any more."""
-        return time.monotonic() - self._heard.get(site, float("inf")) > self._dead_after
+        return time.monotonic() > self._lives_until.get(site, float("inf"))
 
-    def heard(self, place: str) -> None:
-        """Something came from the process called ``place``."""
-        if place in self._places:
-            self._heard[self._places[place]] = time.monotonic()
+    def moved(self, place: str) -> None:
+        """A block of a file goes to, or came from, the process called ``place``."""
+        self._heard(place, BLOCK_TAKES)
+
+    def _heard(self, place: str, longer: float = 0.0) -> None:
+        if (site := self._places.get(place)) is not None:
+            before = self._lives_until[site]
+            until = time.monotonic() + self._dead_after + longer
+            self._lives_until[site] = until if before == float("inf") else max(before, until)
 
     def close(self) -> None:
         """Asks no more."""
@@ -62,4 +68,4 @@ class Pulse:
                 continue
             for place, reply in said.items():
                 if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
-                    self.heard(place)
+                    self._heard(place)

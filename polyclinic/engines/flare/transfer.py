@@ -2,7 +2,8 @@
 
 FLARE's own download service moves the blocks. A file is named by an unguessable reference that only its receiver is
 told. Small files travel inside the message. Nothing is held in memory but a block. Over a slow line nothing else gets
-past a block; so blocks are small, and whoever wants to know that the other end lives is told of each.
+past a block; so whoever wants to know that the other end lives is told of each. Smaller blocks would get out of the way
+sooner, but FLARE keeps a thread for a minute for every one of them.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from nvflare.fuel.f3.streaming.obj_downloader import ObjectDownloader
 from polyclinic.engines.flare.messages import BadMessage
 
 INLINE = 2**18
-BLOCK = 2**20
+BLOCK = 2**22
 PATIENCE = 60.0
 KEEP = 3600.0
 

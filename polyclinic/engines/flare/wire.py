@@ -19,8 +19,6 @@ from polyclinic.core import state
 from polyclinic.core.method import Ask
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
 
-LARGE = 2**20
-
 
 def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
     """Writes ``value`` to ``path``, forces it to the disk if it must be ``durable``; its length and SHA-256.
@@ -83,7 +81,7 @@ def read_ask(path: Path) -> Ask:
     ask = state.decode(mapped, share=True)
     if not isinstance(ask, Ask) or not isinstance(ask.trees, Mapping) or ask.each != {}:
         raise state.Corrupt(f"an ask for one site was expected, not {type(ask).__name__}")
-    return replace(ask, trees={name: OnDisk(_tree(name, leaves), mapped) for name, leaves in ask.trees.items()})
+    return replace(ask, trees={name: Passing(_tree(name, leaves), mapped) for name, leaves in ask.trees.items()})
 
 
 def read_reply(path: Path) -> Reply:
@@ -135,7 +133,7 @@ class OnDisk(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """The leaf, in memory."""
-        leaf = _copy(self._views[name])
+        leaf = self._views[name].clone()
         self._mapped.madvise(mmap.MADV_DONTNEED)  # nothing was written to the pages, so nothing is lost
         return leaf
 
@@ -161,8 +159,10 @@ class OnDisk(Mapping[str, Tensor]):
         return sum(view.numel() * view.element_size() for view in self._views.values())
 
 
-def _copy(view: Tensor) -> Tensor:
-    """A copy of a leaf. Of a large one in pages of its own, which are gone with it: a heap would keep holes."""
-    if (size := view.numel() * view.element_size()) < LARGE:
-        return view.clone()
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=view.dtype).view(view.shape).copy_(view)
+class Passing(OnDisk):
+    """A tree that is read and never changed: a leaf is a view of the file, whose pages go when the next is asked for."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The leaf, without a copy."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)  # whoever still holds the leaf before reads it from the disk again
+        return self._views[name]

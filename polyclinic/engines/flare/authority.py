@@ -212,7 +212,7 @@ def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple
             raise BadFile("its authority does not use RSA")
         public.verify(base64.b64decode(table["signature"]), _plain(body), _PSS, hashes.SHA256())
         mine.verify_directly_issued_by(root)
-    except (InvalidSignature, ValueError, TypeError) as error:
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError, TypeError) as error:
         if isinstance(error, BadFile):
             raise
         raise BadFile("it was changed after the coordinator made it, or is not signed by the authority in it") from None
@@ -252,8 +252,8 @@ def load_certificate(text: str) -> x509.Certificate:
     """
     try:
         return x509.load_pem_x509_certificate(text.encode())
-    except (ValueError, TypeError) as error:
-        raise BadFile(f"a certificate cannot be read ({error})") from None
+    except Exception as error:  # whatever a parser of certificates says about bytes from elsewhere
+        raise BadFile(f"a certificate cannot be read ({str(error)[:100]})") from None
 
 
 def key_of(certificate: x509.Certificate) -> Any:

@@ -1,10 +1,13 @@
 """One federation of real processes for all tests that need one: a server, three sites, mutual TLS, on loopback."""
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from polyclinic.engines.flare import exchange
 from tests.deploy.real import Hospitals
 
 
@@ -21,3 +24,13 @@ def hospitals(shared_hospitals: Hospitals) -> Iterator[Hospitals]:
     """A server and three sites, all connected, nothing running."""
     yield shared_hospitals
     shared_hospitals.reset()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the server of an exchange in this process, a second passes whenever it looks at the clock.
+
+    So a deadline passes for who never answers, and for nobody else, however slow the machine is.
+    """
+    seconds = count()
+    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))

@@ -3,9 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.train import train, train_async
-from polyclinic.engines.flare import exchange, wire
+from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.federation import discount_of
 from polyclinic.engines.flare.messages import VERSION, Answer, Call
 from polyclinic.engines.flare.reviews import REFUSED, Reviews
@@ -148,8 +146,9 @@ def test_a_message_that_comes_twice_is_answered_once(tmp_path: Path) -> None:
         assert events(home.journal).count("asked") == 3  # rounds
 
 
+@pytest.mark.usefixtures("looks")
 def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> None:
-    homes, an = hospital(tmp_path), order("scaffold", rounds=5, deadline=0.6)
+    homes, an = hospital(tmp_path), order("scaffold", rounds=5, deadline=100.0)
     for home in homes.values():
         approve(home, an)
     outcome, carrier = run(
@@ -163,12 +162,9 @@ def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> N
     assert [(e["site"], e["round"]) for e in lost] == [("site-1", 1), ("site-1", 2)]
 
 
-def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("looks")
+def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path) -> None:
     """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it is named."""
-    looks = count()
-    monkeypatch.setattr(
-        exchange, "time", SimpleNamespace(monotonic=lambda: float(next(looks)))
-    )  # a second at each look
     homes = hospital(tmp_path, policy=EVERYTHING)
     an = order("scaffold", rounds=2, deadline=100.0, score_every=2, test="score/test")
     for home in homes.values():

@@ -12,6 +12,7 @@ from polyclinic.testing import equal
 from tests.deploy.local import LocalCarrier, approve, conductor, hospital, identities, order
 from tests.deploy.test_exchange import reference, state_of
 
+pytestmark = pytest.mark.usefixtures("looks")
 NAMES = ("site-0", "site-1", "site-2", "site-3", "site-4")
 SUM = {"name": "secure-sum", "limit": 8.0, "bits": 20}
 GROUP = {"width": 8, "norm": "group"}
@@ -82,7 +83,7 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["", "advertise", "share", "mask", "agree", "reveal"])
 def test_a_site_lost_at_any_stage_is_lost_alone(stage: str, tmp_path: Path) -> None:
-    homes, an = setting(tmp_path, rounds=1, deadline=0.6)
+    homes, an = setting(tmp_path, rounds=1, deadline=100.0)
     outcome, lost = run(
         tmp_path, an, homes, lose=lambda c: c.site == "site-2" and c.stage == stage and c.kind in ("do", "secure")
     )
@@ -92,7 +93,7 @@ def test_a_site_lost_at_any_stage_is_lost_alone(stage: str, tmp_path: Path) -> N
 
 
 def test_too_few_give_no_sum_and_the_round_is_tried_again(tmp_path: Path) -> None:
-    homes, an = setting(tmp_path, rounds=1, deadline=0.6)
+    homes, an = setting(tmp_path, rounds=1, deadline=100.0)
     outcome, _ = run(tmp_path, an, homes, lose=lambda c: c.site in ("site-2", "site-3") and c.stage == "mask")
     assert outcome == "interrupted"
     assert run(tmp_path, an, homes) == ("finished", {})
@@ -115,7 +116,7 @@ def test_a_server_that_crashes_in_a_sum_goes_on(stage: str, tmp_path: Path) -> N
 
 def test_a_second_sum_over_other_sites_is_refused(tmp_path: Path) -> None:
     """Two sums of one round that differ by a site would show that site's update."""
-    homes, an = setting(tmp_path, rounds=1, deadline=0.6)
+    homes, an = setting(tmp_path, rounds=1, deadline=100.0)
     folder = tmp_path / "server" / an.run
     carrier = LocalCarrier(homes, an, crash=lambda c: c.kind == "end")
     conductor(tmp_path, an, carrier).run()
@@ -129,7 +130,7 @@ def test_a_second_sum_over_other_sites_is_refused(tmp_path: Path) -> None:
 
 def _session_of(tmp_path: Path, change):
     """What the sites answer to a server that changes calls."""
-    homes, an = setting(tmp_path, count=3, rounds=1, deadline=0.6)
+    homes, an = setting(tmp_path, count=3, rounds=1, deadline=100.0)
     outcome, _ = run(tmp_path, an, homes, tamper=change)
     return outcome, json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
 

@@ -18,7 +18,7 @@ from polyclinic.engines.describe import PART, checked, describe, hidden, read_de
 from polyclinic.engines.flare import keys, site_data, study_runs
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.desk import Desk
-from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome
+from polyclinic.engines.flare.homes import BadHome, ServerHome, SiteHome, toml
 from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews
 from polyclinic.engines.flare.runs import FAILED, FINISHED, Queue
@@ -56,6 +56,8 @@ class Clinics:
             home.policy.write_text((policies or {}).get(name, OPEN))
         admitted = {name: {"secure": "00" * 32, "revoked": "", "organisation": "x", "expires": "x"} for name in CLINICS}
         self.server.admitted.write_text(json.dumps(admitted))
+        given = {"project": "tests", "host": "localhost", "port": 8002, "organisation": "x", "scheme": "grpc"}
+        self.server.settings.write_text(toml(given))
 
     def put(self) -> list[str]:
         arms, _ = elsewhere.arms(self.study, CLINICS)

@@ -183,18 +183,9 @@ def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple
         BadFile: Where it is not, naming what is wrong.
     """
     wanted = (
-        "site",
-        "organisation",
-        "secure",
-        "project",
-        "host",
-        "port",
-        "scheme",
-        "certificate",
-        "authority",
-        "expires",
+        "site", "organisation", "secure", "project", "host", "port", "scheme", "certificate", "authority", "expires",
         "signature",
-    )
+    )  # fmt: skip
     _fields(table, JOIN, wanted, "join file")
     name(table["project"], "a project's name")
     host(table["host"])

@@ -73,13 +73,8 @@ def init(
     private_folder(home.path)
     authority = Authority.make(home.authority, project)
     settings: dict[str, str | int] = {
-        "project": project,
-        "host": host,
-        "port": port,
-        "organisation": organisation,
-        "scheme": scheme,
-        **DEFAULTS,
-    }
+        "project": project, "host": host, "port": port, "organisation": organisation, "scheme": scheme, **DEFAULTS,
+    }  # fmt: skip
     _make_kit(home, authority, settings, days)
     write_private(home.admitted, "{}")
     write_private(home.settings, "# The server of a federation. See docs/deployment.md.\n" + toml(settings))

@@ -15,6 +15,12 @@ attack in every round. **AUC lost** is in hundredths, beside the mean of ten hon
 over the splits. The attackers of ALIE and IPM know every honest update, those of the collusion each other and the usual
 length. Rules that ask for a share of corrupt sites were told 30 %, Bulyan 10 %, which is the most that ten sites allow
 it. FLTrust trusts an honest site. *Bounded* means that updates are first scaled down to the median length.
+
+A study file does the same with `[attack]`: `polyclinic panel run examples/attacks-heart.toml` runs eleven ways of merging
+under eighteen attacks on heart disease, with draws of its own (some ten minutes on two cores), and writes the table. What
+it found agrees with this page: the worst mean AUC over sites of the plain mean was 0.31 (three sites replace the model),
+of the geometric median 0.83 (0.83 without attack), of FLTrust 0.84, of Krum 0.79 (IPM), of DOS 0.77 (collusion); without
+an attack, alarms name 4 of 20 honest sites.
 """
 
 

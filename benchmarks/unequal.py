@@ -118,6 +118,17 @@ anything on average, and highest for the slowest hospital, whose patients the ot
 overlap); FedNova's average changes little. Semi-synchronous rounds as long as the slowest site's epoch give the fastest
 site more than a dozen epochs in each and lose about two points; rounds of a quarter of that lose nothing that these
 data show.
+
+Your own machines go into a study file, and every method then has the same time (`fedbuff` waits for nobody):
+
+```toml
+[machines]
+minutes = 60
+drop_out = 0.2                   # also: up and down, in bytes a second
+
+[machines.sites.cleveland]
+seconds_per_batch = 20.0
+```
 """
 
 

@@ -11,6 +11,7 @@ multiples of honest ones, so that an attack means the same for every model.
 - IPM: Xie, Koyejo and Gupta, "Fall of Empires", UAI 2019, section 4, https://arxiv.org/abs/1903.03936.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -249,6 +250,13 @@ class Collusion(Attack):
         """Size · (length) · u, with the same random u of length 1 at all attackers"""
         assert known is not None
         return _random(own, self.size * known.length, together)
+
+
+ATTACKS: Mapping[str, type[Attack]] = {
+    "label-flip": LabelFlip, "backdoor": Backdoor, "replacement": Replacement, "sign-flip": SignFlip, "noise": Noise,
+    "alie": ALIE, "ipm": IPM, "collusion": Collusion, "huge": Huge, "not-a-number": NotANumber,
+}  # fmt: skip
+"""What a study may name under ``[attack]``; the fields are its options."""
 
 
 class Altered:

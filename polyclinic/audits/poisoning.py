@@ -55,6 +55,9 @@ class Poisoned(Method[State]):
     begins: int = 0
 
     def __post_init__(self) -> None:
+        if hidden := [type(t).__name__ for t in getattr(self.inner, "transforms", ()) if t.secure or not t.additive]:
+            raise ValueError(f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would hide "
+                             "them from it: leave it out")  # fmt: skip
         if self.attack.spies and not set(self.attackers) < set(self.sites):
             raise ValueError(f"{type(self.attack).__name__} must know what the honest sites send: give the names of "
                              "all sites, among them the attackers, as sites=(...)")  # fmt: skip
@@ -82,11 +85,12 @@ class Poisoned(Method[State]):
         if state.honest is None:
             honest = tuple(name for name in asked if name not in self.attackers)
             return replace(ask, to=honest, trees={**ask.trees, SPY: {}})
+        ask = replace(ask, to=tuple(name for name in asked if name in self.attackers))
+        if SPY not in state.honest.parts:
+            return ask  # the others sent nothing
         spied = state.honest.mean(SPY)
         known = {**spied.value, "/honest": torch.tensor(spied.weight, dtype=torch.float64)}
-        return replace(
-            ask, to=tuple(name for name in asked if name in self.attackers), trees={**ask.trees, KNOWN: known}
-        )
+        return replace(ask, trees={**ask.trees, KNOWN: known})
 
     def trial(self, state: State) -> Ask:
         """The method's."""

@@ -160,6 +160,7 @@ def train_async(
     updates: int,
     buffer: int = 1,
     passes: int | None = None,
+    among: Sequence[str] | None = None,
     discount: Callable[[int], float] = undiscounted,
     gate: Gate = Gate(),
 ) -> Iterator[Step[State]]:
@@ -170,17 +171,19 @@ def train_async(
         buffer: How many answers one update takes (Nguyen et al., "Federated Learning with Buffered Asynchronous
             Aggregation", AISTATS 2022).
         passes: How often each site is asked; without end by default.
+        among: The sites to ask; all by default.
         discount: The weight of an answer by its age.
 
     A site that failed to answer three times in a row is not asked again.
     """
     if (ask := method.ask(state)) is None:
         return
-    asked, failures = dict.fromkeys(federation.sites, 1), dict.fromkeys(federation.sites, 0)
+    sites = federation.sites if among is None else sorted(among)
+    asked, failures = dict.fromkeys(sites, 1), dict.fromkeys(sites, 0)
     pending: dict[str, Reply] = {}
     notes: dict[str, Arrival] = {}
     lost: dict[str, str] = {}
-    federation.send(ask, federation.sites)
+    federation.send(ask, sites)
     for arrival in federation.replies():
         reply = arrival.reply
         refused = gate.refuse(ask, {arrival.site: reply}) if reply is not None else {arrival.site: arrival.lost}

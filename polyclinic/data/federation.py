@@ -9,6 +9,7 @@ from polyclinic.data.duplicates import Duplicate, without_duplicates
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.held import Named, described, hold
 from polyclinic.data.near import near_duplicates, told
+from polyclinic.data.partition import Divided
 from polyclinic.data.scanners import Scanner, badge
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.spec import DataSpec
@@ -130,7 +131,9 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
 
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:
     """The table with a column ``site``, each patient at one site; and the sites' titles in name order."""
-    if spec.partition is not None:
+    if isinstance(spec.partition, Divided):
+        table, names, titles = _divided(table, spec.partition, seed, notes)
+    elif spec.partition is not None:
         if table.labels is None and spec.partition.name in ("dirichlet", "pathological"):
             raise DataError(f'partition = "{spec.partition.name}" deals patients by class, and masks have none: use '
                             '"iid" or "quantity"')  # fmt: skip
@@ -158,6 +161,20 @@ def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tupl
             chosen |= {order[i] for i in dice_for(seed, "max", site).permutation(len(order))[:most]}
     kept = table.take([i for i, patient in enumerate(table.patients) if patient in chosen])
     return kept, {site: titles[site] for site in patients if site not in small}
+
+
+def _divided(table: Table, divided: Divided, seed: int, notes: list[str]) -> tuple[Table, list[str], dict[str, str]]:
+    """As ``_natural``, with the patients of some hospitals dealt to several sites."""
+    table, homes, titles = _natural(table, divided.by, notes)
+    if unknown := divided.parts.keys() - titles.keys():
+        raise DataError(f"parts.{min(unknown)}: there is no such site. There are {', '.join(titles)}")
+    home, groups = dict(zip(table.patients, homes, strict=True)), strata(table)
+    dealt: dict[str, str] = {}
+    for site in titles:
+        here = {patient: group for patient, group in groups.items() if home[patient] == site}
+        dealt |= divided.deal(site, here, dice_for(seed, "partition", site))
+    named = {name: titles[home[p]] + name.removeprefix(home[p]).replace("-", " ") for p, name in dealt.items()}
+    return table, [dealt[patient] for patient in table.patients], named
 
 
 def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[str], dict[str, str]]:
@@ -256,9 +273,7 @@ def _roles(
     return roles
 
 
-def _complete(
-    sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...], held_out: bool = False
-) -> None:
+def _complete(sites: Mapping[str, Mapping[str, Examples]], external: tuple[str, ...], held_out: bool = False) -> None:
     problems = [
         f"site {site} has no {'training' if role == 'train' else 'test'} data: leave it out with a larger "
         "min_patients, change the split, or name it external"

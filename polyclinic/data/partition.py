@@ -12,7 +12,7 @@ differ in more ways than these.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeAlias
 
 import numpy as np
@@ -144,8 +144,38 @@ class Pathological:
         return sites
 
 
-Partition: TypeAlias = Iid | Dirichlet | Quantity | Pathological
-PARTITIONS: dict[str, type[Partition]] = {p.name: p for p in (Iid, Dirichlet, Quantity, Pathological)}
+@dataclass(frozen=True)
+class Divided:
+    """Real sites, some of them dealt to several: they differ as hospitals do, and are more than there were.
+
+    Attributes:
+        parts: To how many sites a hospital's patients are dealt, evenly within each class; 1 where it is not named.
+        by: ``"natural"``, or the column that names the hospital.
+    """
+
+    name: ClassVar[str] = "divided"
+    parts: dict[str, int] = field(default_factory=dict)
+    by: str = "natural"
+
+    @property
+    def badge(self) -> str:
+        """The sentence that goes with every result on these sites."""
+        told = ", ".join(f"{site} to {count}" for site, count in self.parts.items())
+        return f"Simulated sites: the patients of hospitals were dealt at random to several sites ({told})."
+
+    def deal(self, site: str, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, str]:
+        """A site's name for each patient of the hospital ``site``. ``groups`` holds each patient's class."""
+        count = self.parts.get(site, 1)
+        if count < 1:
+            raise DataError(f"parts.{site} = {count}: a hospital is dealt to at least one site")
+        if count == 1:
+            return dict.fromkeys(groups, site)
+        numbers, wide = Iid(count).deal(groups, dice), len(str(count))
+        return {patient: f"{site}-{number + 1:0{wide}d}" for patient, number in numbers.items()}
+
+
+Partition: TypeAlias = Iid | Dirichlet | Quantity | Pathological | Divided
+PARTITIONS: dict[str, type[Partition]] = {p.name: p for p in (Iid, Dirichlet, Quantity, Pathological, Divided)}
 
 
 def _shuffled(groups: Mapping[str, int], dice: np.random.Generator) -> list[str]:

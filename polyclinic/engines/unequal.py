@@ -91,6 +91,7 @@ class Unequal:
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._method, self._sites, self._machines, self._policies = method, dict(sites), dict(machines), policies or {}
         self._sent: deque[tuple[Ask, str]] = deque()
+        self._judged: deque[tuple[Ask, str]] = deque()
         self._under_way: list[tuple[float, int, str, Ask, Done]] = []
         self._asked: Counter[tuple[str, int, str]] = Counter()
         self._last: tuple[Ask | None, Sequence[str]] = (None, ())
@@ -103,14 +104,26 @@ class Unequal:
     def send(self, ask: Ask, to: Sequence[str]) -> None:
         """Asks the sites named, now."""
         self._last = (ask, to)
-        self._sent.extend((ask, name) for name in to)
+        (self._judged if _evaluates(ask) else self._sent).extend((ask, name) for name in to)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers in the order of virtual time. Who has not answered ``deadline`` seconds from now is lost."""
-        return secured(*self._last, self._arrivals(deadline))
+        """Yields answers in the order of virtual time. Who has not answered ``deadline`` seconds from now is lost.
+
+        Evaluation is answered at once, and leaves alone whoever is training.
+        """
+        ask, to = self._last
+        if ask is not None and _evaluates(ask):
+            return self._judgements()
+        return secured(ask, to, self._arrivals(deadline))
 
     def close(self) -> None:
         """Nothing to do."""
+
+    def _judgements(self) -> Iterator[Arrival]:
+        while self._judged:
+            ask, name = self._judged.popleft()
+            done = work(self._method, ask, self.memory[name], self._sites[name], self._policies.get(name))
+            yield Arrival(name, ask.round, done.reply, done.lost)
 
     def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
         end = math.inf if deadline is None else self.clock + deadline
@@ -127,8 +140,7 @@ class Unequal:
 
     def _begin(self, ask: Ask, name: str) -> None:
         """Does what ``ask`` says, and notes when it will be done."""
-        evaluation = ask.job.partition("/")[0] in ("score", "predict")
-        machine = Machine() if evaluation else self._machines.get(name, Machine())
+        machine = self._machines.get(name, Machine())
         key = (name, ask.round, ask.job)
         chance = torch.rand((), generator=self.server.rng("drop-out", *key, self._asked[key]))
         self._asked[key] += 1
@@ -141,6 +153,10 @@ class Unequal:
             up = done.reply.nbytes if done.reply else 0
             done = done._replace(seconds=machine.seconds(reads.count, ask.nbytes(name), up))
         heapq.heappush(self._under_way, (self.clock + done.seconds, sum(self._asked.values()), name, ask, done))
+
+
+def _evaluates(ask: Ask) -> bool:
+    return ask.job.partition("/")[0] in ("score", "predict", "explain")
 
 
 @dataclass

@@ -6,7 +6,8 @@ an old answer counts is from Cong Xie, Sanmi Koyejo and Indranil Gupta, "Asynchr
 section 5.2, https://arxiv.org/abs/1903.03934.
 
 The buffer and the discount belong to the driver: ``train_async(method, federation, state, updates=...,
-buffer=method.buffer, discount=method.discount)``.
+buffer=method.buffer, discount=method.discount)``. A study with ``[machines]`` takes that driver, in virtual time; one
+without runs in lock-step.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class FedBuff(FedAvg):
     it. In lock-step, where no answer is old and the buffer is whoever answered, this is FedAvg with equal sites.
 
     Attributes:
-        buffer: K, how many answers one step takes; in lock-step, as many as there are where 0.
+        buffer: K, how many answers one step takes; where 0, as many as there are in lock-step, else half of the sites.
         staleness: How an answer's age τ, in steps of the server, lowers its weight: ``constant``, not at all;
             ``polynomial``, (1 + τ)^-a; ``hinge``, 1 / (a (τ - b) + 1) beyond b.
         a: How fast; 0.5 in FedBuff. ``b``: from what age on, for the hinge.

@@ -53,6 +53,7 @@ class Panel:
         metrics: Each run's primary metric.
         rest: The methods that some runs lack.
         estimates: By run and method, also those of ``rest``.
+        named: By run and method, whom its alarms name, in words, where sites attack or a robust rule looks at them.
     """
 
     runs: tuple[str, ...]
@@ -63,6 +64,7 @@ class Panel:
     metrics: tuple[str, ...] = ()
     rest: tuple[str, ...] = ()
     estimates: Mapping[tuple[str, str], Estimate] = field(default_factory=dict)
+    named: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Options = Options()) -> list[Row]:
@@ -109,7 +111,8 @@ def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: S
         NotComparable: Where the runs have no method in common.
     """
     called = names or [Path(d).resolve().name for d in run_dirs]
-    results = {name: evaluate(read_run(d), options) for name, d in zip(called, run_dirs, strict=True)}
+    runs = {name: read_run(d) for name, d in zip(called, run_dirs, strict=True)}
+    results = {name: evaluate(run, options) for name, run in runs.items()}
     every = list(dict.fromkeys(m.label for r in results.values() for m in r.methods))
     common = [k for k in every if all(k in {m.label for m in r.methods} for r in results.values())]
     if not common:
@@ -119,11 +122,13 @@ def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: S
         (name, k): r.of(k).macro for name, r in results.items() for k in every if k in {m.label for m in r.methods}
     }
     values = [[r.of(k).macro.value for k in common] for r in results.values()]
-    gains = {k: _against_single(k, results.values()) for k in common if k != "single"}
+    alone = any(r.of(k).gains for r in results.values() for k in common)
+    gains = {k: _against_single(k, results.values()) for k in common if k != "single"} if alone else {}
+    named = {(name, k): text for name, run in runs.items() for k in every if (text := _named(run, k))}
     rows = tuple(tuple(row) for row in values)
     ranking = _ranks(common, values, list(results.values()))
     metrics = tuple(r.metric.label for r in results.values())
-    return Panel(tuple(results), tuple(common), rows, ranking, gains, metrics, tuple(rest), estimates)
+    return Panel(tuple(results), tuple(common), rows, ranking, gains, metrics, tuple(rest), estimates, named)
 
 
 def write_panel(found: Panel, folder: Path) -> Path:
@@ -143,6 +148,12 @@ def write_panel(found: Panel, folder: Path) -> Path:
         told.append("")
     for k, (better, worse) in found.gains.items():
         told.append(f"- {k}: shown to be better than training alone at {better} sites, worse at {worse}.")
+    if found.named:
+        lines += ["", "Attackers whom alarms or refusals name, and honest sites, over seeds.", ""]
+        lines += ["| data | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+        lines += [
+            "| " + " | ".join([run, *(found.named.get((run, k), "") for k in methods)]) + " |" for run in found.runs
+        ]
     states.write_bytes(folder / "panel.md", "\n".join([*told, "", *lines, ""]).encode())
     facts = [
         {"data": run, "metric": named[run], "method": k, "patients": e.n}
@@ -151,6 +162,15 @@ def write_panel(found: Panel, folder: Path) -> Path:
     ]
     states.write_bytes(folder / "panel.json", (json.dumps(facts, indent=1) + "\n").encode())
     return folder / "panel.md"
+
+
+def _named(run: Run, label: str) -> str:
+    """``2 of 2 attackers, 1 of 8 honest``; nothing where no site was looked at."""
+    groups = ((True, "attackers"), (False, "honest"))
+    mine = {
+        hostile: [s.named for s in run.standings if s.method == label and s.hostile == hostile] for hostile, _ in groups
+    }
+    return ", ".join(f"{sum(mine[h])} of {len(mine[h])} {who}" for h, who in groups if mine[h])
 
 
 def _cell(e: Estimate | None) -> str:

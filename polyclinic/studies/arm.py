@@ -16,18 +16,20 @@ from polyclinic.core import state as states
 from polyclinic.core.execute import Drawn
 from polyclinic.core.site import Site
 from polyclinic.core.train import Step, TooFewReplies, train
-from polyclinic.core.tree import Tree, Trees
+from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.plan import Plan
+from polyclinic.engines.unequal import Unequal
 from polyclinic.engines.workers import Workers
 from polyclinic.methods import registry
+from polyclinic.studies import simulated, standing
 from polyclinic.studies.folder import ArmFolder, Checkpoint, write_tensors
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.spec import Study
-from polyclinic.tasks.evaluation import Evaluated, evaluate
+from polyclinic.tasks.evaluation import evaluate
 from polyclinic.transforms.accounting import epsilon_rdp
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
@@ -53,7 +55,7 @@ class Arm:
         self.study, self.job, self.plan, self.data, self.folder = study, job, plan, data, folder
         self.seed, self.numbers = job.seed, numbers
         self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
-        self.method: Evaluated[Any] = plan.build_method()
+        self.method = simulated.method_of(study, plan, data.training)
         every = self.entry.newcomers
         self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
         self.tested = _tested(self.judged, data.external, job.fold)
@@ -67,6 +69,8 @@ class Arm:
             at = states.load(file)
             if at.done:
                 return
+            if self.study.machines and simulated.buffered(self.method):
+                at = None  # answers that were under way are in no checkpoint: the arm begins anew, to the same bits
         self.folder.open(at.records if at else 0)
         try:
             if at is None:
@@ -75,7 +79,7 @@ class Arm:
                 yield self._event("arm", 0)
             else:
                 yield self._event("arm", at.round)
-            engine = self._engine(at.memory if at else None)
+            engine = self._engine(at)
             try:
                 yield from self._train(engine, at)
             finally:
@@ -85,59 +89,87 @@ class Arm:
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
-        trainers = list(self.plan.sites)
-        size = min(study.cohort or len(trainers), len(trainers))
-        cohort = Drawn(tuple(trainers), size, self.seed)
-        worst = float("-inf") if study.higher_is_better else float("inf")
         state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
-        best_round, best_score = (at.best_round, at.best_score) if at else (0, worst)
-        done, begun = at.round if at else 0, time.perf_counter()
+        best = (at.best_round, at.best_score) if at else (0, self._worst)
+        done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
-        need = min(study.min_replies, size)
-        steps_of = train(
-            self.method, engine, state, rounds=study.rounds, cohort=cohort, deadline=study.deadline, min_replies=need
-        )
-        for step in self._within_budget(steps_of):
+        for step in self._as_far_as_it_goes(self._steps(engine, state)):
             state, steps = step.state, [*steps, step]
             following = self.method.ask(state)
             if following is not None and following.round == step.ask.round:
                 continue  # the round takes another message
             done = step.ask.round + 1
             facts = _round_facts(steps)
-            self._record("round", round=done, wall=time.perf_counter() - begun, **facts)
+            self._record("round", round=done, wall=_now(engine) - begun, **facts)
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
             spent = self._account(done)
             paid = {"epsilon": spent} if spent else {}
             self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
-            last = done >= study.rounds or following is None
-            if done % study.evaluation.every == 0 or last:
-                scores = self._score(engine, state, done)
-                mean = sum(scores.values()) / len(scores) if scores else worst
-                better = mean > best_score if study.higher_is_better else mean < best_score
-                if better or study.evaluation.select == "last":
-                    best_round, best_score = done, mean
-                    self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
-            length = self.folder.settle()
-            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, best_round, best_score, False))
+            if done % study.evaluation.every == 0 or self._ends(state, done):
+                scores, best = self._judge(engine, state, done, best)
+            length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
+            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
             yield self._event("round", done, scores, moved, facts["lost"], max(spent.values(), default=None))
-            steps, begun = [], time.perf_counter()
-        end = Checkpoint(state, engine.memory, done, 0, best_round, best_score, True)
+            steps, begun = [], _now(engine)
+        if done % study.evaluation.every and not self._ends(state, done):  # time, budget or sites ran out
+            _, best = self._judge(engine, state, done, best)
+        self._stand(state)
+        end = Checkpoint(state, engine.memory, done, 0, *best, True)
         if self.job.trial is None:
             yield self._test(engine, end)
         else:
             self._save("checkpoint", end)
 
-    def _within_budget(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
-        """``steps``, ended where no site has budget left."""
+    def _steps(self, engine: Any, state: Any) -> Iterator[Step[Any]]:
+        """The exchanges from ``state`` on."""
+        study, trainers = self.study, self.plan.sites
+        size = min(study.cohort or len(trainers), len(trainers))
+        cohort, need = Drawn(trainers, size, self.seed), min(study.min_replies, size)
+        how: Any = {"rounds": study.rounds, "cohort": cohort, "deadline": study.deadline, "min_replies": need}
+        if study.machines is None:
+            return train(self.method, engine, state, **how)
+        return simulated.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
+
+    def _ends(self, state: Any, done: int) -> bool:
+        """Whether nothing more is to be trained."""
+        return done >= self.study.rounds or self.method.ask(state) is None
+
+    @property
+    def _worst(self) -> float:
+        return float("-inf") if self.study.higher_is_better else float("inf")
+
+    def _judge(
+        self, engine: Any, state: Any, done: int, best: tuple[int, float]
+    ) -> tuple[dict[str, float], tuple[int, float]]:
+        """Scores on validation data, and the best round so far with its mean."""
+        scores = self._score(engine, state, done)
+        mean = sum(scores.values()) / len(scores) if scores else self._worst
+        better = mean > best[1] if self.study.higher_is_better else mean < best[1]
+        if better or self.study.evaluation.select == "last":
+            best = done, mean
+            self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
+        return scores, best
+
+    def _as_far_as_it_goes(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
+        """``steps``, ended where no site has budget left, or where an attack has left no model to train."""
         try:
             yield from steps
         except TooFewReplies as error:
-            if not self.ledgers or not any("is used up" in reason for reason in error.lost.values()):
+            if self.ledgers and any("is used up" in reason for reason in error.lost.values()):
+                self.folder.note("budget used up", self.job.who)
+            elif self.study.attack is not None:
+                self.folder.note("ended by the attack", self.job.who | {"lost": dict(error.lost)})
+            else:
                 raise
-            self.folder.note("budget used up", self.job.who)
+
+    def _stand(self, state: Any) -> None:
+        """Writes down whom the end of training names, where a rule looks or somebody attacks."""
+        lines = (self.path / "records.jsonl").read_bytes().splitlines()
+        for site, named, attacks in standing.at_the_end(state, self.plan.sites, simulated.hostile(self.method), lines):
+            self._record("standing", site=site, named=named, hostile=attacks)
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
         """Opens the test data, once, for the model of the best round."""
@@ -175,8 +207,8 @@ class Arm:
                 found[site] = metrics[self.study.metric]
         return found
 
-    def _engine(self, memory: Mapping[str, Trees] | None) -> Any:
-        chosen = self.study.engine
+    def _engine(self, at: Checkpoint | None) -> Any:
+        chosen, memory = self.study.engine, at.memory if at else None
         make = partial(Site, device=chosen.device, seed=self.seed)
         sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
         if self.entry.pooled:
@@ -189,6 +221,11 @@ class Arm:
             sites[POOLED] = make(POOLED, pooled)
         policies = {site: Budget(ledger, ("score", "predict")) for site, ledger in self.ledgers.items()}
         held = {} if self.data.public is None else {"public": self.data.public}
+        if self.study.machines is not None:
+            clock = at.clock if at else 0.0
+            return simulated.engine(
+                self.study.machines, self.method, sites, memory, policies, self.seed, held, clock
+            )  # fmt: skip
         if chosen.kind == "in-process":
             return InProcess(self.method, sites, memory, policies, self.seed, held)
         workers = chosen.workers or min(len(sites), cores())
@@ -244,6 +281,11 @@ def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -
     if fold is None or (fold.by == "patients" and fold.index == 0):
         return tuple(judged)
     return tuple(site for site in judged if (site in external) == (fold.by == "sites"))
+
+
+def _now(engine: Any) -> float:
+    """Seconds from some beginning: the engine's own where its time is virtual."""
+    return float(engine.clock) if isinstance(engine, Unequal) else time.perf_counter()
 
 
 def _round_facts(steps: Sequence[Step[Any]]) -> dict[str, Any]:

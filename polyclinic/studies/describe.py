@@ -8,6 +8,7 @@ from typing import Any
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
 from polyclinic.methods import registry
+from polyclinic.studies import simulated
 from polyclinic.studies.folder import environment
 from polyclinic.studies.parts import MethodSpec
 from polyclinic.studies.spec import Study
@@ -88,8 +89,8 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "higher_is_better": study.higher_is_better,
         "data": {
             "title": data.info.title, "licence": data.info.licence, "citation": data.info.citation,
-            "url": data.info.url, "notes": [*data.notes, *_lacking(data)], "simulated": data.simulated,
-            "fingerprint": data.fingerprint, "sites_are": _sites_are(study, data),
+            "url": data.info.url, "notes": [*simulated.told(study), *data.notes, *_lacking(data)],
+            "simulated": data.simulated, "fingerprint": data.fingerprint, "sites_are": _sites_are(study, data),
             "checks": ["patients_apart"] if patients_apart(data) else [],
         },
         "sites": [_site(row, splits, study.folds) for row in data.rows],
@@ -97,6 +98,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "rounds": study.rounds,
         "seeds": list(study.seeds),
         **folded,
+        **simulated.facts(study, data.training),
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,

@@ -22,6 +22,10 @@ from polyclinic.studies.lines import arm_name
 from polyclinic.studies.spec import Study
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
+ONE_MACHINE = {
+    "folds": "cross-validates", "search": "searches for settings", "machines": "simulates machines",
+    "attack": "simulates an attack",
+}  # fmt: skip
 SUMS = ("bytes_up", "bytes_down", "seconds")
 
 
@@ -40,7 +44,7 @@ def arms(
     Raises:
         NotElsewhere: Where nothing is left, or the study needs what only one machine can do.
     """
-    for key, what in (("folds", "cross-validates"), ("search", "searches for settings")):
+    for key, what in ONE_MACHINE.items():
         if getattr(study, key, None) is not None:
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
     if study.data.public:

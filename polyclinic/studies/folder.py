@@ -44,6 +44,7 @@ class Checkpoint:
         records: The length of the arm's records.jsonl in bytes at that moment.
         best_round: The best round on validation data so far, and ``best_score`` its score.
         done: Whether the arm has been tested.
+        clock: Virtual seconds so far, where machines are simulated.
     """
 
     state: Any
@@ -53,6 +54,7 @@ class Checkpoint:
     best_round: int
     best_score: float
     done: bool
+    clock: float = 0.0
 
 
 class RunExists(ValueError):

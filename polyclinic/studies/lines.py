@@ -107,6 +107,18 @@ class Chosen(_Line):
     by: Literal["search", "hand"] = "search"
 
 
+class Standing(_Line):
+    """Whether the end of an arm names a site as one to look at; and whether it was told to attack."""
+
+    kind: Literal["standing"]
+    method: str
+    seed: int
+    fold: int = 0
+    site: str
+    named: bool
+    hostile: bool = False
+
+
 class DataInfo(_Line):
     """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
 
@@ -148,7 +160,10 @@ class MethodInfo(_Line):
 
 
 class RunInfo(_Line):
-    """``run.json``. With ``folds``, each seed has so many arms a method, each with a fold of patients or sites."""
+    """``run.json``. With ``folds``, each seed has so many arms a method, each with a fold of patients or sites.
+
+    ``machines`` and ``attack`` say what was simulated.
+    """
 
     name: str
     title: str = ""
@@ -168,9 +183,13 @@ class RunInfo(_Line):
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
+    machines: dict[str, Any] = Field(default_factory=dict)
+    attack: dict[str, Any] = Field(default_factory=dict)
 
 
-Known = Annotated[Round | Scores | Sealed | Privacy | Quarantine | Trial | Chosen, Field(discriminator="kind")]
+Known = Annotated[
+    Round | Scores | Sealed | Privacy | Quarantine | Trial | Chosen | Standing, Field(discriminator="kind")
+]
 
 
 def arm_name(label: str, seed: int, fold: int | None = None) -> str:

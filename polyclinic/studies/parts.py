@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -134,3 +134,55 @@ class EngineSpec(Table):
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
     parallel: Literal["auto", "sites", "arms"] = "auto"
     device: str = "cpu"
+
+
+class MachineSpec(Table):
+    """What a simulated site computes and communicates with (``engines.unequal.Machine``)."""
+
+    seconds_per_batch: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    up: Positive | None = None
+    down: Positive | None = None
+    drop_out: Share | None = None
+
+
+class MachinesSpec(MachineSpec):
+    """Unequal machines, in virtual time: what holds for all sites, and what differs at some.
+
+    ``minutes`` is how long every arm may take, in virtual time; it ends there, or after the study's rounds.
+    """
+
+    minutes: Positive | None = None
+    sites: dict[str, MachineSpec] = {}
+
+    def of(self, site: str) -> dict[str, float]:
+        """The fields of one site's ``Machine``."""
+        every = self.model_dump(exclude={"minutes", "sites"}, exclude_none=True)
+        own = self.sites.get(site, MachineSpec()).model_dump(exclude_none=True)
+        return {**every, **own}
+
+
+def _attackers(value: Any) -> int | tuple[str, ...]:
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError('must be how many sites attack, such as 2, or their names, such as ["site-1"]')
+
+
+class AttackSpec(Table):
+    """Hostile sites (``audits.attacks``): what they do, and who they are; further keys are the attack's own.
+
+    ``by`` names them, or says how many of the sites that train, drawn anew for each seed; ``spare`` are never drawn.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: str
+    by: Annotated[Any, PlainValidator(_attackers)]
+    spare: tuple[str, ...] = ()
+    begins: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the study sets for the attack."""
+        return dict(self.model_extra or {})

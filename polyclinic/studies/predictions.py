@@ -2,6 +2,7 @@
 
 A safetensors file holds ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
 leave a value for each image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty``...
+``<site>/silent``, where it is there, marks examples for which the model answered what is no number.
 
 The unit is the patient. Scores of images of one patient with the same label are averaged into one case; a patient
 whose images carry different labels (several lesions, say) gives one case for each label, and intervals then resample
@@ -28,12 +29,14 @@ class Predictions:
         score: [n, C] probabilities (regression: predictions); None for per-case tasks.
         target: [n], [n, L] or [n, 1]; None for per-case tasks.
         cases: Per-case metrics by name, [n, K] each, for segmentation and reconstruction.
+        silent: For how many examples the model's answer was no number, so that a guess stands there.
     """
 
     patient: NDArray[np.int64]
     score: NDArray[np.float64] | None = None
     target: NDArray[Any] | None = None
     cases: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    silent: int = 0
 
     def __len__(self) -> int:
         return len(self.patient)
@@ -44,7 +47,7 @@ def joined(a: Predictions, b: Predictions) -> Predictions:
     score = None if a.score is None or b.score is None else np.concatenate([a.score, b.score])
     target = None if a.target is None or b.target is None else np.concatenate([a.target, b.target])
     cases = {k: np.concatenate([a.cases[k], b.cases[k]]) for k in a.cases if k in b.cases}
-    return Predictions(np.concatenate([a.patient, b.patient]), score, target, cases)
+    return Predictions(np.concatenate([a.patient, b.patient]), score, target, cases, a.silent + b.silent)
 
 
 def read_predictions(
@@ -109,7 +112,8 @@ def _predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions
     if task in PER_CASE_TASKS:
         cases = {k: np.asarray(v, np.float64).reshape(len(patient), -1) for k, v in parts.items() if k != "patient"}
         return Predictions(patient, cases=cases)
-    return Predictions(patient, np.asarray(parts["score"], np.float64), np.asarray(parts["target"]))
+    silent = int(np.sum(parts.get("silent", 0)))
+    return Predictions(patient, np.asarray(parts["score"], np.float64), np.asarray(parts["target"]), silent=silent)
 
 
 @dataclass(frozen=True)

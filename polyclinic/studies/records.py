@@ -30,6 +30,7 @@ from polyclinic.studies.lines import (
     RunInfo,
     Scores,
     Sealed,
+    Standing,
     Trial,
     arm_names,
     record_files,
@@ -37,7 +38,7 @@ from polyclinic.studies.lines import (
 from polyclinic.studies.predictions import Predictions, joined, read_predictions
 
 _LINE: TypeAdapter[Known] = TypeAdapter(Known)
-_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine", "trial", "chosen")
+_KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine", "trial", "chosen", "standing")
 
 
 class NotARun(ValueError):
@@ -94,8 +95,7 @@ class Run:
         return tuple(
             line
             for line in self.lines
-            if isinstance(line, Quarantine)
-            and (line.method, line.seed, line.fold, line.round, line.site) not in lost
+            if isinstance(line, Quarantine) and (line.method, line.seed, line.fold, line.round, line.site) not in lost
         )
 
     @cached_property
@@ -115,6 +115,11 @@ class Run:
     def chosen(self) -> tuple[Chosen, ...]:
         """What each arm trained with after a search."""
         return tuple(line for line in self.lines if isinstance(line, Chosen))
+
+    @cached_property
+    def standings(self) -> tuple[Standing, ...]:
+        """Which sites each arm names at its end."""
+        return tuple(line for line in self.lines if isinstance(line, Standing))
 
     @property
     def repeats(self) -> int:

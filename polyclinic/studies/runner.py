@@ -21,7 +21,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
 from polyclinic.methods.table import Entry
-from polyclinic.studies import search
+from polyclinic.studies import search, simulated
 from polyclinic.studies.arm import POOLED, Arm
 from polyclinic.studies.describe import described, information, patients_apart
 from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
@@ -55,7 +55,7 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     write_groups(path, work.source.table(), work.numbers)
     try:
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
-        notes = [note for data in splits for note in described(data)]
+        notes = [*simulated.told(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *found.warnings))
         done = work.results()
         jobs = [job for job in work.jobs if job.name not in done]
@@ -86,9 +86,13 @@ def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None
     problems = []
     for i, method in enumerate(study.methods):
         try:
-            plan_of(study, method, data, study.seeds[0]).build_method()
+            for seed in study.seeds if study.attack else study.seeds[:1]:
+                simulated.method_of(study, plan_of(study, method, data, seed), data.training)
         except (TypeError, ValueError) as error:
             problems.append(Problem(("methods", i), str(error)))
+    for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):
+        says = f"there is no such site. There are {', '.join(data.sites)}"
+        problems.append(Problem(("machines", "sites", site), says))
     if problems:
         raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
 
@@ -98,7 +102,7 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
     engine = study.engine
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
-    usual = engine.device == "cpu" and study.deadline is None and jobs >= 2 * workers
+    usual = engine.device == "cpu" and (study.deadline is None or study.machines is not None) and jobs >= 2 * workers
     return engine.parallel == "arms" or (usual and workers > 1)
 
 
@@ -287,5 +291,3 @@ def _trainers(entry: Entry, data: Federated) -> tuple[str, ...]:
     if entry.pooled:
         return (POOLED,)
     return tuple(site for site in data.training if entry.unlabelled or len(data.sites[site].get("train", ())))
-
-

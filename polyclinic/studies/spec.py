@@ -11,13 +11,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, ValidationError, create_model
+from pydantic import Field, PlainValidator
 
 from polyclinic.data.federation import DataSpec
 from polyclinic.methods import registry as methods
+from polyclinic.studies import simulated
+from polyclinic.studies.checking import attack_problems, method_problems, validated
 from polyclinic.studies.parts import (
+    AttackSpec,
     EngineSpec,
     EvaluationSpec,
+    MachinesSpec,
     MethodSpec,
     Positive,
     PrivacySpec,
@@ -25,9 +29,8 @@ from polyclinic.studies.parts import (
     TaskSpec,
     TrainingSpec,
 )
-from polyclinic.studies.problems import BadStudy, Problem, sentence
+from polyclinic.studies.problems import BadStudy, Problem
 from polyclinic.studies.search import NotChosen, SearchSpec, changed, count, extremes
-from polyclinic.transforms import table as transforms
 
 
 def _folds(value: Any) -> int | Literal["sites"] | None:
@@ -58,6 +61,8 @@ class Study(Table):
     evaluation: EvaluationSpec = EvaluationSpec()
     search: SearchSpec | None = None
     privacy: PrivacySpec | None = None
+    machines: MachinesSpec | None = None
+    attack: AttackSpec | None = None
     engine: EngineSpec = EngineSpec()
 
     @property
@@ -74,7 +79,7 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        unset = {key for key in ("folds", "search") if getattr(self, key) is None}
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -133,78 +138,16 @@ def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any]
 
 def checked(data: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
     """The study that ``data`` describes, or everything that is wrong with it."""
-    study, problems = _validated(Study, data, ())
+    study, problems = validated(Study, data, ())
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
-            problems += _method_problems(item, ("methods", i))
+            problems += method_problems(item, ("methods", i))
+    problems += attack_problems(data.get("attack"), ("attack",))
     if not isinstance(study, Study) or problems:
         return None, problems
     problems += _together(study)
     return (None if problems else study), problems
-
-
-def _validated(model: type[BaseModel], data: Any, at: tuple[str | int, ...]) -> tuple[BaseModel | None, list[Problem]]:
-    """``data`` as a ``model``, or what is wrong with it. JSON's rules make lists tuples and nothing else anything."""
-    try:
-        return model.model_validate_json(json.dumps(data, default=str)), []
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        return None, [Problem((*at, *_clean(e["loc"])), sentence(e, _known_at(model, e["loc"]))) for e in found]
-
-
-def _clean(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A place without the names that pydantic gives to the members of a union."""
-    return tuple(part for part in loc if isinstance(part, int) or part.replace("_", "").replace("-", "").isalnum())
-
-
-def _known_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed in the table where an error lies."""
-    here: Any = model
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        field = here.model_fields.get(part) if hasattr(here, "model_fields") else None
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        here = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if here is None:
-            return []
-    return [f.alias or name for name, f in here.model_fields.items()]
-
-
-def _method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
-    """What is wrong with one ``[[methods]]``: its name, its options, its transforms, its training."""
-    try:
-        entry = methods.entry(item["name"])
-    except methods.UnknownMethod as error:
-        return [Problem((*at, "name"), str(error))]
-    fixed = {"name", "label", "send", "training"}
-    fields = {key: (p.annotation, p.default) for key, p in methods.options(entry).items()}
-    problems = _options(item["name"], fields, {k: v for k, v in item.items() if k not in fixed}, at)
-    if isinstance(training := item.get("training", {}), dict):
-        problems += _validated(TrainingSpec, training, (*at, "training"))[1]
-    send = item.get("send", [])
-    for i, transform in enumerate(send if isinstance(send, list) else []):
-        place = (*at, "send", i)
-        if not isinstance(transform, dict) or not isinstance(transform.get("name"), str):
-            problems.append(Problem(place, 'each transform is a table with a name, as in {name = "clip", bound = 1.0}'))
-            continue
-        try:
-            known = transforms.options(transforms.entry(transform["name"]))
-        except ValueError as error:
-            problems.append(Problem((*place, "name"), str(error)))
-            continue
-        kinds = transforms.types(transforms.entry(transform["name"]))
-        fields = {key: (kinds[key], transforms.default(f)) for key, f in known.items()}
-        problems += _options(transform["name"], fields, {k: v for k, v in transform.items() if k != "name"}, place)
-    return problems
-
-
-def _options(name: str, fields: Mapping[str, Any], given: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
-    model: type[BaseModel] = create_model(name, __base__=Table, **dict(fields))
-    return _validated(model, given, at)[1]
 
 
 def _together(study: Study) -> list[Problem]:
@@ -221,7 +164,7 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    return [*problems, *_folded(study), *_searched(study)]
+    return [*problems, *_folded(study), *_searched(study), *simulated.problems(study)]
 
 
 def _folded(study: Study) -> Iterator[Problem]:
@@ -263,7 +206,7 @@ def _searched(study: Study) -> Iterator[Problem]:
         space = search.of(label)
         item = method.model_dump(mode="json", exclude_defaults=True)
         for key, value in extremes(space):
-            for problem in _method_problems(changed(item, {key: value}), ()):
+            for problem in method_problems(changed(item, {key: value}), ()):
                 where = ("search", "methods", label) if key in search.methods.get(label, {}) else ("search", "space")
                 yield Problem((*where, *key.split(".")), f"{label} cannot use {json.dumps(value)}: {problem.says}")
         if (many := count(space)) is not None and many < search.trials:
@@ -281,7 +224,7 @@ def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None
         NotChosen: Where the method cannot use the values; ``file`` is where they are from.
     """
     item = changed(method.model_dump(mode="json", exclude_defaults=True), values)
-    if problems := _method_problems(item, ()):
+    if problems := method_problems(item, ()):
         said = "; ".join(f"{'.'.join(map(str, p.path))}: {p.says}" for p in problems)
         raise NotChosen(f"{file or method.called}: {said}")
     return MethodSpec.model_validate_json(json.dumps(item))

@@ -5,7 +5,7 @@ run's checkpoints, while the run goes on as well as after.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,28 @@ def _arms(run: Path) -> Iterator[Standings]:
         at = states.load(file)
         if notes := _notes(at.state):
             yield Standings(file.parent.name, at.round, dict(notes.notes), notes.alarms)
+
+
+def at_the_end(
+    state: Any, sites: Sequence[str], hostile: Sequence[str], records: Iterable[bytes]
+) -> Iterator[tuple[str, bool, bool]]:
+    """For each of ``sites``: its name, whether it is one to look at, and whether it is among the ``hostile``.
+
+    One to look at is whom an alarm of a robust rule names, or of whom a reply was refused. Nothing is said where there
+    is neither such a rule nor an attack.
+
+    Args:
+        state: The server's, at the end of training.
+        records: The lines of the arm's records.
+    """
+    notes = _notes(state)
+    if notes is None and not hostile:
+        return
+    alarmed = set() if notes is None else {alarm.partition(":")[0] for alarm in notes.alarms}
+    lost = [json.loads(line) for line in records if line.startswith(b'{"kind":"quarantine"')]
+    refused = {fact["site"] for fact in lost if not fact["reason"].startswith(("dropped out", "no answer"))}
+    for site in sites:
+        yield site, site in alarmed | refused, site in hostile
 
 
 def _notes(state: Any) -> Any:

@@ -34,6 +34,10 @@ class Classification(Task):
         """``score`` [b, C], probabilities; ``target`` [b]."""
         return {"score": model(batch[0]).float().softmax(1), "target": batch[1]}
 
+    def guess(self, score: Tensor) -> float:
+        """Every class is as likely."""
+        return 1 / score.shape[1]
+
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Loss, accuracy, balanced accuracy, and AUC (one class against the rest, averaged over those present)."""
         score, target = outputs["score"], outputs["target"]
@@ -66,6 +70,10 @@ class MultiLabel(Task):
     def outputs(self, model: nn.Module, batch: Batch, *, thorough: bool = False) -> dict[str, Tensor]:
         """``score`` [b, L], a probability for each label; ``target`` [b, L]."""
         return {"score": model(batch[0]).float().sigmoid(), "target": batch[1]}
+
+    def guess(self, score: Tensor) -> float:
+        """Each label is as likely as not."""
+        return 0.5
 
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Loss, accuracy and AUC, averaged over the labels for which they are defined."""

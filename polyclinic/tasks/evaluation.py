@@ -76,7 +76,8 @@ def outputs(task: Task, params: Tree, data: Any, device: str = "cpu", thorough: 
     """What the model with ``params`` says of every example of ``data``, and whose example it is.
 
     Returns:
-        The task's outputs over all examples, and ``patient`` [n], a number for each patient.
+        The task's outputs over all examples, and ``patient`` [n], a number for each patient. Where the model has
+        diverged, so that a ``score`` is no number, the task's guess stands for it, and ``silent`` [n] marks it.
     """
     model = borrow(task, params, device).eval()
     parts: list[dict[str, torch.Tensor]] = []
@@ -87,7 +88,17 @@ def outputs(task: Task, params: Tree, data: Any, device: str = "cpu", thorough: 
         found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     patients = list(getattr(data, "patients", range(len(data))))
     numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    return {**{k: v.clone() for k, v in found.items()}, "patient": torch.tensor([numbers[p] for p in patients])}
+    found = {**{k: v.clone() for k, v in found.items()}, "patient": torch.tensor([numbers[p] for p in patients])}
+    return _answered(found, task)
+
+
+def _answered(found: Tree, task: Task) -> Tree:
+    """``found`` with the task's guess where a diverged model answers what is no number; ``silent`` says where."""
+    if "score" not in found or bool(found["score"].isfinite().all()):
+        return found
+    silent = ~found["score"].isfinite().all(1)
+    score = torch.where(silent[:, None], task.guess(found["score"]), found["score"])
+    return {**found, "score": score, "silent": silent.to(torch.uint8)}
 
 
 def evaluate(

@@ -31,6 +31,10 @@ class Regression(Task):
         """``score`` [b, outputs] and ``target`` [b, outputs], both in the unit of the targets."""
         return {"score": model(batch[0]).float() * self.spread + self.centre, "target": batch[1]}
 
+    def guess(self, score: Tensor) -> float:
+        """The centre."""
+        return self.centre
+
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Mean absolute error, root mean square error, and R² where the targets differ."""
         error = (outputs["score"] - outputs["target"]).double()

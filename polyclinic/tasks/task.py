@@ -43,6 +43,10 @@ class Task(ABC):
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Scores of one site's ``outputs``, by name. A score that is undefined there is left out."""
 
+    def guess(self, score: Tensor) -> float:
+        """What stands in ``score`` [n, ...] for an answer that is no number: that of somebody who knows nothing."""
+        return 0.0
+
     def model(self) -> nn.Module:
         """A new model with random parameters. The global dice stay as they were."""
         with torch.random.fork_rng(devices=[]):

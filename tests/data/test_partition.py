@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.partition import PARTITIONS, Dirichlet, Iid, Partition, Pathological, Quantity
+from polyclinic.data.partition import PARTITIONS, Dirichlet, Divided, Iid, Partition, Pathological, Quantity
 from polyclinic.data.splits import dice_for
 
 GROUPS = {f"p{i:03d}": i % 3 for i in range(300)}
@@ -89,3 +89,16 @@ def test_impossible_deals_are_refused_in_a_sentence() -> None:
         Dirichlet(20, 0.01).deal(GROUPS, dice_for(0))
     with pytest.raises(DataError, match="at least one site"):
         Iid(0).deal(GROUPS, dice_for(0))
+
+
+def test_a_hospital_is_dealt_to_several_sites() -> None:
+    """Evenly, each patient once, under the hospital's name; a hospital that is not named stays whole."""
+    divided = Divided({"lyon": 3})
+    dealt = divided.deal("lyon", GROUPS, dice_for(0))
+    sizes = Counter(dealt.values())
+    assert dealt.keys() == GROUPS.keys()
+    assert sizes == {"lyon-1": 100, "lyon-2": 100, "lyon-3": 100}
+    assert set(divided.deal("oslo", GROUPS, dice_for(0)).values()) == {"oslo"}
+    assert "(lyon to 3)" in divided.badge
+    with pytest.raises(DataError, match=r"parts\.lyon = 0"):
+        Divided({"lyon": 0}).deal("lyon", GROUPS, dice_for(0))

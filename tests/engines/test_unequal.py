@@ -122,6 +122,23 @@ def test_evaluation_takes_no_time_and_never_fails(task):
     assert engine.clock == 0
 
 
+def test_judging_a_model_leaves_alone_whoever_is_training(task):
+    method = Evaluated(FedAvg(task, LOCAL), task)
+    judged, plain = Unequal(method, little_sites(), SLOW), Unequal(method, little_sites(), SLOW)
+    for step in train_async(method, judged, method.init(task.first(0)), updates=9):
+        assert len(evaluate(method, judged, step.state, judged.sites)) == 3
+    *_, last = train_async(method, plain, method.init(task.first(0)), updates=9)
+    assert equal(step.state, last.state)
+    assert judged.clock == plain.clock
+
+
+def test_only_those_named_are_asked_when_nobody_waits(task):
+    method = FedAvg(task, LOCAL)
+    engine = Unequal(method, little_sites(), SLOW)
+    steps = list(train_async(method, engine, method.init(task.first(0)), updates=5, among=["site-1", "site-0"]))
+    assert {name for step in steps for name in step.asked} == {"site-0", "site-1"}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -193,3 +193,21 @@ def test_whose_example_it_is_stays_with_the_outputs(task) -> None:
     found = outputs(task, task.first(0), data, size=5)
     assert found["patient"].tolist() == [i // 3 for i in range(len(data))]
     assert found["score"].shape == (len(data), 2)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "multilabel"])
+def test_a_model_that_has_diverged_is_taken_for_one_that_guesses(kind) -> None:
+    """What is no number becomes a guess, and is marked; all else is as it was."""
+    network = Network("mlp", (2,), 3, (("depth", 0), ("width", 2)))
+    task = {
+        "classification": Classification(network), "multilabel": MultiLabel(network),
+        "regression": Regression(network, centre=7.0),
+    }[kind]  # fmt: skip
+    x, y = torch.ones(6, 2), torch.arange(6) % 3 if kind == "classification" else torch.zeros(6, 3)
+    whole = outputs(task, task.first(0), Rows(x, y))
+    assert "silent" not in whole
+    x[4] = torch.inf
+    said = outputs(task, task.first(0), Rows(x, y))
+    assert said["silent"].tolist() == [0, 0, 0, 0, 1, 0]
+    assert said["score"][4].tolist() == pytest.approx([{"classification": 1 / 3, "multilabel": 0.5}.get(kind, 7.0)] * 3)
+    assert torch.equal(whole["score"][:4], said["score"][:4])

@@ -16,6 +16,7 @@ from polyclinic.studies.report.clinical import task_section
 from polyclinic.studies.report.curves import curves_section
 from polyclinic.studies.report.explained import explained_section
 from polyclinic.studies.report.gains import gains_section
+from polyclinic.studies.report.hostile import hostile_section
 from polyclinic.studies.report.kept import kept_section
 from polyclinic.studies.report.leaving import leaving_section, privacy_section
 from polyclinic.studies.report.page import Source
@@ -71,6 +72,7 @@ def sections_of(page: Source) -> list[Section]:
         task_section(page),
         subgroups_section(page),
         explained_section(page),
+        hostile_section(page),
         leaving_section(page),
         privacy_section(page),
         data_section(page),

@@ -117,6 +117,10 @@ def _about_run(page: Source) -> Iterator[Finding]:
     twice = [f"{page.title(m)} (seed {s}): {k} times" for (m, s), k in run.opened.items() if k > 1]
     if twice:
         yield Finding(3, f"The sealed test set was opened more than once: {listed(twice)}.")
+    for (label, seed), sites in run.arms.items():
+        if silent := sum(p.silent for p in sites.values()):
+            text = f"{page.title(label)} (seed {seed}) has diverged: its answers are no numbers for {count(silent)} of "
+            yield Finding(3, f"{text}{count(sum(map(len, sites.values())))} test examples, and count as a guess.")
     for q in run.quarantined[:3]:
         yield Finding(2, f"A reply of {q.site} was refused in round {q.round} of {page.title(q.method)}: {q.reason}.")
     if len(run.quarantined) > 3:
@@ -177,6 +181,8 @@ def _about_study(page: Source) -> Iterator[Finding]:
     run = page.run
     if run.info.data.simulated:
         yield Finding(3, f"The sites are simulated. {run.info.data.simulated}")
+    for simulated in (note for note in run.info.data.notes if note.startswith("Simulated")):
+        yield Finding(3, simulated)
     if not external_sites(run) and run.info.folds_by != "sites":
         yield Finding(2, "No site was held out of training, so nothing here speaks for a hospital that joins later.")
     if len(run.info.seeds) == 1:

@@ -24,6 +24,10 @@ from polyclinic.tasks.dpsgd import Spend
 INTERVAL = 1e-4  # of the discretised privacy loss: ε is exact to about as much, and never too small
 
 
+class BadPlan(ValueError):
+    """A budget that cannot be kept, or planned, as it was asked for."""
+
+
 def epsilon(spends: Iterable[Spend], delta: float) -> float:
     """ε at ``delta`` of all ``spends`` together, by privacy loss distributions; infinite for a spend without noise.
 
@@ -105,14 +109,14 @@ def plan(epsilon: float, delta: float, rate: float, rounds: int, *, steps: int =
         batch: The expected batch, in units, or the number of sites in a sum: the noise is divided by it.
 
     Raises:
-        ValueError: Where an argument is out of range; the message lists them all.
+        BadPlan: Where an argument is out of range; the message lists them all.
     """
     problems = [] if 0 < epsilon < math.inf else [f"epsilon must be above 0, not {epsilon}"]
     problems += [] if 0 < delta < 1 else [f"delta must be between 0 and 1, not {delta}"]
     problems += [] if 0 < rate <= 1 else [f"rate must be above 0 and at most 1, not {rate}"]
     problems += [] if rounds >= 1 and steps >= 1 else ["rounds and steps must be at least 1"]
     if problems:
-        raise ValueError("; ".join(problems))
+        raise BadPlan("; ".join(problems))
     total = rounds * steps
     noise = _least_noise(epsilon, delta, rate, total)
     spends = (Spend(noise, rate, total),)
@@ -154,7 +158,7 @@ def _least_noise(wanted: float, delta: float, rate: float, steps: int) -> float:
     while at(high, "rdp") > wanted:
         high *= 2
         if high > 2**20:
-            raise ValueError(f"no noise makes {steps} steps as private as ε = {wanted:g} at δ = {delta:g}")
+            raise BadPlan(f"no noise makes {steps} steps as private as ε = {wanted:g} at δ = {delta:g}")
     low = high / 2 if high > 1 else 0.01
     while high / low > 1.01:  # Rényi's bound is quick, and a little too much noise is right at this end
         middle = (low * high) ** 0.5

@@ -101,7 +101,8 @@ class DPSGD(Local):
         """
         model, data = borrow(task, start, site.device, slot), site.data[role] if data is None else data
         members = self._members(data)
-        if problems := self.problems(task, model):
+        problems = self.problems(task, model)
+        if problems := [*problems, *([] if members else ["DPSGD: there is no one to train on at this site"])]:
             raise ValueError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or only(n))}
         optimiser, dice = self._optimiser(list(named.values()), self.rate(round)), site.secret_rng()

@@ -146,6 +146,39 @@ def test_an_empty_batch_is_a_step_of_noise_alone() -> None:
     assert all(torch.allclose(end[n], params[n], atol=1e-6) for n in params)
 
 
+@pytest.mark.parametrize(("patients", "rate"), [(1, 1.0), (20, 0.05)])
+def test_a_batch_of_one_is_bounded_and_hidden_as_any_other(patients: int, rate: float) -> None:
+    """One patient in all, or one in a batch on average: a batch is divided by its expected size, not its own."""
+    whole, params, expected = data_of(20), GROUPED.first(0), round(rate * patients)
+    data = Patients(whole.x[:patients], whole.y[:patients], whole.patients[:patients])
+    local = DPSGD(steps=1, batch_size=1, lr=1.0, noise=ALMOST_NONE, bound=0.1)
+    all_of_them = site_of(data, entropy=lambda n: bytes(n))  # draws of 0: everyone is sampled
+    moved = tree.norm(tree.sub(params, local.fit(GROUPED, params, all_of_them, 0)))
+    assert 0 < moved <= 0.1 * patients / expected + 1e-6
+    assert local.spend(data) == Spend(ALMOST_NONE, rate, 1, "patient")
+    loud = tree.sub(params, replace(local, noise=50.0).fit(GROUPED, params, site_of(data), 0))
+    assert tree.norm(loud) == pytest.approx(50 * 0.1 * sum(p.numel() for p in params.values()) ** 0.5, rel=0.15)
+
+
+def test_where_every_gradient_is_clipped_directions_still_count() -> None:
+    """The step is the mean of the units' directions times the bound, however small the bound is."""
+    params, data, bound = GROUPED.first(0), data_of(6), 1e-4
+    local = DPSGD(steps=1, batch_size=6, lr=1.0, noise=ALMOST_NONE, bound=bound)
+    step = tree.sub(params, local.fit(GROUPED, params, site_of(data), 0))
+    each = per_example_gradients(borrow(GROUPED, params), params, GROUPED.loss, data[torch.arange(6)])
+    alone = [{n: g[i] for n, g in each.items()} for i in range(6)]
+    assert all(tree.norm(g) > 100 * bound for g in alone)
+    wanted = tree.zeros(params)
+    for g in alone:
+        wanted = tree.add(wanted, tree.scale(g, bound / 6 / tree.norm(g)))
+    assert tree.norm(tree.sub(step, wanted)) < 0.02 * tree.norm(wanted)
+
+
+def test_nobody_to_train_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="DPSGD: there is no one to train on"):
+        DPSGD().fit(GROUPED, GROUPED.first(0), site_of(Patients(torch.zeros(0, 1, 8, 8), torch.zeros(0), ())), 0)
+
+
 def test_noise_is_as_deep_as_it_says_and_never_the_same() -> None:
     params, data = GROUPED.first(0), data_of(10)
     local = DPSGD(steps=1, batch_size=5, lr=1.0, noise=100.0, bound=1e-3)

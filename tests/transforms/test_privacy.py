@@ -97,6 +97,19 @@ def test_the_bound_finds_the_median_norm() -> None:
         )
 
 
+def test_where_every_site_is_clipped_the_bound_opens_at_its_rate_and_directions_count() -> None:
+    """Nobody is below the bound: it opens by exp(η γ) a round, and what is sent has its length meanwhile."""
+    start = 1e-6
+    ran = run(VALUES, AdaptiveClip(start), rounds=4)
+    bounds = [start, *(float(s.transforms[0]["clip"]["bound"]) for s in ran.states)]
+    assert bounds == pytest.approx([start * math.exp(0.1 * k) for k in range(5)])
+    fixed = run(VALUES, Clip(start))
+    sent = [VALUES(site, 0) for site in "abc"]
+    wanted = [tree.scale(v, start / tree.norm(v) / 3) for v in sent]
+    assert close(fixed.last, tree.add(tree.add(wanted[0], wanted[1]), wanted[2]))
+    assert tree.norm(fixed.last) <= start
+
+
 def test_the_count_takes_its_share_of_the_noise() -> None:
     """(z_Δ)⁻² + (2 σ_b)⁻² = z⁻²; left to itself the noise on everything else is 5 % larger."""
     settled = AdaptiveClip(1.0).settle((Gaussian(0.8),))

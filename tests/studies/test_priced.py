@@ -59,6 +59,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path):
     runs = {}
     for scenario in parse_all(priced(file, (2.0, 20.0), 1e-2, (1, 3))):

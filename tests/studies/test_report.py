@@ -462,7 +462,7 @@ def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
     (spent,) = read_run(path).spent("fedavg")
     assert (spent.epsilon, spent.seed, spent.round) == (2.6, 1, 2)
     page = Page(build_report(path, options=FEW).read_text())
-    assert "by pld" in page.text
+    assert "tight" in page.text
     assert "FedAvg was differentially private per patient with (ε = 2.6, δ = 1e-05)" in page.text
     assert "No noise was added" not in page.text
 

@@ -18,9 +18,10 @@ from polyclinic.studies.report.explained import explained_section
 from polyclinic.studies.report.gains import gains_section
 from polyclinic.studies.report.hostile import hostile_section
 from polyclinic.studies.report.kept import kept_section
-from polyclinic.studies.report.leaving import leaving_section, privacy_section
+from polyclinic.studies.report.leaving import leaving_section
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.paragraph import paragraph_section
+from polyclinic.studies.report.private import privacy_section
 from polyclinic.studies.report.provenance import checklist_section, data_section, reproduce_section
 from polyclinic.studies.report.quality import methods_section, sites_section
 from polyclinic.studies.report.subgroups import subgroups_section

@@ -1,15 +1,11 @@
-"""Sections on what left each site: bytes, time and losses, and what bounds what it tells of a patient."""
+"""The section on what left each site: bytes, time and losses."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from polyclinic.studies import figures
-from polyclinic.studies.lines import Privacy
 from polyclinic.studies.report.blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
-from polyclinic.studies.report.words import NONE, count, duration, listed, many, number, size, whole
+from polyclinic.studies.report.words import NONE, count, duration, number, size, whole
 
 MODES = {
     "in-process": "All sites were simulated in one process on one machine",
@@ -114,78 +110,3 @@ def _losses(page: Source) -> list[Any]:
     columns += words(site="Site", reason="Reason")
     table = Table("losses", "Replies that did not come, and replies that were refused.", columns, rows)
     return [table if len(rows) <= 8 else Folded(f"{count(len(rows))} replies lost or refused", [table])]
-
-
-def privacy_section(page: Source) -> Section:
-    """What was spent where; and, where nothing was done, that nothing was done."""
-    federated = [m.label for m in page.run.info.methods if not m.baseline]
-    spent = {label: page.run.spent(label) for label in federated}
-    blocks: list[Any] = []
-    if rows := [row for label, records in spent.items() for row in _privacy_rows(page, label, records)]:
-        columns = words(method="Method", site="Site") + numbers(epsilon="ε", delta="δ")
-        columns += words(unit="Protects one") + numbers(round="After round") + words(how="How")
-        note = (
-            "Whoever sees the messages can change their odds that one unit took part by a factor of at most exp(ε), "
-            "except with probability δ; smaller is more private. At the end, and of several seeds the largest."
-        )
-        blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
-        blocks += _by_round(page)
-        blocks += _against_epsilon(page, spent)
-    if bare := [page.title(k) for k, v in spent.items() if not v]:
-        text = Markup(
-            "<strong>No noise was added under {}.</strong> Keeping images at home is not yet privacy: weights and "
-            "gradients can tell who took part in training, and can under some conditions show what was trained on."
-        )
-        blocks.append(Text(text.format(listed(bare, "or"))))
-    if not federated:
-        blocks.append(Text("No federated method is in this study; nothing left a site."))
-    return Section("privacy", "Privacy", blocks)
-
-
-def _privacy_rows(page: Source, label: str, records: Sequence[Privacy]) -> list[Row]:
-    """One row a site; one row for all where they do not differ."""
-    rows: dict[tuple[str, ...], list[str]] = {}
-    for p in records:
-        extra = {k: v for k, v in (p.model_extra or {}).items() if v is not None}
-        how = "; ".join(f"{k} {v}" for k, v in sorted(extra.items())) or NONE
-        numbers_ = (NONE if p.epsilon is None else f"{p.epsilon:.3g}", NONE if p.delta is None else f"{p.delta:g}")
-        key = (*numbers_, p.unit or NONE, NONE if p.round is None else str(p.round), how)
-        rows.setdefault(key, []).append(p.site or "all")
-    names = ("epsilon", "delta", "unit", "round", "how")
-    return [
-        {"method": page.title(label), **dict(zip(names, key, strict=True)), "site": ", ".join(sites)}
-        for key, sites in rows.items()
-    ]
-
-
-def _by_round(page: Source) -> list[Folded]:
-    """The largest ε of all sites and seeds after each round."""
-    most: dict[tuple[str, int], float] = {}
-    for p in page.run.privacy:
-        if p.round is not None and p.epsilon is not None:
-            most[p.method, p.round] = max(p.epsilon, most.get((p.method, p.round), 0.0))
-    if not most:
-        return []
-    rows: list[Row] = [
-        {"method": page.title(label), "round": str(round), "epsilon": f"{most[label, round]:.3g}"}
-        for label, round in sorted(most)
-    ]
-    columns = words(method="Method") + numbers(round="After round", epsilon="ε, largest of all sites")
-    note = "Between rounds by Rényi's bound, which is quick and a little larger; after the last, by the tight one."
-    return [Folded("ε after each round", [Table("privacy-rounds", "Privacy spent, by round.", columns, rows, note)])]
-
-
-def _against_epsilon(page: Source, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:
-    rows = []
-    for label, records in spent.items():
-        known = [p.epsilon for p in records if p.epsilon is not None]
-        result = next((m for m in page.result.methods if m.label == label), None)
-        if known and result is not None and result.macro.value is not None:
-            rows.append((page.title(label), max(known), result.macro.value, "plain"))
-    if len(rows) < 2:
-        return []
-    alt = (
-        f"Mean {page.label} against the privacy budget for {many(len(rows), 'method')}; the numbers are in the tables."
-    )
-    drawn = figures.scatter("epsilon", alt, rows, "ε (smaller is more private)", f"{page.label}, mean over sites")
-    return [Picture(drawn, "What privacy costs: quality against ε.")]

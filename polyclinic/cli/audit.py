@@ -38,7 +38,8 @@ def audit(
     for site, one in found.membership.sites.items():
         console.print(f"    {site:<24} {one.says}", soft_wrap=True, markup=False)
     console.print(f"  {found.membership.says}", soft_wrap=True)
-    console.print(f"  [bold]An example from its gradient?[/bold] One of {found.site}'s, label known, no defence:")
+    whose = f"One of {found.site}'s, label known, its gradient seen as it is:"
+    console.print(f"  [bold]An example from its gradient?[/bold] {whose}", soft_wrap=True)
     for name, leak in (("control", found.inversion.control), (found.method, found.inversion.found)):
         told = f"{leak.psnr_db:.1f} dB, a guess {leak.guess_db:.1f} dB, RDLV {leak.rdlv:.2f}"
         console.print(f"    {name:<24} {told}", soft_wrap=True)

@@ -115,21 +115,25 @@ def _curve(told: "list[Price]", metric: str, higher: bool) -> None:
 
 
 @app.command
-def ledger(file: Path) -> None:
+def ledger(path: Path) -> None:
     """What was spent of a budget, and what is left.
 
     Parameters
     ----------
-    file
-        A ledger, as a run keeps them under arms/…/ledgers.
+    path
+        A ledger; or a run's folder, with the ledgers of its sites.
     """
     from polyclinic.transforms.ledger import Ledger
 
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such ledger")
-    found = Ledger(file)
-    budget, spent = found.budget(), found.spent()
-    console.print(f"  {budget['site']}, {budget['data']}: {spent}", soft_wrap=True)
-    console.print(
-        f"  the budget is ε = {budget['epsilon']:g}; {max(0.0, budget['epsilon'] - spent.epsilon):.3f} is left"
-    )
+    files = sorted(path.glob("**/ledgers/*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path}: no site of this run has a ledger. [privacy] in the study file makes them")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: there is no such ledger")
+        found = Ledger(file)
+        budget, spent = found.budget(), found.spent()
+        where = f"{file.parent.parent.name}: " if path.is_dir() else ""
+        console.print(f"  {where}{budget['site']}, {budget['data']}: {spent}", soft_wrap=True, markup=False)
+        left = max(0.0, budget["epsilon"] - spent.epsilon)
+        console.print(f"  the budget is ε = {budget['epsilon']:g}; {left:.3f} is left")

@@ -168,7 +168,10 @@ def _tell(made: Any, out: Path) -> None:
     for scale, loss in made.losses.items():
         console.print(f"    λ = {scale:<8.4g} loss {loss:.4f}")
     if not made.controls:
-        console.print("  No restoration set was given: nothing was compared, and batch normalisation kept the base's.")
+        console.print(
+            "  No restoration set was given: nothing was compared. Batch normalisation, if any, kept the base's.",
+            soft_wrap=True,
+        )
         return
     console.print("  On the restoration set, which also chose λ: too kind to the merged model.")
     for name, scores in made.controls.items():

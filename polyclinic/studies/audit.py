@@ -87,7 +87,12 @@ def audit_run(
     label = label or _last_shared(run)
     file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
-        raise NotAudited(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
+        methods = ", ".join(m.label for m in run.info.methods)
+        seeds = ", ".join(str(s) for s in run.info.seeds)
+        unfinished = label in [m.label for m in run.info.methods] and seed in run.info.seeds
+        why = f"{label} is not finished with seed {seed}: go on with polyclinic run --resume" if unfinished else (
+            f"there is no method {label!r} with seed {seed}. Methods: {methods}. Seeds: {seeds}")  # fmt: skip
+        raise NotAudited(f"{run.path}: {why}")
     study = parse((run.path / "study.toml").read_text(encoding="utf-8"), run.path / "study.toml")
     fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
     data = federate(study.data, seed, fold)

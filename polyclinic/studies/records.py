@@ -211,7 +211,9 @@ def _read_info(path: Path) -> RunInfo:
     if not path.is_dir():
         raise NotARun(f"{path}: no such folder. Give the folder of a run, such as runs/<name>-<hash>.")
     if not file.is_file():
-        raise NotARun(f"{path}: not a run folder: it has no run.json. `polyclinic run` writes run folders.")
+        inside = ", ".join(sorted(one.parent.name for one in path.glob("*/run.json")))
+        hint = f"It holds these: {inside}." if inside else "`polyclinic run` writes run folders."
+        raise NotARun(f"{path}: not a run folder: it has no run.json. {hint}")
     try:
         return RunInfo.model_validate_json(file.read_bytes())
     except ValidationError as error:

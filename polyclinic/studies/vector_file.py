@@ -117,6 +117,7 @@ def load_key(file: Path) -> Any:
     ed25519 = _ed25519()
     if not file.exists():
         made = ed25519.Ed25519PrivateKey.generate()
+        file.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
             opened.write(made.private_bytes_raw().hex() + "\n")
     text = file.read_text(encoding="utf-8").strip()
@@ -129,6 +130,8 @@ def load_keys(file: Path) -> dict[str, str]:
     """Public keys by site: a TOML file with a line such as ``ada = "3b6a…"`` for each."""
     import tomllib
 
+    if not file.is_file():
+        raise VectorRefused(f"{file}: there is no such file. It has a line for each site, as `vectors make` told it")
     try:
         keys = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

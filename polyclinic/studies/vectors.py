@@ -242,7 +242,12 @@ def remove(
     }:
         problems.append(f"{model}: holds the vectors of {', '.join(about['sites'])}, here are {', '.join(vectors)}")
     if about["restoration"] != (dict(restoration.named) if restoration else None):
-        problems.append(f"{model}: was restored on {about['restoration']}; give the same data")
+        was = about["restoration"]
+        told = f"was restored on the role {was['role']!r} of {was['site']}; name the study, the site and the role" if (
+            was) else "was merged without a restoration set; name none"  # fmt: skip
+        if was and restoration and {**was, "data": ""} == {**restoration.named, "data": ""}:
+            told = "was restored on these data, and they have changed since"
+        problems.append(f"{model}: {told}")
     if problems:
         raise VectorRefused("\n".join([*problems, "Nothing was removed."]))
     rest = {name: vector for name, vector in vectors.items() if name != site}

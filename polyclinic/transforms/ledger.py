@@ -147,6 +147,8 @@ class Ledger:
             raise Broken(f"{self.path}: the ledger is missing" + (
                 ", though its head is here: nothing can be released. Restore it from a copy" if self._head.exists()
                 else ": begin one, with the budget that this site allows"))  # fmt: skip
+        if not _begins_as_one(self.path):
+            raise Broken(f"{self.path}: this is not a ledger: its first line sets no budget")
         Journal(self.path).close()  # cuts off a torn last line: it was never acknowledged, so nothing was released
         entries = list(verify(self.path))
         known = self._head.read_text().strip() if self._head.exists() else FIRST
@@ -209,3 +211,10 @@ def payable(spends: Iterable[Spend], unit: Unit) -> list[Spend]:
         if found := [Spend(s.multiplier, s.rate, s.steps, of, s.pure) for s in given if s.unit == enough]:
             return found
     return []
+
+
+def _begins_as_one(path: Path) -> bool:
+    """Whether the file could be a ledger, so that nothing is cut off another. A first line may be torn."""
+    with path.open("rb") as opened:
+        first = opened.readline(2**16)
+    return not first or (first.startswith(b"{") and (b'"event":"budget"' in first or not first.endswith(b"\n")))

@@ -60,6 +60,7 @@ def file(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path):
     runs = {}
     for scenario in parse_all(priced(file, (2.0, 20.0), 1e-2, (1, 3))):
@@ -104,6 +105,13 @@ def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(file, t
     assert [row[:2] for row in rows] == [["1", "none"], ["1", "5"], ["2", "none"], ["2", "5"]]
     assert float(rows[3][2]) > float(rows[1][2]) > 0 == float(rows[0][2])
     assert "Best on validation patients: ε = 5 in " in said
+    folder = next((tmp_path / "runs" / "small-priced").glob("rounds-2-*"))
+    with pytest.raises(SystemExit):
+        app(["privacy", "ledger", str(folder)])
+    said = capsys.readouterr().out
+    assert "eps-5-seed0: " in said
+    assert said.count("is left") == len(list(folder.glob("arms/eps-5-*/ledgers/*.jsonl"))) > 0
+    assert "no-noise" not in said
 
 
 def test_more_rounds_are_told_to_be_better_only_where_validation_says_so():

@@ -211,7 +211,7 @@ def test_a_removal_that_would_not_be_exact_is_refused(made, base, keys, tmp_path
     model = tmp_path / "m.safetensors"
     vectors.merge(base, vectors.accept(base, files(made), keys), Merging(), model, on)
     for site, given, data, says in (
-        ("b", SITES, None, "give the same data"),
+        ("b", SITES, None, "was restored on the role .val. of c; name the study, the site and the role"),
         ("b", ("a", "b"), on, "holds the vectors of a, b, c, here are a, b"),
         ("x", SITES, on, "x is not in it"),
     ):

@@ -126,7 +126,7 @@ def test_entries_of_other_journals_are_no_ledger(tmp_path: Path) -> None:
     other = journal.Journal(tmp_path / "j")
     other.write("asked", {})
     other.close()
-    with pytest.raises(Broken, match="'asked' is not an entry of a ledger"):
+    with pytest.raises(Broken, match="not a ledger: its first line sets no budget"):
         Ledger(tmp_path / "j").spent()
 
 
@@ -301,3 +301,13 @@ def test_scores_are_free_unless_the_site_says_no(ledger: Ledger) -> None:
     execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger))
     with pytest.raises(Refused, match="the job 'score/val' added none"):
         execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger, free=()))
+
+
+def test_another_file_is_no_ledger_and_stays_as_it_is(tmp_path: Path) -> None:
+    """Reading a ledger cuts a torn last line off; of any other file nothing may be cut."""
+    for text in ("rounds = 3\nseeds = [0]", '{"event":"begun","seq":0}\n{"torn'):
+        file = tmp_path / "study.toml"
+        file.write_text(text)
+        with pytest.raises(Broken, match="this is not a ledger: its first line sets no budget"):
+            Ledger(file).budget()
+        assert file.read_text() == text

@@ -22,6 +22,7 @@ from polyclinic.tasks.reconstruction import Reconstruction
 from polyclinic.tasks.regression import Regression
 from polyclinic.tasks.segmentation import Segmentation
 from polyclinic.tasks.task import Task
+from polyclinic.transforms.receive import received_through
 from polyclinic.transforms.table import build as build_transform
 from polyclinic.transforms.table import entry as transform_entry
 
@@ -41,6 +42,7 @@ class Plan:
         training: The fields of ``Local``; ``private`` among them makes it ``DPSGD`` with those fields.
         method: The method's name. ``options``: what the study sets for it.
         send: Transforms in the order in which a reply passes them, each with ``name`` and its options.
+        receive: The same for what the server asks.
         sites: The sites that train.
         rounds: How many rounds.
         seed: Every reproducible random number follows from it.
@@ -59,6 +61,7 @@ class Plan:
     training: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     send: tuple[Mapping[str, Any], ...] = ()
+    receive: tuple[Mapping[str, Any], ...] = ()
 
     def build_task(self) -> Task:
         """The task, its network not yet built."""
@@ -83,11 +86,14 @@ class Plan:
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if self.send:
             inner = send_through(inner, *(build_transform(item) for item in self.send))
+        if self.receive:
+            inner = received_through(inner, task.first(0), *(build_transform(item) for item in self.receive))
         return Evaluated(inner, task)
 
     def to_json(self) -> str:
         """The plan as canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        value = {key: item for key, item in asdict(self).items() if key != "receive" or item}  # plans without it stay
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

@@ -21,7 +21,7 @@ from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
-from polyclinic.engines.required import transform_problems, transforms_of, unknown_transforms
+from polyclinic.engines.required import arrived, transform_problems, transforms_of, unknown_transforms
 from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
@@ -234,8 +234,10 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
     if (size := ask.nbytes(site.name)) > limits.megabytes_per_round * 1e6:
         most = limits.megabytes_per_round
         yield f"a message of {size / 1e6:.0f} MB, and the policy allows {most:g} (limits.megabytes_per_round)"
-    if "params" in ask.trees:
-        yield from _model_problems(plan, method, ask.trees["params"])
+    try:
+        yield from _model_problems(plan, method, arrived(method, ask).trees.get("params", {}))
+    except ValueError as error:
+        yield f"the server's message cannot be read: {error}"
 
 
 def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[str]:

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from polyclinic.core.method import Ask
 from polyclinic.core.pipeline import Sent, Transform
 from polyclinic.transforms import table as transforms
+from polyclinic.transforms.receive import Received
 
 Wanted = Mapping[str, str | float | int]
 
@@ -17,6 +19,19 @@ def transforms_of(method: Any) -> tuple[Transform, ...]:
             found = (*method.transforms, *found)
         method = getattr(method, "inner", None)
     return found
+
+
+def arrived(method: Any, ask: Ask) -> Ask:
+    """The ask as the method itself sees it, its codecs undone.
+
+    Raises:
+        ValueError: Where they cannot be.
+    """
+    while method is not None:
+        if isinstance(method, Received):
+            return method.arrived(ask)
+        method = getattr(method, "inner", None)
+    return ask
 
 
 def transform_problems(required: Sequence[Wanted], present: tuple[Transform, ...]) -> Iterator[str]:

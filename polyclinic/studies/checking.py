@@ -53,26 +53,28 @@ def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Pro
         entry = methods.entry(item["name"])
     except methods.UnknownMethod as error:
         return [Problem((*at, "name"), str(error))]
-    fixed = {"name", "label", "send", "training"}
+    fixed = {"name", "label", "send", "receive", "training"}
     fields = {key: (p.annotation, p.default) for key, p in methods.options(entry).items()}
     problems = _options(item, fields, fixed, at)
     if isinstance(training := item.get("training", {}), dict):
         problems += validated(TrainingSpec, training, (*at, "training"))[1]
-    send = item.get("send", [])
-    for i, transform in enumerate(send if isinstance(send, list) else []):
-        place = (*at, "send", i)
-        if not isinstance(transform, dict) or not isinstance(transform.get("name"), str):
-            problems.append(Problem(place, 'each transform is a table with a name, as in {name = "clip", bound = 1.0}'))
-            continue
-        try:
-            known = transforms.options(transforms.entry(transform["name"]))
-        except ValueError as error:
-            problems.append(Problem((*place, "name"), str(error)))
-            continue
-        kinds = transforms.types(transforms.entry(transform["name"]))
-        fields = {key: (kinds[key], transforms.default(f)) for key, f in known.items()}
-        problems += _options(transform, fields, {"name"}, place)
+    for way in ("send", "receive"):
+        passed = item.get(way, [])
+        for i, transform in enumerate(passed if isinstance(passed, list) else []):
+            problems += _transform_problems(transform, (*at, way, i))
     return problems
+
+
+def _transform_problems(transform: Any, place: tuple[str | int, ...]) -> list[Problem]:
+    if not isinstance(transform, dict) or not isinstance(transform.get("name"), str):
+        return [Problem(place, 'each transform is a table with a name, as in {name = "clip", bound = 1.0}')]
+    try:
+        known = transforms.options(transforms.entry(transform["name"]))
+    except ValueError as error:
+        return [Problem((*place, "name"), str(error))]
+    kinds = transforms.types(transforms.entry(transform["name"]))
+    fields = {key: (kinds[key], transforms.default(f)) for key, f in known.items()}
+    return _options(transform, fields, {"name"}, place)
 
 
 def attack_problems(item: Any, at: tuple[str | int, ...]) -> list[Problem]:

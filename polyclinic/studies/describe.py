@@ -68,7 +68,10 @@ def method_facts(method: MethodSpec) -> dict[str, Any]:
     """What a report says of one method of a study."""
     entry = registry.entry(method.name)
     through = [item["name"] for item in method.send]
-    options = {**method.options, **({"send": through} if through else {})}
+    received = [item["name"] for item in method.receive]
+    options = {
+        **method.options, **({"send": through} if through else {}), **({"receive": received} if received else {})
+    }  # fmt: skip
     known = {"name": entry.name, "title": entry.summary, "citation": entry.paper, "leaves": entry.leaves}
     return {"label": method.called, **known, "options": options}
 

@@ -67,7 +67,8 @@ def arms(
                 "kind": study.task.kind, "network": study.task.network, "method": method.name, "rounds": study.rounds,
                 "seed": seed, "task": study.task.settings, "network_options": study.task.options, "sites": trainers,
                 "training": study.training_of(method), "options": method.options,
-                "send": [dict(item) for item in method.send], **(shape or {}),
+                "send": [dict(item) for item in method.send],
+                **({"receive": [dict(item) for item in method.receive]} if method.receive else {}), **(shape or {}),
             }  # fmt: skip
             external = [name for name in study.data.external if entry.newcomers]
             found.append({"label": method.called, "seed": seed, "plan": _plain(plan), "external": external})

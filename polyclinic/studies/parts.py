@@ -89,13 +89,17 @@ class TrainingSpec(Table):
 
 
 class MethodSpec(Table):
-    """A method by name, with its options; ``send`` lists what its replies pass through; ``training`` what differs."""
+    """A method by name, with its options.
+
+    ``send`` lists what its replies pass through, ``receive`` what its asks do; ``training`` says what differs.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
     label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,40}$")] = ""
     send: tuple[dict[str, Any], ...] = ()
+    receive: tuple[dict[str, Any], ...] = ()
     training: dict[str, Any] = {}
 
     @property

@@ -283,6 +283,7 @@ def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Pla
         training=study.training_of(method),
         options=method.options,
         send=method.send,
+        receive=method.receive,
     )
 
 

@@ -46,7 +46,7 @@ def test_the_same_audit_finds_the_same(done):
 def test_what_cannot_be_audited_is_refused(done, tmp_path):
     with pytest.raises(NotARun):
         audit_run(tmp_path)
-    with pytest.raises(NotAudited, match="there is no method 'x' with seed 0. Methods: "):
+    with pytest.raises(NotAudited, match=r"there is no method 'x' with seed 0\. Methods: "):
         audit_run(done / "run", "x")
     npz(done, labels=__import__("numpy").arange(160) % 2)
     with pytest.raises(NotAudited, match="the data have changed since the run"):

@@ -39,6 +39,9 @@ class Page:
         e = self.entry
         lines = [f"## {e.name}", "", f"*{self.family}* · {e.paper}", "", *(f"{text}\n" for text in self.about)]
         lines += [f"**What leaves a site:** {e.leaves}.", ""]
+        if e.send:
+            through = ", ".join(f'{{ name = "{name}" }}' for name in e.send)
+            lines += [f"In a study it has `send = [{through}]` unless the study says otherwise, as `send = []` does.", ""]
         if e.tasks:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:

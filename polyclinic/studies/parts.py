@@ -91,7 +91,8 @@ class TrainingSpec(Table):
 class MethodSpec(Table):
     """A method by name, with its options.
 
-    ``send`` lists what its replies pass through, ``receive`` what its asks do; ``training`` says what differs.
+    ``send`` lists what its replies pass through, ``receive`` what its asks do; ``training`` says what differs. Where
+    ``send`` is not set, it is what the method's line in the table says, and nothing for nearly all of them.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -101,6 +102,14 @@ class MethodSpec(Table):
     send: tuple[dict[str, Any], ...] = ()
     receive: tuple[dict[str, Any], ...] = ()
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _usual(self) -> "MethodSpec":
+        from polyclinic.methods.table import METHODS
+
+        if "send" in self.model_fields_set or self.name not in METHODS or not METHODS[self.name].send:
+            return self
+        return self.model_copy(update={"send": tuple({"name": name} for name in METHODS[self.name].send)})
 
     @property
     def options(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def priced(
         raise BadPlan(f"δ = {delta:g} must be below 1 in {patients}, the patients of the smallest site")
     given = study.training_of(chosen)
     batch, epochs = int(given["batch_size"]), int(given["epochs"])
-    item = chosen.model_dump(mode="json", exclude_defaults=True)
+    item = chosen.model_dump(mode="json", exclude_unset=True)
     scenarios = []
     for many in rounds or [study.rounds]:
         methods: list[dict[str, Any]] = [{**item, "label": PLAIN}]

@@ -89,11 +89,30 @@ class Sample:
         return metric.kernel(score, target, np.concatenate(columns, axis=1))
 
     def macro(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
-        """The mean over those of ``sites`` where the metric is defined: [seeds, 1 + draws]."""
+        """The mean over those of ``sites`` where the metric is defined: [seeds, 1 + draws].
+
+        A draw that leaves a site without one of the classes is left out for that site alone, not for all of them.
+        """
         each = [d for d in (self.draws(label, [s], metric) for s in sites) if np.isfinite(d[:, 0]).all()]
         if not each:
             return np.full((len(self.seeds(label)), 1 + self._count()), np.nan)
-        return np.asarray(np.mean(each, axis=0))
+        return np.asarray(np.mean([self._redrawn(d) for d in each], axis=0))
+
+    def _redrawn(self, draws: Array) -> Array:
+        """A site's draws, [seeds, 1 + draws], in which a defined one stands for each that is not.
+
+        Sites are drawn independently, so this is what whole draws that are defined everywhere would be distributed
+        like. Which draw stands for which depends on the patients drawn alone, so that methods stay paired.
+        """
+        found, known = draws.copy(), np.isfinite(draws[:, 1:])
+        if (known.mean(axis=1) < 0.5).any():
+            return found  # too few patients of one class to resample
+        for rows in [np.arange(len(draws))] if self.shared else np.arange(len(draws))[:, None]:
+            whole = known[rows].all(axis=0)
+            good, bad = 1 + np.flatnonzero(whole), 1 + np.flatnonzero(~whole)
+            if len(good):
+                found[np.ix_(rows, bad)] = draws[np.ix_(rows, np.resize(good, len(bad)))]
+        return found
 
     def over_seeds(self, draws: Array) -> Array:
         """Draws of the mean over seeds, [seeds, draws] -> [draws]; quantile by quantile where splits differ."""

@@ -207,7 +207,7 @@ def _searched(study: Study) -> Iterator[Problem]:
             yield Problem(("search", "space", key), says)
     for label, method in by_label.items():
         space = search.of(label)
-        item = method.model_dump(mode="json", exclude_defaults=True)
+        item = method.model_dump(mode="json", exclude_unset=True)
         for key, value in extremes(space):
             for problem in method_problems(changed(item, {key: value}), ()):
                 where = ("search", "methods", label) if key in search.methods.get(label, {}) else ("search", "space")
@@ -226,7 +226,7 @@ def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None
     Raises:
         NotChosen: Where the method cannot use the values; ``file`` is where they are from.
     """
-    item = changed(method.model_dump(mode="json", exclude_defaults=True), values)
+    item = changed(method.model_dump(mode="json", exclude_unset=True), values)
     if problems := method_problems(item, ()):
         said = "; ".join(f"{'.'.join(map(str, p.path))}: {p.says}" for p in problems)
         raise NotChosen(f"{file or method.called}: {said}")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.studies.describe import method_facts
 from polyclinic.studies.problems import BadStudy
-from polyclinic.studies.spec import parse, read
+from polyclinic.studies.spec import parse, read, with_values
 from polyclinic.studies.toml_places import line_of
 from polyclinic.studies.toml_text import dumps
 
@@ -129,6 +130,17 @@ def test_a_study_survives_being_written() -> None:
     text = dumps(study.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
     assert parse(text) == study
     assert parse(text).hash == study.hash
+
+
+def test_what_belongs_to_a_method_is_sent_unless_a_study_says_otherwise() -> None:
+    """FedMIC and FedKD send the student in low rank: https://arxiv.org/abs/2407.02261, https://arxiv.org/abs/2108.13323."""
+    text = GOOD[: GOOD.index("[[methods]]")] + '[[methods]]\nname = "fedmic"\n'
+    usual, whole, named = (parse(text + more) for more in ("", "send = []\n", 'send = [{ name = "low-rank" }]\n'))
+    assert usual.methods[0].send == named.methods[0].send == ({"name": "low-rank"},)
+    assert whole.methods[0].send == ()
+    assert usual.hash == named.hash != whole.hash
+    assert with_values(whole.methods[0], {"temperature": 2.0}).send == ()
+    assert method_facts(usual.methods[0])["options"] == {"send": ["low-rank"]}
 
 
 def test_lines_are_found_where_people_look() -> None:

@@ -92,13 +92,6 @@ def possible() -> bool:
     return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
 
 
-def warm_up() -> None:
-    """Has PyTorch import what it puts off until the first step of an optimiser: seconds that each child would spend."""
-    leaf = torch.zeros(1)
-    leaf.grad = torch.zeros(1)
-    torch.optim.SGD([leaf.requires_grad_()], lr=0.0).step()
-
-
 def _begin(job: Job, work: Work[Job], others: Sequence[Connection]) -> tuple[Connection, BaseProcess]:
     context: Any = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()

@@ -6,7 +6,7 @@ none has a loop of its own.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeAlias
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.tasks.model import params_of
+from polyclinic.tasks.optimisers import SGD, Adam, Optimiser
 from polyclinic.tasks.task import Batch, borrow
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -119,7 +120,8 @@ class Local:
         optimiser = self._optimiser(parameters, self.rate(round))
 
         def step(loss: Tensor) -> None:
-            optimiser.zero_grad()
+            for p in parameters:
+                p.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
             if correct:
                 for name, p in named:
@@ -153,14 +155,12 @@ class Local:
         batches = -(-examples // self.batch_size)
         return batches - 1 if batches > 1 and examples % self.batch_size == 1 else batches
 
-    def _optimiser(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def _optimiser(self, parameters: Sequence[Tensor], lr: float) -> Optimiser:
         match self.optimiser:
             case "sgd":
-                return torch.optim.SGD(parameters, lr, self.momentum, weight_decay=self.weight_decay)
-            case "adam":
-                return torch.optim.Adam(parameters, lr, weight_decay=self.weight_decay)
-            case "adamw":
-                return torch.optim.AdamW(parameters, lr, weight_decay=self.weight_decay)
+                return SGD(parameters, lr, self.momentum, self.weight_decay)
+            case "adam" | "adamw":
+                return Adam(parameters, lr, self.weight_decay, apart=self.optimiser == "adamw")
         raise ValueError(f"no optimiser is called {self.optimiser!r}; there are sgd, adam, adamw")
 
     @contextmanager

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from polyclinic.tasks.composed import Composed
 from polyclinic.tasks.mixture import prediction
 from polyclinic.tasks.model import BATCH_NORMS, inspect
+from polyclinic.tasks.optimisers import Adam
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ class _Router(nn.Module):
             return prediction(functional_call(body, leaves, (inputs,)))
 
         noise = build.noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        optimiser = torch.optim.Adam([*routes.values(), *shifts.values()], build.lr)
+        found = [*routes.values(), *shifts.values()]
+        optimiser = Adam(found, build.lr)
         for _ in range(build.steps):
             plain, noisy = predict(x).softmax(1), predict(x + noise).softmax(1)
             unsure = -(plain * plain.clamp_min(1e-8).log()).sum(1).mean()
-            optimiser.zero_grad()
+            for leaf in found:
+                leaf.grad = None
             loss = build.entropy * unsure + build.consistency * (plain - noisy).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

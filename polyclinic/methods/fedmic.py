@@ -6,8 +6,8 @@ distilled both ways at the level of representations and of decisions (dual knowl
 update leaves in low rank with a dynamic choice of singular values (global parameter decomposition). The paper's
 equations were not at hand: the losses are those of FedKD, on which it builds: Wu, Wu, Lyu, Huang and Xie,
 "Communication-efficient federated learning via knowledge distillation", Nature Communications 13:2032, 2022,
-https://arxiv.org/abs/2108.13323. So the two are the same here. The decomposition, which both papers have, is a change to
-what leaves a site: the transform for low rank, which a study gives both unless it says otherwise. We leave out FedKD's
+https://arxiv.org/abs/2108.13323. So the two are the same here. The decomposition, which both papers have, changes what
+leaves a site: it is the transform for low rank, which a study gives both unless it says otherwise. We leave out FedKD's
 attention matrices, which only transformers have, and let no gradient flow through the other model or through the
 divisor c.
 

@@ -41,7 +41,7 @@ class Page:
         lines += [f"**What leaves a site:** {e.leaves}.", ""]
         if e.send:
             through = ", ".join(f'{{ name = "{name}" }}' for name in e.send)
-            lines += [f"In a study it has `send = [{through}]` unless the study says otherwise, as `send = []` does.", ""]
+            lines += [f"In a study it has `send = [{through}]`; `send = []` undoes that.", ""]
         if e.tasks:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:

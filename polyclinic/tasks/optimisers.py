@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+
 class Optimiser(Protocol):
     """Steps its parameters down their gradients."""
 

@@ -47,7 +47,7 @@ def test_same_bits_in_worker_processes(name: str) -> None:
         return engines[0]
 
     try:
-        check_engine(start, method, task.first(0), sites, rounds=5, server_data=held_by_server(sites))
+        check_engine(start, method, task.first(0), sites, rounds=3, server_data=held_by_server(sites))
     finally:
         for engine in engines:
             engine.close()

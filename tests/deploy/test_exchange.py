@@ -112,8 +112,11 @@ def test_buffered_mode_gives_the_same_bits(tmp_path: Path) -> None:
     assert equal(reference(an)[0], state_of(tmp_path, an))
 
 
-@pytest.mark.parametrize("method", ["scaffold", "mime"])
-@pytest.mark.parametrize("at", [3, 5, 8, 11, 13])
+@pytest.mark.parametrize(("method", "at"), [
+    ("scaffold", 3), ("mime", 5), ("scaffold", 8), ("mime", 11), ("scaffold", 13),
+    *(pytest.param(method, at, marks=pytest.mark.slow) for method, at in
+      [("mime", 3), ("scaffold", 5), ("mime", 8), ("scaffold", 11), ("mime", 13)]),
+])  # fmt: skip
 def test_a_server_that_crashes_at_any_message_goes_on_to_the_bit(method: str, at: int, tmp_path: Path) -> None:
     homes, an = hospital(tmp_path), order(method, score_every=1)
     for home in homes.values():

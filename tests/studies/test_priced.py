@@ -47,7 +47,7 @@ training = {{ epochs = 2 }}
 def coarse(monkeypatch):
     """ε to a hundredth instead of to four decimals: quicker."""
     accounting._epsilon.cache_clear()
-    monkeypatch.setattr(accounting, "INTERVAL", 1e-2)
+    monkeypatch.setattr(accounting, "INTERVALS", {"pld": 1e-2, "coarse": 1e-2})
     yield
     accounting._epsilon.cache_clear()
 
@@ -59,7 +59,6 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path):
     runs = {}

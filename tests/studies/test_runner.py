@@ -194,7 +194,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(engine: str, done: Path,
     finished = 1
     for attempt in range(40):
         child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "s.toml"), str(path)])
-        if attempt < 4:  # let it begin, then kill it at a moment that is different every time
+        if attempt < 3:  # let it begin, then kill it at a moment that is different every time
             deadline = time.monotonic() + 30
             seen = _length(path)
             while child.poll() is None and _length(path) <= seen + 500 and time.monotonic() < deadline:

@@ -100,9 +100,10 @@ def expected() -> dict[str, tree.Tree]:
     return {name: moved(make(PLAIN)) for name, make in METHODS.items()}
 
 
-def test_every_combination_works_or_is_refused(expected: dict[str, tree.Tree]) -> None:
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2))])
+def test_every_combination_works_or_is_refused(part: int, expected: dict[str, tree.Tree]) -> None:
     counts, wrong = {"works": 0, "refused": 0}, []
-    for name, privacy, secrecy, compression, place in combinations():
+    for name, privacy, secrecy, compression, place in itertools.islice(combinations(), part, None, 3):
         before = COMPRESSION[compression] if place == "before" else ()
         after = () if place == "before" else COMPRESSION[compression]
         transforms = (*before, *PRIVACY[privacy], *after, *SECRECY[secrecy])
@@ -121,8 +122,8 @@ def test_every_combination_works_or_is_refused(expected: dict[str, tree.Tree]) -
         if not gap <= LOSSY.get(compression, 2e-3) + 0.01 * (secrecy == "secure weights"):
             wrong.append(f"{label}: is off by {gap:.2g}")
     assert not wrong, "\n".join(wrong)
-    assert counts["works"] > 80
-    assert counts["refused"] > 80
+    assert counts["works"] > 25
+    assert counts["refused"] > 25
 
 
 @pytest.mark.parametrize(("name", "privacy", "secrecy", "compression"), [

@@ -92,9 +92,9 @@ def test_the_bound_finds_the_median_norm() -> None:
         bounds = [float(s.transforms[0]["clip"]["bound"]) for s in ran.states]
         assert abs(sum(bounds[-15:]) / 15 - 1) < tolerance
         assert bounds[0] == pytest.approx(0.01 * math.exp(0.2 * 0.5), rel=0.1)
-        assert close(
-            run(values, AdaptiveClip(9.0, rate=0.0), sites=tuple(sizes)).last, run(values, sites=tuple(sizes)).last
-        )
+    assert close(
+        run(values, AdaptiveClip(9.0, rate=0.0), sites=tuple(sizes)).last, run(values, sites=tuple(sizes)).last
+    )
 
 
 def test_where_every_site_is_clipped_the_bound_opens_at_its_rate_and_directions_count() -> None:

@@ -13,8 +13,8 @@ def audit(
 ) -> None:  # fmt: skip
     """Attack a run's model as an outsider might, with a leaky control beside each attack.
 
-    Who was trained on, by the loss, at each site; and one training example from its gradient. Writes audit.json into
-    the run folder. What these two attacks do not find, others may.
+    Who was trained on, by the loss, at each site; and one training example from its gradient. Writes audit.json
+    beside the model. What these two attacks do not find, others may.
 
     Parameters
     ----------
@@ -44,4 +44,4 @@ def audit(
         told = f"{leak.psnr_db:.1f} dB, a guess {leak.guess_db:.1f} dB, RDLV {leak.rdlv:.2f}"
         console.print(f"    {name:<24} {told}", soft_wrap=True)
     console.print(f"  {found.inversion.says}", soft_wrap=True)
-    console.print(f"  [green]✓[/green] {run_folder / 'audit.json'}")
+    console.print(f"  [green]✓[/green] {found.file(run_folder)}")

@@ -1,5 +1,6 @@
 """What a person sees of a run: a line that lives while an arm trains, and plain lines where nobody watches."""
 
+import math
 from types import TracebackType
 from typing import Any
 
@@ -75,7 +76,8 @@ class Display:
     def _told(self, event: Event) -> str:
         """The mean over sites and the worst site, what was sent, and what privacy was spent."""
         scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
-        spent = "" if event.epsilon is None else f"  ε = {event.epsilon:.2f}"
+        about = "=" if event.round == event.rounds else "≤"  # until the last round a bound, which is quick
+        spent = "" if event.epsilon is None else f"  ε {about} {math.ceil(100 * event.epsilon - 1e-9) / 100:.2f}"
         if not scores:
             return spent.strip()
         choose = min if self.study.higher_is_better else max

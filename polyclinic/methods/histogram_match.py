@@ -16,8 +16,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.methods import fingerprint
 from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.fingerprint import Fingerprint
+from polyclinic.methods.fingerprint import State as Found
 from polyclinic.methods.personal import Personal
 from polyclinic.methods.prepared import Prepared
 from polyclinic.tasks.front import fronted, in_front
@@ -31,7 +32,7 @@ from polyclinic.tasks.task import Task
 class State(NamedTuple):
     """The fingerprint's state, and whether all sites know the reference."""
 
-    found: fingerprint.State
+    found: Found
     told: bool
 
 
@@ -40,18 +41,12 @@ class Reference:
     """Finds the quantiles of all sites' values, and for each site the way from its own to those.
 
     Attributes:
+        fingerprint: What is asked of all sites.
         knots: How many quantiles, evenly spaced from 1 to 99 %.
-        bins: Of the histograms that they are read from.
     """
 
-    task: Task
+    fingerprint: Fingerprint
     knots: int = 17
-    bins: int = 512
-
-    @property
-    def fingerprint(self) -> fingerprint.Fingerprint:
-        """What is asked of all sites."""
-        return fingerprint.Fingerprint(self.task, self.bins)
 
     def init(self, params: Tree) -> State:
         return State(self.fingerprint.init(params), False)
@@ -67,8 +62,8 @@ class Reference:
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         if ask.job != "match":
             return self.fingerprint.site_update(ask, memory, site)
-        data, reference = site.data["train"], ask.trees["reference"]
-        sums = count_up(data, self.task.network.outputs) | spread_out(data, reference["edges"])
+        task, data, reference = self.fingerprint.task, site.data["train"], ask.trees["reference"]
+        sums = count_up(data, task.network.outputs) | spread_out(data, reference["edges"])
         here = self.quantiles(Summary(sums, reference["edges"]))
         own = {"front.here": here.float(), "front.there": reference["there"].float()}
         return Reply(), {**memory, "own": own}
@@ -79,7 +74,7 @@ class Reference:
         return state._replace(found=self.fingerprint.server_update(state.found, reply, server))
 
     def front(self, state: State) -> Tree:
-        knots = torch.linspace(-1, 1, self.knots).repeat(self.task.network.inputs[0], 1)
+        knots = torch.linspace(-1, 1, self.knots).repeat(self.fingerprint.task.network.inputs[0], 1)
         return {"front.here": knots, "front.there": knots}
 
     def quantiles(self, summary: Summary) -> torch.Tensor:
@@ -90,4 +85,5 @@ class Reference:
 def histogram_match(task: Task, local: Local, *, knots: int = 17, bins: int = 512, uniform: bool = False) -> Prepared:
     """FedAvg on values that were given the quantiles of all sites' together; unseen sites' are left as they are."""
     task = fronted(task, MonotoneMap(task.network.inputs[0], knots))
-    return Prepared(Reference(task, knots, bins), Personal(FedAvg(task, local, uniform=uniform), in_front), task)
+    shared = Personal(FedAvg(task, local, uniform=uniform), in_front)
+    return Prepared(Reference(Fingerprint(task, bins), knots), shared, task)

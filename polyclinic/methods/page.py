@@ -14,6 +14,7 @@ from polyclinic.methods.table import FAMILIES, Entry, family_of
 USUAL = {
     "lr": "The server's step along the mean change, 1 for plain averaging.",
     "uniform": "Whether every site counts the same, instead of in proportion to its examples.",
+    "bins": "Of the histograms that quantiles are read from.",
     "over": "The method whose updates the rule aggregates, with that method's own defaults.",
 }
 """What options mean that many methods have, where a method's own docstrings do not say."""

@@ -250,7 +250,8 @@ class Arm:
             spends = ledger.spends()
             budget = ledger.budget()
             exact = ledger.spent().epsilon if done == self.study.rounds else None
-            bound = epsilon_rdp(spends, budget["delta"]) if exact is None else exact
+            # Rényi's bound may lie beyond the budget, which the ledger never lets the spend do
+            bound = min(epsilon_rdp(spends, budget["delta"]), budget["epsilon"]) if exact is None else exact
             by = "rdp" if exact is None else "pld"
             self._record(
                 "privacy", round=done, site=site, epsilon=bound, delta=budget["delta"], unit=budget["unit"], by=by

@@ -34,17 +34,23 @@ class Audit:
     """What was found of one model.
 
     Attributes:
-        method: Which, and ``seed``. ``site``: whose image was attacked.
+        method: Which, and ``seed``. ``arm``: the folder of its model, under the run's arms. ``site``: whose image was
+            attacked.
         membership: By the loss. ``inversion``: of the gradient of one of the site's training images.
         limit: How many examples of each role and site were tried at most.
     """
 
     method: str
     seed: int
+    arm: str
     membership: membership.Verdict
     inversion: inversion.Verdict
     site: str
     limit: int
+
+    def file(self, run: Path) -> Path:
+        """Where it is written, in the run's folder."""
+        return run / "arms" / self.arm / "audit.json"
 
     def to_json(self) -> dict[str, Any]:
         """As written beside the run. No image is in it."""
@@ -70,7 +76,7 @@ class Audit:
 def audit_run(
     run_dir: Path, label: str = "", seed: int | None = None, *, limit: int = 200, steps: int = 30, restarts: int = 2
 ) -> Audit:
-    """Audits the model of one arm of a run, and writes audit.json into the run folder.
+    """Audits the model of one arm of a run, and writes audit.json beside it.
 
     Args:
         label: The method; by default the last that shares a model.
@@ -117,8 +123,8 @@ def audit_run(
     prior = some(who, "test")[torch.arange(min(limit, len(data.sites[who]["test"])))][0].mean(0)
     how = inversion.Inversion(steps=steps, restarts=restarts)
     drawn = inversion.audit(model, task.loss, x, y, prior, how, seed=seed)
-    result = Audit(label, seed, membership.Verdict(control, tried), drawn, who, limit)
-    states.write_bytes(run.path / "audit.json", (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    result = Audit(label, seed, file.parent.name, membership.Verdict(control, tried), drawn, who, limit)
+    states.write_bytes(result.file(run.path), (json.dumps(result.to_json(), indent=1) + "\n").encode())
     return result
 
 

@@ -66,11 +66,16 @@ def events(path: Path) -> list[str]:
 
 
 METHODS = ["fedavg", "scaffold", "fedbn", "fedadam", "mime", "krum", "fedper", "moon"]
+CODECS = [{"name": "int8"}, {"name": "zstd"}]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_same_bits_as_in_process(method: str, tmp_path: Path) -> None:
-    homes, an = hospital(tmp_path, policy=EVERYTHING), order(method, score_every=2)
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [*((method, {}) for method in METHODS), ("scaffold", {"send": CODECS, "receive": CODECS})],
+    ids=[*METHODS, "small messages both ways"],
+)
+def test_same_bits_as_in_process(method: str, plan: dict, tmp_path: Path) -> None:
+    homes, an = hospital(tmp_path, policy=EVERYTHING), order(method, score_every=2, plan=plan)
     for home in homes.values():
         approve(home, an)
     outcome, carrier = run(tmp_path, an, homes)

@@ -11,11 +11,13 @@ DP = [
     {"name": "top-k", "fraction": 0.5}, {"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 0.5},
     {"name": "secure-sum", "limit": 8.0, "bits": 20},
 ]  # fmt: skip
+CODECS = [{"name": "int8"}, {"name": "zstd"}]
 GOLDEN = {
     "fedavg": {"score_every": 2, "test": "score/test"},
     "scaffold": {"score_every": 1},
     "fedbn": {"score_every": 2},
     "mime": {},
+    "small": {"method": "scaffold", "score_every": 2, "plan": {"send": CODECS, "receive": CODECS}},
     "fedmic": {},
     "private": {"method": "fedavg", "plan": {"options": {"uniform": True}, "send": DP, "network_options": GROUP}},
     "data-vectors": {"mode": "buffered", "passes": 1},

@@ -26,7 +26,7 @@ def done(tmp_path_factory):
 
 def test_an_audit_says_what_it_found_beside_its_controls(done, capsys):
     cli.audit(done / "run", steps=5, restarts=1)
-    said, written = capsys.readouterr().out, json.loads((done / "run" / "audit.json").read_text())
+    said, written = capsys.readouterr().out, json.loads((done / "run" / "arms" / "fedavg-seed0" / "audit.json").read_text())
     assert written["method"] == "fedavg"
     assert list(written["membership"]["sites"]) == ["a", "b", "c"]
     assert written["membership"]["control"]["auc"] > 0.7

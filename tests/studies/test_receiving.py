@@ -14,6 +14,7 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import DEFAULT, Enforced
 from polyclinic.engines.policy import parse as policy_of
 from polyclinic.studies.checking import method_problems
+from polyclinic.studies.runner import run
 from polyclinic.studies.spec import parse
 from tests.conftest import blobs
 from tests.studies.test_runner import facts, go, npz
@@ -65,6 +66,20 @@ def test_both_engines_give_the_same_bits_and_count_what_travels(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     down = {line["method"]: sum(line["bytes_down"].values()) for line in facts(runs[0]) if line["kind"] == "round"}
     assert down["fedavg"] < 0.8 * down["whole"]  # a model this small is names and frames for the most part
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path):
+    whole = model(ran(tmp_path))
+    text = STUDY.format(path=npz(tmp_path), engine="in-process", more="")
+    for stop_after in (3, 7):
+        path = tmp_path / f"stopped-{stop_after}"
+        events = run(parse(text), text, path)
+        for _ in range(stop_after):
+            next(events)
+        events.close()
+        go(text, path, resume=True)
+        again = model(path)
+        assert all(torch.equal(whole[name], again[name]) for name in whole), stop_after
 
 
 def test_attackers_receive_it_too(tmp_path):

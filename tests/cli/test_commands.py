@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.cli import main
 from polyclinic.studies.spec import read
 from tests.studies.test_runner import npz, study
 
@@ -73,11 +74,17 @@ def test_a_study_from_the_first_line_to_the_report(tmp_path: Path) -> None:
         (["methods", "show", "fedproxx"], 'Did you mean "fedprox"?'),
     ],
 )
-def test_mistakes_are_told_in_words(args: list[str], words: str, tmp_path: Path) -> None:
-    done = polyclinic(*args, cwd=tmp_path)
-    assert done.returncode == 2
-    assert words in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+def test_mistakes_are_told_in_words(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert words in " ".join(said.split())
+    assert "Traceback" not in said
 
 
 def test_a_mistyped_command_is_answered_with_a_near_one() -> None:

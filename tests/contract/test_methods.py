@@ -37,7 +37,12 @@ def test_promises(name: str) -> None:
     check_method(method, task.first(0), sites, server=Site("server", held_by_server(sites)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Whatever can pass between a site and the server in its own way: models, memory, several jobs a round, trees by site,
+# gathers, what sites show one another, the server's own data. All other methods are slow tests.
+QUICK = ("fedavg", "scaffold", "fedbn", "mime", "ifca", "krum", "fedmic", "fedsm", "feddf", "fedmd", "swarm", "split", "single", "combat", "feddyn", "data-vectors", "fedirm")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_same_bits_in_worker_processes(name: str) -> None:
     method, task, sites = case(name)
     engines = []

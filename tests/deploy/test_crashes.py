@@ -185,7 +185,7 @@ def spend_is_never_too_small(root: Path, step: int) -> None:
 
 
 def test_privacy_spend_is_never_under_counted_whenever_a_run_dies(tmp_path: Path) -> None:
-    spend_is_never_too_small(tmp_path, 150)
+    spend_is_never_too_small(tmp_path, 300)
 
 
 @pytest.mark.slow

@@ -35,9 +35,17 @@ class Mean:
     @property
     def value(self) -> Tree:
         """Σ w·x / Σ w"""
+        return tree.scale(self.total, self._share)
+
+    def added_to(self, a: Tree, by: float = 1.0) -> Tree:
+        """A + by · the mean, leaf by leaf, so that a server never holds the mean whole. ``a`` may have more leaves."""
+        return tree.shift(a, self.total, by * self._share)
+
+    @property
+    def _share(self) -> float:
         if self.weight == 0:
             raise ZeroDivisionError("a mean of nothing: the weights sum to 0")
-        return tree.scale(self.total, 1.0 / self.weight)
+        return 1.0 / self.weight
 
     @property
     def trees(self) -> tuple[Tree, ...]:

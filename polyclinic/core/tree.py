@@ -54,11 +54,12 @@ def lerp(a: Tree, b: Tree, share: float) -> Tree:
     return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)
 
 
-def shift(a: Tree, by: Tree) -> Tree:
-    """A + by, where ``by`` may name only some of the leaves of ``a``."""
+def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
+    """A + times · by, where ``by`` may name only some of the leaves of ``a``. No tree is held but these and the result."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
-    return {name: leaf + by[name] if name in by else leaf for name, leaf in a.items()}
+    steps = ((name, by[name] if times == 1.0 else by[name] * times) for name in by)
+    return {**a, **{name: a[name] + step for name, step in steps}}
 
 
 def zeros(a: Tree) -> Tree:

@@ -52,8 +52,7 @@ class FedAvg(Method[State]):
         return Reply({"update": Mean.of(update, self.weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        change = tree.scale(reply.mean("update").value, self.lr)
-        return State(state.round + 1, tree.shift(state.params, change))
+        return State(state.round + 1, reply.mean("update").added_to(state.params, self.lr))
 
     def weight(self, site: Site) -> float:
         """What ``site`` counts in the mean."""

@@ -55,7 +55,7 @@ def lerp(a: Tree, b: Tree, share: float) -> Tree:
 
 
 def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
-    """A + times · by, where ``by`` may name only some of the leaves of ``a``. No tree is held but these and the result."""
+    """A + times · by, where ``by`` may name only some of the leaves of ``a``; leaf by leaf."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
     steps = ((name, by[name] if times == 1.0 else by[name] * times) for name in by)

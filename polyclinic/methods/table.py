@@ -72,6 +72,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedper", "personal:fedper", "the head stays at the sites (FedPer, FLOP)", "Arivazhagan et al. 2019; Yang et al. 2021 (KDD)", "the change of all but the head", stateful=True),
         Entry("lg-fedavg", "personal:lg_fedavg", "the representation stays at the sites", "Liang et al. 2020", "the change of the head", stateful=True),
         Entry("ditto", "ditto:ditto", "a personal model beside the global one, drawn towards it", "Li et al. 2021 (ICML)", stateful=True),
+        Entry("pfedme", "pfedme:pfedme", "personal models near a shared one, which follows them", "T. Dinh et al. 2020 (NeurIPS)", stateful=True),
         Entry("apfl", "apfl:apfl", "each site predicts with a learned mixture of its own model and the shared one", "Deng et al. 2020", stateful=True),
         Entry("fedrep", "fedrep:fedrep", "heads stay at the sites and are fitted before the representation", "Collins et al. 2021", "the change of all but the head", stateful=True),
         Entry("moon", "moon:moon", "sites keep their representation near the global model's", "Li et al. 2021 (CVPR)", stateful=True),

@@ -250,7 +250,7 @@ def _explained(run: Run, result: Evaluation, journal: Journal) -> str:
 
 SERVERLESS = frozenset({"swarm", "gossip", "cyclic"})
 PERSONAL = frozenset(
-    {"fedbn", "silobn", "lg_fedavg", "lg-fedavg", "flop", "ditto", "fedper", "fedrep", "apfl", "personal"}
+    {"fedbn", "silobn", "lg_fedavg", "lg-fedavg", "flop", "ditto", "fedper", "fedrep", "apfl", "pfedme", "personal"}
 )
 FACTS: Mapping[str, Callable[[Run, Evaluation, Journal], str]] = {
     "natural_sites": _natural,

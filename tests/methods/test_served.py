@@ -17,7 +17,7 @@ from tests.conftest import Rows, blobs, little_sites
 TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
 LOCAL = Local(batch_size=8, lr=0.05)
 SHIFT = [
-    "ditto", "apfl", "fedrep", "moon", "ifca", "feddg", "fedsm", "iop-fl", "fednorm", "fedmri", "site-graph",
+    "ditto", "pfedme", "apfl", "fedrep", "moon", "ifca", "feddg", "fedsm", "iop-fl", "fednorm", "fedmri", "site-graph",
     "fed-align", "fed-moe", "fedharmony", "fl-mrcm", "harmofl", "zscore", "combat", "vafl", "stain-norm", "fedreplay",
     "histogram-match",
 ]  # fmt: skip
@@ -40,7 +40,7 @@ def test_inside_and_outside(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ditto", "apfl", "fedrep", "moon", "ifca", "fedsm", "fedharmony", "fed-moe", "combat", "zscore"]
+    "name", ["ditto", "pfedme", "apfl", "fedrep", "moon", "ifca", "fedsm", "fedharmony", "fed-moe", "combat", "zscore"]
 )
 def test_regression_on_tables(name: str) -> None:
     """What a brain-age study needs: numbers as targets, columns as inputs."""

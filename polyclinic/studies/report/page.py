@@ -15,7 +15,7 @@ from polyclinic.studies.report.words import digits_of
 NAMES = {  # as their papers write them; others appear under the label that the study gave them
     "single": "Single", "mix": "Mix", "cross": "Cross", "fedavg": "FedAvg", "fedsgd": "FedSGD", "fedprox": "FedProx",
     "fedbn": "FedBN", "silobn": "SiloBN", "fedper": "FedPer", "fedrep": "FedRep", "lg-fedavg": "LG-FedAvg",
-    "scaffold": "SCAFFOLD", "fedavgm": "FedAvgM", "fedadagrad": "FedAdagrad", "fedadam": "FedAdam",
+    "scaffold": "SCAFFOLD", "pfedme": "pFedMe", "fedavgm": "FedAvgM", "fedadagrad": "FedAdagrad", "fedadam": "FedAdam",
     "fedyogi": "FedYogi", "fednova": "FedNova", "ditto": "Ditto", "apfl": "APFL", "moon": "MOON", "ifca": "IFCA",
     "harmofl": "HarmoFL", "fedharmony": "FedHarmony", "fedmic": "FedMIC", "feddyn": "FedDyn", "fedce": "FedCE",
 }  # fmt: skip

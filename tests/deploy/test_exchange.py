@@ -189,6 +189,31 @@ def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path) ->
     assert {e["job"] for e in lost} == {"score/val", "score/test"}
 
 
+@pytest.mark.usefixtures("looks")
+@pytest.mark.parametrize("away", ["site-0", "site-1", "site-2"])
+def test_a_site_that_is_away_makes_no_round_look_better(away: str, tmp_path: Path) -> None:
+    """The best round is found with what a site said last: of two rounds without it, it moves neither."""
+    homes = hospital(tmp_path, policy=EVERYTHING)
+    an = order("fedavg", rounds=4, deadline=100.0, score_every=1, best={"metric": "loss", "higher": False},
+               plan={"training": {"batch_size": 8, "lr": 1e-4}, "network_options": {"width": 4, "norm": "group"}})  # fmt: skip
+    for home in homes.values():
+        approve(home, an)
+
+    def lose(call: Call) -> bool:
+        return call.site == away and call.job.startswith("score") and call.round >= 3
+
+    assert run(tmp_path, an, homes, lose=lose)[0] == "finished"
+    folder = tmp_path / "server" / an.run
+    facts = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    said, means = dict[str, float](), dict[int, float]()
+    for fact in [fact for fact in facts if fact["kind"] == "scores"]:
+        said[fact["site"]] = fact["metrics"]["loss"]
+        means[fact["round"]] = sum(said.values()) / len(said)
+    here = [fact for fact in facts if fact["kind"] == "scores" and fact["site"] == away]
+    assert len(here) < 4
+    assert states.load(folder / "checkpoint.safetensors").best == min(means, key=lambda r: means[r])
+
+
 def test_what_the_server_never_wrote_is_undone_at_the_site(tmp_path: Path) -> None:
     """The server's disk is one round behind the sites: their later memory is rolled back."""
     homes, an = hospital(tmp_path), order("scaffold")

@@ -48,6 +48,7 @@ class Standing:
         trained: Whether the training is over, and only the test is left.
         best: The round whose model is tested, 0 for the last. ``score`` is its mean over sites, and ``kept`` the last
             message of each site that is in it.
+        scores: What each site last scored. One that is away counts as it did: no round looks better for its absence.
     """
 
     state: Any
@@ -59,6 +60,7 @@ class Standing:
     best: int = 0
     score: float = 0.0
     kept: Mapping[str, int] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -179,15 +181,16 @@ class Conductor:
 
     def _judge(self, federation: FlareFederation, state: Any, done: int) -> None:
         """Lets sites score the model on validation data, and keeps it where it is the best so far."""
-        found = []
+        found = dict(self._at.scores)
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
-                found.append(metrics[self.order.best["metric"]])
+                found[site] = metrics[self.order.best["metric"]]
         if not found:
             return
-        mean = sum(found) / len(found)
+        self._at = replace(self._at, scores=found)
+        mean = sum(found[site] for site in sorted(found)) / len(found)
         if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
             kept = dict(federation.count.answered)
             wire.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
@@ -252,8 +255,10 @@ class Conductor:
     def _save(self, federation: FlareFederation, state: Any, done: int, trained: bool = False) -> None:
         length = self._records.sync()
         count = federation.count
-        best = (self._at.best, self._at.score, self._at.kept)
-        self._at = Standing(state, done, count.number, dict(count.answered), length, trained, *best)
+        self._at = replace(
+            self._at, state=state, round=done, number=count.number, answered=dict(count.answered), records=length,
+            trained=trained,
+        )  # fmt: skip
         _, sha256 = wire.write(self.folder / "checkpoint.safetensors", self._at)
         for old in self.folder.glob("best-*.safetensors"):
             if old != self._best(self._at.best):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -241,17 +239,7 @@ def start(home: ServerHome) -> int:
         BadHome: Where it runs already, or its settings are not right.
     """
     check(home)
-    with open(home.path / "server.log", "ab") as log:
-        command = [sys.executable, "-m", "polyclinic.engines.flare.supervisor", str(home.path)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise BadHome(f"the server did not start: the end of {home.path / 'server.log'} says why")
-        if is_up(home):
-            return process.pid
-        time.sleep(0.2)
-    raise BadHome(f"the server did not start within a minute: see {home.path / 'server.log'}")
+    return processes.keep("server", "polyclinic.engines.flare.supervisor", home.path, lambda: is_up(home))
 
 
 def stop(home: ServerHome, patience: float = 30.0) -> bool:

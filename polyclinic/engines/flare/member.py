@@ -235,17 +235,7 @@ def start(home: SiteHome) -> int:
     settings(home, joined=True)
     if is_up(home):
         raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
-    with open(home.path / "site.log", "ab") as log:
-        command = [sys.executable, "-m", "polyclinic.engines.flare.member", str(home.path)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise BadHome(f"the site did not start: the end of {home.path / 'site.log'} says why")
-        if is_up(home):
-            return process.pid
-        time.sleep(0.2)
-    raise BadHome(f"the site did not start within a minute: see {home.path / 'site.log'}")
+    return processes.keep("site", "polyclinic.engines.flare.member", home.path, lambda: is_up(home))
 
 
 def _say(home: SiteHome, state: str) -> None:

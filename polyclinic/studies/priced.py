@@ -12,10 +12,11 @@ from typing import Any
 from polyclinic.data.federation import federate
 from polyclinic.methods import registry
 from polyclinic.studies.evaluation import Options, evaluate
+from polyclinic.studies.file import table_of, text_of
 from polyclinic.studies.intervals import Estimate
 from polyclinic.studies.problems import BadStudy, Problem
 from polyclinic.studies.records import read_run
-from polyclinic.studies.spec import parse, table_of, text_of
+from polyclinic.studies.spec import parse
 from polyclinic.studies.toml_text import dumps
 from polyclinic.transforms.accounting import BadPlan, plan
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.studies.file import set_key, table_of, text_of
 from polyclinic.studies.problems import BadStudy, Problem, nearest
-from polyclinic.studies.spec import Study, checked, set_key, table_of, text_of
+from polyclinic.studies.spec import Study, checked
 from polyclinic.studies.toml_text import dumps
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,40}$")

@@ -6,7 +6,6 @@ never code and never a path to import.
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from polyclinic.data.federation import DataSpec
 from polyclinic.methods import registry as methods
 from polyclinic.studies import simulated
 from polyclinic.studies.checking import attack_problems, method_problems, validated
+from polyclinic.studies.file import table_of, text_of
 from polyclinic.studies.parts import (
     AttackSpec,
     EngineSpec,
@@ -99,32 +99,6 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
         FileNotFoundError: Where there is no such file.
     """
     return parse(text_of(path), path, changes)
-
-
-def text_of(path: Path) -> str:
-    """What is in the study file at ``path``.
-
-    Raises:
-        FileNotFoundError: Where there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
-    return path.read_text(encoding="utf-8")
-
-
-def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The table in ``text``, with ``changes`` by dotted key; not yet checked.
-
-    Raises:
-        BadStudy: Where it is not TOML.
-    """
-    try:
-        data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
-    for key, value in (changes or {}).items():
-        set_key(data, key.split("."), value)
-    return data
 
 
 def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None) -> Study:
@@ -231,9 +205,3 @@ def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None
         said = "; ".join(f"{'.'.join(map(str, p.path))}: {p.says}" for p in problems)
         raise NotChosen(f"{file or method.called}: {said}")
     return MethodSpec.model_validate_json(json.dumps(item))
-
-
-def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
-    data[path[-1]] = value

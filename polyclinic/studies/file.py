@@ -1,0 +1,41 @@
+"""A study file as text and as a table, before anything in it is checked: what can be told without PyTorch."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyclinic.studies.problems import BadStudy, Problem
+
+
+def text_of(path: Path) -> str:
+    """What is in the study file at ``path``.
+
+    Raises:
+        FileNotFoundError: Where there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
+    return path.read_text(encoding="utf-8")
+
+
+def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The table in ``text``, with ``changes`` by dotted key; not yet checked.
+
+    Raises:
+        BadStudy: Where it is not TOML.
+    """
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
+    for key, value in (changes or {}).items():
+        set_key(data, key.split("."), value)
+    return data
+
+
+def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets ``value`` at ``path`` in ``data``, making tables on the way."""
+    for part in path[:-1]:
+        data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
+    data[path[-1]] = value

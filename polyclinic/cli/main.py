@@ -49,7 +49,7 @@ def main() -> None:
     """Runs the command line. A mistake of the user's is told in its own words, without a traceback."""
     logging.getLogger("polyclinic").addHandler(logging.NullHandler())
     try:
-        app()
+        app(sys.argv[1:])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -10,7 +10,9 @@ keys/
 
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
@@ -71,10 +73,16 @@ def load(path: Path) -> rsa.RSAPrivateKey:
     Raises:
         BadHome: Where it is none.
     """
-    key = serialization.load_pem_private_key(read_small(path).encode(), password=None)
+    key = _read(read_small(path).encode())
     if not isinstance(key, rsa.RSAPrivateKey):
         raise BadHome(f"{path} is not an RSA key")
     return key
+
+
+@lru_cache(maxsize=8)
+def _read(text: bytes) -> Any:
+    """The key in ``text``: checking that its primes are primes takes a fifth of a second, once."""
+    return serialization.load_pem_private_key(text, password=None)
 
 
 def load_secure(path: Path) -> ed25519.Ed25519PrivateKey:

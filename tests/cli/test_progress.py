@@ -1,0 +1,36 @@
+"""What a person sees of a run where nobody watches: plain lines, and ε never smaller than it is."""
+
+import io
+
+from rich.console import Console
+
+from polyclinic.cli.progress import Display
+from polyclinic.studies.jobs import Event
+from polyclinic.studies.spec import parse
+
+STUDY = 'name = "small"\nrounds = 3\nseeds = [0]\n[data]\nuse = "lidc-nodules"\n[[methods]]\nname = "fedavg"\n'
+
+
+def shown(*events: Event) -> list[str]:
+    out = io.StringIO()
+    with Display(Console(file=out, width=120, highlight=False), parse(STUDY)) as display:
+        for event in events:
+            display.show(event)
+    return out.getvalue().splitlines()
+
+
+def test_epsilon_is_a_bound_until_the_last_round_and_is_rounded_up() -> None:
+    begun = Event("arm", "fedavg", rounds=3)
+    rounds = [Event("round", "fedavg", round=r, rounds=3, scores={"a": 0.9}, epsilon=1.001 * r) for r in (1, 2, 3)]
+    lines = [line for line in shown(begun, *rounds) if "ε" in line]
+    assert [line.split("ε")[1].strip() for line in lines] == ["≤ 1.01", "≤ 2.01", "= 3.01"]
+
+
+def test_the_worst_site_is_named_and_a_lost_one_told() -> None:
+    begun, lost = Event("arm", "fedavg", rounds=3), {"c": "no reply within 30 s"}
+    last = Event("round", "fedavg", round=3, rounds=3, scores={"a": 0.9, "b": 0.7, "c": float("nan")}, lost=lost)
+    said = "\n".join(shown(begun, last, Event("tested", "fedavg", round=3, rounds=3, scores={"a": 0.8, "b": 0.6})))
+    assert "c is left out: no reply within 30 s" in said
+    assert "auc 0.800  worst b 0.700" in said
+    assert "✓ fedavg" in said
+    assert "test auc 0.700  worst b 0.600" in said

@@ -80,7 +80,7 @@ class AdaptiveWeights(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.sums:
             return state._replace(sums=reply.mean("amounts").total)
-        return State(state.round + 1, tree.shift(state.params, reply.mean("update").value), {})
+        return State(state.round + 1, reply.mean("update").added_to(state.params), {})
 
 
 def fedmix_weights(task: Task, local: Local, *, lam: float = 10.0, beta: float = 1.5) -> AdaptiveWeights:

@@ -71,7 +71,7 @@ class AFL(Method[State]):
         # λ ← the nearest point to λ + γ F(w) among the mixtures. Of a site not heard, F counts as 0.
         climbed = [state.shares[n] + self.rate * (float(heard[n]["F"]) if n in heard else 0.0) for n in names]
         shares = dict(zip(names, on_simplex(torch.tensor(climbed, dtype=torch.float64)).tolist(), strict=True))
-        params = tree.shift(state.params, tree.scale(update.value, self.lr)) if update.weight else state.params
+        params = update.added_to(state.params, self.lr) if update.weight else state.params
         return State(state.round + 1, params, shares)
 
 

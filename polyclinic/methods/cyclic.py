@@ -61,7 +61,7 @@ class Cyclic(Method[State]):
         return Reply({"update": Mean.of(tree.sub(end, start))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        params = tree.shift(state.params, reply.mean("update").value) if reply.parts else state.params
+        params = reply.mean("update").added_to(state.params) if reply.parts else state.params
         if state.at + 1 < len(state.order):
             return state._replace(params=params, at=state.at + 1)
         order = state.order

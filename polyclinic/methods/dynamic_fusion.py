@@ -71,7 +71,7 @@ class DynamicFusion(Method[State]):
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.better:
-            moved = tree.shift(state.params, reply.mean("update").value) if reply.parts else state.params
+            moved = reply.mean("update").added_to(state.params) if reply.parts else state.params
             return State(state.round + 1, moved, ())
         better = tuple(sorted(site for site, said in reply.gather("said").items() if said["better"] > 0))
         return state._replace(better=better) if better else State(state.round + 1, state.params, ())

@@ -100,7 +100,7 @@ class FCL(Method[State]):
         return Reply({"update": update, "features": features}), {**memory, "queue": queue}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        whole = tree.shift(state.whole, reply.mean("update").value)
+        whole = reply.mean("update").added_to(state.whole)
         return State(state.round + 1, whole, {**state.features, **reply.gather("features")})
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:

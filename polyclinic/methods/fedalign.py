@@ -102,7 +102,7 @@ class FedAlign(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(
             state.round + 1,
-            tree.shift(state.params, reply.mean("update").value),
+            reply.mean("update").added_to(state.params),
             {**state.features, **reply.gather("features")},
             {**state.judges, **reply.gather("judge")},
         )

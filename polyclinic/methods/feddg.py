@@ -91,7 +91,7 @@ class FedDG(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.bank:
             return state._replace(bank=dict(reply.gather("bank")))
-        return State(state.round + 1, tree.shift(state.params, reply.mean("update").value), state.bank)
+        return State(state.round + 1, reply.mean("update").added_to(state.params), state.bank)
 
     def _episode(self, model: nn.Module, batch: Batch, styles: Tensor | None, dice: torch.Generator) -> Tensor:
         """L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ') with θ' = θ − β ∇L(x; θ), and x' in another site's style."""

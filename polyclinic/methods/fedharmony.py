@@ -101,8 +101,8 @@ class FedHarmony(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(
             state.round + 1,
-            tree.shift(state.params, reply.mean("update").value),
-            tree.shift(state.judge, reply.mean("judge").value),
+            reply.mean("update").added_to(state.params),
+            reply.mean("judge").added_to(state.judge),
             {**state.gaussians, **reply.gather("gaussian")},
         )
 

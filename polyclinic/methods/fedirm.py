@@ -95,7 +95,7 @@ class FedIRM(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         found = reply.leaf_mean("relation")
         fresh = torch.where(found.weight["matrix"] > 0, found.value["matrix"], state.relation["matrix"])
-        params = tree.shift(state.params, reply.mean("update").value)
+        params = reply.mean("update").added_to(state.params)
         return State(state.round + 1, params, {"matrix": fresh})
 
     def alone(self, model: nn.Module, teacher: nn.Module, x: Tensor, shared: Tensor, dice: torch.Generator) -> Tensor:

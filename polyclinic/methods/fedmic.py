@@ -64,7 +64,7 @@ class DualDistillation(Method[State]):
         return Reply({"update": Mean.of(tree.sub(learned, student), weight)}), {**memory, "private": kept}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return State(state.round + 1, tree.shift(state.params, reply.mean("update").value))
+        return State(state.round + 1, reply.mean("update").added_to(state.params))
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         teacher = tree.under("teacher", memory.get("private", {}))

@@ -88,7 +88,7 @@ class FedMix(Method[State]):
         if not state.totals:
             return state._replace(totals=reply.mean("tally").total)
         update = reply.mean("update")
-        twins = tree.shift(state.twins, update.value) if update.weight else state.twins  # nobody could use anything
+        twins = update.added_to(state.twins) if update.weight else state.twins  # nobody could use anything
         return State(state.round + 1, twins, {})
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:

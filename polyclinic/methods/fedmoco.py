@@ -101,7 +101,7 @@ class FedMoCo(Method[State]):
         return Reply({"update": update, "features": features}), {**memory, "queue": {"keys": queue.cpu()}}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        whole = tree.shift(state.whole, reply.mean("update").value)
+        whole = reply.mean("update").added_to(state.whole)
         found = {name: leaves for name, leaves in reply.gather("features").items() if leaves}
         return State(state.round + 1, whole, {**state.gaussians, **found})
 

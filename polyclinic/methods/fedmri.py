@@ -79,7 +79,7 @@ class Contrasted(Method[State]):
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         shown = reply.gather("encoder") if self.others else {}
-        moved = tree.shift(state.params, reply.mean("update").value)
+        moved = reply.mean("update").added_to(state.params)
         return State(state.round + 1, moved, {**state.encoders, **shown})
 
     def _contrast(self, model: nn.Module, server: Tree, old: Sequence[Tree]) -> Tensor:

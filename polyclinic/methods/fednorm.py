@@ -87,7 +87,7 @@ class FedNorm(Method[State]):
         for kind in self.modalities:
             if (weight := float(sums[f"weight {kind}"])) > 0:
                 layers[kind] = tree.shift(layers[kind], tree.scale(tree.under(kind, sums), 1 / weight))
-        return State(state.round + 1, tree.shift(state.shared, reply.mean("update").value), layers)
+        return State(state.round + 1, reply.mean("update").added_to(state.shared), layers)
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         return {**ask.trees["params"], **ask.trees.get("layers", {})}

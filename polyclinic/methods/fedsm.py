@@ -96,7 +96,7 @@ class FedSM(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(
             state.round + 1,
-            tree.shift(state.params, reply.mean("update").value),
+            reply.mean("update").added_to(state.params),
             self.optimiser.server_update(state.selector, Reply({"update": reply.mean("selector")}), server),
             soft_pull({**state.personal, **reply.gather("personal")}, self.pull),
         )

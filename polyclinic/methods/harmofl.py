@@ -78,7 +78,7 @@ class HarmoFL(Method[State]):
         if not state.harmonised:
             amplitude = {"amplitude": reply.mean("amplitude").value["low"]}
             return State(0, with_front(self.task, state.params, amplitude), True)
-        return State(state.round + 1, tree.shift(state.params, reply.mean("update").value), True)
+        return State(state.round + 1, reply.mean("update").added_to(state.params), True)
 
     @property
     def predicts(self) -> Task:

@@ -75,7 +75,7 @@ class IOPFL(Method[State]):
         return Reply({**reply.parts, "personal": Gather({site.name: own})}), {**memory, "personal": own}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        moved = tree.shift(state.params, reply.mean("update").value)
+        moved = reply.mean("update").added_to(state.params)
         return State(state.round + 1, moved, {**state.personal, **reply.gather("personal")})
 
     def trial(self, state: State) -> Ask:

@@ -87,7 +87,7 @@ class LCFed(Method[State]):
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         heads = {**state.heads, **reply.gather("head")}
-        params = tree.shift(state.params, reply.mean("update").value)
+        params = reply.mean("update").added_to(state.params)
         like = tree.select(params, InHead(self.task))  # an unseen site predicts with the mean of all heads
         mean = torch.stack([heads[name]["head"] for name in self.sites]).mean(0)
         return State(state.round + 1, {**params, **tree.unflatten(mean, like)}, heads)

@@ -97,7 +97,7 @@ class Mime(Method[State]):
         c = reply.mean("gradient").value if self.lite else state.c
         # m ← (1 - β) 1/|S| Σ ∇f_i(x) + β m
         m = tree.zip_with(lambda new, old: (1 - self.beta) * new + self.beta * old, c, state.momentum)
-        params = tree.shift(state.params, tree.scale(reply.mean("update").value, self.lr))
+        params = reply.mean("update").added_to(state.params, self.lr)
         return State(state.round + 1, params, m, {})
 
 

@@ -94,7 +94,7 @@ class MRCM(Method[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.latent:
             return state._replace(latent=reply.gather("latent")[self.target])
-        return State(state.round + 1, tree.shift(state.params, reply.mean("update").value), {})
+        return State(state.round + 1, reply.mean("update").added_to(state.params), {})
 
 
 def mrcm(

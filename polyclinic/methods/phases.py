@@ -129,7 +129,7 @@ class Pretrained(Method[Whole]):
         return Reply({"update": Mean.of(tree.sub(end, start), weight)}), memory
 
     def server_update(self, state: Whole, reply: Reply, server: Site) -> Whole:
-        return Whole(state.round + 1, tree.shift(state.whole, reply.mean("update").value))
+        return Whole(state.round + 1, reply.mean("update").added_to(state.whole))
 
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         return tree.under("backbone", ask.trees["whole"])

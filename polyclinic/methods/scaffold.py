@@ -73,7 +73,7 @@ class Scaffold(Method[State]):
         share = reply.mean("control").weight / self.population  # |S| / N
         return State(
             state.round + 1,
-            tree.shift(state.params, tree.scale(reply.mean("update").value, self.lr)),
+            reply.mean("update").added_to(state.params, self.lr),
             tree.add(state.control, tree.scale(reply.mean("control").value, share)),
         )
 

@@ -80,7 +80,7 @@ class OneStyle:
         return Reply({"generator": update}), {**memory, "judge": tree.select(end, in_judges)}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return State(state.exchanged + 1, tree.shift(state.generator, reply.mean("generator").value))
+        return State(state.exchanged + 1, reply.mean("generator").added_to(state.generator))
 
     def front(self, state: State) -> Tree:
         return tree.prefixed("front", tree.under("made", state.generator))

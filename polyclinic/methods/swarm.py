@@ -78,7 +78,7 @@ class Swarm(Method[State]):
             return Reply({"change": Alike({site.name: {**change, "/weight": weight}})}), memory
         sent = {name: t for name, t in sorted(ask.trees.items()) if name.startswith("from/")}
         all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())
-        merged = tree.shift(start, all_of_them.mean("update").value)
+        merged = all_of_them.mean("update").added_to(start)
         return Reply({"merged": Alike({site.name: merged})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:

@@ -73,7 +73,7 @@ class Taught(Method[State]):
         return Reply({"update": Mean.of(tree.sub(end, start), weight)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return state._replace(round=state.round + 1, params=tree.shift(state.params, reply.mean("update").value))
+        return state._replace(round=state.round + 1, params=reply.mean("update").added_to(state.params))
 
 
 def taught(

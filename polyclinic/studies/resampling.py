@@ -256,9 +256,7 @@ def by_fold(run: Run, level: float) -> Sample:
     return sample(replace(run, arms=arms, splits={}), 1, 0, level)
 
 
-def _images(
-    run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shared: bool
-) -> dict[str, tuple[int, int]]:
+def _images(run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shared: bool) -> dict[str, tuple[int, int]]:
     """How many images, and how many cases, every site has in all arms together, or at most in one."""
     found: dict[str, tuple[int, int]] = {}
     for site in (s.name for s in run.info.sites):

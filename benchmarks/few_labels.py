@@ -110,7 +110,8 @@ def page(found: Mapping[str, Mapping[str, list[float]]]) -> str:
             x = 100 * np.array(values)
             mean, low, high = interval(x)
             gap = interval(x - base)
-            beside = "" if label == "fedavg" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+            told = f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
+            beside = "" if label == "fedavg" else f"**{told}**" if gap[1] * gap[2] > 0 else told
             lines.append(f"| {label} | {mean:.1f} ({low:.1f} to {high:.1f}) | {beside} |")
         lines.append("")
     return "\n".join(lines)
@@ -118,8 +119,26 @@ def page(found: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 HEAD = """# Few labels: do images without labels help?
 
-Written by `python benchmarks/few_labels.py`; every number was measured. The script says how. The sites are made up, the
-images real. A difference whose interval holds 0 is no difference that these data show.
+Written by `python benchmarks/few_labels.py`; every number was measured, the script says how, on a CPU with PyTorch 2.13.
+Two public sets, dealt to five made-up hospitals; nine in ten training images lose their label at every hospital, or two
+hospitals keep one label in twenty and three none. All methods train the same small network on 28 x 28 pixels, in the same
+number of rounds, with the same number of steps, at their default options unless the script says otherwise. Differences
+to FedAvg on the same few labels are paired by split, with Student's interval. One that holds 0 is no difference that
+these data show; those that do not are bold.
+
+What we read from it:
+
+- **There is little to win here.** All labels instead of a tenth are worth 0.7 points of AUC on the X-rays, 2.0 where three
+  hospitals have none, and 1.7 on ultrasound, and no interval excludes 0. On the X-rays 18 labels a hospital, and even 18
+  in all, nearly suffice for this network; on ultrasound (8 to 10 a hospital) all of them hardly help it.
+- **No method was better than FedAvg on the labels that there are**, in any of three settings. Pseudo-labels (FedSemi) and
+  FedVSS cost nothing where every hospital has some labels. FedPerl, FedIRM on the X-rays, and FedMAE lost one to seven
+  points: rounds that are spent on a pretext, or steps on wrong pseudo-labels, are steps not spent on labels.
+- **Where three hospitals have no label**, every method that trains there lost something on average, up to seven points,
+  with intervals that hold 0: their pseudo-labels come from a model that few labels made.
+- So: **begin with FedAvg on the labels**, and measure on validation patients whether images without labels add anything.
+  The papers' gains are for larger networks, larger images and longer training than these; this page does not contradict
+  them, and does not repeat them.
 """
 
 

@@ -52,16 +52,17 @@ accuracy at the hospital that differs most (a positive number is a loss).
 
 def page(records: Records, rules: Sequence[str], attacks: Sequence[str], settings: Sequence[str]) -> str:
     """Tables of what was lost, who was named and what it cost."""
-    text = [HEAD, f"A cell's deviation over splits, where there are several, is {spread(records):.1f} at the median: read nothing into less.\n"]
+    text = [
+        HEAD,
+        f"A cell's deviation over splits, where there are several, is {spread(records):.1f} at the median: read nothing into less.\n",
+    ]
     text += ["## In short\n", summary(records, rules, settings), ADVICE]
     for where in settings:
         seeds = sorted({key[1] for key in records if key[0] == where})
         text.append(f"## {where[0].upper()}{where[1:]}\n")
         honest = [records[where, seed, "mean", "", 0] for seed in seeds]
         auc, minority = (np.mean([row[k] for row in honest]) for k in ("auc", "minority"))
-        says = (
-            f"{len(seeds)} {'split' if len(seeds) == 1 else 'splits'}. The mean of ten honest sites: AUC {auc:.3f}, accuracy {100 * minority:.0f} % at the "
-        )
+        says = f"{len(seeds)} {'split' if len(seeds) == 1 else 'splits'}. The mean of ten honest sites: AUC {auc:.3f}, accuracy {100 * minority:.0f} % at the "
         text.append(f"{says}hospital that differs most.\n")
         for f in sorted({key[4] for key in records} - {0}):
             shown = [a for a in attacks if any((where, s, rules[0], a, f) in records for s in seeds)]

@@ -76,7 +76,9 @@ def lines_of(rows: Mapping[str, Splits], order: Sequence[str], metric: str, seen
         worst = min(scores, key=scores.__getitem__)
         mark = "" if label == "fedavg" else gap_of(x - base)
         out.append(f"| {label} | {x.mean():.1f} | {mark} | {scores[worst]:.1f} ({worst}) |")
-    count = f"{splits} splits." if splits > 1 else "One split: there is no interval, and small differences mean nothing."
+    count = (
+        f"{splits} splits." if splits > 1 else "One split: there is no interval, and small differences mean nothing."
+    )
     return [count, "", *out, ""]
 
 

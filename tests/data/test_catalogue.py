@@ -314,7 +314,12 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], int, tuple[int, ...]]] = {  # buil
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+LARGE = ("mnms", "kits19", "acdc")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in sorted(LAYOUTS)]
+)
 def test_a_layout_is_read_as_the_catalogue_says(name: str, tmp_path: Path) -> None:
     """From ``use`` and ``path`` alone: sites, shapes, classes, and no patient in two places."""
     build, further, sites, shape = LAYOUTS[name]

@@ -52,7 +52,9 @@ SETS: dict[str, tuple[dict[str, Any], list[str], tuple[int, ...], int]] = {  # t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(SETS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "hippocampus" else n for n in sorted(SETS)]
+)
 def test_a_real_set_becomes_a_federation(real_data: Path, name: str) -> None:
     """Every example once, no patient in two places, inputs finite and of a sensible size, targets among the classes."""
     table, sites, shape, count = SETS[name]

@@ -81,7 +81,7 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
     carrier.close()
 
 
-@pytest.mark.parametrize("stage", ["", "advertise", "share", "mask", "agree", "reveal"])
+@pytest.mark.parametrize("stage", ["", "mask", "reveal", *(pytest.param(x, marks=pytest.mark.slow) for x in ("advertise", "share", "agree"))])
 def test_a_site_lost_at_any_stage_is_lost_alone(stage: str, tmp_path: Path) -> None:
     homes, an = setting(tmp_path, rounds=1, deadline=100.0)
     outcome, lost = run(
@@ -99,7 +99,7 @@ def test_too_few_give_no_sum_and_the_round_is_tried_again(tmp_path: Path) -> Non
     assert run(tmp_path, an, homes) == ("finished", {})
 
 
-@pytest.mark.parametrize("stage", ["share", "mask", "agree", "reveal"])
+@pytest.mark.parametrize("stage", ["mask", "reveal", *(pytest.param(x, marks=pytest.mark.slow) for x in ("share", "agree"))])
 def test_a_server_that_crashes_in_a_sum_goes_on(stage: str, tmp_path: Path) -> None:
     from tests.conftest import little_sites
 

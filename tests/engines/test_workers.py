@@ -63,7 +63,7 @@ class Deadly(FedAvg):
         return super().site_update(ask, memory, site)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 5))])
 def test_more_sites_than_workers_wait_their_turn(workers: int, task, local) -> None:
     sites = little_sites(count=5)
     expected = run(Scaffold(task, 5, local), InProcess(Scaffold(task, 5, local), sites), task.first(0))[0]

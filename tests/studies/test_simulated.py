@@ -106,7 +106,7 @@ def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tm
     assert sorted(set(judged)) == [len(rounds(tmp_path / "run", "fedavg"))]
 
 
-@pytest.mark.parametrize("stop", [2, 5, 9])
+@pytest.mark.parametrize("stop", [5, *(pytest.param(x, marks=pytest.mark.slow) for x in (2, 9))])
 def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path, stop):
     text = study(tmp_path, MACHINES, rounds=6, minutes=2)
     done(tmp_path / "whole", text)
@@ -135,7 +135,7 @@ def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path):
         done(tmp_path / "run", text)
 
 
-@pytest.mark.parametrize("attack", ["sign-flip", "ipm", "label-flip"])
+@pytest.mark.parametrize("attack", ["label-flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sign-flip", "ipm"))])
 def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
     text = study(tmp_path, ATTACK, attack=attack)
     done(tmp_path / "run", text)

@@ -91,7 +91,7 @@ def test_units_do_not_add_up() -> None:
             epsilon([Spend(1.0)], delta)
 
 
-@pytest.mark.parametrize(("wanted", "rate", "rounds", "steps"), [(8.0, 1.0, 10, 1), (1.0, 0.1, 5, 8)])
+@pytest.mark.parametrize(("wanted", "rate", "rounds", "steps"), [pytest.param(8.0, 1.0, 10, 1, marks=pytest.mark.slow), (1.0, 0.1, 5, 8)])
 def test_a_plan_keeps_what_it_promises_and_wastes_nothing(wanted: float, rate: float, rounds: int, steps: int) -> None:
     found = plan(wanted, 1e-5, rate, rounds, steps=steps, batch=4)
     assert 0.998 * wanted <= found.epsilon <= wanted

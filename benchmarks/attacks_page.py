@@ -17,8 +17,8 @@ length. Rules that ask for a share of corrupt sites were told 30 %, Bulyan 10 %,
 it. FLTrust trusts an honest site. *Bounded* means that updates are first scaled down to the median length.
 
 Study files do the same with `[attack]`: `polyclinic panel run examples/attacks-heart.toml`, and `attacks-xrays.toml`, run
-eleven ways of merging under eighteen cases, with draws of their own (some ten minutes each on two cores), and write
-tables with intervals. What they found agrees with this page. Of two seeds, the mean AUC over sites, without an attack
+eleven ways of merging under eighteen cases, with draws of their own (some ten minutes on two cores; the X-rays took forty
+on one that was shared), and write tables with intervals. What they found agrees with this page. Of two seeds, the mean AUC over sites, without an attack
 and under the worst one by three of ten sites:
 
 | rule | heart disease, 4 hospitals in 10 sites | chest X-rays, 10 made-up sites |

@@ -1,6 +1,5 @@
 """What a person sees of a run: a line that lives while an arm trains, and plain lines where nobody watches."""
 
-import math
 from types import TracebackType
 from typing import Any
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from polyclinic.studies.jobs import Event
+from polyclinic.studies.lines import rounded_up
 from polyclinic.studies.spec import Study
 
 
@@ -77,7 +77,7 @@ class Display:
         """The mean over sites and the worst site, what was sent, and what privacy was spent."""
         scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
         about = "=" if event.round == event.rounds else "≤"  # until the last round a bound, which is quick
-        spent = "" if event.epsilon is None else f"  ε {about} {math.ceil(100 * event.epsilon - 1e-9) / 100:.2f}"
+        spent = "" if event.epsilon is None else f"  ε {about} {rounded_up(event.epsilon)}"
         if not scores:
             return spent.strip()
         choose = min if self.study.higher_is_better else max

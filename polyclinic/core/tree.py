@@ -58,8 +58,7 @@ def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
     """A + times · by, where ``by`` may name only some of the leaves of ``a``; leaf by leaf."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
-    steps = ((name, by[name] if times == 1.0 else by[name] * times) for name in by)
-    return {**a, **{name: a[name] + step for name, step in steps}}
+    return {**a, **{name: a[name] + (step if times == 1.0 else step * times) for name, step in by.items()}}
 
 
 def zeros(a: Tree) -> Tree:

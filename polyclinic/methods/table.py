@@ -117,8 +117,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedcy", "fedcy:fedcy", "videos without labels learn from the order of time", "Kassem et al. 2023", tasks=("classification",), unlabelled=True),
     ),
     "Client end: knowledge distillation": (
-        Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student, in low rank", stateful=True, send=("low-rank",)),
-        Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student, in low rank", stateful=True, send=("low-rank",)),
+        Entry("fedmic", "fedmic:fedmic", "a private teacher and a shared student", "Ren et al. 2024", "the change of the student", stateful=True, send=("low-rank",)),
+        Entry("fedkd", "fedmic:fedkd", "a private mentor and a shared mentee", "Wu et al. 2022", "the change of the student", stateful=True, send=("low-rank",)),
         Entry("mutual", "fedmic:mutual", "a private and a shared model learn from one another", "Shen et al. 2020; Zhang et al. 2018", "the change of the shared model", stateful=True),
         Entry("taught", "teacher:taught", "sites learn from labels and from a teacher", "Kumar et al. 2021; Hinton et al. 2015"),
         Entry("fedmd", "fedmd:fedmd", "sites exchange what their models say of public images", "Li and Wang 2019", "scores on public images", tasks=("classification", "multilabel", "regression"), stateful=True),

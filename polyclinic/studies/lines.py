@@ -1,5 +1,6 @@
 """What a line of ``records.jsonl`` and ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,6 +69,11 @@ class Privacy(_Line):
     epsilon: float | None = None
     delta: float | None = None
     unit: str | None = None
+
+
+def rounded_up(epsilon: float) -> str:
+    """ε with two decimals, never less than what was spent."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if math.isfinite(epsilon) else "∞"
 
 
 class Quarantine(_Line):

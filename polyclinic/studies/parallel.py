@@ -92,6 +92,11 @@ def possible() -> bool:
     return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
 
 
+def warm_up() -> None:
+    """Has PyTorch import what it puts off until a first gradient by example: seconds that each child would spend."""
+    torch.func.grad(torch.sum)(torch.zeros(1))
+
+
 def _begin(job: Job, work: Work[Job], others: Sequence[Connection]) -> tuple[Connection, BaseProcess]:
     context: Any = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()

@@ -27,7 +27,7 @@ from polyclinic.studies.describe import described, information, patients_apart
 from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
 from polyclinic.studies.groups import write_groups
 from polyclinic.studies.jobs import Event, Job, cores
-from polyclinic.studies.parallel import in_turn, possible, side_by_side
+from polyclinic.studies.parallel import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.parts import MethodSpec
 from polyclinic.studies.problems import BadStudy, Problem
 from polyclinic.studies.spec import Study, with_values
@@ -63,6 +63,8 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
             if job.name in done:
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
         workers = study.engine.workers or cores()
+        if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
+            warm_up()
         if _whole_arms(study, len(jobs), workers):
             inside = study.engine.model_copy(update={"kind": "in-process"})  # each arm has one process
             work.study = study.model_copy(update={"engine": inside})

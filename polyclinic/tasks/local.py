@@ -120,8 +120,7 @@ class Local:
         optimiser = self._optimiser(parameters, self.rate(round))
 
         def step(loss: Tensor) -> None:
-            for p in parameters:
-                p.grad = None
+            optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if correct:
                 for name, p in named:

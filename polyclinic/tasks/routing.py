@@ -82,13 +82,11 @@ class _Router(nn.Module):
             return prediction(functional_call(body, leaves, (inputs,)))
 
         noise = build.noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        found = [*routes.values(), *shifts.values()]
-        optimiser = Adam(found, build.lr)
+        optimiser = Adam([*routes.values(), *shifts.values()], build.lr)
         for _ in range(build.steps):
             plain, noisy = predict(x).softmax(1), predict(x + noise).softmax(1)
             unsure = -(plain * plain.clamp_min(1e-8).log()).sum(1).mean()
-            for leaf in found:
-                leaf.grad = None
+            optimiser.zero_grad()
             loss = build.entropy * unsure + build.consistency * (plain - noisy).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

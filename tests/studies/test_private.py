@@ -6,8 +6,8 @@ import re
 import pytest
 
 from polyclinic.studies.evaluation import Options
+from polyclinic.studies.lines import rounded_up
 from polyclinic.studies.report import build_report
-from polyclinic.studies.report.private import _up
 from tests.studies.made_run import write_run
 
 FEW = Options(draws=50)
@@ -42,7 +42,7 @@ def cells(section, table):
     (float("inf"), "∞"),
 ])  # fmt: skip
 def test_an_epsilon_is_rounded_up(epsilon, told):
-    assert _up(epsilon) == told
+    assert rounded_up(epsilon) == told
 
 
 def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):

@@ -14,10 +14,9 @@ from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import DEFAULT, Enforced
 from polyclinic.engines.policy import parse as policy_of
 from polyclinic.studies.checking import method_problems
-from polyclinic.studies.runner import run
 from polyclinic.studies.spec import parse
 from tests.conftest import blobs
-from tests.studies.test_runner import facts, go, npz
+from tests.studies.test_runner import facts, go, npz, stopped_and_resumed
 
 STUDY = """\
 name = "small"
@@ -73,11 +72,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path):
     text = STUDY.format(path=npz(tmp_path), engine="in-process", more="")
     for stop_after in (3, 7):
         path = tmp_path / f"stopped-{stop_after}"
-        events = run(parse(text), text, path)
-        for _ in range(stop_after):
-            next(events)
-        events.close()
-        go(text, path, resume=True)
+        stopped_and_resumed(text, path, stop_after)
         again = model(path)
         assert all(torch.equal(whole[name], again[name]) for name in whole), stop_after
 

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from polyclinic.studies import figures
-from polyclinic.studies.lines import Privacy
+from polyclinic.studies.lines import Privacy, rounded_up
 from polyclinic.studies.report.blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import NONE, listed, many
@@ -50,7 +50,7 @@ def _privacy_rows(page: Source, label: str, records: Sequence[Privacy]) -> list[
         by = (p.model_extra or {}).get("by")
         told = [ACCOUNTS.get(str(by), str(by))] if by is not None else []
         how = "; ".join([*told, *(f"{k} {v}" for k, v in sorted(extra.items()))]) or NONE
-        numbers_ = (NONE if p.epsilon is None else _up(p.epsilon), NONE if p.delta is None else f"{p.delta:g}")
+        numbers_ = (NONE if p.epsilon is None else rounded_up(p.epsilon), NONE if p.delta is None else f"{p.delta:g}")
         key = (*numbers_, p.unit or NONE, NONE if p.round is None else str(p.round), how)
         rows.setdefault(key, []).append(p.site or "all")
     names = ("epsilon", "delta", "unit", "round", "how")
@@ -70,20 +70,13 @@ def _by_round(page: Source) -> list[Folded]:
         return []
     labels = list(dict.fromkeys(label for label, _ in most))
     rows: list[Row] = [
-        {"round": str(at), **{f"epsilon-{m}": _up(most[m, at]) if (m, at) in most else NONE for m in labels}}
+        {"round": str(at), **{f"epsilon-{m}": rounded_up(most[m, at]) if (m, at) in most else NONE for m in labels}}
         for at in sorted({at for _, at in most})
     ]
     columns = numbers(round="After round", **{f"epsilon-{m}": page.title(m) for m in labels})
     note = "The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
     note += "after the last, by the tight one."
     return [Folded("ε after each round", [Table("privacy-rounds", "ε spent, by round.", columns, rows, note)])]
-
-
-def _up(epsilon: float) -> str:
-    """Two decimals, never less than what was spent."""
-    if not math.isfinite(epsilon):
-        return "∞"
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
 
 
 def _curve(alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.studies.parts import PrivacySpec
-from polyclinic.transforms.accounting import epsilon_rdp
+from polyclinic.transforms.accounting import epsilon, epsilon_rdp
+from polyclinic.transforms.guarantee import guarantee
 from polyclinic.transforms.ledger import Ledger
 
 
@@ -22,12 +23,14 @@ def opened(folder: Path, sites: Iterable[str], data: str, budget: PrivacySpec) -
 def spent(ledgers: Mapping[str, Ledger], last: bool) -> dict[str, dict[str, Any]]:
     """ε of each site so far, as it is written down: Rényi's quick bound after a round, the sharp one at the end.
 
-    Rényi's may lie beyond the budget, which the ledger never lets the spend do; then the budget is the bound.
+    Rényi's may lie beyond the budget, which the ledger never lets the spend do; then the budget is the bound. Beside ε
+    stand δ, whom it protects, what is assumed, and the ledger's head, which proves later that nothing was taken away.
     """
     found = {}
     for site, ledger in ledgers.items():
         budget = ledger.budget()
-        bound = ledger.spent().epsilon if last else epsilon_rdp(ledger.spends(), budget["delta"])
-        facts = {"delta": budget["delta"], "unit": budget["unit"], "by": "pld" if last else "rdp"}
-        found[site] = {"epsilon": min(bound, budget["epsilon"]), **facts}
+        spends, delta, unit = ledger.spends(), budget["delta"], budget["unit"]
+        bound = epsilon(spends, delta, unit) if last else epsilon_rdp(spends, delta, unit)
+        facts = {"delta": delta, "by": "pld" if last else "rdp", "ledger": ledger.head()}
+        found[site] = {"epsilon": min(bound, budget["epsilon"]), **facts, **guarantee(spends, unit).facts()}
     return found

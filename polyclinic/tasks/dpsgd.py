@@ -37,6 +37,7 @@ class Spend(NamedTuple):
         steps: How many steps.
         unit: Who is protected: a record (one image or row), a patient, or a whole site.
         pure: ε of each step, for mechanisms that are not normal noise.
+        share: How many sites' noise is counted on in each sum; 1 where the site added all of it by itself.
     """
 
     multiplier: float
@@ -44,6 +45,7 @@ class Spend(NamedTuple):
     steps: int = 1
     unit: Unit = "site"
     pure: float = 0.0
+    share: int = 1
 
 
 _meter: ContextVar[list[Spend] | None] = ContextVar("meter", default=None)

@@ -5,10 +5,10 @@ Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 20
 computed by Google's dp-accounting. Beside it stands Rényi's, an upper bound that is quick: Ilya Mironov, Kunal Talwar
 and Li Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism", 2019, https://arxiv.org/abs/1908.10530.
 
-Two data sets are neighbours where one has a unit more: a record, a patient, or a site, as each spend says; a site that
-is not there is one that sends zeros. (Two different data sets of one site are twice as far apart, and cost more.) Steps
-on Poisson samples are amplified, because who was sampled stays secret at the site. Which sites a round asked is no
-secret to the server, so a cohort amplifies nothing.
+Two data sets are adjacent if one has a unit more: a record, a patient, or a site, as each spend says; a site that is
+not there is one that sends zeros. Noise for a coarse unit also protects a finer one inside it, at twice the distance
+(``units``). Steps on Poisson samples are amplified, because who was sampled stays secret at the site. Which sites a
+round asked is no secret to the server, so a cohort amplifies nothing.
 """
 
 import logging
@@ -19,28 +19,44 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from polyclinic.tasks.dpsgd import Spend
+from polyclinic.tasks.dpsgd import Spend, Unit
+from polyclinic.transforms.guarantee import Guarantee, described, guarantee, sentence
+from polyclinic.transforms.replacement import loss_distribution
+from polyclinic.transforms.units import UNITS, Cost, cost
 
 # Of the discretised privacy loss: ε is exact to about as much, and never too small.
 INTERVALS = {"pld": 1e-4, "coarse": 1e-3}
+HUGE = 500.0
 
 
 class BadPlan(ValueError):
     """A budget that cannot be kept, or planned, as it was asked for."""
 
 
-def epsilon(spends: Iterable[Spend], delta: float) -> float:
+def epsilon(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> float:
     """ε at ``delta`` of all ``spends`` together, by privacy loss distributions; infinite for a spend without noise.
 
+    Beyond ``HUGE`` it is the bound of ``epsilon_rdp``: nobody signs such a figure, and a tight one takes memory in
+    proportion to it.
+
+    Args:
+        spends: What was spent.
+        delta: δ.
+        unit: For whom to count. If it is left out, all spends must protect the same.
+
     Raises:
-        ValueError: Where the spends protect different units, whose ε do not add up, or ``delta`` is no probability.
+        ValueError: If no ``unit`` is given and the spends protect different ones, whose ε do not add up; if a spend
+            protects only something finer than ``unit``; or if ``delta`` is no probability.
     """
-    return _epsilon(_grouped(spends), _checked(delta), "pld")
+    return _epsilon(_costs(spends, unit), _checked(delta), "pld")
 
 
-def epsilon_rdp(spends: Iterable[Spend], delta: float) -> float:
-    """The same by Rényi divergences: quicker, and 7 to 35 per cent larger."""
-    return _epsilon(_grouped(spends), _checked(delta), "rdp")
+def epsilon_rdp(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> float:
+    """The same by Rényi divergences: quicker, and 7 to 35 per cent larger.
+
+    For a unit inside one that was sampled, from privacy loss distributions on a coarse grid instead.
+    """
+    return _epsilon(_costs(spends, unit), _checked(delta), "rdp")
 
 
 class Statement(NamedTuple):
@@ -51,27 +67,33 @@ class Statement(NamedTuple):
         epsilon_rdp: By Rényi divergences.
         delta: δ.
         unit: Who is protected.
-        spends: What was spent.
+        spends: What was spent, for the unit that each spend was calibrated to.
     """
 
     epsilon: float
     epsilon_rdp: float
     delta: float
-    unit: str
+    unit: Unit
     spends: tuple[Spend, ...]
 
+    @property
+    def guarantee(self) -> Guarantee:
+        """Whom it protects, and what is assumed."""
+        return guarantee(self.spends, self.unit)
+
     def __str__(self) -> str:
-        """One sentence for run, report and journal."""
-        steps = "; ".join(_said(spend) for spend in self.spends) or "nothing was released"
-        return (f"ε = {self.epsilon:.3f} at δ = {self.delta:g} for every {self.unit} (add or remove one; PLD, and "
-                f"{self.epsilon_rdp:.3f} by RDP): {steps}")  # fmt: skip
+        """For run, report and journal: ε with its unit, its adjacency, its assumptions, and what it was spent on."""
+        steps = "; ".join(described(spend, self.unit) for spend in self.spends) or "nothing was released"
+        whom = self.guarantee
+        how = f", by PLD; {self.epsilon_rdp:.3f} by RDP: {steps}"
+        return sentence(f"{self.epsilon:.3f}", f"{self.delta:g}", self.unit, whom.adjacency, whom.assumptions, how)
 
 
-def statement(spends: Iterable[Spend], delta: float) -> Statement:
-    """What ``spends`` come to."""
+def statement(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> Statement:
+    """What ``spends`` come to for every ``unit``; by default the one that all of them protect, and a site if none."""
     grouped = _grouped(spends)
-    unit = grouped[0].unit if grouped else "unit"
-    return Statement(epsilon(grouped, delta), epsilon_rdp(grouped, delta), delta, unit, grouped)
+    unit = unit or (_only_unit(grouped) if grouped else "site")
+    return Statement(epsilon(grouped, delta, unit), epsilon_rdp(grouped, delta, unit), delta, unit, grouped)
 
 
 class Plan(NamedTuple):
@@ -121,7 +143,7 @@ def plan(epsilon: float, delta: float, rate: float, rounds: int, *, steps: int =
     total = rounds * steps
     noise = _least_noise(epsilon, delta, rate, total)
     spends = (Spend(noise, rate, total),)
-    return Plan(noise, _epsilon(spends, delta, "pld"), _epsilon(spends, delta, "rdp"), delta, rate, rounds, total,
+    return Plan(noise, _epsilon(_costs(spends, None), delta, "pld"), _epsilon(_costs(spends, None), delta, "rdp"), delta, rate, rounds, total,
                 noise / batch)  # fmt: skip
 
 
@@ -130,7 +152,7 @@ def rounds_within(epsilon: float, delta: float, noise: float, rate: float, *, st
 
     def fits(rounds: int) -> bool:
         spends = (Spend(noise, rate, rounds * steps),)
-        return any(_epsilon(spends, _checked(delta), by) <= epsilon for by in ("rdp", "pld"))  # the quick one first
+        return any(_epsilon(_costs(spends, None), _checked(delta), by) <= epsilon for by in ("rdp", "pld"))  # the quick one first
 
     if not fits(1):
         return 0
@@ -153,7 +175,7 @@ def _least_noise(wanted: float, delta: float, rate: float, steps: int) -> float:
     """The noise whose ε is ``wanted``, or at most a thousandth less."""
 
     def at(noise: float, by: str) -> float:
-        return _epsilon((Spend(noise, rate, steps),), delta, by)
+        return _epsilon(_costs([Spend(noise, rate, steps)], None), delta, by)
 
     high = 1.0
     while at(high, "rdp") > wanted:
@@ -188,22 +210,29 @@ def _narrowed(at: Callable[[float], float], wanted: float, high: float, by: floa
     return high
 
 
-def _said(spend: Spend) -> str:
-    if spend.pure:
-        return f"{spend.steps} releases of ε = {spend.pure:g} each"
-    sample = "everyone" if spend.rate == 1 else f"a Poisson sample of q = {spend.rate:.4g}"
-    return f"{spend.steps} steps on {sample} with noise σ = {spend.multiplier:g}"
-
-
 def _grouped(spends: Iterable[Spend]) -> tuple[Spend, ...]:
     """Steps of the same kind, counted together, in a fixed order."""
     counts: Counter[Spend] = Counter()
     for spend in spends:
         counts[spend._replace(steps=1)] += spend.steps
-    if len(units := sorted({spend.unit for spend in counts})) > 1:
-        raise ValueError(f"these spends protect different units ({', '.join(units)}), and their ε do not add up: keep "
-                         "a ledger for each")  # fmt: skip
     return tuple(sorted(spend._replace(steps=n) for spend, n in counts.items() if n))
+
+
+def _only_unit(grouped: Sequence[Spend]) -> Unit:
+    if len(units := sorted({spend.unit for spend in grouped})) > 1:
+        raise ValueError(f"these spends protect different units ({', '.join(units)}), and their ε do not add up: say "
+                         "for which unit to count them")  # fmt: skip
+    return grouped[0].unit
+
+
+def _costs(spends: Iterable[Spend], unit: Unit | None) -> tuple[Cost, ...]:
+    """What the spends cost one ``unit``, those of the same kind counted together, in a fixed order."""
+    grouped = _grouped(spends)
+    whom = unit or (_only_unit(grouped) if grouped else UNITS[-1])
+    counts: Counter[Cost] = Counter()
+    for spend in grouped:
+        counts[cost(spend, whom)._replace(steps=1)] += spend.steps
+    return tuple(sorted(one._replace(steps=n) for one, n in counts.items()))
 
 
 def _checked(delta: float) -> float:
@@ -213,23 +242,54 @@ def _checked(delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(spends: tuple[Spend, ...], delta: float, by: str) -> float:
-    if any(spend.multiplier <= 0 and spend.pure <= 0 for spend in spends):
+def _epsilon(costs: tuple[Cost, ...], delta: float, by: str) -> float:
+    if any(one.multiplier <= 0 and one.pure <= 0 for one in costs):
         return math.inf
-    pure = sum(spend.pure * spend.steps for spend in spends if spend.pure)
-    normal = [spend for spend in spends if not spend.pure]
+    pure = sum(one.pure * one.steps for one in costs)
+    normal = [one for one in costs if not one.pure]
     if not normal:
         return pure
+    inside = any(one.inside for one in normal)
+    if by == "rdp" and not inside:
+        return _renyi(normal, delta) + pure
+    if by == "pld" and not inside and (bound := _renyi(normal, delta)) > HUGE:
+        return bound + pure
+    return _tight(normal, delta, INTERVALS["coarse" if by == "rdp" else by]) + pure
+
+
+def _renyi(costs: Iterable[Cost], delta: float) -> float:
     library = _library()
-    accountant = library.rdp.RdpAccountant() if by == "rdp" else (
-        library.pld.PLDAccountant(value_discretization_interval=INTERVALS[by]))  # fmt: skip
+    accountant = library.rdp.RdpAccountant()
     with _quiet():
-        for spend in normal:
-            event = library.GaussianDpEvent(spend.multiplier)
-            if spend.rate < 1:
-                event = library.PoissonSampledDpEvent(spend.rate, event)
-            accountant.compose(event, spend.steps)
-        return max(0.0, float(accountant.get_epsilon(delta))) + pure
+        for one in costs:
+            event = library.GaussianDpEvent(one.multiplier)
+            if one.rate < 1:
+                event = library.PoissonSampledDpEvent(one.rate, event)
+            accountant.compose(event, one.steps)
+        return max(0.0, float(accountant.get_epsilon(delta)))
+
+
+def _tight(costs: Iterable[Cost], delta: float, interval: float) -> float:
+    """By privacy loss distributions of Gaussian steps; each is discretized from above."""
+    distributions = _library().pld.privacy_loss_distribution
+    total = distributions.identity(interval)
+    for one in costs:
+        if one.inside:
+            loss = loss_distribution(one.multiplier, one.rate, one.steps, interval)
+            if loss is None:
+                return math.inf
+        elif one.rate < 1:
+            loss = distributions.from_gaussian_mechanism(
+                one.multiplier, value_discretization_interval=interval, sampling_prob=one.rate,
+                neighboring_relation=_library().NeighboringRelation.ADD_OR_REMOVE_ONE,
+            ).self_compose(one.steps)  # fmt: skip
+        else:  # so many steps are one, with less noise
+            loss = distributions.from_gaussian_mechanism(
+                one.multiplier / one.steps**0.5, value_discretization_interval=interval,
+                neighboring_relation=_library().NeighboringRelation.ADD_OR_REMOVE_ONE,
+            )  # fmt: skip
+        total = total.compose(loss)
+    return max(0.0, float(total.get_epsilon_for_delta(delta)))
 
 
 def _library() -> Any:

@@ -3,24 +3,26 @@
 What a release costs is written, and forced to the disk, before it leaves. So after a crash at any moment the ledger
 has counted at least what was released: perhaps a spend too many, never one too few. Every entry is bound to all before
 it, and a second file holds the last entry's hash, so that neither a changed line nor a missing end goes unnoticed.
-Whoever can delete both files can begin anew: print the ledger's head where others keep it (run, report and journal do).
+Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is kept
+elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
 
-Give the ledger the data set's name and not a hash of its contents: one patient more must not buy a new budget.
+Entries hold spends as they were released, for the unit that their noise was calibrated to; what they cost the unit of
+the budget is computed when they are read.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
 from polyclinic.core.state import write_bytes
-from polyclinic.tasks.dpsgd import Spend, Unit
+from polyclinic.tasks.dpsgd import Spend
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
-
-UNITS: Final[tuple[Unit, ...]] = ("record", "patient", "site")  # each holds those before it
+from polyclinic.transforms.units import UNITS, payable, problems
 
 
 class Exhausted(RuntimeError):
@@ -48,13 +50,13 @@ class Ledger:
             delta: δ, below one in the number of units.
 
         Raises:
-            ValueError: Where there is one already, or the budget makes no sense.
+            ValueError: If there is one already, or the budget makes no sense.
         """
-        if not (epsilon > 0 and 0 < delta < 1 and unit in UNITS):
+        if not (0 < epsilon < math.inf and 0 < delta < 1 and unit in UNITS):
             raise ValueError(
-                "a budget has epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
+                "a budget has a finite epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
             )
-        with self._alone():
+        with locked(self.lock):
             if self.path.exists() or self._head.exists():
                 raise ValueError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
@@ -65,9 +67,9 @@ class Ledger:
         Raises:
             ValueError: Where no reason is given.
         """
-        if not reason.strip() or not epsilon > 0:
-            raise ValueError("a new budget needs an epsilon above 0 and a reason")
-        with self._alone():
+        if not reason.strip() or not 0 < epsilon < math.inf:
+            raise ValueError("a new budget needs a finite epsilon above 0 and a reason")
+        with locked(self.lock):
             list(self._entries())
             self._append("raised", {"epsilon": epsilon, "reason": reason})
 
@@ -85,25 +87,43 @@ class Ledger:
             Exhausted: Where it would exceed the budget. Nothing was spent.
             Broken: Where the ledger was changed or cut, or is missing.
         """
-        with self._alone():
+        given = list(spends)
+        with locked(self.lock):
             budget, before = self._read(self._entries())
-            if not (spends := payable(spends, budget["unit"])):
-                raise Exhausted(f"{self.path.name}: this budget protects every {budget['unit']}, and nothing in what "
-                                "was asked does")  # fmt: skip
-            total = [*before, *spends]
-            # Rényi's bound is never too small, so where it fits, so does the other
-            if (quick := epsilon_rdp(total, budget["delta"])) > budget["epsilon"]:
-                after = epsilon(total, budget["delta"])
-                if after > budget["epsilon"]:
-                    now = epsilon(before, budget["delta"])
-                    raise Exhausted(
-                        f"{self.path.name}: the budget of ε = {budget['epsilon']:g} (δ = {budget['delta']:g}) for "
-                        f"every {budget['unit']} of {budget['data']} is used up: {now:.3f} is spent, and this would "
-                        f"make it {after:.3f}. Nothing was released"
-                    )
-            entries = [dict(spend._asdict()) for spend in spends]
-            self._append("spend", {"spends": entries, "about": dict(about or {})})
+            chosen, quick = self._affordable(budget, before, given)
+            self._append("spend", {"spends": [dict(spend._asdict()) for spend in chosen], "about": dict(about or {})})
         return quick
+
+    def check(self, spends: Iterable[Spend]) -> None:
+        """Whether ``reserve`` would allow it now. Nothing is spent.
+
+        Raises:
+            Exhausted: If it would not.
+            Broken: If the ledger was changed or cut, or is missing.
+        """
+        given = list(spends)
+        with locked(self.lock):
+            self._affordable(*self._read(self._entries()), given)
+
+    def _affordable(self, budget: dict[str, Any], before: list[Spend], given: list[Spend]) -> tuple[list[Spend], float]:
+        """Those of the ``given`` spends that are paid for, and Rényi's ε with them."""
+        name, unit, delta = self.path.name, budget["unit"], budget["delta"]
+        if wrong := [problem for spend in given for problem in problems(spend)]:
+            raise Exhausted(f"{name}: this release cannot be accounted for, so nothing leaves: {'; '.join(wrong)}")
+        if not (chosen := payable(given, unit)):
+            raise Exhausted(f"{name}: this budget protects every {unit}, and nothing in what was asked does")
+        total = [*before, *chosen]
+        # Rényi's bound is never too small, so if it fits, so does the other
+        if (quick := epsilon_rdp(total, delta, unit)) > budget["epsilon"]:
+            after = epsilon(total, delta, unit)
+            if not after <= budget["epsilon"]:
+                now = epsilon(before, delta, unit)
+                raise Exhausted(
+                    f"{name}: the budget of ε = {budget['epsilon']:g} (δ = {delta:g}) for every {unit} of "
+                    f"{budget['data']} is used up: {now:.3f} is spent, and this would make it {after:.3f}. Nothing "
+                    "was released"
+                )
+        return chosen, quick
 
     def spent(self) -> Statement:
         """What was spent so far.
@@ -111,28 +131,54 @@ class Ledger:
         Raises:
             Broken: Where the ledger was changed or cut, or is missing.
         """
-        with self._alone():
+        with locked(self.lock):
             budget, spends = self._read(self._entries())
-        return statement(spends, budget["delta"])._replace(unit=budget["unit"])
+        return statement(spends, budget["delta"], budget["unit"])
 
     def spends(self) -> tuple[Spend, ...]:
-        """What was spent, release by release, for whoever keeps an account while it grows.
+        """What was spent, release by release, each for the unit that its noise was calibrated to.
 
         Raises:
             Broken: Where the ledger was changed or cut, or is missing.
         """
-        with self._alone():
+        with locked(self.lock):
             return tuple(self._read(self._entries())[1])
 
     def budget(self) -> dict[str, Any]:
         """``site``, ``data``, ``unit``, ``epsilon`` and ``delta``."""
-        with self._alone():
+        with locked(self.lock):
             return self._read(self._entries())[0]
 
     def head(self) -> str:
         """The hash of the last entry. Kept elsewhere, it proves that nothing was taken away."""
-        with self._alone():
+        with locked(self.lock):
             return str(list(self._entries())[-1]["hash"])
+
+    def knows(self, head: str) -> bool:
+        """Whether ``head``, which was kept elsewhere, is one of this ledger's: if not, it was replaced or rolled back.
+
+        Raises:
+            Broken: If the ledger was changed or cut, or is missing.
+        """
+        with locked(self.lock):
+            return any(entry["hash"] == head for entry in self._entries())
+
+    def note_members(self, details: Mapping[str, Any]) -> None:
+        """Binds the list of whose data these are, which is kept in another file, to the chain. See ``members``."""
+        with locked(self.lock):
+            self._read(self._entries())
+            self._append("members", details)
+
+    def members(self) -> dict[str, Any] | None:
+        """What ``note_members`` said last; None if it never did."""
+        with locked(self.lock):
+            found = [entry for entry in self._entries() if entry["event"] == "members"]
+        return found[-1] if found else None
+
+    @property
+    def lock(self) -> Path:
+        """The file by which processes take turns."""
+        return self.path.with_name(self.path.name + ".lock")
 
     @property
     def _head(self) -> Path:
@@ -168,8 +214,10 @@ class Ledger:
                     budget = {key: entry[key] for key in ("site", "data", "unit", "epsilon", "delta")}
                 case "raised" if budget:
                     budget["epsilon"] = entry["epsilon"]
+                case "members" if budget:
+                    pass
                 case "spend" if budget:
-                    spends += [Spend(**spend) for spend in entry["spends"]]
+                    spends += [self._spend(spend, budget["unit"]) for spend in entry["spends"]]
                 case event:
                     raise Broken(f"{self.path}: {event!r} is not an entry of a ledger, or not in its place")
         return budget, spends
@@ -182,35 +230,39 @@ class Ledger:
             journal.close()
         write_bytes(self._head, head.encode() + b"\n")
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other process reads or writes this ledger."""
+    def _spend(self, given: dict[str, Any], unit: str) -> Spend:
+        """A spend as it was written."""
         try:
-            import fcntl
-        except ImportError as error:
-            raise OSError("a privacy ledger needs file locks, which this system does not have: use Linux or macOS"
-                          ) from error  # fmt: skip
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
+            found = Spend(**given)
+            wrong = problems(found)
+        except TypeError as error:
+            found, wrong = Spend(0.0), [str(error)]
+        if not wrong and not payable([found], UNITS[UNITS.index(unit)]):  # type: ignore[arg-type]
+            wrong = [f"it does not protect a {unit}"]
+        if wrong:
+            raise Broken(f"{self.path}: an entry cannot be accounted for: {'; '.join(wrong)}")
+        return found
 
 
-def payable(spends: Iterable[Spend], unit: Unit) -> list[Spend]:
-    """What a budget for every ``unit`` pays of some spends that together made one release.
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While no other process holds the lock file at ``path``.
 
-    Noise that hides a whole site hides each of its patients, and noise that hides a patient hides each record. Where
-    noise of several kinds was added one upon the other, each protects by itself, and the finest that is fine enough
-    is paid; so patients' privacy costs the same whether or not the site is hidden as well.
+    Raises:
+        OSError: If this system has no file locks.
     """
-    of, given = UNITS[UNITS.index(unit)], list(spends)
-    for enough in UNITS[UNITS.index(unit) :]:
-        if found := [Spend(s.multiplier, s.rate, s.steps, of, s.pure) for s in given if s.unit == enough]:
-            return found
-    return []
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("a privacy ledger needs file locks, which this system does not have: use Linux or macOS"
+                      ) from error  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _begins_as_one(path: Path) -> bool:

@@ -76,7 +76,9 @@ def plan(
 def _noise(epsilon: tuple[float, ...], delta: float, rounds: tuple[int, ...], patients: int, batch: int,
            epochs: int) -> None:  # fmt: skip
     """Tells the noise for each ε and number of rounds."""
+    from polyclinic.tasks.dpsgd import Spend
     from polyclinic.transforms.accounting import curve
+    from polyclinic.transforms.guarantee import guarantee, meaning
 
     rate, steps = min(1.0, batch / patients), epochs * -(-patients // batch)
     for many in rounds:
@@ -88,6 +90,8 @@ def _noise(epsilon: tuple[float, ...], delta: float, rounds: tuple[int, ...], pa
             bar = "█" * max(1, round(40 * min(1.0, one.deviation)))
             said = f"  {one.epsilon:>6.2f}  {one.epsilon_rdp:>8.2f}  {one.noise:>6.3f}   {one.deviation:.4f} {bar}"
             console.print(said)
+    whom = guarantee([Spend(1.0, rate, 1, "patient")], "patient")
+    console.print(f"  {meaning(whom.unit, whom.adjacency, whom.assumptions)}", soft_wrap=True, markup=False)
     console.print("  [dim]What that costs in accuracy on your data: polyclinic privacy plan STUDY[/dim]")
     console.print('  [dim]In a study: \\[training] private = { noise = …, bound = 1.0, unit = "patient" }[/dim]')
 
@@ -97,7 +101,12 @@ def _curve(told: "list[Price]", metric: str, higher: bool) -> None:
     from polyclinic.studies.priced import best_rounds
 
     most = max((one.value.value or 0.0 for one in told), default=1.0) or 1.0
-    console.print(f"\n  {'rounds':>6}  {'ε':>6}  {'noise':>6}   {metric} on test patients, mean over sites")
+    from polyclinic.tasks.dpsgd import Spend
+    from polyclinic.transforms.guarantee import guarantee, meaning
+
+    whom = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient")
+    console.print(f"\n  {meaning(whom.unit, whom.adjacency, whom.assumptions)}", soft_wrap=True, markup=False)
+    console.print(f"  {'rounds':>6}  {'ε':>6}  {'noise':>6}   {metric} on test patients, mean over sites")
     for one in told:
         wanted = "none" if one.epsilon is None else f"{one.epsilon:g}"
         value, low, high = one.value.value, one.value.low, one.value.high
@@ -121,13 +130,15 @@ def ledger(path: Path) -> None:
     Parameters
     ----------
     path
-        A ledger; or a run's folder, with the ledgers of its sites.
+        A ledger; a run's folder, with the ledgers of its sites; or a site's folder, with one for each of its data sets.
     """
     from polyclinic.transforms.ledger import Ledger
 
-    files = sorted(path.glob("**/ledgers/*.jsonl")) if path.is_dir() else [path]
+    files = sorted({*path.glob("**/ledgers/*.jsonl"), *path.glob("*.jsonl.head")}) if path.is_dir() else [path]
+    files = [file.with_name(file.name.removesuffix(".head")) for file in files]
     if not files:
-        raise FileNotFoundError(f"{path}: no site of this run has a ledger. [privacy] in the study file makes them")
+        raise FileNotFoundError(f"{path}: there is no ledger here. [privacy] in a study file or in a site's policy makes "
+                                "them")  # fmt: skip
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no such ledger")
@@ -136,4 +147,7 @@ def ledger(path: Path) -> None:
         where = f"{file.parent.parent.name}: " if path.is_dir() else ""
         console.print(f"  {where}{budget['site']}, {budget['data']}: {spent}", soft_wrap=True, markup=False)
         left = max(0.0, budget["epsilon"] - spent.epsilon)
-        console.print(f"  the budget is ε = {budget['epsilon']:g}; {left:.3f} is left")
+        members = found.members()
+        many = f"; {members['members']} hashes tell these data again" if members else ""
+        console.print(f"  the budget is ε = {budget['epsilon']:g} for every {budget['unit']}; {left:.3f} is left{many}")
+        console.print(f"  head {found.head()}: compare it with what a run's records or a copy of yours say", soft_wrap=True)

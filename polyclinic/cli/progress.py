@@ -77,7 +77,7 @@ class Display:
         """The mean over sites and the worst site, what was sent, and what privacy was spent."""
         scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
         about = "=" if event.round == event.rounds else "≤"  # until the last round a bound, which is quick
-        spent = "" if event.epsilon is None else f"  ε {about} {rounded_up(event.epsilon)}"
+        spent = "" if event.epsilon is None else f"  ε {about} {rounded_up(event.epsilon)} {event.protects}".rstrip()
         if not scores:
             return spent.strip()
         choose = min if self.study.higher_is_better else max

@@ -40,8 +40,8 @@ def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = 
 
 @app.command
 def join(
-    file: Path, *, data: Path, fingerprint: str = "", device: str = "cpu", proxy: str = "", yes: bool = False,
-    home: Home = HERE,
+    file: Path, *, data: Path, data_name: str = "", fingerprint: str = "", device: str = "cpu", proxy: str = "",
+    yes: bool = False, home: Home = HERE,
 ) -> None:  # fmt: skip
     """Join with the FILE that the coordinator gave back.
 
@@ -49,6 +49,7 @@ def join(
     ----------
     file: The join file.
     data: The folder with this site's examples; see docs/deployment.md for what it holds.
+    data_name: What the data set is called, wherever it lies: its privacy budget goes by it. As before, or as the folder.
     fingerprint: The authority's, as the coordinator read it to you; else you are asked.
     device: Where to compute, cpu or cuda.
     proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
@@ -70,8 +71,9 @@ def join(
             )
         if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
             raise BadHome("not joined")
-    member.join(site, table, data, device, proxy)
+    called = member.join(site, table, data, device, proxy, data_name)
     print(f"joined   as {table['site']}, until {table['expires'][:10]}")
+    print(f"data     {called!r}; `data_name` in site.toml keeps the name, and with it the privacy budget, if the folder moves")
     print("next     polyclinic site policy (read it), polyclinic site doctor, polyclinic site start")
 
 

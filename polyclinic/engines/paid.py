@@ -7,7 +7,7 @@ from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.engines.describe import JOB
-from polyclinic.engines.policy import BadPolicy, Enforced, Privacy
+from polyclinic.engines.policy import Enforced
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
 
@@ -24,20 +24,8 @@ class Paid:
     budget: Budget
 
     @classmethod
-    def of(cls, rules: Enforced, privacy: Privacy, ledger: Ledger, site: str, data: str) -> "Paid":
-        """With the budget of the policy; the ledger is begun with it, and another ε is noted as a person's decision.
-
-        Raises:
-            BadPolicy: Where the ledger counts for another unit or with another δ.
-        """
-        if not ledger.path.exists() and not ledger.path.with_name(f"{ledger.path.name}.head").exists():
-            ledger.begin(site=site, data=data, **privacy.model_dump())
-        known = ledger.budget()
-        if (known["unit"], known["delta"]) != (privacy.unit, privacy.delta):
-            raise BadPolicy(f"privacy: {ledger.path.name} counts for every {known['unit']} with delta = "
-                            f"{known['delta']:g}, and a ledger cannot be recounted: set both back")  # fmt: skip
-        if known["epsilon"] != privacy.epsilon:
-            ledger.raise_budget(privacy.epsilon, "policy.toml says so")
+    def of(cls, rules: Enforced, ledger: Ledger) -> "Paid":
+        """With the budget of ``ledger``."""
         return cls(rules, Budget(ledger, ("score", "predict", JOB)))
 
     def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:

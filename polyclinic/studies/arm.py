@@ -106,14 +106,16 @@ class Arm:
             for site, reason in facts["lost"].items():
                 self._record("quarantine", round=done, site=site, reason=reason)
             spent = self._account(done)
-            paid = {"epsilon": spent} if spent else {}
+            protects = next((str(facts["protects"]) for facts in spent.values()), "")
+            most = max((float(facts["epsilon"]) for facts in spent.values()), default=None)
+            paid = {"epsilon": {s: facts["epsilon"] for s, facts in spent.items()}, "protects": protects} if spent else {}
             self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
             if done % study.evaluation.every == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)
             length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
             self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
-            yield self._event("round", done, scores, moved, facts["lost"], max(spent.values(), default=None))
+            yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             steps, begun = [], _now(engine)
         if done % study.evaluation.every and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)
@@ -232,12 +234,12 @@ class Arm:
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
-    def _account(self, done: int) -> dict[str, float]:
-        """Writes down ε of each site so far."""
+    def _account(self, done: int) -> dict[str, dict[str, Any]]:
+        """Writes down ε of each site so far, with all that belongs to it."""
         spent = budgets.spent(self.ledgers, last=done == self.study.rounds)
         for site, facts in spent.items():
-            self._record("privacy", round=done, site=site, **facts)
-        return {site: float(facts["epsilon"]) for site, facts in spent.items()}
+            self._record("privacy", round=done, site=site, **{k: v for k, v in facts.items() if k != "protects"})
+        return spent
 
     def _numbered(self, site: str, role: str) -> Tree:
         """Whose each example is, by the numbers that are the same in every arm."""
@@ -251,9 +253,9 @@ class Arm:
 
     def _event(
         self, what: str, done: int, scores: Mapping[str, float] | None = None, moved: int = 0,
-        lost: Mapping[str, str] | None = None, epsilon: float | None = None,
+        lost: Mapping[str, str] | None = None, epsilon: float | None = None, protects: str = "",
     ) -> Event:  # fmt: skip
-        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon}
+        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon, "protects": protects}
         return self.job.event(what, round=done, rounds=self.study.rounds, **told)
 
 

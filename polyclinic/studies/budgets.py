@@ -31,6 +31,7 @@ def spent(ledgers: Mapping[str, Ledger], last: bool) -> dict[str, dict[str, Any]
         budget = ledger.budget()
         spends, delta, unit = ledger.spends(), budget["delta"], budget["unit"]
         bound = epsilon(spends, delta, unit) if last else epsilon_rdp(spends, delta, unit)
+        whom = guarantee(spends, unit)
         facts = {"delta": delta, "by": "pld" if last else "rdp", "ledger": ledger.head()}
-        found[site] = {"epsilon": min(bound, budget["epsilon"]), **facts, **guarantee(spends, unit).facts()}
+        found[site] = {"epsilon": min(bound, budget["epsilon"]), **facts, **whom.facts(), "protects": whom.short}
     return found

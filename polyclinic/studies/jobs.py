@@ -23,7 +23,8 @@ class Event:
         bytes: What all sites sent and received in the round.
         lost: Sites that sent nothing usable in the round, each with the reason.
         notes: Sentences for people.
-        epsilon: The largest ε that a site has spent so far; None where nothing is paid for.
+        epsilon: The largest ε that a site has spent so far; None where nothing is paid for. ``protects``: whom it
+            protects, in a few words.
     """
 
     what: str
@@ -37,6 +38,7 @@ class Event:
     notes: tuple[str, ...] = ()
     fold: int | None = None
     epsilon: float | None = None
+    protects: str = ""
 
 
 @dataclass(frozen=True)

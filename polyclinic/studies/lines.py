@@ -69,6 +69,27 @@ class Privacy(_Line):
     epsilon: float | None = None
     delta: float | None = None
     unit: str | None = None
+    adjacency: str | None = None
+    assumes: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> str:
+        """Which data sets ε compares, what is assumed, and what it does not cover: for below a table."""
+        from polyclinic.transforms.guarantee import meaning
+
+        return meaning(self.unit or NOT_STATED, self.adjacency or "not stated", self.assumes)
+
+    @property
+    def stated(self) -> str:
+        """ε and δ with all that they mean nothing without."""
+        from polyclinic.transforms.guarantee import sentence
+
+        epsilon = "not stated" if self.epsilon is None else rounded_up(self.epsilon)
+        delta = "not stated" if self.delta is None else f"{self.delta:g}"
+        return sentence(epsilon, delta, self.unit or NOT_STATED, self.adjacency or "not stated", self.assumes)
+
+
+NOT_STATED = "unit that is not stated"
 
 
 def rounded_up(epsilon: float) -> str:

@@ -94,6 +94,15 @@ def sentence(epsilon: str, delta: str, unit: str, adjacency: str, assumes: Itera
         assumes: What must hold besides.
         how: How it was computed, and from what.
     """
-    assumed = "; ".join(assumes)
     text = f"ε = {epsilon} at δ = {delta} for every {unit} (adjacency: {adjacency}){how}."
-    return f"{text}{f' Assumed: {assumed}.' if assumed else ''} Covers {COVERS}."
+    return f"{text} {_besides(assumes)}"
+
+
+def meaning(unit: str, adjacency: str, assumes: Iterable[str]) -> str:
+    """The same without a number, for below a table of several."""
+    return f"ε is for every {unit} (adjacency: {adjacency}). {_besides(assumes)}"
+
+
+def _besides(assumes: Iterable[str]) -> str:
+    assumed = "; ".join(assumes)
+    return f"{f'Assumed: {assumed}. ' if assumed else ''}Covers {COVERS}."

@@ -6,15 +6,21 @@ Andrew, Om Thakkar, Brendan McMahan and Swaroop Ramaswamy, "Differentially Priva
 Clipping", NeurIPS 2021, Algorithm 1, https://arxiv.org/abs/1905.03871.
 
 We depart from both in who adds the noise: the sites do, never the server, so that the server need not be trusted
-with a clear sum. What is protected is a whole hospital. For patients, train with ``DPSGD``, which protects each of
-them from everyone outside the hospital; for three to thirty hospitals that is nearly always what is wanted.
+with a clear sum. What is protected is a whole hospital, and each patient in it with half the multiplier (``units``). For
+patients, train with ``DPSGD``, which protects each of them from everyone outside the hospital; for three to thirty
+hospitals that is nearly always what is wanted.
+
+A bound that the server names is checked at the site, for noise that is calibrated to another bound than the one that
+was clipped to hides nothing.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.pipeline import Transform
@@ -23,6 +29,8 @@ from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.dpsgd import Spend, add_noise, meter
 
+SMALLEST, LARGEST = 2.0**-60, 2.0**60  # bounds beyond these lose their digits in single precision
+STEPS = 4  # of a secure sum's grid that each site's part of shared noise must span
 BELOW = "m/~clip/below"  # whether a site's reply was below the bound, less one half
 
 
@@ -37,14 +45,21 @@ class Clip(Transform):
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """A bound must be a number above 0."""
-        return [] if 0 < self.bound < math.inf else [f"Clip: bound must be a number above 0, not {self.bound}"]
+        return [] if SMALLEST <= self.bound <= LARGEST else [f"Clip: bound must be a number above 0, from {SMALLEST:.0e} "
+                                                             f"to {LARGEST:.0e}, not {self.bound}"]  # fmt: skip
 
     def notes(self, state: Trees) -> Trees:
         """The bound, which ``Gaussian`` needs to know."""
         return {"clip": {"bound": torch.tensor(self.bound, dtype=torch.float64)}}
 
     def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
-        """min(1, bound / ‖x‖) · x"""
+        """min(1, bound / ‖x‖) · x
+
+        Raises:
+            ValueError: If the server's message names another bound, to which ``Gaussian`` would calibrate its noise.
+        """
+        if (told := float(notes["clip"]["bound"])) != self.bound or len(notes["clip"]) != 1:
+            raise ValueError(f"Clip: the server's message names the bound {told:g}, and {self.bound:g} was approved")
         return Mean(_clipped(sent.total, self.bound)[0], sent.weight), memory
 
 
@@ -78,8 +93,9 @@ class AdaptiveClip(Transform):
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """A bound above 0, a quantile in between, and noise on the count that leaves some for the rest."""
         found = []
-        if not 0 < self.start < math.inf:
-            found.append(f"AdaptiveClip: start must be a number above 0, not {self.start}")
+        if not SMALLEST <= self.start <= LARGEST:
+            found.append(f"AdaptiveClip: start must be a number above 0, from {SMALLEST:.0e} to {LARGEST:.0e}, not "
+                         f"{self.start}")  # fmt: skip
         if not 0 < self.quantile < 1:
             found.append(f"AdaptiveClip: quantile must be between 0 and 1, not {self.quantile}")
         follows = after[0] if after and isinstance(after[0], Gaussian) else None
@@ -98,8 +114,17 @@ class AdaptiveClip(Transform):
         return {"clip": {"bound": state["clip"]["bound"], "count_noise": count_noise}}
 
     def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
-        """The clipped reply, and whether it was below the bound, less one half (section 2.2's b − ½)."""
-        clipped, size = _clipped(sent.total, bound := float(notes["clip"]["bound"]))
+        """The clipped reply, and whether it was below the bound, less one half (section 2.2's b − ½).
+
+        Raises:
+            ValueError: If the server's message names a bound that cannot be one, or other noise on the count.
+        """
+        bound, count_noise = (float(notes["clip"][name]) for name in ("bound", "count_noise"))
+        if not SMALLEST <= bound <= LARGEST or count_noise != (self.count_noise or 0.0):
+            raise ValueError(f"AdaptiveClip: the server's message names the bound {bound:g} and the count's noise "
+                             f"{count_noise:g}, and bounds from {SMALLEST:.0e} to {LARGEST:.0e} and {self.count_noise or 0:g} "
+                             "were approved")  # fmt: skip
+        clipped, size = _clipped(sent.total, bound)
         below = torch.tensor([0.5 if size <= bound else -0.5])
         return Mean({**clipped, BELOW: below}, sent.weight), memory
 
@@ -122,13 +147,26 @@ class Gaussian(Transform):
         multiplier: z, the deviation of the noise over the bound. ``polyclinic privacy plan`` finds it.
         share: How many sites' noise is in every sum at the least: the threshold of secure summation, less the
             sites that might work together against another. Each adds noise of variance (z · bound)² / share.
+        step: The distance of two numbers that ``SecureSum`` can tell apart; it is found when a pipeline is built.
+
+    With ``share`` above 1, ``SecureSum`` rounds numbers that hold only a part of the noise. By Poisson's summation
+    formula a sum of rounded normal parts is distributed as the sum of all noise, rounded at random to the grid, which is
+    post-processing, up to a share of 2 exp(-π² s² / 2) per number, with s the part's deviation in steps of the grid
+    (compare Clément Canonne, Gautam Kamath and Thomas Steinke, "The Discrete Gaussian for Differential Privacy",
+    NeurIPS 2020, https://arxiv.org/abs/2004.00010). For s = 4 that is below 1e-33; for s = 1/4 it hides nothing, for most
+    parts round to the same number. So s >= 4 is demanded. A site that adds all noise itself rounds what is hidden already.
     """
 
     multiplier: float
     share: int = 1
+    step: float | None = None
 
     uniform: ClassVar[bool] = True
     private: ClassVar[bool] = True
+
+    def settle(self, after: tuple[Transform, ...]) -> Transform:
+        """With the grid of the secure sum that follows; 0 if none does."""
+        return self if self.step is not None else replace(self, step=_step(after))
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """Noise hides what is bounded, and a part of the noise hides nothing until it is summed."""
@@ -143,23 +181,54 @@ class Gaussian(Transform):
         if self.share > 1 and not any(t.secure for t in after):
             found.append("Gaussian(share=...) must be followed by SecureSum: without it the server sees replies that "
                          "hold only a part of the noise")  # fmt: skip
+        if self.step != _step(after):
+            found.append(f"Gaussian: step follows from SecureSum, so leave it out: it is {_step(after):g}, not {self.step}")
+        if not found and isinstance(before[-1], Clip):
+            found += self._too_coarse({"bound": torch.tensor(before[-1].bound)})
         return found
 
-    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
-        """Adds N(0, (z · bound)² / share), and rounds to a grid of 2⁻²⁰ deviations."""
-        clip, dice, z = notes["clip"], site.secret_rng(), self.multiplier
-        if count_noise := float(clip.get("count_noise", 0.0)):
+    def deviations(self, clip: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Of this site's part of the noise, on each number and on the count of ``AdaptiveClip``.
+
+        Args:
+            clip: The note of the clipping that went before: ``bound``, and ``count_noise`` where it counts.
+        """
+        z, count_noise = self.multiplier, float(clip.get("count_noise", 0.0))
+        if count_noise:
             # Andrew et al., section 2.2: z_Δ = (z⁻² − (2 σ_b)⁻²)^(−1/2)
             z = (self.multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
-        deviation = z * float(clip["bound"]) / self.share**0.5
+        return z * float(clip["bound"]) / self.share**0.5, count_noise / self.share**0.5
+
+    def _too_coarse(self, clip: Mapping[str, Tensor]) -> list[str]:
+        """Why the secure sum's grid is too coarse for a part of the noise, if it is."""
+        if self.share == 1 or not self.step:
+            return []
+        least = min(deviation for deviation in self.deviations(clip) if deviation)
+        if least >= STEPS * self.step:
+            return []
+        return [f"Gaussian(share={self.share}): each site's part of the noise has the deviation {least:.3g}, and SecureSum "
+                f"rounds to steps of {self.step:.3g}, so the sum would not hide what the multiplier says. At least {STEPS} "
+                "steps are needed: raise SecureSum's bits (and lower its limit), or the bound or the multiplier"]  # fmt: skip
+
+    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+        """Adds N(0, (z · bound)² / share), and rounds to a grid of 2⁻²⁰ deviations.
+
+        Raises:
+            ValueError: If a tensor cannot be hidden, or the secure sum's grid is too coarse for the bound. Nothing was
+                sent.
+        """
+        clip, dice = notes["clip"], site.secret_rng()
+        deviation, count_deviation = self.deviations(clip)
+        if found := self._too_coarse(clip):
+            raise ValueError(found[0])
         noisy = {}
         refuse_variances(sent.total)
         for name, leaf in sent.total.items():
             if leaf.numel() and not leaf.is_floating_point():
                 raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
-            own = count_noise / self.share**0.5 if name == BELOW else deviation
+            own = count_deviation if name == BELOW else deviation
             noisy[name] = add_noise(leaf, own, dice)
-        meter(Spend(self.multiplier))
+        meter(Spend(self.multiplier, share=self.share))
         return Mean(noisy, sent.weight), memory
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
@@ -168,6 +237,11 @@ class Gaussian(Transform):
             raise ValueError(f"this sum holds the noise of {received.weight:g} sites, and {self.share} were counted "
                              "on: it protects less than it says. Raise SecureSum's threshold")  # fmt: skip
         return received, state
+
+
+def _step(after: tuple[Transform, ...]) -> float:
+    """The distance between two numbers that the secure sum among the transforms ``after`` can tell apart; 0 without."""
+    return next((float(getattr(t, "step", 0.0)) for t in after if t.secure), 0.0)
 
 
 def refuse_variances(sent: Tree) -> None:
@@ -188,5 +262,6 @@ def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:
     if not math.isfinite(size):
         raise ValueError("what this site would send holds NaN or an infinity, which no bound can clip: "
                          "lower the learning rate")  # fmt: skip
-    # A little below the bound, so that rounding to single precision cannot carry it above.
-    return (tree.scale(a, bound / size * (1 - 2.0**-20)) if size > bound else a), size
+    # A little below the bound, so that rounding cannot carry it above, whatever the precision of the numbers.
+    margin = max([2.0**-20, *(torch.finfo(leaf.dtype).eps for leaf in a.values() if leaf.is_floating_point())])
+    return (tree.scale(a, bound / size * (1 - margin)) if size > bound else a), size

@@ -39,7 +39,8 @@ def profile(epsilons: "np.ndarray[Any, Any]", multiplier: float, rate: float) ->
     inner = epsilons - math.log(rate) + np.log1p(-(1 - rate) * np.exp(-epsilons))  # log(1 + (exp(ε) - 1) / q)
     mu = 1 / multiplier
     found = ndtr(mu / 2 - inner / mu) - np.exp(inner + log_ndtr(-mu / 2 - inner / mu))
-    return np.clip(rate * found, 0.0, 1.0)
+    clipped: np.ndarray[Any, Any] = np.clip(rate * found, 0.0, 1.0)
+    return clipped
 
 
 def loss_distribution(multiplier: float, rate: float, steps: int, interval: float) -> Any | None:

@@ -28,7 +28,11 @@ from polyclinic.transforms.privacy import refuse_variances
 class SparseVector(Transform):
     """Shares at most a fraction of the coordinates, the large ones, each with noise; the others are sent as 0.
 
-    ε in all is the sum of the three; it protects the whole site.
+    ε in all is the sum of the three; it protects the whole site: a site that is not there is one that sends zeros, so a
+    coordinate moves by at most Δ = γ, and so does its size. A patient of a site moves a coordinate by 2 γ, from one end to
+    the other, and counts twice (``units``). The scales are those for queries that need not move in the same direction,
+    which sizes of a patient's changes do not. Answers have fresh noise for at most c coordinates, and what was clamped,
+    or set to 0 because it was not chosen, is post-processing.
 
     Attributes:
         fraction: q, the largest share of coordinates that is sent. The paper tries 0.1 to 0.4.
@@ -59,16 +63,18 @@ class SparseVector(Transform):
         found = []
         if not 0 < self.fraction <= 1:
             found.append(f"SparseVector: fraction must be above 0 and at most 1, not {self.fraction}")
-        if not (self.bound > 0 and self.threshold >= 0):
+        if not (0 < self.bound < math.inf and 0 <= self.threshold < math.inf):
             found.append("SparseVector: bound must be above 0, and threshold not below")
-        if not min(self.epsilon_threshold, self.epsilon_queries, self.epsilon_answers) > 0:
+        if not all(0 < e < math.inf for e in (self.epsilon_threshold, self.epsilon_queries, self.epsilon_answers)):
             found.append("SparseVector: each epsilon must be above 0")
         return found
 
     def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
         """The chosen coordinates with noise, and zeros."""
-        dice, like = site.secret_rng(), {k: v for k, v in sent.total.items() if v.is_floating_point()}
+        dice, like = site.secret_rng(), sent.total
         refuse_variances(like)
+        if whole := sorted(name for name, leaf in like.items() if leaf.numel() and not leaf.is_floating_point()):
+            raise ValueError(f"SparseVector cannot hide integers, and {whole[0]} holds {like[whole[0]].dtype}")
         x = tree.flatten(like).double()
         if not bool(x.isfinite().all()):
             raise ValueError("what this site would send holds NaN or an infinity: lower the learning rate")
@@ -81,11 +87,14 @@ class SparseVector(Transform):
         order = dice.uniform(len(x)).argsort()
         chosen = order[above[order]][:most]
         # x_i + Lap(cΔ/ε₃), clipped again as in the paper
-        answers = x[chosen] + laplace(len(chosen), most * self.bound / self.epsilon_answers, dice)
+        scale = most * self.bound / self.epsilon_answers
+        answers = x[chosen] + laplace(len(chosen), scale, dice)
+        grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # as of ``add_noise``: hides which doubles noise could have been
+        answers = (answers / grid).round() * grid
         released = torch.zeros_like(x).index_put_((chosen,), answers.clamp(-self.bound, self.bound))
         meter(Spend(0.0, pure=self.epsilon))
         found = tree.unflatten(released, like)
-        return Mean({k: found[k].to(v.dtype) if k in found else v for k, v in sent.total.items()}, sent.weight), memory
+        return Mean({k: found[k].to(v.dtype) for k, v in sent.total.items()}, sent.weight), memory
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class SiteHome:
 
     @property
     def ledgers(self) -> Path:
-        """What was spent of the privacy budget, one file a data folder."""
+        """What was spent of the privacy budget, one file a data set. ``ledger-heads.json`` beside it has their heads."""
         return self.path / "ledgers"
 
     def memory(self, run: str) -> Path:

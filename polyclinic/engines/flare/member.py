@@ -84,13 +84,22 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
     return table, authorities.fingerprint(root)
 
 
-def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cpu", proxy: str = "") -> None:
-    """Installs what a checked join file says, with the data in the folder ``data``.
+def join(
+    home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cpu", proxy: str = "", data_name: str = "",
+) -> str:  # fmt: skip
+    """Installs what a checked join file says, with the data in the folder ``data``; returns the data set's name.
+
+    Args:
+        data_name: What the data set is called, in the site's ledgers of privacy budgets: the same wherever it lies. By
+            default as before, or as the folder.
 
     Raises:
-        BadHome: Where the folder is not there, the proxy cannot be one, or the site runs.
+        BadHome: Where the folder is not there, the proxy cannot be one, a name cannot be used, or the site runs.
     """
     require()
+    data_name = data_name or str(settings(home).get("data_name") or data.resolve().name)
+    if not (0 < len(data_name) <= 100 and data_name.isprintable()):
+        raise BadHome(f"the data set's name has 1 to 100 printable characters, not {data_name[:120]!r}: give --data-name")
     if is_up(home):
         raise BadHome(f"the site in {home.path} runs: `polyclinic site stop` first; runs wait for it, or go on without")
     if proxy:
@@ -106,7 +115,8 @@ def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cp
     private_folder(home.certificates)
     write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
     given = {key: table[key] for key in ("site", "organisation", "project", "host", "port", "scheme", "expires")}
-    write_private(home.settings, toml({**given, "data": str(data.resolve()), "device": device, "proxy": proxy}))
+    own = {"data": str(data.resolve()), "data_name": data_name, "device": device, "proxy": proxy}
+    write_private(home.settings, toml({**given, **own}))
     SharedJournal(home.journal).write(
         "joined",
         {
@@ -116,6 +126,7 @@ def join(home: SiteHome, table: Mapping[str, Any], data: Path, device: str = "cp
             "certificate": authorities.fingerprint(certificate),
         },
     )
+    return data_name
 
 
 def settings(home: SiteHome, joined: bool = False) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def leave(home: SiteHome) -> None:
     given = settings(home)
     for folder in (home.kit, home.path / "memory", home.keys):
         shutil.rmtree(folder, ignore_errors=True)
-    write_private(home.settings, toml({key: given[key] for key in ("site", "organisation") if key in given}))
+    write_private(home.settings, toml({key: given[key] for key in ("site", "organisation", "data_name") if key in given}))
     SharedJournal(home.journal).write("left", {"project": given.get("project", "")})
 
 

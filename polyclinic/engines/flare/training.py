@@ -16,14 +16,13 @@ from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import work
 from polyclinic.engines.describe import Describe, describe
 from polyclinic.engines.flare import site_data, wire
-from polyclinic.engines.flare.authority import digest
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.secure_training import SecureTraining
 from polyclinic.engines.paid import Paid
 from polyclinic.engines.plan import Plan
-from polyclinic.transforms.ledger import Ledger
+from polyclinic.engines.site_ledger import ledger_for
 from polyclinic.transforms.secure import layout_of
 from polyclinic.transforms.secure.keys import ProtocolError
 
@@ -123,9 +122,9 @@ class Training:
         enforced = policies.Enforced(policy, self.plan, command["sent"])
         rules: policies.Enforced | Paid = enforced
         if policy.privacy and self.order.data.get("rehearsal") is not True:
-            data = Path(self.settings["data"]).name
-            ledger = Ledger(self.home.ledgers / f"{digest(str(Path(self.settings['data'])))[:12]}.jsonl")
-            rules = Paid.of(enforced, policy.privacy, ledger, self.site.name, data)
+            name = str(self.settings.get("data_name") or Path(self.settings["data"]).name)
+            ledger = ledger_for(self.home.ledgers, name, self.held.roles, self.site.name, policy.privacy)
+            rules = Paid.of(enforced, ledger)
         done = work(self.method, ask, memory, self.site, rules)
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}

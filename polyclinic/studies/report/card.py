@@ -84,8 +84,7 @@ def _privacy(page: Source) -> list[str]:
     if not mine:
         return ["No noise was added in training; nothing bounds what this model tells of a patient."]
     most = max(mine, key=lambda p: p.epsilon or 0)
-    delta = "not stated" if most.delta is None else f"{most.delta:g}"
-    return [f"ε = {most.epsilon:.3g}, δ = {delta}, protecting one {most.unit or 'unit that is not stated'}."]
+    return [most.stated]
 
 
 def _made(page: Source) -> list[str]:

@@ -115,8 +115,6 @@ def _rest(page: Source) -> list[str]:
         spent = [p for p in page.run.spent(method) if p.epsilon is not None and p.delta is not None]
         if spent:
             most = max(spent, key=lambda p: p.epsilon or 0)
-            unit = f" per {most.unit}" if most.unit else ""
-            pair = f"(ε = {most.epsilon:.3g}, δ = {most.delta:g})"
-            said.append(f"{page.title(method)} was differentially private{unit} with {pair}.")
+            said.append(f"{page.title(method)} was differentially private: {most.stated}")
     version = f"Polyclinic {info.environment.get('polyclinic', '')}".strip()
     return [*said, f"Experiments were run with {version} (study {info.name}, hash {page.short})."]

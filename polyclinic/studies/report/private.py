@@ -26,7 +26,8 @@ def privacy_section(page: Source) -> Section:
         note = (
             "Whoever sees the messages can change their odds that one unit took part by a factor of at most exp(ε), "
             "except with probability δ; smaller is more private. At the end, of several seeds the largest, rounded up. "
-            "Each method and seed is counted as if it alone were run: who sees the messages of several learns more."
+            "Each method and seed is counted as if it alone were run: who sees the messages of several learns more. "
+            + " ".join(dict.fromkeys(p.meaning for records in spent.values() for p in records))
         )
         blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
         blocks += _by_round(page)
@@ -46,7 +47,7 @@ def _privacy_rows(page: Source, label: str, records: Sequence[Privacy]) -> list[
     """One row a site; one row for all where they do not differ."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for p in records:
-        extra = {k: v for k, v in (p.model_extra or {}).items() if v is not None and k != "by"}
+        extra = {k: v for k, v in (p.model_extra or {}).items() if v is not None and k not in ("by", "ledger")}
         by = (p.model_extra or {}).get("by")
         told = [ACCOUNTS.get(str(by), str(by))] if by is not None else []
         how = "; ".join([*told, *(f"{k} {v}" for k, v in sorted(extra.items()))]) or NONE
@@ -74,12 +75,13 @@ def _by_round(page: Source) -> list[Folded]:
         for at in sorted({at for _, at in most})
     ]
     columns = numbers(round="After round", **{f"epsilon-{m}": page.title(m) for m in labels})
-    note = "The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
+    units = sorted({p.unit for p in page.run.privacy if p.unit})
+    note = f"For every {' or '.join(units) or 'unit that is not stated'}, as in the table above. The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
     note += "after the last, by the tight one."
     return [Folded("ε after each round", [Table("privacy-rounds", "ε spent, by round.", columns, rows, note)])]
 
 
-def _curve(alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str) -> str:
+def _curve(alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str) -> str:
     """Quality with its interval against ε, on a scale of ratios; a dashed line for what was trained without noise."""
     with figures.drawing(2.9) as (figure, axes):
         axes.set_position((0.16, 0.16, 0.8, 0.8))
@@ -107,7 +109,7 @@ def _curve(alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[
         axes.set_xticks(at, [f"{x:.3g}" for x in at])
         axes.minorticks_off()
         axes.locator_params(axis="y", nbins=5)
-        axes.set(xlabel="ε (smaller is more private)", ylabel=ylabel)
+        axes.set(xlabel=f"ε for every {unit} (smaller is more private)", ylabel=ylabel)
         return figures.svg(figure, "epsilon", alt)
 
 
@@ -130,6 +132,7 @@ def _against_epsilon(page: Source, spent: Mapping[str, Sequence[Privacy]]) -> li
     alt = (
         f"Mean {page.label} against the privacy budget for {many(len(rows), 'method')}; the numbers are in the tables."
     )
-    drawn = _curve(alt, rows, bare, f"{page.label}, mean over sites")
-    text = "What privacy costs: quality against ε. Intervals are over patients."
+    unit = " or ".join(sorted({p.unit for records in spent.values() for p in records if p.unit})) or "unit"
+    drawn = _curve(alt, rows, bare, f"{page.label}, mean over sites", unit)
+    text = f"What privacy costs: quality against ε for every {unit}. Intervals are over patients."
     return [Picture(drawn, text + (" Dashed: the same method without noise." if bare else ""))]

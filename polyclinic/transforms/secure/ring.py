@@ -47,6 +47,15 @@ class SecureSum(Transform):
         largest: float = self.limit * 2.0**self.bits + 0.5
         return math.ceil(2**31 / largest) - 1
 
+    @property
+    def step(self) -> float:
+        """The distance between two numbers that the server can tell apart: they are rounded to multiples of it.
+
+        A site that added all its noise rounds what is hidden already. Noise that several sites share must span some
+        steps at each of them, which ``Gaussian`` checks.
+        """
+        return self.heaviest / 2.0**self.bits
+
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """Nothing may come after it, three sites must fit, and shared noise must be all there."""
         found = []

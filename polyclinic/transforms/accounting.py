@@ -26,7 +26,7 @@ from polyclinic.transforms.units import UNITS, Cost, cost
 
 # Of the discretised privacy loss: ε is exact to about as much, and never too small.
 INTERVALS = {"pld": 1e-4, "coarse": 1e-3}
-HUGE = 500.0
+HUGE = 100.0
 
 
 class BadPlan(ValueError):

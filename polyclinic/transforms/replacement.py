@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 2000.0  # beyond this loss in one step nothing is protected, and the grid would not fit into memory
+LARGEST = 200.0  # beyond this loss in one step nothing is protected, and the grid would not fit into memory
 
 
 def profile(epsilons: "np.ndarray[Any, Any]", multiplier: float, rate: float) -> "np.ndarray[Any, Any]":

@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from polyclinic.tasks.dpsgd import Spend
-from polyclinic.transforms.accounting import curve, epsilon, epsilon_rdp, plan, rounds_within, statement
+from polyclinic.transforms.accounting import HUGE, curve, epsilon, epsilon_rdp, plan, rounds_within, statement
 
 # q, σ, steps; ε at δ = 1e-5 by dp-accounting 0.6.0's PLD at 1e-4 and RDP, and by Opacus 1.6.0's RDP and PRV
 TABLE = [
@@ -43,9 +43,9 @@ def test_epsilon_is_that_of_two_libraries(
     assert ours <= upper
 
 
-def exact(sigma: float, steps: int, delta: float) -> float:
+def exact(sigma: float, steps: int, delta: float, also: tuple[float, int] | None = None) -> float:
     """ε of composed normal noise in closed form: Balle and Wang, ICML 2018, theorem 8."""
-    mu = steps**0.5 / sigma
+    mu = (steps / sigma**2 + (also[1] / also[0] ** 2 if also else 0.0)) ** 0.5
 
     def excess(eps: float) -> float:
         return float(stats.norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * stats.norm.cdf(-mu / 2 - eps / mu)) - delta
@@ -74,18 +74,29 @@ def test_small_consortia_are_told_the_truth() -> None:
     """Five hospitals in every round with σ = 1 for 50 rounds: close to meaningless, and said so."""
     said = statement([Spend(1.0, 1.0, 50)], 1e-3)
     assert said.epsilon == pytest.approx(46.0, abs=0.1)
-    assert str(said) == ("ε = 46.024 at δ = 0.001 for every site (add or remove one; PLD, and 49.406 by RDP): "
-                         "50 steps on everyone with noise σ = 1")  # fmt: skip
+    assert str(said) == (
+        "ε = 46.024 at δ = 0.001 for every site (adjacency: add or remove one site), by PLD; 49.406 by RDP: 50 steps on "
+        "everyone with noise σ = 1. Assumed: the number of sites counts as public. Covers training data only: scores of "
+        "validation and test patients that a site sends are not covered."
+    )
     sampled = str(statement([Spend(1.0, 0.01, 10, "patient"), Spend(0.0, pure=2.0, unit="patient")], 1e-3))
     assert "for every patient" in sampled
     assert "10 steps on a Poisson sample of q = 0.01 with noise σ = 1" in sampled
-    assert "1 releases of ε = 2 each" in sampled
+    assert "1 release of ε = 2 each" in sampled
     assert "nothing was released" in str(statement([], 1e-5))
 
 
-def test_units_do_not_add_up() -> None:
-    with pytest.raises(ValueError, match=r"different units \(patient, site\)"):
-        epsilon([Spend(1.0), Spend(1.0, unit="patient")], 1e-5)
+def test_units_do_not_add_up_unless_it_is_said_for_whom() -> None:
+    both = [Spend(1.0), Spend(1.0, unit="patient")]
+    with pytest.raises(ValueError, match=r"different units \(patient, site\).*say for which unit"):
+        epsilon(both, 1e-5)
+    with pytest.raises(ValueError, match="hides each patient does not protect a site"):
+        epsilon(both, 1e-5, "site")
+    mixed = epsilon(both, 1e-5, "patient")
+    assert mixed == pytest.approx(exact(1.0, 1, 1e-5, also=(0.5, 1)), abs=2e-3)
+    assert statement(both, 1e-5, "patient").epsilon == mixed <= epsilon_rdp(both, 1e-5, "patient")
+    assert statement(both, 1e-5, "patient").unit == "patient"
+    assert (statement([Spend(3.0, unit="record")], 1e-5).unit, statement([], 1e-5).unit) == ("record", "site")
     for delta in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="delta must be between 0 and 1"):
             epsilon([Spend(1.0)], delta)
@@ -105,6 +116,13 @@ def test_more_privacy_costs_more_noise() -> None:
     plans = curve([0.5, 1.0], 1e-5, 1.0, 2)
     assert [p.noise for p in plans] == sorted((p.noise for p in plans), reverse=True)
     assert rounds_within(0.1, 1e-5, 1.0, 1.0) == 0
+
+
+def test_a_huge_epsilon_takes_no_memory_and_is_renyis_bound() -> None:
+    """The tight figure's memory is in proportion to ε, and a method may meter next to no noise."""
+    assert epsilon([Spend(2.0**-10)], 1e-5) == epsilon_rdp([Spend(2.0**-10)], 1e-5) > 5e5
+    assert epsilon([Spend(0.12)], 1e-5) < epsilon_rdp([Spend(0.12)], 1e-5) < HUGE
+    assert epsilon([Spend(2.0**-10, 0.1, 1, "patient")], 1e-5, "record") == math.inf
 
 
 def test_a_plan_lists_all_that_is_wrong() -> None:

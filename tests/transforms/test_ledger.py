@@ -1,6 +1,7 @@
 """A privacy budget that is never under-counted: not by crashes, not by races, not by an editor."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -26,8 +27,9 @@ from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.dpsgd import DPSGD, Spend
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
+from polyclinic.transforms.accounting import epsilon
 from polyclinic.transforms.budget import Budget
-from polyclinic.transforms.ledger import Exhausted, Ledger, payable
+from polyclinic.transforms.ledger import Exhausted, Ledger
 from polyclinic.transforms.privacy import Clip, Gaussian
 from tests.conftest import blobs
 
@@ -62,7 +64,7 @@ def test_a_person_may_raise_the_budget_and_must_say_why(ledger: Ledger) -> None:
     ledger.raise_budget(9.0, "ethics board, minute 4 of 2026-11-02")
     assert ledger.budget()["epsilon"] == 9.0
     assert ledger.head() != head
-    for wrong in ((9.0, " "), (0.0, "why not")):
+    for wrong in ((9.0, " "), (0.0, "why not"), (math.inf, "why not"), (math.nan, "why not")):
         with pytest.raises(ValueError, match="above 0 and a reason"):
             ledger.raise_budget(*wrong)
 
@@ -73,7 +75,8 @@ def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
     ledger.path.unlink()
     with pytest.raises(ValueError, match="does not begin anew"):
         ledger.begin(**SMALL)
-    for wrong in ({"epsilon": 0}, {"delta": 1}, {"unit": "hospital"}):
+    for wrong in ({"epsilon": 0}, {"epsilon": math.inf}, {"epsilon": math.nan}, {"delta": 1}, {"delta": 0},
+                  {"unit": "hospital"}):  # fmt: skip
         with pytest.raises(ValueError, match="a budget has"):
             Ledger(tmp_path / "other").begin(**{**SMALL, **wrong})
 
@@ -234,12 +237,91 @@ def test_nothing_of_the_data_is_written(ledger: Ledger) -> None:
     assert entry["about"] == {"run": "r1", "round": 3}
 
 
-def test_the_finest_protection_that_is_fine_enough_is_paid() -> None:
-    record, patient, site = (Spend(m, unit=u) for m, u in ((1.0, "record"), (2.0, "patient"), (3.0, "site")))  # type: ignore[arg-type]
-    assert payable([record, patient, site], "patient") == [patient]
-    assert payable([record, site, site], "patient") == [site._replace(unit="patient")] * 2
-    assert payable([patient], "record") == [patient._replace(unit="record")]
-    assert payable([record, patient], "site") == []
+def test_a_ledger_with_spends_of_several_units_counts_each_for_its_own(tmp_path: Path) -> None:
+    """Spends stay as they were released; what they cost a patient is computed when they are read."""
+    ledger = Ledger(tmp_path / "mixed.jsonl")
+    ledger.begin(**{**SMALL, "epsilon": 50.0})
+    patient, site = Spend(3.0, unit="patient"), Spend(4.0, share=7)
+    ledger.reserve([patient])
+    said = ledger.reserve([site])
+    assert ledger.spends() == (patient, site)
+    spent = ledger.spent()
+    assert (spent.unit, spent.spends, spent.epsilon_rdp) == ("patient", tuple(sorted([patient, site])), said)
+    assert spent.epsilon == pytest.approx(epsilon([Spend((3.0**-2 + 2.0**-2) ** -0.5)], SMALL["delta"]), abs=1e-3)
+    assert "which is σ = 2 for a patient inside" in str(spent)
+    assert "the noise of at least 7 sites" in str(spent)
+
+
+@pytest.mark.parametrize("wrong", [
+    Spend(math.nan), Spend(math.inf), Spend(1e-9), Spend(1e30), Spend(-1.0), Spend(0.0), Spend(1.0, 0.0), Spend(1.0, 1.1),
+    Spend(1.0, steps=0), Spend(1.0, steps=-4), Spend(0.0, pure=-1.0), Spend(0.0, pure=math.nan), Spend(1.0, share=0),
+    Spend(1.0, unit="town"),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_a_method_that_meters_nonsense_releases_nothing_and_leaves_no_mark(ledger: Ledger, wrong: Spend) -> None:
+    before = ledger.path.read_bytes()
+    for given in ([wrong], [ONE, wrong], [wrong, ONE]):
+        with pytest.raises(Exhausted, match=r"cannot be accounted for, so nothing leaves: .* must be"):
+            ledger.reserve(given)
+        with pytest.raises(Exhausted, match="cannot be accounted for"):
+            ledger.check(given)
+    assert ledger.path.read_bytes() == before
+
+
+def test_a_check_spends_nothing(ledger: Ledger) -> None:
+    before = ledger.path.read_bytes()
+    ledger.check([ONE])
+    with pytest.raises(Exhausted, match="is used up"):
+        ledger.check([ONE] * 9)
+    assert ledger.path.read_bytes() == before
+
+
+def rewritten(ledger: Ledger, change: Callable[[dict[str, Any]], None]) -> None:
+    """The ledger with its last entry changed and every hash made right again, as who can write here could."""
+    entries = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    change(entries[-1])
+    entries[-1].pop("hash")
+    entries[-1]["hash"] = journal._hash(entries[-1])
+    ledger.path.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries))
+    ledger.path.with_name("budget.jsonl.head").write_text(entries[-1]["hash"] + "\n")
+
+
+@pytest.mark.parametrize(("field", "value", "why"), [
+    ("unit", "record", "does not protect a patient"), ("multiplier", 0.0, "multiplier must be"),
+    ("steps", -1, "steps must be"), ("colour", 3, "unexpected keyword"),
+])  # fmt: skip
+def test_an_entry_that_is_no_spend_breaks_the_ledger(ledger: Ledger, field: str, value: Any, why: str) -> None:
+    ledger.reserve([ONE])
+    rewritten(ledger, lambda entry: entry["spends"][0].update({field: value}))
+    with pytest.raises(Broken, match=f"cannot be accounted for: .*{why}"):
+        ledger.spent()
+
+
+def test_an_older_pair_of_files_is_noticed_by_who_kept_a_head(ledger: Ledger) -> None:
+    """Both files agree, so nothing inside them tells; the head that a run or the site kept does."""
+    head = ledger.path.with_name("budget.jsonl.head")
+    old = ledger.path.read_bytes(), head.read_bytes()
+    first = ledger.head()
+    ledger.reserve([ONE])
+    kept = ledger.head()
+    assert ledger.knows(kept)
+    assert ledger.knows(first), "an earlier one is still in it"
+    ledger.path.write_bytes(old[0])
+    head.write_bytes(old[1])
+    assert ledger.spent().epsilon == 0
+    assert not ledger.knows(kept)
+    assert ledger.knows(first)
+    assert not ledger.knows("")
+
+
+def test_members_are_bound_to_the_chain(ledger: Ledger) -> None:
+    assert ledger.members() is None
+    ledger.note_members({"members": 3, "size": 99})
+    ledger.note_members({"members": 4, "size": 132})
+    ledger.reserve([ONE])
+    found = ledger.members()
+    assert found is not None
+    assert (found["members"], found["size"]) == (4, 132)
+    assert ledger.spends() == (ONE,)
 
 
 class Ward:

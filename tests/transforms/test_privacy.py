@@ -34,7 +34,7 @@ def one(values: Any, *transforms: Transform, rounds: int = 1, **more: Any) -> An
 @given(st.floats(1e-6, 1e3), st.integers(0, 5))
 def test_clipping_bounds_the_norm_and_keeps_the_direction(bound: float, round: int) -> None:
     sent = Mean(VALUES("a", round), 1.0)
-    clipped, _ = Clip(bound).encode(sent, {}, {}, Site("a"), 0)
+    clipped, _ = Clip(bound).encode(sent, Clip(bound).notes({}), {}, Site("a"), 0)
     assert tree.norm(clipped.total) <= min(bound, tree.norm(sent.total) * (1 + 1e-9))
     assert tree.cosine(clipped.total, sent.total) == pytest.approx(1, abs=1e-5)
 

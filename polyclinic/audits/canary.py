@@ -13,12 +13,13 @@ Canaries here are random unit vectors among what is summed, as in Andrew, Kairou
 estimate, which is no bound, we leave out. ``private_training`` puts them into DP-SGD.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import expit
+from scipy.special import expit, log_expit
 from scipy.stats import binom
 from torch import Tensor
 
@@ -80,10 +81,14 @@ def lower_bound(scores: Tensor, inside: Tensor, delta: float, confidence: float 
     return max(guess(scores, inside, share).at_least(delta, each) for share in SHARES)
 
 
-def most(canaries: int, delta: float, confidence: float = 0.95) -> float:
-    """The largest ε that ``lower_bound`` can show with so many canaries: every guess about all of them is right."""
-    each = 1 - (1 - confidence) / len(SHARES)
-    return max(Guesses(canaries, r, r).at_least(delta, each) for r in (2 * int(canaries * s / 2) for s in SHARES))
+def needed(epsilon: float, confidence: float = 0.95) -> int:
+    """How many canaries ``lower_bound`` needs to exceed ``epsilon`` where nothing is hidden, with some to spare.
+
+    r right guesses of r show ε where (e^ε / (e^ε + 1))^r ≤ (1 − confidence) / the number of shares. Four times as many
+    canaries, since a canary that was never sampled is in and cannot be found, so that not all guesses are right.
+    """
+    right = math.log((1 - confidence) / len(SHARES)) / float(log_expit(epsilon))
+    return 4 * math.ceil(right)
 
 
 def guess(scores: Tensor, inside: Tensor, share: float = 0.2) -> Guesses:
@@ -160,7 +165,7 @@ class Verdict:
         if self.holds:
             return f"{told}. This does not contradict the claimed ε = {self.claimed:.2f}, and proves no privacy."
         return (f"{told}. The claimed ε = {self.claimed:.2f} is more than this audit can show of any training: it says "
-                "nothing about the claim. Use more canaries.")  # fmt: skip
+                f"nothing about the claim. Use {needed(self.claimed)} canaries or more.")  # fmt: skip
 
 
 def audit(

@@ -7,9 +7,11 @@ Carlini and Terzis, "Tight Auditing of Differentially Private Machine Learning",
 https://arxiv.org/abs/2302.07956; Andrew et al., https://arxiv.org/abs/2302.03098). Sampling, clipping and noise are the
 product's own: nothing of ``DPSGD`` is replaced.
 
-Each canary has coordinates of its own, drawn at random, with random signs. So directions are orthogonal, no canary
-hides another, and they take no more memory than the model. Those that the coin leaves out stay in the data with a
-gradient of 0, so that the sampling rate, which counts as public, does not depend on the coins.
+Each canary has coordinates of its own, drawn at random, with random signs, among those that training without canaries
+moves least. So directions are orthogonal, neither another canary nor real patients hide one, and they take no more
+memory than the model. (An adversary may know all real data, since the guarantee holds whatever they are; so may the
+auditor.) Those that the coin leaves out stay in the data with a gradient of 0, so that the sampling rate, which counts
+as public, does not depend on the coins.
 
 The auditor sees all that leaves the site in every round, as a server does, and projects every tensor with the shape of
 a parameter onto the canaries' directions.
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply
-from polyclinic.core.tree import Tree
+from polyclinic.core.tree import Tree, norm
 from polyclinic.tasks.task import Batch, Task
 
 LENGTH = 10.0
@@ -51,20 +53,29 @@ class Canaries:
     bound: float
 
     @classmethod
-    def draw(cls, task: Task, count: int, bound: float, site: Site, *key: int | str) -> "Canaries":
+    def draw(cls, busy: Tree, count: int, bound: float, site: Site, *key: int | str) -> "Canaries":
         """Draws directions and coins for ``count`` canaries, by the dice of ``site`` for ``key``.
+
+        Args:
+            busy: By parameter, how far training without canaries moves each coordinate (``Motion``). Canaries share the
+                half that moves least, or as many more as there are canaries, so that real patients hide none of them.
+            count: How many.
+            bound: C.
+            site: Whose dice. ``key``: which of them.
 
         Raises:
             ValueError: If the network has fewer trainable parameters than there are canaries.
         """
-        shapes = {name: p.shape for name, p in task.model().named_parameters() if p.requires_grad}
-        total = sum(shape.numel() for shape in shapes.values())
+        shapes = {name: leaf.shape for name, leaf in busy.items()}
+        moved = torch.cat([leaf.flatten().double() for leaf in busy.values()])
+        total = len(moved)
         if not 2 <= count <= total:
             raise ValueError(f"{count} canaries for a network of {total} parameters: there must be at least 2, and a "
                              "parameter for each")  # fmt: skip
-        dice, size = site.rng("canaries", *key), total // count
+        dice, size = site.rng("canaries", *key), max(1, total // 2 // count)
         owner = torch.full((total,), -1, dtype=torch.long)
-        owner[torch.randperm(total, generator=dice)[: size * count]] = torch.arange(size * count) % count
+        quiet = moved.argsort(stable=True)[: size * count]
+        owner[quiet[torch.randperm(len(quiet), generator=dice)]] = torch.arange(len(quiet)) % count
         sign = torch.randint(2, (total,), generator=dice).float() * 2 - 1
         inside = torch.randint(2, (count,), generator=dice).bool()
         sizes = [shape.numel() for shape in shapes.values()]
@@ -103,6 +114,27 @@ class Canaries:
         if square == 0.0:
             return None
         return along / math.sqrt(self.size * square / many)
+
+
+class Motion:
+    """How far training moves each coordinate, over all that leaves a site.
+
+    Attributes:
+        far: By trainable parameter, the sum of absolute changes, each part of a reply counting the same.
+    """
+
+    def __init__(self, task: Task) -> None:
+        named = task.model().named_parameters()
+        self.far = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named if p.requires_grad}
+
+    def watch(self, reply: Reply) -> None:
+        """Adds one exchange."""
+        for released in (tree for stat in reply.parts.values() for tree in _trees(stat)):
+            mine = {n: released[n].detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for n in self.far if n in released}
+            if mine.keys() != self.far.keys() or any(leaf.shape != self.far[n].shape for n, leaf in mine.items()):
+                continue
+            if length := norm(mine):
+                self.far = {n: far + mine[n].abs() / length for n, far in self.far.items()}
 
 
 class WithCanaries:

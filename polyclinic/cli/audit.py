@@ -22,7 +22,7 @@ console = Console(highlight=False)
 def audit(
     run_folder: Path, *, method: str = "", seed: int | None = None,
     attack: Literal["loss", "lira", "rmia", "all"] = "loss", shadow_models: int = 16, site: str = "",
-    limit: int = 1000, canaries: int = 400, steps: int = 30, restarts: int = 2, json: bool = False,
+    limit: int = 1000, canaries: int | None = None, steps: int = 30, restarts: int = 2, json: bool = False,
 ) -> None:  # fmt: skip
     """Attack a run's model as an outsider might, with a leaky control beside each attack.
 
@@ -47,7 +47,8 @@ def audit(
     limit
         How many patients of each kind and site to try at most.
     canaries
-        How many canaries to put into private training; 0 leaves that audit out.
+        How many canaries to put into private training; by default as many as the claimed ε needs, up to 2,000. 0
+        leaves that audit out.
     steps
         Of the search for the image, from each of `restarts` starts.
     json

@@ -35,7 +35,7 @@ LEFT_OUT = {
 
 def audit_run(
     run_dir: Path, label: str = "", seed: int | None = None, *, attack: str = "loss", shadow_models: int = 16,
-    site: str = "", limit: int = 1000, steps: int = 30, restarts: int = 2, canaries: int = 400,
+    site: str = "", limit: int = 1000, steps: int = 30, restarts: int = 2, canaries: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Audit:  # fmt: skip
     """Audits the model of one arm of a run, and writes audit.json beside it.
@@ -50,7 +50,8 @@ def audit_run(
         limit: How many patients of each kind and site to try at most, drawn by the seed.
         steps: Of the inversion's search, from each of ``restarts`` starts.
         restarts: How often it starts.
-        canaries: How many to put into private training; 0 to leave that audit out.
+        canaries: How many to put into private training; by default as many as the claim needs, and 0 to leave that
+            audit out.
         progress: Told what is trained, and how much of how much is done.
 
     Raises:
@@ -117,13 +118,13 @@ def _inverted(target: Target, site: str, limit: int, how: inversion.Inversion) -
 
 
 def _privacy(
-    run: Run, target: Target, label: str, site: str, canaries: int, progress: Progress
+    run: Run, target: Target, label: str, site: str, canaries: int | None, progress: Progress
 ) -> tuple[canary.Verdict | None, str, str]:
     """The lower bound on ε, and whose; or why there is none."""
     if not target.plan.training.get("private"):
         noised = ", and this run adds noise to whole updates" if target.plan.private else ""
         return None, "", f"No lower bound on ε: the canary audit is of training with DP-SGD{noised}."
-    if not canaries:
+    if canaries == 0:
         return None, "", "No lower bound on ε: no canaries were asked for."
     mine = [p for p in run.privacy if (p.method, p.seed, p.fold) == (label, target.seed, 0)]
     claims: dict[str, Privacy] = {p.site: p for p in mine if p.site}  # the last of each site

@@ -8,21 +8,26 @@ steps and rounds are the run's. ``audits.private_training`` says what a canary i
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from polyclinic.audits import canary
-from polyclinic.audits.private_training import Canaries, Observer, WithCanaries, audited
+from polyclinic.audits.private_training import Canaries, Motion, Observer, WithCanaries, audited
 from polyclinic.core.site import Site
+from polyclinic.core.stats import Reply
 from polyclinic.core.train import TooFewReplies, train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.plan import Plan
 from polyclinic.methods.registry import Setting, build
 from polyclinic.studies.lines import Privacy
 from polyclinic.tasks.dpsgd import DPSGD
+from polyclinic.tasks.task import Task
 from polyclinic.transforms.accounting import epsilon
 
 USUAL_DELTA = 1e-5
 """δ of the claim where the study sets no budget."""
+FEWEST, MOST = 400, 2000
+"""How many canaries there are at least, and at most, where nobody says how many."""
 QUIET = 1e-4
 """The noise of the control, over the bound: as good as none."""
 
@@ -34,8 +39,9 @@ class NotAudited(ValueError):
 
 
 def audit_training(
-    plan: Plan, roles: Mapping[str, Any], site: str, claim: Privacy | None, *, rounds: int, canaries: int = 400,
-    seed: int = 0, progress: Progress = lambda what, done, total: None, entropy: Callable[[int], bytes] = os.urandom,
+    plan: Plan, roles: Mapping[str, Any], site: str, claim: Privacy | None, *, rounds: int,
+    canaries: int | None = None, seed: int = 0, progress: Progress = lambda what, done, total: None,
+    entropy: Callable[[int], bytes] = os.urandom,
 ) -> canary.Verdict:  # fmt: skip
     """The lower bound on ε of a site's training, beside ``claim``.
 
@@ -45,7 +51,8 @@ def audit_training(
         site: Its name.
         claim: What the run says was spent there; what the accountant says of the settings where it says nothing.
         rounds: For how many rounds to train.
-        canaries: How many; fewer where the network has fewer parameters.
+        canaries: How many; by default as many as the claim needs, between ``FEWEST`` and ``MOST``. There are never
+            more than the network has parameters.
         seed: Decides directions and coins, never the noise.
         progress: Told what is trained, and how many rounds of how many are done.
         entropy: Where the training's secrets come from. Replaced only by tests.
@@ -59,13 +66,19 @@ def audit_training(
     if site not in plan.sites:
         raise NotAudited(f"{site} does not train under {plan.method}")
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
-    count = min(canaries, sum(p.numel() for p in plan.build_task().model().parameters() if p.requires_grad))
-    seen = [
-        _trained(plan, how, roles, Site(site, seed=seed, entropy=entropy), rounds, count, what, progress)
-        for what, how in (("control", replace(local, noise=QUIET)), ("audit", local))
-    ]
-    weights = seen[0].learned()
-    control, found = (canary.lower_bound(one.scores(weights), one.canaries.inside, delta) for one in seen)
+    wanted = min(max(FEWEST, canary.needed(claimed)), MOST) if canaries is None else canaries
+    count = min(wanted, sum(p.numel() for p in plan.build_task().model().parameters() if p.requires_grad))
+    here, quiet = Site(site, roles, seed=seed, entropy=entropy), replace(local, noise=QUIET)
+    motion = Motion(plan.build_task())
+    _train(plan, plan.build_task(), quiet, here, rounds, motion.watch, partial(progress, "without canaries"))
+
+    def seen(what: str, how: DPSGD) -> Observer:
+        planted = Canaries.draw(motion.far, count, local.bound, Site("auditor", seed=seed), what)
+        return _observed(plan, how, here, rounds, planted, partial(progress, what))
+
+    before, after = seen("without noise", quiet), seen("as claimed", local)
+    weights = before.learned()
+    control, found = (canary.lower_bound(one.scores(weights), one.canaries.inside, delta) for one in (before, after))
     return canary.Verdict(found, control, claimed, delta, count, unit, rounds)
 
 
@@ -77,27 +90,37 @@ def _claimed(local: DPSGD, data: Any, claim: Privacy | None, rounds: int) -> tup
     return epsilon([spend._replace(steps=spend.steps * rounds)], USUAL_DELTA), USUAL_DELTA, local.unit
 
 
-def _trained(
-    plan: Plan, local: DPSGD, roles: Mapping[str, Any], site: Site, rounds: int, count: int, what: str,
-    progress: Progress,
-) -> Observer:  # fmt: skip
+def _observed(
+    plan: Plan, local: DPSGD, site: Site, rounds: int, planted: Canaries, progress: Callable[[int, int], None]
+) -> Observer:
     """Trains with canaries and looks at everything that leaves."""
-    task, data, seed = plan.build_task(), roles["train"], site.seed
-    planted = Canaries.draw(task, count, local.bound, Site("auditor", seed=seed), what)
-    here = replace(site, data={**roles, "train": WithCanaries(data, planted)})
-    ready, at_rate = audited(task, planted, data.targets), _at_same_rate(local, data, count)
-    method = build(plan.method, Setting(ready, at_rate, (site.name,), plan.rounds), plan.options)
-    engine, observer, done = InProcess(method, {site.name: here}, seed=seed), Observer(planted), -1
+    data, observer = site.data["train"], Observer(planted)
+    here = replace(site, data={**site.data, "train": WithCanaries(data, planted)})
+    task = audited(plan.build_task(), planted, data.targets)
+    _train(plan, task, _at_same_rate(local, data, len(planted)), here, rounds, observer.watch, progress)
+    return observer
+
+
+def _train(
+    plan: Plan, task: Task, local: DPSGD, site: Site, rounds: int, watch: Callable[[Reply], None],
+    progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Trains by the plan's method at one site; ``watch`` sees every reply.
+
+    Raises:
+        NotAudited: If the site refuses or fails.
+    """
+    method = build(plan.method, Setting(task, local, (site.name,), plan.rounds), plan.options)
+    engine, done = InProcess(method, {site.name: site}, seed=site.seed), -1
     try:
-        for step in train(method, engine, method.init(ready.first(seed)), rounds=rounds):
-            observer.watch(step.reply)
+        for step in train(method, engine, method.init(task.first(site.seed)), rounds=rounds):
+            watch(step.reply)
             if step.ask.round != done:
                 done = step.ask.round
-                progress(what, done + 1, rounds)
+                progress(done + 1, rounds)
     except TooFewReplies as error:
         why = "; ".join(error.lost.values())
         raise NotAudited(f"{plan.method} cannot be trained with canaries at {site.name} alone: {why}") from error
-    return observer
 
 
 def _at_same_rate(local: DPSGD, data: Any, count: int) -> DPSGD:

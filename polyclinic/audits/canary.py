@@ -5,19 +5,26 @@ https://arxiv.org/abs/2305.08846. A coin decides for each canary whether it goes
 what was released alone, of those it is surest about. (ε, δ)-privacy limits how often guesses are right, so a record
 better than that shows a larger ε. The bound is loose, often a third of the truth: read it as "at least".
 
+How many guesses to make must not be chosen by their success. ``lower_bound`` tries the few shares of ``SHARES``, fixed
+here, and divides the error among them, so that it is a bound whichever is best.
+
 Canaries here are random unit vectors among what is summed, as in Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar,
 "One-shot Empirical Privacy Estimation for Federated Learning", ICLR 2024, https://arxiv.org/abs/2302.03098, whose
-estimate, which is no bound, we leave out.
+estimate, which is no bound, we leave out. ``private_training`` puts them into DP-SGD.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import expit
+from scipy.special import expit, log_expit
 from scipy.stats import binom
 from torch import Tensor
+
+SHARES = (0.1, 0.3, 1.0)
+"""The shares of canaries about which ``lower_bound`` guesses: few where noise hides most, all where it hides none."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,29 @@ class Guesses:
         return low
 
 
+def lower_bound(scores: Tensor, inside: Tensor, delta: float, confidence: float = 0.95) -> float:
+    """The largest of the lower bounds on ε by ``SHARES``, which holds with ``confidence``.
+
+    Args:
+        scores: [m], larger where the auditor is surer that a canary is in.
+        inside: The coins, bool [m].
+        delta: δ of the claim.
+        confidence: Of the bound.
+    """
+    each = 1 - (1 - confidence) / len(SHARES)
+    return max(guess(scores, inside, share).at_least(delta, each) for share in SHARES)
+
+
+def needed(epsilon: float, confidence: float = 0.95) -> int:
+    """How many canaries ``lower_bound`` needs to exceed ``epsilon`` where nothing is hidden, with some to spare.
+
+    r right guesses of r show ε where (e^ε / (e^ε + 1))^r ≤ (1 − confidence) / the number of shares. Four times as many
+    canaries, since a canary that was never sampled is in and cannot be found, so that not all guesses are right.
+    """
+    right = math.log((1 - confidence) / len(SHARES)) / float(log_expit(epsilon))
+    return 4 * math.ceil(right)
+
+
 def guess(scores: Tensor, inside: Tensor, share: float = 0.2) -> Guesses:
     """Guesses "in" of the highest ``share`` / 2 of ``scores`` [m], "out" of the lowest, and nothing of the rest.
 
@@ -96,23 +126,46 @@ class Verdict:
     """What one run shows, beside what it shows of the same release without noise.
 
     Attributes:
-        at_least: The bound on ε. ``control``: that of a release without noise.
-        claimed: ε as the accountant has it.
+        at_least: The lower bound on ε, with 95 % confidence.
+        control: That of a release without noise.
+        claimed: ε as the accountant has it, at the same ``delta``.
+        delta: δ of both.
+        canaries: How many there were.
+        unit: Who the claim protects.
+        rounds: How many rounds of training the claim and the bound are about; 0 for a single release.
     """
 
     at_least: float
     control: float
     claimed: float
+    delta: float
+    canaries: int
+    unit: str = "unit"
+    rounds: int = 0
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the claim withstood: False where the bound exceeds it, None where the audit could not have told."""
+        if self.control <= 0:
+            return None
+        if self.at_least > self.claimed:
+            return False
+        return True if self.control > self.claimed else None
 
     @property
     def says(self) -> str:
-        """The verdict in a sentence."""
-        if self.control <= 1:
+        """The verdict in sentences."""
+        if self.control <= 0:
             return "The audit found nothing even where nothing is hidden, so it shows nothing: use more canaries."
-        told = f"ε is at least {self.at_least:.2f} (95 % confidence; at least {self.control:.2f} without noise)"
-        if self.at_least > self.claimed:
-            return f"{told}: the release is less private than the claimed ε = {self.claimed:.2f}."
-        return f"{told}, which does not contradict the claimed ε = {self.claimed:.2f}."
+        after = f", after {self.rounds} round{'' if self.rounds == 1 else 's'}" if self.rounds else ""
+        told = (f"ε for every {self.unit} is at least {self.at_least:.2f} (95 % confidence, {self.canaries} canaries, "
+                f"δ = {self.delta:g}{after}; at least {self.control:.2f} without noise)")  # fmt: skip
+        if self.holds is False:
+            return f"{told}: training is less private than the claimed ε = {self.claimed:.2f}."
+        if self.holds:
+            return f"{told}. This does not contradict the claimed ε = {self.claimed:.2f}, and proves no privacy."
+        return (f"{told}. The claimed ε = {self.claimed:.2f} is more than this audit can show of any training: it says "
+                f"nothing about the claim. Use {needed(self.claimed)} canaries or more.")  # fmt: skip
 
 
 def audit(
@@ -122,4 +175,4 @@ def audit(
     """Audits ``release``, and first a control that releases the sum as it is."""
     control = one_run(lambda total: total, size, canaries, dice, bound=bound).at_least(delta)
     found = one_run(release, size, canaries, dice, bound=bound).at_least(delta)
-    return Verdict(found, control, claimed)
+    return Verdict(found, control, claimed, delta, canaries)

@@ -17,11 +17,12 @@ from typing import ClassVar
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.metering import Spend, Use, hidden, meter
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.tasks.dpsgd import Spend, add_noise, meter
+from polyclinic.tasks.dpsgd import add_noise
 
 BELOW = "m/~clip/below"  # whether a site's reply was below the bound, less one half
 
@@ -151,15 +152,18 @@ class Gaussian(Transform):
         if count_noise := float(clip.get("count_noise", 0.0)):
             # Andrew et al., section 2.2: z_Δ = (z⁻² − (2 σ_b)⁻²)^(−1/2)
             z = (self.multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
-        deviation = z * float(clip["bound"]) / self.share**0.5
-        noisy = {}
+        deviation = z * float(clip["bound"])  # of the whole noise, of which this site adds a share
         refuse_variances(sent.total)
         for name, leaf in sent.total.items():
             if leaf.numel() and not leaf.is_floating_point():
                 raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
-            own = count_noise / self.share**0.5 if name == BELOW else deviation
-            noisy[name] = add_noise(leaf, own, dice)
-        meter(Spend(self.multiplier))
+        deviations = {name: count_noise if name == BELOW else deviation for name in sent.total}
+
+        def noise(value: Tree) -> Tree:
+            return {name: add_noise(leaf, deviations[name] / self.share**0.5, dice) for name, leaf in value.items()}
+
+        noisy = hidden(Use(sent.total, spend := Spend(self.multiplier), deviations), noise)
+        meter(spend)
         return Mean(noisy, sent.weight), memory
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:

@@ -2,70 +2,44 @@
 
 Martin Abadi, Andy Chu, Ian Goodfellow, Brendan McMahan, Ilya Mironov, Kunal Talwar and Li Zhang, "Deep Learning with
 Differential Privacy", CCS 2016, Algorithm 1, https://arxiv.org/abs/1607.00133. Batches are Poisson samples, as its
-analysis assumes. We depart in where the dice come from: who is sampled, and the noise, are drawn from the operating
-system, since whoever knows a study's seed could otherwise repeat them. So private training does not repeat itself.
+analysis assumes. We depart in where random numbers come from: the samples, the noise and the key of everything else
+that is random are drawn from the operating system, since whoever knows a study's seed could otherwise repeat them. So
+private training does not repeat itself. Dropout and augmentation of an image follow a key of that image alone (of the
+step, the unit and the image's place within the unit), so that one unit does not change what is random for the others:
+only then does a unit change the sum by no more than the bound.
 
 What leaves a site protects its patients only if it is made from what ``fit`` returns, and from nothing else of the
-data. ``metered`` tells what was spent, so that a policy can refuse a reply that spent nothing.
+data. ``metered`` tells what was spent, so that a policy can refuse a reply that spent nothing; whether a method's
+replies hold nothing else is what ``polyclinic.audits.release`` finds out.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core.metering import Spend, Unit, Use, hidden, meter, metered
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.tree import Tree
 from polyclinic.tasks.functional import at
+from polyclinic.tasks.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.tasks.local import Correct, Learns, Local, Loss, seeded
 from polyclinic.tasks.model import BATCH_NORMS, params_of
 from polyclinic.tasks.task import Batch, borrow
 
-Unit: TypeAlias = Literal["record", "patient", "site"]
+__all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_example_gradients"]
 
 
-class Spend(NamedTuple):
-    """What some releases cost in privacy: all that an accountant needs to know.
+class Member(NamedTuple):
+    """One protected unit: its name, and the positions of its images."""
 
-    Attributes:
-        multiplier: The deviation of the normal noise over the clipping bound. 0 where ``pure`` is given instead.
-        rate: The probability with which each protected unit took part in a step.
-        steps: How many steps.
-        unit: Who is protected: a record (one image or row), a patient, or a whole site.
-        pure: ε of each step, for mechanisms that are not normal noise.
-        share: How many sites' noise is counted on in each sum; 1 where the site added all of it by itself.
-    """
-
-    multiplier: float
-    rate: float = 1.0
-    steps: int = 1
-    unit: Unit = "site"
-    pure: float = 0.0
-    share: int = 1
-
-
-_meter: ContextVar[list[Spend] | None] = ContextVar("meter", default=None)
-
-
-@contextmanager
-def metered() -> Iterator[list[Spend]]:
-    """A list that fills with what is spent within."""
-    spent: list[Spend] = []
-    token = _meter.set(spent)
-    try:
-        yield spent
-    finally:
-        _meter.reset(token)
-
-
-def meter(spend: Spend) -> None:
-    """Tells whoever is counting."""
-    if (spent := _meter.get()) is not None:
-        spent.append(spend)
+    name: object
+    images: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -108,16 +82,21 @@ class DPSGD(Local):
             raise ValueError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or only(n))}
         optimiser, dice = self._optimiser(list(named.values()), self.rate(round)), site.secret_rng()
-        spend, augmenting = self.spend(data), site.rng(round, "augment", role, slot)
-        expected = spend.rate * len(members)
+        spend, secret = self.spend(data), dice.entropy(16)
+        expected, deviation = spend.rate * len(members), self.noise * self.bound
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
         with seeded(site.rng(round, "train", role, slot), site.device):
-            for _ in range(spend.steps):
-                chosen = (dice.uniform(len(members)) < spend.rate).nonzero()[:, 0].tolist()
-                batches = self._gathered(data, [members[i] for i in chosen], model, augmenting, site.device)
-                total = self._clipped_sum(model, named, loss or task.loss, batches)
+            for number in range(spend.steps):
+                drawn = (dice.uniform(len(members)) < spend.rate).nonzero()[:, 0].tolist()
+                units = [members[i] for i in drawn]
+                with no_common_randomness():
+                    batches = self._gathered(data, units, model, (secret, number), site.device)
+                    total = self._clipped_sum(model, named, loss or task.loss, batches)
+                use = Use(total, spend._replace(steps=1), dict.fromkeys(total, deviation),
+                          sampled=frozenset(unit.name for unit in units))  # fmt: skip
                 # g̃ = (Σ clip(g_i) + N(0, σ² C²)) / L, with L the expected size: the true one is private
-                gradient = {n: add_noise(g, self.noise * self.bound, dice) / expected for n, g in total.items()}
+                noisy = hidden(use, lambda value: {n: add_noise(g, deviation, dice) for n, g in value.items()})
+                gradient = {n: g / expected for n, g in noisy.items()}
                 if self.penalty:
                     model.zero_grad(set_to_none=True)
                     self.penalty(model, origin).backward()  # type: ignore[no-untyped-call]
@@ -166,48 +145,64 @@ class DPSGD(Local):
         """Refuses: batches that a method uses by itself are not private."""
         raise ValueError(BY_ITSELF)
 
-    def _members(self, data: Any) -> Sequence[Sequence[int]]:
-        """The positions of each unit's images."""
-        if self.unit == "record":
-            return [[i] for i in range(len(data))]
+    def _members(self, data: Any) -> Sequence[Member]:
+        """The units, each with a name that does not depend on which others there are, where the data have names."""
         patients = getattr(data, "patients", None)
-        if patients is None:
+        if self.unit == "patient" and patients is None:
             raise ValueError("DPSGD: this data does not say whose each image is, so patients cannot be protected: "
                              'name the patient column, or protect records only with unit = "record"')  # fmt: skip
+        if patients is None:
+            return [Member(i, [i]) for i in range(len(data))]
         found: dict[Any, list[int]] = {}
         for i, patient in enumerate(patients):
             found.setdefault(patient, []).append(i)
-        return list(found.values())
+        if self.unit == "patient":
+            return [Member(patient, images) for patient, images in found.items()]
+        place = {i: (patient, nth) for patient, images in found.items() for nth, i in enumerate(images)}
+        return [Member(place[i], [i]) for i in range(len(data))]
 
     def _gathered(
-        self, data: Any, chosen: Sequence[Sequence[int]], model: nn.Module, rng: torch.Generator, device: str
-    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Batch]]]]:
-        """Some units at a time: how many images each has, and their images, each with the number of its unit."""
+        self, data: Any, chosen: Sequence[Member], model: nn.Module, step: tuple[bytes, int], device: str
+    ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor, Batch]]]]:
+        """Some units at a time: how many images each has; and their images, each with its unit's number and its key.
+
+        Args:
+            step: The secret of this fit, and the number of the step: an image's key depends on them, on the unit's name
+                and on the image's place within the unit, and on nothing else.
+        """
         size = sum(p.numel() for p in model.parameters())
         chunk = self.chunk or max(1, min(64, 2**26 // size))  # 256 MiB of gradients at most
         for begin in range(0, len(chosen), chunk):
             units = chosen[begin : begin + chunk]
-            of = torch.tensor([u for u, images in enumerate(units) for _ in images])
-            positions = torch.tensor([i for images in units for i in images])
+            of = torch.tensor([u for u, unit in enumerate(units) for _ in unit.images])
+            positions = torch.tensor([i for unit in units for i in unit.images])
+            keys = torch.tensor([key_of(*step, unit.name, nth) for unit in units for nth in range(len(unit.images))])
             parts = []
             for part in torch.arange(len(positions)).split(chunk):
-                x, y = data[positions[part]]
-                if self.augment:
-                    x, y = self.augment((x, y), rng)
-                parts.append((of[part].to(device), (x.to(device), y.to(device))))
-            yield torch.tensor([float(len(images)) for images in units], device=device), parts
+                x, y = self._viewed(data[positions[part]], keys[part])
+                parts.append((of[part].to(device), keys[part].to(device), (x.to(device), y.to(device))))
+            yield torch.tensor([float(len(unit.images)) for unit in units], device=device), parts
+
+    def _viewed(self, batch: Batch, keys: Tensor) -> Batch:
+        """The augmented batch, each image by itself and with a generator of its own."""
+        if self.augment is None:
+            return batch
+        x, y = batch
+        views = [self.augment((x[i : i + 1], y[i : i + 1]), torch.Generator().manual_seed(int(key)))
+                 for i, key in enumerate(keys)]  # fmt: skip
+        return torch.cat([view[0] for view in views]), torch.cat([view[1] for view in views])
 
     def _clipped_sum(
         self, model: nn.Module, named: dict[str, nn.Parameter], loss: Loss,
-        batches: Iterator[tuple[Tensor, list[tuple[Tensor, Batch]]]],
+        batches: Iterator[tuple[Tensor, list[tuple[Tensor, Tensor, Batch]]]],
     ) -> dict[str, Tensor]:  # fmt: skip
         """Σ over units of min(1, C / ‖g_i‖) · g_i, with g_i the mean gradient of a unit's images."""
         params = {n: p.detach() for n, p in named.items()}
         total = {n: torch.zeros_like(p) for n, p in params.items()}
         for images, parts in batches:
             sums = {n: torch.zeros(len(images), *p.shape, device=p.device) for n, p in params.items()}
-            for of, batch in parts:
-                for n, g in per_example_gradients(model, params, loss, batch).items():
+            for of, keys, batch in parts:
+                for n, g in per_example_gradients(model, params, loss, batch, keys).items():
                     sums[n].index_add_(0, of, g)
             flat = [g.flatten(1) / images[:, None] for g in sums.values()]
             norm = torch.stack([g.norm(dim=1) for g in flat]).norm(dim=0)
@@ -223,15 +218,65 @@ BY_ITSELF = ("DPSGD: this method takes its training steps by itself, and they wo
              "trains once a round, such as fedavg, fedprox, fedopt or scaffold")  # fmt: skip
 
 
-def per_example_gradients(model: nn.Module, params: Tree, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-    """∂loss/∂params for each example of ``batch`` alone. Shapes [b, *shape of the parameter]."""
+def per_example_gradients(
+    model: nn.Module, params: Tree, loss: Loss, batch: Batch, keys: Tensor | None = None
+) -> dict[str, Tensor]:
+    """∂loss/∂params for each example of ``batch`` alone. Shapes [b, *shape of the parameter].
+
+    Args:
+        keys: int64 [b], from which the random numbers of each example follow (dropout and the like).
+
+    Raises:
+        UnknownRandomness: If the model or the loss draws random numbers, and there are no keys, or it draws them in a
+            way that cannot be tied to single examples.
+    """
 
     def alone(own: Tree, x: Tensor, y: Tensor) -> Tensor:
         return at(model, own, loss, (x[None], y[None]))
 
-    each = torch.func.vmap(torch.func.grad(alone), in_dims=(None, 0, 0), randomness="different")
-    gradients: dict[str, Tensor] = each(dict(params), *batch)
-    return {name: g.detach() for name, g in gradients.items()}
+    def each(randomness: str) -> dict[str, Tensor]:
+        every = torch.func.vmap(torch.func.grad(alone), in_dims=(None, 0, 0), randomness=randomness)
+        found: dict[str, Tensor] = every(dict(params), *batch)
+        return {name: g.detach() for name, g in found.items()}
+
+    if keys is None or not may_draw(model):
+        try:
+            return each("error")
+        except RuntimeError as error:
+            if "random" not in str(error):
+                raise
+            if keys is None:
+                raise UnknownRandomness(f"DPSGD: random numbers are drawn, and there are no keys: {error}") from error
+    try:
+        with KeyedRandomness(keys, model):
+            return each("different")
+    except RuntimeError as error:
+        if "random" not in str(error):
+            raise
+        raise UnknownRandomness("DPSGD: the model or the loss draws random numbers in a way that cannot be tied to each "
+                                f"patient alone ({error}): use torch.nn.Dropout, or set its rate to 0") from error  # fmt: skip
+
+
+@contextmanager
+def no_common_randomness() -> Iterator[None]:
+    """Refuses what draws from a stream of random numbers that all examples share.
+
+    Raises:
+        UnknownRandomness: If PyTorch's, NumPy's or Python's global generator was used within.
+    """
+    before = _global_states()
+    yield
+    for name, state in _global_states().items():
+        if state != before[name]:
+            raise UnknownRandomness(f"DPSGD: the data or the model draw from {name}'s global random generator, so that "
+                                    "one patient would change what is random for all others: augment with "
+                                    "training.augment, and draw within the model with torch functions")  # fmt: skip
+
+
+def _global_states() -> dict[str, object]:
+    numbers = np.random.get_state(legacy=False)["state"]
+    return {"PyTorch": torch.get_rng_state().numpy().tobytes(), "NumPy": (numbers["key"].tobytes(), numbers["pos"]),
+            "Python": random.getstate()}  # fmt: skip
 
 
 def add_noise(leaf: Tensor, deviation: float, dice: Secret) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
 from polyclinic.core.state import write_bytes
-from polyclinic.tasks.dpsgd import Spend
+from polyclinic.core.metering import Spend
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
 from polyclinic.transforms.units import UNITS, payable, problems
 

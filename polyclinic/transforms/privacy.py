@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
+from polyclinic.core.metering import Spend, Use, hidden, meter
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.tasks.dpsgd import Spend, add_noise, meter
+from polyclinic.tasks.dpsgd import add_noise
 
 SMALLEST, LARGEST = 2.0**-60, 2.0**60  # bounds beyond these lose their digits in single precision
 STEPS = 4  # of a secure sum's grid that each site's part of shared noise must span
@@ -221,14 +222,19 @@ class Gaussian(Transform):
         deviation, count_deviation = self.deviations(clip)
         if found := self._too_coarse(clip):
             raise ValueError(found[0])
-        noisy = {}
         refuse_variances(sent.total)
         for name, leaf in sent.total.items():
             if leaf.numel() and not leaf.is_floating_point():
                 raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
-            own = count_deviation if name == BELOW else deviation
-            noisy[name] = add_noise(leaf, own, dice)
-        meter(Spend(self.multiplier, share=self.share))
+        part = {name: count_deviation if name == BELOW else deviation for name in sent.total}
+
+        def noise(value: Tree) -> Tree:
+            return {name: add_noise(leaf, part[name], dice) for name, leaf in value.items()}
+
+        spend = Spend(self.multiplier, share=self.share)
+        whole = {name: own * self.share**0.5 for name, own in part.items()}
+        noisy = hidden(Use(sent.total, spend, whole), noise)
+        meter(spend)
         return Mean(noisy, sent.weight), memory
 
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
+from polyclinic.core.metering import Spend, Use, hidden, meter
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.tasks.dpsgd import Spend, meter
 from polyclinic.transforms.privacy import refuse_variances
 
 
@@ -78,7 +78,14 @@ class SparseVector(Transform):
         x = tree.flatten(like).double()
         if not bool(x.isfinite().all()):
             raise ValueError("what this site would send holds NaN or an infinity: lower the learning rate")
-        x = x.clamp(-self.bound, self.bound)
+        use = Use({"": x.clamp(-self.bound, self.bound)}, Spend(0.0, pure=self.epsilon), {}, self.bound)
+        released = hidden(use, lambda value: {"": self._chosen(value[""], dice)})[""]
+        meter(use.spend)
+        found = tree.unflatten(released, like)
+        return Mean({k: found[k].to(v.dtype) for k, v in sent.total.items()}, sent.weight), memory
+
+    def _chosen(self, x: Tensor, dice: Secret) -> Tensor:
+        """The large coordinates of ``x`` [n], each with noise, and zeros. No coordinate is larger than the bound."""
         most = max(1, int(self.fraction * len(x)))
         # One site more or less moves a coordinate by Δ = γ (add or remove) and its size by as much.
         # ρ = Lap(Δ/ε₁); above, where |x_i| + Lap(2cΔ/ε₂) ≥ τ + ρ, in random order, until c are found
@@ -91,10 +98,7 @@ class SparseVector(Transform):
         answers = x[chosen] + laplace(len(chosen), scale, dice)
         grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # as of ``add_noise``: hides which doubles noise could have been
         answers = (answers / grid).round() * grid
-        released = torch.zeros_like(x).index_put_((chosen,), answers.clamp(-self.bound, self.bound))
-        meter(Spend(0.0, pure=self.epsilon))
-        found = tree.unflatten(released, like)
-        return Mean({k: found[k].to(v.dtype) for k, v in sent.total.items()}, sent.weight), memory
+        return torch.zeros_like(x).index_put_((chosen,), answers.clamp(-self.bound, self.bound))
 
 
 @dataclass(frozen=True)

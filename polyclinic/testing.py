@@ -5,6 +5,7 @@ not kept, or returns nothing.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply, merge
 from polyclinic.core.train import Federation, train
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.engines.at_site import work
+from polyclinic.engines.at_site import minibatches, work
 
 
 class Broken(AssertionError):
@@ -43,6 +44,7 @@ def check_method(
     _promise(is_dataclass(method) and method.__dataclass_params__.frozen, "a method is a frozen dataclass")  # type: ignore[attr-defined]
     _promise(_same(copy.deepcopy(method), method), "a method is its fields: a copy equals it")
     given = copy.deepcopy(params)
+    asked = Asked(method, sites)
     state, memory = method.init(params), dict[str, Trees]((name, {}) for name in sorted(sites))
     _promise(equal(params, given), "init changes none of its arguments")
     for _ in range(20 * rounds):
@@ -51,6 +53,7 @@ def check_method(
             break
         _promise(equal(ask, method.ask(state)), "ask depends on its state alone")
         replies: dict[str, Reply] = {}
+        asked.note(ask, method.trial(state))
         for name in sorted(ask.to if ask.to is not None else sites):
             replies[name], memory[name] = _check_site(method, ask, memory[name], sites[name])
         state = _check_server(method, state, list(replies.values()), server)
@@ -59,9 +62,49 @@ def check_method(
     else:
         raise Broken(f"ask.round must reach {rounds}: a round takes a bounded number of asks")
     trial = method.trial(state)
+    _promise(trial.round == asked.complete(ask), "trial has the round of the state: the number of complete rounds")
     for name in sorted(sites):
         model = method.model_at(trial.at(name), memory[name])
         _promise(len(model) > 0, "model_at gives a site the model it predicts with")
+
+
+class Asked:
+    """What a method has asked so far, checked against the schedule that it declares (``Method.jobs``)."""
+
+    def __init__(self, method: Method[Any], sites: Mapping[str, Site]) -> None:
+        """Nothing was asked of ``sites`` yet."""
+        self.method, self.sites = method, sites
+        self._counts = Counter[tuple[int, str, str]]()
+        self._trial: Ask | None = None
+        self._last = -1
+
+    def note(self, ask: Ask, trial: Ask) -> None:
+        """Notes an ask, and ``trial`` of the state that made it.
+
+        Raises:
+            Broken: If the method does not declare it, or it holds another model than the round began with.
+        """
+        if self._trial is None or ask.round > self._last:
+            self._trial = trial
+        self._last = max(self._last, ask.round)
+        known = [job for job in self.method.jobs if job.name == ask.job and job.comes_in(ask.round)]
+        here = f"{ask.job!r} in round {ask.round}"
+        _promise(bool(known), f"jobs declares every ask: {here} is not among {self.method.jobs}")
+        (job, *more) = known
+        _promise(not more, f"jobs declares each ask once, and {here} more than once")
+        for name in ask.to if ask.to is not None else self.sites:
+            self._counts[ask.round, ask.job, name] += 1
+            count, most = self._counts[ask.round, ask.job, name], job.most(minibatches(self.method, self.sites[name]))
+            _promise(count <= most, f"jobs says how often: {here} came {count} times at {name}, not {most}")
+            _promise(not job.sites or name in job.sites, f"jobs says whom: {ask.job!r} is not for {name}")
+            if job.at_start and ask.round:  # nothing is scored before the first round
+                one, other = ask.at(name).trees, self._trial.at(name).trees
+                same = all(equal(one[key], other[key]) for key in one.keys() & other.keys())
+                _promise(same, f"{here} holds the model that the round begins with, or has at_start=False")
+
+    def complete(self, ask: Ask | None) -> int:
+        """How many rounds are complete where ``ask`` is what the method asks next."""
+        return self._last + 1 if ask is None else ask.round
 
 
 def _check_site(method: Method[Any], ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:

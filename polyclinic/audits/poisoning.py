@@ -12,7 +12,7 @@ import torch
 
 from polyclinic.audits.attacks import Attack, Known
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
@@ -71,6 +71,11 @@ class Poisoned(Method[State]):
     def predicts(self) -> Any:
         """The method's."""
         return self.inner.predicts
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The inner method's."""
+        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         """The method's."""

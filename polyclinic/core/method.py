@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from polyclinic.core import tree
+from polyclinic.core.jobs import Job as Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Reply
@@ -80,6 +81,11 @@ class Method(ABC, Generic[State]):
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         """The server's state after the merged ``reply``."""
 
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every request that the method makes of a site, by job, rounds and count. A site answers nothing else."""
+        return (Job("train"),)
+
     def model_at(self, ask: Ask, memory: Trees) -> Tree:
         """The model with which a site predicts. Personal methods override this."""
         return ask.trees["params"]
@@ -90,6 +96,10 @@ class Method(ABC, Generic[State]):
         return None
 
     def trial(self, state: State) -> Ask:
-        """The ask under which the state is evaluated: the next one, or, when finished, the final model."""
+        """The ask under which the state is evaluated: the next one, or, when finished, the final model.
+
+        Its round is the number of rounds that are complete. A method that finishes has a state with ``round``, or
+        overrides this.
+        """
         ask = self.ask(state)
-        return Ask(0, {"params": state.params}) if ask is None else ask  # type: ignore[attr-defined]
+        return Ask(state.round, {"params": state.params}) if ask is None else ask  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.joined import above, below, escaped, join, scaled, split
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply, merge
@@ -136,6 +136,11 @@ class Sent(Method[SentState]):
     def predicts(self) -> Any:
         """The method's."""
         return self.inner.predicts
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The inner method's."""
+        return self.inner.jobs
 
     def init(self, params: Tree) -> SentState:
         """The method's state, and each transform's."""

@@ -1,5 +1,6 @@
 """Doing one ask at one site, the same way in every engine: timed, repeatable to the bit, and never raising."""
 
+import hashlib
 import logging
 import os
 import time
@@ -16,7 +17,8 @@ from polyclinic.core.execute import Policy, Refused, execute
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
-from polyclinic.core.tree import Trees
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.engines.schedule import marked
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,29 @@ class Done(NamedTuple):
     memory: Trees
     lost: str
     seconds: float
+
+
+def minibatches(method: Any, site: Site) -> int:
+    """How many minibatches a round has at ``site``; 0 where no job of ``method`` depends on it."""
+    if not any(job.per_batch for job in method.jobs):
+        return 0
+    while not hasattr(method, "local"):
+        method = method.inner
+    return int(method.local.count(site.data["train"]))
+
+
+def marks_of(ask: Ask) -> dict[str, str]:
+    """A digest of each of the ask's trees by name, by which two asks are known to hold the same model."""
+    return {name[:200]: _digest(ask.trees[name]) for name in marked(list(ask.trees))}
+
+
+def _digest(leaves: Tree) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(leaves):
+        leaf = leaves[name].detach().cpu().contiguous()
+        hasher.update(f"{name}\n{leaf.dtype}{tuple(leaf.shape)}\n".encode())
+        hasher.update(leaf.view(-1).view(torch.uint8).numpy().data if leaf.numel() else b"")
+    return hasher.hexdigest()[:32]
 
 
 def work(method: Method[Any], ask: Ask, memory: Trees, site: Site, policy: Policy | None = None) -> Done:

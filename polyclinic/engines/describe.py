@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.core.stats import Gather, Reply
@@ -37,6 +37,11 @@ class Describe(Method[None]):
     kind: str
     classes: tuple[str, ...] = ()
     min_cell: int = 0
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The one message."""
+        return (Job(JOB, last=0),)
 
     def init(self, params: Any) -> None:
         """Nothing to begin with."""

@@ -3,13 +3,39 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Reply
+from polyclinic.core.stats import Gather, Reply
 from polyclinic.engines.describe import JOB
 from polyclinic.engines.policy import Enforced
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
+
+
+DECIMALS = 2
+
+
+def coarse(reply: Reply, min_cell: int) -> Reply:
+    """``reply`` with scores rounded to two decimals and their number of patients to a multiple of ``min_cell``.
+
+    Scores are not paid for from a budget. Rounded, and counted by the schedule, they are no exact oracle.
+    """
+    score = reply.parts.get("score")
+    if not isinstance(score, Gather):
+        return reply
+    items = {site: {name: _coarse(name, leaf, min_cell) for name, leaf in leaves.items()}
+             for site, leaves in score.items.items()}  # fmt: skip
+    return Reply({**reply.parts, "score": Gather(items)})
+
+
+def _coarse(name: str, leaf: Tensor, min_cell: int) -> Tensor:
+    if name != "n":
+        return torch.round(leaf, decimals=DECIMALS)
+    step = max(min_cell, 1)
+    return (torch.round(leaf / step) * step).clamp_min(step)
 
 
 @dataclass(frozen=True)

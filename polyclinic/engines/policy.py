@@ -25,6 +25,7 @@ from polyclinic.engines.required import arrived, transform_problems, transforms_
 from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
+EVALUATED = ("val", "test")
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
@@ -222,10 +223,12 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
         yield f"round {ask.round} of a study of {plan.rounds}"
     verb, _, role = ask.job.partition("/")
     scored = verb in ("score", "predict", "explain")
+    if scored and role not in EVALUATED:
+        yield f"models are scored on {' and '.join(EVALUATED)} data alone, and never on {role[:80]!r}"
     if (patients := count_patients(site.data.get(role if scored else "train", ()))) < limits.min_patients and not (
         scored and not patients
     ):
-        yield f"{patients} patients here, and the policy asks for {limits.min_patients} (limits.min_patients)"
+        yield f"fewer than {limits.min_patients} patients here (limits.min_patients)"
     hides = any(t.secure for t in transforms_of(method))
     if hides and not scored and not ask.secure:
         yield "the study promises a secure sum, and the server asks for the reply itself"

@@ -10,7 +10,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.stats import Reply
 from polyclinic.core.train import Arrival
 from polyclinic.transforms.secure import terms
-from polyclinic.transforms.secure.keys import ProtocolError, default_threshold
+from polyclinic.transforms.secure.keys import ProtocolError, least_threshold
 from polyclinic.transforms.secure.memory import secure_merge
 
 
@@ -27,7 +27,7 @@ def secured(ask: Ask | None, asked: Sequence[str], arrivals: Iterator[Arrival]) 
             found[arrival.site] = arrival
     replies: dict[str, Reply] = {site: a.reply for site, a in sorted(found.items()) if a.reply is not None}
     wanted = terms(ask)
-    least = (wanted.threshold if wanted else None) or default_threshold(len(asked))
+    least = least_threshold(len(replies), wanted.threshold if wanted else None, len(asked))
     try:
         if len(replies) < least:
             raise ProtocolError(f"{len(replies)} sites answered, and a secure sum needs {least}")

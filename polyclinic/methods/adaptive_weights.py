@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -60,6 +60,10 @@ class AdaptiveWeights(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("send", at_start=False)
 
     def ask(self, state: State) -> Ask:
         return Ask(state.round, {"params": state.params, "sums": state.sums}, "send" if state.sums else "train")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Mean, Reply
@@ -69,6 +69,10 @@ class AutoFedAvg(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, params, {}, {}, 0)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("weigh", count=self.steps, at_start=False)
 
     def ask(self, state: State) -> Ask:
         return Ask(state.round, {"params": state.params}, "weigh" if state.left else "train")

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyclinic.core.method import Ask
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -63,6 +64,10 @@ class ComBat:
 
     def init(self, params: Tree) -> State:
         return State({}, {}, {}, False)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("regress"), once("residuals"), once("adjust", static=False)
 
     def ask(self, state: State) -> Ask | None:
         if state.told:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -51,6 +51,10 @@ class Cyclic(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, self.sites, 0)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (Job("train", at_start=False),)
 
     def ask(self, state: State) -> Ask:
         return Ask(state.round, {"params": state.params}, to=(state.order[state.at],))

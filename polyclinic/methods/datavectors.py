@@ -83,7 +83,10 @@ class DataVectors(Method[State]):
         return self._merged(state._replace(sent={k: v for k, v in state.sent.items() if k != site}), server)
 
     def trial(self, state: State) -> Ask:
-        return Ask(state.round, {"params": state.params})
+        return Ask(state.round, {"merged": state.params})  # what sites train from, ``params``, stays the common model
+
+    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+        return ask.trees["merged"]
 
     def _merged(self, state: State, server: Site) -> State:
         if not state.sent:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
@@ -34,6 +34,10 @@ class Ditto(Method[Any]):
     task: Task
     local: Local = Local()
     lam: float = 0.1
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
 
     def init(self, params: Tree) -> Any:
         return self.inner.init(params)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Mean, Reply
@@ -52,6 +52,10 @@ class DynamicFusion(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, ())
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("send")
 
     def ask(self, state: State) -> Ask:
         if state.better:

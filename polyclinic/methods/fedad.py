@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import LeafMean, Mean, Reply
@@ -58,6 +58,10 @@ class FedAD(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (Job("train", last=0),)
 
     def ask(self, state: State) -> Ask | None:
         return None if state.round else Ask(0, {"params": state.params})

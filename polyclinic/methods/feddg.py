@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply
@@ -65,6 +66,10 @@ class FedDG(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("amplitude"), Job("train")
 
     def ask(self, state: State) -> Ask:
         known = {f"bank.{name}": leaves for name, leaves in state.bank.items()}

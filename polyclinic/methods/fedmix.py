@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -58,6 +58,10 @@ class FedMix(Method[State]):
     def init(self, params: Tree) -> State:
         second = self.mixed.task.first(1)
         return State(0, {**tree.prefixed("first", params), **tree.prefixed("second", second)}, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("weigh")
 
     def ask(self, state: State) -> Ask:
         if state.totals:

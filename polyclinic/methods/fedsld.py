@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -46,6 +47,10 @@ class FedSLD(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("count"), Job("train")
 
     def ask(self, state: State) -> Ask:
         return Ask(state.round, {"params": state.params, "counts": state.counts}, "train" if state.counts else "count")

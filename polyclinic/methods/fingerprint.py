@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply
@@ -56,6 +57,10 @@ class Fingerprint(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State({}, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("moments"), once("histogram")
 
     def ask(self, state: State) -> Ask | None:
         if state.finished:

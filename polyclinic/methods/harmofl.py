@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -62,6 +63,10 @@ class HarmoFL(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, with_front(self.task, params), False)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("amplitude"), Job("train")
 
     def ask(self, state: State) -> Ask:
         return Ask(state.round, {"params": state.params}, "train" if state.harmonised else "amplitude")

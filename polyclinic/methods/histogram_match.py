@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from polyclinic.core.method import Ask
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Reply
@@ -50,6 +51,10 @@ class Reference:
 
     def init(self, params: Tree) -> State:
         return State(self.fingerprint.init(params), False)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (*self.fingerprint.jobs, once("match", static=False))
 
     def ask(self, state: State) -> Ask | None:
         if (ask := self.fingerprint.ask(state.found)) is not None:

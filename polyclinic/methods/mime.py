@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -61,6 +61,10 @@ class Mime(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, tree.zeros(tree.select(params, trained(self.task).__contains__)), {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (Job("train"),) if self.lite else (Job("gradient"), Job("train"))
 
     def ask(self, state: State) -> Ask:
         if not self.lite and not state.c:

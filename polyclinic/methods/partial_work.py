@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
@@ -35,6 +35,10 @@ class PartialWork(Method[State]):
     inner: FedAvg
     late: float = 0.5
     least: float = 0.1
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         return self.inner.init(params)

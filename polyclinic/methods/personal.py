@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
@@ -42,6 +42,10 @@ class Personal(Method[State]):
 
     inner: Method[Any]
     keep: Callable[[str], bool]
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(tree.select(params, self._share)), tree.select(params, self.keep))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import shifted, within
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -52,6 +53,10 @@ class Then(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return within(self.first.jobs, self.rounds) + shifted(self.second.jobs, self.rounds)
 
     def ask(self, state: State) -> Ask | None:
         if not state.second:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Reply
@@ -17,6 +17,8 @@ class Finds(Protocol):
     """A method that ends, and knows then what the front of a network should hold."""
 
     def init(self, params: Tree) -> Any: ...
+    @property
+    def jobs(self) -> tuple[Job, ...]: ...
     def ask(self, state: Any) -> Ask | None: ...
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]: ...
     def server_update(self, state: Any, reply: Reply, server: Site) -> Any: ...
@@ -55,6 +57,11 @@ class Prepared(Method[State]):
     def init(self, params: Tree) -> State:
         found = self.first.init(params)
         return State(found, self.inner.init({**params, **self.first.front(found)}))
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        first = tuple(replace(job, name=FIRST + job.name, last=0) for job in self.first.jobs)
+        return first + self.inner.jobs
 
     def ask(self, state: State) -> Ask | None:
         ask = self.first.ask(state.found)

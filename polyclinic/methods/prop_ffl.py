@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Mean, Reply
@@ -59,6 +59,10 @@ class PropFFL(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("loss"), Job("train")
 
     def ask(self, state: State) -> Ask:
         if not state.shares:

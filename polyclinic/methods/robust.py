@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
@@ -85,6 +85,10 @@ class Robust(Method[State]):
     @property
     def predicts(self) -> Any:
         return self.inner.predicts
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), {}, {})

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
@@ -59,6 +60,10 @@ class SemiSync(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), 0.0)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (once("epoch-time", static=False), *self.inner.jobs)
 
     def ask(self, state: State) -> Ask | None:
         ask = self.inner.ask(state.inner)

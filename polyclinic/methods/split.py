@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
@@ -96,6 +96,11 @@ class Split(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, 0, 0, "front", {}, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        front = Job("front", per_batch=1)  # once for every minibatch, and once more to hand on the pieces
+        return (front, Job("tail", count=0, per_batch=1)) if self.u_shaped else (front,)
 
     def ask(self, state: State) -> Ask:
         body, begins = self.body.of(state.params), state.batch == 0 and state.job == "front"

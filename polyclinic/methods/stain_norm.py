@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -63,6 +64,10 @@ class OneStyle:
 
     def init(self, params: Tree) -> State:
         return State(0, tree.select(self.stain.first(), outside_judges))
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(once(f"style {k}", static=False) for k in range(self.exchanges))
 
     def ask(self, state: State) -> Ask | None:
         if state.exchanged >= self.exchanges:

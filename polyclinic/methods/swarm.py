@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Mean, Reply, merge
@@ -59,6 +59,10 @@ class Swarm(Method[State]):
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("merge")
 
     def ask(self, state: State) -> Ask:
         if not state.elected:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
@@ -64,6 +65,10 @@ class CommonStyle:
 
     def init(self, params: Tree) -> State:
         return State({}, {}, False)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("complexity"), once("synthesise", static=False), once("translate", static=False)
 
     def ask(self, state: State) -> Ask | None:
         if state.learnt:

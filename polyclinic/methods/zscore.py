@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.method import Ask
+from polyclinic.core.jobs import once
+from polyclinic.core.method import Ask, Job
 from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
@@ -45,6 +46,10 @@ class ZScore:
 
     def init(self, params: Tree) -> State:
         return State({})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (once("moments"),)
 
     def ask(self, state: State) -> Ask | None:
         return None if state.sums else Ask(0, {}, "moments")

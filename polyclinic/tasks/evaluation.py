@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply, merge
 from polyclinic.core.train import Federation
@@ -53,6 +53,11 @@ class Evaluated(Method[State]):
             scores = self.task.summary(found) | {"n": float(len(site.data[role]))}
             found = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return Reply({verb: Gather({site.name: found})}), memory
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The inner method's."""
+        return self.inner.jobs
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         """The inner method's."""

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
@@ -59,6 +59,11 @@ class Received(Method[Any]):
     def predicts(self) -> Any:
         """The method's."""
         return self.inner.predicts
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The inner method's."""
+        return self.inner.jobs
 
     def init(self, params: Tree) -> Any:
         """The method's state: there is none besides."""

@@ -353,8 +353,8 @@ def test_a_policy_counts_from_the_next_message_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"job": "predict/test"}, "never runs here"),
-        ({"job": "score/val", "round": 99}, "round 99"),
+        ({"job": "predict/test"}, "is not in the schedule"),
+        ({"job": "score/val", "round": 99}, "in round 99 is not in the schedule"),
         ({"trees": {"params": {"evil.weight": torch.zeros(3)}}}, "does not have"),
         ({"trees": {"params": {"head.weight": torch.zeros(200, 8)}}}, "shape"),
         ({"secure": True}, ""),
@@ -391,6 +391,7 @@ def test_a_message_for_another_run_site_or_time_is_refused(tmp_path: Path) -> No
     first = server.call(ask)
     assert first.lost == ""
     assert server.call(replace(ask, round=1), after=first.number, confirmed=first.number).lost == ""
+    ask = replace(ask, round=2)
     assert "replay" in server.call(ask, number=1).lost
     assert "replay" in server.call(ask).lost  # begins before what was confirmed
     assert server.call(ask, after=server.number, confirmed=first.number).forgot  # nothing was kept of a refused message
@@ -400,7 +401,7 @@ def test_a_file_that_says_another_ask_than_its_message_is_refused(tmp_path: Path
     server = Hostile(tmp_path, LITTLE)
     assert server.call(server.ask(), round=1).lost.startswith("failed: Corrupt")
     ask = server.ask()
-    assert server.call(ask, job="score/val").lost.startswith("failed: Corrupt")
+    assert server.call(ask, round=2).lost.startswith("failed: Corrupt")
 
 
 def test_what_an_exception_says_stays_at_the_site(tmp_path: Path) -> None:

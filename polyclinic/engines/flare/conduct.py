@@ -2,7 +2,8 @@
 
 After every round the server's state, the count of messages and the length of the records are written by write and
 rename; a crash at any moment loses at most the round under way, and that round repeats to the bit, because sites answer
-a message that comes twice as they answered it the first time.
+a message that comes twice as they answered it the first time. A model is written before sites are asked to score it or
+to train from it: sites answer for one content in each place of a run, so nothing is asked that a crash could change.
 """
 
 import fcntl
@@ -46,6 +47,8 @@ class Standing:
         number: The last message's number, and ``answered`` the last of each site's that was answered.
         records: The length of records.jsonl in bytes.
         trained: Whether the training is over, and only the test is left.
+        unscored: Whether the model of this round has still to be scored. It is written before sites are asked, so that
+            after a crash they are asked for the scores of this very model, and of no other in its place.
         best: The round whose model is tested, 0 for the last. ``score`` is its mean over sites, and ``kept`` the last
             message of each site that is in it.
         scores: What each site last scored. One that is away counts as it did: no round looks better for its absence.
@@ -61,6 +64,7 @@ class Standing:
     score: float = 0.0
     kept: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    unscored: bool = False
 
 
 @dataclass
@@ -136,6 +140,8 @@ class Conductor:
             if self.order.mode == "survey":
                 self._survey(federation)
             else:
+                if self._at.unscored:
+                    self._judge(federation)
                 if not self._at.trained:
                     self._train(federation)
                 self._finish(federation)
@@ -151,9 +157,10 @@ class Conductor:
             done = step.ask.round + 1 if over else self._at.round
             self._records.step(step, done, time.perf_counter() - begun)
             last = following is None or done >= self.plan.rounds
-            if self.order.score_every and over and (done % self.order.score_every == 0 or last):
-                self._judge(federation, step.state, done)
-            self._save(federation, step.state, done)
+            due = self.order.score_every > 0 and over and (done % self.order.score_every == 0 or last)
+            self._save(federation, step.state, done, unscored=due)
+            if due:
+                self._judge(federation)
             since = self._said.get("away", {})  # the supervisor readmits who was heard of later than that
             self._said["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
             self._say("running", "", done)
@@ -179,23 +186,24 @@ class Conductor:
             min_replies=order.min_replies,
         )  # fmt: skip
 
-    def _judge(self, federation: FlareFederation, state: Any, done: int) -> None:
-        """Lets sites score the model on validation data, and keeps it where it is the best so far."""
+    def _judge(self, federation: FlareFederation) -> None:
+        """Lets sites score the saved model on validation data, keeps it where it is the best so far, and saves that."""
+        state, done = self._at.state, self._at.round
         found = dict(self._at.scores)
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
                 found[site] = metrics[self.order.best["metric"]]
-        if not found:
-            return
-        self._at = replace(self._at, scores=found)
-        mean = sum(found[site] for site in sorted(found)) / len(found)
-        if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
-            kept = dict(federation.count.answered)
-            wire.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
-            self._at = replace(self._at, best=done, score=mean, kept=kept)
-            federation.keep(kept)
+        if found:
+            self._at = replace(self._at, scores=found)
+            mean = sum(found[site] for site in sorted(found)) / len(found)
+            if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
+                kept = dict(federation.count.answered)
+                wire.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
+                self._at = replace(self._at, best=done, score=mean, kept=kept)
+                federation.keep(kept)
+        self._save(federation, state, done)
 
     def _best(self, round: int) -> Path:
         return self.folder / f"best-{round}.safetensors"
@@ -252,12 +260,14 @@ class Conductor:
         standing: Standing = states.load(path)
         return standing
 
-    def _save(self, federation: FlareFederation, state: Any, done: int, trained: bool = False) -> None:
+    def _save(
+        self, federation: FlareFederation, state: Any, done: int, trained: bool = False, unscored: bool = False
+    ) -> None:
         length = self._records.sync()
         count = federation.count
         self._at = replace(
             self._at, state=state, round=done, number=count.number, answered=dict(count.answered), records=length,
-            trained=trained,
+            trained=trained, unscored=unscored,
         )  # fmt: skip
         _, sha256 = wire.write(self.folder / "checkpoint.safetensors", self._at)
         for old in self.folder.glob("best-*.safetensors"):

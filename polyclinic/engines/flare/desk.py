@@ -6,19 +6,23 @@ the tests play the server, honest or hostile. Nothing here needs PyTorch.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyclinic.core.jobs import Job
 from polyclinic.engines.flare import journals
 from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, read_toml, write_private
 from polyclinic.engines.flare.memory import Link, Memory, OldMessage
 from polyclinic.engines.flare.messages import VERSION, Answer, Call, printable
+from polyclinic.engines.flare.opened import NotOpened, Opened, Summed
 from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.reviews import APPROVED, REFUSED, Reviews
 from polyclinic.engines.flare.trainer import Died, Stopped, Trainer
+from polyclinic.engines.flare.usage import REPETITIONS
+from polyclinic.engines.schedule import Request, Schedule
 
 PASSING = (".ask", ".advertise", ".share", ".mask", ".agree", ".reveal")
 
@@ -52,17 +56,20 @@ class Desk:
         self.home, self.order = home, order
         self.name: str = read_toml(home.settings, "polyclinic site init")["site"]
         self.memory = Memory(home.memory(order.run))
+        self.opened = Opened(home.opened)
         self.journal = journals.SharedJournal(home.journal)
         self.reviews = Reviews(home.reviews)
         write_private(self.memory.folder / "order.json", order.to_json())
         self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
         self._automatic = False
+        self._schedule: Schedule | None = None
         self._said = ""
         self._hash = order.hash
 
     def close(self) -> None:
         """Ends training and closes the journal."""
         self.trainer.close()
+        self.memory.close()
         self.journal.close()
 
     def answer(self, call: Call, body: Path | None) -> tuple[Answer, Path | None]:
@@ -131,11 +138,17 @@ class Desk:
             self.memory.settle(call.after, call.confirmed, call.number, call.keep)
         except OldMessage as error:
             raise Refusal(f"refused: {error}") from None
+        asked = Request(call.round, call.job, call.sha256, look=call.kind == "look")
         again = self.memory.chain.same(call.number, call.after, call.sha256)
         if again is not None and self.memory.reply(call.number).exists():
-            details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
-            self.journal.write("asked again, answered as before", details)
-            return self._sent(again)
+            return self._as_before(call, again, body)
+        self._scheduled(asked)
+        earlier = self.memory.usage.find(asked)
+        if (link := self.memory.kept_reply(earlier)) is not None:
+            return self._as_before(call, self.memory.repeat(link, call.number, call.after), body)
+        if earlier.times > REPETITIONS:
+            raise Refusal(f"refused: the reply to the job {call.job!r} in round {call.round} is gone, and it was made "
+                          f"{earlier.times} times: it is not made again")  # fmt: skip
         if undone := self.memory.undo(call.after):
             self.journal.write("rolled back", {"run": call.run, "messages": list(undone)})
         start = call.keep if call.kind == "look" else call.after
@@ -144,23 +157,52 @@ class Desk:
         except KeyError:
             self.memory.begin_anew()
             raise Refusal(f"the memory after message {start} is no longer at {self.name}", forgot=True) from None
-        asked = {"run": call.run, "number": call.number, "round": call.round, "job": call.job}
-        self.journal.write("asked", {**asked, "ask": call.sha256, "bytes": call.size, "server": call.head})
+        details = {"run": call.run, "number": call.number, "round": call.round, "job": call.job}
+        repeated = {"repetition": earlier.times} if earlier.times else {}
+        self.journal.write(
+            "asked", {**details, "ask": call.sha256, "bytes": call.size, "server": call.head, **repeated}
+        )
+        self.memory.usage.begin(asked, call.number)
+        schedule = self._known_schedule
+        bound = [[marks, whole] for jobs, whole in schedule.bound(asked)
+                 for marks in self.memory.usage.marks(call.round, jobs)]  # fmt: skip
         done = self._train({
             "what": "ask", "ask": str(body), "memory": str(before or ""), "round": call.round, "job": call.job,
             "reply": str(self.memory.reply(call.number)), "kept": str(self.memory.kept(call.number)),
             "sent": self.memory.sent_in(call.round), "layout": str(self.memory.layout(call.number)),
-            "automatic": self._automatic,
+            "automatic": self._automatic, "bound": bound, "marked": bool(schedule.bound(asked)),
         }, call.deadline)  # fmt: skip
         memory = {"same": before.name if before else "", "kept": self.memory.kept(call.number).name, "none": ""}
         link = Link(
             call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"],
-            memory[done["memory"]], done["seconds"], done["secure"],
+            memory[done["memory"]], done["seconds"], done["secure"], done["content"],
         )  # fmt: skip
+        self.memory.usage.answer(asked, call.number, link.sha256, done["marks"])
         self.memory.add(link)
         sent = self._sent(link)
-        self.journal.write("answered", {**asked, "reply": sent.sha256, "bytes": sent.size})
+        self.journal.write("answered", {**details, "reply": sent.sha256, "bytes": sent.size})
         return sent
+
+    @property
+    def _known_schedule(self) -> Schedule:
+        """What may be asked of this site, from the order that was approved and the method that it names."""
+        if self._schedule is None:
+            found = self._train({"what": "schedule"})
+            jobs = [Job.from_table(table) for table in found["jobs"]]
+            self._schedule = Schedule.of(self.order, jobs, self.name, found["batches"])
+        return self._schedule
+
+    def _scheduled(self, asked: Request) -> None:
+        """Raises unless the schedule of the approved study holds this very request."""
+        if problem := self._known_schedule.problem(asked, self.memory.usage.progress):
+            raise Refusal(f"refused: {problem}")
+
+    def _as_before(self, call: Call, link: Link, body: Path) -> Sent:
+        """The reply that was made to this content before, unless the policy has come to refuse it."""
+        self._train({"what": "again", "ask": str(body), "reply": str(self.memory.reply(link.number))}, call.deadline)
+        details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
+        self.journal.write("asked again, answered as before", details)
+        return self._sent(link)
 
     def _sent(self, link: Link) -> Sent:
         """What leaves of a link: its reply; or, of one for a secure sum, names and shapes alone."""
@@ -178,13 +220,25 @@ class Desk:
         out = self.memory.folder / f"{call.number}.{call.stage}"
         done = self._train({
             "what": "secure", "stage": call.stage, "body": str(body), "vector": str(self.memory.reply(call.number)),
-            "out": str(out), "round": call.round, "revealed": list(self.memory.revealed_in(call.round, call.job)),
+            "out": str(out), "round": call.round,
         }, call.deadline)  # fmt: skip
-        if call.stage == "reveal":
-            self.memory.reveal(call.round, call.job, tuple(done["alive"]))
+        if call.stage in ("agree", "reveal"):
+            self._may_open(link, done, reveals=call.stage == "reveal")
         details = {"run": call.run, "number": call.number, "stage": call.stage, "server": call.head}
         self.journal.write("secure sum", {**details, "bytes": done["size"], "over": done["alive"]})
         return Sent(done["size"], done["sha256"], out, 0.0)
+
+    def _may_open(self, link: Link, done: Mapping[str, Any], reveals: bool) -> None:
+        """Raises unless a sum over the sites in ``done`` may be opened; notes it before shares are revealed."""
+        job = self._known_schedule.job(link.job, link.round)
+        summed = Summed(self.order.run, link.round, link.job, link.content, job is not None and job.static)
+        try:
+            if reveals:
+                self.opened.record(summed, done["alive"], done["min_sites"])
+            elif why := self.opened.problem(summed, done["alive"], done["min_sites"]):
+                raise NotOpened(why)
+        except NotOpened as error:
+            raise Refusal(f"refused: {error}") from None
 
     def _train(self, command: dict[str, Any], deadline: float = 0.0) -> dict[str, Any]:
         try:

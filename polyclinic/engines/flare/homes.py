@@ -11,6 +11,7 @@ server/                                     site/
   runs/<run>/   plan, checkpoint, journal     memory/<run>/   what methods keep here between rounds
   server.log                                  certificates/   every one that this site had
                                               journal.jsonl   what was asked, done, refused, sent
+                                              opened-sums.jsonl  which secure sums were opened
 ```
 """
 
@@ -147,6 +148,11 @@ class SiteHome:
     def ledgers(self) -> Path:
         """What was spent of the privacy budget, one file a data set. ``ledger-heads.json`` beside it has their heads."""
         return self.path / "ledgers"
+
+    @property
+    def opened(self) -> Path:
+        """Which secure sums were opened, over all runs."""
+        return self.path / "opened-sums.jsonl"
 
     def memory(self, run: str) -> Path:
         """What methods keep at this site for one run."""

@@ -2,8 +2,9 @@
 
 A link holds what came of one message: the reply that was sent, and the memory after it. The server says from which
 link to go on (``after``) and up to which its own disk is safe (``confirmed``). Links before ``confirmed`` are dropped,
-links beyond ``after`` are undone: their message was lost, or the server crashed before it had written. A message that
-comes a second time gets the same reply again, so that nothing is trained, and no privacy spent, twice.
+links beyond ``after`` are undone: their message was lost, or the server crashed before it had written. Content that
+comes a second time, under its number or another, gets the same reply again, so that nothing is trained, and no privacy
+spent, twice. What was answered stands in ``usage``, which no rollback changes.
 
     confirmed        after
         │              │
@@ -11,12 +12,16 @@ comes a second time gets the same reply again, so that nothing is trained, and n
 """
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.homes import private_folder, read_json, write_private
+from polyclinic.engines.flare.homes import hash_of, private_folder, read_json, write_private
+from polyclinic.engines.flare.usage import Answered, Usage
+
+SPARE = 2
 
 
 class OldMessage(ValueError):
@@ -34,6 +39,7 @@ class Link:
         memory: The file that holds the memory after it; empty where there is nothing to keep.
         seconds: How long the work took.
         secure: Whether the reply leaves only under masks.
+        content: Of a reply for a secure sum, the digest of its values before they were coded.
     """
 
     number: int
@@ -46,6 +52,7 @@ class Link:
     memory: str
     seconds: float
     secure: bool = False
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,13 @@ class Chain:
 
     Attributes:
         sent: Bytes sent by round, for the policy's limit.
-        revealed: For which round and job shares of a secure sum were revealed, and over which sites.
+        spare: The last links that were undone, whose replies may be asked for again.
     """
 
     confirmed: int = 0
     links: tuple[Link, ...] = ()
     sent: tuple[tuple[int, int], ...] = ()
-    revealed: tuple[tuple[int, str, tuple[str, ...]], ...] = ()
+    spare: tuple[Link, ...] = ()
 
     def link(self, number: int) -> Link | None:
         """The link of a message, if it is there."""
@@ -73,16 +80,25 @@ class Chain:
 
 
 class Memory:
-    """The folder of one run at a site."""
+    """The folder of one run at a site.
+
+    Attributes:
+        usage: What was asked and answered.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes it."""
+        """Opens or makes it.
+
+        Raises:
+            Broken: If somebody changed the record of what was answered.
+        """
         self.folder = private_folder(folder)
         table = read_json(self.folder / "chain.json", default={})
         links = tuple(Link(**link) for link in table.get("links", ()))
         sent = tuple((int(r), int(n)) for r, n in table.get("sent", ()))
-        revealed = tuple((int(r), str(job), tuple(alive)) for r, job, alive in table.get("revealed", ()))
-        self.chain = Chain(int(table.get("confirmed", 0)), links, sent, revealed)
+        spare = tuple(Link(**link) for link in table.get("spare", ()))
+        self.chain = Chain(int(table.get("confirmed", 0)), links, sent, spare)
+        self.usage = Usage(self.folder / "usage.jsonl")
 
     def settle(self, after: int, confirmed: int, number: int, keep: int = 0) -> None:
         """Drops what is confirmed, from the disk with the next link; but for the link ``keep``, which the test needs.
@@ -99,14 +115,16 @@ class Memory:
             )
         if confirmed > self.chain.confirmed:
             kept = tuple(link for link in self.chain.links if link.number >= confirmed or link.number == keep)
-            self.chain = replace(self.chain, confirmed=confirmed, links=kept)
+            spare = tuple(link for link in self.chain.spare if link.number >= confirmed)
+            self.chain = replace(self.chain, confirmed=confirmed, links=kept, spare=spare)
 
     def undo(self, after: int) -> tuple[int, ...]:
         """Removes links beyond ``after``, and returns their numbers."""
-        undone = tuple(link.number for link in self.chain.links if link.number > after)
+        undone = tuple(link for link in self.chain.links if link.number > after)
         if undone:
-            self._store(replace(self.chain, links=tuple(link for link in self.chain.links if link.number <= after)))
-        return undone
+            left = tuple(link for link in self.chain.links if link.number <= after)
+            self._store(replace(self.chain, links=left, spare=(*self.chain.spare, *undone)[-SPARE:]))
+        return tuple(link.number for link in undone)
 
     def before(self, after: int) -> Path | None:
         """The memory to begin with: None where there is nothing.
@@ -128,18 +146,30 @@ class Memory:
         recent = tuple(sorted(sent.items()))[-100:]
         self._store(replace(self.chain, links=(*self.chain.links, link), sent=recent))
 
+    def kept_reply(self, answered: Answered) -> Link | None:
+        """The link of what was ``answered`` before, if its reply is still here, unchanged."""
+        links = (*self.chain.spare, *self.chain.links)
+        link = next((one for one in reversed(links) if one.number == answered.number), None)
+        if not answered.times or link is None or link.sha256 != answered.sha256:
+            return None
+        reply = self.reply(link.number)
+        return link if reply.exists() and hash_of(reply) == (link.size, link.sha256) else None
+
+    def repeat(self, link: Link, number: int, after: int) -> Link:
+        """Gives the reply of ``link`` again under another number, with the memory that the site kept after it."""
+        for old, new in ((self.reply(link.number), self.reply(number)), (self.layout(link.number), self.layout(number))):
+            if old.exists() and old != new:
+                new.unlink(missing_ok=True)
+                os.link(old, new)
+        repeated = replace(link, number=number, after=after)
+        links = tuple(one for one in self.chain.links if one.number <= after)
+        spare = (*self.chain.spare, *(one for one in self.chain.links if one.number > after))
+        self._store(replace(self.chain, links=(*links, repeated), spare=spare[-SPARE:]))
+        return repeated
+
     def sent_in(self, round: int) -> int:
         """The bytes that were sent in a round."""
         return dict(self.chain.sent).get(round, 0)
-
-    def revealed_in(self, round: int, job: str) -> tuple[str, ...]:
-        """The sites over which a secure sum of that round's job was opened; none where none was."""
-        return next((alive for r, j, alive in self.chain.revealed if (r, j) == (round, job)), ())
-
-    def reveal(self, round: int, job: str, alive: tuple[str, ...]) -> None:
-        """Notes, before it happens, that a secure sum over ``alive`` is opened."""
-        if not self.revealed_in(round, job):
-            self._store(replace(self.chain, revealed=(*self.chain.revealed, (round, job, alive))[-1000:]))
 
     def reply(self, number: int) -> Path:
         """Where the reply to a message lies."""
@@ -155,10 +185,15 @@ class Memory:
 
     def begin_anew(self) -> None:
         """Drops a memory that is of no use any more; messages that were settled stay refused."""
-        self._store(replace(self.chain, links=()))
+        self._store(replace(self.chain, links=(), spare=(*self.chain.spare, *self.chain.links)[-SPARE:]))
+
+    def close(self) -> None:
+        """Closes the record of what was answered."""
+        self.usage.close()
 
     def forget(self) -> None:
-        """Removes everything."""
+        """Removes everything: a person here allows that the run asks again from its beginning."""
+        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _store(self, chain: Chain) -> None:
@@ -166,8 +201,9 @@ class Memory:
         table: dict[str, Any] = asdict(chain)
         write_private(self.folder / "chain.json", json.dumps(table))
         self.chain = chain
-        wanted = {link.memory for link in chain.links}
-        wanted |= {path.name for link in chain.links for path in (self.reply(link.number), self.layout(link.number))}
+        links = (*chain.links, *chain.spare)
+        wanted = {link.memory for link in links}
+        wanted |= {path.name for link in links for path in (self.reply(link.number), self.layout(link.number))}
         for path in self.folder.iterdir():
             if path.suffix in (".memory", ".reply", ".layout") and path.name not in wanted:
                 path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.exchange import Exchange, Outcome
 from polyclinic.engines.flare.messages import printable
 from polyclinic.transforms.secure import reply_of, terms
-from polyclinic.transforms.secure.keys import ProtocolError, Session, default_threshold
+from polyclinic.transforms.secure.keys import ProtocolError, Session, least_threshold
 from polyclinic.transforms.secure.messages import Advert, Agreed, Masked, Reveal, Shares
 from polyclinic.transforms.secure.server import SecureServer
 
@@ -102,7 +102,7 @@ def _run(sum_: _Sum, layouts: Mapping[str, Any], asked: Sequence[str]) -> Arriva
         ProtocolError: Where too few sites remain, or their replies have different shapes.
     """
     ask, wanted = sum_.ask, terms(sum_.ask)
-    least = (wanted.threshold if wanted else None) or default_threshold(len(asked))
+    least = least_threshold(len(layouts), wanted.threshold if wanted else None, len(asked))
     if len(layouts) < least:
         raise ProtocolError(f"{len(layouts)} sites answered, and a secure sum needs {least}")
     layout = layouts[min(layouts)]

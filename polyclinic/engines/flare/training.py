@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
+from polyclinic.core.execute import Refused
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.engines import policy as policies
-from polyclinic.engines.at_site import work
+from polyclinic.engines.at_site import marks_of, minibatches, work
 from polyclinic.engines.describe import Describe, describe
 from polyclinic.engines.flare import site_data, wire
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.secure_training import SecureTraining
-from polyclinic.engines.paid import Paid
+from polyclinic.engines.flare.secure_training import Demands, SecureTraining
+from polyclinic.engines.paid import Paid, coarse
 from polyclinic.engines.plan import Plan
+from polyclinic.engines.required import arrived, transforms_of
+from polyclinic.engines.schedule import marks_problem
 from polyclinic.engines.site_ledger import ledger_for
-from polyclinic.transforms.secure import layout_of
+from polyclinic.transforms.secure import contents, layout_of
 from polyclinic.transforms.secure.keys import ProtocolError
 
 log = logging.getLogger(__name__)
@@ -70,7 +73,8 @@ class Training:
     @cached_property
     def sums(self) -> SecureTraining:
         """This site's part in secure sums."""
-        return SecureTraining(self.site.name, self.order.identities, self.home.keys)
+        demands = Demands.of(transforms_of(self.method), self.plan.sites)
+        return SecureTraining(self.site.name, self.order.identities, self.home.keys, demands)
 
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """What came of one command; whatever goes wrong is a reason, not an exception."""
@@ -78,6 +82,11 @@ class Training:
             match command["what"]:
                 case "check":
                     return self._check()
+                case "schedule":
+                    batches = minibatches(self.method, self.site)
+                    return {"lost": "", "jobs": [job.to_table() for job in self.method.jobs], "batches": batches}
+                case "again":
+                    return self._again(command)
                 case "secure":
                     return self.sums.step(command, policies.read(self.home.policy).require.min_sites)
             return self._ask(command)
@@ -111,6 +120,17 @@ class Training:
         except (ValueError, TypeError) as error:
             return [f"it cannot be built here: {error}"]
 
+    def _again(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether a reply that was made before may leave once more: the policy may have changed since."""
+        ask = wire.read_ask(Path(command["ask"]))
+        enforced = policies.Enforced(policies.read(self.home.policy), self.plan)
+        try:
+            enforced.admit(self.method, ask, self.site)
+            enforced.release(self.method, ask, wire.read_reply(Path(command["reply"])), self.site)
+        except Refused as refusal:
+            return {"lost": printable(f"refused: {refusal}", 2000), "seconds": 0.0}
+        return {"lost": "", "seconds": 0.0}
+
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         ask = wire.read_ask(Path(command["ask"]))
         memory = wire.read(Path(command["memory"])) if command["memory"] else {}
@@ -125,19 +145,24 @@ class Training:
             name = str(self.settings.get("data_name") or Path(self.settings["data"]).name)
             ledger = ledger_for(self.home.ledgers, name, self.held.roles, self.site.name, policy.privacy)
             rules = Paid.of(enforced, ledger)
-        done = work(self.method, ask, memory, self.site, rules)
+        marks = marks_of(arrived(self.method, ask)) if command["marked"] else {}
+        if other := [why for known, whole in command["bound"] if (why := marks_problem(marks, known, whole))]:
+            return {"lost": printable(f"refused: the job {ask.job!r} in round {ask.round}: {other[0]}"), "seconds": 0.0}
+        with contents() as summed:
+            done = work(self.method, ask, memory, self.site, rules)
         if done.reply is None:
             return {"lost": _without_data(done.lost), "seconds": done.seconds}
-        size, sha256 = wire.write(Path(command["reply"]), done.reply)
+        reply = coarse(done.reply, policy.limits.min_cell) if isinstance(rules, Paid) else done.reply
+        size, sha256 = wire.write(Path(command["reply"]), reply)
         if ask.secure:
-            wire.write(Path(command["layout"]), layout_of(done.reply))
+            wire.write(Path(command["layout"]), layout_of(reply))
         same = done.memory is memory or done.memory == {} == memory
         if not same and done.memory:
             wire.write(Path(command["kept"]), done.memory)
         return {
             "lost": "", "seconds": done.seconds, "size": size, "sha256": sha256,
             "memory": "same" if same else "kept" if done.memory else "none",
-            "secure": ask.secure,
+            "secure": ask.secure, "content": summed[-1] if ask.secure and summed else "", "marks": marks,
         }  # fmt: skip
 
 

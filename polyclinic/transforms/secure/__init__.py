@@ -4,6 +4,6 @@
 engine: ``protocol`` says how an engine runs it, ``memory`` runs all of it in one process.
 """
 
-from polyclinic.transforms.secure.ring import SecureSum, Terms, layout_of, reply_of, terms, vector_of
+from polyclinic.transforms.secure.ring import SecureSum, Terms, contents, layout_of, reply_of, terms, vector_of
 
-__all__ = ["SecureSum", "Terms", "layout_of", "reply_of", "terms", "vector_of"]
+__all__ = ["SecureSum", "Terms", "contents", "layout_of", "reply_of", "terms", "vector_of"]

@@ -58,9 +58,9 @@ class Session:
         n = len(self.identities)
         if n < 3:
             raise ProtocolError(f"a sum over {n} sites shows each what the other sent: at least 3 are needed")
-        if not (self.threshold > n / 2 and 3 <= self.threshold <= n):
-            raise ProtocolError(f"the threshold must be at least 3, above half of the {n} sites, and at most {n}; "
-                                f"it is {self.threshold}")  # fmt: skip
+        if not default_threshold(n) <= self.threshold <= n:
+            raise ProtocolError(f"the threshold must be at least {default_threshold(n)}, two thirds of the {n} sites and "
+                                f"no fewer than 3, and at most {n}; it is {self.threshold}")  # fmt: skip
         if self.size < 1:
             raise ProtocolError("there is nothing to sum")
 
@@ -81,8 +81,17 @@ class Session:
 
 
 def default_threshold(sites: int) -> int:
-    """Two thirds of the sites, and 3 at the least: what protects from a server that lies (Bonawitz, section 6)."""
+    """Two thirds of the sites, and 3 at the least: what protects from a server that lies (Bonawitz, section 6).
+
+    With this threshold t of n, a server that shows two lists of survivors to two groups of sites needs t - c honest
+    sites in each, where c collude with it: 2 (t - c) <= n - c, so c >= n / 3.
+    """
     return max(3, -(-2 * sites // 3))
+
+
+def least_threshold(sites: int, wanted: int | None, asked: int) -> int:
+    """The threshold of a sum over ``sites`` that answered of those that were ``asked``; ``wanted`` as the terms say."""
+    return max(wanted or default_threshold(asked), default_threshold(sites))
 
 
 def signature(session: Session, key: Ed25519PrivateKey, kind: str, site: str, *body: object) -> str:

@@ -1,7 +1,10 @@
 """Numbers as integers modulo 2³², so that masks hide them perfectly and sums are exact."""
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -16,6 +19,33 @@ from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
 
 WEIGHT = "m/~secure/weight"
+_contents: ContextVar[list[str] | None] = ContextVar("contents of secure sums", default=None)
+
+
+@contextmanager
+def contents() -> Iterator[list[str]]:
+    """Collects a digest of everything that ``SecureSum`` codes within the block, before it is coded.
+
+    Two equal digests are the same values, whatever they are called and in whatever job. An empty one stands for values
+    that are all zero. Fresh noise makes fresh values.
+    """
+    found: list[str] = []
+    token = _contents.set(found)
+    try:
+        yield found
+    finally:
+        _contents.reset(token)
+
+
+def content(values: Tree) -> str:
+    """SHA-256 of the numbers in ``values``, in the order of their names but without them; empty if all are zero."""
+    hasher, zero = hashlib.sha256(), True
+    for _, leaf in sorted(values.items()):
+        flat = leaf.detach().cpu().contiguous()
+        zero = zero and not bool(flat.count_nonzero())
+        hasher.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
+        hasher.update(flat.view(-1).view(torch.uint8).numpy().data if flat.numel() else b"")
+    return "" if zero else hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,8 @@ class SecureSum(Transform):
         if not 0 < sent.weight <= self.heaviest:
             raise ValueError(f"SecureSum(heaviest={self.heaviest:g}): {site.name} weighs {sent.weight:g}. Set heaviest "
                              "to the largest number of examples of a site, or make the method uniform")  # fmt: skip
+        if (seen := _contents.get()) is not None:
+            seen.append(content(sent.total))
         coded = {name: self._coded(name, leaf, 2.0**self.bits / self.heaviest) for name, leaf in sent.total.items()}
         coded[WEIGHT] = torch.tensor([round_(sent.weight / self.heaviest * self._weight_scale)], dtype=torch.int32)
         return Mean(coded, 1.0), memory

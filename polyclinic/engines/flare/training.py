@@ -12,14 +12,16 @@ import torch
 
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
+from polyclinic.core.stats import Gather, Reply
 from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import work
-from polyclinic.engines.describe import Describe, describe
-from polyclinic.engines.flare import site_data, wire
+from polyclinic.data.examples import DataError
+from polyclinic.engines.describe import Describe, read_description
+from polyclinic.engines.flare import data_table, site_data, wire
 from polyclinic.engines.flare.authority import digest
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
-from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.order import PLACEHOLDER, Order, code_hash, code_on_disk
 from polyclinic.engines.flare.secure_training import SecureTraining
 from polyclinic.engines.paid import Paid
 from polyclinic.engines.plan import Plan
@@ -48,7 +50,8 @@ class Training:
     def method(self) -> Any:
         """The order's method; of a survey, the description of this site's data."""
         if self.order.mode == "survey":
-            return Describe(self._kind, self.held.classes, policies.read(self.home.policy).limits.min_cell)
+            policy = policies.read(self.home.policy)
+            return Describe(self._kind, self.held.classes, policy.limits.min_cell, policy.allow.class_names)
         return self.plan.build_method()
 
     @cached_property
@@ -76,9 +79,13 @@ class Training:
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """What came of one command; whatever goes wrong is a reason, not an exception."""
         try:
+            if changed := self._changed(command):
+                return {"lost": changed, "seconds": 0.0}
             match command["what"]:
                 case "check":
                     return self._check()
+                case "data":
+                    return self._data()
                 case "secure":
                     return self.sums.step(command, policies.read(self.home.policy).require.min_sites)
             return self._ask(command)
@@ -88,29 +95,51 @@ class Training:
             log.exception("failed")
             return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
 
+    def _changed(self, command: Mapping[str, Any]) -> str:
+        """Why the code is not the one that was approved; empty where it is.
+
+        Modules are loaded from the disk when they are first needed, so the code must be the same in this process as the
+        one that asks knows it, and still the same on the disk.
+        """
+        if {code_hash(), code_on_disk()} != {command["code"]}:
+            return "refused: polyclinic was changed here while the run went on; the site must be started again"
+        packages = self.order.packages
+        if [list(package) for package in packages] != command["packages"]:
+            return "refused: a package that the study needs was changed here while the run went on"
+        problems = policies.read(self.home.policy).package_problems(packages) if command["what"] != "check" else []
+        return "refused: " + "; ".join(problems) if problems else ""
+
     def _check(self) -> dict[str, Any]:
-        """Whether the study could run here: its problems, and how many patients there are by role."""
-        policy = policies.read(self.home.policy)
+        """Whether the study could run here, as far as the order and the policy say. No file of the data is opened."""
+        policy, name = policies.read(self.home.policy), self.settings["site"]
         survey, notes = self.order.mode == "survey", list[str]()
-        problems = policy.survey_problems() if survey else policy.problems(self.plan)
-        if survey and self.order.study and not self.order.of_study:
-            problems.append("the survey is not the one of the study that it names")
-        if self.site.name not in self.order.everyone:
-            problems.append(f"the study is not for {self.site.name}, but for {', '.join(self.order.everyone)}")
-        for arm in self.order.study.get("arms", ()) if survey else ():
-            notes += [f"{arm['label']}: {problem}" for problem in self._arm_problems(policy, arm["plan"])]
-        patients = {role: policies.count_patients(data) for role, data in self.site.data.items()}
+        problems = [*data_table.refused(self.order.data)]
+        problems += policy.survey_problems() if survey else policy.problems(self.plan)
+        if self.order.study and not self.order.of_study:
+            problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
+        if name not in self.order.everyone:
+            problems.append(f"the study is not for {name}, but for {', '.join(self.order.everyone)}")
+        for arm in self.order.arms if survey else ():
+            notes += [f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])]
         automatic = not survey and self.order.method_hash in policy.approve.automatically
-        return {"lost": "", "problems": problems, "patients": patients, "automatic": automatic, "notes": notes}
+        return {"lost": "", "problems": problems, "automatic": automatic, "notes": list(dict.fromkeys(notes))}
 
     def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
         """Why the policy would refuse an arm of a study, as far as its plan says."""
-        shape = describe(self.site.data, plan["kind"])
         try:
-            whole = {"inputs": shape["inputs"], "outputs": shape["outputs"], **plan}
-            return policy.problems(replace(self.order, plan=whole).build_plan())
+            return policy.problems(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan())
         except (ValueError, TypeError) as error:
             return [f"it cannot be built here: {error}"]
+
+    def _data(self) -> dict[str, Any]:
+        """Whether the data here are what the study needs: ``told`` for the server, and ``here`` for people at this site."""
+        try:
+            assert self.held
+        except DataError as error:
+            log.warning("%s", error)
+            told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE
+            return {"lost": "", "told": told, "here": str(error)}
+        return {"lost": "", "told": "", "here": ""}
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         ask = wire.read_ask(Path(command["ask"]))
@@ -138,8 +167,27 @@ class Training:
         return {
             "lost": "", "seconds": done.seconds, "size": size, "sha256": sha256,
             "memory": "same" if same else "kept" if done.memory else "none",
-            "secure": ask.secure,
+            "secure": ask.secure, "parts": kinds_of(done.reply), "said": self._said(done.reply),
         }  # fmt: skip
+
+    def _said(self, reply: Reply) -> dict[str, Any]:
+        """Of the answer to a survey: what it says of the data's shape."""
+        if self.order.mode != "survey":
+            return {}
+        found = read_description(reply, self.site.name)
+        return {"inputs": found["inputs"], "outputs": found["outputs"]}
+
+
+def kinds_of(reply: Reply) -> list[dict[str, Any]]:
+    """What leaves in a reply, without its values: each part, what kind of aggregate it is, and how large."""
+    return [
+        {
+            "part": part, "kind": type(stat).__name__, "tensors": sum(len(tree) for tree in stat.trees),
+            "numbers": sum(leaf.numel() for tree in stat.trees for leaf in tree.values()),
+            "apart": isinstance(stat, Gather),
+        }
+        for part, stat in reply.parts.items()
+    ]  # fmt: skip
 
 
 def _without_data(reason: str) -> str:

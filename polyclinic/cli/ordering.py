@@ -11,7 +11,6 @@ from polyclinic.engines.flare.homes import BadHome, ServerHome, read_json, read_
 from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.engines.flare.runs import FINISHED, OVER, Queue
 
-
 REHEARSED = "  (a rehearsal: imaginary data, no result)"
 
 

@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare import data_table
 from polyclinic.engines.flare.comparison import differences, flat, kind
-from polyclinic.engines.flare.homes import SiteHome
+from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.reviews import APPROVED, WAITING, Review, Reviews
 
 APART = ("sites", "rounds", "seed")
+COUNTS = ("split", "unlabelled")
 IMAGINARY = "A REHEARSAL: every site trains on imaginary points. No file of a patient is opened, and no result is real."
 
 
@@ -60,14 +61,17 @@ def look(home: SiteHome, order: Order, folder: Path) -> Here:
 
     policy = policies.read(home.policy)
     cell, named = policy.limits.min_cell, policy.allow.class_names
-    if order.rehearsal or data_table.refused(order.data):
-        return Here({} if order.rehearsal else None, (), cell, named)
+    if order.rehearsal:
+        return Here(None, (), cell, named)
     try:
-        site = read_toml(home.settings, "polyclinic site init")["site"]
-        held = site_data.load(folder, order, order.build_plan(), site)
-    except (DataError, ValueError) as error:
+        own, site = data_table.of_hospital(folder), read_toml(home.settings, "polyclinic site init")["site"]
+        differ = tuple(data_table.conflicts(own or {}, order.data).values())
+        divided = {key: order.data[key] for key in COUNTS if key in order.data and key not in (own or {})}
+        asked = replace(order, mode="survey", data=divided)  # only how patients are divided: nothing is prepared
+        held = site_data.load(folder, asked, order.build_plan(), site)
+    except (DataError, BadHome, ValueError, OSError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         return Here(None, tuple(str(error).splitlines()), cell, named)
-    return Here({role: policies.count_patients(data) for role, data in held.roles.items()}, (), cell, named)
+    return Here({role: policies.count_patients(data) for role, data in held.roles.items()}, differ, cell, named)
 
 
 def before(reviews: Reviews, item: Review) -> Review | None:
@@ -106,7 +110,7 @@ def show(item: Review, before: Review | None, others: Sequence[Review] = (), her
 
 def _say(text: str) -> None:
     """Prints ``text``, some of which comes from the server, without what a terminal would obey."""
-    print("\n".join(printable(line, 4000) for line in text.split("\n")))
+    print("\n".join(printable(line, len(line) + 1) for line in text.split("\n")))
 
 
 def _methods(an: Order) -> list[_Method]:
@@ -143,7 +147,7 @@ def _show_asked(item: Review, others: Sequence[Review], here: Here) -> None:
         for note in one.notes:
             _say(f"    ! {note}")
     if item.what.study:
-        _say("  One decision is for the whole study: the survey and every method below, each once for each of its seeds.")
+        _say("  One decision is for the whole study: the survey and every method below, once for each of its seeds.")
 
 
 def _show_methods(an: Order, methods: Sequence[_Method]) -> None:
@@ -181,7 +185,8 @@ def _show_leaving(an: Order, methods: Sequence[_Method]) -> None:
 
 def _show_how(an: Order, methods: Sequence[_Method]) -> None:
     _say("\nHow it is run, and with whom")
-    _say(f"  {', '.join(dict.fromkeys(site for plan in (an.plan, *(m.plan for m in methods)) for site in plan['sites']))}")
+    plans = [an.plan, *(method.plan for method in methods)]
+    _say(f"  {', '.join(dict.fromkeys(site for plan in plans for site in plan.get('sites', ())))}")
     for method in methods:
         if method.external:
             _say(f"  {method.label} is also scored at {', '.join(method.external)}, where nobody trains")
@@ -239,7 +244,8 @@ def _show_before(item: Review, before: Review) -> None:
     name = before.what.study.get("name") or before.what.run
     _say(f"\nCompared with {name}, approved {before.decided[:10]} by {before.by}")
     found = differences(item.what, before.what)
-    summary = ", ".join(f"{group} ({len({line[2:].partition(' = ')[0] for line in lines})})" for group, lines in found.items())
+    keys = {group: {line[2:].partition(" = ")[0] for line in lines} for group, lines in found.items()}
+    summary = ", ".join(f"{group} ({len(changed)})" for group, changed in keys.items())
     _say(f"  differs in: {summary}" if found else "  nothing differs")
     for group, lines in found.items():
         _say("\n".join([f"  {group}", *(f"    {line}" for line in lines)]))
@@ -259,8 +265,8 @@ def _show_end(item: Review, others: Sequence[Review]) -> None:
 def _test(job: str) -> str:
     asks = {
         "score/test": "scores on test data",
-        "predict/test": "what the model says of each validation patient and each test patient, without names, where the "
-        "policy here allows it (allow.never, allow.gather); else scores on test data",
+        "predict/test": "what the model says of each validation patient and each test patient, without names, where "
+        "the policy here allows it (allow.never, allow.gather); else scores on test data",
     }
     return asks.get(job, "no test")
 

@@ -169,7 +169,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
     """
     site = SiteHome(home.resolve())
     reviews = Reviews(site.reviews)
-    while wait and not (reviews.called(run) if run else [r for r in reviews.all() if r.state == WAITING]):
+    while wait and not (reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING]):
         time.sleep(0.5)
     if not run:
         waiting = [r for r in reviews.all() if r.state == WAITING]

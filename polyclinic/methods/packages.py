@@ -1,11 +1,11 @@
 """The installed packages that provide plug-in methods: name, version, and a hash of their files.
 
-A plug-in method is an entry point in the group ``polyclinic.methods`` of another installed package. Everything here reads
-metadata and files and imports no module of such a package, so that a site can refuse a package before its code runs.
+A plug-in method is an entry point in the group ``polyclinic.methods`` of another installed package. Everything here
+reads metadata and files and imports no module of such a package, so that a site can refuse it before its code runs.
 
-The hash covers the package that provides the entry point: the files listed in its metadata (PEP 376, RECORD,
-https://packaging.python.org/en/latest/specifications/recording-installed-packages/), and all files beside the module that
-would be imported, which for an editable install is the source tree. It does not cover packages that this one imports.
+The hash covers the package that provides the entry point: the files listed in its metadata (RECORD,
+https://packaging.python.org/en/latest/specifications/recording-installed-packages/), and all files beside the module
+that would be imported, which for an editable install is the source tree. It does not cover what the package imports.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Package(NamedTuple):
 
 
 def packages_of(methods: Iterable[str]) -> tuple[Package, ...]:
-    """The packages that provide ``methods``, by name; Polyclinic's own methods need none, and unknown ones have none."""
+    """The packages that provide ``methods``, by name. Polyclinic's own methods need none; unknown ones have none."""
     wanted = set(methods) - METHODS.keys()
     points = [point for point in entry_points(group=GROUP) if point.name in wanted] if wanted else []
     return tuple(sorted({_package(point) for point in points}))

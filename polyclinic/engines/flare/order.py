@@ -321,7 +321,7 @@ def code_on_disk() -> str:
 def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
     """The hash of ``files``, which are read again only when one of them was written since."""
     package, total = Path(__file__).parents[2], hashlib.sha256()
-    for name, _, _ in files:
-        content = Path(name).read_bytes()
-        total.update(f"{Path(name).relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
+    for path in (Path(file) for file, _, _ in files):
+        content = path.read_bytes()
+        total.update(f"{path.relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
     return total.hexdigest()

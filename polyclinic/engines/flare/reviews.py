@@ -59,7 +59,7 @@ class Reviews:
         found = [review for path in sorted(self.folder.glob("*.json")) if (review := self.get(path.stem))]
         return sorted(found, key=lambda review: review.decided or review.seen)
 
-    def called(self, text: str) -> list[Review]:
+    def named(self, text: str) -> list[Review]:
         """The reviews of the run or the study called ``text``, or whose order's hash begins with it."""
         long = len(text) >= PREFIX
         return [r for r in self.all() if text in r.names or (long and r.what.hash.startswith(text))]
@@ -70,7 +70,7 @@ class Reviews:
         Raises:
             BadHome: If nothing is called so, or two different studies are.
         """
-        found = self.called(text)
+        found = self.named(text)
         if not found:
             waiting = ", ".join(r.what.run for r in self.all() if r.state == WAITING) or "nothing"
             raise BadHome(f"no study called {text!r} has come; {waiting} waits")

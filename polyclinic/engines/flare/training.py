@@ -13,9 +13,9 @@ import torch
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.core.stats import Gather, Reply
+from polyclinic.data.examples import DataError
 from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import work
-from polyclinic.data.examples import DataError
 from polyclinic.engines.describe import Describe, read_description
 from polyclinic.engines.flare import data_table, site_data, wire
 from polyclinic.engines.flare.authority import digest
@@ -25,6 +25,7 @@ from polyclinic.engines.flare.order import PLACEHOLDER, Order, code_hash, code_o
 from polyclinic.engines.flare.secure_training import SecureTraining
 from polyclinic.engines.paid import Paid
 from polyclinic.engines.plan import Plan
+from polyclinic.methods.packages import Package, methods_in, packages_of
 from polyclinic.transforms.ledger import Ledger
 from polyclinic.transforms.secure import layout_of
 from polyclinic.transforms.secure.keys import ProtocolError
@@ -40,6 +41,7 @@ class Training:
         self.home = home
         self.settings = read_toml(home.settings, "polyclinic site init")
         self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
+        self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this order
 
     @cached_property
     def plan(self) -> Plan:
@@ -98,16 +100,18 @@ class Training:
     def _changed(self, command: Mapping[str, Any]) -> str:
         """Why the code is not the one that was approved; empty where it is.
 
-        Modules are loaded from the disk when they are first needed, so the code must be the same in this process as the
-        one that asks knows it, and still the same on the disk.
+        Modules are loaded from the disk when they are first needed. So the code must be what the desk asks for, both when
+        this process began and on the disk now.
         """
-        if {code_hash(), code_on_disk()} != {command["code"]}:
-            return "refused: polyclinic was changed here while the run went on; the site must be started again"
-        packages = self.order.packages
-        if [list(package) for package in packages] != command["packages"]:
-            return "refused: a package that the study needs was changed here while the run went on"
-        problems = policies.read(self.home.policy).package_problems(packages) if command["what"] != "check" else []
-        return "refused: " + "; ".join(problems) if problems else ""
+        again = "while the run went on: the site must be stopped and started again"
+        if {self._code, code_on_disk()} != {command["code"]}:
+            return f"refused: polyclinic was changed here {again}"
+        if {self._packages, self.order.packages} != {tuple(Package(*package) for package in command["packages"])}:
+            return f"refused: a package that the study needs was changed here {again}"
+        if command["what"] == "check":
+            return ""
+        own = packages_of(methods_in(self.order.plan))
+        return "; ".join(f"refused: {why}" for why in policies.read(self.home.policy).package_problems(own))
 
     def _check(self) -> dict[str, Any]:
         """Whether the study could run here, as far as the order and the policy say. No file of the data is opened."""

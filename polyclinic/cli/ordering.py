@@ -11,6 +11,8 @@ from polyclinic.engines.flare.homes import BadHome, ServerHome, read_json, read_
 from polyclinic.engines.flare.order import BadOrder, Order
 from polyclinic.engines.flare.runs import FINISHED, OVER, Queue
 
+REHEARSED = "  (a rehearsal: imaginary data, no result)"
+
 
 def table_of(path: Path) -> dict[str, Any]:
     """What stands in the file that is to be run."""
@@ -89,7 +91,8 @@ def line_of(queue: Queue, run: str, entry: Any) -> str:
     said = queue.progress(run)
     how = f"round {said['round']} of {said['rounds']}" if said else "not begun"
     why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in said.get("waiting", {}).items())
-    return f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
+    line = f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
+    return f"{line}{REHEARSED if entry.what.rehearsal else ''}"
 
 
 def wait_for(server: ServerHome, queued: Sequence[str], title: str = "") -> None:

@@ -1,90 +1,280 @@
 """How a study looks to the person at a hospital who decides about it."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from polyclinic.engines.flare import data_table
+from polyclinic.engines.flare.comparison import differences, flat, kind
+from polyclinic.engines.flare.homes import BadHome, SiteHome
+from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order, code_hash
-from polyclinic.engines.flare.reviews import WAITING, Review, differences, flat
+from polyclinic.engines.flare.reviews import APPROVED, WAITING, Review, Reviews
+
+APART = ("sites", "rounds", "seed")
+COUNTS = ("split", "unlabelled")
+IMAGINARY = "A REHEARSAL: every site trains on imaginary points. No file of a patient is opened, and no result is real."
+
+
+@dataclass(frozen=True)
+class Here:
+    """What the person's own command finds at this site, before anything is approved; it is told to nobody.
+
+    Attributes:
+        patients: How many, by role; None where they are not known.
+        problems: Why the data here do not fit the study.
+        min_cell: Below which number a survey hides counts, and ``class_names`` whether it names classes.
+    """
+
+    patients: Mapping[str, int] | None = None
+    problems: tuple[str, ...] = ()
+    min_cell: int | None = None
+    class_names: bool = False
+
+
+@dataclass(frozen=True)
+class _Method:
+    """One method of a study as it is shown: all seeds with the same plan together."""
+
+    label: str
+    plan: dict[str, Any]
+    external: tuple[str, ...]
+    seeds: list[str] = field(default_factory=list)
 
 
 def methods_of(an: Order) -> list[str]:
     """What a study runs, or the run its method."""
-    return list(dict.fromkeys(arm["label"] for arm in an.study.get("arms", ()))) or [an.label or an.plan["method"]]
+    if an.mode == "survey" and not an.study:
+        return ["a survey"]
+    names = list(dict.fromkeys(arm["label"] for arm in an.arms)) or [an.label or an.plan["method"]]
+    return [*names, "(imaginary data)"] if an.rehearsal else names
 
 
-def show(item: Review, before: Review | None) -> None:
-    """Prints all that would run and leave, and what differs from the study ``before``, approved last."""
-    an = item.what
-    title = f"the study {an.study['name']}" if an.study else an.run
-    print(f"{title}: {item.state}{f' by {item.by}: {item.reason}' if item.by else ''}")
-    arms = _arms(an)
-    shared = {key: value for key, value in arms[0][2].items() if all(arm[2].get(key) == value for arm in arms)}
-    apart = ("sites", "rounds", "seed")
-    print("\nWhat would run here, every round")
-    for key, value in flat({k: v for k, v in shared.items() if k not in apart}):
-        print(f"  {key} = {value}")
-    for label, seeds, plan in arms:
-        own = {k: v for k, v in plan.items() if k not in apart and (k not in shared or k == "method")}
-        print(f"  {label}{f', with the seeds {seeds}' if len(arms) > 1 or an.study else ''}")
-        for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(arms) > 1 else ():
-            print(f"    {key} = {value}")
-    print("\nWhat would leave")
-    if an.mode == "survey":
-        print("  first, once: the shape of an example, and how many patients, examples and classes there are")
-    for label, _, plan in arms:
-        through, leaves = ", ".join(item["name"] for item in plan.get("send", ())), _leaves(plan["method"])
-        if leaves == "nothing":
-            print(f"  {label}: nothing but scores")
-            continue
-        print(f"  {label}: {leaves}, {plan['rounds']} times,")
-        print(f"    through {through or 'no transform: the server sees it as it is'}")
-    every = f"every {an.score_every} rounds" if an.score_every > 1 else "every round"
-    scores = f"scores on validation data {every}" if an.score_every else "no scores"
-    print(f"  {scores}; at the end {_test(an.test)}")
-    others = f"; only scored: {', '.join(an.external)}" if an.external else ""
-    print(f"\nWith whom\n  {', '.join(an.plan['sites'])}{others}")
-    print(f"\nWhose data here\n  {json.dumps(dict(item.patients))} patients")
-    print(f"\nHashes\n  order  {an.hash}\n  method {an.method_hash}\n  code   {item.code}")
-    if an.study:
-        print(f"  study  {an.study['hash']}")
-    if item.code != code_hash():
-        print("  polyclinic was changed here since this study came: it will be offered again")
+def look(home: SiteHome, order: Order, folder: Path) -> Here:
+    """What this site's own data and policy say, read by the person's command."""
+    from polyclinic.data.examples import DataError
+    from polyclinic.engines import policy as policies
+    from polyclinic.engines.flare import site_data
+    from polyclinic.engines.flare.homes import read_toml
+
+    policy = policies.read(home.policy)
+    cell, named = policy.limits.min_cell, policy.allow.class_names
+    if order.rehearsal:
+        return Here(None, (), cell, named)
+    try:
+        own, site = data_table.of_hospital(folder), read_toml(home.settings, "polyclinic site init")["site"]
+        differ = tuple(data_table.conflicts(own or {}, order.data).values())
+        divided = {key: order.data[key] for key in COUNTS if key in order.data and key not in (own or {})}
+        asked = replace(order, mode="survey", data=divided)  # only how patients are divided: nothing is prepared
+        held = site_data.load(folder, asked, order.build_plan(), site)
+    except (DataError, BadHome, ValueError, OSError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        return Here(None, tuple(str(error).splitlines()), cell, named)
+    return Here({role: policies.count_patients(data) for role, data in held.roles.items()}, differ, cell, named)
+
+
+def before(reviews: Reviews, item: Review) -> Review | None:
+    """The study of the same kind that was approved last."""
+    found = [r for r in reviews.all() if r.state == APPROVED and r.group != item.group]
+    return next((r for r in reversed(found) if kind(r.what) == kind(item.what)), None)
+
+
+def show(item: Review, before: Review | None, others: Sequence[Review] = (), here: Here | None = None) -> None:
+    """Prints all that would run and leave, and what differs from the study ``before``, approved last.
+
+    Args:
+        item: What is shown.
+        before: What it is compared with.
+        others: Further runs of the same study that wait, and that one decision is about too.
+        here: What this site's own data and policy say.
+    """
+    an, here = item.what, here or Here()
+    title = f"the study {an.study['name']}" if an.study else f"the run {an.run}"
+    decided = f" by {item.by} (account {item.account}): {item.reason}" if item.by else ""
+    _say(f"{title}: {item.state}{decided}")
+    if an.rehearsal:
+        _say(f"\n{IMAGINARY}")
+    methods = _methods(an)
+    _show_asked(item, others, here)
+    if methods:
+        _show_methods(an, methods)
+    _show_leaving(an, methods)
+    _show_how(an, methods)
+    _show_data(item, here)
+    _show_hashes(item, others)
     if before:
-        print(f"\nAgainst {before.what.study.get('name') or before.what.run}, "
-              f"approved {before.decided[:10]} by {before.by}")  # fmt: skip
-        print("\n".join(f"  {line}" for line in differences(an, before.what)) or "  nothing differs")
-        print(f"  the code {'is the same' if before.code == item.code else 'has changed'}")
-    if item.notes:
-        print("\nThe policy refuses, of this study\n" + "\n".join(f"  {note}" for note in item.notes))
-    if item.problems:
-        print("\nThe policy refuses it\n" + "\n".join(f"  {problem}" for problem in item.problems))
-    elif item.state == WAITING:
-        name = an.study.get("name") or an.run
-        print(f'\npolyclinic site approve {name} --reason "..."   or   polyclinic site refuse {name} --reason "..."')
+        _show_before(item, before)
+    _show_end(item, others)
 
 
-def _arms(an: Order) -> list[tuple[str, str, dict[str, Any]]]:
-    """The methods that would run: label, seeds, plan."""
-    seeds: dict[str, list[str]] = {}
-    plans: dict[str, dict[str, Any]] = {}
-    for arm in an.study.get("arms", ()):
-        seeds.setdefault(arm["label"], []).append(str(arm["plan"].get("seed", 0)))
-        plans.setdefault(arm["label"], arm["plan"])
-    if not plans:
-        return [(an.label or an.plan["method"], str(an.plan.get("seed", 0)), an.plan)]
-    return [(label, ", ".join(seeds[label]), plan) for label, plan in plans.items()]
+def _say(text: str) -> None:
+    """Prints ``text``, some of which comes from the server, without what a terminal would obey."""
+    print("\n".join(printable(line, len(line) + 1) for line in text.split("\n")))
+
+
+def _methods(an: Order) -> list[_Method]:
+    """The methods that would run; none where a survey is all there is."""
+    if an.mode == "survey" and not an.study:
+        return []
+    arms = an.arms or [{"label": an.label or an.plan["method"], "plan": an.plan, "external": an.external}]
+    found: list[_Method] = []
+    for arm in arms:
+        plan = {key: value for key, value in arm["plan"].items() if key != "seed"}
+        outside = tuple(arm.get("external", ()))
+        same = next((m for m in found if (m.label, m.plan, m.external) == (arm["label"], plan, outside)), None)
+        if same is None:
+            found.append(same := _Method(arm["label"], plan, outside))
+        same.seeds.append(str(arm["plan"].get("seed", 0)))
+    return found
+
+
+def _show_asked(item: Review, others: Sequence[Review], here: Here) -> None:
+    """What waits now; each run that one decision is about."""
+    _say("\nWhat is asked now")
+    for one in (item, *others):
+        an = one.what
+        if an.mode == "survey":
+            hidden = f"counts below {here.min_cell}" if here.min_cell is not None else "small counts (limits.min_cell)"
+            named = "with" if here.class_names else "without"
+            _say(f"  {an.run}: a survey. Nothing is trained. This site says once what its data are: the shape of an")
+            _say("    example, and the number of patients, of examples and of each class, by role;")
+            _say(f"    {hidden} are hidden; the number of classes, {named} their names")
+        else:
+            whose = f"{an.label or an.plan['method']}, seed {an.plan.get('seed', 0)}"
+            shape = "; ".join(f"{key} = {json.dumps(an.plan[key])}" for key in ("inputs", "outputs") if key in an.plan)
+            _say(f"  {an.run}: {whose}; {shape}")
+        for note in one.notes:
+            _say(f"    ! {note}")
+    if item.what.study:
+        _say("  One decision is for the whole study: the survey and every method below, once for each of its seeds.")
+
+
+def _show_methods(an: Order, methods: Sequence[_Method]) -> None:
+    _say("\nWhat would run here, every round")
+    first = methods[0].plan
+    shared = {key: value for key, value in first.items() if all(m.plan.get(key) == value for m in methods)}
+    for key, value in flat({k: v for k, v in shared.items() if k not in APART}):
+        _say(f"  {key} = {value}")
+    for method in methods:
+        own = {k: v for k, v in method.plan.items() if k not in APART and (k not in shared or k == "method")}
+        seeds = f"seed{'s' if len(method.seeds) > 1 else ''} {', '.join(method.seeds)}"
+        _say(f"  {method.label}, {seeds}, {method.plan.get('rounds')} rounds")
+        for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(methods) > 1 else ():
+            _say(f"    {key} = {value}")
+
+
+def _show_leaving(an: Order, methods: Sequence[_Method]) -> None:
+    _say("\nWhat would leave")
+    if an.mode == "survey":
+        _say("  the survey: what is asked now, and nothing else")
+    if not methods:
+        return
+    for method in methods:
+        through = ", ".join(str(item.get("name")) for item in method.plan.get("send", ()))
+        leaves = _leaves(method.plan["method"])
+        if leaves == "nothing":
+            _say(f"  {method.label}: nothing but scores")
+            continue
+        _say(f"  {method.label}: {leaves}, in each of {method.plan.get('rounds')} rounds,")
+        _say(f"    through {through or 'no transform: the server sees it as it is'}")
+    every = f"every {an.score_every} rounds" if an.score_every > 1 else "every round"
+    scores = f"scores on validation data {every}" if an.score_every else "no scores between rounds"
+    _say(f"  {scores}; at the end {_test(an.test)}")
+
+
+def _show_how(an: Order, methods: Sequence[_Method]) -> None:
+    _say("\nHow it is run, and with whom")
+    plans = [an.plan, *(method.plan for method in methods)]
+    _say(f"  {', '.join(dict.fromkeys(site for plan in plans for site in plan.get('sites', ())))}")
+    for method in methods:
+        if method.external:
+            _say(f"  {method.label} is also scored at {', '.join(method.external)}, where nobody trains")
+    if not methods:
+        return
+    if an.mode == "buffered":
+        _say(f"  without waiting for everybody: an update takes {an.buffer} answers")
+    asked = f"{an.cohort} of the sites, drawn at random" if an.cohort else "every site"
+    _say(f"  each round asks {asked}, and needs {an.min_replies} usable answers")
+    if an.deadline:
+        _say(f"  a site that has not answered after {an.deadline:g} seconds is left out of that round")
+    if an.best:
+        _say(f"  the round with the best {an.best['metric']} on validation data is tested")
+    if an.identities:
+        keys = ", ".join(f"{site} {str(key)[:12]}" for site, key in sorted(an.identities.items()))
+        _say(f"  keys for secure sums: {keys}")
+
+
+def _show_data(item: Review, here: Here) -> None:
+    an = item.what
+    _say("\nThe data here")
+    if an.rehearsal:
+        _say("  none is read: the data are imaginary")
+        return
+    if here.patients is None:
+        _say("  patients: not known")
+    else:
+        _say(f"  patients: {', '.join(f'{count} {role}' for role, count in here.patients.items()) or 'none'}; "
+              "counted by this command, and told to nobody")  # fmt: skip
+    wrong = data_table.refused(an.data)
+    for key, value in flat({k: v for k, v in an.data.items() if k in data_table.FROM_STUDY}):
+        _say(f"  the study asks for {key} = {value}")
+    for line in [*wrong, *here.problems, *([item.data] if item.data else [])]:
+        _say(f"  ! {line}")
+    if not an.data:
+        _say("  the study asks for nothing to be done to them")
+
+
+def _show_hashes(item: Review, others: Sequence[Review]) -> None:
+    _say("\nHashes")
+    for one in (item, *others):
+        _say(f"  order   {one.what.hash}  {one.what.run if others else ''}".rstrip())
+    if item.what.mode != "survey":
+        _say(f"  method  {item.what.method_hash}")
+    _say(f"  code    {item.code}")
+    if item.what.study:
+        _say(f"  study   {item.what.study['hash']}")
+    for name, version, hash in item.packages:
+        _say(f"  package {name}=={version}@{hash}")
+    if item.code != code_hash() or item.packages != item.what.packages:
+        _say("  code was changed here since this study came: it will be offered again")
+
+
+def _show_before(item: Review, before: Review) -> None:
+    name = before.what.study.get("name") or before.what.run
+    _say(f"\nCompared with {name}, approved {before.decided[:10]} by {before.by}")
+    found = differences(item.what, before.what)
+    keys = {group: {line[2:].partition(" = ")[0] for line in lines} for group, lines in found.items()}
+    summary = ", ".join(f"{group} ({len(changed)})" for group, changed in keys.items())
+    _say(f"  differs in: {summary}" if found else "  nothing differs")
+    for group, lines in found.items():
+        _say("\n".join([f"  {group}", *(f"    {line}" for line in lines)]))
+    _say(f"  the code {'is the same' if before.code == item.code else 'has changed'}")
+
+
+def _show_end(item: Review, others: Sequence[Review]) -> None:
+    """What is refused, and how to decide."""
+    everything = (item, *others)
+    if problems := list(dict.fromkeys(problem for one in everything for problem in one.problems)):
+        _say("\nRefused here, whatever a person says\n" + "\n".join(f"  {problem}" for problem in problems))
+    if any(one.state == WAITING and not one.problems for one in everything):
+        name = item.what.study.get("name") or item.what.run
+        _say(f'\npolyclinic site approve {name} --reason "..."   or   polyclinic site refuse {name} --reason "..."')
 
 
 def _test(job: str) -> str:
     asks = {
         "score/test": "scores on test data",
-        "predict/test": "what the model says of each test patient, without names, where the policy allows it "
-        "(allow.never, allow.gather); else scores",
+        "predict/test": "what the model says of each validation patient and each test patient, without names, where "
+        "the policy here allows it (allow.never, allow.gather); else scores on test data",
     }
     return asks.get(job, "no test")
 
 
 def _leaves(method: str) -> str:
-    from polyclinic.methods.registry import entry
+    from polyclinic.methods.registry import UnknownMethod, entry
 
-    return entry(method).leaves
+    try:
+        return entry(method).leaves
+    except UnknownMethod:
+        return "not known here, for this method is not installed"

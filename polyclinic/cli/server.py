@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from polyclinic.cli.ordering import export_study, line_of, queue_order, queue_study, table_of, wait_for
+from polyclinic.cli.ordering import REHEARSED, export_study, line_of, queue_order, queue_study, table_of, wait_for
 from polyclinic.engines.flare import authority, coordinator, study_runs
 from polyclinic.engines.flare.homes import BadHome, ServerHome, read_small
 from polyclinic.engines.flare.order import Order
@@ -210,7 +210,7 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
         "sites": list(who), "rounds": 2,
     }, data={"rehearsal": True}, score_every=1, min_replies=max(len(who), 1))  # fmt: skip
     coordinator.order(server, an)
-    print(f"queued   {an.run} over {', '.join(who)}")
+    print(f"queued   {an.run} over {', '.join(who)}{REHEARSED}")
     if wait and coordinator.is_up(server):
         wait_for(server, [an.run])
 
@@ -246,4 +246,4 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
     entry = Queue(server).get(name)
     if entry:
         (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
-    print(f"exported {name} to {out}")
+    print(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")

@@ -1,6 +1,5 @@
 """``polyclinic site``: what a hospital does."""
 
-import getpass
 import os
 import sys
 import time
@@ -9,8 +8,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from polyclinic.cli.review import methods_of, show
-from polyclinic.engines.flare import doctor, member, proxies
+from polyclinic.cli.review import before, look, methods_of, show
+from polyclinic.engines.flare import data_table, doctor, member, proxies
+from polyclinic.engines.flare.decisions import this_person
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.memory import Memory
@@ -128,6 +128,8 @@ def status(*, home: Home = HERE) -> None:
         last = memory.links[-1] if memory.links else None
         did = f"answered message {last.number} of round {last.round + 1}" if last else "nothing yet"
         print(f"study    {review.what.run:24} {review.state:10} {did}")
+        for line in review.data.splitlines():
+            print(f"         ! {line}")
     print(f"journal  {SharedJournal(site.journal).head[:16]}")
 
 
@@ -160,12 +162,15 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
 def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
     """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved.
 
+    What is shown is remembered: `approve` allows exactly that.
+
     Parameters
     ----------
-    run: A run, or a study.
+    run: A run, a study, or the first characters of an order's hash.
     wait: Whether to stay until it comes, or until anything waits.
     """
-    reviews = Reviews(SiteHome(home.resolve()).reviews)
+    site = SiteHome(home.resolve())
+    reviews = Reviews(site.reviews)
     while wait and not (reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING]):
         time.sleep(0.5)
     if not run:
@@ -175,35 +180,36 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
             print(f"{title:24} {what:16} since {item.seen[:16]}  {'; '.join(item.problems)}".rstrip())
         print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
         return
-    named = reviews.named(run)
-    if not named:
-        raise BadHome(f"no study called {run!r} has come")
-    found = next((r for r in reversed(named) if r.state == WAITING), named[-1])
-    before = [r for r in reviews.all() if r.state == APPROVED and not found.what.same_study(r.what)]
-    before = [r for r in before if r.what.run != found.what.run]
-    show(found, before[-1] if before else None)
+    first, *others = reviews.subject(run)
+    show(first, before(reviews, first), others, look(site, first.what, Path(member.settings(site)["data"])))
+    print(f"\nshown    {reviews.remember([first, *others])[:16]}")
 
 
 @app.command
-def approve(run: str, *, reason: str, home: Home = HERE) -> None:
-    """Allow RUN, exactly as `review` shows it.
+def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home = HERE) -> None:
+    """Allow RUN, exactly as `review` last showed it here.
 
     Parameters
     ----------
     reason: Why, as in "IRB 26-114". It goes into the journal.
+    by: Your name; that of your account on this machine by default. Both are signed and go into the journal.
+    hash: For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
     """
-    _decide(SiteHome(home.resolve()), run, APPROVED, reason)
+    site = SiteHome(home.resolve())
+    _check_tables(site, run)
+    _decide(site, run, APPROVED, reason, by, hash)
 
 
 @app.command
-def refuse(run: str, *, reason: str, home: Home = HERE) -> None:
+def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
     """Refuse RUN, or take an approval back; it counts from the next message on.
 
     Parameters
     ----------
     reason: Why. The server reads it.
+    by: Your name; that of your account on this machine by default.
     """
-    _decide(SiteHome(home.resolve()), run, REFUSED, reason)
+    _decide(SiteHome(home.resolve()), run, REFUSED, reason, by)
 
 
 @app.command
@@ -245,15 +251,21 @@ def leave(*, yes: bool = False, home: Home = HERE) -> None:
     print("left")
 
 
-def _decide(site: SiteHome, name: str, state: str, reason: str) -> None:
+def _check_tables(site: SiteHome, name: str) -> None:
+    """Raises if the study and this hospital's data.toml say different things: such a study could not run."""
+    order = Reviews(site.reviews).subject(name)[0].what
+    own = None if order.rehearsal else data_table.of_hospital(Path(member.settings(site)["data"]))
+    if own and (differ := data_table.conflicts(own, order.data)):
+        raise BadHome("\n".join(differ.values()))
+
+
+def _decide(site: SiteHome, name: str, state: str, reason: str, by: str, shown: str = "") -> None:
     journal = SharedJournal(site.journal)
-    for decided in Reviews(site.reviews).decide(name, state, _person(), reason):
-        run = decided.what.run
-        journal.write(
-            f"{state} by a person", {"run": run, "order": decided.what.hash, "by": decided.by, "reason": reason}
-        )
-        print(f"{state:8} {run}")
+    for decided in Reviews(site.reviews).decide(name, state, by, reason, shown):
+        about = {"run": decided.what.run, "rehearsal": decided.what.rehearsal}
+        journal.write(f"{state} by a person", {**about, **decided.statement, "signature": decided.signature})
+        print(f"{state:8} {decided.what.run}{'  (imaginary data)' if decided.what.rehearsal else ''}")
 
 
 def _person() -> str:
-    return os.environ.get("SUDO_USER") or getpass.getuser()
+    return this_person().account

@@ -32,11 +32,13 @@ class Describe(Method[None]):
         kind: The kind of task, which says what a target is.
         classes: The names of the classes, where the site's data have names.
         min_cell: Counts above zero and below this one are left out.
+        named: Whether the names of the classes are told, or only how many there are.
     """
 
     kind: str
     classes: tuple[str, ...] = ()
     min_cell: int = 0
+    named: bool = False
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -52,7 +54,8 @@ class Describe(Method[None]):
 
     def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """The description as text, apart from other sites'."""
-        text = json.dumps(describe(site.data, self.kind, self.classes, self.min_cell), sort_keys=True).encode()
+        found = describe(site.data, self.kind, self.classes, self.min_cell, self.named)
+        text = json.dumps(found, sort_keys=True).encode()
         return Reply({PART: Gather({site.name: {"text": torch.tensor(list(text), dtype=torch.uint8)}})}), memory
 
     def server_update(self, state: None, reply: Reply, server: Site) -> None:
@@ -60,9 +63,12 @@ class Describe(Method[None]):
 
 
 def describe(
-    data: Mapping[str, Examples], kind: str, classes: tuple[str, ...] = (), min_cell: int = 0
+    data: Mapping[str, Examples], kind: str, classes: tuple[str, ...] = (), min_cell: int = 0, named: bool = False
 ) -> dict[str, Any]:
-    """The description of a site's ``data`` for a task of some ``kind``. A count that is left out is None."""
+    """The description of a site's ``data`` for a task of some ``kind``. A count that is left out is None.
+
+    ``classes`` count as outputs in any case; their names are in it only if they are to be ``named``.
+    """
     shape = next((list(examples.shape) for examples in data.values() if len(examples)), [])
     labelled = {role: examples for role, examples in data.items() if role != "unlabelled" and len(examples)}
 
@@ -80,7 +86,7 @@ def describe(
             counts = hidden([int((examples.targets == c).sum()) for c in range(outputs)], min_cell)
         patients = shown(len(set(examples.patients)))
         roles[role] = {"patients": patients, "examples": None if patients is None else len(examples), "classes": counts}
-    return {"inputs": shape, "outputs": outputs, "classes": list(classes), "roles": roles}
+    return {"inputs": shape, "outputs": outputs, "classes": list(classes) if named else [], "roles": roles}
 
 
 def hidden(counts: Sequence[int], min_cell: int) -> list[int | None]:

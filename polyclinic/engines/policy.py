@@ -22,6 +22,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.required import arrived, transform_problems, transforms_of, unknown_transforms
+from polyclinic.methods.packages import RULE, Package, allows, exact_rule, methods_in, packages_of
 from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
@@ -54,6 +55,8 @@ class Allow(_Table):
     never: tuple[str, ...] = ("predict/*",)
     stats: tuple[str, ...] = ("Mean", "LeafMean")
     gather: tuple[str, ...] = ("score", "describe")
+    packages: tuple[Annotated[str, Field(pattern=RULE)], ...] = ()
+    class_names: bool = False
 
 
 class Require(_Table):
@@ -99,12 +102,24 @@ class Policy(_Table):
         Raises:
             ValueError: Where the plan cannot be built.
         """
+        packages = packages_of(methods_in({"method": plan.method, "options": plan.options}))
+        if refused := self.package_problems(packages):
+            return refused  # building the method would import the package
         method = plan.build_method()
         found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
         if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
             found.append("what leaves must be hidden in noise that the budget here can pay for (privacy): train with "
                          "DPSGD, or send through clip and gaussian")  # fmt: skip
         return found
+
+    def package_problems(self, packages: Iterable[Package]) -> list[str]:
+        """Why this policy would not run code of ``packages``: a sentence each."""
+        return [
+            f"it needs the package {package.name} {package.version}, whose code the policy does not allow; "
+            f'allow.packages = ["{exact_rule(package)}"] would allow what is installed here'
+            for package in packages
+            if not any(allows(rule, package) for rule in self.allow.packages)
+        ]
 
     def survey_problems(self) -> list[str]:
         """Why this policy would refuse to say what the data here are: a sentence each."""

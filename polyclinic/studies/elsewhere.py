@@ -14,6 +14,7 @@ from typing import Any
 from polyclinic.core import state as states
 from polyclinic.core.journal import Journal, verify
 from polyclinic.engines.describe import shape_of
+from polyclinic.engines.flare.data_table import FROM_STUDY
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
 from polyclinic.studies.describe import method_facts
@@ -74,17 +75,24 @@ def arms(
             found.append({"label": method.called, "seed": seed, "plan": _plain(plan), "external": external})
     if not found:
         raise NotElsewhere("no method is left: " + "; ".join(notes))
+    if kept := sorted(_own(study).keys() - set(FROM_STUDY)):
+        notes.append(f"[data] {', '.join(kept)}: not sent; each hospital says this of its own data, in its data.toml")
     return found, notes
 
 
 def how(study: Study) -> dict[str, Any]:
     """What the orders of all arms share."""
     best = {"metric": study.metric, "higher": study.higher_is_better} if study.evaluation.select == "best" else {}
-    kept = study.data.model_dump(mode="json", exclude_unset=True, exclude=set(WHERE))
+    sent = {key: value for key, value in _own(study).items() if key in FROM_STUDY}
     return {
         "cohort": study.cohort, "min_replies": study.min_replies, "deadline": study.deadline, "best": best,
-        "score_every": study.evaluation.every, "test": "predict/test", "data": _plain(kept),
+        "score_every": study.evaluation.every, "test": "predict/test", "data": _plain(sent),
     }  # fmt: skip
+
+
+def _own(study: Study) -> dict[str, Any]:
+    """What the study file sets of its data, but for where they lie on this machine."""
+    return study.data.model_dump(mode="json", exclude_unset=True, exclude=set(WHERE))
 
 
 def collect(
@@ -171,6 +179,9 @@ def _info(
     notes = ["The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
              *(f"{site} has fewer patients in some group than it lets be counted." for site in names
                if None in _numbers(said.get(site, {})))]  # fmt: skip
+    unnamed = [site for site in names if site in said and not said[site]["classes"]]
+    if classes and unnamed:
+        notes.append(f"{', '.join(unnamed)} named no classes, so that theirs stand in the same order was not checked.")
     return {
         "name": title, "title": study.title or study.name, "hash": study.hash, "task": study.task.kind,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

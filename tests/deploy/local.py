@@ -84,10 +84,16 @@ def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
 
 
 def approve(home: SiteHome, an: Order) -> None:
-    """What a person at the site does."""
+    """What a person at the site does, once the order has come: reads it, and approves what was shown."""
+    Reviews(home.reviews).offer(an, ())
+    read_and_approve(home, an.run)
+
+
+def read_and_approve(home: SiteHome, name: str, reason: str = "because") -> None:
+    """Reads what stands there under ``name``, and approves exactly that."""
     reviews = Reviews(home.reviews)
-    reviews.offer(an, (), {})
-    reviews.decide(an.run, APPROVED, "a person", "because")
+    reviews.remember(reviews.subject(name))
+    reviews.decide(name, APPROVED, "a person", reason)
 
 
 class Inline:

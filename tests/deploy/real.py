@@ -155,7 +155,8 @@ class Hospitals:
         assert made is not None
         for name in made.what.plan["sites"] if approve else ():
             reviews = Reviews(self.homes[name].reviews)
-            reviews.offer(made.what, (), {})
+            reviews.offer(made.what, ())
+            reviews.remember(reviews.subject(an.run))
             reviews.decide(an.run, APPROVED, "a person", "a test")
         return made.what
 

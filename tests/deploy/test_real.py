@@ -48,6 +48,7 @@ def test_a_study_between_hospitals_gives_the_bits_of_one_process(hospitals: Hosp
             lambda home=home: "quick" in hospitals.command("site", "review", home=home.path),
             f"the study to come to {site}",
         )
+        assert "method = \"scaffold\"" in hospitals.command("site", "review", "quick", home=home.path)
         hospitals.command("site", "approve", "quick", "--reason", "IRB 1", home=home.path)
     hospitals.finished("quick")
     state, memory = reference(an)

@@ -27,7 +27,7 @@ from polyclinic.studies.records import read_run
 from polyclinic.studies.runner import run as run_here
 from polyclinic.transforms.ledger import Ledger
 from tests.deploy.clinics import STUDY, make
-from tests.deploy.local import Inline, LocalCarrier, approve, conductor, hospital, order
+from tests.deploy.local import Inline, LocalCarrier, approve, conductor, hospital, order, read_and_approve
 
 OPEN = '[allow]\ngather = ["*"]\nnever = []\n[limits]\nmin_patients = 2\nmin_cell = 2\n'
 CLOSED = "[limits]\nmin_patients = 2\n"
@@ -89,7 +89,7 @@ class Clinics:
 
     def approve(self) -> None:
         for home in self.homes.values():
-            Reviews(home.reviews).decide("spots", APPROVED, "a person", "IRB")
+            read_and_approve(home, "spots", "IRB")
 
     def offer(self) -> None:
         """The survey comes to every site."""
@@ -98,7 +98,7 @@ class Clinics:
             desk = Desk(home, entry.what)
             desk.trainer = Inline(home, entry.what.run)
             found = desk._train({"what": "check"})
-            desk.reviews.offer(entry.what, tuple(found["problems"]), found["patients"], found["notes"])
+            desk.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
             desk.close()
 
 
@@ -178,6 +178,15 @@ def tampered(an: Order) -> dict[str, Order]:
         "fewer peers": replace(an, plan={**plan, "sites": ["lyon"]}),
         "other keys": replace(an, identities={"lyon": "11" * 32}),
         "another test": replace(an, test=""),
+        "more outputs": replace(an, plan={**plan, "outputs": 20_000}),
+        "another shape": replace(an, plan={**plan, "inputs": [1, 64, 64]}),
+        "others who are scored": replace(an, external=("mallory",)),
+        "more scores": replace(an, score_every=7),
+        "fewer replies": replace(an, min_replies=2),
+        "another deadline": replace(an, deadline=9.0),
+        "a smaller cohort": replace(an, cohort=1),
+        "another measure": replace(an, best={}),
+        "another patience": replace(an, patience=1.0),
         "other data": replace(an, data={"split": [0.1, 0.1, 0.8]}),
         "without waiting": replace(an, mode="buffered", external=()),
         "another label": replace(an, label="other"),
@@ -192,16 +201,18 @@ def test_an_approval_of_a_study_covers_its_parts_and_nothing_else(tmp_path: Path
     clinics.offer()
     clinics.approve()
     clinics.work()
-    reviews = Reviews(tmp_path / "fresh")
+    shutil.copytree(clinics.homes["lyon"].keys, tmp_path / "fresh" / "keys")
+    reviews = Reviews(tmp_path / "fresh" / "reviews")
     survey, *arms = [entry.what for entry in Queue(clinics.server).all().values()]
-    reviews.offer(survey, (), {})
-    reviews.decide("spots", APPROVED, "a person", "IRB")
+    reviews.offer(survey, ())
+    read_and_approve(SiteHome(tmp_path / "fresh"), "spots")
+    reviews.answered(survey, {"inputs": [1, 8, 8], "outputs": 2})
     for an in arms:
-        assert reviews.offer(an, (), {}).state == APPROVED
         for how, other in tampered(an).items():
             fresh = replace(other, run=f"{an.run[:20]}-x")
-            assert reviews.offer(fresh, (), {}).state == WAITING, how
-    assert reviews.offer(replace(arms[0], run="again"), ("the policy refuses",), {}).state == WAITING
+            assert reviews.offer(fresh, ()).state == WAITING, how
+        assert reviews.offer(an, ()).state == APPROVED
+    assert reviews.offer(replace(arms[0], run="again"), ()).state == WAITING
 
 
 def test_a_survey_says_shapes_and_counts_and_hides_the_small(tmp_path: Path) -> None:
@@ -287,7 +298,10 @@ def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
     arms, notes = elsewhere.arms(study, CLINICS)
     assert {arm["label"] for arm in arms} == {"single", "fedbn"}
     assert {arm["label"]: arm["external"] for arm in arms} == {"single": [], "fedbn": ["osaka"]}
-    assert notes == ["mix is left out: it needs all data in one place, and here they stay at the sites"]
+    assert notes == [
+        "mix is left out: it needs all data in one place, and here they stay at the sites",
+        "[data] patient: not sent; each hospital says this of its own data, in its data.toml",
+    ]
     with pytest.raises(elsewhere.NotElsewhere, match="the external site osaka is not admitted"):
         elsewhere.arms(study, ("lyon", "oslo"))
     with pytest.raises(elsewhere.NotElsewhere, match="nobody is left"):

@@ -120,6 +120,7 @@ class Conductor:
                 "code": code_hash(),
                 "round": at.round if at else 0,
                 "sites": list(self.members),
+                "rehearsal": self.order.rehearsal,
             },
         )
         # One reference to the state, so that the one before is gone when the next has come.

@@ -61,7 +61,7 @@ class Desk:
         self.reviews = Reviews(home.reviews)
         write_private(self.memory.folder / "order.json", order.to_json())
         self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
-        self._automatic = False
+        self._automatic = self._fits = False
         self._schedule: Schedule | None = None
         self._said = ""
         self._hash = order.hash
@@ -103,22 +103,38 @@ class Desk:
             raise Refusal("refused: the server asks for another study than the one whose order came with the job")
 
     def _hello(self) -> None:
-        """Raises unless this study may run here."""
+        """Raises unless this study may run here, and the data here are what it needs.
+
+        No file of the data is opened before a policy or a person has allowed it.
+        """
         found = self._train({"what": "check"})
         problems = tuple(found["problems"])
         self._automatic = bool(found["automatic"]) and not problems
+        about = {"run": self.order.run, "order": self._hash, "rehearsal": self.order.rehearsal}
         if self._automatic:
-            self.journal.write("admitted by the policy", {"run": self.order.run, "order": self._hash})
+            self.journal.write("admitted by the policy", about)
+        else:
+            before = self.reviews.get(self.order.run)
+            review = self.reviews.offer(self.order, problems, found["notes"])
+            if review != before:
+                self.journal.write("study offered", {**about, "problems": list(problems)})
+            if review != before and review.of:
+                part = {**about, **review.statement, "signature": review.signature}
+                self.journal.write(f"{review.state} as part of its study", part)
+            if problems:
+                raise Refusal("refused by the site's policy: " + "; ".join(problems))
+            self._permitted()
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises unless the data here are what this study, which is allowed, needs; people here are told the details."""
+        if self._fits:
             return
-        before = self.reviews.get(self.order.run)
-        review = self.reviews.offer(self.order, problems, found["patients"], found.get("notes", ()))
-        if review != before:
-            self.journal.write(
-                "study offered", {"run": self.order.run, "order": self._hash, "problems": list(problems)}
-            )
-        if problems:
-            raise Refusal("refused by the site's policy: " + "; ".join(problems))
-        self._permitted()
+        found = self._train({"what": "data"})
+        self.reviews.note_data(self.order.run, found["here"])
+        if found["told"]:
+            raise Refusal(f"refused: {found['told']}")
+        self._fits = True
 
     def _permitted(self) -> None:
         """Raises unless a policy or a person allows this very study, now."""
@@ -172,6 +188,8 @@ class Desk:
             "sent": self.memory.sent_in(call.round), "layout": str(self.memory.layout(call.number)),
             "automatic": self._automatic, "bound": bound, "marked": bool(schedule.bound(asked)),
         }, call.deadline)  # fmt: skip
+        if done["said"]:
+            self.reviews.answered(self.order, done["said"])
         memory = {"same": before.name if before else "", "kept": self.memory.kept(call.number).name, "none": ""}
         link = Link(
             call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"],
@@ -180,7 +198,8 @@ class Desk:
         self.memory.usage.answer(asked, call.number, link.sha256, done["marks"])
         self.memory.add(link)
         sent = self._sent(link)
-        self.journal.write("answered", {**details, "reply": sent.sha256, "bytes": sent.size})
+        parts = {"parts": done["parts"], "masked": done["secure"]}
+        self.journal.write("answered", {**details, "reply": sent.sha256, "bytes": sent.size, **parts})
         return sent
 
     @property
@@ -241,8 +260,9 @@ class Desk:
             raise Refusal(f"refused: {error}") from None
 
     def _train(self, command: dict[str, Any], deadline: float = 0.0) -> dict[str, Any]:
+        code = {"code": code_hash(), "packages": [list(package) for package in self.order.packages]}
         try:
-            done = self.trainer.do(command, deadline or None)
+            done = self.trainer.do({**command, **code}, deadline or None)
         except Died as error:
             raise Refusal(f"failed: {error}") from None
         except Stopped as error:

@@ -8,11 +8,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.engines.flare.homes import BadHome, name
+from polyclinic.methods.packages import Package, methods_in, packages_of
 
 if TYPE_CHECKING:
     from polyclinic.engines.plan import Plan
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MAX_ORDER = 2**18
 LABEL = re.compile(r"([a-z0-9][a-z0-9.+-]{0,40})?")
 OF_DATA = ("inputs", "outputs")
+PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
+"""Stands in for what only the sites' data can say, to see whether a method can be built at all."""
 COMPUTES = ("core", "tasks", "methods", "transforms", "data", "engines")
 
 
@@ -50,8 +53,8 @@ class Order:
         external: Sites that nobody trains on, and that are scored like the others.
         best: Which round's model is tested: ``{"metric": "auc", "higher": True}``, by its mean over the sites that
             train; the last round's where empty.
-        study: The study that the run is part of: ``name``, ``hash`` and ``arms``, its plans without what only the
-            sites' data can say. A person approves them together.
+        study: The study that the run is part of: ``name``, ``hash`` and ``arms``, each with ``label``, ``plan`` without
+            what only the sites' data can say, and ``external`` where it has such sites. A person approves them together.
     """
 
     run: str
@@ -110,17 +113,60 @@ class Order:
         return (*self.plan["sites"], *self.external)
 
     @property
+    def rehearsal(self) -> bool:
+        """Whether sites train on imaginary data, and no file of a hospital is read."""
+        return self.data.get("rehearsal") is True
+
+    @property
+    def arms(self) -> list[dict[str, Any]]:
+        """The arms of the study that this is part of; none where it is part of none."""
+        found: list[dict[str, Any]] = self.study.get("arms", [])
+        return found
+
+    @property
+    def arm(self) -> dict[str, Any] | None:
+        """The arm of the study that this run is, if it is one."""
+        return next((arm for arm in self.arms if self.mode != "survey" and self._is(arm)), None)
+
+    @property
     def of_study(self) -> bool:
         """Whether this is a part of the study that it names, and nothing besides."""
-        if self.mode == "survey":
-            return bool(self.study) and self.plan == survey_plan(self.plan.get("sites", ()))
-        return any(_fills(self.plan, arm["plan"]) and self.label == arm["label"] for arm in self.study.get("arms", ()))
+        if self.mode != "survey":
+            return self.arm is not None
+        sites = dict.fromkeys(site for arm in self.arms for site in arm["plan"].get("sites", ()))
+        outside = {site for arm in self.arms for site in arm.get("external", ())}
+        asked = (self.plan, self.label, set(self.external))
+        return bool(self.study) and asked == (survey_plan(list(sites)), "", outside)
+
+    @property
+    def study_key(self) -> str:
+        """SHA-256 of what all parts of one study share; empty for a run that is not part of a study."""
+        if not self.of_study:
+            return ""
+        own: dict[str, Any] = {"run": "", "plan": {}, "label": "", "external": ()}
+        common = replace(self, **own, mode=self.mode.replace("survey", "rounds"))
+        return common.hash
+
+    @property
+    def part(self) -> str:
+        """Which part of its study this is: ``survey``, or a hash of the arm. One approval covers each part once."""
+        return "survey" if self.mode == "survey" else _digest(self.arm)
+
+    @property
+    def filled(self) -> tuple[str, ...]:
+        """What the plan says and its arm did not, because only the sites' data can say it."""
+        arm = self.arm
+        return tuple(key for key in OF_DATA if key not in arm["plan"]) if arm else ()
 
     def same_study(self, other: "Order") -> bool:
-        """Whether both are parts of one study, under one set of rules: who approved one approved the other."""
-        own = {"run": "", "plan": {}, "label": "", "external": ()}
-        ours, theirs = (replace(an, **own, mode=an.mode.replace("survey", "rounds")) for an in (self, other))  # type: ignore[arg-type]
-        return self.of_study and other.of_study and ours == theirs
+        """Whether both are parts of one study, under one set of rules."""
+        return bool(self.study_key) and self.study_key == other.study_key
+
+    @property
+    def packages(self) -> tuple[Package, ...]:
+        """The installed packages that provide the methods that this order or its study names, as they are now."""
+        plans = [self.plan, *(arm["plan"] for arm in self.arms)]
+        return packages_of({method for plan in plans for method in methods_in(plan)})
 
     @property
     def hash(self) -> str:
@@ -131,11 +177,19 @@ class Order:
     def method_hash(self) -> str:
         """SHA-256 of what runs at a site whenever this method runs: method, options, transforms, task, training, code.
 
-        Not of the run's name, its sites, rounds and seed. A policy that approves it approves every such run.
+        Code is Polyclinic's, and that of the packages that provide the method. Not of the run's name, its sites, rounds
+        and seed. A policy that approves it approves every such run.
         """
         same = {key: value for key, value in self.plan.items() if key not in ("sites", "rounds", "seed")}
-        text = json.dumps({"plan": same, "data": self.data, "code": code_hash()}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        packages = packages_of(methods_in(self.plan))
+        return _digest({"plan": same, "data": self.data, "code": code_hash(), "packages": packages})
+
+    def _is(self, arm: Mapping[str, Any]) -> bool:
+        return (
+            _fills(self.plan, arm["plan"])
+            and self.label == arm["label"]
+            and self.external == tuple(arm.get("external", ()))
+        )
 
 
 def survey_plan(sites: Sequence[str]) -> dict[str, Any]:
@@ -199,7 +253,7 @@ def _checked(given: Any) -> dict[str, Any]:
 
 def _names(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple):
-        raise BadOrder("the field 'external' is a list of names")
+        raise BadOrder("the field 'external' is a list of names, and so are an arm's sites")
     try:
         return tuple(name(site) for site in given)
     except BadHome as error:
@@ -222,8 +276,12 @@ def _check_study(study: Mapping[str, Any]) -> None:
     except BadHome as error:
         raise BadOrder(str(error)) from None
     for arm in arms:
-        if not isinstance(arm, dict) or arm.keys() != {"label", "plan"} or not isinstance(arm["plan"], dict):
-            raise BadOrder("each arm of a study holds a label and a plan")
+        if not isinstance(arm, dict) or arm.keys() - {"external"} != {"label", "plan"}:
+            raise BadOrder("each arm of a study holds a label and a plan, and external sites where it has some")
+        if not isinstance(arm["plan"], dict):
+            raise BadOrder("an arm's plan is a table")
+        for names in (arm.get("external", ()), arm["plan"].get("sites", ())):
+            _names(names)
         if not isinstance(arm["label"], str) or not LABEL.fullmatch(arm["label"]) or not arm["label"]:
             raise BadOrder("an arm's label is not one")
         if not isinstance(arm["plan"].get("method"), str):
@@ -234,17 +292,36 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
 
 
+def _digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _no_constant(text: str) -> Any:
     raise BadOrder(f"{text} is no number here")
 
 
 @cache
 def code_hash() -> str:
-    """SHA-256 of the source code that is installed here and computes, sends or checks: other bytes, another hash."""
+    """SHA-256 of Polyclinic's code as it was when this process first asked: the code that this process runs.
+
+    A file that is changed on the disk afterwards changes ``code_on_disk``, and not what runs here.
+    """
+    return code_on_disk()
+
+
+def code_on_disk() -> str:
+    """SHA-256 of the source code that is installed here now and computes, sends or checks."""
     package = Path(__file__).parents[2]
-    total = hashlib.sha256()
-    for part in COMPUTES:
-        for path in sorted((package / part).rglob("*.py")):
-            content = path.read_bytes()
-            total.update(f"{path.relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
+    files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
+    return _hash_of(tuple((str(path), path.stat().st_ctime_ns, path.stat().st_size) for path in files))
+
+
+@lru_cache(maxsize=2)
+def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    """The hash of ``files``, which are read again only when one of them was written since."""
+    package, total = Path(__file__).parents[2], hashlib.sha256()
+    for path in (Path(file) for file, _, _ in files):
+        content = path.read_bytes()
+        total.update(f"{path.relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
     return total.hexdigest()

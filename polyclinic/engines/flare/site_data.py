@@ -2,11 +2,11 @@
 
 The folder holds one file a role, ``train.npz``, ``val.npz``, ``test.npz``, ``unlabelled.npz``, with the arrays
 ``inputs`` [n, C, *spatial] or [n, F], ``targets``, and, so that patients are counted and not images, ``patients`` [n].
-Or it holds ``data.toml``, the ``[data]`` table of a study, which says how the files there are to be read.
+Or it holds ``data.toml``, the ``[data]`` table of a study, which says how the files there are to be read. A study may add to
+that table what ``data_table.FROM_STUDY`` names, and nothing else.
 """
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,26 @@ import numpy as np
 import torch
 
 from polyclinic.data.examples import DataError, Examples, concat
+from polyclinic.engines.flare import data_table
+from polyclinic.engines.flare.homes import BadHome
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.plan import Plan
 
 ROLES = ("train", "val", "test", "unlabelled")
+TRAINS = ("train", "unlabelled", "boxed", "tagged")
+UNREADABLE = "the data cannot be read as the study needs them: `polyclinic site status` at the site says why"
+
+
+class Unfit(DataError):
+    """Data that an order cannot use.
+
+    Attributes:
+        told: Why, as the server may read it: without paths, and without values of the data.
+    """
+
+    def __init__(self, problems: Sequence[str] | str, told: str) -> None:
+        super().__init__(problems)
+        self.told = told
 
 
 class Held(NamedTuple):
@@ -36,19 +52,24 @@ def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
         plan: Says which shape inputs must have, unless the order is a survey, which asks for it.
 
     Raises:
-        DataError: Where there are none that can be used, with every problem.
+        DataError: If there are none that can be used, with every problem; ``Unfit`` where the server may be told why.
     """
-    if order.data.get("rehearsal") is True:
+    if order.rehearsal:
         return Held(_imaginary(plan))
     roles, classes = read(folder, order.data, plan.seed)
     if site in order.external:  # nobody trains here, so all of it is test data
         labelled = [roles[role] for role in ROLES[:3] if role in roles]
         roles = {"test": concat(labelled)} if labelled else {}
-    if not roles.keys() & {"train", "unlabelled", "test"}:
-        raise DataError(f"{folder} holds no examples that this study could use")
-    if order.mode != "survey" and (wrong := [r for r, data in roles.items() if len(data) and _differs(data, plan)]):
-        raise DataError(
-            [f"{role}: inputs have the shape {roles[role].shape}, and the study needs {plan.inputs}" for role in wrong]
+    if not roles.keys() & {*TRAINS, "test"}:
+        raise Unfit(f"{folder} holds no examples that this study could use", "there are no examples here for this study")
+    if order.mode == "survey":
+        return Held(roles, classes)
+    if site in plan.sites and not roles.keys() & set(TRAINS):
+        raise Unfit(f"{folder} holds no training examples, and the study trains here", "there are no training examples here")
+    if wrong := [role for role, data in roles.items() if len(data) and _differs(data, plan)]:
+        raise Unfit(
+            [f"{role}: inputs have the shape {roles[role].shape}, and the study needs {plan.inputs}" for role in wrong],
+            f"inputs ({', '.join(wrong)}) do not have the shape that the study needs, {_by(plan.inputs)}",
         )
     return Held(roles, classes)
 
@@ -56,16 +77,31 @@ def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
 def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> Held:
     """What the folder holds. ``table``: the ``[data]`` of a study, as far as it is for sites.
 
+    A folder of ``.npz`` files by role is divided and prepared already, so nothing of ``table`` applies to it.
+
     Raises:
         DataError: Where it cannot be read, with every problem.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not there: is the disk mounted? `data` in site.toml names the folder")
+    if wrong := data_table.refused(table):
+        raise Unfit(wrong, "; ".join(wrong))
     if found := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
         return Held(found)
-    if not (folder / "data.toml").is_file():
+    try:
+        own = data_table.of_hospital(folder)
+    except BadHome as error:
+        raise DataError(str(error)) from None
+    if own is None:
         raise DataError(f"{folder} holds no train.npz, and no data.toml that says how to read what is there")
-    return _federated(folder / "data.toml", table, seed)
+    if differ := data_table.conflicts(own, table):
+        keys = ", ".join(differ)
+        raise Unfit(list(differ.values()), f"the study and this hospital say different things about its data: {keys}")
+    return _federated(folder / data_table.FILE, own, table, seed)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _differs(data: Examples, plan: Plan) -> bool:
@@ -85,15 +121,15 @@ def _read(path: Path) -> Examples:
     return Examples(inputs, targets, tuple(patients), tuple(ids))
 
 
-def _federated(path: Path, table: Mapping[str, Any], seed: int) -> Held:
+def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> Held:
     """One site's data, however they lie; everything in it is this site's, and paths begin at the folder."""
     from polyclinic.data.federation import DataSpec, federate
 
+    given = {"sites": {"partition": "iid", "count": 1}, **table, **own}
+    if isinstance(given.get("path"), str):
+        given["path"] = str(path.parent / Path(given["path"]).expanduser())
     try:
-        given = {"sites": {"partition": "iid", "count": 1}, **tomllib.loads(path.read_text())}
-        if isinstance(given.get("path"), str):
-            given["path"] = str(path.parent / Path(given["path"]).expanduser())
-        spec = DataSpec.model_validate({**given, **table})
+        spec = DataSpec.model_validate(given)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     found = federate(spec, seed)

@@ -19,7 +19,7 @@ from typing import Any
 from polyclinic.engines.flare import coordinator
 from polyclinic.engines.flare.homes import BadHome, ServerHome, name, private_folder, read_json, write_private
 from polyclinic.engines.flare.journals import SharedJournal
-from polyclinic.engines.flare.order import OF_DATA, BadOrder, Order, survey_plan
+from polyclinic.engines.flare.order import OF_DATA, PLACEHOLDER, BadOrder, Order, survey_plan
 from polyclinic.engines.flare.runs import FINISHED, OVER, Queue
 
 SURVEY, QUEUED, STOPPED = "survey", "queued", "stopped"
@@ -45,7 +45,9 @@ def put(home: ServerHome, text: str, title: str, hash: str, arms: Sequence[Mappi
     folder = home.path / "studies" / name(title, "a study's name")
     if (folder / "study.json").exists():
         raise BadHome(f"there is a study called {title!r} already: give this one another name with --name")
-    listed = [{"label": arm["label"], "plan": dict(arm["plan"])} for arm in arms]
+    listed = [
+        {"label": arm["label"], "plan": dict(arm["plan"]), "external": list(arm["external"])} for arm in arms
+    ]  # fmt: skip
     common = {**how, "study": {"name": title, "hash": hash, "arms": listed}}
     known = all(key in arm["plan"] for arm in arms for key in OF_DATA)
     runs = {_run(title, hash, i, arm): dict(arm) for i, arm in enumerate(arms)}
@@ -56,8 +58,7 @@ def put(home: ServerHome, text: str, title: str, hash: str, arms: Sequence[Mappi
         _check([_order(run, arm, arm["plan"], common) for run, arm in runs.items()])
         queued = [coordinator.order(home, an).run for an in _orders(table, {})]
     else:
-        shape = {"inputs": [1, 16, 16], "outputs": 2}  # until the sites say: whether the methods can be built at all
-        _check([_order(run, arm, {**shape, **arm["plan"]}, common) for run, arm in runs.items()])
+        _check([_order(run, arm, {**PLACEHOLDER, **arm["plan"]}, common) for run, arm in runs.items()])
         outside = sorted({site for arm in arms for site in arm["external"]})
         asks = {**common, "mode": "survey", "external": outside}
         queued = [coordinator.order(home, _from_table(survey, survey_plan(sites), asks)).run]

@@ -13,19 +13,22 @@ import torch
 from polyclinic.core.execute import Refused
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
+from polyclinic.core.stats import Gather, Reply
+from polyclinic.data.examples import DataError
 from polyclinic.engines import policy as policies
 from polyclinic.engines.at_site import marks_of, minibatches, work
-from polyclinic.engines.describe import Describe, describe
-from polyclinic.engines.flare import site_data, wire
+from polyclinic.engines.describe import Describe, read_description
+from polyclinic.engines.flare import data_table, site_data, wire
 from polyclinic.engines.flare.homes import SiteHome, read_small, read_toml
 from polyclinic.engines.flare.messages import printable
-from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.order import PLACEHOLDER, Order, code_hash, code_on_disk
 from polyclinic.engines.flare.secure_training import Demands, SecureTraining
 from polyclinic.engines.paid import Paid, coarse
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.required import arrived, transforms_of
 from polyclinic.engines.schedule import marks_problem
 from polyclinic.engines.site_ledger import ledger_for
+from polyclinic.methods.packages import Package, methods_in, packages_of
 from polyclinic.transforms.secure import contents, layout_of
 from polyclinic.transforms.secure.keys import ProtocolError
 
@@ -40,6 +43,7 @@ class Training:
         self.home = home
         self.settings = read_toml(home.settings, "polyclinic site init")
         self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
+        self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this order
 
     @cached_property
     def plan(self) -> Plan:
@@ -50,7 +54,8 @@ class Training:
     def method(self) -> Any:
         """The order's method; of a survey, the description of this site's data."""
         if self.order.mode == "survey":
-            return Describe(self._kind, self.held.classes, policies.read(self.home.policy).limits.min_cell)
+            policy = policies.read(self.home.policy)
+            return Describe(self._kind, self.held.classes, policy.limits.min_cell, policy.allow.class_names)
         return self.plan.build_method()
 
     @cached_property
@@ -79,6 +84,8 @@ class Training:
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """What came of one command; whatever goes wrong is a reason, not an exception."""
         try:
+            if changed := self._changed(command):
+                return {"lost": changed, "seconds": 0.0}
             match command["what"]:
                 case "check":
                     return self._check()
@@ -87,6 +94,8 @@ class Training:
                     return {"lost": "", "jobs": [job.to_table() for job in self.method.jobs], "batches": batches}
                 case "again":
                     return self._again(command)
+                case "data":
+                    return self._data()
                 case "secure":
                     return self.sums.step(command, policies.read(self.home.policy).require.min_sites)
             return self._ask(command)
@@ -96,27 +105,41 @@ class Training:
             log.exception("failed")
             return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
 
+    def _changed(self, command: Mapping[str, Any]) -> str:
+        """Why the code is not the one that was approved; empty where it is.
+
+        Modules are loaded from the disk when they are first needed. So the code must be what the desk asks for, both when
+        this process began and on the disk now.
+        """
+        again = "while the run went on: the site must be stopped and started again"
+        if {self._code, code_on_disk()} != {command["code"]}:
+            return f"refused: polyclinic was changed here {again}"
+        if {self._packages, self.order.packages} != {tuple(Package(*package) for package in command["packages"])}:
+            return f"refused: a package that the study needs was changed here {again}"
+        if command["what"] == "check":
+            return ""
+        own = packages_of(methods_in(self.order.plan))
+        return "; ".join(f"refused: {why}" for why in policies.read(self.home.policy).package_problems(own))
+
     def _check(self) -> dict[str, Any]:
-        """Whether the study could run here: its problems, and how many patients there are by role."""
-        policy = policies.read(self.home.policy)
+        """Whether the study could run here, as far as the order and the policy say. No file of the data is opened."""
+        policy, name = policies.read(self.home.policy), self.settings["site"]
         survey, notes = self.order.mode == "survey", list[str]()
-        problems = policy.survey_problems() if survey else policy.problems(self.plan)
-        if survey and self.order.study and not self.order.of_study:
-            problems.append("the survey is not the one of the study that it names")
-        if self.site.name not in self.order.everyone:
-            problems.append(f"the study is not for {self.site.name}, but for {', '.join(self.order.everyone)}")
-        for arm in self.order.study.get("arms", ()) if survey else ():
-            notes += [f"{arm['label']}: {problem}" for problem in self._arm_problems(policy, arm["plan"])]
-        patients = {role: policies.count_patients(data) for role, data in self.site.data.items()}
+        problems = [*data_table.refused(self.order.data)]
+        problems += policy.survey_problems() if survey else policy.problems(self.plan)
+        if self.order.study and not self.order.of_study:
+            problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
+        if name not in self.order.everyone:
+            problems.append(f"the study is not for {name}, but for {', '.join(self.order.everyone)}")
+        for arm in self.order.arms if survey else ():
+            notes += [f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])]
         automatic = not survey and self.order.method_hash in policy.approve.automatically
-        return {"lost": "", "problems": problems, "patients": patients, "automatic": automatic, "notes": notes}
+        return {"lost": "", "problems": problems, "automatic": automatic, "notes": list(dict.fromkeys(notes))}
 
     def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
         """Why the policy would refuse an arm of a study, as far as its plan says."""
-        shape = describe(self.site.data, plan["kind"])
         try:
-            whole = {"inputs": shape["inputs"], "outputs": shape["outputs"], **plan}
-            return policy.problems(replace(self.order, plan=whole).build_plan())
+            return policy.problems(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan())
         except (ValueError, TypeError) as error:
             return [f"it cannot be built here: {error}"]
 
@@ -130,6 +153,16 @@ class Training:
         except Refused as refusal:
             return {"lost": printable(f"refused: {refusal}", 2000), "seconds": 0.0}
         return {"lost": "", "seconds": 0.0}
+
+    def _data(self) -> dict[str, Any]:
+        """Whether the data here are what the study needs: ``told`` for the server, and ``here`` for people at this site."""
+        try:
+            assert self.held
+        except DataError as error:
+            log.warning("%s", error)
+            told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE
+            return {"lost": "", "told": told, "here": str(error)}
+        return {"lost": "", "told": "", "here": ""}
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         ask = wire.read_ask(Path(command["ask"]))
@@ -163,7 +196,27 @@ class Training:
             "lost": "", "seconds": done.seconds, "size": size, "sha256": sha256,
             "memory": "same" if same else "kept" if done.memory else "none",
             "secure": ask.secure, "content": summed[-1] if ask.secure and summed else "", "marks": marks,
+            "parts": kinds_of(reply), "said": self._said(reply),
         }  # fmt: skip
+
+    def _said(self, reply: Reply) -> dict[str, Any]:
+        """Of the answer to a survey: what it says of the data's shape."""
+        if self.order.mode != "survey":
+            return {}
+        found = read_description(reply, self.site.name)
+        return {"inputs": found["inputs"], "outputs": found["outputs"]}
+
+
+def kinds_of(reply: Reply) -> list[dict[str, Any]]:
+    """What leaves in a reply, without its values: each part, what kind of aggregate it is, and how large."""
+    return [
+        {
+            "part": part, "kind": type(stat).__name__, "tensors": sum(len(tree) for tree in stat.trees),
+            "numbers": sum(leaf.numel() for tree in stat.trees for leaf in tree.values()),
+            "apart": isinstance(stat, Gather),
+        }
+        for part, stat in reply.parts.items()
+    ]  # fmt: skip
 
 
 def _without_data(reason: str) -> str:

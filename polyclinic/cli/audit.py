@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from cyclopts import App
 from rich.console import Console
 
+app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
+app.command("polyclinic.cli.audit_release:release", name="release")
 console = Console(highlight=False)
 
 
+@app.default
 def audit(
     run_folder: Path, *, method: str = "", seed: int | None = None, limit: int = 200, steps: int = 30,
     restarts: int = 2,

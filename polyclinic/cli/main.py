@@ -34,7 +34,7 @@ for group, name, target, summary in (
     (_DATA, "data", "data:app", "Data sets of the field, and the check of your own."),
     (_DATA, "privacy", "privacy:app", "Plan a privacy budget, and read what was spent of one."),
     (_DATA, "vectors", "vectors:app", "One-shot merging: each site hands over one signed file."),
-    (_DATA, "audit", "audit:audit", "Attack a run's model, with a leaky control beside."),
+    (_DATA, "audit", "audit:app", "Attack a run's model, with a leaky control beside."),
     (_HOSPITALS, "server", "server:app", "Coordinate studies between hospitals."),
     (_HOSPITALS, "site", "site:app", "Take part with your own data, which stay."),
     (_HOSPITALS, "journal", "journal:app", "Check the journals of sites, servers and runs."),

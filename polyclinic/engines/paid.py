@@ -6,7 +6,7 @@ from typing import Any
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
-from polyclinic.engines.describe import JOB
+from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.policy import BadPolicy, Enforced, Privacy
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
@@ -38,14 +38,21 @@ class Paid:
                             f"{known['delta']:g}, and a ledger cannot be recounted: set both back")  # fmt: skip
         if known["epsilon"] != privacy.epsilon:
             ledger.raise_budget(privacy.epsilon, "policy.toml says so")
-        return cls(rules, Budget(ledger, ("score", "predict", JOB)))
+        return cls(rules, Budget(ledger))
 
     def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:
         """Asks the rules, and begins to count."""
         self.rules.admit(method, ask, site)
-        self.budget.admit(method, ask, site)
+        if not _surveys(method, ask):
+            self.budget.admit(method, ask, site)
 
     def release(self, method: Method[Any], ask: Ask, reply: Reply, site: Site) -> None:
         """Asks the rules, and pays."""
         self.rules.release(method, ask, reply, site)
-        self.budget.release(method, ask, reply, site)
+        if not _surveys(method, ask):
+            self.budget.release(method, ask, reply, site)
+
+
+def _surveys(method: Method[Any], ask: Ask) -> bool:
+    """Whether this is the survey, by who answers: any method could answer a job of that name with anything."""
+    return isinstance(method, Describe) and ask.job == JOB

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
-from polyclinic.core.state import write_bytes
 from polyclinic.core.metering import Spend, Unit
+from polyclinic.core.state import write_bytes
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
 
 UNITS: Final[tuple[Unit, ...]] = ("record", "patient", "site")  # each holds those before it

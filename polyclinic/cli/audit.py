@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polyclinic.studies.audit_privacy import Progress as Report
 
 app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
+app.command("polyclinic.cli.audit_release:release", name="release")
 console = Console(highlight=False)
 
 

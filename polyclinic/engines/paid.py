@@ -9,13 +9,13 @@ from torch import Tensor
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply
-from polyclinic.engines.describe import JOB
+from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.policy import Enforced
-from polyclinic.transforms.budget import Budget
+from polyclinic.transforms.budget import SCORES, Budget
 from polyclinic.transforms.ledger import Ledger
 
-
 DECIMALS = 2
+PREDICTIONS = ("predict/test", "predict/val")
 
 
 def coarse(reply: Reply, min_cell: int) -> Reply:
@@ -51,15 +51,22 @@ class Paid:
 
     @classmethod
     def of(cls, rules: Enforced, ledger: Ledger) -> "Paid":
-        """With the budget of ``ledger``."""
-        return cls(rules, Budget(ledger, ("score", "predict", JOB)))
+        """With the budget of ``ledger``. Predictions, which the policy alone may let leave, are not paid for."""
+        return cls(rules, Budget(ledger, (*SCORES, *PREDICTIONS)))
 
     def admit(self, method: Method[Any], ask: Ask, site: Site) -> None:
         """Asks the rules, and begins to count."""
         self.rules.admit(method, ask, site)
-        self.budget.admit(method, ask, site)
+        if not _surveys(method, ask):
+            self.budget.admit(method, ask, site)
 
     def release(self, method: Method[Any], ask: Ask, reply: Reply, site: Site) -> None:
         """Asks the rules, and pays."""
         self.rules.release(method, ask, reply, site)
-        self.budget.release(method, ask, reply, site)
+        if not _surveys(method, ask):
+            self.budget.release(method, ask, reply, site)
+
+
+def _surveys(method: Method[Any], ask: Ask) -> bool:
+    """Whether this is the survey, by who answers: any method could answer a job of that name with anything."""
+    return isinstance(method, Describe) and ask.job == JOB

@@ -19,6 +19,7 @@ from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree
+from polyclinic.engines.covered import uncovered
 from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.required import arrived, transform_problems, transforms_of, unknown_transforms
@@ -110,6 +111,8 @@ class Policy(_Table):
         if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
             found.append("what leaves must be hidden in noise that the budget here can pay for (privacy): train with "
                          "DPSGD, or send through clip and gaussian")  # fmt: skip
+        if plan.private and (reason := uncovered(plan)):
+            found.append(f"{reason} (privacy)")
         return found
 
     def package_problems(self, packages: Iterable[Package]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+Way = Literal["dp-sgd", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Entry:
         unlabelled: Whether a site without any labels takes part. Elsewhere it is only judged.
         newcomers: Whether there is a model for a site that never trained.
         send: What its replies pass through where a study says nothing: transforms that are part of the method's paper.
+        private: In which ways everything that leaves is covered by an ε: "dp-sgd" where sites train with it, "gaussian"
+            where replies pass a clip and noise (or the sparse vector technique). ``tests/audits/test_release.py`` runs
+            the release audit on every method and holds it to this.
+        exposes: What leaves beside the noise, or why there is no such way; for whoever is refused.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Entry:
     unlabelled: bool = False
     newcomers: bool = True
     send: tuple[str, ...] = ()
+    private: tuple[Way, ...] = ()
+    exposes: str = ""
 
 
 SEEN = "the change of the model, which the server sees site by site"

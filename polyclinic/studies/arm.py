@@ -30,7 +30,7 @@ from polyclinic.studies.folder import ArmFolder, Checkpoint, write_tensors
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.spec import Study
 from polyclinic.tasks.evaluation import evaluate
-from polyclinic.transforms.budget import Budget
+from polyclinic.transforms.budget import SCORES, Budget
 from polyclinic.transforms.ledger import Ledger
 
 POOLED = "pooled"
@@ -222,7 +222,9 @@ class Arm:
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
             sites[POOLED] = make(POOLED, pooled)
-        policies = {site: Budget(ledger, ("score", "predict")) for site, ledger in self.ledgers.items()}
+        # On one machine predictions go no further than the run's folder
+        free = (*SCORES, "predict/val", "predict/test")
+        policies = {site: Budget(ledger, free) for site, ledger in self.ledgers.items()}
         held = {} if self.data.public is None else {"public": self.data.public}
         if self.study.machines is not None:
             clock = at.clock if at else 0.0

@@ -18,6 +18,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
+from polyclinic.engines.covered import uncovered
 from polyclinic.engines.plan import Plan
 from polyclinic.methods import registry
 from polyclinic.methods.table import Entry
@@ -88,6 +89,8 @@ def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None
         try:
             for seed in study.seeds if study.attack else study.seeds[:1]:
                 simulated.method_of(study, plan_of(study, method, data, seed), data.training)
+            if reason := uncovered(plan_of(study, method, data, study.seeds[0])):
+                problems.append(Problem(("methods", i, "name"), reason))
         except (TypeError, ValueError) as error:
             problems.append(Problem(("methods", i), str(error)))
     for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 
 from polyclinic.data.federation import DataSpec
+from polyclinic.engines.covered import declared_problem, ways
 from polyclinic.methods import registry as methods
 from polyclinic.studies import simulated
 from polyclinic.studies.checking import attack_problems, method_problems, validated
@@ -101,20 +102,26 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
     return parse(text_of(path), path, changes)
 
 
-def parse(text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None) -> Study:
-    """The study in ``text``; ``path`` is its name in messages."""
+def parse(
+    text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None, covered: bool = True
+) -> Study:
+    """The study in ``text``; ``path`` is its name in messages.
+
+    Args:
+        covered: Whether to refuse methods whose releases their noise does not cover. The audit of them does not.
+    """
     data = table_of(text, path, changes)
     if "scenarios" in data:
         says = "this file holds several studies, and one is wanted here: take the study.toml of a scenario's run folder"
         raise BadStudy(path, text, data, [Problem(("scenarios",), says)])
-    study, problems = checked(data)
+    study, problems = checked(data, covered)
     if problems or study is None:
         raise BadStudy(path, text, data, problems)
     return study
 
 
-def checked(data: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
-    """The study that ``data`` describes, or everything that is wrong with it."""
+def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
+    """The study that ``data`` describes, or everything that is wrong with it. ``covered`` as of ``parse``."""
     study, problems = validated(Study, data, ())
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
@@ -123,7 +130,7 @@ def checked(data: Mapping[str, Any]) -> tuple[Study | None, list[Problem]]:
     problems += attack_problems(data.get("attack"), ("attack",))
     if not isinstance(study, Study) or problems:
         return None, problems
-    problems += _together(study)
+    problems += [*_together(study), *(_uncovered(study) if covered else ())]
     return (None if problems else study), problems
 
 
@@ -142,6 +149,13 @@ def _together(study: Study) -> list[Problem]:
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     return [*problems, *_folded(study), *_searched(study), *simulated.problems(study)]
+
+
+def _uncovered(study: Study) -> Iterator[Problem]:
+    """Methods whose releases the noise that they are given does not cover: their ε would promise too much."""
+    for i, method in enumerate(study.methods):
+        if says := declared_problem(method.name, ways(study.training_of(method), method.send)):
+            yield Problem(("methods", i, "name"), says)
 
 
 def _folded(study: Study) -> Iterator[Problem]:

@@ -243,7 +243,7 @@ def per_example_gradients(
         try:
             return each("error")
         except RuntimeError as error:
-            if "random" not in str(error):
+            if "randomness" not in str(error):
                 raise
             if keys is None:
                 raise UnknownRandomness(f"DPSGD: random numbers are drawn, and there are no keys: {error}") from error
@@ -251,10 +251,11 @@ def per_example_gradients(
         with KeyedRandomness(keys, model):
             return each("different")
     except RuntimeError as error:
-        if "random" not in str(error):
+        if "randomness" not in str(error):
             raise
-        raise UnknownRandomness("DPSGD: the model or the loss draws random numbers in a way that cannot be tied to each "
-                                f"patient alone ({error}): use torch.nn.Dropout, or set its rate to 0") from error  # fmt: skip
+        raise UnknownRandomness("DPSGD: the model or the loss draws random numbers in a way that cannot be tied to "
+                                f"each patient alone ({error}): use torch.nn.Dropout, or set its rate to 0"
+                                ) from error  # fmt: skip
 
 
 @contextmanager

@@ -108,9 +108,9 @@ class KeyedRandomness(TorchDispatchMode):
         return bits(_mixed(self._keys.to(device) ^ (self._drawn * GAMMA & (2**63 - 1))), size)
 
     def _refusal(self, what: object) -> str:
-        return (f"DPSGD: {self._whose()} draws random numbers with {what}, which cannot be drawn for each patient alone, "
-                "so that one patient would change what is random for all others: replace it by torch.nn.Dropout, or set "
-                "its rate to 0")  # fmt: skip
+        return (f"DPSGD: {self._whose()} draws random numbers with {what}, which cannot be drawn for each patient "
+                "alone, so that one patient would change what is random for all others: replace it by "
+                "torch.nn.Dropout, or set its rate to 0")  # fmt: skip
 
     def _whose(self) -> str:
         """The innermost module that is running, by its name in the model; else the loss."""
@@ -157,8 +157,9 @@ def _like(make: Callable[..., Tensor]) -> Draw:
     def draw(keyed: KeyedRandomness, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         like: Tensor = args[0]
         dtype, device = given.get("dtype") or like.dtype, torch.device(given.get("device") or like.device)
-        found: Tensor = make(keyed, like.shape, dtype, device, *args[1:]).to(dtype)
-        return found
+        found: Tensor = make(keyed, like.shape, dtype, device, *args[1:])
+        converted: Tensor = found.to(dtype)
+        return converted
 
     return draw
 
@@ -169,8 +170,9 @@ def _new(make: Callable[..., Tensor], shape_at: int, usual: torch.dtype | None =
     def draw(keyed: KeyedRandomness, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         dtype = given.get("dtype") or usual or torch.get_default_dtype()
         device = torch.device(given.get("device") or "cpu")
-        found: Tensor = make(keyed, args[shape_at], dtype, device, *args[:shape_at]).to(dtype)
-        return found
+        found: Tensor = make(keyed, args[shape_at], dtype, device, *args[:shape_at])
+        converted: Tensor = found.to(dtype)
+        return converted
 
     return draw
 

@@ -4,27 +4,31 @@ from typing import Any
 
 from polyclinic.core.execute import Refused
 from polyclinic.core.journal import Broken
+from polyclinic.core.metering import Spend, metered
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
-from polyclinic.tasks.dpsgd import Spend, metered
+from polyclinic.tasks.evaluation import Evaluated
 from polyclinic.transforms.ledger import Exhausted, Ledger
+
+SCORES = ("score/val", "score/test")
 
 
 class Budget:
     """Pays from a ledger for every reply, before it leaves.
 
-    It does not ask a method what it claims. What ran at this site told the meter what noise it added; a reply for
-    which nothing was spent is refused.
+    It does not ask a method what it claims. What ran at this site told the meter what noise it added; a reply whose job
+    spent nothing is refused, with every part named. That a job which did spend sends nothing else is what the release
+    audit shows of the method beforehand (``engines.covered``).
     """
 
-    def __init__(self, ledger: Ledger, free: tuple[str, ...] = ("score",)) -> None:
+    def __init__(self, ledger: Ledger, free: tuple[str, ...] = SCORES) -> None:
         """Pays from ``ledger``.
 
         Args:
             ledger: The budget.
-            free: Jobs whose replies are allowed without payment: evaluation, which shows counts and scores. An empty
-                tuple refuses these, too.
+            free: Evaluation jobs, by their whole names, whose replies are allowed without payment. They show counts and
+                scores. An empty tuple refuses these, too.
         """
         self.ledger, self.free = ledger, free
         self._counting: Any = None
@@ -40,21 +44,36 @@ class Budget:
         """Pays for what was counted, before the reply leaves.
 
         Raises:
-            Refused: Where nothing was counted, or the budget is used up.
+            Refused: If nothing was counted, or the budget is used up.
         """
         spent = self._spent
         self._stop()
-        if not reply.parts or (not spent and ask.job.partition("/")[0] in self.free):
+        if not reply.parts or (not spent and self._is_free(method, ask, reply)):
             return
         if not spent:
-            raise Refused(f"this site releases only what noise protects, and the job {ask.job!r} added none: train "
-                          "with DPSGD, or send the method through Clip and Gaussian")  # fmt: skip
+            parts = ", ".join(sorted(reply.parts))
+            raise Refused(f"this site releases only what noise protects, and the job {ask.job!r} added none to what "
+                          f"it would send ({parts}): train with DPSGD, or send the method through Clip and Gaussian"
+                          )  # fmt: skip
         try:
             self.ledger.reserve(spent, {"round": ask.round, "job": ask.job})
         except (Exhausted, Broken) as reason:
             raise Refused(str(reason)) from reason
 
+    def _is_free(self, method: Method[Any], ask: Ask, reply: Reply) -> bool:
+        """Whether this is an evaluation, by who answers and with what, and not by the name of a job alone."""
+        return ask.job in self.free and _evaluates(method) and set(reply.parts) == {ask.job.partition("/")[0]}
+
     def _stop(self) -> None:
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
         self._counting = None
+
+
+def _evaluates(method: Any) -> bool:
+    """Whether evaluation jobs are answered by the library's own evaluation: a method could answer with anything."""
+    while method is not None:
+        if isinstance(method, Evaluated):
+            return True
+        method = getattr(method, "inner", None)
+    return False

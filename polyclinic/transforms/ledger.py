@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
-from polyclinic.core.state import write_bytes
 from polyclinic.core.metering import Spend
+from polyclinic.core.state import write_bytes
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
 from polyclinic.transforms.units import UNITS, payable, problems
 

@@ -14,7 +14,6 @@ from polyclinic.engines.policy import BadPolicy, Enforced, Privacy
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
 
-
 DECIMALS = 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.execute import Refused
@@ -28,6 +29,7 @@ from polyclinic.methods.registry import entry
 
 MAX_POLICY = 2**18
 EVALUATED = ("val", "test")
+MODEL_PARTS = ("update", "change", "model", "gradient")
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=10**12)]
 Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
@@ -215,7 +217,8 @@ class Enforced:
         Raises:
             Refused: With every reason.
         """
-        if found := list(_reply_problems(self.policy, reply, site.name, self.sent)):
+        found = list(_reply_problems(self.policy, reply, site.name, self.sent))
+        if found := [*found, *_shape_problems(self.plan, method, reply)]:
             raise Refused("; ".join(found))
 
 
@@ -263,9 +266,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
 
 def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[str]:
     """Why ``params`` cannot be of the model that was approved: another architecture, or not numbers."""
-    known = _shapes(plan)
-    if method.predicts is not None:
-        known = {**known, **_task_shapes(method.predicts)}
+    known = _known_shapes(plan, method)
     for name, leaf in params.items():
         if name not in known:
             yield f"the server's model has a tensor {name[:80]!r}, which the approved model does not have"
@@ -278,6 +279,12 @@ def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[s
 
 
 _known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+
+def _known_shapes(plan: Plan, method: Method[Any]) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the approved model's tensors, and of those of the task that the method predicts with."""
+    known = _shapes(plan)
+    return known if method.predicts is None else {**known, **_task_shapes(method.predicts)}
 
 
 def _shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
@@ -305,6 +312,37 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
     if sent + reply.nbytes > most:
         yield (f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows "
                f"{most / 1e6:g} (limits.megabytes_per_round)")  # fmt: skip
+
+
+def _shape_problems(plan: Plan, method: Method[Any] | None, reply: Reply) -> Iterator[str]:
+    """Why ``reply`` is not of the size that was approved: a part of the model in another shape, more outputs."""
+    if method is None or not all(t.dense and t.additive for t in transforms_of(method)):
+        return  # encoded: the bytes of a round are the bound
+    known = _known_shapes(plan, method)
+    for part, leaves in _leaves(reply):
+        wrong = [name for name, leaf in leaves.items() if name in known and tuple(leaf.shape) != known[name]]
+        if part in MODEL_PARTS and leaves.keys() <= known.keys() and wrong:
+            yield f"{part}: {wrong[0][:80]!r} would leave in another shape than the approved model's {known[wrong[0]]}"
+        said = leaves.get("score") if part == "predict" else None
+        outputs = said.shape[1] if said is not None and said.ndim == 2 else 0
+        if outputs > plan.outputs:
+            yield f"{outputs} outputs for each patient would leave, and {plan.outputs} were approved"
+
+
+def _leaves(reply: Reply) -> Iterator[tuple[str, Tree]]:
+    """The trees of a reply by the names of the method's own parts, whether or not it passed through transforms."""
+    for part, stat in reply.parts.items():
+        for leaves in stat.items.values() if isinstance(stat, Gather) else (stat.total,):
+            if part != "sent":
+                yield part, leaves
+                continue
+            split: dict[str, dict[str, Tensor]] = {}
+            for name, leaf in leaves.items():
+                kind, _, rest = name.partition("/")
+                own, _, bare = rest.partition("/")
+                if kind == "m":
+                    split.setdefault(own, {})[bare] = leaf
+            yield from split.items()
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

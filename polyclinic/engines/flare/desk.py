@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from polyclinic.core.jobs import Job
+from polyclinic.core.journal import Broken
 from polyclinic.engines.flare import journals
 from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, read_toml, write_private
 from polyclinic.engines.flare.memory import Link, Memory, OldMessage
@@ -155,11 +156,16 @@ class Desk:
         except OldMessage as error:
             raise Refusal(f"refused: {error}") from None
         asked = Request(call.round, call.job, call.sha256, look=call.kind == "look")
+        try:
+            earlier = self.memory.usage.find(asked)
+        except Broken as error:
+            raise Refusal(f"refused: the record of what was answered here is damaged: {error}") from None
         again = self.memory.chain.same(call.number, call.after, call.sha256)
         if again is not None and self.memory.reply(call.number).exists():
+            if not earlier.times:  # the machine went down between the reply and the record
+                self.memory.usage.answer(asked, again.number, again.sha256, {})
             return self._as_before(call, again, body)
         self._scheduled(asked)
-        earlier = self.memory.usage.find(asked)
         if (link := self.memory.kept_reply(earlier)) is not None:
             return self._as_before(call, self.memory.repeat(link, call.number, call.after), body)
         if earlier.times > REPETITIONS:
@@ -195,8 +201,8 @@ class Desk:
             call.number, call.after, call.sha256, call.round, call.job, done["size"], done["sha256"],
             memory[done["memory"]], done["seconds"], done["secure"], done["content"],
         )  # fmt: skip
-        self.memory.usage.answer(asked, call.number, link.sha256, done["marks"])
         self.memory.add(link)
+        self.memory.usage.answer(asked, call.number, link.sha256, done["marks"])
         sent = self._sent(link)
         parts = {"parts": done["parts"], "masked": done["secure"]}
         self.journal.write("answered", {**details, "reply": sent.sha256, "bytes": sent.size, **parts})

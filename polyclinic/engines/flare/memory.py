@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,25 @@ class Chain:
 
 
 class Memory:
-    """The folder of one run at a site.
-
-    Attributes:
-        usage: What was asked and answered.
-    """
+    """The folder of one run at a site."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes it.
-
-        Raises:
-            Broken: If somebody changed the record of what was answered.
-        """
+        """Opens or makes it."""
         self.folder = private_folder(folder)
         table = read_json(self.folder / "chain.json", default={})
         links = tuple(Link(**link) for link in table.get("links", ()))
         sent = tuple((int(r), int(n)) for r, n in table.get("sent", ()))
         spare = tuple(Link(**link) for link in table.get("spare", ()))
         self.chain = Chain(int(table.get("confirmed", 0)), links, sent, spare)
-        self.usage = Usage(self.folder / "usage.jsonl")
+
+    @cached_property
+    def usage(self) -> Usage:
+        """What was asked and answered.
+
+        Raises:
+            Broken: If somebody changed the record.
+        """
+        return Usage(self.folder / "usage.jsonl")
 
     def settle(self, after: int, confirmed: int, number: int, keep: int = 0) -> None:
         """Drops what is confirmed, from the disk with the next link; but for the link ``keep``, which the test needs.
@@ -149,8 +150,8 @@ class Memory:
     def kept_reply(self, answered: Answered) -> Link | None:
         """The link of what was ``answered`` before, if its reply is still here, unchanged."""
         links = (*self.chain.spare, *self.chain.links)
-        link = next((one for one in reversed(links) if one.number == answered.number), None)
-        if not answered.times or link is None or link.sha256 != answered.sha256:
+        link = next((one for one in reversed(links) if one.sha256 == answered.sha256), None)
+        if not answered.times or link is None:
             return None
         reply = self.reply(link.number)
         return link if reply.exists() and hash_of(reply) == (link.size, link.sha256) else None
@@ -189,7 +190,8 @@ class Memory:
 
     def close(self) -> None:
         """Closes the record of what was answered."""
-        self.usage.close()
+        if "usage" in self.__dict__:
+            self.usage.close()
 
     def forget(self) -> None:
         """Removes everything: a person here allows that the run asks again from its beginning."""

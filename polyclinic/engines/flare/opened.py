@@ -157,9 +157,6 @@ class Opened:
 
 def _keys(summed: Summed) -> list[tuple[object, ...]]:
     """By what an opened sum is found again."""
-    keys: list[tuple[object, ...]] = [("request", summed.run, summed.round, summed.job)]
-    if summed.static:
-        keys.append(("statistic", summed.run, summed.job))
-    if summed.content:
-        keys.append(("content", summed.content))
-    return keys
+    keys: list[tuple[object, ...]] = [("statistic", summed.run, summed.job)] if summed.static else []
+    keys.append(("request", summed.run, summed.round, summed.job))
+    return [*keys, ("content", summed.content)] if summed.content else keys

@@ -43,7 +43,7 @@ class Demands:
     @classmethod
     def of(cls, transforms: Sequence[Transform], sites: Sequence[str]) -> "Demands":
         """What ``transforms`` demand: of sites that share the noise, as many as it counts on."""
-        shares = [int(getattr(transform, "share", 1)) for transform in transforms]
+        shares = [int(getattr(transform, "share", 0)) for transform in transforms]
         sums = [transform for transform in transforms if isinstance(transform, SecureSum)]
         threshold = max([0, *shares, *(transform.threshold or 0 for transform in sums)])
         return cls(frozenset(sites), threshold, min([len(sites), *(transform.capacity for transform in sums)]))

@@ -21,12 +21,11 @@ class Answered:
 
     Attributes:
         times: How often it was answered by an execution.
-        number: Under which message the reply was kept last. ``sha256``: the reply's hash.
+        sha256: The reply's hash.
         marks: Digests of the request's trees by name.
     """
 
     times: int = 0
-    number: int = 0
     sha256: str = ""
     marks: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,7 +89,7 @@ class Usage:
         found = self._entries.setdefault(key, {}).setdefault(str(entry["content"]), Answered())
         if entry["event"] == "answered":
             found.times += 1
-            found.number, found.sha256 = int(str(entry["number"])), str(entry["reply"])
+            found.sha256 = str(entry["reply"])
             marks = entry["marks"]
             assert isinstance(marks, Mapping)
             found.marks = marks

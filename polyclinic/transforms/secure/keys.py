@@ -59,8 +59,8 @@ class Session:
         if n < 3:
             raise ProtocolError(f"a sum over {n} sites shows each what the other sent: at least 3 are needed")
         if not default_threshold(n) <= self.threshold <= n:
-            raise ProtocolError(f"the threshold must be at least {default_threshold(n)}, two thirds of the {n} sites and "
-                                f"no fewer than 3, and at most {n}; it is {self.threshold}")  # fmt: skip
+            raise ProtocolError(f"the threshold must be at least {default_threshold(n)}, two thirds of the {n} sites, "
+                                f"never fewer than 3, and at most {n}; it is {self.threshold}")  # fmt: skip
         if self.size < 1:
             raise ProtocolError("there is nothing to sum")
 

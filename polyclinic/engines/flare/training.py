@@ -157,7 +157,7 @@ class Training:
     def _data(self) -> dict[str, Any]:
         """Whether the data here are what the study needs: ``told`` for the server, and ``here`` for people at this site."""
         try:
-            assert self.held
+            _ = self.held
         except DataError as error:
             log.warning("%s", error)
             told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE

@@ -48,11 +48,10 @@ class Rate:
 
     @property
     def says(self) -> str:
-        """In words, such as ``TPR 6.0 % (1.2 to 14.0) at 1 % FPR``."""
+        """In words: ``6.0 % (0.0 to 10.9)``, or how many non-members it would take."""
         if self.value is None:
-            return f"TPR at {_percent(self.fpr)} FPR needs {math.ceil(1 / self.fpr - 1e-9)} non-members"
-        limits = f"{100 * self.low:.1f} to {100 * self.high:.1f}"
-        return f"TPR {100 * self.value:.1f} % ({limits}) at {_percent(self.fpr)} FPR"
+            return f"needs {math.ceil(1 / self.fpr - 1e-9):,} others"
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,10 @@ class Found:
     @property
     def says(self) -> str:
         """In words, with intervals."""
-        above = "every non-member" if not self.allowed else f"all but {self.allowed} non-members"
-        rates = ", ".join(rate.says for rate in self.rates)
+        above = f"all {self.others} others" if not self.allowed else f"all but {self.allowed} of {self.others} others"
+        rates = "; ".join(f"TPR at {100 * rate.fpr:g} % FPR {rate.says}" for rate in self.rates)
         return (f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f}); {rates}; {self.exposed} of {self.members} "
-                f"members above {above} ({self.others})")  # fmt: skip
+                f"members above {above}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,3 @@ def _thresholds(m: int, fpr: float, error: float) -> tuple[int, int]:
     counts = np.arange(m)
     strict = int(np.searchsorted(binom.cdf(counts, m, fpr), error, side="right")) - 1
     return strict, int(np.argmax(np.r_[binom.sf(counts, m, fpr), 0.0] <= error))
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:g} %"

@@ -23,7 +23,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 SHARES = (0.1, 0.3, 0.9)
-"""The shares of canaries about which ``lower_bound`` guesses: few where noise hides most, nearly all where it hides none.
+"""The shares of canaries about which ``lower_bound`` guesses: few where noise hides most, most where it hides none.
 
 Not all, since as many are guessed to be in as out, and coins are not so even."""
 
@@ -63,7 +63,7 @@ class Guesses:
         low, high = 0.0, 1.0
         while high < 64 and self.p_value(high, delta) < 1 - confidence:
             low, high = high, 2 * high
-        for _ in range(50):
+        for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if self.p_value(middle, delta) < 1 - confidence else (low, middle)
         return low
@@ -89,7 +89,7 @@ def needed(epsilon: float, delta: float, confidence: float = 0.95) -> int | None
         50, 100, 200, ..., 12,800; None where no such number is enough, since ``delta`` counts once for each canary.
     """
     each = 1 - (1 - confidence) / len(SHARES)
-    for count in (50 * 2**k for k in range(9)):
+    for count in (50, 100, 200, 400, 800, 1600, 3200, 6400, 12800):
         right = 2 * int(count * max(SHARES) / 2)
         if Guesses(count, right, right).at_least(delta, each) > 1.1 * epsilon:
             return count
@@ -169,10 +169,16 @@ class Verdict:
             return f"{told}: training is less private than the claimed ε = {self.claimed:.2f}."
         if self.holds:
             return f"{told}. This does not contradict the claimed ε = {self.claimed:.2f}, and proves no privacy."
+        return (f"{told}. The claimed ε = {self.claimed:.2f} is more than this audit shows even without noise, so it "
+                f"says nothing about the claim{self._remedy}.")  # fmt: skip
+
+    @property
+    def _remedy(self) -> str:
+        """What would make the audit strong enough."""
         enough = needed(self.claimed, self.delta)
-        take = f"at δ = {self.delta:g} no number of them" if enough is None else f"about {enough:,} of them"
-        return (f"{told}. The claimed ε = {self.claimed:.2f} is more than so many canaries can show of any training: this "
-                f"says nothing about the claim. Enough would be {take}.")  # fmt: skip
+        if enough is None:
+            return f"; at δ = {self.delta:g} no number of canaries would be enough"
+        return f"; about {enough:,} canaries would be enough" if enough > self.canaries else ""
 
 
 def audit(

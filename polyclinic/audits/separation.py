@@ -22,6 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm, rankdata
 from torch import Tensor
 
@@ -127,7 +128,7 @@ def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
     value, low, high = _auc(x, y, level)
     return Found(
         value, low, high, tuple(_rate(x, y, fpr, level) for fpr in RATES), exposed, allowed,
-        1.0 if np.ptp(np.r_[x, y]) == 0 else float(mannwhitneyu(x, y, alternative="greater").pvalue),
+        _mann_whitney(x, y, value),
         tail(exposed, allowed, len(x), len(y)), len(x), len(y),
     )  # fmt: skip
 
@@ -170,6 +171,19 @@ def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
         return value, float(inside.min()), float(inside.max())
     half, logit = z * math.sqrt(variance) / (value * (1 - value)), math.log(value / (1 - value))
     return value, 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
+
+
+def _mann_whitney(x: Array, y: Array, auc: float) -> float:
+    """The probability of such an AUC or a larger one by chance: exact for 8 or fewer without ties, else normal."""
+    n, m = len(x), len(y)
+    counts = np.unique(np.r_[x, y], return_counts=True)[1].astype(float)
+    if min(n, m) <= 8 and counts.max() == 1:
+        return float(mannwhitneyu(x, y, alternative="greater", method="exact").pvalue)
+    ties = float((counts**3 - counts).sum()) / ((n + m) * (n + m - 1))
+    variance = n * m / 12 * (n + m + 1 - ties)
+    if variance <= 0:
+        return 1.0
+    return float(ndtr(-((auc - 0.5) * n * m - 0.5) / math.sqrt(variance)))
 
 
 def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:

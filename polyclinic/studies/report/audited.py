@@ -54,8 +54,8 @@ def _bounds(page: Source, found: Sequence[Audit]) -> list[Table]:
     columns += words(unit="Protects one") + numbers(rounds="Rounds", canaries="Canaries") + words(claim="Claim")
     note = (
         "Training was repeated with canaries, and the server’s view of it used to guess which of them were in. The "
-        "lower bound holds with 95 % confidence (Steinke, Nasr and Jagielski 2023); it is often far below the true ε. A "
-        "bound above the claim refutes the claim; one below it proves nothing. ‘Without noise’ is the same audit of "
+        "lower bound holds with 95 % confidence (Steinke, Nasr and Jagielski 2023) and is often far below the true ε. "
+        "A bound above the claim refutes the claim; one below it proves nothing. ‘Without noise’ is the same audit of "
         "training without noise: a claim above it could not have been refuted."
     )
     marks = {i: "warn" for i, row in enumerate(rows) if row["claim"] == "contradicted"}

@@ -58,21 +58,21 @@ class Canaries:
 
         Args:
             busy: By parameter, how far training without canaries moves each coordinate (``Motion``). Canaries share the
-                half that moves least, or as many more as there are canaries, so that real patients hide none of them.
+                half that moves least, so that real patients hide none of them.
             count: How many.
             bound: C.
             site: Whose dice. ``key``: which of them.
 
         Raises:
-            ValueError: If the network has fewer trainable parameters than there are canaries.
+            ValueError: If there are more canaries than one for two trainable parameters, or fewer than two.
         """
         shapes = {name: leaf.shape for name, leaf in busy.items()}
         moved = torch.cat([leaf.flatten().double() for leaf in busy.values()])
         total = len(moved)
-        if not 2 <= count <= total:
-            raise ValueError(f"{count} canaries for a network of {total} parameters: there must be at least 2, and a "
-                             "parameter for each")  # fmt: skip
-        dice, size = site.rng("canaries", *key), max(1, total // 2 // count)
+        if not 2 <= count <= total // 2:
+            raise ValueError(f"{count} canaries for a network of {total} parameters: there must be at least 2, and two "
+                             "parameters for each")  # fmt: skip
+        dice, size = site.rng("canaries", *key), total // 2 // count
         owner = torch.full((total,), -1, dtype=torch.long)
         quiet = moved.argsort(stable=True)[: size * count]
         owner[quiet[torch.randperm(len(quiet), generator=dice)]] = torch.arange(len(quiet)) % count
@@ -130,11 +130,10 @@ class Motion:
     def watch(self, reply: Reply) -> None:
         """Adds one exchange."""
         for released in (tree for stat in reply.parts.values() for tree in _trees(stat)):
-            mine = {n: released[n].detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for n in self.far if n in released}
-            if mine.keys() != self.far.keys() or any(leaf.shape != self.far[n].shape for n, leaf in mine.items()):
-                continue
-            if length := norm(mine):
-                self.far = {n: far + mine[n].abs() / length for n, far in self.far.items()}
+            shaped = [n for n, far in self.far.items() if n in released and released[n].shape == far.shape]
+            mine = {n: released[n].detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for n in shaped}
+            if mine and (length := norm(mine)):
+                self.far |= {n: self.far[n] + x.abs() / length for n, x in mine.items()}
 
 
 class WithCanaries:

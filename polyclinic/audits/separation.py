@@ -22,6 +22,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm, rankdata
 from torch import Tensor
 
@@ -48,11 +49,10 @@ class Rate:
 
     @property
     def says(self) -> str:
-        """In words, such as ``TPR 6.0 % (1.2 to 14.0) at 1 % FPR``."""
+        """In words: ``6.0 % (0.0 to 10.9)``, or how many non-members it would take."""
         if self.value is None:
-            return f"TPR at {_percent(self.fpr)} FPR needs {math.ceil(1 / self.fpr - 1e-9)} non-members"
-        limits = f"{100 * self.low:.1f} to {100 * self.high:.1f}"
-        return f"TPR {100 * self.value:.1f} % ({limits}) at {_percent(self.fpr)} FPR"
+            return f"needs {math.ceil(1 / self.fpr - 1e-9):,} others"
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Found:
     @property
     def says(self) -> str:
         """In words, with intervals."""
-        above = "every non-member" if not self.allowed else f"all but {self.allowed} non-members"
-        rates = ", ".join(rate.says for rate in self.rates)
+        above = f"all {self.others} others" if not self.allowed else f"all but {self.allowed} of {self.others} others"
+        rates = "; ".join(f"TPR at {100 * rate.fpr:g} % FPR {rate.says}" for rate in self.rates)
         return (f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f}); {rates}; {self.exposed} of {self.members} "
-                f"members above {above} ({self.others})")  # fmt: skip
+                f"members above {above}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
     value, low, high = _auc(x, y, level)
     return Found(
         value, low, high, tuple(_rate(x, y, fpr, level) for fpr in RATES), exposed, allowed,
-        1.0 if np.ptp(np.r_[x, y]) == 0 else float(mannwhitneyu(x, y, alternative="greater").pvalue),
+        _mann_whitney(x, y, value),
         tail(exposed, allowed, len(x), len(y)), len(x), len(y),
     )  # fmt: skip
 
@@ -173,6 +173,19 @@ def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
     return value, 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
 
 
+def _mann_whitney(x: Array, y: Array, auc: float) -> float:
+    """The probability of such an AUC or a larger one by chance: exact for 8 or fewer without ties, else normal."""
+    n, m = len(x), len(y)
+    counts = np.unique(np.r_[x, y], return_counts=True)[1].astype(float)
+    if min(n, m) <= 8 and counts.max() == 1:
+        return float(mannwhitneyu(x, y, alternative="greater", method="exact").pvalue)
+    ties = float((counts**3 - counts).sum()) / ((n + m) * (n + m - 1))
+    variance = n * m / 12 * (n + m + 1 - ties)
+    if variance <= 0:
+        return 1.0
+    return float(ndtr(-((auc - 0.5) * n * m - 0.5) / math.sqrt(variance)))
+
+
 def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:
     """The variance of an AUC of ``theta``, with both groups counted as their mean size (Newcombe's method 5)."""
     middle = (n + m) / 2
@@ -207,7 +220,3 @@ def _thresholds(m: int, fpr: float, error: float) -> tuple[int, int]:
     counts = np.arange(m)
     strict = int(np.searchsorted(binom.cdf(counts, m, fpr), error, side="right")) - 1
     return strict, int(np.argmax(np.r_[binom.sf(counts, m, fpr), 0.0] <= error))
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:g} %"

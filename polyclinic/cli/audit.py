@@ -97,13 +97,20 @@ def _show(found: "Audit", run_folder: Path) -> None:
     def line(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
+    from polyclinic.audits.separation import RATES
+
     members = found.membership
     console.print(f"  {found.method}, seed {found.seed}")
     console.print("  [bold]Who was trained on?[/bold] Training against test patients; 95 % intervals:")
-    line(f"    {'control':<24} {members.control.says}")
-    for site, attacks in members.sites.items():
-        for name, one in attacks.items():
-            line(f"    {site + ', ' + name:<24} {one.says}")
+    rows = [("a control made to memorise", "loss", members.control)]
+    rows += [(site, name, one) for site, attacks in members.sites.items() for name, one in attacks.items()]
+    wide = max(len(site) for site, *_ in rows)
+    rates = "  ".join(f"{f'TPR at {100 * fpr:g} % FPR':<19}" for fpr in RATES)
+    line(f"    {'':<{wide}}  {'attack':<12}  {'AUC':<22}  {rates}  above all others")
+    for site, name, one in rows:
+        area, rates = f"{one.auc:.3f} ({one.low:.3f} to {one.high:.3f})", "  ".join(f"{r.says:<19}" for r in one.rates)
+        few = f" (but {one.allowed})" if one.allowed else ""
+        line(f"    {site:<{wide}}  {name:<12}  {area:<22}  {rates}  {one.exposed} of {one.members}{few}")
     line(f"  {members.verdict.says}")
     whose = f"One of {found.inversion.site}'s, label known, its gradient seen as it is:"
     console.print(f"  [bold]An example from its gradient?[/bold] {whose}", soft_wrap=True)

@@ -51,8 +51,8 @@ def audit_training(
         site: Its name.
         claim: What the run says was spent there; what the accountant says of the settings where it says nothing.
         rounds: For how many rounds to train.
-        canaries: How many; by default as many as the claim needs, between ``FEWEST`` and ``MOST``. There are never
-            more than the network has parameters.
+        canaries: How many; by default as many as the claim needs, between ``FEWEST`` and ``MOST``. There is never
+            more than one for two parameters of the network.
         seed: Decides directions and coins, never the noise.
         progress: Told what is trained, and how many rounds of how many are done.
         entropy: Where the training's secrets come from. Replaced only by tests.
@@ -66,8 +66,9 @@ def audit_training(
     if site not in plan.sites:
         raise NotAudited(f"{site} does not train under {plan.method}")
     claimed, delta, unit = _claimed(local, roles["train"], claim, rounds)
-    wanted = min(max(FEWEST, canary.needed(claimed)), MOST) if canaries is None else canaries
-    count = min(wanted, sum(p.numel() for p in plan.build_task().model().parameters() if p.requires_grad))
+    wanted = min(max(FEWEST, canary.needed(claimed, delta) or 0), MOST) if canaries is None else canaries
+    parameters = sum(p.numel() for p in plan.build_task().model().parameters() if p.requires_grad)
+    count = min(wanted, parameters // 2)
     here, quiet = Site(site, roles, seed=seed, entropy=entropy), replace(local, noise=QUIET)
     motion = Motion(plan.build_task())
     _train(plan, plan.build_task(), quiet, here, rounds, motion.watch, partial(progress, "without canaries"))

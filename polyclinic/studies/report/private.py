@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from polyclinic.studies import figures
 from polyclinic.studies.lines import Privacy, rounded_up
+from polyclinic.studies.report.audited import audits
 from polyclinic.studies.report.blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.studies.report.page import Source
 from polyclinic.studies.report.words import NONE, listed, many
@@ -38,6 +39,7 @@ def privacy_section(page: Source) -> Section:
             "gradients can tell who took part in training, and can under some conditions show what was trained on."
         )
         blocks.append(Text(text.format(listed(bare, "or"))))
+    blocks += audits(page)
     if not federated:
         blocks.append(Text("No federated method is in this study; nothing left a site."))
     return Section("privacy", "Privacy", blocks)

@@ -48,9 +48,9 @@ class Secret:
     entropy: Callable[[int], bytes] = os.urandom
 
     def uniform(self, size: int) -> Tensor:
-        """``size`` numbers in (0, 1), of 53 random bits each. Shape [size], float64."""
+        """``size`` numbers in (0, 1), never 0 or 1: the middles of 2⁵² equal parts. Shape [size], float64."""
         bits = torch.frombuffer(bytearray(self.entropy(8 * size)), dtype=torch.int64) if size else torch.zeros(0)
-        return ((bits.long() >> 11 & (2**53 - 1)).double() + 0.5) / 2**53
+        return ((bits.long() >> 12 & (2**52 - 1)).double() + 0.5) / 2**52
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers by Box and Muller's transform. Shape [*shape], float64."""

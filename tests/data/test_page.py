@@ -14,8 +14,16 @@ TABLES = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re
 
 @pytest.mark.parametrize("text", TABLES, ids=lambda t: re.search(r'(?:use|path) = "([^"]*)"', t)[1].rpartition("/")[2])
 def test_a_table_of_the_page_is_valid(text: str) -> None:
-    """Every key and every value."""
-    DataSpec(**tomllib.loads(text)["data"])
+    """Every key and every value; and nothing that was written is dropped."""
+    table = tomllib.loads(text)["data"]
+    spec = DataSpec(**table)
+    assert spec.model_dump(mode="json", exclude_unset=True).keys() == table.keys()
+    assert spec.options.keys() == table.keys() - DataSpec.model_fields.keys()
+
+
+def test_the_page_has_tables() -> None:
+    """Or the test above would be about nothing."""
+    assert len(TABLES) >= 5
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_mutated_messages_never_do_harm() -> None:
         (Answer, ANSWER.to_json(), BadMessage),
         (Order, order().to_json(), BadOrder),
     ]
+    refused = 0
     while time.monotonic() < until:
         kind, text, error = dice.choice(sources)
         characters = list(text)
@@ -95,9 +96,12 @@ def test_mutated_messages_never_do_harm() -> None:
                 dice.choice([dice.randrange(32, 127), dice.randrange(0x3000)])
             )
         try:
-            kind.from_json("".join(characters))
+            found = kind.from_json("".join(characters))
         except error:
-            pass
+            refused += 1
+        else:
+            assert kind.from_json(found.to_json()) == found
+    assert refused
 
 
 def test_mutated_files_never_do_harm(tmp_path) -> None:

@@ -174,9 +174,11 @@ def test_every_problem_is_told_at_once() -> None:
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_policy_or_a_bad_policy(data: bytes) -> None:
     try:
-        parse(data)
-    except BadPolicy:
-        pass
+        policy = parse(data)
+    except BadPolicy as error:
+        assert "policy.toml" in str(error)  # noqa: PT017
+    else:
+        assert policy == parse(b""), "no noise changes a rule"
 
 
 def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:

@@ -20,13 +20,14 @@ from polyclinic.methods.fedsgd import fedsgd
 from polyclinic.methods.personal import Personal, fedbn, fedper, lg_fedavg, silobn
 from polyclinic.methods.registry import UnknownMethod, entry
 from polyclinic.methods.scaffold import Scaffold
+from polyclinic.methods.table import METHODS
 from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import gradient, load
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import InHead, InNormalisation
 from polyclinic.testing import close, equal
-from tests.conftest import little_sites
+from tests.conftest import Rows, little_sites
 
 PLAIN = Classification(Network("mlp", (1, 8, 8), 2, (("width", 8),)))  # without normalisation
 
@@ -171,7 +172,13 @@ def test_a_site_predicts_with_its_own_parts_and_a_new_site_with_the_first(task, 
 
 
 def test_personal_wraps_scaffold(task, local) -> None:
-    run(Personal(Scaffold(task, 3, local), InHead(task)), little_sites(), task.first(0), rounds=2)
+    """Heads stay at the sites, where they differ; all else is shared, and moves."""
+    start = task.first(0)
+    state, engine = run(Personal(Scaffold(task, 3, local), InHead(task)), little_sites(), start, rounds=2)
+    assert {name for name in start if name not in state.inner.params} == {"head.weight", "head.bias"}
+    heads = [memory["own"]["head.weight"] for memory in engine.memory.values()]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(state.inner.params["encoder.0.weight"], start["encoder.0.weight"])
 
 
 def test_nothing_leaves_a_site_that_trains_alone(task, local) -> None:
@@ -188,8 +195,16 @@ def test_cross_predicts_with_another_sites_model(task, local) -> None:
         assert equal(method.model_at(ask.at(name), engine.memory[name]), engine.memory[other]["params"])
 
 
-def test_mix_is_fedavg(task, local) -> None:
-    assert mix(task, local) == FedAvg(task, local)
+def test_mix_is_training_on_all_data_in_one_place(task, local) -> None:
+    parts, start = [site.data["train"] for site in little_sites().values()], task.first(0)
+    pooled = Site("pooled", {"train": Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))})
+    state, _ = run(mix(task, local), {"pooled": pooled}, start)
+    expected = start
+    for r in range(3):
+        expected = local.fit(task, expected, pooled, r)
+    assert close(state.params, expected)
+    assert entry("mix").pooled
+    assert [name for name in METHODS if METHODS[name].pooled] == ["mix"]
 
 
 def test_a_wrong_name_is_answered_with_a_near_one() -> None:

@@ -84,4 +84,8 @@ def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, lo
     "name", ["fedmix-weights", "loss-weighted", "fedgma", "fedsld", "feddyn", "mime", "q-ffl", "fedbuff"]
 )
 def test_sums_are_enough_for_the_others(name, task, local) -> None:
-    send_through(build(name, Setting(task, local, ("a", "b", "c"), 3)), SumsOnly())
+    """And what they ask says that nothing but a sum may be sent."""
+    method = send_through(build(name, Setting(task, local, ("a", "b", "c"), 3)), SumsOnly())
+    ask = method.ask(method.init(task.first(0)))
+    assert ask is not None
+    assert ask.secure

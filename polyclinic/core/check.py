@@ -1,35 +1,67 @@
 """What the server asks of a reply before it merges it. One bad site never poisons or stops a round."""
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 from polyclinic.core import tree
 from polyclinic.core.method import Ask
 from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply, Stat
 
 Form: TypeAlias = tuple[tuple[object, ...], ...]
+UNCOUNTED = 100.0
+"""How much more than ``weight_ratio`` a site may claim whose examples nobody has counted."""
+WITNESSES = 3
+"""How many other sites a comparison without a count needs, so that one hostile site cannot shift the median."""
+
+
+class Size(NamedTuple):
+    """How much one part of a reply weighs, and the Euclidean norm of its mean; NaN if it was not computed."""
+
+    weight: float
+    norm: float
+
+
+Figures: TypeAlias = Mapping[str, Size]
+"""The size of each part of a reply that can be compared between sites."""
 
 
 @dataclass(frozen=True)
 class Gate:
     """Which replies may be merged.
 
+    The relative limits compare a site with the median of the other sites in the same round. They need no knowledge of
+    the method: a weight may be a number of examples, of steps or of voxels. A single hostile site stays within a known
+    factor of the others; what it can do within that factor is for a robust rule to bound.
+
     Attributes:
         max_norm: The largest Euclidean norm that a mean may have, per unit of weight; none by default.
-        max_weight: The largest weight that a site may claim, as its number of examples; none by default.
+        max_weight: The largest weight that a site may claim; none by default.
+        weight_ratio: A weight above this many times the median of the others is refused, unless it is at most the
+            site's count in ``counts``. For a site without a count the limit is ``UNCOUNTED`` times as large, and at
+            least ``WITNESSES`` others are needed. None by default.
+        norm_ratio: A mean whose norm is above this many times the median of at least ``WITNESSES`` others is refused;
+            none by default.
+        counts: How many examples each site said that it has, before the run.
     """
 
     max_norm: float | None = None
     max_weight: float | None = None
+    weight_ratio: float | None = None
+    norm_ratio: float | None = None
+    counts: Mapping[str, float] = field(default_factory=dict)
 
-    def refuse(self, ask: Ask, replies: Mapping[str, Reply]) -> dict[str, str]:
+    def refuse(
+        self, ask: Ask, replies: Mapping[str, Reply], before: Mapping[str, Figures] | None = None
+    ) -> dict[str, str]:
         """The sites whose replies to ``ask`` must not be merged, each with the reason.
 
         The form that a reply must have (which parts, names, shapes and types) is that of most replies. Between
-        two forms of as many replies, the one wins whose leaves agree with what was asked.
+        two forms of as many replies, the one wins whose leaves agree with what was asked. ``before`` are the figures of
+        other sites' earlier replies, with which replies that arrive one by one are compared.
         """
         reasons = {site: reason for site, reply in replies.items() if (reason := self._value(site, reply))}
         forms = {site: _form(reply) for site, reply in replies.items() if site not in reasons}
@@ -37,7 +69,43 @@ class Gate:
             counts = Counter(forms.values())
             agreed = max(forms.values(), key=lambda form: (counts[form], _agreement(form, ask)))
             reasons |= {site: _difference(agreed, form) for site, form in forms.items() if form != agreed}
+        figures = {site: self.figures(reply) for site, reply in replies.items() if site not in reasons}
+        everyone = {**(before or {}), **figures}
+        reasons |= {site: reason for site in figures if (reason := self._compared(site, everyone))}
         return dict(sorted(reasons.items()))
+
+    def figures(self, reply: Reply) -> Figures:
+        """What of ``reply`` the relative limits compare; empty if there are none."""
+        found: dict[str, Size] = {}
+        for part, stat in reply.parts.items():
+            if self.weight_ratio is None and self.norm_ratio is None:
+                break
+            if isinstance(stat, Mean) and stat.weight > 0:
+                size = math.nan if self.norm_ratio is None else tree.norm(stat.total) / stat.weight
+                found[part] = Size(stat.weight, size)
+            elif isinstance(stat, LeafMean):
+                found[part] = Size(_mean_weight(stat), math.nan)
+        return found
+
+    def _compared(self, site: str, everyone: Mapping[str, Figures]) -> str | None:
+        """Why a site's reply is out of proportion to those of the others."""
+        count = self.counts.get(site)
+        for part, mine in everyone[site].items():
+            others = [figures[part] for name, figures in everyone.items() if name != site and part in figures]
+            if self.weight_ratio is not None and len(others) >= (1 if count is not None else WITNESSES):
+                usual = statistics.median(other.weight for other in others)
+                most = max(usual * self.weight_ratio * (1.0 if count is not None else UNCOUNTED), count or 0.0)
+                if usual > 0 and mine.weight > most:
+                    known = "nobody has counted" if count is None else f"counted as {count:g}"
+                    return (f"{part}: a weight of {mine.weight:g}, where the median of the other sites is {usual:g} and "
+                            f"its own examples are {known}")  # fmt: skip
+            norms = [other.norm for other in others if not math.isnan(other.norm)]
+            if self.norm_ratio is not None and not math.isnan(mine.norm) and len(norms) >= WITNESSES:
+                usual = statistics.median(norms)
+                if usual > 0 and mine.norm > usual * self.norm_ratio:
+                    return (f"{part}: a norm of {mine.norm:.3g}, more than {self.norm_ratio:g} times the median of the "
+                            f"other sites, {usual:.3g}")  # fmt: skip
+        return None
 
     def _value(self, site: str, reply: Reply) -> str | None:
         for part, stat in reply.parts.items():
@@ -67,6 +135,12 @@ class Gate:
                 if self.max_norm is not None and weight and (norm := tree.norm(total) / weight) > self.max_norm:
                     return f"a norm of {norm:.3g}, beyond the limit of {self.max_norm:g}"
         return None
+
+
+def _mean_weight(stat: LeafMean) -> float:
+    """The mean of all elements' weights."""
+    sizes = [(float(leaf.double().sum()), leaf.numel()) for leaf in stat.weight.values()]
+    return sum(total for total, _ in sizes) / max(sum(size for _, size in sizes), 1)
 
 
 def _form(reply: Reply) -> Form:

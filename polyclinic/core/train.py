@@ -4,14 +4,15 @@ They are generators. Checkpoints, early stopping, logging and evaluation are wha
 steps, so there are no callbacks.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from polyclinic.core.check import Gate
+from polyclinic.core.check import Figures, Gate
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Reply, merge
+from polyclinic.core.stats import Gather, Reply, merge
 
 State = TypeVar("State")
 
@@ -166,45 +167,130 @@ def train_async(
 ) -> Iterator[Step[State]]:
     """Runs without waiting: updates after every ``buffer`` usable answers, discounted by their age in rounds.
 
+    John Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, Algorithm 1,
+    https://arxiv.org/abs/2106.06639. The buffer counts answers, not sites. A site that has answered is asked again as
+    soon as there is a newer model than the one it was last asked with, and not before: the same request would bring the
+    same answer. Departure from Algorithm 1: all sites are asked, where the paper samples them.
+
+    If nobody is left to wait for and the buffer is not full, the sites that failed are asked once more with the same
+    model; then the server updates with the answers that there are, and the step names the sites that were missing.
+
     Args:
         updates: How many server updates to make.
-        buffer: How many answers one update takes (Nguyen et al., "Federated Learning with Buffered Asynchronous
-            Aggregation", AISTATS 2022).
+        buffer: How many answers one update takes.
         passes: How often each site is asked; without end by default.
         among: The sites to ask; all by default.
         discount: The weight of an answer by its age.
+        gate: Which replies are usable.
 
-    A site that failed to answer three times in a row is not asked again.
+    A site that failed to answer ``FAILURES`` times in a row is not asked again.
+
+    Raises:
+        ValueError: If ``buffer`` is larger than the number of sites, so that it could never be filled.
     """
     if (ask := method.ask(state)) is None:
         return
     sites = federation.sites if among is None else sorted(among)
-    asked, failures = dict.fromkeys(sites, 1), dict.fromkeys(sites, 0)
-    pending: dict[str, Reply] = {}
-    notes: dict[str, Arrival] = {}
+    if buffer > len(sites):
+        raise ValueError(f"an update takes {buffer} answers, and {len(sites)} sites are asked once for each model: "
+                         "make the buffer smaller")  # fmt: skip
+    turns, version = _Turns(sites, passes), 0
+    pending: list[Arrival] = []
     lost: dict[str, str] = {}
-    federation.send(ask, sites)
+    known: dict[str, Figures] = {}
+    federation.send(ask, turns.take(turns.due(version), version))
     for arrival in federation.replies():
+        if arrival.site not in turns.waiting:
+            continue  # not asked, or an answer that comes twice
         reply = arrival.reply
-        refused = gate.refuse(ask, {arrival.site: reply}) if reply is not None else {arrival.site: arrival.lost}
+        refused = {arrival.site: arrival.lost} if reply is None else gate.refuse(ask, {arrival.site: reply}, known)
+        turns.answered(arrival.site, failed=reply is None or bool(refused))
         if reply is None or refused:
             lost |= refused
-            failures[arrival.site] += 1
         else:
-            failures[arrival.site] = 0
-            fresh = reply * discount(ask.round - arrival.round)
-            earlier = pending.get(arrival.site)
-            pending[arrival.site] = fresh if earlier is None else earlier + fresh
-            notes[arrival.site] = arrival
-        if len(pending) >= buffer:
-            merged = merge(pending[site] for site in sorted(pending))
+            known[arrival.site] = gate.figures(reply)
+            pending = _buffered(pending, arrival._replace(reply=reply * discount(ask.round - arrival.round)))
+        over = not turns.waiting and not turns.due(version)
+        if over and len(pending) < buffer:
+            if again := turns.failed():
+                federation.send(ask, turns.take(again, version))
+                continue
+            lost |= turns.out
+        if len(pending) >= buffer or (over and pending):
+            merged = merge(a.reply for a in pending if a.reply)
             state = method.server_update(state, merged, federation.server)
-            up = {site: a.reply.nbytes for site, a in notes.items() if a.reply}
-            down = {site: ask.nbytes(site) for site in notes}
-            yield Step(state, ask, merged, sorted(notes), lost, up, down, {s: a.seconds for s, a in notes.items()})
-            pending, notes, lost, updates = {}, {}, {}, updates - 1
-            if updates == 0 or (ask := method.ask(state)) is None:
+            yield _async_step(state, ask, merged, pending, lost)
+            pending, lost, version = [], {}, version + 1
+            if version == updates or (ask := method.ask(state)) is None:
                 return
-        if failures[arrival.site] < 3 and (passes is None or asked[arrival.site] < passes):
-            asked[arrival.site] += 1
-            federation.send(ask, [arrival.site])
+        if due := turns.due(version):
+            federation.send(ask, turns.take(due, version))
+
+
+FAILURES = 3
+"""How often in a row a site may fail to answer before it is not asked again."""
+
+
+class _Turns:
+    """Whose turn it is, where nobody waits: each site once for each version of the model.
+
+    Attributes:
+        waiting: The sites that were asked and have not answered.
+        out: The sites that are not asked any more, each with the reason.
+    """
+
+    def __init__(self, sites: Sequence[str], passes: int | None) -> None:
+        self.waiting: set[str] = set()
+        self.out: dict[str, str] = {}
+        self._passes = passes
+        self._version = dict.fromkeys(sites, -1)
+        self._asked, self._failures = Counter[str](), Counter[str]()
+
+    def due(self, version: int) -> list[str]:
+        """The sites that may be asked and have not had this ``version``, or a later one."""
+        return [site for site, had in self._version.items() if had < version and self._free(site)]
+
+    def failed(self) -> list[str]:
+        """The sites that may be asked and whose last answer was of no use."""
+        return [site for site in self._version if self._failures[site] and self._free(site)]
+
+    def take(self, sites: list[str], version: int) -> list[str]:
+        """Notes that ``sites`` are asked with ``version``."""
+        for site in sites:
+            self._version[site] = version
+        self.waiting |= set(sites)
+        self._asked.update(sites)
+        return sites
+
+    def answered(self, site: str, failed: bool) -> None:
+        """Notes that a site has answered, or has ``failed`` to."""
+        self.waiting.discard(site)
+        self._failures[site] = self._failures[site] + 1 if failed else 0
+        if self._failures[site] >= FAILURES:
+            self.out[site] = f"it failed {FAILURES} times in a row and is not asked again"
+        elif self._passes is not None and self._asked[site] >= self._passes:
+            self.out[site] = f"it was asked {self._passes} times, as often as the run allows"
+
+    def _free(self, site: str) -> bool:
+        return site not in self.waiting and site not in self.out
+
+
+def _buffered(pending: list[Arrival], new: Arrival) -> list[Arrival]:
+    """``pending`` with ``new``, in the order of sites and rounds, in which answers are summed everywhere.
+
+    What is kept apart by site has room for one answer of each: there the newer one replaces the older.
+    """
+    apart = any(isinstance(stat, Gather) for stat in (new.reply or Reply()).parts.values())
+    kept = [a for a in pending if not (apart and a.site == new.site)]
+    return sorted([*kept, new], key=lambda a: (a.site, a.round))
+
+
+def _async_step(
+    state: State, ask: Ask, merged: Reply, pending: Sequence[Arrival], lost: Mapping[str, str]
+) -> Step[State]:
+    up, down, seconds = dict[str, int](), dict[str, int](), dict[str, float]()
+    for arrival in pending:
+        up[arrival.site] = up.get(arrival.site, 0) + (arrival.reply.nbytes if arrival.reply else 0)
+        down[arrival.site] = down.get(arrival.site, 0) + ask.nbytes(arrival.site)
+        seconds[arrival.site] = seconds.get(arrival.site, 0.0) + arrival.seconds
+    return Step(state, ask, merged, sorted(up), dict(lost), up, down, seconds)

@@ -4,7 +4,10 @@ What we change of its defaults, and why:
 - jobs and snapshots lie in the server's folder, not in a temporary one that a reboot empties;
 - a site may build two classes, ours, and no job may bring code: the right ``byoc`` is nobody's;
 - nobody may run shell commands, read files or stream logs at a site; jobs must be signed;
-- a dead site is noticed after half a minute instead of ten.
+- a dead site is noticed after half a minute instead of ten;
+- the processes of one house talk over a Unix domain socket in a private folder, not over loopback TCP;
+- what a house has set is what holds: FLARE takes a settings file from wherever in its folder it meets one first, a job's
+  files included, so the house's own stand at the top, where FLARE begins to look.
 """
 
 import json
@@ -18,8 +21,10 @@ from polyclinic.engines.flare.homes import private_folder, write_private
 
 CONTROLLER = "polyclinic.engines.flare.controller.StudyController"
 EXECUTOR = "polyclinic.engines.flare.executor.SiteExecutor"
+CONNECTION = "polyclinic.engines.flare.connection.Connection"
 COORDINATOR = "coordinator@polyclinic.local"
 DEAD_AFTER = 30
+DRIVERS = Path(__file__).with_name("drivers")
 # What a coordinator may do, and nothing else; the same file stands at the server and at every site.
 RIGHTS = {
     "format_version": "1.0",
@@ -81,8 +86,25 @@ def make_site(kit: Path, site: Mapping[str, Any], certificate: bytes, key: bytes
         _install(made / site["site"], kit, {"client": (certificate, key)}, root)
     resources = json.loads((kit / "local" / "resources.json.default").read_text())
     resources |= {"class_allow_list": [EXECUTOR], "allow_log_streaming": False}
-    resources["components"] = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
+    parts = [part for part in resources["components"] if part["id"] != "site_log_streamer"]
+    resources["components"] = [*parts, {"id": "connection", "path": CONNECTION, "args": {}}]
     _close(kit, resources)
+
+
+def write_settings(kit: Path) -> None:
+    """Writes what FLARE's processes in ``kit`` read first; called whenever they are started.
+
+    Paths in it are those of the folder and of the installation of today, both of which may have moved.
+    """
+    sockets = private_folder(kit / "sockets")
+    for old in sockets.iterdir():
+        old.unlink()
+    internal = {"scheme": "unix", "resources": {"folder": str(sockets)}}
+    comm = {"allow_adhoc_conns": False, "comm_driver_path": str(DRIVERS), "internal": internal}
+    write_private(kit / "comm_config.json", json.dumps(comm, indent=1))
+    for path in (kit / "local" / "resources.json", *sorted((kit / "startup").glob("fed_*.json"))):
+        if path.exists():
+            write_private(kit / path.name, path.read_bytes())
 
 
 def _provision(work: Path, server: Mapping[str, Any], others: list[Any]) -> Path:

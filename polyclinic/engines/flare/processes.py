@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from polyclinic.engines.flare import kit as kits
 from polyclinic.engines.flare.homes import BadHome
 
 MODULES = {
@@ -24,6 +25,7 @@ MAX_LOG = 50 * 2**20
 def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[bytes]:
     """Starts FLARE's own process of a ``server`` or a ``site`` in ``kit``, in a session of its own."""
     module, config = MODULES[kind]
+    kits.write_settings(kit)
     given = [f"{key}={value}" for key, value in {"secure_train": "true", "config_folder": "config", **settings}.items()]
     command = [sys.executable, "-m", module, "-m", str(kit), "-s", config, "--set", *given]
     memory = MEMORY if kind == "server" else {}

@@ -85,7 +85,8 @@ def ledger_for(folder: Path, name: str, roles: Mapping[str, Any], site: str, pri
         Broken: If a ledger of this site was changed, cut, rolled back or deleted: which one, and what to do.
         BadPolicy: If a ledger of the data counts for another unit or with another δ.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
     heads = folder.parent / HEADS
     with locked(folder / "folder.lock"), locked(heads.with_name(f"{heads.name}.lock")):
         known = _heads(heads)
@@ -146,7 +147,8 @@ def _all(folder: Path, known: Mapping[str, str]) -> Iterator[Ledger]:
     names |= {path.name.removesuffix(end) for end in (".head", LIST) for path in folder.glob(f"*.jsonl{end}")}
     for ledger in (Ledger(folder / name) for name in sorted(names)):
         _unless_rolled_back(ledger, known)
-        yield ledger
+        if ledger.begun or _list(ledger).exists():
+            yield ledger
 
 
 def _unless_rolled_back(ledger: Ledger, known: Mapping[str, str]) -> None:
@@ -168,11 +170,10 @@ def _key(folder: Path, ledgers: list[Ledger]) -> bytes:
     path = folder / KEY
     checks = {str(bound["check"]) for ledger in ledgers if (bound := ledger.members())}
     if not path.exists() and not checks:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "wb") as file:
-            file.write(os.urandom(32))
-            file.flush()
-            os.fsync(file.fileno())
+        path.touch(mode=0o600)
+    if not checks and path.stat().st_size == 0:  # new, or a crash came before it was written
+        write_bytes(path, os.urandom(32))
+        path.chmod(0o600)
     key = path.read_bytes() if path.exists() else b""
     if len(key) != 32 or checks - {_check(key)}:
         raise Broken(f"{path}: this is not the key with which the ledgers here know data again, so nothing can be released. "

@@ -57,7 +57,7 @@ class Ledger:
                 "a budget has a finite epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
             )
         with locked(self.lock):
-            if self.path.exists() or self._head.exists():
+            if self.begun:
                 raise ValueError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
 
@@ -174,6 +174,13 @@ class Ledger:
         with locked(self.lock):
             found = [entry for entry in self._entries() if entry["event"] == "members"]
         return found[-1] if found else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a ledger. A first line that a crash has torn was never acknowledged, and is none."""
+        if self._head.exists() or not self.path.exists():
+            return self._head.exists()
+        return b"\n" in self.path.read_bytes()
 
     @property
     def lock(self) -> Path:

@@ -3,8 +3,8 @@
 What a release costs is written, and forced to the disk, before it leaves. So after a crash at any moment the ledger
 has counted at least what was released: perhaps a spend too many, never one too few. Every entry is bound to all before
 it, and a second file holds the last entry's hash, so that neither a changed line nor a missing end goes unnoticed.
-Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is kept
-elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
+Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is
+kept elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
 
 Entries hold spends as they were released, for the unit that their noise was calibrated to; what they cost the unit of
 the budget is computed when they are read.

@@ -261,7 +261,7 @@ def test_the_policys_budget_is_the_ledgers(tmp_path: Path) -> None:
     opened(tmp_path, TEN, privacy=Privacy(epsilon=6.5, delta=1e-3))
     assert ledger.budget()["epsilon"] == 6.5
     for wrong in (Privacy(epsilon=6.5, delta=1e-4), Privacy(epsilon=6.5, delta=1e-3, unit="site")):
-        with pytest.raises(BadPolicy, match="counts for every patient with delta = 0.001, and a ledger cannot be recounted"):
+        with pytest.raises(BadPolicy, match=r"for every patient with delta = 0\.001, and a ledger cannot be recounted"):
             opened(tmp_path, TEN, privacy=wrong)
 
 

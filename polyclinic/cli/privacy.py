@@ -137,8 +137,9 @@ def ledger(path: Path) -> None:
     files = sorted({*path.glob("**/ledgers/*.jsonl"), *path.glob("*.jsonl.head")}) if path.is_dir() else [path]
     files = [file.with_name(file.name.removesuffix(".head")) for file in files]
     if not files:
-        raise FileNotFoundError(f"{path}: there is no ledger here. [privacy] in a study file or in a site's policy makes "
-                                "them")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path}: there is no ledger here. [privacy] in a study file or a site's policy makes one"
+        )
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no such ledger")
@@ -150,4 +151,4 @@ def ledger(path: Path) -> None:
         members = found.members()
         many = f"; {members['members']} hashes tell these data again" if members else ""
         console.print(f"  the budget is ε = {budget['epsilon']:g} for every {budget['unit']}; {left:.3f} is left{many}")
-        console.print(f"  head {found.head()}: compare it with what a run's records or a copy of yours say", soft_wrap=True)
+        console.print(f"  head {found.head()}: compare it with a run's records or a copy of yours", soft_wrap=True)

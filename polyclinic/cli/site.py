@@ -49,7 +49,7 @@ def join(
     ----------
     file: The join file.
     data: The folder with this site's examples; see docs/deployment.md for what it holds.
-    data_name: What the data set is called, wherever it lies: its privacy budget goes by it. As before, or as the folder.
+    data_name: What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by default.
     fingerprint: The authority's, as the coordinator read it to you; else you are asked.
     device: Where to compute, cpu or cuda.
     proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
@@ -73,7 +73,7 @@ def join(
             raise BadHome("not joined")
     called = member.join(site, table, data, device, proxy, data_name)
     print(f"joined   as {table['site']}, until {table['expires'][:10]}")
-    print(f"data     {called!r}; `data_name` in site.toml keeps the name, and with it the privacy budget, if the folder moves")
+    print(f"data     {called!r}; `data_name` in site.toml keeps the name, and the privacy budget, if the folder moves")
     print("next     polyclinic site policy (read it), polyclinic site doctor, polyclinic site start")
 
 

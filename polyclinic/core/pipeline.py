@@ -172,7 +172,7 @@ class Sent(Method[SentState]):
         for i, transform in enumerate(self.transforms):
             if i == self.cut:
                 sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
-            if type(transform).notes is not Transform.notes:  # no one else's place holds notes, whatever the server sends
+            if type(transform).notes is not Transform.notes:  # only who writes notes has any, whatever the server sends
                 notes |= below(f"~{i}", ask.trees)
             key = f"sent/{ask.job}/{i}"
             sent, own = transform.encode(sent, notes, below(key, memory), site, ask.round)

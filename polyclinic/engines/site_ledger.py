@@ -3,17 +3,18 @@
 A site declares a name for its data set (``data_name`` in site.toml). Beside each ledger lies a list of keyed hashes of
 whose data it counts: of each example's inputs, and of each patient's name. Data are charged to every ledger of the same
 name and to every ledger that shares a single hash with them, whatever the folder or the name; what is new is added to
-the lists. So a folder that was moved, copied or renamed, a subset, or one patient more has the budget that it had, and so
-have patients who were renamed. Inputs are hashed as a study prepares them: of data that were prepared in another way
-*and* have no names of patients, only the data set's name tells.
+the lists. So a folder that was moved, copied or renamed, a subset, or one patient more has the budget that it had,
+and so have patients who were renamed. Inputs are hashed as a study prepares them: of data that were prepared in
+another way *and* have no names of patients, only the data set's name tells.
 
-Hashes are BLAKE2b with a key that never leaves the site's home, so that a list tells nothing of a patient to whoever does
-not have both. Inputs are hashed without their targets, so that other labels are no other data. Names that only number
-the examples, or are the examples' own, are no patients', and inputs of one value only (an empty image) are no one's.
+Hashes are BLAKE2b with a key that never leaves the site's home, so that a list tells nothing of a patient to whoever
+does not have both. Inputs are hashed without their targets, so that other labels are no other data. Names that only
+number the examples, or are the examples' own, are no patients', and inputs of one value only (an empty image) are no
+one's.
 
-What is deleted or put back from an older copy is noticed where something else still speaks of it: lists are bound to the
-ledgers' chains, and the last head of each ledger is kept outside the folder. Whoever can replace all of the site's home
-can begin anew.
+What is deleted or put back from an older copy is noticed where something else still speaks of it: lists are bound to
+the ledgers' chains, and the last head of each ledger is kept outside the folder. Whoever can replace all of the
+site's home can begin anew.
 """
 
 import hashlib
@@ -85,7 +86,8 @@ def ledger_for(folder: Path, name: str, roles: Mapping[str, Any], site: str, pri
         Broken: If a ledger of this site was changed, cut, rolled back or deleted: which one, and what to do.
         BadPolicy: If a ledger of the data counts for another unit or with another δ.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
     heads = folder.parent / HEADS
     with locked(folder / "folder.lock"), locked(heads.with_name(f"{heads.name}.lock")):
         known = _heads(heads)
@@ -146,17 +148,18 @@ def _all(folder: Path, known: Mapping[str, str]) -> Iterator[Ledger]:
     names |= {path.name.removesuffix(end) for end in (".head", LIST) for path in folder.glob(f"*.jsonl{end}")}
     for ledger in (Ledger(folder / name) for name in sorted(names)):
         _unless_rolled_back(ledger, known)
-        yield ledger
+        if ledger.begun or _list(ledger).exists():
+            yield ledger
 
 
 def _unless_rolled_back(ledger: Ledger, known: Mapping[str, str]) -> None:
     head = known.get(ledger.path.name)
     if head is not None and not ledger.path.exists():
-        raise Broken(f"{ledger.path}: the ledger is missing, and {HEADS} knows of it: nothing can be released. Restore it "
-                     "from a copy")  # fmt: skip
+        raise Broken(f"{ledger.path}: the ledger is missing, and {HEADS} knows of it: nothing can be released. "
+                     "Restore it from a copy")  # fmt: skip
     if head is not None and not ledger.knows(head):
-        raise Broken(f"{ledger.path}: this is an older copy or another ledger: its last head was {head[:16]}, which is not "
-                     "in it, so nothing can be released. Restore the newest copy of the ledgers' folder")  # fmt: skip
+        raise Broken(f"{ledger.path}: this is an older copy or another ledger: its last head was {head[:16]}, which is "
+                     "not in it, so nothing can be released. Restore the newest copy of the folder")  # fmt: skip
 
 
 def _key(folder: Path, ledgers: list[Ledger]) -> bytes:
@@ -168,15 +171,14 @@ def _key(folder: Path, ledgers: list[Ledger]) -> bytes:
     path = folder / KEY
     checks = {str(bound["check"]) for ledger in ledgers if (bound := ledger.members())}
     if not path.exists() and not checks:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(handle, "wb") as file:
-            file.write(os.urandom(32))
-            file.flush()
-            os.fsync(file.fileno())
+        path.touch(mode=0o600)
+    if not checks and path.stat().st_size == 0:  # new, or a crash came before it was written
+        write_bytes(path, os.urandom(32))
+        path.chmod(0o600)
     key = path.read_bytes() if path.exists() else b""
     if len(key) != 32 or checks - {_check(key)}:
-        raise Broken(f"{path}: this is not the key with which the ledgers here know data again, so nothing can be released. "
-                     "Restore it from a copy")  # fmt: skip
+        raise Broken(f"{path}: this is not the key with which the ledgers here know data again, so nothing can be "
+                     "released. Restore it from a copy")  # fmt: skip
     return key
 
 
@@ -227,8 +229,8 @@ def _agree(ledger: Ledger, privacy: Privacy) -> None:
     """
     known = ledger.budget()
     if (known["unit"], known["delta"]) != (privacy.unit, privacy.delta):
-        raise BadPolicy(f"privacy: {ledger.path.name} counts for every {known['unit']} with delta = {known['delta']:g}, "
-                        "and a ledger cannot be recounted: set both back")  # fmt: skip
+        raise BadPolicy(f"privacy: {ledger.path.name} counts for every {known['unit']} with delta = "
+                        f"{known['delta']:g}, and a ledger cannot be recounted: set both back")  # fmt: skip
     if known["epsilon"] != privacy.epsilon:
         ledger.raise_budget(privacy.epsilon, "policy.toml says so")
 

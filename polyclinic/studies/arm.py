@@ -108,7 +108,8 @@ class Arm:
             spent = self._account(done)
             protects = next((str(facts["protects"]) for facts in spent.values()), "")
             most = max((float(facts["epsilon"]) for facts in spent.values()), default=None)
-            paid = {"epsilon": {s: facts["epsilon"] for s, facts in spent.items()}, "protects": protects} if spent else {}
+            by_site = {site: facts["epsilon"] for site, facts in spent.items()}
+            paid = {"epsilon": by_site, "protects": protects} if spent else {}
             self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
             if done % study.evaluation.every == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)

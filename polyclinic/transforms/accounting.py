@@ -142,8 +142,8 @@ def plan(epsilon: float, delta: float, rate: float, rounds: int, *, steps: int =
         raise BadPlan("; ".join(problems))
     total = rounds * steps
     noise = _least_noise(epsilon, delta, rate, total)
-    spends = (Spend(noise, rate, total),)
-    return Plan(noise, _epsilon(_costs(spends, None), delta, "pld"), _epsilon(_costs(spends, None), delta, "rdp"), delta, rate, rounds, total,
+    costs = _costs([Spend(noise, rate, total)], None)
+    return Plan(noise, _epsilon(costs, delta, "pld"), _epsilon(costs, delta, "rdp"), delta, rate, rounds, total,
                 noise / batch)  # fmt: skip
 
 
@@ -151,8 +151,8 @@ def rounds_within(epsilon: float, delta: float, noise: float, rate: float, *, st
     """How many rounds of ``steps`` steps stay within ``epsilon``; 0 where not even one does."""
 
     def fits(rounds: int) -> bool:
-        spends = (Spend(noise, rate, rounds * steps),)
-        return any(_epsilon(_costs(spends, None), _checked(delta), by) <= epsilon for by in ("rdp", "pld"))  # the quick one first
+        costs = _costs([Spend(noise, rate, rounds * steps)], None)
+        return any(_epsilon(costs, _checked(delta), by) <= epsilon for by in ("rdp", "pld"))  # the quick one first
 
     if not fits(1):
         return 0
@@ -252,14 +252,15 @@ def _epsilon(costs: tuple[Cost, ...], delta: float, by: str) -> float:
     inside = any(one.inside for one in normal)
     if by == "rdp" and not inside:
         return _renyi(normal, delta) + pure
-    if by == "pld" and not inside and _without_sampling(normal, delta) > HUGE and (bound := _renyi(normal, delta)) > HUGE:
+    large = by == "pld" and not inside and _without_sampling(normal, delta) > HUGE
+    if large and (bound := _renyi(normal, delta)) > HUGE:
         return bound + pure
     return _tight(normal, delta, INTERVALS["coarse" if by == "rdp" else by]) + pure
 
 
 def _without_sampling(costs: Iterable[Cost], delta: float) -> float:
     """A bound in closed form: all steps as one of normal noise, on everyone (Mironov 2017, proposition 3)."""
-    mu = sum(one.steps / one.multiplier**2 for one in costs) ** 0.5
+    mu = math.sqrt(sum(one.steps / one.multiplier**2 for one in costs))
     return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
 
 

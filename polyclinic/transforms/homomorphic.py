@@ -8,6 +8,15 @@ https://arxiv.org/abs/2104.03152); for hospitals as in Stripelis et al., "Secure
 The sites hold one secret key together. They encrypt, the server adds, one site decrypts the sum and tells the server.
 So a site that works with the server can open every other site's update. ``SecureSum`` needs no such trust, and about a
 fourteenth of the bytes and a thirtieth of the time; this is for those whose rules ask for encryption by name.
+
+There is no noise flooding. What CKKS decrypts to is the message plus an error that depends on the secret key, and
+whoever sees ciphertexts *and* what they decrypt to can compute the key from the two: Baiyu Li and Daniele Micciancio,
+"On the Security of Homomorphic Encryption on Approximate Numbers", EUROCRYPT 2021, https://eprint.iacr.org/2020/1533.
+The server here sees both, so it must be assumed to be able to read every update. This hides updates from who sees
+ciphertexts only, such as a network, a store or a backup, and from a server that never sees a decrypted sum. The
+remedy is normal noise on each decrypted number, of a deviation 2^(s/2) times the error's for s bits of security,
+which no parameters here leave room for: at s = 40 it is 2^20 times an error of about 1e-8, beside updates of about
+1e-3.
 """
 
 import math

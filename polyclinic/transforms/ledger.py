@@ -3,8 +3,8 @@
 What a release costs is written, and forced to the disk, before it leaves. So after a crash at any moment the ledger
 has counted at least what was released: perhaps a spend too many, never one too few. Every entry is bound to all before
 it, and a second file holds the last entry's hash, so that neither a changed line nor a missing end goes unnoticed.
-Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is kept
-elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
+Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is
+kept elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
 
 Entries hold spends as they were released, for the unit that their noise was calibrated to; what they cost the unit of
 the budget is computed when they are read.
@@ -57,7 +57,7 @@ class Ledger:
                 "a budget has a finite epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
             )
         with locked(self.lock):
-            if self.path.exists() or self._head.exists():
+            if self.begun:
                 raise ValueError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
 
@@ -174,6 +174,13 @@ class Ledger:
         with locked(self.lock):
             found = [entry for entry in self._entries() if entry["event"] == "members"]
         return found[-1] if found else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a ledger. A first line that a crash has torn was never acknowledged, and is none."""
+        if self._head.exists() or not self.path.exists():
+            return self._head.exists()
+        return b"\n" in self.path.read_bytes()
 
     @property
     def lock(self) -> Path:

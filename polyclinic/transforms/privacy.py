@@ -6,7 +6,7 @@ Andrew, Om Thakkar, Brendan McMahan and Swaroop Ramaswamy, "Differentially Priva
 Clipping", NeurIPS 2021, Algorithm 1, https://arxiv.org/abs/1905.03871.
 
 We depart from both in who adds the noise: the sites do, never the server, so that the server need not be trusted
-with a clear sum. What is protected is a whole hospital, and each patient in it with half the multiplier (``units``). For
+with a clear sum. What is protected is a whole hospital, and each patient in it at half the multiplier (``units``). For
 patients, train with ``DPSGD``, which protects each of them from everyone outside the hospital; for three to thirty
 hospitals that is nearly always what is wanted.
 
@@ -46,8 +46,9 @@ class Clip(Transform):
 
     def problems(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
         """A bound must be a number above 0."""
-        return [] if SMALLEST <= self.bound <= LARGEST else [f"Clip: bound must be a number above 0, from {SMALLEST:.0e} "
-                                                             f"to {LARGEST:.0e}, not {self.bound}"]  # fmt: skip
+        if SMALLEST <= self.bound <= LARGEST:
+            return []
+        return [f"Clip: bound must be a number above 0, from {SMALLEST:.0e} to {LARGEST:.0e}, not {self.bound}"]
 
     def notes(self, state: Trees) -> Trees:
         """The bound, which ``Gaussian`` needs to know."""
@@ -122,9 +123,9 @@ class AdaptiveClip(Transform):
         """
         bound, count_noise = (float(notes["clip"][name]) for name in ("bound", "count_noise"))
         if not SMALLEST <= bound <= LARGEST or count_noise != (self.count_noise or 0.0):
+            allowed = f"bounds from {SMALLEST:.0e} to {LARGEST:.0e} and {self.count_noise or 0:g}"
             raise ValueError(f"AdaptiveClip: the server's message names the bound {bound:g} and the count's noise "
-                             f"{count_noise:g}, and bounds from {SMALLEST:.0e} to {LARGEST:.0e} and {self.count_noise or 0:g} "
-                             "were approved")  # fmt: skip
+                             f"{count_noise:g}, and {allowed} were approved")  # fmt: skip
         clipped, size = _clipped(sent.total, bound)
         below = torch.tensor([0.5 if size <= bound else -0.5])
         return Mean({**clipped, BELOW: below}, sent.weight), memory
@@ -151,11 +152,12 @@ class Gaussian(Transform):
         step: The distance of two numbers that ``SecureSum`` can tell apart; it is found when a pipeline is built.
 
     With ``share`` above 1, ``SecureSum`` rounds numbers that hold only a part of the noise. By Poisson's summation
-    formula a sum of rounded normal parts is distributed as the sum of all noise, rounded at random to the grid, which is
-    post-processing, up to a share of 2 exp(-π² s² / 2) per number, with s the part's deviation in steps of the grid
-    (compare Clément Canonne, Gautam Kamath and Thomas Steinke, "The Discrete Gaussian for Differential Privacy",
-    NeurIPS 2020, https://arxiv.org/abs/2004.00010). For s = 4 that is below 1e-33; for s = 1/4 it hides nothing, for most
-    parts round to the same number. So s >= 4 is demanded. A site that adds all noise itself rounds what is hidden already.
+    formula a sum of rounded normal parts is distributed as the sum of all noise, rounded at random to the grid, which
+    is post-processing, up to a share of 2 exp(-π² s² / 2) per number, with s the part's deviation in steps of the
+    grid (compare Clément Canonne, Gautam Kamath and Thomas Steinke, "The Discrete Gaussian for Differential Privacy",
+    NeurIPS 2020, https://arxiv.org/abs/2004.00010). For s = 4 that is below 1e-33; for s = 1/4 it hides nothing, for
+    most parts round to the same number. So s >= 4 is demanded. A site that adds all noise itself rounds what is
+    hidden already.
     """
 
     multiplier: float
@@ -183,7 +185,8 @@ class Gaussian(Transform):
             found.append("Gaussian(share=...) must be followed by SecureSum: without it the server sees replies that "
                          "hold only a part of the noise")  # fmt: skip
         if self.step != _step(after):
-            found.append(f"Gaussian: step follows from SecureSum, so leave it out: it is {_step(after):g}, not {self.step}")
+            step = f"{_step(after):g}, not {self.step}"
+            found.append(f"Gaussian: step follows from SecureSum, so leave it out: it is {step}")
         if not found and isinstance(before[-1], Clip):
             found += self._too_coarse({"bound": torch.tensor(before[-1].bound)})
         return found
@@ -207,9 +210,11 @@ class Gaussian(Transform):
         least = min(deviation for deviation in self.deviations(clip) if deviation)
         if least >= STEPS * self.step:
             return []
-        return [f"Gaussian(share={self.share}): each site's part of the noise has the deviation {least:.3g}, and SecureSum "
-                f"rounds to steps of {self.step:.3g}, so the sum would not hide what the multiplier says. At least {STEPS} "
-                "steps are needed: raise SecureSum's bits (and lower its limit), or the bound or the multiplier"]  # fmt: skip
+        return [
+            f"Gaussian(share={self.share}): each site's part of the noise has the deviation {least:.3g}, and SecureSum "
+            f"rounds to steps of {self.step:.3g}, so the sum would not hide what the multiplier says. At least {STEPS} "
+            "steps are needed: raise SecureSum's bits (and lower its limit), or the bound or the multiplier"
+        ]
 
     def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
         """Adds N(0, (z · bound)² / share), and rounds to a grid of 2⁻²⁰ deviations.

@@ -29,10 +29,10 @@ class SparseVector(Transform):
     """Shares at most a fraction of the coordinates, the large ones, each with noise; the others are sent as 0.
 
     ε in all is the sum of the three; it protects the whole site: a site that is not there is one that sends zeros, so a
-    coordinate moves by at most Δ = γ, and so does its size. A patient of a site moves a coordinate by 2 γ, from one end to
-    the other, and counts twice (``units``). The scales are those for queries that need not move in the same direction,
-    which sizes of a patient's changes do not. Answers have fresh noise for at most c coordinates, and what was clamped,
-    or set to 0 because it was not chosen, is post-processing.
+    coordinate moves by at most Δ = γ, and so does its size. A patient of a site moves a coordinate by 2 γ, from one end
+    to the other, and counts twice (``units``). The scales are those for queries that need not move in the same
+    direction, which sizes of a patient's changes do not. Answers have fresh noise for at most c coordinates, and what
+    was clamped, or set to 0 because it was not chosen, is post-processing.
 
     Attributes:
         fraction: q, the largest share of coordinates that is sent. The paper tries 0.1 to 0.4.
@@ -96,7 +96,7 @@ class SparseVector(Transform):
         # x_i + Lap(cΔ/ε₃), clipped again as in the paper
         scale = most * self.bound / self.epsilon_answers
         answers = x[chosen] + laplace(len(chosen), scale, dice)
-        grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # as of ``add_noise``: hides which doubles noise could have been
+        grid = 2.0 ** (math.floor(math.log2(scale)) - 20)  # as in ``add_noise``
         answers = (answers / grid).round() * grid
         return torch.zeros_like(x).index_put_((chosen,), answers.clamp(-self.bound, self.bound))
 

@@ -8,12 +8,13 @@ from polyclinic.cli.progress import Display
 from polyclinic.studies.jobs import Event
 from polyclinic.studies.spec import parse
 
+WHOM = "per patient (add or remove one patient)"
 STUDY = 'name = "small"\nrounds = 3\nseeds = [0]\n[data]\nuse = "lidc-nodules"\n[[methods]]\nname = "fedavg"\n'
 
 
 def shown(*events: Event) -> list[str]:
     out = io.StringIO()
-    with Display(Console(file=out, width=120, highlight=False), parse(STUDY)) as display:
+    with Display(Console(file=out, width=160, highlight=False), parse(STUDY)) as display:
         for event in events:
             display.show(event)
     return out.getvalue().splitlines()
@@ -21,9 +22,10 @@ def shown(*events: Event) -> list[str]:
 
 def test_epsilon_is_a_bound_until_the_last_round_and_is_rounded_up() -> None:
     begun = Event("arm", "fedavg", rounds=3)
-    rounds = [Event("round", "fedavg", round=r, rounds=3, scores={"a": 0.9}, epsilon=1.001 * r) for r in (1, 2, 3)]
+    rounds = [Event("round", "fedavg", round=r, rounds=3, scores={"a": 0.9}, epsilon=1.001 * r, protects=WHOM)
+              for r in (1, 2, 3)]  # fmt: skip
     lines = [line for line in shown(begun, *rounds) if "ε" in line]
-    assert [line.split("ε")[1].strip() for line in lines] == ["≤ 1.01", "≤ 2.01", "= 3.01"]
+    assert [line.split("ε")[1].strip() for line in lines] == [f"≤ 1.01 {WHOM}", f"≤ 2.01 {WHOM}", f"= 3.01 {WHOM}"]
 
 
 def test_the_worst_site_is_named_and_a_lost_one_told() -> None:

@@ -106,7 +106,8 @@ def write_run(
         for s in [s for s, v in sites.items() if v[0] == "training"]:
             lines.append(
                 {"kind": "privacy", "method": "fedprox", "seed": 0, "round": ROUNDS, "site": s, "epsilon": 2.0,
-                 "delta": 1e-5, "unit": "patient", "accountant": "PLD"}
+                 "delta": 1e-5, "unit": "patient", "adjacency": "add or remove one patient",
+                 "assumes": ["the number of patients counts as public"], "accountant": "PLD"}
             )  # fmt: skip
     (path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -8,9 +8,12 @@ import pytest
 from polyclinic.studies.evaluation import Options
 from polyclinic.studies.lines import rounded_up
 from polyclinic.studies.report import build_report
+from polyclinic.tasks.dpsgd import Spend
+from polyclinic.transforms.guarantee import guarantee
 from tests.studies.made_run import write_run
 
 FEW = Options(draws=50)
+WHOM = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient").facts()
 
 
 def built(path, spends, private=("fedprox", "fedbn")):
@@ -24,7 +27,7 @@ def built(path, spends, private=("fedprox", "fedbn")):
     with open(path / "records.jsonl", "a") as file:
         for method, round_, site, epsilon, by in spends:
             line = {"kind": "privacy", "method": method, "seed": 0, "round": round_, "site": site, "by": by}
-            file.write(json.dumps(line | {"epsilon": epsilon, "delta": 1e-3, "unit": "patient"}) + "\n")
+            file.write(json.dumps(line | {"epsilon": epsilon, "delta": 1e-3, **WHOM}) + "\n")
     text = build_report(path, options=FEW).read_text(encoding="utf-8")
     return text[text.index('id="privacy"') :].split("</section>")[0]
 
@@ -61,10 +64,13 @@ def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
     assert "Dashed: the same method without noise." in section
     assert 'aria-label="Mean AUC against the privacy budget for 2 methods' in section
     assert "No noise was added under FedAvg" in section
+    assert section.count("ε is for every patient (adjacency: add or remove one patient).") == 1
+    assert "For every patient, as in the table above." in section
+    assert "who is in a Poisson sample stays secret" in section
 
 
 def test_other_methods_without_noise_are_no_measure_of_its_cost(tmp_path):
     spends = [("fedprox", 12, "lyon", 1.9, "pld"), ("fedbn", 12, "lyon", 7.9, "pld")]
     section = built(tmp_path / "r", spends, private=())
-    assert "What privacy costs: quality against ε." in section
+    assert "What privacy costs: quality against ε for every patient." in section
     assert "Dashed" not in section

@@ -18,6 +18,8 @@ from polyclinic.studies.across import NotComparable, compare, panel
 from polyclinic.studies.evaluation import Options, evaluate
 from polyclinic.studies.records import NotARun, read_run
 from polyclinic.studies.report import build_report
+from polyclinic.tasks.dpsgd import Spend
+from polyclinic.transforms.guarantee import guarantee
 from tests.studies.made_run import METHODS, SITES, write_run
 
 FEW = Options(draws=200)
@@ -466,12 +468,18 @@ def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
             (1, 2, 2.6, "pld"),
         ):
             line = {"kind": "privacy", "method": "fedavg", "seed": seed, "round": round_, "site": "ada", "by": by}
-            file.write(json.dumps(line | {"epsilon": epsilon, "delta": 1e-5, "unit": "patient"}) + "\n")
+            said = {"epsilon": epsilon, "delta": 1e-5, **guarantee([Spend(2.0, share=3)], "patient").facts()}
+            file.write(json.dumps(line | said) + "\n")
     (spent,) = read_run(path).spent("fedavg")
     assert (spent.epsilon, spent.seed, spent.round) == (2.6, 1, 2)
     page = Page(build_report(path, options=FEW).read_text())
     assert "tight" in page.text
-    assert "FedAvg was differentially private per patient with (ε = 2.6, δ = 1e-05)" in page.text
+    whom = "(adjacency: replace, add or remove one patient inside a site that takes part)"
+    assert f"FedAvg was differentially private: ε = 2.60 at δ = 1e-05 for every patient {whom}." in page.text
+    assert f"ε is for every patient {whom}. Assumed: the number of patients counts as public; each sum holds" in page.text
+    assert page.text.count("scores of validation and test patients that a site sends are not covered") >= 2
+    (card,) = [file.read_text() for file in path.rglob("*.md")]
+    assert f"ε = 2.60 at δ = 1e-05 for every patient {whom}" in card
     assert "No noise was added" not in page.text
 
 

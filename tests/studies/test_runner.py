@@ -18,6 +18,7 @@ from polyclinic.studies.folder import RunExists, read_tensors
 from polyclinic.studies.problems import BadStudy
 from polyclinic.studies.runner import run
 from polyclinic.studies.spec import parse
+from polyclinic.transforms.ledger import Ledger
 
 STUDY = """\
 name = "small"
@@ -320,12 +321,21 @@ def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> Non
     assert len(per_round) == 4
     assert 0 < per_round[0] < per_round[1] < per_round[2]
     assert spent[-1]["by"] == "pld"
+    whom = {(line["unit"], line["adjacency"], tuple(line["assumes"])) for line in spent}
+    assert whom == {("record", "add or remove one record",
+                     ("the number of records counts as public", "who is in a Poisson sample stays secret"))}  # fmt: skip
+    ledgers = {path.stem: Ledger(path) for path in (tmp_path / "private").glob("arms/fedavg-*/ledgers/*.jsonl")}
+    assert all(ledgers[line["site"]].knows(line["ledger"]) for line in spent), "a copy of the head, kept elsewhere"
+    assert len({line["ledger"] for line in spent}) == len(spent)
     told = [e.epsilon for e in events if e.what == "round" and e.label == "fedavg"]
     assert told == [max(line["epsilon"] for line in spent if line["round"] == n) for n in (1, 2, 3, 4)]
-    assert all(e.epsilon is None for e in events if e.label == "open")
+    said = {e.protects for e in events if e.what == "round" and e.label == "fedavg"}
+    assert said == {"per record (add or remove one record)"}
+    assert all(e.epsilon is None and e.protects == "" for e in events if e.label == "open")
     entries = [e for e in verify(tmp_path / "private" / "journal.jsonl") if e["event"] == "round"]
     journal = [e["epsilon"]["a"] for e in entries if e["method"] == "fedavg"]
     assert journal == per_round
+    assert {e.get("protects") for e in entries if e["method"] == "fedavg"} == said
     assert all("epsilon" not in e for e in entries if e["method"] == "open")
 
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 from scipy import optimize, signal, stats
 
-dp_accounting = pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
+pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 pytest.importorskip("cryptography", reason="needs polyclinic[privacy]")
 
+import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 

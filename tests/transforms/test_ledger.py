@@ -81,6 +81,16 @@ def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
             Ledger(tmp_path / "other").begin(**{**SMALL, **wrong})
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"seq":0,"event":"budget","si'])
+def test_a_ledger_whose_beginning_was_torn_begins(tmp_path: Path, torn: bytes) -> None:
+    ledger = Ledger(tmp_path / "budget.jsonl")
+    ledger.path.write_bytes(torn)
+    assert not ledger.begun
+    ledger.begin(**SMALL)
+    assert ledger.begun
+    assert ledger.budget()["data"] == "ward-7"
+
+
 def changed(ledger: Ledger, how: Callable[[list[bytes]], list[bytes]]) -> None:
     ledger.path.write_bytes(b"".join(how(ledger.path.read_bytes().splitlines(keepends=True))))
 

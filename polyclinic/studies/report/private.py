@@ -78,12 +78,15 @@ def _by_round(page: Source) -> list[Folded]:
     ]
     columns = numbers(round="After round", **{f"epsilon-{m}": page.title(m) for m in labels})
     units = sorted({p.unit for p in page.run.privacy if p.unit})
-    note = f"For every {' or '.join(units) or 'unit that is not stated'}, as in the table above. The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
+    note = f"For every {' or '.join(units) or 'unit that is not stated'}, as in the table above. "
+    note += "The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
     note += "after the last, by the tight one."
     return [Folded("ε after each round", [Table("privacy-rounds", "ε spent, by round.", columns, rows, note)])]
 
 
-def _curve(alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str) -> str:
+def _curve(
+    alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str
+) -> str:
     """Quality with its interval against ε, on a scale of ratios; a dashed line for what was trained without noise."""
     with figures.drawing(2.9) as (figure, axes):
         axes.set_position((0.16, 0.16, 0.8, 0.8))

@@ -54,7 +54,7 @@ def main() -> None:
     print(
         f"{'numbers':>10} {'sites':>5} {'lost':>4} {'worst site, CPU s':>18} {'server, CPU s':>14} {'MB up a site':>12}"
     )
-    for sites, threshold, lost in ((10, 7, 0), (10, 7, 2), (5, 3, 1), (30, 20, 3)):
+    for sites, threshold, lost in ((10, 7, 0), (10, 7, 2), (5, 4, 1), (30, 20, 3)):
         clock, names = Clock(), [f"site-{i:02}" for i in range(sites)]
         update = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.01
         vectors = {}

@@ -43,7 +43,9 @@ def test_the_same_roster_may_be_opened_again_and_is_written_once(opened: Opened)
     summed(), summed(run="run-2"), summed(round=1), summed(job="train "), summed(job="send", round=7, run="another"),
     summed("fresh"), summed(""),
 ], ids=["same", "run", "round", "job", "everything else", "values made afresh", "zeros"])  # fmt: skip
-def test_values_that_were_opened_are_not_opened_over_a_roster_that_differs_in_few_sites(other: Summed, opened: Opened) -> None:
+def test_values_that_were_opened_are_not_opened_over_a_roster_that_differs_in_few_sites(
+    other: Summed, opened: Opened
+) -> None:
     assert refused(opened, summed(), FIVE) == ""
     said = refused(opened, other, FOUR)
     assert "over a, b, c, d, e was opened already; one over others would show what 1 of them sent" in said
@@ -63,7 +65,9 @@ def test_other_values_of_another_round_are_opened_over_whoever_is_there(opened: 
     (("c", "d", "e", "f"), 4, False), (("c", "d", "e", "f", "g"), 4, True),
     (("b", "c", "d", "e", "f"), 2, False), (FOUR, 0, False), (("c", "d", "e", "f"), 0, True),
 ])  # fmt: skip
-def test_a_second_roster_differs_in_as_many_sites_as_the_policy_asks_for(second, min_sites: int, fits: bool, opened: Opened) -> None:
+def test_a_second_roster_differs_in_as_many_sites_as_the_policy_asks_for(
+    second, min_sites: int, fits: bool, opened: Opened
+) -> None:
     assert refused(opened, summed(), FIVE, min_sites) == ""
     assert bool(refused(opened, summed(), second, min_sites)) == (not fits)
 
@@ -81,7 +85,9 @@ def test_a_static_statistic_is_summed_once_in_a_run(opened: Opened) -> None:
     assert refused(opened, static, ("a", "b", "c")) == ""
     assert refused(opened, static, ("a", "b", "c")) == ""
     assert "and a run opens one of them" in refused(opened, static, ("d", "e", "f"))
-    assert "and a run opens one of them" in refused(opened, summed("y", job="count", static=True, round=1), ("d", "e", "f"))
+    assert "and a run opens one of them" in refused(
+        opened, summed("y", job="count", static=True, round=1), ("d", "e", "f")
+    )
     assert refused(opened, summed(job="count", static=True, run="run-2"), ("d", "e", "f")) == ""
     assert refused(opened, summed("z", job="moments", static=True), ("d", "e", "f")) == ""
 

@@ -27,7 +27,16 @@ ALL = ("site-0", "site-1", "site-2", "site-3", "site-4")
 class Liar:
     """A server that sums over whom it likes, under what name and threshold it likes."""
 
-    def __init__(self, root: Path, method: str = "fedavg", count: int = 5, min_sites: int = 3, run: str = "run-1", homes=None, **how) -> None:
+    def __init__(
+        self,
+        root: Path,
+        method: str = "fedavg",
+        count: int = 5,
+        min_sites: int = 3,
+        run: str = "run-1",
+        homes=None,
+        **how,
+    ) -> None:
         policy = f"[limits]\nmin_patients = 2\n[require]\nsecure = true\nmin_sites = {min_sites}\n"
         self.homes = homes or hospital(root, count, policy)
         plan = {"options": {"uniform": True}, "send": [SUM], "network_options": GROUP, **how.pop("plan", {})}
@@ -45,7 +54,24 @@ class Liar:
         received = desk.memory.folder / "received"
         size, sha256 = wire.write(received, value, durable=False)
         body = take_in(desk.memory, received, self.number)
-        call = Call(VERSION, self.an.run, self.number, site, "", size, sha256, kind, self.an.hash, round, job, 0, 0, 0, 0.0, stage)
+        call = Call(
+            VERSION,
+            self.an.run,
+            self.number,
+            site,
+            "",
+            size,
+            sha256,
+            kind,
+            self.an.hash,
+            round,
+            job,
+            0,
+            0,
+            0,
+            0.0,
+            stage,
+        )
         answer, file = desk.answer(call, body)
         if answer.lost:
             raise ProtocolError(answer.lost)
@@ -54,17 +80,31 @@ class Liar:
     def train(self, sites, job: str = "", round: int = 0, by: float = 0.0):
         self.number += 1
         job = job or self.honest.job
-        trees = {name: {k: v + by for k, v in t.items()} if name == "params" else t for name, t in self.honest.trees.items()}
+        trees = {
+            name: {k: v + by for k, v in t.items()} if name == "params" else t for name, t in self.honest.trees.items()
+        }
         ask = replace(self.honest, job=job, round=round, trees=trees)
         self.asked = (job, round)
         return {site: self.call(site, ask, "do", "", job, round) for site in sites}
 
-    def sum(self, sites=ALL, threshold: int = 0, until: str = "", job: str = "", round: int = 0, by: float = 0.0, id: str = "", leave_out=()):
+    def sum(
+        self,
+        sites=ALL,
+        threshold: int = 0,
+        until: str = "",
+        job: str = "",
+        round: int = 0,
+        by: float = 0.0,
+        id: str = "",
+        leave_out=(),
+    ):
         """The sum over ``sites``, after asking them to train; the masked vectors where it goes ``until`` "mask"."""
         layouts = self.train(sites, job, round, by)
         self.id = id or os.urandom(16).hex()
         keys = {site: self.an.identities[site] for site in sites}
-        session = Session(self.id, round, _size(next(iter(layouts.values()))), threshold or default_threshold(len(sites)), keys)
+        session = Session(
+            self.id, round, _size(next(iter(layouts.values()))), threshold or default_threshold(len(sites)), keys
+        )
         return self.protocol(session, sites, until, leave_out)
 
     def protocol(self, session: Session, sites, until: str = "", leave_out=()):
@@ -122,7 +162,9 @@ def test_a_static_statistic_is_summed_once_whatever_round_is_named(tmp_path: Pat
     liar.sum()
     with pytest.raises(ProtocolError, match="'count' in round 1 is not in the schedule"):
         liar.sum(ALL[:4], round=1)
-    with pytest.raises(ProtocolError, match=r"a sum of 'count' over site-0, .* was opened already, and a run opens one"):
+    with pytest.raises(
+        ProtocolError, match=r"a sum of 'count' over site-0, .* was opened already, and a run opens one"
+    ):
         liar.sum(ALL[:4])
 
 
@@ -205,7 +247,11 @@ def test_two_thirds_must_stay_to_the_end(threshold: int, fits: bool, tmp_path: P
             liar.protocol(session, ALL)
 
 
-SHARED = [{"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 1.0, "share": 5}, {**SUM, "limit": 64.0, "threshold": 5, "bits": 18}]
+SHARED = [
+    {"name": "clip", "bound": 1.0},
+    {"name": "gaussian", "multiplier": 1.0, "share": 5},
+    {**SUM, "limit": 64.0, "threshold": 5, "bits": 18},
+]
 
 
 def test_as_many_sites_as_the_noise_counts_on_must_stay(tmp_path: Path) -> None:
@@ -296,7 +342,9 @@ def test_values_are_known_by_their_numbers_and_not_by_their_names() -> None:
     assert len({content(one), *map(content, different)}) == 6
     assert content({"x": torch.zeros(3), "y": torch.zeros(0)}) == content({}) == ""
     assert content({"x": torch.tensor(float("nan"))}) != ""
-    assert content({"x": torch.arange(6.0).reshape(2, 3).T}) == content({"x": torch.arange(6.0).reshape(2, 3).T.contiguous()})
+    assert content({"x": torch.arange(6.0).reshape(2, 3).T}) == content(
+        {"x": torch.arange(6.0).reshape(2, 3).T.contiguous()}
+    )
 
 
 def test_what_is_coded_is_noted_within_the_block_alone() -> None:
@@ -311,5 +359,3 @@ def test_what_is_coded_is_noted_within_the_block_alone() -> None:
             SecureSum().encode(sent, {}, {}, site, 1)
     SecureSum().encode(sent, {}, {}, site, 0)
     assert outer == inner == [content(sent.total)]
-
-

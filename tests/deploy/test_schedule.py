@@ -142,7 +142,10 @@ def test_a_content_that_was_begun_and_failed_is_the_content_of_its_round(tmp_pat
 # The same content again ---------------------------------------------------------------------------------------------
 
 
-NOISE = {"options": {"uniform": True}, "send": [{"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 1.0}]}
+NOISE = {
+    "options": {"uniform": True},
+    "send": [{"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 1.0}],
+}
 
 
 def test_the_same_content_gets_the_same_reply_whatever_its_number(tmp_path: Path) -> None:
@@ -232,7 +235,9 @@ def test_a_torn_record_is_what_was_acknowledged(tmp_path: Path) -> None:
     assert server.said(1) == ""
 
 
-def test_what_was_answered_is_on_the_disk_before_the_reply_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_answered_is_on_the_disk_before_the_reply_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = Server(tmp_path)
     lines = []
 
@@ -253,7 +258,9 @@ def test_the_model_that_is_scored_is_the_one_that_is_trained_from(tmp_path: Path
     assert server.said(0) == ""
     assert server.said(1, "score/val", by=0.1) == ""
     assert "it holds another model than was sent for this round before ('params' differs)" in server.said(1, by=0.2)
-    assert "other content before" in server.said(1, by=0.1)  # the refused content was begun, and stays the one of its round
+    assert "other content before" in server.said(
+        1, by=0.1
+    )  # the refused content was begun, and stays the one of its round
     assert server.said(2, by=0.3) == ""
     assert "another model" in server.said(2, "score/val", by=0.4)
 
@@ -267,7 +274,10 @@ def test_what_is_trained_from_is_what_is_scored(tmp_path: Path) -> None:
     assert server.said(2, "score/val", by=0.2) == ""
 
 
-@pytest.mark.parametrize(("round", "by", "why"), [(1, 0.1, ""), (2, 0.2, ""), (3, 0.9, ""), (1, 0.2, "another model"), (2, 0.1, "another model")])
+@pytest.mark.parametrize(
+    ("round", "by", "why"),
+    [(1, 0.1, ""), (2, 0.2, ""), (3, 0.9, ""), (1, 0.2, "another model"), (2, 0.1, "another model")],
+)
 def test_the_tested_model_is_one_that_was_scored_or_the_last(round: int, by: float, why: str, tmp_path: Path) -> None:
     server = Server(tmp_path, **SCORED)
     server.said(0)

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,8 +42,6 @@ def test_the_default_lets_an_update_out_and_predictions_never() -> None:
     method, rules = p.build_method(), Enforced(policy, p)
     reply, _ = execute(method, ask_of(p), {}, site(), rules)
     assert reply.mean("update").weight == 12
-    from dataclasses import replace
-
     scores, _ = execute(method, replace(ask_of(p), job="score/val"), {}, site(), rules)
     assert "score" in scores.parts
     with pytest.raises(Refused, match="never runs here"):
@@ -55,8 +54,6 @@ def test_an_empty_file_is_the_default() -> None:
 
 def test_few_patients_never_train_and_are_never_scored() -> None:
     p, policy = plan(), parse(b"[limits]\nmin_patients = 13\n")
-    from dataclasses import replace
-
     for job in ("train", "score/val"):
         with pytest.raises(Refused, match="fewer than 13 patients here"):
             execute(p.build_method(), replace(ask_of(p), job=job), {}, site(), Enforced(policy, p))
@@ -134,8 +131,6 @@ def test_only_secure_sums_where_the_policy_says_so() -> None:
 
 def test_a_promise_of_secrecy_is_kept_by_the_site() -> None:
     """The server drops ``secure`` from an ask whose study promises a secure sum."""
-    from dataclasses import replace
-
     p = plan(options={"uniform": True}, send=({"name": "secure-sum"},))
     ask = ask_of(p)
     assert ask.secure
@@ -194,3 +189,53 @@ def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:
             pass
     with pytest.raises(BadPolicy, match="larger"):
         parse(b"#" * 2**20)
+
+
+@pytest.mark.parametrize("verb", ["score", "predict", "explain"])
+@pytest.mark.parametrize("role", ["train", "unlabelled", "public", "", "val/x", "Val"])
+def test_no_model_is_scored_but_on_validation_and_test_data_whatever_the_policy_allows(verb: str, role: str) -> None:
+    lax = parse(b'[allow]\njobs = ["*"]\nnever = []\ngather = ["*"]\nstats = ["Mean"]\n[limits]\nmin_patients = 1\n')
+    p = plan()
+    with pytest.raises(Refused, match="scored on val and test data alone, and never on"):
+        execute(p.build_method(), replace(ask_of(p), job=f"{verb}/{role}"), {}, site(), Enforced(lax, p))
+
+
+def test_patients_are_not_counted_for_the_server() -> None:
+    p = plan()
+    with pytest.raises(Refused) as told:
+        execute(p.build_method(), ask_of(p), {}, site(9), Enforced(parse(DEFAULT.encode()), p))
+    assert str(told.value) == "fewer than 10 patients here (limits.min_patients)"
+    execute(p.build_method(), ask_of(p), {}, site(10), Enforced(parse(DEFAULT.encode()), p))
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (Reply({"update": Mean({"head.bias": torch.zeros(2)}, 1.0)}), ""),
+        (Reply({"update": Mean({"head.bias": torch.zeros(3)}, 1.0)}), "update: 'head.bias' would leave in another shape"),
+        (Reply({"change": LeafMean({"head.bias": torch.zeros(1, 2)}, {})}), "change: 'head.bias'"),
+        (Reply({"model": Gather({"a": {"head.bias": torch.zeros(2000)}})}), "model: 'head.bias'"),
+        (Reply({"sent": Mean({"m/gradient/head.bias": torch.zeros(3)}, 1.0)}), "gradient: 'head.bias'"),
+        (Reply({"sent": Mean({"m/update/head.bias": torch.zeros(2), "m/update/": torch.zeros(0)}, 1.0)}), ""),
+        (Reply({"selector": Mean({"head.bias": torch.zeros(3)}, 1.0)}), ""),  # a model of another kind
+        (Reply({"update": Mean({"head.bias": torch.zeros(3), "first.head.bias": torch.zeros(3)}, 1.0)}), ""),
+        (Reply({"predict": Gather({"a": {"score": torch.zeros(9, 2)}})}), ""),
+        (Reply({"predict": Gather({"a": {"score": torch.zeros(9, 3)}})}), "3 outputs for each patient would leave, and 2 "),
+        (Reply({"predict": Gather({"a": {"score": torch.zeros(9)}})}), ""),
+    ],
+)  # fmt: skip
+def test_what_leaves_has_the_size_that_was_approved(reply: Reply, why: str) -> None:
+    p = plan()
+    rules = Enforced(parse(b'[allow]\ngather = ["*"]\n'), p)
+    if why:
+        with pytest.raises(Refused, match=why):
+            rules.release(p.build_method(), ask_of(p), reply, site())
+    else:
+        rules.release(p.build_method(), ask_of(p), reply, site())
+
+
+def test_encoded_replies_have_the_bound_of_their_bytes() -> None:
+    p = plan(send=({"name": "top-k", "fraction": 0.5},))
+    method = p.build_method()
+    reply = Reply({"sent": Mean({"m/update/head.bias": torch.zeros(300)}, 1.0)})
+    Enforced(parse(b""), p).release(method, ask_of(p), reply, site())

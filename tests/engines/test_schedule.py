@@ -199,7 +199,9 @@ def test_validation_is_predicted_only_beside_the_test() -> None:
 def test_only_the_last_model_is_tested_where_none_is_chosen() -> None:
     s = schedule(test="score/test", score_every=2)
     assert why(s, 6, "score/test", (5, "train"), (6, "score/val")) == ""
-    assert "is not of the last round, and 6 rounds are complete" in why(s, 4, "score/test", (4, "score/val"), (5, "train"))
+    assert "is not of the last round, and 6 rounds are complete" in why(
+        s, 4, "score/test", (4, "score/val"), (5, "train")
+    )
     assert "is not of the last round, and 6 rounds are complete" in why(s, 5, "score/test", (5, "train"))
     assert why(s, 3, "score/test", (2, "train")) == ""  # ended early; nothing is trained after it
     assert "2 rounds are complete" in why(s, 1, "score/test", (2, "score/val"))
@@ -274,7 +276,9 @@ def test_marks_are_compared_where_both_have_them_or_as_a_whole() -> None:
     assert marks_problem(one, more, whole=False) is None
     assert "'momentum' differs" in str(marks_problem(one, more, whole=True))
     assert "'momentum' differs" in str(marks_problem(more, one, whole=True))
-    assert "another model than was sent for this round before ('params' differs)" in str(marks_problem({"params": "3"}, more, False))
+    assert "another model than was sent for this round before ('params' differs)" in str(
+        marks_problem({"params": "3"}, more, False)
+    )
     assert marks_problem(more, dict(more), whole=True) is None
     assert marks_problem({"ends": "1"}, one, whole=False) is None
 

@@ -158,7 +158,10 @@ class Memory:
 
     def repeat(self, link: Link, number: int, after: int) -> Link:
         """Gives the reply of ``link`` again under another number, with the memory that the site kept after it."""
-        for old, new in ((self.reply(link.number), self.reply(number)), (self.layout(link.number), self.layout(number))):
+        for old, new in (
+            (self.reply(link.number), self.reply(number)),
+            (self.layout(link.number), self.layout(number)),
+        ):
             if old.exists() and old != new:
                 new.unlink(missing_ok=True)
                 os.link(old, new)

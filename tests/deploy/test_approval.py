@@ -232,6 +232,10 @@ def test_an_arm_runs_once_under_one_name(home: SiteHome) -> None:
     third = reviews.offer(study("third"), ())
     assert third.state == WAITING
     assert third.notes == ("this arm has run already as spots-1", "this arm has run already as again")
+    read_and_approve(home, "third")
+    read_and_approve(home, "spots")  # all of it once more, which is noted once
+    parts = json.loads((home.reviews / "records" / "parts").read_text())
+    assert sorted(len(taken) for taken in parts.values()) == [1, 1, 3]
 
 
 def test_a_survey_is_answered_once(home: SiteHome) -> None:

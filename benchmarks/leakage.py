@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.audits.inversion import Inversion, leaky, psnr, relative_leakage
-from polyclinic.audits.membership import Part, Shadows, found, lira, shadows
+from polyclinic.audits.membership import Part, Shadows, found, lira, losses, shadows
 from polyclinic.core import tree
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.pipeline import Transform, send_through
@@ -70,16 +70,22 @@ def attacked(epsilon: float | None, count: int) -> dict[str, float]:
     local = Local(epochs=EPOCHS, batch_size=BATCH, lr=0.1, momentum=0.9) if epsilon is None else DPSGD(
         epochs=EPOCHS, batch_size=BATCH, lr=0.5, momentum=0.9, noise=noise_for(epsilon), bound=0.5, unit="record"
     )  # fmt: skip
-    made = shadows(task, local, Part(data, chosen), count)
+    tried = Part(data, chosen)
+
+    def one_more(k: int, half: Tensor) -> Tensor:
+        site = Site(f"shadow-{k}")
+        return losses(task, local.fit(task, task.first(k), site, 0, data=Part(tried, half)), tried)
+
+    made = shadows(one_more, [str(i) for i in range(len(chosen))], count)
     areas, rates, by_loss = [], [], []
     for k in range(count):
         others, inside = torch.arange(count) != k, made.inside[k]
-        score = lira(made.p[k], Shadows(made.p[others], made.inside[others]))
+        score = lira(made.loss[k], Shadows(made.loss[others], made.inside[others]))
         one = found(score[inside], score[~inside])
         areas.append(one.auc)
-        rates.append(one.tpr_at_1_percent)
-        by_loss.append(found(made.p[k][inside], made.p[k][~inside]).auc)
-    right = float(((made.p > 0.5) & ~made.inside).sum() / (~made.inside).sum())
+        rates.append(one.rate(0.01).value or 0.0)
+        by_loss.append(found(-made.loss[k][inside], -made.loss[k][~inside]).auc)
+    right = float(((made.loss < np.log(2)) & ~made.inside).sum() / (~made.inside).sum())
     return {
         "models": count, "lira": float(np.mean(areas)), "error": float(np.std(areas, ddof=1) / count**0.5),
         "rate": float(np.mean(rates)), "loss": float(np.mean(by_loss)), "accuracy": right,

@@ -142,7 +142,7 @@ def _privacy(
 
 
 def _last_shared(run: Run) -> str:
-    shared = [method.label for method in run.info.methods if method.leaves != "nothing"]
+    shared = [m.label for m in run.info.methods if m.leaves != "nothing" and not m.baseline]
     if not shared:
-        raise NotAudited(f"{run.path}: no method of this run shares a model; name one to audit it all the same")
+        raise NotAudited(f"{run.path}: no federated method of this run shares a model; name one to audit it anyway")
     return shared[-1]

@@ -175,7 +175,7 @@ def test_integers_and_variances_are_not_hidden_but_empty_ones_pass(noise: Noise)
     with metered() as spent:
         with pytest.raises(ValueError, match=r"Gaussian cannot hide integers, and m/n holds torch.int64"):
             sent_by(Gaussian(1.0), {"m/n": torch.ones(1, dtype=torch.int64)}, notes)
-        with pytest.raises(ValueError, match="m/norm.running_var is a variance"):
+        with pytest.raises(ValueError, match=r"m/norm.running_var is a variance"):
             sent_by(Gaussian(1.0), {"m/a": torch.ones(1), "m/norm.running_var": torch.ones(1)}, notes)
     assert not spent, "nothing was released"
     sent_by(Gaussian(1.0), {"m/e": torch.zeros(0, dtype=torch.int32), "m/running_mean": torch.ones(1)}, notes)

@@ -102,7 +102,7 @@ def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
         for bad in (math.nan, math.inf, -math.inf):
             with pytest.raises(ValueError, match="holds NaN or an infinity"):
                 shared(SparseVector(), {"a": X, "w": torch.tensor([1.0, bad])})
-        with pytest.raises(ValueError, match="norm.running_var is a variance"):
+        with pytest.raises(ValueError, match=r"norm.running_var is a variance"):
             shared(SparseVector(), {"a": X, "norm.running_var": X.abs()})
     assert not spent
 

@@ -143,7 +143,7 @@ def mean_of(**shapes: int) -> Reply:
 def test_how_a_form_differs_is_said_of_the_first_tensor_that_does() -> None:
     said = "update: b is ((3,), 'torch.float32'), where other sites send ((2,), 'torch.float32')"
     assert differs(mean_of(a=2, b=3, c=9), mean_of(a=2, b=2, c=2)) == said
-    assert differs(mean_of(b=3, aa=1), mean_of(a=2, b=2)) == said, "more telling than what is missing besides"
+    assert differs(mean_of(b=3, aa=1), mean_of(a=7, b=2)) == said, "more telling than what is missing besides"
     assert differs(mean_of(b=2), mean_of(a=2, b=2)) == "update/a is missing"
     assert differs(mean_of(a=2, b=2, c=1), mean_of(a=2, b=2)) == "update/c is not what other sites send"
     halves = Reply({"update": Mean({"a": torch.zeros(2, dtype=torch.float16)}, 1.0)})

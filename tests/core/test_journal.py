@@ -61,7 +61,7 @@ def test_an_empty_file_is_a_journal_of_nothing(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.touch()
     assert list(verify(path)) == []
-    assert Journal(path).write("one") == list(verify(path))[0]["hash"]
+    assert Journal(path).write("one") == next(verify(path))["hash"]
 
 
 @pytest.mark.parametrize("change", [{"seq": 9}, {"seq": 1}, {"previous": "1" * 64}, {"round": 7}, {"event": "other"}])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from polyclinic.core.execute import Refused
 from polyclinic.core.method import Ask

@@ -7,6 +7,7 @@ See README.md beside this file.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -30,6 +31,7 @@ from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 RESULTS = ROOT / "build" / "mutation"
 PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow and not deploy"]
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
+CANNOT = 77  # the exit status of a fork in which a function could not be changed
 MEMORY = 16 * 2**30
 
 
@@ -87,25 +89,22 @@ class InOneProcess:
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
-        original = compile(self.target.source, str(self.target.path), "exec")
         for key in self.keys:
             if time.monotonic() > self.until:
                 break
-            mutant = compile(self.target.mutants[key].source, str(self.target.path), "exec")
-            names = changed_functions(original, mutant)
-            module = sys.modules.get(self.target.module)
-            if names is None or module is None:
-                self.out(key, AFRESH)
-                continue
-            items = sorted((i for i in session.items if base["calls"][i.nodeid] & names),
-                           key=lambda item: base["seconds"][item.nodeid])  # fmt: skip
-
-            def tried(names: set[str] = names, items: list[pytest.Item] = items, mutant: Any = mutant) -> int:
-                return _run(session, items) if swap(module, mutant, names) else 77
-
-            code = forked(tried, sum(base["seconds"][i.nodeid] for i in items))
-            self.out(key, AFRESH if code == 77 else _meaning(code))
+            self.out(key, self._status(session, key, base))
         return True
+
+    def _status(self, session: pytest.Session, key: str, base: dict[str, Any]) -> str:
+        """What the tests that call a mutant's functions make of it."""
+        path, module = str(self.target.path), sys.modules[self.target.module]
+        mutant = compile(self.target.mutants[key].source, path, "exec")
+        names = changed_functions(compile(self.target.source, path, "exec"), mutant)
+        if names is None:
+            return AFRESH
+        items = sorted((i for i in session.items if base["calls"][i.nodeid] & names), key=lambda item: base["seconds"][item.nodeid])
+        code = forked(lambda: _run(session, items) if swap(module, mutant, names) else CANNOT, sum(base["seconds"][i.nodeid] for i in items))
+        return AFRESH if code == CANNOT else _meaning(code)
 
     def _learn(self, session: pytest.Session) -> dict[str, Any] | None:
         """Which functions each test calls and how long it takes; None if a test fails."""
@@ -115,7 +114,8 @@ class InOneProcess:
             calls, found = Calls(str(self.target.path)), {"calls": {}, "seconds": {}, "setup": {}}
             session.config.pluginmanager.register(Learning(calls, found))
             failed = _run(session, session.items)
-            os.write(write, json.dumps(found).encode()) if not failed else None
+            if not failed:
+                os.write(write, json.dumps(found).encode())
             return failed
 
         pid = _fork(learned, 1800, 1800)
@@ -182,10 +182,8 @@ def forked(work: Callable[[], int], seconds: float) -> int:
     """The wait status of ``work`` in a fork that may take a few times ``seconds`` of processor time."""
     pid = _fork(work, int(4 * seconds + 10), int(20 * seconds + 120))
     _, status = os.waitpid(pid, 0)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # whatever the tests have started
-    except ProcessLookupError:
-        pass
     return os.waitstatus_to_exitcode(status)
 
 

@@ -1,0 +1,165 @@
+"""The sparse vector technique with its noise replaced: the scales for which it is proven, and what it may share."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from polyclinic.core.site import Secret, Site
+from polyclinic.core.stats import Mean
+from polyclinic.core.tree import Tree
+from polyclinic.tasks.dpsgd import metered
+from polyclinic.transforms import selective
+from polyclinic.transforms.selective import SparseVector, UncalibratedNoise, laplace
+
+X = torch.tensor([0.5, -0.9, 0.05, 3.0, -4.0, 0.0, 0.2, -0.31, 0.3, 0.1])
+
+
+class Noise:
+    """In place of ``laplace``: gives what it is told to by the number of values, and writes down the scales."""
+
+    def __init__(self, **values: float) -> None:
+        self.asked: list[tuple[int, float]] = []
+        self.values = values
+
+    def __call__(self, size: int, scale: float, dice: Any) -> torch.Tensor:
+        self.asked.append((size, scale))
+        return torch.full((size,), self.values.get({1: "one", 10: "all"}.get(size, "chosen"), 0.0), dtype=torch.float64)
+
+
+def shared(transform: Any, total: Tree) -> Tree:
+    sent, memory = transform.encode(Mean(total, 2.0), {}, {"kept": {}}, Site("bern"), 0)
+    assert memory == {"kept": {}}
+    assert sent.weight == 2.0
+    return sent.total
+
+
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> Noise:
+    made = Noise()
+    monkeypatch.setattr(selective, "laplace", made)
+    return made
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.29, 0.4])
+def test_the_scales_are_those_of_the_proof(fraction: float, noise: Noise) -> None:
+    """Lyu, Su and Li, algorithm 7 with Δ = γ: Δ/ε₁, 2cΔ/ε₂ for c answers, and cΔ/ε₃ for their values."""
+    transform = SparseVector(fraction, 0.5, 0.01, 0.3, 0.7, 1.1)
+    with metered() as spent:
+        shared(transform, {"w": X})
+    c = int(fraction * 10)
+    assert sorted(noise.asked) == [(1, pytest.approx(0.5 / 0.3)), (c, pytest.approx(c * 0.5 / 1.1)), (10, pytest.approx(2 * c * 0.5 / 0.7))]
+    assert [(spend.multiplier, spend.pure) for spend in spent] == [(0.0, pytest.approx(2.1))]
+    assert transform.epsilon == pytest.approx(0.3 + 0.7 + 1.1)
+
+
+def test_without_noise_the_large_ones_are_shared_cut_to_the_bound(noise: Noise) -> None:
+    """Sizes count, not signs; one that equals the threshold is large."""
+    found = shared(SparseVector(1.0, 1.0, 0.3), {"a": X[:4].reshape(2, 2), "b": X[4:]})
+    expected = torch.tensor([0.5, -0.9, 0, 1.0, -1.0, 0, 0, -0.31, 0.3, 0])
+    assert torch.allclose(torch.cat([found["a"].flatten(), found["b"]]), expected, atol=1e-5)
+    assert found["a"].shape == (2, 2)
+    assert found["a"].dtype == torch.float32
+    exactly = shared(SparseVector(1.0, 1.0, 0.25), {"w": torch.tensor([0.25, 0.125, -0.25])})["w"]
+    assert exactly.tolist() == pytest.approx([0.25, 0.0, -0.25], rel=1e-5)
+
+
+def test_no_more_than_the_fraction_is_shared_whichever_are_large(noise: Noise) -> None:
+    seen = set()
+    for _ in range(60):
+        found = shared(SparseVector(0.39, 1.0, 0.3), {"w": X})["w"]
+        chosen = found.nonzero().flatten().tolist()
+        assert len(chosen) == 3
+        assert set(chosen) <= {0, 1, 3, 4, 7, 8}
+        seen |= set(chosen)
+    assert seen == {0, 1, 3, 4, 7, 8}, "in random order, so that none of them is favored"
+
+
+def test_one_is_shared_however_small_the_fraction(noise: Noise) -> None:
+    assert int((shared(SparseVector(1e-6, 1.0, 0.3), {"w": X})["w"] != 0).sum()) == 1
+    assert float(shared(SparseVector(1e-6, 1.0, 0.0), {"w": torch.tensor([0.7])})["w"]) == pytest.approx(0.7, rel=1e-5)
+
+
+@pytest.mark.parametrize(("values", "count"), [
+    ({"one": 0.55}, 3), ({"one": -0.2}, 8), ({"all": 0.2}, 8), ({"all": -0.55}, 3), ({"one": 0.3, "all": 0.3}, 6), ({"one": 9.0}, 0),
+])  # fmt: skip
+def test_the_thresholds_noise_raises_it_and_the_queries_noise_is_added_to_sizes(values: dict[str, float], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective, "laplace", Noise(**values))
+    found = shared(SparseVector(1.0 - 1e-9, 1.0, 0.3), {"w": X})["w"]
+    assert int((found != 0).sum()) == count
+
+
+@pytest.mark.parametrize(("added", "expected"), [(0.25, 0.75), (-0.3, 0.2), (9.0, 1.0), (-9.0, -1.0)])
+def test_answers_have_noise_and_stay_within_the_bound(added: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective, "laplace", Noise(chosen=added))
+    found = shared(SparseVector(0.5, 1.0, 0.1), {"w": torch.full((10,), 0.5)})["w"]
+    assert found[found != 0].tolist() == pytest.approx([expected] * 5, rel=1e-5)
+
+
+def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
+    with metered() as spent:
+        for bad in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError, match="holds NaN or an infinity"):
+                shared(SparseVector(), {"a": X, "w": torch.tensor([1.0, bad])})
+        with pytest.raises(ValueError, match=r"norm.running_var is a variance"):
+            shared(SparseVector(), {"a": X, "norm.running_var": X.abs()})
+    assert not spent
+
+
+@pytest.mark.parametrize("transform", [
+    SparseVector(), SparseVector(1.0), SparseVector(threshold=0.0), SparseVector(1e-9), SparseVector(0.1, 1e-6, 1.0, 1e-3, 1e-3, 1e-3),
+    UncalibratedNoise(), UncalibratedNoise(0.0), UncalibratedNoise(5.0),
+])  # fmt: skip
+def test_these_are_right(transform: Any) -> None:
+    assert transform.problems((), ()) == []
+
+
+@pytest.mark.parametrize("transform", [
+    SparseVector(0.0), SparseVector(-0.1), SparseVector(1.001), SparseVector(math.nan), SparseVector(bound=0.0), SparseVector(bound=-1.0),
+    SparseVector(threshold=-1e-9), SparseVector(bound=math.nan), SparseVector(epsilon_threshold=0.0), SparseVector(epsilon_queries=0.0),
+    SparseVector(epsilon_answers=-1.0), UncalibratedNoise(-1e-9), UncalibratedNoise(math.inf), UncalibratedNoise(math.nan),
+])  # fmt: skip
+def test_these_are_wrong(transform: Any) -> None:
+    assert len(transform.problems((), ())) == 1
+
+
+def test_every_problem_is_told() -> None:
+    assert len(SparseVector(0.0, 0.0, 0.0, 0.0).problems((), ())) == 3
+    assert SparseVector.uniform
+    assert SparseVector.private
+    assert not getattr(UncalibratedNoise, "private", False), "it must never count as privacy"
+
+
+def test_laplace_is_the_inverse_of_its_distribution() -> None:
+    """F⁻¹(u) = −s · sign(u − ½) · ln(1 − 2 |u − ½|), of numbers that are known."""
+    data = bytes(range(1, 81))
+    u = Secret(lambda n: data[:n]).uniform(10)
+    found = laplace(10, 3.0, Secret(lambda n: data[:n]))
+    for drawn, at in zip(found.tolist(), u.tolist(), strict=True):
+        expected = 3 * math.log(2 * at) if at < 0.5 else -3 * math.log(2 * (1 - at))
+        assert drawn == pytest.approx(expected)
+    assert found.dtype == torch.float64
+    assert laplace(0, 1.0, Secret()).shape == (0,)
+
+
+class Ones(Secret):
+    """Normal noise that is always 1."""
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.float64)
+
+
+def test_uncalibrated_noise_is_the_scale_times_the_deviation_of_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Site, "secret_rng", lambda site: Ones())
+    total = {"w": torch.tensor([[1.0, 3.0], [1.0, 3.0]]), "two": torch.tensor([0.0, 8.0]), "one": torch.tensor([9.0]),
+             "n": torch.tensor([1, 5]), "none": torch.zeros(0)}  # fmt: skip
+    found = shared(UncalibratedNoise(0.5), total)
+    assert found["w"].tolist() == [[1.5, 3.5], [1.5, 3.5]]
+    assert found["two"].tolist() == [2.0, 10.0]
+    for name in ("one", "n", "none"):
+        assert torch.equal(found[name], total[name])
+    assert found["w"].dtype == torch.float32
+    with metered() as spent:
+        shared(UncalibratedNoise(0.5), total)
+    assert not spent

@@ -34,12 +34,12 @@ from polyclinic.engines.flare import wire
 from polyclinic.engines.flare.desk import Desk, take_in
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.order import Order, survey_plan
 from polyclinic.transforms.secure import vector_of
 from polyclinic.transforms.secure.keys import ProtocolError, Session, default_threshold
 from polyclinic.transforms.secure.server import SecureServer
 from tests.conftest import little_sites
-from tests.deploy.local import Inline, identities, make_site, order
+from tests.deploy.local import TRAINING, Inline, identities, make_site, order
 
 LENIENT = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
 SUM = {"name": "secure-sum", "limit": 64.0, "bits": 20}
@@ -67,6 +67,29 @@ def secure_order(homes: Mapping[str, SiteHome], method: str = "fedavg", **change
     options = {"options": {"uniform": True}} if method == "fedavg" else {}
     plan = {"send": [SUM], **options, **changes.pop("plan", {})}
     return small_order(sites=tuple(homes), method=method, plan=plan, identities=identities(homes), **changes)
+
+
+def study(
+    run: str, name: str = "spots", lr: float = 0.05, rounds: int = 3, label: str = "fedavg",
+    arms: Mapping[str, Any] | None = None, **changes: Any,
+) -> Order:  # fmt: skip
+    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open.
+
+    Args:
+        arms: What all arms' plans say besides. ``changes``: of the order; of this arm's plan alone in ``plan``.
+    """
+    training = {**TRAINING, "lr": lr}
+    both = {method: small_order(method=method, rounds=rounds, plan={**(arms or {}), "training": training}).plan
+            for method in ("fedavg", "fedprox")}  # fmt: skip
+    known = [{"label": method, "plan": {key: value for key, value in plan.items() if key not in ("inputs", "outputs")}}
+             for method, plan in both.items()]  # fmt: skip
+    plan = {**both[label], **changes.pop("plan", {})}
+    return Order(run, plan, **{"patience": 5.0, "label": label, "study": {"name": name, "hash": "ab" * 32, "arms": known}, **changes})
+
+
+def survey(run: str, of: Order) -> Order:
+    """The survey of the study that ``of`` is an arm of."""
+    return replace(of, run=run, mode="survey", plan=survey_plan(list(of.plan["sites"])), label="")
 
 
 # A person at a site -----------------------------------------------------------------------------------------------------
@@ -203,12 +226,15 @@ class Sum:
         total: The opened sum, shape [size], int32; None where it was not opened.
         roster: The sites of the session. ``alive``: those whose vectors are in the sum.
         problems: Why sites, or the honest half of the protocol, gave nothing, by site.
+        number: Under which message, and ``order`` of which run.
     """
 
     roster: tuple[str, ...]
     alive: tuple[str, ...] = ()
     total: Tensor | None = None
     problems: dict[str, str] = field(default_factory=dict)
+    number: int = 0
+    order: Order | None = None
 
     @property
     def opened(self) -> bool:
@@ -225,7 +251,7 @@ class HostileServer:
     Attributes:
         loot: Every answer that brought a file. ``heard``: every answer.
         sums: Every secure sum that was tried.
-        vectors: What sites put into secure sums, by site and by the content that they were asked: what no server sees.
+        vectors: What sites put into secure sums, by site, run and message: what no server sees.
     """
 
     def __init__(self, homes: Mapping[str, SiteHome], order: Order, approved: bool = True) -> None:
@@ -235,7 +261,7 @@ class HostileServer:
         self.loot: list[Got] = []
         self.heard: list[Got] = []
         self.sums: list[Sum] = []
-        self.vectors: dict[tuple[str, str], Tensor] = {}
+        self.vectors: dict[tuple[str, str, int], Tensor] = {}
         self.number = 0
         self._desks: dict[tuple[str, str], Desk] = {}
         self._requests: dict[str, Ask] = {}
@@ -368,7 +394,7 @@ class HostileServer:
         path = folder / f"{got.call.number}.reply"
         if not path.exists():
             path = max(folder.glob("*.reply"), key=lambda p: p.stat().st_mtime_ns)
-        self.vectors[got.site, got.call.sha256] = vector_of(states.decode(path.read_bytes())).clone()
+        self.vectors[got.site, self.order.run, got.call.number] = vector_of(states.decode(path.read_bytes())).clone()
 
     # Secure sums --------------------------------------------------------------------------------------------------------
 
@@ -390,10 +416,10 @@ class HostileServer:
             session: Fields of the session to change, such as ``round`` or ``identities``.
         """
         names = tuple(sorted(roster or self.order.plan["sites"]))
-        tried = Sum(names)
+        tried = Sum(names, order=self.order)
         self.sums.append(tried)
         replies = self.everyone(job, names, round=round, model=model, trees=trees)
-        number = self.number
+        number = tried.number = self.number
         tried.problems |= {name: got.lost for name, got in replies.items() if not got.left}
         if tried.problems:
             return tried
@@ -451,7 +477,7 @@ class HostileServer:
                 if one.total.shape != other.total.shape:  # type: ignore[union-attr]
                     continue
                 difference = one.total - other.total  # type: ignore[operator]
-                for (site, _), vector in self.vectors.items():
+                for (site, *_), vector in self.vectors.items():
                     same = vector.shape == difference.shape and bool(vector.any())
                     if same and (torch.equal(difference, vector) or torch.equal(-difference, vector)):
                         found.append(f"{site}: the sum over {', '.join(one.alive)} less that over {', '.join(other.alive)}")

@@ -13,26 +13,9 @@ from polyclinic.engines import policy as policies
 from polyclinic.engines.flare import keys
 from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
 from polyclinic.engines.flare.order import Order, survey_plan
-from tests.adversary.server import HostileServer, Person, answered, houses, nothing_left, opened_in, refused, small_order
+from tests.adversary.server import HostileServer, Person, answered, houses, nothing_left, opened_in, refused, small_order, study, survey
 
 SITES = ("site-0", "site-1", "site-2")
-
-
-def study(run: str, name: str = "spots", lr: float = 0.05, rounds: int = 3, label: str = "fedavg", **changes: Any) -> Order:
-    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open."""
-    plans = {m: small_order(method=m, rounds=rounds).plan for m in ("fedavg", "fedprox")}
-    arms = []
-    for method, plan in plans.items():
-        open_plan = {k: v for k, v in plan.items() if k not in ("inputs", "outputs")}
-        arms.append({"label": method, "plan": {**open_plan, "training": {**plan["training"], "lr": lr}}})
-    whole = {**plans[label], "training": {**plans[label]["training"], "lr": lr}, **changes.pop("plan", {})}
-    of = {"name": name, "hash": "ab" * 32, "arms": arms}
-    return Order(run, whole, **{"patience": 5.0, "label": label, "study": of, **changes})
-
-
-def survey(run: str, of: Order) -> Order:
-    """The survey of the study that ``of`` is an arm of."""
-    return replace(of, run=run, mode="survey", plan=survey_plan(list(of.plan["sites"])), label="")
 
 
 def begun(server: HostileServer, an: Order) -> Order:

@@ -174,7 +174,7 @@ def test_one_colluding_site_opens_no_vector(collusion: str, tmp_path: Path) -> N
     names = sorted(homes)
     found = _collude(server, names, 3 if collusion == "threshold 3" else default_threshold(5))
     if found is not None:
-        own = next(vector for (site, _), vector in server.vectors.items() if site == names[0])
+        own = next(vector for (site, *_), vector in server.vectors.items() if site == names[0])
         same = torch.equal(found, own)
         assert not same, f"the server and {names[-1]} recovered the vector of {names[0]} to the bit"
 

@@ -157,6 +157,11 @@ class Memory:
         """Drops a memory that is of no use any more; messages that were settled stay refused."""
         self._store(replace(self.chain, links=()))
 
+    def retire(self) -> None:
+        """Drops every link of a run that has ended; what it answered stays refused as a replay."""
+        last = max((link.number for link in self.chain.links), default=0)
+        self._store(replace(self.chain, links=(), confirmed=max(self.chain.confirmed, last)))
+
     def forget(self) -> None:
         """Removes everything."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -22,6 +22,7 @@ for group, name, target, summary in (
     (_STUDIES, "run", "run:run", "Run a study."),
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "How far a run has come."),
+    (_STUDIES, "stop", "run:stop", "Stop a run after the round under way."),
     (_STUDIES, "standing", "standing:standing", "How each site's updates stood, and how to leave one out."),
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets, and run all of them."),

@@ -91,6 +91,8 @@ def line_of(queue: Queue, run: str, entry: Any) -> str:
     said = queue.progress(run)
     how = f"round {said['round']} of {said['rounds']}" if said else "not begun"
     why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in said.get("waiting", {}).items())
+    if entry.state == FINISHED and why.startswith("without "):
+        why = f"finished {why}"
     line = f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
     return f"{line}{REHEARSED if entry.what.rehearsal else ''}"
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
+from polyclinic.cli.stopping import stopping
+
 console = Console(highlight=False)
 
 
@@ -19,6 +21,9 @@ def run(
     resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
 ) -> None:  # fmt: skip
     """Run a study and write its report.
+
+    SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the round under way, and --resume goes on from there; a
+    second signal ends it at once. Exit codes: 0 finished, 130 or 143 ended by a signal, 3 by `polyclinic stop`.
 
     Parameters
     ----------
@@ -59,22 +64,45 @@ def run_all(file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Pa
 def _one(file: Path, scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None) -> None:
     """Runs one study and writes its report."""
     from polyclinic.cli.progress import Display
+    from polyclinic.studies.folder import RunHeld, Stopped, holder
     from polyclinic.studies.runner import run as run_study
 
     study = scenario.study
     if workers is not None:
         study = study.model_copy(update={"engine": study.engine.model_copy(update={"workers": workers})})
     there = (folder / "run.json").exists()
+    if pid := holder(folder):
+        raise RunHeld(f"{folder}: process {pid} works on this run. Wait for it, or stop it: polyclinic stop {folder}")
     if fresh and there:
         shutil.rmtree(folder)
-    try:
-        with Display(console, study) as display:
-            for event in run_study(study, scenario.text, folder, resume):
-                display.show(event)
-    except KeyboardInterrupt:
-        console.print(f"\nStopped. Nothing is lost: [bold]polyclinic run {file} --resume[/bold] goes on from there.")
-        sys.exit(130)
+    with stopping(folder, console) as signals:
+        try:
+            with Display(console, study) as display:
+                for event in run_study(study, scenario.text, folder, resume):
+                    display.show(event)
+        except (KeyboardInterrupt, Stopped):
+            console.print(
+                f"\nStopped. Nothing is lost: [bold]polyclinic run {file} --resume[/bold] goes on from there."
+            )
+            sys.exit(signals.code)
     report(folder)
+
+
+def stop(run_folder: Path) -> None:
+    """Stop a run after the round under way. `polyclinic run --resume` goes on from there.
+
+    Parameters
+    ----------
+    run_folder
+        A folder that `polyclinic run` made.
+    """
+    from polyclinic.studies.folder import ask_to_stop
+
+    if pid := ask_to_stop(run_folder):
+        console.print(f"asked    process {pid} to stop after the round under way")
+        return
+    console.print(f"{run_folder}: no process works on a run there")
+    sys.exit(1)
 
 
 def _beside_each_other(folder: Path, runs: dict[str, Path]) -> None:
@@ -158,6 +186,7 @@ def status(run_folder: Path) -> None:
     run_folder
         A folder that `polyclinic run` made, or the folder around a file's scenarios.
     """
+    from polyclinic.studies.folder import holder
     from polyclinic.studies.lines import RunInfo, arm_names, record_files
 
     if not (run_folder / "run.json").is_file():
@@ -169,6 +198,8 @@ def status(run_folder: Path) -> None:
             status(one)
         return
     info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())
+    if pid := holder(run_folder):
+        console.print(f"  process {pid} works on it")
     arms = arm_names(info)
     done: dict[tuple[str, int, int], str] = {}
     for file in record_files(run_folder, [name for *_, name in arms]):

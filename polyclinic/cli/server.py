@@ -9,11 +9,11 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from polyclinic.cli.ordering import REHEARSED, export_study, line_of, queue_order, queue_study, table_of, wait_for
+from polyclinic.cli.ordering import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
 from polyclinic.engines.flare import authority, coordinator, study_runs
 from polyclinic.engines.flare.homes import BadHome, ServerHome, read_small
 from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.runs import OVER, Queue
+from polyclinic.engines.flare.runs import Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
 Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -137,25 +137,16 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 
 
 @app.command
-def status(*, home: Home = HERE) -> None:
-    """How the server, its sites and its runs are."""
-    server = ServerHome(home.resolve())
-    given, up = coordinator.settings(server), coordinator.is_up(server)
-    said, queue = coordinator.status(server), Queue(server)
-    print(f"server   {given['project']} at {given['host']}:{given['port']} is {said['state'] if up else 'not running'}")
-    seen = ", ".join(said["sites"]) if up and said["sites"] else "none"
-    print(f"sites    {seen} connected, of {len(coordinator.sites(server))} admitted")
-    runs = queue.all()
-    for title, study in study_runs.all_of(server).items():
-        over = sum(run in runs and runs[run].state in OVER for run in study["runs"])
-        told = {
-            study_runs.SURVEY: "asks the sites what their data are",
-            study_runs.QUEUED: f"{over} of {len(study['runs'])} runs are over",
-            study_runs.STOPPED: f"stopped: {study['why']}",
-        }
-        print(f"study    {title:24} {told[study['state']]}")
-    for run, entry in runs.items():
-        print(line_of(queue, run, entry))
+def status(*, json_: bool = False, home: Home = HERE) -> None:
+    """How the server, its sites and its runs are; of each run, who took part in its last round, and who did not and why.
+
+    Parameters
+    ----------
+    json_: Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
+    """
+    from polyclinic.cli.server_status import show
+
+    show(ServerHome(home.resolve()), json_)
 
 
 @app.command

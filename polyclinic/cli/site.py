@@ -2,14 +2,13 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from polyclinic.cli.review import before, look, methods_of, show
-from polyclinic.engines.flare import data_table, doctor, member, proxies
+from polyclinic.engines.flare import data_table, doctor, member
 from polyclinic.engines.flare.decisions import this_person
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.journals import SharedJournal
@@ -110,27 +109,16 @@ def examine(*, home: Home = HERE) -> None:
 
 
 @app.command
-def status(*, home: Home = HERE) -> None:
-    """How this site is: connected to whom, what runs, what waits for a person."""
-    site = SiteHome(home.resolve())
-    given = member.settings(site)
-    up = member.is_up(site)
-    print(f"site     {given['site']} is {member.status(site)['state'] if up else 'not running'}")
-    if "project" in given:
-        way = f" through {proxy}" if (proxy := proxies.of(given)) else ""
-        where = f"{given['project']} at {given['host']}:{given['port']}{way}"
-        print(f"server   {where}, certificate until {given['expires'][:10]}")
-        print(f"data     {given['data']}")
-    else:
-        print("server   not joined yet")
-    for review in Reviews(site.reviews).all():
-        memory = Memory(site.memory(review.what.run)).chain
-        last = memory.links[-1] if memory.links else None
-        did = f"answered message {last.number} of round {last.round + 1}" if last else "nothing yet"
-        print(f"study    {review.what.run:24} {review.state:10} {did}")
-        for line in review.data.splitlines():
-            print(f"         ! {line}")
-    print(f"journal  {SharedJournal(site.journal).head[:16]}")
+def status(*, json_: bool = False, home: Home = HERE) -> None:
+    """How this site is: connected or not, what runs, what went wrong, what waits for a person.
+
+    Parameters
+    ----------
+    json_: Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no problem.
+    """
+    from polyclinic.cli.site_status import show
+
+    show(SiteHome(home.resolve()), json_)
 
 
 @app.command
@@ -171,8 +159,10 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
     """
     site = SiteHome(home.resolve())
     reviews = Reviews(site.reviews)
-    while wait and not (reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING]):
-        time.sleep(0.5)
+    if wait:
+        from polyclinic.cli.site_status import wait_for
+
+        wait_for(site, run, lambda: reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING])
     if not run:
         waiting = [r for r in reviews.all() if r.state == WAITING]
         for item in waiting:

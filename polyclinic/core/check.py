@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+import torch
+
 from polyclinic.core import tree
 from polyclinic.core.method import Ask
 from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply, Stat
+from polyclinic.core.tree import Tree
 
 Form: TypeAlias = tuple[tuple[object, ...], ...]
 UNCOUNTED = 100.0
 """How much more than ``weight_ratio`` a site may claim whose examples nobody has counted."""
+BLOCK = 2**20
 WITNESSES = 3
 """How many other sites a comparison without a count needs, so that one hostile site cannot shift the median."""
 
@@ -81,7 +85,7 @@ class Gate:
             if self.weight_ratio is None and self.norm_ratio is None:
                 break
             if isinstance(stat, Mean) and stat.weight > 0:
-                size = math.nan if self.norm_ratio is None else tree.norm(stat.total) / stat.weight
+                size = math.nan if self.norm_ratio is None else _length(stat.total) / stat.weight
                 found[part] = Size(stat.weight, size)
             elif isinstance(stat, LeafMean):
                 found[part] = Size(_mean_weight(stat), math.nan)
@@ -97,8 +101,8 @@ class Gate:
                 most = max(usual * self.weight_ratio * (1.0 if count is not None else UNCOUNTED), count or 0.0)
                 if usual > 0 and mine.weight > most:
                     known = "nobody has counted" if count is None else f"counted as {count:g}"
-                    return (f"{part}: a weight of {mine.weight:g}, where the median of the other sites is {usual:g} and "
-                            f"its own examples are {known}")  # fmt: skip
+                    return (f"{part}: a weight of {mine.weight:g}, where the median of the other sites is {usual:g} "
+                            f"and its own examples are {known}")  # fmt: skip
             norms = [other.norm for other in others if not math.isnan(other.norm)]
             if self.norm_ratio is not None and not math.isnan(mine.norm) and len(norms) >= WITNESSES:
                 usual = statistics.median(norms)
@@ -135,6 +139,16 @@ class Gate:
                 if self.max_norm is not None and weight and (norm := tree.norm(total) / weight) > self.max_norm:
                     return f"a norm of {norm:.3g}, beyond the limit of {self.max_norm:g}"
         return None
+
+
+def _length(leaves: Tree) -> float:
+    """The Euclidean norm of all leaves, in double precision, in blocks: no leaf is copied whole."""
+    squares = [
+        float(torch.linalg.vector_norm(block.double())) ** 2
+        for name in leaves
+        for block in leaves[name].reshape(-1).split(BLOCK)
+    ]
+    return math.sqrt(math.fsum(squares))
 
 
 def _mean_weight(stat: LeafMean) -> float:

@@ -225,7 +225,8 @@ def _serve(
     policies: dict[str, Policy],
 ) -> None:  # fmt: skip
     """A worker's life: does what it is told until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # both are the parent's to handle
     torch.set_num_threads(1)
     for other in inherited:
         other.close()  # so that a closed line is seen as closed

@@ -117,6 +117,7 @@ class Arm:
             self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
+            self.folder.check_stop()
             steps, begun = [], _now(engine)
         if done % study.evaluation.every and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)

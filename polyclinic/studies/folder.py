@@ -9,11 +9,14 @@ runs/<name>-<hash8>/
                        model.safetensors        the tested model;  predictions.safetensors   what it said
                        search.jsonl             what a search tried;  chosen.toml   what it chose, to read and change
                        records.jsonl            the arm's records, until the run is finished and joins them
+  .lock           held by the process that runs it   stop   asks it to stop after the round under way
 ```
 With folds an arm's folder is ``<label>-seed<s>-fold<f>``.
 """
 
+import fcntl
 import json
+import logging
 import os
 import platform
 from collections import Counter
@@ -57,8 +60,20 @@ class Checkpoint:
     clock: float = 0.0
 
 
+log = logging.getLogger(__name__)
+LOCK, STOP = ".lock", "stop"
+
+
 class RunExists(ValueError):
     """The folder holds a run already. The message says how to go on."""
+
+
+class RunHeld(ValueError):
+    """Another process works in the run's folder. The message names it."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and did so between two rounds. Nothing is lost."""
 
 
 class ArmFolder:
@@ -67,11 +82,21 @@ class ArmFolder:
     Attributes:
         path: Where it is.
         note: Writes an entry to the run's journal, and says how often the same entry is there now.
+        stop: The file that asks the run to stop.
     """
 
-    def __init__(self, path: Path, note: "Note") -> None:
-        self.path, self.note = path, note
+    def __init__(self, path: Path, note: "Note", stop: Path) -> None:
+        self.path, self.note, self.stop = path, note, stop
         self._records: Any = None
+
+    def check_stop(self) -> None:
+        """Called between two rounds, when everything is on the disk.
+
+        Raises:
+            Stopped: If the run was asked to stop.
+        """
+        if self.stop.exists():
+            raise Stopped(f"stopped as {self.stop} asked")
 
     def open(self, length: int) -> None:
         """Opens the records for appending after their first ``length`` bytes; what follows is redone."""
@@ -106,13 +131,42 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._notes: Counter[str] = Counter()
+        self._lock: Any = None
+        self._journal: Journal | None = None
+
+    def hold(self) -> None:
+        """Holds the folder for this process, until ``close``; the system lets go of it if the process is killed.
+
+        Raises:
+            RunHeld: If another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = open(self.path / LOCK, "a+", encoding="ascii")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise RunHeld(
+                f"{self.path}: process {holder(self.path) or '(just ended)'} works on this run. Wait for it, or stop "
+                f"it: polyclinic stop {self.path}"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s: nothing keeps a second process away from this run (%s)", self.path, error)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+        (self.path / STOP).unlink(missing_ok=True)
 
     def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
         """Makes the folder, or takes up the one that is there.
 
         Raises:
             RunExists: Where a run is there and ``resume`` is not asked for.
+            RunHeld: If another process works on it.
         """
+        if self._lock is None:
+            self.hold()
         if (self.path / "run.json").exists():
             if not resume:
                 raise RunExists(
@@ -123,12 +177,13 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             states.write_bytes(self.path / "study.toml", study.encode())
             states.write_bytes(self.path / "run.json", json.dumps(info, indent=1).encode())
-        self._journal = Journal(self.path / "journal.jsonl")
-        for entry in verify(self._journal.path):
+        journal = self._journal = Journal(self.path / "journal.jsonl")
+        for entry in verify(journal.path):
             self._notes[_said(entry)] += 1
 
     def note(self, event: str, details: dict[str, Any]) -> int:
         """Writes an entry to the journal, and says how often the same entry is there now."""
+        assert self._journal is not None
         self._journal.write(event, details)
         said = _said({"event": event, **details})
         self._notes[said] += 1
@@ -143,8 +198,35 @@ class Folder:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Closes the journal."""
-        self._journal.close()
+        """Closes the journal and lets go of the folder."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            (self.path / STOP).unlink(missing_ok=True)
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+
+def holder(path: Path) -> int:
+    """The process that works on the run in the folder at ``path``; 0 if there is none."""
+    try:
+        with open(path / LOCK, encoding="ascii") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(lock.read() or -1)
+    except (OSError, ValueError):
+        return 0
+    return 0
+
+
+def ask_to_stop(path: Path) -> int:
+    """Asks the process that works on the run at ``path`` to stop after the round under way; its number, 0 for none."""
+    pid = holder(path)
+    if pid:
+        (path / STOP).touch()
+    return pid
 
 
 def _said(entry: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from polyclinic.studies.folder import Note
+from polyclinic.studies.folder import Note, Stopped
 from polyclinic.studies.jobs import Event
 
 DEATHS = 3
@@ -44,10 +44,12 @@ def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int)
 
     Raises:
         ArmFailed: Where an arm ends in an error of ours, or its process dies ``DEATHS`` times.
+        Stopped: If the run was asked to stop, once every arm has ended its round.
         RuntimeError: Where it ends in any other error, with its traceback.
     """
     waiting = deque((job, 0) for job in jobs)
     running: dict[Connection, tuple[BaseProcess, Job, int]] = {}
+    stopped = ""
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -76,10 +78,15 @@ def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int)
                         raise ArmFailed(f"the process of an arm died {DEATHS} times; is there enough memory? "
                                         "--resume goes on from its last round")  # fmt: skip
                     waiting.appendleft((job, deaths + 1))
+                elif kind == "stopped":
+                    waiting.clear()
+                    stopped = value
                 elif kind == "refused":
                     raise ArmFailed(value)
                 elif kind == "failed":
                     raise RuntimeError(value)
+        if stopped:
+            raise Stopped(stopped)
     finally:
         for line, (process, _, _) in running.items():
             process.kill()
@@ -108,7 +115,8 @@ def _begin(job: Job, work: Work[Job], others: Sequence[Connection]) -> tuple[Con
 
 def _child(line: Connection, inherited: Sequence[Connection], job: Job, work: Work[Job], parent: int) -> None:
     """Runs one arm and tells ``line`` of it. Dies with its parent, since nobody would hear it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, where there is Linux
     if os.getppid() != parent:
@@ -130,6 +138,8 @@ def _child(line: Connection, inherited: Sequence[Connection], job: Job, work: Wo
         tell("done", None)
     except (EOFError, BrokenPipeError):
         os._exit(1)
+    except Stopped as error:
+        tell("stopped", str(error))
     except Exception as error:
         ours = type(error).__module__.startswith("polyclinic.")
         tell("refused" if ours else "failed", str(error) if ours else traceback.format_exc())

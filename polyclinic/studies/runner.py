@@ -25,7 +25,7 @@ from polyclinic.methods.table import Entry
 from polyclinic.studies import search, simulated
 from polyclinic.studies.arm import POOLED, Arm
 from polyclinic.studies.describe import described, information, patients_apart
-from polyclinic.studies.folder import ArmFolder, Checkpoint, Folder, Note
+from polyclinic.studies.folder import STOP, ArmFolder, Checkpoint, Folder, Note, Stopped
 from polyclinic.studies.groups import write_groups
 from polyclinic.studies.jobs import Event, Job, cores
 from polyclinic.studies.parallel import in_turn, possible, side_by_side, warm_up
@@ -42,6 +42,8 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
         BadStudy: Where methods cannot be built with these settings and data, each with the reason; nothing was run.
         DataError: Where the data cannot be had or cannot be used, with every problem; nothing was run.
         RunExists: Where the folder holds a run and ``resume`` is not asked for.
+        RunHeld: If another process works on the run.
+        Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` goes on from there.
         NotChosen: Where what a search chose was changed after training had begun with it.
     """
     work = _Work.of(study, path)
@@ -52,9 +54,9 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
     found = inspect(task.model())
     parameters = sum(leaf.numel() for leaf in task.first(0).values())
     folder = Folder(path)
-    folder.begin(text, information(study, splits, parameters), resume)
-    write_groups(path, work.source.table(), work.numbers)
     try:
+        folder.begin(text, information(study, splits, parameters), resume)
+        write_groups(path, work.source.table(), work.numbers)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulated.told(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *found.warnings))
@@ -74,6 +76,9 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
             yield from in_turn(jobs, work, folder.note)
         folder.finish([job.name for job in work.jobs])
         folder.note("finished", {})
+    except Stopped:
+        folder.note("stopped", {})
+        raise
     finally:
         folder.close()
 
@@ -176,7 +181,7 @@ class _Work:
 
     def __call__(self, job: Job, note: Note) -> Iterator[Event]:
         """Runs one arm from where it stands, with its search before it."""
-        folder = ArmFolder(self.path / "arms" / job.name, note)
+        folder = ArmFolder(self.path / "arms" / job.name, note, self.path / STOP)
         folder.path.mkdir(parents=True, exist_ok=True)
         facts: list[dict[str, Any]] = []
         if self.study.search is not None:
@@ -205,7 +210,7 @@ class _Work:
         lines = []
         for trial, values in enumerate(settings):
             one = dataclasses.replace(job, method=with_values(job.method, values), trial=trial)
-            own = ArmFolder(folder.path / "trials" / str(trial), folder.note)
+            own = ArmFolder(folder.path / "trials" / str(trial), folder.note, folder.stop)
             begun = time.process_time()
             for _ in self._arm(study, one, own, sealed=True).run():
                 pass

@@ -14,8 +14,8 @@ from polyclinic.core.execute import cohort_of
 from polyclinic.core.journal import Broken, Journal, verify
 from polyclinic.core.method import Ask
 from polyclinic.core.site import Secret, Site
-from polyclinic.core.stats import Gather, Mean, Reply
-from polyclinic.core.train import Arrival, TooFewReplies, train, train_async
+from polyclinic.core.stats import Gather, LeafMean, Mean, Reply
+from polyclinic.core.train import Arrival, TooFewReplies, _buffered, train, train_async
 from polyclinic.engines.in_process import InProcess
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.testing import equal
@@ -121,6 +121,63 @@ def test_limits_on_norm_and_weight(task, local) -> None:
     assert "weight" in step.lost["site-0"]
 
 
+def updates(**sites: tuple[float, float]) -> dict[str, Reply]:
+    """Replies by site: each with its weight, and the length of its mean."""
+    return {name: Reply({"update": Mean.of({"w": torch.tensor([size, 0.0])}, weight)}) for name, (weight, size) in sites.items()}
+
+
+ASK = Ask(0, {"params": {"w": torch.zeros(2)}})
+
+
+def test_a_weight_out_of_proportion_is_refused() -> None:
+    """One site that claims 1e12 examples would replace the model in one round."""
+    honest = {"a": (12.0, 1.0), "b": (20.0, 1.0), "c": (31.0, 1.0)}
+    gate = Gate(weight_ratio=10)
+    assert list(gate.refuse(ASK, updates(**honest, m=(1e12, 1.0)))) == ["m"]
+    assert Gate().refuse(ASK, updates(**honest, m=(1e12, 1.0))) == {}  # in one process nothing is bounded by default
+    # Nobody has counted: a hundred times as much as of a site with a count, and three others must be there.
+    assert gate.refuse(ASK, updates(**honest, m=(20.0 * 1000, 1.0))) == {}
+    assert list(gate.refuse(ASK, updates(**honest, m=(20.0 * 1001, 1.0)))) == ["m"]
+    assert gate.refuse(ASK, updates(a=(12.0, 1.0), b=(20.0, 1.0), m=(1e12, 1.0))) == {}
+    counted = Gate(weight_ratio=10, counts={"a": 12, "b": 20, "c": 31, "m": 300})
+    assert list(counted.refuse(ASK, updates(**honest, m=(301.0, 1.0)))) == ["m"]
+    assert counted.refuse(ASK, updates(**honest, m=(300.0, 1.0))) == {}
+    assert counted.refuse(ASK, updates(**honest, m=(200.0, 1.0))) == {}  # steps or voxels, within proportion
+
+
+def test_a_tiny_weight_makes_nobody_else_look_heavy() -> None:
+    gate = Gate(weight_ratio=10, counts={"a": 12, "m": 12})
+    assert gate.refuse(ASK, updates(a=(12.0, 1.0), m=(1e-9, 1.0))) == {}
+
+
+def test_an_update_out_of_proportion_is_refused() -> None:
+    honest = {"a": (12.0, 1.0), "b": (20.0, 2.0), "c": (31.0, 3.0)}
+    gate = Gate(norm_ratio=100)
+    found = gate.refuse(ASK, updates(**honest, m=(1.0, 201.0)))
+    assert list(found) == ["m"]
+    assert "more than 100 times the median of the other sites, 2" in found["m"]
+    assert gate.refuse(ASK, updates(**honest, m=(1.0, 200.0))) == {}
+    assert gate.refuse(ASK, updates(a=(1.0, 1.0), b=(1.0, 1.0), m=(1.0, 1e6))) == {}  # two others are no majority
+    assert gate.refuse(ASK, updates(a=(1.0, 0.0), b=(1.0, 0.0), c=(1.0, 0.0), m=(1.0, 1.0))) == {}
+
+
+def test_weights_of_single_elements_are_compared_by_their_mean() -> None:
+    def fisher(weight: float) -> Reply:
+        return Reply({"update": LeafMean.of({"w": torch.ones(4)}, {"w": torch.full((4,), weight)})})
+
+    replies = {"a": fisher(1.0), "b": fisher(2.0), "c": fisher(3.0), "m": fisher(1e12)}
+    assert list(Gate(weight_ratio=10).refuse(ASK, replies)) == ["m"]
+
+
+def test_answers_that_come_one_by_one_are_compared_with_earlier_ones(task, local) -> None:
+    """Where nobody waits, a round has no others; what they sent before is remembered, not the replies."""
+    sites, method = little_sites(count=4), FedAvg(task, local)
+    heavy = Tampered(method, sites, "site-3", reweighted(1e12))
+    steps = list(train_async(method, heavy, method.init(task.first(0)), updates=8, gate=Gate(weight_ratio=10)))
+    assert "site-3" not in {site for step in steps for site in step.asked}
+    assert {site for step in steps for site in step.lost} == {"site-3"}
+
+
 def test_two_sites_that_differ_are_decided_by_what_was_asked() -> None:
     ask = Ask(0, {"params": {"w": torch.zeros(2)}})
     good, bad = Reply({"update": Mean.of({"w": torch.ones(2)})}), Reply({"update": Mean.of({"v": torch.ones(2)})})
@@ -155,6 +212,78 @@ def test_a_site_whose_passes_are_used_up_is_not_asked_again(task, local) -> None
     sites, method = little_sites(), FedAvg(task, local)
     steps = list(train_async(method, InProcess(method, sites), method.init(task.first(0)), updates=99, passes=2))
     assert len(steps) == 6
+
+
+class Counted(InProcess):
+    """An engine that keeps whom it was asked to ask, for which round."""
+
+    def __init__(self, method, sites, failing: dict[str, int] | None = None) -> None:
+        super().__init__(method, sites)
+        self.asked: list[tuple[int, str]] = []
+        self.failing = dict(failing or {})
+
+    def send(self, ask: Ask, to: Sequence[str]) -> None:
+        self.asked += [(ask.round, site) for site in to]
+        super().send(ask, to)
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        for arrival in super().replies(deadline):
+            if self.failing.get(arrival.site, 0) > 0:
+                self.failing[arrival.site] -= 1
+                yield arrival._replace(reply=None, lost="failed")
+            else:
+                yield arrival
+
+
+@pytest.mark.parametrize("buffer", [1, 2, 3])
+def test_nobody_is_asked_twice_with_one_model(buffer: int, task, local) -> None:
+    """The same request would bring the same bits, and a fast site would count several times."""
+    method, sites = FedAvg(task, local), little_sites()
+    engine = Counted(method, sites)
+    steps = list(train_async(method, engine, method.init(task.first(0)), updates=5, buffer=buffer))
+    assert len(set(engine.asked)) == len(engine.asked)
+    assert [step.ask.round for step in steps] == list(range(5))
+    assert sum(len(step.asked) for step in steps) <= 5 * buffer
+
+
+def test_a_buffer_that_nobody_can_fill_is_refused(task, local) -> None:
+    method = FedAvg(task, local)
+    steps = train_async(method, InProcess(method, little_sites()), method.init(task.first(0)), updates=1, buffer=4)
+    with pytest.raises(ValueError, match="an update takes 4 answers, and 3 sites"):
+        next(steps)
+
+
+@pytest.mark.parametrize(("fails", "lost"), [(1, False), (2, False), (3, True), (99, True)])
+def test_a_site_that_fails_is_asked_again_and_then_done_without(fails: int, lost: bool, task, local) -> None:
+    """A full buffer waits for everybody: who fails is asked again, three times in a row at most, and is then named."""
+    method, sites = FedAvg(task, local), little_sites()
+    start = method.init(task.first(0))
+    engine = Counted(method, sites, {"site-1": fails})
+    step, *more = train_async(method, engine, start, updates=3, buffer=3)
+    assert len(more) == 2
+    assert engine.asked.count((0, "site-1")) == min(fails, 2) + 1
+    assert ("3 times in a row" in step.lost.get("site-1", "")) == lost
+    there = {name: site for name, site in sites.items() if name != "site-1" or not lost}
+    (expected,) = train(method, InProcess(method, there), start, rounds=1)
+    assert equal(step.state, expected.state)
+
+
+def test_a_run_of_which_nobody_is_left_ends(task, local) -> None:
+    method, sites = FedAvg(task, local), little_sites()
+    engine = Counted(method, sites, dict.fromkeys(sites, 99))
+    assert list(train_async(method, engine, method.init(task.first(0)), updates=3, buffer=2)) == []
+    assert len(engine.asked) == 9
+
+
+def test_what_is_kept_apart_by_site_has_room_for_one_answer_of_each() -> None:
+    def arrival(site: str, round: int, kind=Gather) -> Arrival:
+        tree = {"w": torch.ones(1)}
+        return Arrival(site, round, Reply({"p": Gather({site: tree}) if kind is Gather else Mean.of(tree)}))
+
+    kept = _buffered([arrival("a", 0), arrival("b", 0)], arrival("a", 1))
+    assert [(a.site, a.round) for a in kept] == [("a", 1), ("b", 0)]
+    kept = _buffered([arrival("a", 0, Mean), arrival("b", 0, Mean)], arrival("a", 1, Mean))
+    assert [(a.site, a.round) for a in kept] == [("a", 0), ("a", 1), ("b", 0)]
 
 
 def test_cohorts_are_drawn_afresh_and_repeat() -> None:

@@ -1,9 +1,12 @@
 """Sites in folders, and a carrier that walks between them: the whole exchange without FLARE and without processes."""
 
+import json
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from polyclinic.core.site import Site
 from polyclinic.engines import policy as policies
-from polyclinic.engines.flare import keys
+from polyclinic.engines.flare import journals, keys
 from polyclinic.engines.flare.conduct import Conductor
 from polyclinic.engines.flare.desk import Desk, take_in
 from polyclinic.engines.flare.exchange import Delivery, Ended
 from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, write_private
-from polyclinic.engines.flare.messages import Call
+from polyclinic.engines.flare.messages import Answer, BadMessage, Call
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.reviews import APPROVED, Reviews
+from polyclinic.engines.flare.signers import Signers, signer
 from polyclinic.engines.flare.training import Training
 from tests.conftest import little_sites
 
@@ -162,6 +166,8 @@ class LocalCarrier:
         call = self.tamper(call)
         self.calls.append(call)
         desk = self.desk(call.site)
+        if (refusal := desk.before(call)) is not None:
+            return Delivery(call.site, refusal.to_json(), _nothing)
         if body is not None:
             copy = desk.memory.folder / "received"
             shutil.copy(body, copy)
@@ -185,6 +191,31 @@ class LocalCarrier:
             desk.close()
 
 
+def _nothing(path: Path, limit: int) -> tuple[int, str]:
+    raise OSError("no file came")
+
+
+def admitted(root: Path, homes: Mapping[str, SiteHome]) -> Signers:
+    """What the server knows of the sites' keys, as after `server admit`."""
+    until = datetime.now(UTC) + timedelta(days=100)
+    entries = {
+        name: {"revoked": "", "signers": [signer(keys.load(home.keys / "site.key").public_key(), until)]}
+        for name, home in homes.items()
+    }
+    (root / "admitted.json").write_text(json.dumps(entries))
+    return Signers(root / "admitted.json")
+
+
+def signed_again(delivery: Delivery, home: SiteHome) -> Delivery:
+    """``delivery``, signed by the key of the site in ``home``, as a hostile site signs what it makes up."""
+    try:
+        answer = Answer.from_json(delivery.text)
+    except BadMessage:
+        return delivery
+    signature = journals.sign(keys.load(home.keys / "site.key"), answer.signed)
+    return delivery._replace(text=replace(answer, signature=signature).to_json())
+
+
 def hospital(
     root: Path, count: int = 3, policy: str = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
 ) -> dict[str, SiteHome]:
@@ -192,8 +223,9 @@ def hospital(
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(count=count).items()}
 
 
-def conductor(root: Path, an: Order, carrier: LocalCarrier) -> Conductor:
-    return Conductor(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0)
+def conductor(root: Path, an: Order, carrier: LocalCarrier, **how: Any) -> Conductor:
+    signers = admitted(root, carrier.homes)
+    return Conductor(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0, signers=signers, **how)
 
 
 def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

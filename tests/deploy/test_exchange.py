@@ -21,7 +21,7 @@ from polyclinic.engines.flare.reviews import REFUSED, Reviews
 from polyclinic.engines.in_process import InProcess
 from polyclinic.testing import equal
 from tests.conftest import little_sites
-from tests.deploy.local import LocalCarrier, approve, conductor, hospital, order
+from tests.deploy.local import LocalCarrier, approve, conductor, hospital, order, signed_again
 
 EVERYTHING = """
 [allow]
@@ -432,7 +432,7 @@ class Liar(LocalCarrier):
             and '"size":0' in str(delivery.text)
         ):
             return delivery
-        return self.twist(delivery)
+        return signed_again(self.twist(delivery), self.homes["site-1"])
 
 
 def _file(value):

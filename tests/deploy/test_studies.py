@@ -27,7 +27,7 @@ from polyclinic.studies.records import read_run
 from polyclinic.studies.runner import run as run_here
 from polyclinic.transforms.ledger import Ledger
 from tests.deploy.clinics import STUDY, make
-from tests.deploy.local import Inline, LocalCarrier, approve, conductor, hospital, order, read_and_approve
+from tests.deploy.local import Inline, LocalCarrier, admitted, approve, conductor, hospital, order, read_and_approve
 
 OPEN = '[allow]\ngather = ["*"]\nnever = []\n[limits]\nmin_patients = 2\nmin_cell = 2\n'
 CLOSED = "[limits]\nmin_patients = 2\n"
@@ -54,8 +54,8 @@ class Clinics:
                 shutil.copytree(_made["keys"], home.keys)
             home.settings.write_text(f'site = "{name}"\ndata = "{root / "data" / name}"\n')
             home.policy.write_text((policies or {}).get(name, OPEN))
-        admitted = {name: {"secure": "00" * 32, "revoked": "", "organisation": "x", "expires": "x"} for name in CLINICS}
-        self.server.admitted.write_text(json.dumps(admitted))
+        entries = {name: {"secure": "00" * 32, "revoked": "", "organisation": "x", "expires": "x"} for name in CLINICS}
+        self.server.admitted.write_text(json.dumps(entries))
         given = {"project": "tests", "host": "localhost", "port": 8002, "organisation": "x", "scheme": "grpc"}
         self.server.settings.write_text(toml(given))
 
@@ -81,7 +81,9 @@ class Clinics:
                     continue
                 homes = {name: self.homes[name] for name in entry.what.everyone}
                 carrier = LocalCarrier(homes, entry.what)
-                outcomes[run] = Conductor(entry.what, carrier, self.server.run(run), tuple(homes), poll=0.0).run()
+                folder, signers = self.server.run(run), admitted(self.server.path.parent, homes)
+                how: dict = {"poll": 0.0, "signers": signers}
+                outcomes[run] = Conductor(entry.what, carrier, folder, tuple(homes), **how).run()
                 carrier.close()
                 queue.change(run, state=outcomes[run])
             study_runs.advance(self.server)

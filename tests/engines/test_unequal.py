@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from polyclinic.core import tree
 from polyclinic.core.train import train, train_async
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.unequal import Machine, Unequal
 from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.fedbuff import FedBuff
 from polyclinic.methods.fednova import FedNova
 from polyclinic.methods.personal import fedbn
 from polyclinic.methods.scaffold import Scaffold
@@ -104,6 +106,31 @@ def test_fast_sites_answer_more_often_when_nobody_waits(task):
     waiting = Unequal(method, little_sites(), machines)
     list(train(method, waiting, method.init(task.first(0)), rounds=13))
     assert waiting.clock == 130.0
+
+
+def test_a_buffer_holds_answers_and_a_fast_site_counts_once_for_each_model(task):
+    """FedBuff, Algorithm 1: Δ̄ = 1/K Σ Δ_k over K answers; counting sites gave the fast one a weight of 4.5 for K = 2."""
+    sites, local = little_sites(count=2), Local(lr=0.05, batch_size=8)
+    method = FedBuff(task, local, buffer=2)
+    engine = Unequal(method, sites, {"site-0": Machine(1.0), "site-1": Machine(10.0)})
+    start = method.init(task.first(0))
+    step = next(train_async(method, engine, start, updates=1, buffer=2, discount=method.discount))
+    assert step.reply.mean("update").weight == 2.0
+    alone = FedAvg(task, local, uniform=True)
+    deltas = [alone.site_update(alone.ask(start), {}, site)[0].mean("update").value for site in sites.values()]
+    mean = tree.scale(tree.add(deltas[0], deltas[1]), 0.5)
+    assert tree.norm(tree.sub(tree.sub(step.state.params, start.params), mean)) < 1e-5 * tree.norm(mean)
+
+
+def test_a_fast_site_answers_again_as_soon_as_there_is_a_new_model(task):
+    """With room for two of three, the two fast sites fill the buffer, and the slow one comes in when it is done."""
+    method = FedAvg(task, Local(steps=1, batch_size=4, lr=0.05))
+    engine = Unequal(method, little_sites(), {"site-0": Machine(1.0), "site-1": Machine(2.0), "site-2": Machine(5.0)})
+    steps = list(train_async(method, engine, method.init(task.first(0)), updates=4, buffer=2))
+    assert [step.asked for step in steps] == [
+        ["site-0", "site-1"], ["site-0", "site-1"], ["site-0", "site-2"], ["site-0", "site-1"],
+    ]  # fmt: skip
+    assert engine.clock == 6.0
 
 
 def test_semi_synchronous_sites_finish_together(task):

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core import state as states
+from polyclinic.core import tree
+from polyclinic.core.check import Gate
 from polyclinic.core.execute import Drawn
 from polyclinic.core.journal import verify
 from polyclinic.core.method import Ask
@@ -25,15 +27,18 @@ from polyclinic.core.train import Step, TooFewReplies, train, train_async
 from polyclinic.core.tree import Tree
 from polyclinic.engines.describe import JOB, read_description
 from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.bounds import Limits
 from polyclinic.engines.flare.exchange import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.federation import FlareFederation, discount_of
 from polyclinic.engines.flare.greeting import Greeting, greet
 from polyclinic.engines.flare.homes import private_folder, write_private
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.order import Order, code_hash
+from polyclinic.engines.flare.participation import Participation
 from polyclinic.engines.flare.processes import birth
 from polyclinic.engines.flare.records import Records
 from polyclinic.engines.flare.runs import FAILED, FINISHED, INTERRUPTED
+from polyclinic.engines.flare.signers import Signers
 from polyclinic.tasks.evaluation import evaluate
 
 
@@ -73,6 +78,8 @@ class Conductor:
 
     Attributes:
         members: The sites that take part in this attempt: those whose job processes FLARE has started.
+        signers: The sites' keys, under which every answer must be signed.
+        limits: What is taken from sites.
     """
 
     order: Order
@@ -80,7 +87,10 @@ class Conductor:
     folder: Path
     members: tuple[str, ...]
     poll: float = 5.0
+    signers: Signers = field(kw_only=True)
+    limits: Limits = field(default=Limits(), kw_only=True)
     journal: SharedJournal = field(init=False)
+    _why: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.journal = SharedJournal(private_folder(self.folder) / "journal.jsonl")
@@ -95,7 +105,7 @@ class Conductor:
             try:
                 self._say("greeting", "")
                 self._run()
-                outcome = FINISHED
+                outcome, why = FINISHED, self._why
             except (Ended, TooFewReplies, Pause) as error:
                 outcome, why = FAILED if _all_refuse(error) else INTERRUPTED, str(error)
             except OSError as error:  # such as a full disk: there may be room again
@@ -126,14 +136,16 @@ class Conductor:
         # One reference to the state, so that the one before is gone when the next has come.
         self._at = at or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
         del at
-        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll)
+        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers)
         ready = greet(greeting, self.members)
+        away = {site: "it was not connected when the run began" for site in self.order.everyone if site not in self.members}
+        self._part = Participation.read(self.folder / "records.jsonl", self._at.records, {**away, **greeting.missing})
         self._records = Records(
             self.folder / "records.jsonl", self._at.records, self.order.label or self.plan.method, self.plan.seed
         )
         federation = FlareFederation(
             self.order, self.carrier, self.folder / "under-way", self.journal, ready, self.plan.seed,
-            Count(self._at.number, self._at.answered),
+            self.signers, Count(self._at.number, self._at.answered), self.limits,
         )  # fmt: skip
         federation.keep(self._at.kept)
         self._say("running", "", self._at.round)
@@ -149,6 +161,9 @@ class Conductor:
         finally:
             self._records.close()
         greet(greeting, ready, "end")
+        if without := self._part.without(self.order.everyone if self.order.mode == "survey" else self.plan.sites):
+            self._why = "without " + "; ".join(f"{site} ({reason})" for site, reason in without.items())
+            self.journal.write("without", {"sites": without})
 
     def _train(self, federation: FlareFederation) -> None:
         begun = time.perf_counter()
@@ -160,6 +175,7 @@ class Conductor:
             last = following is None or done >= self.plan.rounds
             due = self.order.score_every > 0 and over and (done % self.order.score_every == 0 or last)
             self._save(federation, step.state, done, unscored=due)
+            self._part.step(step.asked, step.lost)
             if due:
                 self._judge(federation)
             since = self._said.get("away", {})  # the supervisor readmits who was heard of later than that
@@ -174,18 +190,27 @@ class Conductor:
     def _steps(self, federation: FlareFederation) -> Iterator[Step[Any]]:
         order, sites = self.order, federation.sites
         if order.mode == "buffered":
-            left = self.plan.rounds - self._at.round
+            left, buffer = self.plan.rounds - self._at.round, min(order.buffer, len(sites))
+            if buffer < order.buffer:
+                self.journal.write("smaller buffer", {"asked for": order.buffer, "sites": list(sites)})
             return train_async(
-                self.method, federation, self._at.state, updates=left, buffer=order.buffer, passes=order.passes,
-                discount=discount_of(self.method),
+                self.method, federation, self._at.state, updates=left, buffer=buffer, passes=order.passes,
+                discount=discount_of(self.method), gate=self._gate,
             )  # fmt: skip
         trainers = [site for site in sites if site in self.plan.sites]
         size = min(order.cohort or len(trainers), len(trainers))
         cohort = Drawn(tuple(trainers), size, self.plan.seed)
         return train(
             self.method, federation, self._at.state, rounds=self.plan.rounds, cohort=cohort, deadline=order.deadline,
-            min_replies=order.min_replies,
+            min_replies=order.min_replies, gate=self._gate,
         )  # fmt: skip
+
+    @property
+    def _gate(self) -> Gate:
+        """What a reply must be like beside those of the others."""
+        limits = self.limits
+        ratios = {"weight_ratio": limits.weight_ratio or None, "norm_ratio": limits.norm_ratio or None}
+        return Gate(**ratios, counts=limits.counts)
 
     def _judge(self, federation: FlareFederation) -> None:
         """Lets sites score the saved model on validation data, keeps it where it is the best so far, and saves that."""
@@ -212,10 +237,13 @@ class Conductor:
     def _survey(self, federation: FlareFederation) -> None:
         """Asks every site what its data are, and trains nothing."""
         federation.send(Ask(0, {}, JOB), federation.sites)
-        said: dict[str, Any] = {}
+        said, lost = dict[str, Any](), dict[str, str]()
         for arrival in federation.replies(self.order.deadline):
             if arrival.reply is not None:
                 said[arrival.site] = read_description(arrival.reply, arrival.site)
+            else:
+                lost[arrival.site] = arrival.lost
+        self._part.step(federation.sites, lost)
         write_private(self.folder / "survey.json", json.dumps(dict(sorted(said.items())), indent=1))
         self._save(federation, self._at.state, 1, trained=True)
         self._say("running", "", 1)
@@ -291,6 +319,8 @@ class Conductor:
         if done is not None:
             self._said["round"] = done
         self._said["rounds"] = self.plan.rounds
+        if hasattr(self, "_part"):
+            self._said |= self._part.facts()
         write_private(self.folder / "status.json", json.dumps(self._said), durable=False)
 
     def _pause(self) -> None:
@@ -303,6 +333,12 @@ class Conductor:
 
 class Pause(RuntimeError):
     """The supervisor wants to begin a new attempt at this boundary. The message says why."""
+
+
+def model_bytes(order: Order) -> int:
+    """The bytes of the model that ``order`` trains."""
+    plan = order.build_plan()
+    return tree.nbytes(plan.build_task().first(plan.seed))
 
 
 def _all_refuse(error: Exception) -> bool:

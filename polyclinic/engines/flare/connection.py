@@ -8,14 +8,15 @@ holds times, and a time that is old says so.
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.defs import CellChannelTopic, MessageHeaderKey, ReturnCode
 
-from polyclinic.engines.flare.homes import SiteHome, write_private
+from polyclinic.engines.flare.homes import BadHome, SiteHome, read_json, write_private
 
 EVERY = 2.0
 NOT_FROM_THERE = (ReturnCode.TIMEOUT, ReturnCode.TARGET_UNREACHABLE, ReturnCode.COMM_ERROR, ReturnCode.INVALID_TARGET)
@@ -37,6 +38,8 @@ class Connection(FLComponent):  # type: ignore[misc]
             return
         engine = fl_ctx.get_engine()
         self.home = SiteHome(Path(engine.args.workspace).resolve().parent)
+        with suppress(BadHome, OSError):  # a site that was shut out stays so when it starts again
+            self.refused = str(read_json(self.home.path / "connection.json", default={"refused": ""})["refused"])
         engine.get_cell().core_cell.add_incoming_reply_filter("*", "*", self.note)
 
     def note(self, reply: Any) -> None:
@@ -47,8 +50,8 @@ class Connection(FLComponent):  # type: ignore[misc]
         before, self.heard = self.refused, time.time()
         if code in REFUSALS:
             self.refused = str(reply.get_header(MessageHeaderKey.ERROR) or code)[:500]
-        elif code == ReturnCode.OK:
-            self.refused = ""
+        elif code == ReturnCode.OK and reply.get_header(MessageHeaderKey.TOPIC) == CellChannelTopic.HEART_BEAT:
+            self.refused = ""  # the server answers the heartbeats of registered sites alone
         if self.home is not None and (self.refused != before or self.heard - self.written > EVERY):
             self.written = self.heard
             said = json.dumps({"heard": self.heard, "refused": self.refused})

@@ -8,6 +8,7 @@ import queue
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from nvflare.apis.controller_spec import Task
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 
-from polyclinic.engines.flare import transfer
-from polyclinic.engines.flare.conduct import Conductor
+from polyclinic.engines.flare import bounds, study_runs, transfer
+from polyclinic.engines.flare.conduct import Conductor, model_bytes
 from polyclinic.engines.flare.exchange import Delivery, Ended
-from polyclinic.engines.flare.homes import ServerHome, private_folder
+from polyclinic.engines.flare.homes import ServerHome, private_folder, read_toml
 from polyclinic.engines.flare.job import TASK
 from polyclinic.engines.flare.messages import BadMessage, Call
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.pulse import Pulse
+from polyclinic.engines.flare.signers import Signers
 
 FETCHERS = 2
 
@@ -32,14 +34,14 @@ class FlareCarrier:
 
     def __init__(
         self, controller: Controller, fl_ctx: Any, abort_signal: Any, inbox: Path, sites: Sequence[str],
-        dead_after: float, limit: int = 2**33,
+        dead_after: float, limits: bounds.Limits = bounds.Limits(),
     ) -> None:  # fmt: skip
         """For one job and the ``sites`` that take part; one that is silent for ``dead_after`` seconds is away."""
         self.controller, self.fl_ctx, self.abort_signal = controller, fl_ctx, abort_signal
         self.cell = fl_ctx.get_engine().get_cell()
         self.came: queue.Queue[Delivery] = queue.Queue()
-        self.tasks: dict[str, Task] = {}
-        self.inbox, self.limit = private_folder(inbox), limit
+        self.tasks: dict[str, tuple[Task, int]] = {}
+        self.inbox, self.limits = private_folder(inbox), limits
         self.fetching = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
         self.job = fl_ctx.get_job_id()
         self.pulse = Pulse(self.cell, self.job, sites, dead_after)
@@ -50,7 +52,7 @@ class FlareCarrier:
         for call in calls:
             task = Task(TASK, Shareable({"call": call.to_json(), **beside}), result_received_cb=self._received)
             self.drop(call.site)
-            self.tasks[call.site] = task
+            self.tasks[call.site] = task, self.limits.reply(call)
             self.controller.send(task, self.fl_ctx, targets=[call.site])
 
     def arrived(self, seconds: float) -> Delivery | None:
@@ -72,7 +74,7 @@ class FlareCarrier:
 
     def drop(self, site: str) -> None:
         """Withdraws a site's task."""
-        task = self.tasks.pop(site, None)
+        task, _ = self.tasks.pop(site, (None, 0))
         if task is not None and task.completion_status is None:
             self.controller.cancel_task(task)
 
@@ -85,29 +87,46 @@ class FlareCarrier:
 
     def _received(self, client_task: Any, fl_ctx: Any) -> None:
         # FLARE holds a lock here; files are fetched by others, few at a time, so that memory stays bounded.
-        self.fetching.submit(self._fetch, client_task.client.name, client_task.result)
-        client_task.result = None
+        site, result, client_task.result = client_task.client.name, client_task.result, None
+        task, limit = self.tasks.get(site, (None, 0))
+        if task is client_task.task:  # else nobody waits for it any more, and nothing of it is fetched
+            self.fetching.submit(self._fetch, site, result, limit)
 
-    def _fetch(self, site: str, result: Any) -> None:
-        """Takes the file beside an answer into the inbox, and then hands both on."""
-        problem, found = "", (0, "")
+    def _fetch(self, site: str, result: Any, limit: int) -> None:
+        """Takes the file beside an answer into the inbox, if one of that size may come, and then hands both on."""
         path = self.inbox / f"{uuid.uuid4()}.part"
-        if "ref" in result or "body" in result:
-            try:
-                found = transfer.fetch(
-                    self.cell, result, f"{site}.{self.job}", path, self.limit, self.abort_signal, self.pulse.moved
-                )
-            except (OSError, BadMessage) as error:
-                problem = str(error)
+        problem, found = "", (0, "")
+        try:
+            size = self._may_come(result, limit)
+            if size:
+                sender = f"{site}.{self.job}"
+                found = transfer.fetch(self.cell, result, sender, path, size, self.abort_signal, self.pulse.moved)
+        except (OSError, BadMessage, bounds.TooMuch) as error:
+            problem = str(error)
 
-        def take(place: Path, limit: int) -> tuple[int, str]:
+        def take(place: Path, most: int) -> tuple[int, str]:
             if problem or not path.exists():
                 raise OSError(problem or "no file came")
             os.replace(path, place)
             return found
 
-        reason = str(result.get("reason") or "its job process failed")
-        self.came.put(Delivery(site, result.get("answer"), take, reason))
+        reason = str(result.get("reason") or "its job process failed")[:4000]
+        self.came.put(Delivery(site, result.get("answer"), take, reason, lambda: bounds.remove(path)))
+
+    def _may_come(self, result: Any, limit: int) -> int:
+        """The bytes of the file beside an answer: as many as the answer announces, if there is one.
+
+        Raises:
+            TooMuch: If that is more than what was asked can bring.
+            OSError: If there is no room.
+        """
+        if "ref" not in result and "body" not in result:
+            return 0
+        size = bounds.announced(result.get("answer"))
+        if size > limit:
+            raise bounds.TooMuch(f"{size} bytes, beyond the limit of {limit} for what was asked")
+        bounds.check_room(self.inbox, size, self.limits.keep_free_megabytes)
+        return size
 
 
 class StudyController(Controller):  # type: ignore[misc]
@@ -135,8 +154,11 @@ class StudyController(Controller):  # type: ignore[misc]
         present = {client.name for client in self._engine.get_clients()}
         members = tuple(sorted(present & set(self.order.everyone)))
         folder = home.run(self.order.run)
-        carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox", members, self.dead_after)
+        given = read_toml(home.settings, "polyclinic server init")
+        limits = bounds.Limits.of(given, study_runs.survey_of(home, self.order.study.get("name", "")))
+        limits = replace(limits, model=model_bytes(self.order))
+        carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox", members, self.dead_after, limits)
         try:
-            Conductor(self.order, carrier, folder, members).run()
+            Conductor(self.order, carrier, folder, members, signers=Signers(home.admitted), limits=limits).run()
         finally:
             carrier.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import keys, kit, processes, require
+from polyclinic.engines.flare import keys, kit, processes, require, signers
 from polyclinic.engines.flare.authority import Authority, BadFile
 from polyclinic.engines.flare.homes import (
     BadHome,
@@ -37,6 +37,11 @@ from polyclinic.engines.flare.runs import Queue
 # How many runs go on at once; seconds to wait for every site before a run begins without some; seconds of silence after
 # which a site is away; and seconds after which an answer is not waited for, where the study sets no deadline.
 DEFAULTS = {"runs_at_once": 1, "wait_for_all": 60, "dead_after": 30, "answer_within": 86400}
+# What is taken from sites: ``bounds.Limits`` says what each means. 0 turns a ratio off.
+DEFAULTS |= {
+    "reply_megabytes": 4096, "keep_free_megabytes": 500, "weight_ratio": 10, "norm_ratio": 100,
+    "max_examples": 10_000_000,
+}  # fmt: skip
 
 
 def init(
@@ -139,13 +144,16 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
             f"{request}: {site} was shut out on {before['revoked'][:10]}: `polyclinic server readmit {site}` undoes it"
         )
     join = authorities.join_file(Authority.load(home.authority), table, settings(home), days)
+    certificate = authorities.load_certificate(join["certificate"])
+    signer = signers.signer(certificate.public_key(), certificate.not_valid_after_utc)
     admitted[site] = {
         "organisation": table["organisation"], "polyclinic": table["polyclinic"], "secure": table["secure"],
         "expires": join["expires"], "admitted": _today(), "revoked": "",
-        "fingerprint": authorities.fingerprint(authorities.load_certificate(join["certificate"])),
+        "fingerprint": authorities.fingerprint(certificate),
     }  # fmt: skip
-    write_private(home.admitted, json.dumps(admitted, indent=1))
     SharedJournal(home.path / "journal.jsonl").write("site admitted", {"site": site, **admitted[site]})
+    admitted[site]["signers"] = signers.added(before["signers"] if before else [], signer)
+    write_private(home.admitted, json.dumps(admitted, indent=1))
     return site, join
 
 

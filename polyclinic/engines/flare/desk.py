@@ -6,6 +6,7 @@ the tests play the server, honest or hostile. Nothing here needs PyTorch.
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -14,17 +15,20 @@ from typing import Any, NamedTuple
 
 from polyclinic.core.jobs import Job
 from polyclinic.core.journal import Broken
-from polyclinic.engines.flare import journals
-from polyclinic.engines.flare.homes import SiteHome, hash_of, private_folder, read_toml, write_private
+from polyclinic.engines.flare import bounds, ended, journals
+from polyclinic.engines.flare.homes import BadHome, SiteHome, hash_of, private_folder, read_toml, write_private
 from polyclinic.engines.flare.memory import Link, Memory, OldMessage
 from polyclinic.engines.flare.messages import VERSION, Answer, Call, printable
 from polyclinic.engines.flare.opened import NotOpened, Opened, Summed
 from polyclinic.engines.flare.order import Order, code_hash
 from polyclinic.engines.flare.reviews import APPROVED, REFUSED, Reviews
+from polyclinic.engines.flare.run_status import RunStatus
 from polyclinic.engines.flare.trainer import Died, Stopped, Trainer
 from polyclinic.engines.flare.usage import REPETITIONS
 from polyclinic.engines.schedule import Request, Schedule
 
+DEFAULT_POLICY = Path(__file__).parents[1] / "policy.toml"
+CALLS_AT_ONCE, CALLS_PER_SECOND = 500, 10.0
 PASSING = (".ask", ".advertise", ".share", ".mask", ".agree", ".reveal")
 
 
@@ -55,7 +59,8 @@ class Desk:
             stopped: Whether the job was ended, which ends training too.
         """
         self.home, self.order = home, order
-        self.name: str = read_toml(home.settings, "polyclinic site init")["site"]
+        settings = read_toml(home.settings, "polyclinic site init")
+        self.name: str = settings["site"]
         self.memory = Memory(home.memory(order.run))
         self.opened = Opened(home.opened)
         self.journal = journals.SharedJournal(home.journal)
@@ -64,8 +69,12 @@ class Desk:
         self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
         self._automatic = self._fits = False
         self._schedule: Schedule | None = None
-        self._said = ""
         self._hash = order.hash
+        self._rate, self._repeats = bounds.Rate(CALLS_AT_ONCE, CALLS_PER_SECOND), bounds.Repeats()
+        self._received = bounds.Received(self.memory.folder / "received.json")
+        self._keep_free = float(settings.get("keep_free_megabytes", bounds.KEEP_FREE))
+        self.status = RunStatus(self.memory.folder)
+        ended.unmark(self.memory.folder)
 
     def close(self) -> None:
         """Ends training and closes the journal."""
@@ -73,8 +82,37 @@ class Desk:
         self.memory.close()
         self.journal.close()
 
+    def before(self, call: Call) -> Answer | None:
+        """The refusal of a call whose file must not come here; None if the file may be fetched.
+
+        Decided from the message alone: whether a person or a policy allows the study now, how much the policy lets in
+        during a round, and how much room there is.
+        """
+        if delay := self._rate.wait():
+            time.sleep(min(delay, 10.0))
+        if not call.size:
+            return None
+        try:
+            self._check(call)
+            self._permitted()
+            limit = bounds.round_limit(self.home.policy, DEFAULT_POLICY)
+            bounds.check_call(call, self.order, limit, self._received)
+            bounds.check_room(self.memory.folder, call.size, self._keep_free)
+            self._received.add(call)
+        except (Refusal, bounds.TooMuch, BadHome, OSError) as error:
+            reason = error.reason if isinstance(error, Refusal) else f"refused: {error}"
+            self.status.came_of(call, reason)
+            return self._refused(call, Refusal(reason))
+        return None
+
     def answer(self, call: Call, body: Path | None) -> tuple[Answer, Path | None]:
         """What to answer to ``call``, and the file beside it. ``body`` is the call's file, checked already."""
+        with self.status.working(call):
+            answer, file = self._answer(call, body)
+        self.status.came_of(call, answer.lost)
+        return answer, file
+
+    def _answer(self, call: Call, body: Path | None) -> tuple[Answer, Path | None]:
         try:
             self._check(call)
             match call.kind:
@@ -84,18 +122,26 @@ class Desk:
                 case "end":
                     self.journal.write("run ended", {"run": call.run, "server": call.head})
                     self.trainer.close()
+                    ended.mark(self.memory.folder)
                     sent = Sent()
                 case "secure":
                     sent = self._secure(call, body)
                 case _:
                     sent = self._do(call, body)
         except Refusal as refusal:
-            details = {"run": call.run, "number": call.number, "reason": printable(refusal.reason), "server": call.head}
-            if call.kind != "hello" or refusal.reason != self._said:  # who waits is asked again and again
-                self.journal.write("no reply", details)
-            self._said = refusal.reason
-            return self._sign(call, Sent(), printable(refusal.reason, 2000), refusal.forgot), None
+            return self._refused(call, refusal), None
+        self._repeats.over()
         return self._sign(call, sent), sent.path
+
+    def _refused(self, call: Call, refusal: Refusal) -> Answer:
+        details = {"run": call.run, "number": call.number, "reason": printable(refusal.reason), "server": call.head}
+        self.note_refusal("no reply", details, call.kind)
+        return self._sign(call, Sent(), printable(refusal.reason, 2000), refusal.forgot)
+
+    def note_refusal(self, event: str, details: dict[str, Any], kind: str = "") -> None:
+        """Writes a refusal to the journal; one that repeats, at its 2nd, 4th, 8th time and so on, with the number."""
+        if times := self._repeats.count(f"{event} {kind}", str(details["reason"])):
+            self.journal.write(event, details if times == 1 else {**details, "times": times})
 
     def _check(self, call: Call) -> None:
         if call.site != self.name or call.run != self.order.run:

@@ -41,6 +41,7 @@ def _examine(home: SiteHome, given: dict[str, Any]) -> Iterator[Finding]:
     yield _try("data", lambda: _data(Path(given["data"])))
     yield _try("policy", lambda: _policy(home))
     yield _try("disk", lambda: _disk(home.path))
+    yield _try("sockets", lambda: _sockets(home))
     yield _try("version", _version)
     running = len(processes.working_in(home.kit))
     yield (
@@ -149,6 +150,18 @@ def _policy(home: SiteHome) -> str:
 
     policies.read(home.policy)
     return f"{home.policy} is in order"
+
+
+def _sockets(home: SiteHome) -> str:
+    """No process of a site listens on a TCP port, on which any account of this machine could speak to it."""
+    if ports := processes.listening(home.kit):
+        told = ", ".join(f"port {port} (process {pid})" for port, pid in sorted(ports.items()))
+        raise BadHome(f"its processes listen on {told}, which other accounts on this machine can reach: polyclinic site "
+                      "stop, and start")  # fmt: skip
+    folder = home.kit / "sockets"
+    if folder.exists() and folder.stat().st_mode & 0o077:
+        raise BadHome(f"{folder} is open to other accounts: chmod 700 {folder}")
+    return "no port is open; its processes talk over a socket that this account alone can reach"
 
 
 def _disk(folder: Path) -> str:

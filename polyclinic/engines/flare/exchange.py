@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 from polyclinic.core.state import Corrupt
 from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.bounds import Limits, check_room
 from polyclinic.engines.flare.homes import private_folder
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.signers import Signers
 
 TICK = 0.25
 AWAY = "the site is away"
@@ -21,13 +23,14 @@ class Delivery(NamedTuple):
     """Something that came from a site: the text of its answer, or the reason why there is none, and the file beside it.
 
     ``take`` writes the file to a path, at most so many bytes, and returns its length and SHA-256; it raises ``OSError``
-    where it cannot.
+    where it cannot. ``discard`` removes it, wherever it lies.
     """
 
     site: str
     text: object
     take: Callable[[Path, int], tuple[int, str]]
     reason: str = ""
+    discard: Callable[[], None] = lambda: None
 
 
 class Carrier(Protocol):
@@ -91,10 +94,17 @@ class Exchange:
     """
 
     def __init__(
-        self, order: Order, carrier: Carrier, folder: Path, journal: SharedJournal, count: Count, limit: int
-    ) -> None:
-        """Begins where ``count`` stands; messages under way lie in ``folder``, replies have at most ``limit`` bytes."""
-        self.order, self.carrier, self.journal, self.count, self.limit = order, carrier, journal, count, limit
+        self, order: Order, carrier: Carrier, folder: Path, journal: SharedJournal, count: Count, signers: Signers,
+        limits: Limits = Limits(),
+    ) -> None:  # fmt: skip
+        """Begins where ``count`` stands; messages under way lie in ``folder``.
+
+        Args:
+            signers: The sites' keys, under which every answer must be signed.
+            limits: How large a reply may be.
+        """
+        self.order, self.carrier, self.journal, self.count = order, carrier, journal, count
+        self.signers, self.limits = signers, limits
         self.confirmed = dict(count.answered)
         self.keep: Mapping[str, int] = {}
         self._hash = order.hash
@@ -109,6 +119,7 @@ class Exchange:
         for path in self._folder.iterdir():
             if path.suffix == ".ask" and path not in waiting:
                 path.unlink()
+        check_room(self._folder, 0, self.limits.keep_free_megabytes)  # else the run waits until there is room
         self.count = replace(self.count, number=self.count.number + 1)
         return self.count.number
 
@@ -137,8 +148,13 @@ class Exchange:
     def outcomes(self, deadline: float | None = None) -> Iterator[Outcome]:
         """Yields what comes of each call, until nobody is waited for. The caller owns the files."""
         while self._pending:
-            if (delivery := self.carrier.arrived(TICK)) is not None and (outcome := self._hear(delivery)):
-                yield outcome
+            if (delivery := self.carrier.arrived(TICK)) is not None:
+                try:
+                    outcome = self._hear(delivery)
+                finally:
+                    delivery.discard()  # what nobody took is not kept
+                if outcome is not None:
+                    yield outcome
             now = time.monotonic()
             for name, pending in list(self._pending.items()):
                 late = deadline is not None and now - pending.since > deadline
@@ -164,6 +180,7 @@ class Exchange:
             answer = Answer.from_json(delivery.text)
             if answer.site != delivery.site or answer.run != self.order.run:
                 raise BadMessage(f"it speaks for {answer.site} in {answer.run}")
+            self.signers.check(answer)
         except BadMessage as error:
             if pending is None:
                 return None
@@ -180,15 +197,15 @@ class Exchange:
         if answer.lost or not answer.size:
             return self.lost(pending.call, printable(answer.lost or "an answer without a reply"), answer)
         try:
-            path = self._take(delivery, answer)
+            path = self._take(delivery, answer, pending.call)
         except (OSError, Corrupt) as error:
             return self.lost(pending.call, f"its reply was refused: {printable(str(error))}", answer)
         self._write("answered", pending.call, answer, {"reply": answer.sha256, "bytes": answer.size})
         return Outcome(pending.call, path, "", answer.seconds)
 
-    def _take(self, delivery: Delivery, answer: Answer) -> Path:
-        if answer.size > self.limit:
-            raise Corrupt(f"{answer.size} bytes, beyond the limit of {self.limit}")
+    def _take(self, delivery: Delivery, answer: Answer, call: Call) -> Path:
+        if answer.size > (limit := self.limits.reply(call)):
+            raise Corrupt(f"{answer.size} bytes, beyond the limit of {limit} for what was asked")
         path = self._folder / f"{answer.number}-{answer.stage}-{answer.site}.reply"
         if delivery.take(path, answer.size) != (answer.size, answer.sha256):
             path.unlink(missing_ok=True)

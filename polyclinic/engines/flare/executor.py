@@ -12,7 +12,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
 from nvflare.apis.shareable import Shareable
 
-from polyclinic.engines.flare import pulse, transfer
+from polyclinic.engines.flare import bounds, pulse, transfer
 from polyclinic.engines.flare.desk import Desk, take_in
 from polyclinic.engines.flare.homes import BadHome, SiteHome
 from polyclinic.engines.flare.messages import BadMessage, Call, printable
@@ -59,17 +59,14 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             return Shareable({"answer": None, "reason": f"failed: its desk cannot be opened; {self.problem}"})
         cell = fl_ctx.get_engine().get_cell()
         desk.trainer.stopped = lambda: self.stopped or abort_signal.triggered
+        body: Path | None = None
         try:
             call = Call.from_json(shareable.get("call"))
-            body = None
+            refusal = desk.before(call)  # nothing is fetched that may not come
+            if refusal is not None:
+                return Shareable({"answer": refusal.to_json()})
             if call.size:
-                path = desk.memory.folder / "received"
-                if transfer.fetch(cell, shareable, f"server.{fl_ctx.get_job_id()}", path, call.size, abort_signal) != (
-                    call.size,
-                    call.sha256,
-                ):
-                    raise BadMessage("the file is not the one that its message names")
-                body = take_in(desk.memory, path, call.number)
+                body = self._fetch(desk, cell, call, shareable, f"server.{fl_ctx.get_job_id()}", abort_signal)
             answer, file = desk.answer(call, body)
             beside = transfer.offer(cell, file, 1) if file else {}
             return Shareable({"answer": answer.to_json(), **beside})
@@ -78,5 +75,19 @@ class SiteExecutor(Executor):  # type: ignore[misc]
             reason = printable(str(error)) if known else f"{type(error).__name__}; the site's log says more"
             self.log_exception(fl_ctx, "a message was refused")
             with suppress(OSError):  # the disk may be full; then nothing leaves, and the server's journal names us
-                desk.journal.write("message refused", {"reason": reason})
+                desk.note_refusal("message refused", {"reason": reason})
             return Shareable({"answer": None, "reason": f"refused: {reason}"})
+        finally:
+            bounds.remove(body, desk.memory.folder / "received")  # whatever came of it, it is not needed any more
+
+    def _fetch(self, desk: Desk, cell: Any, call: Call, beside: Any, sender: str, abort_signal: Any) -> Path:
+        """The file of a call, on this site's disk.
+
+        Raises:
+            BadMessage: If it is not the one that its message names.
+            OSError: If it cannot be had.
+        """
+        path = desk.memory.folder / "received"
+        if transfer.fetch(cell, beside, sender, path, call.size, abort_signal) != (call.size, call.sha256):
+            raise BadMessage("the file is not the one that its message names")
+        return take_in(desk.memory, path, call.number)

@@ -13,10 +13,12 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
 from polyclinic.core.train import Arrival, undiscounted
 from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.bounds import Limits
 from polyclinic.engines.flare.exchange import Carrier, Count, Exchange
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.messages import printable
 from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.signers import Signers
 from polyclinic.engines.flare.summing import secure_sum
 
 
@@ -25,18 +27,19 @@ class FlareFederation:
 
     def __init__(
         self, order: Order, carrier: Carrier, folder: Path, journal: SharedJournal, sites: Sequence[str],
-        seed: int, count: Count = Count(), limit: int = 2**32,
+        seed: int, signers: Signers, count: Count = Count(), limits: Limits = Limits(),
     ) -> None:  # fmt: skip
         """Opens the conversation of ``order`` with ``sites``.
 
         Args:
             folder: Where messages lie while they are under way.
+            signers: The sites' keys, under which every answer must be signed.
             count: Where an earlier conversation stood.
-            limit: The largest reply in bytes.
+            limits: How large a reply may be.
         """
         self.server = Site("server", seed=seed)
         self._sites = sorted(sites)
-        self._exchange = Exchange(order, carrier, folder, journal, count, limit)
+        self._exchange = Exchange(order, carrier, folder, journal, count, signers, limits)
         self._secure: tuple[Ask, tuple[str, ...]] | None = None
         self._kind = "do"
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from polyclinic.core.train import TooFewReplies
@@ -10,13 +10,19 @@ from polyclinic.engines.flare.exchange import Carrier
 from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.order import Order, code_hash
+from polyclinic.engines.flare.signers import Signers
 
 PARTING = 5.0
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop."""
+    """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop.
+
+    Attributes:
+        signers: The sites' keys, under which every answer must be signed.
+        missing: Filled by ``greet``: who does not take part, and why.
+    """
 
     order: Order
     carrier: Carrier
@@ -24,6 +30,8 @@ class Greeting:
     say: Callable[..., None]
     pause: Callable[[], None]
     poll: float
+    signers: Signers
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
@@ -49,9 +57,11 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
             open_calls |= dict.fromkeys(fresh, number)
             if kind == "hello":
                 about.say("greeting", "", waiting=waiting)
-        if (delivery := about.carrier.arrived(0.25)) is not None and delivery.site in waiting:
-            open_calls.pop(delivery.site, None)
-            _hear(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
+        if (delivery := about.carrier.arrived(0.25)) is not None:
+            delivery.discard()  # no greeting is answered by a file
+            if delivery.site in waiting:
+                open_calls.pop(delivery.site, None)
+                _hear(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
         for name in [n for n in waiting if about.carrier.away(n)]:
             gone[name] = "the site is away"
             del waiting[name]
@@ -59,7 +69,9 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
     for name in open_calls:
         about.carrier.drop(name)
     if kind == "hello":
-        _enough(about, ready, {**gone, **waiting})
+        about.missing.clear()
+        about.missing.update({**gone, **waiting})
+        _enough(about, ready, about.missing)
     return tuple(sorted(ready))
 
 
@@ -78,6 +90,11 @@ def _hear(
 ) -> None:
     try:
         answer = Answer.from_json(text)
+        if answer.site != site or answer.run != about.order.run:
+            raise BadMessage(f"it speaks for {answer.site} in {answer.run}")
+        if answer.size:
+            raise BadMessage("it brings a file, and no file was asked for")
+        about.signers.check(answer)
     except BadMessage as error:
         gone[site] = printable(reason) if text is None else f"its answer cannot be read: {error}"
         del waiting[site]

@@ -60,13 +60,18 @@ def sign(key: Any, data: bytes) -> str:
 
 def signed_by(certificate: Any, signature: str, data: bytes) -> bool:
     """Whether the owner of ``certificate`` signed ``data``."""
+    return signed_by_key(certificate.public_key(), signature, data)
+
+
+def signed_by_key(public: Any, signature: str, data: bytes) -> bool:
+    """Whether the owner of the RSA key whose ``public`` half is given signed ``data``."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import padding
 
     try:
         raw = base64.b64decode(signature, validate=True)
-        certificate.public_key().verify(raw, data, padding.PKCS1v15(), hashes.SHA256())
+        public.verify(raw, data, padding.PKCS1v15(), hashes.SHA256())
     except (InvalidSignature, ValueError):
         return False
     return True

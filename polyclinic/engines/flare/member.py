@@ -13,7 +13,7 @@ from typing import Any
 
 from polyclinic import __version__
 from polyclinic.engines.flare import authority as authorities
-from polyclinic.engines.flare import keys, kit, processes, proxies, require
+from polyclinic.engines.flare import ended, keys, kit, processes, proxies, require
 from polyclinic.engines.flare.authority import BadFile
 from polyclinic.engines.flare.homes import (
     BadHome,
@@ -29,6 +29,8 @@ from polyclinic.engines.flare.homes import (
     name as checked_name,
 )
 from polyclinic.engines.flare.journals import SharedJournal
+
+TIDY_EVERY = 60.0
 
 
 def init(home: SiteHome, site: str, organisation: str, renew: bool = False, new_keys: bool = False) -> Path:
@@ -160,7 +162,7 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
     process: subprocess.Popen[bytes] | None = None
-    crashes, begun = 0, 0.0
+    crashes, begun, started, tidied = 0, 0.0, time.time(), 0.0
     journal = SharedJournal(home.journal)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
@@ -175,7 +177,11 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
                     organisation = {"uid": given["site"], "org": given["organisation"]}
                     process = processes.start("site", home.kit, home.path / "site.log", **organisation)
                     begun = time.time()
-            _say(home, "up")
+            _say(home, "up", started=started, crashes=crashes)
+            if time.time() - tidied > TIDY_EVERY:
+                tidied = time.time()
+                for run_ in ended.retire(home):
+                    journal.write("memory of an ended run removed", {"run": run_})
             time.sleep(pause)
     finally:
         processes.end(home.kit)
@@ -249,8 +255,9 @@ def start(home: SiteHome) -> int:
     return processes.keep("site", "polyclinic.engines.flare.member", home.path, lambda: is_up(home))
 
 
-def _say(home: SiteHome, state: str) -> None:
-    said = {"state": state, "pid": os.getpid(), "birth": processes.birth(os.getpid()), "beat": time.time()}
+def _say(home: SiteHome, state: str, **more: float) -> None:
+    me = os.getpid()
+    said = {"state": state, "pid": me, "birth": processes.birth(me), "beat": time.time(), **more}
     write_private(home.path / "status.json", json.dumps(said), durable=False)
 
 

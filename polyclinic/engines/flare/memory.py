@@ -196,6 +196,11 @@ class Memory:
         if "usage" in self.__dict__:
             self.usage.close()
 
+    def retire(self) -> None:
+        """Drops every link of a run that has ended; what it answered stays refused as a replay."""
+        last = max((link.number for link in self.chain.links), default=0)
+        self._store(replace(self.chain, links=(), confirmed=max(self.chain.confirmed, last)))
+
     def forget(self) -> None:
         """Removes everything: a person here allows that the run asks again from its beginning."""
         self.close()

@@ -127,6 +127,8 @@ class Call(_Message):
             raise BadMessage("a look is for scores and predictions, and nothing else")
         if self.kind in ("do", "look", "secure") and not (self.after < self.number and self.size):
             raise BadMessage("an ask has a file, and a number above those before it")
+        if self.kind in ("hello", "end") and self.size:
+            raise BadMessage(f"a call of the kind {self.kind!r} brings no file")
         if not 0 <= self.deadline < 1e9:
             raise BadMessage("the deadline is out of range")
         if len(self.job) > 100:

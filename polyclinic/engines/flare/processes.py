@@ -83,6 +83,27 @@ def working_in(folder: Path) -> list[int]:
     return sorted(found)
 
 
+def listening(folder: Path) -> dict[int, int]:
+    """The TCP ports on which processes that work in ``folder`` listen, each with the process."""
+    ports: dict[str, int] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for words in (line.split() for line in lines):
+            if words[3] == "0A":  # LISTEN
+                ports[words[9]] = int(words[1].rpartition(":")[2], 16)
+    found = {}
+    for pid in working_in(folder):
+        try:
+            links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        found |= {ports[inode]: pid for link in links if (inode := link[8:-1]) in ports and link.startswith("socket:[")}
+    return found
+
+
 def taken(port: int) -> bool:
     """Whether somebody on this machine listens on ``port``. FLARE would share it with them, and with them its sites."""
     with socket.socket() as one:

@@ -112,7 +112,7 @@ class Supervisor:
         progress = self.queue.progress(run)
         phase = progress.get("phase", "")
         if phase == FINISHED:
-            self._over(run, FINISHED, "")
+            self._over(run, FINISHED, progress.get("why", ""))
         elif self.queue.cancelled(run):
             self._end_job(entry, progress)
             self._over(run, CANCELLED, "cancelled by a person")

@@ -63,17 +63,22 @@ def fetch(
     """
     body, ref, at = beside.get("body"), beside.get("ref"), beside.get("at")
     if isinstance(body, bytes):
-        if len(body) > limit:
-            raise OSError(f"{len(body)} bytes came, and {limit} were announced")
+        if len(body) > min(limit, INLINE):
+            raise OSError(f"{len(body)} bytes came inside the message, and {min(limit, INLINE)} may")
         path.write_bytes(body)
         return len(body), hashlib.sha256(body).hexdigest()
     if not (isinstance(ref, str) and isinstance(at, str)) or at != sender:
         raise BadMessage(f"no file of {sender} stands beside its message")
     consumer = _ToFile(path, limit, lambda: moved(sender) if moved else None)
-    with consumer:
-        download_object(
-            from_fqcn=at, ref_id=ref, per_request_timeout=PATIENCE, cell=cell, consumer=consumer, abort_signal=stopped
-        )
+    try:
+        with consumer:
+            download_object(
+                from_fqcn=at, ref_id=ref, per_request_timeout=PATIENCE, cell=cell, consumer=consumer,
+                abort_signal=stopped,
+            )  # fmt: skip
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     if consumer.problem:
         path.unlink(missing_ok=True)
         raise OSError(consumer.problem)

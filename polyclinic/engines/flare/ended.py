@@ -2,7 +2,7 @@
 
 A server that crashes between its good-bye and its last write begins a new attempt, and tests with the memory that its
 sites kept. So the memory of a run is removed a while after the good-bye. What stays is what refuses replays: the chain
-without its links, and what was sent, received and revealed.
+without its links, what was answered of the schedule, and what was sent and received.
 """
 
 import os
@@ -16,7 +16,7 @@ from polyclinic.engines.flare.memory import Memory
 KEEP = 3600.0
 """Seconds for which the memory of an ended run is kept."""
 MARK = "ended"
-FACTS = ("chain.json", "order.json", "received.json", "status.json", MARK)
+FACTS = ("chain.json", "order.json", "received.json", "status.json", "usage.jsonl", MARK)
 
 
 def mark(folder: Path) -> None:

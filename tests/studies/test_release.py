@@ -33,6 +33,7 @@ rounds = 2
 [data]
 kind = "npz"
 path = "{path}"
+sites = "site"
 [task]
 network = "cnn"
 options = {{ width = 4, depth = 2, norm = "group" }}
@@ -102,10 +103,11 @@ def test_all_uncovered_methods_are_told_at_once_and_nothing_goes_to_hospitals(tm
 def test_a_site_refuses_what_noise_does_not_cover() -> None:
     for rules in (b"", b"[privacy]\nepsilon = 8.0\ndelta = 1e-3\n"):
         policy = policies.parse(rules)
-        for name, way in (("mime-lite", "dp-sgd"), ("fedsm", "dp-sgd"), ("krum", "gaussian")):
-            plan = typical(name, way)  # type: ignore[arg-type]
-            if name != "krum":
-                assert any(f"what {name} sends" in problem for problem in policy.problems(plan)), name
+        for name in ("mime-lite", "fedsm", "q-ffl"):
+            [problem] = policy.problems(typical(name, "dp-sgd"))
+            assert f"does not cover what {name} sends" in problem
+        [problem] = policy.problems(replace(typical("ida", "dp-sgd"), send=typical("fedavg", "gaussian").send))
+        assert "noise on its replies does not cover what ida sends" in problem
         assert policy.problems(typical("fedavg", "dp-sgd")) == []
         assert policy.problems(typical("fedavg", "gaussian")) == []
     open_ = replace(typical("mime-lite", "dp-sgd"), training={"lr": 0.1})
@@ -114,8 +116,8 @@ def test_a_site_refuses_what_noise_does_not_cover() -> None:
 
 @pytest.mark.usefixtures("plugin")
 def test_a_method_of_another_package_is_audited_and_refused(tmp_path: Path) -> None:
-    npz(tmp_path / "data")
-    text = TEXT.format(path=tmp_path / "data") + DP + '[[methods]]\nname = "mine"\n'
+    path = npz(tmp_path)
+    text = TEXT.format(path=path) + DP + '[[methods]]\nname = "mine"\n'
     study = parse(text)
     with pytest.raises(BadStudy, match=r"the part 'bright' of the job 'train' holds other numbers.*: use fedavg"):
         list(run(study, text, tmp_path / "run"))
@@ -160,8 +162,8 @@ def test_the_command_tells_and_exits_with_one(capsys: Any, tmp_path: Path) -> No
     assert found["audits"][0]["findings"][0]["part"] == "selector"
     with pytest.raises(registry.UnknownMethod, match='Did you mean "fedavg"'):
         command("fedavgg")
-    npz(tmp_path / "data")
-    text = TEXT.format(path=tmp_path / "data") + '[[methods]]\nname = "mime-lite"\n' + f"training = {{ {DP.strip()} }}\n"
+    path = npz(tmp_path)
+    text = TEXT.format(path=path) + '[[methods]]\nname = "mime-lite"\n' + f"training = {{ {DP.strip()} }}\n"
     text += '[[methods]]\nname = "fedavg"\n'
     assert command(str(written(tmp_path, text))) == 1
     told = capsys.readouterr().out

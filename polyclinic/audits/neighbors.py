@@ -130,7 +130,7 @@ def neighbors(site: Site, kind: Kind, outputs: int, unit: Unit, full: bool, seed
             yield Neighbor(_with(site, role, changed), role, f"{how} {patient}", patient)
         if unit == "site":
             everyone = list(range(len(data)))
-            changed = _changed(data, everyone, kind, outputs, torch.Generator().manual_seed(seed), False)
+            changed = _changed(data, everyone, kind, outputs, torch.Generator().manual_seed(12345 + seed), False)
             yield Neighbor(_with(site, role, changed), role, "other data in the whole role", None)
 
 

@@ -171,16 +171,31 @@ class _Twins:
         self._memory: dict[tuple[str, int], Trees] = {}
         self._queue: list[tuple[Ask, str]] = []
         self._exchange = self.released = self.uses = 0
+        self._secure = False
         self.largest, self.stopped = 0.0, ""
         self.findings: list[Finding] = []
 
     def send(self, ask: Ask, to: Sequence[str]) -> None:
         """Queues ``ask``."""
         self._exchange += 1
+        self._secure = ask.secure
         self._queue += [(ask, name) for name in to]
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """The replies of the sites as they are, once those of their neighbors were compared with them."""
+        """The replies of the sites as they are, once those of their neighbors were compared; their sum if secure."""
+        found = list(self._arrivals())
+        answered = [(a.site, a.reply) for a in found if a.reply is not None]
+        if not answered or not self._secure:
+            yield from found
+            return
+        yield from (a for a in found if a.reply is None)
+        total = answered[0][1]
+        for _, reply in answered[1:]:
+            total = total + reply
+        names = tuple(site for site, _ in answered)
+        yield Arrival(names[0], found[0].round, total, "", 0.0, names)
+
+    def _arrivals(self) -> Iterator[Arrival]:
         while self._queue:
             ask, name = self._queue.pop(0)
             base = self._observed(ask, self._sites[name], 0)

@@ -40,6 +40,10 @@ class Page:
         e = self.entry
         lines = [f"## {e.name}", "", f"*{self.family}* · {e.paper}", "", *(f"{text}\n" for text in self.about)]
         lines += [f"**What leaves a site:** {e.leaves}.", ""]
+        covered = {"dp-sgd": "private training (DP-SGD)", "gaussian": "clip and noise on replies"}
+        ways = " and ".join(covered[way] for way in e.private)
+        why = f"Not by private training: {e.exposes}." if e.exposes else ""
+        lines += [f"**An ε covers it with:** {ways or 'nothing'}. {why}".rstrip(), ""]
         if e.send:
             through = ", ".join(f'{{ name = "{name}" }}' for name in e.send)
             lines += [f"In a study it has `send = [{through}]`; `send = []` undoes that.", ""]

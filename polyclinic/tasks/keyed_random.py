@@ -177,7 +177,7 @@ def _new(make: Callable[..., Tensor], shape_at: int, usual: torch.dtype | None =
     return draw
 
 
-def _bernoulli(k: KeyedRandomness, shape: Any, dtype: Any, device: Any, p: Any = 0.5) -> Tensor:
+def _bernoulli(k: KeyedRandomness, shape: Any, dtype: Any, device: Any, p: float | Tensor = 0.5) -> Tensor:
     wide = torch.float64 if isinstance(p, Tensor) and p.dtype == torch.float64 else torch.float32
     return (k.uniform(shape, wide, device) < p).to(dtype)
 
@@ -186,7 +186,9 @@ def _uniform(k: KeyedRandomness, shape: Any, dtype: Any, device: Any, low: float
     return k.uniform(shape, dtype, device) * (high - low) + low
 
 
-def _normal(k: KeyedRandomness, shape: Any, dtype: Any, device: Any, mean: Any = 0.0, std: Any = 1.0) -> Tensor:
+def _normal(
+    k: KeyedRandomness, shape: Any, dtype: Any, device: Any, mean: float | Tensor = 0.0, std: float | Tensor = 1.0
+) -> Tensor:  # fmt: skip
     return k.normal(shape, dtype, device) * std + mean
 
 

@@ -51,10 +51,9 @@ class Budget:
         if not reply.parts or (not spent and self._is_free(method, ask, reply)):
             return
         if not spent:
-            parts = ", ".join(sorted(reply.parts))
-            raise Refused(f"this site releases only what noise protects, and the job {ask.job!r} added none to what "
-                          f"it would send ({parts}): train with DPSGD, or send the method through Clip and Gaussian"
-                          )  # fmt: skip
+            raise Refused(f"this site releases only what noise protects, and the job {ask.job!r} added none: train "
+                          "with DPSGD, or send the method through Clip and Gaussian. What would have left: "
+                          f"{', '.join(sorted(reply.parts))}")  # fmt: skip
         try:
             self.ledger.reserve(spent, {"round": ask.round, "job": ask.job})
         except (Exhausted, Broken) as reason:

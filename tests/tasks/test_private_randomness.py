@@ -245,7 +245,7 @@ def test_two_dropouts_of_one_network_are_independent() -> None:
     (lambda x: x * torch.multinomial(torch.ones(8) / 8, 8).float(), r"the module body \(Odd\) .* with .*multinomial"),
     (lambda x: x * torch.empty(8).uniform_(), "tied to each patient alone"),
     (lambda x: x * random.random(), "from Python's global random generator"),
-    (lambda x: x * float(np.random.rand()), "from NumPy's global random generator"),  # noqa: NPY002
+    (lambda x: x * float(np.random.rand()), "from NumPy's global random generator"),
 ])  # fmt: skip
 def test_randomness_that_cannot_be_tied_to_a_patient_is_refused(forward: Any, why: str) -> None:
     class Odd(nn.Module):

@@ -25,6 +25,7 @@ from polyclinic.engines.at_site import work
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.tasks.classification import Classification
 from polyclinic.tasks.dpsgd import DPSGD, Spend
+from polyclinic.tasks.evaluation import Evaluated
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 from polyclinic.transforms.accounting import epsilon
@@ -389,10 +390,11 @@ def ask_of(method: FedAvg) -> Ask:
 
 def test_scores_are_free_unless_the_site_says_no(ledger: Ledger) -> None:
     score = Ask(0, {"params": TASK.first()}, job="score/val")
-    site = Site("a", {"train": Ward()})
-    execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger))
+    site, method = Site("a", {"train": Ward(), "val": Ward()}), Evaluated(FedAvg(TASK, Local()), TASK)
+    reply, _ = execute(method, score, {}, site, Budget(ledger))
+    assert set(reply.parts) == {"score"}
     with pytest.raises(Refused, match="the job 'score/val' added none"):
-        execute(FedAvg(TASK, Local()), score, {}, site, Budget(ledger, free=()))
+        execute(method, score, {}, site, Budget(ledger, free=()))
 
 
 def test_another_file_is_no_ledger_and_stays_as_it_is(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""What a site with a privacy budget lets leave: what noise was added to, and its own scores; by value, not by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
+
+from polyclinic.core.execute import Refused, execute
+from polyclinic.core.method import Ask
+from polyclinic.core.site import Site
+from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.tree import Trees
+from polyclinic.engines import policy as policies
+from polyclinic.engines.describe import Describe
+from polyclinic.engines.paid import Paid
+from polyclinic.engines.plan import Plan
+from polyclinic.methods.fedavg import FedAvg
+from polyclinic.methods.scaffold import scaffold
+from polyclinic.tasks.classification import Classification
+from polyclinic.tasks.dpsgd import DPSGD
+from polyclinic.tasks.evaluation import Evaluated
+from polyclinic.tasks.local import Local
+from polyclinic.tasks.networks import Network
+from polyclinic.transforms.budget import Budget
+from polyclinic.transforms.ledger import Ledger
+from tests.conftest import Rows, blobs
+
+TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 2), ("depth", 2), ("norm", "group"))))
+
+
+class Ward(Rows):
+    def __init__(self) -> None:
+        rows = blobs(0, 16, (1, 8, 8))
+        super().__init__(rows.x, rows.y)
+        self.patients = tuple(f"p{i}" for i in range(16))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    made = Ledger(tmp_path / "budget.jsonl")
+    made.begin(site="a", data="ward-7", unit="patient", epsilon=10.0, delta=1e-5)
+    return made
+
+
+def ask_of(method: FedAvg) -> Ask:
+    return method.ask(method.init(TASK.first()))
+
+
+@pytest.mark.parametrize("job", ["score/train", "predict/val", "predict/test", "describe", "train", "Score/val"])  # fmt: skip
+def test_only_scores_on_validation_and_test_data_are_free(ledger: Ledger, job: str) -> None:
+    site = Site("a", {"train": Ward(), "val": Ward(), "test": Ward()})
+    method = Evaluated(FedAvg(TASK, Local()), TASK)
+    with pytest.raises(Refused, match=r"added none: .* What would have left: (score|update|predict)$"):
+        execute(method, Ask(0, {"params": TASK.first()}, job=job), {}, site, Budget(ledger))
+
+
+@dataclass(frozen=True)
+class Pretends(FedAvg):
+    """Answers an evaluation job with something else, or with something else beside the scores."""
+
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        rows = site.data["train"][torch.arange(4)][0].flatten(1)
+        return Reply({"score": Gather({site.name: {"auc": rows}})}), memory
+
+
+class PretendsBeside(Evaluated):  # type: ignore[type-arg]
+    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        reply, memory = super().site_update(ask, memory, site)
+        return Reply({**reply.parts, "more": Mean.of({"x": torch.ones(3)})}), memory
+
+
+def test_a_job_is_free_by_who_answers_and_not_by_its_name(ledger: Ledger) -> None:
+    """A method that answers score/val itself, with patients' pixels, or sends something beside the scores."""
+    site, score = Site("a", {"train": Ward(), "val": Ward()}), Ask(0, {"params": TASK.first()}, job="score/val")
+    for method in (Pretends(TASK, Local()), PretendsBeside(FedAvg(TASK, Local()), TASK)):
+        with pytest.raises(Refused, match="the job 'score/val' added none"):
+            execute(method, score, {}, site, Budget(ledger))
+    assert ledger.spent().spends == ()
+
+
+def test_a_refusal_names_every_part_and_a_paid_reply_costs_what_it_metered(ledger: Ledger) -> None:
+    site = Site("a", {"train": Ward()})
+    method = scaffold(TASK, Local(steps=1), 3)
+    ask = method.ask(method.init(TASK.first()))
+    with pytest.raises(Refused, match=r"What would have left: control, update$"):
+        execute(method, ask, {}, site, Budget(ledger))
+    private = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=2))
+    execute(private, ask_of(private), {}, site, Budget(ledger))
+    assert [spend.steps for spend in ledger.spent().spends] == [2]
+
+
+PLAN = Plan("classification", "cnn", (1, 8, 8), 2, "fedavg", ("a", "b"), 3,
+            network_options={"width": 2, "depth": 2, "norm": "group"},
+            training={"steps": 1, "private": {"noise": 4.0, "bound": 1.0, "unit": "patient"}})  # fmt: skip
+
+
+def test_the_survey_is_free_by_who_answers_and_not_by_its_name(tmp_path: Path) -> None:
+    """An approved private method that answers the job "describe" with its exact gradient is refused."""
+    policy = policies.parse(b'[allow]\ngather = ["score", "describe"]\n[privacy]\nepsilon = 8.0\ndelta = 1e-5\n')
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert policy.privacy
+    paid = Paid.of(policies.Enforced(policy, PLAN), policy.privacy, ledger, "a", "ward-7")
+    site, ask = Site("a", {"train": Ward(), "val": Ward()}), Ask(0, {"params": TASK.first()}, job="describe")
+    with pytest.raises(Refused, match="the job 'describe' added none"):
+        execute(Evaluated(FedAvg(TASK, Local(steps=1)), TASK), ask, {}, site, paid)
+    assert ledger.spent().spends == ()
+
+    class Examples(Ward):
+        @property
+        def shape(self) -> tuple[int, ...]:
+            return (1, 8, 8)
+
+        @property
+        def targets(self) -> torch.Tensor:
+            return self.y
+
+    reply, _ = execute(Describe("classification"), ask, {}, Site("a", {"train": Examples()}), paid)
+    assert set(reply.parts) == {"describe"}
+    scored, _ = execute(PLAN.build_method(), Ask(0, {"params": TASK.first()}, job="score/val"), {}, site, paid)
+    assert set(scored.parts) == {"score"}
+    assert ledger.spent().spends == ()

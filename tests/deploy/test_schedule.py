@@ -429,13 +429,13 @@ def test_a_site_that_lost_everything_begins_anew_in_its_place(tmp_path: Path) ->
     assert refused(homes) == []
 
 
-AT_SERVER = ("feddf", "fedad", "fedreplay", "mix")  # need data at the server, which a deployment has not
+PUBLIC = ("feddf", "fedad", "fedreplay", "fedmd", "mix")  # need data that these sites and their server have not
 QUICK = ("mime", "combat", "cyclic", "split", "data-vectors", "ifca", "fedmae")
 
 
 @pytest.mark.parametrize("method", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-    for name, entry in METHODS.items() if name not in AT_SERVER and "segmentation" not in entry.tasks[:1]
+    for name, entry in METHODS.items() if name not in PUBLIC and "segmentation" not in entry.tasks[:1]
 ])  # fmt: skip
 def test_no_method_asks_for_more_than_it_declares(method: str, tmp_path: Path) -> None:
     """The whole table between an honest server and sites: scored, chosen, tested, and nothing is refused."""

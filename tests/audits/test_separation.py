@@ -101,6 +101,9 @@ def test_rates_by_hand():
     high = binomtest(20, 50).proportion_ci(0.975).high
     assert (one.rate(0.01).low, one.rate(0.01).high) == pytest.approx((low, high))
     assert one.rate(0.001).low == 0.0  # 1000 non-members cannot fix a threshold for 0.1 %
+    tied = found(torch.cat([members, torch.tensor([996.0] * 3 + [981.0] * 2)]), others)  # at the two thresholds
+    low, high = binomtest(11, 55).proportion_ci(0.975).low, binomtest(25, 55).proportion_ci(0.975).high
+    assert (tied.rate(0.01).low, tied.rate(0.01).high) == pytest.approx((low, high))
 
 
 def test_rates_are_covered():

@@ -77,8 +77,8 @@ def _members(page: Source, found: Sequence[Audit]) -> Table:
                     "exposed": _exposed(one), "p_exposed": p_value(exposed),
                 })  # fmt: skip
     columns = words(method="Method", site="Site", attack="Attack") + numbers(
-        seed="Seed", auc="AUC (95 % CI)", p="p", tpr0="TPR at 0.1 % FPR", tpr1="TPR at 1 % FPR",
-        exposed="Above the rest", p_exposed="p",
+        seed="Seed", auc="AUC (95 % CI)", p="p (AUC)", tpr0="TPR at 0.1 % FPR", tpr1="TPR at 1 % FPR",
+        exposed="Above the rest", p_exposed="p (above)",
     )  # fmt: skip
     note = (
         "Training patients against test patients of the same site; an AUC of 0.5 is chance. TPR: the share of training "

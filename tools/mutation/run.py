@@ -7,6 +7,7 @@ See README.md beside this file.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -86,6 +87,7 @@ class InOneProcess:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of running the tests once."""
+        (RESULTS / "loaded").write_text("\n".join(name for name in sys.modules if name.startswith("polyclinic.")))
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
@@ -215,6 +217,23 @@ def _meaning(code: int) -> str:
     return SURVIVED if code == 0 else TIMEOUT if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL) else KILLED
 
 
+def independent(target: str) -> list[str]:
+    """The modules of Polyclinic that import nothing, however indirectly, that imports ``target``."""
+    imports: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "polyclinic").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = imports.setdefault(name, {name.rpartition(".")[0]})  # its package is imported with it
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+    tainted = {target}
+    while more := {name for name, found in imports.items() if found & tainted} - tainted:
+        tainted |= more
+    return [name for name in imports if name not in tainted]
+
+
 def run(target: Target, warm: Iterable[str], until: float) -> None:
     """Try every mutant of ``target`` that was not killed before."""
     keys, log = target.pending(), RESULTS / "running.log"
@@ -239,6 +258,11 @@ def run(target: Target, warm: Iterable[str], until: float) -> None:
         raise SystemExit(f"{target.name}: the tests fail without any mutation, or could not be collected")
     target.status |= dict(line.split() for line in log.read_text().splitlines())
     target.save()
+    loaded = set((RESULTS / "loaded").read_text().split())
+    for name in independent(target.module):
+        if name in loaded:
+            importlib.import_module(name)
+    assert target.module not in sys.modules, "or a fork would not import the mutant"
     for key in [k for k in keys if target.status.get(k) == AFRESH]:
         if time.monotonic() > until:
             break

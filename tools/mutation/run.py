@@ -30,6 +30,7 @@ from mutants import Mutant, mutants  # noqa: E402
 from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 
 RESULTS = ROOT / "build" / "mutation"
+LEARNED = RESULTS / "learned.json"
 PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow and not deploy"]
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
 CANNOT = 77  # the exit status of a fork in which a function could not be changed
@@ -87,10 +88,11 @@ class InOneProcess:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """In place of running the tests once."""
-        (RESULTS / "loaded").write_text("\n".join(name for name in sys.modules if name.startswith("polyclinic.")))
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
+        loaded = [name for name in sys.modules if name.startswith("polyclinic.")]
+        LEARNED.write_text(json.dumps({"loaded": loaded, "seconds": sum(base["seconds"].values())}))
         for key in self.keys:
             if time.monotonic() > self.until:
                 break
@@ -258,16 +260,16 @@ def run(target: Target, warm: Iterable[str], until: float) -> None:
         raise SystemExit(f"{target.name}: the tests fail without any mutation, or could not be collected")
     target.status |= dict(line.split() for line in log.read_text().splitlines())
     target.save()
-    loaded = set((RESULTS / "loaded").read_text().split())
+    learned = json.loads(LEARNED.read_text())
     for name in independent(target.module):
-        if name in loaded:
+        if name in learned["loaded"]:
             importlib.import_module(name)
     assert target.module not in sys.modules, "or a fork would not import the mutant"
     for key in [k for k in keys if target.status.get(k) == AFRESH]:
         if time.monotonic() > until:
             break
-        target.status[key] = _meaning(forked(lambda key=key: afresh(target, key), 60))
-    target.save()
+        target.status[key] = _meaning(forked(lambda key=key: afresh(target, key), learned["seconds"] + 5))
+        target.save()
 
 
 def main() -> None:

@@ -75,6 +75,12 @@ def test_a_heavy_weight_is_coded_in_double_precision() -> None:
     assert coded(transform, {"m/w": x}).total["m/w"].tolist() == [round(float(v) * 2**28 / 3) for v in x]
 
 
+def test_the_weight_has_a_name_that_no_tensor_of_a_model_has() -> None:
+    """A pipeline calls them ``m/part/name``; what transforms add begins with a tilde."""
+    assert WEIGHT.startswith("m/~")
+    assert WEIGHT.islower()
+
+
 @pytest.mark.parametrize("sites", [1, 2, 63])
 def test_weights_of_one_are_counted_exactly(sites: int) -> None:
     weight = coded(SecureSum(), {}).total[WEIGHT]
@@ -88,7 +94,9 @@ def test_sites_that_weigh_less_than_one_are_not_rounded_up() -> None:
 
 
 def test_as_many_weights_as_sites_fit_the_ring() -> None:
-    for transform in (SecureSum(), SecureSum(heaviest=600.0), SecureSum(0.3, 20), SecureSum(100.0, 20)):
+    four = SecureSum(2**31 / 4.5, 0)
+    assert four.capacity == 4, "as many as a power of two, so that one digit more would be too many"
+    for transform in (SecureSum(), SecureSum(heaviest=600.0), SecureSum(0.3, 20), SecureSum(100.0, 20), four):
         one = int(coded(transform, {}, transform.heaviest).total[WEIGHT])
         assert 0 < one * transform.capacity < 2**31
         assert one * transform.capacity >= 2**29, "and use at least a quarter of it"
@@ -171,6 +179,7 @@ def test_the_threshold_covers_the_noise_that_is_shared() -> None:
     assert found(SecureSum(), before) == found(SecureSum(threshold=4), before) == [said]
     assert found(SecureSum(threshold=5), before) == found(SecureSum(threshold=6), before) == []
     assert found(SecureSum(), (Clip(1.0), Gaussian(1.0))) == []
+    assert len(found(SecureSum(), (Clip(1.0), Gaussian(1.0, share=2)))) == 1
 
 
 def test_it_stands_last_and_every_problem_is_told() -> None:
@@ -204,6 +213,7 @@ def test_a_reply_becomes_one_vector_and_a_sum_one_reply() -> None:
     assert vector.dtype == torch.int32
     assert sorted(vector.tolist()) == [0, 1, 2, 3, 4, 5, 7, 8, 9]
     assert sum(tag.numel() for tags in layout.values() for tag in tags.values()) == 0, "a layout tells no number"
+    assert {tag.dtype for tags in layout.values() for tag in tags.values()} == {torch.int32}
     back = reply_of(vector * 2, layout, 2)
     assert set(back.parts) == {"a", "b"}
     for part, stat in reply.parts.items():

@@ -7,6 +7,7 @@ See README.md beside this file.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -29,6 +30,7 @@ from mutants import Mutant, mutants  # noqa: E402
 from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 
 RESULTS = ROOT / "build" / "mutation"
+LEARNED = RESULTS / "learned.json"
 PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow and not deploy"]
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
 CANNOT = 77  # the exit status of a fork in which a function could not be changed
@@ -89,6 +91,8 @@ class InOneProcess:
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
+        loaded = [name for name in sys.modules if name.startswith("polyclinic.")]
+        LEARNED.write_text(json.dumps({"loaded": loaded, "seconds": sum(base["seconds"].values())}))
         for key in self.keys:
             if time.monotonic() > self.until:
                 break
@@ -215,6 +219,23 @@ def _meaning(code: int) -> str:
     return SURVIVED if code == 0 else TIMEOUT if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL) else KILLED
 
 
+def independent(target: str) -> list[str]:
+    """The modules of Polyclinic that import nothing, however indirectly, that imports ``target``."""
+    imports: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "polyclinic").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = imports.setdefault(name, {name.rpartition(".")[0]})  # its package is imported with it
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+    tainted = {target}
+    while more := {name for name, found in imports.items() if found & tainted} - tainted:
+        tainted |= more
+    return [name for name in imports if name not in tainted]
+
+
 def run(target: Target, warm: Iterable[str], until: float) -> None:
     """Try every mutant of ``target`` that was not killed before."""
     keys, log = target.pending(), RESULTS / "running.log"
@@ -239,11 +260,16 @@ def run(target: Target, warm: Iterable[str], until: float) -> None:
         raise SystemExit(f"{target.name}: the tests fail without any mutation, or could not be collected")
     target.status |= dict(line.split() for line in log.read_text().splitlines())
     target.save()
+    learned = json.loads(LEARNED.read_text())
+    for name in independent(target.module):
+        if name in learned["loaded"]:
+            importlib.import_module(name)
+    assert target.module not in sys.modules, "or a fork would not import the mutant"
     for key in [k for k in keys if target.status.get(k) == AFRESH]:
         if time.monotonic() > until:
             break
-        target.status[key] = _meaning(forked(lambda key=key: afresh(target, key), 60))
-    target.save()
+        target.status[key] = _meaning(forked(lambda key=key: afresh(target, key), learned["seconds"] + 5))
+        target.save()
 
 
 def main() -> None:

@@ -519,7 +519,7 @@ def test_a_bound_that_moves_is_checked_at_the_site(bound: float, works: bool) ->
     if works:
         assert method.site_update(_with(ask, moved), {}, Site("a"))[0].parts
         return
-    with pytest.raises(ValueError, match="rounds to steps of 0.125, so the sum would not hide"):
+    with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not hide"):
         method.site_update(_with(ask, moved), {}, Site("a"))
 
 

@@ -19,13 +19,16 @@ DEPLOY = ROOT / "deploy"
 def test_units_are_those_that_the_commands_print(role: str) -> None:
     unit = member.unit(role, Path(f"/srv/polyclinic/{role}"), "polyclinic", "/opt/polyclinic/bin/polyclinic")
     assert (DEPLOY / f"polyclinic-{role}.service").read_text() == unit
-    assert "@" not in unit
+    assert not re.search(r"@[A-Z]+@", unit)
     for line in (
         "Restart=always",
         "NoNewPrivileges=yes",
         "ProtectSystem=strict",
         "UMask=0077",
         "CapabilityBoundingSet=",
+        "SystemCallFilter=@system-service",
+        "ProtectProc=invisible",
+        "MemoryMax=80%",
         f"ReadWritePaths=/srv/polyclinic/{role}",
     ):
         assert line in unit.splitlines()
@@ -71,7 +74,7 @@ def test_the_composition_is_closed_and_starts_what_the_units_start() -> None:
     assert set(table) <= {"name", "services", "volumes", "x-closed"}
     known = {
         "build", "image", "restart", "init", "read_only", "tmpfs", "cap_drop", "security_opt", "stop_grace_period", "command", "profiles",
-        "ports", "volumes", "environment",
+        "ports", "volumes", "environment", "healthcheck", "pids_limit", "mem_limit",
     }  # fmt: skip
     assert set(table["services"]) == {"server", "site"}
     for role, service in table["services"].items():
@@ -84,6 +87,9 @@ def test_the_composition_is_closed_and_starts_what_the_units_start() -> None:
         started = re.search(r"^ExecStart=\S+ (.*)$", unit, re.MULTILINE)
         assert started
         assert service["command"] == shlex.split(started[1])
+        assert service["healthcheck"]["test"] == ["CMD", "polyclinic", role, "status", "--json"]
+        assert service["pids_limit"] > 0
+        assert service["mem_limit"]
         build = service["build"]
         assert (DEPLOY / build["context"] / build["dockerfile"]).resolve() == DEPLOY / "Dockerfile"
         for volume in service["volumes"]:

@@ -52,11 +52,8 @@ def empty(said: Said) -> None:
 
 
 def of_another_message(said: Said) -> None:
-    """The signature under an earlier answer: here, the one before the change of the file's hash."""
+    """The site's own signature, under another head than the one that the answer names."""
     said.signed = False
-    said.reply = Reply({part: stat * 1.0 for part, stat in said.reply.parts.items()})
-    said.table["number"] += 0
-    said.data += b""
     said.table["head"] = "ab" * 32
 
 
@@ -261,12 +258,12 @@ def test_a_score_that_is_no_number_stops_nothing(score: float, tmp_path: Path) -
 
 
 def test_an_earlier_answer_counts_once(tmp_path: Path) -> None:
-    """The answer of round 0 is given again in round 1, and twice in each round."""
+    """The answer of round 0 is given three times in it, and again in round 1, where it is nobody's."""
     kept: list[tuple[dict[str, Any], bytes]] = []
 
     def replay(said: Said) -> None:
         kept.append((dict(said.table), said.data))
-        said.also = [kept[0], kept[0], kept[-1]]
+        said.also = [kept[0], kept[0]]
         if said.call.round == 1:
             said.table, said.data, said.signed, said.hashed = dict(kept[0][0]), kept[0][1], False, False
 
@@ -274,6 +271,8 @@ def test_an_earlier_answer_counts_once(tmp_path: Path) -> None:
     end = run(tmp_path, an, {EVIL: replay})
     assert end.outcome == "finished", end.why
     assert [(round, site) for round, site, _ in end.lost] == [(1, EVIL)], f"the replay was used, or another was lost: {end.lost}"
+    twice = [entry for entry in verify(end.folder / "journal.jsonl") if entry["event"] == "answered" and entry["site"] == EVIL]
+    assert len(twice) == 1
 
 
 @pytest.mark.parametrize("change", [{"number": 2**40}, {"number": -1}, {"stage": "mask"}, {"run": "run-2"}, {"version": 99}, {"seconds": float("1e300")}, {"more": 1}, {"code": "x" * 10_000}, {"lost": "\x1b[31m" + "x" * 10_000}])  # fmt: skip
@@ -353,16 +352,3 @@ def test_what_is_no_message_of_the_stage_loses_its_site_alone(stage: str, tmp_pa
     end = run(tmp_path, secure_order(homes, **ONE), {EVIL: odd}, ("secure",), homes=homes)
     assert end.outcome == "finished", end.why
     assert {site for _, site, _ in end.lost} <= {EVIL}, end.lost
-
-
-def test_a_vector_beyond_the_limit_is_bounded_by_what_the_ring_can_hold(tmp_path: Path) -> None:
-    """Nobody sees a masked vector, so that a hostile site can add any: the model stays finite, and the run goes on."""
-
-    def wrap(said: Said) -> None:
-        reply = said.reply
-        said.value = reply
-
-    homes = houses(tmp_path, 5)
-    end = run(tmp_path, secure_order(homes, **ONE), {EVIL: wrap}, ("nothing",), homes=homes)
-    assert end.outcome == "finished", end.why
-    assert end.model is not None

@@ -13,7 +13,18 @@ from polyclinic.engines import policy as policies
 from polyclinic.engines.flare import keys
 from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
 from polyclinic.engines.flare.order import Order, survey_plan
-from tests.adversary.server import HostileServer, Person, answered, houses, nothing_left, opened_in, refused, small_order, study, survey
+from tests.adversary.server import (
+    HostileServer,
+    Person,
+    answered,
+    houses,
+    nothing_left,
+    opened_in,
+    refused,
+    small_order,
+    study,
+    survey,
+)
 
 SITES = ("site-0", "site-1", "site-2")
 

@@ -156,7 +156,7 @@ def test_scores_after_training_are_of_the_model_from_which_was_trained(tmp_path:
 def test_validation_scores_come_at_their_places_alone(tmp_path: Path) -> None:
     """Every second round of four: after rounds 2 and 4, so that at most these, and one where the method ends, leave."""
     server = HostileServer(houses(tmp_path), small_order(rounds=4, score_every=2))
-    for round in range(0, 6):
+    for round in range(6):
         if round < 4:
             server.ask("site-0", "train", server.moved(0.1 * round), round=round)
         server.ask("site-0", "score/val", server.moved(0.1 * round), round=round)

@@ -1,8 +1,8 @@
 """Loaded by Python in every real process that the tests start, because this folder stands on PYTHONPATH.
 
 By files in the folder that POLYCLINIC_TEST_FAULTS names, a test decides about processes that it did not write: when they
-die (``*.kill``), how long a site works (``hold-SITE-ROUND``) or scores (``silent-SITE``), and what a site's job process
-makes of an answer (``twist-SITE``). Privacy noise comes from the site's name, so that it repeats. Without that folder nothing changes.
+die (``*.kill``), how long a site works (``hold-SITE-ROUND``) or scores (``silent-SITE``), what a site's job process
+makes of an answer (``twist-SITE``, ``flood-SITE``), and what a hostile server asks besides (``hostile-RUN``, ``flooding``). Privacy noise comes from the site's name, so that it repeats. Without that folder nothing changes.
 """
 
 import hashlib
@@ -81,7 +81,10 @@ def change_executor(module: Any) -> None:
     def twisted(self: Any, task_name: str, shareable: Any, *rest: Any) -> Any:
         result = execute(self, task_name, shareable, *rest)
         wish = FOLDER / f"twist-{self.desk.name if self.desk else ''}"
-        if json.loads(shareable["call"])["kind"] != "do":
+        kind = json.loads(shareable["call"])["kind"]
+        if kind == "hello" and (FOLDER / f"flood-{self.desk.name if self.desk else ''}").exists():
+            result["body"] = b"0" * 2**23
+        if kind != "do":
             return result
         earlier, self.earlier = getattr(self, "earlier", {}), dict(result)
         if not wish.exists():
@@ -112,7 +115,50 @@ def change_executor(module: Any) -> None:
     module.SiteExecutor.execute = twisted
 
 
-CHANGES = {"polyclinic.engines.flare.training": change_training, "polyclinic.engines.flare.executor": change_executor}
+def change_conductor(module: Any) -> None:
+    """A server that, once it has trained, asks for what a test wishes (``hostile-RUN``) and notes what it hears."""
+    finish = module.Conductor._finish
+
+    def hostile(self: Any, federation: Any) -> None:
+        from dataclasses import replace
+
+        wish = FOLDER / f"hostile-{self.order.run}"
+        heard = []
+        for job, round, by in json.loads(wish.read_text()) if wish.exists() else ():
+            asked = self.method.trial(self._at.state)
+            params = {name: leaf + by if leaf.is_floating_point() else leaf for name, leaf in asked.trees["params"].items()}
+            trees = {**asked.trees, "params": params}
+            federation.send(replace(asked, job=job, round=round, secure=False, to=None, trees=trees), federation.sites)
+            heard += [[job, round, a.site, a.reply is not None, a.lost] for a in federation.replies(120.0)]
+        if wish.exists():
+            wish.rename(wish.with_name(f"hostile-{self.order.run}.done")).write_text(json.dumps(heard))
+        finish(self, federation)
+
+    module.Conductor._finish = hostile
+
+
+def change_controller(module: Any) -> None:
+    """A server that greets with a file of 8 MB beside its call (``flooding``)."""
+    post = module.FlareCarrier.post
+
+    def flooding(self: Any, calls: Any, body: Any) -> None:
+        from dataclasses import replace
+
+        wish = FOLDER / "flooding"
+        if wish.exists() and calls and calls[0].kind == "hello":
+            data = b"0" * 2**23
+            body = FOLDER / "flood.bin"
+            body.write_bytes(data)
+            calls = [replace(call, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for call in calls]
+        post(self, calls, body)
+
+    module.FlareCarrier.post = flooding
+
+
+CHANGES = {
+    "polyclinic.engines.flare.training": change_training, "polyclinic.engines.flare.executor": change_executor,
+    "polyclinic.engines.flare.conduct": change_conductor, "polyclinic.engines.flare.controller": change_controller,
+}  # fmt: skip
 
 
 class Changed(importlib.abc.MetaPathFinder):

@@ -1,7 +1,8 @@
 """Every step of a secure sum by itself: what exactly is sent, what is forgotten, and who is refused for what."""
 
 import hashlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from polyclinic.transforms.secure.keys import (
     signature,
     unseal,
 )
+from polyclinic.transforms.secure.memory import STEPS
 from polyclinic.transforms.secure.messages import Advert
 from polyclinic.transforms.secure.site import SecureSite, check_advert, commitment
 from tests.transforms.test_secure import NAMES, READ, Parties, ring_sum
@@ -337,6 +339,42 @@ def test_a_vector_that_is_refused_is_not_in_the_sum(parties: Parties) -> None:
     assert torch.equal(total, ring_sum([parties.vectors[n] for n in alive]))
     assert total.shape == (7,)
     assert total.dtype == torch.int32
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_message_is_checked_against_its_signature(step: str, parties: Parties) -> None:
+    messages = parties.until(step)
+    forged = replace(messages["bern"], signature=messages["cusco"].signature)
+    getattr(parties.server, READ[step])([forged, *(m for n, m in messages.items() if n != "bern")])
+    assert list(parties.server.refused) == ["bern"]
+    assert "of bern is not signed by it for this session" in parties.server.refused["bern"]
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1, dtype=torch.int32), torch.ones(7, dtype=torch.int64), torch.ones(1, 7, dtype=torch.int32)])
+def test_a_signed_vector_of_another_form_is_not_added(wrong: torch.Tensor, parties: Parties) -> None:
+    """One number would be added to all of them, without an error."""
+    masked = parties.until("mask")
+    signed = signature(parties.session, parties.identities["bern"], "masked vector", "bern", digest(wrong))
+    alive = parties.server.masked([replace(masked["bern"], vector=wrong, signature=signed), *(m for n, m in masked.items() if n != "bern")])
+    assert "bern" not in alive
+    assert parties.server.refused["bern"].startswith("the vector of bern cannot be summed: it ")
+    agreed = parties.server.agreed([parties.sites[n].agree(alive) for n in alive])
+    total = parties.server.reveals([parties.sites[n].reveal(agreed) for n in alive])
+    assert torch.equal(total, ring_sum([parties.vectors[n] for n in alive]))
+
+
+def test_vectors_are_let_go_while_others_arrive(parties: Parties) -> None:
+    """A server that held them all would need the memory of all models at once."""
+    masked, seen = parties.until("mask"), list[weakref.ref[torch.Tensor]]()
+
+    def arriving() -> Iterator[Any]:
+        for name in NAMES:
+            seen.append(weakref.ref(masked[name].vector))
+            yield masked.pop(name)
+            assert all(vector() is None for vector in seen[:-1])
+
+    assert parties.server.masked(arriving()) == NAMES
+    assert len(seen) == 5
 
 
 def test_the_server_keeps_no_vector(parties: Parties) -> None:

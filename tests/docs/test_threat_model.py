@@ -18,13 +18,26 @@ def functions(path: str) -> dict[str, ast.FunctionDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@cache
+def imported(path: str) -> dict[str, str]:
+    """The files of the tests from which names are imported, by name."""
+    found = {}
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests."):
+            found |= {alias.name: f"{node.module.replace('.', '/')}.py" for alias in node.names}
+    return found
+
+
 def checks(path: str, name: str) -> bool:
-    """Whether a function asserts something, itself or by a function of its file that it calls."""
+    """Whether a function asserts something, itself or by a function of the tests that it calls, or runs a state machine."""
     for node in ast.walk(functions(path)[name]):
         if isinstance(node, ast.Assert) or (isinstance(node, ast.Attribute) and node.attr == "raises"):
             return True
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
-        if called != name and called in functions(path) and checks(path, called):
+        place = path if called in functions(path) else imported(path).get(called, "")
+        if called == "run_state_machine_as_test":
+            return True
+        if called != name and place and called in functions(place) and checks(place, called):
             return True
     return False
 

@@ -15,11 +15,11 @@ from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply, Stat
 from polyclinic.core.tree import Tree
 
 Form: TypeAlias = tuple[tuple[object, ...], ...]
-UNCOUNTED = 100.0
+UNCOUNTED = 10.0
 """How much more than ``weight_ratio`` a site may claim whose examples nobody has counted."""
 BLOCK = 2**20
-WITNESSES = 3
-"""How many other sites a comparison without a count needs, so that one hostile site cannot shift the median."""
+WITNESSES = 2
+"""How many other sites a comparison without a count needs: of two, a hostile one can at most halve their median."""
 
 
 class Size(NamedTuple):

@@ -1,5 +1,6 @@
 """Evaluation as one more job of a method, so that it runs wherever training runs."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -8,13 +9,15 @@ import torch
 
 from polyclinic.core.method import Ask, Job, Method
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Gather, Reply, merge
+from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.train import Federation
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.tasks.saliency import saliency
 from polyclinic.tasks.task import Task, borrow
 
 State = TypeVar("State")
+MOST_EXAMPLES = 2**53
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,44 @@ def _answered(found: Tree, task: Task) -> Tree:
 def evaluate(
     method: Method[State], federation: Federation, state: State, sites: Sequence[str], job: str = "score/val"
 ) -> Mapping[str, Tree]:
-    """What each of ``sites`` answers to ``job``. A site that has no such data, or does not answer, is left out."""
+    """What each of ``sites`` answers to ``job``, by site.
+
+    A site is left out if it has no such data, does not answer, or answers with something that is no answer to ``job``:
+    another part, values for another site, or figures without a number of examples. Scores that are not finite are left
+    out one by one.
+    """
     federation.send(replace(method.trial(state), job=job, secure=False, to=None), sites)
-    arrivals = sorted(federation.replies(), key=lambda arrival: arrival.site)
-    reply = merge(arrival.reply for arrival in arrivals if arrival.reply is not None)
-    return reply.gather(job.partition("/")[0]) if reply.parts else {}
+    verb = job.partition("/")[0]
+    found: dict[str, Tree] = {}
+    for arrival in sorted(federation.replies(), key=lambda arrival: arrival.site):
+        if arrival.reply is not None and arrival.reply.parts:
+            try:
+                found[arrival.site] = _checked(arrival.reply, verb, arrival.site)
+            except ValueError as error:
+                log.warning("%s: its answer to %s is not used: %s", arrival.site, job, error)
+    return found
+
+
+def _checked(reply: Reply, verb: str, site: str) -> Tree:
+    """What ``site`` itself answers to ``verb``.
+
+    Raises:
+        ValueError: If it is no such answer.
+    """
+    stat = reply.parts.get(verb)
+    if not isinstance(stat, Gather) or set(reply.parts) != {verb} or list(stat.items) != [site]:
+        raise ValueError(f"it does not hold {verb!r} of this site and nothing else")
+    leaves = stat.items[site]
+    if verb == "score":
+        if any(leaf.numel() != 1 for leaf in leaves.values()):
+            raise ValueError("a score is one number")
+        if "n" not in leaves or not 0 < float(leaves["n"]) <= MOST_EXAMPLES:
+            raise ValueError("its number of examples is none")
+        return {name: leaf for name, leaf in leaves.items() if bool(leaf.isfinite().all())}
+    if verb == "predict":
+        size = leaves["patient"].numel() if "patient" in leaves else 0
+        if not size or any(not leaf.ndim or len(leaf) != size for leaf in leaves.values()):
+            raise ValueError("it does not hold as many answers as patients")
+        if not all(bool(leaf.isfinite().all()) for leaf in leaves.values()):
+            raise ValueError("it holds NaN or an infinity")
+    return leaves

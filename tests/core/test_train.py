@@ -135,10 +135,11 @@ def test_a_weight_out_of_proportion_is_refused() -> None:
     gate = Gate(weight_ratio=10)
     assert list(gate.refuse(ASK, updates(**honest, m=(1e12, 1.0)))) == ["m"]
     assert Gate().refuse(ASK, updates(**honest, m=(1e12, 1.0))) == {}  # in one process nothing is bounded by default
-    # Nobody has counted: a hundred times as much as of a site with a count, and three others must be there.
-    assert gate.refuse(ASK, updates(**honest, m=(20.0 * 1000, 1.0))) == {}
-    assert list(gate.refuse(ASK, updates(**honest, m=(20.0 * 1001, 1.0)))) == ["m"]
-    assert gate.refuse(ASK, updates(a=(12.0, 1.0), b=(20.0, 1.0), m=(1e12, 1.0))) == {}
+    # Nobody has counted: ten times as much as of a site with a count, and two others must be there.
+    assert gate.refuse(ASK, updates(**honest, m=(20.0 * 100, 1.0))) == {}
+    assert list(gate.refuse(ASK, updates(**honest, m=(20.0 * 101, 1.0)))) == ["m"]
+    assert list(gate.refuse(ASK, updates(a=(12.0, 1.0), b=(20.0, 1.0), m=(1e12, 1.0)))) == ["m"]
+    assert gate.refuse(ASK, updates(a=(12.0, 1.0), m=(1e12, 1.0))) == {}
     counted = Gate(weight_ratio=10, counts={"a": 12, "b": 20, "c": 31, "m": 300})
     assert list(counted.refuse(ASK, updates(**honest, m=(301.0, 1.0)))) == ["m"]
     assert counted.refuse(ASK, updates(**honest, m=(300.0, 1.0))) == {}
@@ -157,7 +158,9 @@ def test_an_update_out_of_proportion_is_refused() -> None:
     assert list(found) == ["m"]
     assert "more than 100 times the median of the other sites, 2" in found["m"]
     assert gate.refuse(ASK, updates(**honest, m=(1.0, 200.0))) == {}
-    assert gate.refuse(ASK, updates(a=(1.0, 1.0), b=(1.0, 1.0), m=(1.0, 1e6))) == {}  # two others are no majority
+    assert list(gate.refuse(ASK, updates(a=(1.0, 1.0), b=(1.0, 1.0), m=(1.0, 1e6)))) == ["m"]
+    assert gate.refuse(ASK, updates(a=(1.0, 1.0), b=(1.0, 1.0), m=(1.0, 0.0))) == {}  # half of an honest median, at worst
+    assert gate.refuse(ASK, updates(a=(1.0, 1.0), m=(1.0, 1e6))) == {}  # of two sites, neither is the measure
     assert gate.refuse(ASK, updates(a=(1.0, 0.0), b=(1.0, 0.0), c=(1.0, 0.0), m=(1.0, 1.0))) == {}
 
 

@@ -96,7 +96,7 @@ class Sites(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp(prefix="machine-"))
-        self.disk = mock.patch.object(os, "fsync", lambda handle: None)
+        self.disk = mock.patch.object(os, "fsync", return_value=None)
         self.disk.start()
         self.seen = self.summed = 0
         self.asks: list[dict[str, Any]] = []

@@ -138,7 +138,7 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 
 @app.command
 def status(*, json_: bool = False, home: Home = HERE) -> None:
-    """How the server, its sites and its runs are; of each run, who took part in its last round, and who did not.
+    """How the server, its sites and its runs are; of each run, who took part in its last round, who did not, and why.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ def listening(folder: Path) -> dict[int, int]:
         for words in (line.split() for line in lines):
             if words[3] == "0A":  # LISTEN
                 ports[words[9]] = int(words[1].rpartition(":")[2], 16)
-    found: dict[int, int] = {}
+    found = dict[int, int]()
     for pid in working_in(folder):
         try:
             links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]

@@ -116,8 +116,8 @@ def test_gaussian_shows_the_whole_noise_whatever_its_share() -> None:
     sent = Mean({"m/update/w": torch.ones(4), "m/update/": torch.zeros(0)}, 1.0)
     for share in (1, 4):
         [use] = uses_of(lambda share=share: Gaussian(1.5, share).encode(sent, Clip(0.5).notes({}), {}, Site("a"), 0))
-        assert use.deviations == {"m/update/w": 0.75, "m/update/": 0.75}
-        assert use.spend == Spend(1.5)
+        assert use.deviations == pytest.approx({"m/update/w": 0.75, "m/update/": 0.75})
+        assert use.spend == Spend(1.5, share=share)
         assert torch.equal(use.value["m/update/w"], torch.ones(4))
         assert use.sampled is None
 

@@ -132,6 +132,8 @@ def test_journals_hold_no_data_and_two_that_are_strangers_do_not_agree(
         "reason",
         "messages",
         "problems",
+        "parts",
+        "masked",
     }
     for entry in verify(site):
         assert set(entry) <= known, entry

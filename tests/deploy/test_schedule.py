@@ -97,7 +97,7 @@ def test_a_gradient_is_not_had_under_the_name_of_a_free_job(tmp_path: Path) -> N
     private = {"training": {"batch_size": 8, "lr": 0.05, "private": {"noise": 50.0, "bound": 1.0, "unit": "record"}}}
     server = Server(tmp_path, budget, method="fedsgd", plan=private)
     assert "is not in the schedule" in server.said(0, "describe")
-    assert "only what noise protects" in server.said(0)
+    assert "does not cover what fedsgd sends" in server.said(0)
 
 
 def test_scores_are_counted_and_of_validation_data(tmp_path: Path) -> None:

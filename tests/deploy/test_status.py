@@ -186,11 +186,11 @@ def test_a_run_that_ended_without_some_sites_names_them(tmp_path: Path, capsys: 
     queue.change(an.run, state=FINISHED, why=queue.progress(an.run)["why"])
     server_status.show(server, as_json=False)
     out = capsys.readouterr().out
-    assert "finished without site-1 (failed: " in out
-    assert "; site-2 (failed: " in out
+    assert "finished without site-1 (refused: the data cannot be read" in out
+    assert "; site-2 (refused: the data cannot be read" in out
     assert "1 of " in out
     assert "sites that were asked took part in the last round" in out
-    assert "without site-1: failed: " in out
+    assert "without site-1: refused: the data cannot be read" in out
     with pytest.raises(SystemExit):
         server_status.show(server, as_json=True)
     run = json.loads(capsys.readouterr().out)["runs"][an.run]

@@ -32,7 +32,7 @@ def told(wanted: dict[str, Any], *present: Transform) -> list[str]:
 
 
 def test_transforms_are_found_however_deep_from_the_outermost_inwards() -> None:
-    clip, noise, secure = Clip(1.0), Gaussian(1.0), SecureSum()
+    clip, noise, secure = Clip(1.0), Gaussian(1.0, step=0.0), SecureSum()
     inner = Sent(AVERAGE, (clip, noise))
     assert transforms_of(AVERAGE) == ()
     assert transforms_of(inner) == inner.transforms

@@ -102,7 +102,8 @@ def test_the_survey_is_free_by_who_answers_and_not_by_its_name(tmp_path: Path) -
     policy = policies.parse(b'[allow]\ngather = ["score", "describe"]\n[privacy]\nepsilon = 8.0\ndelta = 1e-5\n')
     ledger = Ledger(tmp_path / "ledger.jsonl")
     assert policy.privacy
-    paid = Paid.of(policies.Enforced(policy, PLAN), policy.privacy, ledger, "a", "ward-7")
+    ledger.begin(site="a", data="ward-7", **policy.privacy.model_dump())
+    paid = Paid.of(policies.Enforced(policy, PLAN), ledger)
     site, ask = Site("a", {"train": Ward(), "val": Ward()}), Ask(0, {"params": TASK.first()}, job="describe")
     with pytest.raises(Refused, match="the job 'describe' added none"):
         execute(Evaluated(FedAvg(TASK, Local(steps=1)), TASK), ask, {}, site, paid)

@@ -57,7 +57,7 @@ PRIVACY: dict[str, tuple[Transform, ...]] = {
     "record": (),  # PRIVATE in place of PLAIN
     "site": (Clip(FAR), Gaussian(1e-16)),
     "adaptive": (AdaptiveClip(FAR, rate=1e-9, count_noise=0.01), Gaussian(1e-16)),
-    "shared noise": (Clip(FAR), Gaussian(1e-16, share=3)),
+    "shared noise": (Clip(FAR), Gaussian(2e-15, share=3)),
     "sparse vector": (SparseVector(1.0, 1.0, 0.0, FAR, FAR, FAR),),
     "uncalibrated": (UncalibratedNoise(1e-9),),
 }

@@ -47,15 +47,15 @@ def sites(n: int) -> dict[str, str]:
     return {f"s{i:02}": "00" * 32 for i in range(n)}
 
 
-@pytest.mark.parametrize(("n", "threshold"), [(3, 3), (4, 3), (4, 4), (5, 3), (6, 4), (7, 4), (10, 6), (10, 10)])
-def test_a_threshold_above_half_of_at_least_three_sites_is_taken(n: int, threshold: int) -> None:
+@pytest.mark.parametrize(("n", "threshold"), [(3, 3), (4, 3), (5, 4), (5, 5), (6, 4), (7, 5), (10, 7), (10, 10)])
+def test_a_threshold_of_two_thirds_of_at_least_three_sites_is_taken(n: int, threshold: int) -> None:
     assert Session("s", 0, 1, threshold, sites(n)).threshold == threshold
 
 
-@pytest.mark.parametrize(("n", "threshold"), [(3, 2), (3, 4), (4, 2), (5, 2), (6, 3), (7, 3), (10, 5), (10, 11), (4, 0), (4, -3)])
-def test_a_threshold_of_half_or_less_or_more_than_all_is_refused(n: int, threshold: int) -> None:
-    """At half, a server that lies could end two sums, over different sites."""
-    with pytest.raises(ProtocolError, match=rf"the threshold must be .* above half of the {n} sites, and at most {n}; it is {threshold}"):
+@pytest.mark.parametrize(("n", "threshold"), [(3, 2), (3, 4), (4, 2), (5, 3), (6, 3), (7, 4), (10, 6), (10, 11), (4, 0), (4, -3)])
+def test_a_threshold_below_two_thirds_or_of_more_than_all_is_refused(n: int, threshold: int) -> None:
+    """With fewer, a server that lies and one site could end two sums, over different sites."""
+    with pytest.raises(ProtocolError, match=rf"two thirds of the {n} sites, never fewer than 3, and at most {n}; it is {threshold}$"):
         Session("s", 0, 1, threshold, sites(n))
 
 

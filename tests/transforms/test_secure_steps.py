@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("cryptography", reason="needs polyclinic[privacy]")
 
+from polyclinic.transforms.secure import keys as rules
 from polyclinic.transforms.secure import shamir
 from polyclinic.transforms.secure.keys import (
     ProtocolError,
@@ -28,8 +29,9 @@ from polyclinic.transforms.secure.keys import (
 from polyclinic.transforms.secure.memory import STEPS
 from polyclinic.transforms.secure.messages import Advert
 from polyclinic.transforms.secure.site import SecureSite, check_advert, commitment
-from tests.transforms.test_secure import NAMES, READ, Parties, ring_sum
+from tests.transforms.test_secure import READ, Parties, ring_sum
 
+NAMES = ("ankara", "bern", "cusco", "dhaka", "eger")
 LOST = "dhaka"
 
 
@@ -39,9 +41,15 @@ def numbered() -> Callable[[int], bytes]:
     return lambda n: b"".join(hashlib.sha256(f"{k}/{i}".encode()).digest() for k in [next(count)] for i in range(3))[:n]
 
 
+@pytest.fixture(autouse=True)
+def three_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session asks for two thirds of its sites. The steps are tried with three of five, so that two may be lost."""
+    monkeypatch.setattr(rules, "default_threshold", lambda sites: 3)
+
+
 @pytest.fixture
 def parties() -> Parties:
-    return Parties()
+    return Parties(NAMES, 3)
 
 
 def without(parties: Parties, lost: tuple[str, ...] = (LOST,)) -> Any:
@@ -282,7 +290,7 @@ def test_exactly_the_threshold_is_enough_and_one_less_is_told_with_every_reason(
     said = str(error.value)
     assert said.startswith("2 sites sent adverts, and 3 are needed: nothing can be summed; bern: the advert of bern is not signed")
     assert said.endswith("; zoe: zoe was not asked for adverts")
-    again = Parties()
+    again = Parties(NAMES, 3)
     adverts = again.until("advertise")
     assert len(again.server.adverts([adverts[n] for n in NAMES[:3]])) == 3
 

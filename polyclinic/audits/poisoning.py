@@ -21,7 +21,7 @@ from polyclinic.core.tree import Tree, Trees
 SPY, KNOWN = "~spy", "~known"
 
 
-@savable
+@savable("attack.State", 1)
 class State(NamedTuple):
     """The method's state and, while the attackers are being asked, what the honest sites answered."""
 

@@ -15,7 +15,7 @@ from polyclinic.core.tree import Tree, Trees
 State = TypeVar("State")
 
 
-@savable
+@savable("core.Request", 1)
 @dataclass(frozen=True)
 class Ask:
     """What the server asks of the sites next.

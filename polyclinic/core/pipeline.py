@@ -77,7 +77,7 @@ class Transform:
         return received, state
 
 
-@savable
+@savable("core.PackedPerSite", 1)
 @dataclass(frozen=True)
 class Packed(Gather):
     """Encoded means that do not add up, kept apart by site until the server has decoded them.
@@ -98,7 +98,7 @@ class Packed(Gather):
         return Packed(self.items, {name: weight * by for name, weight in self.weights.items()})
 
 
-@savable
+@savable("core.PipelineState", 1)
 class SentState(NamedTuple):
     """The method's state and each transform's."""
 

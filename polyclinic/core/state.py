@@ -5,18 +5,22 @@ header, raw tensors. Any safetensors tool reads our files. We read them ourselve
 site is hostile until shown otherwise and the common readers accept headers of any length and names given twice;
 and because tensors can then be views into a shared buffer, without a copy.
 
-Nothing is ever unpickled: a value is built from tensors, plain JSON, and classes that were marked ``@savable`` in
-the code that is installed here. A name that nobody marked is refused.
+Nothing is ever unpickled: a value is built from tensors, plain JSON, and classes that the installed code registered
+with ``@savable(tag, version)``. Files and messages hold the tag and the version, and never the name of a module, so
+that moving or renaming a module changes no file format. A stored tag is looked up among the registered ones and never
+imports anything: the caller imports the code that defines the class first, usually by building the method that the
+plan names. Tags that nobody registered are refused.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,25 +32,92 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_CLASSES: dict[str, type] = {}
+TAG = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)*\.[A-Z][A-Za-z0-9]*")
+MAX_TAG = 80
 C = TypeVar("C", bound=type)
+
+
+class Tag(NamedTuple):
+    """The stable name of a savable class, and the version of its fields."""
+
+    name: str
+    version: int
+
+
+_CLASSES: dict[str, type] = {}
+_TAGS: dict[type, Tag] = {}
 
 
 class Corrupt(ValueError):
     """Bytes that are not a value we wrote. The message says where and why."""
 
 
-def savable(cls: C) -> C:
-    """Marks a ``NamedTuple`` or frozen dataclass as one that may be saved and sent, under its module and name."""
-    _CLASSES[f"{cls.__module__}.{cls.__qualname__}"] = cls
-    return cls
+class TagError(TypeError):
+    """A wrong use of ``@savable``: a malformed tag, or one tag for two classes. Raised at import."""
+
+
+def savable(tag: str, version: int = 1) -> Callable[[C], C]:
+    """Register a ``NamedTuple`` or frozen dataclass as one that may be saved and sent.
+
+    Executing the same definition again (a notebook cell, a reloaded module) replaces the class.
+
+    Args:
+        tag: The stable name under which values are stored: words in lower case and the name of the class, joined by
+            dots, such as ``"fedavg.State"`` or ``"mypackage.State"``. It does not follow the module when that moves.
+        version: The version of the class's fields. Increase it when their names, order or meaning change.
+
+    Raises:
+        TagError: If the tag or version is malformed, or another class has the tag. The message names both classes.
+    """
+    if not isinstance(tag, str):
+        raise TagError('@savable needs a tag: write @savable("mypackage.State", 1)')
+    if len(tag) > MAX_TAG or not TAG.fullmatch(tag):
+        raise TagError(
+            f"the tag {tag[: MAX_TAG + 1]!r} is malformed: write words in lower case and the class's name, joined by "
+            f'dots, such as "mypackage.State", of at most {MAX_TAG} characters'
+        )
+    if type(version) is not int or version < 1:
+        raise TagError(f"the version of the tag {tag!r} is a whole number of at least 1, not {version!r}")
+
+    def register(cls: C) -> C:
+        other = _CLASSES.get(tag)
+        if other is not None and _path(other) != _path(cls):
+            raise TagError(
+                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: give one another tag"
+            )
+        _CLASSES[tag], _TAGS[cls] = cls, Tag(tag, version)
+        return cls
+
+    return register
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def tag_of(cls: type) -> Tag:
+    """The tag and version of a savable class.
+
+    Raises:
+        TypeError: If it is not registered. The message names it.
+    """
+    if cls in _TAGS:
+        return _TAGS[cls]
+    raise TypeError(
+        f'{_path(cls)} cannot be saved: use tensors, plain values, or a class marked @savable("tag", version)'
+    )
+
+
+def kind_of(value: Any) -> str:
+    """The last word of the tag of ``value``'s class, by which policies and journals name aggregates."""
+    return tag_of(type(value)).name.rpartition(".")[2]
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """``value`` as plain JSON, its tensors put into ``tensors`` and named in their place.
 
     Raises:
-        TypeError: Where it holds something else than tensors, plain values, mappings by string, sequences and
+        TypeError: If it holds something else than tensors, plain values, mappings by string, sequences and
             savable classes. The message names it.
     """
     if value is None or isinstance(value, bool | int | str):
@@ -60,42 +131,78 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         if wrong := [key for key in value if not isinstance(key, str)]:
             raise TypeError(f"only mappings by string can be saved, not by {wrong[0]!r}")
         return {"map": {key: pack(item, tensors) for key, item in value.items()}}
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if kind in _CLASSES:
-        return {"class": kind, "with": {name: pack(getattr(value, name), tensors) for name in _fields(type(value))}}
-    if type(value) is tuple or type(value) is list:
-        return {type(value).__name__: [pack(item, tensors) for item in value]}
-    raise TypeError(f"{kind} cannot be saved: use tensors, plain values, or a class marked @savable")
+    cls = type(value)
+    if cls is tuple or cls is list:
+        return {cls.__name__: [pack(item, tensors) for item in value]}
+    tag = tag_of(cls)
+    content = {name: pack(getattr(value, name), tensors) for name in _fields(cls)}
+    return {"class": tag.name, "version": tag.version, "with": content}
 
 
-def unpack(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(plain: Any, tensors: Mapping[str, Tensor], place: tuple[str, ...] = ()) -> Any:
     """The inverse of ``pack``.
 
+    Args:
+        plain: The JSON.
+        tensors: The tensors that it names.
+        place: The fields and keys that lead to ``plain`` in the whole value, for messages.
+
     Raises:
-        Corrupt: Where ``plain`` names an unknown class, a missing tensor, or the wrong fields.
+        Corrupt: If ``plain`` names an unknown tag or version, a missing tensor, or the wrong fields. The message says
+            where.
     """
     if not isinstance(plain, dict):
         if isinstance(plain, list):
-            raise Corrupt("a bare list is not a value")
+            raise _corrupt(place, "a bare list is not a value")
         return plain
     match plain:
         case {"tensor": str(name)} if name in tensors:
             return tensors[name]
         case {"map": dict(items)}:
-            return {key: unpack(item, tensors) for key, item in items.items()}
+            return {key: unpack(item, tensors, (*place, key)) for key, item in items.items()}
         case {"tuple": list(items)}:
-            return tuple(unpack(item, tensors) for item in items)
+            return tuple(unpack(item, tensors, (*place, str(i))) for i, item in enumerate(items))
         case {"list": list(items)}:
-            return [unpack(item, tensors) for item in items]
+            return [unpack(item, tensors, (*place, str(i))) for i, item in enumerate(items)]
         case {"float": "nan" | "inf" | "-inf" as text}:
             return float(text)
-        case {"class": str(kind), "with": dict(items)} if kind in _CLASSES:
-            if list(items) != (wanted := _fields(_CLASSES[kind])):
-                raise Corrupt(f"{kind} has the fields {wanted}, not {list(items)}")
-            return _CLASSES[kind](**{name: unpack(item, tensors) for name, item in items.items()})
-        case {"class": kind, "with": _}:
-            raise Corrupt(f"no class {kind!r} is known here: is the same version of polyclinic installed?")
-    raise Corrupt(f"not a value: {str(plain)[:80]}")
+        case {"class": tag, "version": version, "with": dict(items)} if len(plain) == 3:
+            cls = _registered(tag, version, place)
+            if list(items) != (wanted := _fields(cls)):
+                raise _corrupt(
+                    place, f"{tag!r} version {version} has the fields {wanted}, not {str(list(items))[:200]}"
+                )
+            return cls(**{name: unpack(item, tensors, (*place, name)) for name, item in items.items()})
+    raise _corrupt(place, f"not a value: {str(plain)[:80]}")
+
+
+def _registered(tag: Any, version: Any, place: tuple[str, ...]) -> type:
+    """The class of a stored tag. Nothing is imported, whatever the tag says."""
+    if not isinstance(tag, str) or len(tag) > MAX_TAG or not TAG.fullmatch(tag):
+        raise _corrupt(place, f'{str(tag)[:MAX_TAG]!r} is not a tag, such as "fedavg.State"')
+    if type(version) is not int or version < 1:
+        raise _corrupt(place, f"the version of {tag!r} is a whole number of at least 1, not {str(version)[:20]!r}")
+    if tag not in _CLASSES:
+        raise _corrupt(
+            place,
+            f"no class with the tag {tag!r} is known here. Install the package that defines it, in the version that "
+            "wrote this; in a program of your own, import it before reading",
+        )
+    known = _TAGS[_CLASSES[tag]].version
+    if version != known:
+        do = "update the package that defines it" if version > known else "read it with the version that wrote it"
+        raise _corrupt(
+            place, f"{tag!r} is stored in version {version}, and this installation knows version {known}: {do}"
+        )
+    return _CLASSES[tag]
+
+
+def _corrupt(place: tuple[str, ...], why: str) -> Corrupt:
+    """The error, led by where it occurred: the last fields and keys, each cut and printable."""
+    if not place:
+        return Corrupt(why)
+    words = [word[:40] if word[:40].isprintable() else repr(word[:40]) for word in place[-6:]]
+    return Corrupt(f"field {'.'.join(words)}: {why}")
 
 
 def _fields(cls: type) -> list[str]:

@@ -14,7 +14,7 @@ from polyclinic.core.state import savable
 from polyclinic.core.tree import Tree
 
 
-@savable
+@savable("core.WeightedMean", 1)
 @dataclass(frozen=True)
 class Mean:
     """A weighted mean, kept as its two sums.
@@ -59,7 +59,7 @@ class Mean:
         return type(self)(tree.scale(self.total, by), self.weight * by)
 
 
-@savable
+@savable("core.ElementwiseMean", 1)
 @dataclass(frozen=True)
 class LeafMean:
     """A mean with a weight for every element, as in Fisher merging.
@@ -94,7 +94,7 @@ class LeafMean:
         return type(self)(tree.scale(self.total, by), tree.scale(self.weight, by))
 
 
-@savable
+@savable("core.PerSite", 1)
 @dataclass(frozen=True)
 class Gather:
     """Every contribution, kept apart by site. Secure summation refuses it, and a site's policy must allow it.
@@ -119,7 +119,7 @@ class Gather:
         return self
 
 
-@savable
+@savable("core.PerSiteUniform", 1)
 @dataclass(frozen=True)
 class Alike(Gather):
     """A gather in which every site sends the same leaves: their names, shapes and types are checked as a mean's are."""
@@ -129,7 +129,7 @@ Stat: TypeAlias = Mean | LeafMean | Gather
 S = TypeVar("S", Mean, LeafMean, Gather)
 
 
-@savable
+@savable("core.Reply", 1)
 @dataclass(frozen=True)
 class Reply:
     """Named stats. Replies merge by ``+``, part by part, and ``reply * by`` counts ``by`` times as much."""

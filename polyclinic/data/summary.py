@@ -10,7 +10,7 @@ from polyclinic.data.examples import Examples
 from polyclinic.data.source import Info
 
 
-@savable
+@savable("data.RoleSummary", 1)
 @dataclass(frozen=True)
 class RoleSummary:
     """What a site has for one role.
@@ -26,7 +26,7 @@ class RoleSummary:
     classes: tuple[int, ...] = ()
 
 
-@savable
+@savable("data.SiteSummary", 1)
 @dataclass(frozen=True)
 class SiteSummary:
     """One row of the table of sites.

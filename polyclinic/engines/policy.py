@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from polyclinic.core import state as states
 from polyclinic.core import tree
 from polyclinic.core.execute import Refused
 from polyclinic.core.method import Ask, Method
@@ -56,7 +57,7 @@ class Allow(_Table):
 
     jobs: tuple[str, ...] = ("*",)
     never: tuple[str, ...] = ("predict/*",)
-    stats: tuple[str, ...] = ("Mean", "LeafMean")
+    stats: tuple[str, ...] = ("WeightedMean", "ElementwiseMean")
     gather: tuple[str, ...] = ("score", "describe")
     packages: tuple[Annotated[str, Field(pattern=RULE)], ...] = ()
     class_names: bool = False
@@ -299,7 +300,7 @@ def _task_shapes(task: Any) -> Mapping[str, tuple[int, ...]]:
 
 def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Iterator[str]:
     for part, stat in reply.parts.items():
-        kind = type(stat).__name__
+        kind = states.kind_of(stat)
         if isinstance(stat, Gather):
             if not _matches(part, policy.allow.gather):
                 yield (f"{part!r} would leave as a {kind}, which the server sees apart from other sites' "

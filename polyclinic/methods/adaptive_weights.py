@@ -25,7 +25,7 @@ from polyclinic.tasks.risk import risk
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("fedmix-weights.State", 1)
 class State(NamedTuple):
     """The model and, between the two exchanges of a round, the sums over sites."""
 

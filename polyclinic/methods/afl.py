@@ -23,7 +23,7 @@ from polyclinic.tasks.risk import risk
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("afl.State", 1)
 class State(NamedTuple):
     """The model w, and λ, the part of each site in the mixture."""
 

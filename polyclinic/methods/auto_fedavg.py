@@ -26,7 +26,7 @@ from polyclinic.tasks.risk import full_gradient
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("auto-fedavg.State", 1)
 class State(NamedTuple):
     """The model mixed with the weights so far, and how those are learned.
 

@@ -18,7 +18,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("local.State", 1)
 class Alone(NamedTuple):
     """Nothing but the count: what sites learn stays there."""
 
@@ -50,7 +50,7 @@ class Single(Method[Alone]):
         return memory.get("params", ask.trees["params"])
 
 
-@savable
+@savable("cross.State", 1)
 class Exchanged(NamedTuple):
     """The models of all sites, as of the last round, and where they began."""
 

@@ -33,7 +33,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("combat.State", 1)
 class State(NamedTuple):
     """What is known of y = α + γ_site + β·c + σε: α [F], β [c, F], n; each γ [F], by site; σ [F]; whether all know."""
 

@@ -23,7 +23,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("cyclic.State", 1)
 class State(NamedTuple):
     """The model as the last site left it, the order of this cycle, and whose turn it is."""
 

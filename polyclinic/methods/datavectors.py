@@ -24,7 +24,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InRunningStatistics, Task
 
 
-@savable
+@savable("data-vectors.State", 1)
 class State(NamedTuple):
     """What the server remembers.
 

@@ -23,7 +23,7 @@ from polyclinic.tasks.risk import risk
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("dynamic-fusion.State", 1)
 class State(NamedTuple):
     """The model and, between the two exchanges of a round, which sites have something better to send."""
 

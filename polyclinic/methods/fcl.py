@@ -31,7 +31,7 @@ from polyclinic.tasks.pool import all_inputs
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fcl.State", 1)
 class State(NamedTuple):
     """The network with its projection, and the features that each site last sent."""
 

@@ -27,7 +27,7 @@ from polyclinic.tasks.pool import Untargeted, public
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fedad.State", 1)
 class State(NamedTuple):
     """The student, before and after the one exchange."""
 

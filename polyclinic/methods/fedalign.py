@@ -30,7 +30,7 @@ from polyclinic.tasks.model import params_of
 from polyclinic.tasks.task import InEncoder, Task, borrow
 
 
-@savable
+@savable("fed-align.State", 1)
 class State(NamedTuple):
     """The model; and of each site, the last features [m, F] and the last discriminator."""
 

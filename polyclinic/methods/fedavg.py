@@ -18,7 +18,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("fedavg.State", 1)
 class State(NamedTuple):
     """What the server remembers between rounds."""
 

@@ -24,7 +24,7 @@ from polyclinic.tasks.risk import risk, trained
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("fedce.State", 1)
 class State(NamedTuple):
     """The model; each site's weight, which is also its contribution; and what they follow from.
 

@@ -28,7 +28,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, Task, represent
 
 
-@savable
+@savable("feddg.State", 1)
 class State(NamedTuple):
     """The model, and each site's share of the bank of amplitudes, [m, C, *window]."""
 

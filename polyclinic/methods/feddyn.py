@@ -19,7 +19,7 @@ from polyclinic.tasks.risk import trained
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("feddyn.State", 1)
 class State(NamedTuple):
     """The model θ, and h, the server's memory of how far sites have drifted."""
 

@@ -30,7 +30,7 @@ from polyclinic.tasks.model import params_of
 from polyclinic.tasks.task import InEncoder, Task, borrow
 
 
-@savable
+@savable("fedharmony.State", 1)
 class State(NamedTuple):
     """The model, the domain classifier, and each site's Gaussian of features."""
 

@@ -30,7 +30,7 @@ from polyclinic.tasks.relation import matrix, mismatch, relation_of, reliable
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fedirm.State", 1)
 class State(NamedTuple):
     """The model, and the relation matrix [C, C] of the labelled sites."""
 

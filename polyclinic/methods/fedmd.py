@@ -22,7 +22,7 @@ from polyclinic.tasks.pool import public, size
 from polyclinic.tasks.task import Batch, Task
 
 
-@savable
+@savable("fedmd.State", 1)
 class State(NamedTuple):
     """What all sites say of the public images on average, and the model of a site that never took part."""
 

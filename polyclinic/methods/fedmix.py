@@ -26,7 +26,7 @@ from polyclinic.tasks.pool import endless, size, unlabelled
 from polyclinic.tasks.task import Batch, Task
 
 
-@savable
+@savable("fedmix.State", 1)
 class State(NamedTuple):
     """Both networks; and between the two messages of a round, Σ n and Σ loss^β."""
 

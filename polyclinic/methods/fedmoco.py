@@ -32,7 +32,7 @@ from polyclinic.tasks.pool import all_inputs
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fedmoco.State", 1)
 class State(NamedTuple):
     """The network with its projection, and the Gaussian of each site's features."""
 

@@ -27,7 +27,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, InEncoder, Not, Task
 
 
-@savable
+@savable("fedmri.State", 1)
 class State(NamedTuple):
     """The model, and each site's last encoder where sites are compared with one another."""
 

@@ -23,7 +23,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InNormalisation, Task
 
 
-@savable
+@savable("fednorm.State", 1)
 class State(NamedTuple):
     """What all share, and the normalisation layers of each modality."""
 

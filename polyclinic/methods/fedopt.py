@@ -22,7 +22,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("fedopt.State", 1)
 class State(NamedTuple):
     """The model, the first moment m and, for adaptive steps, the second moment v of the trained leaves."""
 

@@ -27,7 +27,7 @@ from polyclinic.tasks.pseudo import pseudo_loss, two_views
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fedperl.State", 1)
 class State(NamedTuple):
     """The model, and every site's own as it last sent it."""
 

@@ -29,7 +29,7 @@ from polyclinic.tasks.statistics import count_up
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("fedreplay.State", 1)
 class State(NamedTuple):
     """The primary model."""
 

@@ -23,7 +23,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, Task
 
 
-@savable
+@savable("fedsld.State", 1)
 class State(NamedTuple):
     """The model, and how many examples of each class the federation has; empty before they were counted."""
 

@@ -29,7 +29,7 @@ from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("fedsm.State", 1)
 class State(NamedTuple):
     """The global model, the selector with its optimiser, and each site's personal model."""
 

@@ -24,7 +24,7 @@ from polyclinic.tasks.statistics import Summary, count_up, spread_out
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("dataset-fingerprint.State", 1)
 class State(NamedTuple):
     """What is known so far: pooled, and by site where it was asked for."""
 

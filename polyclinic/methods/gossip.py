@@ -25,7 +25,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("gossip.State", 1)
 class State(NamedTuple):
     """The mean of all models, which only people see; each site's own, to pass on; and who stands beside whom."""
 

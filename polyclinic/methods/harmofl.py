@@ -30,7 +30,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, Task
 
 
-@savable
+@savable("harmofl.State", 1)
 class State(NamedTuple):
     """The model, its front's amplitude among it, and whether that amplitude is known."""
 

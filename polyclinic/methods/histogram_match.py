@@ -29,7 +29,7 @@ from polyclinic.tasks.statistics import Summary, count_up, spread_out
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("histogram-match.State", 1)
 class State(NamedTuple):
     """The fingerprint's state, and whether all sites know the reference."""
 

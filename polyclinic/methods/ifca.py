@@ -22,7 +22,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task, borrow
 
 
-@savable
+@savable("ifca.State", 1)
 class State(NamedTuple):
     """One model for each cluster, and how much each weighed in the last round, [clusters]."""
 

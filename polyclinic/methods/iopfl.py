@@ -23,7 +23,7 @@ from polyclinic.tasks.routing import Routed
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("iop-fl.State", 1)
 class State(NamedTuple):
     """The global model, and each site's personal one, for use outside."""
 

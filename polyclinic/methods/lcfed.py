@@ -23,7 +23,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InHead, Task
 
 
-@savable
+@savable("lc-fed.State", 1)
 class State(NamedTuple):
     """The network with its channel selection, as unseen sites have it, and every site's head, flat."""
 

@@ -23,7 +23,7 @@ from polyclinic.tasks.risk import full_gradient, trained
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("mime.State", 1)
 class State(NamedTuple):
     """The model x, the momentum m and, between the two exchanges of a round of Mime, the mean gradient c at x."""
 

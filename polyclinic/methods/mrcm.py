@@ -26,7 +26,7 @@ from polyclinic.tasks.model import params_of
 from polyclinic.tasks.task import InEncoder, Task, borrow
 
 
-@savable
+@savable("fl-mrcm.State", 1)
 class State(NamedTuple):
     """The model; and the target's latent features [m, F] in this round, where they have come."""
 

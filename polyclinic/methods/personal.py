@@ -23,7 +23,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InHead, InNormalisation, InRunningStatistics, Not, Task
 
 
-@savable
+@savable("personal.State", 1)
 class State(NamedTuple):
     """The inner method's state, and where the kept leaves start."""
 

@@ -25,7 +25,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InNormalisation, Task
 
 
-@savable
+@savable("pfa.State", 1)
 class State(NamedTuple):
     """The plain mean, for a site that was never seen, and each site's own deputy."""
 

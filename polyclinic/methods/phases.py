@@ -18,7 +18,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.pool import all_inputs
 
 
-@savable
+@savable("phases.State", 1)
 class State(NamedTuple):
     """The state of the phase that runs, and whether it is the second."""
 
@@ -96,7 +96,7 @@ class Then(Method[State]):
         return "first" if running is self.first else "second"
 
 
-@savable
+@savable("phases.CombinedState", 1)
 class Whole(NamedTuple):
     """The study's network with what is learned beside it, as one tree."""
 

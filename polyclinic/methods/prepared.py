@@ -26,7 +26,7 @@ class Finds(Protocol):
         """The front's leaves, ``front.…``, for a site that has none of its own."""
 
 
-@savable
+@savable("prepared.State", 1)
 class State(NamedTuple):
     """What was found out, and the state of what is trained from it."""
 

@@ -26,7 +26,7 @@ from polyclinic.tasks.risk import risk
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("prop-ffl.State", 1)
 class State(NamedTuple):
     """The model and, between the two exchanges of a round, what each site counts."""
 

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -68,6 +68,22 @@ def maker(of: Entry) -> Callable[..., Method[Any]]:
     path = module if "." in module else f"polyclinic.methods.{module}"
     make: Callable[..., Method[Any]] = getattr(import_module(path), function)
     return make
+
+
+def import_methods(names: Iterable[str] = tuple(METHODS)) -> None:
+    """Import the modules of methods, so that the tags of their states are registered and their files can be read.
+
+    Whoever builds a method has imported its module already. This is for code that reads a state without building its
+    method. The names come from a study or a run's description, never from the file that is to be read.
+
+    Args:
+        names: The methods; by default all of Polyclinic's. Those of plug-ins must be named.
+
+    Raises:
+        UnknownMethod: If a name is unknown.
+    """
+    for name in names:
+        maker(entry(name))
 
 
 def options(of: Entry) -> Mapping[str, inspect.Parameter]:

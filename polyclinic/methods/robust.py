@@ -32,7 +32,7 @@ UNSEEN = ("a robust rule must see what each site sent, and secure summation show
           "bound what a site can do with clipping alone")  # fmt: skip
 
 
-@savable
+@savable("robust.State", 1)
 class State(NamedTuple):
     """The inner method's state, the last aggregate by job where the rule needs it, and every site's standing."""
 

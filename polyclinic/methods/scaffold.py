@@ -18,7 +18,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("scaffold.State", 1)
 class State(NamedTuple):
     """The model x and the server's control variate c."""
 

@@ -29,7 +29,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("semi-sync.State", 1)
 class State(NamedTuple):
     """The inner method's state, and t_max in seconds; 0 before it is known."""
 

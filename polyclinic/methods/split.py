@@ -32,7 +32,7 @@ from polyclinic.tasks.local import Local, seeded
 from polyclinic.tasks.task import Batch, Task
 
 
-@savable
+@savable("split.State", 1)
 class State(NamedTuple):
     """The model, whose turn it is, and what passes between the pieces just now.
 

@@ -30,7 +30,7 @@ from polyclinic.tasks.task import Task, borrow
 from polyclinic.tasks.translation import Stain, Translator, images_only, in_judges, in_turn, outside_judges
 
 
-@savable
+@savable("stain-norm.State", 1)
 class State(NamedTuple):
     """How often the generator was averaged, and the generator."""
 

@@ -24,7 +24,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("swarm.State", 1)
 class State(NamedTuple):
     """The model and, while it is being merged, what the sites sent and who is to merge, in the order of election.
 

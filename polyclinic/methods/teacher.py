@@ -22,7 +22,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, Task, borrow
 
 
-@savable
+@savable("teacher-student.State", 1)
 class State(NamedTuple):
     """The students' model, and the teacher where it is another."""
 

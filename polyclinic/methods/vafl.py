@@ -35,7 +35,7 @@ from polyclinic.tasks.task import Task, borrow
 from polyclinic.tasks.translation import Cycle, Synthesis, Translator, images_only, in_turn, standardised
 
 
-@savable
+@savable("vafl.State", 1)
 class State(NamedTuple):
     """Each site's complexity, the shared images, and whether all others have learnt to translate."""
 

@@ -26,7 +26,7 @@ from polyclinic.tasks.statistics import Summary, count_up
 from polyclinic.tasks.task import Task
 
 
-@savable
+@savable("zscore.State", 1)
 class State(NamedTuple):
     """The sums of all sites' data; nothing at first."""
 

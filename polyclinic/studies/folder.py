@@ -36,7 +36,7 @@ from polyclinic.core.state import savable
 from polyclinic.core.tree import Trees
 
 
-@savable
+@savable("study.Checkpoint", 1)
 @dataclass(frozen=True)
 class Checkpoint:
     """Where an arm stands.

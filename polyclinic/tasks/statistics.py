@@ -10,7 +10,7 @@ from polyclinic.core.state import savable
 from polyclinic.core.tree import Tree
 
 
-@savable
+@savable("statistics.Summary", 1)
 @dataclass(frozen=True)
 class Summary:
     """Statistics of some data. By channel for images, by column for tables.

@@ -354,7 +354,7 @@ def test_the_journal_says_what_kinds_of_values_left(homes: Mapping[str, SiteHome
     answered(server.ask("site-0", "train"))
     entry = next(e for e in server.journal("site-0") if e["event"] == "answered")
     assert "update" in json.dumps(entry), f"which part left is not in the journal: {entry}"
-    assert "Mean" in json.dumps(entry), f"how it is merged is not in the journal: {entry}"
+    assert "WeightedMean" in json.dumps(entry), f"how it is merged is not in the journal: {entry}"
 
 
 def test_a_person_at_one_site_decides_for_that_site_alone(homes: Mapping[str, SiteHome]) -> None:

@@ -17,7 +17,7 @@ from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
 
 
-@savable
+@savable("tests.SumState", 1)
 class SumState(NamedTuple):
     round: int
     params: Tree

@@ -1,8 +1,10 @@
 """Values survive being saved to the bit, any safetensors tool reads them, and hostile bytes are refused by name."""
 
 import json
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load as st_load
 
 from polyclinic.core import state
-from polyclinic.core.state import Corrupt, savable
+from polyclinic.core.state import Corrupt, TagError, savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply
 from polyclinic.testing import equal
 
@@ -19,7 +21,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
           torch.uint8, torch.bool]  # fmt: skip
 
 
-@savable
+@savable("tests.Sample", 1)
 class Sample(NamedTuple):
     count: int
     inner: object
@@ -105,10 +107,16 @@ HOSTILE = {
     "more fields": _header({"__metadata__": META, "0": {**F32, "code": "x"}}, bytes(8)),
     "a tensor that is not there": _header({"__metadata__": {"value": '{"tensor":"7"}'}}),
     "a class of the standard library": _header(
-        {"__metadata__": {"value": '{"class":"os.system","with":{"c":"true"}}'}}
+        {"__metadata__": {"value": '{"class":"os.system","version":1,"with":{"c":"true"}}'}}
     ),
     "a class with other fields": _header(
-        {"__metadata__": {"value": '{"class":"polyclinic.core.stats.Mean","with":{"total":{"map":{}}}}'}}
+        {"__metadata__": {"value": '{"class":"core.WeightedMean","version":1,"with":{"total":{"map":{}}}}'}}
+    ),
+    "a class without a version": _header(
+        {"__metadata__": {"value": '{"class":"tests.Sample","with":{"count":1,"inner":null}}'}}
+    ),
+    "a class with a key more": _header(
+        {"__metadata__": {"value": '{"class":"tests.Sample","version":1,"with":{"count":1,"inner":null},"more":1}'}}
     ),
     "a bare list": _header({"__metadata__": {"value": "[1]"}}),
     "a table of nothing known": _header({"__metadata__": {"value": '{"eval":"1+1"}'}}),
@@ -155,3 +163,146 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken").write_bytes(b"nonsense")
     with pytest.raises(Corrupt, match="broken"):
         state.load(tmp_path / "broken")
+
+
+def _stored(tag: Any = "tests.Sample", version: Any = 1, names: tuple[str, ...] = ("count", "inner")) -> bytes:
+    """A value of one class two levels down, as it is stored."""
+    value = {"class": tag, "version": version, "with": dict.fromkeys(names, 7)}
+    return _header({"__metadata__": {"value": json.dumps({"map": {"state": {"list": [1, value]}}})}})
+
+
+def test_files_hold_the_tag_and_the_version_and_no_module() -> None:
+    data = state.encode(Reply({"m": Mean.of({"a": torch.ones(2)}, 1), "s": Gather({"x": {"a": torch.ones(1)}})}))
+    value = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["value"])
+    assert (value["class"], value["version"]) == ("core.Reply", 1)
+    assert value["with"]["parts"]["map"]["m"]["class"] == "core.WeightedMean"
+    assert b"polyclinic" not in data
+    assert state.kind_of(Mean.of({"a": torch.ones(2)}, 1)) == "WeightedMean"
+
+
+def test_a_stored_tag_is_read_as_its_class() -> None:
+    assert state.decode(_stored()) == {"state": [1, Sample(7, 7)]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "what"),
+    [
+        (_stored("tests.Other"), r"no class with the tag 'tests\.Other' is known here\. Install the package"),
+        (_stored("polyclinic.core.stats.Mean"), r"no class with the tag 'polyclinic\.core\.stats\.Mean'"),
+        (_stored(version=2), r"'tests\.Sample' is stored in version 2, and this installation knows version 1: update"),
+        (_stored(version=0), r"version of 'tests\.Sample' is a whole number"),
+        (_stored(version=True), r"version of 'tests\.Sample' is a whole number"),
+        (_stored(version="1"), r"version of 'tests\.Sample' is a whole number"),
+        (_stored(7), r"'7' is not a tag"),
+        (_stored("os.system"), r"'os\.system' is not a tag"),
+        (_stored("a" * 90 + ".B"), r"is not a tag"),
+        (_stored("../x.State"), r"is not a tag"),
+        (_stored(names=("count",)), r"'tests\.Sample' version 1 has the fields \['count', 'inner'\]"),
+    ],
+)
+def test_an_unusable_tag_is_named_with_file_field_and_remedy(stored: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(stored)
+    with pytest.raises(Corrupt, match=rf"checkpoint\.safetensors: field state\.1: .*{what}"):
+        state.load(tmp_path / "checkpoint.safetensors")
+
+
+def test_an_older_version_is_not_read_as_the_present_one() -> None:
+    @savable("tests.Newer", 3)
+    class Newer(NamedTuple):
+        count: int
+
+    with pytest.raises(Corrupt, match=r"stored in version 2, and this installation knows version 3: read it with the"):
+        state.decode(_stored("tests.Newer", 2, ("count",)))
+
+
+def test_one_tag_for_two_classes_names_both() -> None:
+    with pytest.raises(
+        TagError, match=r"'tests\.Sample' .* both .*test_state\.Sample and .*Other: give one another tag"
+    ):
+
+        @savable("tests.Sample", 1)
+        class Other(NamedTuple):
+            count: int
+
+    assert state.decode(state.encode(Sample(1, 2))) == Sample(1, 2)
+
+
+def test_the_same_definition_may_be_executed_again() -> None:
+    made = []
+    for fields in ("count: int", "count: int; more: int = 0"):  # as a cell of a notebook that was changed
+        space: dict[str, Any] = {"__name__": "notebook", "NamedTuple": NamedTuple, "savable": savable}
+        exec(f'@savable("tests.Cell", 1)\nclass Cell(NamedTuple):\n    {fields}\n', space)
+        made.append(space["Cell"])
+    assert state.decode(state.encode(made[1](1, 2))) == made[1](1, 2)
+    assert type(state.decode(state.encode(made[1](1, 2)))) is made[1]
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "",
+        "State",
+        "fedavg.state",
+        "Fedavg.State",
+        ".State",
+        "fedavg.",
+        "a..B",
+        "a b.C",
+        "a.B.C",
+        "é.State",
+        "a" * 80 + ".B",
+        "a.B\n",
+    ],
+)
+def test_malformed_tags_are_errors_at_import(tag: str) -> None:
+    with pytest.raises(TagError, match=r"malformed"):
+        savable(tag, 1)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None])
+def test_malformed_versions_are_errors_at_import(version: Any) -> None:
+    with pytest.raises(TagError, match="whole number"):
+        savable("tests.Version", version)
+
+
+def test_a_mark_without_a_tag_says_what_to_write() -> None:
+    with pytest.raises(TagError, match=r'@savable\("mypackage.State", 1\)'):
+
+        @savable  # type: ignore[arg-type, type-var]
+        class Bare(NamedTuple):
+            count: int
+
+
+def test_reading_a_tag_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mypackage.py").write_text(
+        "from typing import NamedTuple\nfrom polyclinic.core.state import savable\n\n\n"
+        '@savable("mypackage.State", 1)\nclass State(NamedTuple):\n    round: int\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = _stored("mypackage.State", 1, ("round",))
+    with pytest.raises(Corrupt, match="import it before reading"):
+        state.decode(data)
+    assert "mypackage" not in sys.modules
+    import mypackage  # type: ignore[import-not-found]
+
+    assert isinstance(mypackage, ModuleType)
+    assert state.decode(data) == {"state": [1, mypackage.State(7)]}
+    assert state.decode(state.encode(mypackage.State(3))) == mypackage.State(3)
+
+
+def test_a_subclass_needs_a_tag_of_its_own() -> None:
+    class Unmarked(Sample):
+        pass
+
+    with pytest.raises(TypeError, match=r"Unmarked cannot be saved"):
+        state.encode(Unmarked(1, 2))
+
+
+def test_places_in_messages_are_short_and_printable() -> None:
+    inner: Any = {"class": "tests.Other", "version": 1, "with": {}}
+    for key in ("k" * 5000, "\x1b[2J", *"abcdefgh"):
+        inner = {"map": {key: inner}}
+    with pytest.raises(Corrupt) as caught:
+        state.decode(_header({"__metadata__": {"value": json.dumps(inner)}}))
+    assert len(str(caught.value)) < 600
+    assert "\x1b" not in str(caught.value)

@@ -596,7 +596,7 @@ def test_the_journal_says_what_kinds_of_values_left(homes: dict[str, SiteHome]) 
     (entry,) = [e for e in events(homes["site-0"]) if e["event"] == "answered"]
     size = json.loads(bytes(wire.read(file).parts["describe"].items["site-0"]["text"].tolist()))
     assert entry["parts"] == [
-        {"part": "describe", "kind": "Gather", "tensors": 1, "apart": True,
+        {"part": "describe", "kind": "PerSite", "tensors": 1, "apart": True,
          "numbers": len(json.dumps(size, sort_keys=True))}
     ]  # fmt: skip
     assert entry["masked"] is False
@@ -615,7 +615,7 @@ def test_the_journal_of_a_training_names_its_mean(homes: dict[str, SiteHome]) ->
     (entry,) = [e for e in events(homes["site-0"]) if e["event"] == "answered"]
     reply = wire.read(file)
     (part,) = entry["parts"]
-    assert (part["part"], part["kind"], part["apart"]) == ("update", "Mean", False)
+    assert (part["part"], part["kind"], part["apart"]) == ("update", "WeightedMean", False)
     assert part["numbers"] == sum(leaf.numel() for leaf in reply.parts["update"].total.values())
     assert part["tensors"] == len(reply.parts["update"].total)
 
@@ -671,13 +671,16 @@ def test_a_changed_file_changes_the_hash_of_the_code_on_disk(tmp_path: Path, mon
     (package / "core").mkdir()
     (package / "core" / "a.py").write_text("x = 1\n")
     monkeypatch.setattr(orders, "__file__", str(package / "engines" / "flare" / "order.py"))
-    found = [orders.code_on_disk()]
-    (package / "core" / "a.py").write_text("x = 2\n")
-    found.append(orders.code_on_disk())
-    (package / "core" / "a.py").rename(package / "core" / "b.py")
-    found.append(orders.code_on_disk())
+    first = orders.code_on_disk()
+    (package / "core" / "a.py").write_text('"""Words."""\n\nx = 1  # more words\n')
+    (package / "core" / "a.py").rename(package / "engines" / "b.py")
     (package / "core" / "c.py").write_text("")
-    found.append(orders.code_on_disk())
-    assert len(set(found)) == 4
-    (package / "core" / "c.py").unlink()
-    assert orders.code_on_disk() == found[2]
+    assert orders.code_on_disk() == first, "words and names of files are not code"
+    (package / "core" / "c.py").write_text("x = 1\n")
+    second = orders.code_on_disk()
+    (package / "engines" / "b.py").write_text("x = 2\n")
+    third = orders.code_on_disk()
+    (package / "engines" / "b.py").write_text("x = (\n")
+    assert len({first, second, third, orders.code_on_disk()}) == 4
+    (package / "engines" / "b.py").write_text("x = 2\n")
+    assert orders.code_on_disk() == third

@@ -26,7 +26,7 @@ from tests.deploy.local import LocalCarrier, approve, conductor, hospital, order
 EVERYTHING = """
 [allow]
 gather = ["*"]
-stats = ["Mean", "LeafMean"]
+stats = ["WeightedMean", "ElementwiseMean"]
 [limits]
 min_patients = 2
 """

@@ -195,7 +195,7 @@ def test_a_stricter_policy_holds_for_a_reply_that_was_made_before_it(tmp_path: P
     server.home.policy.write_text(POLICY.replace('jobs = ["*"]', 'jobs = ["score/*"]'))
     assert "allow.jobs" in server.said(0, after=0)
     assert "allow.jobs" in server.said(0, number=1, after=0)  # the very same message, too
-    server.home.policy.write_text(POLICY.replace('["Mean", "LeafMean"]', '["LeafMean"]'))
+    server.home.policy.write_text(POLICY.replace('["WeightedMean", "ElementwiseMean"]', '["ElementwiseMean"]'))
     assert "allow.stats" in server.said(0, after=0)
 
 

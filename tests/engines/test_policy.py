@@ -100,14 +100,14 @@ def test_required_transforms_are_required_with_their_numbers() -> None:
     ("reply", "why"),
     [
         (Reply({"x": Mean({"a": torch.zeros(2)}, 1.0)}), ""),
-        (Reply({"x": LeafMean({"a": torch.zeros(2)}, {"a": torch.zeros(2)})}), "LeafMean"),
+        (Reply({"x": LeafMean({"a": torch.zeros(2)}, {"a": torch.zeros(2)})}), "ElementwiseMean"),
         (Reply({"features": Gather({"a": {"x": torch.zeros(2)}})}), "allow.gather"),
         (Reply({"score": Gather({"b": {"x": torch.zeros(2)}})}), "speaks for"),
         (Reply({"x": Mean({"a": torch.zeros(300_000)}, 1.0)}), "allow.*megabytes_per_round|megabytes_per_round"),
     ],
 )
 def test_what_would_leave_is_read_and_not_what_it_is_called(reply, why) -> None:
-    policy = parse(b'[allow]\nstats = ["Mean"]\n[limits]\nmegabytes_per_round = 1.0\n')
+    policy = parse(b'[allow]\nstats = ["WeightedMean"]\n[limits]\nmegabytes_per_round = 1.0\n')
     rules = Enforced(policy, plan())
     if why:
         with pytest.raises(Refused, match=why):
@@ -194,7 +194,7 @@ def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:
 @pytest.mark.parametrize("verb", ["score", "predict", "explain"])
 @pytest.mark.parametrize("role", ["train", "unlabelled", "public", "", "val/x", "Val"])
 def test_no_model_is_scored_but_on_validation_and_test_data_whatever_the_policy_allows(verb: str, role: str) -> None:
-    lax = parse(b'[allow]\njobs = ["*"]\nnever = []\ngather = ["*"]\nstats = ["Mean"]\n[limits]\nmin_patients = 1\n')
+    lax = parse(b'[allow]\njobs = ["*"]\nnever = []\ngather = ["*"]\nstats = ["WeightedMean"]\n[limits]\nmin_patients = 1\n')
     p = plan()
     with pytest.raises(Refused, match="scored on val and test data alone, and never on"):
         execute(p.build_method(), replace(ask_of(p), job=f"{verb}/{role}"), {}, site(), Enforced(lax, p))

@@ -20,7 +20,7 @@ from polyclinic.core.tree import Tree, Trees
 Values = Callable[[str, int], Tree]
 
 
-@savable
+@savable("tests.SentSum", 1)
 class Sum(NamedTuple):
     round: int
     params: Tree

@@ -42,7 +42,7 @@ from polyclinic.engines.flare.signers import Signers
 from polyclinic.tasks.evaluation import evaluate
 
 
-@savable
+@savable("deployment.Checkpoint", 1)
 @dataclass(frozen=True)
 class Standing:
     """Where a run stands.

@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyclinic.core.syntax_hash import combined, hash_of_source
 from polyclinic.engines.flare.homes import BadHome, name
 from polyclinic.methods.packages import Package, methods_in, packages_of
 
@@ -311,17 +312,17 @@ def code_hash() -> str:
 
 
 def code_on_disk() -> str:
-    """SHA-256 of the source code that is installed here now and computes, sends or checks."""
+    """SHA-256 of the source code that is installed here now and computes, sends or checks.
+
+    It covers what runs, and neither names and places of files nor comments and docstrings: see ``core.syntax_hash``.
+    """
     package = Path(__file__).parents[2]
     files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
-    return _hash_of(tuple((str(path), path.stat().st_ctime_ns, path.stat().st_size) for path in files))
+    stats = [(str(path), path.stat()) for path in files]
+    return combined(_hash_of(path, stat.st_ctime_ns, stat.st_size) for path, stat in stats)
 
 
-@lru_cache(maxsize=2)
-def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
-    """The hash of ``files``, which are read again only when one of them was written since."""
-    package, total = Path(__file__).parents[2], hashlib.sha256()
-    for path in (Path(file) for file, _, _ in files):
-        content = path.read_bytes()
-        total.update(f"{path.relative_to(package).as_posix()}\n{len(content)}\n".encode() + content)
-    return total.hexdigest()
+@lru_cache(maxsize=4096)
+def _hash_of(path: str, ctime_ns: int, size: int) -> str:
+    """The hash of one file, which is read again only when it was written since."""
+    return hash_of_source(Path(path).read_bytes())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polyclinic.core import state as states
 from polyclinic.core.execute import Refused
 from polyclinic.core.site import Site
 from polyclinic.core.state import Corrupt
@@ -211,7 +212,7 @@ def kinds_of(reply: Reply) -> list[dict[str, Any]]:
     """What leaves in a reply, without its values: each part, what kind of aggregate it is, and how large."""
     return [
         {
-            "part": part, "kind": type(stat).__name__, "tensors": sum(len(tree) for tree in stat.trees),
+            "part": part, "kind": states.kind_of(stat), "tensors": sum(len(tree) for tree in stat.trees),
             "numbers": sum(leaf.numel() for tree in stat.trees for leaf in tree.values()),
             "apart": isinstance(stat, Gather),
         }

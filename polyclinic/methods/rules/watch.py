@@ -7,7 +7,7 @@ from polyclinic.core.state import savable
 from polyclinic.methods.rules.rule import Standing
 
 
-@savable
+@savable("robust.SiteRecord", 1)
 class Note(NamedTuple):
     """What is known of one site's updates so far.
 

@@ -34,7 +34,7 @@ class ProtocolError(ValueError):
     """A message that the protocol forbids, or too few of them. Says which site and why; all keys are forgotten."""
 
 
-@savable
+@savable("secure-sum.Session", 1)
 @dataclass(frozen=True)
 class Session:
     """What everybody must agree on before a sum. A retry is a new session.

@@ -11,7 +11,7 @@ from torch import Tensor
 from polyclinic.core.state import savable
 
 
-@savable
+@savable("secure-sum.Advert", 1)
 @dataclass(frozen=True)
 class Advert:
     """A site's fresh public keys, and a commitment to its own mask's seed."""
@@ -23,7 +23,7 @@ class Advert:
     signature: str
 
 
-@savable
+@savable("secure-sum.Shares", 1)
 @dataclass(frozen=True)
 class Shares:
     """What only ``to`` can read: a share of the sender's secret key and one of its seed, by receiver."""
@@ -33,7 +33,7 @@ class Shares:
     signature: str
 
 
-@savable
+@savable("secure-sum.Masked", 1)
 @dataclass(frozen=True)
 class Masked:
     """A site's vector under its masks."""
@@ -43,7 +43,7 @@ class Masked:
     signature: str
 
 
-@savable
+@savable("secure-sum.Agreed", 1)
 @dataclass(frozen=True)
 class Agreed:
     """That a site was told these sites' vectors had arrived: ``alive``, in name order."""
@@ -53,7 +53,7 @@ class Agreed:
     signature: str
 
 
-@savable
+@savable("secure-sum.Reveal", 1)
 @dataclass(frozen=True)
 class Reveal:
     """Shares: of the seeds of sites that arrived, and of the keys of sites that were lost. Never both of one."""

@@ -1,0 +1,125 @@
+"""Hashes of Python code over its syntax tree.
+
+The hash of a set of files does not depend on their names, places or order, nor on comments, docstrings and layout. Any
+other change counts: a constant, an operator, a name, a message in a ``raise``, an import statement. Files without code
+(an ``__init__.py`` with a docstring) count nothing.
+
+The tree is serialized here and not by ``ast.dump``, whose output differs between Python versions. Hospitals with
+different versions of Python must get the same hash from the same source, so what differs between the versions is left
+out or normalized: fields that are absent or empty (``type_params`` before Python 3.12), and how the constant parts of
+an f-string are split.
+
+Two files that exchange their names keep the hash, and so does a change of ``__doc__`` that code reads. The hash tells
+whether two installations compute the same; it does not protect against somebody who may change the installation.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
+"""Fields of nodes that say nothing about what runs, or that follow from where the node stands."""
+
+
+def hash_of_sources(sources: Iterable[bytes]) -> str:
+    """The SHA-256 of a set of Python files, given by their contents, in hexadecimal.
+
+    Args:
+        sources: The contents of the files, in any order.
+    """
+    return combined(map(hash_of_source, sources))
+
+
+def combined(hashes: Iterable[str]) -> str:
+    """The SHA-256 of the hashes of files, in any order. Empty ones, of files without code, count nothing."""
+    return hashlib.sha256("\n".join(sorted(filter(None, hashes))).encode()).hexdigest()
+
+
+def hash_of_source(source: bytes) -> str:
+    """The SHA-256 of one Python file, in hexadecimal; empty if the file holds no code.
+
+    What this version of Python cannot parse is hashed byte by byte, so that a damaged file is a change too.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return hashlib.sha256(b"not Python\n" + source).hexdigest()
+    if not (body := _statements(tree.body)):
+        return ""
+    tokens: list[bytes] = []
+    _write(body, tokens)
+    return hashlib.sha256(b"".join(tokens)).hexdigest()
+
+
+def _statements(body: list[Any]) -> list[Any]:
+    """Statements without docstrings, which are any strings that stand alone."""
+    return [node for node in body if not _is_docstring(node)]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _write(value: Any, tokens: list[bytes]) -> None:
+    """Append the canonical form of a node, a list or a plain value. Each begins with its kind and its length."""
+    if isinstance(value, ast.AST):
+        _write_node(value, tokens)
+    elif isinstance(value, list):
+        tokens.append(b"[%d" % len(value))
+        for item in value:
+            _write(item, tokens)
+    elif isinstance(value, str):
+        text = value.encode("utf-8", "surrogatepass")
+        tokens.append(b"s%d:%b" % (len(text), text))
+    elif isinstance(value, bytes):
+        tokens.append(b"b%d:%b" % (len(value), value))
+    elif isinstance(value, bool) or value is None or value is ...:
+        tokens.append(b"<%b>" % repr(value).encode())
+    elif isinstance(value, int):
+        tokens.append(b"i%x;" % value)
+    else:
+        tokens.append(b"n%b;" % repr(value).encode())  # float and complex: repr gives every bit
+
+
+def _write_node(node: ast.AST, tokens: list[bytes]) -> None:
+    cls = type(node)
+    tokens.append(b"(%b" % cls.__name__.encode())
+    for name, token in _fields(cls):
+        value = getattr(node, name, None)
+        if name in ("body", "orelse", "finalbody") and isinstance(value, list) and value:
+            value = _statements(value) or [ast.Pass()]
+        elif cls is ast.JoinedStr:
+            value = list(_joined(value))
+        elif name == "format_spec" and isinstance(value, ast.JoinedStr):
+            value = value if list(_joined(value.values)) else None
+        if (value is None or value == []) and cls is not ast.Constant:
+            continue
+        tokens.append(token)
+        if isinstance(value, ast.AST):
+            _write_node(value, tokens)
+        else:
+            _write(value, tokens)
+    tokens.append(b")")
+
+
+@cache
+def _fields(cls: type[ast.AST]) -> tuple[tuple[str, bytes], ...]:
+    """The fields of a kind of node that count, by name, and what stands before each."""
+    return tuple((name, b",%b=" % name.encode()) for name in sorted(cls._fields) if name not in SKIPPED)
+
+
+def _joined(parts: list[Any]) -> Iterator[Any]:
+    """The parts of an f-string, with neighboring constants as one, and without empty ones."""
+    text = ""
+    for part in parts:
+        if isinstance(part, ast.Constant):
+            text += part.value
+            continue
+        if text:
+            yield text
+        text = ""
+        yield part
+    if text:
+        yield text

@@ -86,8 +86,8 @@ def _write(value: Any, tokens: list[bytes]) -> None:
 def _write_node(node: ast.AST, tokens: list[bytes]) -> None:
     cls = type(node)
     tokens.append(b"(%b" % cls.__name__.encode())
-    for name, token in _fields(cls):
-        value = getattr(node, name, None)
+    for name, token in _fields(cls):  # type: ignore[arg-type]  # mypy takes AST for unhashable
+        value: Any = getattr(node, name, None)
         if name in ("body", "orelse", "finalbody") and isinstance(value, list) and value:
             value = _statements(value) or [ast.Pass()]
         elif cls is ast.JoinedStr:
@@ -105,17 +105,17 @@ def _write_node(node: ast.AST, tokens: list[bytes]) -> None:
 
 
 @cache
-def _fields(cls: type[ast.AST]) -> tuple[tuple[str, bytes], ...]:
+def _fields(cls: Any) -> tuple[tuple[str, bytes], ...]:
     """The fields of a kind of node that count, by name, and what stands before each."""
     return tuple((name, b",%b=" % name.encode()) for name in sorted(cls._fields) if name not in SKIPPED)
 
 
 def _joined(parts: list[Any]) -> Iterator[Any]:
     """The parts of an f-string, with neighboring constants as one, and without empty ones."""
-    text = ""
+    text: str = ""
     for part in parts:
         if isinstance(part, ast.Constant):
-            text += part.value
+            text += str(part.value)
             continue
         if text:
             yield text

@@ -1,0 +1,148 @@
+"""Files that were written before code moved are read after it: no format depends on where the code lies."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyclinic.core import state
+from polyclinic.core.journal import Broken, verify
+from polyclinic.engines.flare import wire
+from polyclinic.engines.flare.order import Order
+from polyclinic.engines.plan import Plan
+from polyclinic.methods import registry
+from polyclinic.methods.table import METHODS
+from polyclinic.studies.folder import read_tensors
+from polyclinic.studies.records import read_run
+from polyclinic.testing import equal
+from polyclinic.transforms.ledger import Ledger
+from tests.golden import make
+
+HERE = Path(__file__).parent
+FILES = sorted(f for f in HERE.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc"))
+
+
+def test_all_kinds_of_files_are_there_and_small() -> None:
+    names = {f.relative_to(HERE).as_posix() for f in FILES}
+    assert names >= {"checkpoint.safetensors", "deployment.safetensors", "reply.safetensors", "request.safetensors",
+                     "secure.safetensors", "order.json", "journal.jsonl", "ledger.jsonl", "ledger.jsonl.head",
+                     "run/run.json", "run/records.jsonl", "run/journal.jsonl",
+                     "run/arms/fedavg-seed0/checkpoint.safetensors"}  # fmt: skip
+    assert all(f.stat().st_size < 8000 for f in FILES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(HERE).as_posix())
+def test_no_file_names_a_module(file: Path) -> None:
+    content = file.read_bytes()
+    assert b"polyclinic." not in content
+    for folder in (b"core.state", b"core.stats", b"core.method", b"methods.", b"studies.", b"engines.", b"transforms."):
+        assert folder not in content
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("checkpoint", make.checkpoint), ("deployment", make.deployment)],
+)
+def test_a_checkpoint_is_read_and_written_the_same(name: str, made) -> None:
+    file = HERE / f"{name}.safetensors"
+    found = state.load(file)
+    assert type(found) is type(made())
+    assert equal(found, made())
+    assert state.encode(found) == file.read_bytes()
+
+
+def test_a_checkpoint_holds_what_it_held() -> None:
+    found = state.load(HERE / "checkpoint.safetensors")
+    assert (found.round, found.records, found.best_round, found.best_score, found.done, found.clock) == (
+        2, 345, 1, float("-inf"), False, 1.25
+    )  # fmt: skip
+    assert found.state.params["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found.state.notes["lyon"].excluded == "too long"
+    assert found.memory["lyon"]["optimizer"]["n"] == 7
+
+
+def test_a_reply_is_read_and_written_the_same() -> None:
+    file = HERE / "reply.safetensors"
+    found = wire.read_reply(file)
+    assert sorted(found.parts) == ["fisher", "models", "packed", "scores", "update"]
+    assert found.mean("update").weight == 12.0
+    assert found.mean("update").total["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert equal(wire.read(file), make.reply())
+    assert state.encode(make.reply()) == file.read_bytes()
+
+
+def test_a_request_is_read_and_written_the_same() -> None:
+    file = HERE / "request.safetensors"
+    found = wire.read_ask(file)
+    assert (found.round, found.job, found.secure, found.to) == (4, "train", True, ("lyon", "oslo"))
+    assert torch.equal(found.trees["params"]["w"], torch.arange(6.0).reshape(2, 3))
+    assert state.encode(make.ask()) == file.read_bytes()
+
+
+def test_a_message_of_a_secure_sum_is_read() -> None:
+    (advert,) = state.load(HERE / "secure.safetensors")
+    assert (advert.site, advert.cipher_key, advert.signature) == ("lyon", "aa", "dd")
+
+
+def test_an_order_is_read_and_keeps_its_hash() -> None:
+    text = (HERE / "order.json").read_text(encoding="utf-8").strip()
+    order = Order.from_json(text)
+    assert order == make.order()
+    assert order.to_json() == text
+    assert order.hash == "bffa20e9e3512406b9e557e8d608f3df434ba5548e97f91b14b40abd6963a5d8"
+    assert order.build_plan().build_method().inner.task.network.name == "cnn"
+
+
+def test_a_journal_is_read_and_holds_its_chain(tmp_path: Path) -> None:
+    entries = list(verify(HERE / "journal.jsonl"))
+    assert [entry["event"] for entry in entries] == ["begun", "answered"]
+    assert entries[1]["parts"] == [{"part": "update", "kind": "WeightedMean"}]
+    assert entries[1]["hash"] == "4bfd95df843f2ae181abbc4b3afc9078b45a0c1d30d0e59cc852a3d1c234a52f"
+    (tmp_path / "journal.jsonl").write_bytes((HERE / "journal.jsonl").read_bytes().replace(b"oslo", b"olso"))
+    with pytest.raises(Broken):
+        list(verify(tmp_path / "journal.jsonl"))
+
+
+def test_a_ledger_is_read_and_goes_on(tmp_path: Path) -> None:
+    for name in ("ledger.jsonl", "ledger.jsonl.head"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.budget()["data"] == "nodules"
+    (spend,) = ledger.spends()
+    assert (spend.multiplier, spend.rate, spend.steps, spend.unit) == (8.0, 0.1, 10, "patient")
+    assert 0 < ledger.spent().epsilon < 3
+    assert ledger.reserve([spend]) > 0
+
+
+def test_a_run_s_folder_is_read() -> None:
+    run = read_run(HERE / "run")
+    assert (run.info.name, run.info.rounds, run.info.seeds) == ("golden", 2, (0,))
+    assert [site.name for site in run.info.sites] == ["lyon", "oslo"]
+    arm = HERE / "run/arms/fedavg-seed0"
+    end = state.load(arm / "checkpoint.safetensors")
+    assert (end.round, end.done) == (2, True)
+    plan = Plan.from_json(_meta(arm / "model.safetensors")["plan"])
+    task = plan.build_task()
+    model = read_tensors(arm / "model.safetensors")
+    assert {name: leaf.shape for name, leaf in model.items()} == {
+        name: leaf.shape for name, leaf in task.first(0).items()
+    }
+    assert next(entry["event"] for entry in verify(HERE / "run/journal.jsonl")) == "begun"
+
+
+def _meta(file: Path) -> dict[str, str]:
+    content = file.read_bytes()
+    header: dict[str, dict[str, str]] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header["__metadata__"]
+
+
+def test_every_tag_is_independent_of_the_module_that_defines_it() -> None:
+    registry.import_methods()
+    ours = {tag: cls for tag, cls in state._CLASSES.items() if cls.__module__.startswith("polyclinic.")}
+    assert len(ours) > 60
+    folders = {"polyclinic", "methods", "stats", "state", "studies", "engines", "transforms", "audits", "tasks"}
+    assert not [tag for tag in ours if folders & set(tag.split("."))]
+    heads = {tag.partition(".")[0] for tag, cls in ours.items() if ".methods." in cls.__module__}
+    shared = {"local", "personal", "phases", "prepared", "robust", "teacher-student", "dataset-fingerprint", "fedopt"}
+    assert heads - shared <= METHODS.keys()

@@ -14,7 +14,7 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "reference"]
 root_doc = "index"
 exclude_patterns = ["_build", "Thumbs.db"]
-nitpicky = False
+toc_object_entries = False  # objects of the API would make the navigation of every page long
 
 html_theme = "furo"
 html_title = f"Polyclinic {release}"

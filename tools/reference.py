@@ -6,9 +6,11 @@ Without Sphinx: ``python tools/reference.py docs``.
 
 import ast
 import inspect
+import itertools
 import pkgutil
 import re
 import sys
+import textwrap
 import tomllib
 import typing
 from collections.abc import Iterator
@@ -63,16 +65,19 @@ def config_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def tables(name: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+def tables(
+    name: str, model: type[BaseModel], seen: frozenset[type] = frozenset()
+) -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield each table of a study file with its model, the top level first."""
     yield name, model
+    done = seen | {model}
     for key, field in model.model_fields.items():
+        text = str(field.annotation)
         for inner in dict.fromkeys(_models(field.annotation)):
-            if issubclass(inner, BaseModel) and inner is not model:
-                many = "tuple" in str(field.annotation) or "list" in str(field.annotation)
-                mapping = "dict[" in str(field.annotation) or "Mapping" in str(field.annotation)
-                path = f"{name}.{key}".strip(".") + (".NAME" if mapping else "")
-                yield from tables(f"[{path}]" if many else path, inner)
+            if inner not in done:
+                done |= {inner}
+                path = f"{name}.{key}".strip(".") + (".NAME" if "dict[" in text or "Mapping[" in text else "")
+                yield from tables(path, inner, done)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -84,8 +89,10 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _table(name: str, model: type[BaseModel]) -> str:
     doc = " ".join(before_attributes(_clean(model.__doc__)).split())
-    meanings = described(_clean(model.__doc__), model.model_fields)
+    meanings = described(_clean(model.__doc__), model.model_fields) | attribute_docstrings(model)
     title = f"## `[{name}]`" if name else "## Top level"
+    if name and name in _arrays():
+        title = f"## `[[{name}]]`"
     extra = "\n\nFurther keys are passed on as options of what the table names." if _open(model) else ""
     plain = {
         key: field
@@ -103,6 +110,31 @@ def _table(name: str, model: type[BaseModel]) -> str:
     if subtables:
         text += "\nTables: " + ", ".join(f"`{key}`" for key in subtables) + ".\n"
     return text
+
+
+def attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the texts that follow fields in a model's source, by field."""
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__):
+        if cls.__module__.startswith("polyclinic."):
+            (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+            for field, text in itertools.pairwise(getattr(node, "body", [])):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    found[ast.unparse(field.target)] = str(text.value.value)
+    return found
+
+
+def _arrays() -> set[str]:
+    """Return the tables of the top level of which a study holds a list."""
+    return {
+        key
+        for key, field in Study.model_fields.items()
+        if str(field.annotation).startswith("tuple[") and any(_models(field.annotation))
+    }
 
 
 def _clean(doc: str | None) -> str:
@@ -220,11 +252,11 @@ def exit_codes() -> list[tuple[str, str]]:
         ("0", "The command did what was asked."),
         (
             "1",
-            "A check failed or found something: a status that is not healthy, an audit or drift alarm, a run that is not there.",
+            "An unknown command or option, or a check that found something: a status that is not healthy, an audit or drift alarm.",
         ),
         (
             "2",
-            "The input is invalid: a study file, an option, a missing file. Each problem is printed, and nothing was run.",
+            "The study file, the data or another input is invalid or missing. Each problem is printed, and nothing was run.",
         ),
         (str(STOPPED), "`polyclinic stop` ended the run after the round under way; `--resume` continues it."),
         ("130, 143", "A signal ended the command (128 plus the number of the signal)."),

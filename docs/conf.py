@@ -23,6 +23,7 @@ html_css_files = ["polyclinic.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["dollarmath", "deflist", "fieldlist", "colon_fence"]

@@ -165,7 +165,7 @@ def _kind(field: FieldInfo) -> str:
 def _name_of(annotation: Any) -> str:
     if annotation is None or annotation is type(None):
         return ""
-    plain = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any"}
+    plain = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "value"}
     if annotation in plain:
         return plain[annotation]
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -325,7 +325,9 @@ def method_page(e: Entry, family: str, notes: dict[str, Any], results: list[tupl
     if note.get("equations"):
         lines += ["## Equations", "", *(f"$$\n{equation.strip()}\n$$\n" for equation in note["equations"])]
         lines += [note["symbols"].strip(), ""] if note.get("symbols") else []
-    lines += ["## Description", "", *(f"{_prose(text)}\n" for text in dict.fromkeys(made.about))]
+    paragraphs = "\n\n".join(_prose(text) for text in made.about).split("\n\n")
+    shown = dict.fromkeys(text for text in paragraphs if text != _sentence(e.summary))
+    lines += ["## Description", "", "\n\n".join(shown), ""]
     lines += ["## When to use it", ""]
     if use := note.get("use") or notes["family"].get(family):
         lines += [use, ""]

@@ -62,7 +62,7 @@ class Study(Table):
     min_replies: Annotated[int, Field(ge=1)] = 1
     """The fewest replies with which a round counts."""
     deadline: Positive | None = None
-    """Seconds after which a round goes on without the missing sites."""
+    """Seconds after which the round ends without the missing sites."""
     data: DataSpec
     task: TaskSpec = TaskSpec()
     training: TrainingSpec = TrainingSpec()

@@ -397,7 +397,7 @@ def _code_blocks(text: str) -> str:
 def write_api(out: Path) -> None:
     """Write the pages of the Python interface: the names of the package, and one page for each of its parts."""
     packages = [
-        m.name for m in pkgutil.iter_modules(polyclinic.__path__, "polyclinic.") if not m.name.endswith("__main__")
+        m.name for m in pkgutil.iter_modules(polyclinic.__path__, "polyclinic.") if m.name.split(".")[1] not in ("__main__", "cli")
     ]
     made = {"index.md"}
     names = [name for name in getattr(polyclinic, "__all__", ()) if not name.startswith("_")]

@@ -471,10 +471,10 @@ def _public(module: str) -> list[tuple[str, str]]:
 
 
 def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Escape stars that do not enclose emphasis, such as that of the shape (C, *spatial), in a docstring."""
+    """Escape bars, and stars that do not enclose emphasis, such as that of the shape (C, *spatial), in a docstring."""
     for i, line in enumerate(lines):
         parts = re.split(r"(``.*?``|(?<![\w*])\*[^*\s][^*]*(?<![\s,(])\*(?![\w*])|\*\*\w+\*\*)", line)
-        lines[i] = "".join(part if k % 2 else part.replace("*", "\\*") for k, part in enumerate(parts))
+        lines[i] = "".join(part if k % 2 else part.replace("*", "\\*").replace("|", "\\|") for k, part in enumerate(parts))
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What robust rules withstand, on real patients: ``python benchmarks/attacks.py`` writes docs/studies/attacks.md.
+"""What robust rules withstand, on real patients: ``python benchmarks/attacks.py`` writes docs/results/attacks.md.
 
 Two federations of ten sites. Heart disease: four hospitals, each dealt to two or three sites, so that sites differ as
 real hospitals do. Chest X-rays: one hospital's, dealt to ten sites with label skew. One to three of the ten attack from
@@ -194,7 +194,7 @@ def main() -> None:
     if given.quick:
         print(text)
     else:
-        out = Path(__file__).parent.parent / "docs" / "studies" / "attacks.md"
+        out = Path(__file__).parent.parent / "docs" / "results" / "attacks.md"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)
 

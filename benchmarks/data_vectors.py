@@ -1,4 +1,4 @@
-"""One message from each hospital: ``python benchmarks/data_vectors.py`` writes docs/studies/data-vectors.md.
+"""One message from each hospital: ``python benchmarks/data_vectors.py`` writes docs/results/data-vectors.md.
 
 Images of one source are dealt to six made-up sites whose shares of classes differ (Dirichlet 1.0). The first plays a
 public collection: the common model is trained on its training images, and its validation images are the restoration
@@ -183,7 +183,7 @@ def main() -> None:
                 found[which].append(measure(which, seed))
                 given.keep.write_text(json.dumps(found))
                 print(which, seed, json.dumps(found[which][-1]), flush=True)
-    out = Path(__file__).parents[1] / "docs" / "studies" / "data-vectors.md"
+    out = Path(__file__).parents[1] / "docs" / "results" / "data-vectors.md"
     out.write_text(page(found), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Which methods help where hospitals differ? ``python benchmarks/domain_shift.py`` writes docs/studies/domain-shift.md.
+"""Which methods help where hospitals differ? ``python benchmarks/domain_shift.py`` writes docs/results/domain-shift.md.
 
 Real sites only: sex from brain regions at 6 and at 10 scanners, heart disease at 4 hospitals, retinal vessels from 3
 cameras (at 64 x 64 pixels); then scanners and cameras that nobody trained on. Every method trains the same network in
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a part of the studies' titles")
     parser.add_argument("--quick", action="store_true", help="one split of the first study, printed only")
     parser.add_argument("--keep", type=Path, default=Path("domain_shift.json"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/studies/domain-shift.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/results/domain-shift.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[list[dict[str, Any]]]]] = (

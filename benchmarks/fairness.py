@@ -1,4 +1,4 @@
-"""Who gains and who loses, hospital by hospital: ``python benchmarks/fairness.py`` writes docs/studies/fairness.md.
+"""Who gains and who loses, hospital by hospital: ``python benchmarks/fairness.py`` writes docs/results/fairness.md.
 
 Heart disease at four hospitals, where 36 to 93 % of patients are ill, and sex from brain regions at the scanners of 23
 sites (those with enough subjects). Every method trains the same network for the same rounds, on ten random splits of
@@ -166,7 +166,7 @@ def main() -> None:
     if given.quick:
         print(page(found, names))
         return
-    out = Path(__file__).parent.parent / "docs" / "studies" / "fairness.md"
+    out = Path(__file__).parent.parent / "docs" / "results" / "fairness.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(found, names))
 

@@ -1,4 +1,4 @@
-"""Accuracy for bytes: ``python benchmarks/fedmic.py`` runs the studies fedmic-*.toml and writes docs/studies/fedmic.md.
+"""Accuracy for bytes: ``python benchmarks/fedmic.py`` runs the studies fedmic-*.toml and writes docs/results/fedmic.md.
 
 Three sets of images, each dealt to eight made-up hospitals whose shares of classes differ (Dirichlet 0.5), with all
 hospitals in a round and with two of the eight. FedMIC, whose student leaves in low rank, beside methods that send a
@@ -165,7 +165,7 @@ def main() -> None:
                 for label, values in json.loads(file.read_text()).items():
                     found.setdefault((which, cohort), {}).setdefault(label, []).append(values)
     picture(found, DOCS / "pictures" / "fedmic.png")
-    (DOCS / "studies" / "fedmic.md").write_text(page(found), encoding="utf-8")
+    (DOCS / "results" / "fedmic.md").write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

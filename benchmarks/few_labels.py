@@ -1,4 +1,4 @@
-"""Do images without labels help? ``python benchmarks/few_labels.py`` writes docs/studies/few-labels.md.
+"""Do images without labels help? ``python benchmarks/few_labels.py`` writes docs/results/few-labels.md.
 
 Two public sets, dealt to five made-up hospitals each: pneumonia in chest X-rays and malignancy in breast ultrasound,
 both of 28 x 28 pixels. Nine in ten training images of every hospital lose their label (``everywhere``), or two of them
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one split of one setting, printed only")
     parser.add_argument("--keep", type=Path, default=Path("few_labels.json"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/studies/few-labels.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/results/few-labels.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     labels = [*METHODS, ALL]

@@ -1,4 +1,4 @@
-"""What leaks, with and without defences: ``python benchmarks/leakage.py`` writes docs/studies/leakage.md.
+"""What leaks, with and without defences: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
 
 Both attacks are on outlines of lung nodules, which may be shown: they are published annotations, not patients' images.
 
@@ -231,7 +231,7 @@ def main() -> None:
             print(name, members[name], flush=True)
     x, prior, drawn = inverted()
     picture(x, prior, drawn, DOCS / "pictures" / "inversion.png")
-    (DOCS / "studies" / "leakage.md").write_text(page(x, prior, drawn, members), encoding="utf-8")
+    (DOCS / "results" / "leakage.md").write_text(page(x, prior, drawn, members), encoding="utf-8")
 
 
 if __name__ == "__main__":

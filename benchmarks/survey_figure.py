@@ -1,4 +1,4 @@
-"""Draws the figure of docs/studies/survey-experiment.md: ``python benchmarks/survey_figure.py runs/survey``.
+"""Draws the figure of docs/results/survey-experiment.md: ``python benchmarks/survey_figure.py runs/survey``.
 
 From the runs that ``polyclinic run examples/survey.toml`` leaves: each strategy's mean over sites, with its 95 % interval,
 in the survey's order from the worst to the best. Prints the table as well.

@@ -1,4 +1,4 @@
-"""Do topologies without a server reach FedAvg? ``python benchmarks/topologies.py`` writes docs/studies/topologies.md.
+"""Do topologies without a server reach FedAvg? ``python benchmarks/topologies.py`` writes docs/results/topologies.md.
 
 Heart disease at four hospitals, the same network, the same local training and as many rounds for all. AUC on all
 hospitals' test patients together, on ten random splits; intervals are of the splits, and differences are paired. The
@@ -179,7 +179,7 @@ def main() -> None:
     if given.quick:
         print(text)
         return
-    out = Path(__file__).parent.parent / "docs" / "studies" / "topologies.md"
+    out = Path(__file__).parent.parent / "docs" / "results" / "topologies.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
 

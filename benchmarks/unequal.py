@@ -1,4 +1,4 @@
-"""What to do about slow hospitals: ``python benchmarks/unequal.py`` writes docs/studies/unequal-machines.md.
+"""What to do about slow hospitals: ``python benchmarks/unequal.py`` writes docs/results/unequal-machines.md.
 
 Heart disease at four hospitals whose machines differ by a factor of twenty, in virtual time (``engines.unequal``).
 Every way of working has the same time, and what it learned by then is judged: the accuracy on each hospital's test
@@ -136,7 +136,7 @@ def main() -> None:
     """Runs the study and writes the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--splits", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/studies/unequal-machines.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/results/unequal-machines.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seconds = ", ".join(f"{a:g}" for a in SECONDS)

@@ -47,7 +47,7 @@ def join(
     Parameters
     ----------
     file: The join file.
-    data: The folder with this site's examples; see docs/deployment.md for what it holds.
+    data: The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
     data_name: What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by default.
     fingerprint: The authority's, as the coordinator read it to you; else you are asked.
     device: Where to compute, cpu or cuda.

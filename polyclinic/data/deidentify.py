@@ -4,7 +4,7 @@ The rules are in ``deidentify_rules``, one image in ``deidentify_image``, the la
 what binds them: nothing is overwritten or changed in place, a file is written only after its bytes were searched for
 the original's identifiers, every written file is read back from disk and searched again for all identifiers of its
 patient, and names of files and folders are pseudonyms and random numbers. This reduces the risk of recognition; it does
-not promise anonymity, and a person must look at a sample (see docs/hospital-data.md).
+not promise anonymity, and a person must look at a sample (see docs/how-to/hospital-data.md).
 """
 
 import io

@@ -60,7 +60,7 @@ def declared_problem(name: str, asked: Sequence[Way]) -> str | None:
 def alternative(name: str, missing: Sequence[Way]) -> str:
     """What to use instead of a method, where it is not covered in the ways ``missing``."""
     others = [e.name for e in METHODS.values() if set(missing) <= set(e.private) and not e.baseline and e.name != name]
-    found = f"use {', '.join(others[:3])} or another of the {len(others)} methods that docs/methods lists as covered"
+    found = f"use {', '.join(others[:3])} or another of the {len(others)} methods that docs/reference lists as covered"
     line = METHODS.get(name)
     if line is not None and "dp-sgd" in missing and "gaussian" in line.private:
         found += ", or send through clip and gaussian instead of training privately"

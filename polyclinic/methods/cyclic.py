@@ -4,7 +4,7 @@ Ken Chang, Niranjan Balachandar, Carson Lam, Darvin Yi, James Brown, Andrew Beer
 Jayashree Kalpathy-Cramer, "Distributed deep learning networks among institutions for medical imaging", Journal of the
 American Medical Informatics Association 25 (2018), 945-954, https://doi.org/10.1093/jamia/ocy017.
 
-What this shows: what is learned, and that it leans towards the hospital that trained last (docs/studies/topologies.md
+What this shows: what is learned, and that it leans towards the hospital that trained last (docs/results/topologies.md
 measures by how much). What it does not: that nobody else sees the model, since the driver carries it from site to site.
 """
 

@@ -2,14 +2,12 @@
 
 import inspect
 import re
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from polyclinic.methods.registry import entry, maker, options
-from polyclinic.methods.table import FAMILIES, Entry, family_of
+from polyclinic.methods.table import Entry, family_of
 
 USUAL = {
     "lr": "The server's step along the mean change, 1 for plain averaging.",
@@ -85,13 +83,13 @@ def page(name: str) -> Page:
     known, meanings = options(line), dict[str, str]()
     for cls in vars(module).values():  # a variant that wraps is told by what it wraps
         if inspect.isclass(cls) and cls.__module__ == make.__module__:
-            meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""), known)
+            meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
     for cls in reversed(built.__mro__ if built else ()):  # what a class inherits is told by its parents
-        meanings |= _attributes(inspect.cleandoc(cls.__doc__ or ""), known)
-    meanings |= _attributes(told, known, "Args")
-    about = [_before_attributes(told, "Args")]
+        meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
+    meanings |= described(told, known, "Args")
+    about = [before_attributes(told, "Args")]
     if built and built.__module__ == make.__module__:
-        about.append(_before_attributes(inspect.getdoc(built) or ""))
+        about.append(before_attributes(inspect.getdoc(built) or ""))
     about.append(inspect.getdoc(module) or "" if module else "")
     given = {key: (p.default, meanings.get(key, USUAL.get(key, ""))) for key, p in known.items()}
     return Page(line, family_of(name), tuple(text for text in about if text), given)
@@ -103,12 +101,13 @@ def _class_of(make: Any, module: Any) -> type | None:
     return kind if isinstance(kind, type) else getattr(module, str(kind), None)
 
 
-def _before_attributes(doc: str, heading: str = "Attributes") -> str:
+def before_attributes(doc: str, heading: str = "Attributes") -> str:
+    """Return the part of a docstring above its section ``heading``."""
     return re.split(rf"\n\s*{heading}:\n", doc)[0].strip()
 
 
-def _attributes(doc: str, known: Collection[str], heading: str = "Attributes") -> dict[str, str]:
-    """What stands under ``heading`` in a docstring: name to meaning.
+def described(doc: str, known: Collection[str], heading: str = "Attributes") -> dict[str, str]:
+    """Return the entries of a docstring's section ``heading``, by name.
 
     A ``known`` name within a meaning that a colon follows has what comes after; other names within a meaning share it.
     """
@@ -136,28 +135,3 @@ def _toml(value: Any) -> str:
         if value is None
         else str(list(value) if isinstance(value, tuple) else value)
     )
-
-
-def write_pages(folder: Path) -> None:
-    """Writes one page for each family of the table, and their index, into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index = [
-        "# Methods",
-        "",
-        "By the taxonomy of Guan, Yap, Bozoki and Liu, *Federated learning for medical image analysis: A survey*",
-        "(2024). These pages are made from the table and the docstrings by `make docs`.",
-        "",
-    ]
-    for family, entries in FAMILIES.items():
-        if not entries:
-            continue
-        file = re.sub(r"[^a-z]+", "-", family.lower()).strip("-") + ".md"
-        told = [page(e.name).as_markdown() for e in entries]
-        (folder / file).write_text("\n".join([f"# {family}", "", *told]), encoding="utf-8")
-        index += [f"## [{family}]({file})", "", "| method | | paper | what leaves a site |", "|---|---|---|---|"]
-        index += [f"| `{e.name}` | {e.summary} | {e.paper} | {e.leaves} |" for e in entries] + [""]
-    (folder / "README.md").write_text("\n".join(index), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_pages(Path(sys.argv[1]))

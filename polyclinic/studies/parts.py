@@ -18,16 +18,27 @@ class TaskSpec(Table):
     """What is learned. ``network`` is one of ``polyclinic networks``; ``options`` are its own."""
 
     kind: Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"] = "classification"
+    """What the model predicts."""
     network: str = "cnn"
+    """The name of a network, as listed by ``polyclinic networks``."""
     options: dict[str, Any] = {}
+    """Options of the network."""
     class_weights: tuple[Positive, ...] | None = None
+    """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
+    """The share of label smoothing (classification)."""
     centre: float | None = None
+    """Subtracted from targets before training (regression)."""
     spread: Positive | None = None
+    """Divides targets before training (regression)."""
     spacing_mm: tuple[Positive, ...] | None = None
+    """The size of a voxel in mm, for surface metrics (segmentation)."""
     tolerance_mm: Positive | None = None
+    """The tolerance of the surface Dice in mm (segmentation)."""
     window: tuple[int, ...] | None = None
+    """The size of the sliding window at inference, in voxels (segmentation)."""
     residual: bool | None = None
+    """Whether the network predicts the difference from its input (reconstruction)."""
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -57,34 +68,53 @@ class PrivateSpec(Table):
     """Differentially private training (``tasks/dpsgd.py``): noise, the bound on one unit's gradient, and the unit."""
 
     noise: Positive
+    """The noise multiplier: the standard deviation of the noise divided by ``bound``."""
     bound: Positive = 1.0
+    """The clipping norm of one unit's gradient."""
     unit: Literal["record", "patient"] = "patient"
+    """Whose gradient is clipped."""
     chunk: Annotated[int, Field(ge=1)] | None = None
+    """How many per-example gradients are held in memory at once."""
 
 
 class PrivacySpec(Table):
     """The budget that a site may spend in one arm. Methods that add no noise have none, and the report says so."""
 
     epsilon: Positive
+    """The limit of ε for one method."""
     delta: Annotated[float, Field(gt=0, lt=1)]
+    """δ."""
     unit: Literal["record", "patient", "site"] = "patient"
+    """What ε protects."""
 
 
 class TrainingSpec(Table):
     """How a site trains in a round."""
 
     epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over the local data in a round."""
     steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps in a round, instead of ``epochs``."""
     batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples in a batch."""
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The local optimizer."""
     lr: Positive = 0.05
+    """The learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """The coefficient of weight decay."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The factor on the learning rate after each round."""
     warm_up: Annotated[int, Field(ge=0)] = 0
+    """Rounds in which the learning rate rises linearly."""
     cosine: Annotated[int, Field(ge=1)] | None = None
+    """Rounds over which the learning rate falls along a cosine."""
     clip_norm: Positive | None = None
+    """The largest norm of a batch's gradient."""
     amp: bool = False
+    """Whether to use automatic mixed precision (bfloat16) on a GPU."""
     private: PrivateSpec | None = None
 
 
@@ -98,10 +128,15 @@ class MethodSpec(Table):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
+    """The name of a method, as listed by ``polyclinic methods``."""
     label: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,40}$")] = ""
+    """The name in results, if a method occurs twice."""
     send: tuple[dict[str, Any], ...] = ()
+    """The transforms that replies pass through, in order."""
     receive: tuple[dict[str, Any], ...] = ()
+    """The transforms that requests pass through, in order."""
     training: dict[str, Any] = {}
+    """Keys of ``[training]`` that differ for this method."""
 
     @model_validator(mode="after")
     def _usual(self) -> "MethodSpec":
@@ -132,8 +167,11 @@ class EvaluationSpec(Table):
         Literal["auc", "accuracy", "balanced_accuracy", "loss", "dice", "mae", "rmse", "r2", "psnr", "ssim", "nmse"]
         | None
     ) = None
+    """The metric that selects the round and comes first in the report; by default one that fits the task."""
     every: Annotated[int, Field(ge=1)] = 1
+    """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
+    """Whether the model of the best round, by validation, or of the last round is tested."""
 
 
 class EngineSpec(Table):
@@ -144,18 +182,26 @@ class EngineSpec(Table):
     """
 
     kind: Literal["workers", "in-process"] = "workers"
+    """Worker processes, or one process."""
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
+    """The number of worker processes; by default one that fits the machine."""
     parallel: Literal["auto", "sites", "arms"] = "auto"
+    """What worker processes share: the sites of one method, or whole methods."""
     device: str = "cpu"
+    """The device of PyTorch, such as ``cpu`` or ``cuda:0``."""
 
 
 class MachineSpec(Table):
     """What a simulated site computes and communicates with (``engines.unequal.Machine``)."""
 
     seconds_per_batch: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Virtual seconds of computation for one batch."""
     up: Positive | None = None
+    """Bytes per second from the site to the server."""
     down: Positive | None = None
+    """Bytes per second from the server to the site."""
     drop_out: Share | None = None
+    """The probability that the site misses a round."""
 
 
 class MachinesSpec(MachineSpec):
@@ -165,7 +211,9 @@ class MachinesSpec(MachineSpec):
     """
 
     minutes: Positive | None = None
+    """The virtual time after which each method ends."""
     sites: dict[str, MachineSpec] = {}
+    """What differs at single sites, by name."""
 
     def of(self, site: str) -> dict[str, float]:
         """The fields of one site's ``Machine``."""
@@ -191,9 +239,13 @@ class AttackSpec(Table):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     name: str
+    """The name of the attack."""
     by: Annotated[Any, PlainValidator(_attackers)]
+    """The number of hostile sites, drawn anew for each seed, or their names."""
     spare: tuple[str, ...] = ()
+    """Sites that are never drawn."""
     begins: Annotated[int, Field(ge=0)] = 0
+    """The first round of the attack."""
 
     @property
     def options(self) -> dict[str, Any]:

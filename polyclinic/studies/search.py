@@ -37,8 +37,11 @@ class Range(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     low: float
+    """The lowest value."""
     high: float
+    """The highest value."""
     log: bool = False
+    """Whether values are drawn evenly in their logarithm."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
@@ -85,10 +88,15 @@ class SearchSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     trials: Annotated[int, Field(ge=2, le=1000)]
+    """The number of settings tried for each method."""
     rounds: Annotated[int, Field(ge=1)] | None = None
+    """Rounds of a trial; by default the study's."""
     seed: int = 0
+    """The seed that draws the settings."""
     space: Space = {}
+    """What to vary for every method: a list of values or a range, by key, such as ``"training.lr"``."""
     methods: dict[str, Space] = {}
+    """What to vary for single methods, by label."""
 
     def of(self, label: str) -> dict[str, Choices]:
         """What the method ``label`` tries."""

@@ -48,13 +48,21 @@ class Study(Table):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """The name of the study, part of the name of its run folder."""
     title: str = ""
+    """The title of the report."""
     rounds: Annotated[int, Field(ge=1)]
+    """The number of rounds."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """One run of each method per seed; a seed sets the split, the initial weights and the order of batches."""
     folds: Annotated[Any, PlainValidator(_folds)] = None
+    """The number of cross-validation folds, or ``"sites"`` to leave out one site after the other."""
     cohort: Annotated[int, Field(ge=1)] | None = None
+    """The number of sites drawn for each round; all of them by default."""
     min_replies: Annotated[int, Field(ge=1)] = 1
+    """The fewest replies with which a round counts."""
     deadline: Positive | None = None
+    """Seconds after which the round ends without the missing sites."""
     data: DataSpec
     task: TaskSpec = TaskSpec()
     training: TrainingSpec = TrainingSpec()

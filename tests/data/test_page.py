@@ -1,4 +1,4 @@
-"""Every ``[data]`` table of docs/data.md is valid, and those on real data become federations."""
+"""Every ``[data]`` table of docs/how-to/data.md is valid, and those on real data become federations."""
 
 import re
 import tomllib
@@ -8,7 +8,7 @@ import pytest
 
 from polyclinic.data.federation import DataSpec, federate
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "data.md"
 TABLES = re.findall(r"^```toml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
 

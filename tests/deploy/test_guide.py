@@ -15,7 +15,7 @@ from polyclinic.engines.flare import processes
 from polyclinic.studies.records import read_run
 from tests.deploy.real import free_port
 
-GUIDE = Path(__file__).parents[2] / "docs" / "deployment.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "how-to" / "deployment.md"
 PATIENCE = 600
 
 

@@ -11,7 +11,7 @@ from polyclinic.cli import run as cli
 from tests.studies.test_runner import npz
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PAGE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
 STUDY = """\
 name = "one-round"
 rounds = 1

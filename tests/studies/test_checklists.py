@@ -109,7 +109,7 @@ def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path):
 # The page of what the product shows for every row
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "checklist.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "checklist.md"
 
 
 def rows_of(text):

@@ -518,7 +518,7 @@ def test_a_panel_ranks_methods_over_data_sets(tmp_path):
     assert found.gains["mix"][0] > found.gains["mix"][1]
 
 
-@pytest.mark.parametrize("name", ["report", "evaluation"])
+@pytest.mark.parametrize("name", ["how-to/report", "explanation/evaluation"])
 def test_examples_of_the_pages_run(name, tmp_path, monkeypatch):
     write_run(tmp_path / "runs" / "demo-42e2f0e4", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 pytest.importorskip("cryptography", reason="needs polyclinic[privacy]")
-PAGES = [Path(__file__).parents[2] / "docs" / f"{name}.md" for name in ("privacy", "compression")]
+PAGES = [Path(__file__).parents[2] / "docs" / name for name in ("explanation/privacy.md", "how-to/compression.md")]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.exists()], ids=lambda page: page.stem)

@@ -2,7 +2,7 @@
 
 FLARE carries messages, knows who is who (mutual TLS, signed jobs) and starts processes. Everything else is ours,
 because it decides results or protects sites: rounds, checkpoints, site memory, policy, journals. Only this package
-imports ``nvflare``, and only where a process of FLARE needs it. See docs/deployment.md.
+imports ``nvflare``, and only where a process of FLARE needs it. See docs/how-to/deployment.md.
 """
 
 from importlib.util import find_spec

@@ -80,7 +80,7 @@ def init(
     }  # fmt: skip
     _make_kit(home, authority, settings, days)
     write_private(home.admitted, "{}")
-    write_private(home.settings, "# The server of a federation. See docs/deployment.md.\n" + toml(settings))
+    write_private(home.settings, "# The server of a federation. See docs/how-to/deployment.md.\n" + toml(settings))
     SharedJournal(home.path / "journal.jsonl").write("server made", {"project": project, "polyclinic": __version__})
     return authorities.fingerprint(authority.certificate)
 

@@ -131,7 +131,7 @@ def _data(folder: Path) -> str:
         raise BadHome(f"{folder} is not there: is the disk mounted?")
     found = [role for role in ROLES if (folder / f"{role}.npz").is_file()]
     if not found and not (folder / "data.toml").is_file():
-        raise BadHome(f"{folder} holds neither train.npz nor data.toml; docs/deployment.md says what they hold")
+        raise BadHome(f"{folder} holds neither train.npz nor data.toml; docs/how-to/deployment.md says what they hold")
     held = read(folder, {})
     if not os.access(folder, os.R_OK | os.X_OK):
         raise BadHome(f"{folder} may not be read by this user")

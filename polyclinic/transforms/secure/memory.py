@@ -2,7 +2,7 @@
 
 An engine that is one process answers an ask with ``secure`` by ``secure_merge``. An engine with a network does the
 same five exchanges between ``SecureSite`` at the sites and ``SecureServer``, and sends ``vector_of`` the reply under
-its masks in place of the reply. See docs/privacy.md.
+its masks in place of the reply. See docs/explanation/privacy.md.
 """
 
 import os

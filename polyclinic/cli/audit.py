@@ -10,13 +10,14 @@ from cyclopts import App
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from polyclinic.cli.rendering import console
+
 if TYPE_CHECKING:
     from polyclinic.studies.audit_file import Audit
     from polyclinic.studies.audit_privacy import Progress as Report
 
 app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
 app.command("polyclinic.cli.audit_release:release", name="release")
-console = Console(highlight=False)
 
 
 @app.default

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 
+from polyclinic.cli.rendering import console
 from polyclinic.cli.stopping import stopping
-
-console = Console(highlight=False)
+from polyclinic.errors import ConfigError
 
 
 def run(
@@ -192,7 +191,7 @@ def status(run_folder: Path) -> None:
     if not (run_folder / "run.json").is_file():
         runs = sorted(path.parent for path in run_folder.glob("*/run.json"))
         if not runs:
-            raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no run.json")
+            raise ConfigError(f"{run_folder}: this is not a run folder; it has no run.json")
         for one in runs:
             console.print(f"[bold]{one.name}[/bold]")
             status(one)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich.console import Console
+
+from polyclinic.cli.rendering import console
+from polyclinic.errors import ConfigError
 
 app = App(name="vectors", help="One-shot merging: each site hands over one signed file, whenever it is ready.")
-console = Console(highlight=False)
 
 
 @app.command
@@ -153,7 +154,7 @@ def _files(given: list[Path]) -> list[Path]:
     """Files, and those in folders, in name order."""
     found = [f for path in given for f in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
     if missing := [str(f) for f in found if not f.is_file()]:
-        raise FileNotFoundError(f"there is no {', '.join(missing)}")
+        raise ConfigError(f"there is no {', '.join(missing)}")
     return found
 
 

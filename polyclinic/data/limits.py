@@ -20,10 +20,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from polyclinic.errors import DataError
+
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
-class Unreadable(ValueError):
+class Unreadable(DataError):
     """A file that is refused, and why, in one line.
 
     The reason never quotes text found inside the file, which may name a patient: numbers and our own words only.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.problems import BadStudy, Problem
 
 
@@ -15,7 +16,7 @@ def text_of(path: Path) -> str:
         FileNotFoundError: Where there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
+        raise ConfigError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
     return path.read_text(encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.engines.flare.homes import BadHome, name
+from polyclinic.errors import ConfigError
 from polyclinic.methods.packages import Package, methods_in, packages_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
 COMPUTES = ("core", "tasks", "methods", "transforms", "data", "engines")
 
 
-class BadOrder(ValueError):
+class BadOrder(ConfigError):
     """An order that is not one. The message says which field and why."""
 
 

@@ -29,7 +29,7 @@ bench: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dicom,privacy,flare,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dicom,privacy,flare,dev]"
 	touch $@
 
 docs: $(READY)

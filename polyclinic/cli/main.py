@@ -39,8 +39,7 @@ Completion of commands and options in the shell: polyclinic --install-completion
 _EXTRAS = {
     "cryptography": "privacy", "zstandard": "privacy", "dp_accounting": "privacy", "nvflare": "flare", "tenseal": "he",
     "onnx": "export", "onnxscript": "export", "captum": "explain", "mlflow": "track", "tensorboardX": "track",
-    "pydicom": "dicom", "dicomanonymizer": "dicom", "h5py": "fastmri", "pyarrow": "tables", "matplotlib": "report",
-    "pylidc": "demo",
+    "pydicom": "dicom", "dicomanonymizer": "dicom", "h5py": "fastmri", "pyarrow": "tables",
 }  # fmt: skip
 _CORRECTABLE = {
     errno.ENOENT: "Check the path", errno.EACCES: "Ask for the permission, or name another path",

@@ -32,8 +32,9 @@ class Unreadable(DataError):
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)
         self.path, self.reason = Path(path), reason
+        super().__init__(f"{self.path.name}: {reason}")
+        self.args = (path, reason)  # what builds this error again in another process
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason}"

@@ -52,7 +52,9 @@ def audit(
         How many canaries to put into private training; by default as many as the claimed ε needs, up to 2,000. 0
         leaves that audit out.
     steps
-        Of the search for the image, from each of `restarts` starts.
+        How many steps the search for the image takes from each start.
+    restarts
+        How many random starts the search for the image has.
     json
         Print audit.json and nothing else.
     """

@@ -28,6 +28,10 @@ class SharedConsole(Console):
         found = super().size
         return found if self.is_terminal else ConsoleDimensions(UNWRAPPED, found.height)
 
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to ``main``, which ends the command with the exit code for it."""
+        raise BrokenPipeError
+
 
 console = SharedConsole(highlight=False)
 

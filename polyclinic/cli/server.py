@@ -28,11 +28,16 @@ def init(
 
     Parameters
     ----------
-    project: Names the federation, as in nodules-2026.
-    host: Under which name sites reach this machine.
-    organisation: Who coordinates: letters, digits, underscores.
-    port: The one port that sites connect to.
-    scheme: grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
+    project
+        Names the federation, as in nodules-2026.
+    host
+        Under which name sites reach this machine.
+    organisation
+        Who coordinates: letters, digits, underscores.
+    port
+        The one port that sites connect to.
+    scheme
+        grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
     fingerprint = coordinator.init(ServerHome(home.resolve()), project, host, port, organisation, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
@@ -55,8 +60,10 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 
     Parameters
     ----------
-    out: Where to write it; beside the request by default.
-    days: How long the site's certificate is good for.
+    out
+        Where to write it; beside the request by default.
+    days
+        How long the site's certificate is good for.
     """
     site, join = coordinator.admit(ServerHome(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
@@ -109,7 +116,8 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    background: Whether to return at once. A service manager should not: see `polyclinic server unit`.
+    background
+        Whether to return at once. A service manager should not: see `polyclinic server unit`.
     """
     server = ServerHome(home.resolve())
     if background:
@@ -142,7 +150,8 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    json_: Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
+    json_
+        Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
     """
     from polyclinic.cli.server_status import show
 
@@ -159,12 +168,18 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
 
     Parameters
     ----------
-    file: A study file; or an order for a single run, as JSON.
-    name: What to call it here; the file's own name for it by default.
-    sites: Who takes part; everybody who is admitted by default.
-    inputs: Channels and size of an example, as in 1 32 32, where the sites should not be asked.
-    outputs: With inputs: how many classes, labels or values.
-    wait: Whether to stay until all of it is over.
+    file
+        A study file; or an order for a single run, as JSON.
+    name
+        What to call it here; the file's own name for it by default.
+    sites
+        Who takes part; everybody who is admitted by default.
+    inputs
+        Channels and size of an example, as in 1 32 32, where the sites should not be asked.
+    outputs
+        With inputs: how many classes, labels or values.
+    wait
+        Whether to stay until all of it is over.
     """
     server = ServerHome(home.resolve())
     admitted = [site for site, entry in coordinator.sites(server).items() if not entry["revoked"]]
@@ -219,8 +234,10 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    name: A study, or a run.
-    out: A new folder.
+    name
+        A study, or a run.
+    out
+        A new folder.
     """
     server = ServerHome(home.resolve())
     study = study_runs.all_of(server).get(name)

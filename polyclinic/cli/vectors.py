@@ -76,6 +76,10 @@ def merge(
         Passes over the restoration set at the end, at a tenth of the learning rate.
     study
         A study file with the restoration set. `site` and `role` say which of its data.
+    site
+        The site of that study whose data are the restoration set.
+    role
+        Which of that site's data: train, val or test.
     """
     from polyclinic.methods.merging import Merging
     from polyclinic.studies import vectors as files
@@ -109,7 +113,11 @@ def remove(
     out
         The model to write. It may replace `model`.
     study
-        The restoration set that was used, if any, with `site` and `role`.
+        The study file with the restoration set that was used, if any.
+    site
+        The site of that study whose data are the restoration set.
+    role
+        Which of that site's data: train, val or test.
     keep
         Leave the site's vector where it is.
     """

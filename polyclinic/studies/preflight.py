@@ -14,7 +14,6 @@ FREE_BYTES = 200 * 2**20
 _TRANSFORMS = {
     "secure-sum": ("privacy", "secure sums need cryptography", ("cryptography",)),
     "zstd": ("privacy", "Zstd needs zstandard", ("zstandard",)),
-    "homomorphic-sum": ("he", "encrypted sums need tenseal", ("tenseal",)),
 }
 
 

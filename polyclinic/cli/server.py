@@ -60,6 +60,8 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 
     Parameters
     ----------
+    request
+        The site's request, as `polyclinic site init` wrote it.
     out
         Where to write it; beside the request by default.
     days
@@ -88,21 +90,39 @@ def sites(*, home: Home = HERE) -> None:
 
 @app.command(name="shut-out")
 def shut_out(site: str, *, home: Home = HERE) -> None:
-    """Take SITE's right to join: its certificate is worth nothing to this server any more."""
+    """Take SITE's right to join: its certificate is worth nothing to this server any more.
+
+    Parameters
+    ----------
+    site
+        The name of the site.
+    """
     coordinator.shut_out(ServerHome(home.resolve()), site)
     print(f"shut out {site}")
 
 
 @app.command
 def readmit(site: str, *, home: Home = HERE) -> None:
-    """Give SITE its right to join back."""
+    """Give SITE its right to join back.
+
+    Parameters
+    ----------
+    site
+        The name of the site.
+    """
     coordinator.shut_out(ServerHome(home.resolve()), site, readmit=True)
     print(f"readmitted {site}")
 
 
 @app.command
 def renew(*, days: float = 730, home: Home = HERE) -> None:
-    """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing."""
+    """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing.
+
+    Parameters
+    ----------
+    days
+        How many days the new certificates are valid.
+    """
     server = ServerHome(home.resolve())
     if coordinator.is_up(server):
         raise BadHome("stop the server first: polyclinic server stop")
@@ -138,7 +158,13 @@ def stop(*, home: Home = HERE) -> None:
 
 @app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
-    """Print a systemd unit that keeps this server running."""
+    """Print a systemd unit that keeps this server running.
+
+    Parameters
+    ----------
+    user
+        The system user that the service runs as.
+    """
     from polyclinic.engines.flare import member
 
     print(member.unit("server", home.resolve(), user), end="")
@@ -198,7 +224,13 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
 
 @app.command
 def wait(name: str, *, home: Home = HERE) -> None:
-    """Stay until NAME, a study or a run, is over, and tell how it goes."""
+    """Stay until NAME, a study or a run, is over, and tell how it goes.
+
+    Parameters
+    ----------
+    name
+        The name of a study or a run.
+    """
     server = ServerHome(home.resolve())
     study = study_runs.all_of(server).get(name)
     if study is None and Queue(server).get(name) is None:
@@ -208,7 +240,15 @@ def wait(name: str, *, home: Home = HERE) -> None:
 
 @app.command
 def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
-    """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one."""
+    """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one.
+
+    Parameters
+    ----------
+    name
+        The name of the rehearsal; one is made by default.
+    wait
+        Whether to wait until the rehearsal is over.
+    """
     server = ServerHome(home.resolve())
     who = tuple(site for site, entry in coordinator.sites(server).items() if not entry["revoked"])
     an = Order(name or time.strftime("rehearsal-%Y%m%d-%H%M%S"), {
@@ -223,7 +263,13 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
 
 @app.command
 def cancel(run: str, *, home: Home = HERE) -> None:
-    """End a run for good; its last checkpoint stays."""
+    """End a run for good; its last checkpoint stays.
+
+    Parameters
+    ----------
+    run
+        The name of the run.
+    """
     Queue(ServerHome(home.resolve())).cancel(run)
     print(f"cancelled {run}")
 

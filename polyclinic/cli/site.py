@@ -198,6 +198,8 @@ def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home =
 
     Parameters
     ----------
+    run
+        The name of the run, as `polyclinic site pending` shows it.
     reason
         Why, as in "IRB 26-114". It goes into the journal.
     by
@@ -216,6 +218,8 @@ def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
 
     Parameters
     ----------
+    run
+        The name of the run.
     reason
         Why. The server reads it.
     by
@@ -240,7 +244,15 @@ def log(*, last: int = 20, home: Home = HERE) -> None:
 
 @app.command
 def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
-    """Delete what methods keep here for RUN. If it goes on, this site begins anew."""
+    """Delete what methods keep here for RUN. If it goes on, this site begins anew.
+
+    Parameters
+    ----------
+    run
+        The name of the run.
+    yes
+        Do not ask for confirmation.
+    """
     site = SiteHome(home.resolve())
     if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
         return
@@ -251,13 +263,25 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
 
 @app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
-    """Print a systemd unit that keeps this site running."""
+    """Print a systemd unit that keeps this site running.
+
+    Parameters
+    ----------
+    user
+        The system user that the service runs as.
+    """
     print(member.unit("site", home.resolve(), user), end="")
 
 
 @app.command
 def leave(*, yes: bool = False, home: Home = HERE) -> None:
-    """End the membership: delete certificate, keys and memories. Journal, policy and data stay."""
+    """End the membership: delete certificate, keys and memories. Journal, policy and data stay.
+
+    Parameters
+    ----------
+    yes
+        Do not ask for confirmation.
+    """
     if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
         return
     member.leave(SiteHome(home.resolve()))

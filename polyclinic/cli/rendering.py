@@ -22,8 +22,8 @@ UNWRAPPED = 100_000
 class SharedConsole(Console):
     """A console that wraps lines on a terminal only."""
 
-    @property
-    def size(self) -> ConsoleDimensions:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def size(self) -> ConsoleDimensions:
         """Columns and rows of the terminal. Files and pipes have as many columns as a line needs."""
         found = super().size
         return found if self.is_terminal else ConsoleDimensions(UNWRAPPED, found.height)

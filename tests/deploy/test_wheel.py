@@ -16,7 +16,8 @@ name = "folder"
 rounds = 1
 
 [data]
-use = "images"
+kind = "folders"
+levels = ["class"]
 path = "images"
 sites = { partition = "iid", count = 2 }
 split = [0.6, 0.2, 0.2]

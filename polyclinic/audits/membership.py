@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from polyclinic.audits.separation import Detectable, Found, detectable, found, holm
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Task, borrow
@@ -143,7 +144,7 @@ def shadows(
         ValueError: If ``count`` is odd or below 4: no spread could be estimated.
     """
     if count < 4 or count % 2:
-        raise ValueError(f"shadow models come in pairs, at least 2 pairs: give 4, 6, 8, ..., not {count}")
+        raise ConfigError(f"shadow models come in pairs, at least 2 pairs: give 4, 6, 8, ..., not {count}")
     inside = halves(patients, count, seed, sites)
     return Shadows(torch.stack([train(k, inside[k].nonzero().flatten()) for k in range(count)]), inside)
 
@@ -300,7 +301,7 @@ def memorised(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 1
     site = Site("control", seed=seed)
     order = torch.randperm(len(data), generator=site.rng("half"))[: 2 * count]
     if len(order) < 2:
-        raise ValueError("the control needs at least two examples")
+        raise ConfigError("the control needs at least two examples")
     data = Shuffled(data, order[torch.randperm(len(order), generator=site.rng("targets"))], order)
     learned, left = torch.arange(len(order)).tensor_split(2)
     if task.kind in ("classification", "multilabel", "regression"):

@@ -17,6 +17,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 
 SPY, KNOWN = "~spy", "~known"
 
@@ -56,10 +57,10 @@ class Poisoned(Method[State]):
 
     def __post_init__(self) -> None:
         if hidden := [type(t).__name__ for t in getattr(self.inner, "transforms", ()) if t.secure or not t.additive]:
-            raise ValueError(f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would hide "
+            raise ConfigError(f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would hide "
                              "them from it: leave it out")  # fmt: skip
         if self.attack.spies and not set(self.attackers) < set(self.sites):
-            raise ValueError(f"{type(self.attack).__name__} must know what the honest sites send: give the names of "
+            raise ConfigError(f"{type(self.attack).__name__} must know what the honest sites send: give the names of "
                              "all sites, among them the attackers, as sites=(...)")  # fmt: skip
 
     @property

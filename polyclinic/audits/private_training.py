@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply
 from polyclinic.core.tree import Tree, norm
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.task import Batch, Task
 
 LENGTH = 10.0
@@ -70,8 +71,8 @@ class Canaries:
         moved = torch.cat([leaf.flatten().double() for leaf in busy.values()])
         total = len(moved)
         if not 2 <= count <= total // 2:
-            raise ValueError(f"{count} canaries for a network of {total} parameters: there must be at least 2, and two "
-                             "parameters for each")  # fmt: skip
+            raise ConfigError(f"{count} canaries for a network of {total} parameters: at least 2 are needed, and two "
+                              "parameters for each")  # fmt: skip
         dice, size = site.rng("canaries", *key), total // 2 // count
         owner = torch.full((total,), -1, dtype=torch.long)
         quiet = moved.argsort(stable=True)[: size * count]

@@ -26,6 +26,8 @@ from scipy.special import ndtr
 from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm, rankdata
 from torch import Tensor
 
+from polyclinic.errors import ConfigError
+
 RATES = (0.001, 0.01)
 """The false-positive rates at which the true-positive rate is given."""
 
@@ -120,9 +122,9 @@ def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
     """
     x, y = members.double().numpy(), others.double().numpy()
     if not len(x) or not len(y):
-        raise ValueError("membership needs patients who were trained on and patients who were not")
+        raise ConfigError("membership needs patients who were trained on and patients who were not")
     if np.isnan(x).any() or np.isnan(y).any():
-        raise ValueError("a membership score is not a number: the attack cannot be judged")
+        raise ConfigError("a membership score is not a number: the attack cannot be judged")
     allowed = int(len(y) * RATES[0] + 1e-9)
     exposed = int((x > np.sort(y)[::-1][allowed]).sum())
     value, low, high = _auc(x, y, level)

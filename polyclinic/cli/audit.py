@@ -10,13 +10,14 @@ from cyclopts import App
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from polyclinic.cli.rendering import console
+
 if TYPE_CHECKING:
     from polyclinic.studies.audit_file import Audit
     from polyclinic.studies.audit_privacy import Progress as Report
 
 app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
 app.command("polyclinic.cli.audit_release:release", name="release")
-console = Console(highlight=False)
 
 
 @app.default
@@ -51,7 +52,9 @@ def audit(
         How many canaries to put into private training; by default as many as the claimed ε needs, up to 2,000. 0
         leaves that audit out.
     steps
-        Of the search for the image, from each of `restarts` starts.
+        How many steps the search for the image takes from each start.
+    restarts
+        How many random starts the search for the image has.
     json
         Print audit.json and nothing else.
     """

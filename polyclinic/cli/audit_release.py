@@ -3,9 +3,7 @@
 import json
 import sys
 
-from rich.console import Console
-
-console = Console(highlight=False)
+from polyclinic.cli.rendering import console
 
 
 def release(target: str, *, full: bool = False, json_: bool = False) -> None:

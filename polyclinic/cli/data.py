@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
 from rich.markup import escape
 
+from polyclinic.cli.rendering import console
 from polyclinic.cli.run import changes
 
 app = App(name="data", help="Data sets of the field, and the check of your own.")
-console = Console(highlight=False)
 
 
 def _line(text: str) -> None:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-console = Console(highlight=False)
+from polyclinic.cli.rendering import console
 
 
 def explain(run_folder: Path, *, method: str = "", seed: int | None = None) -> None:

@@ -18,9 +18,12 @@ def check(journal: Path, *, against: Path | None = None, certificate: Path | Non
 
     Parameters
     ----------
-    journal: A journal.jsonl.
-    against: The other end's journal of the same runs: every head that it noted must be in this one.
-    certificate: Of a server's run: a site's client.crt, to check its signatures; or its folder certificates/, where it
+    journal
+        A journal.jsonl.
+    against
+        The other end's journal of the same runs: every head that it noted must be in this one.
+    certificate
+        Of a server's run: a site's client.crt, to check its signatures; or its folder certificates/, where it
         was renewed.
     """
     count, head = 0, ""

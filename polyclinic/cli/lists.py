@@ -5,10 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from cyclopts import App
-from rich.console import Console
+
+from polyclinic.cli.rendering import console
 
 methods_app = App(name="methods", help="The federated methods, by the survey's taxonomy.")
-console = Console()
 
 
 @methods_app.default
@@ -48,6 +48,8 @@ def show(name: str, *, json_: bool = False) -> None:
     told = page(name)
     if json_:
         print(json.dumps(told.as_dict(), indent=1))
+    elif not console.is_terminal:
+        print(told.as_markdown())
     else:
         from rich.markdown import Markdown
 

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App
-from rich.console import Console
+
+from polyclinic.cli.rendering import console
+from polyclinic.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyclinic.studies.priced import Price
 
 app = App(name="privacy", help="Plan a privacy budget, and read what was spent of one.")
-console = Console(highlight=False)
 
 
 @app.command
@@ -137,12 +138,12 @@ def ledger(path: Path) -> None:
     files = sorted({*path.glob("**/ledgers/*.jsonl"), *path.glob("*.jsonl.head")}) if path.is_dir() else [path]
     files = [file.with_name(file.name.removesuffix(".head")) for file in files]
     if not files:
-        raise FileNotFoundError(
+        raise ConfigError(
             f"{path}: there is no ledger here. [privacy] in a study file or a site's policy makes one"
         )
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: there is no such ledger")
+            raise ConfigError(f"{file}: there is no such ledger")
         found = Ledger(file)
         budget, spent = found.budget(), found.spent()
         where = f"{file.parent.parent.name}: " if path.is_dir() else ""

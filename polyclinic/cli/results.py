@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
-from rich.console import Console
+
+from polyclinic.cli.rendering import console
 
 if TYPE_CHECKING:
     from polyclinic.studies.across import Panel
 
-console = Console(highlight=False)
 
 
 def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False) -> None:

@@ -1,6 +1,9 @@
 """``polyclinic run``, ``demo``, ``new``, ``report`` and ``status``."""
 
 import json
+import logging
+import math
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -9,16 +12,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 
+from polyclinic.cli.rendering import console, only_json
 from polyclinic.cli.stopping import stopping
+from polyclinic.errors import RunError
 
-console = Console(highlight=False)
+log = logging.getLogger(__name__)
 
 
 def run(
     study: Path, *, set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
     resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
+    json_: bool = False,
 ) -> None:  # fmt: skip
     """Run a study and write its report.
 
@@ -39,30 +44,56 @@ def run(
         Where run folders are kept.
     workers
         How many sites to run at once; as many as there are cores by default.
+    json_
+        Print the folder, report and scores of each run as JSON. Progress goes to standard error.
     """
+    if json_:
+        only_json()
     from polyclinic.studies.file import table_of, text_of
 
     given = changes(set_ or [])
     table_of(text_of(study), study, given)  # a file that is missing, or no TOML, is told before PyTorch is loaded
     from polyclinic.studies.scenarios import read_all
 
-    run_all(study, read_all(study, given), resume, fresh, out, workers)
+    again = repeated(study, set_ or [], out, workers)
+    run_all(study, read_all(study, given), resume, fresh, out, workers, again, json_)
 
 
-def run_all(file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None) -> None:
-    """Runs every study of a file, and sets them beside each other where there are several."""
+def repeated(study: Path, changes_: Sequence[str], out: Path, workers: int | None, command: str = "run") -> str:
+    """The command that continues a run, with the options that were given."""
+    words = ["polyclinic", *command.split(), str(study)]
+    words += [word for change in changes_ for word in ("--set", change)]
+    words += ["--out", str(out)] if out != Path("runs") else []
+    words += ["--workers", str(workers)] if workers is not None else []
+    return shlex.join([*words, "--resume"])
+
+
+def run_all(
+    file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None, again: str = "",
+    json_: bool = False,
+) -> None:  # fmt: skip
+    """Run every study of a file, and compare them if there are several. ``again`` is the command that resumes."""
+    from polyclinic.studies.preflight import preflight
+
+    preflight([scenario.study for scenario in found], out)
+    again = again or repeated(file, (), out, workers)
+    done = []
     for scenario in found:
         if scenario.name:
             console.print(f"\n[bold]── {scenario.name} ──[/bold]")
         for note in scenario.notes:
             console.print(f"  [yellow]·[/yellow] {note}", soft_wrap=True)
-        _one(file, scenario, scenario.folder(out), resume, fresh, workers)
+        done.append(_one(scenario, scenario.folder(out), resume, fresh, workers, again))
     if found[0].name:
         _beside_each_other(out / found[0].study.name, {s.name: s.folder(out) for s in found})
+    if json_:
+        print(json.dumps(done, indent=1))
 
 
-def _one(file: Path, scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None) -> None:
-    """Runs one study and writes its report."""
+def _one(
+    scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None, again: str
+) -> dict[str, Any]:
+    """Run one study, write its report and return a summary of both."""
     from polyclinic.cli.progress import Display
     from polyclinic.studies.folder import RunHeld, Stopped, holder
     from polyclinic.studies.runner import run as run_study
@@ -75,17 +106,25 @@ def _one(file: Path, scenario: Any, folder: Path, resume: bool, fresh: bool, wor
         raise RunHeld(f"{folder}: process {pid} works on this run. Wait for it, or stop it: polyclinic stop {folder}")
     if fresh and there:
         shutil.rmtree(folder)
+    tested: list[dict[str, Any]] = []
+    log.info("%s: run begins", folder)
     with stopping(folder, console) as signals:
         try:
             with Display(console, study) as display:
                 for event in run_study(study, scenario.text, folder, resume):
                     display.show(event)
+                    log.info("%s %s seed %s round %s", event.what, event.label, event.seed, event.round)
+                    if event.what == "tested":
+                        scores = _finite(event.scores)
+                        tested.append({"method": event.label, "seed": event.seed, "fold": event.fold, "scores": scores})
         except (KeyboardInterrupt, Stopped):
-            console.print(
-                f"\nStopped. Nothing is lost: [bold]polyclinic run {file} --resume[/bold] goes on from there."
-            )
+            console.print(f"\nStopped. Everything up to the last round is saved. To continue: {again}", markup=False)
             sys.exit(signals.code)
-    report(folder)
+    return {"run": str(folder), "metric": study.metric, "tested": tested, "report": str(_report(folder))}
+
+
+def _finite(scores: Any) -> dict[str, float | None]:
+    return {site: float(score) if math.isfinite(score) else None for site, score in scores.items()}
 
 
 def stop(run_folder: Path) -> None:
@@ -157,7 +196,9 @@ def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
     console.print(f"{file} written. Next: [bold]polyclinic run {file}[/bold]")
 
 
-def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95) -> None:
+def report(
+    run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: bool = False
+) -> None:
     """Write the report of a run: one HTML file, and its tables as CSV and JSON beside it.
 
     Parameters
@@ -170,52 +211,86 @@ def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: flo
         Of the bootstrap.
     level
         Of the intervals' confidence.
+    json_
+        Print the report's path as JSON.
     """
+    if json_:
+        only_json()
+    page = _report(run_folder, min_cell, draws, level)
+    if json_:
+        print(json.dumps({"run": str(run_folder), "report": str(page)}, indent=1))
+
+
+def _report(run_folder: Path, min_cell: int = 0, draws: int = 2000, level: float = 0.95) -> Path:
+    """Write a report and return its path."""
     from polyclinic.studies.evaluation import Options
     from polyclinic.studies.report.build import build_report
 
     page = build_report(run_folder, options=Options(level=level, draws=draws, min_cell=min_cell))
     console.print(f"  [green]✓[/green] {page}")
+    return page
 
 
-def status(run_folder: Path) -> None:
+def status(run_folder: Path, *, json_: bool = False) -> None:
     """Show how far a run has come.
 
     Parameters
     ----------
     run_folder
         A folder that `polyclinic run` made, or the folder around a file's scenarios.
+    json_
+        Print JSON instead.
     """
+    runs = [run_folder]
+    if not (run_folder / "run.json").is_file():
+        runs = sorted(path.parent for path in run_folder.glob("*/run.json"))
+    if not runs:
+        raise RunError(f"{run_folder}: this is not a run folder; it has no run.json. `polyclinic run` makes one")
+    found = [_standing(folder) for folder in runs]
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    for one in found:
+        if len(found) > 1 or runs != [run_folder]:
+            console.print(f"[bold]{Path(one['run']).name}[/bold]")
+        if one["process"]:
+            console.print(f"  process {one['process']} works on it")
+        for arm in one["methods"]:
+            where = "" if arm["fold"] is None else f" fold {arm['fold']:<2}"
+            console.print(f"  {arm['method']:<20} seed {arm['seed']:<4}{where} {arm['status']}")
+
+
+def _standing(run_folder: Path) -> dict[str, Any]:
+    """How far one run has come, as JSON."""
+    from pydantic import ValidationError
+
     from polyclinic.studies.folder import holder
     from polyclinic.studies.lines import RunInfo, arm_names, record_files
 
-    if not (run_folder / "run.json").is_file():
-        runs = sorted(path.parent for path in run_folder.glob("*/run.json"))
-        if not runs:
-            raise FileNotFoundError(f"{run_folder}: this is not a run folder; it has no run.json")
-        for one in runs:
-            console.print(f"[bold]{one.name}[/bold]")
-            status(one)
-        return
-    info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())
-    if pid := holder(run_folder):
-        console.print(f"  process {pid} works on it")
+    try:
+        info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())
+    except ValidationError:
+        raise RunError(f"{run_folder}/run.json: damaged, or not written by this version. Run the study anew") from None
     arms = arm_names(info)
     done: dict[tuple[str, int, int], str] = {}
     for file in record_files(run_folder, [name for *_, name in arms]):
-        for line in file.read_bytes().split(b"\n")[:-1]:
-            fact = json.loads(line)
-            arm = fact["method"], fact["seed"], fact.get("fold", 0)
-            if fact["kind"] == "round":
-                done[arm] = f"round {fact['round']} of {info.rounds}"
-            elif fact["kind"] == "sealed":
-                done[arm] = "tested"
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                fact = json.loads(line)
+                arm = fact["method"], fact["seed"], fact.get("fold", 0)
+                if fact["kind"] == "round":
+                    done[arm] = f"round {fact['round']} of {info.rounds}"
+                elif fact["kind"] == "sealed":
+                    done[arm] = "tested"
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{file}:{number}: damaged. Run the study anew, or restore the file") from None
+    methods = []
     for label, seed, fold, name in arms:
-        told = done.get((label, seed, fold), f"round 0 of {info.rounds}")
+        says = done.get((label, seed, fold), f"round 0 of {info.rounds}")
         if trials := len(list((run_folder / "arms" / name / "trials").glob("*"))):
-            told = f"trial {trials} of its search"
-        where = f" fold {fold:<2}" if info.folds else ""
-        console.print(f"  {label:<20} seed {seed:<4}{where} {told}")
+            says = f"trial {trials} of its search"
+        methods.append({"method": label, "seed": seed, "fold": fold if info.folds else None, "status": says})
+    return {"run": str(run_folder), "process": holder(run_folder) or None, "methods": methods}
 
 
 def template(name: str) -> str:

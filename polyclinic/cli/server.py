@@ -28,11 +28,16 @@ def init(
 
     Parameters
     ----------
-    project: Names the federation, as in nodules-2026.
-    host: Under which name sites reach this machine.
-    organisation: Who coordinates: letters, digits, underscores.
-    port: The one port that sites connect to.
-    scheme: grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
+    project
+        Names the federation, as in nodules-2026.
+    host
+        Under which name sites reach this machine.
+    organisation
+        Who coordinates: letters, digits, underscores.
+    port
+        The one port that sites connect to.
+    scheme
+        grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
     fingerprint = coordinator.init(ServerHome(home.resolve()), project, host, port, organisation, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
@@ -55,8 +60,12 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 
     Parameters
     ----------
-    out: Where to write it; beside the request by default.
-    days: How long the site's certificate is good for.
+    request
+        The site's request, as `polyclinic site init` wrote it.
+    out
+        Where to write it; beside the request by default.
+    days
+        How long the site's certificate is good for.
     """
     site, join = coordinator.admit(ServerHome(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
@@ -81,21 +90,39 @@ def sites(*, home: Home = HERE) -> None:
 
 @app.command(name="shut-out")
 def shut_out(site: str, *, home: Home = HERE) -> None:
-    """Take SITE's right to join: its certificate is worth nothing to this server any more."""
+    """Take SITE's right to join: its certificate is worth nothing to this server any more.
+
+    Parameters
+    ----------
+    site
+        The name of the site.
+    """
     coordinator.shut_out(ServerHome(home.resolve()), site)
     print(f"shut out {site}")
 
 
 @app.command
 def readmit(site: str, *, home: Home = HERE) -> None:
-    """Give SITE its right to join back."""
+    """Give SITE its right to join back.
+
+    Parameters
+    ----------
+    site
+        The name of the site.
+    """
     coordinator.shut_out(ServerHome(home.resolve()), site, readmit=True)
     print(f"readmitted {site}")
 
 
 @app.command
 def renew(*, days: float = 730, home: Home = HERE) -> None:
-    """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing."""
+    """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing.
+
+    Parameters
+    ----------
+    days
+        How many days the new certificates are valid.
+    """
     server = ServerHome(home.resolve())
     if coordinator.is_up(server):
         raise BadHome("stop the server first: polyclinic server stop")
@@ -109,7 +136,8 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    background: Whether to return at once. A service manager should not: see `polyclinic server unit`.
+    background
+        Whether to return at once. A service manager should not: see `polyclinic server unit`.
     """
     server = ServerHome(home.resolve())
     if background:
@@ -130,7 +158,13 @@ def stop(*, home: Home = HERE) -> None:
 
 @app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
-    """Print a systemd unit that keeps this server running."""
+    """Print a systemd unit that keeps this server running.
+
+    Parameters
+    ----------
+    user
+        The system user that the service runs as.
+    """
     from polyclinic.engines.flare import member
 
     print(member.unit("server", home.resolve(), user), end="")
@@ -142,7 +176,8 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    json_: Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
+    json_
+        Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
     """
     from polyclinic.cli.server_status import show
 
@@ -159,12 +194,18 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
 
     Parameters
     ----------
-    file: A study file; or an order for a single run, as JSON.
-    name: What to call it here; the file's own name for it by default.
-    sites: Who takes part; everybody who is admitted by default.
-    inputs: Channels and size of an example, as in 1 32 32, where the sites should not be asked.
-    outputs: With inputs: how many classes, labels or values.
-    wait: Whether to stay until all of it is over.
+    file
+        A study file; or an order for a single run, as JSON.
+    name
+        What to call it here; the file's own name for it by default.
+    sites
+        Who takes part; everybody who is admitted by default.
+    inputs
+        Channels and size of an example, as in 1 32 32, where the sites should not be asked.
+    outputs
+        With inputs: how many classes, labels or values.
+    wait
+        Whether to stay until all of it is over.
     """
     server = ServerHome(home.resolve())
     admitted = [site for site, entry in coordinator.sites(server).items() if not entry["revoked"]]
@@ -183,7 +224,13 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
 
 @app.command
 def wait(name: str, *, home: Home = HERE) -> None:
-    """Stay until NAME, a study or a run, is over, and tell how it goes."""
+    """Stay until NAME, a study or a run, is over, and tell how it goes.
+
+    Parameters
+    ----------
+    name
+        The name of a study or a run.
+    """
     server = ServerHome(home.resolve())
     study = study_runs.all_of(server).get(name)
     if study is None and Queue(server).get(name) is None:
@@ -193,7 +240,15 @@ def wait(name: str, *, home: Home = HERE) -> None:
 
 @app.command
 def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
-    """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one."""
+    """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one.
+
+    Parameters
+    ----------
+    name
+        The name of the rehearsal; one is made by default.
+    wait
+        Whether to wait until the rehearsal is over.
+    """
     server = ServerHome(home.resolve())
     who = tuple(site for site, entry in coordinator.sites(server).items() if not entry["revoked"])
     an = Order(name or time.strftime("rehearsal-%Y%m%d-%H%M%S"), {
@@ -208,7 +263,13 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
 
 @app.command
 def cancel(run: str, *, home: Home = HERE) -> None:
-    """End a run for good; its last checkpoint stays."""
+    """End a run for good; its last checkpoint stays.
+
+    Parameters
+    ----------
+    run
+        The name of the run.
+    """
     Queue(ServerHome(home.resolve())).cancel(run)
     print(f"cancelled {run}")
 
@@ -219,8 +280,10 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    name: A study, or a run.
-    out: A new folder.
+    name
+        A study, or a run.
+    out
+        A new folder.
     """
     server = ServerHome(home.resolve())
     study = study_runs.all_of(server).get(name)

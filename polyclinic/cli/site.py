@@ -26,10 +26,14 @@ def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = 
 
     Parameters
     ----------
-    name: What the site is called in every study: small letters, digits, hyphens.
-    organisation: Whose site it is: letters, digits, underscores.
-    renew: Whether to ask for a new certificate for a site that has joined.
-    new_keys: With renew, whether to make new keys too.
+    name
+        What the site is called in every study: small letters, digits, hyphens.
+    organisation
+        Whose site it is: letters, digits, underscores.
+    renew
+        Whether to ask for a new certificate for a site that has joined.
+    new_keys
+        With renew, whether to make new keys too.
     """
     request = member.init(SiteHome(home.resolve()), name, organisation, renew, new_keys)
     print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
@@ -46,13 +50,20 @@ def join(
 
     Parameters
     ----------
-    file: The join file.
-    data: The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
-    data_name: What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by default.
-    fingerprint: The authority's, as the coordinator read it to you; else you are asked.
-    device: Where to compute, cpu or cuda.
-    proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
-    yes: Whether to join without having compared fingerprints.
+    file
+        The join file.
+    data
+        The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
+    data_name
+        What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by default.
+    fingerprint
+        The authority's, as the coordinator read it to you; else you are asked.
+    device
+        Where to compute, cpu or cuda.
+    proxy
+        The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
+    yes
+        Whether to join without having compared fingerprints.
     """
     site = SiteHome(home.resolve())
     table, found = member.read_join(site, file)
@@ -82,7 +93,8 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    background: Whether to return at once. A service manager should not: see `polyclinic site unit`.
+    background
+        Whether to return at once. A service manager should not: see `polyclinic site unit`.
     """
     site = SiteHome(home.resolve())
     if background:
@@ -114,7 +126,8 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    json_: Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no problem.
+    json_
+        Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no problem.
     """
     from polyclinic.cli.site_status import show
 
@@ -127,8 +140,10 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
 
     Parameters
     ----------
-    default: Whether to show the policy that a new site begins with.
-    reset: Whether to put it in place of the one here, which is kept as policy.toml.before.
+    default
+        Whether to show the policy that a new site begins with.
+    reset
+        Whether to put it in place of the one here, which is kept as policy.toml.before.
     """
     from polyclinic.engines import policy as policies
 
@@ -154,8 +169,10 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    run: A run, a study, or the first characters of an order's hash.
-    wait: Whether to stay until it comes, or until anything waits.
+    run
+        A run, a study, or the first characters of an order's hash.
+    wait
+        Whether to stay until it comes, or until anything waits.
     """
     site = SiteHome(home.resolve())
     reviews = Reviews(site.reviews)
@@ -181,9 +198,14 @@ def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home =
 
     Parameters
     ----------
-    reason: Why, as in "IRB 26-114". It goes into the journal.
-    by: Your name; that of your account on this machine by default. Both are signed and go into the journal.
-    hash: For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
+    run
+        The name of the run, as `polyclinic site pending` shows it.
+    reason
+        Why, as in "IRB 26-114". It goes into the journal.
+    by
+        Your name; that of your account on this machine by default. Both are signed and go into the journal.
+    hash
+        For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
     """
     site = SiteHome(home.resolve())
     _check_tables(site, run)
@@ -196,8 +218,12 @@ def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
 
     Parameters
     ----------
-    reason: Why. The server reads it.
-    by: Your name; that of your account on this machine by default.
+    run
+        The name of the run.
+    reason
+        Why. The server reads it.
+    by
+        Your name; that of your account on this machine by default.
     """
     _decide(SiteHome(home.resolve()), run, REFUSED, reason, by)
 
@@ -208,7 +234,8 @@ def log(*, last: int = 20, home: Home = HERE) -> None:
 
     Parameters
     ----------
-    last: How many entries.
+    last
+        How many entries.
     """
     from polyclinic.cli.journal import show
 
@@ -217,7 +244,15 @@ def log(*, last: int = 20, home: Home = HERE) -> None:
 
 @app.command
 def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
-    """Delete what methods keep here for RUN. If it goes on, this site begins anew."""
+    """Delete what methods keep here for RUN. If it goes on, this site begins anew.
+
+    Parameters
+    ----------
+    run
+        The name of the run.
+    yes
+        Do not ask for confirmation.
+    """
     site = SiteHome(home.resolve())
     if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
         return
@@ -228,13 +263,25 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
 
 @app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
-    """Print a systemd unit that keeps this site running."""
+    """Print a systemd unit that keeps this site running.
+
+    Parameters
+    ----------
+    user
+        The system user that the service runs as.
+    """
     print(member.unit("site", home.resolve(), user), end="")
 
 
 @app.command
 def leave(*, yes: bool = False, home: Home = HERE) -> None:
-    """End the membership: delete certificate, keys and memories. Journal, policy and data stay."""
+    """End the membership: delete certificate, keys and memories. Journal, policy and data stay.
+
+    Parameters
+    ----------
+    yes
+        Do not ask for confirmation.
+    """
     if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
         return
     member.leave(SiteHome(home.resolve()))

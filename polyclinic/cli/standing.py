@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from polyclinic.cli.rendering import console
 
 DECIDE = """A site may stand out because its patients or scanners differ, by a fault, or by an attack: ask before you
 decide. To leave its updates out write quarantined = ["SITE"] under the method and run the study anew; take the name

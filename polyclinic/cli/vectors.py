@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App
-from rich.console import Console
+
+from polyclinic.cli.rendering import console
+from polyclinic.errors import ConfigError
 
 app = App(name="vectors", help="One-shot merging: each site hands over one signed file, whenever it is ready.")
-console = Console(highlight=False)
 
 
 @app.command
@@ -75,6 +76,10 @@ def merge(
         Passes over the restoration set at the end, at a tenth of the learning rate.
     study
         A study file with the restoration set. `site` and `role` say which of its data.
+    site
+        The site of that study whose data are the restoration set.
+    role
+        Which of that site's data: train, val or test.
     """
     from polyclinic.methods.merging import Merging
     from polyclinic.studies import vectors as files
@@ -108,7 +113,11 @@ def remove(
     out
         The model to write. It may replace `model`.
     study
-        The restoration set that was used, if any, with `site` and `role`.
+        The study file with the restoration set that was used, if any.
+    site
+        The site of that study whose data are the restoration set.
+    role
+        Which of that site's data: train, val or test.
     keep
         Leave the site's vector where it is.
     """
@@ -153,7 +162,7 @@ def _files(given: list[Path]) -> list[Path]:
     """Files, and those in folders, in name order."""
     found = [f for path in given for f in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])]
     if missing := [str(f) for f in found if not f.is_file()]:
-        raise FileNotFoundError(f"there is no {', '.join(missing)}")
+        raise ConfigError(f"there is no {', '.join(missing)}")
     return found
 
 

@@ -8,9 +8,10 @@ from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Trees
+from polyclinic.errors import PolicyRefusal
 
 
-class Refused(Exception):
+class Refused(PolicyRefusal):
     """A site's policy does not allow what was asked, or what would be sent. The message says why and what to do."""
 
 

@@ -8,6 +8,7 @@ import torch
 
 from polyclinic.core.stats import LeafMean, Mean, Reply, Stat
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 
 
 def join(reply: Reply, site: str, *, uniform: bool = False) -> Mean:
@@ -24,14 +25,14 @@ def join(reply: Reply, site: str, *, uniform: bool = False) -> Mean:
     means = {part: stat.weight for part, stat in reply.parts.items() if isinstance(stat, Mean)}
     weight = next(iter(means.values()), 1.0)
     if uniform and (heavy := {part: w for part, w in means.items() if w != 1.0}):
-        raise ValueError(f"the parts {heavy} must weigh 1, for how many examples a site has is private too: "
+        raise ConfigError(f"the parts {heavy} must weigh 1, for how many examples a site has is private too: "
                          "make the method uniform, for example FedAvg(..., uniform=True)")  # fmt: skip
     if not weight > 0:
-        raise ValueError(f"what site {site!r} sends weighs {weight}: it must weigh more than 0")
+        raise ConfigError(f"what site {site!r} sends weighs {weight}: it must weigh more than 0")
     leaves: dict[str, torch.Tensor] = {}
     for part, stat in reply.parts.items():
         if "/" in part:
-            raise ValueError(f"a part's name must not contain '/': {part!r}")
+            raise ConfigError(f"a part's name must not contain '/': {part!r}")
         if isinstance(stat, Mean):
             named = {"m": stat.total}
         elif isinstance(stat, LeafMean):

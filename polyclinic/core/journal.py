@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.errors import IntegrityError
+
 FIRST = "0" * 64
 
 
-class Broken(ValueError):
+class Broken(IntegrityError):
     """A journal whose chain does not hold. The message names the file and the first bad line."""
 
 

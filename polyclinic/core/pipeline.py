@@ -23,6 +23,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Sent(Method[SentState]):
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self.inner, self.transforms)):
-            raise ValueError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
 
     @property
     def cut(self) -> int:
@@ -198,7 +199,7 @@ class Sent(Method[SentState]):
             received = merged.mean("")
             gathered = Reply({part: stat for part, stat in merged.parts.items() if part})
         if not isinstance(received, Mean):
-            raise ValueError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
+            raise ConfigError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
         for i in reversed(range(self.cut)):
             received, states[i] = self.transforms[i].decode(received, states[i])
         inner = self.inner.server_update(state.inner, split(received) + gathered, server)
@@ -227,13 +228,13 @@ class Sent(Method[SentState]):
             one, weight = Mean(received.items[name], 1.0), received.weights.get(name, math.nan)
             try:
                 if not 0 < weight < math.inf:
-                    raise ValueError(f"it claims to weigh {weight}")
+                    raise ConfigError(f"it claims to weigh {weight}")
                 for i in reversed(range(self.cut, len(self.transforms))):
                     one, states[i] = self.transforms[i].decode(one, before[i])
                 if not tree.finite(one.total):
-                    raise ValueError("it holds numbers that are not finite")
+                    raise ConfigError("it holds numbers that are not finite")
             except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-                raise ValueError(f"what site {name!r} sent cannot be decoded: {error}") from error
+                raise ConfigError(f"what site {name!r} sent cannot be decoded: {error}") from error
             sums = {leaf: x * weight for leaf, x in one.total.items() if not leaf.startswith("g/")}
             apart: dict[str, dict[str, torch.Tensor]] = {}
             for leaf in sorted(one.total.keys() - sums.keys()):
@@ -258,11 +259,11 @@ class Sent(Method[SentState]):
         if not any(isinstance(stat, Gather) for stat in reply.parts.values()):
             return
         if any(t.secure for t in self.transforms):
-            raise ValueError("this method must see what each site sent, and secure summation shows only sums: "
+            raise ConfigError("this method must see what each site sent, and secure summation shows only sums: "
                              "leave one of them out")  # fmt: skip
         for t in self.transforms[: self.cut]:
             if type(t).decode is not Transform.decode:
-                raise ValueError(f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
+                raise ConfigError(f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
                                  "leave one of them out")  # fmt: skip
 
 

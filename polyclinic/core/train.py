@@ -13,6 +13,7 @@ from polyclinic.core.check import Figures, Gate
 from polyclinic.core.method import Ask, Method
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Reply, merge
+from polyclinic.errors import ConfigError, RunError
 
 State = TypeVar("State")
 
@@ -71,7 +72,7 @@ class Step(Generic[State]):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-class TooFewReplies(RuntimeError):
+class TooFewReplies(RunError):
     """A round had fewer usable replies than it needs. The state before it is intact.
 
     Attributes:
@@ -192,7 +193,7 @@ def train_async(
         return
     sites = federation.sites if among is None else sorted(among)
     if buffer > len(sites):
-        raise ValueError(f"an update takes {buffer} answers, and {len(sites)} sites are asked once for each model: "
+        raise ConfigError(f"an update takes {buffer} answers, and {len(sites)} sites are asked once for each model: "
                          "make the buffer smaller")  # fmt: skip
     turns, version = _Turns(sites, passes), 0
     pending: list[Arrival] = []

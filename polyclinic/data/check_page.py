@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polyclinic.data.check_names import shown
+from polyclinic.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyclinic.data.check import CheckReport
@@ -53,9 +54,9 @@ def write_page(report: "CheckReport", path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file")
+        raise ConfigError(f"{path} is a folder: name a file")
     if report.root.is_dir() and report.root.resolve() in path.resolve().parents:
-        raise ValueError(f"{path} lies inside the data; write the page elsewhere")
+        raise ConfigError(f"{path} lies inside the data; write the page elsewhere")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=".check-", suffix=".part")  # made with mode 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

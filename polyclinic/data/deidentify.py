@@ -21,6 +21,7 @@ from polyclinic.data.deidentify_image import Cleaned, Deidentification, Pseudony
 from polyclinic.data.deidentify_scan import Identifiers
 from polyclinic.data.dicom_file import looks_like_dicom, open_dicom, quiet, require_pydicom
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_text, read_whole, refusing
+from polyclinic.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def deidentify_folder(
     source, destination, key = Path(source), Path(destination), Path(key)
     problems = list(_places(source, destination, key))
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ConfigError("\n".join(problems))
     require_pydicom()
     store = _KeyFile.open(key)
     pseudonyms = Pseudonyms(store.secret)
@@ -250,9 +251,9 @@ class _KeyFile:
             found = json.loads(read_text(path))
             secret, patients, earlier = bytes.fromhex(found["secret"]), dict(found["patients"]), list(found["runs"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"the key file {path} is damaged: restore it, or name a new one") from None
+            raise ConfigError(f"the key file {path} is damaged: restore it, or name a new one") from None
         if len(secret) != 32:
-            raise ValueError(f"the key file {path} holds no secret of 32 bytes")
+            raise ConfigError(f"the key file {path} holds no secret of 32 bytes")
         return _KeyFile(path, secret, patients, {}, {}, earlier)
 
     def add(self, pseudonym: str, patient: str, name: str, source: str) -> None:

@@ -24,6 +24,7 @@ from polyclinic.data.deidentify_rules import CHARACTERISTICS, PATIENT_ID, PUBLIC
 from polyclinic.data.deidentify_scan import Identifiers, collect
 from polyclinic.data.dicom_file import PIXELS, quiet, require_pydicom, stored_pixels
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, refusing
+from polyclinic.errors import ConfigError
 
 METHOD = "Polyclinic: PS3.15 Basic, keyed pseudonyms, shifted dates"
 BURNED_IN = "burned-in"
@@ -62,7 +63,7 @@ class Deidentification:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shift_days <= 36_500:
-            raise ValueError(f"shift_days is 1 to 36500, not {self.shift_days}")
+            raise ConfigError(f"shift_days is 1 to 36500, not {self.shift_days}")
 
 
 def letters(data: bytes) -> str:

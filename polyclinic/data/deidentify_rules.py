@@ -14,6 +14,8 @@ Longitudinal Temporal Information with Modified Dates". Departures, all towards 
 import functools
 from typing import Any, Literal
 
+from polyclinic.errors import MissingDependency
+
 Action = Literal["keep", "remove", "empty", "uid", "date", "pseudonym", "inside", "characteristic"]
 
 _TEXT = {"PN", "LO", "SH", "ST", "LT", "UT", "UC", "UR", "AE"}
@@ -75,7 +77,7 @@ def _table() -> tuple[dict[tuple[int, int], str], tuple[tuple[int, int, int, int
     try:
         from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
     except ImportError:
-        raise ImportError("de-identification needs dicom-anonymizer: pip install 'polyclinic[dicom]'") from None
+        raise MissingDependency("dicom", "de-identification needs dicom-anonymizer") from None
     groups: dict[str, Any] = dicom_anonymization_database_selector("dicomfields_2026c")
     rules: dict[tuple[int, int], str] = {}
     masked: list[tuple[int, int, int, int]] = []

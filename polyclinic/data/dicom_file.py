@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, fits, inflate, read_whole, refusing
+from polyclinic.errors import MissingDependency
 
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -81,7 +82,7 @@ def require_pydicom() -> Any:
         import pydicom
         import pydicom.pixels
     except ImportError:
-        raise ImportError("reading DICOM needs pydicom: pip install 'polyclinic[dicom]'") from None
+        raise MissingDependency("dicom", "reading DICOM needs pydicom") from None
     return pydicom
 
 

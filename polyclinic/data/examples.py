@@ -6,20 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from polyclinic.errors import DataError as DataError
+
 WITHHELD = -1
 """The class that stands for "no label here". A regression's withheld target is NaN."""
-
-
-class DataError(ValueError):
-    """What is wrong with data or with the ``[data]`` table of a study: every problem, one sentence each.
-
-    Attributes:
-        problems: The sentences.
-    """
-
-    def __init__(self, problems: Sequence[str] | str) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass(frozen=True, eq=False)

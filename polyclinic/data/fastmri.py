@@ -25,6 +25,7 @@ from polyclinic.data.limits import LIMITS, Unreadable
 from polyclinic.data.picture import Picture
 from polyclinic.data.preprocess import Steps, apply, fingerprint
 from polyclinic.data.source import HIDDEN, Info, Table, digest
+from polyclinic.errors import MissingDependency
 
 IMAGES = ("reconstruction_rss", "reconstruction_esc")
 EASIER = "k-space was made from magnitude images, not measured: that is easier to undo than a scanner's own."
@@ -158,7 +159,7 @@ def _file(path: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError:
-        raise DataError("fastMRI's files need h5py: pip install 'polyclinic[fastmri]'") from None
+        raise MissingDependency("fastmri", "reading fastMRI's HDF5 files needs h5py") from None
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -20,18 +20,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from polyclinic.errors import DataError
+
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
-class Unreadable(ValueError):
+class Unreadable(DataError):
     """A file that is refused, and why, in one line.
 
     The reason never quotes text found inside the file, which may name a patient: numbers and our own words only.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
-        super().__init__(path, reason)
         self.path, self.reason = Path(path), reason
+        super().__init__(f"{self.path.name}: {reason}")
+        self.args = (path, reason)  # what builds this error again in another process
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason}"

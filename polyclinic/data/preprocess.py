@@ -21,6 +21,7 @@ from polyclinic.data.steps import (
     Window,
     ZScore,
 )
+from polyclinic.errors import ConfigError
 
 STEPS: dict[str, type[Any]] = {
     s.name: s for s in (Resample, Resize, CropPad, Foreground, ZScore, Window, Percentiles, Scale, Relabel, Channels)
@@ -42,7 +43,7 @@ def fingerprint(steps: Sequence[Step]) -> str:
 def _parse(value: Any) -> tuple[Step, ...]:
     """Steps from tables such as ``{step = "resample", mm = 1.0}``."""
     if not isinstance(value, list | tuple):
-        raise ValueError('must be a list of steps, such as [{step = "resample", mm = 1.0}, {step = "zscore"}]')
+        raise ConfigError('must be a list of steps, such as [{step = "resample", mm = 1.0}, {step = "zscore"}]')
     steps, lines = list[Step](), []
     for i, item in enumerate(value):
         if type(item) in STEPS.values():

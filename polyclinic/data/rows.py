@@ -6,6 +6,7 @@ from pathlib import Path
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.limits import LIMITS, Limits, Unreadable, inflate, read_whole, refusing
+from polyclinic.errors import MissingDependency
 
 SEPARATORS = ",;\t|"
 GZIP = 31
@@ -57,7 +58,7 @@ def _parquet(path: Path, limits: Limits) -> dict[str, list[str]]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"{path.name} is Parquet, which needs a package more: pip install polyclinic[tables]") from None
+        raise MissingDependency("tables", f"{path.name} is a Parquet file: reading it needs pyarrow") from None
     with refusing(path, "is not a sound Parquet table"):
         footer = parquet.read_metadata(path)
         if sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)) > limits.decoded_bytes:

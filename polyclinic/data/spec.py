@@ -17,6 +17,7 @@ from polyclinic.data.files import placed
 from polyclinic.data.partition import PARTITIONS, Partition
 from polyclinic.data.source import Source
 from polyclinic.data.splits import ROLES
+from polyclinic.errors import ConfigError
 
 KINDS: dict[str, tuple[str, str]] = {
     "nodules": ("polyclinic.data.nodules", "Nodules"),
@@ -39,7 +40,7 @@ def _sites(value: Any) -> str | Partition:
     if isinstance(value, str | Partition):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError('must be a column\'s name, or a partition such as {partition = "dirichlet", count = 8}')
+        raise ConfigError('must be a column\'s name, or a partition such as {partition = "dirichlet", count = 8}')
     given = dict(value)
     name = given.pop("partition", None)
     if name not in PARTITIONS:
@@ -58,9 +59,9 @@ def _split(value: Any) -> tuple[float, ...] | str:
         return "official"
     numbers = isinstance(value, list | tuple) and all(type(n) in (int, float) for n in value)
     if not numbers or len(value) != len(ROLES) or any(not 0 <= n <= 1 for n in value) or abs(sum(value) - 1) > 1e-6:
-        raise ValueError('must be the shares of training, validation and test, which sum to 1, or "official"')
+        raise ConfigError('must be the shares of training, validation and test, which sum to 1, or "official"')
     if value[0] == 0 or value[2] == 0:
-        raise ValueError("training and test each need a share above 0")
+        raise ConfigError("training and test each need a share above 0")
     return tuple(float(n) for n in value)
 
 

@@ -17,6 +17,7 @@ from polyclinic.core.state import Corrupt
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Trees
 from polyclinic.data.examples import Examples
+from polyclinic.errors import ConfigError
 
 JOB = PART = "describe"
 MAX_TEXT = 2**16
@@ -122,19 +123,19 @@ def checked(found: Any) -> dict[str, Any]:
         ValueError: Where it is not.
     """
     if not isinstance(found, dict) or found.keys() != {"inputs", "outputs", "classes", "roles"}:
-        raise ValueError("a description has inputs, outputs, classes and roles")
+        raise ConfigError("a description has inputs, outputs, classes and roles")
     if not all(type(n) is int and 0 < n < 2**20 for n in found["inputs"]) or len(found["inputs"]) not in (1, 3, 4):
-        raise ValueError("inputs are the shape of an example")
+        raise ConfigError("inputs are the shape of an example")
     if type(found["outputs"]) is not int or not 0 < found["outputs"] <= MOST:
-        raise ValueError("outputs are counted")
+        raise ConfigError("outputs are counted")
     if not all(isinstance(n, str) and len(n) <= 100 and n.isprintable() for n in found["classes"]):
-        raise ValueError("classes are names")
+        raise ConfigError("classes are names")
     for role, has in found["roles"].items():
         numbers = [has["patients"], has["examples"], *has["classes"]]
         if not role.isidentifier() or has.keys() != {"patients", "examples", "classes"}:
-            raise ValueError("a role has patients, examples and classes")
+            raise ConfigError("a role has patients, examples and classes")
         if not all(n is None or (type(n) is int and 0 <= n < 2**40) for n in numbers):
-            raise ValueError("counts are whole numbers")
+            raise ConfigError("counts are whole numbers")
     return found
 
 
@@ -148,11 +149,11 @@ def shape_of(said: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], int, lis
     if len(set(shapes.values())) != 1:
         told = "; ".join(f"{site}: {' x '.join(map(str, shape))}" for site, shape in sorted(shapes.items()))
         why = "the sites' examples differ in shape, and one model takes one shape"
-        raise ValueError(f"{why} ({told or 'no site said'}). Let them resize alike in data.toml")
+        raise ConfigError(f"{why} ({told or 'no site said'}). Let them resize alike in data.toml")
     outputs = max(found["outputs"] for found in said.values())
     named = {tuple(found["classes"]): site for site, found in sorted(said.items()) if found["classes"]}
     if len(named) > 1:
         told = "; ".join(f"{site}: {', '.join(names)}" for names, site in named.items())
-        raise ValueError(f"the sites' classes differ, or stand in another order ({told})")
+        raise ConfigError(f"the sites' classes differ, or stand in another order ({told})")
     names = list(next(iter(named))) if named else []
     return list(next(iter(shapes.values()))), outputs, names

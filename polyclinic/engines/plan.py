@@ -12,6 +12,7 @@ from typing import Any
 
 from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
+from polyclinic.errors import ConfigError
 from polyclinic.methods.registry import Setting, build
 from polyclinic.tasks.classification import Classification, MultiLabel
 from polyclinic.tasks.dpsgd import DPSGD
@@ -104,9 +105,9 @@ class Plan:
         """
         given = json.loads(text)
         if not isinstance(given, dict):
-            raise ValueError("a plan is a table of fields")
+            raise ConfigError("a plan is a table of fields")
         if unknown := given.keys() - {f.name for f in fields(cls)}:
-            raise ValueError(f"a plan has no field {sorted(unknown)[0]!r}")
+            raise ConfigError(f"a plan has no field {sorted(unknown)[0]!r}")
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
         return cls(**values)
 

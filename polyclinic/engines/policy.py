@@ -25,6 +25,7 @@ from polyclinic.engines.covered import uncovered
 from polyclinic.engines.describe import JOB, Describe
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.required import arrived, transform_problems, transforms_of, unknown_transforms
+from polyclinic.errors import ConfigError
 from polyclinic.methods.packages import RULE, Package, allows, exact_rule, methods_in, packages_of
 from polyclinic.methods.registry import entry
 
@@ -38,7 +39,7 @@ Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 DEFAULT = Path(__file__).with_name("policy.toml").read_text(encoding="utf-8")
 
 
-class BadPolicy(ValueError):
+class BadPolicy(ConfigError):
     """A policy file that is not one. The message lists every problem."""
 
 

@@ -23,6 +23,7 @@ from polyclinic.core.train import Arrival
 from polyclinic.core.tree import Trees
 from polyclinic.engines.at_site import Done, work
 from polyclinic.engines.secured import secured
+from polyclinic.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Machine:
             if not fits
         ]
         if wrong:
-            raise ValueError("no such machine: " + "; ".join(wrong))
+            raise ConfigError("no such machine: " + "; ".join(wrong))
 
     def seconds(self, batches: int, bytes_down: int, bytes_up: int) -> float:
         """From being asked to being heard."""
@@ -85,7 +86,7 @@ class Unequal:
             ValueError: Where a machine is named for a site that is not there.
         """
         if unknown := machines.keys() - sites.keys():
-            raise ValueError(f"there are machines for {sorted(unknown)}, and no such sites; there are {sorted(sites)}")
+            raise ConfigError(f"there are machines for {sorted(unknown)}, and no such sites; there are {sorted(sites)}")
         self.clock = 0.0
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}

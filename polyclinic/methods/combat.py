@@ -23,6 +23,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.personal import Personal
 from polyclinic.methods.prepared import Prepared
@@ -60,7 +61,7 @@ class ComBat:
 
     def __post_init__(self) -> None:
         if self.covariates and len(self.task.network.inputs) > 1:
-            raise ValueError("combat's covariates are columns of a table; images have none: leave covariates empty")
+            raise ConfigError("combat's covariates are columns of a table; images have none: leave covariates empty")
 
     def init(self, params: Tree) -> State:
         return State({}, {}, {}, False)
@@ -130,7 +131,7 @@ class ComBat:
         data = site.data["train"]
         y = data[torch.arange(len(data))][0].double().flatten(1)
         if not bool(y.isfinite().all()):
-            raise ValueError(f"combat needs complete data, but {site.name!r} has missing values: impute them first")
+            raise ConfigError(f"combat needs complete data, but {site.name!r} has missing values: impute them first")
         return y[:, self._kept], y[:, list(self.covariates)]
 
 

@@ -4,6 +4,7 @@
 FedAvg. ``bound`` and ``quarantined`` are as in ``Robust``.
 """
 
+from polyclinic.errors import ConfigError
 from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.robust import Robust
 from polyclinic.methods.rules.bulyan import Bulyan
@@ -171,5 +172,5 @@ def _under(
         ValueError: Where sites are quarantined that there are not.
     """
     if unknown := set(quarantined) - set(sites):
-        raise ValueError(f"quarantined names {sorted(unknown)}, which no site is called; there are {', '.join(sites)}")
+        raise ConfigError(f"quarantined names {sorted(unknown)}, which no site is called; there are {', '.join(sites)}")
     return Robust(build(over, Setting(task, local, tuple(sites), rounds)), rule, bound, tuple(quarantined))

@@ -19,6 +19,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
@@ -87,5 +88,5 @@ def cyclic(
         ValueError: Where ``order`` does not name every site once.
     """
     if order and sorted(order) != sorted(sites):
-        raise ValueError(f"order must name every site once: {', '.join(sites)}; not {', '.join(order)}")
+        raise ConfigError(f"order must name every site once: {', '.join(sites)}; not {', '.join(order)}")
     return Cyclic(task, tuple(order or sites), local, shuffle)

@@ -19,6 +19,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.merging import Merging, merged, total
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InRunningStatistics, Task
@@ -79,7 +80,7 @@ class DataVectors(Method[State]):
     def without(self, state: State, site: str, server: Site = Site("server")) -> State:
         """The state as if ``site`` had never sent a vector, to the bit but for the count of merges."""
         if site not in state.sent:
-            raise ValueError(f"there is no vector of {site!r}; there are {', '.join(state.sent) or 'none'}")
+            raise ConfigError(f"there is no vector of {site!r}; there are {', '.join(state.sent) or 'none'}")
         return self._merged(state._replace(sent={k: v for k, v in state.sent.items() if k != site}), server)
 
     def trial(self, state: State) -> Ask:

@@ -18,6 +18,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.rules.rule import Updates
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.risk import risk, trained
@@ -122,5 +123,5 @@ def fedce(task: Task, local: Local, *, mode: str = "times") -> FedCE:
         ValueError: Where ``mode`` is neither ``times`` nor ``plus``.
     """
     if mode not in ("times", "plus"):
-        raise ValueError(f'fedce joins its two scores by mode = "times" or "plus", not "{mode}"')
+        raise ConfigError(f'fedce joins its two scores by mode = "times" or "plus", not "{mode}"')
     return FedCE(task, local, mode)

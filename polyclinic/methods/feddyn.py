@@ -14,6 +14,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local, Proximal
 from polyclinic.tasks.risk import trained
 from polyclinic.tasks.task import Task
@@ -47,7 +48,7 @@ class FedDyn(Method[State]):
 
     def __post_init__(self) -> None:
         if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, for the server divides by it, not {self.alpha}: "
+            raise ConfigError(f"alpha must be above 0, for the server divides by it, not {self.alpha}: "
                              "without it use fedavg")  # fmt: skip
 
     def init(self, params: Tree) -> State:

@@ -10,6 +10,7 @@ tokeniser trained elsewhere.
 
 from dataclasses import replace
 
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.phases import Pretrained, Then, share_of
 from polyclinic.tasks.local import Local
@@ -35,7 +36,7 @@ def fedmae(
         uniform: Whether sites count the same.
     """
     if pretrain_optimiser not in ("", "sgd", "adam", "adamw"):
-        raise ValueError(f"no optimiser is called {pretrain_optimiser!r}; there are sgd, adam, adamw")
+        raise ConfigError(f"no optimiser is called {pretrain_optimiser!r}; there are sgd, adam, adamw")
     chosen = {"optimiser": pretrain_optimiser} if pretrain_optimiser else {}
     first = replace(local, lr=pretrain_lr or local.lr, **chosen)  # type: ignore[arg-type]
     learner = Pretrained(Masked(task, hidden, grid, width, depth), first, uniform)

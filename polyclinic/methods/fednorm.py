@@ -19,6 +19,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import InNormalisation, Task
 
@@ -106,7 +107,7 @@ def fednorm(
     """
     if modalities and len(modalities) != len(sites):
         wanted = f"name one for each of {', '.join(sites)}, in this order"
-        raise ValueError(f"modalities: {len(modalities)} for {len(sites)} sites; {wanted}")
+        raise ConfigError(f"modalities: {len(modalities)} for {len(sites)} sites; {wanted}")
     if wrong := [kind for kind in modalities if "." in kind]:
-        raise ValueError(f"modalities: {wrong[0]!r} must not contain a full stop")
+        raise ConfigError(f"modalities: {wrong[0]!r} must not contain a full stop")
     return FedNorm(task, tuple(zip(sites, modalities or ("all",) * len(sites), strict=True)), local, uniform)

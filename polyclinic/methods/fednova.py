@@ -14,6 +14,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg, State
 from polyclinic.tasks.local import Local, Proximal
 from polyclinic.tasks.task import InRunningStatistics, Task
@@ -27,7 +28,7 @@ def accumulation(steps: int, momentum: float = 0.0, shrink: float = 0.0) -> floa
         shrink: α = η μ, of a proximal penalty. With it, ‖a‖₁ = (1 − (1 − α)^τ) / α.
     """
     if momentum and shrink:
-        raise ValueError(
+        raise ConfigError(
             "FedNova's formula is for momentum or for a proximal penalty, not for both: set one of them to 0"
         )
     if shrink:
@@ -51,7 +52,7 @@ class FedNova(FedAvg):
 
     def __post_init__(self) -> None:
         if self.local.optimiser != "sgd":
-            raise ValueError(
+            raise ConfigError(
                 f'FedNova normalises the work of SGD: set training.optimiser = "sgd", not {self.local.optimiser}'
             )
         accumulation(1, self.local.momentum, self.mu)

@@ -20,6 +20,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.augment import WEAK
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.pool import fit_both
@@ -89,7 +90,7 @@ class FedPerl(Method[State]):
 
     def __post_init__(self) -> None:
         if self.peers < 2:
-            raise ValueError(
+            raise ConfigError(
                 "fedperl: the average of one peer is that peer's model, known to another site: set peers to 2 or more"
             )
 

@@ -4,6 +4,7 @@ Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heter
 Algorithm 2 and equation 2. https://arxiv.org/abs/1812.06127.
 """
 
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.tasks.local import Local, Proximal
 from polyclinic.tasks.task import Task
@@ -19,5 +20,5 @@ def fedprox(task: Task, local: Local, *, mu: float = 0.01, lr: float = 1.0, unif
         ValueError: Where ``mu`` is negative, which would push sites away.
     """
     if mu < 0:
-        raise ValueError(f"mu must be at least 0, not {mu:g}")
+        raise ConfigError(f"mu must be at least 0, not {mu:g}")
     return FedAvg(task, local.with_penalty(Proximal(mu)), lr, uniform)

@@ -21,6 +21,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
@@ -51,7 +52,7 @@ class Gossip(Method[State]):
 
     def __post_init__(self) -> None:
         if self.neighbours < 0 or self.neighbours % 2:
-            raise ValueError(f"neighbours stand half on each side, so their number is even, not {self.neighbours}")
+            raise ConfigError(f"neighbours stand half on each side, so their number is even, not {self.neighbours}")
 
     gathers = True  # the server must see what each site sends
 

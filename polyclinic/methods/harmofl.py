@@ -23,6 +23,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.fourier import AmplitudeNormaliser, crop, spectrum
 from polyclinic.tasks.front import fronted, with_front
 from polyclinic.tasks.functional import at, still
@@ -107,7 +108,7 @@ class HarmoFL(Method[State]):
             mean = crop(spectrum(x)[0], self.window).mean(0)
             running = mean if running is None else (1 - self.decay) * running + self.decay * mean
         if running is None:
-            raise ValueError(f"site {site.name!r} has no training images to take an amplitude of")
+            raise ConfigError(f"site {site.name!r} has no training images to take an amplitude of")
         return running
 
 

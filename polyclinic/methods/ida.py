@@ -16,6 +16,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.robust import Robust
 from polyclinic.methods.rules.rule import Rule, Updates, Verdict, blended
@@ -76,6 +77,6 @@ def ida(task: Task, local: Local, *, sized: bool = False, intrac: bool = False) 
         ValueError: Where ``intrac`` is asked of a task that has no accuracy.
     """
     if intrac and task.kind != "classification":
-        raise ValueError(f"intrac = true needs an accuracy, which {task.kind} has none of: leave it out")
+        raise ConfigError(f"intrac = true needs an accuracy, which {task.kind} has none of: leave it out")
     inner = ByError(task, local, uniform=not sized) if intrac else FedAvg(task, local, uniform=not sized)
     return Robust(inner, InverseDistance(sized or intrac, Not(InRunningStatistics(task))))

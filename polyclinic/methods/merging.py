@@ -16,6 +16,7 @@ from torch import Tensor
 from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import BATCH_NORMS, params_of
 from polyclinic.tasks.task import Task, borrow
@@ -40,9 +41,9 @@ class Merging:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ties <= 1:
-            raise ValueError(f"ties is the share of entries to keep, from 0 to 1, not {self.ties}")
+            raise ConfigError(f"ties is the share of entries to keep, from 0 to 1, not {self.ties}")
         if self.scale is not None and not math.isfinite(self.scale):
-            raise ValueError(f"scale must be a finite number, not {self.scale}")
+            raise ConfigError(f"scale must be a finite number, not {self.scale}")
 
     def direction(self, vectors: Mapping[str, Tree]) -> Tree:
         """What λ is multiplied with: Σ_j τ_j in name order, or what TIES or ``by_layer`` make of it."""

@@ -17,6 +17,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import gradient
 from polyclinic.tasks.risk import full_gradient, trained
@@ -54,7 +55,7 @@ class Mime(Method[State]):
 
     def __post_init__(self) -> None:
         if self.local.optimiser != "sgd" or self.local.momentum:
-            raise ValueError(
+            raise ConfigError(
                 'mime brings its own momentum: set training.optimiser = "sgd" and momentum = 0, '
                 f"not {self.local.optimiser} with momentum {self.local.momentum:g}"
             )

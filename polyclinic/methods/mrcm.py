@@ -18,6 +18,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.adversarial import Discriminator, pass_for_real, tell_apart
 from polyclinic.tasks.functional import still
 from polyclinic.tasks.latent import encode_all, encoded, encoded_width
@@ -111,5 +112,5 @@ def mrcm(
     """
     target = target or sites[-1]
     if target not in sites or len(sites) < 2:
-        raise ValueError(f"target: {target!r} must be one of two or more sites; there are {', '.join(sites)}")
+        raise ConfigError(f"target: {target!r} must be one of two or more sites; there are {', '.join(sites)}")
     return MRCM(task, tuple(name for name in sites if name != target), target, local, adversarial, share)

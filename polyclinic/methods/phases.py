@@ -13,6 +13,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.contrastive import extended
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.pool import all_inputs
@@ -143,5 +144,5 @@ class Pretrained(Method[Whole]):
 def share_of(rounds: int, share: float) -> int:
     """How many of ``rounds`` are a pretraining's ``share``: at least one if any, and never all."""
     if not 0 <= share < 1:
-        raise ValueError(f"pretrain is the share of rounds that come first, at least 0 and less than 1, not {share:g}")
+        raise ConfigError(f"pretrain is the share of rounds that come first, at least 0 and less than 1, not {share:g}")
     return min(max(round(rounds * share), 1), rounds - 1) if share else 0

@@ -13,6 +13,7 @@ from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.personal import Personal
 from polyclinic.tasks.local import Local
@@ -53,10 +54,10 @@ def private_heads(
         uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
     if classes and len(classes) != len(sites):
-        raise ValueError(
+        raise ConfigError(
             f"private-heads: classes has {len(classes)} numbers and there are {len(sites)} sites: give one each"
         )
     if wrong := [c for c in classes if not 1 < c <= task.network.outputs]:
-        raise ValueError(f"private-heads: {wrong[0]} classes at a site, where the network has {task.network.outputs}")
+        raise ConfigError(f"private-heads: {wrong[0]} classes at a site, where the network has {task.network.outputs}")
     pairs = tuple(zip(sorted(sites), classes, strict=False))
     return PrivateHeads(FedAvg(task, local, uniform=uniform), Not(InEncoder(task)), pairs)

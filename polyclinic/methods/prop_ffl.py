@@ -21,6 +21,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Alike, Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.risk import risk
 from polyclinic.tasks.task import Task
@@ -53,7 +54,7 @@ class PropFFL(Method[State]):
 
     def __post_init__(self) -> None:
         if not self.margin > 1:
-            raise ValueError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
+            raise ConfigError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
     gathers = True  # the server must see what each site sends
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from polyclinic.core.method import Method
+from polyclinic.errors import ConfigError
 from polyclinic.methods.table import METHODS, Entry
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
@@ -35,7 +36,7 @@ class Setting:
         return len(self.sites)
 
 
-class UnknownMethod(ValueError):
+class UnknownMethod(ConfigError):
     """No method has this name. The message suggests one."""
 
 

@@ -23,6 +23,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, Stat
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.rules.fltrust import FLTrust
 from polyclinic.methods.rules.rule import Average, Rule, Updates, faults, median, standings
 from polyclinic.methods.rules.watch import QUARANTINE, Note, alarms
@@ -73,7 +74,7 @@ class Robust(Method[State]):
         if not self.bound >= 0:
             problems.append(f"bound is a multiple of the median length, or 0 for none, not {self.bound}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
 
     gathers = True  # the server must see what each site sends
 
@@ -96,7 +97,7 @@ class Robust(Method[State]):
     def ask(self, state: State) -> Ask | None:
         ask = self.inner.ask(state.inner)
         if ask is not None and ask.secure:
-            raise ValueError(UNSEEN)
+            raise ConfigError(UNSEEN)
         return ask
 
     def trial(self, state: State) -> Ask:
@@ -121,7 +122,7 @@ class Robust(Method[State]):
         weights = {site: _weights(sent[site]) for site in values}
         out = refused | {site: QUARANTINE for site in self.quarantined if site in values}
         if not (voices := values.keys() - out.keys() - {SERVER}):
-            raise ValueError("no update is left: " + "; ".join(f"{site}: {why}" for site, why in sorted(out.items())))
+            raise ConfigError("no update is left: " + "; ".join(f"{site}: {why}" for site, why in sorted(out.items())))
         here = Updates.of(values, {site: next(iter(w.values())) for site, w in weights.items()})
         job = "" if ask is None else ask.job
         heard = self._bounded(here.only(tuple(site for site in here.sites if site not in out)))

@@ -14,6 +14,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Task
 
@@ -43,7 +44,7 @@ class Scaffold(Method[State]):
 
     def __post_init__(self) -> None:
         if self.local.optimiser != "sgd" or self.local.momentum:
-            raise ValueError(
+            raise ConfigError(
                 'scaffold\'s correction is for plain SGD: set training.optimiser = "sgd" and momentum = 0, '
                 f"not {self.local.optimiser} with momentum {self.local.momentum:g}"
             )

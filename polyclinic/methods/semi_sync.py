@@ -22,6 +22,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.methods.fedavg import State as Averaged
 from polyclinic.methods.fednova import FedNova
@@ -103,11 +104,11 @@ def semi_sync(
         uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
     if seconds and len(seconds) != len(sites):
-        raise ValueError(
+        raise ConfigError(
             f"semi-sync: seconds has {len(seconds)} numbers and there are {len(sites)} sites: give one each"
         )
     if any(not s > 0 for s in seconds):
-        raise ValueError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
+        raise ConfigError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
     pairs = tuple(zip(sorted(sites), seconds, strict=False))
     inner = (FedNova if normalised else FedAvg)(task, local, uniform=uniform)
     return SemiSync(inner, pairs, share)

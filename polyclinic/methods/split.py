@@ -26,6 +26,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Gather, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.chain import Piece, first_bend, length
 from polyclinic.tasks.distil import Said
 from polyclinic.tasks.local import Local, seeded
@@ -75,7 +76,7 @@ class Split(Method[State]):
         if not 0 <= self.cut <= most:
             problems.append(f"cut must leave the server a layer: 1 to {most}, or 0 to choose, not {self.cut}")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
 
     @property
     def front(self) -> Piece:

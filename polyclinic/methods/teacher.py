@@ -17,6 +17,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.state import savable
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.distil import Said, divergence
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.task import Batch, Task, borrow
@@ -84,6 +85,6 @@ def taught(
     if teacher == "first":
         return Taught(task, local, "first", share, temperature, uniform)
     if teacher != "global":
-        raise ValueError(f"no teacher is called {teacher!r}: there are global, the server's model as it was before a "
+        raise ConfigError(f"no teacher is called {teacher!r}: there are global, the server's model as it was before a "
                          "round, and first, the network that the study begins with")  # fmt: skip
     return Taught(task, local, "global", share, temperature, uniform)

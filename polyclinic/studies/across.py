@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from polyclinic.core import state as states
+from polyclinic.errors import ConfigError
 from polyclinic.studies.compare import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.studies.evaluation import Evaluation, Options, evaluate
 from polyclinic.studies.intervals import Estimate
@@ -17,7 +18,7 @@ from polyclinic.studies.predictions import Predictions
 from polyclinic.studies.records import Run, read_run
 
 
-class NotComparable(ValueError):
+class NotComparable(ConfigError):
     """Runs that cannot be compared patient by patient. The message lists every reason."""
 
 

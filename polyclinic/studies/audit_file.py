@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from polyclinic.audits import canary, membership
 from polyclinic.audits.separation import Found
+from polyclinic.errors import IntegrityError
 
 FORMAT = 2
 
@@ -103,7 +104,7 @@ class Audit:
 _AUDIT: TypeAdapter[Audit] = TypeAdapter(Audit)
 
 
-class NotAnAudit(ValueError):
+class NotAnAudit(IntegrityError):
     """A file that is not an audit of this version. The message names it."""
 
 

@@ -18,6 +18,7 @@ from polyclinic.core.stats import Reply
 from polyclinic.core.train import TooFewReplies, train
 from polyclinic.engines.in_process import InProcess
 from polyclinic.engines.plan import Plan
+from polyclinic.errors import RunError
 from polyclinic.methods.registry import Setting, build
 from polyclinic.studies.lines import Privacy
 from polyclinic.tasks.dpsgd import DPSGD
@@ -34,7 +35,7 @@ QUIET = 1e-4
 Progress = Callable[[str, int, int], None]
 
 
-class NotAudited(ValueError):
+class NotAudited(RunError, ValueError):
     """A run, or a part of it, that cannot be audited. The message says why."""
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.evaluation import Evaluation
 from polyclinic.studies.maps import read_explanation
 from polyclinic.studies.records import Run, external_sites
@@ -58,11 +59,11 @@ def load(name: str) -> Checklist:
     """
     file = Path(__file__).parent / "checklists" / f"{name}.toml"
     if not file.is_file():
-        raise ValueError(f"no checklist called {name!r}; there are {', '.join(ALL)}")
+        raise ConfigError(f"no checklist called {name!r}; there are {', '.join(ALL)}")
     data = tomllib.loads(file.read_text(encoding="utf-8"))
     items = tuple(Item(str(i["id"]), i["text"], i.get("fact", "")) for i in data["item"])
     if unknown := sorted({i.fact for i in items if i.fact} - FACTS.keys()):
-        raise ValueError(f"{file}: unknown facts {unknown}; facts are {', '.join(sorted(FACTS))}")
+        raise ConfigError(f"{file}: unknown facts {unknown}; facts are {', '.join(sorted(FACTS))}")
     return Checklist(name, data["title"], data["source"], items)
 
 

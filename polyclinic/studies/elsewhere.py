@@ -16,6 +16,7 @@ from polyclinic.core.journal import Journal, verify
 from polyclinic.engines.describe import shape_of
 from polyclinic.engines.flare.data_table import FROM_STUDY
 from polyclinic.engines.plan import Plan
+from polyclinic.errors import ConfigError
 from polyclinic.methods import registry
 from polyclinic.studies.describe import method_facts
 from polyclinic.studies.folder import environment, write_tensors
@@ -30,7 +31,7 @@ ONE_MACHINE = {
 SUMS = ("bytes_up", "bytes_down", "seconds")
 
 
-class NotElsewhere(ValueError):
+class NotElsewhere(ConfigError):
     """A study that cannot run between hospitals. The message says why and what to do."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.between import Against, ranked
 from polyclinic.studies.compare import Difference, Ranking
 from polyclinic.studies.intervals import Estimate, Pooled, pool_sites, z_of
@@ -140,7 +141,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     """
     table = metrics_for(run.info.task, len(run.info.classes) or 2)
     if run.info.metric not in table:
-        raise ValueError(f"{run.path}/run.json: metric: {run.info.metric!r} is none of {', '.join(table)}")
+        raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is none of {', '.join(table)}")
     metric = table[run.info.metric]
     data = sample(run, options.draws, options.seed, options.level, options.unit)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))

@@ -16,6 +16,7 @@ from polyclinic.core.site import Site
 from polyclinic.data.federation import federate
 from polyclinic.data.splits import Fold
 from polyclinic.engines.in_process import InProcess
+from polyclinic.errors import RunError
 from polyclinic.studies.export import plan_of
 from polyclinic.studies.folder import write_tensors
 from polyclinic.studies.lines import arm_name
@@ -26,7 +27,7 @@ from polyclinic.studies.spec import parse
 JOB = "explain/val"
 
 
-class NotExplained(ValueError):
+class NotExplained(RunError, ValueError):
     """A run whose model cannot be explained. The message says why."""
 
 

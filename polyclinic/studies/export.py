@@ -15,6 +15,7 @@ from torch import nn
 
 from polyclinic import __version__
 from polyclinic.engines.plan import Plan
+from polyclinic.errors import MissingDependency, RunError
 from polyclinic.studies.folder import read_tensors, write_tensors
 from polyclinic.studies.lines import arm_name
 from polyclinic.studies.records import Run, read_run
@@ -23,7 +24,7 @@ from polyclinic.tasks.model import load
 FORMATS = ("safetensors", "onnx", "pt2", "bundle")
 
 
-class NotExported(ValueError):
+class NotExported(RunError, ValueError):
     """A model that cannot be written in this form. The message says why."""
 
 
@@ -110,7 +111,7 @@ def _onnx(model: nn.Module, example: torch.Tensor, out: Path) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        raise ImportError("writing ONNX needs onnx and onnxscript: pip install 'polyclinic[export]'") from None
+        raise MissingDependency("export", "writing ONNX needs onnx and onnxscript") from None
     program = torch.onnx.export(
         model, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
         input_names=["image"], output_names=["prediction"],

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.calibration import Bin, NetBenefit
 from polyclinic.studies.compare import Difference, Ranking
 from polyclinic.studies.intervals import Estimate
@@ -62,7 +63,7 @@ def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the report's pictures need matplotlib: pip install 'polyclinic[report]'") from None
+        raise ConfigError("the report needs matplotlib, which is not installed: pip install matplotlib") from None
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "polyclinic",

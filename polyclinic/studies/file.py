@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.problems import BadStudy, Problem
 
 
@@ -12,11 +13,18 @@ def text_of(path: Path) -> str:
     """What is in the study file at ``path``.
 
     Raises:
-        FileNotFoundError: Where there is no such file.
+        ConfigError: If there is no such file, or it cannot be read as text in UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
-    return path.read_text(encoding="utf-8")
+        raise ConfigError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8 text; a study file is TOML"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. Make the study file readable") from None
 
 
 def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:

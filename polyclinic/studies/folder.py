@@ -34,6 +34,7 @@ from polyclinic.core import state as states
 from polyclinic.core.journal import Journal, verify
 from polyclinic.core.state import savable
 from polyclinic.core.tree import Trees
+from polyclinic.errors import PolyclinicError, RunError
 
 
 @savable("study.Checkpoint", 1)
@@ -64,15 +65,15 @@ log = logging.getLogger(__name__)
 LOCK, STOP = ".lock", "stop"
 
 
-class RunExists(ValueError):
+class RunExists(RunError, ValueError):
     """The folder holds a run already. The message says how to go on."""
 
 
-class RunHeld(ValueError):
+class RunHeld(RunError, ValueError):
     """Another process works in the run's folder. The message names it."""
 
 
-class Stopped(Exception):
+class Stopped(PolyclinicError):
     """A run was asked to stop, and did so between two rounds. Nothing is lost."""
 
 

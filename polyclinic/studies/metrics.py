@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polyclinic.errors import PolyclinicError
+
 Array = NDArray[np.float64]
 Kernel = Callable[[Array, NDArray[Any], Array], Array]
 
 
-class Undefined(ValueError):
+class Undefined(PolyclinicError, ValueError):
     """A metric that these cases do not determine. The message says why."""
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from polyclinic.errors import RunError
 from polyclinic.studies.folder import Note, Stopped
 from polyclinic.studies.jobs import Event
 
@@ -29,7 +30,7 @@ Job = TypeVar("Job")
 Work = Callable[[Job, Note], Iterator[Event]]
 
 
-class ArmFailed(ValueError):
+class ArmFailed(RunError, ValueError):
     """An arm that ended in an error, in the error's own words."""
 
 

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
+from polyclinic.errors import ConfigError
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -46,7 +48,7 @@ class TaskSpec(Table):
         from polyclinic.tasks.networks import ARCHITECTURES
 
         if self.network not in ARCHITECTURES:
-            raise ValueError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
+            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
         allowed = {
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
@@ -55,7 +57,7 @@ class TaskSpec(Table):
             "reconstruction": {"residual"},
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
-            raise ValueError(f"{sorted(wrong)[0]} is not for {self.kind}")
+            raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
         return self
 
     @property
@@ -227,7 +229,7 @@ def _attackers(value: Any) -> int | tuple[str, ...]:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
         return tuple(value)
-    raise ValueError('must be how many sites attack, such as 2, or their names, such as ["site-1"]')
+    raise ConfigError('must be how many sites attack, such as 2, or their names, such as ["site-1"]')
 
 
 class AttackSpec(Table):

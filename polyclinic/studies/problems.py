@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.toml_places import line_of
 
 
@@ -24,7 +25,7 @@ class Problem:
     says: str
 
 
-class BadStudy(ValueError):
+class BadStudy(ConfigError):
     """A study file that cannot be run. The message lists every problem; nothing was run.
 
     Attributes:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from polyclinic.errors import RunError
 from polyclinic.studies.lines import (
     Chosen,
     Known,
@@ -41,7 +42,7 @@ _LINE: TypeAdapter[Known] = TypeAdapter(Known)
 _KINDS = ("round", "scores", "test", "sealed", "privacy", "quarantine", "trial", "chosen", "standing")
 
 
-class NotARun(ValueError):
+class NotARun(RunError, ValueError):
     """A folder or file that cannot be read as a run. The message lists every problem, with file and line."""
 
 

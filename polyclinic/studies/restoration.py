@@ -8,6 +8,7 @@ the squared error over the squared norm of the truth (Zbontar et al. 2018, https
 
 import numpy as np
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.metrics import Array
 
 
@@ -44,7 +45,7 @@ def ssim(image: Array, truth: Array, span: float | None = None) -> Array:
 
     image, truth, spans = _checked(image, truth, span)
     if min(truth.shape[1:]) < 11:
-        raise ValueError(f"SSIM needs at least 11 pixels along each axis; these images are {list(truth.shape[1:])}")
+        raise ConfigError(f"SSIM needs at least 11 pixels along each axis; these images are {list(truth.shape[1:])}")
     inner = (slice(5, -5),) * (truth.ndim - 1)
 
     def blur(x: Array) -> Array:
@@ -64,6 +65,8 @@ def ssim(image: Array, truth: Array, span: float | None = None) -> Array:
 def _checked(image: Array, truth: Array, span: float | None) -> tuple[Array, Array, Array]:
     image, truth = np.asarray(image, np.float64), np.asarray(truth, np.float64)
     if image.shape != truth.shape or truth.ndim < 2:
-        raise ValueError(f"images of shape {list(image.shape)} against {list(truth.shape)}; both must be [n, *spatial]")
+        raise ConfigError(
+            f"images of shape {list(image.shape)} against {list(truth.shape)}; both must be [n, *spatial]"
+        )
     flat = truth.reshape(len(truth), -1)
     return image, truth, np.full(len(truth), span) if span is not None else np.ptp(flat, axis=1)

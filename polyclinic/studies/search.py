@@ -26,6 +26,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from polyclinic.data.splits import dice_for
+from polyclinic.errors import ConfigError, RunError
 from polyclinic.studies.toml_text import dumps
 
 TRIES = 1000
@@ -46,9 +47,9 @@ class Range(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> "Range":
         if not self.low < self.high:
-            raise ValueError("low must be below high")
+            raise ConfigError("low must be below high")
         if self.log and self.low <= 0:
-            raise ValueError("log = true needs low above 0")
+            raise ConfigError("log = true needs low above 0")
         return self
 
 
@@ -58,7 +59,7 @@ Choices = tuple[Any, ...] | Range
 def _space(value: Any) -> dict[str, Choices]:
     """Keys to lists or ranges; tables within tables become dotted keys."""
     if not isinstance(value, Mapping):
-        raise ValueError("must be a table of keys, each with a list of values or with {low, high}")
+        raise ConfigError("must be a table of keys, each with a list of values or with {low, high}")
     found: dict[str, Choices] = {}
     for key, item in value.items():
         if isinstance(item, Range):
@@ -71,7 +72,7 @@ def _space(value: Any) -> dict[str, Choices]:
             found[key] = tuple(item)
         else:
             says = "must be a list of values, or a range such as { low = 0.001, high = 0.1, log = true }"
-            raise ValueError(f"{key} {says}")
+            raise ConfigError(f"{key} {says}")
     return found
 
 
@@ -207,7 +208,7 @@ def read_trials(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-class NotChosen(ValueError):
+class NotChosen(RunError, ValueError):
     """Settings that cannot be used. The message says what to do."""
 
 

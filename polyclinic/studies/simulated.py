@@ -18,6 +18,7 @@ from polyclinic.core.train import Step, TooFewReplies, train, train_async
 from polyclinic.core.tree import Trees
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.unequal import Machine, Unequal
+from polyclinic.errors import ConfigError
 from polyclinic.methods.fedbuff import FedBuff
 from polyclinic.studies.parts import AttackSpec, MachinesSpec
 from polyclinic.studies.problems import Problem
@@ -38,11 +39,11 @@ def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, .
     """
     named = spec.by if isinstance(spec.by, tuple) else ()
     if away := [name for name in (*named, *spec.spare) if name not in sites]:
-        raise ValueError(f"[attack] names {away[0]}, which does not train here. There are {', '.join(sites)}")
+        raise ConfigError(f"[attack] names {away[0]}, which does not train here. There are {', '.join(sites)}")
     many = len(set(named)) or int(spec.by)
     drawn_from = sorted(set(sites) - set(spec.spare))
     if many >= len(sites) or many > len(drawn_from):
-        raise ValueError(f"{many} of {len(sites)} sites attack, {len(spec.spare)} of them spared: nobody is left")
+        raise ConfigError(f"{many} of {len(sites)} sites attack, {len(spec.spare)} of them spared: nobody is left")
     order = torch.randperm(len(drawn_from), generator=Site("~attack", seed=seed).rng("who"))
     return tuple(sorted(set(named) or {drawn_from[i] for i in order[:many].tolist()}))
 
@@ -67,7 +68,7 @@ def method_of(study: "Study", plan: Plan, trainers: Sequence[str]) -> Evaluated[
         options.setdefault("classes", plan.outputs)
     attack = ATTACKS[spec.name](**options)
     if attack.spies and (study.cohort is not None or study.min_replies > 1):
-        raise ValueError(f"{spec.name} is asked after all others, alone: leave cohort and min_replies out")
+        raise ConfigError(f"{spec.name} is asked after all others, alone: leave cohort and min_replies out")
     return Evaluated(Poisoned(method.inner, who, attack, plan.sites, spec.begins), method.task)
 
 
@@ -117,7 +118,7 @@ def engine(
         ValueError: Where the study gives a machine to a site that is not there.
     """
     if unknown := spec.sites.keys() - sites.keys():
-        raise ValueError(f"there are machines for {sorted(unknown)[0]}, and no such site; there are {sorted(sites)}")
+        raise ConfigError(f"there are machines for {sorted(unknown)[0]}, and no such site; there are {sorted(sites)}")
     machines = {name: Machine(**spec.of(name)) for name in sites}
     found = Unequal(method, sites, machines, memory, policies, seed, held)
     found.clock = clock

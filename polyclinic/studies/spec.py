@@ -14,6 +14,7 @@ from pydantic import Field, PlainValidator
 
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.covered import declared_problem, ways
+from polyclinic.errors import ConfigError
 from polyclinic.methods import registry as methods
 from polyclinic.studies import simulated
 from polyclinic.studies.checking import attack_problems, method_problems, validated
@@ -37,7 +38,7 @@ from polyclinic.studies.search import NotChosen, SearchSpec, changed, count, ext
 def _folds(value: Any) -> int | Literal["sites"] | None:
     if value is None or value == "sites" or (type(value) is int and 2 <= value <= 50):
         return value  # type: ignore[no-any-return]
-    raise ValueError('must be a whole number from 2 to 50, or "sites" to leave one site out after the other')
+    raise ConfigError('must be a whole number from 2 to 50, or "sites" to leave one site out after the other')
 
 
 class Study(Table):

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core import state as states
+from polyclinic.errors import ConfigError, RunError
 from polyclinic.methods import registry
 from polyclinic.methods.rules.watch import Note
 
 
-class NoStanding(ValueError):
+class NoStanding(RunError, ValueError):
     """The run has no notes of sites. The message says which methods keep them."""
 
 
@@ -43,7 +44,7 @@ def read(run: Path) -> list[Standings]:
     """
     file = run / "run.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{run}: there is no run here; name the folder that `polyclinic run` wrote")
+        raise ConfigError(f"{run}: there is no run here; name the folder that `polyclinic run` wrote")
     _know(json.loads(file.read_text(encoding="utf-8")))
     found = list(_arms(run))
     if not found:

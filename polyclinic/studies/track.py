@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.errors import MissingDependency, RunError
 from polyclinic.studies.lines import arm_names
 from polyclinic.studies.records import Run, read_run
 
 TOOLS = ("mlflow", "tensorboard")
 
 
-class NotTracked(ValueError):
+class NotTracked(RunError, ValueError):
     """Records that cannot be handed on. The message says why."""
 
 
@@ -44,7 +45,7 @@ def track(run_dir: str | Path, to: str, where: str = "") -> str:
             return _mlflow(run, where or f"sqlite:///{run.path.resolve().parent / 'mlflow.db'}")
         return _tensorboard(run, Path(where) if where else run.path.resolve().parent / "tensorboard")
     except ImportError as error:
-        raise NotTracked(f"{error.name} is not installed: pip install 'polyclinic[track]'") from None
+        raise MissingDependency("track", f"this needs {error.name}") from None
 
 
 def values(run: Run, label: str, seed: int, fold: int) -> Iterator[tuple[int, str, float]]:

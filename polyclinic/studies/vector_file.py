@@ -19,12 +19,13 @@ from typing import Any
 from polyclinic.core import tree
 from polyclinic.core.state import write_bytes
 from polyclinic.core.tree import Tree
+from polyclinic.errors import IntegrityError, MissingDependency
 from polyclinic.studies.folder import read_tensors
 
 FORMAT = "polyclinic data vector 1"
 
 
-class VectorRefused(ValueError):
+class VectorRefused(IntegrityError):
     """Files that do not belong together, or that nobody vouches for. Lists every problem; nothing was written."""
 
 
@@ -175,7 +176,7 @@ def _ed25519() -> Any:
     try:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError:
-        raise ImportError("signing needs cryptography: pip install 'polyclinic[privacy]'") from None
+        raise MissingDependency("privacy", "signing needs cryptography") from None
     return ed25519
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local
 from polyclinic.tasks.model import params_of
 from polyclinic.tasks.networks import Classifier
@@ -104,6 +105,6 @@ def _chain(task: Task) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         whole = task.model()
     if not isinstance(whole, Classifier) or not isinstance(whole.encoder, nn.Sequential):
-        raise ValueError("only a network whose layers follow one another can be cut: choose mlp or cnn, "
+        raise ConfigError("only a network whose layers follow one another can be cut: choose mlp or cnn, "
                          f"not {task.network.name}")  # fmt: skip
     return whole

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.latent import head_width, pooled
 from polyclinic.tasks.networks import Network
 from polyclinic.tasks.task import Batch, Task, borrow, represent
@@ -44,7 +45,7 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
         case "classification" | "segmentation":
             p, q = (target / T).log_softmax(1), (learner / T).log_softmax(1)
             return T**2 * (p.exp() * (p - q)).sum(1).mean()
-    raise ValueError(f"what two models say of {kind} cannot be compared: there are classification, multilabel, "
+    raise ConfigError(f"what two models say of {kind} cannot be compared: there are classification, multilabel, "
                      "segmentation, regression")  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from polyclinic.core.metering import Spend, Unit, Use, hidden, meter, metered
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.functional import at
 from polyclinic.tasks.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.tasks.local import Correct, Learns, Local, Loss, seeded
@@ -79,7 +80,7 @@ class DPSGD(Local):
         members = self._members(data)
         problems = self.problems(task, model)
         if problems := [*problems, *([] if members else ["DPSGD: there is no one to train on at this site"])]:
-            raise ValueError("; ".join(problems))
+            raise ConfigError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or only(n))}
         optimiser, dice = self._optimiser(list(named.values()), self.rate(round)), site.secret_rng()
         spend, secret = self.spend(data), dice.entropy(16)
@@ -139,17 +140,17 @@ class DPSGD(Local):
         only: Callable[[str], bool] | None = None,
     ) -> NoReturn:  # fmt: skip
         """Refuses: steps that a method takes by itself are not private."""
-        raise ValueError(BY_ITSELF)
+        raise ConfigError(BY_ITSELF)
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> NoReturn:
         """Refuses: batches that a method uses by itself are not private."""
-        raise ValueError(BY_ITSELF)
+        raise ConfigError(BY_ITSELF)
 
     def _members(self, data: Any) -> Sequence[Member]:
         """The units, each with a name that does not depend on which others there are, where the data have names."""
         patients = getattr(data, "patients", None)
         if self.unit == "patient" and patients is None:
-            raise ValueError("DPSGD: this data does not say whose each image is, so patients cannot be protected: "
+            raise ConfigError("DPSGD: this data does not say whose each image is, so patients cannot be protected: "
                              'name the patient column, or protect records only with unit = "record"')  # fmt: skip
         if patients is None:
             return [Member(i, [i]) for i in range(len(data))]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyclinic.errors import ConfigError
+
 
 def spectrum(images: Tensor) -> tuple[Tensor, Tensor]:
     """Amplitude and phase of [b, C, *spatial], each of that shape, frequency 0 first."""
@@ -37,7 +39,7 @@ def low_frequencies(shape: tuple[int, ...], fraction: float) -> tuple[Tensor, ..
         ValueError: Where ``fraction`` is not between 0 and 1.
     """
     if not 0 <= fraction <= 1:
-        raise ValueError(f"the window must be a share of the spectrum, from 0 to 1, not {fraction:g}")
+        raise ConfigError(f"the window must be a share of the spectrum, from 0 to 1, not {fraction:g}")
     found = []
     for n in shape:
         k = torch.arange(n)
@@ -90,7 +92,7 @@ class AmplitudeNormaliser:
 
     def __post_init__(self) -> None:
         if len(self.inputs) < 3:
-            raise ValueError(f"a spectrum needs images or volumes, not inputs of shape {self.inputs}")
+            raise ConfigError(f"a spectrum needs images or volumes, not inputs of shape {self.inputs}")
         low_frequencies(self.inputs[1:], self.fraction)
 
     def __call__(self) -> nn.Module:

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polyclinic.errors import ConfigError
+
 GAMMA: Final = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number; products wrap around at 64 bits
 MIX1: Final = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 MIX2: Final = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
-class UnknownRandomness(ValueError):
+class UnknownRandomness(ConfigError):
     """A model or loss draws random numbers in a way that cannot be tied to single examples."""
 
 

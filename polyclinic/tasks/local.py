@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.model import params_of
 from polyclinic.tasks.optimisers import SGD, Adam, Optimiser
 from polyclinic.tasks.task import Batch, borrow
@@ -160,7 +161,7 @@ class Local:
                 return SGD(parameters, lr, self.momentum, self.weight_decay)
             case "adam" | "adamw":
                 return Adam(parameters, lr, self.weight_decay, apart=self.optimiser == "adamw")
-        raise ValueError(f"no optimiser is called {self.optimiser!r}; there are sgd, adam, adamw")
+        raise ConfigError(f"no optimiser is called {self.optimiser!r}; there are sgd, adam, adamw")
 
     @contextmanager
     def _precision(self, device: str) -> Iterator[None]:

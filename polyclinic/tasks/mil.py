@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from polyclinic.errors import ConfigError
+
 
 class AttentionMIL(nn.Module):
     """A bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, and is never attended to.
@@ -47,5 +49,5 @@ def attention_mil(
 ) -> nn.Module:
     """For bags of the shape ``inputs``, (instances, features) or (1, instances, features)."""
     if len(inputs) not in (2, 3) or inputs[:-2] not in ((), (1,)):
-        raise ValueError(f"attention-mil needs bags of (instances, features), not inputs of shape {inputs}")
+        raise ConfigError(f"attention-mil needs bags of (instances, features), not inputs of shape {inputs}")
     return AttentionMIL(inputs[-1], outputs, width, attention, dropout)

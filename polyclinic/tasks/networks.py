@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.mil import attention_mil
 
 
@@ -33,7 +34,7 @@ class Network:
     def architecture(self) -> "Architecture":
         """The table's entry."""
         if self.name not in ARCHITECTURES:
-            raise ValueError(f"no network is called {self.name!r}; there are {', '.join(ARCHITECTURES)}")
+            raise ConfigError(f"no network is called {self.name!r}; there are {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[self.name]
 
     def in_head(self, name: str) -> bool:
@@ -88,7 +89,7 @@ def normalise(kind: str, channels: int, dims: int) -> nn.Module:
             return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1](channels, affine=True)
         case "none":
             return nn.Identity()
-    raise ValueError(f"no normalisation is called {kind!r} here; there are batch, group, instance (images only), none")
+    raise ConfigError(f"no normalisation is called {kind!r} here; there are batch, group, instance (images only), none")
 
 
 def mlp(inputs: tuple[int, ...], outputs: int, width: int = 32, depth: int = 1, dropout: float = 0.0,
@@ -109,7 +110,7 @@ def cnn(inputs: tuple[int, ...], outputs: int, width: int = 16, depth: int = 3, 
     """Convolution, normalisation, ReLU and pooling, ``depth`` times at doubling width, then a global mean."""
     channels, dims = inputs[0], len(inputs) - 1
     if dims not in (2, 3):
-        raise ValueError(f"a cnn needs images or volumes, not inputs of shape {inputs}")
+        raise ConfigError(f"a cnn needs images or volumes, not inputs of shape {inputs}")
     conv, pool, mean = (
         (nn.Conv2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
         if dims == 2
@@ -131,7 +132,7 @@ def _monai(name: str, **fixed: Any) -> Callable[..., nn.Module]:
         from monai.networks import nets
 
         if options.get("pretrained"):
-            raise ValueError(f"{name}: pretrained weights would be downloaded; begin from a file instead")
+            raise ConfigError(f"{name}: pretrained weights would be downloaded; begin from a file instead")
         given = {**fixed, **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}}
         module: nn.Module = getattr(nets, name)(**_places(name, inputs, outputs), **given)
         return module

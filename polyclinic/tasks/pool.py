@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import Local, Loss
 from polyclinic.tasks.task import Batch, Task
 
@@ -76,7 +77,7 @@ def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
         ValueError: Where there are none, with what to do.
     """
     if not size(data, "public"):
-        raise ValueError(f"{method} distils on public images, and {who} has none: give data under the role 'public', "
+        raise ConfigError(f"{method} distils on public images, and {who} has none: give data under the role 'public', "
                          "the same at every place, or choose a method without them, such as fedavg")  # fmt: skip
     return Untargeted(data["public"])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.task import Batch, Task
 
 
@@ -91,7 +92,7 @@ def columns(width: int, acceleration: float, centre: float, rng: torch.Generator
         ValueError: Where that is impossible.
     """
     if not acceleration >= 1 or not 0 < centre <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"acceleration must be at least 1 and centre within (0, 1], not {acceleration:g} and {centre:g}"
         )
     k = torch.arange(width)

@@ -7,6 +7,7 @@ import torch
 
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.local import seeded
 from polyclinic.tasks.model import gradient
 from polyclinic.tasks.task import Task, borrow
@@ -26,7 +27,7 @@ def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", 
     """
     data = site.data.get(role, ()) if data is None else data
     if not len(data):
-        raise ValueError(f"{site.name} has no {role} data: this method needs some at every site")
+        raise ConfigError(f"{site.name} has no {role} data: this method needs some at every site")
     model, total = borrow(task, params, site.device).eval(), 0.0
     with torch.inference_mode(), seeded(site.rng(round, "risk", role), site.device):
         for chunk in torch.arange(len(data)).split(CHUNK):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.adversarial import pass_for_real, tell_apart
 from polyclinic.tasks.generative import Up
 from polyclinic.tasks.local import Local, seeded
@@ -26,7 +27,7 @@ def images_only(inputs: tuple[int, ...]) -> None:
         ValueError: Where ``inputs`` is not (C, *spatial).
     """
     if len(inputs) < 3:
-        raise ValueError(f"a style needs images or volumes, not inputs of shape {inputs}")
+        raise ConfigError(f"a style needs images or volumes, not inputs of shape {inputs}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from polyclinic.errors import ConfigError, MissingDependency
 from polyclinic.tasks.dpsgd import Spend, Unit
 from polyclinic.transforms.guarantee import Guarantee, described, guarantee, sentence
 from polyclinic.transforms.replacement import loss_distribution
@@ -29,7 +30,7 @@ INTERVALS = {"pld": 1e-4, "coarse": 1e-3}
 HUGE = 100.0
 
 
-class BadPlan(ValueError):
+class BadPlan(ConfigError):
     """A budget that cannot be kept, or planned, as it was asked for."""
 
 
@@ -220,7 +221,7 @@ def _grouped(spends: Iterable[Spend]) -> tuple[Spend, ...]:
 
 def _only_unit(grouped: Sequence[Spend]) -> Unit:
     if len(units := sorted({spend.unit for spend in grouped})) > 1:
-        raise ValueError(f"these spends protect different units ({', '.join(units)}), and their ε do not add up: say "
+        raise ConfigError(f"these spends protect different units ({', '.join(units)}), and their ε do not add up: say "
                          "for which unit to count them")  # fmt: skip
     return grouped[0].unit
 
@@ -237,7 +238,7 @@ def _costs(spends: Iterable[Spend], unit: Unit | None) -> tuple[Cost, ...]:
 
 def _checked(delta: float) -> float:
     if not 0 < delta < 1:
-        raise ValueError(f"delta must be between 0 and 1, not {delta}")
+        raise ConfigError(f"delta must be between 0 and 1, not {delta}")
     return delta
 
 
@@ -304,7 +305,7 @@ def _library() -> Any:
         import dp_accounting
         from dp_accounting import pld, rdp
     except ImportError as error:
-        raise ImportError("privacy accounting needs a package: pip install polyclinic[privacy]") from error
+        raise MissingDependency("privacy", "privacy accounting needs dp-accounting") from error
     assert pld
     assert rdp
     return dp_accounting

@@ -21,6 +21,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ProtocolError
 from polyclinic.transforms.packing import (
     CHANGES,
     Parts,
@@ -146,7 +147,7 @@ class Int8(Codec):
         """The codes, times max |x| / 127."""
         codes, scale = parts["codes"], parts["scale"]
         if codes.dtype != torch.int8 or scale.shape != codes.shape[:1]:
-            raise ValueError(f"{tuple(scale.shape)} scales do not fit codes of shape {tuple(codes.shape)}")
+            raise ProtocolError(f"{tuple(scale.shape)} scales do not fit codes of shape {tuple(codes.shape)}")
         return (codes.reshape(len(scale), -1).float() * scale[:, None]).reshape(codes.shape)
 
 
@@ -186,7 +187,7 @@ class QSGD(Codec):
         shape = parts["shape"].shape[1:]
         codes = unpack_bits(parts["codes"], self._bits, size := math.prod(shape))
         if parts["norm"].shape != (-(-size // self.bucket),):
-            raise ValueError(f"{tuple(parts['norm'].shape)} norms do not fit {size} numbers")
+            raise ProtocolError(f"{tuple(parts['norm'].shape)} norms do not fit {size} numbers")
         norm = parts["norm"].repeat_interleave(self.bucket)[:size]
         return ((codes.float() - self.levels) / self.levels * norm).reshape(shape)
 
@@ -288,5 +289,5 @@ def multiplied(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
         ValueError: Where they do not.
     """
     if left.ndim != 2 or right.ndim != 2 or left.shape[0] * right.shape[1] != math.prod(shape):
-        raise ValueError(f"factors of {tuple(left.shape)} and {tuple(right.shape)} do not make {tuple(shape)}")
+        raise ProtocolError(f"factors of {tuple(left.shape)} and {tuple(right.shape)} do not make {tuple(shape)}")
     return (left @ right).reshape(shape)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.stats import Mean, Reply
+from polyclinic.errors import ConfigError, MissingDependency
 
 DEGREE, MODULI, SCALE = 8192, (60, 40, 60), 2.0**40
 SLOTS = DEGREE // 2  # numbers in one ciphertext
@@ -82,7 +83,7 @@ def encrypt(vector: Tensor, public: bytes) -> Iterator[bytes]:
         ValueError: Where a number is not finite.
     """
     if not bool(vector.isfinite().all()):
-        raise ValueError("NaN and infinities cannot be encrypted: lower the learning rate")
+        raise ConfigError("NaN and infinities cannot be encrypted: lower the learning rate")
     context = _tenseal().context_from(public)
     for chunk in vector.double().split(SLOTS):
         yield _tenseal().ckks_vector(context, chunk.tolist()).serialize()
@@ -99,7 +100,7 @@ def add(chunks: Sequence[bytes], public: bytes, size: int) -> bytes:
         one = _opened(context, chunk, size, f"ciphertext {number}")
         total = one if total is None else total + one
     if total is None:
-        raise ValueError("there is nothing to add")
+        raise ConfigError("there is nothing to add")
     found: bytes = total.serialize()
     return found
 
@@ -128,15 +129,15 @@ def encrypted_merge(replies: Mapping[str, Reply], keys: Keys, *, memory: int | N
     vectors, like = {}, next(iter(replies.values()))
     for site, reply in sorted(replies.items()):
         if odd := sorted(part for part, stat in reply.parts.items() if not isinstance(stat, Mean)):
-            raise ValueError(f"{site} sends {odd}, which is no mean: only sums can be added in encryption")
+            raise ConfigError(f"{site} sends {odd}, which is no mean: only sums can be added in encryption")
         if _layout(reply) != _layout(like):
-            raise ValueError(f"{site} would send tensors of other names or shapes than the others")
+            raise ConfigError(f"{site} would send tensors of other names or shapes than the others")
         vectors[site] = _vector(reply)
     size = len(next(iter(vectors.values())))
     price, allowed = cost(size, keys), memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if price.nbytes > allowed:
-        raise ValueError(f"encrypted, this model takes {price}, and {allowed / 1e6:.0f} MB are allowed: use SecureSum, "
-                         "which takes no more bytes than the model itself")  # fmt: skip
+        raise ConfigError(f"encrypted, this model takes {price}, and {allowed / 1e6:.0f} MB are allowed: use "
+                          "SecureSum, which takes no more bytes than the model itself")  # fmt: skip
     streams = [encrypt(vector, keys.public) for vector in vectors.values()]
     parts = []
     for index in range(price.chunks):
@@ -171,9 +172,9 @@ def _opened(context: Any, chunk: bytes, size: int, what: str) -> Any:
     try:
         found = _tenseal().ckks_vector_from(context, chunk)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} is broken: {error}") from None
+        raise ConfigError(f"{what} is broken: {error}") from None
     if found.size() != size:
-        raise ValueError(f"{what} holds {found.size()} numbers, where {size} were agreed")
+        raise ConfigError(f"{what} holds {found.size()} numbers, where {size} were agreed")
     return found
 
 
@@ -181,5 +182,5 @@ def _tenseal() -> Any:
     try:
         import tenseal
     except ImportError as error:
-        raise ImportError("encrypted sums need a package: pip install polyclinic[he]") from error
+        raise MissingDependency("he", "encrypted sums need tenseal") from error
     return tenseal

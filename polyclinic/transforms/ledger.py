@@ -21,11 +21,12 @@ from typing import Any
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
 from polyclinic.core.metering import Spend
 from polyclinic.core.state import write_bytes
+from polyclinic.errors import ConfigError, PolicyRefusal
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
 from polyclinic.transforms.units import UNITS, payable, problems
 
 
-class Exhausted(RuntimeError):
+class Exhausted(PolicyRefusal, RuntimeError):
     """The budget does not allow what was asked. Nothing was spent and nothing may leave."""
 
 
@@ -53,12 +54,12 @@ class Ledger:
             ValueError: If there is one already, or the budget makes no sense.
         """
         if not (0 < epsilon < math.inf and 0 < delta < 1 and unit in UNITS):
-            raise ValueError(
+            raise ConfigError(
                 "a budget has a finite epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
             )
         with locked(self.lock):
             if self.begun:
-                raise ValueError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
+                raise ConfigError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
 
     def raise_budget(self, epsilon: float, reason: str) -> None:
@@ -68,7 +69,7 @@ class Ledger:
             ValueError: Where no reason is given.
         """
         if not reason.strip() or not 0 < epsilon < math.inf:
-            raise ValueError("a new budget needs a finite epsilon above 0 and a reason")
+            raise ConfigError("a new budget needs a finite epsilon above 0 and a reason")
         with locked(self.lock):
             list(self._entries())
             self._append("raised", {"epsilon": epsilon, "reason": reason})

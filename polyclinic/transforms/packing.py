@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ProtocolError
 
 Parts = dict[str, Tensor]
 CHANGES = ("update", "control", "change")  # what methods call the parts that the server adds to what it has
@@ -27,7 +28,7 @@ def unpack(packed: Tree) -> dict[str, Parts]:
     for key, x in packed.items():
         name, colon, part = key.rpartition(":")
         if not colon:
-            raise ValueError(f"{key!r} was not packed")
+            raise ProtocolError(f"{key!r} was not packed")
         leaves.setdefault(name, {})[part] = x
     return leaves
 
@@ -54,9 +55,9 @@ def shape_in(tag: Tensor, limit: int) -> torch.Size:
             make the server reserve much memory.
     """
     if tag.ndim < 1 or tag.shape[0] != 0:
-        raise ValueError(f"{tuple(tag.shape)} carries no shape")
+        raise ProtocolError(f"{tuple(tag.shape)} carries no shape")
     if (size := math.prod(tag.shape[1:])) > limit:
-        raise ValueError(f"a tensor of {size} numbers, where at most {limit} fit this model")
+        raise ProtocolError(f"a tensor of {size} numbers, where at most {limit} fit this model")
     return tag.shape[1:]
 
 
@@ -77,7 +78,7 @@ def unpack_bits(packed: Tensor, bits: int, size: int) -> Tensor:
     """
     each = 8 // bits
     if packed.dtype != torch.uint8 or packed.shape != (-(-size // each),):
-        raise ValueError(f"{tuple(packed.shape)} bytes do not hold {size} numbers of {bits} bits")
+        raise ProtocolError(f"{tuple(packed.shape)} bytes do not hold {size} numbers of {bits} bits")
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     codes: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
     return codes.reshape(-1)[:size]

@@ -28,6 +28,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.dpsgd import add_noise
 
 SMALLEST, LARGEST = 2.0**-60, 2.0**60  # bounds beyond these lose their digits in single precision
@@ -61,7 +62,7 @@ class Clip(Transform):
             ValueError: If the server's message names another bound, to which ``Gaussian`` would calibrate its noise.
         """
         if (told := float(notes["clip"]["bound"])) != self.bound or len(notes["clip"]) != 1:
-            raise ValueError(f"Clip: the server's message names the bound {told:g}, and {self.bound:g} was approved")
+            raise ConfigError(f"Clip: the server's message names the bound {told:g}, and {self.bound:g} was approved")
         return Mean(_clipped(sent.total, self.bound)[0], sent.weight), memory
 
 
@@ -124,7 +125,7 @@ class AdaptiveClip(Transform):
         bound, count_noise = (float(notes["clip"][name]) for name in ("bound", "count_noise"))
         if not SMALLEST <= bound <= LARGEST or count_noise != (self.count_noise or 0.0):
             allowed = f"bounds from {SMALLEST:.0e} to {LARGEST:.0e} and {self.count_noise or 0:g}"
-            raise ValueError(f"AdaptiveClip: the server's message names the bound {bound:g} and the count's noise "
+            raise ConfigError(f"AdaptiveClip: the server's message names the bound {bound:g} and the count's noise "
                              f"{count_noise:g}, and {allowed} were approved")  # fmt: skip
         clipped, size = _clipped(sent.total, bound)
         below = torch.tensor([0.5 if size <= bound else -0.5])
@@ -226,11 +227,11 @@ class Gaussian(Transform):
         clip, dice = notes["clip"], site.secret_rng()
         deviation, count_deviation = self.deviations(clip)
         if found := self._too_coarse(clip):
-            raise ValueError(found[0])
+            raise ConfigError(found[0])
         refuse_variances(sent.total)
         for name, leaf in sent.total.items():
             if leaf.numel() and not leaf.is_floating_point():
-                raise ValueError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
+                raise ConfigError(f"Gaussian cannot hide integers, and {name} holds {leaf.dtype}")
         part = {name: count_deviation if name == BELOW else deviation for name in sent.total}
 
         def noise(value: Tree) -> Tree:
@@ -245,7 +246,7 @@ class Gaussian(Transform):
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
         """The sum as it is, if it holds the noise that was counted on."""
         if self.share > 1 and received.weight < self.share - 0.5:
-            raise ValueError(f"this sum holds the noise of {received.weight:g} sites, and {self.share} were counted "
+            raise ConfigError(f"this sum holds the noise of {received.weight:g} sites, and {self.share} were counted "
                              "on: it protects less than it says. Raise SecureSum's threshold")  # fmt: skip
         return received, state
 
@@ -262,7 +263,7 @@ def refuse_variances(sent: Tree) -> None:
         ValueError: Naming the tensor and what to do.
     """
     if found := next((name for name in sent if "running_var" in name), None):
-        raise ValueError(f"{found} is a variance of batch normalisation, which noise would make negative: build the "
+        raise ConfigError(f"{found} is a variance of batch normalisation, which noise would make negative: build the "
                          'network with the option norm = "group", or keep the statistics at the sites '
                          "(silobn, fedbn)")  # fmt: skip
 
@@ -271,7 +272,7 @@ def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:
     """``a`` scaled down to norm ``bound``, and the norm that it had."""
     size = tree.norm(a)
     if not math.isfinite(size):
-        raise ValueError("what this site would send holds NaN or an infinity, which no bound can clip: "
+        raise ConfigError("what this site would send holds NaN or an infinity, which no bound can clip: "
                          "lower the learning rate")  # fmt: skip
     # A little below the bound, so that rounding cannot carry it above, whatever the precision of the numbers.
     margin = max([2.0**-20, *(torch.finfo(leaf.dtype).eps for leaf in a.values() if leaf.is_floating_point())])

@@ -18,6 +18,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ProtocolError
 from polyclinic.transforms.compression import BFloat16, Codec, Int8
 from polyclinic.transforms.zstd import Zstd
 
@@ -51,7 +52,7 @@ class Received(Method[Any]):
         if sum(isinstance(t, Codec) for t in self.codecs) > 1:
             found.append("numbers can be made smaller once: leave BFloat16 or Int8 out")
         if found:
-            raise ValueError("; ".join(found))
+            raise ProtocolError("; ".join(found))
         parts = tuple(replace(t, parts=MODEL) if isinstance(t, Codec) else t for t in self.codecs)
         object.__setattr__(self, "codecs", parts)
 
@@ -123,7 +124,7 @@ class Received(Method[Any]):
             kind, _, rest = key.partition("/")
             part, slash, leaf = rest.partition("/")
             if kind != "m" or not slash:
-                raise ValueError(f"{key!r} is not what a server sends")
+                raise ProtocolError(f"{key!r} is not what a server sends")
             found.setdefault(unquote(part), {})[leaf] = x
         return dict(found)
 

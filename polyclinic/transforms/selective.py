@@ -21,6 +21,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 from polyclinic.transforms.privacy import refuse_variances
 
 
@@ -74,10 +75,10 @@ class SparseVector(Transform):
         dice, like = site.secret_rng(), sent.total
         refuse_variances(like)
         if whole := sorted(name for name, leaf in like.items() if leaf.numel() and not leaf.is_floating_point()):
-            raise ValueError(f"SparseVector cannot hide integers, and {whole[0]} holds {like[whole[0]].dtype}")
+            raise ConfigError(f"SparseVector cannot hide integers, and {whole[0]} holds {like[whole[0]].dtype}")
         x = tree.flatten(like).double()
         if not bool(x.isfinite().all()):
-            raise ValueError("what this site would send holds NaN or an infinity: lower the learning rate")
+            raise ConfigError("what this site would send holds NaN or an infinity: lower the learning rate")
         use = Use({"": x.clamp(-self.bound, self.bound)}, Spend(0.0, pure=self.epsilon), {}, self.bound)
         released = hidden(use, lambda value: {"": self._chosen(value[""], dice)})[""]
         meter(use.spend)

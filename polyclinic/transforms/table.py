@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, get_type_hints
 
 from polyclinic.core.pipeline import Transform
+from polyclinic.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def entry(name: str) -> Entry:
         return TRANSFORMS[name]
     near = difflib.get_close_matches(name, TRANSFORMS, 1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    raise ValueError(f'no transform is called "{name}".{hint} There are {", ".join(TRANSFORMS)}')
+    raise ConfigError(f'no transform is called "{name}".{hint} There are {", ".join(TRANSFORMS)}')
 
 
 def maker(of: Entry) -> type[Transform]:

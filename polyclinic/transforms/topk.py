@@ -21,6 +21,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ProtocolError
 from polyclinic.transforms.compression import number_limit, too_late
 from polyclinic.transforms.packing import CHANGES, Parts, may_lose, pack, shape_in, shape_tag, unpack
 
@@ -108,7 +109,7 @@ class TopK(Transform):
             size = math.prod(shape)
             limit -= size
             if values.shape != (self._size(size),):
-                raise ValueError(f"{name}: {tuple(values.shape)} values, where {self._size(size)} were asked for")
+                raise ProtocolError(f"{name}: {tuple(values.shape)} values, where {self._size(size)} were asked for")
             index = self._index(name, parts, size, state)
             dense[name] = torch.zeros(size, dtype=values.dtype).index_put_((index,), values).reshape(shape)
             if self.shared:
@@ -125,9 +126,9 @@ class TopK(Transform):
             return self._first(name, size) if known is None else known.long()
         index = parts["index"].long()
         if index.shape != parts["values"].shape or not bool((index[1:] > index[:-1]).all()):
-            raise ValueError(f"{name}: positions must rise, one for each value")
+            raise ProtocolError(f"{name}: positions must rise, one for each value")
         if int(index[0]) < 0 or int(index[-1]) >= size:
-            raise ValueError(f"{name}: a position beyond {size} numbers")
+            raise ProtocolError(f"{name}: a position beyond {size} numbers")
         return index
 
     def _choose(self, gain: Tensor, age: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+from polyclinic.errors import ConfigError
 from polyclinic.tasks.dpsgd import Spend, Unit
 
 UNITS: Final[tuple[Unit, ...]] = ("record", "patient", "site")  # each lies inside the next
@@ -54,7 +55,7 @@ def cost(spend: Spend, unit: Unit) -> Cost:
         ValueError: If it protects only something finer.
     """
     if (finer := UNITS.index(unit) - UNITS.index(spend.unit)) > 0:
-        raise ValueError(f"noise that hides each {spend.unit} does not protect a {unit}")
+        raise ConfigError(f"noise that hides each {spend.unit} does not protect a {unit}")
     half = finer < 0
     return Cost(
         spend.multiplier / 2 if half else spend.multiplier, spend.rate, spend.steps,

@@ -18,6 +18,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import MissingDependency, ProtocolError
 from polyclinic.transforms.compression import number_limit
 
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -63,10 +64,10 @@ class Zstd(Transform):
             ValueError: Where the frame is broken, or would unfold beyond the limit.
         """
         if received.total.keys() != {"zstd"} or (frame := received.total["zstd"]).dtype != torch.uint8:
-            raise ValueError("this is not one compressed frame")
+            raise ProtocolError("this is not one compressed frame")
         whole = bytes_of.decode(unfold(frame.contiguous().numpy().tobytes(), int(state["limit"]["bytes"])))
         if not isinstance(whole, dict) or not all(isinstance(leaf, Tensor) for leaf in whole.values()):
-            raise ValueError("the frame holds something else than tensors")
+            raise ProtocolError("the frame holds something else than tensors")
         return Mean(dict(_whole(key, leaf) for key, leaf in whole.items()), received.weight), state
 
 
@@ -80,13 +81,13 @@ def unfold(frame: bytes, limit: int) -> bytes:
     try:
         size = zstandard.get_frame_parameters(frame).content_size
         if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR) or size > limit:
-            raise ValueError(f"a compressed frame of {len(frame)} bytes would unfold beyond the limit of {limit} bytes")
+            raise ProtocolError(f"a compressed frame of {len(frame)} bytes would unfold beyond the limit of {limit}")
         reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(io.BytesIO(frame))
         whole: bytes = reader.read(size + 1)
     except zstandard.ZstdError as error:
-        raise ValueError(f"the compressed frame is broken: {error}") from None
+        raise ProtocolError(f"the compressed frame is broken: {error}") from None
     if len(whole) != size:
-        raise ValueError(f"a compressed frame says {size} bytes and holds {len(whole)}")
+        raise ProtocolError(f"a compressed frame says {size} bytes and holds {len(whole)}")
     return whole
 
 
@@ -104,7 +105,7 @@ def _whole(key: str, planes: Tensor) -> tuple[str, Tensor]:
     if kind == "raw":
         return name, planes
     if kind not in _DTYPES or planes.dtype != torch.uint8 or planes.shape[0] != _DTYPES[kind].itemsize:
-        raise ValueError(f"{key} is not what Zstd sends")
+        raise ProtocolError(f"{key} is not what Zstd sends")
     whole = planes.reshape(planes.shape[0], -1).T.reshape(-1).view(_DTYPES[kind])
     return name, whole.reshape(planes.shape[1:])
 
@@ -113,5 +114,5 @@ def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError as error:
-        raise ImportError("Zstd needs a package: pip install polyclinic[privacy]") from error
+        raise MissingDependency("privacy", "Zstd needs zstandard") from error
     return zstandard

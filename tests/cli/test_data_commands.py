@@ -7,6 +7,7 @@ import pytest
 
 from polyclinic.cli.data import app
 from polyclinic.data.examples import DataError
+from polyclinic.errors import ConfigError
 from tests.studies.test_planning import registry
 
 STUDY = """
@@ -71,7 +72,7 @@ def test_from_a_study_to_its_plan_and_to_an_alarm(tmp_path: Path, command) -> No
 
 def test_mistakes_are_told_in_words(tmp_path: Path, command) -> None:
     (tmp_path / "s.toml").write_text(STUDY.format(more=""))
-    with pytest.raises(FileNotFoundError, match="nowhere"):  # which the program tells without a traceback
+    with pytest.raises(ConfigError, match="nowhere"):  # which the program tells without a traceback
         command("plan", "nowhere.toml")
     with pytest.raises(DataError, match="there is nothing at"):
         command("plan", "s.toml")

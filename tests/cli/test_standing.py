@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from polyclinic.cli.standing import standing
+from polyclinic.errors import ConfigError
 from polyclinic.studies.runner import run
 from polyclinic.studies.spec import parse
 from polyclinic.studies.standing import NoStanding, read
@@ -70,5 +71,5 @@ def test_what_keeps_no_notes_says_so(tmp_path: Path) -> None:
     done = go(tmp_path, '[[methods]]\nname = "fedavg"\n', "plain")
     with pytest.raises(NoStanding, match='study "watched"'):
         read(done)
-    with pytest.raises(FileNotFoundError, match="there is no run here"):
+    with pytest.raises(ConfigError, match="there is no run here"):
         read(tmp_path / "nowhere")

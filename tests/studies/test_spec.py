@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.errors import ConfigError
 from polyclinic.studies.describe import method_facts
 from polyclinic.studies.problems import BadStudy
 from polyclinic.studies.spec import parse, read, with_values
@@ -113,7 +114,7 @@ def test_mistakes_are_told_in_words(name: str) -> None:
 
 
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="polyclinic new"):
+    with pytest.raises(ConfigError, match="polyclinic new"):
         read(tmp_path / "none.toml")
 
 

@@ -7,17 +7,15 @@ imports ``nvflare``, and only where a process of FLARE needs it. See docs/how-to
 
 from importlib.util import find_spec
 
-
-class NotInstalled(RuntimeError):
-    """NVIDIA FLARE is not there. The message says how to install it."""
+from polyclinic.errors import MissingDependency
 
 
 def require() -> None:
     """Raises unless NVIDIA FLARE is installed.
 
     Raises:
-        NotInstalled: Where it is not.
+        MissingDependency: If it is not.
     """
     missing = [package for package in ("nvflare", "cryptography") if find_spec(package) is None]
     if missing:
-        raise NotInstalled(f"{' and '.join(missing)} is not installed: pip install 'polyclinic[flare]'")
+        raise MissingDependency("flare", f"studies between hospitals need {' and '.join(missing)}")

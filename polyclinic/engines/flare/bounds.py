@@ -17,6 +17,7 @@ from typing import Any
 from polyclinic.engines.flare.homes import BadHome, read_json, read_small, write_private
 from polyclinic.engines.flare.messages import Answer, BadMessage, Call
 from polyclinic.engines.flare.order import Order
+from polyclinic.errors import PolicyRefusal
 
 CARRIES = ("do", "look", "secure")
 """The calls that may bring a file, and whose answers may."""
@@ -27,7 +28,7 @@ REPLY_FACTOR, REPLY_EXTRA = 8, 64 * 2**20
 ROUNDS_KEPT = 100
 
 
-class TooMuch(Exception):
+class TooMuch(PolicyRefusal):
     """More than may arrive here now. The message says what, and which setting decides."""
 
 

@@ -39,6 +39,7 @@ from polyclinic.engines.flare.processes import birth
 from polyclinic.engines.flare.records import Records
 from polyclinic.engines.flare.runs import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.signers import Signers
+from polyclinic.errors import RunError
 from polyclinic.tasks.evaluation import evaluate
 
 
@@ -331,7 +332,7 @@ class Conductor:
             raise Pause(why or "paused")
 
 
-class Pause(RuntimeError):
+class Pause(RunError):
     """The supervisor wants to begin a new attempt at this boundary. The message says why."""
 
 

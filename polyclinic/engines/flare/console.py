@@ -11,10 +11,12 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from polyclinic.errors import RunError
+
 PATIENCE = 40.0
 
 
-class NoAnswer(RuntimeError):
+class NoAnswer(RunError):
     """The server does not answer, or says no. The message is FLARE's or ours."""
 
 

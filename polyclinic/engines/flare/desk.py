@@ -26,6 +26,7 @@ from polyclinic.engines.flare.run_status import RunStatus
 from polyclinic.engines.flare.trainer import Died, Stopped, Trainer
 from polyclinic.engines.flare.usage import REPETITIONS
 from polyclinic.engines.schedule import Request, Schedule
+from polyclinic.errors import PolicyRefusal
 
 DEFAULT_POLICY = Path(__file__).parents[1] / "policy.toml"
 CALLS_AT_ONCE, CALLS_PER_SECOND = 500, 10.0
@@ -41,7 +42,7 @@ class Sent(NamedTuple):
     seconds: float = 0.0
 
 
-class Refusal(Exception):
+class Refusal(PolicyRefusal):
     """Why a call is not answered by a reply."""
 
     def __init__(self, reason: str, forgot: bool = False) -> None:

@@ -14,6 +14,7 @@ from polyclinic.engines.flare.journals import SharedJournal
 from polyclinic.engines.flare.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.order import Order
 from polyclinic.engines.flare.signers import Signers
+from polyclinic.errors import RunError
 
 TICK = 0.25
 AWAY = "the site is away"
@@ -49,7 +50,7 @@ class Carrier(Protocol):
         """Stops waiting for a site; what it was called for is void."""
 
 
-class Ended(RuntimeError):
+class Ended(RunError):
     """The job was ended from outside."""
 
 

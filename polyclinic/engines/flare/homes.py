@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.errors import ConfigError
+
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 MAX_TEXT = 2**20
 
 
-class BadHome(ValueError):
+class BadHome(ConfigError):
     """A folder that is not what it should be, or a name that cannot be used. The message says what to do."""
 
 

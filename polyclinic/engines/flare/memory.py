@@ -21,11 +21,12 @@ from typing import Any
 
 from polyclinic.engines.flare.homes import hash_of, private_folder, read_json, write_private
 from polyclinic.engines.flare.usage import Answered, Usage
+from polyclinic.errors import ProtocolError
 
 SPARE = 2
 
 
-class OldMessage(ValueError):
+class OldMessage(ProtocolError):
     """A message that the server itself has settled: a replay, or a server restored from an older copy."""
 
 

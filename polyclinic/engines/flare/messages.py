@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Self, get_type_hints
 
 from polyclinic.engines.flare.homes import NAME
+from polyclinic.errors import ProtocolError
 
 VERSION = 2
 MAX_MESSAGE = 2**20
@@ -17,7 +18,7 @@ KINDS = ("hello", "do", "look", "secure", "end")
 STAGES = ("", "advertise", "share", "mask", "agree", "reveal")
 
 
-class BadMessage(ValueError):
+class BadMessage(ProtocolError):
     """A message that is not one. The text says which field and why."""
 
 

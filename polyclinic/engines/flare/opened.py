@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from polyclinic.engines.flare.homes import sync
+from polyclinic.errors import ProtocolError
 
 LIMIT = 2**28
 LEAST = 3
 Roster = tuple[str, ...]
 
 
-class NotOpened(ValueError):
+class NotOpened(ProtocolError):
     """A secure sum that this site does not help to open. The message says why."""
 
 

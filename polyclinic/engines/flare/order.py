@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from polyclinic.core.syntax_hash import combined, hash_of_source
 from polyclinic.engines.flare.homes import BadHome, name
+from polyclinic.errors import ConfigError
 from polyclinic.methods.packages import Package, methods_in, packages_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
 COMPUTES = ("core", "tasks", "methods", "transforms", "data", "engines")
 
 
-class BadOrder(ValueError):
+class BadOrder(ConfigError):
     """An order that is not one. The message says which field and why."""
 
 

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare.homes import SiteHome
+from polyclinic.errors import RunError
 
 DEATHS = 3
 LINE = 2**20
 
 
-class Stopped(RuntimeError):
+class Stopped(RunError):
     """The run was ended, or its deadline passed, while the trainer worked. The message says which."""
 
 
-class Died(RuntimeError):
+class Died(RunError):
     """The training process is gone. The message says how."""
 
 

@@ -10,6 +10,7 @@ data everyone trusts, may take its place; it then decides what every other site 
 from dataclasses import dataclass
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 from polyclinic.methods.rules.rule import Rule, Updates, Verdict
 
 
@@ -29,7 +30,7 @@ class FLTrust(Rule):
         The trusted update counts among the others where it is a site's, and not where it is the server's.
         """
         if self.root not in updates.sites:
-            raise ValueError(
+            raise ConfigError(
                 f"fltrust trusts the update of {self.root!r}, which is not here: without it there is no telling"
             )
         zero = updates.sites.index(self.root)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
 
 CHUNK = 2**15  # coordinates looked at together: what of some twenty sites fits into a processor's cache
 
@@ -42,9 +43,9 @@ class Updates:
         """
         names = sorted(trees)
         if not names:
-            raise ValueError("a rule needs at least one update")
+            raise ConfigError("a rule needs at least one update")
         if wrong := faults(trees):
-            raise ValueError("; ".join(f"{site}: {reason}" for site, reason in wrong.items()))
+            raise ConfigError("; ".join(f"{site}: {reason}" for site, reason in wrong.items()))
         claimed = torch.tensor([(weights or {}).get(name, 1.0) for name in names], dtype=torch.float64)
         return cls({name: trees[name] for name in names}, claimed, torch.ones(len(names), dtype=torch.float64))
 
@@ -186,12 +187,12 @@ def presumed(corrupt: float, count: int, floor: int, times: int, rule: str) -> i
         ValueError: Where that takes more updates: ``times`` · f + ``floor``.
     """
     if not 0 <= corrupt < 0.5:
-        raise ValueError(
+        raise ConfigError(
             f"{rule}: corrupt is the share of sites presumed corrupt, at least 0 and below 0.5, not {corrupt}"
         )
     f = int(corrupt * count + 1e-9)
     if count < times * f + floor:
-        raise ValueError(f"{rule} needs {times * f + floor} updates to withstand {f} corrupt sites, and there are "
+        raise ConfigError(f"{rule} needs {times * f + floor} updates to withstand {f} corrupt sites, and there are "
                          f"{count}: lower corrupt, choose another rule, or wait for more sites")  # fmt: skip
     return f
 

@@ -5,12 +5,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polyclinic.core.state import savable
+from polyclinic.errors import MissingDependency
+from polyclinic.errors import ProtocolError as ProtocolError
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -23,15 +26,30 @@ try:
     from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-except ImportError as error:  # pragma: no cover
-    raise ImportError("secure summation needs a package: pip install polyclinic[privacy]") from error
+except ImportError:
+
+    class _Missing(type):
+        """Stands for a class of cryptography, so that everything but secure sums works without the package."""
+
+        def __getattr__(cls, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise MissingDependency("privacy", "secure sums and signatures need cryptography")
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            raise MissingDependency("privacy", "secure sums and signatures need cryptography")
+
+    def _missing(name: str) -> Any:
+        return _Missing(name, (Exception,), {})
+
+    InvalidSignature, InvalidTag = _missing("InvalidSignature"), _missing("InvalidTag")
+    Ed25519PrivateKey, Ed25519PublicKey = _missing("Ed25519PrivateKey"), _missing("Ed25519PublicKey")
+    X25519PrivateKey, X25519PublicKey = _missing("X25519PrivateKey"), _missing("X25519PublicKey")
+    Cipher, ChaCha20, ChaCha20Poly1305 = _missing("Cipher"), _missing("ChaCha20"), _missing("ChaCha20Poly1305")
+    SHA256, HKDF = _missing("SHA256"), _missing("HKDF")
 
 VERSION = "polyclinic secure sum 1"
 CHUNK = 2**16  # numbers masked at a time, so that they stay in the processor's cache
-
-
-class ProtocolError(ValueError):
-    """A message that the protocol forbids, or too few of them. Says which site and why; all keys are forgotten."""
 
 
 @savable("secure-sum.Session", 1)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from polyclinic.core.stats import Reply
+from polyclinic.errors import ConfigError
 from polyclinic.transforms.secure.keys import Ed25519PrivateKey, Session, default_threshold, public
 from polyclinic.transforms.secure.ring import layout_of, reply_of, vector_of
 from polyclinic.transforms.secure.server import SecureServer
@@ -110,7 +111,7 @@ def secure_merge(
     layouts = {site: layout_of(reply) for site, reply in replies.items()}
     shapes = {site: _shapes(layout) for site, layout in layouts.items()}
     if odd := sorted(site for site, shape in shapes.items() if shape != next(iter(shapes.values()))):
-        raise ValueError(f"{odd} would send tensors of other names or shapes than {next(iter(shapes))}")
+        raise ConfigError(f"{odd} would send tensors of other names or shapes than {next(iter(shapes))}")
     vectors = {site: vector_of(reply) for site, reply in replies.items()}
     total, alive = secure_sum(vectors, threshold=threshold, lost=lost, round=round, entropy=entropy)
     return reply_of(total, next(iter(layouts.values())), len(alive)), alive

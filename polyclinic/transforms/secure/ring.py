@@ -17,6 +17,7 @@ from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
 
 WEIGHT = "m/~secure/weight"
 _contents: ContextVar[list[str] | None] = ContextVar("contents of secure sums", default=None)
@@ -115,8 +116,8 @@ class SecureSum(Transform):
             ValueError: Where a number is beyond ``limit`` or the weight beyond ``heaviest``. Nothing has been sent.
         """
         if not 0 < sent.weight <= self.heaviest:
-            raise ValueError(f"SecureSum(heaviest={self.heaviest:g}): {site.name} weighs {sent.weight:g}. Set heaviest "
-                             "to the largest number of examples of a site, or make the method uniform")  # fmt: skip
+            raise ConfigError(f"SecureSum(heaviest={self.heaviest:g}): {site.name} weighs {sent.weight:g}. Set "
+                              "heaviest to the examples of the largest site, or make the method uniform")  # fmt: skip
         if (seen := _contents.get()) is not None:
             seen.append(content(sent.total))
         coded = {name: self._coded(name, leaf, 2.0**self.bits / self.heaviest) for name, leaf in sent.total.items()}
@@ -126,10 +127,10 @@ class SecureSum(Transform):
     def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
         """The inverse, on the sum."""
         if received.weight != round_(received.weight) or not 0 < received.weight <= self.capacity:
-            raise ValueError(f"a secure sum counts whole sites, {self.capacity} at most, and this one counts "
+            raise ConfigError(f"a secure sum counts whole sites, {self.capacity} at most, and this one counts "
                              f"{received.weight:g}: secure sums cannot be discounted")  # fmt: skip
         if wrong := [name for name, leaf in received.total.items() if leaf.dtype != torch.int32]:
-            raise ValueError(f"{wrong[0]} is not what SecureSum sends")
+            raise ConfigError(f"{wrong[0]} is not what SecureSum sends")
         weight = int(received.total[WEIGHT]) / self._weight_scale * self.heaviest
         if self.heaviest == 1:
             weight = float(round_(weight)) if abs(weight - round_(weight)) < 1e-6 else weight
@@ -145,10 +146,10 @@ class SecureSum(Transform):
         if leaf.numel() == 0:
             return leaf.to(torch.int32)
         if not leaf.is_floating_point():
-            raise ValueError(f"SecureSum sums real numbers, and {name} holds {leaf.dtype}")
+            raise ConfigError(f"SecureSum sums real numbers, and {name} holds {leaf.dtype}")
         largest = float(leaf.abs().max()) / self.heaviest
         if not largest <= self.limit:  # also where it is NaN
-            raise ValueError(f"SecureSum(limit={self.limit:g}): {name} holds {largest:g}. Nothing was sent. Clip what "
+            raise ConfigError(f"SecureSum(limit={self.limit:g}): {name} holds {largest:g}. Nothing was sent. Clip what "
                              "is sent, lower the learning rate, or raise limit (and lower bits)")  # fmt: skip
         exact = math.frexp(scale)[0] == 0.5  # a power of two loses nothing in single precision
         return ((leaf if exact else leaf.double()) * scale).round_().to(torch.int32)
@@ -178,8 +179,8 @@ def layout_of(reply: Reply) -> dict[str, Tree]:
     layout: dict[str, Tree] = {}
     for part, stat in sorted(reply.parts.items()):
         if not isinstance(stat, Mean) or any(leaf.dtype != torch.int32 for leaf in stat.total.values()):
-            raise ValueError(f"the part {part!r} was not made by SecureSum: a secure ask is answered only with sums in "
-                             "the ring. Send the method through SecureSum()")  # fmt: skip
+            raise ConfigError(f"the part {part!r} was not made by SecureSum: a secure ask is answered only with sums "
+                              "in the ring. Send the method through SecureSum()")  # fmt: skip
         layout[part] = {name: torch.empty(0, *leaf.shape, dtype=torch.int32) for name, leaf in stat.total.items()}
     return layout
 
@@ -202,7 +203,7 @@ def reply_of(vector: Tensor, layout: Mapping[str, Tree], sites: int) -> Reply:
             start += size
         parts[part] = Mean(total, float(sites))
     if start != len(vector):
-        raise ValueError(f"{len(vector)} numbers, where the layout has {start}")
+        raise ConfigError(f"{len(vector)} numbers, where the layout has {start}")
     return Reply(parts)
 
 

@@ -37,7 +37,7 @@ as a wrong option, file or setting; 3 stopped by polyclinic stop; 70 a bug; 130 
 
 Completion of commands and options in the shell: polyclinic --install-completion. Any command takes --help."""
 _EXTRAS = {
-    "cryptography": "privacy", "zstandard": "privacy", "dp_accounting": "privacy", "nvflare": "flare", "tenseal": "he",
+    "zstandard": "privacy", "dp_accounting": "privacy", "nvflare": "flare", "tenseal": "he",
     "onnx": "export", "onnxscript": "export", "captum": "explain", "mlflow": "track", "tensorboardX": "track",
     "pydicom": "dicom", "dicomanonymizer": "dicom", "h5py": "fastmri", "pyarrow": "tables",
 }  # fmt: skip

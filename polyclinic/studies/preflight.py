@@ -12,7 +12,6 @@ from polyclinic.studies.spec import Study
 FREE_BYTES = 200 * 2**20
 """Free space that a run needs at least: checkpoints, predictions and the report."""
 _TRANSFORMS = {
-    "secure-sum": ("privacy", "secure sums need cryptography", ("cryptography",)),
     "zstd": ("privacy", "Zstd needs zstandard", ("zstandard",)),
 }
 

@@ -19,7 +19,7 @@ from typing import Any
 from polyclinic.core import tree
 from polyclinic.core.state import write_bytes
 from polyclinic.core.tree import Tree
-from polyclinic.errors import IntegrityError, MissingDependency
+from polyclinic.errors import IntegrityError
 from polyclinic.studies.folder import read_tensors
 
 FORMAT = "polyclinic data vector 1"
@@ -173,10 +173,8 @@ def _verify(key: str, signature: bytes, signed: bytes) -> None:
 
 
 def _ed25519() -> Any:
-    try:
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError:
-        raise MissingDependency("privacy", "signing needs cryptography") from None
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
     return ed25519
 
 

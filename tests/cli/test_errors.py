@@ -139,7 +139,7 @@ def test_a_full_disk_is_no_bug() -> None:
 
 def test_a_missing_package_is_one_line() -> None:
     error = ImportError("cannot import the command")
-    error.__cause__ = ModuleNotFoundError("no module", name="cryptography.x509")
+    error.__cause__ = ModuleNotFoundError("no module", name="dp_accounting.rdp")
     assert str(main.explained(error)).endswith('pip install "polyclinic[privacy]"')
     assert main.explained(ModuleNotFoundError("no module", name="polyclinc")) is None
 

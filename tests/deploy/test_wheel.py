@@ -54,7 +54,7 @@ def test_the_wheel_alone_runs_the_demo_a_study_and_its_report(tmp_path: Path) ->
     checked(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
     python, command = (str(tmp_path / "venv" / "bin" / name) for name in ("python", "polyclinic"))
     checked(python, "-m", "pip", "install", "-q", "--constraint", str(ROOT / "constraints.txt"), str(wheel), cwd=tmp_path)
-    absent = "import importlib.util as u; print([n for n in ('cryptography', 'dp_accounting', 'nvflare') if u.find_spec(n)])"
+    absent = "import importlib.util as u; print([n for n in ('dp_accounting', 'nvflare') if u.find_spec(n)])"
     assert checked(python, "-c", absent, cwd=tmp_path).stdout.strip() == "[]"
     pictures(tmp_path / "images")
     (tmp_path / "s.toml").write_text(STUDY)
@@ -66,4 +66,4 @@ def test_the_wheel_alone_runs_the_demo_a_study_and_its_report(tmp_path: Path) ->
     checked(command, "run", "demo.toml", "--set", "rounds=1", "--set", "seeds=[0]", cwd=tmp_path)
     refused = subprocess.run([command, "server", "status"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr.strip().endswith('pip install "polyclinic[privacy]"')
+    assert refused.stderr.strip().endswith('pip install "polyclinic[flare]"')

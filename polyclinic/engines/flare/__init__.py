@@ -16,6 +16,5 @@ def require() -> None:
     Raises:
         MissingDependency: If it is not.
     """
-    missing = [package for package in ("nvflare", "cryptography") if find_spec(package) is None]
-    if missing:
-        raise MissingDependency("flare", f"studies between hospitals need {' and '.join(missing)}")
+    if find_spec("nvflare") is None:
+        raise MissingDependency("flare", "studies between hospitals need NVIDIA FLARE")

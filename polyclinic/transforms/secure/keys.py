@@ -5,48 +5,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey as Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey as X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from polyclinic.core.state import savable
-from polyclinic.errors import MissingDependency
 from polyclinic.errors import ProtocolError as ProtocolError
-
-try:
-    from cryptography.exceptions import InvalidSignature, InvalidTag
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey as Ed25519PrivateKey
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey as X25519PrivateKey
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
-    from cryptography.hazmat.primitives.ciphers import Cipher
-    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-    from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-except ImportError:
-
-    class _Missing(type):
-        """Stands for a class of cryptography, so that everything but secure sums works without the package."""
-
-        def __getattr__(cls, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            raise MissingDependency("privacy", "secure sums and signatures need cryptography")
-
-        def __call__(cls, *args: Any, **options: Any) -> Any:
-            raise MissingDependency("privacy", "secure sums and signatures need cryptography")
-
-    def _missing(name: str) -> Any:
-        return _Missing(name, (Exception,), {})
-
-    InvalidSignature, InvalidTag = _missing("InvalidSignature"), _missing("InvalidTag")
-    Ed25519PrivateKey, Ed25519PublicKey = _missing("Ed25519PrivateKey"), _missing("Ed25519PublicKey")
-    X25519PrivateKey, X25519PublicKey = _missing("X25519PrivateKey"), _missing("X25519PublicKey")
-    Cipher, ChaCha20, ChaCha20Poly1305 = _missing("Cipher"), _missing("ChaCha20"), _missing("ChaCha20Poly1305")
-    SHA256, HKDF = _missing("SHA256"), _missing("HKDF")
 
 VERSION = "polyclinic secure sum 1"
 CHUNK = 2**16  # numbers masked at a time, so that they stay in the processor's cache

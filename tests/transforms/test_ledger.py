@@ -388,6 +388,16 @@ def test_a_method_that_meters_nonsense_releases_nothing_and_leaves_no_mark(ledge
     assert ledger.path.read_bytes() == before
 
 
+@pytest.mark.parametrize("given", [[], [ONE], [ONE, Spend(4.0, unit="record")]])
+def test_a_budget_for_sites_is_not_paid_from_by_what_protects_only_patients(tmp_path: Path, given: list[Spend]) -> None:
+    ledger = Ledger(tmp_path / "site.jsonl")
+    ledger.begin(**{**SMALL, "unit": "site"})
+    for use in (ledger.reserve, ledger.check):
+        with pytest.raises(Exhausted, match="this budget protects every site, and nothing in what was asked does"):
+            use(given)
+    assert ledger.spends() == ()
+
+
 def test_a_budget_may_be_used_up_to_its_last_digit(tmp_path: Path) -> None:
     """What fits exactly is allowed, by the tight figure where the quick one is too large; and nothing above."""
     exact = epsilon([ONE, ONE], 1e-5)

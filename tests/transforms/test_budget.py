@@ -162,13 +162,15 @@ def test_each_job_pays_for_itself(ledger: Ledger) -> None:
 
 
 def test_counting_ends_with_the_release(ledger: Ledger) -> None:
+    budget = Budget(ledger)
     with metered() as outside:
-        job(Budget(ledger), ONE)
-        with pytest.raises(Refused):
-            job(Budget(ledger))
-        assert outside == []
+        job(budget, ONE)
         meter(ONE)
-    assert outside == [ONE]
+        with pytest.raises(Refused):
+            job(budget)
+        meter(ONE)
+    assert outside == [ONE, ONE], "and not what the jobs metered"
+    assert ledger.spends() == (ONE,)
 
 
 def test_a_budget_that_is_used_up_or_broken_refuses_the_reply(ledger: Ledger) -> None:

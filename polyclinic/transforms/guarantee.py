@@ -21,10 +21,10 @@ class Guarantee(NamedTuple):
     """
 
     unit: str
-    inside: tuple[str, ...] = ()
-    exact: bool = True
-    share: int = 1
-    sampled: bool = False
+    inside: tuple[str, ...]
+    exact: bool
+    share: int
+    sampled: bool
 
     @property
     def adjacency(self) -> str:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.journal import FIRST, Broken, Journal, verify
-from polyclinic.core.metering import Spend
+from polyclinic.core.metering import Spend, Unit
 from polyclinic.core.state import write_bytes
 from polyclinic.errors import ConfigError, PolicyRefusal
 from polyclinic.transforms.accounting import Statement, epsilon, epsilon_rdp, statement
 from polyclinic.transforms.units import UNITS, payable, problems
+
+BEGINNING = b'{"seq":0,"event":"budget",'
 
 
 class Exhausted(PolicyRefusal, RuntimeError):
@@ -51,13 +53,15 @@ class Ledger:
             delta: δ, below one in the number of units.
 
         Raises:
-            ValueError: If there is one already, or the budget makes no sense.
+            ValueError: If there is one already, or another file, or the budget makes no sense.
         """
         if not (0 < epsilon < math.inf and 0 < delta < 1 and unit in UNITS):
             raise ConfigError(
                 "a budget has a finite epsilon above 0, delta between 0 and 1, and the unit record, patient or site"
             )
         with locked(self.lock):
+            if self.path.exists() and not _begins_as_one(self.path):
+                raise ValueError(f"{self.path}: another file is in the place of the ledger")
             if self.begun:
                 raise ConfigError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
@@ -238,14 +242,14 @@ class Ledger:
             journal.close()
         write_bytes(self._head, head.encode() + b"\n")
 
-    def _spend(self, given: dict[str, Any], unit: str) -> Spend:
+    def _spend(self, given: dict[str, Any], unit: Unit) -> Spend:
         """A spend as it was written."""
         try:
             found = Spend(**given)
             wrong = problems(found)
         except TypeError as error:
             found, wrong = Spend(0.0), [str(error)]
-        if not wrong and not payable([found], UNITS[UNITS.index(unit)]):  # type: ignore[arg-type]
+        if not wrong and not payable([found], unit):
             wrong = [f"it does not protect a {unit}"]
         if wrong:
             raise Broken(f"{self.path}: an entry cannot be accounted for: {'; '.join(wrong)}")
@@ -276,5 +280,4 @@ def locked(path: Path) -> Iterator[None]:
 def _begins_as_one(path: Path) -> bool:
     """Whether the file could be a ledger, so that nothing is cut off another. A first line may be torn."""
     with path.open("rb") as opened:
-        first = opened.readline(2**16)
-    return not first or (first.startswith(b"{") and (b'"event":"budget"' in first or not first.endswith(b"\n")))
+        return BEGINNING.startswith(opened.read(len(BEGINNING)))

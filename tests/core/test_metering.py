@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -43,6 +44,35 @@ def test_without_an_auditor_noise_is_added_and_with_one_it_decides() -> None:
     with pytest.raises(ZeroDivisionError), audited(auditor):
         raise ZeroDivisionError
     assert torch.equal(hidden(USE, double)["w"], torch.full((3,), 2.0)), "an audit ends with its block"
+
+
+def test_what_is_not_said_of_a_spend_or_a_use_is_what_assumes_least() -> None:
+    """One step, on everyone, for a whole site, by noise that the site adds alone; nothing bounded, nobody sampled."""
+    assert Spend(1.5) == Spend(1.5, rate=1.0, steps=1, unit="site", pure=0.0, share=1)
+    assert Use({}, Spend(1.0), {}) == Use({}, Spend(1.0), {}, bound=0.0, sampled=None)
+
+
+def test_the_innermost_meter_counts_and_counting_ends_with_its_block() -> None:
+    meter(Spend(9.0))  # nobody counts, so nothing happens
+    with metered() as outer:
+        meter(Spend(1.0))
+        with metered() as inner:
+            meter(Spend(2.0))
+            meter(Spend(2.0))
+        with pytest.raises(ZeroDivisionError), metered():
+            raise ZeroDivisionError
+        meter(Spend(3.0))
+    meter(Spend(4.0))
+    assert (outer, inner) == ([Spend(1.0), Spend(3.0)], [Spend(2.0), Spend(2.0)])
+
+
+def test_each_thread_counts_its_own() -> None:
+    """Two sites' jobs in one process: neither pays for the other, and neither is audited by the other's auditor."""
+    with metered() as mine, audited(lambda use, noise: {"w": torch.zeros(3)}), ThreadPoolExecutor(1) as other:
+        other.submit(meter, Spend(2.0)).result()
+        assert torch.equal(other.submit(hidden, USE, lambda value: value).result()["w"], torch.ones(3))
+        meter(Spend(1.0))
+    assert mine == [Spend(1.0)]
 
 
 def test_names_stay_where_they_were() -> None:
@@ -145,10 +175,14 @@ def test_what_an_auditor_returns_is_what_leaves() -> None:
 
 
 def test_sparse_vector_shows_bounded_coordinates_and_hides_no_integers() -> None:
-    sent = Mean({"a": torch.tensor([5.0, -5.0]), "b": torch.tensor([[0.0001]]), "empty": torch.zeros(0, dtype=torch.long)}, 1.0)
+    sent = Mean(
+        {"a": torch.tensor([5.0, -5.0]), "b": torch.tensor([[0.0001]]), "empty": torch.zeros(0, dtype=torch.long)}, 1.0
+    )
     [use] = uses_of(lambda: SparseVector(bound=0.01).encode(sent, {}, {}, Site("a"), 0))
     assert use.bound == 0.01
     assert use.value[""].tolist() == pytest.approx([0.01, -0.01, 0.0001])
     assert use.spend == Spend(0.0, pure=3.0)
     with pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and counts holds torch\.int64"):
-        SparseVector().encode(Mean({"w": torch.ones(2), "counts": torch.ones(2, dtype=torch.long)}, 1.0), {}, {}, Site("a"), 0)
+        SparseVector().encode(
+            Mean({"w": torch.ones(2), "counts": torch.ones(2, dtype=torch.long)}, 1.0), {}, {}, Site("a"), 0
+        )

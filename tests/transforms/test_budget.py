@@ -1,7 +1,9 @@
 """What a site with a privacy budget lets leave: what noise was added to, and its own scores; by value, not by name."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 
 from polyclinic.core.execute import Refused, execute
+from polyclinic.core.metering import Spend, meter, metered
 from polyclinic.core.method import Ask
+from polyclinic.core.pipeline import send_through
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Gather, Mean, Reply
 from polyclinic.core.tree import Trees
@@ -26,6 +30,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 from polyclinic.transforms.budget import Budget
 from polyclinic.transforms.ledger import Ledger
+from polyclinic.transforms.privacy import Clip
 from tests.conftest import Rows, blobs
 
 TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 2), ("depth", 2), ("norm", "group"))))
@@ -90,6 +95,93 @@ def test_a_refusal_names_every_part_and_a_paid_reply_costs_what_it_metered(ledge
     private = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=2))
     execute(private, ask_of(private), {}, site, Budget(ledger))
     assert [spend.steps for spend in ledger.spent().spends] == [2]
+
+
+ONE, SCORE = Spend(4.0, unit="patient"), Reply({"score": Gather({"a": {"auc": torch.tensor(0.5)}})})
+SENT = Reply({"update": Mean.of({"w": torch.ones(3)})})
+PLAIN = FedAvg(TASK, Local(), uniform=True)
+EVALUATED = Evaluated(PLAIN, TASK)
+
+
+def job(
+    budget: Budget, *spends: Spend, reply: Reply = SENT, name: str = "train", method: Any = PLAIN, round: int = 0
+) -> None:
+    """What ``execute`` does at a site, with a method that meters ``spends`` and answers ``reply``."""
+    ask, site = Ask(round, {}, job=name), Site("a")
+    budget.admit(method, ask, site)
+    for spend in spends:
+        meter(spend)
+    budget.release(method, ask, reply, site)
+
+
+@pytest.mark.parametrize("name", ["score/val", "score/test"])
+@pytest.mark.parametrize("method", [EVALUATED, send_through(EVALUATED, Clip(1.0))])
+def test_scores_are_free_whatever_the_evaluation_is_wrapped_in(ledger: Ledger, name: str, method: Any) -> None:
+    job(Budget(ledger), reply=SCORE, name=name, method=method)
+    assert ledger.spends() == ()
+    for other in (PLAIN, send_through(PLAIN, Clip(1.0))):
+        with pytest.raises(Refused, match=f"the job '{name}' added none"):
+            job(Budget(ledger), reply=SCORE, name=name, method=other)
+    with pytest.raises(Refused, match=r"What would have left: update$"):
+        job(Budget(ledger), name=name, method=method)
+    with pytest.raises(Refused, match="added none"):
+        job(Budget(ledger, free=()), reply=SCORE, name=name, method=method)
+
+
+def test_an_evaluation_that_spends_pays(ledger: Ledger) -> None:
+    job(Budget(ledger), ONE, reply=SCORE, name="score/val", method=EVALUATED)
+    assert ledger.spends() == (ONE,)
+
+
+def test_what_was_metered_is_paid_and_the_ledger_says_for_which_round_and_job(ledger: Ledger) -> None:
+    other = Spend(0.0, steps=3, unit="patient", pure=0.5)
+    job(Budget(ledger), ONE, other, name="train/head", round=7)
+    assert ledger.spends() == (ONE, other)
+    entry = json.loads(ledger.path.read_text().splitlines()[-1])
+    assert entry["about"] == {"round": 7, "job": "train/head"}
+
+
+def test_where_nothing_leaves_nothing_is_paid(ledger: Ledger) -> None:
+    for spends in ((), (ONE,)):
+        job(Budget(ledger), *spends, reply=Reply())
+    assert ledger.spends() == ()
+
+
+def test_each_job_pays_for_itself(ledger: Ledger) -> None:
+    """What a job metered that failed does not count for the next, and neither pays for one that meters nothing."""
+    budget = Budget(ledger)
+    budget.admit(PLAIN, Ask(0, {}), Site("a"))
+    meter(Spend(1.0, unit="patient"))  # and then it fails
+    job(budget, ONE)
+    assert ledger.spends() == (ONE,)
+    with pytest.raises(Refused, match="added none"):
+        job(budget)
+    assert ledger.spends() == (ONE,)
+    with pytest.raises(Refused, match="added none"):
+        Budget(ledger).release(PLAIN, Ask(0, {}), SENT, Site("a"))
+
+
+def test_counting_ends_with_the_release(ledger: Ledger) -> None:
+    budget = Budget(ledger)
+    with metered() as outside:
+        job(budget, ONE)
+        meter(ONE)
+        with pytest.raises(Refused):
+            job(budget)
+        meter(ONE)
+    assert outside == [ONE, ONE], "and not what the jobs metered"
+    assert ledger.spends() == (ONE,)
+
+
+def test_a_budget_that_is_used_up_or_broken_refuses_the_reply(ledger: Ledger) -> None:
+    with pytest.raises(Refused, match=r"the budget of ε = 10 .* is used up"):
+        job(Budget(ledger), Spend(0.0, pure=10.5, unit="patient"))
+    with pytest.raises(Refused, match="this budget protects every patient, and nothing in what was asked does"):
+        job(Budget(ledger), Spend(4.0, unit="record"))
+    assert ledger.spends() == ()
+    ledger.path.unlink()
+    with pytest.raises(Refused, match="the ledger is missing"):
+        job(Budget(ledger), ONE)
 
 
 PLAN = Plan("classification", "cnn", (1, 8, 8), 2, "fedavg", ("a", "b"), 3,

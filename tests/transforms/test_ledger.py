@@ -1,11 +1,14 @@
 """A privacy budget that is never under-counted: not by crashes, not by races, not by an editor."""
 
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from polyclinic.tasks.local import Local
 from polyclinic.tasks.networks import Network
 from polyclinic.transforms.accounting import epsilon
 from polyclinic.transforms.budget import Budget
-from polyclinic.transforms.ledger import Exhausted, Ledger
+from polyclinic.transforms.ledger import Exhausted, Ledger, locked
 from polyclinic.transforms.privacy import Clip, Gaussian
 from tests.conftest import blobs
 
@@ -65,6 +68,9 @@ def test_a_person_may_raise_the_budget_and_must_say_why(ledger: Ledger) -> None:
     ledger.raise_budget(9.0, "ethics board, minute 4 of 2026-11-02")
     assert ledger.budget()["epsilon"] == 9.0
     assert ledger.head() != head
+    assert json.loads(ledger.path.read_text().splitlines()[-1])["reason"] == "ethics board, minute 4 of 2026-11-02"
+    ledger.raise_budget(0.5, "lower is allowed, too")
+    assert ledger.budget() == {**SMALL, "epsilon": 0.5}
     for wrong in ((9.0, " "), (0.0, "why not"), (math.inf, "why not"), (math.nan, "why not")):
         with pytest.raises(ValueError, match="above 0 and a reason"):
             ledger.raise_budget(*wrong)
@@ -80,6 +86,91 @@ def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
                   {"unit": "hospital"}):  # fmt: skip
         with pytest.raises(ValueError, match="a budget has"):
             Ledger(tmp_path / "other").begin(**{**SMALL, **wrong})
+    assert not Ledger(tmp_path / "other").begun
+    Ledger(tmp_path / "other").begin(**{**SMALL, "epsilon": 0.5})
+    assert Ledger(tmp_path / "other").budget() == {**SMALL, "epsilon": 0.5}
+
+
+def test_a_crash_between_an_entry_and_its_head_loses_neither(ledger: Ledger) -> None:
+    """The entry counts, the head is made up for, and the budget still does not begin anew."""
+    head = ledger.path.with_name("budget.jsonl.head")
+    head.unlink()
+    assert ledger.begun
+    with pytest.raises(ValueError, match="does not begin anew"):
+        ledger.begin(**SMALL)
+    for _ in range(2):  # the second time it reads what the first has made up for
+        assert ledger.budget() == SMALL
+        assert head.read_text().strip() == ledger.head()
+    before = head.read_bytes()
+    ledger.reserve([ONE])
+    head.write_bytes(before)
+    for _ in range(2):
+        assert ledger.spends() == (ONE,)
+        assert head.read_text().strip() == json.loads(ledger.path.read_text().splitlines()[-1])["hash"]
+
+
+def test_a_head_that_is_two_entries_behind_is_no_crash(ledger: Ledger) -> None:
+    head = ledger.path.with_name("budget.jsonl.head")
+    before = head.read_bytes()
+    for _ in range(2):
+        ledger.reserve([ONE])
+    head.write_bytes(before)
+    with pytest.raises(Broken, match="do not agree"):
+        ledger.spent()
+
+
+def test_a_torn_last_entry_was_never_acknowledged_and_is_cut_off(ledger: Ledger) -> None:
+    ledger.reserve([ONE])
+    whole = ledger.path.read_bytes()
+    ledger.path.write_bytes(whole + b'{"seq":2,"event":"spe')
+    assert ledger.spends() == (ONE,)
+    assert ledger.path.read_bytes() == whole
+    ledger.reserve([ONE])
+    assert ledger.spends() == (ONE, ONE)
+
+
+def test_only_one_process_at_a_time_and_only_its_owner_touches_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.lock"
+
+    def free() -> bool:
+        with path.open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    with locked(path):
+        assert not free()
+    assert free(), "and it lets go"
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ZeroDivisionError), locked(path):
+        raise ZeroDivisionError
+    assert free(), "after an error, too"
+
+
+def test_every_use_of_a_ledger_waits_for_its_turn(ledger: Ledger) -> None:
+    """Whoever holds the lock beside the ledger holds up all that read and write it."""
+    head = ledger.head()
+    uses: list[Callable[[], Any]] = [
+        lambda: ledger.reserve([ONE]), lambda: ledger.check([ONE]), ledger.spent, ledger.spends, ledger.budget, ledger.head,
+        lambda: ledger.knows(head), lambda: ledger.note_members({"members": 1}), ledger.members,
+        lambda: ledger.raise_budget(9.0, "because"),
+    ]  # fmt: skip
+    with ThreadPoolExecutor(len(uses)) as threads:
+        with locked(ledger.path.with_name("budget.jsonl.lock")):
+            waiting = [threads.submit(use) for use in uses]
+            done, _ = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+            assert not done
+        assert len(wait(waiting, timeout=60).done) == len(uses)
+    assert ledger.spends() == (ONE,)
+
+
+def test_without_file_locks_there_is_no_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(OSError, match="needs file locks, which this system does not have"):
+        Ledger(tmp_path / "budget.jsonl").begin(**SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"seq":0,"event":"budget","si'])
@@ -142,6 +233,25 @@ def test_entries_of_other_journals_are_no_ledger(tmp_path: Path) -> None:
     other.close()
     with pytest.raises(Broken, match="not a ledger: its first line sets no budget"):
         Ledger(tmp_path / "j").spent()
+
+
+def forged(ledger: Ledger, event: str, details: dict[str, Any]) -> None:
+    """One more entry, with hashes and head as they should be, as who can write here could make it."""
+    made = journal.Journal(ledger.path)
+    head = made.write(event, details)
+    made.close()
+    ledger.path.with_name("budget.jsonl.head").write_text(head + "\n")
+
+
+@pytest.mark.parametrize(("event", "details"), [
+    ("budget", {**SMALL, "epsilon": 1e6}), ("refund", {}), ("spent", {"spends": []}), ("Spend", {"spends": []}), ("", {}),
+])  # fmt: skip
+def test_an_entry_of_no_known_kind_breaks_the_ledger(ledger: Ledger, event: str, details: dict[str, Any]) -> None:
+    """A second budget among them: the first holds for ever, and is raised in the open."""
+    forged(ledger, event, details)
+    for use in (ledger.spent, ledger.budget, lambda: ledger.reserve([ONE]), lambda: ledger.note_members({})):
+        with pytest.raises(Broken, match=f"{event!r} is not an entry of a ledger, or not in its place"):
+            use()
 
 
 def rounds_until_killed(ledger: Ledger, released: Path, deadly: int) -> None:
@@ -278,6 +388,44 @@ def test_a_method_that_meters_nonsense_releases_nothing_and_leaves_no_mark(ledge
     assert ledger.path.read_bytes() == before
 
 
+@pytest.mark.parametrize("given", [[], [ONE], [ONE, Spend(4.0, unit="record")]])
+def test_a_budget_for_sites_is_not_paid_from_by_what_protects_only_patients(tmp_path: Path, given: list[Spend]) -> None:
+    ledger = Ledger(tmp_path / "site.jsonl")
+    ledger.begin(**{**SMALL, "unit": "site"})
+    for use in (ledger.reserve, ledger.check):
+        with pytest.raises(Exhausted, match="this budget protects every site, and nothing in what was asked does"):
+            use(given)
+    assert ledger.spends() == ()
+
+
+def test_a_budget_may_be_used_up_to_its_last_digit(tmp_path: Path) -> None:
+    """What fits exactly is allowed, by the tight figure where the quick one is too large; and nothing above."""
+    exact = epsilon([ONE, ONE], 1e-5)
+    ledger = Ledger(tmp_path / "exact.jsonl")
+    ledger.begin(**{**SMALL, "epsilon": exact})
+    ledger.reserve([ONE, ONE])
+    assert ledger.spent().epsilon == exact
+    short = Ledger(tmp_path / "short.jsonl")
+    short.begin(**{**SMALL, "epsilon": math.nextafter(exact, 0)})
+    with pytest.raises(Exhausted, match="is used up"):
+        short.reserve([ONE, ONE])
+    assert short.spends() == ()
+
+
+def test_a_refusal_says_what_spends_of_several_units_come_to_for_the_budgets(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "mixed.jsonl")
+    ledger.begin(**{**SMALL, "epsilon": 3.0})
+    patient, site = Spend(4.0, unit="patient"), Spend(6.0)
+    ledger.reserve([patient])
+    ledger.reserve([site])
+    now, after = (
+        f"{epsilon(spends, 1e-5, 'patient'):.3f}" for spends in ([patient, site], [patient, site, Spend(3.0)])
+    )
+    with pytest.raises(Exhausted, match=f"{now} is spent, and this would make it {after}. Nothing was released"):
+        ledger.reserve([Spend(3.0)])
+    assert ledger.spends() == (patient, site)
+
+
 def test_a_check_spends_nothing(ledger: Ledger) -> None:
     before = ledger.path.read_bytes()
     ledger.check([ONE])
@@ -399,9 +547,12 @@ def test_scores_are_free_unless_the_site_says_no(ledger: Ledger) -> None:
 
 def test_another_file_is_no_ledger_and_stays_as_it_is(tmp_path: Path) -> None:
     """Reading a ledger cuts a torn last line off; of any other file nothing may be cut."""
-    for text in ("rounds = 3\nseeds = [0]", '{"event":"begun","seq":0}\n{"torn'):
+    for text in ("rounds = 3\nseeds = [0]", '{"event":"begun","seq":0}\n{"torn', '{"score": 0.9}', "notes", "{}", '{"seq":0,"event":"asked"',
+                 '{"x":"' + 2**16 * "x" + '"}\n{"torn', '{"note":"\\"event\\":\\"budget\\"","event":"budget"}\nlast'):  # fmt: skip
         file = tmp_path / "study.toml"
         file.write_text(text)
         with pytest.raises(Broken, match="this is not a ledger: its first line sets no budget"):
             Ledger(file).budget()
+        with pytest.raises(ValueError, match="another file is in the place of the ledger"):
+            Ledger(file).begin(**SMALL)
         assert file.read_text() == text

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,14 @@ import pytest
 
 pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 
+import dp_accounting
+from dp_accounting.pld import privacy_loss_distribution
+
 from polyclinic.tasks.dpsgd import Spend
 from polyclinic.transforms import accounting
-from polyclinic.transforms.accounting import BadPlan, curve, epsilon, epsilon_rdp, plan, rounds_within, statement
+from polyclinic.transforms.accounting import HUGE, BadPlan, curve, epsilon, epsilon_rdp, plan, rounds_within, statement
+from polyclinic.transforms.guarantee import guarantee
+from polyclinic.transforms.replacement import loss_distribution
 
 
 class Accountant:
@@ -23,7 +29,10 @@ class Accountant:
     def __call__(self, costs: Any, delta: float, by: str) -> float:
         assert delta == 1e-5
         self.asked[by] += 1
-        return float(sum(c.rate * c.steps**0.5 / c.multiplier for c in costs)) * {"pld": 1.0, "rdp": 1.1, "coarse": 1.01}[by]
+        return (
+            float(sum(c.rate * c.steps**0.5 / c.multiplier for c in costs))
+            * {"pld": 1.0, "rdp": 1.1, "coarse": 1.01}[by]
+        )
 
 
 @pytest.fixture
@@ -35,7 +44,9 @@ def accountant(monkeypatch: pytest.MonkeyPatch) -> Accountant:
 
 @pytest.mark.parametrize("wanted", [0.02, 0.1, 0.11, 1.0, 2.0, 8.0, 500.0])
 @pytest.mark.parametrize(("rate", "rounds", "steps"), [(1.0, 1, 1), (1.0, 9, 4), (0.01, 100, 1), (0.5, 1, 50)])
-def test_the_least_noise_is_found_to_a_thousandth(wanted: float, rate: float, rounds: int, steps: int, accountant: Accountant) -> None:
+def test_the_least_noise_is_found_to_a_thousandth(
+    wanted: float, rate: float, rounds: int, steps: int, accountant: Accountant
+) -> None:
     exact = rate * (rounds * steps) ** 0.5 / wanted
     found = plan(wanted, 1e-5, rate, rounds, steps=steps, batch=8.0)
     assert exact <= found.noise <= max(1.0012 * exact, exact + 1e-4)
@@ -139,28 +150,164 @@ def test_a_step_on_everyone_costs_more_than_on_a_sample_and_two_more_than_one() 
     """The order of costs, by both accountants: what any accountant must say."""
     for by in (epsilon, epsilon_rdp):
         cheap, base, twice, pure = (by(spends, 1e-5) for spends in (
-            [Spend(5.0, 0.1)], [Spend(5.0)], [Spend(5.0), Spend(5.0)], [Spend(5.0), Spend(0.0, pure=0.25, steps=2)]
+            [Spend(20.0, 0.1)], [Spend(20.0)], [Spend(20.0), Spend(20.0)], [Spend(20.0), Spend(0.0, pure=0.25, steps=2)]
         ))  # fmt: skip
         assert 0 < cheap < base < twice
         assert pure == pytest.approx(base + 0.5)
-        assert twice == by([Spend(5.0, steps=2)], 1e-5)
-        assert by([Spend(5.0, steps=2), Spend(0.0)], 1e-5) == math.inf
+        assert twice == by([Spend(20.0, steps=2)], 1e-5)
+        assert by([Spend(20.0, steps=2), Spend(0.0)], 1e-5) == math.inf
         assert by([Spend(-1.0)], 1e-5) == math.inf
         assert by([], 1e-5) == 0
-    assert epsilon([Spend(5.0)], 1e-5) < epsilon_rdp([Spend(5.0)], 1e-5)
-    assert epsilon([Spend(5.0)], 1e-3) < epsilon([Spend(5.0)], 1e-5)
+    assert epsilon([Spend(20.0)], 1e-5) < epsilon_rdp([Spend(20.0)], 1e-5)
+    assert epsilon([Spend(20.0)], 1e-3) < epsilon([Spend(20.0)], 1e-5)
 
 
 def test_a_statement_says_what_was_spent_how_often() -> None:
-    spends = [Spend(0.0, pure=0.5), Spend(4.0, 1.0, 2), Spend(0.0, pure=0.5), Spend(6.0, 0.25, 3), Spend(4.0), Spend(9.0, steps=0)]
+    spends = [
+        Spend(0.0, pure=0.5),
+        Spend(40.0, 1.0, 2),
+        Spend(0.0, pure=0.5),
+        Spend(60.0, 0.25, 3),
+        Spend(40.0),
+        Spend(90.0, steps=0),
+    ]
     said = statement(spends, 1e-5)
     assert (said.epsilon, said.epsilon_rdp) == (epsilon(spends, 1e-5), epsilon_rdp(spends, 1e-5))
     assert (said.delta, said.unit) == (1e-5, "site")
-    assert sorted(spend[:3] for spend in said.spends) == [(0.0, 1.0, 2), (4.0, 1.0, 3), (6.0, 0.25, 3)]
+    assert sorted(spend[:3] for spend in said.spends) == [(0.0, 1.0, 2), (40.0, 1.0, 3), (60.0, 0.25, 3)]
     text = str(said)
     assert f"{said.epsilon:.3f}" in text
     assert f"{said.epsilon_rdp:.3f}" in text
     assert "1e-05" in text
     assert statement(reversed(spends), 1e-5) == said
     assert statement([], 1e-5).epsilon == 0
-    assert statement([Spend(1.0, unit="patient")], 1e-5).unit == "patient"
+    assert statement([Spend(10.0, unit="patient")], 1e-5).unit == "patient"
+
+
+def reference(*losses: Any, delta: float = 1e-5) -> float:
+    """ε of what is composed of ``losses``, by dp-accounting called directly."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total.compose(loss)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def gaussian(sigma: float, rate: float = 1.0) -> Any:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        sigma, sampling_prob=rate, value_discretization_interval=1e-4
+    )
+
+
+def renyi(*events: tuple[float, float, int]) -> float:
+    accountant = dp_accounting.rdp.RdpAccountant()
+    for sigma, rate, steps in events:
+        event = dp_accounting.GaussianDpEvent(sigma)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, event) if rate < 1 else event, steps)
+    return float(accountant.get_epsilon(1e-5))
+
+
+WHOLE, SAMPLED, INSIDE = (
+    Spend(40.0, steps=4, unit="record"),
+    Spend(30.0, 0.5, 3, "record"),
+    Spend(60.0, 0.5, 3, "patient"),
+)
+
+
+def test_each_kind_of_step_is_counted_as_its_own_mechanism_and_all_are_composed() -> None:
+    """Steps on everyone, on samples, and of a unit inside a sampled one: alone, and together with a pure release."""
+    losses = {
+        WHOLE: gaussian(20.0),
+        SAMPLED: gaussian(30.0, 0.5).self_compose(3),
+        INSIDE: loss_distribution(30.0, 0.5, 3, 1e-4),
+    }
+    for spend, loss in losses.items():
+        assert epsilon([spend], 1e-5, "record") == pytest.approx(reference(loss), abs=1e-6)
+    together = epsilon([*losses, Spend(0.0, pure=0.25, steps=2, unit="record")], 1e-5, "record")
+    assert together == pytest.approx(reference(*losses.values()) + 0.5, abs=1e-6)
+
+
+def test_renyis_bound_is_that_of_the_library_for_all_steps_together() -> None:
+    pure = Spend(0.0, pure=0.25, steps=2, unit="record")
+    assert epsilon_rdp([WHOLE], 1e-5) == pytest.approx(renyi((40.0, 1.0, 4)), rel=1e-9)
+    assert epsilon_rdp([SAMPLED, WHOLE, pure], 1e-5) == pytest.approx(
+        renyi((30.0, 0.5, 3), (40.0, 1.0, 4)) + 0.5, rel=1e-9
+    )
+    assert epsilon_rdp([Spend(2.0**20, unit="record"), pure], 1e-5) == pytest.approx(0.5, abs=1e-3), "never below 0"
+
+
+def test_where_renyis_bound_does_not_hold_the_quick_one_is_of_losses_on_a_coarse_grid() -> None:
+    """For a unit inside a sampled one, whatever else there is."""
+    coarse = loss_distribution(30.0, 0.5, 3, 1e-3)
+    assert epsilon_rdp([INSIDE], 1e-5, "record") == pytest.approx(reference(coarse), abs=1e-6)
+    both = privacy_loss_distribution.from_gaussian_mechanism(20.0, value_discretization_interval=1e-3)
+    assert epsilon_rdp([INSIDE, WHOLE], 1e-5, "record") == pytest.approx(reference(coarse, both), abs=1e-6)
+    rare = privacy_loss_distribution.from_gaussian_mechanism(
+        30.0, sampling_prob=0.5, value_discretization_interval=1e-3
+    )
+    assert epsilon_rdp([INSIDE, SAMPLED], 1e-5, "record") == pytest.approx(
+        reference(coarse, rare.self_compose(3)), abs=1e-6
+    )
+
+
+def test_a_huge_epsilon_is_renyis_bound_and_a_sample_may_make_it_small() -> None:
+    """Above 100 by either bound, no tight figure is computed; without sampling this one would be far above."""
+    pure = Spend(0.0, pure=2.0)
+    for many in ([Spend(2.0**-6)], [Spend(2.0**-6), pure]):
+        assert HUGE < epsilon(many, 1e-5) == epsilon_rdp(many, 1e-5) < math.inf
+    rare = [Spend(3.0, 0.0001, 1200)]
+    assert epsilon([rare[0]._replace(rate=1.0)], 1e-5) > HUGE
+    assert epsilon(rare, 1e-5) == pytest.approx(reference(gaussian(3.0, 0.0001).self_compose(1200)), abs=1e-6)
+    assert 0 < epsilon(rare, 1e-5) < epsilon_rdp(rare, 1e-5)
+    hopeless = [Spend(2.0**-10, 0.1, 1, "patient"), Spend(4.0, unit="record")]
+    assert epsilon(hopeless, 1e-5, "record") == epsilon_rdp(hopeless, 1e-5, "record") == math.inf
+
+
+def test_different_units_are_not_added_up_unless_it_is_said_for_whom() -> None:
+    mixed = [Spend(60.0), Spend(40.0, unit="patient")]
+    for by in (epsilon, epsilon_rdp, statement):
+        with pytest.raises(ValueError, match=r"different units \(patient, site\), and their ε do not add up"):
+            by(mixed, 1e-5)
+        with pytest.raises(ValueError, match="does not protect a site"):
+            by(mixed, 1e-5, "site")
+        with pytest.raises(ValueError, match="delta must be between 0 and 1, not 1"):
+            by([Spend(60.0)], 1)
+        with pytest.raises(ValueError, match="delta must be between 0 and 1, not 0"):
+            by([Spend(60.0)], 0)
+    assert epsilon_rdp(mixed, 1e-5, "patient") == pytest.approx(renyi((30.0, 1.0, 1), (40.0, 1.0, 1)), rel=1e-9)
+    said = statement(mixed, 1e-5, "patient")
+    assert (said.unit, said.spends) == ("patient", tuple(sorted(mixed)))
+    assert said.guarantee == guarantee(mixed, "patient")
+
+
+def test_what_costs_a_unit_the_same_is_the_same() -> None:
+    """A site's σ = 60 and a patient's σ = 60 both count half for a record."""
+    apart = [Spend(60.0), Spend(60.0, unit="patient", steps=3)]
+    assert epsilon(apart, 1e-5, "record") == epsilon([Spend(30.0, unit="record", steps=4)], 1e-5)
+
+
+def test_a_statement_reads_as_one_sentence_with_what_was_spent() -> None:
+    besides = (
+        "Assumed: the number of patients counts as public. Covers training data only: scores of validation and test "
+        "patients that a site sends are not covered."
+    )
+    assert str(statement([Spend(0.0, pure=0.5, unit="patient")] * 3, 1e-5)) == (
+        "ε = 1.500 at δ = 1e-05 for every patient (adjacency: add or remove one patient), by PLD; 1.500 by RDP: 3 releases of "
+        f"ε = 0.5 each. {besides}"
+    )
+    nothing = statement([], 1e-3, "patient")
+    assert (nothing.epsilon, nothing.epsilon_rdp, nothing.unit, nothing.spends) == (0, 0, "patient", ())
+    assert str(nothing).endswith(f"0.000 by RDP: nothing was released. {besides}")
+    assert statement([], 1e-3).unit == "site"
+
+
+def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    for by in (epsilon, epsilon_rdp):
+        with pytest.raises(ImportError, match=r"needs a package: pip install polyclinic\[privacy\]"):
+            by([Spend(77.0)], 1e-5)
+
+
+def test_warnings_come_back_after_an_error(absl: logging.Logger) -> None:
+    with pytest.raises(ValueError):
+        epsilon_rdp([Spend(77.0, -0.5)], 1e-5)
+    assert absl.level == logging.INFO

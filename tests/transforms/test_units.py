@@ -112,7 +112,11 @@ def test_what_an_epsilon_says_depends_on_what_was_spent() -> None:
     )  # fmt: skip
     assert guarantee([SITE], "patient").adjacency == "replace, add or remove one patient inside a site that takes part"
     assert guarantee([SITE, PATIENT], "patient").adjacency == "add or remove one patient", "what both protect"
-    assert guarantee([], "site").adjacency == "add or remove one site"
+    nothing = guarantee([], "site")
+    assert nothing.adjacency == "add or remove one site"
+    assert nothing.assumptions == ("the number of sites counts as public",), "no sum, so nobody's noise is counted on"
+    (_, shared) = guarantee([SITE._replace(share=2)], "site").assumptions
+    assert shared.startswith("each sum holds the noise of at least 2 sites"), "from two on"
     assert inside.facts() == {"unit": "record", "adjacency": inside.adjacency, "assumes": list(inside.assumptions)}
 
 
@@ -122,6 +126,7 @@ def test_one_sentence_says_unit_adjacency_assumptions_and_what_is_not_covered() 
         "ε = 1.50 at δ = 1e-05 for every patient (adjacency: add or remove one patient), by PLD. Assumed: a; b. Covers "
         + COVERS + "."
     )  # fmt: skip
+    assert sentence("1.50", "1e-05", "patient", "x", ("a",)).startswith("ε = 1.50 at δ = 1e-05 for every patient (adjacency: x). Assumed: a.")
     assert "scores of validation and test patients that a site sends are not covered" in said
     assert meaning("site", "add or remove one site", ()) == (
         f"ε is for every site (adjacency: add or remove one site). Covers {COVERS}."
@@ -134,6 +139,7 @@ def test_a_spend_is_described_with_what_it_counts_as() -> None:
     assert described(shared, "patient") == (
         "3 steps on everyone with noise σ = 4 (a part from each of 7 sites) for a site, which is σ = 2 for a patient inside"
     )
+    assert described(SITE._replace(share=2), "site").endswith("with noise σ = 4 (a part from each of 2 sites)")
     pure = Spend(0.0, pure=1.5)
     assert described(pure, "record") == "1 release of ε = 1.5 each for a site, which is ε = 3 for a record inside"
     assert "2 steps on a Poisson sample of q = 0.25 with" in described(PATIENT._replace(rate=0.25, steps=2), "patient")

@@ -97,6 +97,35 @@ def test_answers_have_noise_and_stay_within_the_bound(added: float, expected: fl
     assert found[found != 0].tolist() == pytest.approx([expected] * 5, rel=1e-5)
 
 
+@pytest.mark.parametrize(("bound", "epsilon"), [(1.0, 1.0), (1e-3, 0.3), (8.0, 5.0)])
+def test_answers_lie_on_a_grid_of_a_millionth_of_their_noise(bound: float, epsilon: float, noise: Noise) -> None:
+    """Digits below would tell which of the numbers the noise could have been."""
+    x = torch.linspace(0.1, 0.9, 10, dtype=torch.float64) * bound
+    found = shared(SparseVector(0.5, bound, 0.0, epsilon_answers=epsilon), {"w": x})["w"]
+    grid = 2.0 ** (math.floor(math.log2(5 * bound / epsilon)) - 20)
+    assert torch.equal((found / grid).round() * grid, found)
+    chosen = found != 0
+    assert int(chosen.sum()) == 5
+    assert bool(((found - x)[chosen].abs() <= grid / 2).all())
+    assert not torch.equal(found[chosen], x[chosen])
+
+
+def test_integers_are_refused_by_name_but_empty_ones_pass(noise: Noise) -> None:
+    """The first in name order is named, and nothing is paid for what is not sent."""
+    with metered() as spent, pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and m holds torch\.int32"):
+        shared(SparseVector(), {"w": X, "n": torch.ones(1, dtype=torch.int64), "m": torch.ones(2, dtype=torch.int32)})
+    assert not spent
+    found = shared(SparseVector(1.0, 1.0, 0.3), {"w": X.half(), "none": torch.zeros(0, dtype=torch.int64), "v": X.double()})
+    assert {name: leaf.dtype for name, leaf in found.items()} == {"w": torch.float16, "none": torch.int64, "v": torch.float64}
+
+
+def test_left_to_itself_a_tenth_is_shared_at_an_epsilon_of_3() -> None:
+    usual = SparseVector()
+    assert (usual.fraction, usual.bound, usual.threshold, usual.epsilon) == (0.1, 1e-3, 1e-4, 3.0)
+    assert (usual.epsilon_threshold, usual.epsilon_queries, usual.epsilon_answers) == (1.0, 1.0, 1.0)
+    assert UncalibratedNoise().scale == 0.01
+
+
 def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
     with metered() as spent:
         for bad in (math.nan, math.inf, -math.inf):
@@ -118,6 +147,8 @@ def test_these_are_right(transform: Any) -> None:
 @pytest.mark.parametrize("transform", [
     SparseVector(0.0), SparseVector(-0.1), SparseVector(1.001), SparseVector(math.nan), SparseVector(bound=0.0), SparseVector(bound=-1.0),
     SparseVector(threshold=-1e-9), SparseVector(bound=math.nan), SparseVector(epsilon_threshold=0.0), SparseVector(epsilon_queries=0.0),
+    SparseVector(bound=math.inf), SparseVector(threshold=math.inf), SparseVector(threshold=math.nan), SparseVector(epsilon_answers=math.inf),
+    SparseVector(epsilon_threshold=math.nan),
     SparseVector(epsilon_answers=-1.0), UncalibratedNoise(-1e-9), UncalibratedNoise(math.inf), UncalibratedNoise(math.nan),
 ])  # fmt: skip
 def test_these_are_wrong(transform: Any) -> None:

@@ -1,11 +1,13 @@
 """The sparse vector technique with its noise replaced: the scales for which it is proven, and what it may share."""
 
+import hashlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
+from polyclinic.core.metering import Spend, Use, audited
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree
@@ -156,7 +158,8 @@ def test_these_are_wrong(transform: Any) -> None:
 
 
 def test_every_problem_is_told() -> None:
-    assert len(SparseVector(0.0, 0.0, 0.0, 0.0).problems((), ())) == 3
+    said = SparseVector(0.0, 0.0, 0.0, 0.0).problems((), ())
+    assert [text.split(" must")[0] for text in said] == ["SparseVector: fraction", "SparseVector: bound", "SparseVector: each epsilon"]
     assert SparseVector.uniform
     assert SparseVector.private
     assert not getattr(UncalibratedNoise, "private", False), "it must never count as privacy"
@@ -172,6 +175,31 @@ def test_laplace_is_the_inverse_of_its_distribution() -> None:
         assert drawn == pytest.approx(expected)
     assert found.dtype == torch.float64
     assert laplace(0, 1.0, Secret()).shape == (0,)
+
+
+def test_all_noise_comes_from_the_sites_secret_bytes() -> None:
+    """The same bytes give the same reply, and others another, whatever the study's seed."""
+
+    def sent(key: bytes, seed: int) -> torch.Tensor:
+        count = iter(range(100))
+        site = Site("bern", seed=seed, entropy=lambda n: hashlib.shake_128(key + bytes([next(count)])).digest(n))
+        return SparseVector(0.5, 1.0, 0.0).encode(Mean({"w": X}, 1.0), {}, {}, site, 0)[0].total["w"]
+
+    assert torch.equal(sent(b"a", 0), sent(b"a", 1))
+    assert not torch.equal(sent(b"a", 0), sent(b"b", 0))
+
+
+def test_an_auditor_sees_that_no_normal_noise_is_counted_on() -> None:
+    seen = []
+
+    def keep(use: Use, noise: Any) -> Tree:
+        seen.append((use.spend, dict(use.deviations), use.bound))
+        return use.value
+
+    with audited(keep):
+        found = shared(SparseVector(bound=0.25), {"w": X})["w"]
+    assert torch.equal(found, X.clamp(-0.25, 0.25))
+    assert seen == [(Spend(0.0, pure=3.0), {}, 0.25)]
 
 
 class Ones(Secret):

@@ -206,6 +206,17 @@ def test_the_noise_is_multiplier_times_bound_over_the_root_of_the_share(
     assert spent == [Spend(multiplier, share=share)]
 
 
+def test_the_noise_comes_from_the_sites_secret_bytes() -> None:
+    """The same bytes give the same reply, and others another, whatever the study's seed."""
+
+    def sent(byte: int, seed: int) -> torch.Tensor:
+        site = Site("bern", seed=seed, entropy=lambda n: bytes((byte + i) % 256 for i in range(n)))
+        return Gaussian(1.0).encode(Mean(FIVE, 1.0), Clip(1.0).notes({}), {}, site, 0)[0].total["m/b"]
+
+    assert torch.equal(sent(3, 0), sent(3, 1))
+    assert not torch.equal(sent(3, 0), sent(9, 0))
+
+
 @pytest.mark.parametrize("share", [1, 4])
 def test_the_count_has_its_own_noise_and_the_rest_has_more(share: int, noise: Noise) -> None:
     clip = AdaptiveClip(2.0, count_noise=3.0)
@@ -236,11 +247,15 @@ def test_noise_follows_a_clip_and_its_parts_are_summed_in_secret() -> None:
     assert problems(Gaussian(1.0), clip) == problems(Gaussian(1.0), adaptive) == problems(Gaussian(1.0), secure, clip) == []
     assert problems(Gaussian(1.0, 3), clip, after=[secure]) == []
     for before in ((), (secure,), (clip, secure)):
-        assert len(problems(Gaussian(1.0), *before)) == 1
+        [said] = problems(Gaussian(1.0), *before)
+        assert said.startswith("Gaussian must come directly after Clip or AdaptiveClip")
     for after in ((), (clip,)):
-        assert len(problems(Gaussian(1.0, 2), clip, after=after)) == 1
-    for wrong in (Gaussian(0.0), Gaussian(-1.0), Gaussian(math.inf), Gaussian(math.nan), Gaussian(1.0, 0)):
-        assert len(problems(wrong, clip)) == 1
+        [said] = problems(Gaussian(1.0, 2), clip, after=after)
+        assert said.startswith("Gaussian(share=...) must be followed by SecureSum")
+    for wrong in (Gaussian(0.0), Gaussian(-1.0), Gaussian(math.inf), Gaussian(math.nan)):
+        [said] = problems(wrong, clip)
+        assert said.endswith("without noise, leave Gaussian out and claim no privacy")
+    assert problems(Gaussian(1.0, 0), clip) == ["Gaussian: share counts sites, so it is at least 1, not 0"]
     assert Gaussian(1.0).uniform
     assert Gaussian(1.0).private
 

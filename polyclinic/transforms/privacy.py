@@ -189,7 +189,7 @@ class Gaussian(Transform):
             step = f"{_step(after):g}, not {self.step}"
             found.append(f"Gaussian: step follows from SecureSum, so leave it out: it is {step}")
         if not found and isinstance(before[-1], Clip):
-            found += self._too_coarse({"bound": torch.tensor(before[-1].bound)})
+            found += self._too_coarse(before[-1].notes({})["clip"])
         return found
 
     def deviations(self, clip: Mapping[str, Tensor]) -> tuple[float, float]:

@@ -10,7 +10,9 @@ from torch import nn
 
 from polyclinic.core import tree
 from polyclinic.core.execute import execute
+from polyclinic.core.metering import Noise, Use, audited
 from polyclinic.core.site import Secret, Site
+from polyclinic.core.tree import Tree
 from polyclinic.methods.apfl import APFL
 from polyclinic.methods.fedavg import FedAvg
 from polyclinic.tasks.classification import Classification
@@ -257,3 +259,180 @@ def test_a_method_with_private_training_keeps_its_promises() -> None:
         name: replace(site, data={"train": data_of(8 + k)}) for k, (name, site) in enumerate(little_sites().items())
     }
     check_method(FedAvg(GROUPED, DPSGD(batch_size=4, noise=0.5)), GROUPED.first(0), sites)
+
+
+LINEAR = Classification(Network("mlp", (3,), 2, (("depth", 0),)))
+
+
+def table(count: int, images: int = 1) -> Patients:
+    return data_of(count, (3,), images)
+
+
+@pytest.mark.parametrize(("more", "steps", "rate"), [
+    ({"batch_size": 4}, 3, 0.4), ({"batch_size": 5}, 2, 0.5), ({"batch_size": 9}, 2, 0.9), ({"batch_size": 10}, 1, 1.0),
+    ({"batch_size": 11}, 1, 1.0), ({"batch_size": 4, "epochs": 3}, 9, 0.4), ({"batch_size": 4, "epochs": 3, "steps": 2}, 2, 0.4),
+    ({"batch_size": 4, "unit": "record"}, 5, 0.2),
+])  # fmt: skip
+def test_what_a_fit_costs_is_what_it_says_beforehand(more: dict[str, Any], steps: int, rate: float) -> None:
+    """A budget is asked before training; ten patients have two images each."""
+    data, local = table(10, 2), DPSGD(noise=1.5, **more)
+    assert local.spend(data) == Spend(1.5, rate, steps, more.get("unit", "patient"))
+    assert local.count(data) == steps
+    taken = []
+    with metered() as spent:
+        local.fit(LINEAR, LINEAR.first(0), site_of(data), 0, after=taken.append)
+    assert spent == [local.spend(data)]
+    assert len(taken) == steps
+
+
+def test_left_to_itself_noise_is_as_deep_as_the_bound_of_1_and_protects_patients() -> None:
+    local = DPSGD()
+    assert (local.noise, local.bound, local.unit) == (1.0, 1.0, "patient")
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"noise": 0.0}, "noise and bound must be above 0, not 0.0 and 1.0"), ({"noise": -1.0}, "noise and bound must be above 0, not -1.0"),
+    ({"bound": 0.0}, "noise and bound must be above 0, not 1.0 and 0.0"), ({"bound": -2.0}, "noise and bound must be above 0"),
+    ({"noise": math.nan}, "noise and bound must be above 0"), ({"bound": math.nan}, "noise and bound must be above 0"),
+    ({"amp": True}, "leave amp and clip_norm out"), ({"clip_norm": 1.0}, "leave amp and clip_norm out"), ({"clip_norm": 0.0}, "leave amp and clip_norm out"),
+])  # fmt: skip
+def test_each_setting_that_is_not_private_is_refused_and_nothing_is_spent(more: dict[str, Any], said: str) -> None:
+    local = DPSGD(**more)
+    [problem] = local.problems(LINEAR, LINEAR.model())
+    assert f"DPSGD: {said}" in problem
+    with metered() as spent, pytest.raises(ValueError, match=said):
+        local.fit(LINEAR, LINEAR.first(0), site_of(table(4)), 0)
+    assert not spent
+    assert DPSGD(noise=1e-3, bound=1e-3).problems(LINEAR, LINEAR.model()) == []
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    weighted = replace(BATCHED, class_weights=(1.0, 2.0))
+    nobody = Patients(torch.zeros(0, 1, 8, 8), torch.zeros(0), ())
+    with pytest.raises(ValueError, match=r"noise and bound .*; DPSGD: this network has .*; DPSGD: class_weights .*; DPSGD: leave .*; DPSGD: there is no one"):
+        DPSGD(noise=0.0, amp=True).fit(weighted, weighted.first(0), site_of(nobody), 0)
+
+
+def test_steps_that_a_method_takes_by_itself_are_refused() -> None:
+    with pytest.raises(ValueError, match="they would not be private"):
+        DPSGD().stepper(LINEAR.model())
+    with pytest.raises(ValueError, match="they would not be private"):
+        DPSGD().batches(table(4), torch.Generator())
+
+
+class One(Secret):
+    """Normal noise that is always 1."""
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("deviation", [3.0, 1.0, 0.75, 1e-3])
+def test_noise_is_added_and_rounded_to_a_grid_of_a_millionth_of_its_deviation(deviation: float) -> None:
+    """The grid hides which numbers the noise could have been; between half a millionth and one it costs nothing."""
+    leaf = torch.tensor([[0.1, -7.3], [0.0, 1e-9]], dtype=torch.float64)
+    noisy = add_noise(leaf, deviation, One())
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 20)
+    assert torch.equal((noisy / grid).round() * grid, noisy)
+    assert bool(((noisy - leaf - deviation).abs() <= grid / 2 * (1 + 1e-6)).all())
+    assert add_noise(leaf.float(), deviation, One()).dtype == torch.float32
+
+
+def test_nothing_is_drawn_where_there_is_nothing_to_hide() -> None:
+    def never(size: int) -> bytes:
+        raise AssertionError
+
+    assert add_noise(torch.ones(3), 0.0, Secret(never)).tolist() == [1.0, 1.0, 1.0]
+    assert add_noise(torch.zeros(0, 4), 2.0, Secret(never)).shape == (0, 4)
+
+
+def test_a_patients_images_are_told_by_name_whatever_their_order() -> None:
+    """A record's name is its patient's and its place among that patient's, so that it stays when another goes."""
+    rows = blobs(3, 5, (3,))
+    mixed = Patients(rows.x, rows.y, ("b", "a", "b", "c", "a"))
+
+    def drawn(data: Any, unit: Any) -> list[frozenset[object] | None]:
+        seen = []
+
+        def keep(use: Use, noise: Noise) -> Tree:
+            seen.append(use.sampled)
+            return noise(use.value)
+
+        with audited(keep):
+            DPSGD(steps=1, batch_size=100, unit=unit).fit(LINEAR, LINEAR.first(0), site_of(data), 0)
+        return seen
+
+    assert drawn(mixed, "patient") == [{"a", "b", "c"}]
+    assert drawn(mixed, "record") == [{("b", 0), ("a", 0), ("b", 1), ("c", 0), ("a", 1)}]
+    assert drawn(rows, "record") == [{0, 1, 2, 3, 4}], "without names, by position"
+
+
+class Watched(Patients):
+    """Writes down how many images are asked for at once."""
+
+    asked: list[int]
+
+    def __getitem__(self, index: torch.Tensor) -> Any:
+        self.asked.append(len(index))
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("images", "chunk", "asked"), [
+    (1, None, [64, 64, 2]), (1, 50, [50, 50, 30]), (2, 50, [50, 50, 50, 50, 50, 10]), (3, 100, [100, 100, 100, 90]),
+])  # fmt: skip
+def test_no_more_images_are_held_at_once_than_asked_for_and_64_by_default(images: int, chunk: int | None, asked: list[int]) -> None:
+    """Else a patient with very many images would need the memory of all their gradients."""
+    rows = table(130, images)
+    data = Watched(rows.x, rows.y, rows.patients)
+    data.asked = []
+    DPSGD(steps=1, batch_size=130, chunk=chunk).fit(LINEAR, LINEAR.first(0), site_of(data), 0)
+    assert data.asked == asked
+
+
+def test_rates_losses_data_and_roles_are_those_of_plain_training() -> None:
+    """The learning rate of the round, another loss, other data, and another role."""
+    data, other, params = table(8), blobs(7, 8, (3,)), LINEAR.first(0)
+    other = Patients(other.x, other.y, data.patients)
+    site = Site("a", {"train": data, "val": other})
+    common: dict[str, Any] = {"batch_size": 8, "lr": 0.5, "decay": 0.5, "momentum": 0.9, "weight_decay": 0.1, "steps": 3}
+    private, plain = DPSGD(noise=ALMOST_NONE / 1e6, bound=1e6, **common), Local(**common)
+    double = lambda model, batch: 2 * LINEAR.loss(model, batch)  # noqa: E731
+    ways: list[dict[str, Any]] = [{"round": 0}, {"round": 2}, {"round": 0, "role": "val"}, {"round": 0, "data": other}, {"round": 0, "loss": double}]
+    ends = []
+    for way in ways:
+        ours, theirs = (local.fit(LINEAR, params, site, **way) for local in (private, plain))
+        assert all(torch.allclose(ours[n], theirs[n], atol=1e-5) for n in theirs), way
+        ends.append(tree.flatten(ours))
+    assert not any(torch.allclose(ends[0], end, atol=1e-3) for end in ends[1:])
+    assert torch.allclose(ends[2], ends[3], atol=1e-6)
+
+
+def test_a_mistake_in_a_loss_is_told_as_it_is() -> None:
+    """And not as if random numbers were the trouble."""
+
+    def wrong(model: nn.Module, batch: Any) -> torch.Tensor:
+        raise RuntimeError("sizes do not match")
+
+    for task in (LINEAR, Classification(Network("mlp", (3,), 2, (("depth", 1), ("dropout", 0.5))))):
+        with pytest.raises(RuntimeError, match=r"^sizes do not match$"):
+            DPSGD().fit(task, task.first(0), site_of(table(4)), 0, loss=wrong)
+
+
+def test_a_units_gradient_is_the_mean_of_its_images_and_clipped_to_just_below_the_bound() -> None:
+    data, params = table(3, 2), LINEAR.first(0)
+    each = per_example_gradients(borrow(LINEAR, params), params, LINEAR.loss, data[torch.arange(6)])
+    for bound in (1e-3, 1e3):
+        seen: list[Use] = []
+
+        def keep(use: Use, noise: Noise, seen: list[Use] = seen) -> Tree:
+            seen.append(use)
+            return noise(use.value)
+
+        with audited(keep):
+            DPSGD(steps=1, batch_size=3, bound=bound, chunk=2).fit(LINEAR, params, site_of(data), 0)
+        wanted = tree.zeros(params)
+        for patient in range(3):
+            g = {n: leaf[2 * patient : 2 * patient + 2].mean(0) for n, leaf in each.items()}
+            wanted = tree.add(wanted, tree.scale(g, min(1.0, bound / tree.norm(g))))
+        assert all(torch.allclose(seen[0].value[n], wanted[n], rtol=3e-6, atol=1e-9 * bound) for n in wanted)
+        assert seen[0].deviations == dict.fromkeys(params, bound)

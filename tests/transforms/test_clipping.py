@@ -1,6 +1,7 @@
 """Clipping, the bound that adapts, and how deep the noise is: the formulas, by hand, with the noise itself replaced."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree
-from polyclinic.tasks.dpsgd import metered
+from polyclinic.tasks.dpsgd import Spend, metered
 from polyclinic.transforms import privacy
 from polyclinic.transforms.privacy import BELOW, AdaptiveClip, Clip, Gaussian
 from polyclinic.transforms.secure import SecureSum
@@ -51,6 +52,47 @@ def test_no_rounding_carries_a_reply_over_the_bound() -> None:
                 assert float(sent_by(Clip(bound), {"w": row}).total["w"].double().norm()) <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_no_rounding_to_another_precision_does_either(dtype: torch.dtype) -> None:
+    dice = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        total = {"w": (torch.randn(3, generator=dice) * 7).to(dtype), "v": torch.randn(1, generator=dice), "n": torch.zeros(0, dtype=torch.int64)}
+        sent = sent_by(Clip(0.3), total).total
+        assert 0.29 < tree.norm(sent) <= 0.3
+        assert sent["w"].dtype == dtype
+
+
+@pytest.mark.parametrize(("lie", "named"), [
+    ({"bound": 2.0}, "2"), ({"bound": 0.5}, "0.5"), ({"bound": math.nan}, "nan"), ({"bound": 1.0, "count_noise": 0.4}, "1"),
+])  # fmt: skip
+def test_a_site_clips_to_the_bound_that_was_approved_and_refuses_a_message_with_another_note(lie: dict[str, float], named: str) -> None:
+    """``Gaussian`` makes its noise by the note, so a note with a smaller bound would leave the reply bare."""
+    notes = {"clip": {name: torch.tensor(value, dtype=torch.float64) for name, value in lie.items()}}
+    with pytest.raises(ValueError, match=f"names the bound {named}, and 1 was approved"):
+        sent_by(Clip(1.0), FIVE, notes)
+
+
+@pytest.mark.parametrize(("bound", "count_noise", "taken"), [
+    (1.0, 0.7, True), (2.0**-60, 0.7, True), (2.0**60, 0.7, True), (2.0**-60.1, 0.7, False), (2.0**60.1, 0.7, False), (math.nan, 0.7, False),
+    (1.0, 0.0, False), (1.0, 0.69, False), (1.0, 0.71, False), (2.0**61, 0.0, False),
+])  # fmt: skip
+def test_a_bound_that_moved_must_be_one_and_the_counts_noise_what_was_approved(bound: float, count_noise: float, taken: bool) -> None:
+    notes = {"clip": {"bound": torch.tensor(bound, dtype=torch.float64), "count_noise": torch.tensor(count_noise, dtype=torch.float64)}}
+    if taken:
+        assert tree.norm({k: v for k, v in sent_by(AdaptiveClip(1.0, count_noise=0.7), FIVE, notes).total.items() if k != BELOW}) <= bound
+        return
+    with pytest.raises(ValueError, match=re.escape(f"names the bound {bound:g} and the count's noise {count_noise:g}, and bounds from")):
+        sent_by(AdaptiveClip(1.0, count_noise=0.7), FIVE, notes)
+
+
+def test_without_noise_on_the_count_the_server_may_name_none() -> None:
+    notes = {"clip": {"bound": torch.tensor(1.0, dtype=torch.float64), "count_noise": torch.tensor(0.1, dtype=torch.float64)}}
+    for given in (None, 0.0):
+        with pytest.raises(ValueError, match=r"the count's noise 0\.1, and .* and 0 were approved"):
+            sent_by(AdaptiveClip(1.0, count_noise=given), FIVE, notes)
+        assert sent_by(AdaptiveClip(1.0, count_noise=given), FIVE).total[BELOW].tolist() == [-0.5]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_cannot_be_clipped(bad: float) -> None:
     for transform in (Clip(1.0), AdaptiveClip(1.0)):
@@ -68,7 +110,10 @@ def test_the_bound_is_told_in_double_precision() -> None:
     assert float(AdaptiveClip(2.0).notes({"clip": {"bound": torch.tensor(7.0)}})["clip"]["bound"]) == 7.0
 
 
-@pytest.mark.parametrize("transform", [Clip(1.0), Clip(1e-3), Clip(1e6), AdaptiveClip(1.0), AdaptiveClip(1e-3, 0.01), AdaptiveClip(1e6, 0.99)])
+@pytest.mark.parametrize("transform", [
+    Clip(1.0), Clip(1e-3), Clip(1e6), Clip(2.0**-60), Clip(2.0**60), AdaptiveClip(1.0), AdaptiveClip(1e-3, 0.01), AdaptiveClip(1e6, 0.99),
+    AdaptiveClip(2.0**-60), AdaptiveClip(2.0**60),
+])  # fmt: skip
 def test_these_are_right(transform: Any) -> None:
     assert transform.problems((), ()) == []
     assert transform.uniform
@@ -77,7 +122,8 @@ def test_these_are_right(transform: Any) -> None:
 
 @pytest.mark.parametrize("transform", [
     Clip(0.0), Clip(-1.0), Clip(math.inf), Clip(math.nan), AdaptiveClip(0.0), AdaptiveClip(math.inf), AdaptiveClip(1.0, 0.0),
-    AdaptiveClip(1.0, 1.0), AdaptiveClip(1.0, -0.1), AdaptiveClip(1.0, math.nan),
+    AdaptiveClip(1.0, 1.0), AdaptiveClip(1.0, -0.1), AdaptiveClip(1.0, math.nan), Clip(2.0**-60.1), Clip(2.0**60.1),
+    AdaptiveClip(2.0**-60.1), AdaptiveClip(2.0**60.1),
 ])  # fmt: skip
 def test_these_are_wrong(transform: Any) -> None:
     assert len(transform.problems((), ())) == 1
@@ -157,7 +203,18 @@ def test_the_noise_is_multiplier_times_bound_over_the_root_of_the_share(
         sent = sent_by(Gaussian(multiplier, share), FIVE, Clip(bound).notes({}))
     assert noise.deviations == pytest.approx([deviation] * 2)
     assert all(torch.allclose(sent.total[k], FIVE[k] + deviation) for k in FIVE)
-    assert [spend.multiplier for spend in spent] == [multiplier]
+    assert spent == [Spend(multiplier, share=share)]
+
+
+def test_the_noise_comes_from_the_sites_secret_bytes() -> None:
+    """The same bytes give the same reply, and others another, whatever the study's seed."""
+
+    def sent(byte: int, seed: int) -> torch.Tensor:
+        site = Site("bern", seed=seed, entropy=lambda n: bytes((byte + i) % 256 for i in range(n)))
+        return Gaussian(1.0).encode(Mean(FIVE, 1.0), Clip(1.0).notes({}), {}, site, 0)[0].total["m/b"]
+
+    assert torch.equal(sent(3, 0), sent(3, 1))
+    assert not torch.equal(sent(3, 0), sent(9, 0))
 
 
 @pytest.mark.parametrize("share", [1, 4])
@@ -190,16 +247,57 @@ def test_noise_follows_a_clip_and_its_parts_are_summed_in_secret() -> None:
     assert problems(Gaussian(1.0), clip) == problems(Gaussian(1.0), adaptive) == problems(Gaussian(1.0), secure, clip) == []
     assert problems(Gaussian(1.0, 3), clip, after=[secure]) == []
     for before in ((), (secure,), (clip, secure)):
-        assert len(problems(Gaussian(1.0), *before)) == 1
+        [said] = problems(Gaussian(1.0), *before)
+        assert said.startswith("Gaussian must come directly after Clip or AdaptiveClip")
     for after in ((), (clip,)):
-        assert len(problems(Gaussian(1.0, 2), clip, after=after)) == 1
-    for wrong in (Gaussian(0.0), Gaussian(-1.0), Gaussian(math.inf), Gaussian(math.nan), Gaussian(1.0, 0)):
-        assert len(problems(wrong, clip)) == 1
+        [said] = problems(Gaussian(1.0, 2), clip, after=after)
+        assert said.startswith("Gaussian(share=...) must be followed by SecureSum")
+    for wrong in (Gaussian(0.0), Gaussian(-1.0), Gaussian(math.inf), Gaussian(math.nan)):
+        [said] = problems(wrong, clip)
+        assert said.endswith("without noise, leave Gaussian out and claim no privacy")
+    assert problems(Gaussian(1.0, 0), clip) == ["Gaussian: share counts sites, so it is at least 1, not 0"]
     assert Gaussian(1.0).uniform
     assert Gaussian(1.0).private
 
 
-@pytest.mark.parametrize(("share", "sites", "fits"), [(3, 3, True), (3, 2, False), (3, 7, True), (1, 1, True), (1, 0.4, True), (2, 1, False)])
+def test_the_step_of_the_secure_sum_that_follows_is_taken_over() -> None:
+    """Nobody can name a finer grid than the numbers are rounded to."""
+    coarse = SecureSum(limit=64.0, bits=3, heaviest=2.0, threshold=4)
+    assert Gaussian(1.0).settle((coarse,)).step == Gaussian(1.0).settle((Clip(1.0), coarse)).step == 0.25
+    assert Gaussian(1.0).settle(()).step == Gaussian(1.0).settle((Clip(1.0),)).step == 0.0
+    assert Gaussian(1.0, step=0.5).settle((coarse,)).step == 0.5
+    for named in (0.5, 1e-9, None):
+        [said] = Gaussian(1.0, step=named).problems((Clip(1.0),), (coarse,))
+        assert said == f"Gaussian: step follows from SecureSum, so leave it out: it is 0.25, not {named}"
+
+
+@pytest.mark.parametrize(("z", "share", "bits", "bound", "fits"), [
+    (1.0, 4, 3, 1.0, True), (0.999, 4, 3, 1.0, False), (1.0, 5, 3, 1.0, False), (1.0, 4, 2, 1.0, False), (1.0, 4, 3, 0.999, False),
+    (1e-3, 1, 0, 1.0, True), (0.75, 2, 3, 1.0, True), (0.7, 2, 3, 1.0, False),
+])  # fmt: skip
+def test_a_part_of_the_noise_spans_four_steps_of_the_grid(z: float, share: int, bits: int, bound: float, fits: bool) -> None:
+    """z C / sqrt(share) >= 4 steps. A site that adds all noise by itself rounds what is hidden already."""
+    said = problems(Gaussian(z, share), Clip(bound), after=[SecureSum(limit=64.0, bits=bits, threshold=max(3, share))])
+    assert len(said) == (not fits)
+    assert all(f"Gaussian(share={share}): each site's part of the noise has the deviation {z * bound / share**0.5:.3g}, " in text for text in said)
+
+
+@pytest.mark.parametrize(("bound", "count_noise", "fits"), [(1.0, 1.0, True), (0.8, 1.0, False), (9.0, 0.99, False), (9.0, 1.0, True), (1.0, 0.0, True)])
+def test_the_site_checks_the_grid_for_the_bound_of_the_day(bound: float, count_noise: float, fits: bool, noise: Noise) -> None:
+    """An adaptive bound may shrink until the parts are rounded away; and the count's part must span the grid too."""
+    settled = Gaussian(1.0, 4).settle((SecureSum(limit=64.0, bits=3, threshold=4),))
+    notes = {"clip": {"bound": torch.tensor(bound, dtype=torch.float64), "count_noise": torch.tensor(count_noise, dtype=torch.float64)}}
+    with metered() as spent:
+        if fits:
+            assert sent_by(settled, FIVE, notes).total.keys() == FIVE.keys()
+        else:
+            with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not hide"):
+                sent_by(settled, FIVE, notes)
+    assert len(spent) == fits
+    assert len(noise.deviations) == 2 * fits
+
+
+@pytest.mark.parametrize(("share", "sites", "fits"), [(3, 3, True), (3, 2, False), (3, 7, True), (3, 2.6, True), (3, 2.4, False), (1, 1, True), (1, 0.4, True), (2, 1, False)])
 def test_a_sum_holds_the_noise_that_was_counted_on(share: int, sites: float, fits: bool) -> None:
     received, state = Mean({"w": torch.ones(1)}, float(sites)), {"clip": {"bound": torch.tensor(1.0)}}
     if fits:

@@ -28,6 +28,7 @@ from polyclinic.transforms.secure.keys import (
     check_signature,
     default_threshold,
     digest,
+    least_threshold,
     pair_mask,
     public,
     seal,
@@ -93,6 +94,14 @@ def test_two_thirds_of_the_sites_but_three_at_least_must_remain() -> None:
         t = default_threshold(n)
         assert 3 * t >= 2 * n
         assert t == 3 or 3 * (t - 1) < 2 * n
+
+
+@pytest.mark.parametrize(("sites", "wanted", "asked", "threshold"), [
+    (6, None, 6, 4), (6, None, 9, 6), (5, None, 10, 7), (6, 5, 6, 5), (6, 5, 9, 5), (6, 3, 6, 4), (6, 3, 9, 4), (9, 7, 10, 7), (3, None, 3, 3), (10, 5, 12, 7),
+])  # fmt: skip
+def test_what_is_wanted_holds_unless_it_is_below_two_thirds_of_those_who_answered(sites: int, wanted: int | None, asked: int, threshold: int) -> None:
+    """Where the terms name no threshold, it is two thirds of all that were asked, however few of them answered."""
+    assert least_threshold(sites, wanted, asked) == threshold
 
 
 def test_a_signature_is_ed25519_over_context_kind_site_and_body() -> None:
@@ -168,6 +177,11 @@ def test_a_digest_is_sha256_of_the_numbers_in_order() -> None:
     assert digest(vector[::2]) == hashlib.sha256(np.array([0, 2, 4], "<i4").tobytes()).hexdigest()
 
 
+def test_a_chunk_fits_a_processors_cache_and_is_a_whole_number_of_blocks() -> None:
+    assert (4 * CHUNK) % 64 == 0
+    assert 2**10 <= CHUNK <= 2**20
+
+
 def stream(seed: bytes, size: int) -> np.ndarray:
     """The ChaCha20 key stream of a seed, in one piece."""
     return np.frombuffer(Cipher(ChaCha20(seed, bytes(16)), None).encryptor().update(bytes(4 * size)), "<u4")
@@ -183,11 +197,6 @@ def test_masks_are_chacha20_streams_added_and_taken_off(size: int, plus: tuple[i
         expected += stream(bytes([k]) * 32, size) if sign == 1 else -stream(bytes([k]) * 32, size)
     add_masks_(vector, [bytes([k]) * 32 for k in plus], [bytes([k]) * 32 for k in minus])
     assert np.array_equal(vector.numpy().view(np.uint32), expected)
-
-
-def test_a_chunk_fits_a_processors_cache_and_is_a_whole_number_of_blocks() -> None:
-    assert (4 * CHUNK) % 64 == 0
-    assert 2**10 <= CHUNK <= 2**20
 
 
 def test_what_a_vector_must_be() -> None:

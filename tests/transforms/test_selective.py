@@ -1,11 +1,13 @@
 """The sparse vector technique with its noise replaced: the scales for which it is proven, and what it may share."""
 
+import hashlib
 import math
 from typing import Any
 
 import pytest
 import torch
 
+from polyclinic.core.metering import Spend, Use, audited
 from polyclinic.core.site import Secret, Site
 from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree
@@ -97,6 +99,35 @@ def test_answers_have_noise_and_stay_within_the_bound(added: float, expected: fl
     assert found[found != 0].tolist() == pytest.approx([expected] * 5, rel=1e-5)
 
 
+@pytest.mark.parametrize(("bound", "epsilon"), [(1.0, 1.0), (1e-3, 0.3), (8.0, 5.0)])
+def test_answers_lie_on_a_grid_of_a_millionth_of_their_noise(bound: float, epsilon: float, noise: Noise) -> None:
+    """Digits below would tell which of the numbers the noise could have been."""
+    x = torch.linspace(0.1, 0.9, 10, dtype=torch.float64) * bound
+    found = shared(SparseVector(0.5, bound, 0.0, epsilon_answers=epsilon), {"w": x})["w"]
+    grid = 2.0 ** (math.floor(math.log2(5 * bound / epsilon)) - 20)
+    assert torch.equal((found / grid).round() * grid, found)
+    chosen = found != 0
+    assert int(chosen.sum()) == 5
+    assert bool(((found - x)[chosen].abs() <= grid / 2).all())
+    assert not torch.equal(found[chosen], x[chosen])
+
+
+def test_integers_are_refused_by_name_but_empty_ones_pass(noise: Noise) -> None:
+    """The first in name order is named, and nothing is paid for what is not sent."""
+    with metered() as spent, pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and m holds torch\.int32"):
+        shared(SparseVector(), {"w": X, "n": torch.ones(1, dtype=torch.int64), "m": torch.ones(2, dtype=torch.int32)})
+    assert not spent
+    found = shared(SparseVector(1.0, 1.0, 0.3), {"w": X.half(), "none": torch.zeros(0, dtype=torch.int64), "v": X.double()})
+    assert {name: leaf.dtype for name, leaf in found.items()} == {"w": torch.float16, "none": torch.int64, "v": torch.float64}
+
+
+def test_left_to_itself_a_tenth_is_shared_at_an_epsilon_of_3() -> None:
+    usual = SparseVector()
+    assert (usual.fraction, usual.bound, usual.threshold, usual.epsilon) == (0.1, 1e-3, 1e-4, 3.0)
+    assert (usual.epsilon_threshold, usual.epsilon_queries, usual.epsilon_answers) == (1.0, 1.0, 1.0)
+    assert UncalibratedNoise().scale == 0.01
+
+
 def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
     with metered() as spent:
         for bad in (math.nan, math.inf, -math.inf):
@@ -118,6 +149,8 @@ def test_these_are_right(transform: Any) -> None:
 @pytest.mark.parametrize("transform", [
     SparseVector(0.0), SparseVector(-0.1), SparseVector(1.001), SparseVector(math.nan), SparseVector(bound=0.0), SparseVector(bound=-1.0),
     SparseVector(threshold=-1e-9), SparseVector(bound=math.nan), SparseVector(epsilon_threshold=0.0), SparseVector(epsilon_queries=0.0),
+    SparseVector(bound=math.inf), SparseVector(threshold=math.inf), SparseVector(threshold=math.nan), SparseVector(epsilon_answers=math.inf),
+    SparseVector(epsilon_threshold=math.nan),
     SparseVector(epsilon_answers=-1.0), UncalibratedNoise(-1e-9), UncalibratedNoise(math.inf), UncalibratedNoise(math.nan),
 ])  # fmt: skip
 def test_these_are_wrong(transform: Any) -> None:
@@ -125,7 +158,8 @@ def test_these_are_wrong(transform: Any) -> None:
 
 
 def test_every_problem_is_told() -> None:
-    assert len(SparseVector(0.0, 0.0, 0.0, 0.0).problems((), ())) == 3
+    said = SparseVector(0.0, 0.0, 0.0, 0.0).problems((), ())
+    assert [text.split(" must")[0] for text in said] == ["SparseVector: fraction", "SparseVector: bound", "SparseVector: each epsilon"]
     assert SparseVector.uniform
     assert SparseVector.private
     assert not getattr(UncalibratedNoise, "private", False), "it must never count as privacy"
@@ -141,6 +175,31 @@ def test_laplace_is_the_inverse_of_its_distribution() -> None:
         assert drawn == pytest.approx(expected)
     assert found.dtype == torch.float64
     assert laplace(0, 1.0, Secret()).shape == (0,)
+
+
+def test_all_noise_comes_from_the_sites_secret_bytes() -> None:
+    """The same bytes give the same reply, and others another, whatever the study's seed."""
+
+    def sent(key: bytes, seed: int) -> torch.Tensor:
+        count = iter(range(100))
+        site = Site("bern", seed=seed, entropy=lambda n: hashlib.shake_128(key + bytes([next(count)])).digest(n))
+        return SparseVector(0.5, 1.0, 0.0).encode(Mean({"w": X}, 1.0), {}, {}, site, 0)[0].total["w"]
+
+    assert torch.equal(sent(b"a", 0), sent(b"a", 1))
+    assert not torch.equal(sent(b"a", 0), sent(b"b", 0))
+
+
+def test_an_auditor_sees_that_no_normal_noise_is_counted_on() -> None:
+    seen = []
+
+    def keep(use: Use, noise: Any) -> Tree:
+        seen.append((use.spend, dict(use.deviations), use.bound))
+        return use.value
+
+    with audited(keep):
+        found = shared(SparseVector(bound=0.25), {"w": X})["w"]
+    assert torch.equal(found, X.clamp(-0.25, 0.25))
+    assert seen == [(Spend(0.0, pure=3.0), {}, 0.25)]
 
 
 class Ones(Secret):

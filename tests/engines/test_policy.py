@@ -341,6 +341,7 @@ def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
         ("[limits]\nepochs = '3'", "policy.toml: limits.epochs: input should be a valid integer"),
         ("[limits]\nepochs = -1", "policy.toml: limits.epochs: input should be greater than or equal to 0"),
         ("a = " + "[" * 20_000, "policy.toml: "),
+        (f"a = {'[' * 300}{']' * 300}", "policy.toml: "),
         ("a = \xff", "policy.toml: 'utf-8' codec"),
     ],
 )
@@ -531,11 +532,10 @@ def test_scores_are_never_secret_and_training_is_where_the_policy_says_so() -> N
 
 def test_a_message_of_the_limit_is_read_and_a_larger_one_is_not() -> None:
     ask = ask_of(plan())
-    size = ask.nbytes("a")
-    assert refusal(f"[limits]\nmegabytes_per_round = {size / 1e6!r}\n", ask) == ""
-    told = refusal(f"[limits]\nmegabytes_per_round = {(size - 1) / 1e6!r}\n", ask)
-    assert "(limits.megabytes_per_round)" in told
     bulky = replace(ask, trees={**ask.trees, "more": {"x": torch.zeros(3_000_000)}})
+    size = bulky.nbytes("a")
+    assert refusal(f"[limits]\nmegabytes_per_round = {size / 1e6!r}\n", bulky) == ""
+    assert "(limits.megabytes_per_round)" in refusal(f"[limits]\nmegabytes_per_round = {(size - 1) / 1e6!r}\n", bulky)
     assert refusal("[limits]\nmegabytes_per_round = 2.5\n", bulky) == (
         "a message of 12 MB, and the policy allows 2.5 (limits.megabytes_per_round)"
     )

@@ -671,3 +671,13 @@ def test_parts_that_travel_together_are_each_checked(parts: dict[str, int], why:
             rules.release(p.build_method(), ask_of(p), reply, site())
     else:
         rules.release(p.build_method(), ask_of(p), reply, site())
+
+
+def test_a_whole_model_with_one_tensor_of_another_shape_does_not_leave() -> None:
+    p = plan()
+    model = dict(p.build_task().first(0))
+    rules, method = Enforced(parse(b""), p), p.build_method()
+    rules.release(method, ask_of(p), Reply({"update": Mean(model, 1.0)}), site())
+    wrong = {**model, "head.bias": torch.zeros(3)}
+    with pytest.raises(Refused, match=r"update: 'head\.bias' would leave in another shape"):
+        rules.release(method, ask_of(p), Reply({"update": Mean(wrong, 1.0)}), site())

@@ -261,14 +261,14 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], ask: Ask, sit
         most = limits.megabytes_per_round
         yield f"a message of {size / 1e6:.0f} MB, and the policy allows {most:g} (limits.megabytes_per_round)"
     try:
-        yield from _model_problems(plan, method, arrived(method, ask).trees.get("params", {}))
+        yield from _model_problems(plan, arrived(method, ask).trees.get("params", {}))
     except ValueError as error:
         yield f"the server's message cannot be read: {error}"
 
 
-def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[str]:
+def _model_problems(plan: Plan, params: Tree) -> Iterator[str]:
     """Why ``params`` cannot be of the model that was approved: another architecture, or not numbers."""
-    known = _known_shapes(plan, method)
+    known = _known_shapes(plan)
     for name, leaf in params.items():
         if name not in known:
             yield f"the server's model has a tensor {name[:80]!r}, which the approved model does not have"
@@ -283,20 +283,19 @@ def _model_problems(plan: Plan, method: Method[Any], params: Tree) -> Iterator[s
 _known: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
 
-def _known_shapes(plan: Plan, method: Method[Any]) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of the approved model's tensors, and of those of the task that the method predicts with."""
-    known = _shapes(plan)
-    return known if method.predicts is None else {**known, **_task_shapes(method.predicts)}
+def _known_shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the approved model's tensors.
 
-
-def _shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    Where the method predicts with another task, also of that one's, and of the model that the method begins with.
+    """
     if plan.hash not in _known:
-        _known[plan.hash] = _task_shapes(plan.build_task())
+        method = plan.build_method()
+        models = [plan.build_task().first(0)]
+        if method.predicts is not None:
+            begun = method.ask(method.init(models[0]))
+            models += [method.predicts.first(0), arrived(method, begun).trees.get("params", {}) if begun else {}]
+        _known[plan.hash] = {name: tuple(leaf.shape) for model in models for name, leaf in model.items()}
     return _known[plan.hash]
-
-
-def _task_shapes(task: Any) -> Mapping[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in task.first(0).items()}
 
 
 def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Iterator[str]:
@@ -320,7 +319,7 @@ def _shape_problems(plan: Plan, method: Method[Any] | None, reply: Reply) -> Ite
     """Why ``reply`` is not of the size that was approved: a part of the model in another shape, more outputs."""
     if method is None or not all(t.dense and t.additive for t in transforms_of(method)):
         return  # encoded: the bytes of a round are the bound
-    known = _known_shapes(plan, method)
+    known = _known_shapes(plan)
     for part, leaves in _leaves(reply):
         wrong = [name for name, leaf in leaves.items() if name in known and tuple(leaf.shape) != known[name]]
         if part in MODEL_PARTS and leaves.keys() <= known.keys() and wrong:

@@ -66,7 +66,7 @@ def plugins() -> dict[str, Entry]:
 def maker(of: Entry) -> Callable[..., Method[Any]]:
     """The function that builds a method."""
     module, _, function = of.make.partition(":")
-    path = module if "." in module else f"polyclinic.methods.{module}"
+    path = f"polyclinic.methods.{module}" if of.name in METHODS else module
     make: Callable[..., Method[Any]] = getattr(import_module(path), function)
     return make
 

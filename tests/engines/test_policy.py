@@ -3,6 +3,8 @@
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import strategies as st
 from polyclinic.core.execute import Refused, execute
 from polyclinic.core.method import Ask
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Gather, LeafMean, Mean, Reply
+from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply
+from polyclinic.engines.describe import Describe
 from polyclinic.engines.plan import Plan
-from polyclinic.engines.policy import DEFAULT, BadPolicy, Enforced, count_patients, parse
+from polyclinic.engines.policy import DEFAULT, BadPolicy, Enforced, count_patients, parse, read
+from polyclinic.methods.packages import packages_of
 from tests.conftest import blobs
 
 
@@ -239,3 +243,441 @@ def test_encoded_replies_have_the_bound_of_their_bytes() -> None:
     method = p.build_method()
     reply = Reply({"sent": Mean({"m/update/head.bias": torch.zeros(300)}, 1.0)})
     Enforced(parse(b""), p).release(method, ask_of(p), reply, site())
+
+
+HASH = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ("[limits]\nrounds = 1000000000000", True),
+        ("[limits]\nrounds = 1000000000001", False),
+        ("[require]\nmin_sites = 0", True),
+        ("[require]\nmin_sites = -1", False),
+        ("[require]\nmin_sites = 2.0", False),
+        ("[limits]\nlearning_rate = 1e15", True),
+        ("[limits]\nlearning_rate = 1.1e15", False),
+        ("[limits]\nlearning_rate = 0.0", True),
+        ("[limits]\nlearning_rate = -0.1", False),
+        ("[limits]\nmegabytes_per_round = inf", False),
+        (f"[approve]\nautomatically = ['{HASH}']", True),
+        (f"[approve]\nautomatically = ['{HASH}0']", False),
+        (f"[approve]\nautomatically = ['{HASH[1:]}']", False),
+        (f"[approve]\nautomatically = ['{HASH.upper()}']", False),
+        ("[allow]\npackages = ['mine==1.2']", True),
+        ("[allow]\npackages = ['*']", False),
+        ("[privacy]\nepsilon = 1e6\ndelta = 0.5", True),
+        ("[privacy]\nepsilon = 1000001.0\ndelta = 0.5", False),
+        ("[privacy]\nepsilon = 1e-9\ndelta = 1e-9", True),
+        ("[privacy]\nepsilon = 0.0\ndelta = 0.5", False),
+        ("[privacy]\nepsilon = 1.0\ndelta = 0.0", False),
+        ("[privacy]\nepsilon = 1.0\ndelta = 1.0", False),
+        ("[privacy]\nepsilon = 1.0\ndelta = 0.999", True),
+        ("[privacy]\nepsilon = 1.0", False),
+        ("[privacy]\ndelta = 0.5", False),
+        ("[privacy]\nepsilon = 1.0\ndelta = 0.5\nunit = 'image'", False),
+    ],
+)
+def test_numbers_and_hashes_outside_their_range_are_no_policy(text: str, fits: bool) -> None:
+    if fits:
+        parse(text.encode())
+    else:
+        with pytest.raises(BadPolicy, match=r"^policy\.toml: [a-z]+\.[a-z_]+"):
+            parse(text.encode())
+
+
+def test_a_privacy_budget_protects_patients_unless_it_says_otherwise() -> None:
+    assert parse(b"").privacy is None
+    budget = parse(b"[privacy]\nepsilon = 8.0\ndelta = 1e-5\n").privacy
+    assert budget is not None
+    assert (budget.epsilon, budget.delta, budget.unit) == (8.0, 1e-5, "patient")
+
+
+def test_the_default_policy_is_the_documented_one() -> None:
+    """A site that changes nothing has these; a change of one of them is a change of what hospitals agreed to."""
+    policy = parse(DEFAULT.encode())
+    assert policy.approve.automatically == ()
+    assert policy.allow.model_dump() == {
+        "jobs": ("*",), "never": ("predict/*",), "stats": ("Mean", "LeafMean"), "gather": ("score", "describe"),
+        "packages": (), "class_names": False,
+    }  # fmt: skip
+    assert policy.require.model_dump() == {"transforms": (), "secure": False, "min_sites": 3}
+    assert policy.limits.model_dump() == {
+        "min_patients": 10, "min_cell": 5, "megabytes_per_round": 2000.0, "rounds": 2000, "epochs": 100, "steps": 100_000,
+        "learning_rate": 10.0,
+    }  # fmt: skip
+
+
+def test_a_policy_cannot_be_changed_once_it_is_read() -> None:
+    policy = parse(b"")
+    for table, key, value in ((policy, "limits", None), (policy.limits, "rounds", 9), (policy.allow, "never", ())):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(table, key, value)
+
+
+def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
+    path = tmp_path / "rules.toml"
+    with pytest.raises(BadPolicy, match=r"rules\.toml does not exist, and without a policy nothing runs: .*--reset"):
+        read(path)
+    with pytest.raises(BadPolicy, match="does not exist"):
+        read(tmp_path)
+    path.write_text("[limits]\nrounds = 7\n")
+    assert read(path).limits.rounds == 7
+    path.write_text("[limits]\nround = 7\n")
+    with pytest.raises(BadPolicy) as told:
+        read(path)
+    assert str(told.value) == f"{path}: limits.round: no such key; `polyclinic site policy --default` shows those there are"
+    path.write_bytes(b"#" * 2**18)
+    assert read(path) == parse(b"")
+    path.write_bytes(b"#" * (2**18 + 1))
+    with pytest.raises(BadPolicy, match=r"rules\.toml is larger than 262144 bytes"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[limits]\nepochs = '3'", "policy.toml: limits.epochs: input should be a valid integer"),
+        ("[limits]\nepochs = -1", "policy.toml: limits.epochs: input should be greater than or equal to 0"),
+        ("a = " + "[" * 20_000, "policy.toml: "),
+        (f"a = {'[' * 300}{']' * 300}", "policy.toml: "),
+        ("a = \xff", "policy.toml: 'utf-8' codec"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_is_said_as_a_sentence_of_its_place(text: str, said: str) -> None:
+    with pytest.raises(BadPolicy) as told:
+        parse(text.encode("latin-1"))
+    assert str(told.value).startswith(said)
+    assert "\n" not in str(told.value)
+
+
+def test_every_wrong_transform_is_told_with_its_place() -> None:
+    with pytest.raises(BadPolicy) as told:
+        parse(b'[require]\ntransforms = [{name = "gausian"}, {name = "klip"}]')
+    lines = str(told.value).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("policy.toml: require.transforms: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"training": {"epochs": 10}}, "epochs = 10"),
+        ({"training": {"steps": 10}}, "steps = 10"),
+        ({"training": {"steps": 10}}, "epochs = 0"),  # counted in steps, not in epochs
+        ({"training": {"lr": 1.0}}, "learning_rate = 1.0"),
+        ({"rounds": 10}, "rounds = 10"),
+    ],
+)
+def test_as_much_as_the_limit_is_allowed(changes, line) -> None:
+    assert parse(f"[limits]\n{line}\n".encode()).problems(plan(**changes)) == []
+
+
+def test_what_is_over_a_limit_is_told_with_both_numbers_and_the_key() -> None:
+    policy = parse(b"[limits]\nrounds = 2\nepochs = 0\nsteps = 0\nlearning_rate = 0.25\n")
+    assert policy.problems(plan(training={"epochs": 1, "lr": 0.5})) == [
+        "3 rounds, and the policy allows 2 (limits.rounds)",
+        "1 epochs in a round, and the policy allows 0 (limits.epochs)",
+        "0.5 learning rate, and the policy allows 0.25 (limits.learning_rate)",
+    ]
+    assert policy.problems(plan(training={"steps": 1, "lr": 0.25}))[1:] == [
+        "1 steps in a round, and the policy allows 0 (limits.steps)",
+    ]
+
+
+BUDGET = b"[privacy]\nepsilon = 8.0\ndelta = 1e-5\n"
+NOISE = ({"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 1.0})
+DP_SGD = {"steps": 1, "private": {"noise": 1.0, "bound": 1.0, "unit": "patient"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ["what leaves must be hidden in noise that the budget here can pay for (privacy): train with DPSGD"]),
+        ({"send": NOISE[:1], "options": {"uniform": True}}, ["what leaves must be hidden in noise"]),
+        ({"send": NOISE, "options": {"uniform": True}}, []),
+        ({"training": DP_SGD}, []),
+        ({"method": "single"}, []),  # nothing leaves, so nothing is paid
+        ({"method": "moon", "training": DP_SGD}, []),
+        ({"method": "fedmix", "kind": "segmentation", "network": "unet", "inputs": (1, 16, 16), "training": DP_SGD},
+         ["does not cover what fedmix sends"]),
+    ],
+)  # fmt: skip
+def test_with_a_budget_only_noise_that_it_can_pay_for_may_leave(changes, why) -> None:
+    found = parse(BUDGET).problems(plan(**changes))
+    assert len(found) == len(why)
+    assert all(told in problem and "(privacy)" in problem for told, problem in zip(why, found, strict=True))
+
+
+def test_noise_that_covers_less_than_it_promises_is_refused_without_a_budget_too() -> None:
+    changes = {"method": "fedmix", "kind": "segmentation", "network": "unet", "inputs": (1, 16, 16)}
+    assert parse(b"").problems(plan(**changes)) == []
+    (problem,) = parse(b"").problems(plan(**changes, training=DP_SGD))
+    assert "does not cover what fedmix sends" in problem
+    assert problem.endswith("(privacy)")
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A method of another package, whose code says when it runs."""
+    (tmp_path / "foreign_pack.py").write_text("raise RuntimeError('foreign code ran')\n")
+    info = tmp_path / "foreign_pack-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-pack\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text("[polyclinic.methods]\nforeign = foreign_pack:make\n")
+    (info / "RECORD").write_text("foreign_pack.py,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "foreign"
+
+
+@pytest.mark.parametrize("changes", [{"method": "foreign"}, {"method": "fedper", "options": {"over": "foreign"}}])
+def test_code_of_a_package_that_is_not_allowed_is_refused_before_it_runs(plugin: str, changes: dict[str, Any]) -> None:
+    (refused,) = parse(b"").problems(plan(**changes))
+    (package,) = packages_of([plugin])
+    rule = f"foreign-pack==1.5@{package.hash}"
+    assert refused == (
+        "it needs the package foreign-pack 1.5, whose code the policy does not allow; "
+        f'allow.packages = ["{rule}"] would allow what is installed here'
+    )
+    for allowed in (rule, "foreign-pack"):
+        policy = parse(f"[allow]\npackages = ['another', '{allowed}']".encode())
+        assert policy.package_problems([package]) == []
+    with pytest.raises(RuntimeError, match="foreign code ran"):
+        policy.problems(plan(method=plugin))
+    assert len(parse(b"[allow]\npackages = ['another', 'foreign-pack==1.6']").problems(plan(**changes))) == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        ("", []),
+        ("jobs = ['train']", ["allow.jobs, allow.never"]),
+        ("jobs = ['desc*']", []),
+        ("never = ['describe']", ["allow.jobs, allow.never"]),
+        ("never = ['desc*']", ["allow.jobs, allow.never"]),
+        ("gather = ['score']", ["allow.gather"]),
+        ("gather = []\nnever = ['*']", ["allow.jobs, allow.never", "allow.gather"]),
+    ],
+)
+def test_a_site_says_what_its_data_are_if_the_policy_allows_it(rules: str, why: list[str]) -> None:
+    """Whatever the rest of the plan is: a survey trains nothing."""
+    policy = parse(f"[allow]\n{rules}\n[limits]\nrounds = 0\nmin_patients = 99\n".encode())
+    found = policy.survey_problems()
+    assert len(found) == len(why)
+    assert all(told in problem and "'describe'" in problem for told, problem in zip(why, found, strict=True))
+    enforced = Enforced(policy, plan())
+    if why:
+        with pytest.raises(Refused) as told:
+            enforced.admit(Describe("classification"), Ask(0, {}, "describe"), site())
+        assert str(told.value) == "; ".join(found)
+    else:
+        enforced.admit(Describe("classification"), Ask(0, {}, "describe"), site())
+
+
+def refusal(policy: str, ask: Ask, p: Plan | None = None, at: Site | None = None) -> str:
+    """Why ``ask`` is not run; empty where it is."""
+    p = p or plan()
+    try:
+        Enforced(parse(policy.encode()), p).admit(p.build_method(), ask, at or site())
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+def test_a_job_runs_if_it_is_allowed_and_not_forbidden() -> None:
+    ask = ask_of(plan())
+    assert refusal("[allow]\njobs = ['t*']\n", ask) == ""
+    assert refusal("[allow]\njobs = []\n", ask) == "the job 'train' is not among those that the policy allows (allow.jobs)"
+    assert refusal("[allow]\nnever = ['t*']\n", ask) == "the job 'train' never runs here (allow.never)"
+    assert refusal("[allow]\njobs = ['score/*']\n", ask).endswith("(allow.jobs)")
+    assert refusal("[allow]\njobs = ['score/*']\n", replace(ask, job="score/val")) == ""
+
+
+@pytest.mark.parametrize(("round", "fits"), [(-1, False), (0, True), (2, True), (3, True), (4, False)])
+def test_only_rounds_of_the_study_are_run(round: int, fits: bool) -> None:
+    """The round after the last is that of the last model's scores."""
+    assert refusal("", replace(ask_of(plan()), round=round)) == ("" if fits else f"round {round} of a study of 3")
+
+
+def test_patients_are_counted_where_the_job_reads_them() -> None:
+    few = Site("a", {"train": blobs(0, 20, (1, 8, 8)), "val": blobs(1, 9, (1, 8, 8)), "test": blobs(1, 10, (1, 8, 8))})
+    ask = ask_of(plan())
+    assert refusal("", ask, at=few) == refusal("", replace(ask, job="score/test"), at=few) == ""
+    assert refusal("", replace(ask, job="score/val"), at=few) == "fewer than 10 patients here (limits.min_patients)"
+    none = Site("a", {"val": blobs(1, 20, (1, 8, 8))})
+    assert refusal("", ask, at=none) == "fewer than 10 patients here (limits.min_patients)"
+    assert refusal("", replace(ask, job="score/test"), at=none) == "", "nobody is scored, so nobody is told of"
+
+
+@pytest.mark.parametrize("role", ["train", "other" * 30])
+def test_the_role_that_is_refused_is_named_and_not_at_length(role: str) -> None:
+    told = refusal("[limits]\nmin_patients = 0\n", replace(ask_of(plan()), job=f"score/{role}"))
+    assert told == f"models are scored on val and test data alone, and never on {role[:80]!r}"
+
+
+def test_scores_are_never_secret_and_training_is_where_the_policy_says_so() -> None:
+    p = plan(options={"uniform": True}, send=({"name": "secure-sum"},))
+    ask, required = ask_of(p), "[require]\nsecure = true\n"
+    assert refusal(required, ask, p) == ""
+    assert refusal(required, replace(ask, job="score/val", secure=False), p) == ""
+    assert refusal(required, replace(ask_of(plan()), job="score/val")) == ""
+    assert refusal(required, ask_of(plan())) == "the policy allows secure sums only (require.secure)"
+    both = refusal(required, replace(ask, secure=False), p).split("; ")
+    assert both == [
+        "the study promises a secure sum, and the server asks for the reply itself",
+        "the policy allows secure sums only (require.secure)",
+    ]
+
+
+def test_a_message_of_the_limit_is_read_and_a_larger_one_is_not() -> None:
+    ask = ask_of(plan())
+    bulky = replace(ask, trees={**ask.trees, "more": {"x": torch.zeros(3_000_000)}})
+    size = bulky.nbytes("a")
+    assert refusal(f"[limits]\nmegabytes_per_round = {size / 1e6!r}\n", bulky) == ""
+    assert "(limits.megabytes_per_round)" in refusal(f"[limits]\nmegabytes_per_round = {(size - 1) / 1e6!r}\n", bulky)
+    assert refusal("[limits]\nmegabytes_per_round = 2.5\n", bulky) == (
+        "a message of 12 MB, and the policy allows 2.5 (limits.megabytes_per_round)"
+    )
+    addressed = replace(ask, each={"a": {"more": {"x": torch.zeros(3_000_000)}}})
+    assert "a message of 12 MB" in refusal("[limits]\nmegabytes_per_round = 2.5\n", addressed)
+    assert refusal("[limits]\nmegabytes_per_round = 2.5\n", replace(ask, each={"b": addressed.each["a"]})) == ""
+
+
+def with_params(ask: Ask, **leaves: torch.Tensor) -> Ask:
+    params = dict(ask.trees["params"]) | {name.replace("__", "."): leaf for name, leaf in leaves.items()}
+    return replace(ask, trees={**ask.trees, "params": params})
+
+
+def test_the_servers_model_must_be_the_approved_one() -> None:
+    """Another architecture could copy what it is trained on into what leaves."""
+    ask = ask_of(plan())
+    assert refusal("", replace(ask, trees={})) == ""
+    assert refusal("", with_params(ask, head__bias=torch.ones(2))) == ""
+    assert refusal("", with_params(ask, copy=torch.zeros(2))) == (
+        "the server's model has a tensor 'copy', which the approved model does not have"
+    )
+    assert refusal("", with_params(ask, **{"x" * 99: torch.zeros(2)})) == (
+        f"the server's model has a tensor {'x' * 80!r}, which the approved model does not have"
+    )
+    assert refusal("", with_params(ask, head__bias=torch.zeros(2, 1))) == (
+        "the server's 'head.bias' has the shape (2, 1), the approved model's (2,)"
+    )
+    for number in (float("nan"), float("inf"), -float("inf")):
+        wrong = with_params(ask, head__bias=torch.tensor([0.0, number]))
+        assert refusal("", wrong) == "the server's model holds NaN or infinite numbers"
+
+
+def test_only_the_first_tensor_that_does_not_fit_is_told() -> None:
+    """A hostile message must not fill the journal."""
+    ask = ask_of(plan())
+    many = {f"tensor-{i}": torch.full((2,), float("nan")) for i in range(100)}
+    assert refusal("", with_params(ask, **many)).count("the server's") == 1
+    shapes = {name: leaf.new_full((*leaf.shape, 2), float("nan")) for name, leaf in ask.trees["params"].items()}
+    assert refusal("", replace(ask, trees={"params": shapes})).count("the server's") == 1
+
+
+def test_a_model_is_checked_as_it_is_after_its_codecs_are_undone() -> None:
+    p = plan(receive=({"name": "bf16"},))
+    ask = ask_of(p)
+    assert refusal("", ask, p) == ""
+    larger = ask_of(plan(receive=p.receive, network_options={"width": 16, "norm": "group"}))
+    assert "has the shape (16, 1, 3, 3), the approved model's (8, 1, 3, 3)" in refusal("", larger, p)
+    packed = ask.trees["received"]
+    more = replace(ask, trees={"received": {**packed, "m/params/copy:half": torch.zeros(2, dtype=torch.bfloat16)}})
+    assert refusal("", more, p) == "the server's model has a tensor 'copy', which the approved model does not have"
+    unreadable = replace(ask, trees={"received": {**packed, "x/params/copy:half": torch.zeros(2, dtype=torch.bfloat16)}})
+    assert refusal("", unreadable, p) == "the server's message cannot be read: 'x/params/copy' is not what a server sends"
+
+
+def test_models_of_two_studies_are_not_confused() -> None:
+    """Each plan's shapes are its own, in whatever order they are asked for."""
+    small, large = plan(), plan(network_options={"width": 16, "norm": "group"})
+    for _ in range(2):
+        assert refusal("", ask_of(small), small) == refusal("", ask_of(large), large) == ""
+        assert "has the shape" in refusal("", ask_of(large), small)
+        assert "has the shape" in refusal("", ask_of(small), large)
+
+
+def test_every_reason_of_the_plan_and_of_the_ask_is_told() -> None:
+    told = refusal("[limits]\nrounds = 2\nmin_patients = 13\n[allow]\njobs = []\n", ask_of(plan())).split("; ")
+    assert [reason.rpartition(" ")[2] for reason in told] == ["(limits.rounds)", "(allow.jobs)", "(limits.min_patients)"]
+
+
+@pytest.mark.parametrize("method", ["harmofl", "fmtl", "fedni", "lc-fed", "site-graph"])
+def test_a_method_that_predicts_with_more_than_the_network_may_send_that_too(method: str) -> None:
+    """Some put a front before the approved network, or another head behind it; nothing else may come."""
+    p = plan(method=method)
+    ask, made = ask_of(p).at("a"), p.build_method()
+    assert ask.trees["params"].keys() - p.build_task().first(0).keys(), "it sends more than the network"
+    assert refusal("", ask, p) == ""
+    assert refusal("", replace(made.trial(made.init(p.build_task().first(0))), job="score/val"), p) == ""
+    assert "a tensor 'copy', which the approved model does not have" in refusal("", with_params(ask, copy=torch.zeros(2)), p)
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (Reply({"score": Gather({"b": {"x": torch.zeros(2)}})}), "'score' speaks for ['b'], not for a"),
+        (Reply({"score": Gather({"b": {}, "a": {}})}), "'score' speaks for ['a', 'b'], not for a"),
+        (Reply({"score": Gather({})}), "'score' speaks for [], not for a"),
+        (Reply({"score": Alike({"a": {}})}), ""),
+        (Reply({"rows": Alike({"a": {}})}),
+         "'rows' would leave as a Alike, which the server sees apart from other sites' (allow.gather names the parts that may)"),
+        (Reply({"x": LeafMean({}, {})}), "'x' would leave as a LeafMean, which the policy does not allow (allow.stats)"),
+        (Reply({"x": LeafMean({}, {}), "y": LeafMean({}, {})}), "'x' would leave as a LeafMean, which the policy does not allow "
+         "(allow.stats); 'y' would leave as a LeafMean, which the policy does not allow (allow.stats)"),
+    ],
+)  # fmt: skip
+def test_why_a_reply_does_not_leave_is_told_part_by_part(reply: Reply, why: str) -> None:
+    rules = Enforced(parse(b'[allow]\nstats = ["Mean"]\n'), plan())
+    if why:
+        with pytest.raises(Refused) as told:
+            rules.release(plan().build_method(), Ask(0, {}), reply, site())
+        assert str(told.value) == why
+    else:
+        rules.release(plan().build_method(), Ask(0, {}), reply, site())
+
+
+def test_the_bytes_of_a_round_may_reach_the_limit_and_not_pass_it() -> None:
+    policy, reply = parse(b"[limits]\nmegabytes_per_round = 1.5\n"), Reply({"x": Mean({"a": torch.zeros(100_000)}, 1.0)})
+    Enforced(policy, plan(), sent=1_100_000).release(None, Ask(0, {}), reply, site())
+    with pytest.raises(Refused, match=r"^2 MB would have left in this round, and the policy allows 1\.5 \(limits"):
+        Enforced(policy, plan(), sent=1_100_001).release(None, Ask(0, {}), reply, site())
+
+
+def test_both_forms_and_sizes_that_are_refused_are_told() -> None:
+    reply = Reply({"update": LeafMean({"head.bias": torch.zeros(3)}, {}), "predict": Gather({"a": {"score": torch.zeros(9, 3)}})})
+    with pytest.raises(Refused) as told:
+        Enforced(parse(b'[allow]\nstats = ["Mean"]\n'), plan()).release(plan().build_method(), Ask(0, {}), reply, site())
+    assert [reason.split(" ")[0] for reason in str(told.value).split("; ")] == ["'update'", "'predict'", "update:", "3"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"m/update/head.bias": 2, "m/change/head.bias": 3}, "change: 'head.bias'"),
+        ({"m/update/head.bias": 3, "m/update/head.weight": 3}, "update: 'head.bias'"),
+        ({"w/update/head.bias": 3}, ""),  # weights of a mean, in a form of their own
+        ({"m/selector/head.bias": 3}, ""),
+    ],
+)
+def test_parts_that_travel_together_are_each_checked(parts: dict[str, int], why: str) -> None:
+    p = plan()
+    reply = Reply({"sent": Mean({name: torch.zeros(size) for name, size in parts.items()}, 1.0)})
+    rules = Enforced(parse(b""), p)
+    if why:
+        with pytest.raises(Refused, match=rf"{why} would leave in another shape than the approved model's \(2,\)"):
+            rules.release(p.build_method(), ask_of(p), reply, site())
+    else:
+        rules.release(p.build_method(), ask_of(p), reply, site())
+
+
+def test_a_whole_model_with_one_tensor_of_another_shape_does_not_leave() -> None:
+    p = plan()
+    model = dict(p.build_task().first(0))
+    rules, method = Enforced(parse(b""), p), p.build_method()
+    rules.release(method, ask_of(p), Reply({"update": Mean(model, 1.0)}), site())
+    wrong = {**model, "head.bias": torch.zeros(3)}
+    with pytest.raises(Refused, match=r"update: 'head\.bias' would leave in another shape"):
+        rules.release(method, ask_of(p), Reply({"update": Mean(wrong, 1.0)}), site())

@@ -1,9 +1,11 @@
 """A privacy budget belongs to data, wherever they lie and whatever they are called."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from polyclinic.data.examples import Examples
 from polyclinic.engines.policy import BadPolicy, Privacy
 from polyclinic.engines.site_ledger import HEADS, KEY, LIST, SiteLedger, ledger_for, members_of
 from polyclinic.tasks.dpsgd import Spend
-from polyclinic.transforms.ledger import Exhausted, Ledger
+from polyclinic.transforms.ledger import Exhausted, Ledger, locked
 
 BUDGET = Privacy(epsilon=5.0, delta=1e-3)
 ONE = Spend(2.0, unit="patient")
@@ -87,13 +89,7 @@ def test_who_was_added_is_known_from_then_on(tmp_path: Path) -> None:
     assert spent(tmp_path) == [1]
 
 
-def spends(ledger: Ledger) -> bool:
-    """Whether the ledger still allows one release, which it then pays for."""
-    try:
-        ledger.reserve([ONE])
-    except Exhausted:
-        return False
-    return True
+AFFORDED = 8  # times ``ONE`` is paid for by the budget; nine times would be ε = 5.2
 
 
 def test_data_of_two_ledgers_are_paid_for_from_both_or_not_at_all(tmp_path: Path) -> None:
@@ -105,13 +101,71 @@ def test_data_of_two_ledgers_are_paid_for_from_both_or_not_at_all(tmp_path: Path
     assert spent(tmp_path) == [1, 2]
     assert said == Ledger(first.path).spent().epsilon_rdp > Ledger(second.path).spent().epsilon_rdp
     (last,) = both.others
-    while spends(last):  # until nothing is left here, and enough in the one that is asked first
-        pass
+    last.reserve([ONE._replace(steps=AFFORDED - len(last.spends()))])  # all of it, and enough is left in the first
     Ledger(both.path).check([ONE])
     before = spent(tmp_path)
     with pytest.raises(Exhausted, match="is used up"):
         both.reserve([ONE])
     assert spent(tmp_path) == before, "neither paid"
+
+
+def test_all_ledgers_of_the_data_pay_what_is_asked_for_and_note_what_it_is_for(tmp_path: Path) -> None:
+    opened(tmp_path, TEN, "one")
+    opened(tmp_path, ward(range(20, 30)), "two")
+    both = opened(tmp_path, ward(range(9, 21)), "three")
+    said = both.reserve(iter([ONE, ONE._replace(steps=2)]), {"run": "r-7", "round": 3})
+    paid = {ledger.path: ledger.spends() for ledger in (Ledger(both.path), *both.others)}
+    assert len(paid) == 2
+    assert set(paid.values()) == {(ONE, ONE._replace(steps=2))}
+    assert said == Ledger(both.path).spent().epsilon_rdp
+    for path in paid:
+        last = json.loads(path.read_text().splitlines()[-1])
+        assert last["about"] == {"run": "r-7", "round": 3}
+    heads = json.loads((tmp_path / HEADS).read_text())
+    assert heads == {path.name: Ledger(path).head() for path in paid}
+
+
+def test_an_older_copy_of_any_of_the_ledgers_stops_a_payment(tmp_path: Path) -> None:
+    opened(tmp_path, TEN, "one")
+    opened(tmp_path, ward(range(20, 30)), "two")
+    both = opened(tmp_path, ward(range(9, 21)), "three")
+    (other,) = both.others
+    parts = [other.path.with_name(other.path.name + end) for end in ("", ".head")]
+    kept = [path.read_bytes() for path in parts]
+    both.reserve([ONE])
+    for path, content in zip(parts, kept, strict=True):
+        path.write_bytes(content)
+    with pytest.raises(Broken, match=f"{other.path.name}: this is an older copy or another ledger: its last head was [0-9a-f]{{16}},"):
+        both.reserve([ONE])
+    assert len(Ledger(both.path).spends()) == 1, "neither paid"
+    for path in parts:
+        path.unlink()
+    with pytest.raises(Broken, match=f"{other.path.name}: the ledger is missing, and {HEADS} knows of it"):
+        both.reserve([ONE])
+    assert len(Ledger(both.path).spends()) == 1, "neither paid"
+
+
+def pays(ledger: SiteLedger, go: Any, began: Any) -> None:
+    go.wait(60)
+    began.set()
+    ledger.reserve([ONE])
+
+
+def test_a_payment_waits_while_another_process_pays(tmp_path: Path) -> None:
+    """Two releases at once could each find room for one."""
+    ledger, context = opened(tmp_path, TEN), multiprocessing.get_context("fork")
+    go, began = context.Event(), context.Event()
+    process = context.Process(target=pays, args=(ledger, go, began))
+    process.start()
+    with locked(tmp_path / f"{HEADS}.lock"):
+        go.set()
+        assert began.wait(30)
+        process.join(timeout=0.3)
+        assert process.is_alive()
+        assert ledger.spends() == ()
+    process.join(timeout=30)
+    assert process.exitcode == 0
+    assert ledger.spends() == (ONE,)
 
 
 def test_names_that_only_number_examples_are_no_patients_names(tmp_path: Path) -> None:
@@ -313,3 +367,150 @@ def test_data_are_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.M
     members_of(b"k" * 32, {"train": TEN})
     members_of(b"l" * 32, roles)
     assert count == 3
+
+
+def keyed(key: bytes, *parts: bytes) -> str:
+    """A hash as lists hold it: BLAKE2b with a key over each part behind its length."""
+    return hashlib.blake2b(b"".join(len(part).to_bytes(8, "little") + part for part in parts), key=key, digest_size=16).hexdigest()
+
+
+def test_hashes_are_those_of_lists_that_were_written_before() -> None:
+    """Were they computed in another way, all data would be new, with a budget of their own."""
+    key, data = bytes(range(32)), ward(range(2), prefix="ü")
+    images = {keyed(key, b"inputs", b"torch.float32(1, 4, 4)", image.numpy().tobytes()) for image in data.inputs}
+    assert members_of(key, {"train": data}) == images | {keyed(key, b"patient", name.encode()) for name in ("ü0", "ü1")}
+
+
+def unnamed(images: torch.Tensor) -> Examples:
+    count = tuple(map(str, range(len(images))))
+    return Examples(images, torch.zeros(len(images), dtype=torch.int64), count, count)
+
+
+def test_images_of_another_shape_or_type_are_other_data() -> None:
+    key, image = b"k" * 32, torch.arange(16.0).reshape(1, 1, 4, 4)
+    forms = [image, image.reshape(1, 1, 2, 8), image.view(torch.uint8).reshape(1, 1, 8, 8), image + 1]
+    assert len(frozenset().union(*(members_of(key, {"train": unnamed(form)}) for form in forms))) == 4
+    strided = image.transpose(2, 3).contiguous().transpose(2, 3)
+    assert members_of(key, {"train": unnamed(strided)}) == members_of(key, {"train": unnamed(image)})
+
+
+def test_one_pixel_that_differs_makes_an_image_someones() -> None:
+    images = torch.zeros(2, 1, 4, 4)
+    assert members_of(b"k" * 32, {"train": unnamed(images)}) == frozenset()
+    images[1, 0, 3, 3] = 1.0
+    assert len(members_of(b"k" * 32, {"train": unnamed(images)})) == 1
+
+
+def test_data_of_nobody_have_the_budget_of_their_name(tmp_path: Path) -> None:
+    """Rows without patients or inputs are known by what the site calls them, and only by that."""
+    empty: dict[str, Any] = {"train": []}
+    ledger_for(tmp_path / "ledgers", "ward", empty, "lyon", BUDGET).reserve([ONE])
+    ledger_for(tmp_path / "ledgers", "ward", empty, "lyon", BUDGET).reserve([ONE])
+    ledger_for(tmp_path / "ledgers", "another", empty, "lyon", BUDGET).reserve([ONE])
+    assert spent(tmp_path) == [1, 2]
+
+
+def test_the_folder_its_key_and_its_lists_are_the_users_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "ledgers"
+    (tmp_path / "old").mkdir(mode=0o777)
+    for place in (folder, tmp_path / "old"):
+        ledger_for(place, "ward", {"train": TEN}, "lyon", BUDGET)
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        assert stat.S_IMODE((place / KEY).stat().st_mode) == 0o600
+        (members,) = place.glob(f"*{LIST}")
+        assert stat.S_IMODE(members.stat().st_mode) == 0o600
+        assert len((place / KEY).read_bytes()) == 32
+
+
+def test_a_list_is_bound_to_its_chain_by_size_hash_and_key(tmp_path: Path) -> None:
+    ledger, key = opened(tmp_path, TEN), parts(tmp_path)["key"].read_bytes()
+    written = parts(tmp_path)["list"].read_bytes()
+    assert written == "".join(f"{member}\n" for member in sorted(members_of(key, {"train": TEN}))).encode()
+    said = ledger.members()
+    assert said is not None
+    facts = {"members": 30, "size": 30 * 33, "sha256": hashlib.sha256(written).hexdigest(), "check": keyed(key, b"check")}
+    assert {name: said[name] for name in facts} == facts
+
+
+@pytest.mark.parametrize("left", [b"", b"x" * 31, b"x" * 33])
+def test_a_key_of_another_length_is_not_used(tmp_path: Path, left: bytes) -> None:
+    opened(tmp_path, TEN)
+    parts(tmp_path)["key"].write_bytes(left)
+    with pytest.raises(Broken, match=f"{KEY}: this is not the key .* Restore it from a copy"):
+        opened(tmp_path, TEN)
+    assert parts(tmp_path)["key"].read_bytes() == left
+
+
+@pytest.mark.parametrize(("left", "fits"), [(b"", True), (b"x" * 31, False), (b"x" * 32, True)])
+def test_a_key_without_lists_is_used_if_it_is_one(tmp_path: Path, left: bytes, fits: bool) -> None:
+    """An empty one is of a crash before it was written."""
+    (tmp_path / "ledgers").mkdir()
+    path = tmp_path / "ledgers" / KEY
+    path.write_bytes(left)
+    if fits:
+        opened(tmp_path, TEN)
+        assert len(path.read_bytes()) == 32
+        assert not left or path.read_bytes() == left
+    else:
+        with pytest.raises(Broken, match="not the key"):
+            opened(tmp_path, TEN)
+
+
+@pytest.mark.parametrize("torn", [b"abc", b"\xff\xfe", b"z" * 32])
+def test_a_torn_line_of_a_list_counts_nobody_and_is_replaced(tmp_path: Path, torn: bytes) -> None:
+    opened(tmp_path, TEN)
+    path = parts(tmp_path)["list"]
+    before = path.read_bytes()
+    path.write_bytes(before + torn)
+    opened(tmp_path, TEN)
+    assert path.read_bytes() == before
+    path.write_bytes(before + torn)
+    opened(tmp_path, ward(range(10, 11)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [len(line) for line in lines] == [33] * 33
+    assert path.read_bytes().startswith(before)
+
+
+def test_a_list_is_on_the_disk_before_the_chain_speaks_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power failure could leave a chain that no list fits, and nothing could be released any more."""
+    forced, fsync, said = set[int](), os.fsync, Ledger.note_members
+
+    def noted(handle: int) -> None:
+        forced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def bound(ledger: Ledger, details: Any) -> None:
+        path = ledger.path.with_name(ledger.path.name + LIST)
+        assert path.stat().st_ino in forced
+        assert path.stat().st_size == details["size"]
+        said(ledger, details)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Ledger, "note_members", bound)
+    opened(tmp_path, TEN)
+
+
+def test_a_policy_that_says_the_same_changes_no_budget(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, TEN)
+    before = ledger.path.read_bytes()
+    opened(tmp_path, TEN)
+    assert ledger.path.read_bytes() == before
+    opened(tmp_path, TEN, privacy=Privacy(epsilon=4.0, delta=1e-3))
+    assert ledger.budget()["epsilon"] == 4.0, "less is set, too"
+    assert json.loads(ledger.path.read_text().splitlines()[-1])["reason"] == "policy.toml says so"
+
+
+def test_an_older_copy_of_another_ledger_of_the_site_stops_everything(tmp_path: Path) -> None:
+    """Whoever put one back may have put back others; and a ledger that is gone may count these data, too."""
+    opened(tmp_path, TEN)
+    other = opened(tmp_path, ward(range(50, 60), seed=3), "other")
+    kept = {path: path.read_bytes() for path in other.path.parent.glob(f"{other.path.name}*")}
+    other.reserve([ONE])
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with pytest.raises(Broken, match=f"{other.path.name}: this is an older copy"):
+        opened(tmp_path, TEN)
+    for path in kept:
+        path.unlink()
+    with pytest.raises(Broken, match=f"{other.path.name}: the ledger is missing"):
+        opened(tmp_path, TEN)

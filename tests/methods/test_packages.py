@@ -99,6 +99,18 @@ def test_a_module_of_one_file_is_hashed_too(install: Install) -> None:
     assert packages_of(["mine"]) != before
 
 
+@pytest.mark.parametrize("module", ["lonely", "fedprox"])
+def test_a_module_of_one_file_is_the_one_that_is_built(install: Install, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Whatever it is called: a module of Polyclinic with the same name is not mistaken for it."""
+    folder = install()
+    info = folder.with_name("minepack-1.0.dist-info")
+    (info / "entry_points.txt").write_text(f"[polyclinic.methods]\nmine = {module}:make\n")
+    folder.with_name(f"{module}.py").write_text(CODE)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    made = registry.maker(registry.entry("mine"))
+    assert (made.__module__, made.__name__) == (module, "make")
+
+
 def test_only_named_methods_of_others_have_packages(install: Install) -> None:
     install()
     install("other-pack", method="fedavg", module="otherpack")  # our own methods cannot be replaced

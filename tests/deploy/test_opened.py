@@ -170,3 +170,14 @@ def test_two_runs_at_once_do_not_open_two_rosters(tmp_path: Path) -> None:
         process.join(30)
     assert sorted(said.get(timeout=5) for _ in both) == ["opened", "refused"]
     assert len([json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]) == 1
+
+
+def test_a_record_holds_a_quarter_of_a_gibibyte_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    opened = Opened(tmp_path / "opened.jsonl")
+    assert opened.limit == 268_435_456
+
+
+def test_a_sum_is_of_values_that_may_come_again_unless_it_says_that_it_is_static(opened: Opened) -> None:
+    assert refused(opened, Summed("run-1", 0, "train", "x"), ("a", "b", "c")) == ""
+    assert refused(opened, Summed("run-1", 1, "train", "y"), ("d", "e", "f")) == ""
+    assert json.loads(opened.path.read_text().splitlines()[0])["static"] is False

@@ -350,6 +350,7 @@ def test_what_was_answered_outlives_a_rollback_and_a_lost_memory(tmp_path: Path)
     memory.begin_anew()
     memory.retire()
     memory.close()
+    assert (tmp_path / "run" / "usage.jsonl").exists()  # where a later release looks for it
     assert Memory(tmp_path / "run").usage.find(asked).times == 1
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,12 +16,13 @@ from polyclinic.core.journal import verify
 from polyclinic.core.method import Ask
 from polyclinic.engines.flare import journals, keys, wire
 from polyclinic.engines.flare import order as orders
-from polyclinic.engines.flare.decisions import Review, read, shown_hash, signed_bytes
+from polyclinic.engines.flare.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
 from polyclinic.engines.flare.desk import take_in
 from polyclinic.engines.flare.homes import BadHome, SiteHome, write_private
 from polyclinic.engines.flare.messages import VERSION, Call
 from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews
+from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews, _unlike
+from polyclinic.methods.packages import Package
 from tests.deploy.local import LocalCarrier, hospital, order, read_and_approve
 
 SHAPE = {"inputs": [1, 8, 8], "outputs": 2}
@@ -28,9 +30,11 @@ SHAPE = {"inputs": [1, 8, 8], "outputs": 2}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keys, which take long to make."""
+    """Keys, which take long to make: short ones."""
     folder = tmp_path_factory.mktemp("keys") / "keys"
-    keys.make(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "BITS", 1024)
+        keys.make(folder)
     return folder
 
 
@@ -493,6 +497,265 @@ def test_a_review_survives_its_file(home: SiteHome) -> None:
     review: Review = reviews.get("spots-survey")
     assert review.said == SHAPE
     assert read(home.reviews / "spots-survey.json") == review
+
+
+# What is recorded -----------------------------------------------------------------------------------------------------
+
+
+def test_what_another_account_was_shown_does_not_count(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.offer(order(), ())
+    reviews.remember(reviews.subject("run-1"))
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 4321)
+    with pytest.raises(BadHome, match="you were shown nothing under this name yet"):
+        reviews.decide("run-1", APPROVED, "anna", "IRB")
+
+
+def test_what_was_shown_under_one_name_is_kept_when_another_is_shown(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    for run in ("run-1", "run-2"):
+        reviews.offer(order(run=run), ())
+        assert reviews.remember(reviews.subject(run)) == shown_hash(reviews.subject(run))
+    for run in ("run-1", "run-2"):
+        (done,) = reviews.decide(run, APPROVED, "anna", "IRB")
+        assert (done.what.run, done.shown) == (run, shown_hash([reviews.get(run)]))
+
+
+def test_names_of_runs_that_are_gone_are_forgotten(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    for run in ("run-1", "run-2"):
+        reviews.offer(order(run=run), ())
+        reviews.remember(reviews.subject(run))
+    (home.reviews / "run-1.json").unlink()
+    reviews.remember(reviews.subject("run-2"))
+    reviews.offer(order(), ())
+    with pytest.raises(BadHome, match="shown nothing under this name yet"):
+        reviews.decide("run-1", APPROVED, "anna", "IRB")
+
+
+def test_a_study_that_was_read_under_its_name_is_approved_by_the_name_of_its_run_or_hash(home: SiteHome) -> None:
+    for name in ("spots", "spots-survey", survey().hash[:16]):
+        reviews = Reviews(home.reviews)
+        reviews.offer(survey(), ())
+        reviews.remember(reviews.subject("spots"))
+        (done,) = reviews.decide(name, APPROVED, "anna", "IRB")
+        assert done.state == APPROVED
+        (home.reviews / "spots-survey.json").unlink()
+
+
+def test_what_waits_is_named_where_a_name_is_not_known(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    with pytest.raises(BadHome, match="no study called 'spots' has come; nothing waits"):
+        reviews.subject("spots")
+    for run in ("run-1", "run-2", "run-3"):
+        reviews.offer(order(run=run), ())
+    read_and_approve(home, "run-2")
+    with pytest.raises(BadHome, match="no study called 'spots' has come; run-1, run-3 waits"):
+        reviews.subject("spots")
+
+
+def test_reviews_are_in_the_order_of_decisions_and_arrivals(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    for run in ("run-3", "run-1", "run-2"):
+        reviews.offer(order(run=run), ())
+    assert [r.what.run for r in reviews.all()] == ["run-3", "run-1", "run-2"]
+    read_and_approve(home, "run-3")
+    assert [r.what.run for r in reviews.all()] == ["run-1", "run-2", "run-3"]
+
+
+def test_runs_without_a_study_are_decided_one_by_one(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    for run in ("run-1", "run-2"):
+        reviews.offer(order(run=run), ())
+    assert [r.what.run for r in reviews.decide("run-1", REFUSED, "anna", "no")] == ["run-1"]
+    assert reviews.get("run-2").state == WAITING
+    read_and_approve(home, "run-2")
+    third = reviews.offer(order(run="run-3"), ())
+    assert (third.state, third.notes) == (WAITING, ())
+
+
+def test_the_same_order_offered_again_stands_as_it_was(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    first = reviews.offer(order(), ("a",), ("note",))
+    assert (first.state, first.problems, first.notes) == (WAITING, ("a",), ("note",))
+    assert reviews.offer(order(), ["a"], ("other",)) == first == reviews.get("run-1")
+    other = reviews.offer(order(), ("b",))
+    assert (other.problems, other.notes) == (("b",), ())
+    assert other.seen > first.seen
+    assert reviews.get("run-1") == other
+
+
+def test_what_waits_is_nobodys_decision(home: SiteHome) -> None:
+    waiting = Reviews(home.reviews).offer(order(), ())
+    assert (waiting.decided, waiting.by, waiting.account, waiting.uid) == ("", "", "", -1)
+    assert (waiting.reason, waiting.shown, waiting.of, waiting.data, waiting.signature) == ("",) * 5
+    assert waiting.said == {}
+
+
+def test_a_decision_says_when_and_a_refusal_needs_nothing_shown(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    waiting = reviews.offer(order(), ())
+    (refused,) = reviews.decide("run-1", REFUSED, "anna", "the committee met")
+    assert (refused.shown, refused.of, refused.reason) == ("", "", "the committee met")
+    assert refused.seen == waiting.seen < refused.decided
+    assert refused.decided.endswith("+00:00")
+    assert reviews.get("run-1") == refused
+    read_and_approve(home, "run-1")
+    assert reviews.get("run-1").decided > refused.decided
+
+
+def test_a_person_who_decides_about_a_part_of_a_study_does_so_for_oneself(home: SiteHome) -> None:
+    """A run that took part in an earlier decision no longer names that one."""
+    reviews = surveyed(home)
+    assert reviews.offer(study("spots-1"), ()).of == "spots-survey"
+    assert reviews.offer(study("spots-2", arm=1), ()).of == "spots-survey"
+    assert {r.of for r in reviews.decide("spots", REFUSED, "anna", "no")} == {""}
+
+
+def test_a_part_that_the_policy_refuses_is_left_out_of_an_approval(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.offer(survey(), ())
+    reviews.offer(study("spots-1"), ("too many rounds", "no test"))
+    reviews.offer(study("spots-2", arm=1), ("too many rounds",))
+    reviews.remember(reviews.subject("spots"))
+    assert [r.what.run for r in reviews.decide("spots", APPROVED, "anna", "IRB")] == ["spots-survey"]
+    assert reviews.get("spots-1").state == WAITING
+    reviews.remember(reviews.subject("spots"))
+    with pytest.raises(BadHome, match=r"would change nothing: too many rounds; no test$"):
+        reviews.decide("spots", APPROVED, "anna", "IRB")
+
+
+def test_a_part_that_the_policy_refuses_is_refused_with_its_study(home: SiteHome) -> None:
+    reviews = surveyed(home)
+    reviews.decide("spots", REFUSED, "anna", "no")
+    assert reviews.offer(study("spots-1"), ("too many rounds",)).state == REFUSED
+
+
+def test_a_package_that_changed_since_the_order_came_is_not_approved(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    review = reviews.offer(order(), ())
+    write_private(home.reviews / "run-1.json", to_json(replace(review, packages=(Package("a", "1", "0" * 64),))))
+    reviews.remember(reviews.subject("run-1"))
+    with pytest.raises(BadHome, match="a package that this study needs was changed here"):
+        reviews.decide("run-1", APPROVED, "anna", "IRB")
+    assert reviews.stands(order()) is None
+    assert reviews.offer(order(), ()).packages == ()
+
+
+def test_a_decision_with_other_packages_covers_no_other_part(home: SiteHome) -> None:
+    reviews = surveyed(home)
+    other = replace(reviews.get("spots-survey"), packages=(Package("a", "1", "0" * 64),)).signed(home.keys)
+    write_private(home.reviews / "spots-survey.json", to_json(other))
+    assert reviews.get("spots-survey").state == APPROVED
+    assert reviews.offer(study("spots-1"), ()).state == WAITING
+
+
+def test_only_the_last_decision_about_a_study_holds(home: SiteHome) -> None:
+    reviews = surveyed(home)
+    reviews.offer(study("spots-1"), ())
+    reviews.decide("spots", REFUSED, "anna", "no")
+    read_and_approve(home, "spots", "the committee met again")
+    late = reviews.offer(study("spots-2", arm=1), ())
+    assert (late.state, late.by, late.reason) == (APPROVED, "a person", "the committee met again")
+    assert late.of in ("spots-survey", "spots-1")
+    assert len({r.shown for r in reviews.all()}) == 1
+    assert (late.account, late.uid) == (reviews.get("spots-1").account, os.getuid())
+
+
+def test_an_approval_that_is_used_up_keeps_the_notes_of_the_policy(home: SiteHome) -> None:
+    reviews = surveyed(home)
+    reviews.offer(study("spots-1"), ())
+    again = reviews.offer(study("again"), (), ("the policy refuses fedprox",))
+    assert again.notes == ("the policy refuses fedprox", "this arm has run already as spots-1")
+
+
+def test_what_a_site_said_in_a_survey_is_signed_and_may_be_corrected(home: SiteHome) -> None:
+    reviews = surveyed(home)
+    assert reviews.get("spots-survey").said == SHAPE
+    reviews.answered(survey(), {**SHAPE, "outputs": 5})
+    found = reviews.get("spots-survey")
+    assert (found.state, found.said) == (APPROVED, {**SHAPE, "outputs": 5})
+    reviews.answered(order(), dict(SHAPE))  # which has not come
+    reviews.decide("spots", REFUSED, "anna", "no")
+    reviews.answered(survey(), dict(SHAPE))
+    assert reviews.get("spots-survey").said == {**SHAPE, "outputs": 5}
+
+
+def test_why_the_data_do_not_fit_stays_with_the_review_until_they_do(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.note_data("run-1", "never came")
+    assert reviews.all() == []
+    reviews.offer(order(), ())
+    reviews.note_data("run-1", "data/train.npz is not there")
+    assert reviews.get("run-1").data == "data/train.npz is not there"
+    read_and_approve(home, "run-1")
+    reviews.note_data("run-1", "")
+    assert (reviews.get("run-1").data, reviews.get("run-1").state) == ("", APPROVED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("classification", "classes"), ("segmentation", "classes"), ("multilabel", "labels"), ("regression", "values")],
+)
+def test_what_the_outputs_are_is_said_in_the_words_of_the_task(home: SiteHome, kind: str, word: str) -> None:
+    filled = SimpleNamespace(filled=("outputs",), plan={"kind": kind, "outputs": 3})
+    assert _unlike(filled, [surveyed(home).get("spots-survey")]) == [f"outputs = 3; the data here have 2 {word}"]
+
+
+# The account and the signature ----------------------------------------------------------------------------------------
+
+
+def test_a_persons_name_is_at_most_a_hundred_characters() -> None:
+    assert this_person("x" * 100).name == "x" * 100
+    assert this_person("  Anna Berg ").name == "Anna Berg"
+    account = pwd.getpwuid(os.getuid()).pw_name
+    assert this_person() == this_person("   ") == (account, account, os.getuid())
+    with pytest.raises(BadHome, match="at most 100 characters"):
+        this_person("x" * 101)
+
+
+def test_an_account_that_the_system_does_not_list_is_known_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlisted(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unlisted)
+    assert this_person() == (f"uid {os.getuid()}", f"uid {os.getuid()}", os.getuid())
+    assert this_person("anna") == ("anna", f"uid {os.getuid()}", os.getuid())
+
+
+def test_a_reason_is_at_most_two_thousand_characters(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.offer(order(), ())
+    (done,) = reviews.decide("run-1", REFUSED, "anna", "x" * 2000)
+    assert reviews.get("run-1").reason == done.reason == "x" * 2000
+
+
+def test_what_is_signed_does_not_depend_on_the_order_of_keys_and_is_of_this_kind_alone(home: SiteHome) -> None:
+    """A signature that was made by an earlier release still counts, and one under something else never does."""
+    assert signed_bytes({"b": 1, "a": [2, "c"]}) == b'polyclinic decision 1\n{"a":[2,"c"],"b":1}'
+    review = surveyed(home).get("spots-survey")
+    assert set(review.statement) == {
+        "order", "code", "packages", "state", "decided", "by", "account", "uid", "reason", "shown", "of", "said",
+    }  # fmt: skip
+    assert (review.statement["order"], review.statement["said"]) == (survey().hash, SHAPE)
+
+
+def test_what_is_shown_together_has_one_hash_whatever_the_order(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    one, two = (reviews.offer(order(run=run), ()) for run in ("run-1", "run-2"))
+    assert shown_hash([one, two]) == shown_hash([two, one])
+    assert len({shown_hash(some) for some in ([one], [two], [one, two], [])}) == 4
+
+
+def test_a_decision_outlives_a_renewal_that_is_under_way(home: SiteHome) -> None:
+    reviews = Reviews(home.reviews)
+    reviews.offer(order(), ())
+    read_and_approve(home, "run-1")
+    waiting = keys.upcoming(home.keys)
+    waiting.mkdir()
+    shutil.move(home.keys / "site.key", waiting / "site.key")
+    assert reviews.get("run-1").state == APPROVED
 
 
 # At the desk ----------------------------------------------------------------------------------------------------------

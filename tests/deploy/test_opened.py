@@ -170,3 +170,37 @@ def test_two_runs_at_once_do_not_open_two_rosters(tmp_path: Path) -> None:
         process.join(30)
     assert sorted(said.get(timeout=5) for _ in both) == ["opened", "refused"]
     assert len([json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]) == 1
+
+
+def test_a_record_holds_a_quarter_of_a_gibibyte_unless_it_is_told_otherwise(tmp_path: Path) -> None:
+    opened = Opened(tmp_path / "opened.jsonl")
+    assert opened.limit == 268_435_456
+
+
+def test_a_sum_is_of_values_that_may_come_again_unless_it_says_that_it_is_static(opened: Opened) -> None:
+    assert refused(opened, Summed("run-1", 0, "train", "x"), ("a", "b", "c")) == ""
+    assert refused(opened, Summed("run-1", 1, "train", "y"), ("d", "e", "f")) == ""
+    assert json.loads(opened.path.read_text().splitlines()[0])["static"] is False
+
+
+def test_only_the_site_itself_reads_the_record(opened: Opened) -> None:
+    opened.record(summed(), FIVE, 3)
+    assert opened.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_line_that_is_written_in_part_opens_nothing(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.write", lambda handle, data: len(data) - 1)
+    with pytest.raises(OSError, match="could not be written"):
+        opened.record(summed(), FIVE, 3)
+    monkeypatch.undo()
+    assert opened.problem(summed(), FOUR, 3) is None
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"run":"run-2"'])
+def test_a_torn_line_after_several_is_cut_off_alone(opened: Opened, torn: bytes) -> None:
+    opened.record(summed(), FIVE, 3)
+    opened.record(summed("y", round=1), FIVE, 3)
+    whole = opened.path.read_bytes()
+    opened.path.write_bytes(whole + torn)
+    assert "was opened already" in str(Opened(opened.path).problem(summed("y"), FOUR, 3))
+    assert opened.path.read_bytes() == whole

@@ -288,3 +288,49 @@ def test_marks_are_bounded_and_the_model_is_always_among_them() -> None:
     assert len(marked(names)) == MOST_MARKS
     assert marked(names)[:2] == ("params", "bank.0000")
     assert marked(["b", "a"]) == ("a", "b")
+
+
+# What is not said -----------------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_that_says_nothing_of_scores_and_tests_has_none() -> None:
+    s = Schedule((Job("train"),), 0, 3)
+    assert (s.score_every, s.test, s.best) == (0, "", False)
+    assert str(s) == "'train' in rounds 0 to 2"
+    for job in ("score/val", *TESTS):
+        assert "is not in the schedule" in why(s, 3, job, (2, "train"))
+    assert Request(0, "train", "x").look is False
+
+
+def test_nothing_is_reached_or_complete_before_the_first_request_and_a_test_completes_nothing() -> None:
+    assert (progress().reached, progress().complete, progress().tested, progress().scored) == (0, 0, None, frozenset())
+    tested = progress((1, "train"), (4, "score/test"))
+    assert (tested.reached, tested.complete, tested.tested) == (1, 2, 4)
+    assert (progress((3, "score/val")).reached, progress((3, "score/val")).complete) == (3, 3)
+
+
+def test_without_minibatches_a_job_for_each_of_them_never_comes() -> None:
+    s = Schedule.of(order(), (Job("tail", count=0, per_batch=1),), "a")
+    assert "is answered 0 times" in why(s, 0, "tail")
+
+
+def test_a_survey_has_one_round_whatever_the_plan_says() -> None:
+    s = schedule((Job("describe"),), site="elsewhere", mode="survey")
+    assert why(s, 0, "describe") == ""
+    assert "is not in the schedule" in why(s, 1, "describe")
+
+
+def test_where_every_round_is_scored_every_model_may_be_the_best() -> None:
+    s = schedule(**{**SCORED, "score_every": 1})
+    assert s.best
+    assert [s.regular(r) for r in (1, 3, 6)] == [True] * 3
+    assert why(s, 3, "train", (2, "score/val")) == ""
+    assert why(s, 1, "score/test", (1, "score/val"), (2, "train")) == ""
+
+
+def test_of_a_request_with_very_many_trees_64_are_remembered() -> None:
+    assert len(marked([f"{k:04}" for k in range(65)])) == 64
+
+
+def test_the_jobs_of_tests_are_named_as_in_the_protocol() -> None:
+    assert TESTS == ("score/test", "predict/test", "predict/val")

@@ -49,6 +49,10 @@ class Target:
         old = json.loads(self.file.read_text()) if self.file.exists() and not fresh else {}
         self.mutants = self._made(old)
         self.status = {k: v for k, v in old.get("status", {}).items() if k in self.mutants}
+        self.log = self.file.with_suffix(".log")  # of a run that has not been written down yet, or was killed
+        if self.log.exists():
+            self.status |= {k: v for k, v in map(str.split, self.log.read_text().splitlines()) if k in self.mutants}
+        self.save()
 
     def _made(self, old: dict[str, Any]) -> dict[str, Mutant]:
         digest = hashlib.sha256(self.source.encode() + (HERE / "mutants.py").read_bytes()).hexdigest()
@@ -62,10 +66,12 @@ class Target:
         RESULTS.mkdir(parents=True, exist_ok=True)
         kept = {key: [m.line, m.source, m.diff] for key, m in self.mutants.items()}
         self.file.write_text(json.dumps({"digest": self.digest, "mutants": kept, "status": self.status}))
+        self.log.unlink(missing_ok=True)
 
     def pending(self) -> list[str]:
-        """The mutants that no test has killed yet."""
-        return [key for key in self.mutants if self.status.get(key, SURVIVED) in (SURVIVED, AFRESH)]
+        """The mutants that no test has killed yet, those that were never tried first."""
+        left = [key for key in self.mutants if self.status.get(key, SURVIVED) in (SURVIVED, AFRESH)]
+        return sorted(left, key=lambda key: key in self.status)
 
     def table(self) -> str:
         """How many were killed, and the diffs of those that were not."""
@@ -240,8 +246,7 @@ def independent(target: str) -> list[str]:
 
 def run(target: Target, warm: Iterable[str], until: float) -> None:
     """Try every mutant of ``target`` that was not killed before."""
-    keys, log = target.pending(), RESULTS / "running.log"
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    keys, log = target.pending(), target.log
     log.write_text("")
 
     def out(key: str, status: str) -> None:
@@ -286,11 +291,13 @@ def main() -> None:
     if unknown := [name for name in given.modules if name not in config["tests"]]:
         raise SystemExit(f"{unknown[0]} is not in modules.toml. There are {', '.join(config['tests'])}")
     os.chdir(ROOT)
-    until = time.monotonic() + given.seconds
+    spent = 0.0
     for name in given.modules or [k for k in config["tests"] if (RESULTS / f"{k.replace('/', '.')}.json").exists()]:
         target = Target(name, config["tests"][name], given.fresh)
         if not given.show:
-            run(target, config["warm"], until)
+            began = time.monotonic()
+            run(target, config["warm"], began + given.seconds - spent)
+            spent += time.monotonic() - began
         print(target.table(), flush=True)
 
 

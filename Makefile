@@ -42,7 +42,7 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(BIN)/python -m sphinx -W --keep-going -b html -d build/doctrees docs build/docs
 
-# Changes modules in one place after another and lists what no test notices: make mutation MODULES="core/check"
+# Changes modules in one place after another and lists what no test notices: make mutation MODULES="core/reply_validation"
 mutation: $(READY)
 	$(BIN)/python -m pip install --quiet --requirement tools/mutation/requirements.txt
 	$(BIN)/python tools/mutation/run.py $(MODULES)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from hospitals import CHEST, HEART, first, mlp, pooled, read, scores, sites_of, split_up
 
-from polyclinic.audits.attacks import (
+from polyclinic.attacks.adversaries import (
     ALIE,
     IPM,
     Attack,
@@ -29,23 +29,23 @@ from polyclinic.audits.attacks import (
     NotANumber,
     Replacement,
     SignFlip,
-)  # fmt: skip
-from polyclinic.audits.poisoning import Poisoned
+)
+from polyclinic.attacks.poisoning import Poisoned
+from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
-from polyclinic.core.train import TooFewReplies, train
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.robust import Robust
-from polyclinic.methods.rules.bulyan import Bulyan
-from polyclinic.methods.rules.clipping import CentredClipping
-from polyclinic.methods.rules.coordinate import Median, TrimmedMean
-from polyclinic.methods.rules.dos import DOS
-from polyclinic.methods.rules.fltrust import FLTrust
-from polyclinic.methods.rules.geometric import GeometricMedian
-from polyclinic.methods.rules.krum import Krum, MultiKrum
-from polyclinic.methods.rules.rule import Average, Rule
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.robust.robust_method import Robust
+from polyclinic.methods.robust.rules.aggregation_rule import Average, Rule
+from polyclinic.methods.robust.rules.bulyan import Bulyan
+from polyclinic.methods.robust.rules.centered_clipping import CentredClipping
+from polyclinic.methods.robust.rules.coordinate_wise import Median, TrimmedMean
+from polyclinic.methods.robust.rules.dos import DOS
+from polyclinic.methods.robust.rules.fltrust import FLTrust
+from polyclinic.methods.robust.rules.geometric_median import GeometricMedian
+from polyclinic.methods.robust.rules.krum import Krum, MultiKrum
 
 RULES: dict[str, tuple[Rule, float]] = {
     "mean": (Average(weighted=False), 0.0),
@@ -62,9 +62,16 @@ RULES: dict[str, tuple[Rule, float]] = {
     "dos, unbounded": (DOS(), 0.0),
 }
 ATTACKS: dict[str, Attack] = {
-    "label flip": LabelFlip(), "sign flip": SignFlip(4.0), "Gaussian": Noise(10.0), "ALIE": ALIE(), "IPM": IPM(0.5),
-    "replacement": Replacement(size=10.0), "norm 10⁶": Huge(1e6), "NaN": NotANumber(), "collusion": Collusion(1.0),
-}  # fmt: skip
+    "label flip": LabelFlip(),
+    "sign flip": SignFlip(4.0),
+    "Gaussian": Noise(10.0),
+    "ALIE": ALIE(),
+    "IPM": IPM(0.5),
+    "replacement": Replacement(size=10.0),
+    "norm 10⁶": Huge(1e6),
+    "NaN": NotANumber(),
+    "collusion": Collusion(1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Setting:
     """
 
     task: Classification
-    local: Local
+    local: LocalTraining
     rounds: int
     sites: dict[str, Site]
     test: Any
@@ -93,7 +100,13 @@ def heart(seed: int) -> Setting:
     weak = ("switzerland-1", "switzerland-2")
     task = mlp(*data.shape)
     return Setting(
-        task, Local(epochs=2, batch_size=16, lr=0.1), 15, sites, pooled(whole), whole["switzerland"].data["test"], weak
+        task,
+        LocalTraining(epochs=2, batch_size=16, lr=0.1),
+        15,
+        sites,
+        pooled(whole),
+        whole["switzerland"].data["test"],
+        weak,
     )
 
 
@@ -104,7 +117,7 @@ def chest(seed: int) -> Setting:
     ill = {name: float(site.data["train"].targets.float().mean()) for name, site in whole.items()}
     weak = tuple(sorted(ill, key=lambda name: ill[name])[:2])
     minority = pooled({name: whole[name] for name in weak})
-    local = Local(epochs=2, batch_size=16, lr=0.1)
+    local = LocalTraining(epochs=2, batch_size=16, lr=0.1)
     return Setting(mlp(1, 28, 28, width=32), local, 10, first(whole, 96), pooled(whole), minority, weak)
 
 
@@ -133,11 +146,13 @@ def run(
     named = {line.split(":")[0] for line in robust.alarms} | lost
     found = scores(setting.task, robust.params, setting.test)
     return {
-        "score": found["balanced_accuracy"], "auc": found["auc"],
+        "score": found["balanced_accuracy"],
+        "auc": found["auc"],
         "minority": scores(setting.task, robust.params, setting.minority)["accuracy"],
-        "caught": len(named & set(attackers)), "wronged": len(named - set(attackers)),
+        "caught": len(named & set(attackers)),
+        "wronged": len(named - set(attackers)),
         "weak_wronged": len((named - set(attackers)) & set(setting.weak)),
-    }  # fmt: skip
+    }
 
 
 def cases(splits: int, attackers: tuple[int, ...]) -> Iterator[tuple[str, int, str, str, int]]:

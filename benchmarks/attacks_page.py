@@ -95,9 +95,11 @@ def summary(records: Records, rules: Sequence[str], settings: Sequence[str]) -> 
     """Each rule's worst attack by number of attackers, over both federations, and what it costs without one."""
     counts = sorted({key[4] for key in records} - {0})
     heads = [f"worst loss, {f} of 10" for f in counts]
-    rows = [f"| rule | {' | '.join(heads)} | loss without attack, heart and X-rays | "
-            "accuracy lost at the hospital that differs most, likewise |",
-            "|---" * (len(counts) + 3) + "|"]  # fmt: skip
+    rows = [
+        f"| rule | {' | '.join(heads)} | loss without attack, heart and X-rays | "
+        "accuracy lost at the hospital that differs most, likewise |",
+        "|---" * (len(counts) + 3) + "|",
+    ]
     for rule in rules:
         cells = []
         for f in counts:
@@ -148,8 +150,10 @@ def named(records: Records, where: str, attacks: Sequence[str]) -> str:
 
 def cost(records: Records, where: str, rules: Sequence[str], seeds: Sequence[int]) -> str:
     """What each rule costs when nobody attacks."""
-    rows = ["| rule | AUC lost | accuracy lost at the hospital that differs most | its sites among those named |",
-            "|---|---|---|---|"]  # fmt: skip
+    rows = [
+        "| rule | AUC lost | accuracy lost at the hospital that differs most | its sites among those named |",
+        "|---|---|---|---|",
+    ]
     for rule in rules:
         pairs = [(records[where, s, "mean", "", 0], records[where, s, rule, "", 0]) for s in seeds]
         auc = 100 * np.mean([a["auc"] - b["auc"] for a, b in pairs])

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyclinic.core.execute import execute
+from polyclinic.compression.powersgd import PowerSGD
+from polyclinic.compression.quantization import QSGD, BFloat16, Int8, LowRank, Sign
+from polyclinic.compression.topk import TopK
+from polyclinic.compression.zstd import Zstd
+from polyclinic.core.aggregates import merge
+from polyclinic.core.execution import execute
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import Site
-from polyclinic.core.stats import merge
 from polyclinic.core.tree import Trees
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import auc, borrow
-from polyclinic.transforms.compression import QSGD, BFloat16, Int8, LowRank, Sign
-from polyclinic.transforms.powersgd import PowerSGD
-from polyclinic.transforms.topk import TopK
-from polyclinic.transforms.zstd import Zstd
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import auc, cached_model
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
 
 CODECS: dict[str, tuple[Transform, ...]] = {
     "none": (),
@@ -52,11 +52,11 @@ CODECS: dict[str, tuple[Transform, ...]] = {
 training: list[float] = []
 
 
-class Timed(Local):
+class Timed(LocalTraining):
     """Plain training that tells how long it took, so that the rest of a site's time is the codec's."""
 
     def fit(self, *given: Any, **more: Any) -> Any:
-        """As ``Local``."""
+        """As ``LocalTraining``."""
         begun = time.process_time()
         found = super().fit(*given, **more)
         training.append(time.process_time() - begun)
@@ -81,9 +81,9 @@ class Rays:
 
 def sites_of(data: np.lib.npyio.NpzFile, each: int, seed: int = 0, device: str = "cpu") -> dict[str, Site]:
     """Four sites of ``each`` images, with 20, 40, 60 and 80 per cent of pneumonia."""
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     labels = data["train_labels"].reshape(-1)
-    by_class = [list(dice.permutation(np.flatnonzero(labels == c))) for c in (0, 1)]
+    by_class = [list(rng.permutation(np.flatnonzero(labels == c))) for c in (0, 1)]
     sites = {}
     for k, share in enumerate((0.2, 0.4, 0.6, 0.8)):
         sick = round(share * each)
@@ -98,34 +98,37 @@ def measure(images: Path, name: str, each: int, rounds: int, seed: int = 0, devi
     with np.load(images) as data:
         sites, test = sites_of(data, each, seed, device), Rays(data["test_images"], data["test_labels"])
     task = Classification(Network("densenet121", (1, 32, 32), 2))
-    method = send_through(FedAvg(task, Timed(batch_size=32, optimiser="adam", lr=1e-3)), *CODECS[name])
+    method = send_through(FedAvg(task, Timed(batch_size=32, optimizer="adam", lr=1e-3)), *CODECS[name])
     state, memory = method.init(task.first(seed)), dict[str, Trees].fromkeys(sites, {})
     up, down, at_site, at_server = list[int](), list[int](), 0.0, 0.0
     training.clear()
     for _ in range(rounds):
-        ask, replies = method.ask(state), []
-        assert ask is not None
+        request, replies = method.request(state), []
+        assert request is not None
         for site in sites.values():
             begun = time.process_time()
-            reply, memory[site.name] = execute(method, ask, memory[site.name], site)
+            reply, memory[site.name] = execute(method, request, memory[site.name], site)
             at_site += time.process_time() - begun
             replies.append(reply)
             up.append(reply.nbytes)
-            down.append(ask.nbytes(site.name))
+            down.append(request.nbytes(site.name))
         begun = time.process_time()
         state = method.server_update(state, merge(replies), Site("server"))
         at_server += time.process_time() - begun
-    model, scores = borrow(task, state.params, device).eval(), []
+    model, scores = cached_model(task, state.params, device).eval(), []
     with torch.inference_mode():
         for chunk in torch.arange(len(test)).split(128):
             scores.append(model(test[chunk][0].to(device)).softmax(1)[:, 1].cpu())
     score = torch.cat(scores)
     return {
-        "MB up": sum(up) / len(up) / 1e6, "MB, last": up[-1] / 1e6, "MB down": sum(down) / len(down) / 1e6,
+        "MB up": sum(up) / len(up) / 1e6,
+        "MB, last": up[-1] / 1e6,
+        "MB down": sum(down) / len(down) / 1e6,
         "AUC": auc(score, test.y == 1) or float("nan"),
         "accuracy": float(((score > 0.5) == (test.y == 1)).float().mean()),
-        "site s": (at_site - sum(training)) / (rounds * len(sites)), "server s": at_server / rounds,
-    }  # fmt: skip
+        "site s": (at_site - sum(training)) / (rounds * len(sites)),
+        "server s": at_server / rounds,
+    }
 
 
 def main() -> None:

@@ -23,28 +23,31 @@ from hospitals import pooled, read, sites_of
 from scipy.stats import t
 
 from polyclinic.core import tree
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
 from polyclinic.core.tree import Tree
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.datavectors import DataVectors
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.merging import Merging, merged, random_like, restored
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task_evaluation import outputs
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.one_shot.data_vectors import DataVectors
+from polyclinic.methods.one_shot.merging import Merging, merged, random_like, restored
+from polyclinic.methods.optimization.fedavg import FedAvg
 
 DEALT = {"sites": {"partition": "dirichlet", "count": 6, "alpha": 1.0}, "split": (0.5, 0.2, 0.3)}
 DATA: dict[str, dict[str, Any]] = {
     "nodules": {"use": "lidc-nodules", **DEALT, "max_patients": 120},
     "busi": {
-        "kind": "npz", "path": "$POLYCLINIC_DATA/busi/busi_128.npz", "duplicates": "drop",
-        "steps": ({"step": "resize", "size": (32, 32)},), **DEALT,
+        "kind": "npz",
+        "path": "$POLYCLINIC_DATA/busi/busi_128.npz",
+        "duplicates": "drop",
+        "steps": ({"step": "resize", "size": (32, 32)},),
+        **DEALT,
     },
-}  # fmt: skip
+}
 EPOCHS, ALONE = 10, "each site alone, mean"
-LOCAL = Local(epochs=EPOCHS, batch_size=16, optimiser="adam", lr=1e-3)
+LOCAL = LocalTraining(epochs=EPOCHS, batch_size=16, optimizer="adam", lr=1e-3)
 MERGES = {
     "merged, λ searched": Merging(),
     "merged, λ = 1 (the paper's sum)": Merging(scale=1.0),
@@ -71,9 +74,9 @@ def measure(which: str, seed: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"common model": judged(base)}
     method = DataVectors(task, LOCAL, sites=tuple(rest))
-    state, ask = method.init(base), method.ask(method.init(base))
-    assert ask is not None
-    replies = {name: method.site_update(ask, {}, site)[0] for name, site in rest.items()}
+    state, request = method.init(base), method.request(method.init(base))
+    assert request is not None
+    replies = {name: method.site_update(request, {}, site)[0] for name, site in rest.items()}
     for name in rest:  # one after the other, as they are ready
         state = method.server_update(state, replies[name], server)
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
@@ -85,8 +88,8 @@ def measure(which: str, seed: int) -> dict[str, Any]:
     for label, how in MERGES.items():
         params, scale = merged(how, task, base, vectors, LOCAL, server.data["val"])
         found[label] = {**judged(params), "scale": scale}
-    dice = server.rng("random vectors")
-    random = {name: random_like(vector, dice) for name, vector in vectors.items()}
+    rng = server.rng("random vectors")
+    random = {name: random_like(vector, rng) for name, vector in vectors.items()}
     found["random vectors, λ searched"] = judged(merged(Merging(), task, base, random, LOCAL, server.data["val"])[0])
     found["random vectors, λ = 1/K"] = judged(
         merged(Merging(scale=0.2), task, base, random, LOCAL, server.data["val"])[0]
@@ -122,9 +125,14 @@ def page(found: Mapping[str, list[dict[str, Any]]]) -> str:
     """The study as Markdown."""
     lines = [HEAD]
     for which, rows in found.items():
-        lines += [f"## {which}", "", f"{len(rows)} splits.", "",
-                  "| model | AUC, % (least to most) | beside each site alone, points | balanced accuracy, % |",
-                  "|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"## {which}",
+            "",
+            f"{len(rows)} splits.",
+            "",
+            "| model | AUC, % (least to most) | beside each site alone, points | balanced accuracy, % |",
+            "|---|---|---|---|",
+        ]
         base = np.array([100 * row[ALONE]["auc"] for row in rows])
         for label, first in rows[0].items():
             if isinstance(first, dict):

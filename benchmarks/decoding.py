@@ -29,9 +29,9 @@ import torch
 from PIL import Image
 
 from polyclinic.data.examples import Examples
-from polyclinic.data.folders import Folders
-from polyclinic.data.manifest import Manifest
-from polyclinic.data.npz import Npz
+from polyclinic.data.sources.folders import Folders
+from polyclinic.data.sources.manifest import Manifest
+from polyclinic.data.sources.npz import Npz
 
 torch.set_num_threads(1)
 QUICK = "--quick" in sys.argv
@@ -74,7 +74,10 @@ def nifti(root: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
     for i in range(COUNT):
         nibabel.save(nibabel.Nifti1Image(smooth(64, 64, 32).astype(np.int16), np.eye(4)), root / f"{i:04d}.nii.gz")
-    bare = lambda: [np.asarray(nibabel.load(p).dataobj) for p in sorted(root.glob("*.nii.gz"))]  # noqa: E731
+
+    def bare() -> list[np.ndarray]:
+        return [np.asarray(nibabel.load(p).dataobj) for p in sorted(root.glob("*.nii.gz"))]
+
     return listed(root, ".nii.gz"), bare
 
 
@@ -175,8 +178,9 @@ def epochs() -> None:
     """Batches of 32 in random order, as training asks for them."""
     n = COUNT * 20
     for kind, inputs in (
-        ("bytes", torch.randint(0, 256, (n, 1, 64, 64), dtype=torch.uint8)), ("floats", torch.rand(n, 1, 64, 64)),
-    ):  # fmt: skip
+        ("bytes", torch.randint(0, 256, (n, 1, 64, 64), dtype=torch.uint8)),
+        ("floats", torch.rand(n, 1, 64, 64)),
+    ):
         names = tuple(map(str, range(n)))
         targets = torch.zeros(n, dtype=torch.int64)
         examples = Examples(inputs, targets, names, names)

@@ -23,24 +23,39 @@ from hospitals import BRAIN, HEART, read, sites_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
 from polyclinic.data.examples import concat
-from polyclinic.engines.in_process import InProcess
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.evaluation import Evaluated, evaluate
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.segmentation import Segmentation
-from polyclinic.tasks.task import Task
 
 SPLIT = {"split": (0.7, 0.0, 0.3)}
-BRAIN_6 = BRAIN | SPLIT | {
-    "path": "$POLYCLINIC_DATA/brain_roi_tables_by_site/openneuro_roi_6sites.csv.gz", "leave_out": ("age", "sitenum"),
-}  # fmt: skip
-SMALL = ("annarbor-a", "baltimore", "berlin-margulies", "leiden-2200", "munchen", "newyork-a-adhd", "newark", "oxford",
-         "paloalto", "queensland")  # fmt: skip
+BRAIN_6 = (
+    BRAIN
+    | SPLIT
+    | {
+        "path": "$POLYCLINIC_DATA/brain_roi_tables_by_site/openneuro_roi_6sites.csv.gz",
+        "leave_out": ("age", "sitenum"),
+    }
+)
+SMALL = (
+    "annarbor-a",
+    "baltimore",
+    "berlin-margulies",
+    "leiden-2200",
+    "munchen",
+    "newyork-a-adhd",
+    "newark",
+    "oxford",
+    "paloalto",
+    "queensland",
+)
 BRAIN_20 = BRAIN | SPLIT | {"external": SMALL, "min_patients": 15}
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "zscore of each site": ("zscore", {"by_site": True}),
@@ -60,9 +75,21 @@ FAMILIES = {
 UNSUITED = ("histogram match", "feddg", "fedsm", "iop-fl", "harmofl", "harmofl, low frequencies")  # to tables
 TABLES = tuple(m for members in FAMILIES.values() for m in members if m not in UNSUITED)
 IMAGES = (
-    "single", "mix", "fedavg", "fedprox", "fedbn", "silobn", "zscore of each site", "histogram match", "harmofl",
-    "harmofl, low frequencies", "ditto", "feddg", "fedsm", "iop-fl",
-)  # fmt: skip
+    "single",
+    "mix",
+    "fedavg",
+    "fedprox",
+    "fedbn",
+    "silobn",
+    "zscore of each site",
+    "histogram match",
+    "harmofl",
+    "harmofl, low frequencies",
+    "ditto",
+    "feddg",
+    "fedsm",
+    "iop-fl",
+)
 OUTSIDE = ("fedavg", "harmofl", "harmofl, low frequencies", "feddg", "fedsm", "iop-fl")
 Sites = dict[str, Site]
 
@@ -115,7 +142,7 @@ class Study:
 
     sites: Callable[[int], Sites]
     task: Callable[[tuple[int, ...]], Task]
-    local: Local
+    local: LocalTraining
     rounds: int
     methods: tuple[str, ...]
     metric: str = "auc"
@@ -131,8 +158,8 @@ def vessels(inputs: tuple[int, ...]) -> Task:
     return Segmentation(Network("unet", inputs, 2, (("width", 8), ("norm", "batch"))))
 
 
-ROWS = Local(epochs=1, batch_size=16, optimiser="adam", lr=1e-3, weight_decay=1e-3)
-PIXELS = Local(epochs=1, batch_size=4, optimiser="adam", lr=3e-3)
+ROWS = LocalTraining(epochs=1, batch_size=16, optimizer="adam", lr=1e-3, weight_decay=1e-3)
+PIXELS = LocalTraining(epochs=1, batch_size=4, optimizer="adam", lr=3e-3)
 STUDIES = {
     "Sex from brain regions, 6 scanners": Study(table(BRAIN_6), regions, ROWS, 30, TABLES),
     "Sex from brain regions, 10 scanners": Study(table(BRAIN_20), regions, ROWS, 30, TABLES),

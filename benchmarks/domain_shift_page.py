@@ -113,8 +113,11 @@ def page(found: Mapping[str, Mapping[str, Splits]], metrics: Mapping[str, str], 
         lines += [f"## {title}", "", *lines_of(rows, order, metric, True)]
         if any(not r["seen"] for r in some):
             others = {label: splits for label, splits in rows.items() if label != "single"}
-            lines += [f"### The same models at {sum(not r['seen'] for r in some)} scanners never seen", "",
-                      *lines_of(others, order, metric, False)]  # fmt: skip
+            lines += [
+                f"### The same models at {sum(not r['seen'] for r in some)} scanners never seen",
+                "",
+                *lines_of(others, order, metric, False),
+            ]
     if unseen:
         lines += ["## Retinal vessels at a camera never seen", ""]
         lines += left_out(unseen, order, words["dice"])

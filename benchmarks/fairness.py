@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from hospitals import BRAIN, HEART, mlp, read, sites_of
 
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.task_evaluation import outputs
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.local import Local
 
-SETTINGS: dict[str, tuple[Mapping[str, Any], Local, int]] = {
-    "Heart disease, 4 hospitals": (HEART, Local(epochs=2, batch_size=16, lr=0.05), 20),
+SETTINGS: dict[str, tuple[Mapping[str, Any], LocalTraining, int]] = {
+    "Heart disease, 4 hospitals": (HEART, LocalTraining(epochs=2, batch_size=16, lr=0.05), 20),
     "Sex from brain regions, scanners of 1000 Functional Connectomes": (
         BRAIN,
-        Local(epochs=2, batch_size=16, lr=0.02),
+        LocalTraining(epochs=2, batch_size=16, lr=0.02),
         20,
     ),
 }
@@ -57,9 +57,9 @@ def accuracies(where: str, label: str, seed: int) -> dict[str, float]:
     engine, state = InProcess(method, sites, seed=seed), method.init(task.first(seed))
     for step in train(method, engine, state, rounds=rounds):
         state = step.state
-    trial, found = method.trial(state), {}
+    trial, found = method.evaluation_request(state), {}
     for name, site in sites.items():
-        said = outputs(task, method.model_at(trial.at(name), engine.memory[name]), site.data["test"])
+        said = outputs(task, method.site_model(trial.for_site(name), engine.memory[name]), site.data["test"])
         found[name] = float((said["score"].argmax(1) == said["target"]).float().mean())
     return found
 
@@ -68,8 +68,8 @@ def interval(
     table: np.ndarray, statistic: Callable[[np.ndarray], float], times: int = 4000
 ) -> tuple[float, float, float]:
     """A statistic of [splits, sites], and where it lies when splits are drawn anew."""
-    dice = np.random.default_rng(0)
-    drawn = [statistic(table[dice.integers(0, len(table), len(table))]) for _ in range(times)]
+    rng = np.random.default_rng(0)
+    drawn = [statistic(table[rng.integers(0, len(table), len(table))]) for _ in range(times)]
     low, high = np.quantile(drawn, (0.025, 0.975))
     return statistic(table), float(low), float(high)
 
@@ -159,10 +159,12 @@ def main() -> None:
                 file.flush()
     names = {where: sorted(set.intersection(*(set(done[c]) for c in cases if c[0] == where))) for where in SETTINGS}
     found = {
-        where: {label: np.array([[done[where, label, seed][s] for s in names[where]] for seed in range(splits)])
-                for label in METHODS}
+        where: {
+            label: np.array([[done[where, label, seed][s] for s in names[where]] for seed in range(splits)])
+            for label in METHODS
+        }
         for where in SETTINGS
-    }  # fmt: skip
+    }
     if given.quick:
         print(page(found, names))
         return

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from scipy.stats import t
 
-from polyclinic.studies.figures import FAINT, INK, ORANGE, TEAL, drawing
-from polyclinic.studies.records import read_run
-from polyclinic.studies.runner import run
-from polyclinic.studies.spec import parse
+from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.report.figures import FAINT, INK, ORANGE, TEAL, drawing
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.scheduler import run
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -32,7 +32,10 @@ Found = Mapping[str, list[tuple[float, float, float]]]  # by method: accuracy, b
 def text_of(which: str, cohort: int, seed: int) -> str:
     """The study of one set of images with one split and ``cohort`` hospitals in a round."""
     text = (HERE / "studies" / f"fedmic-{which}.toml").read_text(encoding="utf-8")
-    for old, new in (("cohort = 8", f"cohort = {cohort}"), ("seeds = [0, 1, 2]", f"seeds = [{seed}]")):
+    for old, new in (
+        ("sites_per_round = 8", f"sites_per_round = {cohort}"),
+        ("seeds = [0, 1, 2]", f"seeds = [{seed}]"),
+    ):
         assert old in text
         text = text.replace(old, new)
     return text
@@ -73,7 +76,9 @@ def table(found: Found) -> list[str]:
         gap = interval(100 * (own[:, 0] - base[:, 0]))
         beside = "" if label == "fedavg" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
         sent, share = own[:, 1].mean() / 1000, own[:, 1].mean() / base[:, 1].mean()
-        lines.append(f"| {label} | {score.mean():.1f} ({score.min():.1f} to {score.max():.1f}) | {beside} | {sent:.1f} | {share:.0%} |")
+        lines.append(
+            f"| {label} | {score.mean():.1f} ({score.min():.1f} to {score.max():.1f}) | {beside} | {sent:.1f} | {share:.0%} |"
+        )
     return lines
 
 

@@ -3,7 +3,7 @@
 Two public sets, dealt to five made-up hospitals each: pneumonia in chest X-rays and malignancy in breast ultrasound,
 both of 28 x 28 pixels. Nine in ten training images of every hospital lose their label (``everywhere``), or two of them
 keep one label in twenty and three have none (``hospitals``). Every method trains the same network with the same number
-of optimiser steps in the same number of rounds, on several splits. A method's score is the AUC on all hospitals' test
+of optimizer steps in the same number of rounds, on several splits. A method's score is the AUC on all hospitals' test
 images together, of the model after the last round; differences to FedAvg on the same few labels are paired by split,
 with Student's interval over splits.
 """
@@ -21,28 +21,32 @@ import torch
 from hospitals import pooled, read, scores, sites_of
 from scipy.stats import t
 
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
 
 CHEST = {
-    "kind": "npz", "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz", "max_patients": 300,
+    "kind": "npz",
+    "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz",
+    "max_patients": 300,
     "sites": {"partition": "dirichlet", "count": 5, "alpha": 5.0},
-}  # fmt: skip
+}
 BREAST = {
-    "kind": "npz", "path": "$POLYCLINIC_DATA/busi/busi_28_breastmnist_like.npz", "duplicates": "drop",
+    "kind": "npz",
+    "path": "$POLYCLINIC_DATA/busi/busi_28_breastmnist_like.npz",
+    "duplicates": "drop",
     "sites": {"partition": "dirichlet", "count": 5, "alpha": 5.0},
-}  # fmt: skip
+}
 SETTINGS = {
     "Chest X-rays, labels lost everywhere": (CHEST, "everywhere"),
     "Chest X-rays, two hospitals with few labels and three with none": (CHEST, "hospitals"),
     "Breast ultrasound, labels lost everywhere": (BREAST, "everywhere"),
 }
-LOCAL, ROUNDS = Local(steps=8, batch_size=16, optimiser="adam", lr=1e-3), 25
+LOCAL, ROUNDS = LocalTraining(steps=8, batch_size=16, optimizer="adam", lr=1e-3), 25
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg": ("fedavg", {}),
     "fedsemi": ("fedsemi", {}),
@@ -83,7 +87,7 @@ def auc(where: str, label: str, seed: int) -> float:
     for step in train(method, engine, state, rounds=ROUNDS):
         assert not step.lost, step.lost
         state = step.state
-    return scores(task, method.model_at(method.trial(state), {}), test)["auc"]
+    return scores(task, method.site_model(method.evaluation_request(state), {}), test)["auc"]
 
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:

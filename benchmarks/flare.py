@@ -30,12 +30,15 @@ os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(ROOT))
 
-from polyclinic.engines.flare import coordinator, job, member, processes  # noqa: E402
-from polyclinic.engines.flare.console import Console  # noqa: E402
-from polyclinic.engines.flare.homes import ServerHome, SiteHome  # noqa: E402
-from polyclinic.engines.flare.order import Order  # noqa: E402
-from polyclinic.engines.flare.reviews import APPROVED, Reviews  # noqa: E402
-from polyclinic.engines.flare.runs import OVER, Queue  # noqa: E402
+from polyclinic.engines.flare import flare_processes
+from polyclinic.engines.flare.client import site_setup
+from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
+from polyclinic.engines.flare.protocol import flare_job
+from polyclinic.engines.flare.protocol.paths import ServerHome, SiteHome
+from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.server import server_setup
+from polyclinic.engines.flare.server.admin_api import Console
+from polyclinic.engines.flare.server.job_queue import OVER, Queue
 
 FEATURES = 64
 SITES = ("site-1", "site-2", "site-3")
@@ -46,15 +49,15 @@ def deploy(root: Path, scheme: str, features: int) -> tuple[ServerHome, dict[str
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = ServerHome(root / "server")
-    coordinator.init(server, "benchmark", "localhost", port, "bench", scheme)
-    homes, dice = {}, np.random.default_rng(0)
+    server_setup.init(server, "benchmark", "localhost", port, "bench", scheme)
+    homes, rng = {}, np.random.default_rng(0)
     for name in SITES:
         home = homes[name] = SiteHome(root / name)
-        _, table = coordinator.admit(server, member.init(home, name, "bench"))
+        _, table = server_setup.admit(server, site_setup.init(home, name, "bench"))
         data = root / "data" / name
         data.mkdir(parents=True)
-        np.savez(data / "train.npz", inputs=dice.standard_normal((16, features), np.float32), targets=np.arange(16) % 2)
-        member.join(home, table, data)
+        np.savez(data / "train.npz", inputs=rng.standard_normal((16, features), np.float32), targets=np.arange(16) % 2)
+        site_setup.join(home, table, data)
         home.policy.write_text("[limits]\nmin_patients = 1\nmegabytes_per_round = 100000.0\n")
     return server, homes
 
@@ -134,7 +137,7 @@ def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, round
         table["class_allow_list"] = sorted({*table["class_allow_list"], allowed})
         path.write_text(json.dumps(table))
     report = root / f"bare-{time.monotonic_ns()}.json"
-    folder = job.write(root / "bare", Order("bare", {"sites": list(SITES)}))
+    folder = flare_job.write(root / "bare", Order("bare", {"sites": list(SITES)}))
     config = folder / "app" / "config"
     table = json.loads((config / "config_fed_server.json").read_text())
     args = {"megabytes": megabytes, "rounds": rounds, "report": str(report)}
@@ -159,10 +162,17 @@ def ours(
 ) -> tuple[Found, float]:
     """Ours, without what sites report as training; and the CPU seconds of one site's training in one round."""
     plan = {
-        "kind": "classification", "network": "mlp", "inputs": [features], "outputs": 2, "method": "fedavg", "sites": list(SITES),
-        "rounds": rounds, "network_options": {"width": width, "depth": depth}, "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
-    }  # fmt: skip
-    coordinator.order(server, Order("ours", plan))
+        "kind": "classification",
+        "network": "mlp",
+        "inputs": [features],
+        "outputs": 2,
+        "method": "fedavg",
+        "sites": list(SITES),
+        "rounds": rounds,
+        "network_options": {"width": width, "depth": depth},
+        "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
+    }
+    server_setup.order(server, Order("ours", plan))
     entry = Queue(server).get("ours")
     assert entry is not None
     for home in homes.values():  # what became of the order, with the sites' keys in it
@@ -191,14 +201,14 @@ def _training(order: Order, features: int) -> float:
     torch.set_num_threads(1)
     plan = order.build_plan()
     method = plan.build_method()
-    ask = method.ask(method.init(plan.build_task().first(0)))
-    assert ask is not None
+    request = method.request(method.init(plan.build_task().first(0)))
+    assert request is not None
     names = tuple(str(i) for i in range(16))
     site = Site(SITES[0], {"train": Examples(torch.randn(16, features), torch.arange(16) % 2, names, names)})
-    method.site_update(ask, {}, site)
+    method.site_update(request, {}, site)
     begun = time.process_time()
     for _ in range(5):
-        method.site_update(ask, {}, site)
+        method.site_update(request, {}, site)
     return (time.process_time() - begun) / 5
 
 
@@ -222,17 +232,21 @@ def main() -> None:
     depth = max(1, round(given.megabytes * 2**20 / 4 / width**2))
     root = given.keep or Path(tempfile.mkdtemp(prefix="polyclinic-benchmark-"))
     server, homes = deploy(root, given.scheme, FEATURES)
-    watch = Watch({
-        "server": rf"runner_process.*{re.escape(str(server.kit))}", "server parent": rf"server_train.*{re.escape(str(server.kit))}",
-        "site": rf"worker_process.*{re.escape(str(root))}/site-",
-        "site training": rf"trainer {re.escape(str(root))}/site-", "site parent": rf"client_train.*{re.escape(str(root))}/site-",
-    })  # fmt: skip
+    watch = Watch(
+        {
+            "server": rf"runner_process.*{re.escape(str(server.kit))}",
+            "server parent": rf"server_train.*{re.escape(str(server.kit))}",
+            "site": rf"worker_process.*{re.escape(str(root))}/site-",
+            "site training": rf"trainer {re.escape(str(root))}/site-",
+            "site parent": rf"client_train.*{re.escape(str(root))}/site-",
+        }
+    )
     try:
-        coordinator.start(server)
+        server_setup.start(server)
         for home in homes.values():
-            member.start(home)
+            site_setup.start(home)
         until = time.monotonic() + 120
-        while len(coordinator.status(server)["sites"]) < len(SITES) and time.monotonic() < until:
+        while len(server_setup.status(server)["sites"]) < len(SITES) and time.monotonic() < until:
             time.sleep(0.5)
         watch.start()
         floors = [] if given.no_bare else [bare(server, homes, given.megabytes, rounds, root)]
@@ -249,20 +263,24 @@ def main() -> None:
         cpu = []
         for name, found in (*(("bare", floor) for floor in floors), ("ours", own)):
             cpu.append(watch.between(found.begun, found.ended) / len(found.seconds) / len(SITES))
-            print(f"{name:8} median {statistics.median(found.seconds):.2f} s a round, {cpu[-1]:.2f} CPU-seconds a site and "
-                  f"round; {[round(s, 2) for s in found.seconds]}")  # fmt: skip
+            print(
+                f"{name:8} median {statistics.median(found.seconds):.2f} s a round, {cpu[-1]:.2f} CPU-seconds a site and "
+                f"round; {[round(s, 2) for s in found.seconds]}"
+            )
         if floors:
             floor = [s for one in floors for s in one.seconds]
             print(f"ratio    {statistics.median(own.seconds) / statistics.median(floor):.2f}")
-            print(f"beyond   {cpu[-1] - statistics.mean(cpu[:-1]) - training:.2f} CPU-seconds a site and round, beside "
-                  f"{training:.2f} of training")  # fmt: skip
+            print(
+                f"beyond   {cpu[-1] - statistics.mean(cpu[:-1]) - training:.2f} CPU-seconds a site and round, beside "
+                f"{training:.2f} of training"
+            )
         for name, found in used.items():
             print(f"ours     {name:14} {found}")
     finally:
         for home in homes.values():
-            member.stop(home)
-        coordinator.stop(server)
-        processes.end(root)
+            site_setup.stop(home)
+        server_setup.stop(server)
+        flare_processes.end(root)
         if not given.keep:
             shutil.rmtree(root, ignore_errors=True)
 

@@ -11,23 +11,35 @@ import torch
 from polyclinic.core.site import Site
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import DataSpec, Federated, federate
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.networks import Network
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task_evaluation import outputs
 
 HEART = {
-    "kind": "table", "path": "$POLYCLINIC_DATA/uci_heart_4hospitals/heart_4sites.csv", "label": "num", "threshold": 0.0,
-    "missing": ("-9",), "zero_is_missing": ("chol", "trestbps"), "categories": ("cp", "restecg", "slope", "thal"),
+    "kind": "table",
+    "path": "$POLYCLINIC_DATA/uci_heart_4hospitals/heart_4sites.csv",
+    "label": "num",
+    "threshold": 0.0,
+    "missing": ("-9",),
+    "zero_is_missing": ("chol", "trestbps"),
+    "categories": ("cp", "restecg", "slope", "thal"),
     "split": (0.6, 0.15, 0.25),
-}  # fmt: skip
+}
 BRAIN = {
-    "kind": "table", "path": "$POLYCLINIC_DATA/brain_roi_tables_by_site/fcon1000_roi_23sites.csv.gz", "label": "sex",
-    "leave_out": ("age",), "patient": "sub_id", "split": (0.6, 0.0, 0.4), "min_patients": 3,
-}  # fmt: skip
+    "kind": "table",
+    "path": "$POLYCLINIC_DATA/brain_roi_tables_by_site/fcon1000_roi_23sites.csv.gz",
+    "label": "sex",
+    "leave_out": ("age",),
+    "patient": "sub_id",
+    "split": (0.6, 0.0, 0.4),
+    "min_patients": 3,
+}
 CHEST = {
-    "kind": "npz", "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz", "split": "official",
+    "kind": "npz",
+    "path": "$POLYCLINIC_DATA/pneumoniamnist/pneumoniamnist.npz",
+    "split": "official",
     "sites": {"partition": "dirichlet", "count": 10, "alpha": 1.0},
-}  # fmt: skip
+}
 
 
 def read(spec: Mapping[str, Any], seed: int) -> Federated:

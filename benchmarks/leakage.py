@@ -20,23 +20,23 @@ from hospitals import pooled, read, sites_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.audits.inversion import Inversion, leaky, psnr, relative_leakage
-from polyclinic.audits.membership import Part, Shadows, found, lira, losses, shadows
+from polyclinic.attacks.inversion import Inversion, leaky, psnr, relative_leakage
+from polyclinic.attacks.membership import Part, Shadows, found, lira, losses, shadows
+from polyclinic.compression.quantization import Int8, Sign
+from polyclinic.compression.topk import TopK
 from polyclinic.core import tree
-from polyclinic.core.method import Ask, Method
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Method, Request
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Mean, Reply
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.studies.figures import drawing
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.dpsgd import DPSGD
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.transforms.accounting import plan
-from polyclinic.transforms.compression import Int8, Sign
-from polyclinic.transforms.privacy import Clip, Gaussian
-from polyclinic.transforms.topk import TopK
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.privacy.accounting import plan
+from polyclinic.privacy.gaussian import Clip, Gaussian
+from polyclinic.report.figures import drawing
 
 NODULES = {"use": "lidc-nodules", "size": 16, "mm": 2.5, "sites": {"partition": "iid", "count": 2}}
 EPOCHS, BATCH, MEMBERS, DELTA = 60, 32, 128, 1e-3
@@ -67,9 +67,13 @@ def attacked(epsilon: float | None, count: int) -> dict[str, float]:
     """LiRA and the loss attack on ``count`` models in turn, averaged; and how often they are right about others."""
     data, task = outlines(), Classification(Network("mlp", (1, 16, 16), 2, (("width", 32),)))
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: 2 * MEMBERS]
-    local = Local(epochs=EPOCHS, batch_size=BATCH, lr=0.1, momentum=0.9) if epsilon is None else DPSGD(
-        epochs=EPOCHS, batch_size=BATCH, lr=0.5, momentum=0.9, noise=noise_for(epsilon), bound=0.5, unit="record"
-    )  # fmt: skip
+    local = (
+        LocalTraining(epochs=EPOCHS, batch_size=BATCH, lr=0.1, momentum=0.9)
+        if epsilon is None
+        else DPSGD(
+            epochs=EPOCHS, batch_size=BATCH, lr=0.5, momentum=0.9, noise=noise_for(epsilon), bound=0.5, unit="record"
+        )
+    )
     tried = Part(data, chosen)
 
     def one_more(k: int, half: Tensor) -> Tensor:
@@ -87,9 +91,13 @@ def attacked(epsilon: float | None, count: int) -> dict[str, float]:
         by_loss.append(found(-made.loss[k][inside], -made.loss[k][~inside]).auc)
     right = float(((made.loss < np.log(2)) & ~made.inside).sum() / (~made.inside).sum())
     return {
-        "models": count, "lira": float(np.mean(areas)), "error": float(np.std(areas, ddof=1) / count**0.5),
-        "rate": float(np.mean(rates)), "loss": float(np.mean(by_loss)), "accuracy": right,
-    }  # fmt: skip
+        "models": count,
+        "lira": float(np.mean(areas)),
+        "error": float(np.std(areas, ddof=1) / count**0.5),
+        "rate": float(np.mean(rates)),
+        "loss": float(np.mean(by_loss)),
+        "accuracy": right,
+    }
 
 
 class Received(NamedTuple):
@@ -108,11 +116,11 @@ class Sends(Method[Received]):
     def init(self, params: Tree) -> Received:
         return Received(0, params)
 
-    def ask(self, state: Received) -> Ask:
-        return Ask(state.round, {"params": state.value})
+    def request(self, state: Received) -> Request:
+        return Request(state.round, {"params": state.value})
 
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        return Reply({"update": Mean.of(self.gradient, 1.0)}), memory
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        return Reply({"update": WeightedMean.of(self.gradient, 1.0)}), memory
 
     def server_update(self, state: Received, reply: Reply, server: Site) -> Received:
         return Received(state.round + 1, reply.mean("update").value)
@@ -122,7 +130,7 @@ def received(gradient: Tree, through: tuple[Transform, ...]) -> Tree:
     """What the server makes of ``gradient``, sent through transforms."""
     method: Any = send_through(Sends(gradient), *through) if through else Sends(gradient)
     state = method.init(tree.zeros(gradient))
-    reply, _ = method.site_update(method.ask(state), {}, Site("hospital"))
+    reply, _ = method.site_update(method.request(state), {}, Site("hospital"))
     end = method.server_update(state, reply, Site("server"))
     value: Tree = (end.inner if through else end).value
     return value
@@ -134,8 +142,8 @@ def inverted() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     wanted = next(i for i in range(len(data)) if float(data[torch.tensor([i])][0].mean()) > 0.2)  # a large one
     x, _ = data[torch.tensor([wanted])]
     prior = data[torch.arange(200)][0].mean(0)
-    dice = Site("attacker").rng("inversion")
-    model, target = leaky(tuple(x.shape[1:]), 4, dice), torch.tensor([1])
+    rng = Site("attacker").rng("inversion")
+    model, target = leaky(tuple(x.shape[1:]), 4, rng), torch.tensor([1])
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -151,7 +159,7 @@ def inverted() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         five = tree.add(five, one)
     seen["sum of five sites"] = tree.scale(five, 0.2)
     how = Inversion(steps=40, restarts=2)
-    drawn = {name: how.search(model, loss, one, tuple(x.shape[1:]), target, dice)[0][0] for name, one in seen.items()}
+    drawn = {name: how.search(model, loss, one, tuple(x.shape[1:]), target, rng)[0][0] for name, one in seen.items()}
     return x[0], prior, {name: image.clamp(0, 1) for name, image in drawn.items()}  # an attacker knows the range
 
 
@@ -175,8 +183,11 @@ def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping
     lines = [HEAD, "| what the server sees | PSNR, dB | relative leakage |", "|---|---|---|"]
     lines.append(f"| nothing: the mean of 200 other outlines | {psnr(prior, x):.1f} | 0 |")
     lines += [f"| {n} | {psnr(d, x):.1f} | {relative_leakage(x, d, prior):.2f} |" for n, d in drawn.items()]
-    lines += [MIDDLE, "| training | LiRA, AUC | found at 1 % false alarms | loss attack, AUC | accuracy on others, % |",
-              "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        MIDDLE,
+        "| training | LiRA, AUC | found at 1 % false alarms | loss attack, AUC | accuracy on others, % |",
+        "|---|---|---|---|---|",
+    ]
     for name, one in members.items():
         lines.append(
             f"| {name} | {one['lira']:.3f} ± {2 * one['error']:.3f} | {one['rate']:.1%} | {one['loss']:.3f} "

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from polyclinic.cli.run import template
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import federate
-from polyclinic.studies.folder import read_tensors
-from polyclinic.studies.runner import run
-from polyclinic.studies.spec import parse
-from polyclinic.tasks.networks import Network
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.run_directory import read_tensors
+from polyclinic.studies.run.scheduler import run
 
 torch.set_num_threads(1)
 text = template("demo").split("[[methods]]")[0] + '[[methods]]\nname = "mix"\n'

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.dpsgd import DPSGD
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import auc, borrow
-from polyclinic.transforms.accounting import plan
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import auc, cached_model
+from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.privacy.accounting import plan
 
 NETWORK = Network("cnn", (1, 28, 28), 2, (("width", 8), ("depth", 3), ("norm", "group")))
 
@@ -61,15 +61,18 @@ def main() -> None:
     print(f"{'ε':>6}{'noise':>8}{'AUC, mean':>11}{'least':>7}{'most':>7}   of {given.seeds} seeds")
     for epsilon in [None, *given.epsilons]:
         noise = 0.0 if epsilon is None else plan(epsilon, delta, rate, given.rounds, steps=steps).noise
-        local = Local(batch_size=given.batch, lr=0.1, momentum=0.9) if epsilon is None else (
-            DPSGD(batch_size=given.batch, lr=0.5, momentum=0.9, noise=noise, bound=0.5, unit="record"))  # fmt: skip
+        local = (
+            LocalTraining(batch_size=given.batch, lr=0.1, momentum=0.9)
+            if epsilon is None
+            else (DPSGD(batch_size=given.batch, lr=0.5, momentum=0.9, noise=noise, bound=0.5, unit="record"))
+        )
         areas = []
         for seed in range(given.seeds):
             method = FedAvg(task, local)
             state = method.init(task.first(seed))
             for step in train(method, InProcess(method, sites, seed=seed), state, rounds=given.rounds):
                 state = step.state
-            model = borrow(task, state.params).eval()
+            model = cached_model(task, state.params).eval()
             with torch.inference_mode():
                 areas.append(auc(model(test.x).softmax(1)[:, 1], test.y == 1) or 0.0)
         label = "∞" if epsilon is None else f"{epsilon:g}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from polyclinic.studies.report import build_report
+from polyclinic.report import build_report
 
 OUT = Path(__file__).parents[1] / "docs" / "pictures" / "report.png"
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyclinic.methods.rules.bulyan import Bulyan
-from polyclinic.methods.rules.coordinate import Median, TrimmedMean
-from polyclinic.methods.rules.geometric import GeometricMedian
-from polyclinic.methods.rules.krum import Krum, MultiKrum
-from polyclinic.methods.rules.rule import Average, Updates
+from polyclinic.methods.robust.rules.aggregation_rule import Average, Updates
+from polyclinic.methods.robust.rules.bulyan import Bulyan
+from polyclinic.methods.robust.rules.coordinate_wise import Median, TrimmedMean
+from polyclinic.methods.robust.rules.geometric_median import GeometricMedian
+from polyclinic.methods.robust.rules.krum import Krum, MultiKrum
 
 SITES, F = 16, 3
 
@@ -31,10 +31,14 @@ def numpy_krum(x: np.ndarray) -> np.ndarray:
 
 
 OURS: dict[str, Any] = {
-    "mean": Average(weighted=False), "median": Median(), "trimmed mean": TrimmedMean(F / SITES),
-    "krum": Krum(F / SITES), "multi-krum": MultiKrum(F / SITES), "bulyan": Bulyan(F / SITES),
+    "mean": Average(weighted=False),
+    "median": Median(),
+    "trimmed mean": TrimmedMean(F / SITES),
+    "krum": Krum(F / SITES),
+    "multi-krum": MultiKrum(F / SITES),
+    "bulyan": Bulyan(F / SITES),
     "geometric median": GeometricMedian(),
-}  # fmt: skip
+}
 THEIRS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda x: x.mean(0),
     "median": lambda x: np.median(x, 0),
@@ -57,17 +61,17 @@ def held() -> int:
 def case(line: Connection, whose: str, rule: str, size: int) -> None:
     """Runs one rule and sends CPU seconds and trees of memory."""
     torch.set_num_threads(1)
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     if whose == "ours":
         leaves = {f"layer.{i}": size // 25 for i in range(25)}
-        trees = {f"site-{k:02}": {n: torch.randn(s, generator=dice) for n, s in leaves.items()} for k in range(SITES)}
+        trees = {f"site-{k:02}": {n: torch.randn(s, generator=rng) for n, s in leaves.items()} for k in range(SITES)}
         updates = Updates.of(trees)
         start, before = time.process_time(), held()
         result: Any = OURS[rule].aggregate(updates, {})
     else:
         x = np.empty((SITES, size), np.float32)
         for row in x:
-            torch.from_numpy(row).normal_(generator=dice)
+            torch.from_numpy(row).normal_(generator=rng)
         start, before = time.process_time(), held()
         result = THEIRS[rule](x)
     seconds = time.process_time() - start

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
+from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Mean
-from polyclinic.transforms.secure import SecureSum
-from polyclinic.transforms.secure.memory import secure_sum
+from polyclinic.secure_aggregation import SecureSum
+from polyclinic.secure_aggregation.in_memory import secure_sum
 
 
 class Clock:
@@ -60,13 +60,13 @@ def main() -> None:
         vectors = {}
         for name in names:
             with clock(name):
-                sent, _ = SecureSum().encode(Mean({"m/update/w": update}, 1.0), {}, {}, Site(name), 0)
+                sent, _ = SecureSum().encode(WeightedMean({"m/update/w": update}, 1.0), {}, {}, Site(name), 0)
                 vectors[name] = sent.total["m/update/w"]
         gone = dict.fromkeys(names[1 : 1 + lost], "mask")
         total, alive = secure_sum(vectors, threshold=threshold, lost=gone, clock=clock)
         with clock("server"):
             rest = {name: leaf * len(alive) for name, leaf in sent.total.items() if name != "m/update/w"}
-            SecureSum().decode(Mean({**rest, "m/update/w": total}, float(len(alive))), {})
+            SecureSum().decode(WeightedMean({**rest, "m/update/w": total}, float(len(alive))), {})
         expected = sum(vectors[name].long() for name in alive)
         assert torch.equal(total.long(), (expected + 2**31) % 2**32 - 2**31), "the sum is not exact"
         worst = max(clock.seconds[name] for name in names)

@@ -14,24 +14,24 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from polyclinic.core.execute import cohort_of
+from polyclinic.core.aggregates import Reply, WeightedMean, merge
+from polyclinic.core.execution import sample_sites
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Mean, Reply, merge
-from polyclinic.core.train import train
 from polyclinic.core.tree import Tree
-from polyclinic.engines.in_process import InProcess
-from polyclinic.engines.workers import Workers
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
 
 torch.set_num_threads(1)
 QUICK = "--quick" in sys.argv
@@ -41,8 +41,8 @@ class Rows:
     """Images and labels in memory."""
 
     def __init__(self, n: int, shape: tuple[int, ...], seed: int) -> None:
-        dice = torch.Generator().manual_seed(seed)
-        self.x, self.y = torch.randn(n, *shape, generator=dice), torch.randint(0, 2, (n,), generator=dice)
+        rng = torch.Generator().manual_seed(seed)
+        self.x, self.y = torch.randn(n, *shape, generator=rng), torch.randint(0, 2, (n,), generator=rng)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -55,12 +55,10 @@ def sites_of(count: int, n: int, shape: tuple[int, ...], device: str = "cpu") ->
     return {f"site-{i:04}": Site(f"site-{i:04}", {"train": Rows(n, shape, i)}, device) for i in range(count)}
 
 
-def bare(
-    model: nn.Module, data: Rows, batch_size: int, lr: float, dice: torch.Generator, device: str = "cpu"
-) -> None:  # fmt: skip
+def bare(model: nn.Module, data: Rows, batch_size: int, lr: float, rng: torch.Generator, device: str = "cpu") -> None:
     """One epoch as anyone would write it."""
     optimiser = torch.optim.SGD(model.parameters(), lr=lr)
-    for chunk in torch.randperm(len(data), generator=dice).split(batch_size):
+    for chunk in torch.randperm(len(data), generator=rng).split(batch_size):
         x, y = (part.to(device) for part in data[chunk])
         optimiser.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -85,7 +83,7 @@ def bare_rounds(task: Classification, sites: list[Site], rounds: int, batch_size
 
 
 def ours(task: Classification, sites: dict[str, Site], rounds: int, batch_size: int, engine: Any = InProcess) -> Any:
-    method = FedAvg(task, Local(batch_size=batch_size))
+    method = FedAvg(task, LocalTraining(batch_size=batch_size))
     here = engine(method, sites)
     try:
         state = method.init(task.first(0))
@@ -121,9 +119,11 @@ def small_cnn() -> None:
     sites = sites_of(8, 600, (1, 28, 28))
     rounds, times = (1, 9) if QUICK else (2, 15)
     ratio = alternate(
-        lambda: ours(task, sites, rounds, 16), lambda: bare_rounds(task, list(sites.values()), rounds, 16),
-        times, time.process_time,
-    )  # fmt: skip
+        lambda: ours(task, sites, rounds, 16),
+        lambda: bare_rounds(task, list(sites.values()), rounds, 16),
+        times,
+        time.process_time,
+    )
     tell("in process / bare loop, small CNN, CPU time", ratio, 1.05)
 
 
@@ -133,9 +133,11 @@ def resnet() -> None:
     n = 16 if QUICK else 32
     sites = sites_of(4, n, (3, 128, 128))
     ratio = alternate(
-        lambda: ours(task, sites, 1, 16), lambda: bare_rounds(task, list(sites.values()), 1, 16),
-        3 if QUICK else 7, time.process_time,
-    )  # fmt: skip
+        lambda: ours(task, sites, 1, 16),
+        lambda: bare_rounds(task, list(sites.values()), 1, 16),
+        3 if QUICK else 7,
+        time.process_time,
+    )
     tell("in process / bare loop, ResNet-18, CPU time", ratio, 1.02)
 
 
@@ -161,8 +163,10 @@ def gpu() -> None:
 
     ratio = alternate(
         synchronised(lambda: ours(task, sites, 1, 32)),
-        synchronised(lambda: bare_rounds(task, list(sites.values()), 1, 32)), 7, time.perf_counter,
-    )  # fmt: skip
+        synchronised(lambda: bare_rounds(task, list(sites.values()), 1, 32)),
+        7,
+        time.perf_counter,
+    )
     tell("in process / bare loop on a GPU, ResNet-18, wall time", ratio, 1.1, gpu=torch.cuda.get_device_name())
 
 
@@ -197,7 +201,7 @@ def merging() -> None:
     """Speed of merging 16 trees of 25 M float32, relative to ``out.add_(tree, alpha=w)`` in a loop."""
     size, count = (25_000_000, 16) if not QUICK else (5_000_000, 16)
     leaves = {f"layer-{i}": torch.randn(size // 10) for i in range(10)}
-    replies = [Reply({"update": Mean({n: leaf + i for n, leaf in leaves.items()}, 1.0)}) for i in range(count)]
+    replies = [Reply({"update": WeightedMean({n: leaf + i for n, leaf in leaves.items()}, 1.0)}) for i in range(count)]
     trees: list[Tree] = [reply.mean("update").total for reply in replies]
 
     def floor() -> None:
@@ -223,7 +227,7 @@ def memory() -> None:
 def _peak(line: Any) -> None:
     task = Classification(Network("mlp", (1000,), 2, (("width", 20_000),)))  # 20 M numbers, 80 MB
     sites = sites_of(6, 4, (1000,))
-    method = FedAvg(task, Local(batch_size=4))
+    method = FedAvg(task, LocalTraining(batch_size=4))
     first = task.first(0)
     bytes_ = sum(leaf.numel() * 4 for leaf in first.values())
     with Workers(method, sites, workers=2) as engine:
@@ -238,14 +242,16 @@ def _peak(line: Any) -> None:
 def many_sites() -> None:
     """Time per asked site with 1,000 sites over that with 100, 50 asked a round."""
     task = Classification(Network("cnn", (1, 28, 28), 2, (("width", 8), ("depth", 2))))
-    method = FedAvg(task, Local(batch_size=20))
+    method = FedAvg(task, LocalTraining(batch_size=20))
     few, many = sites_of(100, 40, (1, 28, 28)), sites_of(1000, 40, (1, 28, 28))
 
     def some(sites: dict[str, Site]) -> Callable[[], None]:
         def run() -> None:
             state = method.init(task.first(0))
-            cohort = lambda names, r: cohort_of(names, 50, r)  # noqa: E731
-            for step in train(method, InProcess(method, sites), state, rounds=2 if QUICK else 6, cohort=cohort):
+            def cohort(names: Sequence[str], r: int) -> Sequence[str]:
+                return sample_sites(names, 50, r)
+
+            for step in train(method, InProcess(method, sites), state, rounds=2 if QUICK else 6, sampler=cohort):
                 state = step.state
 
         return run

@@ -12,12 +12,17 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from polyclinic.studies.across import panel
+from polyclinic.evaluation.run_comparison import panel
 
 OUT = Path(__file__).parents[1] / "docs" / "pictures" / "survey.png"
 ORDER = {
-    "cross": "Cross", "single": "Single", "fedsgd": "FedSGD", "fedavg": "FedAvg", "fedprox": "FedProx", "mix": "Mix",
-}  # fmt: skip
+    "cross": "Cross",
+    "single": "Single",
+    "fedsgd": "FedSGD",
+    "fedavg": "FedAvg",
+    "fedprox": "FedProx",
+    "mix": "Mix",
+}
 TITLES = {"real": "Sex, six real sites", "simulated": "Patients, two simulated scanners"}
 
 

@@ -16,17 +16,21 @@ import numpy as np
 import torch
 from hospitals import HEART, mlp, pooled, read, scores, sites_of
 
-from polyclinic.core.train import Arrival, train
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.cyclic import Cyclic
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.gossip import Gossip
-from polyclinic.methods.split import Split
-from polyclinic.methods.swarm import Swarm
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.local import Local
+from polyclinic.core.rounds import Arrival, train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.task_evaluation import outputs
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.topology.cyclic import Cyclic
+from polyclinic.methods.topology.gossip import Gossip
+from polyclinic.methods.topology.split_learning import Split
+from polyclinic.methods.topology.swarm import Swarm
 
-ROUNDS, LOCAL, LONG = 20, Local(epochs=2, batch_size=16, lr=0.05), Local(epochs=10, batch_size=16, lr=0.1)
+ROUNDS, LOCAL, LONG = (
+    20,
+    LocalTraining(epochs=2, batch_size=16, lr=0.05),
+    LocalTraining(epochs=10, batch_size=16, lr=0.1),
+)
 NAMES = ("cleveland", "hungarian", "switzerland", "va")
 MOST_ILL_LAST = ("hungarian", "cleveland", "va", "switzerland")
 FEWEST_ILL_LAST = MOST_ILL_LAST[::-1]
@@ -82,10 +86,10 @@ def run(label: str, seed: int) -> dict[str, Any]:
     for step in train(method, engine, state, rounds=ROUNDS, min_replies=0 if "killed" in label else 1):
         state, exchanges = step.state, exchanges + 1
         moved += sum(step.bytes_up.values()) + sum(step.bytes_down.values())
-    trial, by_site = method.trial(state), {}
+    trial, by_site = method.evaluation_request(state), {}
     score, target = [], []
     for name in NAMES:
-        said = outputs(task, method.model_at(trial.at(name), engine.memory[name]), sites[name].data["test"])
+        said = outputs(task, method.site_model(trial.for_site(name), engine.memory[name]), sites[name].data["test"])
         by_site[name] = float((said["score"].argmax(1) == said["target"]).float().mean())
         score.append(said["score"])
         target.append(said["target"])
@@ -93,14 +97,22 @@ def run(label: str, seed: int) -> dict[str, Any]:
     mean = scores(task, state.params, pooled(sites))["auc"]
     unmerged = sum(name == "" for name in getattr(state, "merged", ()))
     called = float((torch.cat(score).argmax(1) == 1).float().mean())
-    return {"auc": everyone["auc"], "mean_model": mean, "called_ill": called, "sites": by_site, "exchanges": exchanges, "mb": moved / 1e6,
-            "killed": getattr(engine, "killed", 0), "unmerged": unmerged}  # fmt: skip
+    return {
+        "auc": everyone["auc"],
+        "mean_model": mean,
+        "called_ill": called,
+        "sites": by_site,
+        "exchanges": exchanges,
+        "mb": moved / 1e6,
+        "killed": getattr(engine, "killed", 0),
+        "unmerged": unmerged,
+    }
 
 
 def interval(x: np.ndarray, digits: int = 3) -> str:
     """The mean over splits, and where it lies when splits are drawn anew."""
-    dice = np.random.default_rng(0)
-    low, high = np.quantile([x[dice.integers(0, len(x), len(x))].mean() for _ in range(4000)], (0.025, 0.975))
+    rng = np.random.default_rng(0)
+    low, high = np.quantile([x[rng.integers(0, len(x), len(x))].mean() for _ in range(4000)], (0.025, 0.975))
     return f"{x.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
@@ -138,8 +150,11 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
         lines.append(f"| {label} | {interval(auc)} | {beside} | {exchanges:.0f} | {mb:.1f} |")
     killed = rows["swarm, mergers killed"]
     died, idle = np.mean([r["killed"] for r in killed]), sum(r["unmerged"] for r in killed)
-    lines += ["", f"Where mergers were killed with probability {DEATHS:g}, {died:.1f} a run died; in {idle} of "
-              f"{ROUNDS * splits} rounds nobody was left to merge, and all runs completed."]  # fmt: skip
+    lines += [
+        "",
+        f"Where mergers were killed with probability {DEATHS:g}, {died:.1f} a run died; in {idle} of "
+        f"{ROUNDS * splits} rounds nobody was left to merge, and all runs completed.",
+    ]
     order = []
     for turns, label in (("short", "cyclic"), ("long", "cyclic, long turns")):
         last = [

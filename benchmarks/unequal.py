@@ -20,17 +20,17 @@ from hospitals import HEART, mlp, read, sites_of
 from scipy.stats import t
 
 from polyclinic.core.method import Method
-from polyclinic.core.train import Step, TooFewReplies, train, train_async
-from polyclinic.engines.unequal import Machine, Unequal
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.fednova import FedNova
-from polyclinic.methods.semi_sync import SemiSync
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.local import Local
+from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
+from polyclinic.engines.local.virtual_time import Machine, Unequal
+from polyclinic.learning.tasks.task_evaluation import outputs
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.heterogeneity.fednova import FedNova
+from polyclinic.methods.heterogeneity.semi_sync import SemiSync
+from polyclinic.methods.optimization.fedavg import FedAvg
 
 SECONDS = (1.0, 2.0, 5.0, 20.0)  # for a minibatch, in the order of the hospitals' names
 SETTINGS = ((10, 0.0), (60, 0.0), (60, 0.2))  # minutes, and how often each fails
-LOCAL = Local(epochs=2, batch_size=16, lr=0.05)
+LOCAL = LocalTraining(epochs=2, batch_size=16, lr=0.05)
 
 Run = Callable[[Method[Any], Unequal, Any], Iterator[Step[Any]]]
 
@@ -82,7 +82,7 @@ def run(way: str, minutes: float, drop_out: float, seed: int) -> tuple[float, fl
         if engine.clock > 60 * minutes:
             break  # this answer came too late
         state, moved = step.state, moved + 1
-    params = method.model_at(method.trial(state), {})
+    params = method.site_model(method.evaluation_request(state), {})
     right = {}
     for name, site in sites.items():
         said = outputs(task, params, site.data["test"])
@@ -144,10 +144,14 @@ def main() -> None:
     assert all(a < b for a, b in pairwise(SECONDS))
     for minutes, drop_out in SETTINGS:
         fails = f", and each fails {drop_out:.0%} of the times it is asked" if drop_out else ""
-        lines += [f"## {minutes} minutes{fails}", "",
-                  f"{given.splits} splits.", "",
-                  "| way of working | exchanges | accuracy, % | beside waiting for all, points | slowest hospital, % |",
-                  "|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            f"## {minutes} minutes{fails}",
+            "",
+            f"{given.splits} splits.",
+            "",
+            "| way of working | exchanges | accuracy, % | beside waiting for all, points | slowest hospital, % |",
+            "|---|---|---|---|---|",
+        ]
         base: np.ndarray | None = None
         for way in ways(mlp(1), tuple("abcd")):
             found = np.array([run(way, minutes, drop_out, seed) for seed in range(given.splits)])
@@ -157,8 +161,10 @@ def main() -> None:
             gap = interval(100 * (found[:, 0] - base))
             beside = "" if way == "FedAvg, waits for all" else f"{gap[0]:+.1f} ({gap[1]:+.1f} to {gap[2]:+.1f})"
             slow = interval(100 * found[:, 1])
-            lines.append(f"| {way} | {found[:, 2].mean():.0f} | {mean:.1f} ({low:.1f} to {high:.1f}) | {beside} "
-                         f"| {slow[0]:.1f} ({slow[1]:.1f} to {slow[2]:.1f}) |")  # fmt: skip
+            lines.append(
+                f"| {way} | {found[:, 2].mean():.0f} | {mean:.1f} ({low:.1f} to {high:.1f}) | {beside} "
+                f"| {slow[0]:.1f} ({slow[1]:.1f} to {slow[2]:.1f}) |"
+            )
         lines.append("")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("\n".join(lines))

@@ -1,5 +1,5 @@
 """``python -m polyclinic``."""
 
-from polyclinic.cli.main import main
+from polyclinic.cli.app import main
 
 main()

@@ -1,7 +1,7 @@
 """Exceptions. Every error that a person can correct is a ``PolyclinicError``; anything else is a bug.
 
 The message of each says what is wrong, where (file, field, site), and what to do. The command line prints these
-messages without a traceback and exits with code 2; see ``polyclinic.cli.main`` for all exit codes.
+messages without a traceback and exits with code 2; see ``polyclinic.cli.app`` for all exit codes.
 
 ```
 PolyclinicError

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from polyclinic.core import state as states
-from polyclinic.core.method import Ask, Method
+from polyclinic.core import serialization as states
+from polyclinic.core.aggregates import Reply, merge
+from polyclinic.core.method import Method, Request
 from polyclinic.core.pipeline import Transform, send_through
+from polyclinic.core.rounds import Federation, train
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Reply, merge
-from polyclinic.core.train import Federation, train
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.engines.at_site import minibatches, work
+from polyclinic.engines.site_runtime import minibatches, work
 
 
 class Broken(AssertionError):
@@ -27,9 +27,13 @@ class Broken(AssertionError):
 
 
 def check_method(
-    method: Method[Any], params: Tree, sites: Mapping[str, Site], rounds: int = 2, entropy: bool = True,
+    method: Method[Any],
+    params: Tree,
+    sites: Mapping[str, Site],
+    rounds: int = 2,
+    entropy: bool = True,
     server: Site = Site("server"),
-) -> None:  # fmt: skip
+) -> None:
     """Raises unless ``method`` is pure, deterministic, portable and independent of the order of arrival.
 
     Args:
@@ -48,23 +52,23 @@ def check_method(
     state, memory = method.init(params), dict[str, Trees]((name, {}) for name in sorted(sites))
     _promise(equal(params, given), "init changes none of its arguments")
     for _ in range(20 * rounds):
-        ask = method.ask(state)
-        if ask is None or ask.round >= rounds:
+        request = method.request(state)
+        if request is None or request.round >= rounds:
             break
-        _promise(equal(ask, method.ask(state)), "ask depends on its state alone")
+        _promise(equal(request, method.request(state)), "ask depends on its state alone")
         replies: dict[str, Reply] = {}
-        asked.note(ask, method.trial(state))
-        for name in sorted(ask.to if ask.to is not None else sites):
-            replies[name], memory[name] = _check_site(method, ask, memory[name], sites[name])
+        asked.note(request, method.evaluation_request(state))
+        for name in sorted(request.recipients if request.recipients is not None else sites):
+            replies[name], memory[name] = _check_site(method, request, memory[name], sites[name])
         state = _check_server(method, state, list(replies.values()), server)
-        after = method.ask(state)
-        _promise(after is None or (after.round, after.job) >= (ask.round, ""), "rounds never go back")
+        after = method.request(state)
+        _promise(after is None or (after.round, after.job) >= (request.round, ""), "rounds never go back")
     else:
         raise Broken(f"ask.round must reach {rounds}: a round takes a bounded number of asks")
-    trial = method.trial(state)
-    _promise(trial.round == asked.complete(ask), "trial has the round of the state: the number of complete rounds")
+    trial = method.evaluation_request(state)
+    _promise(trial.round == asked.complete(request), "trial has the round of the state: the number of complete rounds")
     for name in sorted(sites):
-        model = method.model_at(trial.at(name), memory[name])
+        model = method.site_model(trial.for_site(name), memory[name])
         _promise(len(model) > 0, "model_at gives a site the model it predicts with")
 
 
@@ -75,45 +79,48 @@ class Asked:
         """Nothing was asked of ``sites`` yet."""
         self.method, self.sites = method, sites
         self._counts = Counter[tuple[int, str, str]]()
-        self._trial: Ask | None = None
+        self._trial: Request | None = None
         self._last = -1
 
-    def note(self, ask: Ask, trial: Ask) -> None:
+    def note(self, request: Request, trial: Request) -> None:
         """Notes an ask, and ``trial`` of the state that made it.
 
         Raises:
             Broken: If the method does not declare it, or it holds another model than the round began with.
         """
-        if self._trial is None or ask.round > self._last:
+        if self._trial is None or request.round > self._last:
             self._trial = trial
-        self._last = max(self._last, ask.round)
-        known = [job for job in self.method.jobs if job.name == ask.job and job.comes_in(ask.round)]
-        here = f"{ask.job!r} in round {ask.round}"
+        self._last = max(self._last, request.round)
+        known = [job for job in self.method.jobs if job.name == request.job and job.comes_in(request.round)]
+        here = f"{request.job!r} in round {request.round}"
         _promise(bool(known), f"jobs declares every ask: {here} is not among {self.method.jobs}")
         (job, *more) = known
         _promise(not more, f"jobs declares each ask once, and {here} more than once")
-        for name in ask.to if ask.to is not None else self.sites:
-            self._counts[ask.round, ask.job, name] += 1
-            count, most = self._counts[ask.round, ask.job, name], job.most(minibatches(self.method, self.sites[name]))
+        for name in request.recipients if request.recipients is not None else self.sites:
+            self._counts[request.round, request.job, name] += 1
+            count, most = (
+                self._counts[request.round, request.job, name],
+                job.most(minibatches(self.method, self.sites[name])),
+            )
             _promise(count <= most, f"jobs says how often: {here} came {count} times at {name}, not {most}")
-            _promise(not job.sites or name in job.sites, f"jobs says whom: {ask.job!r} is not for {name}")
-            if job.at_start and ask.round:  # nothing is scored before the first round
-                one, other = ask.at(name).trees, self._trial.at(name).trees
+            _promise(not job.sites or name in job.sites, f"jobs says whom: {request.job!r} is not for {name}")
+            if job.at_start and request.round:  # nothing is scored before the first round
+                one, other = request.for_site(name).trees, self._trial.for_site(name).trees
                 same = all(equal(one[key], other[key]) for key in one.keys() & other.keys())
                 _promise(same, f"{here} holds the model that the round begins with, or has at_start=False")
 
-    def complete(self, ask: Ask | None) -> int:
-        """How many rounds are complete where ``ask`` is what the method asks next."""
-        return self._last + 1 if ask is None else ask.round
+    def complete(self, request: Request | None) -> int:
+        """How many rounds are complete where ``request`` is what the method asks next."""
+        return self._last + 1 if request is None else request.round
 
 
-def _check_site(method: Method[Any], ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-    given = copy.deepcopy((ask, memory))
-    first = work(method, ask, memory, site)
+def _check_site(method: Method[Any], request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+    given = copy.deepcopy((request, memory))
+    first = work(method, request, memory, site)
     if first.reply is None:
         raise Broken(f"site_update raises nothing on good data, but it said: {first.lost}")
-    _promise(equal(given, (ask, memory)), "site_update changes none of its arguments")
-    same_ask, same_memory = portable_copy((ask, memory))
+    _promise(equal(given, (request, memory)), "site_update changes none of its arguments")
+    same_ask, same_memory = portable_copy((request, memory))
     torch.randn(7)  # the global dice have moved on, which must not matter
     again = work(copy.deepcopy(method), same_ask, same_memory, site)
     _promise(equal((first.reply, first.memory), (again.reply, again.memory)), "site_update repeats itself to the bit")
@@ -142,11 +149,15 @@ def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, si
 
 
 def check_engine(
-    engine: Callable[[Method[Any], Mapping[str, Site]], Federation], method: Method[Any], params: Tree,
-    sites: Mapping[str, Site], rounds: int = 3, server_data: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+    engine: Callable[[Method[Any], Mapping[str, Site]], Federation],
+    method: Method[Any],
+    params: Tree,
+    sites: Mapping[str, Site],
+    rounds: int = 3,
+    server_data: Mapping[str, Any] | None = None,
+) -> None:
     """Raises unless ``engine`` gives ``method`` the same bits as the reference engine does with the same data."""
-    from polyclinic.engines.in_process import InProcess
+    from polyclinic.engines.local.in_process import InProcess
 
     sites = {name: replace(site, entropy=_fixed) for name, site in sites.items()}  # noise that can be compared
 
@@ -181,8 +192,12 @@ def close(a: Any, b: Any) -> bool:
 
 def _bits(x: torch.Tensor, y: torch.Tensor) -> bool:
     same = x.dtype == y.dtype and torch.equal(x, y)
-    return same or (x.dtype == y.dtype and x.is_floating_point() and torch.equal(x.nan_to_num(), y.nan_to_num())
-                    and torch.equal(x.isnan(), y.isnan()))  # fmt: skip
+    return same or (
+        x.dtype == y.dtype
+        and x.is_floating_point()
+        and torch.equal(x.nan_to_num(), y.nan_to_num())
+        and torch.equal(x.isnan(), y.isnan())
+    )
 
 
 def _same(a: Any, b: Any, leaf: Callable[[torch.Tensor, torch.Tensor], bool] = _bits) -> bool:

@@ -8,12 +8,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from polyclinic.core.site import Site
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 
 torch.set_num_threads(1)
-settings.register_profile("shared machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "shared machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared machine")
 
 
@@ -32,10 +34,10 @@ class Rows:
 
 def blobs(seed: int, n: int, shape: tuple[int, ...], shift: float = 0.0, classes: int = 2) -> Rows:
     """Two classes that differ in brightness, seen through a scanner that adds ``shift``."""
-    dice = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, classes, (n,), generator=dice)
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, (n,), generator=rng)
     y[:classes] = torch.arange(classes)
-    x = torch.randn(n, *shape, generator=dice) + y.view(-1, *[1] * len(shape)) + shift
+    x = torch.randn(n, *shape, generator=rng) + y.view(-1, *[1] * len(shape)) + shift
     return Rows(x, y)
 
 
@@ -68,9 +70,9 @@ def task() -> Classification:
 
 
 @pytest.fixture
-def local() -> Local:
+def local() -> LocalTraining:
     """Two epochs of plain SGD."""
-    return Local(epochs=2, batch_size=8, lr=0.1)
+    return LocalTraining(epochs=2, batch_size=8, lr=0.1)
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +89,11 @@ def segmentation_sites(count: int = 3) -> dict[str, Site]:
     grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")).float()
 
     def discs(seed: int, n: int, shift: float) -> Rows:
-        dice = torch.Generator().manual_seed(seed)
-        centre = 4 + 8 * torch.rand(n, 2, 1, 1, generator=dice)
-        radius = 2 + 2 * torch.rand(n, 1, 1, generator=dice)
+        rng = torch.Generator().manual_seed(seed)
+        centre = 4 + 8 * torch.rand(n, 2, 1, 1, generator=rng)
+        radius = 2 + 2 * torch.rand(n, 1, 1, generator=rng)
         mask = ((grid - centre).square().sum(1) < radius**2).long()
-        return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=dice) + shift)[:, None], mask)
+        return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=rng) + shift)[:, None], mask)
 
     roles = {"train": 10, "val": 4, "test": 4, "unlabelled": 8}
     public = {"public": discs(999, 8, 0.2)}

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from polyclinic.cli.rendering import console
 
 if TYPE_CHECKING:
-    from polyclinic.studies.audit_file import Audit
-    from polyclinic.studies.audit_privacy import Progress as Report
+    from polyclinic.studies.audits.audit_file import Audit
+    from polyclinic.studies.audits.audit_privacy import Progress as Report
 
 app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
 app.command("polyclinic.cli.audit_release:release", name="release")
@@ -22,10 +22,19 @@ app.command("polyclinic.cli.audit_release:release", name="release")
 
 @app.default
 def audit(
-    run_folder: Path, *, method: str = "", seed: int | None = None,
-    attack: Literal["loss", "lira", "rmia", "all"] = "loss", shadow_models: int = 16, site: str = "",
-    limit: int = 1000, canaries: int | None = None, steps: int = 30, restarts: int = 2, json: bool = False,
-) -> None:  # fmt: skip
+    run_folder: Path,
+    *,
+    method: str = "",
+    seed: int | None = None,
+    attack: Literal["loss", "lira", "rmia", "all"] = "loss",
+    shadow_models: int = 16,
+    site: str = "",
+    limit: int = 1000,
+    canaries: int | None = None,
+    steps: int = 30,
+    restarts: int = 2,
+    json: bool = False,
+) -> None:
     """Attack a run's model as an outsider might, with a leaky control beside each attack.
 
     Which patients were trained on, at each site; one training example from its gradient; and for a run with DP-SGD, a
@@ -58,13 +67,22 @@ def audit(
     json
         Print audit.json and nothing else.
     """
-    from polyclinic.studies.audit import audit_run
+    from polyclinic.studies.audits.run_audit import audit_run
 
     with _progress(hidden=json) as progress:
         found = audit_run(
-            run_folder, method, seed, attack=attack, shadow_models=shadow_models, site=site, limit=limit, steps=steps,
-            restarts=restarts, canaries=canaries, progress=progress,
-        )  # fmt: skip
+            run_folder,
+            method,
+            seed,
+            attack=attack,
+            shadow_models=shadow_models,
+            site=site,
+            limit=limit,
+            steps=steps,
+            restarts=restarts,
+            canaries=canaries,
+            progress=progress,
+        )
     if json:
         print(_text(found))
     else:
@@ -80,9 +98,14 @@ def _progress(hidden: bool) -> Iterator["Report"]:
     """A bar for each training, where somebody watches."""
     shown = Console(stderr=True)
     bar = Progress(
-        TextColumn("  {task.description:<16}"), TextColumn("{task.completed:>3}/{task.total}"), BarColumn(bar_width=30),
-        TimeRemainingColumn(compact=True), console=shown, disable=hidden or not shown.is_terminal, transient=True,
-    )  # fmt: skip
+        TextColumn("  {task.description:<16}"),
+        TextColumn("{task.completed:>3}/{task.total}"),
+        BarColumn(bar_width=30),
+        TimeRemainingColumn(compact=True),
+        console=shown,
+        disable=hidden or not shown.is_terminal,
+        transient=True,
+    )
     tasks = {}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -100,7 +123,7 @@ def _show(found: "Audit", run_folder: Path) -> None:
     def line(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False)
 
-    from polyclinic.audits.separation import RATES
+    from polyclinic.attacks.separation import RATES
 
     members = found.membership
     console.print(f"  {found.method}, seed {found.seed}")

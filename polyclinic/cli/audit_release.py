@@ -23,7 +23,7 @@ def release(target: str, *, full: bool = False, json_: bool = False) -> None:
     json_
         Print JSON instead.
     """
-    from polyclinic.studies.release import audit_release
+    from polyclinic.studies.audits.release_command import audit_release
 
     found = audit_release(target, full)
     covered = [one.verdict.covered for one in found]

@@ -29,7 +29,7 @@ def list_(*, json_: bool = False) -> None:
     json_
         Print JSON instead.
     """
-    from polyclinic.data.catalogue import list_datasets
+    from polyclinic.data.catalog.dataset_catalog import list_datasets
 
     found = list_datasets()
     if json_:
@@ -53,7 +53,7 @@ def show(name: str, *, json_: bool = False) -> None:
     json_
         Print JSON instead.
     """
-    from polyclinic.data.catalogue import show as told
+    from polyclinic.data.catalog.dataset_catalog import show as told
 
     pairs = told(name)
     if json_:
@@ -76,15 +76,13 @@ def get(name: str, *, size: int = 28, mirror: str | None = None) -> None:
     mirror
         The address of a folder that holds the same files, such as one within a hospital.
     """
-    from polyclinic.data import catalogue
+    from polyclinic.data.catalog import dataset_catalog
 
-    _line(str(catalogue.get(name, size, mirror or catalogue.ZENODO)))
+    _line(str(dataset_catalog.get(name, size, mirror or dataset_catalog.ZENODO)))
 
 
 @app.command
-def check(
-    folder: Path, *, page: Path | None = None, labels: tuple[int, ...] = (), allow_health: bool = False
-) -> None:  # fmt: skip
+def check(folder: Path, *, page: Path | None = None, labels: tuple[int, ...] = (), allow_health: bool = False) -> None:
     """Check a hospital's data before it joins: what is there, what is wrong, what must not leave.
 
     Parameters
@@ -98,16 +96,21 @@ def check(
     allow_health
         Treat suspected personal information as a warning instead of an error.
     """
-    from polyclinic.data.check import check_command
+    from polyclinic.data.quality.site_check import check_command
 
     sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, _line))
 
 
 @app.command
 def plan(
-    study: Path, *, out: Path | None = None, seed: int | None = None, by_site: bool = False, force: bool = False,
+    study: Path,
+    *,
+    out: Path | None = None,
+    seed: int | None = None,
+    by_site: bool = False,
+    force: bool = False,
     set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Sum up a study's training data over its sites, and write the preprocessing that follows into a file to edit.
 
     The study then uses it with `plan = "FILE"` in `[data]`; `polyclinic data drift` compares later data with it.
@@ -127,14 +130,14 @@ def plan(
     set_
         Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
     """
-    from polyclinic.studies import spec
-    from polyclinic.studies.planning import plan as made
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run.planning import plan as made
 
     to = out or study.with_name(f"{study.stem}.plan.toml")
     if to.exists() and not force:
         console.print(f"{escape(str(to))} is there already; --force replaces it", soft_wrap=True)
         sys.exit(2)
-    checked = spec.read(study, changes(set_ or []))
+    checked = study_config.read(study, changes(set_ or []))
     chosen = checked.seeds[0] if seed is None else seed
     found = made(checked.data, checked.name, chosen, by_site)
     to.write_text(found.text(), encoding="utf-8")
@@ -142,16 +145,22 @@ def plan(
     for reason in found.why:
         console.print(f"    {escape(reason)}", soft_wrap=True)
     if len(checked.seeds) > 1:
-        console.print(f"    [yellow]![/yellow] made from the training rows of seed {chosen}; the study's other "
-                      "seeds test on some of them", soft_wrap=True)  # fmt: skip
+        console.print(
+            f"    [yellow]![/yellow] made from the training rows of seed {chosen}; the study's other "
+            "seeds test on some of them",
+            soft_wrap=True,
+        )
     console.print(f'    next: plan = "{escape(str(to))}" in \\[data], in place of steps or statistics', soft_wrap=True)
 
 
 @app.command
 def drift(
-    plan: Path, study: Path, *, json_: bool = False,
+    plan: Path,
+    study: Path,
+    *,
+    json_: bool = False,
     set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Compare new data with those a model was trained on, site by site, by sums alone. Exit code 1 is an alarm.
 
     Parameters
@@ -165,12 +174,12 @@ def drift(
     set_
         Change one value of the study, such as `--set data.path=/data/2027`. May be given several times.
     """
-    from polyclinic.data.data_plan import DataPlan
-    from polyclinic.data.drift import as_json, lines
-    from polyclinic.studies import spec
-    from polyclinic.studies.planning import drifts
+    from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
+    from polyclinic.data.quality.drift import as_json, lines
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run.planning import drifts
 
-    found = drifts(DataPlan.read(plan), spec.read(study, changes(set_ or [])).data)
+    found = drifts(DataPlan.read(plan), study_config.read(study, changes(set_ or [])).data)
     if json_:
         print(json.dumps([as_json(one) for one in found], indent=1))
     else:
@@ -182,9 +191,13 @@ def drift(
 
 @app.command
 def deidentify(
-    source: Path, destination: Path, *, key: Path | None = None, approve: tuple[str, ...] = (),
+    source: Path,
+    destination: Path,
+    *,
+    key: Path | None = None,
+    approve: tuple[str, ...] = (),
     keep_characteristics: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Copy a DICOM folder without what identifies patients. Nothing is overwritten; every file is scanned at the end.
 
     Parameters
@@ -200,7 +213,7 @@ def deidentify(
     keep_characteristics
         Keep age, size and weight.
     """
-    from polyclinic.data.deidentify import deidentify_command
+    from polyclinic.data.deidentification.folder_deidentification import deidentify_command
 
     given = str(key) if key else None
     sys.exit(deidentify_command(str(source), str(destination), given, approve, keep_characteristics, _line))

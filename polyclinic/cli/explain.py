@@ -20,9 +20,9 @@ def explain(run_folder: Path, *, method: str = "", seed: int | None = None) -> N
     seed
         Which seed's; by default the first.
     """
-    from polyclinic.studies.explain import explain as ask
-    from polyclinic.studies.maps import read_explanation
-    from polyclinic.studies.records import read_run
+    from polyclinic.evaluation.records.run_reader import read_run
+    from polyclinic.studies.records.saliency_maps import read_explanation
+    from polyclinic.studies.run.model_explanation import explain as ask
 
     file, refused = ask(run_folder, method, seed)
     found = read_explanation(read_run(run_folder), file.parent.name.rsplit("-seed", 1)[0])

@@ -6,8 +6,8 @@ from typing import Any
 
 from cyclopts import App
 
-from polyclinic.core.journal import FIRST, Broken, verify
-from polyclinic.engines.flare.homes import read_toml
+from polyclinic.core.audit_log import FIRST, Broken, verify
+from polyclinic.engines.flare.protocol.paths import read_toml
 
 app = App(name="journal", help="Check the journals of sites, servers and runs.")
 
@@ -80,8 +80,8 @@ def check_signatures(journal: Path, certificate: Path) -> int:
     """
     from cryptography.x509.oid import NameOID
 
-    from polyclinic.engines.flare.authority import load_certificate
-    from polyclinic.engines.flare.journals import signed_by
+    from polyclinic.engines.flare.pki.certificate_authority import load_certificate
+    from polyclinic.engines.flare.protocol.shared_journals import signed_by
 
     paths = sorted(certificate.glob("*.crt")) if certificate.is_dir() else [certificate]
     owned = [load_certificate(path.read_text()) for path in paths]

@@ -9,17 +9,28 @@ from polyclinic.cli.rendering import console
 from polyclinic.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polyclinic.studies.priced import Price
+    from polyclinic.studies.utility_curve import Price
 
 app = App(name="privacy", help="Plan a privacy budget, and read what was spent of one.")
 
 
 @app.command
 def plan(
-    study: Path | None = None, *, epsilon: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0), delta: float,
-    rounds: tuple[int, ...] = (), patients: int = 0, batch: int = 16, epochs: int = 1, bound: float = 1.0,
-    method: str = "", resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
-) -> None:  # fmt: skip
+    study: Path | None = None,
+    *,
+    epsilon: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0),
+    delta: float,
+    rounds: tuple[int, ...] = (),
+    patients: int = 0,
+    batch: int = 16,
+    epochs: int = 1,
+    bound: float = 1.0,
+    method: str = "",
+    resume: bool = False,
+    fresh: bool = False,
+    out: Path = Path("runs"),
+    workers: int | None = None,
+) -> None:
     """How much noise in each step of training keeps a patient's budget, and what it costs in accuracy.
 
     With a study file, one of its methods is trained on its data, without noise and at each ε, and the study's metric
@@ -55,7 +66,7 @@ def plan(
     workers
         How many processes; as many as there are cores by default.
     """
-    from polyclinic.transforms.accounting import BadPlan
+    from polyclinic.privacy.accounting import BadPlan
 
     if study is None:
         if patients < 1 or not rounds or min(rounds) < 1:
@@ -65,8 +76,8 @@ def plan(
     if patients:
         raise BadPlan(f"--patients goes without a study file: {study} says how many patients a site has")
     from polyclinic.cli.run import run_all
-    from polyclinic.studies.priced import priced, prices
-    from polyclinic.studies.scenarios import parse_all
+    from polyclinic.studies.config.scenarios import parse_all
+    from polyclinic.studies.utility_curve import priced, prices
 
     found = parse_all(priced(study, epsilon, delta, rounds, bound, method), study)
     run_all(study, found, resume, fresh, out, workers)
@@ -74,12 +85,13 @@ def plan(
     _curve(told, found[0].study.metric, found[0].study.higher_is_better)
 
 
-def _noise(epsilon: tuple[float, ...], delta: float, rounds: tuple[int, ...], patients: int, batch: int,
-           epochs: int) -> None:  # fmt: skip
+def _noise(
+    epsilon: tuple[float, ...], delta: float, rounds: tuple[int, ...], patients: int, batch: int, epochs: int
+) -> None:
     """Tells the noise for each ε and number of rounds."""
-    from polyclinic.tasks.dpsgd import Spend
-    from polyclinic.transforms.accounting import curve
-    from polyclinic.transforms.guarantee import guarantee, meaning
+    from polyclinic.learning.training.dp_sgd import Spend
+    from polyclinic.privacy.accounting import curve
+    from polyclinic.privacy.guarantee import guarantee, meaning
 
     rate, steps = min(1.0, batch / patients), epochs * -(-patients // batch)
     for many in rounds:
@@ -99,11 +111,11 @@ def _noise(epsilon: tuple[float, ...], delta: float, rounds: tuple[int, ...], pa
 
 def _curve(told: "list[Price]", metric: str, higher: bool) -> None:
     """Draws quality against ε."""
-    from polyclinic.studies.priced import best_rounds
+    from polyclinic.studies.utility_curve import best_rounds
 
     most = max((one.value.value or 0.0 for one in told), default=1.0) or 1.0
-    from polyclinic.tasks.dpsgd import Spend
-    from polyclinic.transforms.guarantee import guarantee, meaning
+    from polyclinic.learning.training.dp_sgd import Spend
+    from polyclinic.privacy.guarantee import guarantee, meaning
 
     whom = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient")
     console.print(f"\n  {meaning(whom.unit, whom.adjacency, whom.assumptions)}", soft_wrap=True, markup=False)
@@ -133,14 +145,12 @@ def ledger(path: Path) -> None:
     path
         A ledger; a run's folder, with the ledgers of its sites; or a site's folder, with one for each of its data sets.
     """
-    from polyclinic.transforms.ledger import Ledger
+    from polyclinic.privacy.ledger import Ledger
 
     files = sorted({*path.glob("**/ledgers/*.jsonl"), *path.glob("*.jsonl.head")}) if path.is_dir() else [path]
     files = [file.with_name(file.name.removesuffix(".head")) for file in files]
     if not files:
-        raise ConfigError(
-            f"{path}: there is no ledger here. [privacy] in a study file or a site's policy makes one"
-        )
+        raise ConfigError(f"{path}: there is no ledger here. [privacy] in a study file or a site's policy makes one")
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: there is no such ledger")

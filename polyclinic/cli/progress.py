@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from polyclinic.studies.jobs import Event
-from polyclinic.studies.lines import rounded_up
-from polyclinic.studies.spec import Study
+from polyclinic.evaluation.records.record_schema import rounded_up
+from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.run.events import Event
 
 
 class Display:
@@ -17,10 +17,14 @@ class Display:
     def __init__(self, console: Console, study: Study) -> None:
         self.console, self.study = console, study
         self._bar = Progress(
-            TextColumn("  {task.fields[name]:<24}"), TextColumn("round {task.completed:>3}/{task.total}"),
-            BarColumn(bar_width=20), TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("  {task.fields[name]:<24}"),
+            TextColumn("round {task.completed:>3}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Display":

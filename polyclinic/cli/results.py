@@ -10,8 +10,7 @@ from cyclopts import App, Parameter
 from polyclinic.cli.rendering import console
 
 if TYPE_CHECKING:
-    from polyclinic.studies.across import Panel
-
+    from polyclinic.evaluation.run_comparison import Panel
 
 
 def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False) -> None:
@@ -26,7 +25,7 @@ def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False
     json_
         Print JSON instead.
     """
-    from polyclinic.studies.across import compare as compared
+    from polyclinic.evaluation.run_comparison import compare as compared
 
     rows = compared(run_folders, reference)
     if json_:
@@ -50,16 +49,21 @@ def panel(run_folders: list[Path]) -> None:
     run_folders
         Runs with methods in common; their data, tasks and metrics may differ.
     """
-    from polyclinic.studies.across import panel as made
+    from polyclinic.evaluation.run_comparison import panel as made
 
     show_panel(made(run_folders))
 
 
 @panel_app.command(name="run")
 def panel_run(
-    study: Path, *, set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-    resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
-) -> None:  # fmt: skip
+    study: Path,
+    *,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    resume: bool = False,
+    fresh: bool = False,
+    out: Path = Path("runs"),
+    workers: int | None = None,
+) -> None:
     """Run every data set of a file with its methods, and rank them.
 
     The file holds a scenario for each data set (examples/panel.toml). One that names no methods is run with every
@@ -81,8 +85,8 @@ def panel_run(
         How many processes; as many as there are cores by default.
     """
     from polyclinic.cli.run import changes, run_all
-    from polyclinic.studies.applicable import with_every_method
-    from polyclinic.studies.scenarios import read_all
+    from polyclinic.studies.config.compatible_methods import with_every_method
+    from polyclinic.studies.config.scenarios import read_all
 
     run_all(study, read_all(study, changes(set_ or []), with_every_method), resume, fresh, out, workers)
 
@@ -105,9 +109,13 @@ def show_panel(found: "Panel") -> None:
 
 
 def export(
-    run_folder: Path, out: Path, *, form: Literal["safetensors", "onnx", "pt2", "bundle"] = "bundle", method: str = "",
+    run_folder: Path,
+    out: Path,
+    *,
+    form: Literal["safetensors", "onnx", "pt2", "bundle"] = "bundle",
+    method: str = "",
     seed: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write a run's model in a form that other tools open.
 
     Parameters
@@ -123,7 +131,7 @@ def export(
     seed
         Which seed's; by default the first.
     """
-    from polyclinic.studies.export import export as write
+    from polyclinic.studies.export.model_export import export as write
 
     console.print(f"  [green]✓[/green] {write(run_folder, form, out, method, seed)}")
 
@@ -140,7 +148,7 @@ def track(run_folder: Path, *, to: Literal["mlflow", "tensorboard"], where: str 
     where
         MLflow: a tracking address, by default the file mlflow.db beside the run. TensorBoard: a folder.
     """
-    from polyclinic.studies.track import track as hand_on
+    from polyclinic.studies.export.tracking import track as hand_on
 
     console.print(f"  [green]✓[/green] {hand_on(run_folder, to, where)}")
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare import data_table
-from polyclinic.engines.flare.comparison import differences, flat, kind
-from polyclinic.engines.flare.homes import BadHome, SiteHome
-from polyclinic.engines.flare.messages import printable
-from polyclinic.engines.flare.order import Order, code_hash
-from polyclinic.engines.flare.reviews import APPROVED, WAITING, Review, Reviews
+from polyclinic.engines.flare.client.reviews import APPROVED, WAITING, Review, Reviews
+from polyclinic.engines.flare.protocol import data_restrictions
+from polyclinic.engines.flare.protocol.messages import printable
+from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.request_comparison import differences, flat, kind
+from polyclinic.engines.flare.protocol.run_request import Order, code_hash
 
 APART = ("sites", "rounds", "seed")
 COUNTS = ("split", "unlabelled")
@@ -55,17 +55,17 @@ def methods_of(an: Order) -> list[str]:
 def look(home: SiteHome, order: Order, folder: Path) -> Here:
     """What this site's own data and policy say, read by the person's command."""
     from polyclinic.data.examples import DataError
-    from polyclinic.engines import policy as policies
-    from polyclinic.engines.flare import site_data
-    from polyclinic.engines.flare.homes import read_toml
+    from polyclinic.engines.flare.client import site_data
+    from polyclinic.engines.flare.protocol.paths import read_toml
+    from polyclinic.engines.policy import site_policy as policies
 
     policy = policies.read(home.policy)
     cell, named = policy.limits.min_cell, policy.allow.class_names
     if order.rehearsal:
         return Here(None, (), cell, named)
     try:
-        own, site = data_table.of_hospital(folder), read_toml(home.settings, "polyclinic site init")["site"]
-        differ = tuple(data_table.conflicts(own or {}, order.data).values())
+        own, site = data_restrictions.of_hospital(folder), read_toml(home.settings, "polyclinic site init")["site"]
+        differ = tuple(data_restrictions.conflicts(own or {}, order.data).values())
         divided = {key: order.data[key] for key in COUNTS if key in order.data and key not in (own or {})}
         asked = replace(order, mode="survey", data=divided)  # only how patients are divided: nothing is prepared
         held = site_data.load(folder, asked, order.build_plan(), site)
@@ -194,7 +194,7 @@ def _show_how(an: Order, methods: Sequence[_Method]) -> None:
         return
     if an.mode == "buffered":
         _say(f"  without waiting for everybody: an update takes {an.buffer} answers")
-    asked = f"{an.cohort} of the sites, drawn at random" if an.cohort else "every site"
+    asked = f"{an.sites_per_round} of the sites, drawn at random" if an.sites_per_round else "every site"
     _say(f"  each round asks {asked}, and needs {an.min_replies} usable answers")
     if an.deadline:
         _say(f"  a site that has not answered after {an.deadline:g} seconds is left out of that round")
@@ -214,10 +214,12 @@ def _show_data(item: Review, here: Here) -> None:
     if here.patients is None:
         _say("  patients: not known")
     else:
-        _say(f"  patients: {', '.join(f'{count} {role}' for role, count in here.patients.items()) or 'none'}; "
-              "counted by this command, and told to nobody")  # fmt: skip
-    wrong = data_table.refused(an.data)
-    for key, value in flat({k: v for k, v in an.data.items() if k in data_table.FROM_STUDY}):
+        _say(
+            f"  patients: {', '.join(f'{count} {role}' for role, count in here.patients.items()) or 'none'}; "
+            "counted by this command, and told to nobody"
+        )
+    wrong = data_restrictions.refused(an.data)
+    for key, value in flat({k: v for k, v in an.data.items() if k in data_restrictions.FROM_STUDY}):
         _say(f"  the study asks for {key} = {value}")
     for line in [*wrong, *here.problems, *([item.data] if item.data else [])]:
         _say(f"  ! {line}")

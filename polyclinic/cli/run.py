@@ -14,17 +14,22 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polyclinic.cli.rendering import console, only_json
-from polyclinic.cli.stopping import stopping
 from polyclinic.errors import RunError
+from polyclinic.studies.run.cancellation import stopping
 
 log = logging.getLogger(__name__)
 
 
 def run(
-    study: Path, *, set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-    resume: bool = False, fresh: bool = False, out: Path = Path("runs"), workers: int | None = None,
+    study: Path,
+    *,
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    resume: bool = False,
+    fresh: bool = False,
+    out: Path = Path("runs"),
+    workers: int | None = None,
     json_: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Run a study and write its report.
 
     SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the round under way, and --resume goes on from there; a
@@ -49,11 +54,11 @@ def run(
     """
     if json_:
         only_json()
-    from polyclinic.studies.file import table_of, text_of
+    from polyclinic.studies.config.loader import table_of, text_of
 
     given = changes(set_ or [])
     table_of(text_of(study), study, given)  # a file that is missing, or no TOML, is told before PyTorch is loaded
-    from polyclinic.studies.scenarios import read_all
+    from polyclinic.studies.config.scenarios import read_all
 
     again = repeated(study, set_ or [], out, workers)
     run_all(study, read_all(study, given), resume, fresh, out, workers, again, json_)
@@ -69,11 +74,17 @@ def repeated(study: Path, changes_: Sequence[str], out: Path, workers: int | Non
 
 
 def run_all(
-    file: Path, found: Sequence[Any], resume: bool, fresh: bool, out: Path, workers: int | None, again: str = "",
+    file: Path,
+    found: Sequence[Any],
+    resume: bool,
+    fresh: bool,
+    out: Path,
+    workers: int | None,
+    again: str = "",
     json_: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Run every study of a file, and compare them if there are several. ``again`` is the command that resumes."""
-    from polyclinic.studies.preflight import preflight
+    from polyclinic.studies.config.preflight import preflight
 
     preflight([scenario.study for scenario in found], out)
     again = again or repeated(file, (), out, workers)
@@ -90,13 +101,11 @@ def run_all(
         print(json.dumps(done, indent=1))
 
 
-def _one(
-    scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None, again: str
-) -> dict[str, Any]:
+def _one(scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None, again: str) -> dict[str, Any]:
     """Run one study, write its report and return a summary of both."""
     from polyclinic.cli.progress import Display
-    from polyclinic.studies.folder import RunHeld, Stopped, holder
-    from polyclinic.studies.runner import run as run_study
+    from polyclinic.studies.run.run_directory import RunHeld, Stopped, holder
+    from polyclinic.studies.run.scheduler import run as run_study
 
     study = scenario.study
     if workers is not None:
@@ -135,7 +144,7 @@ def stop(run_folder: Path) -> None:
     run_folder
         A folder that `polyclinic run` made.
     """
-    from polyclinic.studies.folder import ask_to_stop
+    from polyclinic.studies.run.run_directory import ask_to_stop
 
     if pid := ask_to_stop(run_folder):
         console.print(f"asked    process {pid} to stop after the round under way")
@@ -147,7 +156,7 @@ def stop(run_folder: Path) -> None:
 def _beside_each_other(folder: Path, runs: dict[str, Path]) -> None:
     """Writes and shows the table of methods by scenarios."""
     from polyclinic.cli.results import show_panel
-    from polyclinic.studies.across import panel, write_panel
+    from polyclinic.evaluation.run_comparison import panel, write_panel
 
     found = panel(list(runs.values()), names=list(runs))
     console.print()
@@ -196,9 +205,7 @@ def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
     console.print(f"{file} written. Next: [bold]polyclinic run {file}[/bold]")
 
 
-def report(
-    run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: bool = False
-) -> None:
+def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: bool = False) -> None:
     """Write the report of a run: one HTML file, and its tables as CSV and JSON beside it.
 
     Parameters
@@ -223,8 +230,8 @@ def report(
 
 def _report(run_folder: Path, min_cell: int = 0, draws: int = 2000, level: float = 0.95) -> Path:
     """Write a report and return its path."""
-    from polyclinic.studies.evaluation import Options
-    from polyclinic.studies.report.build import build_report
+    from polyclinic.evaluation.run_evaluation import Options
+    from polyclinic.report.report_builder import build_report
 
     page = build_report(run_folder, options=Options(level=level, draws=draws, min_cell=min_cell))
     console.print(f"  [green]✓[/green] {page}")
@@ -264,8 +271,8 @@ def _standing(run_folder: Path) -> dict[str, Any]:
     """How far one run has come, as JSON."""
     from pydantic import ValidationError
 
-    from polyclinic.studies.folder import holder
-    from polyclinic.studies.lines import RunInfo, arm_names, record_files
+    from polyclinic.evaluation.records.record_schema import RunInfo, arm_names, record_files
+    from polyclinic.studies.run.run_directory import holder
 
     try:
         info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())

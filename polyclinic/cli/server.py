@@ -9,11 +9,12 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from polyclinic.cli.ordering import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
-from polyclinic.engines.flare import authority, coordinator, study_runs
-from polyclinic.engines.flare.homes import BadHome, ServerHome, read_small
-from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.runs import Queue
+from polyclinic.cli.queue import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
+from polyclinic.engines.flare.pki import certificate_authority
+from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, read_small
+from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.server import server_setup, study_runs
+from polyclinic.engines.flare.server.job_queue import Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
 Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -39,7 +40,7 @@ def init(
     scheme
         grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
-    fingerprint = coordinator.init(ServerHome(home.resolve()), project, host, port, organisation, scheme)
+    fingerprint = server_setup.init(ServerHome(home.resolve()), project, host, port, organisation, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
     print(f"ca       {fingerprint}")
     print("         Read this to every site on the telephone: it is how they know that a join file is yours.")
@@ -50,8 +51,12 @@ def init(
 def fingerprint(*, home: Home = HERE) -> None:
     """Print the fingerprint of this project's authority, which sites compare on the telephone."""
     server = ServerHome(home.resolve())
-    coordinator.settings(server)
-    print(authority.fingerprint(authority.load_certificate(read_small(server.authority / "ca.crt"))))
+    server_setup.settings(server)
+    print(
+        certificate_authority.fingerprint(
+            certificate_authority.load_certificate(read_small(server.authority / "ca.crt"))
+        )
+    )
 
 
 @app.command
@@ -67,7 +72,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
     days
         How long the site's certificate is good for.
     """
-    site, join = coordinator.admit(ServerHome(home.resolve()), request, days)
+    site, join = server_setup.admit(ServerHome(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
     path.write_text(json.dumps(join, indent=1), encoding="utf-8")
     print(f"admitted {site} of {join['organisation']}, until {join['expires'][:10]}")
@@ -80,15 +85,15 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 def sites(*, home: Home = HERE) -> None:
     """The sites that were admitted, and which are connected."""
     server = ServerHome(home.resolve())
-    seen = coordinator.status(server)["sites"] if coordinator.is_up(server) else {}
-    for site, entry in coordinator.sites(server).items():
+    seen = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
+    for site, entry in server_setup.sites(server).items():
         state = (
             f"shut out since {entry['revoked'][:10]}" if entry["revoked"] else "connected" if site in seen else "away"
         )
         print(f"{site:24} {state:24} {entry['organisation']:20} certificate until {entry['expires'][:10]}")
 
 
-@app.command(name="shut-out")
+@app.command(name="revoke")
 def shut_out(site: str, *, home: Home = HERE) -> None:
     """Take SITE's right to join: its certificate is worth nothing to this server any more.
 
@@ -97,7 +102,7 @@ def shut_out(site: str, *, home: Home = HERE) -> None:
     site
         The name of the site.
     """
-    coordinator.shut_out(ServerHome(home.resolve()), site)
+    server_setup.shut_out(ServerHome(home.resolve()), site)
     print(f"shut out {site}")
 
 
@@ -110,7 +115,7 @@ def readmit(site: str, *, home: Home = HERE) -> None:
     site
         The name of the site.
     """
-    coordinator.shut_out(ServerHome(home.resolve()), site, readmit=True)
+    server_setup.shut_out(ServerHome(home.resolve()), site, readmit=True)
     print(f"readmitted {site}")
 
 
@@ -124,9 +129,9 @@ def renew(*, days: float = 730, home: Home = HERE) -> None:
         How many days the new certificates are valid.
     """
     server = ServerHome(home.resolve())
-    if coordinator.is_up(server):
+    if server_setup.is_up(server):
         raise BadHome("stop the server first: polyclinic server stop")
-    coordinator.renew(server, days)
+    server_setup.renew(server, days)
     print("renewed  the certificates of the server and the coordinator")
 
 
@@ -141,11 +146,11 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
     """
     server = ServerHome(home.resolve())
     if background:
-        print(f"started  process {coordinator.start(server)}")
+        print(f"started  process {server_setup.start(server)}")
         return
-    from polyclinic.engines.flare import supervisor
+    from polyclinic.engines.flare.server import supervisor
 
-    coordinator.check(server)
+    server_setup.check(server)
     print(f"running  the server in {server.path}; Ctrl-C stops it")
     supervisor.main(str(server.path))
 
@@ -153,7 +158,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 @app.command
 def stop(*, home: Home = HERE) -> None:
     """Stop the server. Runs go on when it starts again."""
-    print("stopped" if coordinator.stop(ServerHome(home.resolve())) else "it was not running")
+    print("stopped" if server_setup.stop(ServerHome(home.resolve())) else "it was not running")
 
 
 @app.command
@@ -165,9 +170,9 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     user
         The system user that the service runs as.
     """
-    from polyclinic.engines.flare import member
+    from polyclinic.engines.flare.client import site_setup
 
-    print(member.unit("server", home.resolve(), user), end="")
+    print(site_setup.unit("server", home.resolve(), user), end="")
 
 
 @app.command
@@ -185,8 +190,16 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 
 
 @app.command
-def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tuple[int, ...] = (), outputs: int = 0,
-        wait: bool = False, home: Home = HERE) -> None:  # fmt: skip
+def run(
+    file: Path,
+    *,
+    name: str = "",
+    sites: tuple[str, ...] = (),
+    inputs: tuple[int, ...] = (),
+    outputs: int = 0,
+    wait: bool = False,
+    home: Home = HERE,
+) -> None:
     """Put a study into the queue: the file that `polyclinic run` takes, unchanged.
 
     The sites first say what an example looks like and how many there are; then every method runs with every seed. The
@@ -208,7 +221,7 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
         Whether to stay until all of it is over.
     """
     server = ServerHome(home.resolve())
-    admitted = [site for site, entry in coordinator.sites(server).items() if not entry["revoked"]]
+    admitted = [site for site, entry in server_setup.sites(server).items() if not entry["revoked"]]
     if strange := [site for site in sites if site not in admitted]:
         raise BadHome(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
     table = table_of(file)
@@ -216,7 +229,7 @@ def run(file: Path, *, name: str = "", sites: tuple[str, ...] = (), inputs: tupl
         queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
     else:
         queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
-    if not coordinator.is_up(server):
+    if not server_setup.is_up(server):
         print("next     polyclinic server start")
     elif wait:
         wait_for(server, queued, "" if "plan" in table else name or table["name"])
@@ -250,14 +263,25 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
         Whether to wait until the rehearsal is over.
     """
     server = ServerHome(home.resolve())
-    who = tuple(site for site, entry in coordinator.sites(server).items() if not entry["revoked"])
-    an = Order(name or time.strftime("rehearsal-%Y%m%d-%H%M%S"), {
-        "kind": "classification", "network": "mlp", "inputs": [4], "outputs": 2, "method": "fedavg",
-        "sites": list(who), "rounds": 2,
-    }, data={"rehearsal": True}, score_every=1, min_replies=max(len(who), 1))  # fmt: skip
-    coordinator.order(server, an)
+    who = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
+    an = Order(
+        name or time.strftime("rehearsal-%Y%m%d-%H%M%S"),
+        {
+            "kind": "classification",
+            "network": "mlp",
+            "inputs": [4],
+            "outputs": 2,
+            "method": "fedavg",
+            "sites": list(who),
+            "rounds": 2,
+        },
+        data={"rehearsal": True},
+        score_every=1,
+        min_replies=max(len(who), 1),
+    )
+    server_setup.order(server, an)
     print(f"queued   {an.run} over {', '.join(who)}{REHEARSED}")
-    if wait and coordinator.is_up(server):
+    if wait and server_setup.is_up(server):
         wait_for(server, [an.run])
 
 

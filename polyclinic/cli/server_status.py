@@ -4,10 +4,11 @@ import json
 import time
 from typing import Any
 
-from polyclinic.cli.ordering import line_of
-from polyclinic.engines.flare import coordinator, processes, study_runs
-from polyclinic.engines.flare.homes import ServerHome
-from polyclinic.engines.flare.runs import ACTIVE, OVER, Queue
+from polyclinic.cli.queue import line_of
+from polyclinic.engines.flare import flare_processes
+from polyclinic.engines.flare.protocol.paths import ServerHome
+from polyclinic.engines.flare.server import server_setup, study_runs
+from polyclinic.engines.flare.server.job_queue import ACTIVE, OVER, Queue
 
 SILENT_AFTER = 120.0
 """Seconds after which a supervisor that has written nothing does not respond; it may wait 40 s for FLARE."""
@@ -15,25 +16,32 @@ SILENT_AFTER = 120.0
 
 def read(home: ServerHome) -> dict[str, Any]:
     """How the server is, its sites, its studies and its runs, from the files that their processes write."""
-    given, said, queue = coordinator.settings(home), coordinator.status(home), Queue(home)
-    up = coordinator.is_up(home)
+    given, said, queue = server_setup.settings(home), server_setup.status(home), Queue(home)
+    up = server_setup.is_up(home)
     responds = up and time.time() - float(said.get("beat", 0.0)) < SILENT_AFTER
     sites = {
         site: {
-            "connected": responds and site in said["sites"], "shut_out": entry["revoked"], "expires": entry["expires"],
+            "connected": responds and site in said["sites"],
+            "shut_out": entry["revoked"],
+            "expires": entry["expires"],
         }
-        for site, entry in coordinator.sites(home).items()
-    }  # fmt: skip
+        for site, entry in server_setup.sites(home).items()
+    }
     state = "not running" if not up else said["state"] if responds else "does not respond"
     return {
-        "project": given["project"], "host": given["host"], "port": given["port"], "state": state, "well": responds,
-        "sites": sites, "studies": study_runs.all_of(home),
+        "project": given["project"],
+        "host": given["host"],
+        "port": given["port"],
+        "state": state,
+        "well": responds,
+        "sites": sites,
+        "studies": study_runs.all_of(home),
         "runs": {run: _run(queue.progress(run), entry) for run, entry in queue.all().items()},
-    }  # fmt: skip
+    }
 
 
 def _run(progress: dict[str, Any], entry: Any) -> dict[str, Any]:
-    alive = bool(progress) and processes.alive(progress["pid"], progress.get("birth", ""))
+    alive = bool(progress) and flare_processes.alive(progress["pid"], progress.get("birth", ""))
     known = ("round", "rounds", "waiting", "trained", "asked", "lost", "missing", "contributed")
     facts = {key: progress[key] for key in known if key in progress}
     return {"state": entry.state, "why": entry.why, "attempt": entry.attempt, "working": alive, **facts}

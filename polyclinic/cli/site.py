@@ -8,12 +8,13 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from polyclinic.cli.review import before, look, methods_of, show
-from polyclinic.engines.flare import data_table, doctor, member
-from polyclinic.engines.flare.decisions import this_person
-from polyclinic.engines.flare.homes import BadHome, SiteHome
-from polyclinic.engines.flare.journals import SharedJournal
-from polyclinic.engines.flare.memory import Memory
-from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews
+from polyclinic.engines.flare.client import diagnosis, site_setup
+from polyclinic.engines.flare.client.decisions import this_person
+from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
+from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.protocol import data_restrictions
+from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
 Home = Annotated[Path, Parameter(help="The site's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
@@ -35,7 +36,7 @@ def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = 
     new_keys
         With renew, whether to make new keys too.
     """
-    request = member.init(SiteHome(home.resolve()), name, organisation, renew, new_keys)
+    request = site_setup.init(SiteHome(home.resolve()), name, organisation, renew, new_keys)
     print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
     print(f"send     {request} to the coordinator. It holds no secret.")
     print("next     polyclinic site join FILE --data DIR, with the file that comes back")
@@ -43,9 +44,16 @@ def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = 
 
 @app.command
 def join(
-    file: Path, *, data: Path, data_name: str = "", fingerprint: str = "", device: str = "cpu", proxy: str = "",
-    yes: bool = False, home: Home = HERE,
-) -> None:  # fmt: skip
+    file: Path,
+    *,
+    data: Path,
+    data_name: str = "",
+    fingerprint: str = "",
+    device: str = "cpu",
+    proxy: str = "",
+    yes: bool = False,
+    home: Home = HERE,
+) -> None:
     """Join with the FILE that the coordinator gave back.
 
     Parameters
@@ -66,7 +74,7 @@ def join(
         Whether to join without having compared fingerprints.
     """
     site = SiteHome(home.resolve())
-    table, found = member.read_join(site, file)
+    table, found = site_setup.read_join(site, file)
     print(
         f"project  {table['project']} at {table['host']}:{table['port']}; outbound connections only, no port opens here"
     )
@@ -81,10 +89,10 @@ def join(
             )
         if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
             raise BadHome("not joined")
-    called = member.join(site, table, data, device, proxy, data_name)
+    called = site_setup.join(site, table, data, device, proxy, data_name)
     print(f"joined   as {table['site']}, until {table['expires'][:10]}")
     print(f"data     {called!r}; `data_name` in site.toml keeps the name, and the privacy budget, if the folder moves")
-    print("next     polyclinic site policy (read it), polyclinic site doctor, polyclinic site start")
+    print("next     polyclinic site policy (read it), polyclinic site diagnose, polyclinic site start")
 
 
 @app.command
@@ -98,22 +106,22 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
     """
     site = SiteHome(home.resolve())
     if background:
-        print(f"started  process {member.start(site)}")
+        print(f"started  process {site_setup.start(site)}")
         return
-    print(f"running  {member.settings(site, joined=True)['site']}; Ctrl-C stops it")
-    member.run(site)
+    print(f"running  {site_setup.settings(site, joined=True)['site']}; Ctrl-C stops it")
+    site_setup.run(site)
 
 
 @app.command
 def stop(*, home: Home = HERE) -> None:
     """Stop taking part, for now."""
-    print("stopped" if member.stop(SiteHome(home.resolve())) else "it was not running")
+    print("stopped" if site_setup.stop(SiteHome(home.resolve())) else "it was not running")
 
 
-@app.command(name="doctor")
+@app.command(name="diagnose")
 def examine(*, home: Home = HERE) -> None:
     """What is wrong, in one line each: clock, certificate, name, port, server, version, data, policy."""
-    found = doctor.examine(SiteHome(home.resolve()))
+    found = diagnosis.examine(SiteHome(home.resolve()))
     for what, good, words in found:
         print(f"{'ok ' if good else 'BAD'}  {what:12} {words}")
     if not all(good for _, good, _ in found):
@@ -145,7 +153,7 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
     reset
         Whether to put it in place of the one here, which is kept as policy.toml.before.
     """
-    from polyclinic.engines import policy as policies
+    from polyclinic.engines.policy import site_policy as policies
 
     site = SiteHome(home.resolve())
     if default:
@@ -188,7 +196,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
         print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
         return
     first, *others = reviews.subject(run)
-    show(first, before(reviews, first), others, look(site, first.what, Path(member.settings(site)["data"])))
+    show(first, before(reviews, first), others, look(site, first.what, Path(site_setup.settings(site)["data"])))
     print(f"\nshown    {reviews.remember([first, *others])[:16]}")
 
 
@@ -270,7 +278,7 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     user
         The system user that the service runs as.
     """
-    print(member.unit("site", home.resolve(), user), end="")
+    print(site_setup.unit("site", home.resolve(), user), end="")
 
 
 @app.command
@@ -284,15 +292,15 @@ def leave(*, yes: bool = False, home: Home = HERE) -> None:
     """
     if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
         return
-    member.leave(SiteHome(home.resolve()))
+    site_setup.leave(SiteHome(home.resolve()))
     print("left")
 
 
 def _check_tables(site: SiteHome, name: str) -> None:
     """Raises if the study and this hospital's data.toml say different things: such a study could not run."""
     order = Reviews(site.reviews).subject(name)[0].what
-    own = None if order.rehearsal else data_table.of_hospital(Path(member.settings(site)["data"]))
-    if own and (differ := data_table.conflicts(own, order.data)):
+    own = None if order.rehearsal else data_restrictions.of_hospital(Path(site_setup.settings(site)["data"]))
+    if own and (differ := data_restrictions.conflicts(own, order.data)):
         raise BadHome("\n".join(differ.values()))
 
 

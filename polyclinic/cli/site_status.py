@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from polyclinic.engines.flare import member, proxies, site_status
-from polyclinic.engines.flare.homes import BadHome, SiteHome
-from polyclinic.engines.flare.journals import SharedJournal
-from polyclinic.engines.flare.memory import Memory
-from polyclinic.engines.flare.reviews import Reviews
-from polyclinic.engines.flare.site_status import ago
+from polyclinic.engines.flare.client import agent_status, proxies, site_setup
+from polyclinic.engines.flare.client.agent_status import ago
+from polyclinic.engines.flare.client.reviews import Reviews
+from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 DEAD_AFTER = 5.0
 """Seconds for which a site may be down, as when a service restarts it, before nobody waits there any more."""
@@ -22,13 +22,13 @@ def show(home: SiteHome, as_json: bool) -> None:
     Raises:
         SystemExit: With JSON, if the site is not well.
     """
-    found = site_status.read(home)
+    found = agent_status.read(home)
     if as_json:
         print(json.dumps(found, indent=1))
         if not found["well"]:
             raise SystemExit(1)
         return
-    given = member.settings(home)
+    given = site_setup.settings(home)
     print(f"site     {found['site']} {_running(found)}")
     if "project" in given:
         way = f" through {proxy}" if (proxy := proxies.of(given)) else ""
@@ -52,7 +52,7 @@ def show(home: SiteHome, as_json: bool) -> None:
     if found["waiting"]:
         print(f"next     {len(found['waiting'])} wait for a person: polyclinic site review")
     elif found["problems"]:
-        print("next     polyclinic site doctor")
+        print("next     polyclinic site diagnose")
     print(f"journal  {SharedJournal(home.journal).head[:16]}")
 
 
@@ -72,7 +72,7 @@ def _server(server: dict[str, Any]) -> str:
         case "refused":
             return f"REFUSES this site ({server['refused']}), {heard}: ask the coordinator"
         case "unreachable":
-            return f"NOT REACHED, {heard}: polyclinic site doctor"
+            return f"NOT REACHED, {heard}: polyclinic site diagnose"
         case state:
             return f"{state}, {heard}"
 
@@ -85,7 +85,7 @@ def wait_for(home: SiteHome, run: str, come: Callable[[], Any]) -> None:
     """
     what, said, down = f"the study {run!r}" if run else "a study", "", 0.0
     while not come():
-        found = site_status.read(home)
+        found = agent_status.read(home)
         down = 0.0 if found["running"] else down or time.monotonic()
         if down and time.monotonic() - down > DEAD_AFTER:
             raise BadHome(f"{found['site']} does not run, so {what} cannot come here: polyclinic site start")

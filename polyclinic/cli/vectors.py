@@ -36,14 +36,14 @@ def make(
     tuned
         Parameters that were fine-tuned elsewhere, as safetensors, instead of training here.
     """
-    from polyclinic.studies import vectors
-    from polyclinic.studies.folder import read_tensors
-    from polyclinic.studies.vector_file import load_key
+    from polyclinic.studies.export import vector_exchange
+    from polyclinic.studies.export.vector_file import load_key
+    from polyclinic.studies.run.run_directory import read_tensors
 
-    own = vectors.examples_of(study, site, role)
+    own = vector_exchange.examples_of(study, site, role)
     secret = load_key(key)
-    card = vectors.make(
-        vectors.read_base(base), site, own, secret, out, tuned=None if tuned is None else read_tensors(tuned)
+    card = vector_exchange.make(
+        vector_exchange.read_base(base), site, own, secret, out, tuned=None if tuned is None else read_tensors(tuned)
     )
     console.print(f"  [green]✓[/green] {out}: {card.examples} examples, length {card.norm:.3g}", soft_wrap=True)
     console.print(f'  for the keys of whoever merges: {site} = "{card.key}"', soft_wrap=True)
@@ -51,9 +51,19 @@ def make(
 
 @app.command
 def merge(
-    base: Path, vectors: list[Path], *, keys: Path, out: Path, scale: float | None = None, ties: float = 0.0,
-    by_layer: bool = False, tune: int = 0, study: Path | None = None, site: str = "", role: str = "val",
-) -> None:  # fmt: skip
+    base: Path,
+    vectors: list[Path],
+    *,
+    keys: Path,
+    out: Path,
+    scale: float | None = None,
+    ties: float = 0.0,
+    by_layer: bool = False,
+    tune: int = 0,
+    study: Path | None = None,
+    site: str = "",
+    role: str = "val",
+) -> None:
     """Merge signed vectors into one model.
 
     Parameters
@@ -81,21 +91,32 @@ def merge(
     role
         Which of that site's data: train, val or test.
     """
-    from polyclinic.methods.merging import Merging
-    from polyclinic.studies import vectors as files
-    from polyclinic.studies.vector_file import load_keys
+    from polyclinic.methods.one_shot.merging import Merging
+    from polyclinic.studies.export import vector_exchange
+    from polyclinic.studies.export.vector_file import load_keys
 
-    common = files.read_base(base)
-    found = files.accept(common, _files(vectors), load_keys(keys))
-    made = files.merge(common, found, Merging(scale, ties, by_layer, tune), out, _restoration(study, site, role))
+    common = vector_exchange.read_base(base)
+    found = vector_exchange.accept(common, _files(vectors), load_keys(keys))
+    made = vector_exchange.merge(
+        common, found, Merging(scale, ties, by_layer, tune), out, _restoration(study, site, role)
+    )
     _tell(made, out)
 
 
 @app.command
 def remove(
-    model: Path, leaving: str, base: Path, vectors: list[Path], *, keys: Path, out: Path, study: Path | None = None,
-    site: str = "", role: str = "val", keep: bool = False,
-) -> None:  # fmt: skip
+    model: Path,
+    leaving: str,
+    base: Path,
+    vectors: list[Path],
+    *,
+    keys: Path,
+    out: Path,
+    study: Path | None = None,
+    site: str = "",
+    role: str = "val",
+    keep: bool = False,
+) -> None:
     """Merge again without one site, as if it had never taken part, and delete its vector.
 
     Parameters
@@ -121,12 +142,12 @@ def remove(
     keep
         Leave the site's vector where it is.
     """
-    from polyclinic.studies import vectors as files
-    from polyclinic.studies.vector_file import load_keys, read_vector
+    from polyclinic.studies.export import vector_exchange
+    from polyclinic.studies.export.vector_file import load_keys, read_vector
 
     given = _files(vectors)
-    made = files.remove(
-        model, leaving, files.read_base(base), given, load_keys(keys), out, _restoration(study, site, role)
+    made = vector_exchange.remove(
+        model, leaving, vector_exchange.read_base(base), given, load_keys(keys), out, _restoration(study, site, role)
     )
     _tell(made, out)
     for file in given if not keep else []:
@@ -146,7 +167,7 @@ def show(file: Path, *, json_: bool = False) -> None:
     json_
         Print JSON instead.
     """
-    from polyclinic.studies.vector_file import read_vector
+    from polyclinic.studies.export.vector_file import read_vector
 
     card = asdict(read_vector(file)[0])
     if json_:
@@ -167,7 +188,7 @@ def _files(given: list[Path]) -> list[Path]:
 
 
 def _restoration(study: Path | None, site: str, role: str) -> Any:
-    from polyclinic.studies.vectors import examples_of
+    from polyclinic.studies.export.vector_exchange import examples_of
 
     return None if study is None else examples_of(study, site, role)
 

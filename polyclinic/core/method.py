@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from polyclinic.core import tree
-from polyclinic.core.jobs import Job as Job
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.job_enumeration import Job as Job
+from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
-from polyclinic.core.state import savable
-from polyclinic.core.stats import Reply
 from polyclinic.core.tree import Tree, Trees
 
 State = TypeVar("State")
@@ -17,32 +17,32 @@ State = TypeVar("State")
 
 @savable("core.Request", 1)
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """What the server asks of the sites next.
 
     Attributes:
         round: How many rounds the server had completed when it asked. A round may take several asks.
         trees: What every asked site receives.
         job: Which of the method's jobs to do.
-        each: What only one site receives, by site name.
+        per_site: What only one site receives, by site name.
         secure: Whether the server may see only the sum of the replies.
-        to: Whom to ask, where the method chooses; else the driver's cohort.
+        recipients: Whom to ask, where the method chooses; else the driver's cohort.
     """
 
     round: int
     trees: Trees
     job: str = "train"
-    each: Mapping[str, Trees] = field(default_factory=dict)
+    per_site: Mapping[str, Trees] = field(default_factory=dict)
     secure: bool = False
-    to: tuple[str, ...] | None = None
+    recipients: tuple[str, ...] | None = None
 
-    def at(self, site: str) -> "Ask":
+    def for_site(self, site: str) -> "Request":
         """The ask as ``site`` receives it: what is for all, and what is for it alone."""
-        return replace(self, trees={**self.trees, **self.each.get(site, {})}, each={})
+        return replace(self, trees={**self.trees, **self.per_site.get(site, {})}, per_site={})
 
     def nbytes(self, site: str) -> int:
         """The bytes of the tensors that travel to ``site``."""
-        return sum(tree.nbytes(t) for t in self.at(site).trees.values())
+        return sum(tree.nbytes(t) for t in self.for_site(site).trees.values())
 
 
 class Method(ABC, Generic[State]):
@@ -61,15 +61,15 @@ class Method(ABC, Generic[State]):
         """The server's state before the first ask, from the model's first ``params``."""
 
     @abstractmethod
-    def ask(self, state: State) -> Ask | None:
+    def request(self, state: State) -> Request | None:
         """What to ask next, or None when the method has finished."""
 
     @abstractmethod
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """Does ``ask.job`` at ``site``.
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        """Does ``request.job`` at ``site``.
 
         Args:
-            ask: What the server asked, as this site received it.
+            request: What the server asked, as this site received it.
             memory: What this site kept from its last job; empty at first. It never leaves the site.
             site: Where this runs.
 
@@ -86,20 +86,20 @@ class Method(ABC, Generic[State]):
         """Every request that the method makes of a site, by job, rounds and count. A site answers nothing else."""
         return (Job("train"),)
 
-    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+    def site_model(self, request: Request, memory: Trees) -> Tree:
         """The model with which a site predicts. Personal methods override this."""
-        return ask.trees["params"]
+        return request.trees["params"]
 
     @property
-    def predicts(self) -> Any:
+    def prediction_task(self) -> Any:
         """The task whose model ``model_at`` fills, where it is another than the study's; else None."""
         return None
 
-    def trial(self, state: State) -> Ask:
+    def evaluation_request(self, state: State) -> Request:
         """The ask under which the state is evaluated: the next one, or, when finished, the final model.
 
         Its round is the number of rounds that are complete. A method that finishes has a state with ``round``, or
         overrides this.
         """
-        ask = self.ask(state)
-        return Ask(state.round, {"params": state.params}) if ask is None else ask  # type: ignore[attr-defined]
+        request = self.request(state)
+        return Request(state.round, {"params": state.params}) if request is None else request  # type: ignore[attr-defined]

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.joined import above, below, escaped, join, scaled, split
-from polyclinic.core.method import Ask, Job, Method
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean, merge
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.reply_packing import above, below, escaped, join, scaled, split
+from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
-from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 
@@ -47,11 +47,11 @@ class Transform:
         """Whether encoded replies still add up, so that they can be decoded on their sum."""
         return True
 
-    def settle(self, after: tuple["Transform", ...]) -> "Transform":
+    def resolve(self, after: tuple["Transform", ...]) -> "Transform":
         """This transform with whatever was left open decided, in view of what comes ``after`` it."""
         return self
 
-    def problems(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
+    def validate(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
         """What is wrong with standing between ``before`` and ``after``, in sentences that say what to do."""
         return []
 
@@ -59,15 +59,17 @@ class Transform:
         """The server's state."""
         return {}
 
-    def notes(self, state: Trees) -> Trees:
+    def describe(self, state: Trees) -> Trees:
         """What the sites must know of the server's state to encode. Later transforms see them too."""
         return {}
 
-    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+    def encode(
+        self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
+    ) -> tuple[WeightedMean, Trees]:
         """At a site: what to send instead of ``sent``, and what to keep. ``memory`` is this transform's alone."""
         return sent, memory
 
-    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
+    def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
         """At the server: what to use instead of what was ``received``, and the state after it.
 
         An additive transform receives the sum over sites; any other, what one site sent, with weight 1.
@@ -80,7 +82,7 @@ class Transform:
 
 @savable("core.PackedPerSite", 1)
 @dataclass(frozen=True)
-class Packed(Gather):
+class Packed(PerSite):
     """Encoded means that do not add up, kept apart by site until the server has decoded them.
 
     Attributes:
@@ -89,10 +91,10 @@ class Packed(Gather):
 
     weights: dict[str, float]
 
-    def __add__(self, other: Gather) -> "Packed":
+    def __add__(self, other: PerSite) -> "Packed":
         if not isinstance(other, Packed):
             raise TypeError("an encoded reply cannot be merged with one that is not encoded")
-        items = Gather(self.items) + Gather(other.items)
+        items = PerSite(self.items) + PerSite(other.items)
         return Packed(items.items, {**self.weights, **other.weights})
 
     def __mul__(self, by: float) -> "Packed":
@@ -114,7 +116,7 @@ class SentState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sent(Method[SentState]):
+class UplinkPipeline(Method[SentState]):
     """A method whose replies pass through ``transforms``, and in no other way to the server.
 
     Raises:
@@ -134,9 +136,9 @@ class Sent(Method[SentState]):
         return next((i for i, t in enumerate(self.transforms) if not t.additive), len(self.transforms))
 
     @property
-    def predicts(self) -> Any:
+    def prediction_task(self) -> Any:
         """The method's."""
-        return self.inner.predicts
+        return self.inner.prediction_task
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -147,41 +149,43 @@ class Sent(Method[SentState]):
         """The method's state, and each transform's."""
         return SentState(self.inner.init(params), tuple(dict(t.init(params)) for t in self.transforms))
 
-    def ask(self, state: SentState) -> Ask | None:
+    def request(self, state: SentState) -> Request | None:
         """What the method asks, with the transforms' notes."""
-        ask = self.inner.ask(state.inner)
-        return None if ask is None else self._noted(ask, state)
+        request = self.inner.request(state.inner)
+        return None if request is None else self._noted(request, state)
 
-    def trial(self, state: SentState) -> Ask:
+    def evaluation_request(self, state: SentState) -> Request:
         """The method's, with the transforms' notes."""
-        return self._noted(self.inner.trial(state.inner), state)
+        return self._noted(self.inner.evaluation_request(state.inner), state)
 
-    def model_at(self, ask: Ask, memory: Trees) -> Tree:
+    def site_model(self, request: Request, memory: Trees) -> Tree:
         """The method's."""
-        return self.inner.model_at(self._bare(ask), below("inner", memory))
+        return self.inner.site_model(self._bare(request), below("inner", memory))
 
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """What the method does, and then each transform's ``encode``, from left to right."""
-        reply, inner = self.inner.site_update(self._bare(ask), below("inner", memory), site)
+        reply, inner = self.inner.site_update(self._bare(request), below("inner", memory), site)
         kept = {**_without("inner", memory), **above("inner", inner)}
         if not reply.parts:
             return reply, kept
         sent = join(reply, site.name, uniform=any(t.uniform for t in self.transforms))
         notes: dict[str, Tree] = {}
-        apart = self.cut < len(self.transforms) or any(isinstance(s, Gather) for s in reply.parts.values())
+        apart = self.cut < len(self.transforms) or any(isinstance(s, PerSite) for s in reply.parts.values())
         self._check(reply)
         for i, transform in enumerate(self.transforms):
             if i == self.cut:
-                sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
-            if type(transform).notes is not Transform.notes:  # only who writes notes has any, whatever the server sends
-                notes |= below(f"~{i}", ask.trees)
-            key = f"sent/{ask.job}/{i}"
-            sent, own = transform.encode(sent, notes, below(key, memory), site, ask.round)
+                sent = WeightedMean(scaled(sent.total, 1 / sent.weight), sent.weight)
+            if (
+                type(transform).describe is not Transform.describe
+            ):  # only who writes notes has any, whatever the server sends
+                notes |= below(f"~{i}", request.trees)
+            key = f"sent/{request.job}/{i}"
+            sent, own = transform.encode(sent, notes, below(key, memory), site, request.round)
             kept = {**_without(key, kept), **above(key, own)}
         if not apart:
             return Reply({"sent": sent}), kept
         if self.cut == len(self.transforms):
-            sent = Mean(scaled(sent.total, 1 / sent.weight), sent.weight)
+            sent = WeightedMean(scaled(sent.total, 1 / sent.weight), sent.weight)
         return Reply({"sent": Packed({site.name: sent.total}, {site.name: sent.weight})}), kept
 
     def server_update(self, state: SentState, reply: Reply, server: Site) -> SentState:
@@ -198,7 +202,7 @@ class Sent(Method[SentState]):
             merged = merge(self._open(received, states))  # changes states; one site is held at a time
             received = merged.mean("")
             gathered = Reply({part: stat for part, stat in merged.parts.items() if part})
-        if not isinstance(received, Mean):
+        if not isinstance(received, WeightedMean):
             raise ConfigError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
         for i in reversed(range(self.cut)):
             received, states[i] = self.transforms[i].decode(received, states[i])
@@ -225,7 +229,7 @@ class Sent(Method[SentState]):
         """
         before = tuple(states)
         for name in sorted(received.items):
-            one, weight = Mean(received.items[name], 1.0), received.weights.get(name, math.nan)
+            one, weight = WeightedMean(received.items[name], 1.0), received.weights.get(name, math.nan)
             try:
                 if not 0 < weight < math.inf:
                     raise ConfigError(f"it claims to weigh {weight}")
@@ -240,40 +244,45 @@ class Sent(Method[SentState]):
             for leaf in sorted(one.total.keys() - sums.keys()):
                 _, part, rest = leaf.split("/", 2)
                 apart.setdefault(part, {}).update({rest: one.total[leaf]} if rest else {})
-            yield Reply({"": Mean(sums, weight)} | {part: Gather({name: leaves}) for part, leaves in apart.items()})
+            yield Reply(
+                {"": WeightedMean(sums, weight)} | {part: PerSite({name: leaves}) for part, leaves in apart.items()}
+            )
 
-    def _noted(self, ask: Ask, state: SentState) -> Ask:
+    def _noted(self, request: Request, state: SentState) -> Request:
         notes: dict[str, Tree] = {}
         for i, (transform, own) in enumerate(zip(self.transforms, state.transforms, strict=True)):
-            notes |= above(f"~{i}", transform.notes(own))
-        each = {site: escaped(trees) for site, trees in ask.each.items()}
-        secure = ask.secure or any(t.secure for t in self.transforms)
-        return replace(ask, trees={**escaped(ask.trees), **notes}, each=each, secure=secure)
+            notes |= above(f"~{i}", transform.describe(own))
+        each = {site: escaped(trees) for site, trees in request.per_site.items()}
+        secure = request.secure or any(t.secure for t in self.transforms)
+        return replace(request, trees={**escaped(request.trees), **notes}, per_site=each, secure=secure)
 
-    def _bare(self, ask: Ask) -> Ask:
+    def _bare(self, request: Request) -> Request:
         """The ask as the method made it."""
-        trees = {k: t for k, t in ask.trees.items() if not k.startswith("~") or k.startswith("~~")}
-        return replace(ask, trees={k.removeprefix("~"): t for k, t in trees.items()})
+        trees = {k: t for k, t in request.trees.items() if not k.startswith("~") or k.startswith("~~")}
+        return replace(request, trees={k.removeprefix("~"): t for k, t in trees.items()})
 
     def _check(self, reply: Reply) -> None:
-        if not any(isinstance(stat, Gather) for stat in reply.parts.values()):
+        if not any(isinstance(stat, PerSite) for stat in reply.parts.values()):
             return
         if any(t.secure for t in self.transforms):
-            raise ConfigError("this method must see what each site sent, and secure summation shows only sums: "
-                             "leave one of them out")  # fmt: skip
+            raise ConfigError(
+                "this method must see what each site sent, and secure summation shows only sums: leave one of them out"
+            )
         for t in self.transforms[: self.cut]:
             if type(t).decode is not Transform.decode:
-                raise ConfigError(f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
-                                 "leave one of them out")  # fmt: skip
+                raise ConfigError(
+                    f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
+                    "leave one of them out"
+                )
 
 
-def send_through(inner: Method[Any], *transforms: Transform) -> Sent:
+def send_through(inner: Method[Any], *transforms: Transform) -> UplinkPipeline:
     """``inner``, with everything its sites send passed through ``transforms``, in order.
 
     Raises:
         ValueError: Where these do not go together; the message lists every reason.
     """
-    return Sent(inner, tuple(t.settle(transforms[i + 1 :]) for i, t in enumerate(transforms)))
+    return UplinkPipeline(inner, tuple(t.resolve(transforms[i + 1 :]) for i, t in enumerate(transforms)))
 
 
 def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator[str]:
@@ -282,15 +291,19 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
     packing = [n for n, t in zip(names, transforms, strict=True) if not t.additive]
     uniform = [n for n, t in zip(names, transforms, strict=True) if t.uniform]
     if secure and packing:
-        yield (f"{secure[0]} shows the server only sums, and what {packing[0]} sends does not add up: "
-               f"leave {packing[0]} out, or use TopK or PowerSGD with shared=True")  # fmt: skip
+        yield (
+            f"{secure[0]} shows the server only sums, and what {packing[0]} sends does not add up: "
+            f"leave {packing[0]} out, or use TopK or PowerSGD with shared=True"
+        )
     if secure and getattr(inner, "gathers", False):
         yield f"{type(inner).__name__} must see what each site sent, and {secure[0]} shows only sums: leave one out"
     if uniform and getattr(inner, "uniform", True) is False:
-        yield (f"{uniform[0]} needs every site to count the same, for how many examples a site has is private too: "
-               f"write {type(inner).__name__}(..., uniform=True)")  # fmt: skip
+        yield (
+            f"{uniform[0]} needs every site to count the same, for how many examples a site has is private too: "
+            f"write {type(inner).__name__}(..., uniform=True)"
+        )
     for i, t in enumerate(transforms):
-        yield from t.problems(transforms[:i], transforms[i + 1 :])
+        yield from t.validate(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
             yield f"{names[i]} must come before {late[0]}: it protects the numbers themselves, not their encoding"
 

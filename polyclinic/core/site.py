@@ -36,13 +36,13 @@ class Site:
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
         return torch.Generator().manual_seed(seed)
 
-    def secret_rng(self) -> "Secret":
+    def secret_rng(self) -> "SecretRng":
         """Dice for privacy noise and masks: unrelated to any seed, never the same twice."""
-        return Secret(self.entropy)
+        return SecretRng(self.entropy)
 
 
 @dataclass(frozen=True)
-class Secret:
+class SecretRng:
     """Random numbers from the operating system, which no seed reproduces."""
 
     entropy: Callable[[int], bytes] = os.urandom

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.tasks.reconstruction import columns, undersample
+from polyclinic.learning.tasks.mr_reconstruction import columns, undersample
 
 Annotation = Literal["full", "boxes", "labels", "none"]
 ROLE: Mapping[Annotation, str] = {"full": "train", "boxes": "boxed", "labels": "tagged", "none": "unlabelled"}
@@ -56,7 +56,7 @@ def boxes(masks: Tensor) -> Tensor:
     return found
 
 
-def accelerated(examples: Examples, factor: float, centre: float, dice: torch.Generator) -> Examples:
+def accelerated(examples: Examples, factor: float, centre: float, rng: torch.Generator) -> Examples:
     """Images as an accelerated scanner would show them, with the full images as targets.
 
     Of the columns of k-space one in ``factor`` is measured, a share ``centre`` around the middle among them; the same
@@ -64,6 +64,6 @@ def accelerated(examples: Examples, factor: float, centre: float, dice: torch.Ge
     """
     if examples.inputs.ndim < 4:
         raise DataError("accelerate = ... is for images; these examples are rows of a table")
-    kept = columns(examples.inputs.shape[-1], factor, centre, dice)
+    kept = columns(examples.inputs.shape[-1], factor, centre, rng)
     full = examples.inputs.float() / 255 if examples.inputs.dtype == torch.uint8 else examples.inputs
     return replace(examples, inputs=undersample(full, kept) if len(full) else full, targets=full)

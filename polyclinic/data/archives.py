@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from polyclinic.data.examples import DataError
-from polyclinic.data.limits import size
+from polyclinic.data.formats.safe_reading import size
 
 MOST_BYTES = 64 * 2**30
 MOST_FILES = 10**6

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyclinic.core import state
+from polyclinic.core import serialization
 from polyclinic.data.examples import DataError
 from polyclinic.data.source import digest
 
@@ -46,7 +46,7 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
     built = build()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        state.save(path, built, {"checksum": _checksum(built)})
+        serialization.save(path, built, {"checksum": _checksum(built)})
     except OSError as error:
         raise DataError(
             f"cannot write the cache {path.parent} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at "
@@ -60,7 +60,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         with open(path, "rb") as file:
             # A private mapping: pages come from the file when they are touched, and changes never reach it.
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        value, meta = state.decode_with_meta(buffer, share=True)
+        value, meta = serialization.decode_with_meta(buffer, share=True)
         whole = len(buffer) > CHECKED or meta.get("checksum") == _checksum(value)
     except (OSError, ValueError):  # absent, empty or damaged
         return None

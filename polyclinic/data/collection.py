@@ -14,9 +14,9 @@ import torch
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, read_image
-from polyclinic.data.limits import Unreadable
-from polyclinic.data.picture import Picture, Step
-from polyclinic.data.preprocess import apply, fingerprint
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
+from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.source import Info, Table, digest
 
 VERSION = 1
@@ -145,10 +145,16 @@ class Collection:
 
         console = Console(stderr=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release Python's lock
-            found = list(track(
-                pool.map(self._one, self.entries), f"Reading {self.info.name} (once)", len(self.entries),
-                console=console, disable=not console.is_terminal, transient=True,
-            ))  # fmt: skip
+            found = list(
+                track(
+                    pool.map(self._one, self.entries),
+                    f"Reading {self.info.name} (once)",
+                    len(self.entries),
+                    console=console,
+                    disable=not console.is_terminal,
+                    transient=True,
+                )
+            )
         good = [f for f in found if isinstance(f, Picture)]
         bad = [(i, f) for i, f in enumerate(found) if isinstance(f, str)]
         if not good:

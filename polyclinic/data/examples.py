@@ -46,8 +46,10 @@ class Examples:
         if self.inputs.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"inputs are {self.inputs.dtype}: make them float32, or uint8 for images")
         if self.inputs.ndim < 2:
-            raise DataError(f"inputs have shape {tuple(self.inputs.shape)}: the first axis counts examples and the "
-                            "second channels or features")  # fmt: skip
+            raise DataError(
+                f"inputs have shape {tuple(self.inputs.shape)}: the first axis counts examples and the "
+                "second channels or features"
+            )
         if self.targets.dtype not in (torch.int64, torch.uint8, torch.float32):
             raise DataError(f"targets are {self.targets.dtype}: make them int64 (classes, masks) or float32 (numbers)")
         if bad := _not_finite(self.inputs):

@@ -5,14 +5,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from polyclinic.data.duplicates import Duplicate, without_duplicates
+from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.held import Named, described, hold
-from polyclinic.data.near import near_duplicates, told
 from polyclinic.data.partition import Divided
-from polyclinic.data.scanners import Scanner, badge
+from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
+from polyclinic.data.quality.near_duplicates import near_duplicates, told
+from polyclinic.data.simulation.simulated_scanners import Scanner, badge
+from polyclinic.data.site_roles import Named, described, hold
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
-from polyclinic.data.spec import DataSpec
 from polyclinic.data.splits import (
     ROLES,
     Fold,
@@ -103,8 +103,8 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
         if "unlabelled" in sites[site]:
             sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
-    if spec.alike != "ignore":
-        notes += told(near_duplicates(sites, source.fingerprint), spec.alike == "refuse")
+    if spec.near_duplicates != "ignore":
+        notes += told(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
@@ -135,8 +135,10 @@ def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tupl
         table, names, titles = _divided(table, spec.partition, seed, notes)
     elif spec.partition is not None:
         if table.labels is None and spec.partition.name in ("dirichlet", "pathological"):
-            raise DataError(f'partition = "{spec.partition.name}" deals patients by class, and masks have none: use '
-                            '"iid" or "quantity"')  # fmt: skip
+            raise DataError(
+                f'partition = "{spec.partition.name}" deals patients by class, and masks have none: use '
+                '"iid" or "quantity"'
+            )
         numbers = spec.partition.deal(strata(table), dice_for(seed, "partition"))
         wide = len(str(spec.partition.count))
         names = [f"site-{numbers[p] + 1:0{wide}d}" for p in table.patients]
@@ -220,10 +222,13 @@ def _readers(
     if not isinstance(source, FittedSource):
         return dict.fromkeys(titles, source)
     rows = {
-        site: [name for role in (("test",) if site in external else ("train", "unlabelled"))
-               for name in places.get((site, role), ())]
+        site: [
+            name
+            for role in (("test",) if site in external else ("train", "unlabelled"))
+            for name in places.get((site, role), ())
+        ]
         for site in titles
-    }  # fmt: skip
+    }
     return source.fitted(rows, external)
 
 

@@ -12,9 +12,9 @@ import torch
 from polyclinic.data.archives import ENDINGS, unpack
 from polyclinic.data.cache import folder
 from polyclinic.data.examples import DataError
-from polyclinic.data.limits import LIMITS, Limits, Unreadable, read_picture
-from polyclinic.data.picture import Picture
-from polyclinic.data.volume import Volume, canonical
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_picture
+from polyclinic.data.formats.volume import Volume, canonical
+from polyclinic.data.preprocessing.sample import Picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".dcm")
@@ -152,15 +152,15 @@ def _read(path: Path, mask: bool, limits: Limits) -> Picture:
 
 def _read_volume(path: Path, kind: str, mask: bool, limits: Limits) -> Volume:
     if kind in (".nii", ".nii.gz"):
-        from polyclinic.data.nifti import read_nifti
+        from polyclinic.data.formats.nifti import read_nifti
 
         return read_nifti(path, mask=mask, limits=limits)
     if kind == ".nrrd":
-        from polyclinic.data.nrrd import read_nrrd
+        from polyclinic.data.formats.nrrd import read_nrrd
 
         return read_nrrd(path, mask=mask, limits=limits)
     if kind == ".dcm" or path.is_dir():
-        from polyclinic.data.dicom import read_dicom
+        from polyclinic.data.formats.dicom.series import read_dicom
 
         return read_dicom(path, limits=limits)
     raise Unreadable(path, f"is none of {', '.join((*PICTURES, *VOLUMES))}")

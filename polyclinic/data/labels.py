@@ -45,8 +45,10 @@ class Reading:
     def _classes(self, name: str, words: Sequence[str], problems: list[str]) -> tuple[list[int], tuple[str, ...]]:
         classes = self.classes or tuple(sorted(set(words) - {""}, key=_order))
         if bad := [i for i, word in enumerate(words) if word not in classes]:
-            problems.append(f"{len(bad)} rows have a {name} that is empty or not among classes (the first is row "
-                            f"{bad[0] + 2}: {words[bad[0]]!r})")  # fmt: skip
+            problems.append(
+                f"{len(bad)} rows have a {name} that is empty or not among classes (the first is row "
+                f"{bad[0] + 2}: {words[bad[0]]!r})"
+            )
         return [classes.index(w) if w in classes else -1 for w in words], classes
 
     def _several(
@@ -55,8 +57,10 @@ class Reading:
         found = [{w.strip() for w in cell.split(self.separator)} - {self.nothing, ""} for cell in words]
         classes = self.classes or tuple(sorted(set[str]().union(*found)))
         if bad := [i for i, labels in enumerate(found) if labels - set(classes)]:
-            problems.append(f"{len(bad)} rows have a {name} that is not among classes (the first is row {bad[0] + 2}: "
-                            f"{words[bad[0]]!r})")  # fmt: skip
+            problems.append(
+                f"{len(bad)} rows have a {name} that is not among classes (the first is row {bad[0] + 2}: "
+                f"{words[bad[0]]!r})"
+            )
         return [tuple(float(c in labels) for c in classes) for labels in found], classes
 
     def _number(self, cell: str) -> float:

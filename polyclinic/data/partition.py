@@ -35,10 +35,10 @@ class Iid:
         """The sentence that goes with every result on these sites."""
         return f"Simulated sites: patients of one source were dealt at random to {self.count} equal sites."
 
-    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+    def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
         """A site's number for each patient. ``groups`` holds each patient's class."""
         _enough(self.count, self.least, groups)
-        order = sorted(_shuffled(groups, dice), key=lambda patient: groups[patient])
+        order = sorted(_shuffled(groups, rng), key=lambda patient: groups[patient])
         return {patient: i % self.count for i, patient in enumerate(order)}
 
 
@@ -59,15 +59,15 @@ class Dirichlet:
             f"Dirichlet({self.alpha:g})."
         )
 
-    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+    def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
         """A site's number for each patient. ``groups`` holds each patient's class."""
         _positive("alpha", self.alpha)
         _enough(self.count, self.least, groups)
         for _ in range(TRIES):
             sites: dict[str, int] = {}
             for label in sorted(set(groups.values())):
-                patients = [p for p in _shuffled(groups, dice) if groups[p] == label]
-                shares = dice.dirichlet(np.full(self.count, self.alpha))  # p_c ~ Dir(α)
+                patients = [p for p in _shuffled(groups, rng) if groups[p] == label]
+                shares = rng.dirichlet(np.full(self.count, self.alpha))  # p_c ~ Dir(α)
                 sites |= _by_share(patients, shares)
             if _fewest(sites, self.count) >= self.least:
                 return sites
@@ -94,13 +94,13 @@ class Quantity:
             f"Dirichlet({self.alpha:g})."
         )
 
-    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+    def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
         """A site's number for each patient."""
         _positive("alpha", self.alpha)
         _enough(self.count, self.least, groups)
         spare = len(groups) - self.least * self.count  # everyone gets the least, the rest is dealt by share
-        sizes = self.least + _whole(dice.dirichlet(np.full(self.count, self.alpha)) * spare)
-        return dict(zip(_shuffled(groups, dice), np.repeat(np.arange(self.count), sizes).tolist(), strict=True))
+        sizes = self.least + _whole(rng.dirichlet(np.full(self.count, self.alpha)) * spare)
+        return dict(zip(_shuffled(groups, rng), np.repeat(np.arange(self.count), sizes).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Pathological:
             "the classes only."
         )
 
-    def deal(self, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, int]:
+    def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
         """A site's number for each patient. ``groups`` holds each patient's class."""
         _enough(self.count, self.least, groups)
         labels = sorted(set(groups.values()))
@@ -129,15 +129,19 @@ class Pathological:
                 f"classes = {self.classes}: this data has {len(labels)} classes, so choose 1 to {len(labels)}"
             )
         if self.count * self.classes < len(labels):
-            raise DataError(f"{self.count} sites with {self.classes} classes each cannot hold {len(labels)} classes: "
-                            "use more sites or more classes a site")  # fmt: skip
-        turn = dice.permutation(len(labels))
-        has = {k: {labels[turn[(k * self.classes + j) % len(labels)]] for j in range(self.classes)}
-               for k in range(self.count)}  # fmt: skip
+            raise DataError(
+                f"{self.count} sites with {self.classes} classes each cannot hold {len(labels)} classes: "
+                "use more sites or more classes a site"
+            )
+        turn = rng.permutation(len(labels))
+        has = {
+            k: {labels[turn[(k * self.classes + j) % len(labels)]] for j in range(self.classes)}
+            for k in range(self.count)
+        }
         sites: dict[str, int] = {}
         for label in labels:
             holders = [k for k in range(self.count) if label in has[k]]
-            patients = [p for p in _shuffled(groups, dice) if groups[p] == label]
+            patients = [p for p in _shuffled(groups, rng) if groups[p] == label]
             sites |= {patient: holders[i % len(holders)] for i, patient in enumerate(patients)}
         if (fewest := _fewest(sites, self.count)) < self.least:
             raise DataError(f"a site would have {fewest} patients, fewer than least = {self.least}: use fewer sites")
@@ -163,14 +167,14 @@ class Divided:
         told = ", ".join(f"{site} to {count}" for site, count in self.parts.items())
         return f"Simulated sites: the patients of hospitals were dealt at random to several sites ({told})."
 
-    def deal(self, site: str, groups: Mapping[str, int], dice: np.random.Generator) -> dict[str, str]:
+    def deal(self, site: str, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, str]:
         """A site's name for each patient of the hospital ``site``. ``groups`` holds each patient's class."""
         count = self.parts.get(site, 1)
         if count < 1:
             raise DataError(f"parts.{site} = {count}: a hospital is dealt to at least one site")
         if count == 1:
             return dict.fromkeys(groups, site)
-        numbers, wide = Iid(count).deal(groups, dice), len(str(count))
+        numbers, wide = Iid(count).deal(groups, rng), len(str(count))
         return {patient: f"{site}-{number + 1:0{wide}d}" for patient, number in numbers.items()}
 
 
@@ -178,9 +182,9 @@ Partition: TypeAlias = Iid | Dirichlet | Quantity | Pathological | Divided
 PARTITIONS: dict[str, type[Partition]] = {p.name: p for p in (Iid, Dirichlet, Quantity, Pathological, Divided)}
 
 
-def _shuffled(groups: Mapping[str, int], dice: np.random.Generator) -> list[str]:
+def _shuffled(groups: Mapping[str, int], rng: np.random.Generator) -> list[str]:
     order = sorted(groups)
-    return [order[i] for i in dice.permutation(len(order))]
+    return [order[i] for i in rng.permutation(len(order))]
 
 
 def _by_share(patients: Sequence[str], shares: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> dict[str, int]:

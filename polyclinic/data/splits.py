@@ -49,7 +49,7 @@ def strata(table: Table) -> dict[str, int]:
     return {p: int(np.searchsorted(cuts, mean)) for p, mean in means.items()}
 
 
-def split_patients(groups: Mapping[str, int], shares: Sequence[float], dice: np.random.Generator) -> dict[str, str]:
+def split_patients(groups: Mapping[str, int], shares: Sequence[float], rng: np.random.Generator) -> dict[str, str]:
     """A role for each patient, in the given shares, as evenly within each group as whole patients allow.
 
     Patients are drawn in random order, group by group; each gets the role that lags most behind its share, in the
@@ -58,10 +58,10 @@ def split_patients(groups: Mapping[str, int], shares: Sequence[float], dice: np.
     Args:
         groups: The stratum of each patient.
         shares: Of training, validation and test; they sum to 1.
-        dice: Where the order comes from.
+        rng: Where the order comes from.
     """
     order = sorted(groups)
-    order = [order[i] for i in dice.permutation(len(order))]
+    order = [order[i] for i in rng.permutation(len(order))]
     order.sort(key=lambda patient: groups[patient])  # stable: random within a group
     wanted = {role: share for role, share in zip(ROLES, shares, strict=True) if share > 0}
     overall: Counter[str] = Counter()
@@ -97,25 +97,27 @@ class Fold:
 
 
 def fold_patients(
-    groups: Mapping[str, int], fold: Fold, shares: Sequence[float], dice: np.random.Generator
+    groups: Mapping[str, int], fold: Fold, shares: Sequence[float], rng: np.random.Generator
 ) -> dict[str, str]:
     """A role for each patient: one group of ``fold.count`` tests, the others train and validate in their shares.
 
-    Over the folds, with equal ``dice``, every patient is a test patient exactly once. Groups are as even within each
+    Over the folds, with equal ``rng``, every patient is a test patient exactly once. Groups are as even within each
     stratum as whole patients allow.
 
     Raises:
         DataError: Where there are fewer patients than folds.
     """
     if len(groups) < fold.count:
-        raise DataError(f"{len(groups)} patients are too few for {fold.count} folds: ask for fewer folds, or leave "
-                        f"small sites out with min_patients = {fold.count}")  # fmt: skip
+        raise DataError(
+            f"{len(groups)} patients are too few for {fold.count} folds: ask for fewer folds, or leave "
+            f"small sites out with min_patients = {fold.count}"
+        )
     order = sorted(groups)
-    order = [order[i] for i in dice.permutation(len(order))]
+    order = [order[i] for i in rng.permutation(len(order))]
     order.sort(key=lambda patient: groups[patient])  # stable: random within a group
     tests = {patient for i, patient in enumerate(order) if i % fold.count == fold.index}
     rest = {patient: group for patient, group in groups.items() if patient not in tests}
-    return dict.fromkeys(tests, "test") | split_patients(rest, without_test(shares), dice)
+    return dict.fromkeys(tests, "test") | split_patients(rest, without_test(shares), rng)
 
 
 def without_test(shares: Sequence[float]) -> tuple[float, float, float]:
@@ -131,10 +133,20 @@ def official(table: Table) -> dict[str, str]:
         DataError: Where there is no such column, a value is unknown, or a patient is in two of its splits.
     """
     if "split" not in table.columns:
-        raise DataError('split = "official", but this data comes without a split of its own: give shares instead, '
-                        "such as split = [0.6, 0.15, 0.25]")  # fmt: skip
-    names = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-             "test": "test", "testing": "test"}  # fmt: skip
+        raise DataError(
+            'split = "official", but this data comes without a split of its own: give shares instead, '
+            "such as split = [0.6, 0.15, 0.25]"
+        )
+    names = {
+        "train": "train",
+        "training": "train",
+        "val": "val",
+        "valid": "val",
+        "validation": "val",
+        "dev": "val",
+        "test": "test",
+        "testing": "test",
+    }
     problems, roles = [], dict[str, str]()
     values = table.columns["split"]
     if unknown := sorted({v for v in values if v.lower() not in names}):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polyclinic.core.state import savable
+from polyclinic.core.serialization import savable
 from polyclinic.data.examples import Examples
 from polyclinic.data.source import Info
 

@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from polyclinic.compression.downlink import received_through
+from polyclinic.compression.transform_table import build as build_transform
+from polyclinic.compression.transform_table import entry as transform_entry
 from polyclinic.core.method import Method
 from polyclinic.core.pipeline import send_through
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification, MultiLabel
+from polyclinic.learning.tasks.mr_reconstruction import Reconstruction
+from polyclinic.learning.tasks.regression import Regression
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.tasks.task_evaluation import Evaluated
+from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.tasks.classification import Classification, MultiLabel
-from polyclinic.tasks.dpsgd import DPSGD
-from polyclinic.tasks.evaluation import Evaluated
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.reconstruction import Reconstruction
-from polyclinic.tasks.regression import Regression
-from polyclinic.tasks.segmentation import Segmentation
-from polyclinic.tasks.task import Task
-from polyclinic.transforms.receive import received_through
-from polyclinic.transforms.table import build as build_transform
-from polyclinic.transforms.table import entry as transform_entry
 
 TASKS: Mapping[str, type[Task]] = {
     task.kind: task for task in (Classification, MultiLabel, Segmentation, Regression, Reconstruction)
@@ -40,10 +40,10 @@ class Plan:
         kind: The kind of task. ``task``: its options.
         network: The architecture's name. ``network_options``: what it takes besides.
         inputs: (channels, *spatial) of an example, or (features,). ``outputs``: classes, labels or values.
-        training: The fields of ``Local``; ``private`` among them makes it ``DPSGD`` with those fields.
+        training: The fields of ``LocalTraining``; ``private`` among them makes it ``DPSGD`` with those fields.
         method: The method's name. ``options``: what the study sets for it.
-        send: Transforms in the order in which a reply passes them, each with ``name`` and its options.
-        receive: The same for what the server asks.
+        uplink: Transforms in the order in which a reply passes them, each with ``name`` and its options.
+        downlink: The same for what the server asks.
         sites: The sites that train.
         rounds: How many rounds.
         seed: Every reproducible random number follows from it.
@@ -61,8 +61,8 @@ class Plan:
     network_options: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    send: tuple[Mapping[str, Any], ...] = ()
-    receive: tuple[Mapping[str, Any], ...] = ()
+    uplink: tuple[Mapping[str, Any], ...] = ()
+    downlink: tuple[Mapping[str, Any], ...] = ()
 
     def build_task(self) -> Task:
         """The task, its network not yet built."""
@@ -70,25 +70,25 @@ class Plan:
         network = Network(self.network, self.inputs, self.outputs, options)
         return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
 
-    def build_local(self) -> Local:
+    def build_local(self) -> LocalTraining:
         """How a site trains."""
         fields = {key: value for key, value in self.training.items() if key != "private"}
         private = self.training.get("private")
-        return DPSGD(**fields, **private) if private else Local(**fields)
+        return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 
     @property
     def private(self) -> bool:
         """Whether what leaves a site is hidden in noise that a budget can account for."""
-        return bool(self.training.get("private")) or any(transform_entry(item["name"]).pays for item in self.send)
+        return bool(self.training.get("private")) or any(transform_entry(item["name"]).pays for item in self.uplink)
 
     def build_method(self) -> Evaluated[Any]:
         """The method with its transforms, able to be evaluated."""
         task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
-        if self.send:
-            inner = send_through(inner, *(build_transform(item) for item in self.send))
-        if self.receive:
-            inner = received_through(inner, task.first(0), *(build_transform(item) for item in self.receive))
+        if self.uplink:
+            inner = send_through(inner, *(build_transform(item) for item in self.uplink))
+        if self.downlink:
+            inner = received_through(inner, task.first(0), *(build_transform(item) for item in self.downlink))
         return Evaluated(inner, task)
 
     def to_json(self) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from polyclinic.core.method import Method
 from polyclinic.errors import ConfigError
-from polyclinic.methods.table import METHODS, Entry
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.task import Task
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.catalog import METHODS, Entry
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Setting:
     """
 
     task: Task
-    local: Local
+    local: LocalTraining
     sites: tuple[str, ...]
     rounds: int
 

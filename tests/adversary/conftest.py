@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from tests.deploy.conftest import hospitals as hospitals
-from tests.deploy.conftest import looks as looks
-from tests.deploy.conftest import shared_hospitals as shared_hospitals
+from tests.engines.flare.conftest import hospitals as hospitals
+from tests.engines.flare.conftest import looks as looks
+from tests.engines.flare.conftest import shared_hospitals as shared_hospitals
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from polyclinic.core.stats import Reply
-from polyclinic.engines.flare.order import Order
+from polyclinic.core.aggregates import Reply
+from polyclinic.engines.flare.protocol.run_request import Order
 from tests.adversary.server import Got, Sum
 
 EVALUATIONS = ("score", "predict", "explain")
@@ -42,9 +42,14 @@ class Policy:
         table = tomllib.loads(text)
         allow, require, limits = table["allow"], table["require"], table["limits"]
         return cls(
-            tuple(allow["never"]), tuple(allow["gather"]), require["secure"], require["min_sites"], limits["min_patients"],
-            limits["megabytes_per_round"] * 1e6, tuple(table["approve"]["automatically"]),
-        )  # fmt: skip
+            tuple(allow["never"]),
+            tuple(allow["gather"]),
+            require["secure"],
+            require["min_sites"],
+            limits["min_patients"],
+            limits["megabytes_per_round"] * 1e6,
+            tuple(table["approve"]["automatically"]),
+        )
 
 
 def in_schedule(order: Order, job: str, round: int) -> bool:

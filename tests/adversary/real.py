@@ -1,6 +1,6 @@
 """Hostile servers, sites and local accounts among real processes: what ``server`` and ``site`` do without FLARE.
 
-Wishes are files in the folder of faults, which ``tests/deploy/inside/sitecustomize.py`` obeys in the processes.
+Wishes are files in the folder of faults, which ``tests/support/inside/sitecustomize.py`` obeys in the processes.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.deploy.real import Hospitals
+from tests.support.flare_deployment import Hospitals
 
 LOOPBACK = "0100007F"
 # From loopback, without any certificate: becomes a cell below a site's process and asks the processes beside it.
@@ -83,9 +83,14 @@ def stranger(port: int, name: str, targets: Sequence[str], folder: Path) -> list
     """What a process that has no file of the site hears through a port on loopback: target, topic, code, answer."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("POLYCLINIC")}
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(port), name, *targets], cwd=folder, env=env, capture_output=True, text=True,
-        timeout=240, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", STRANGER, str(port), name, *targets],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("HEARD ")]
 
 

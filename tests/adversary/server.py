@@ -24,22 +24,22 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from polyclinic.cli import main
-from polyclinic.core import state as states
-from polyclinic.core.method import Ask
-from polyclinic.core.stats import Reply
+from polyclinic.cli import app
+from polyclinic.core import serialization as states
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.engines import policy as policies
-from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.desk import Desk, take_in
-from polyclinic.engines.flare.homes import BadHome, SiteHome
-from polyclinic.engines.flare.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.order import Order, survey_plan
-from polyclinic.transforms.secure import vector_of
-from polyclinic.transforms.secure.keys import ProtocolError, Session, default_threshold
-from polyclinic.transforms.secure.server import SecureServer
+from polyclinic.engines.flare.client.site_agent import Desk, take_in
+from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call
+from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.policy import site_policy as policies
+from polyclinic.secure_aggregation import vector_of
+from polyclinic.secure_aggregation.server import SecureServer
+from polyclinic.secure_aggregation.session_keys import ProtocolError, Session, default_threshold
 from tests.conftest import little_sites
-from tests.deploy.local import TRAINING, Inline, identities, make_site, order
+from tests.support.local_deployment import TRAINING, Inline, identities, make_site, order
 
 LENIENT = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
 SUM = {"name": "secure-sum", "limit": 64.0, "bits": 20}
@@ -65,26 +65,39 @@ def small_order(
 def secure_order(homes: Mapping[str, SiteHome], method: str = "fedavg", **changes: Any) -> Order:
     """An order whose replies go through a secure sum over all of ``homes``."""
     options = {"options": {"uniform": True}} if method == "fedavg" else {}
-    plan = {"send": [SUM], **options, **changes.pop("plan", {})}
+    plan = {"uplink": [SUM], **options, **changes.pop("plan", {})}
     return small_order(sites=tuple(homes), method=method, plan=plan, identities=identities(homes), **changes)
 
 
 def study(
-    run: str, name: str = "spots", lr: float = 0.05, rounds: int = 3, label: str = "fedavg",
-    arms: Mapping[str, Any] | None = None, **changes: Any,
-) -> Order:  # fmt: skip
+    run: str,
+    name: str = "spots",
+    lr: float = 0.05,
+    rounds: int = 3,
+    label: str = "fedavg",
+    arms: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Order:
     """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open.
 
     Args:
         arms: What all arms' plans say besides. ``changes``: of the order; of this arm's plan alone in ``plan``.
     """
     training = {**TRAINING, "lr": lr}
-    both = {method: small_order(method=method, rounds=rounds, plan={**(arms or {}), "training": training}).plan
-            for method in ("fedavg", "fedprox")}  # fmt: skip
-    known = [{"label": method, "plan": {key: value for key, value in plan.items() if key not in ("inputs", "outputs")}}
-             for method, plan in both.items()]  # fmt: skip
+    both = {
+        method: small_order(method=method, rounds=rounds, plan={**(arms or {}), "training": training}).plan
+        for method in ("fedavg", "fedprox")
+    }
+    known = [
+        {"label": method, "plan": {key: value for key, value in plan.items() if key not in ("inputs", "outputs")}}
+        for method, plan in both.items()
+    ]
     plan = {**both[label], **changes.pop("plan", {})}
-    return Order(run, plan, **{"patience": 5.0, "label": label, "study": {"name": name, "hash": "ab" * 32, "arms": known}, **changes})
+    return Order(
+        run,
+        plan,
+        **{"patience": 5.0, "label": label, "study": {"name": name, "hash": "ab" * 32, "arms": known}, **changes},
+    )
 
 
 def survey(run: str, of: Order) -> Order:
@@ -106,7 +119,7 @@ class Person:
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
             try:
-                main.app(["site", *words, "--home", str(self.home.path)])
+                app.app(["site", *words, "--home", str(self.home.path)])
                 good = True
             except SystemExit as end:
                 good = not end.code
@@ -264,7 +277,7 @@ class HostileServer:
         self.vectors: dict[tuple[str, str, int], Tensor] = {}
         self.number = 0
         self._desks: dict[tuple[str, str], Desk] = {}
-        self._requests: dict[str, Ask] = {}
+        self._requests: dict[str, Request] = {}
         self._last: dict[tuple[str, str], int] = {}
         self.offer(order)
         if approved:
@@ -309,12 +322,12 @@ class HostileServer:
         return {name: self.call(name, "hello") for name in sites or self.homes}
 
     @property
-    def request(self) -> Ask:
+    def request(self) -> Request:
         """What an honest server asks first under the present order."""
         if self.order.hash not in self._requests:
             plan = self.order.build_plan()
             method = plan.build_method()
-            asked = method.ask(method.init(plan.build_task().first(plan.seed)))
+            asked = method.request(method.init(plan.build_task().first(plan.seed)))
             assert asked is not None
             self._requests[self.order.hash] = asked
         return self._requests[self.order.hash]
@@ -329,9 +342,16 @@ class HostileServer:
         return {name: leaf + by if leaf.is_floating_point() else leaf for name, leaf in self.model.items()}
 
     def ask(
-        self, site: str, job: str | None = None, model: Tree | None = None, *, round: int = 0,
-        secure: bool | None = None, trees: Trees | None = None, **call: Any,
-    ) -> Got:  # fmt: skip
+        self,
+        site: str,
+        job: str | None = None,
+        model: Tree | None = None,
+        *,
+        round: int = 0,
+        secure: bool | None = None,
+        trees: Trees | None = None,
+        **call: Any,
+    ) -> Got:
         """Asks ``site`` for ``job``.
 
         Args:
@@ -348,7 +368,11 @@ class HostileServer:
         if model is not None:
             sent["params"] = model
         asked = replace(
-            honest, round=round, job=job, trees=sent, secure=(honest.secure and not evaluates) if secure is None else secure
+            honest,
+            round=round,
+            job=job,
+            trees=sent,
+            secure=(honest.secure and not evaluates) if secure is None else secure,
         )
         key = (site, self.order.run)
         given = {"kind": "do", "after": self._last.get(key, 0), **call}
@@ -368,12 +392,19 @@ class HostileServer:
         size, sha256, body = 0, "", None
         if value is not None:
             path = desk.memory.folder / "received"
-            size, sha256 = wire.write(path, value, durable=False)
+            size, sha256 = tensor_file.write(path, value, durable=False)
             body = take_in(desk.memory, path, number)
         given = {
-            "version": VERSION, "run": self.order.run, "number": number, "site": site, "size": size, "sha256": sha256,
-            "kind": kind, "order": self.order.hash, **changes,
-        }  # fmt: skip
+            "version": VERSION,
+            "run": self.order.run,
+            "number": number,
+            "site": site,
+            "size": size,
+            "sha256": sha256,
+            "kind": kind,
+            "order": self.order.hash,
+            **changes,
+        }
         call = Call(**{name: given.get(name, nothing) for name, nothing in _nothing().items()})
         call = Call.from_json(call.to_json())
         answer, file = desk.answer(call, body)
@@ -399,11 +430,20 @@ class HostileServer:
     # Secure sums --------------------------------------------------------------------------------------------------------
 
     def secure_sum(
-        self, job: str | None = None, roster: Sequence[str] = (), threshold: int | None = None, *, round: int = 0,
-        leave_out: Sequence[str] = (), alive: Mapping[str, Sequence[str]] | None = None,
-        order_of_stages: Sequence[str] = STAGES, twist: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
-        model: Tree | None = None, trees: Trees | None = None, **session: Any,
-    ) -> Sum:  # fmt: skip
+        self,
+        job: str | None = None,
+        roster: Sequence[str] = (),
+        threshold: int | None = None,
+        *,
+        round: int = 0,
+        leave_out: Sequence[str] = (),
+        alive: Mapping[str, Sequence[str]] | None = None,
+        order_of_stages: Sequence[str] = STAGES,
+        twist: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+        model: Tree | None = None,
+        trees: Trees | None = None,
+        **session: Any,
+    ) -> Sum:
         """Asks for ``job`` and runs a secure sum of the replies.
 
         Args:
@@ -426,20 +466,41 @@ class HostileServer:
         layout = replies[names[0]].value
         size = sum(numbers_in(leaf) for tags in layout.values() for leaf in tags.values())
         given = {
-            "id": os.urandom(16).hex(), "round": round, "size": size, "threshold": threshold or default_threshold(len(names)),
-            "identities": {name: self.order.identities.get(name, "") for name in names}, **session,
-        }  # fmt: skip
+            "id": os.urandom(16).hex(),
+            "round": round,
+            "size": size,
+            "threshold": threshold or default_threshold(len(names)),
+            "identities": {name: self.order.identities.get(name, "") for name in names},
+            **session,
+        }
         try:
-            self._open(tried, session_of(**given), replies[names[0]].call.job, round, number, leave_out, alive, order_of_stages, twist)
+            self._open(
+                tried,
+                session_of(**given),
+                replies[names[0]].call.job,
+                round,
+                number,
+                leave_out,
+                alive,
+                order_of_stages,
+                twist,
+            )
         except ProtocolError as error:
             tried.problems.setdefault("server", str(error))
         return tried
 
     def _open(
-        self, tried: Sum, session: Session, job: str, round: int, number: int, leave_out: Sequence[str],
-        alive: Mapping[str, Sequence[str]] | None, order_of_stages: Sequence[str],
+        self,
+        tried: Sum,
+        session: Session,
+        job: str,
+        round: int,
+        number: int,
+        leave_out: Sequence[str],
+        alive: Mapping[str, Sequence[str]] | None,
+        order_of_stages: Sequence[str],
         twist: Callable[[str, dict[str, Any]], dict[str, Any]] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         server = SecureServer(session)
         bodies: dict[str, Any] = dict.fromkeys(tried.roster, session)
         for stage in order_of_stages:
@@ -480,7 +541,9 @@ class HostileServer:
                 for (site, *_), vector in self.vectors.items():
                     same = vector.shape == difference.shape and bool(vector.any())
                     if same and (torch.equal(difference, vector) or torch.equal(-difference, vector)):
-                        found.append(f"{site}: the sum over {', '.join(one.alive)} less that over {', '.join(other.alive)}")
+                        found.append(
+                            f"{site}: the sum over {', '.join(one.alive)} less that over {', '.join(other.alive)}"
+                        )
         return sorted(set(found))
 
     # What was spent and written -------------------------------------------------------------------------------------------

@@ -23,32 +23,33 @@ from typing import Any
 
 import torch
 
-from polyclinic.core import state as states
-from polyclinic.core.method import Ask
-from polyclinic.core.stats import Reply
+from polyclinic.core import serialization as states
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree, norm, sub
-from polyclinic.engines.flare import journals, keys
-from polyclinic.engines.flare.exchange import Delivery
-from polyclinic.engines.flare.homes import SiteHome
-from polyclinic.engines.flare.messages import Answer, Call
-from polyclinic.engines.flare.order import Order
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol import shared_journals
+from polyclinic.engines.flare.protocol.messages import Answer, Call
+from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.rpc import Delivery
+from polyclinic.engines.flare.protocol.run_request import Order
 from tests.adversary.server import houses
-from tests.deploy.local import LocalCarrier, approve, conductor
+from tests.support.local_deployment import LocalCarrier, approve, conductor
 
 
 class Said:
     """One answer of a hostile site, as the honest agent made it, to be changed.
 
     Attributes:
-        call: What was asked. ``ask``: the request's file, if it has one.
+        call: What was asked. ``request``: the request's file, if it has one.
         table: The answer's fields. ``data``: the file beside it.
         signed: Whether the site signs the answer again after the change.
         hashed: Whether the file's length and hash in the table are set after the change.
         also: Answers to be delivered besides, later: table and file.
     """
 
-    def __init__(self, call: Call, ask: Ask | None, table: dict[str, Any], data: bytes) -> None:
-        self.call, self.ask, self.table, self.data = call, ask, table, data
+    def __init__(self, call: Call, request: Request | None, table: dict[str, Any], data: bytes) -> None:
+        self.call, self.ask, self.table, self.data = call, request, table, data
         self.signed = self.hashed = True
         self.also: list[tuple[dict[str, Any], bytes]] = []
 
@@ -79,19 +80,21 @@ Attack = Callable[[Said], None]
 class HostileCarrier(LocalCarrier):
     """Carries what hostile sites say instead of what their agents answered."""
 
-    def __init__(self, homes: Mapping[str, SiteHome], an: Order, attacks: Mapping[str, Attack], kinds: tuple[str, ...]) -> None:
+    def __init__(
+        self, homes: Mapping[str, SiteHome], an: Order, attacks: Mapping[str, Attack], kinds: tuple[str, ...]
+    ) -> None:
         """``attacks`` by site; they change answers to the ``kinds`` of calls."""
         super().__init__(homes, an)
         self.attacks, self.kinds = dict(attacks), kinds
         self.later: deque[Delivery] = deque()
         self.received: list[tuple[Call, bytes]] = []
-        self.asked: dict[str, Ask] = {}
+        self.asked: dict[str, Request] = {}
 
     def post(self, calls: Any, body: Path | None) -> None:
         """Keeps what is asked, so that an attack can be made of it."""
         if body is not None:
             value = states.decode(body.read_bytes())
-            if isinstance(value, Ask):
+            if isinstance(value, Request):
                 self.asked |= {call.site: value for call in calls}
         super().post(calls, body)
 
@@ -118,15 +121,18 @@ class HostileCarrier(LocalCarrier):
             for table, data in said.also:
                 self.later.append(self._delivery(call.site, table, data))
             if said.hashed:
-                said.table |= {"size": len(said.data), "sha256": hashlib.sha256(said.data).hexdigest() if said.data else ""}
+                said.table |= {
+                    "size": len(said.data),
+                    "sha256": hashlib.sha256(said.data).hexdigest() if said.data else "",
+                }
             if said.signed:
                 self._sign(call.site, said.table)
         return self._delivery(call.site, said.table, said.data)
 
     def _sign(self, site: str, table: dict[str, Any]) -> None:
-        key = keys.load(self.homes[site].keys / "site.key")
+        key = site_keys.load(self.homes[site].keys / "site.key")
         try:
-            table["signature"] = journals.sign(key, Answer(**table).signed)
+            table["signature"] = shared_journals.sign(key, Answer(**table).signed)
         except TypeError:
             pass  # it has not even the form of an answer
 
@@ -176,9 +182,13 @@ def bounded(an: Order) -> Order:
 
 
 def run(
-    root: Path, an: Order, attacks: Mapping[str, Attack], kinds: tuple[str, ...] = ("do",),
-    homes: Mapping[str, SiteHome] | None = None, count: int = 3,
-) -> End:  # fmt: skip
+    root: Path,
+    an: Order,
+    attacks: Mapping[str, Attack],
+    kinds: tuple[str, ...] = ("do",),
+    homes: Mapping[str, SiteHome] | None = None,
+    count: int = 3,
+) -> End:
     """Runs ``an`` between sites that all approved it, of which those in ``attacks`` are hostile."""
     homes = homes or houses(root, count)
     an = bounded(an)
@@ -197,9 +207,14 @@ def run(
     rounds = [line for line in lines if line["kind"] == "round"]
     model = states.load(folder / "model.safetensors") if (folder / "model.safetensors").exists() else None
     return End(
-        outcome, why or status["why"], model, [(r["round"] - 1, s, w) for r in rounds for s, w in r["lost"].items()],
-        [line for line in lines if line["kind"] in ("scores", "test")], folder, carrier,
-    )  # fmt: skip
+        outcome,
+        why or status["why"],
+        model,
+        [(r["round"] - 1, s, w) for r in rounds for s, w in r["lost"].items()],
+        [line for line in lines if line["kind"] in ("scores", "test")],
+        folder,
+        carrier,
+    )
 
 
 def silent(said: Said) -> None:
@@ -233,5 +248,11 @@ def _lines(path: Path) -> list[str]:
 
 def weighted(reply: Reply, weight: float) -> Reply:
     """``reply`` with the same values, of which each claims ``weight``."""
-    return Reply({part: replace(stat * (weight / stat.weight), weight=weight) if hasattr(stat, "weight") and isinstance(stat.weight, float) else stat
-                  for part, stat in reply.parts.items()})  # fmt: skip
+    return Reply(
+        {
+            part: replace(stat * (weight / stat.weight), weight=weight)
+            if hasattr(stat, "weight") and isinstance(stat.weight, float)
+            else stat
+            for part, stat in reply.parts.items()
+        }
+    )

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from polyclinic.core import tree
-from polyclinic.core.journal import verify
-from polyclinic.core.stats import Gather, Mean, Reply
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.audit_log import verify
 from polyclinic.core.tree import Tree
-from polyclinic.transforms.secure.messages import Masked
+from polyclinic.secure_aggregation.secure_messages import Masked
 from tests.adversary.server import houses, secure_order, small_order
 from tests.adversary.site import Attack, End, Said, far, run, same_model, weighted, without
 
@@ -65,7 +65,9 @@ def garbage(said: Said) -> None:
 def another_file(said: Said) -> None:
     """The file is changed, its hash in the message too, and the signature stays."""
     said.signed = False
-    said.reply = Reply({part: Mean(tree.scale(stat.total, -50.0), stat.weight) for part, stat in said.reply.parts.items()})  # type: ignore[union-attr]
+    said.reply = Reply(
+        {part: WeightedMean(tree.scale(stat.total, -50.0), stat.weight) for part, stat in said.reply.parts.items()}
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("attack", [empty, garbage, of_another_message, another_file])
@@ -97,7 +99,7 @@ def claims(weight: float) -> Attack:
             said.reply = weighted(said.reply, weight)
             return
         evil = {name: 666.0 - leaf for name, leaf in said.ask.trees["params"].items()} if said.ask else {}
-        said.reply = Reply({part: Mean(tree.scale(evil, weight), weight) for part in said.reply.parts})
+        said.reply = Reply({part: WeightedMean(tree.scale(evil, weight), weight) for part in said.reply.parts})
 
     return attack
 
@@ -106,7 +108,9 @@ def claims(weight: float) -> Attack:
 def test_a_site_that_claims_an_immense_weight_does_not_replace_the_model(weight: float, tmp_path: Path) -> None:
     end, model = attacked(tmp_path, claims(weight))
     assert end.outcome == "finished", end.why
-    assert far(end.model, model) < 2.0, f"one site with the weight {weight:g} moved the model by {far(end.model, model):.3g} times its norm"
+    assert far(end.model, model) < 2.0, (
+        f"one site with the weight {weight:g} moved the model by {far(end.model, model):.3g} times its norm"
+    )
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -5.0])
@@ -122,17 +126,23 @@ def test_a_weight_beyond_the_sites_number_of_patients_does_not_count_in_full(tmp
     assert honest is not None
     moved = min(far(end.model, model), far(end.model, honest))
     limit = 1.5 * max(far(honest, model), 1e-6)
-    assert moved < limit, f"the model is {moved:.3g} from the honest one; all of an honest site moves it {far(honest, model):.3g}"
+    assert moved < limit, (
+        f"the model is {moved:.3g} from the honest one; all of an honest site moves it {far(honest, model):.3g}"
+    )
 
 
 @pytest.mark.parametrize("factor", [1e4, 1e8, 1e30])
 def test_an_immense_update_does_not_move_the_model(factor: float, tmp_path: Path) -> None:
     def huge(said: Said) -> None:
-        said.reply = Reply({part: Mean(tree.scale(stat.total, factor), stat.weight) for part, stat in said.reply.parts.items()})  # type: ignore[union-attr]
+        said.reply = Reply(
+            {part: WeightedMean(tree.scale(stat.total, factor), stat.weight) for part, stat in said.reply.parts.items()}
+        )  # type: ignore[union-attr]
 
     end, model = attacked(tmp_path, huge)
     assert end.outcome == "finished", end.why
-    assert far(end.model, model) < 2.0, f"an update {factor:g} times too large moved the model by {far(end.model, model):.3g} times its norm"
+    assert far(end.model, model) < 2.0, (
+        f"an update {factor:g} times too large moved the model by {far(end.model, model):.3g} times its norm"
+    )
 
 
 # Values and shapes ------------------------------------------------------------------------------------------------------
@@ -142,7 +152,9 @@ def with_leaves(change: Any) -> Attack:
     """Changes the leaves of the update."""
 
     def attack(said: Said) -> None:
-        said.reply = Reply({part: Mean(change(dict(stat.total)), stat.weight) for part, stat in said.reply.parts.items()})  # type: ignore[union-attr]
+        said.reply = Reply(
+            {part: WeightedMean(change(dict(stat.total)), stat.weight) for part, stat in said.reply.parts.items()}
+        )  # type: ignore[union-attr]
 
     return attack
 
@@ -170,12 +182,14 @@ def test_values_that_cannot_be_merged_are_lost_with_their_site(what: str, tmp_pa
 
 def test_a_reply_of_another_kind_is_refused(tmp_path: Path) -> None:
     def gathered(said: Said) -> None:
-        said.reply = Reply({part: Gather({EVIL: stat.trees[0]}) for part, stat in said.reply.parts.items()})
+        said.reply = Reply({part: PerSite({EVIL: stat.trees[0]}) for part, stat in said.reply.parts.items()})
 
     lost_without_a_trace(tmp_path, gathered)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0" * 100, b"PK\x03\x04" + b"x" * 200, b"\x80\x04\x95" + b"." * 50, b"\xff" * 8 + b"{}" * 50])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0" * 100, b"PK\x03\x04" + b"x" * 200, b"\x80\x04\x95" + b"." * 50, b"\xff" * 8 + b"{}" * 50]
+)
 def test_a_file_that_is_none_of_ours_is_refused_and_never_run(data: bytes, tmp_path: Path) -> None:
     """Nothing, zeros, a zip (as PyTorch saves), a pickle, a header of 2^64 bytes."""
 
@@ -235,7 +249,7 @@ def test_no_site_gathers_for_another(tmp_path: Path) -> None:
     def forged(said: Said) -> None:
         if said.call.job.startswith("score"):
             good = {name: leaf * 0 for name, leaf in next(iter(said.reply.gather("score").values())).items()}
-            said.reply = Reply({"score": Gather({"site-0": good, EVIL: good})})
+            said.reply = Reply({"score": PerSite({"site-0": good, EVIL: good})})
 
     an = small_order(**ONE, score_every=1, test="score/test")
     end = run(tmp_path, an, {EVIL: forged})
@@ -250,7 +264,9 @@ def test_a_score_that_is_no_number_stops_nothing(score: float, tmp_path: Path) -
     def odd(said: Said) -> None:
         if said.call.job.startswith("score"):
             leaves = next(iter(said.reply.gather("score").values()))
-            said.reply = Reply({"score": Gather({EVIL: {name: torch.full_like(leaf, score) for name, leaf in leaves.items()}})})
+            said.reply = Reply(
+                {"score": PerSite({EVIL: {name: torch.full_like(leaf, score) for name, leaf in leaves.items()}})}
+            )
 
     an = small_order(rounds=2, deadline=100.0, score_every=1, test="score/test", best={"metric": "auc", "higher": True})
     end = run(tmp_path, an, {EVIL: odd})
@@ -270,12 +286,31 @@ def test_an_earlier_answer_counts_once(tmp_path: Path) -> None:
     an = small_order(rounds=2, deadline=100.0)
     end = run(tmp_path, an, {EVIL: replay})
     assert end.outcome == "finished", end.why
-    assert [(round, site) for round, site, _ in end.lost] == [(1, EVIL)], f"the replay was used, or another was lost: {end.lost}"
-    twice = [entry for entry in verify(end.folder / "journal.jsonl") if entry["event"] == "answered" and entry["site"] == EVIL]
+    assert [(round, site) for round, site, _ in end.lost] == [(1, EVIL)], (
+        f"the replay was used, or another was lost: {end.lost}"
+    )
+    twice = [
+        entry
+        for entry in verify(end.folder / "journal.jsonl")
+        if entry["event"] == "answered" and entry["site"] == EVIL
+    ]
     assert len(twice) == 1
 
 
-@pytest.mark.parametrize("change", [{"number": 2**40}, {"number": -1}, {"stage": "mask"}, {"run": "run-2"}, {"version": 99}, {"seconds": float("1e300")}, {"more": 1}, {"code": "x" * 10_000}, {"lost": "\x1b[31m" + "x" * 10_000}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": 2**40},
+        {"number": -1},
+        {"stage": "mask"},
+        {"run": "run-2"},
+        {"version": 99},
+        {"seconds": float("1e300")},
+        {"more": 1},
+        {"code": "x" * 10_000},
+        {"lost": "\x1b[31m" + "x" * 10_000},
+    ],
+)
 def test_an_answer_with_odd_fields_stops_nothing(change: dict[str, Any], tmp_path: Path) -> None:
     def odd(said: Said) -> None:
         said.table |= change

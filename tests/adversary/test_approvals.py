@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from polyclinic.engines import policy as policies
-from polyclinic.engines.flare import keys
-from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
-from polyclinic.engines.flare.order import Order, survey_plan
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol.paths import SiteHome, private_folder, write_private
+from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.policy import site_policy as policies
 from tests.adversary.server import (
     HostileServer,
     Person,
@@ -58,10 +58,21 @@ def test_an_order_that_changes_between_review_and_approval_is_not_approved(homes
     assert server.offer(meant, ["site-0"])["site-0"].lost, "2000 rounds may run, and 3 were shown"
 
 
-@pytest.mark.parametrize("change", [{"test": "predict/test"}, {"score_every": 1}, {"data": {"preprocess": "none"}}, {"external": ("site-9",)}, {"plan": {"seed": 4}}, {"plan": {"method": "fedsgd"}}, {"plan": {"send": []}}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test": "predict/test"},
+        {"score_every": 1},
+        {"data": {"preprocess": "none"}},
+        {"external": ("site-9",)},
+        {"plan": {"seed": 4}},
+        {"plan": {"method": "fedsgd"}},
+        {"plan": {"uplink": []}},
+    ],
+)
 def test_no_field_of_an_order_changes_behind_an_approval(change: dict[str, Any], homes: Mapping[str, SiteHome]) -> None:
     """Whatever differs from what was shown waits for a person again; also if it comes after the approval."""
-    shown = small_order("spots", plan={"options": {"uniform": True}, "send": [{"name": "clip", "bound": 1.0}]})
+    shown = small_order("spots", plan={"options": {"uniform": True}, "uplink": [{"name": "clip", "bound": 1.0}]})
     meant = replace(shown, **{**change, "plan": {**shown.plan, **change.get("plan", {})}})
     assert shown.hash != meant.hash
     server = HostileServer(homes, shown, approved=False)
@@ -104,9 +115,10 @@ def test_a_study_with_the_name_of_a_run_is_not_approved_with_it(homes: Mapping[s
 def test_a_code_change_needs_a_new_approval(homes: Mapping[str, SiteHome], monkeypatch: pytest.MonkeyPatch) -> None:
     """The software at the site is another one than when the study was approved."""
     server = HostileServer(homes, small_order())
-    from polyclinic.engines.flare import desk, order, reviews
+    from polyclinic.engines.flare.client import reviews, site_agent
+    from polyclinic.engines.flare.protocol import run_request
 
-    for module in (desk, order, reviews):
+    for module in (site_agent, run_request, reviews):
         monkeypatch.setattr(module, "code_hash", lambda: "cd" * 32, raising=False)
     server.restart("site-0")
     assert server.offer(server.order, ["site-0"])["site-0"].lost
@@ -158,7 +170,23 @@ def test_the_size_of_the_model_is_what_the_data_here_say(change: dict[str, Any],
     refused(server.ask("site-0", "train"))
 
 
-@pytest.mark.parametrize("change", [{"external": ("mallory",)}, {"identities": {"site-0": "00" * 32}}, {"test": "predict/test"}, {"data": {"preprocess": "none"}}, {"score_every": 1}, {"min_replies": 2}, {"deadline": 9.0}, {"cohort": 1}, {"patience": 9.0}, {"mode": "buffered"}, {"best": {"metric": "auc", "higher": True}}, {"label": "fedprox"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"external": ("mallory",)},
+        {"identities": {"site-0": "00" * 32}},
+        {"test": "predict/test"},
+        {"data": {"preprocess": "none"}},
+        {"score_every": 1},
+        {"min_replies": 2},
+        {"deadline": 9.0},
+        {"sites_per_round": 1},
+        {"patience": 9.0},
+        {"mode": "buffered"},
+        {"best": {"metric": "auc", "higher": True}},
+        {"label": "fedprox"},
+    ],
+)
 def test_a_changed_arm_is_not_the_arm_that_was_approved(change: dict[str, Any], homes: Mapping[str, SiteHome]) -> None:
     """Whom else it goes to, with which keys, what is tested, on which data and when: each waits for a person."""
     first = study("spots-1")
@@ -199,16 +227,38 @@ def switzerland(tmp_path: Path, real_data: Path) -> SiteHome:
     staff.write_text("\n".join(["age,salary,reason_of_sick_leave", *lines]))
     write_private(home.settings, f'site = "switzerland"\ndata = "{folder}"\n')
     write_private(home.policy, policies.DEFAULT)
-    keys.make(home.keys)
+    site_keys.make(home.keys)
     return home
 
 
-SECRETS = ("Zurich", "Basel", "Winterthur", "Baden", "Uster", "pregnancy", "depression", "surgery", "cancer", "5000", "daemon:")
+SECRETS = (
+    "Zurich",
+    "Basel",
+    "Winterthur",
+    "Baden",
+    "Uster",
+    "pregnancy",
+    "depression",
+    "surgery",
+    "cancer",
+    "5000",
+    "daemon:",
+)
 TABLES: dict[str, dict[str, Any]] = {
     "another column": {"label": "postcode", "threshold": None, "leave_out": []},
     "another file": {"path": "{hr}", "label": "reason_of_sick_leave", "threshold": None, "leave_out": []},
-    "another file, relative": {"path": "../hr/payroll.csv", "label": "reason_of_sick_leave", "threshold": None, "leave_out": []},
-    "a file of the system": {"path": "/etc/passwd", "label": "root:x:0:0:root:/root:/bin/bash", "threshold": None, "leave_out": []},
+    "another file, relative": {
+        "path": "../hr/payroll.csv",
+        "label": "reason_of_sick_leave",
+        "threshold": None,
+        "leave_out": [],
+    },
+    "a file of the system": {
+        "path": "/etc/passwd",
+        "label": "root:x:0:0:root:/root:/bin/bash",
+        "threshold": None,
+        "leave_out": [],
+    },
     "the column that was left out": {"leave_out": []},
     "another kind": {"kind": "folders", "path": "/"},
     "fewer patients": {"max_patients": 10, "min_patients": 10},
@@ -220,7 +270,11 @@ def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: Site
     """The hospital's own table says where its data lie, which column is the diagnosis, and what is left out."""
     hr = switzerland.path.parent / "hr" / "payroll.csv"
     table = {key: str(hr) if value == "{hr}" else value for key, value in TABLES[what].items()}
-    order = Order.from_json(json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "data": table, "patience": 5.0}))  # fmt: skip
+    order = Order.from_json(
+        json.dumps(
+            {"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "data": table, "patience": 5.0}
+        )
+    )
     with opened_in(hr.parent) as staff, opened_in(Path("/etc/passwd")) as passwords:
         server = HostileServer({"switzerland": switzerland}, order, approved=False)
         person = server.people["switzerland"]
@@ -234,7 +288,9 @@ def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: Site
     leaked = [secret for secret in SECRETS if secret in told]
     assert not leaked, f"the server read {', '.join(leaked)}"
     assert not staff, f"{staff[0].name} was opened"
-    assert not [path for path in passwords if "label" in table and "root" in str(table["label"])], "/etc/passwd was opened"
+    assert not [path for path in passwords if "label" in table and "root" in str(table["label"])], (
+        "/etc/passwd was opened"
+    )
     if got.left:
         hidden = [key for key in table if key not in text]
         assert not hidden, f"the review does not show {', '.join(hidden)}, and {found[:200]} left"
@@ -242,18 +298,24 @@ def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: Site
 
 def test_the_honest_survey_of_the_same_hospital_is_answered(switzerland: SiteHome) -> None:
     """What the test above compares with: without a table of the server's the hospital's own is used."""
-    order = Order.from_json(json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0}))
+    order = Order.from_json(
+        json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0})
+    )
     server = HostileServer({"switzerland": switzerland}, order)
     got = answered(server.ask("switzerland", "describe", trees={}))
     text = bytes(got.of_site("describe")["text"].tolist()).decode()
     assert not [secret for secret in SECRETS if secret in text]
 
 
-def test_names_of_classes_leave_only_if_the_hospital_says_so(tmp_path: Path, real_data: Path, switzerland: SiteHome) -> None:
+def test_names_of_classes_leave_only_if_the_hospital_says_so(
+    tmp_path: Path, real_data: Path, switzerland: SiteHome
+) -> None:
     """The hospital's own label is a column of words; the survey says how many classes there are, and not their names."""
     folder = switzerland.path.parent / "export"
     (folder / "data.toml").write_text('kind = "table"\npath = "heart.csv"\nlabel = "postcode"\n')
-    order = Order.from_json(json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0}))
+    order = Order.from_json(
+        json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0})
+    )
     server = HostileServer({"switzerland": switzerland}, order)
     got = answered(server.ask("switzerland", "describe", trees={}))
     text = bytes(got.of_site("describe")["text"].tolist()).decode()
@@ -325,7 +387,9 @@ def test_another_server_cannot_use_a_name_that_was_approved(homes: Mapping[str, 
     assert not server.call("site-0", "do", server.request, round=0, job="train", run="run-2").left
 
 
-def test_the_person_is_named_as_the_account_that_typed(homes: Mapping[str, SiteHome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_person_is_named_as_the_account_that_typed(
+    homes: Mapping[str, SiteHome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``SUDO_USER`` and ``LOGNAME`` are only the environment: whoever sets them does not become another account."""
     import os
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from polyclinic.core.journal import verify
-from polyclinic.engines.flare.order import Order
-from polyclinic.transforms.ledger import Ledger
+from polyclinic.core.audit_log import verify
+from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.privacy.ledger import Ledger
 from tests.adversary.model import Policy, SiteModel, least_epsilon
 from tests.adversary.server import LENIENT, SUM, Got, HostileServer, Sum, houses, secure_order, small_order, study
 
@@ -41,7 +41,17 @@ POLICIES = {
 }
 ORDERS = ("plain", "longer", "predicting", "sum", "same sum", "arm", "same arm", "other arm", "big arm", "namesake")
 CALLED = ("one", "two", "three", "spots", "s-1", "s-2", "s-3", "s-4", "z-1")
-JOBS = ("train", "train", "score/val", "score/test", "score/train", "predict/test", "predict/train", "train ", "describe")
+JOBS = (
+    "train",
+    "train",
+    "score/val",
+    "score/test",
+    "score/train",
+    "predict/test",
+    "predict/train",
+    "train ",
+    "describe",
+)
 
 site = st.sampled_from(NAMES)
 order = st.sampled_from(ORDERS)
@@ -49,19 +59,25 @@ job = st.sampled_from(JOBS)
 mostly_agreed = st.sampled_from([*["agreed"] * 8, *ORDERS])  # "agreed": what people approved last
 round = st.integers(0, 3)
 content = st.integers(0, 2)
-request = st.fixed_dictionaries({
-    "job": job, "round": round, "content": content, "number": st.sampled_from(["next", "next", "same", "far"]),
-    "after": st.sampled_from(["last", "last", "start", "unknown"]), "confirm": st.booleans(),
-    "kind": st.sampled_from(["do", "do", "look"]),
-})  # fmt: skip
+request = st.fixed_dictionaries(
+    {
+        "job": job,
+        "round": round,
+        "content": content,
+        "number": st.sampled_from(["next", "next", "same", "far"]),
+        "after": st.sampled_from(["last", "last", "start", "unknown"]),
+        "confirm": st.booleans(),
+        "kind": st.sampled_from(["do", "do", "look"]),
+    }
+)
 
 
 def orders(homes: Any, budget: bool) -> dict[str, Order]:
     """Everything that the server may offer, by what it is for."""
     uniform = {"options": {"uniform": True}}
-    plan = {**uniform, "send": HIDDEN} if budget else {}
-    summed = {**uniform, "send": [*(HIDDEN if budget else []), SUM]}
-    arms = {"send": HIDDEN, "options": {"uniform": True}} if budget else {}
+    plan = {**uniform, "uplink": HIDDEN} if budget else {}
+    summed = {**uniform, "uplink": [*(HIDDEN if budget else []), SUM]}
+    arms = {"uplink": HIDDEN, "options": {"uniform": True}} if budget else {}
     return {
         "plain": small_order("one", NAMES, rounds=2, score_every=1, test="score/test", plan=plan),
         "longer": small_order("one", NAMES, rounds=50, score_every=1, test="score/test", plan=plan),
@@ -145,13 +161,25 @@ class Sites(RuleBasedStateMachine):
             self._ask(name, {"order": self._named(order), "job": "train", "round": round, "content": content})
 
     @precondition(lambda self: self.asks)
-    @step(which=st.integers(0, 5), changes=st.fixed_dictionaries({}, optional={"job": job, "order": order, "round": round, "content": content}), how=request)  # fmt: skip
+    @step(
+        which=st.integers(0, 5),
+        changes=st.fixed_dictionaries({}, optional={"job": job, "order": order, "round": round, "content": content}),
+        how=request,
+    )
     def ask_again(self, which: int, changes: dict[str, Any], how: dict[str, Any]) -> None:
         """The server repeats one of its last requests under another number, perhaps with something changed."""
         earlier = {**self.asks[-1 - which % len(self.asks)], **changes}
         self._ask(earlier.pop("site"), earlier, how)
 
-    @step(order=st.sampled_from(["sum", "sum", "same sum"]), job=st.sampled_from(["train", "train", "train ", "other"]), round=st.integers(0, 1), content=st.integers(0, 1), without=st.sampled_from(["nobody", "nobody", *NAMES]), lower=st.booleans(), lost=st.sampled_from(["nobody", "nobody", *NAMES]))  # fmt: skip
+    @step(
+        order=st.sampled_from(["sum", "sum", "same sum"]),
+        job=st.sampled_from(["train", "train", "train ", "other"]),
+        round=st.integers(0, 1),
+        content=st.integers(0, 1),
+        without=st.sampled_from(["nobody", "nobody", *NAMES]),
+        lower=st.booleans(),
+        lost=st.sampled_from(["nobody", "nobody", *NAMES]),
+    )
     def add_up(self, order: str, job: str, round: int, content: int, without: str, lower: bool, lost: str) -> None:
         """The server runs a secure sum over a roster and with a threshold of its choice; a site may be left out later."""
         roster = tuple(name for name in NAMES if name != without)
@@ -273,10 +301,15 @@ class Sites(RuleBasedStateMachine):
         after = {"last": last, "start": 0, "unknown": max(last - 1, 0)}[how.get("after", "last")]
         self.server.number = max(self.server.number, number)
         got = self.server.ask(
-            site, what["job"], self.server.moved(0.1 * what["content"]), round=what["round"], number=number,
-            after=min(after, number - 1), confirmed=min(after, number - 1) if how.get("confirm") else 0,
+            site,
+            what["job"],
+            self.server.moved(0.1 * what["content"]),
+            round=what["round"],
+            number=number,
+            after=min(after, number - 1),
+            confirmed=min(after, number - 1) if how.get("confirm") else 0,
             kind=how.get("kind", "do") if what["job"].startswith(("score", "predict")) else "do",
-        )  # fmt: skip
+        )
         note(f"  -> {got}")
 
     def _fresh(self) -> Iterator[Got]:
@@ -295,14 +328,22 @@ class Sites(RuleBasedStateMachine):
     def _model(self, got: Got) -> Iterator[str]:
         """Why the model that the site was sent must not have been used in its round."""
         asked = next((a for a in reversed(self.asks) if a["site"] == got.site), None)
-        if got.call.kind in ("do", "look") and asked and asked["job"] == got.call.job and self.orders[asked["order"]] is got.order:
+        if (
+            got.call.kind in ("do", "look")
+            and asked
+            and asked["job"] == got.call.job
+            and self.orders[asked["order"]] is got.order
+        ):
             yield from self.models[got.site].model(got.order.run, got.call.round, str(asked["content"]).encode())
 
     def _unwritten(self, got: Got) -> Iterator[str]:
         """Why the site's journal does not say that the file left."""
         entries = self.server.journal(got.site)
         if got.call.kind == "secure":
-            named = any((e.get("number"), e.get("stage"), e.get("bytes")) == (got.call.number, got.call.stage, len(got.data)) for e in entries)
+            named = any(
+                (e.get("number"), e.get("stage"), e.get("bytes")) == (got.call.number, got.call.stage, len(got.data))
+                for e in entries
+            )
         else:
             named = any(e.get("reply") == got.sha256 for e in entries)
         if not named:
@@ -317,9 +358,15 @@ class Sites(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=15, stateful_step_count=12, deadline=None, derandomize=True, database=None, print_blob=False,
-    suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink),
-)  # fmt: skip
+    max_examples=15,
+    stateful_step_count=12,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=False,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+)
 
 
 def run(how: settings) -> None:

@@ -2,18 +2,28 @@
 
 import pytest
 
-from polyclinic.engines.flare.runs import OVER, Queue
+from polyclinic.engines.flare.server.job_queue import OVER, Queue
 from tests.adversary.real import heard, listening, size_of, stranger, wish
-from tests.deploy.real import Hospitals, study, until
+from tests.support.flare_deployment import Hospitals, study, until
 
 pytestmark = pytest.mark.deploy
 
 
 def test_a_server_job_that_asks_for_more_than_its_schedule_hears_refusals(hospitals: Hospitals) -> None:
     """Two rounds were approved and trained. Then the server's own process asks for what was not."""
-    requests = [("score/train", 2, 0.0), ("score/train", 0, 0.0), ("predict/train", 2, 0.0), ("predict/val", 2, 0.0),
-                ("score/val", 2, 0.0), ("train", 0, 0.1), ("train", 1, 0.1), ("train", 2, 0.0), ("train ", 0, 0.0),
-                ("anything at all", 1, 0.0), ("describe", 0, 0.0)]  # fmt: skip
+    requests = [
+        ("score/train", 2, 0.0),
+        ("score/train", 0, 0.0),
+        ("predict/train", 2, 0.0),
+        ("predict/val", 2, 0.0),
+        ("score/val", 2, 0.0),
+        ("train", 0, 0.1),
+        ("train", 1, 0.1),
+        ("train", 2, 0.0),
+        ("train ", 0, 0.0),
+        ("anything at all", 1, 0.0),
+        ("describe", 0, 0.0),
+    ]
     wish(hospitals, "hostile", requests)
     hospitals.order(study("hostile", "fedavg", rounds=2))
     hospitals.finished("hostile")
@@ -39,13 +49,17 @@ def test_no_other_process_of_the_machine_talks_through_a_sites_client(hospitals:
 
 def test_a_greeting_fills_no_disk(hospitals: Hospitals) -> None:
     """A server that greets with 8 MB, and a site that answers a greeting with 8 MB: neither keeps them."""
-    before = {name: size_of(home.path) for name, home in hospitals.homes.items()} | {"server": size_of(hospitals.server.path)}
+    before = {name: size_of(home.path) for name, home in hospitals.homes.items()} | {
+        "server": size_of(hospitals.server.path)
+    }
     (hospitals.faults / "flooding").touch()
     (hospitals.faults / "flood-site-1").touch()
     hospitals.order(study("flood", "fedavg", rounds=1, patience=30.0))
     queue = Queue(hospitals.server)
     until(lambda: _attempted(queue, "flood"), "the greeting")
-    after = {name: size_of(home.path) for name, home in hospitals.homes.items()} | {"server": size_of(hospitals.server.path)}
+    after = {name: size_of(home.path) for name, home in hospitals.homes.items()} | {
+        "server": size_of(hospitals.server.path)
+    }
     more = {name: after[name] - before[name] for name in before}
     assert all(size < 2**22 for size in more.values()), f"bytes more than before the greetings: {more}"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from polyclinic.core.tree import Tree, cosine
-from polyclinic.engines.flare import keys
-from polyclinic.engines.flare.homes import SiteHome, private_folder, write_private
-from polyclinic.transforms.ledger import Ledger
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol.paths import SiteHome, private_folder, write_private
+from polyclinic.privacy.ledger import Ledger
 from tests.adversary.server import LENIENT, HostileServer, Person, answered, houses, nothing_left, refused, small_order
 from tests.conftest import little_sites
 
@@ -33,7 +33,9 @@ def server(tmp_path: Path) -> HostileServer:
 
 
 @pytest.mark.parametrize("verb", ["score", "predict", "explain"])
-def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_leave(verb: str, tmp_path: Path) -> None:
+def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_leave(
+    verb: str, tmp_path: Path
+) -> None:
     """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any round."""
     server = HostileServer(houses(tmp_path, policy=OPEN), small_order(test="score/test"))
     for job in (f"{verb}/{role}" for role in ("train", "val", "test", "unlabelled", "public")):
@@ -53,7 +55,18 @@ def test_scores_that_were_not_approved_never_leave(server: HostileServer) -> Non
 
 def test_a_job_of_another_name_is_not_done(server: HostileServer) -> None:
     """Names are compared exactly: neither spaces nor case nor what cannot be seen make another job of one."""
-    for job in ("anything at all", "train ", " train", "Train", "train\u200b", "train/val", "", "describe", "score", "predict"):
+    for job in (
+        "anything at all",
+        "train ",
+        " train",
+        "Train",
+        "train\u200b",
+        "train/val",
+        "",
+        "describe",
+        "score",
+        "predict",
+    ):
         for round in (0, 1):
             server.ask("site-0", job, round=round)
     nothing_left(server)
@@ -66,7 +79,9 @@ def test_a_survey_is_not_answered_in_a_run_that_trains(server: HostileServer) ->
 def test_an_approved_private_job_does_not_leave_unpaid_under_the_name_of_a_free_one(tmp_path: Path) -> None:
     """FedSGD's reply under a job name that no budget counts: the exact gradient would leave without noise."""
     homes = houses(tmp_path, policy=LENIENT + BUDGET)
-    server = HostileServer(homes, small_order(method="fedsgd", plan={**PRIVATE, "options": {"lr": 0.5}}), approved=False)
+    server = HostileServer(
+        homes, small_order(method="fedsgd", plan={**PRIVATE, "options": {"lr": 0.5}}), approved=False
+    )
     if (hello := server.offer(server.order, ["site-0"])["site-0"]).lost.startswith("refused"):
         return  # the site refuses the study, as it may: its gradient is not what the noise protects
     assert hello.lost.startswith("waits for")
@@ -211,7 +226,15 @@ def test_scores_of_training_patients_never_leave(tmp_path: Path) -> None:
 def test_no_table_of_training_patients_can_be_read_off_scores(tmp_path: Path, real_data: Path) -> None:
     """A linear model with a steep slope in one column counts patients below any threshold: 61 messages, every patient."""
     home, ages, ill = _long_beach(tmp_path, real_data)
-    plan = {"options": {"uniform": True}, "training": {"batch_size": 16, "epochs": 1, "lr": 0.1, "private": {"noise": 50.0, "bound": 1.0, "unit": "record"}}}  # fmt: skip
+    plan = {
+        "options": {"uniform": True},
+        "training": {
+            "batch_size": 16,
+            "epochs": 1,
+            "lr": 0.1,
+            "private": {"noise": 50.0, "bound": 1.0, "unit": "record"},
+        },
+    }
     server = HostileServer({"va": home}, small_order("dp", sites=("va",), rounds=1, score_every=0, plan=plan))
 
     def ask(weight: list[list[float]], bias: list[float]) -> dict[str, float] | None:
@@ -257,14 +280,14 @@ def _long_beach(root: Path, data: Path) -> tuple[SiteHome, np.ndarray, np.ndarra
     np.savez(folder / "test.npz", inputs=x[count:], targets=y[count:])
     write_private(home.settings, f'site = "va"\ndata = "{folder}"\n')
     write_private(home.policy, LENIENT + BUDGET.replace("3.0", "0.5").replace("patient", "record"))
-    keys.make(home.keys)
+    site_keys.make(home.keys)
     return home, x[:count, 0], y[:count]
 
 
 def _gradient(server: HostileServer, site: str) -> Tree:
     """The exact gradient of the training loss at the first model."""
     from polyclinic.core.site import Site
-    from polyclinic.tasks.risk import full_gradient
+    from polyclinic.learning.tasks.risk import full_gradient
 
     data = little_sites((4,), len(server.homes))[site].data
     return full_gradient(server.order.build_plan().build_task(), server.model, Site(site, data, seed=3), 0)
@@ -280,8 +303,11 @@ def _spent(home: SiteHome) -> float:
 
 def test_a_private_study_whose_method_sends_exact_gradients_is_refused_or_sends_none(tmp_path: Path) -> None:
     """MimeLite trains with DP-SGD and sends the exact full gradient beside it, which no noise protects."""
-    server = HostileServer(houses(tmp_path, policy=LENIENT + BUDGET.replace("3.0", "1000.0")),
-                           small_order(method="mime-lite", plan=PRIVATE), approved=False)  # fmt: skip
+    server = HostileServer(
+        houses(tmp_path, policy=LENIENT + BUDGET.replace("3.0", "1000.0")),
+        small_order(method="mime-lite", plan=PRIVATE),
+        approved=False,
+    )
     hello = server.offer(server.order, ["site-0"])["site-0"]
     if hello.lost.startswith("refused"):
         return
@@ -297,4 +323,6 @@ def test_a_private_study_whose_method_sends_exact_gradients_is_refused_or_sends_
         for leaves in stat.trees:
             if leaves.keys() == truth.keys():
                 likeness = cosine(leaves, truth)
-                assert abs(likeness) < 0.999, f"{part!r} is the exact gradient of the training patients (cosine {likeness:.6f})"
+                assert abs(likeness) < 0.999, (
+                    f"{part!r} is the exact gradient of the training patients (cosine {likeness:.6f})"
+                )

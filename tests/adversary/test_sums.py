@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyclinic.engines.flare import keys
-from polyclinic.engines.flare.homes import SiteHome
-from polyclinic.transforms.secure import shamir
-from polyclinic.transforms.secure.keys import (
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.secure_aggregation import shamir
+from polyclinic.secure_aggregation.client import SecureSite
+from polyclinic.secure_aggregation.secure_messages import Agreed
+from polyclinic.secure_aggregation.session_keys import (
     Ed25519PrivateKey,
     ProtocolError,
     Session,
@@ -24,8 +26,6 @@ from polyclinic.transforms.secure.keys import (
     public,
     signature,
 )
-from polyclinic.transforms.secure.messages import Agreed
-from polyclinic.transforms.secure.site import SecureSite
 from tests.adversary.server import (
     LENIENT,
     SUM,
@@ -101,7 +101,7 @@ def test_a_site_left_out_of_the_sum_is_not_shown_by_a_retry(server: HostileServe
 def test_a_static_statistic_is_summed_over_one_roster(tmp_path: Path) -> None:
     """Class counts, asked for in two rounds over rosters that differ by one site: exact counts of that site."""
     homes = houses(tmp_path, 5, SECURE)
-    order = secure_order(homes, "fedsld", plan={"send": [{**SUM, "heaviest": 64.0}]}, rounds=4)
+    order = secure_order(homes, "fedsld", plan={"uplink": [{**SUM, "heaviest": 64.0}]}, rounds=4)
     server = HostileServer(homes, order)
     assert server.secure_sum().opened
     for round in (0, 1, 2):
@@ -112,7 +112,7 @@ def test_a_static_statistic_is_summed_over_one_roster(tmp_path: Path) -> None:
 def test_a_static_statistic_is_summed_over_one_roster_in_all_runs(tmp_path: Path) -> None:
     """A second approved run of the same study asks for the same counts: over another roster they are not opened."""
     homes = houses(tmp_path, 5, SECURE)
-    plan = {"send": [{**SUM, "heaviest": 64.0}]}
+    plan = {"uplink": [{**SUM, "heaviest": 64.0}]}
     server = HostileServer(homes, secure_order(homes, "fedsld", plan=plan, rounds=4))
     assert server.secure_sum().opened
     other = secure_order(homes, "fedsld", plan=plan, rounds=4, run="run-2")
@@ -140,8 +140,12 @@ def test_a_run_that_is_forgotten_opens_no_second_sum(server: HostileServer) -> N
 def test_a_sum_holds_the_noise_that_the_accounting_counts_on(tmp_path: Path) -> None:
     """Six of seven sites make the noise together. A session over three of them holds half of it."""
     homes = houses(tmp_path, 7, SECURE + '[privacy]\nepsilon = 100.0\ndelta = 1e-3\nunit = "site"\n')
-    send = [{"name": "clip", "bound": 1.0}, {"name": "gaussian", "multiplier": 1.0, "share": 6}, {**SUM, "threshold": 6}]
-    server = HostileServer(homes, secure_order(homes, plan={"send": send}))
+    send = [
+        {"name": "clip", "bound": 1.0},
+        {"name": "gaussian", "multiplier": 1.0, "share": 6},
+        {**SUM, "threshold": 6},
+    ]
+    server = HostileServer(homes, secure_order(homes, plan={"uplink": send}))
     few = tuple(sorted(homes))[:3]
     tried = server.secure_sum(roster=few, threshold=3)
     assert not tried.opened, f"a sum over {len(tried.alive)} sites was opened, and the noise is that of 6"
@@ -161,7 +165,7 @@ def test_no_threshold_below_two_thirds_is_accepted(count: int, threshold: int, t
 def test_no_threshold_below_the_approved_one_is_accepted(tmp_path: Path) -> None:
     """Five of five were approved; two thirds, four, are too few."""
     homes = houses(tmp_path, 5, SECURE)
-    server = HostileServer(homes, secure_order(homes, plan={"send": [{**SUM, "threshold": 5}]}))
+    server = HostileServer(homes, secure_order(homes, plan={"uplink": [{**SUM, "threshold": 5}]}))
     tried = server.secure_sum(threshold=4)
     assert not tried.opened, "a session of 5 sites with the threshold 4 was opened, and 5 were approved"
 
@@ -195,7 +199,9 @@ def _collude(server: HostileServer, names: list[str], threshold: int) -> Tensor 
     replies = server.everyone("train", others)
     layout = replies[victim].value
     size = sum(numbers_in(tag) for tags in layout.values() for tag in tags.values())
-    session = session_of(id=os.urandom(16).hex(), round=0, size=size, threshold=threshold, identities=dict(server.order.identities))
+    session = session_of(
+        id=os.urandom(16).hex(), round=0, size=size, threshold=threshold, identities=dict(server.order.identities)
+    )
     accomplice = SecureSite(session, helper, _identity(server.homes[helper]))
     number = server.number
 
@@ -215,38 +221,54 @@ def _collude(server: HostileServer, names: list[str], threshold: int) -> Tensor 
         revealed = []
         for told, group in ((with_victim, others[:half]), (without, others[half:])):
             agreed = [stage(n, told, "agree") for n in group]
-            agreed.append(Agreed(helper, told, signature(session, _identity(server.homes[helper]), "agreement", helper, list(told))))
+            agreed.append(
+                Agreed(
+                    helper, told, signature(session, _identity(server.homes[helper]), "agreement", helper, list(told))
+                )
+            )
             revealed += [stage(n, agreed, "reveal") for n in group]
     except ProtocolError as error:
         why = str(error)
         return None if "refused" in why else pytest.fail(f"the protocol failed, which shows nothing: {why}")
     opened = accomplice._opened(victim)
-    seeds = {r.site: bytes.fromhex(r.seeds[victim]) for r in revealed if victim in r.seeds} | {helper: opened[shamir.SHARE_BYTES:]}
-    privates = {r.site: bytes.fromhex(r.keys[victim]) for r in revealed if victim in r.keys} | {helper: opened[: shamir.SHARE_BYTES]}
+    seeds = {r.site: bytes.fromhex(r.seeds[victim]) for r in revealed if victim in r.seeds} | {
+        helper: opened[shamir.SHARE_BYTES :]
+    }
+    privates = {r.site: bytes.fromhex(r.keys[victim]) for r in revealed if victim in r.keys} | {
+        helper: opened[: shamir.SHARE_BYTES]
+    }
     return _unmasked(session, threshold, adverts, masked[victim].vector.clone(), seeds, privates, victim)
 
 
 def _unmasked(
-    session: Session, threshold: int, adverts: Sequence[Any], vector: Tensor, seeds: dict[str, bytes],
-    privates: dict[str, bytes], victim: str,
-) -> Tensor | None:  # fmt: skip
+    session: Session,
+    threshold: int,
+    adverts: Sequence[Any],
+    vector: Tensor,
+    seeds: dict[str, bytes],
+    privates: dict[str, bytes],
+    victim: str,
+) -> Tensor | None:
     """The victim's vector without its masks, if there are enough shares of both of its secrets."""
     if min(len(seeds), len(privates)) < threshold:
         return None
     seed, private = (
-        shamir.rebuild({session.place(who): shares[who] for who in sorted(shares)[:threshold]}) for shares in (seeds, privates)
+        shamir.rebuild({session.place(who): shares[who] for who in sorted(shares)[:threshold]})
+        for shares in (seeds, privates)
     )
     plus, minus = [], [seed]
     for advert in adverts:
         if advert.site != victim:
-            mask = pair_mask(session, X25519PrivateKey.from_private_bytes(private), advert.mask_key, victim, advert.site)
+            mask = pair_mask(
+                session, X25519PrivateKey.from_private_bytes(private), advert.mask_key, victim, advert.site
+            )
             (minus if victim < advert.site else plus).append(mask)
     add_masks_(vector, plus, minus)
     return vector
 
 
 def _identity(home: SiteHome) -> Any:
-    return keys.load_secure(home.keys / "secure.key")
+    return site_keys.load_secure(home.keys / "secure.key")
 
 
 # Sessions that lie ------------------------------------------------------------------------------------------------------

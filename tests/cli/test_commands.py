@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.cli import main
-from polyclinic.studies.spec import read
-from tests.studies.test_runner import npz, study
+from polyclinic.cli import app
+from polyclinic.studies.config.study_config import read
+from tests.studies.run.test_scheduler import npz, study
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,11 +20,13 @@ def polyclinic(*args: str, cwd: Path | None = None) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["methods"], ["methods", "--json"], ["study", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["run", "--help"], ["methods"], ["methods", "--json"], ["study", "--help"], ["--version"]]
+)
 def test_looking_around_imports_no_numerical_library(args: list[str]) -> None:
     script = f"""
 import sys
-from polyclinic.cli import main
+from polyclinic.cli import app
 sys.argv = ["polyclinic", *{args!r}]
 try:
     main.main()
@@ -80,7 +82,7 @@ def test_mistakes_are_told_in_words(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
     with pytest.raises(SystemExit) as end:
-        main.main()
+        app.main()
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert words in " ".join(said.split())
@@ -94,16 +96,16 @@ def test_a_mistyped_command_is_answered_with_a_near_one() -> None:
 
 
 def test_lists_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
-    from polyclinic.cli import lists
+    from polyclinic.cli import catalog
 
     def said(command, *args: str) -> dict:
         command(*args, json_=True)
         return json.loads(capsys.readouterr().out)
 
-    assert "fedavg" in {entry["name"] for entry in said(lists.methods)["Federated optimisation"]}
-    assert said(lists.show, "fedprox")["options"]["mu"]["default"] == 0.01
-    assert said(lists.transforms)["clip"]["options"]["bound"] == "required"
-    assert "unet" in said(lists.networks)
+    assert "fedavg" in {entry["name"] for entry in said(catalog.methods)["Federated optimisation"]}
+    assert said(catalog.show, "fedprox")["options"]["mu"]["default"] == 0.01
+    assert said(catalog.transforms)["clip"]["options"]["bound"] == "required"
+    assert "unet" in said(catalog.networks)
 
 
 def test_a_new_study_is_not_written_over(tmp_path: Path) -> None:

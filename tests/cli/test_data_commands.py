@@ -8,7 +8,7 @@ import pytest
 from polyclinic.cli.data import app
 from polyclinic.data.examples import DataError
 from polyclinic.errors import ConfigError
-from tests.studies.test_planning import registry
+from tests.studies.run.test_planning import registry
 
 STUDY = """
 name = "registry"

@@ -13,11 +13,11 @@ import pytest
 from cyclopts import App
 
 from polyclinic import errors
-from polyclinic.cli import main, rendering, run
-from polyclinic.data.limits import Unreadable
-from polyclinic.studies import preflight as checks
-from polyclinic.studies.spec import parse
-from tests.studies.test_runner import npz, study
+from polyclinic.cli import app, rendering, run
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.studies.config import preflight as checks
+from polyclinic.studies.config.study_config import parse
+from tests.studies.run.test_scheduler import npz, study
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def _same_console() -> Iterator[None]:
 def ended(args: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["polyclinic", *args])
     try:
-        main.main()
+        app.main()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -45,9 +45,7 @@ def test_every_error_has_one_root_and_survives_a_process_boundary() -> None:
     assert len(kinds) == 8
     assert all(issubclass(kind, errors.PolyclinicError) for kind in kinds)
     missing = pickle.loads(pickle.dumps(errors.MissingDependency("dicom", "reading DICOM needs pydicom")))
-    assert (
-        str(missing) == 'reading DICOM needs pydicom, which is not installed: pip install "polyclinic[dicom]"'
-    )
+    assert str(missing) == 'reading DICOM needs pydicom, which is not installed: pip install "polyclinic[dicom]"'
     unreadable = pickle.loads(pickle.dumps(Unreadable("/a/b.nii", "truncated")))
     assert str(unreadable) == "b.nii: truncated"
     assert unreadable.problems == ["b.nii: truncated"]
@@ -80,14 +78,32 @@ def test_study_files_that_cannot_be_read(
 @pytest.mark.parametrize(
     "args",
     [
-        ["run", "."], ["run", "nowhere/s.toml"], ["report", "file"], ["status", "file"], ["standing", "file"],
-        ["compare", "file", "file"], ["panel", "file"], ["export", ".", "out"], ["explain", "file"], ["audit", "file"],
-        ["track", "file", "--to", "mlflow"], ["privacy", "ledger", "file"], ["journal", "verify", "file"],
-        ["vectors", "show", "file"], ["data", "show", "nothing"], ["data", "check", "nowhere"], ["new", "no/such/s.toml"],
-        ["new", "file/s.toml", "--force"], ["methods", "show", "nothing"], ["stop", "nowhere"], ["run", "--what"],
-        ["server", "status", "--home", "file"], ["site", "status", "--home", "file"], ["demo", "--out", "file"],
+        ["run", "."],
+        ["run", "nowhere/s.toml"],
+        ["report", "file"],
+        ["status", "file"],
+        ["standing", "file"],
+        ["compare", "file", "file"],
+        ["panel", "file"],
+        ["export", ".", "out"],
+        ["explain", "file"],
+        ["audit", "file"],
+        ["track", "file", "--to", "mlflow"],
+        ["privacy", "ledger", "file"],
+        ["journal", "verify", "file"],
+        ["vectors", "show", "file"],
+        ["data", "show", "nothing"],
+        ["data", "check", "nowhere"],
+        ["new", "no/such/s.toml"],
+        ["new", "file/s.toml", "--force"],
+        ["methods", "show", "nothing"],
+        ["stop", "nowhere"],
+        ["run", "--what"],
+        ["server", "status", "--home", "file"],
+        ["site", "status", "--home", "file"],
+        ["demo", "--out", "file"],
     ],
-)  # fmt: skip
+)
 def test_wrong_paths_and_names_end_in_words(
     args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,12 +121,12 @@ def test_a_bug_is_told_in_two_lines_with_a_saved_traceback(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    from polyclinic.methods import page
+    from polyclinic.methods import method_page
 
     def fails(name: str) -> None:
         raise ZeroDivisionError("a bug made for this test")
 
-    monkeypatch.setattr(page, "page", fails)
+    monkeypatch.setattr(method_page, "page", fails)
     assert ended(["methods", "show", "fedavg"], monkeypatch) == 70
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
@@ -124,32 +140,35 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(name: str) -> None:
         raise KeyboardInterrupt
 
-    from polyclinic.methods import page
+    from polyclinic.methods import method_page
 
-    monkeypatch.setattr(page, "page", interrupted)
+    monkeypatch.setattr(method_page, "page", interrupted)
     assert ended(["methods", "show", "fedavg"], monkeypatch) == 130
 
 
 def test_a_full_disk_is_no_bug() -> None:
-    assert main.explained(OSError(28, "No space left on device", "runs/x")) == (
+    assert app.explained(OSError(28, "No space left on device", "runs/x")) == (
         "runs/x: No space left on device. Free some disk space; polyclinic run --resume continues a run"
     )
-    assert main.explained(ZeroDivisionError()) is None
+    assert app.explained(ZeroDivisionError()) is None
 
 
 def test_a_missing_package_is_one_line() -> None:
     error = ImportError("cannot import the command")
     error.__cause__ = ModuleNotFoundError("no module", name="dp_accounting.rdp")
-    assert str(main.explained(error)).endswith('pip install "polyclinic[privacy]"')
-    assert main.explained(ModuleNotFoundError("no module", name="polyclinc")) is None
+    assert str(app.explained(error)).endswith('pip install "polyclinic[privacy]"')
+    assert app.explained(ModuleNotFoundError("no module", name="polyclinc")) is None
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_in_other_encodings(encoding: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "polyclinic", "methods", "show", "fedprox"], capture_output=True, cwd=ROOT, timeout=120,
+        [sys.executable, "-m", "polyclinic", "methods", "show", "fedprox"],
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
         env={**os.environ, "PYTHONIOENCODING": encoding, "LANG": "C"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert b"fedprox" in done.stdout
     done.stdout.decode(encoding)
@@ -166,7 +185,7 @@ def test_levels_and_log_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ended(["methods", "--log-file", str(tmp_path / "log")], monkeypatch) == 0
-    assert "DEBUG polyclinic.cli.main: polyclinic" in (tmp_path / "log").read_text()
+    assert "DEBUG polyclinic.cli.app: polyclinic" in (tmp_path / "log").read_text()
     assert "DEBUG" not in capsys.readouterr().err
     assert ended(["--verbose", "methods"], monkeypatch) == 0
     assert "DEBUG" in capsys.readouterr().err
@@ -198,7 +217,7 @@ def test_what_is_missing_is_told_at_once_before_training(tmp_path: Path, monkeyp
 
 
 def test_packages_of_preflight_are_names_of_transforms() -> None:
-    from polyclinic.transforms.table import TRANSFORMS
+    from polyclinic.compression.transform_table import TRANSFORMS
 
     assert set(checks._TRANSFORMS) <= set(TRANSFORMS)
 
@@ -219,11 +238,11 @@ def walk(app: App, name: str) -> Iterator[tuple[str, App]]:
 
 def test_every_option_of_every_command_has_help() -> None:
     missing = []
-    for name, app in walk(main.app, "polyclinic"):
-        assert app.help or (app.default_command and app.default_command.__doc__), name
-        if app.default_command is None:
+    for name, command in walk(app.app, "polyclinic"):
+        assert command.help or (command.default_command and command.default_command.__doc__), name
+        if command.default_command is None:
             continue
-        for argument in app.assemble_argument_collection(parse_docstring=True):
+        for argument in command.assemble_argument_collection(parse_docstring=True):
             if argument.show and not (argument.parameter.help or "").strip():
                 missing.append(f"{name}: {argument.name}")
     assert not missing, missing

@@ -5,8 +5,8 @@ import io
 from rich.console import Console
 
 from polyclinic.cli.progress import Display
-from polyclinic.studies.jobs import Event
-from polyclinic.studies.spec import parse
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.events import Event
 
 WHOM = "per patient (add or remove one patient)"
 STUDY = 'name = "small"\nrounds = 3\nseeds = [0]\n[data]\nuse = "lidc-nodules"\n[[methods]]\nname = "fedavg"\n'
@@ -22,8 +22,10 @@ def shown(*events: Event) -> list[str]:
 
 def test_epsilon_is_a_bound_until_the_last_round_and_is_rounded_up() -> None:
     begun = Event("arm", "fedavg", rounds=3)
-    rounds = [Event("round", "fedavg", round=r, rounds=3, scores={"a": 0.9}, epsilon=1.001 * r, protects=WHOM)
-              for r in (1, 2, 3)]  # fmt: skip
+    rounds = [
+        Event("round", "fedavg", round=r, rounds=3, scores={"a": 0.9}, epsilon=1.001 * r, protects=WHOM)
+        for r in (1, 2, 3)
+    ]
     lines = [line for line in shown(begun, *rounds) if "ε" in line]
     assert [line.split("ε")[1].strip() for line in lines] == [f"≤ 1.01 {WHOM}", f"≤ 2.01 {WHOM}", f"= 3.01 {WHOM}"]
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from polyclinic.cli import site as commands
-from polyclinic.core.journal import verify
-from polyclinic.engines.flare import journals, keys
-from polyclinic.engines.flare.comparison import differences, kind
-from polyclinic.engines.flare.decisions import signed_bytes
-from polyclinic.engines.flare.homes import BadHome, SiteHome, write_private
-from polyclinic.engines.flare.order import Order
-from polyclinic.engines.flare.reviews import APPROVED, REFUSED, WAITING, Reviews
-from tests.deploy.local import hospital, order, read_and_approve
-from tests.deploy.test_approval import study, survey, surveyed
+from polyclinic.core.audit_log import verify
+from polyclinic.engines.flare.client.decisions import signed_bytes
+from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
+from polyclinic.engines.flare.pki import site_keys
+from polyclinic.engines.flare.protocol import shared_journals
+from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, write_private
+from polyclinic.engines.flare.protocol.request_comparison import differences, kind
+from polyclinic.engines.flare.protocol.run_request import Order
+from tests.engines.flare.test_approval import study, survey, surveyed
+from tests.support.local_deployment import hospital, order, read_and_approve
 
 Read = pytest.CaptureFixture[str]
 
@@ -56,11 +57,26 @@ def test_a_survey_is_shown_as_what_it_is(home: SiteHome, capsys: Read) -> None:
 
 
 def test_a_study_is_shown_whole(home: SiteHome, capsys: Read) -> None:
-    one = study("x", seeds=(0, 1), rounds=5, score_every=2, test="predict/test", cohort=2, min_replies=2, deadline=60.0,
-                best={"metric": "auc", "higher": True}, identities={"site-0": "ab" * 32}, data={"split": [0.5, 0.2, 0.3]})  # fmt: skip
-    whole = replace(survey(seeds=(0, 1), rounds=5), **{
-        key: getattr(one, key) for key in ("score_every", "test", "cohort", "min_replies", "deadline", "best", "identities", "data")
-    })  # fmt: skip
+    one = study(
+        "x",
+        seeds=(0, 1),
+        rounds=5,
+        score_every=2,
+        test="predict/test",
+        sites_per_round=2,
+        min_replies=2,
+        deadline=60.0,
+        best={"metric": "auc", "higher": True},
+        identities={"site-0": "ab" * 32},
+        data={"split": [0.5, 0.2, 0.3]},
+    )
+    whole = replace(
+        survey(seeds=(0, 1), rounds=5),
+        **{
+            key: getattr(one, key)
+            for key in ("score_every", "test", "sites_per_round", "min_replies", "deadline", "best", "identities", "data")
+        },
+    )
     Reviews(home.reviews).offer(whole, ())
     text = shown(home, "spots", capsys)
     assert "One decision is for the whole study" in text
@@ -166,9 +182,9 @@ def test_review_then_approve_is_signed_and_in_the_journal(home: SiteHome, capsys
     assert entry["shown"].startswith(hash)
     review = Reviews(home.reviews).get("run-1")
     statement = {key: entry[key] for key in review.statement}
-    key = keys.load(home.keys / "site.key")
-    assert journals.signed_by(key, entry["signature"], signed_bytes(statement))
-    assert not journals.signed_by(key, entry["signature"], signed_bytes({**statement, "by": "somebody"}))
+    key = site_keys.load(home.keys / "site.key")
+    assert shared_journals.signed_by(key, entry["signature"], signed_bytes(statement))
+    assert not shared_journals.signed_by(key, entry["signature"], signed_bytes({**statement, "by": "somebody"}))
     commands.refuse("run-1", reason="no", home=home.path)
     assert Reviews(home.reviews).get("run-1").state == REFUSED
     assert [e["state"] for e in verify(home.journal) if "by a person" in e["event"]] == [APPROVED, REFUSED]
@@ -219,7 +235,12 @@ def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteHome, c
 
 
 def test_what_comes_from_the_server_cannot_write_on_the_terminal(home: SiteHome, capsys: Read) -> None:
-    plan = {**order().plan, "sites": ["site-0", "a\x1b[2Jb"], "method": "fed\x1bavg", "options": {"x": "\x1b[2J" + "y" * 9000}}
+    plan = {
+        **order().plan,
+        "sites": ["site-0", "a\x1b[2Jb"],
+        "method": "fed\x1bavg",
+        "options": {"x": "\x1b[2J" + "y" * 9000},
+    }
     Reviews(home.reviews).offer(Order("run-1", plan, data={"k\x1b[0m": 1}), ("p\x1b[1m",), ("n\x07",))
     text = shown(home, "run-1", capsys)
     assert "\x1b" not in text
@@ -241,7 +262,9 @@ def test_one_run_is_shown_with_its_own_hashes(home: SiteHome, capsys: Read) -> N
     assert "at the end scores on test data" in text
     assert "One decision" not in text
     path = home.reviews / "run-1.json"
-    write_private(path, json.dumps({**json.loads(path.read_text()), "code": "0" * 64, "packages": [["p", "1", "a" * 64]]}))
+    write_private(
+        path, json.dumps({**json.loads(path.read_text()), "code": "0" * 64, "packages": [["p", "1", "a" * 64]]})
+    )
     text = shown(home, "run-1", capsys)
     assert "code was changed here since this study came" in text
     assert f"package p==1@{'a' * 64}" in text

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.metering import Noise, Spend, Use, audited, hidden, meter, metered
 from polyclinic.core.site import Site
-from polyclinic.core.stats import Mean
 from polyclinic.core.tree import Tree
-from polyclinic.tasks import dpsgd
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.dpsgd import DPSGD, per_example_gradients
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.task import borrow
-from polyclinic.transforms.privacy import BELOW, AdaptiveClip, Clip, Gaussian
-from polyclinic.transforms.selective import SparseVector
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.training import dp_sgd
+from polyclinic.learning.training.dp_sgd import DPSGD, per_example_gradients
+from polyclinic.privacy.gaussian import BELOW, AdaptiveClip, Clip, Gaussian
+from polyclinic.privacy.sparse_vector import SparseVector
 from tests.conftest import Rows, blobs
 
 TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("norm", "group"))))
@@ -76,7 +76,7 @@ def test_each_thread_counts_its_own() -> None:
 
 
 def test_names_stay_where_they_were() -> None:
-    assert (dpsgd.Spend, dpsgd.meter, dpsgd.metered) == (Spend, meter, metered)
+    assert (dp_sgd.Spend, dp_sgd.meter, dp_sgd.metered) == (Spend, meter, metered)
 
 
 def uses_of(act: Any) -> list[Use]:
@@ -113,8 +113,15 @@ def test_dp_sgd_shows_each_step_as_it_is_sampled_clipped_and_spent(unit: Any) ->
     ends: list[Tree] = []
 
     def act() -> None:
-        ends.append(local.fit(TASK, params, Site("a", {"train": data}, entropy=Entropy("s")), 0,
-                              after=lambda model: drawn.append({n: p.detach().clone() for n, p in model.named_parameters()})))  # fmt: skip
+        ends.append(
+            local.fit(
+                TASK,
+                params,
+                Site("a", {"train": data}, entropy=Entropy("s")),
+                0,
+                after_step=lambda model: drawn.append({n: p.detach().clone() for n, p in model.named_parameters()}),
+            )
+        )
 
     uses = uses_of(act)
     rate = 5 / (20 if unit == "patient" else 40)
@@ -132,7 +139,7 @@ def test_dp_sgd_shows_each_step_as_it_is_sampled_clipped_and_spent(unit: Any) ->
             patient, nth = (name, None) if unit == "patient" else name
             mine = [i for i, who in enumerate(data.patients) if who == patient]
             mine = mine if nth is None else [mine[nth]]
-            each = per_example_gradients(borrow(TASK, params), at, TASK.loss, data[torch.tensor(mine)])
+            each = per_example_gradients(cached_model(TASK, params), at, TASK.loss, data[torch.tensor(mine)])
             g = {n: leaf.mean(0) for n, leaf in each.items()}
             total = tree.add(total, tree.scale(g, min(1.0, 0.05 / tree.norm(g))))
         assert all(torch.allclose(total[n], use.value[n], atol=1e-5) for n in total)
@@ -143,9 +150,9 @@ def test_dp_sgd_shows_each_step_as_it_is_sampled_clipped_and_spent(unit: Any) ->
 
 
 def test_gaussian_shows_the_whole_noise_whatever_its_share() -> None:
-    sent = Mean({"m/update/w": torch.ones(4), "m/update/": torch.zeros(0)}, 1.0)
+    sent = WeightedMean({"m/update/w": torch.ones(4), "m/update/": torch.zeros(0)}, 1.0)
     for share in (1, 4):
-        [use] = uses_of(lambda share=share: Gaussian(1.5, share).encode(sent, Clip(0.5).notes({}), {}, Site("a"), 0))
+        [use] = uses_of(lambda share=share: Gaussian(1.5, share).encode(sent, Clip(0.5).describe({}), {}, Site("a"), 0))
         assert use.deviations == pytest.approx({"m/update/w": 0.75, "m/update/": 0.75})
         assert use.spend == Spend(1.5, share=share)
         assert torch.equal(use.value["m/update/w"], torch.ones(4))
@@ -154,8 +161,8 @@ def test_gaussian_shows_the_whole_noise_whatever_its_share() -> None:
 
 def test_gaussian_after_adaptive_clipping_shows_both_deviations() -> None:
     clip = AdaptiveClip(0.5, count_noise=2.0)
-    sent = Mean({"m/update/w": torch.ones(4), BELOW: torch.tensor([0.5])}, 1.0)
-    [use] = uses_of(lambda: Gaussian(1.5).encode(sent, clip.notes(clip.init({})), {}, Site("a"), 0))
+    sent = WeightedMean({"m/update/w": torch.ones(4), BELOW: torch.tensor([0.5])}, 1.0)
+    [use] = uses_of(lambda: Gaussian(1.5).encode(sent, clip.describe(clip.init({})), {}, Site("a"), 0))
     assert use.deviations[BELOW] == 2.0
     z = (1.5**-2 - 4.0**-2) ** -0.5
     assert use.deviations["m/update/w"] == pytest.approx(0.5 * z)
@@ -164,10 +171,10 @@ def test_gaussian_after_adaptive_clipping_shows_both_deviations() -> None:
 
 
 def test_what_an_auditor_returns_is_what_leaves() -> None:
-    sent = Mean({"m/update/w": torch.ones(4)}, 1.0)
+    sent = WeightedMean({"m/update/w": torch.ones(4)}, 1.0)
     made = lambda use, noise: {n: torch.full_like(leaf, 7.0) for n, leaf in use.value.items()}  # noqa: E731
     with audited(made), metered() as spent:
-        gaussian, _ = Gaussian(1.5).encode(sent, Clip(0.5).notes({}), {}, Site("a"), 0)
+        gaussian, _ = Gaussian(1.5).encode(sent, Clip(0.5).describe({}), {}, Site("a"), 0)
         sparse, _ = SparseVector().encode(sent, {}, {}, Site("a"), 0)
     assert torch.equal(gaussian.total["m/update/w"], torch.full((4,), 7.0))
     assert torch.equal(sparse.total["m/update/w"], torch.full((4,), 7.0))
@@ -175,7 +182,7 @@ def test_what_an_auditor_returns_is_what_leaves() -> None:
 
 
 def test_sparse_vector_shows_bounded_coordinates_and_hides_no_integers() -> None:
-    sent = Mean(
+    sent = WeightedMean(
         {"a": torch.tensor([5.0, -5.0]), "b": torch.tensor([[0.0001]]), "empty": torch.zeros(0, dtype=torch.long)}, 1.0
     )
     [use] = uses_of(lambda: SparseVector(bound=0.01).encode(sent, {}, {}, Site("a"), 0))
@@ -184,5 +191,5 @@ def test_sparse_vector_shows_bounded_coordinates_and_hides_no_integers() -> None
     assert use.spend == Spend(0.0, pure=3.0)
     with pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and counts holds torch\.int64"):
         SparseVector().encode(
-            Mean({"w": torch.ones(2), "counts": torch.ones(2, dtype=torch.long)}, 1.0), {}, {}, Site("a"), 0
+            WeightedMean({"w": torch.ones(2), "counts": torch.ones(2, dtype=torch.long)}, 1.0), {}, {}, Site("a"), 0
         )

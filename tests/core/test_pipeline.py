@@ -6,14 +6,14 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 
-from polyclinic.core import state as saved
+from polyclinic.core import serialization as saved
 from polyclinic.core import tree
-from polyclinic.core.execute import execute
-from polyclinic.core.method import Ask, Method
-from polyclinic.core.pipeline import Packed, Sent, SentState, Transform, send_through
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean, merge
+from polyclinic.core.execution import execute
+from polyclinic.core.method import Method, Request
+from polyclinic.core.pipeline import Packed, SentState, Transform, UplinkPipeline, send_through
+from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
-from polyclinic.core.state import savable
-from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
 from polyclinic.core.tree import Tree, Trees
 
 
@@ -35,31 +35,31 @@ class Told(Method[SumState]):
     def init(self, params: Tree) -> SumState:
         return SumState(0, params)
 
-    def ask(self, state: SumState) -> Ask:
-        return Ask(state.round, {"params": state.params}, each={"a": {"mine": {"x": torch.ones(1)}}})
+    def request(self, state: SumState) -> Request:
+        return Request(state.round, {"params": state.params}, per_site={"a": {"mine": {"x": torch.ones(1)}}})
 
-    def site_update(self, ask: Ask, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         value, weight = self.sends[site.name], self.weights.get(site.name, 1.0)
         count = memory.get("count", {"n": torch.zeros(1)})["n"] + 1
         parts: dict[str, Any] = {}
         if "mean" in self.kinds:
-            parts["update"] = Mean.of(value, weight)
+            parts["update"] = WeightedMean.of(value, weight)
         if "second" in self.kinds:
-            parts["second"] = Mean.of(tree.scale(value, 2), weight * 3)
+            parts["second"] = WeightedMean.of(tree.scale(value, 2), weight * 3)
         if "leaf" in self.kinds:
-            parts["fisher"] = LeafMean.of(value, tree.scale(value, 0.5))
+            parts["fisher"] = ElementwiseMean.of(value, tree.scale(value, 0.5))
         if "gather" in self.kinds:
-            parts["whole"] = Gather({site.name: tree.scale(value, 5)})
+            parts["whole"] = PerSite({site.name: tree.scale(value, 5)})
         if "empty" in self.kinds:
-            parts["none"] = Mean({}, weight)
-        assert set(ask.trees) == ({"params", "mine"} if site.name == "a" else {"params"})
+            parts["none"] = WeightedMean({}, weight)
+        assert set(request.trees) == ({"params", "mine"} if site.name == "a" else {"params"})
         return Reply(parts), {"count": {"n": count}}
 
     def server_update(self, state: SumState, reply: Reply, server: Site) -> SumState:
         return SumState(state.round + 1, tree.add(state.params, reply.mean("update").value), reply)
 
-    def model_at(self, ask: Ask, memory: Trees) -> Tree:
-        return {"count": memory["count"]["n"]} if memory else ask.trees["params"]
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        return {"count": memory["count"]["n"]} if memory else request.trees["params"]
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,19 @@ class Doubled(Transform):
     def init(self, params: Tree) -> Trees:
         return {"n": {"x": torch.zeros(1)}}
 
-    def notes(self, state: Trees) -> Trees:
+    def describe(self, state: Trees) -> Trees:
         return {"n": state["n"]}
 
-    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
+    def encode(
+        self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
+    ) -> tuple[WeightedMean, Trees]:
         assert float(notes["n"]["x"]) == round
         before = memory.get("n", {"x": torch.zeros(1)})["x"]
         assert float(before) == round
-        return Mean(tree.scale(sent.total, 2), sent.weight), {"n": {"x": before + 1}}
+        return WeightedMean(tree.scale(sent.total, 2), sent.weight), {"n": {"x": before + 1}}
 
-    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
-        return Mean(tree.scale(received.total, 0.5), received.weight), {"n": {"x": state["n"]["x"] + 1}}
+    def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
+        return WeightedMean(tree.scale(received.total, 0.5), received.weight), {"n": {"x": state["n"]["x"] + 1}}
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,13 @@ class Squared(Transform):
     def additive(self) -> bool:
         return False
 
-    def encode(self, sent: Mean, notes: Trees, memory: Trees, site: Site, round: int) -> tuple[Mean, Trees]:
-        return Mean({k: v.sign() * v.square() for k, v in sent.total.items()}, sent.weight), memory
+    def encode(
+        self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
+    ) -> tuple[WeightedMean, Trees]:
+        return WeightedMean({k: v.sign() * v.square() for k, v in sent.total.items()}, sent.weight), memory
 
-    def decode(self, received: Mean, state: Trees) -> tuple[Mean, Trees]:
-        return Mean({k: v.sign() * v.abs().sqrt() for k, v in received.total.items()}, received.weight), state
+    def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
+        return WeightedMean({k: v.sign() * v.abs().sqrt() for k, v in received.total.items()}, received.weight), state
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,13 @@ WEIGHTS = {"a": 1.0, "b": 3.0}
 def run(method: Method[Any], rounds: int = 1, discount: float = 1.0) -> tuple[Any, dict[str, Trees], list[Reply]]:
     state, memory, sent = method.init({"w": torch.zeros(2)}), {name: {} for name in SENDS}, []
     for _ in range(rounds):
-        ask, replies = method.ask(state), {}
+        request, replies = method.request(state), {}
         for name in sorted(SENDS):
-            replies[name], memory[name] = execute(method, ask, memory[name], Site(name))
+            replies[name], memory[name] = execute(method, request, memory[name], Site(name))
         sent = list(replies.values())
-        state = method.server_update(state, merge(r * (discount if n == "b" else 1) for n, r in replies.items()),
-                                     Site("server"))  # fmt: skip
+        state = method.server_update(
+            state, merge(r * (discount if n == "b" else 1) for n, r in replies.items()), Site("server")
+        )
         state = saved.decode(saved.encode(state))  # anything a state holds can be saved
     return state, memory, sent
 
@@ -134,7 +139,7 @@ def test_transforms_that_undo_themselves_change_nothing(kinds: Any, transforms: 
         for ours, theirs in zip(sent.inner.seen.parts[part].trees, stat.trees, strict=True):
             assert ours.keys() == theirs.keys()
             assert all(torch.allclose(ours[k], theirs[k]) for k in theirs)
-        if isinstance(stat, Mean):
+        if isinstance(stat, WeightedMean):
             assert sent.inner.seen.parts[part].weight == pytest.approx(stat.weight)
 
 
@@ -154,15 +159,15 @@ def test_memories_do_not_collide_and_reach_the_model() -> None:
     state, memory, _ = run(method, 3)
     assert set(memory["a"]) == {"inner/count", "sent/train/0/n", "sent/train/1/n"}
     assert float(memory["a"]["inner/count"]["n"]) == 3
-    assert float(method.model_at(method.ask(state).at("a"), memory["a"])["count"]) == 3
+    assert float(method.site_model(method.request(state).for_site("a"), memory["a"])["count"]) == 3
     assert [float(t["n"]["x"]) for t in state.transforms] == [3, 3]
 
 
 def test_pipelines_stand_inside_one_another() -> None:
-    inside = Sent(Sent(Told(SENDS, WEIGHTS), (Doubled(), Squared())), (Doubled(),))
+    inside = UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(), Squared())), (Doubled(),))
     with pytest.raises(ValueError, match="what each site sent"):  # Packed inside, decoded on a sum outside
         run(inside, 1)
-    nested, _, _ = run(Sent(Sent(Told(SENDS, WEIGHTS), (Doubled(),)), (Doubled(), Squared())), 3)
+    nested, _, _ = run(UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(),)), (Doubled(), Squared())), 3)
     flat, _, _ = run(send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled(), Squared()), 3)
     assert torch.allclose(nested.params["w"], flat.params["w"])
 
@@ -170,10 +175,10 @@ def test_pipelines_stand_inside_one_another() -> None:
 def test_the_trial_carries_the_notes() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Doubled())
     state = method.init({"w": torch.zeros(2)})
-    trial = method.trial(state)
-    assert trial.trees.keys() == method.ask(state).trees.keys() == {"params", "~0/n"}
+    trial = method.evaluation_request(state)
+    assert trial.trees.keys() == method.request(state).trees.keys() == {"params", "~0/n"}
     assert isinstance(state, SentState)
-    assert method.predicts is None
+    assert method.prediction_task is None
 
 
 def test_wrong_combinations_are_refused_at_once_with_every_reason() -> None:
@@ -189,7 +194,7 @@ def test_a_sum_shows_no_single_site() -> None:
 def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Squared())
     state = method.init({"w": torch.zeros(2)})
-    good, _ = method.site_update(method.ask(state).at("a"), {}, Site("a"))
+    good, _ = method.site_update(method.request(state).for_site("a"), {}, Site("a"))
     bad = Reply({"sent": Packed({"b": {"m/update/w": torch.tensor([float("nan"), 0])}}, {"b": 1.0})})
     opened = method.opened(state, good)
     assert torch.allclose(opened.mean("").total["m/update/w"], SENDS["a"]["w"])
@@ -210,6 +215,6 @@ def test_weights_must_be_positive_and_parts_nameable() -> None:
 def test_packed_merges_only_with_packed() -> None:
     packed = Packed({"a": {}}, {"a": 1.0})
     with pytest.raises(TypeError, match="not encoded"):
-        packed + Gather({"b": {}})
+        packed + PerSite({"b": {}})
     with pytest.raises(ValueError, match="gathered twice"):
         packed + packed

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from polyclinic.core.site import Secret, Site
-from polyclinic.transforms.selective import laplace
+from polyclinic.core.site import SecretRng, Site
+from polyclinic.privacy.sparse_vector import laplace
 
 
 def from_bytes(data: bytes) -> Callable[[int], bytes]:
@@ -39,7 +39,7 @@ def as_uniform(data: bytes) -> np.ndarray:
 
 def test_uniform_numbers_are_those_of_the_bytes() -> None:
     data = known(8 * 50)
-    found = Secret(from_bytes(data)).uniform(50)
+    found = SecretRng(from_bytes(data)).uniform(50)
     assert found.dtype == torch.float64
     np.testing.assert_array_equal(found.numpy(), as_uniform(data))
 
@@ -47,7 +47,7 @@ def test_uniform_numbers_are_those_of_the_bytes() -> None:
 @pytest.mark.parametrize(("byte", "expected"), [(0x00, 2**-53), (0xFF, 1 - 2**-53)])
 def test_uniform_numbers_never_reach_zero_or_one(byte: int, expected: float) -> None:
     """Or a logarithm of 0 would make infinite noise: of u for normal noise, of 1 - u for Laplace's."""
-    secret = Secret(lambda n: bytes([byte]) * n)
+    secret = SecretRng(lambda n: bytes([byte]) * n)
     assert float(secret.uniform(1)) == expected
     assert 0 < expected < 1
     assert math.isfinite(float(secret.normal(1)))
@@ -55,10 +55,10 @@ def test_uniform_numbers_never_reach_zero_or_one(byte: int, expected: float) -> 
 
 
 def test_no_numbers_take_no_entropy() -> None:
-    empty = Secret(from_bytes(b"")).uniform(0)
+    empty = SecretRng(from_bytes(b"")).uniform(0)
     assert (empty.shape, empty.dtype) == ((0,), torch.float64)
-    assert Secret(from_bytes(b"")).normal(0).shape == (0,)
-    assert Secret(from_bytes(b"")).normal(3, 0).shape == (3, 0)
+    assert SecretRng(from_bytes(b"")).normal(0).shape == (0,)
+    assert SecretRng(from_bytes(b"")).normal(3, 0).shape == (3, 0)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (5,), (4, 3), (), (1, 2, 3)])
@@ -70,7 +70,7 @@ def test_normal_numbers_are_box_and_mullers(shape: tuple[int, ...]) -> None:
     u, v = as_uniform(data[: 8 * half]), as_uniform(data[8 * half :])
     radius, angle = np.sqrt(-2 * np.log(u)), 2 * np.pi * v
     expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size].reshape(shape)
-    found = Secret(from_bytes(data)).normal(*shape)
+    found = SecretRng(from_bytes(data)).normal(*shape)
     assert found.dtype == torch.float64
     assert found.shape == shape
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
@@ -79,24 +79,27 @@ def test_normal_numbers_are_box_and_mullers(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("size", [40_000, 40_001])
 def test_no_normal_number_comes_twice_or_follows_from_others(size: int) -> None:
     """Noise that repeats can be subtracted: every number is new, and no lag or pairing shows a correlation."""
-    x = Secret().normal(size).numpy()
+    x = SecretRng().normal(size).numpy()
     assert len(np.unique(x)) == size
     assert len(np.unique(np.abs(x))) == size
     limit = 6 / math.sqrt(size)
     centered, power = x - x.mean(), float(np.var(x))
     for lag in (1, 2, 3, 4, 8, 64, 1000, size // 4, size // 2 - 1, size // 2, size // 2 + 1):
-        for values in (centered, centered**2 - power):  # numbers, and their squares: Box and Muller's pairs share a radius
+        for values in (
+            centered,
+            centered**2 - power,
+        ):  # numbers, and their squares: Box and Muller's pairs share a radius
             a, b = values[:-lag], values[lag:]
             assert abs(float(np.mean(a * b)) / float(np.var(values))) < limit * (size / len(a)) ** 0.5, lag
     assert stats.kstest(x, "norm").pvalue > 1e-6
-    assert stats.kstest(Secret().uniform(size).numpy(), "uniform").pvalue > 1e-6
-    assert len(np.unique(Secret().uniform(size).numpy())) == size
+    assert stats.kstest(SecretRng().uniform(size).numpy(), "uniform").pvalue > 1e-6
+    assert len(np.unique(SecretRng().uniform(size).numpy())) == size
 
 
 def test_a_sites_secrets_come_from_its_entropy_and_by_default_from_the_operating_system() -> None:
     data = known(80)
     assert Site("a", entropy=from_bytes(data)).secret_rng().uniform(10).tolist() == as_uniform(data).tolist()
-    assert Site("a").secret_rng().entropy is Secret().entropy is os.urandom
+    assert Site("a").secret_rng().entropy is SecretRng().entropy is os.urandom
     one, two = (Site("a", seed=1).secret_rng().uniform(8) for _ in range(2))
     assert not torch.equal(one, two)
 
@@ -106,7 +109,10 @@ def test_a_site_is_on_the_processor_with_no_data_and_seed_0_unless_told() -> Non
     assert (site.device, site.seed, dict(site.data)) == ("cpu", 0, {})
 
 
-@pytest.mark.parametrize(("site", "key"), [(Site("a"), ()), (Site("bern", seed=7), (3, "train", "x")), (Site("a", seed=-1), ("1",)), (Site("a"), (1,))])
+@pytest.mark.parametrize(
+    ("site", "key"),
+    [(Site("a"), ()), (Site("bern", seed=7), (3, "train", "x")), (Site("a", seed=-1), ("1",)), (Site("a"), (1,))],
+)
 def test_a_repeatable_generator_is_known_from_seed_name_and_key(site: Site, key: tuple[int | str, ...]) -> None:
     """A resumed or repeated study draws what it drew, on any machine: the seed is a hash of what it depends on."""
     text = repr((site.seed, site.name, *key)).encode()

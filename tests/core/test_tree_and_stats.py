@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyclinic.core import tree
-from polyclinic.core.stats import Gather, LeafMean, Mean, Reply, merge
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean, merge
 from polyclinic.testing import close, equal
 
 
 def some_tree(seed: int, scale: float = 1.0) -> tree.Tree:
-    dice = torch.Generator().manual_seed(seed)
-    kind = {"generator": dice, "dtype": torch.float64}  # in single precision, sums of what cancels differ visibly
+    rng = torch.Generator().manual_seed(seed)
+    kind = {"generator": rng, "dtype": torch.float64}  # in single precision, sums of what cancels differ visibly
     return {"w": torch.randn(3, 2, **kind) * scale, "b": torch.randn(4, **kind) * scale}
 
 
@@ -44,9 +44,9 @@ def test_merging_in_place_is_to_the_bit_what_plus_gives(given_: list[tuple[int, 
     replies = [
         Reply(
             {
-                "m": Mean.of(some_tree(s), w),
-                "l": LeafMean.of(some_tree(s), some_tree(s + 1)),
-                "g": Gather({f"{i}": some_tree(s)}),
+                "m": WeightedMean.of(some_tree(s), w),
+                "l": ElementwiseMean.of(some_tree(s), some_tree(s + 1)),
+                "g": PerSite({f"{i}": some_tree(s)}),
             }
         )
         for i, (s, w) in enumerate(given_)
@@ -64,31 +64,33 @@ def test_merging_in_place_is_to_the_bit_what_plus_gives(given_: list[tuple[int, 
 
 def test_a_mean_is_the_weighted_mean() -> None:
     values, weights = [some_tree(i) for i in range(3)], [1.0, 2.0, 5.0]
-    mean = merge(Reply({"m": Mean.of(v, w)}) for v, w in zip(values, weights, strict=True)).mean("m").value
+    mean = merge(Reply({"m": WeightedMean.of(v, w)}) for v, w in zip(values, weights, strict=True)).mean("m").value
     expected = np.average([v["w"].numpy() for v in values], axis=0, weights=weights)
     assert np.allclose(mean["w"], expected, atol=1e-6)
     with pytest.raises(ZeroDivisionError):
-        _ = Mean({}, 0.0).value
+        _ = WeightedMean({}, 0.0).value
 
 
 def test_a_discount_counts_less() -> None:
-    a, b = Reply({"m": Mean.of(some_tree(0))}), Reply({"m": Mean.of(some_tree(1))})
+    a, b = Reply({"m": WeightedMean.of(some_tree(0))}), Reply({"m": WeightedMean.of(some_tree(1))})
     assert close((a * 3 + b).mean("m").value, (a + a + a + b).mean("m").value)
 
 
 def test_gathering_twice_from_one_site_is_refused() -> None:
-    one = Reply({"g": Gather({"site": some_tree(0)})})
+    one = Reply({"g": PerSite({"site": some_tree(0)})})
     with pytest.raises(ValueError, match="gathered twice"):
         merge([one, one])
 
 
 def test_a_wrong_name_says_what_there_is() -> None:
     with pytest.raises(KeyError, match=r"no Mean called 'updat' among \['update'\]"):
-        Reply({"update": Mean.of(some_tree(0))}).mean("updat")
+        Reply({"update": WeightedMean.of(some_tree(0))}).mean("updat")
 
 
 @given(
-    st.lists(st.floats(width=32) | st.sampled_from([3e38, -3e38, float("inf"), float("-inf"), float("nan")]), max_size=9),
+    st.lists(
+        st.floats(width=32) | st.sampled_from([3e38, -3e38, float("inf"), float("-inf"), float("nan")]), max_size=9
+    ),
     st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
 )
 def test_finite_looks_at_every_number_where_a_sum_cannot_tell(values, dtype) -> None:

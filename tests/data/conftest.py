@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from polyclinic.data.examples import Examples
-from polyclinic.data.nodules import Nodules
 from polyclinic.data.source import Info, Table, digest
+from polyclinic.data.sources.lung_nodules import Nodules
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,10 +57,10 @@ class Made:
 
     def table(self) -> Table:
         """Every third patient at the same hospital."""
-        dice = np.random.default_rng(self.seed)
-        patients = [f"p{k:03d}" for k in range(self.patients) for _ in range(int(dice.integers(1, 4)))]
+        rng = np.random.default_rng(self.seed)
+        patients = [f"p{k:03d}" for k in range(self.patients) for _ in range(int(rng.integers(1, 4)))]
         home = {p: HOSPITALS[int(p[1:]) % 3] for p in patients}
-        labels = dice.integers(0, 2, len(patients))
+        labels = rng.integers(0, 2, len(patients))
         ids = tuple(f"{p}-{i}" for i, p in enumerate(patients))
         columns = {"hospital": tuple(home[p] for p in patients), "scanner": tuple("xy"[i % 2] for i in range(len(ids)))}
         return Table(ids, tuple(patients), labels, columns, ("hospital",))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.data import catalogue
+from polyclinic.data.catalog import dataset_catalog
 from polyclinic.data.download import fetch
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import DataSpec, federate
-from tests.data.test_catalogue import decathlon
+from tests.data.catalog.test_dataset_catalog import decathlon
 
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -142,15 +142,17 @@ def test_the_catalogue_fetches_by_name(
 ) -> None:
     """To its place in the cache, under MedMNIST's name for the size; sets behind agreements say what to do."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
-    one = catalogue.entry("breastmnist")
-    monkeypatch.setattr(catalogue, "entry", lambda _: catalogue.dataclasses.replace(one, md5={28: MD5, 64: MD5}))
-    assert catalogue.get("breastmnist", base=address) == tmp_path / "downloads" / "breastmnist.npz"
-    assert catalogue.get("breastmnist", 64, base=address).name == "breastmnist_64.npz"
+    one = dataset_catalog.entry("breastmnist")
+    monkeypatch.setattr(
+        dataset_catalog, "entry", lambda _: dataset_catalog.dataclasses.replace(one, md5={28: MD5, 64: MD5})
+    )
+    assert dataset_catalog.get("breastmnist", base=address) == tmp_path / "downloads" / "breastmnist.npz"
+    assert dataset_catalog.get("breastmnist", 64, base=address).name == "breastmnist_64.npz"
     with pytest.raises(DataError, match="has no size 99: choose 28, 64"):
-        catalogue.get("breastmnist", 99)
+        dataset_catalog.get("breastmnist", 99)
     monkeypatch.undo()
     with pytest.raises(DataError, match=r"adni cannot be fetched automatically\. Apply at LONI"):
-        catalogue.get("adni")
+        dataset_catalog.get("adni")
 
 
 def tape(folder: Path, inside: str) -> bytes:
@@ -168,19 +170,21 @@ def test_an_archive_is_fetched_unpacked_once_and_studied(
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "cache"))
     decathlon()(tmp_path / "made")
     server.content = tape(tmp_path / "made", "Task04_Hippocampus")
-    one = catalogue.entry("msd-hippocampus")
-    right = catalogue.dataclasses.replace(one, checksum=hashlib.md5(server.content).hexdigest())
-    monkeypatch.setattr(catalogue, "entry", lambda _: right)
+    one = dataset_catalog.entry("msd-hippocampus")
+    right = dataset_catalog.dataclasses.replace(one, checksum=hashlib.md5(server.content).hexdigest())
+    monkeypatch.setattr(dataset_catalog, "entry", lambda _: right)
     spec = DataSpec(use="msd-hippocampus", sites={"partition": "iid", "count": 1})
-    with pytest.raises(DataError, match="Task04_Hippocampus is not here yet: fetch it with `polyclinic data get msd-hip"):
+    with pytest.raises(
+        DataError, match="Task04_Hippocampus is not here yet: fetch it with `polyclinic data get msd-hip"
+    ):
         federate(spec)
     server.cut = 20_000  # a poor line: each answer breaks off
-    home = catalogue.get("msd-hippocampus", base=address)
+    home = dataset_catalog.get("msd-hippocampus", base=address)
     assert home == tmp_path / "cache" / "downloads" / "msd-hippocampus"
     assert len(server.asked) > 2
     assert {path.name for path in home.parent.iterdir()} == {"msd-hippocampus"}  # the archive itself is gone
     asked = len(server.asked)
-    assert catalogue.get("msd-hippocampus", base=address) == home
+    assert dataset_catalog.get("msd-hippocampus", base=address) == home
     assert len(server.asked) == asked
     assert federate(spec).shape == (1, 6, 10, 12)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from polyclinic.data import spec as specs
+from polyclinic.data import config as specs
 from polyclinic.data.federation import DataError, DataSpec, Federated, federate
-from polyclinic.data.nodules import Nodules
+from polyclinic.data.sources.lung_nodules import Nodules
 from tests.data.conftest import Made
 
 
@@ -160,10 +160,19 @@ BAD: list[tuple[dict[str, Any], list[tuple[tuple[str, ...], str]]]] = [
     ({"kind": "made", "patient": 3}, [(("patient",), 'Did you mean "patients"')]),
     ({"kind": "made", "zzz": 3}, [(("zzz",), 'unknown key. "made" takes patients, seed')]),
     (
-        {"kind": "made", "patients": "many", "split": [1, 2], "min_patients": 0,
-         "sites": {"partition": "iid", "counts": 2}},
-        [(("patients",), "integer"), (("split",), "sum to 1"), (("min_patients",), "equal to 1"),
-         (("sites", "counts"), 'Did you mean "count"')],
+        {
+            "kind": "made",
+            "patients": "many",
+            "split": [1, 2],
+            "min_patients": 0,
+            "sites": {"partition": "iid", "counts": 2},
+        },
+        [
+            (("patients",), "integer"),
+            (("split",), "sum to 1"),
+            (("min_patients",), "equal to 1"),
+            (("sites", "counts"), 'Did you mean "count"'),
+        ],
     ),
     ({"kind": "made", "split": [1.0, 0.0, 0.0]}, [(("split",), "training and test each need a share")]),
     ({"kind": "made", "sites": 3}, [(("sites",), "must be a column's name")]),
@@ -171,7 +180,7 @@ BAD: list[tuple[dict[str, Any], list[tuple[tuple[str, ...], str]]]] = [
     ({"kind": "made", "max_patients": 5}, [(("max_patients",), "below min_patients")]),
     ({"kind": "made", "external": ["a", "a"]}, [(("external",), "twice")]),
     ({"use": "lidc-nodules", "size": 3, "mm": 0.0}, [(("size",), "choose 8 to 256"), (("mm",), "choose 0.2 to 5")]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("given", "expected"), BAD, ids=lambda v: str(v)[:40])

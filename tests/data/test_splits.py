@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyclinic.data.duplicates import contents, duplicates
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.quality.exact_duplicates import contents, duplicates
 from polyclinic.data.source import Table
 from polyclinic.data.splits import dice_for, official, split_patients, strata
 

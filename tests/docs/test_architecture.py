@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 import pytest
 
 from polyclinic.cli import run as cli
-from tests.studies.test_runner import npz
+from tests.studies.run.test_scheduler import npz
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
@@ -32,7 +32,7 @@ name = "fedavg"
 def listed() -> list[str]:
     """The files that the page opens, in order."""
     section = PAGE.split("## Following one round of FedAvg")[1].split("\n## ")[0]
-    return re.findall(r"`([a-z_]+/[a-z_]+\.py)`", section)
+    return re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", section)
 
 
 def passed(study: Path, out: Path) -> set[CodeType]:

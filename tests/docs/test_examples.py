@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.studies.runner import run
-from polyclinic.studies.scenarios import read_all
+from polyclinic.studies.config.scenarios import read_all
+from polyclinic.studies.run.scheduler import run
 
 FILES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
 EXAMPLES = [file for file in FILES if file.stem != "panel"]  # which names no methods: `polyclinic panel run` finds them

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.methods.page import page
-from polyclinic.methods.table import FAMILIES, METHODS
+from polyclinic.methods.catalog import FAMILIES, METHODS
+from polyclinic.methods.method_page import page
 
 NOTES = tomllib.loads((Path(__file__).parents[2] / "docs" / "reference" / "methods.toml").read_text(encoding="utf-8"))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from polyclinic.core.pipeline import send_through
-from polyclinic.methods import fedavg
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.transforms.privacy import Clip, Gaussian
-from polyclinic.transforms.secure.ring import SecureSum
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization import fedavg
+from polyclinic.privacy.gaussian import Clip, Gaussian
+from polyclinic.secure_aggregation.fixed_point import SecureSum
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -24,11 +24,11 @@ PAGES = sorted(
     if not str(page.relative_to(ROOT)).startswith(tuple(f"docs/{name}" for name in GENERATED))
 )
 OWN_TESTS = {  # pages whose examples need data or packages; another test runs them
-    "explanation/privacy.md": "tests/transforms/test_docs.py",
-    "how-to/compression.md": "tests/transforms/test_docs.py",
-    "how-to/report.md": "tests/studies/test_report.py",
-    "explanation/evaluation.md": "tests/studies/test_report.py",
-    "how-to/deployment.md": "tests/deploy/test_guide.py",
+    "explanation/privacy.md": "tests/privacy/test_docs.py",
+    "how-to/compression.md": "tests/privacy/test_docs.py",
+    "how-to/report.md": "tests/report/test_report.py",
+    "explanation/evaluation.md": "tests/report/test_report.py",
+    "how-to/deployment.md": "tests/engines/flare/test_guide.py",
 }
 FRAGMENTS = ("how-to/audits.md",)  # whose examples take a model and data from the reader: only their imports run
 
@@ -94,7 +94,7 @@ def test_the_readmes_other_examples_run() -> None:
     names = {**vars(fedavg), "send_through": send_through, "Clip": Clip, "Gaussian": Gaussian, "SecureSum": SecureSum}
     task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 2), ("depth", 1))))
     for block in blocks(ROOT / "README.md")[1:]:
-        exec(compile(block, "README.md", "exec"), {**names, "task": task, "local": Local()})
+        exec(compile(block, "README.md", "exec"), {**names, "task": task, "local": LocalTraining()})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -13,23 +13,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from polyclinic.core import state
-from polyclinic.core.journal import Journal
-from polyclinic.core.method import Ask
+from polyclinic.core import serialization
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean
+from polyclinic.core.audit_log import Journal
+from polyclinic.core.method import Request
 from polyclinic.core.pipeline import Packed, SentState
-from polyclinic.core.stats import Alike, Gather, LeafMean, Mean, Reply
 from polyclinic.core.tree import Tree
-from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.conduct import Standing
-from polyclinic.engines.flare.order import Order, survey_plan
-from polyclinic.methods import fedavg, robust, scaffold
-from polyclinic.methods.rules.watch import Note
-from polyclinic.studies.folder import Checkpoint
-from polyclinic.studies.runner import run
-from polyclinic.studies.spec import parse
-from polyclinic.tasks.dpsgd import Spend
-from polyclinic.transforms.ledger import Ledger
-from polyclinic.transforms.secure.messages import Advert
+from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.flare.server.run_coordinator import Standing
+from polyclinic.learning.training.dp_sgd import Spend
+from polyclinic.methods.optimization import fedavg, scaffold
+from polyclinic.methods.robust import robust_method
+from polyclinic.methods.robust.rules.outlier_watch import Note
+from polyclinic.privacy.ledger import Ledger
+from polyclinic.secure_aggregation.secure_messages import Advert
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.run_directory import Checkpoint
+from polyclinic.studies.run.scheduler import run
 
 HERE = Path(__file__).parent
 STUDY = """\
@@ -59,7 +60,7 @@ def checkpoint() -> Checkpoint:
     """Where an arm stands, with states within states."""
     note = Note(seen=3, outlying=1, score=4.5, norm=2.0, cosine=-0.5, share=None, excluded="too long")
     inner = SentState(fedavg.State(2, numbers(0)), ({"clip": {"bound": torch.tensor(1.5)}}, {}))
-    whole = robust.State(inner, {"train": numbers(10)}, {"lyon": note})
+    whole = robust_method.State(inner, {"train": numbers(10)}, {"lyon": note})
     return Checkpoint(whole, {"lyon": {"optimizer": numbers(20)}}, 2, 345, 1, float("-inf"), False, 1.25)
 
 
@@ -73,18 +74,18 @@ def reply() -> Reply:
     """Every kind of aggregate."""
     return Reply(
         {
-            "update": Mean(numbers(0), 12.0),
-            "fisher": LeafMean({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 3.0])}),
-            "scores": Gather({"lyon": {"auc": torch.tensor(0.75)}}),
-            "models": Alike({"lyon": numbers(3)}),
+            "update": WeightedMean(numbers(0), 12.0),
+            "fisher": ElementwiseMean({"w": torch.ones(2)}, {"w": torch.tensor([1.0, 3.0])}),
+            "scores": PerSite({"lyon": {"auc": torch.tensor(0.75)}}),
+            "models": PerSiteUniform({"lyon": numbers(3)}),
             "packed": Packed({"lyon": {"bits": torch.tensor([1, 255], dtype=torch.uint8)}}, {"lyon": 5.0}),
         }
     )
 
 
-def ask() -> Ask:
+def ask() -> Request:
     """What a server sends to one site."""
-    return Ask(4, {"params": numbers(0)}, "train", secure=True, to=("lyon", "oslo"))
+    return Request(4, {"params": numbers(0)}, "train", secure=True, recipients=("lyon", "oslo"))
 
 
 def order() -> Order:
@@ -98,15 +99,17 @@ def main() -> None:
     """Write all of them."""
     for old in ("run", "journal.jsonl", "ledger.jsonl", "ledger.jsonl.head", "ledger.jsonl.lock"):
         shutil.rmtree(HERE / old) if (HERE / old).is_dir() else (HERE / old).unlink(missing_ok=True)
-    state.save(HERE / "checkpoint.safetensors", checkpoint())
-    state.save(HERE / "deployment.safetensors", deployment())
-    state.save(HERE / "secure.safetensors", (Advert("lyon", "aa", "bb", "cc", "dd"),))
-    wire.write(HERE / "reply.safetensors", reply())
-    wire.write(HERE / "request.safetensors", ask())
+    serialization.save(HERE / "checkpoint.safetensors", checkpoint())
+    serialization.save(HERE / "deployment.safetensors", deployment())
+    serialization.save(HERE / "secure.safetensors", (Advert("lyon", "aa", "bb", "cc", "dd"),))
+    tensor_file.write(HERE / "reply.safetensors", reply())
+    tensor_file.write(HERE / "request.safetensors", ask())
     (HERE / "order.json").write_text(order().to_json() + "\n", encoding="utf-8")
     journal = Journal(HERE / "journal.jsonl")
     journal.write("begun", {"study": "golden", "sites": ["lyon", "oslo"]})
-    journal.write("answered", {"round": 1, "parts": [{"part": "update", "kind": state.kind_of(Mean({}, 1.0))}]})
+    journal.write(
+        "answered", {"round": 1, "parts": [{"part": "update", "kind": serialization.kind_of(WeightedMean({}, 1.0))}]}
+    )
     journal.close()
     ledger = Ledger(HERE / "ledger.jsonl")
     ledger.begin(site="lyon", data="nodules", unit="patient", epsilon=3.0, delta=1e-5)

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyclinic.core import state
-from polyclinic.core.journal import Broken, verify
-from polyclinic.engines.flare import wire
-from polyclinic.engines.flare.order import Order
+from polyclinic.core import serialization
+from polyclinic.core.audit_log import Broken, verify
+from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.engines.flare.protocol.run_request import Order
 from polyclinic.engines.plan import Plan
+from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.methods import registry
-from polyclinic.methods.table import METHODS
-from polyclinic.studies.folder import read_tensors
-from polyclinic.studies.records import read_run
+from polyclinic.methods.catalog import METHODS
+from polyclinic.privacy.ledger import Ledger
+from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.testing import equal
-from polyclinic.transforms.ledger import Ledger
 from tests.golden import make
 
 HERE = Path(__file__).parent
@@ -25,10 +25,21 @@ FILES = sorted(f for f in HERE.rglob("*") if f.is_file() and f.suffix not in (".
 
 def test_all_kinds_of_files_are_there_and_small() -> None:
     names = {f.relative_to(HERE).as_posix() for f in FILES}
-    assert names >= {"checkpoint.safetensors", "deployment.safetensors", "reply.safetensors", "request.safetensors",
-                     "secure.safetensors", "order.json", "journal.jsonl", "ledger.jsonl", "ledger.jsonl.head",
-                     "run/run.json", "run/records.jsonl", "run/journal.jsonl",
-                     "run/arms/fedavg-seed0/checkpoint.safetensors"}  # fmt: skip
+    assert names >= {
+        "checkpoint.safetensors",
+        "deployment.safetensors",
+        "reply.safetensors",
+        "request.safetensors",
+        "secure.safetensors",
+        "order.json",
+        "journal.jsonl",
+        "ledger.jsonl",
+        "ledger.jsonl.head",
+        "run/run.json",
+        "run/records.jsonl",
+        "run/journal.jsonl",
+        "run/arms/fedavg-seed0/checkpoint.safetensors",
+    }
     assert all(f.stat().st_size < 8000 for f in FILES)
 
 
@@ -46,17 +57,22 @@ def test_no_file_names_a_module(file: Path) -> None:
 )
 def test_a_checkpoint_is_read_and_written_the_same(name: str, made) -> None:
     file = HERE / f"{name}.safetensors"
-    found = state.load(file)
+    found = serialization.load(file)
     assert type(found) is type(made())
     assert equal(found, made())
-    assert state.encode(found) == file.read_bytes()
+    assert serialization.encode(found) == file.read_bytes()
 
 
 def test_a_checkpoint_holds_what_it_held() -> None:
-    found = state.load(HERE / "checkpoint.safetensors")
+    found = serialization.load(HERE / "checkpoint.safetensors")
     assert (found.round, found.records, found.best_round, found.best_score, found.done, found.clock) == (
-        2, 345, 1, float("-inf"), False, 1.25
-    )  # fmt: skip
+        2,
+        345,
+        1,
+        float("-inf"),
+        False,
+        1.25,
+    )
     assert found.state.params["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert found.state.notes["lyon"].excluded == "too long"
     assert found.memory["lyon"]["optimizer"]["n"] == 7
@@ -64,24 +80,24 @@ def test_a_checkpoint_holds_what_it_held() -> None:
 
 def test_a_reply_is_read_and_written_the_same() -> None:
     file = HERE / "reply.safetensors"
-    found = wire.read_reply(file)
+    found = tensor_file.read_reply(file)
     assert sorted(found.parts) == ["fisher", "models", "packed", "scores", "update"]
     assert found.mean("update").weight == 12.0
     assert found.mean("update").total["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert equal(wire.read(file), make.reply())
-    assert state.encode(make.reply()) == file.read_bytes()
+    assert equal(tensor_file.read(file), make.reply())
+    assert serialization.encode(make.reply()) == file.read_bytes()
 
 
 def test_a_request_is_read_and_written_the_same() -> None:
     file = HERE / "request.safetensors"
-    found = wire.read_ask(file)
-    assert (found.round, found.job, found.secure, found.to) == (4, "train", True, ("lyon", "oslo"))
+    found = tensor_file.read_ask(file)
+    assert (found.round, found.job, found.secure, found.recipients) == (4, "train", True, ("lyon", "oslo"))
     assert torch.equal(found.trees["params"]["w"], torch.arange(6.0).reshape(2, 3))
-    assert state.encode(make.ask()) == file.read_bytes()
+    assert serialization.encode(make.ask()) == file.read_bytes()
 
 
 def test_a_message_of_a_secure_sum_is_read() -> None:
-    (advert,) = state.load(HERE / "secure.safetensors")
+    (advert,) = serialization.load(HERE / "secure.safetensors")
     assert (advert.site, advert.cipher_key, advert.signature) == ("lyon", "aa", "dd")
 
 
@@ -120,7 +136,7 @@ def test_a_run_s_folder_is_read() -> None:
     assert (run.info.name, run.info.rounds, run.info.seeds) == ("golden", 2, (0,))
     assert [site.name for site in run.info.sites] == ["lyon", "oslo"]
     arm = HERE / "run/arms/fedavg-seed0"
-    end = state.load(arm / "checkpoint.safetensors")
+    end = serialization.load(arm / "checkpoint.safetensors")
     assert (end.round, end.done) == (2, True)
     plan = Plan.from_json(_meta(arm / "model.safetensors")["plan"])
     task = plan.build_task()
@@ -139,7 +155,7 @@ def _meta(file: Path) -> dict[str, str]:
 
 def test_every_tag_is_independent_of_the_module_that_defines_it() -> None:
     registry.import_methods()
-    ours = {tag: cls for tag, cls in state._CLASSES.items() if cls.__module__.startswith("polyclinic.")}
+    ours = {tag: cls for tag, cls in serialization._CLASSES.items() if cls.__module__.startswith("polyclinic.")}
     assert len(ours) > 60
     folders = {"polyclinic", "methods", "stats", "state", "studies", "engines", "transforms", "audits", "tasks"}
     assert not [tag for tag in ours if folders & set(tag.split("."))]

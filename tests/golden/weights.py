@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.table import METHODS
-from tests.contract.test_methods import case, held_by_server
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.methods.catalog import METHODS
+from tests.laws.test_methods import case, held_by_server
 
 SECRET = ("histofl",)
 ROUNDS, MOST_STEPS = 3, 60
@@ -32,8 +32,10 @@ def hash_after_training(name: str) -> str:
         state = step.state
         if count >= MOST_STEPS:
             break
-    ask = method.trial(state)
-    trees = dict(ask.trees) | {f"{site}:{key}": tree for site, own in ask.each.items() for key, tree in own.items()}
+    request = method.evaluation_request(state)
+    trees = dict(request.trees) | {
+        f"{site}:{key}": tree for site, own in request.each.items() for key, tree in own.items()
+    }
     digest = hashlib.sha256()
     for key in sorted(trees):
         for leaf in sorted(trees[key]):

@@ -7,19 +7,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from polyclinic.methods.table import METHODS
-from polyclinic.studies.runner import run
-from polyclinic.studies.spec import parse
-from tests.studies.test_runner import facts, same
+from polyclinic.methods.catalog import METHODS
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.scheduler import run
+from tests.studies.run.test_scheduler import facts, same
 
 # What a method is run with where its defaults would take long on a few tiny images, and what it cannot do without.
 OPTIONS: Mapping[str, str] = {
-    "vafl": "epochs = 1", "stain-norm": "epochs = 1\nexchanges = 1", "fedreplay": "epochs = 1\nexamples = 8",
+    "vafl": "epochs = 1",
+    "stain-norm": "epochs = 1\nexchanges = 1",
+    "fedreplay": "epochs = 1\nexamples = 8",
     "histofl": "noise = 0.0",  # which nobody can repeat
-    "fedad": "distil_epochs = 1", "feddf": "distil_epochs = 1", "fcl": "queue = 16\nexchange = 4",
-    "fedmoco": "queue = 16", "krum": "corrupt = 0.0", "multi-krum": "corrupt = 0.0", "bulyan": "corrupt = 0.0",
-    "fl-mrcm": 'target = "e"', "fednorm": 'modalities = ["mr", "ct", "mr"]',
-}  # fmt: skip
+    "fedad": "distil_epochs = 1",
+    "feddf": "distil_epochs = 1",
+    "fcl": "queue = 16\nexchange = 4",
+    "fedmoco": "queue = 16",
+    "krum": "corrupt = 0.0",
+    "multi-krum": "corrupt = 0.0",
+    "bulyan": "corrupt = 0.0",
+    "fl-mrcm": 'target = "e"',
+    "fednorm": 'modalities = ["mr", "ct", "mr"]',
+}
 IMAGES = 'kind = "npz"\nsites = "site"\nmin_patients = 1\n'
 UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
 # By kind of data: the [data] table, the [task] table, and the methods that are run on it.
@@ -30,7 +38,8 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
         [n for n, e in METHODS.items() if not e.tasks or "classification" in e.tasks],
     ),
     "masks": (
-        IMAGES + 'public = ["p"]\nposition = "height"\nannotations = { a = "full", b = "boxes", c = "labels", d = "none", e = "full" }',
+        IMAGES
+        + 'public = ["p"]\nposition = "height"\nannotations = { a = "full", b = "boxes", c = "labels", d = "none", e = "full" }',
         'kind = "segmentation"\n' + UNET,
         ["fedavg", "fedmix", "fedsemi", "fcl", "feddf", "feddg", "fedsm", "iop-fl"],
     ),
@@ -47,21 +56,22 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
         ["fedcy", "fedavg"],
     ),
     "labels": (
-        IMAGES + 'public = ["p"]', 'kind = "multilabel"\noptions = { width = 4, depth = 2 }',
+        IMAGES + 'public = ["p"]',
+        'kind = "multilabel"\noptions = { width = 4, depth = 2 }',
         ["site-graph", "fedmd", "split", "u-split", "fedni"],
     ),
-}  # fmt: skip
+}
 SLOW = ("images", "masks", "masks of all")
 
 
 def npz(folder: Path, kind: str) -> Path:
     """Six sites with a few noisy images each, brighter where there is something to find."""
-    dice, side, sites = np.random.default_rng(0), 8 if kind in ("images", "labels", "videos") else 16, "abcdep"
+    rng, side, sites = np.random.default_rng(0), 8 if kind in ("images", "labels", "videos") else 16, "abcdep"
     n = (24 if side == 8 else 12) * len(sites)
-    classes = dice.integers(0, 2, n)
+    classes = rng.integers(0, 2, n)
     grid = np.indices((side, side)) - side / 2 + 0.5
     masks = ((grid**2).sum(0) < (side / 4) ** 2) * classes[:, None, None]
-    images = (dice.normal(100, 30, (n, side, side)) + 60 * masks).clip(0, 255).astype(np.uint8)
+    images = (rng.normal(100, 30, (n, side, side)) + 60 * masks).clip(0, 255).astype(np.uint8)
     arrays: dict[str, Any] = {"images": images, "site": np.array(list(sites))[np.arange(n) % len(sites)]}
     if kind.startswith("masks"):
         arrays |= {"masks": masks.astype(np.uint8), "height": np.arange(n) / n}

@@ -2,22 +2,22 @@
 
 import pytest
 
+from polyclinic.compression.transform_table import build as build_transform
 from polyclinic.core.pipeline import send_through
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.tasks.local import Local
-from polyclinic.transforms.table import build as build_transform
 
 SITES = ("a", "b", "c")
 
 
 @pytest.mark.parametrize("name", ["fedmoco", "fcl", "fedperl", "feddf", "semi-sync"])
 def test_refused_early(task, name):
-    method = build(name, Setting(task, Local(), SITES, 4))
+    method = build(name, Setting(task, LocalTraining(), SITES, 4))
     with pytest.raises(ValueError, match="must see what each site sent"):
         send_through(method, build_transform({"name": "secure-sum"}))
 
 
 @pytest.mark.parametrize("name", ["fedmae", "fedirm", "fedsemi", "fedmic", "fednova", "fedmd"])
 def test_sums_are_enough(task, name):
-    method = build(name, Setting(task, Local(), SITES, 4))
+    method = build(name, Setting(task, LocalTraining(), SITES, 4))
     assert not getattr(method, "gathers", False)

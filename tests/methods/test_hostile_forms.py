@@ -5,25 +5,42 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from polyclinic.audits.attacks import Attack
-from polyclinic.audits.poisoning import Poisoned
+from polyclinic.attacks.adversaries import Attack
+from polyclinic.attacks.poisoning import Poisoned
 from polyclinic.core import tree
-from polyclinic.core.check import Gate
-from polyclinic.core.method import Ask
+from polyclinic.core.aggregates import PerSite, PerSiteUniform, Reply
+from polyclinic.core.method import Request
 from polyclinic.core.pipeline import send_through
-from polyclinic.core.stats import Alike, Gather, Reply
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
+from polyclinic.core.reply_validation import ReplyValidator
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
-from polyclinic.methods.robust import State as RobustState
-from polyclinic.tasks.local import Local
+from polyclinic.methods.robust.robust_method import State as RobustState
 from tests.conftest import little_sites
-from tests.methods.test_robust import SumsOnly
+from tests.methods.robust.test_robust_method import SumsOnly
 
 NAMES = (
-    "fedce", "auto-fedavg", "pfa", "gossip", "swarm", "afl", "prop-ffl", "dynamic-fusion", "q-ffl", "fedmix-weights",
-    "mime", "feddyn", "fedgma", "ida", "guided-gradient", "median", "multi-krum", "dos", "centred-clipping",
-)  # fmt: skip
+    "fedce",
+    "auto-fedavg",
+    "pfa",
+    "gossip",
+    "swarm",
+    "afl",
+    "prop-ffl",
+    "dynamic-fusion",
+    "q-ffl",
+    "fedmix-weights",
+    "mime",
+    "feddyn",
+    "fedgma",
+    "ida",
+    "guided-gradient",
+    "median",
+    "multi-krum",
+    "dos",
+    "centred-clipping",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class Renamed(Attack):
 
 @pytest.mark.parametrize(("name", "attack"), [*((n, Longer()) for n in NAMES), *((n, Renamed()) for n in NAMES[::5])])
 def test_another_form_is_named_and_left_out(name, attack, task) -> None:
-    sites, local = little_sites(count=4), Local(steps=1)
+    sites, local = little_sites(count=4), LocalTraining(steps=1)
     method = Poisoned(build(name, Setting(task, local, tuple(sites), 3)), ("site-2",), attack)
     state, lost = method.init(task.first(0)), set()
     for step in train(method, InProcess(method, sites), state, rounds=2):
@@ -62,18 +79,34 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
     def replies(kind):
         return {f"s{k}": Reply({"x": kind({f"s{k}": {"a": torch.zeros(2 + (k == 1))}})}) for k in range(3)}
 
-    ask = Ask(0, {})
-    assert Gate().refuse(ask, replies(Gather)) == {}
-    assert list(Gate().refuse(ask, replies(Alike))) == ["s1"]
-    merged = replies(Alike)["s0"] + replies(Alike)["s2"]
-    assert isinstance(merged.parts["x"], Alike)
+    request = Request(0, {})
+    assert ReplyValidator().refuse(request, replies(PerSite)) == {}
+    assert list(ReplyValidator().refuse(request, replies(PerSiteUniform))) == ["s1"]
+    merged = replies(PerSiteUniform)["s0"] + replies(PerSiteUniform)["s2"]
+    assert isinstance(merged.parts["x"], PerSiteUniform)
     assert merged.gather("x").keys() == {"s0", "s2"}
 
 
-@pytest.mark.parametrize("name", [
-    "fedce", "auto-fedavg", "pfa", "prr-fl", "gossip", "swarm", "split", "u-split", "afl", "prop-ffl", "dynamic-fusion",
-    "ida", "guided-gradient", "krum", "watched",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedce",
+        "auto-fedavg",
+        "pfa",
+        "prr-fl",
+        "gossip",
+        "swarm",
+        "split",
+        "u-split",
+        "afl",
+        "prop-ffl",
+        "dynamic-fusion",
+        "ida",
+        "guided-gradient",
+        "krum",
+        "watched",
+    ],
+)
 def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, local) -> None:
     method = build(name, Setting(task, local, ("a", "b", "c"), 3))
     with pytest.raises(ValueError, match="must see what each site sent"):
@@ -86,6 +119,6 @@ def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, lo
 def test_sums_are_enough_for_the_others(name, task, local) -> None:
     """And what they ask says that nothing but a sum may be sent."""
     method = send_through(build(name, Setting(task, local, ("a", "b", "c"), 3)), SumsOnly())
-    ask = method.ask(method.init(task.first(0)))
-    assert ask is not None
-    assert ask.secure
+    request = method.request(method.init(task.first(0)))
+    assert request is not None
+    assert request.secure

@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import median
 
 import polyclinic
-from polyclinic.methods.table import METHODS
+from polyclinic.methods.catalog import METHODS
 
 HOUSE = Path(polyclinic.__file__).parent
-# Who may step an optimiser: the training loop, its private kind, and a model that fits itself to one test minibatch.
-STEPPERS = {"tasks/local.py", "tasks/dpsgd.py", "tasks/routing.py"}
+# Who may step an optimizer: the training loop, its private kind, and a model that fits itself to one test minibatch.
+STEPPERS = {"learning/training/local.py", "learning/training/dp_sgd.py", "methods/personalization/routing_network.py"}
 
 
 def test_the_median_method_is_at_most_90_lines_with_its_docstrings() -> None:
@@ -22,11 +22,11 @@ def test_the_median_method_is_at_most_90_lines_with_its_docstrings() -> None:
 
 
 def test_there_is_one_training_loop() -> None:
-    """No method, and nothing else of a task, makes an optimiser or steps one that it made."""
+    """No method, and nothing else of a task, makes an optimizer or steps one that it made."""
     found = {
         str(file.relative_to(HOUSE))
         for folder in ("methods", "tasks")
         for file in sorted((HOUSE / folder).rglob("*.py"))
-        if re.search(r"torch\.optim\.\w+\(|_optimiser\(|optimiser\.step\(", file.read_text())
+        if re.search(r"torch\.optim\.\w+\(|_optimiser\(|optimizer\.step\(", file.read_text())
     }
     assert found == STEPPERS

@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import MultiLabel
+from polyclinic.learning.tasks.regression import Regression
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.catalog import METHODS
 from polyclinic.methods.registry import Setting, build
-from polyclinic.methods.table import METHODS
-from polyclinic.tasks.classification import MultiLabel
-from polyclinic.tasks.evaluation import Evaluated, evaluate
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.regression import Regression
-from polyclinic.tasks.segmentation import Segmentation
 from tests.conftest import Rows, little_sites, segmentation_sites
-from tests.methods.few_labels import run
+from tests.support.few_labels import run
 
 MINE = [
     *("fedmic", "mutual", "fedmoco", "fedmae", "fcl", "fedsemi", "fedperl", "fedvss"),
@@ -47,7 +47,9 @@ CASES = [(n, k) for n in MINE for k in TASKS if not METHODS[n].tasks or k in MET
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_it_works_for_its_kinds_of_task(name, kind):
     task, sites = TASKS[kind], sites_for(kind)
-    method = Evaluated(build(name, Setting(task, Local(epochs=1, batch_size=8, lr=0.01), tuple(sites), 2)), task)
+    method = Evaluated(
+        build(name, Setting(task, LocalTraining(epochs=1, batch_size=8, lr=0.01), tuple(sites), 2)), task
+    )
     step, engine = run(method, sites, task.first(0), 2, {"public": sites["site-0"].data["public"]})
     scores = evaluate(method, engine, step.state, engine.sites)
     assert len(scores) == 2

@@ -5,36 +5,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyclinic.audits.attacks import SignFlip
-from polyclinic.audits.poisoning import Poisoned
+from polyclinic.attacks.adversaries import SignFlip
+from polyclinic.attacks.poisoning import Poisoned
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import DataSpec, federate
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.fedavg import FedAvg
-from polyclinic.methods.gossip import Gossip
-from polyclinic.methods.robust import Robust
-from polyclinic.methods.rules.krum import MultiKrum
-from polyclinic.methods.split import Split
-from polyclinic.methods.swarm import Swarm
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.evaluation import outputs
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task_evaluation import outputs
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.robust.robust_method import Robust
+from polyclinic.methods.robust.rules.krum import MultiKrum
+from polyclinic.methods.topology.gossip import Gossip
+from polyclinic.methods.topology.split_learning import Split
+from polyclinic.methods.topology.swarm import Swarm
 from polyclinic.testing import equal
 
-LOCAL = Local(epochs=2, batch_size=16, lr=0.05)
+LOCAL = LocalTraining(epochs=2, batch_size=16, lr=0.05)
 
 
 @pytest.fixture(scope="module")
 def heart(real_data: Path):
     """The hospitals as sites, a task for them, and all their test patients."""
-    data = federate(DataSpec.model_validate({
-        "kind": "table", "path": str(real_data / "uci_heart_4hospitals" / "heart_4sites.csv"), "label": "num",
-        "threshold": 0.0, "missing": ("-9",), "zero_is_missing": ("chol", "trestbps"),
-        "categories": ("cp", "restecg", "slope", "thal"),
-    }))  # fmt: skip
+    data = federate(
+        DataSpec.model_validate(
+            {
+                "kind": "table",
+                "path": str(real_data / "uci_heart_4hospitals" / "heart_4sites.csv"),
+                "label": "num",
+                "threshold": 0.0,
+                "missing": ("-9",),
+                "zero_is_missing": ("chol", "trestbps"),
+                "categories": ("cp", "restecg", "slope", "thal"),
+            }
+        )
+    )
     sites = {name: Site(name, dict(roles)) for name, roles in data.sites.items()}
     task = Classification(Network("mlp", data.shape, 2, (("depth", 1), ("width", 16))))
     return sites, task, concat([roles["test"] for roles in data.sites.values()])

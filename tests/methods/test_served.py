@@ -2,25 +2,45 @@
 
 import pytest
 
+from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.regression import Regression
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.catalog import METHODS
 from polyclinic.methods.registry import Setting, build
-from polyclinic.methods.table import METHODS
-from polyclinic.tasks.classification import Classification
-from polyclinic.tasks.evaluation import Evaluated, evaluate
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.networks import Network
-from polyclinic.tasks.regression import Regression
 from tests.conftest import Rows, blobs, little_sites
 
 TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
-LOCAL = Local(batch_size=8, lr=0.05)
+LOCAL = LocalTraining(batch_size=8, lr=0.05)
 SHIFT = [
-    "ditto", "pfedme", "apfl", "fedrep", "moon", "ifca", "feddg", "fedsm", "iop-fl", "fednorm", "fedmri", "site-graph",
-    "fed-align", "fed-moe", "fedharmony", "fl-mrcm", "harmofl", "zscore", "combat", "vafl", "stain-norm", "fedreplay",
+    "ditto",
+    "pfedme",
+    "apfl",
+    "fedrep",
+    "moon",
+    "ifca",
+    "feddg",
+    "fedsm",
+    "iop-fl",
+    "fednorm",
+    "fedmri",
+    "site-graph",
+    "fed-align",
+    "fed-moe",
+    "fedharmony",
+    "fl-mrcm",
+    "harmofl",
+    "zscore",
+    "combat",
+    "vafl",
+    "stain-norm",
+    "fedreplay",
     "histogram-match",
-]  # fmt: skip
+]
 QUICK = {"vafl": {"epochs": 1}, "stain-norm": {"epochs": 1, "exchanges": 2}, "fedreplay": {"epochs": 1, "examples": 32}}
 
 

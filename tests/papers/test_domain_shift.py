@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from polyclinic.core.train import train
-from polyclinic.engines.in_process import InProcess
-from polyclinic.methods.combat import combat
-from polyclinic.methods.zscore import zscore
-from polyclinic.tasks.local import Local
-from polyclinic.tasks.task import borrow
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.harmonization.combat import combat
+from polyclinic.methods.harmonization.zscore import zscore
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytestmark = pytest.mark.slow
@@ -41,16 +41,16 @@ def test_harmonised_regions_no_longer_tell_the_scanner(study) -> None:
     data = {n: [s.data[r][torch.arange(len(s.data[r]))][0] for r in ("train", "test")] for n, s in sites.items()}
     task = study.regions((next(iter(data.values()))[0].shape[1],))
     assert recognised([[x.numpy() for x in parts] for parts in data.values()]) > 0.9
-    nothing = Local(steps=1, lr=1e-9)
+    nothing = LocalTraining(steps=1, lr=1e-9)
     for method in (combat(task, nothing, tuple(sites)), zscore(task, nothing, by_site=True)):
         engine, state = InProcess(method, sites), method.init(task.first())
         for step in train(method, engine, state, rounds=1):
             state = step.state
         seen = []
         for name, parts in data.items():
-            front = borrow(method.predicts, method.model_at(method.trial(state), engine.memory[name])).get_submodule(
-                "front"
-            )
+            front = cached_model(
+                method.prediction_task, method.site_model(method.evaluation_request(state), engine.memory[name])
+            ).get_submodule("front")
             seen.append([front(x).numpy() for x in parts])
         assert recognised(seen) < 0.3
 

@@ -17,8 +17,15 @@ import libcst.matchers as m
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
-SKIPPED = (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom, cst.FormattedString, cst.ConcatenatedString,
-           cst.Raise)  # fmt: skip
+SKIPPED = (
+    cst.Annotation,
+    cst.Decorator,
+    cst.Import,
+    cst.ImportFrom,
+    cst.FormattedString,
+    cst.ConcatenatedString,
+    cst.Raise,
+)
 TYPES = m.Assign(value=m.Call(func=m.Name("TypeVar"))) | m.AnnAssign(annotation=m.Annotation(m.Name("TypeAlias")))
 
 

@@ -112,8 +112,13 @@ class InOneProcess:
         names = changed_functions(compile(self.target.source, path, "exec"), mutant)
         if names is None:
             return AFRESH
-        items = sorted((i for i in session.items if base["calls"][i.nodeid] & names), key=lambda item: base["seconds"][item.nodeid])
-        code = forked(lambda: _run(session, items) if swap(module, mutant, names) else CANNOT, sum(base["seconds"][i.nodeid] for i in items))
+        items = sorted(
+            (i for i in session.items if base["calls"][i.nodeid] & names), key=lambda item: base["seconds"][item.nodeid]
+        )
+        code = forked(
+            lambda: _run(session, items) if swap(module, mutant, names) else CANNOT,
+            sum(base["seconds"][i.nodeid] for i in items),
+        )
         return AFRESH if code == CANNOT else _meaning(code)
 
     def _learn(self, session: pytest.Session) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 FLARE connects a house's job processes to its parent process over loopback TCP in plain text, without authentication, so
 that any local account could register there as a cell. A socket in a folder of mode 0700 can be reached by the account
-that owns it and by nobody else; the listener also compares the peer's user id, as the kernel reports it. FLARE finds this
-module by ``comm_driver_path`` (``kit.write_settings``), and registers what the class ``UnixSocketDriver`` says.
+that owns it and by nobody else; the listener also compares the peer's user id, as the kernel reports it. FLARE finds
+this module by ``comm_driver_path`` (``kit.write_settings``), and registers what the class ``UnixSocketDriver`` says.
 
 ``comm_config.json``: ``{"internal": {"scheme": "unix", "resources": {"folder": "/absolute/folder"}}}``.
 A URL is ``unix://0/absolute/folder/name``: FLARE wants a host in it, and 0 stands for none.

@@ -1,0 +1,1 @@
+"""Attacks on models and on methods, and audits built on them."""

@@ -1,0 +1,329 @@
+"""Gradient inversion: how much of an image can be drawn from the gradient that a site computed on it?
+
+- DLG: Zhu, Liu and Han, "Deep Leakage from Gradients", NeurIPS 2019, Algorithm 1, https://arxiv.org/abs/1906.08935: an
+  image is sought whose gradient is as near the true one as possible, by L-BFGS, here with a line search, without which
+  it often diverges.
+- iDLG: Zhao, Mopuri and Bilen, 2020, https://arxiv.org/abs/2001.02610, equation 6: with cross-entropy and one example,
+  the label is the only output whose bias has a negative gradient. Here the bias stands for the weights' sign.
+- Cosine distance and total variation: Geiping, Bauermeister, Dröge and Moeller, "Inverting Gradients", NeurIPS 2020,
+  equation 4, by Adam on signs, https://arxiv.org/abs/2003.14053.
+- Statistics of batch normalisation, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
+  Dogra, Feng, Flores, Kautz, Xu and Roth, "Do Gradient Inversion Attacks Make Federated Learning Unsafe?", IEEE TMI
+  2023, https://arxiv.org/abs/2202.06924. The value's formula is from memory: RDLV = (SIM(x, x̂) − SIM(x, prior)) /
+  SIM(x, prior). It is of what is seen beyond the prior, what an attacker would have guessed without the gradient.
+
+These attacks fail on many networks for reasons of optimisation alone, so a failure proves little: ``audit`` first shows
+that the attack succeeds on a small network that is known to leak the very image.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, gradient
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How an attacker searches.
+
+    Attributes:
+        match: ``l2`` with L-BFGS (DLG), or ``cosine`` with Adam on signs of the gradient (Geiping).
+        steps: How many; of L-BFGS each has up to 20 evaluations. ``lr``: of the search.
+        restarts: How many random starts; the one whose gradient fits best is kept.
+        variation: The weight of total variation. ``statistics``: of the distance from known statistics of batches.
+    """
+
+    match: Literal["l2", "cosine"] = "l2"
+    steps: int = 60
+    lr: float = 1.0
+    restarts: int = 3
+    variation: float = 0.0
+    statistics: float = 0.0
+
+    def search(
+        self,
+        model: nn.Module,
+        loss: Any,
+        seen: Tree,
+        shape: tuple[int, ...],
+        target: Tensor,
+        rng: torch.Generator,
+        batches: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, float]:
+        """The inputs [b, *shape] that fit best, and how far their gradient is from ``seen``.
+
+        Args:
+            model: In the mode in which the site computed. It is not changed.
+            loss: From (model, (inputs, targets)) to a number, as a task's.
+            seen: The gradient by parameter name. ``target``: the targets [b, ...], known or inferred.
+            batches: Mean and variance of what entered each batch normalisation, by its name.
+        """
+        model, best = copy.deepcopy(model), (torch.zeros(len(target), *shape), math.inf)
+        for _ in range(self.restarts):
+            start = torch.randn(len(target), *shape, generator=rng)
+            x, distance = self._descend(model, loss, seen, start.requires_grad_(), target, batches or {})
+            if distance < best[1] and bool(x.isfinite().all()):
+                best = x, distance
+        return best
+
+    def _descend(
+        self,
+        model: nn.Module,
+        loss: Any,
+        seen: Tree,
+        x: Tensor,
+        target: Tensor,
+        batches: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, float]:
+        signs = self.match == "cosine"
+        optimiser: torch.optim.Optimizer = (
+            torch.optim.Adam([x], self.lr)
+            if signs
+            else torch.optim.LBFGS(
+                [x], self.lr, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+            )
+        )
+        best = x.detach().clone(), math.inf
+
+        def closure() -> Tensor:
+            nonlocal best
+            optimiser.zero_grad()
+            with _entering(model) as entered:
+                found = _gradient(model, loss(model, (x, target)))
+            distance = _distance(found, seen, self.match)
+            if (now := float(distance.detach())) < best[1]:
+                best = x.detach().clone(), now
+            total = distance + self.variation * total_variation(x)
+            for name, (mean, var) in batches.items() if self.statistics else ():
+                m, v = entered.moments(name)
+                total = total + self.statistics * ((m - mean).square().sum() + (v - var).square().sum())
+            total.backward()  # type: ignore[no-untyped-call]
+            if signs and x.grad is not None:
+                x.grad.sign_()
+            return total
+
+        for _ in range(self.steps):
+            value: Any = optimiser.step(closure)  # type: ignore[arg-type]
+            if not math.isfinite(float(value.detach())):
+                break
+        return best
+
+
+def label_of(bias: Tensor) -> int | None:
+    """The class of the one example behind the gradient of the last layer's bias [classes]; None where it is hidden.
+
+    ∂/∂b_c of cross-entropy is p_c − [c = y], negative for c = y alone.
+    """
+    negative = (bias < 0).nonzero().flatten()
+    return int(negative) if len(negative) == 1 else None
+
+
+def batch_statistics(before: Tree, after: Tree, momentum: float = 0.1) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance (divided by n − 1) of the one batch between two states of a model, by normalisation.
+
+    running ← (1 − m) running + m batch, so an update that holds running statistics holds the batch's.
+    """
+    found = {}
+    for name in before:
+        if name.endswith("running_mean"):
+            layer = name.removesuffix("running_mean")
+            pair = [
+                (after[layer + k] - (1 - momentum) * before[layer + k]) / momentum
+                for k in ("running_mean", "running_var")
+            ]
+            found[layer.removesuffix(".")] = (pair[0], pair[1])
+    return found
+
+
+def obscured(seen: Tree, noise: float, rng: torch.Generator, clip: float | None = None) -> Tree:
+    """``seen`` as differential privacy would have it: clipped to norm ``clip``, then with noise of ``noise`` · clip.
+
+    Without ``clip``, ``noise`` is in multiples of the gradient's own root mean square entry.
+    """
+    length = tree.norm(seen)
+    if clip is None:
+        deviation = noise * length / math.sqrt(tree.size(seen))
+    else:
+        deviation, seen = noise * clip, tree.scale(seen, min(1.0, clip / max(length, 1e-300)))
+    return {name: leaf + deviation * torch.randn(leaf.shape, generator=rng) for name, leaf in seen.items()}
+
+
+def total_variation(x: Tensor) -> Tensor:
+    """The mean absolute difference of neighbours along each axis of [b, C, *spatial]; 0 for tables."""
+    steps = [x.diff(dim=d).abs().mean() for d in range(2, x.dim()) if x.shape[d] > 1]
+    return torch.stack(steps).sum() if steps else x.new_zeros(())
+
+
+def psnr(x: Tensor, truth: Tensor) -> float:
+    """10 log₁₀(range² / mean squared error), in dB, with the true image's range; at most 100."""
+    error = float((x - truth).double().square().mean())
+    span = float(truth.max() - truth.min()) or 1.0
+    return min(100.0, 10 * math.log10(span**2 / max(error, 1e-300)))
+
+
+def similarity(x: Tensor, truth: Tensor, window: int = 7) -> float:
+    """Mean structural similarity of [C, *spatial] (Wang et al. 2004, equation 13) over flat windows."""
+    span = float(truth.max() - truth.min()) or 1.0
+    dims = truth.dim() - 1
+    x, truth = x[None].double(), truth[None].double()
+    side = min(window, *truth.shape[2:]) if dims else 0
+
+    def mean(t: Tensor) -> Tensor:
+        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1](t, side, 1) if dims else t.mean(1, keepdim=True)
+
+    mx, my, c1, c2 = mean(x), mean(truth), (0.01 * span) ** 2, (0.03 * span) ** 2
+    vx, vy, cov = mean(x * x) - mx**2, mean(truth * truth) - my**2, mean(x * truth) - mx * my
+    index = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return float(index.mean())
+
+
+def relative_leakage(truth: Tensor, drawn: Tensor, prior: Tensor) -> float:
+    """RDLV of one image [C, *spatial]: 0 where the drawing is no nearer than the prior, below 0 where it is farther."""
+    floor = similarity(prior, truth)
+    return (similarity(drawn, truth) - floor) / max(abs(floor), 0.01)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What was drawn of one image.
+
+    Attributes:
+        psnr_db: Of the drawing, and ``guess_db`` of the prior. ``rdlv``: the relative data leakage value.
+        image: The drawing, [C, *spatial].
+    """
+
+    psnr_db: float
+    guess_db: float
+    rdlv: float
+    image: Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One image behind one gradient, beside what leaks of it from a network that is known to leak.
+
+    Attributes:
+        control: From the control, without defence. ``found``: from the audited model.
+    """
+
+    control: Leak
+    found: Leak
+
+    @property
+    def says(self) -> str:
+        """The verdict in a sentence."""
+        told = f"{self.found.psnr_db:.1f} dB against {self.control.psnr_db:.1f} dB from a network known to leak"
+        told += f" and {self.found.guess_db:.1f} dB for a guess"
+        if self.control.psnr_db < max(20.0, self.control.guess_db + 6):
+            return f"The attack did not succeed even where it should, so it shows nothing ({told})."
+        if self.found.psnr_db > self.found.guess_db + 3:
+            return f"The example leaks ({told})."
+        return f"This attack drew nothing beyond a guess ({told}); a stronger one might."
+
+
+def leak(
+    model: nn.Module,
+    loss: Any,
+    x: Tensor,
+    target: Tensor,
+    prior: Tensor,
+    how: Inversion,
+    rng: torch.Generator,
+    *,
+    noise: float = 0.0,
+    clip: float | None = None,
+) -> Leak:
+    """Attacks the gradient of one example, x [1, *shape] with its target [1, ...] known to the attacker."""
+    seen: Tree = {name: leaf.detach() for name, leaf in gradient(loss(model, (x, target)), model).items()}
+    if noise or clip is not None:
+        seen = obscured(seen, noise, rng, clip)
+    drawn, _ = how.search(model, loss, seen, tuple(x.shape[1:]), target, rng)
+    return Leak(psnr(drawn[0], x[0]), psnr(prior, x[0]), relative_leakage(x[0], drawn[0], prior), drawn[0])
+
+
+def leaky(shape: tuple[int, ...], classes: int, rng: torch.Generator, width: int = 32) -> nn.Module:
+    """A small network of sigmoids with weights from U(−0.5, 0.5), whose gradients hold the image: the control."""
+    size = math.prod(shape)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(size, width), nn.Sigmoid(), nn.Linear(width, classes))
+    with torch.no_grad():
+        for leaf in model.parameters():
+            leaf.copy_(torch.rand(leaf.shape, generator=rng) - 0.5)
+            if leaf.dim() == 2 and leaf.shape[1] == size:
+                leaf.mul_(min(1.0, 8 / math.sqrt(size)))  # or large images saturate the sigmoids
+    return model.eval()
+
+
+def audit(
+    model: nn.Module,
+    loss: Any,
+    x: Tensor,
+    target: Tensor,
+    prior: Tensor,
+    how: Inversion = Inversion(),
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    clip: float | None = None,
+) -> Verdict:
+    """Attacks the gradient of ``model`` on one example, after a control has shown that the attack works on this image.
+
+    Args:
+        x: [1, *shape]; ``target`` as the task has it. ``prior``: [*shape], such as the mean of other images.
+        noise: The defence, with ``clip``, as in ``obscured``. The control has none.
+    """
+    rng = Site("attacker", seed=seed).rng("inversion")
+    control_model = leaky(tuple(x.shape[1:]), 4, rng)
+    control_loss = lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])  # noqa: E731
+    gentle = replace(how, match="l2", lr=1.0, variation=0.0, statistics=0.0, steps=max(how.steps, 60), restarts=2)
+    control = leak(control_model, control_loss, x, torch.tensor([1]), prior, gentle, rng)
+    return Verdict(control, leak(model, loss, x, target, prior, how, rng, noise=noise, clip=clip))
+
+
+def _gradient(model: nn.Module, value: Tensor) -> Tree:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, g, p in zip(names, found, parameters, strict=True)}
+
+
+def _distance(found: Tree, seen: Tree, match: str) -> Tensor:
+    """‖∇ − ∇*‖² over ‖∇*‖², or 1 − cos ∠(∇, ∇*)."""
+    square = torch.stack([seen[name].square().sum() for name in found]).sum().clamp_min(1e-30)
+    if match == "l2":
+        return torch.stack([(leaf - seen[name]).square().sum() for name, leaf in found.items()]).sum() / square
+    inner = torch.stack([(leaf * seen[name]).sum() for name, leaf in found.items()]).sum()
+    own = torch.stack([leaf.square().sum() for leaf in found.values()]).sum().clamp_min(1e-30)
+    return 1 - inner / (own * square).sqrt()
+
+
+class _entering:  # noqa: N801
+    """Watches what enters each batch normalisation of ``model``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.hooks = [
+            module.register_forward_pre_hook(lambda _, given, name=name: self.seen.__setitem__(name, given[0]))
+            for name, module in model.named_modules()
+            if isinstance(module, BATCH_NORMS)
+        ]
+
+    def __enter__(self) -> "_entering":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean and variance by channel."""
+        x = self.seen[name].transpose(0, 1).flatten(1)
+        return x.mean(1), x.var(1)

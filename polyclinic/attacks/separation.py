@@ -1,0 +1,233 @@
+"""How well scores tell training patients ("members") from patients who were not trained on ("non-members").
+
+Every figure has patients as its unit and carries a 95 % confidence interval; every test is exact or close to exact, so
+that it holds for the few patients of one hospital.
+
+- AUC: interval by DeLong, DeLong and Clarke-Pearson, Biometrics 1988, https://doi.org/10.2307/2531595, on the logit
+  scale; for perfect separation, where that variance is 0, method 5 of Newcombe, Statistics in Medicine 2006,
+  https://doi.org/10.1002/sim.2324. Test against 0.5: Mann and Whitney's, one-sided.
+- True-positive rate (TPR) at a fixed false-positive rate (FPR), the figure that Carlini et al., S&P 2022, ask for:
+  https://arxiv.org/abs/2112.03570. The threshold is itself estimated, from few non-members. So the lower limit uses a
+  threshold that is strict enough, and the upper one a threshold that is loose enough, for the true FPR to be on the
+  safe side (exact, by order statistics), and Clopper and Pearson's limit of the TPR there (Biometrika 1934). The four
+  errors share the 5 %.
+- Exposure of a few: the number of members above all but ``allowed`` non-members. Where members and non-members are
+  exchangeable, so many or more have the probability that the highest ``exposed + allowed`` scores hold at most
+  ``allowed`` non-members, which is hypergeometric. The test needs no threshold from elsewhere.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm, rankdata
+from torch import Tensor
+
+from polyclinic.errors import ConfigError
+
+RATES = (0.001, 0.01)
+"""The false-positive rates at which the true-positive rate is given."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The true-positive rate at one false-positive rate.
+
+    Attributes:
+        fpr: The false-positive rate.
+        value: The share of members found; None where there are fewer than 1 / ``fpr`` non-members.
+        low: Lower limit of the 95 % interval. ``high``: the upper.
+    """
+
+    fpr: float
+    value: float | None
+    low: float
+    high: float
+
+    @property
+    def says(self) -> str:
+        """In words: ``6.0 % (0.0 to 10.9)``, or how many non-members it would take."""
+        if self.value is None:
+            return f"needs {math.ceil(1 / self.fpr - 1e-9):,} others"
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well one attack tells members from non-members.
+
+    Attributes:
+        auc: Area under the ROC curve; 0.5 is chance. ``low``, ``high``: its 95 % interval.
+        rates: True-positive rates at ``RATES``.
+        exposed: Members who score above all but ``allowed`` of the non-members.
+        allowed: 0.1 % of the non-members, rounded down; so 0 with fewer than 1,000.
+        p_auc: The probability of such an AUC or a larger one if nothing can be told. ``p_exposed``: of ``exposed`` or
+            more.
+        members: How many patients were trained on. ``others``: how many were not.
+    """
+
+    auc: float
+    low: float
+    high: float
+    rates: tuple[Rate, ...]
+    exposed: int
+    allowed: int
+    p_auc: float
+    p_exposed: float
+    members: int
+    others: int
+
+    def rate(self, fpr: float) -> Rate:
+        """The true-positive rate at ``fpr``, one of ``RATES``."""
+        return next(rate for rate in self.rates if rate.fpr == fpr)
+
+    @property
+    def says(self) -> str:
+        """In words, with intervals."""
+        above = f"all {self.others} others" if not self.allowed else f"all but {self.allowed} of {self.others} others"
+        rates = "; ".join(f"TPR at {100 * rate.fpr:g} % FPR {rate.says}" for rate in self.rates)
+        return (
+            f"AUC {self.auc:.3f} ({self.low:.3f} to {self.high:.3f}); {rates}; {self.exposed} of {self.members} "
+            f"members above {above}"
+        )
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """What a comparison of so many patients would find.
+
+    Attributes:
+        auc: The smallest AUC that the test finds in 4 of 5 cases; None where it can find none.
+        exposed: How many members, scored above everybody else with certainty, are always found; None where not even
+            all of them would be.
+    """
+
+    auc: float | None
+    exposed: int | None
+
+
+def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
+    """Compares two groups of scores, one of each patient, larger where an attack is surer of membership.
+
+    Args:
+        members: [n] of patients who were trained on.
+        others: [m] of patients who were not.
+        level: Of confidence.
+
+    Raises:
+        ValueError: If a group is empty, or a score is not a number.
+    """
+    x, y = members.double().numpy(), others.double().numpy()
+    if not len(x) or not len(y):
+        raise ConfigError("membership needs patients who were trained on and patients who were not")
+    if np.isnan(x).any() or np.isnan(y).any():
+        raise ConfigError("a membership score is not a number: the attack cannot be judged")
+    allowed = int(len(y) * RATES[0] + 1e-9)
+    exposed = int((x > np.sort(y)[::-1][allowed]).sum())
+    value, low, high = _auc(x, y, level)
+    return Found(
+        value,
+        low,
+        high,
+        tuple(_rate(x, y, fpr, level) for fpr in RATES),
+        exposed,
+        allowed,
+        _mann_whitney(x, y, value),
+        tail(exposed, allowed, len(x), len(y)),
+        len(x),
+        len(y),
+    )
+
+
+def tail(exposed: int, allowed: int, members: int, others: int) -> float:
+    """The probability that chance puts ``exposed`` or more members above all but ``allowed`` of the non-members."""
+    return float(hypergeom.cdf(allowed, members + others, others, exposed + allowed))
+
+
+def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> Detectable:
+    """What a comparison of so many patients finds by tests of size ``alpha``."""
+    allowed = int(others * RATES[0] + 1e-9)
+    enough = (x for x in range(1, members + 1) if tail(x, allowed, members, others) <= alpha)
+    theta = np.linspace(0.5, 1.0, 1001)
+    chance = math.sqrt((members + others + 1) / (12 * members * others))
+    reach = theta - 0.5 - norm.isf(alpha) * chance - norm.ppf(power) * np.sqrt(_hanley_mcneil(theta, members, others))
+    possible = -math.log(math.comb(members + others, members)) <= math.log(alpha)  # at perfect separation
+    seen = theta[reach >= 0] if possible else theta[:0]
+    return Detectable(float(seen[0]) if len(seen) else None, next(enough, None))
+
+
+def holm(p_values: Array) -> Array:
+    """P-values adjusted by Holm, Scandinavian Journal of Statistics 1979: any below 5 % is right with 95 % for all."""
+    order, count = np.argsort(p_values, kind="stable"), len(p_values)
+    adjusted = np.empty(count)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate((count - np.arange(count)) * p_values[order]))
+    return adjusted
+
+
+def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
+    """The AUC with DeLong's interval, each patient being one case."""
+    n, m, ranks = len(x), len(y), rankdata(np.r_[x, y])
+    beats = (ranks[:n] - rankdata(x)) / m  # by member, the share of non-members below; ties count half
+    beaten = 1 - (ranks[n:] - rankdata(y)) / n
+    value, z = float(beats.mean()), float(norm.isf((1 - level) / 2))
+    variance = (beats.var(ddof=1) / n + beaten.var(ddof=1) / m) if n > 1 and m > 1 else 0.0
+    if variance <= 1e-14 or value in (0.0, 1.0):
+        theta = np.linspace(0.0, 1.0, 20001)
+        inside = theta[np.abs(value - theta) <= z * np.sqrt(_hanley_mcneil(theta, n, m)) + 1e-12]
+        return value, float(inside.min()), float(inside.max())
+    half, logit = z * math.sqrt(variance) / (value * (1 - value)), math.log(value / (1 - value))
+    return value, 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
+
+
+def _mann_whitney(x: Array, y: Array, auc: float) -> float:
+    """The probability of such an AUC or a larger one by chance: exact for 8 or fewer without ties, else normal."""
+    n, m = len(x), len(y)
+    counts = np.unique(np.r_[x, y], return_counts=True)[1].astype(float)
+    if min(n, m) <= 8 and counts.max() == 1:
+        return float(mannwhitneyu(x, y, alternative="greater", method="exact").pvalue)
+    ties = float((counts**3 - counts).sum()) / ((n + m) * (n + m - 1))
+    variance = n * m / 12 * (n + m + 1 - ties)
+    if variance <= 0:
+        return 1.0
+    return float(ndtr(-((auc - 0.5) * n * m - 0.5) / math.sqrt(variance)))
+
+
+def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:
+    """The variance of an AUC of ``theta``, with both groups counted as their mean size (Newcombe's method 5)."""
+    middle = (n + m) / 2
+    spread = 2 * middle - 1 - (3 * middle - 3) / ((2 - theta) * (1 + theta))
+    variance: Array = theta * (1 - theta) / (n * m) * np.maximum(spread, 0)
+    return variance
+
+
+def _rate(x: Array, y: Array, fpr: float, level: float) -> Rate:
+    """The true-positive rate at ``fpr`` with its interval.
+
+    The (j + 1)-th highest of m non-members has a true FPR that follows Beta(j + 1, m − j), so that it exceeds ``fpr``
+    with probability P[Binomial(m, fpr) ≤ j].
+    """
+    highest, n, m, error = np.sort(y)[::-1], len(x), len(y), (1 - level) / 4
+    strict, loose = _thresholds(m, fpr, error)
+    least = 0 if strict < 0 else int((x > highest[strict]).sum())
+    most = n if loose >= m else int((x >= highest[loose]).sum())
+    low = 0.0 if least == 0 else float(beta.ppf(error, least, n - least + 1))
+    high = 1.0 if most == n else float(beta.isf(error, most + 1, n - most))
+    if m * fpr < 1 - 1e-9:
+        return Rate(fpr, None, low, high)
+    return Rate(fpr, float((x > highest[int(m * fpr + 1e-9)]).mean()), low, high)
+
+
+@lru_cache
+def _thresholds(m: int, fpr: float, error: float) -> tuple[int, int]:
+    """The positions among m non-members, from the highest, whose true FPR is at most, and at least, ``fpr``.
+
+    Each with probability 1 − ``error``. The first is −1, and the second m, where no position is.
+    """
+    counts = np.arange(m)
+    strict = int(np.searchsorted(binom.cdf(counts, m, fpr), error, side="right")) - 1
+    return strict, int(np.argmax(np.r_[binom.sf(counts, m, fpr), 0.0] <= error))

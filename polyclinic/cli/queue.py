@@ -1,0 +1,122 @@
+"""What `polyclinic server` puts into the queue, waits for and takes out: studies and single runs."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, read_json, read_small
+from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.server import server_setup, study_runs
+from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
+
+REHEARSED = "  (a rehearsal: imaginary data, no result)"
+
+
+def table_of(path: Path) -> dict[str, Any]:
+    """What stands in the file that is to be run."""
+    import tomllib
+
+    try:
+        table: Any = read_json(path) if path.suffix == ".json" else tomllib.loads(read_small(path))
+    except FileNotFoundError:
+        raise BadOrder(f"{path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadOrder(f"{path}: {error}") from None
+    if not isinstance(table, dict):
+        raise BadOrder(f"{path} is neither a study nor an order")
+    return table
+
+
+def queue_order(server: ServerHome, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
+    """Queues a single run; its name."""
+    table["plan"] = {"sites": list(sites), **table["plan"]}
+    table["run"] = name or table.get("run") or path.stem
+    try:
+        an = Order.from_json(json.dumps(table))
+    except BadOrder as error:
+        raise BadOrder(f"{path}: {error}") from None
+    server_setup.order(server, an)
+    print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
+    return an.run
+
+
+def queue_study(
+    server: ServerHome, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
+) -> list[str]:
+    """Queues a study; the names of the runs that are queued at once."""
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run import deployment
+
+    if bool(inputs) != (outputs > 0):
+        raise BadOrder("give --inputs and --outputs together, or neither: then the sites are asked")
+    study = study_config.read(path)
+    shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
+    arms, notes = deployment.arms(study, sites, shape)
+    title, text = name or study.name, path.read_text(encoding="utf-8")
+    queued = study_runs.put(server, text, title, study.hash, arms, deployment.how(study), arms[0]["plan"]["sites"])
+    for note in notes:
+        print(f"note     {note}")
+    labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))
+    print(f"queued   {title}: {labels}; {len(arms)} runs of {study.rounds} rounds over {', '.join(sites)}")
+    if not shape:
+        print("first    the sites are asked what an example looks like; a person at each approves the study, once")
+    return queued
+
+
+def export_study(server: ServerHome, title: str, study: Mapping[str, Any], out: Path) -> None:
+    """Writes the run folder of a study."""
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.run import deployment
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadHome(f"{out} is there already, and not empty: choose a new folder")
+    path, queue = server.path / "studies" / title / "study.toml", Queue(server)
+    entries = {run: queue.get(run) for run in study["runs"]}
+    arms = {
+        run: {**arm, "plan": e.what.plan if (e := entries[run]) else arm["plan"]} for run, arm in study["runs"].items()
+    }
+    done = {run: server.run(run) for run, e in entries.items() if e and e.state == FINISHED}
+    if not done:
+        raise BadHome(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
+    said = study_runs.survey_of(server, title)
+    missing = deployment.collect(
+        study_config.read(path), path.read_text(encoding="utf-8"), title, arms, said, done, out
+    )
+    if missing:
+        print(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
+    print(f"exported {title} to {out}")
+    print(f"next     polyclinic report {out}")
+
+
+def line_of(queue: Queue, run: str, entry: Any) -> str:
+    """How a run is, in a line."""
+    said = queue.progress(run)
+    how = f"round {said['round']} of {said['rounds']}" if said else "not begun"
+    why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in said.get("waiting", {}).items())
+    if entry.state == FINISHED and why.startswith("without "):
+        why = f"finished {why}"
+    line = f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
+    return f"{line}{REHEARSED if entry.what.rehearsal else ''}"
+
+
+def wait_for(server: ServerHome, queued: Sequence[str], title: str = "") -> None:
+    """Tells how runs go until they are over; those of a study, until all of it is."""
+    queue, before, runs = Queue(server), dict[str, str](), list(queued)
+    while True:
+        study = study_runs.all_of(server).get(title) if title else None
+        if study:
+            runs = [*([study["survey"]] if study["survey"] else []), *study["runs"]]
+            if study["state"] == study_runs.STOPPED:
+                raise BadHome(f"{title} stopped: {study['why']}")
+        entries = {run: entry for run in runs if (entry := queue.get(run))}
+        for run, entry in entries.items():
+            if (line := line_of(queue, run, entry)) != before.get(run):
+                print(line, flush=True)
+                before[run] = line
+        if len(entries) == len(runs) and all(entry.state in OVER for entry in entries.values()):
+            if bad := [f"{run} {e.state}: {e.why}" for run, e in entries.items() if e.state != FINISHED]:
+                raise BadHome("\n".join(bad))
+            return
+        time.sleep(0.5)

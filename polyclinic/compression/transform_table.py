@@ -1,0 +1,141 @@
+"""The table of transforms: what a study may put between a site and the server. Plain data, as for methods."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, get_type_hints
+
+from polyclinic.core.pipeline import Transform
+from polyclinic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One transform by name: ``make`` is ``module:class`` under ``polyclinic.privacy``; ``pays`` if it spends ε."""
+
+    name: str
+    make: str
+    summary: str
+    paper: str = ""
+    pays: bool = False
+
+
+TRANSFORMS: Mapping[str, Entry] = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "clip", "polyclinic.privacy.gaussian:Clip", "bounds the norm of what a site sends", "McMahan et al. 2018"
+        ),
+        Entry(
+            "adaptive-clip",
+            "polyclinic.privacy.gaussian:AdaptiveClip",
+            "a bound that follows the median norm",
+            "Andrew et al. 2021",
+        ),
+        Entry(
+            "gaussian",
+            "polyclinic.privacy.gaussian:Gaussian",
+            "noise nobody can predict",
+            "Dwork and Roth 2014",
+            pays=True,
+        ),
+        Entry(
+            "sparse-vector",
+            "polyclinic.privacy.sparse_vector:SparseVector",
+            "large changes, each with noise",
+            "Li et al. 2019",
+            pays=True,
+        ),
+        Entry(
+            "uncalibrated-noise",
+            "polyclinic.privacy.sparse_vector:UncalibratedNoise",
+            "NOT privacy: noise without a bound or an ε",
+        ),
+        Entry(
+            "secure-sum",
+            "polyclinic.secure_aggregation:SecureSum",
+            "the server learns only the sum over sites",
+            "Bonawitz et al. 2017",
+        ),
+        Entry("bf16", "polyclinic.compression.quantization:BFloat16", "half the bytes: 8 bits of precision"),
+        Entry(
+            "int8",
+            "polyclinic.compression.quantization:Int8",
+            "a quarter of the bytes: 8 bits, a scale for each channel",
+        ),
+        Entry(
+            "qsgd",
+            "polyclinic.compression.quantization:QSGD",
+            "2, 4 or 8 bits, random, right on average",
+            "Alistarh et al. 2017",
+        ),
+        Entry(
+            "sign",
+            "polyclinic.compression.quantization:Sign",
+            "one bit each; the rest is remembered",
+            "Karimireddy et al. 2019",
+        ),
+        Entry(
+            "top-k",
+            "polyclinic.compression.topk:TopK",
+            "the largest coordinates; the rest is remembered",
+            "Stich et al. 2018",
+        ),
+        Entry(
+            "low-rank",
+            "polyclinic.compression.quantization:LowRank",
+            "factors that hold a share of the energy",
+            "Wu et al. 2022",
+        ),
+        Entry(
+            "power-sgd",
+            "polyclinic.compression.powersgd:PowerSGD",
+            "factors of fixed rank; the rest is remembered",
+            "Vogels et al. 2019",
+        ),
+        Entry("zstd", "polyclinic.compression.zstd:Zstd", "lossless, last in a pipeline", "RFC 8878"),
+    )
+}
+
+
+def entry(name: str) -> Entry:
+    """The table's line for ``name``.
+
+    Raises:
+        ValueError: Where there is none; the message suggests one.
+    """
+    if name in TRANSFORMS:
+        return TRANSFORMS[name]
+    near = difflib.get_close_matches(name, TRANSFORMS, 1)
+    hint = f' Did you mean "{near[0]}"?' if near else ""
+    raise ConfigError(f'no transform is called "{name}".{hint} There are {", ".join(TRANSFORMS)}')
+
+
+def maker(of: Entry) -> type[Transform]:
+    """The class."""
+    module, _, name = of.make.partition(":")
+    found: type[Transform] = getattr(import_module(module), name)
+    return found
+
+
+def options(of: Entry) -> Mapping[str, dataclasses.Field[Any]]:
+    """What a study may set for a transform, by name."""
+    return {field.name: field for field in dataclasses.fields(maker(of))}
+
+
+def build(item: Mapping[str, Any]) -> Transform:
+    """The transform that ``item`` describes: its ``name``, and its options."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items() if key != "name"}
+    return maker(entry(item["name"]))(**given)
+
+
+def types(of: Entry) -> Mapping[str, Any]:
+    """The type of each option."""
+    return get_type_hints(maker(of))
+
+
+def default(field: dataclasses.Field[Any]) -> Any:
+    """What an option is where a study does not set it; ``...`` where it must."""
+    return ... if field.default is dataclasses.MISSING else field.default

@@ -1,0 +1,189 @@
+"""Stats: what a site may send. Each kind says how two of them become one.
+
+Model updates, metrics and data statistics are the same thing here: a value that merges by ``+``, in any
+order and any grouping. That lets one method run in lock-step, in a buffer, over a hierarchy of servers, or
+under secure summation. "A mean is two sums" is TensorFlow Federated's observation.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Self, TypeAlias, TypeVar
+
+from polyclinic.core import tree
+from polyclinic.core.serialization import savable
+from polyclinic.core.tree import Tree
+
+
+@savable("core.WeightedMean", 1)
+@dataclass(frozen=True)
+class WeightedMean:
+    """A weighted mean, kept as its two sums.
+
+    Attributes:
+        total: Σ w·x, leaf by leaf.
+        weight: Σ w.
+    """
+
+    total: Tree
+    weight: float
+
+    @classmethod
+    def of(cls, value: Tree, weight: float = 1.0) -> Self:
+        """The mean of ``value`` alone."""
+        return cls(tree.scale(value, weight), float(weight))
+
+    @property
+    def value(self) -> Tree:
+        """Σ w·x / Σ w"""
+        return tree.scale(self.total, self._share)
+
+    def apply_to(self, a: Tree, by: float = 1.0) -> Tree:
+        """A + by · the mean, leaf by leaf, so that a server never holds the mean whole. ``a`` may have more leaves."""
+        return tree.shift(a, self.total, by * self._share)
+
+    @property
+    def _share(self) -> float:
+        if self.weight == 0:
+            raise ZeroDivisionError("a mean of nothing: the weights sum to 0")
+        return 1.0 / self.weight
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """The tensors that travel."""
+        return (self.total,)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(tree.add(self.total, other.total), self.weight + other.weight)
+
+    def __mul__(self, by: float) -> Self:
+        return type(self)(tree.scale(self.total, by), self.weight * by)
+
+
+@savable("core.ElementwiseMean", 1)
+@dataclass(frozen=True)
+class ElementwiseMean:
+    """A mean with a weight for every element, as in Fisher merging.
+
+    Attributes:
+        total: Σ w·x, element by element.
+        weight: Σ w, with the names and shapes of ``total``.
+    """
+
+    total: Tree
+    weight: Tree
+
+    @classmethod
+    def of(cls, value: Tree, weight: Tree) -> Self:
+        """The mean of ``value`` alone."""
+        return cls(tree.mul(value, weight), weight)
+
+    @property
+    def value(self) -> Tree:
+        """Σ w·x / Σ w, and 0 where Σ w is 0."""
+        return tree.zip_with(lambda x, w: x / w.clamp_min(1e-12), self.total, self.weight)
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """The tensors that travel."""
+        return (self.total, self.weight)
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(tree.add(self.total, other.total), tree.add(self.weight, other.weight))
+
+    def __mul__(self, by: float) -> Self:
+        return type(self)(tree.scale(self.total, by), tree.scale(self.weight, by))
+
+
+@savable("core.PerSite", 1)
+@dataclass(frozen=True)
+class PerSite:
+    """Every contribution, kept apart by site. Secure summation refuses it, and a site's policy must allow it.
+
+    Attributes:
+        items: What each site sent, by its name.
+    """
+
+    items: Mapping[str, Tree]
+
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """The tensors that travel."""
+        return tuple(self.items.values())
+
+    def __add__(self, other: Self) -> Self:
+        if twice := self.items.keys() & other.items.keys():
+            raise ValueError(f"gathered twice from {sorted(twice)}")
+        return type(self)(dict(sorted({**self.items, **other.items}.items())))
+
+    def __mul__(self, by: float) -> Self:
+        return self
+
+
+@savable("core.PerSiteUniform", 1)
+@dataclass(frozen=True)
+class PerSiteUniform(PerSite):
+    """A gather in which every site sends the same leaves: their names, shapes and types are checked as a mean's are."""
+
+
+Stat: TypeAlias = WeightedMean | ElementwiseMean | PerSite
+S = TypeVar("S", WeightedMean, ElementwiseMean, PerSite)
+
+
+@savable("core.Reply", 1)
+@dataclass(frozen=True)
+class Reply:
+    """Named stats. Replies merge by ``+``, part by part, and ``reply * by`` counts ``by`` times as much."""
+
+    parts: Mapping[str, Stat] = field(default_factory=dict)
+
+    def mean(self, part: str) -> WeightedMean:
+        """The mean that was sent as ``part``."""
+        return self._get(part, WeightedMean)
+
+    def leaf_mean(self, part: str) -> ElementwiseMean:
+        """The element-wise mean that was sent as ``part``."""
+        return self._get(part, ElementwiseMean)
+
+    def gather(self, part: str) -> Mapping[str, Tree]:
+        """What each site sent as ``part``, by site."""
+        return self._get(part, PerSite).items
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors that travel."""
+        return sum(tree.nbytes(t) for stat in self.parts.values() for t in stat.trees)
+
+    def __add__(self, other: "Reply") -> "Reply":
+        merged = dict(self.parts)
+        for part, stat in other.parts.items():
+            merged[part] = merged[part] + stat if part in merged else stat  # type: ignore[operator]
+        return Reply(merged)
+
+    def __mul__(self, by: float) -> "Reply":
+        return Reply({part: stat * by for part, stat in self.parts.items()})
+
+    def _get(self, part: str, kind: type[S]) -> S:
+        stat = self.parts.get(part)
+        if not isinstance(stat, kind):
+            raise KeyError(f"no {kind.__name__} called {part!r} among {sorted(self.parts)}")
+        return stat
+
+
+def merge(replies: Iterable[Reply]) -> Reply:
+    """The sum of ``replies`` from left to right. A part that only some sites sent is summed over those.
+
+    Equal, bit for bit, to adding them up with ``+``; but sums are kept in one buffer, so that merging many
+    large replies takes the memory of one and the time of reading each once.
+    """
+    total, ours = Reply(), set[str]()  # the parts of `total` whose memory is ours to change
+    for reply in replies:
+        for part, stat in reply.parts.items():
+            sum_ = total.parts.get(part)
+            if part in ours and isinstance(sum_, WeightedMean) and isinstance(stat, WeightedMean):
+                tree.add_(sum_.total, stat.total)
+                stat = WeightedMean(sum_.total, sum_.weight + stat.weight)
+            elif sum_ is not None:
+                stat = sum_ + stat  # type: ignore[operator]
+                ours.add(part)
+            total = Reply({**total.parts, part: stat})
+    return total

@@ -1,0 +1,299 @@
+"""Drivers: the loops that turn a method and a federation into a run.
+
+They are generators. Checkpoints, early stopping, logging and evaluation are what the caller does between two
+steps, so there are no callbacks.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from polyclinic.core.aggregates import PerSite, Reply, merge
+from polyclinic.core.method import Method, Request
+from polyclinic.core.reply_validation import Figures, ReplyValidator
+from polyclinic.core.site import Site
+from polyclinic.errors import ConfigError, RunError
+
+State = TypeVar("State")
+
+
+class Arrival(NamedTuple):
+    """One site's answer to one ask: a reply, or the reason why there is none.
+
+    ``seconds`` is how long the site worked, where the engine can tell. ``among`` names the sites whose replies are
+    summed in this one, where the ask was secure and the sum is all that the server learns.
+    """
+
+    site: str
+    round: int
+    reply: Reply | None
+    lost: str = ""
+    seconds: float = 0.0
+    among: tuple[str, ...] = ()
+
+
+class Federation(Protocol):
+    """A server that can reach its sites. An engine is a class with these four members."""
+
+    @property
+    def server(self) -> Site: ...
+    @property
+    def sites(self) -> Sequence[str]: ...
+    def send(self, request: Request, recipients: Sequence[str]) -> None: ...
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        """Yields answers as they arrive, until no ask is outstanding or ``deadline`` seconds have passed.
+
+        A site that has not answered by then is yielded as lost, and what it sends later is dropped.
+        """
+
+
+@dataclass(frozen=True)
+class Step(Generic[State]):
+    """What one exchange did.
+
+    Attributes:
+        state: The server's state after it.
+        request: What was asked.
+        reply: The merged reply.
+        asked: Of whom.
+        lost: The sites that sent nothing usable, each with the reason.
+        bytes_up: Tensor bytes that each site sent. ``bytes_down``: that each received.
+        seconds: How long each site worked.
+    """
+
+    state: State
+    request: Request
+    reply: Reply
+    asked: Sequence[str]
+    lost: Mapping[str, str] = field(default_factory=dict)
+    bytes_up: Mapping[str, int] = field(default_factory=dict)
+    bytes_down: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class TooFewReplies(RunError):
+    """A round had fewer usable replies than it needs. The state before it is intact.
+
+    Attributes:
+        lost: The sites that sent nothing usable, each with the reason.
+    """
+
+    def __init__(self, message: str, lost: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
+def everyone(sites: Sequence[str], round: int) -> Sequence[str]:
+    """The cohort of all sites, whatever the round."""
+    return sites
+
+
+def undiscounted(age: int) -> float:
+    """The weight of an old answer: the same as of a new one."""
+    return 1.0
+
+
+def train(
+    method: Method[State],
+    federation: Federation,
+    state: State,
+    *,
+    rounds: int,
+    sampler: Callable[[Sequence[str], int], Sequence[str]] = everyone,
+    deadline: float | None = None,
+    min_replies: int = 1,
+    gate: ReplyValidator = ReplyValidator(),
+) -> Iterator[Step[State]]:
+    """Runs in lock-step: asks a cohort, waits for it, checks, merges, updates; until round ``rounds``.
+
+    Args:
+        sampler: Which sites to ask in a round.
+        deadline: Seconds after which a site that has not answered is lost for this exchange.
+        min_replies: How many usable replies an update needs.
+        gate: Which replies are usable.
+
+    Raises:
+        TooFewReplies: Where a round has fewer than ``min_replies``; names every lost site and why.
+    """
+    while (request := method.request(state)) is not None and request.round < rounds:
+        asked = sorted(sampler(federation.sites, request.round) if request.recipients is None else request.recipients)
+        federation.send(request, asked)
+        arrivals = sorted(federation.replies(deadline), key=lambda a: a.site)  # one order of summation everywhere
+        step, usable = _collect(request, asked, arrivals, gate, state)
+        if (heard := len(asked) - len(step.lost)) < min_replies:
+            reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
+            raise TooFewReplies(f"round {request.round}: {heard} of {min_replies} replies needed. {reasons}", step.lost)
+        reply = merge(usable.values())
+        state = method.server_update(state, reply, federation.server)
+        yield Step(state, request, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)
+
+
+def _collect(
+    request: Request, asked: Sequence[str], arrivals: Sequence[Arrival], gate: ReplyValidator, state: State
+) -> tuple[Step[State], dict[str, Reply]]:
+    """Sorts what arrived into usable replies and lost sites."""
+    lost = dict.fromkeys(asked, "no answer in time")
+    replies: dict[str, Reply] = {}
+    among: dict[str, tuple[str, ...]] = {}
+    for arrival in arrivals:
+        if arrival.site not in lost or arrival.round != request.round:
+            continue  # not asked, or an answer to something else
+        if arrival.reply is None:
+            lost[arrival.site] = arrival.lost
+        elif arrival.site not in replies:  # an answer counts once
+            replies[arrival.site] = arrival.reply
+            among[arrival.site] = arrival.among or (arrival.site,)
+    refused = gate.refuse(request, replies)
+    usable = {site: reply for site, reply in replies.items() if site not in refused}
+    heard = {name for site in usable for name in among[site]}
+    lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in heard}
+    up = {name: reply.nbytes for site, reply in replies.items() for name in among[site]}
+    down = {site: request.nbytes(site) for site in asked}
+    seconds = {arrival.site: arrival.seconds for arrival in arrivals}
+    return Step(state, request, Reply(), asked, lost, up, down, seconds), usable
+
+
+def train_async(
+    method: Method[State],
+    federation: Federation,
+    state: State,
+    *,
+    updates: int,
+    buffer: int = 1,
+    passes: int | None = None,
+    among: Sequence[str] | None = None,
+    discount: Callable[[int], float] = undiscounted,
+    gate: ReplyValidator = ReplyValidator(),
+) -> Iterator[Step[State]]:
+    """Runs without waiting: updates after every ``buffer`` usable answers, discounted by their age in rounds.
+
+    John Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, Algorithm 1,
+    https://arxiv.org/abs/2106.06639. The buffer counts answers, not sites. A site that has answered is asked again as
+    soon as there is a newer model than the one it was last asked with, and not before: the same request would bring the
+    same answer. Departure from Algorithm 1: all sites are asked, where the paper samples them.
+
+    If nobody is left to wait for and the buffer is not full, the sites that failed are asked once more with the same
+    model; then the server updates with the answers that there are, and the step names the sites that were missing.
+
+    Args:
+        updates: How many server updates to make.
+        buffer: How many answers one update takes.
+        passes: How often each site is asked; without end by default.
+        among: The sites to ask; all by default.
+        discount: The weight of an answer by its age.
+        gate: Which replies are usable.
+
+    A site that failed to answer ``FAILURES`` times in a row is not asked again.
+
+    Raises:
+        ValueError: If ``buffer`` is larger than the number of sites, so that it could never be filled.
+    """
+    if (request := method.request(state)) is None:
+        return
+    sites = federation.sites if among is None else sorted(among)
+    if buffer > len(sites):
+        raise ConfigError(
+            f"an update takes {buffer} answers, and {len(sites)} sites are asked once for each model: "
+            "make the buffer smaller"
+        )
+    turns, version = _Turns(sites, passes), 0
+    pending: list[Arrival] = []
+    lost: dict[str, str] = {}
+    known: dict[str, Figures] = {}
+    federation.send(request, turns.take(turns.due(version), version))
+    for arrival in federation.replies():
+        if arrival.site not in turns.waiting:
+            continue  # not asked, or an answer that comes twice
+        reply = arrival.reply
+        refused = {arrival.site: arrival.lost} if reply is None else gate.refuse(request, {arrival.site: reply}, known)
+        turns.answered(arrival.site, failed=reply is None or bool(refused))
+        if reply is None or refused:
+            lost |= refused
+        else:
+            known[arrival.site] = gate.figures(reply)
+            pending = _buffered(pending, arrival._replace(reply=reply * discount(request.round - arrival.round)))
+        over = not turns.waiting and not turns.due(version)
+        if over and len(pending) < buffer:
+            if again := turns.failed():
+                federation.send(request, turns.take(again, version))
+                continue
+            lost |= turns.out
+        if len(pending) >= buffer or (over and pending):
+            merged = merge(a.reply for a in pending if a.reply)
+            state = method.server_update(state, merged, federation.server)
+            yield _async_step(state, request, merged, pending, lost)
+            pending, lost, version = [], {}, version + 1
+            if version == updates or (request := method.request(state)) is None:
+                return
+        if due := turns.due(version):
+            federation.send(request, turns.take(due, version))
+
+
+FAILURES = 3
+"""How often in a row a site may fail to answer before it is not asked again."""
+
+
+class _Turns:
+    """Whose turn it is, where nobody waits: each site once for each version of the model.
+
+    Attributes:
+        waiting: The sites that were asked and have not answered.
+        out: The sites that are not asked any more, each with the reason.
+    """
+
+    def __init__(self, sites: Sequence[str], passes: int | None) -> None:
+        self.waiting: set[str] = set()
+        self.out: dict[str, str] = {}
+        self._passes = passes
+        self._version = dict.fromkeys(sites, -1)
+        self._asked, self._failures = Counter[str](), Counter[str]()
+
+    def due(self, version: int) -> list[str]:
+        """The sites that may be asked and have not had this ``version``, or a later one."""
+        return [site for site, had in self._version.items() if had < version and self._free(site)]
+
+    def failed(self) -> list[str]:
+        """The sites that may be asked and whose last answer was of no use."""
+        return [site for site in self._version if self._failures[site] and self._free(site)]
+
+    def take(self, sites: list[str], version: int) -> list[str]:
+        """Notes that ``sites`` are asked with ``version``."""
+        for site in sites:
+            self._version[site] = version
+        self.waiting |= set(sites)
+        self._asked.update(sites)
+        return sites
+
+    def answered(self, site: str, failed: bool) -> None:
+        """Notes that a site has answered, or has ``failed`` to."""
+        self.waiting.discard(site)
+        self._failures[site] = self._failures[site] + 1 if failed else 0
+        if self._failures[site] >= FAILURES:
+            self.out[site] = f"it failed {FAILURES} times in a row and is not asked again"
+        elif self._passes is not None and self._asked[site] >= self._passes:
+            self.out[site] = f"it was asked {self._passes} times, as often as the run allows"
+
+    def _free(self, site: str) -> bool:
+        return site not in self.waiting and site not in self.out
+
+
+def _buffered(pending: list[Arrival], new: Arrival) -> list[Arrival]:
+    """``pending`` with ``new``, in the order of sites and rounds, in which answers are summed everywhere.
+
+    What is kept apart by site has room for one answer of each: there the newer one replaces the older.
+    """
+    apart = any(isinstance(stat, PerSite) for stat in (new.reply or Reply()).parts.values())
+    kept = [a for a in pending if not (apart and a.site == new.site)]
+    return sorted([*kept, new], key=lambda a: (a.site, a.round))
+
+
+def _async_step(
+    state: State, request: Request, merged: Reply, pending: Sequence[Arrival], lost: Mapping[str, str]
+) -> Step[State]:
+    up, down, seconds = dict[str, int](), dict[str, int](), dict[str, float]()
+    for arrival in pending:
+        up[arrival.site] = up.get(arrival.site, 0) + (arrival.reply.nbytes if arrival.reply else 0)
+        down[arrival.site] = down.get(arrival.site, 0) + request.nbytes(arrival.site)
+        seconds[arrival.site] = seconds.get(arrival.site, 0.0) + arrival.seconds
+    return Step(state, request, merged, sorted(up), dict(lost), up, down, seconds)

@@ -1,0 +1,378 @@
+"""Values ⇄ bytes: server states, site memories, asks and replies, on disk and on the wire.
+
+The layout is that of safetensors (https://github.com/huggingface/safetensors): a little-endian header length, a JSON
+header, raw tensors. Any safetensors tool reads our files. We read them ourselves, because a message from another
+site is hostile until shown otherwise and the common readers accept headers of any length and names given twice;
+and because tensors can then be views into a shared buffer, without a copy.
+
+Nothing is ever unpickled: a value is built from tensors, plain JSON, and classes that the installed code registered
+with ``@savable(tag, version)``. Files and messages hold the tag and the version, and never the name of a module, so
+that moving or renaming a module changes no file format. A stored tag is looked up among the registered ones and never
+imports anything: the caller imports the code that defines the class first, usually by building the method that the
+plan names. Tags that nobody registered are refused.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+MAX_HEADER = 8 * 2**20
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+TAG = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)*\.[A-Z][A-Za-z0-9]*")
+MAX_TAG = 80
+C = TypeVar("C", bound=type)
+
+
+class Tag(NamedTuple):
+    """The stable name of a savable class, and the version of its fields."""
+
+    name: str
+    version: int
+
+
+_CLASSES: dict[str, type] = {}
+_TAGS: dict[type, Tag] = {}
+
+
+class Corrupt(ValueError):
+    """Bytes that are not a value we wrote. The message says where and why."""
+
+
+class TagError(TypeError):
+    """A wrong use of ``@savable``: a malformed tag, or one tag for two classes. Raised at import."""
+
+
+def savable(tag: str, version: int = 1) -> Callable[[C], C]:
+    """Register a ``NamedTuple`` or frozen dataclass as one that may be saved and sent.
+
+    Executing the same definition again (a notebook cell, a reloaded module) replaces the class.
+
+    Args:
+        tag: The stable name under which values are stored: words in lower case and the name of the class, joined by
+            dots, such as ``"fedavg.State"`` or ``"mypackage.State"``. It does not follow the module when that moves.
+        version: The version of the class's fields. Increase it when their names, order or meaning change.
+
+    Raises:
+        TagError: If the tag or version is malformed, or another class has the tag. The message names both classes.
+    """
+    if not isinstance(tag, str):
+        raise TagError('@savable needs a tag: write @savable("mypackage.State", 1)')
+    if len(tag) > MAX_TAG or not TAG.fullmatch(tag):
+        raise TagError(
+            f"the tag {tag[: MAX_TAG + 1]!r} is malformed: write words in lower case and the class's name, joined by "
+            f'dots, such as "mypackage.State", of at most {MAX_TAG} characters'
+        )
+    if type(version) is not int or version < 1:
+        raise TagError(f"the version of the tag {tag!r} is a whole number of at least 1, not {version!r}")
+
+    def register(cls: C) -> C:
+        other = _CLASSES.get(tag)
+        if other is not None and _path(other) != _path(cls):
+            raise TagError(
+                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: give one another tag"
+            )
+        _CLASSES[tag], _TAGS[cls] = cls, Tag(tag, version)
+        return cls
+
+    return register
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def tag_of(cls: type) -> Tag:
+    """The tag and version of a savable class.
+
+    Raises:
+        TypeError: If it is not registered. The message names it.
+    """
+    if cls in _TAGS:
+        return _TAGS[cls]
+    raise TypeError(
+        f'{_path(cls)} cannot be saved: use tensors, plain values, or a class marked @savable("tag", version)'
+    )
+
+
+def kind_of(value: Any) -> str:
+    """The last word of the tag of ``value``'s class, by which policies and journals name aggregates."""
+    return tag_of(type(value)).name.rpartition(".")[2]
+
+
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as plain JSON, its tensors put into ``tensors`` and named in their place.
+
+    Raises:
+        TypeError: If it holds something else than tensors, plain values, mappings by string, sequences and
+            savable classes. The message names it.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, Tensor):
+        tensors[name := str(len(tensors))] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"only mappings by string can be saved, not by {wrong[0]!r}")
+        return {"map": {key: pack(item, tensors) for key, item in value.items()}}
+    cls = type(value)
+    if cls is tuple or cls is list:
+        return {cls.__name__: [pack(item, tensors) for item in value]}
+    tag = tag_of(cls)
+    content = {name: pack(getattr(value, name), tensors) for name in _fields(cls)}
+    return {"class": tag.name, "version": tag.version, "with": content}
+
+
+def unpack(plain: Any, tensors: Mapping[str, Tensor], place: tuple[str, ...] = ()) -> Any:
+    """The inverse of ``pack``.
+
+    Args:
+        plain: The JSON.
+        tensors: The tensors that it names.
+        place: The fields and keys that lead to ``plain`` in the whole value, for messages.
+
+    Raises:
+        Corrupt: If ``plain`` names an unknown tag or version, a missing tensor, or the wrong fields. The message says
+            where.
+    """
+    if not isinstance(plain, dict):
+        if isinstance(plain, list):
+            raise _corrupt(place, "a bare list is not a value")
+        return plain
+    match plain:
+        case {"tensor": str(name)} if name in tensors:
+            return tensors[name]
+        case {"map": dict(items)}:
+            return {key: unpack(item, tensors, (*place, key)) for key, item in items.items()}
+        case {"tuple": list(items)}:
+            return tuple(unpack(item, tensors, (*place, str(i))) for i, item in enumerate(items))
+        case {"list": list(items)}:
+            return [unpack(item, tensors, (*place, str(i))) for i, item in enumerate(items)]
+        case {"float": "nan" | "inf" | "-inf" as text}:
+            return float(text)
+        case {"class": tag, "version": version, "with": dict(items)} if len(plain) == 3:
+            cls = _registered(tag, version, place)
+            if list(items) != (wanted := _fields(cls)):
+                raise _corrupt(
+                    place, f"{tag!r} version {version} has the fields {wanted}, not {str(list(items))[:200]}"
+                )
+            return cls(**{name: unpack(item, tensors, (*place, name)) for name, item in items.items()})
+    raise _corrupt(place, f"not a value: {str(plain)[:80]}")
+
+
+def _registered(tag: Any, version: Any, place: tuple[str, ...]) -> type:
+    """The class of a stored tag. Nothing is imported, whatever the tag says."""
+    if not isinstance(tag, str) or len(tag) > MAX_TAG or not TAG.fullmatch(tag):
+        raise _corrupt(place, f'{str(tag)[:MAX_TAG]!r} is not a tag, such as "fedavg.State"')
+    if type(version) is not int or version < 1:
+        raise _corrupt(place, f"the version of {tag!r} is a whole number of at least 1, not {str(version)[:20]!r}")
+    if tag not in _CLASSES:
+        raise _corrupt(
+            place,
+            f"no class with the tag {tag!r} is known here. Install the package that defines it, in the version that "
+            "wrote this; in a program of your own, import it before reading",
+        )
+    known = _TAGS[_CLASSES[tag]].version
+    if version != known:
+        do = "update the package that defines it" if version > known else "read it with the version that wrote it"
+        raise _corrupt(
+            place, f"{tag!r} is stored in version {version}, and this installation knows version {known}: {do}"
+        )
+    return _CLASSES[tag]
+
+
+def _corrupt(place: tuple[str, ...], why: str) -> Corrupt:
+    """The error, led by where it occurred: the last fields and keys, each cut and printable."""
+    if not place:
+        return Corrupt(why)
+    words = [word[:40] if word[:40].isprintable() else repr(word[:40]) for word in place[-6:]]
+    return Corrupt(f"field {'.'.join(words)}: {why}")
+
+
+def _fields(cls: type) -> list[str]:
+    if is_dataclass(cls):
+        return [f.name for f in fields(cls) if f.init]
+    return list(cls._fields)  # type: ignore[attr-defined]
+
+
+def header_of(value: Any, meta: Mapping[str, str] | None = None) -> tuple[bytes, list[Tensor]]:
+    """The first bytes of ``value``'s encoding, and the tensors whose bytes follow, in order."""
+    tensors: dict[str, Tensor] = {}
+    plain = json.dumps(pack(value, tensors), separators=(",", ":"))
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), int(name)))  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {**(meta or {}), "value": plain}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        if tensor.dtype not in _NAMES:
+            raise TypeError(f"tensors of {tensor.dtype} cannot be saved")
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text, [tensors[name] for name in order]
+
+
+def encode(value: Any, meta: Mapping[str, str] | None = None) -> bytes:
+    """``value`` as bytes, with ``meta`` beside it in the header."""
+    head, tensors = header_of(value, meta)
+    out = bytearray(len(head) + sum(t.numel() * t.element_size() for t in tensors))
+    write_into(out, head, tensors)
+    return bytes(out)
+
+
+def write_into(buffer: Any, head: bytes, tensors: list[Tensor]) -> int:
+    """Writes an encoding into a writable ``buffer`` and returns its length in bytes."""
+    buffer[: len(head)] = head
+    offset = len(head)
+    for tensor in tensors:
+        if count := tensor.numel():
+            torch.frombuffer(buffer, dtype=tensor.dtype, count=count, offset=offset).copy_(tensor.reshape(-1))
+            offset += count * tensor.element_size()
+    return offset
+
+
+def decode(buffer: Any, *, share: bool = False) -> Any:
+    """The value in ``buffer``. With ``share``, its tensors are views of ``buffer``, which must then be writable.
+
+    Raises:
+        Corrupt: Where ``buffer`` is not exactly one value of ours.
+    """
+    return decode_with_meta(buffer, share=share)[0]
+
+
+def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str, str]]:
+    """The value in ``buffer``, and what was written beside it."""
+    head, start = _header(buffer)
+    meta = head.pop("__metadata__", None)
+    if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
+        raise Corrupt("the header does not say what the tensors are")
+    if not share:
+        buffer = bytearray(buffer)
+    tensors, expected = {}, 0
+    for name, entry in sorted(head.items(), key=_offset):
+        tensors[name], expected = _tensor(buffer, start, expected, name, entry)
+    if start + expected != len(buffer):
+        raise Corrupt(f"{len(buffer) - start - expected} bytes after the last tensor")
+    try:
+        return unpack(_json(meta.pop("value")), tensors), meta
+    except (RecursionError, TypeError) as error:
+        raise Corrupt(f"not a value: {error}") from None
+
+
+def _header(buffer: Any) -> tuple[dict[str, Any], int]:
+    if len(buffer) < 8:
+        raise Corrupt(f"{len(buffer)} bytes are too few for a header")
+    length = int.from_bytes(bytes(buffer[:8]), "little")
+    if length > MAX_HEADER:
+        raise Corrupt(f"a header of {length} bytes, beyond the limit of {MAX_HEADER}")
+    if 8 + length > len(buffer):
+        raise Corrupt("the header is cut short")
+    header = _json(bytes(buffer[8 : 8 + length]))
+    if not isinstance(header, dict):
+        raise Corrupt("the header is not a table")
+    return header, 8 + length
+
+
+def _json(text: str | bytes) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise Corrupt("a name is given twice")
+        return table
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Corrupt(f"not JSON: {error}") from None
+
+
+def _offset(item: tuple[str, Any]) -> tuple[int, int]:
+    """Where a tensor lies, so that empty tensors come before the one that begins in the same place."""
+    match item[1]:
+        case {"dtype": str(), "shape": list(), "data_offsets": [int(begin), int(end)]} if len(item[1]) == 3:
+            return begin, end
+    raise Corrupt(f"tensor {item[0][:40]!r} is not described by dtype, shape and offsets")
+
+
+def _tensor(buffer: Any, start: int, expected: int, name: str, entry: dict[str, Any]) -> tuple[Tensor, int]:
+    begin, end = entry["data_offsets"]
+    dtype, shape = _DTYPES.get(entry["dtype"]), entry["shape"]
+    if dtype is None:
+        raise Corrupt(f"tensor {name!r} is of unknown type {entry['dtype'][:20]!r}")
+    if len(shape) > 16 or not all(type(side) is int and 0 <= side < 2**40 for side in shape):
+        raise Corrupt(f"tensor {name!r} has an impossible shape")
+    if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or start + end > len(buffer):
+        raise Corrupt(f"tensor {name!r} does not lie where its shape says")
+    if end == begin:
+        return torch.empty(shape, dtype=dtype), end
+    if (start + begin) % dtype.itemsize:  # not ours, but legal: copy what cannot be a view
+        flat = torch.frombuffer(bytearray(buffer[start + begin : start + end]), dtype=dtype)
+    else:
+        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start + begin)
+    return flat.reshape(shape), end
+
+
+def save(path: Path, value: Any, meta: Mapping[str, str] | None = None) -> str:
+    """Writes ``value`` to ``path`` so that a crash leaves the old file or the new one, never a mixture.
+
+    Returns:
+        The SHA-256 of what was written.
+    """
+    data = encode(value, meta)
+    write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def load(path: Path) -> Any:
+    """The value in the file at ``path``.
+
+    Raises:
+        Corrupt: Where the file is not a value of ours, with its name.
+    """
+    try:
+        return decode(bytearray(path.read_bytes()), share=True)
+    except Corrupt as error:
+        raise Corrupt(f"{path}: {error}") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes ``data`` beside ``path``, forces it to the disk, and renames it into place."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

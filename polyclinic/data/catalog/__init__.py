@@ -1,0 +1,1 @@
+"""The catalog of public data sets."""

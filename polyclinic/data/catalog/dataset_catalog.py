@@ -1,0 +1,272 @@
+"""The data sets that people of this field use: what each is, how to get it, and how it is read.
+
+The tables are ``catalogue.toml`` (sets behind registrations and agreements, with a recipe each), ``medmnist.toml`` (the
+18 sets of MedMNIST) and ``decathlon.toml`` (the ten tasks of the Medical Segmentation Decathlon), fetched with their
+published checksums. Nothing is fetched while a study runs: ``get`` does it beforehand.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+from polyclinic.data.archives import ENDINGS, unpack
+from polyclinic.data.cache import folder
+from polyclinic.data.download import fetch
+from polyclinic.data.examples import DataError
+from polyclinic.data.source import Info, Task
+
+ZENODO = "https://zenodo.org/records/10519652/files/"
+MEDMNIST = "Yang et al., Scientific Data 10:41 (2023), doi:10.1038/s41597-022-01721-8"
+DECATHLON = "Antonelli et al., Nature Communications 13:4128 (2022), doi:10.1038/s41467-022-30695-9"
+MONAI = "https://msd-for-monai.s3-us-west-2.amazonaws.com/"
+USUAL = 28
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of the catalogue.
+
+    Attributes:
+        name: What ``use = ...`` says in a study file.
+        title: One line.
+        modality: How it was taken.
+        organ: Of what.
+        task: What is predicted.
+        sites: How many sites it has, and what they are.
+        size: How many examples or patients.
+        licence: In the words of those who gave the data; check it before use.
+        citation: What to cite.
+        url: Where it comes from.
+        get: How to get it.
+        classes: The names of the classes, in order.
+        kind: How it is read (a key of ``polyclinic.data.config.KINDS``); "" where this version cannot.
+        file: What ``path`` names below the folder that the user gives.
+        options: The source's options; a study can set any of them anew.
+        md5: For sets that ``get`` can fetch, each size in pixels a file: the published checksums.
+        link: For sets that ``get`` can fetch as one archive: its address.
+        checksum: The archive's published MD5.
+        inside: The folder within the archive that holds the data.
+    """
+
+    name: str
+    title: str
+    modality: str
+    organ: str
+    task: str
+    size: str
+    licence: str
+    sites: str = ""
+    citation: str = ""
+    url: str = ""
+    get: str = ""
+    classes: tuple[str, ...] = ()
+    kind: str = ""
+    file: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    md5: Mapping[int, str] = field(default_factory=dict)
+    link: str = ""
+    checksum: str = ""
+    inside: str = ""
+
+    @property
+    def automatic(self) -> bool:
+        """Whether ``get`` fetches it."""
+        return bool(self.md5 or self.link)
+
+    @property
+    def info(self) -> Info:
+        """What a report says of it."""
+        return Info(
+            self.name,
+            self.title,
+            self.modality,
+            self.organ,
+            cast(Task, self.task),
+            self.classes,
+            self.licence,
+            self.citation,
+            self.url,
+        )
+
+    def where(self, size: int = USUAL) -> Path:
+        """Where ``get`` puts it."""
+        if self.link:
+            return folder() / "downloads" / self.name
+        return folder() / "downloads" / (f"{self.name}.npz" if size == USUAL else f"{self.name}_{size}.npz")
+
+
+def list_datasets() -> tuple[Dataset, ...]:
+    """All data sets, by name."""
+    return tuple(_entries()[name] for name in sorted(_entries()))
+
+
+def entry(name: str) -> Dataset:
+    """The data set that is called ``name``.
+
+    Raises:
+        DataError: Where there is none, with the nearest name.
+    """
+    found = _entries().get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, list(_entries()), 1, 0.6)
+        also = f' Did you mean "{near[0]}"?' if near else " `polyclinic data list` shows them"
+        raise DataError(f'no data set is called "{name}".{also}')
+    return found
+
+
+def show(name: str) -> tuple[tuple[str, str], ...]:
+    """What a person should know of a data set, as headings and texts; the last is a ``[data]`` table to copy."""
+    one = entry(name)
+    pairs = [
+        ("name", one.name),
+        ("what", one.title),
+        ("modality", one.modality),
+        ("organ", one.organ),
+        ("task", one.task),
+        ("classes", ", ".join(one.classes)),
+        ("sites", one.sites),
+        ("size", one.size),
+        ("licence", one.licence),
+        ("cite", one.citation),
+        ("from", one.url),
+        ("get", one.get),
+        ("study file", example(one)),
+    ]
+    return tuple((head, text) for head, text in pairs if text)
+
+
+def example(one: Dataset) -> str:
+    """A ``[data]`` table that uses the data set; empty where this version cannot read it."""
+    if not one.kind:
+        return ""
+    lines = ["[data]", f'use = "{one.name}"']
+    if not one.automatic and one.kind != "nodules":
+        lines.append(f'path = "/data/{one.name}"' + (f"   # the folder that holds {one.file}" if one.file else ""))
+    if "simulate" in one.sites:
+        partition = "iid" if one.task == "segmentation" else "dirichlet"
+        lines.append(f'sites = {{partition = "{partition}", count = 4}}')
+    if one.md5:
+        lines.append('split = "official"')
+    return "\n".join(lines)
+
+
+def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
+    """Fetches a data set that allows it; at once where it is there already.
+
+    Args:
+        name: The data set.
+        size: Pixels along each side of its images: 28, 64, 128 or 224 (3-D: 28 or 64).
+        base: The address of the folder that holds the files; a mirror within a hospital may be given.
+
+    Returns:
+        The file.
+
+    Raises:
+        DataError: Where it cannot be fetched, with what to do instead.
+    """
+    one = entry(name)
+    if not one.automatic:
+        raise DataError(f"{name} cannot be fetched automatically. {one.get} Licence: {one.licence}. See {one.url}")
+    if one.link:
+        return _archive(one, None if base == ZENODO else base)
+    if size not in one.md5:
+        raise DataError(f"{name} has no size {size}: choose {', '.join(map(str, one.md5))}")
+    to = one.where(size)
+    query = "?download=1" if base == ZENODO else ""
+    return fetch(f"{base}{to.name}{query}", to, one.md5[size])
+
+
+def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, dict[str, Any], Info]:
+    """How a study's ``use = ...`` is read: the kind of source, its options, and what is known of the data.
+
+    Args:
+        name: The data set.
+        path: The user's folder (or file), if one is given.
+        own: Options that the study sets.
+
+    Raises:
+        DataError: Where the set is unknown, is not there yet, or cannot be read by this version.
+    """
+    one, given = entry(name), dict(own)
+    if not one.kind:
+        raise DataError(f'"{name}" is listed with its recipe only; this version has no reader for it. {one.get}')
+    if one.link and path is None:
+        return one.kind, {**one.options, **given, "path": str(one.where() / one.inside)}, one.info
+    if one.md5:
+        size = given.pop("size", USUAL)
+        if size not in one.md5:
+            raise DataError(f"size = {size}: {name} comes in {', '.join(map(str, one.md5))} pixels")
+        return one.kind, {**one.options, **given, "path": _medmnist(one, size, path)}, one.info
+    if one.kind == "nodules":
+        return one.kind, given if path is None else {**given, "path": path}, one.info
+    if path is None:
+        raise DataError(
+            f"{name} cannot be fetched automatically. {one.get} Then set path = the folder"
+            + (f" that holds {one.file}" if one.file else "")
+        )
+    below = (
+        path if not one.file or path.endswith((".csv", ".parquet", ".gz", ".npz")) else f"{path.rstrip('/')}/{one.file}"
+    )
+    return one.kind, {**one.options, **given, "path": below}, one.info
+
+
+def _archive(one: Dataset, base: str | None) -> Path:
+    """Fetches an archive, unpacks it, and takes the archive away."""
+    home, name = one.where(), one.link.partition("?")[0].rpartition("/")[2]
+    if not home.is_dir():
+        kind = next(ending for ending in ENDINGS if name.endswith(ending))
+        packed = fetch(one.link if base is None else base + name, home.with_name(home.name + kind), one.checksum)
+        unpack(packed, home)
+        packed.unlink()
+    return home
+
+
+def _medmnist(one: Dataset, size: int, path: str | None) -> str:
+    """The archive: in the user's folder, the user's own file, or where ``get`` puts it."""
+    if path is None:
+        return str(one.where(size))
+    return path if path.endswith(".npz") else f"{path.rstrip('/')}/{one.where(size).name}"
+
+
+@cache
+def _entries() -> dict[str, Dataset]:
+    found = {}
+    for name, values in _read("catalogue.toml").items():
+        found[name] = Dataset(name, **{**values, "classes": tuple(values.get("classes", ()))})
+        found[name] = dataclasses.replace(found[name], get=" ".join(found[name].get.split()))
+    for name, values in _read("decathlon.toml").items():
+        found[name] = Dataset(
+            name,
+            **{**values, "classes": tuple(values["classes"])},
+            task="segmentation",
+            licence="CC BY-SA 4.0",
+            citation=DECATHLON,
+            url="http://medicaldecathlon.com/",
+            kind="pairs",
+            link=f"{MONAI}{values['inside']}.tar",
+            get=f"`polyclinic data get {name}` ({values['inside']}.tar).",
+        )
+    for name, values in _read("medmnist.toml").items():
+        values.pop("channels")
+        md5 = {int(k): v for k, v in values.pop("md5").items()}
+        found[name] = Dataset(
+            name,
+            **{**values, "classes": tuple(values["classes"])},
+            md5=md5,
+            sites="none: simulate sites",
+            citation=MEDMNIST,
+            url="https://medmnist.com/",
+            kind="npz",
+            get=f"`polyclinic data get {name}` (Zenodo record 10519652; sizes {', '.join(map(str, md5))}).",
+        )
+    return found
+
+
+def _read(name: str) -> dict[str, Any]:
+    return tomllib.loads(resources.files("polyclinic.data.catalog").joinpath(name).read_text(encoding="utf-8"))

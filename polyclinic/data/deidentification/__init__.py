@@ -1,0 +1,1 @@
+"""Removal of identifying information from DICOM files."""

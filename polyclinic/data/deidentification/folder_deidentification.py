@@ -1,0 +1,278 @@
+"""De-identification of a DICOM folder: a new folder without patients, and a key file kept apart.
+
+The rules are in ``deidentify_rules``, one image in ``deidentify_image``, the last scan in ``deidentify_scan``. Here is
+what binds them: nothing is overwritten or changed in place, a file is written only after its bytes were searched for
+the original's identifiers, every written file is read back from disk and searched again for all identifiers of its
+patient, and names of files and folders are pseudonyms and random numbers. This reduces the risk of recognition; it does
+not promise anonymity, and a person must look at a sample (see docs/how-to/hospital-data.md).
+"""
+
+import io
+import json
+import os
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polyclinic.data.deidentification.image_deidentification import (
+    Cleaned,
+    Deidentification,
+    Pseudonyms,
+    clean,
+    letters,
+)
+from polyclinic.data.deidentification.residual_scan import Identifiers
+from polyclinic.data.formats.dicom.file import looks_like_dicom, open_dicom, quiet, require_pydicom
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, read_whole, refusing
+from polyclinic.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a run wrote and refused. Safe to show: no value of any element, and source names only under ``refused``.
+
+    Attributes:
+        destination: The new folder.
+        key: The key file, to be kept at the site.
+        written: Files written, relative to ``destination``.
+        patients: How many patients they show.
+        removed: How many elements were removed or changed, by tag number.
+        refused: What was not released, and why; source paths, for the eyes of the site.
+        left: Files that are not DICOM, indexes (DICOMDIR) and links to folders, which were not copied.
+    """
+
+    destination: Path
+    key: Path
+    written: tuple[str, ...]
+    patients: int
+    removed: Counter[int] = field(repr=False)
+    refused: tuple[Unreadable, ...] = ()
+    left: int = 0
+
+    def lines(self) -> list[str]:
+        """A screen's summary."""
+        out = [f"wrote {len(self.written)} files of {self.patients} patients to {self.destination}"]
+        tags = sorted(self.removed.items())
+        shown = ", ".join(f"({t >> 16:04x},{t & 0xFFFF:04x}) x{n}" for t, n in tags[:12])
+        out.append(f"removed or changed {sum(self.removed.values())} elements of {len(tags)} kinds: {shown}")
+        if self.left:
+            out.append(f"left behind {self.left} files that are no DICOM images, indexes or links to folders")
+        reasons = Counter(refusal.reason for refusal in self.refused)
+        out += [f"refused {count}: {reason}" for reason, count in reasons.most_common()]
+        if reasons:
+            out.append("which files were refused stands in the key file")
+        out.append(
+            f"key file (pseudonyms to patients, the secret): {self.key}; keep it at the site, apart from the data"
+        )
+        out.append("look at a sample before anything leaves: text drawn into a picture and faces are not recognised")
+        return out
+
+
+def deidentify_folder(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    key: str | os.PathLike[str],
+    options: Deidentification = Deidentification(),
+    limits: Limits = LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Released:
+    """De-identifies every DICOM image under ``source`` into the new folder ``destination``.
+
+    Args:
+        source: Read only; never changed.
+        destination: Must not exist or be empty, and lie apart from ``source``.
+        key: The key file: read where it is there (same secret, same pseudonyms), else made, for its owner's eyes only.
+        options: What the site decides.
+        limits: What one file may ask for.
+        progress: Called with files done and files in all.
+
+    Raises:
+        ValueError: A folder or the key file is in a wrong place; nothing was written.
+    """
+    source, destination, key = Path(source), Path(destination), Path(key)
+    problems = list(_places(source, destination, key))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    require_pydicom()
+    store = _KeyFile.open(key)
+    pseudonyms = Pseudonyms(store.secret)
+    files = list(_walk(source))
+    destination.mkdir(parents=True, exist_ok=True)
+    refused: list[Unreadable] = []
+    removed: Counter[int] = Counter()
+    known: dict[str, Identifiers] = {}
+    written: dict[str, str] = {}
+    left = 0
+    store.save()  # the secret is on disk before the first pseudonym
+    try:
+        for done, path in enumerate(files):
+            if progress is not None:
+                progress(done, len(files))
+            named = path.suffix.lower() in (".dcm", ".dicom", ".ima") and not path.is_dir()
+            if path.name.upper() == "DICOMDIR" or not (named or looks_like_dicom(path)):
+                left += 1
+                continue
+            try:
+                cleaned = clean(path, open_dicom(path, limits=limits), pseudonyms, options, limits)
+                name = _write(destination, cleaned, pseudonyms, checked_bytes(path, cleaned))
+            except Unreadable as refusal:
+                refused.append(refusal)
+                continue
+            removed.update(cleaned.removed)
+            written[name] = cleaned.pseudonym
+            known[cleaned.pseudonym] = known.get(cleaned.pseudonym, Identifiers()) | cleaned.identifiers
+            store.add(cleaned.pseudonym, cleaned.patient, name, str(path.relative_to(source)))
+        for name, why in list(_read_back(destination, written, known, limits)):
+            refused.append(Unreadable(source / store.files.pop(name), why))
+            (destination / name).unlink()
+            del written[name]
+    finally:
+        store.refused = {str(refusal.path.relative_to(source)): refusal.reason for refusal in refused}
+        store.save()
+    return Released(destination, key, tuple(sorted(written)), len(set(written.values())), removed, tuple(refused), left)
+
+
+def deidentify_command(
+    source: str,
+    destination: str,
+    key: str | None = None,
+    approve: tuple[str, ...] = (),
+    keep_characteristics: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """What ``polyclinic data deidentify SRC DST`` does: 0 all released, 1 some refused, 2 it could not be done."""
+    try:
+        options = Deidentification(tuple(approve), keep_characteristics)
+        released = deidentify_folder(source, destination, key or default_key(), options)
+    except (ValueError, ImportError, OSError) as error:
+        say(str(error))
+        return 2
+    for line in released.lines():
+        say(line)
+    return 1 if released.refused else 0
+
+
+def default_key() -> Path:
+    """Where this user's key file lies unless another place is named."""
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("polyclinic")) / "deidentify-key.json"
+
+
+def checked_bytes(path: Path, cleaned: Cleaned) -> bytes:
+    """The bytes of the new file, once no identifier of the original is found in them."""
+    buffer = io.BytesIO()
+    with quiet(), refusing(path, "the de-identified file cannot be written"):
+        cleaned.dataset.save_as(buffer, enforce_file_format=True)
+    data = buffer.getvalue()
+    if why := _leak(data, len(cleaned.dataset.PixelData), cleaned.identifiers):
+        raise Unreadable(path, why)
+    return data
+
+
+def _leak(data: bytes, pixels: int, identifiers: Identifiers) -> str | None:
+    """Why these bytes may not be released: where an identifier was found, never which."""
+    if any(data[:128]) or data[128:132] != b"DICM":
+        return "its preamble is not empty"
+    if identifiers.in_header(data[: len(data) - pixels]):
+        return "an identifier of the original is still in its header"
+    if identifiers.in_pixels(data[len(data) - pixels :]):
+        return "the bytes of its pixels spell an identifier of the original"
+    return None
+
+
+def _read_back(
+    destination: Path, written: dict[str, str], known: dict[str, Identifiers], limits: Limits
+) -> Iterator[tuple[str, str]]:
+    """Files on disk in which any identifier of the same patient, from any of its files, is found."""
+    for name, pseudonym in list(written.items()):
+        data = read_whole(destination / name, limits)
+        pixels = len(open_dicom(destination / name, limits=limits).PixelData)
+        if why := _leak(data, pixels, known[pseudonym]):
+            yield name, why
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """Every file, and every link to a folder, which is not followed."""
+    for folder, folders, names in os.walk(source):
+        folders.sort()
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        yield from (Path(folder, name) for name in sorted([*names, *links]))
+
+
+def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: bytes) -> str:
+    """Writes a new file under a random name, complete or not at all; its name relative to ``destination``."""
+    series = str(cleaned.dataset.get("SeriesInstanceUID") or "")
+    folder = destination / cleaned.pseudonym / pseudonyms.folder(series)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{letters(secrets.token_bytes(8))}.dcm"
+    part = path.with_suffix(".part")
+    with open(part, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    return str(path.relative_to(destination))
+
+
+def _places(source: Path, destination: Path, key: Path) -> Iterator[str]:
+    """What is wrong with the three places."""
+    if not source.is_dir():
+        yield f"{source} is not a folder"
+    inside, outside, place = source.resolve(), destination.resolve(), key.resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        yield f"{destination} is there already and not an empty folder: name a new one (nothing is ever overwritten)"
+    if inside == outside or inside in outside.parents or outside in inside.parents:
+        yield f"{destination} must lie apart from {source}, neither inside the other"
+    if outside == place or outside in place.parents or inside in place.parents:
+        yield f"the key file {key} must lie outside of both folders: whoever holds it can undo the pseudonyms"
+    if key.is_symlink():
+        yield f"the key file {key} is a link: name the file itself"
+    elif key.exists():
+        if not key.is_file():
+            yield f"the key file {key} is not a file"
+        elif key.stat().st_mode & 0o077:
+            yield f"the key file {key} can be read by others: chmod 600 it"
+
+
+@dataclass
+class _KeyFile:
+    """The site's secret, and which pseudonym is whom. Never leaves the site."""
+
+    path: Path
+    secret: bytes = field(repr=False)
+    patients: dict[str, str] = field(repr=False, default_factory=dict)
+    files: dict[str, str] = field(repr=False, default_factory=dict)
+    refused: dict[str, str] = field(repr=False, default_factory=dict)
+    earlier: list[dict[str, dict[str, str]]] = field(repr=False, default_factory=list)
+
+    @staticmethod
+    def open(path: Path) -> "_KeyFile":
+        if not path.exists():
+            return _KeyFile(path, secrets.token_bytes(32))
+        try:
+            found = json.loads(read_text(path))
+            secret, patients, earlier = bytes.fromhex(found["secret"]), dict(found["patients"]), list(found["runs"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"the key file {path} is damaged: restore it, or name a new one") from None
+        if len(secret) != 32:
+            raise ConfigError(f"the key file {path} holds no secret of 32 bytes")
+        return _KeyFile(path, secret, patients, {}, {}, earlier)
+
+    def add(self, pseudonym: str, patient: str, name: str, source: str) -> None:
+        self.patients[pseudonym], self.files[name] = patient, source
+
+    def save(self) -> None:
+        """Writes the file, readable by its owner only, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        run = {"files": self.files, "refused": self.refused}
+        content = {"secret": self.secret.hex(), "patients": self.patients, "runs": [*self.earlier, run]}
+        handle, part = tempfile.mkstemp(dir=self.path.parent, prefix=".key-")  # made with mode 0600
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.path)

@@ -1,0 +1,179 @@
+"""Where DICOM frames lie in the patient, and how frames stack into a volume.
+
+Standard: DICOM PS3.3, C.7.6.2 (Image Plane: equation C.7.6.2.1-1) and C.7.6.16 (Multi-frame Functional Groups).
+A stack is accepted only where one affine places every slice: parallel planes, one step, nothing missing, no shear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from polyclinic.data.formats.dicom.file import numbers
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.formats.volume import affine_from, lps_to_ras
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One frame's place, in LPS millimetres as DICOM states it.
+
+    Attributes:
+        position: Centre of the first pixel.
+        across: Unit vector along a row (column index grows).
+        down: Unit vector along a column (row index grows).
+        step: Distance between (rows, columns).
+        thickness: Nominal thickness or stated distance of slices; None where neither is stated.
+    """
+
+    position: tuple[float, ...]
+    across: tuple[float, ...]
+    down: tuple[float, ...]
+    step: tuple[float, float]
+    thickness: float | None
+
+    @property
+    def normal(self) -> np.ndarray[Any, Any]:
+        """Unit vector out of the plane."""
+        return np.cross(self.across, self.down)
+
+
+def plane_of(path: Path, *sources: Any) -> Plane | None:
+    """The plane stated by the first data set that has each element (a frame's functional groups, then the file's)."""
+
+    def find(keyword: str, count: int) -> tuple[float, ...] | None:
+        for source in sources:
+            if source is not None and (found := numbers(path, source, keyword, count)) is not None:
+                return found
+        return None
+
+    position, cosines = find("ImagePositionPatient", 3), find("ImageOrientationPatient", 6)
+    step = find("PixelSpacing", 2)
+    if position is None or cosines is None or step is None:
+        return None
+    across, down = np.array(cosines[:3]), np.array(cosines[3:])
+    lengths = np.linalg.norm(across), np.linalg.norm(down)
+    if abs(lengths[0] - 1) > 0.01 or abs(lengths[1] - 1) > 0.01 or abs(across @ down) > 0.01:
+        raise Unreadable(path, "its ImageOrientationPatient is not two perpendicular unit vectors")
+    if min(step) <= 0:
+        raise Unreadable(path, "its PixelSpacing is not positive")
+    between = find("SpacingBetweenSlices", 1) or find("SliceThickness", 1)
+    thickness = abs(between[0]) if between and between[0] else None
+    unit = across / lengths[0], down / lengths[1]
+    return Plane(position, tuple(map(float, unit[0])), tuple(map(float, unit[1])), (step[0], step[1]), thickness)
+
+
+def stack(path: Path, planes: Sequence[Plane]) -> tuple[list[int], Tensor, tuple[str, ...]]:
+    """The order of parallel slices along their normal, and the affine of the volume they make.
+
+    Args:
+        path: What an error names: the series' first file or folder.
+        planes: One per slice, in any order.
+
+    Returns:
+        The order, the affine (index x, y, z to RAS mm), and notes.
+
+    Raises:
+        Unreadable: Slices are at one position twice, missing, unevenly spaced, turned or sheared.
+    """
+    first = planes[0]
+    for plane in planes:
+        turned = np.abs(np.subtract(plane.across + plane.down, first.across + first.down)).max() > 1e-3
+        if turned or not np.allclose(plane.step, first.step, rtol=1e-3):
+            raise Unreadable(path, "its slices differ in orientation or pixel spacing")
+    heights = np.array([float(np.dot(plane.normal, plane.position)) for plane in planes])
+    order = [int(i) for i in np.argsort(heights, kind="stable")]
+    positions = np.array([planes[i].position for i in order])
+    notes: tuple[str, ...] = ()
+    if len(planes) == 1:
+        if first.thickness is None:
+            notes = ("one slice without thickness: 1 mm is assumed",)
+        across_slices = first.normal * (first.thickness or 1.0)
+    else:
+        across_slices = _even_steps(path, np.diff(heights[order]), positions, first.normal)
+    columns = np.stack([np.array(first.across) * first.step[1], np.array(first.down) * first.step[0], across_slices], 1)
+    return order, lps_to_ras(affine_from(columns, positions[0])), notes
+
+
+def _even_steps(
+    path: Path, gaps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], normal: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """The step from slice to slice, where all are equal to within 1 % (or 0.01 mm) and along the normal."""
+    step = float(np.median(gaps))
+    slack = max(0.01 * step, 0.01)
+    if gaps.min() < 1e-3:
+        twice = int((gaps < 1e-3).sum())
+        raise Unreadable(
+            path, f"{twice} slices lie where another lies: several images in a series, told apart by no tag"
+        )
+    if np.abs(gaps - step).max() > slack:
+        missing = np.rint(gaps / gaps.min()) - 1
+        if np.abs(gaps - (missing + 1) * gaps.min()).max() <= 2 * slack and missing.sum() <= len(gaps):
+            count, wide, narrow = int(missing.sum()), gaps.max(), gaps.min()
+            raise Unreadable(path, f"{count} slices are missing (gaps of {wide:.4g} mm among gaps of {narrow:.4g} mm)")
+        raise Unreadable(path, f"its slices are unevenly spaced, from {gaps.min():.4g} to {gaps.max():.4g} mm")
+    mean: np.ndarray[Any, Any] = (positions[-1] - positions[0]) / len(gaps)
+    aside = mean - normal * float(mean @ normal)
+    if np.linalg.norm(aside) > max(0.01 * step, 0.01):
+        angle = float(np.degrees(np.arctan2(np.linalg.norm(aside), step)))
+        why = "a tilted gantry: straighten the series first, as dcm2niix does"
+        raise Unreadable(path, f"its slices are sheared by {angle:.1f} degrees ({why})")
+    wander = np.abs(positions - positions[0] - np.arange(len(positions))[:, None] * mean).max()
+    if wander > max(0.05 * step, 0.05):
+        raise Unreadable(path, f"its slices stray by {wander:.3g} mm from one straight line")
+    return mean
+
+
+def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> list[Plane] | None:
+    """One plane per frame: enhanced functional groups, a dose grid, or a classic frame; None without position."""
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+    if per_frame is not None:
+        if len(per_frame) != frames:
+            raise Unreadable(path, f"describes {len(per_frame)} frames and holds {frames}")
+        shared = dataset.get("SharedFunctionalGroupsSequence") or [None]
+        groups = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+        found = []
+        for item in per_frame:
+            inner = [first_item(source, name) for source in (item, shared[0]) for name in groups]
+            found.append(plane_of(path, *inner))
+        return [each for each in found if each is not None] if all(found) else None
+    if plane is None:
+        return None
+    if frames == 1:
+        return [plane]
+    offsets = numbers(path, dataset, "GridFrameOffsetVector", frames) if "GridFrameOffsetVector" in dataset else None
+    if offsets is None:
+        return None
+    start, normal = np.array(plane.position), plane.normal
+    return [replace(plane, position=tuple(start + normal * (o - offsets[0]))) for o in offsets]
+
+
+def first_item(dataset: Any, keyword: str) -> Any:
+    """The first item of a sequence; None where there is none."""
+    items = dataset.get(keyword) if dataset is not None else None
+    return items[0] if items else None
+
+
+def flat_spacing(path: Path, dataset: Any) -> tuple[tuple[float, float], tuple[str, ...]]:
+    """(row, column) spacing of an image without position, and a note on where it was measured."""
+    for keyword, where in (
+        ("PixelSpacing", "as the header states"),
+        ("NominalScannedPixelSpacing", "on the scanned film"),
+        ("ImagerPixelSpacing", "at the detector, larger than in the patient"),
+    ):
+        found = numbers(path, dataset, keyword, 2)
+        if found is not None and min(found) > 0:
+            return (found[0], found[1]), (f"its pixel spacing is {where}",)
+    regions = [
+        (numbers(path, r, "PhysicalDeltaY", 1), numbers(path, r, "PhysicalDeltaX", 1))
+        for r in dataset.get("SequenceOfUltrasoundRegions") or []
+        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimetres
+    ]
+    if regions and len(set(regions)) == 1 and regions[0][0] and regions[0][1]:
+        steps = abs(regions[0][0][0]) * 10, abs(regions[0][1][0]) * 10
+        if min(steps) > 0:
+            return steps, ("its pixel spacing is that of its ultrasound region",)
+    return (1.0, 1.0), ()

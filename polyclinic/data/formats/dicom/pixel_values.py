@@ -1,0 +1,79 @@
+"""The numbers of a DICOM image in their units: modality slope, intercept or table, dose, inverted display, colour.
+
+Standard: DICOM PS3.3, C.7.6.3.1.2 (photometric interpretation), C.11.1 (modality LUT), C.7.6.16.2.9 (per-frame values),
+C.8.8.3 (dose grid).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyclinic.data.formats.dicom.file import numbers, quiet, require_pydicom, stored_pixels, whole_number
+from polyclinic.data.formats.dicom.geometry import first_item
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, refusing
+from polyclinic.data.formats.volume import as_image
+
+_QUANTITATIVE = ("CT", "PT", "RTDOSE")  # an inverted display must not invert their numbers
+
+
+def values_of(
+    path: Path, dataset: Any, fill: float | None = None, limits: Limits = LIMITS
+) -> tuple[Tensor, str, tuple[str, ...]]:
+    """Frames in their units: float32 [F, Y, X] or uint8 [3, F, Y, X]; the units; notes."""
+    stored = stored_pixels(path, dataset, limits)
+    if stored.ndim == 4:
+        if stored.dtype != np.uint8:
+            raise Unreadable(path, f"is a colour image of {stored.dtype.itemsize * 8} bits a channel; 8 are read")
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stored, -1, 0))), "RGB", ()
+    notes: tuple[str, ...] = ()
+    with quiet(), refusing(path, "its values cannot be computed"):
+        modality = str(dataset.get("Modality") or "")
+        if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+            if modality in _QUANTITATIVE:
+                notes = ("MONOCHROME1 changes the display only: its numbers are kept",)
+            else:
+                stored, notes = _inverted(path, dataset, stored), ("MONOCHROME1 is inverted: higher is brighter",)
+        slope, inter = _slopes(path, dataset, stored.shape[0])
+        if first_item(dataset, "ModalityLUTSequence") is not None:
+            stored = np.asarray(require_pydicom().pixels.apply_modality_lut(stored, dataset))
+        said = str(dataset.get("RescaleType") or "HU").upper()
+    if len({*slope}) == len({*inter}) == 1:
+        values, filled = as_image(path, stored, fill, slope[0], inter[0])
+    else:
+        parts = [as_image(path, s, fill, a, b) for s, a, b in zip(stored, slope, inter, strict=True)]
+        values, filled = torch.stack([part[0] for part in parts]), tuple(note for part in parts for note in part[1])
+    units = {"CT": "HU" if said == "HU" else "", "RTDOSE": "Gy"}.get(modality, "")
+    return values, units, notes + filled
+
+
+def _slopes(path: Path, dataset: Any, frames: int) -> tuple[list[float], list[float]]:
+    """Slope and intercept of each frame; 1 and 0 where nothing is stated."""
+    shared = first_item(first_item(dataset, "SharedFunctionalGroupsSequence"), "PixelValueTransformationSequence")
+    groups = dataset.get("PerFrameFunctionalGroupsSequence") or [None] * frames
+    slopes, inters = [], []
+    for item in list(groups)[:frames]:
+        own = first_item(item, "PixelValueTransformationSequence")
+        source = own if own is not None else shared if shared is not None else dataset
+        keyword = "DoseGridScaling" if "DoseGridScaling" in dataset else "RescaleSlope"
+        slope, inter = numbers(path, source, keyword, 1), numbers(path, source, "RescaleIntercept", 1)
+        if slope is not None and slope[0] == 0:
+            raise Unreadable(path, f"its {keyword} is 0: every value would be the same")
+        slopes.append(slope[0] if slope else 1.0)
+        inters.append(inter[0] if inter else 0.0)
+    if len(slopes) != frames:
+        raise Unreadable(path, f"describes {len(slopes)} frames and holds {frames}")
+    return slopes, inters
+
+
+def _inverted(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Lowest + highest - value, over the range that the stored bits can hold."""
+    bits = whole_number(path, dataset, "BitsStored", whole_number(path, dataset, "BitsAllocated"))
+    signed = whole_number(path, dataset, "PixelRepresentation", 0) == 1
+    if stored.dtype.kind == "f":
+        raise Unreadable(path, "is MONOCHROME1 with floating point pixels, whose range is not stated")
+    total = -1 if signed else 2**bits - 1
+    inverted: np.ndarray[Any, Any] = total - stored.astype(np.int64)
+    return inverted

@@ -1,0 +1,219 @@
+"""DICOM series: files grouped, slices ordered by their position in the patient, values in their units.
+
+Standard: DICOM PS3.3 (C.7.6.2 planes, C.7.6.3 pixels, C.7.6.16 multi-frame, C.11.1 modality LUT). Reads classic series,
+enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in colour or as a cine loop.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyclinic.data.formats.dicom.file import image_shape, looks_like_dicom, open_dicom, quiet
+from polyclinic.data.formats.dicom.geometry import Plane, flat_spacing, frame_planes, plane_of, stack
+from polyclinic.data.formats.dicom.pixel_values import values_of
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, refusing
+from polyclinic.data.formats.volume import Volume, affine_from
+
+SUFFIXES = (".dcm", ".ima", ".dicom", "")
+_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")
+_TELL_APART = (  # what separates several images in one series at the same positions, tried in this order
+    "EchoTime",
+    "EchoNumbers",
+    "TemporalPositionIdentifier",
+    "TriggerTime",
+    "DiffusionBValue",
+    "ImageType",
+    "AcquisitionNumber",
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What grouping needs to know of one file. Identifiers are kept out of ``repr``."""
+
+    path: Path
+    modality: str
+    shape: tuple[int, int, int, int]
+    plane: Plane | None
+    series: str = field(repr=False)
+    patient: str = field(repr=False)
+    marks: tuple[str, ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Series:
+    """Files that make one volume, in any order, and whose patient they show (a pseudonym or an identifier)."""
+
+    paths: tuple[Path, ...]
+    modality: str
+    patient: str = field(repr=False)
+    key: str = field(repr=False, default="")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder of DICOM files holds: series, refused files, and how many objects are no images (reports...)."""
+
+    series: tuple[Series, ...]
+    problems: tuple[Unreadable, ...]
+    not_images: int = 0
+
+
+def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | None:
+    """The header of an image; None for objects without pixels (reports, plans, waveforms)."""
+    with quiet(), refusing(path, "its DICOM header is damaged"):
+        if "Rows" not in dataset and "Columns" not in dataset:
+            return None
+        text = {k: str(dataset.get(k) or "") for k in ("Modality", "SeriesInstanceUID", "PatientID", *_TELL_APART)}
+        shape = image_shape(path, dataset, limits)
+        plane = plane_of(path, dataset)
+    marks = tuple(text[k] for k in _TELL_APART)
+    return Header(path, text["Modality"], shape, plane, text["SeriesInstanceUID"], text["PatientID"], marks)
+
+
+def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Files under ``folder`` that say they are DICOM, by name or by content, in one fixed order; links not followed."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(root, name)
+            if name.startswith(".") or name.upper() in _NOT_IMAGES:
+                continue
+            if path.suffix.lower() in SUFFIXES or path.suffix[1:].isdigit() or looks_like_dicom(path):
+                found.append(path)
+    return found
+
+
+def find_series(
+    paths: Iterable[Path], limits: Limits = LIMITS, look: Callable[[Path, Any], None] | None = None
+) -> Found:
+    """Groups files into series by their headers; a file that is refused never stops the rest.
+
+    Args:
+        paths: As from ``dicom_files``.
+        limits: What one file may ask for.
+        look: Called with each path and its data set (without pixels), for checks in the same pass.
+    """
+    headers, problems, others = [], [], 0
+    for path in paths:
+        try:
+            dataset = open_dicom(path, pixels=False, limits=limits)
+            if look is not None:
+                look(path, dataset)
+            header = header_of(path, dataset, limits)
+        except Unreadable as refusal:
+            problems.append(refusal)
+            continue
+        if header is None:
+            others += 1
+        else:
+            headers.append(header)
+    return Found(tuple(group(headers)), tuple(problems), others)
+
+
+def group(headers: Sequence[Header]) -> list[Series]:
+    """Headers to series: the same series number, size and orientation; split further where positions repeat."""
+    stacks: dict[tuple[object, ...], list[Header]] = {}
+    for header in headers:
+        if header.plane is None or header.shape[0] > 1 or not header.series:
+            key: tuple[object, ...] = (str(header.path),)  # a radiograph, a cine loop, a multi-frame file: alone
+        else:
+            turn = tuple(round(v, 2) for v in header.plane.across + header.plane.down)
+            key = (header.series, header.patient, header.shape[1:], turn, tuple(round(v, 3) for v in header.plane.step))
+        stacks.setdefault(key, []).append(header)
+    return [_series(part) for members in stacks.values() for part in _apart(members)]
+
+
+def _apart(members: list[Header]) -> list[list[Header]]:
+    def unique(part: list[Header]) -> bool:
+        places = [tuple(round(v, 3) for v in h.plane.position) for h in part if h.plane is not None]
+        return len(set(places)) == len(places)
+
+    if unique(members):
+        return [members]
+    for mark in range(len(_TELL_APART)):
+        parts: dict[str, list[Header]] = {}
+        for header in members:
+            parts.setdefault(header.marks[mark], []).append(header)
+        if len(parts) > 1 and all(unique(part) for part in parts.values()):
+            return list(parts.values())
+    return [members]  # refused when it is read
+
+
+def _series(members: list[Header]) -> Series:
+    first = members[0]
+    return Series(tuple(h.path for h in members), first.modality, first.patient, first.series)
+
+
+def read_dicom(path: str | os.PathLike[str], fill: float | None = None, limits: Limits = LIMITS) -> Volume:
+    """Reads one DICOM file, or a folder that holds exactly one series."""
+    path = Path(path)
+    if not path.is_dir():
+        return read_series(Series((path,), "", ""), fill, limits)
+    found = find_series(dicom_files(path), limits)
+    if found.problems:
+        raise found.problems[0]
+    if len(found.series) != 1:
+        raise Unreadable(path, f"holds {len(found.series)} series; name one, or use find_series")
+    return read_series(found.series[0], fill, limits)
+
+
+def read_series(series: Series, fill: float | None = None, limits: Limits = LIMITS) -> Volume:
+    """Reads the volume of one series.
+
+    Returns:
+        float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for colour; slices ordered along the
+        normal of their planes. MONOCHROME1 is turned so that higher is brighter, except for CT, PET and dose.
+
+    Raises:
+        Unreadable: One file is refused, or the slices do not make one even stack.
+    """
+    if len(series.paths) == 1:
+        return _one_file(series.paths[0], fill, limits)
+    parts: list[tuple[Header, Tensor, str, tuple[str, ...]]] = []
+    for path in series.paths:
+        dataset = open_dicom(path, limits=limits)
+        header = header_of(path, dataset, limits)
+        if header is None or header.plane is None:
+            raise Unreadable(path, "does not state where it lies (position, orientation, spacing)")
+        if not parts:
+            fits(path, (len(series.paths), *header.shape[1:]), 4, limits, "series")
+        values, units, notes = values_of(path, dataset, fill, limits)
+        parts.append((header, values, units, notes))
+    first = parts[0][0]
+    if len({(tuple(values.shape), units) for _, values, units, _ in parts}) > 1:
+        raise Unreadable(first.path, "the slices of its series differ in size, colour or units")
+    order, affine, notes = stack(first.path, [h.plane for h, _, _, _ in parts if h.plane is not None])
+    array = torch.cat([parts[i][1] for i in order], dim=-3)
+    said = dict.fromkeys(note for _, _, _, part in parts for note in part)
+    return Volume(array, affine, first.modality, parts[0][2], True, notes + tuple(said))
+
+
+def _one_file(path: Path, fill: float | None, limits: Limits) -> Volume:
+    dataset = open_dicom(path, limits=limits)
+    header = header_of(path, dataset, limits)
+    if header is None:
+        raise Unreadable(path, "holds no image")
+    if header.modality == "SEG":
+        raise Unreadable(path, "is a DICOM segmentation, which is not read; convert it to NIfTI")
+    with quiet(), refusing(path, "its functional groups are damaged"):
+        planes = frame_planes(path, dataset, header.shape[0], header.plane)
+    values, units, notes = values_of(path, dataset, fill, limits)
+    if planes is not None:
+        order, affine, more = stack(path, planes)
+        array = values if order == sorted(order) else values.index_select(values.ndim - 3, torch.tensor(order))
+        return Volume(array, affine, header.modality, units, True, notes + more)
+    with quiet(), refusing(path, "its pixel spacing is damaged"):
+        step, note = flat_spacing(path, dataset)
+    notes += ("no position in the patient is stated: left and right are as on the screen", *note)
+    if header.shape[0] > 1:
+        notes += ("its frames carry no position: they are moments or views, kept as slices 1 mm apart",)
+    affine = affine_from(np.diag([step[1], step[0], 1.0]) @ np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
+    return Volume(values, affine, header.modality, units, bool(note), notes)

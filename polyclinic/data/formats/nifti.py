@@ -1,0 +1,151 @@
+"""NIfTI files: images and masks in 2, 3 and 4 dimensions, checked before they are decoded.
+
+Format: Cox et al., "A (sort of) new image data format standard: NIfTI-1", 2004, and nifti2.h
+(https://nifti.nimh.nih.gov). nibabel parses the header and builds the affine; we read the bytes ourselves, so that a
+compressed file never inflates beyond what its header states and the limits allow.
+"""
+
+import gzip
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, read_exactly, regular_file
+from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask
+
+_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's spatial units (none stated, metre, mm, micron) in mm
+
+
+def is_nifti(path: str | os.PathLike[str]) -> bool:
+    """Whether the name says NIfTI."""
+    return str(path).lower().endswith((".nii", ".nii.gz"))
+
+
+def read_nifti(
+    path: str | os.PathLike[str], mask: bool = False, fill: float | None = None, limits: Limits = LIMITS
+) -> Volume:
+    """Reads a ``.nii`` or ``.nii.gz`` file.
+
+    Args:
+        mask: Read labels: whole numbers from 0 to 32767 as int16, not scaled to float.
+        fill: What stands in for voxels that are not finite numbers. None: such a file is refused.
+        limits: What the file may ask for.
+
+    Returns:
+        float32 (RGB: uint8; mask: int16) of shape [Z, Y, X]; a 4th or 5th dimension (time, channels) comes first.
+    """
+    path = Path(path)
+    if not is_nifti(path):
+        raise Unreadable(path, "is not named .nii or .nii.gz (an .hdr/.img pair: convert it to one .nii.gz)")
+    regular_file(path, limits)
+    with open(path, "rb") as plain:
+        packed = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        stream: BinaryIO | gzip.GzipFile = gzip.GzipFile(fileobj=plain) if packed else plain
+        header, dtype, shape = _header(path, stream, limits)
+        raw = read_exactly(path, stream, fits(path, shape, dtype.itemsize, limits), "voxels")
+    slope, inter = _scaling(path, header)
+    affine, notes = _affine(path, header)
+    stored = np.frombuffer(raw, dtype=dtype).reshape(shape[::-1])  # the file's first axis is the fastest
+    if dtype.names:  # RGB: three bytes a voxel
+        if mask:
+            raise Unreadable(path, "is a colour image, not a mask of labels")
+        colour = np.stack([stored[name] for name in ("R", "G", "B")])
+        return Volume(_axes(torch.from_numpy(colour), lead=1), affine, units="RGB", notes=notes)
+    if mask:
+        labels = stored if (slope, inter) == (1.0, 0.0) else stored.astype(np.float64) * slope + inter
+        return Volume(_axes(as_mask(path, labels)), affine, units="label", notes=notes)
+    values, filled = as_image(path, stored, fill, slope, inter)
+    return Volume(_axes(values), affine, notes=notes + filled)
+
+
+def _header(path: Path, stream: BinaryIO | gzip.GzipFile, limits: Limits) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
+    """The header, the dtype and the shape (fastest axis first), with the stream moved to the first voxel."""
+    nibabel: Any = importlib.import_module("nibabel")
+    start = read_exactly(path, stream, 348, "header")
+    size = int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")
+    two = 540 in size
+    if not two and 348 not in size:
+        raise Unreadable(path, "does not start with a NIfTI header")
+    block = start + read_exactly(path, stream, 540 - 348, "header") if two else start
+    header = (nibabel.Nifti2Header if two else nibabel.Nifti1Header)(block, check=False)
+    if bytes(header["magic"])[:2] != b"n+":
+        raise Unreadable(path, "is not a single NIfTI file (its magic word is not n+1 or n+2)")
+    dims = [int(n) for n in header["dim"]]
+    if not 1 <= dims[0] <= 7 or any(n < 1 for n in dims[1 : dims[0] + 1]):
+        raise Unreadable(path, f"has impossible dimensions {dims[: max(min(dims[0], 7), 0) + 1]}")
+    shape = tuple(dims[1 : dims[0] + 1])
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    code = int(header["datatype"])
+    try:
+        dtype = header.get_data_dtype()
+    except (KeyError, nibabel.spatialimages.HeaderDataError):
+        raise Unreadable(path, f"states the unknown data type {code}") from None
+    if dtype.kind not in "iuf" and dtype.names != ("R", "G", "B"):
+        raise Unreadable(path, f"states the data type {code}, which is not a real number or RGB")
+    if dtype.itemsize > 8:
+        raise Unreadable(path, f"states numbers of {dtype.itemsize} bytes; save it as float32")
+    fits(path, shape, dtype.itemsize, limits)
+    offset = float(header["vox_offset"])
+    if not math.isfinite(offset) or not (len(block) <= offset <= limits.header_bytes):
+        raise Unreadable(path, f"states that its voxels start at byte {offset:g}, which cannot be")
+    read_exactly(path, stream, int(offset) - len(block), "header's extensions")
+    return header, dtype, shape
+
+
+def _scaling(path: Path, header: Any) -> tuple[float, float]:
+    """Slope and intercept; slope 0 means that nothing is scaled (nifti1.h)."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if not (math.isfinite(slope) and math.isfinite(inter)):
+        raise Unreadable(path, "its intensity slope or intercept is not a finite number")
+    return (1.0, 0.0) if slope == 0 else (slope, inter)
+
+
+def _affine(path: Path, header: Any) -> tuple[Tensor, tuple[str, ...]]:
+    notes = []
+    code = int(header["xyzt_units"]) & 7
+    if code not in _MM:
+        raise Unreadable(path, f"states the unknown unit of length {code}")
+    if _MM[code] != 1:
+        notes.append("lengths are converted to millimetres")
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        notes.append("no orientation is stated: left and right are a guess")
+    widths = np.asarray(header["pixdim"][1:4], dtype=np.float64)
+    if not np.isfinite(widths[: min(int(header["dim"][0]), 3)]).all():
+        raise Unreadable(path, "its voxel size is not a finite number")
+    try:
+        matrix = np.array(header.get_best_affine(), dtype=np.float64)
+    except Exception as error:  # nibabel refuses impossible quaternions with several types
+        raise Unreadable(path, f"its orientation cannot be computed ({type(error).__name__})") from None
+    if not np.isfinite(matrix).all():
+        raise Unreadable(path, "its affine holds numbers that are not finite")
+    for axis in range(3):  # a 2-D file may leave the third direction empty
+        if axis >= int(header["dim"][0]) and not matrix[:3, axis].any():
+            matrix[:3, axis] = np.cross(matrix[:3, (axis + 1) % 3], matrix[:3, (axis + 2) % 3])
+            matrix[:3, axis] /= np.linalg.norm(matrix[:3, axis]) or 1.0
+    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
+    if (lengths < 1e-6).any() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
+        raise Unreadable(path, "its affine is singular: it does not place the voxels in space")
+    if int(header["sform_code"]) and not np.allclose(lengths, np.abs(widths), rtol=0.01, atol=1e-3):
+        notes.append("its affine and its voxel size disagree; the affine is used")
+    lengths = lengths * _MM[code]
+    if lengths.max() > 100 or lengths.min() < 1e-3:
+        notes.append(f"its voxels measure {lengths.min():.3g} to {lengths.max():.3g} mm: is the unit right?")
+    matrix[:3] *= _MM[code]
+    return affine_from(matrix[:3, :3], matrix[:3, 3]), tuple(notes)
+
+
+def _axes(array: Tensor, lead: int = 0) -> Tensor:
+    """[(C,) Z, Y, X] from slow-to-fast axes: a picture gains Z, a 4th dimension is C, a 5th is folded into it."""
+    while array.ndim < 3 + lead:
+        array = array.unsqueeze(lead)
+    if array.ndim > 4:
+        array = array.flatten(0, array.ndim - 4)
+    return array

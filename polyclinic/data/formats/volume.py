@@ -1,0 +1,207 @@
+"""A volume: voxels with their place in the patient, in millimetres.
+
+One convention for every format, so that nothing downstream asks where an image came from:
+
+* the array is [Z, Y, X], or [C, Z, Y, X] with channels; a single picture has Z = 1;
+* ``affine`` maps the index (x, y, z, 1), the array's spatial axes backwards, to millimetres in RAS
+  (x grows to the patient's Right, y to Anterior, z to Superior), as NIfTI does. DICOM's and most NRRD files' LPS is
+  turned into it by the readers.
+"""
+
+import itertools
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+
+SPATIAL = 3
+MAX_LABEL = 32_767
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image or a mask, and where its voxels lie.
+
+    Attributes:
+        array: Voxels. Shape [Z, Y, X] or [C, Z, Y, X].
+        affine: Index (x, y, z, 1) to RAS millimetres. Shape [4, 4], float64.
+        modality: Such as ``"CT"``, ``"MR"``, ``"US"``, or ``""`` where the file does not say.
+        units: What the numbers are: ``"HU"``, ``"label"``, ``"RGB"``, ``"Gy"``, or ``""`` (arbitrary).
+        measured: Whether the file states a voxel size. Where it does not, 1 mm is assumed and must not be believed.
+        notes: What the reader noticed and a person should know, each a sentence. Never quotes text from the file.
+    """
+
+    array: Tensor
+    affine: Tensor
+    modality: str = ""
+    units: str = ""
+    measured: bool = True
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.array.ndim not in (SPATIAL, SPATIAL + 1):
+            raise ValueError(f"a volume is [Z, Y, X] or [C, Z, Y, X], not {tuple(self.array.shape)}")
+        if tuple(self.affine.shape) != (4, 4) or self.affine.dtype != torch.float64:
+            raise ValueError("an affine is a 4 x 4 tensor of float64")
+        if not bool(torch.isfinite(self.affine).all()) or abs(float(torch.linalg.det(self.affine[:3, :3]))) < 1e-12:
+            raise ValueError("the affine is singular or not finite: it does not place the voxels in space")
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxels along the array's axes (z, y, x), in millimetres."""
+        x, y, z = (float(n) for n in torch.linalg.vector_norm(self.affine[:3, :3], dim=0))
+        return z, y, x
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Voxels along (z, y, x)."""
+        z, y, x = self.array.shape[-SPATIAL:]
+        return z, y, x
+
+    @property
+    def orientation(self) -> str:
+        """Where x, y and z grow to, to the nearest of Left/Right, Anterior/Posterior, Superior/Inferior: ``"RAS"``."""
+        axes, signs = _nearest_axes(self.affine)
+        letters = {0: "LR", 1: "PA", 2: "IS"}
+        return "".join(letters[world][int(signs[axis] > 0)] for axis, world in enumerate(axes))
+
+
+def _nearest_axes(affine: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """For each index axis x, y, z: the nearest world axis, and whether it grows (+1) or falls (-1)."""
+    columns = affine[:3, :3] / torch.linalg.vector_norm(affine[:3, :3], dim=0)
+    cosines = [[float(columns[world, axis]) for axis in range(3)] for world in range(3)]
+    orders = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
+    best = max(orders, key=lambda order: sum(abs(cosines[order[axis]][axis]) for axis in range(3)))
+    return best, tuple(1 if cosines[best[axis]][axis] >= 0 else -1 for axis in range(3))
+
+
+def canonical(volume: Volume) -> Volume:
+    """The same voxels, axes swapped and flipped so that x, y, z grow nearest to Right, Anterior, Superior.
+
+    No value is interpolated, and no voxel moves in the patient: the affine follows.
+    """
+    axes, signs = _nearest_axes(volume.affine)
+    array, affine = volume.array, volume.affine.clone()
+    lead = array.ndim - SPATIAL
+    flips = []
+    for axis, sign in enumerate(signs):
+        if sign < 0:  # index i becomes n - 1 - i
+            along = lead + SPATIAL - 1 - axis
+            flips.append(along)
+            affine[:3, 3] += affine[:3, axis] * (array.shape[along] - 1)
+            affine[:3, axis] *= -1
+    array = array.flip(flips) if flips else array
+    source = [axes.index(world) for world in range(3)]  # which index axis becomes R, A, S
+    array = array.permute(*range(lead), *(lead + SPATIAL - 1 - source[world] for world in (2, 1, 0))).contiguous()
+    affine[:3, :3] = affine[:3, :3][:, source]
+    return replace(volume, array=array, affine=affine)
+
+
+def resample(
+    volume: Volume, spacing_mm: tuple[float, float, float], mode: str | None = None, limits: Limits = LIMITS
+) -> Volume:
+    """The volume on a grid of ``spacing_mm`` (z, y, x) along its own axes, centred where it was.
+
+    The new grid covers the old field of view to within half a new voxel. Values between voxels are linear (no
+    smoothing first, as nnU-Net does), or the nearest one for labels; outside they repeat the border.
+
+    Args:
+        mode: ``"linear"`` or ``"nearest"``; None takes nearest for labels and linear otherwise.
+        limits: The result must fit these.
+    """
+    mode = mode or ("nearest" if volume.units == "label" else "linear")
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"mode is 'linear' or 'nearest', not {mode!r}")
+    if len(spacing_mm) != SPATIAL or not all(math.isfinite(s) and s > 0 for s in spacing_mm):
+        raise ValueError(f"spacing_mm is three positive lengths (z, y, x), not {spacing_mm}")
+    old = volume.spacing_mm
+    counts = [max(1, round(n * o / s)) for n, o, s in zip(volume.size, old, spacing_mm, strict=True)]
+    channels = volume.array.shape[0] if volume.array.ndim > SPATIAL else 1
+    if math.prod(counts) * channels * 4 > limits.decoded_bytes:
+        raise ValueError(f"{spacing_mm} mm makes {counts} voxels, more than {limits.decoded_bytes} bytes")
+    array, affine = volume.array, volume.affine.clone()
+    lead = array.ndim - SPATIAL
+    first = torch.zeros(3, dtype=torch.float64)
+    for axis in range(SPATIAL):
+        n, ratio = volume.size[axis], spacing_mm[axis] / old[axis]
+        where = (torch.arange(counts[axis], dtype=torch.float64) - (counts[axis] - 1) / 2) * ratio + (n - 1) / 2
+        array = _take(array, lead + axis, where, mode)
+        first[SPATIAL - 1 - axis] = where[0]
+    affine[:3, 3] = volume.affine[:3, :3] @ first + volume.affine[:3, 3]
+    for axis in range(SPATIAL):
+        affine[:3, SPATIAL - 1 - axis] *= spacing_mm[axis] / old[axis]
+    return replace(volume, array=array, affine=affine)
+
+
+def _take(array: Tensor, axis: int, where: Tensor, mode: str) -> Tensor:
+    """Values at the fractional positions ``where`` along one axis."""
+    where = where.clamp(0, array.shape[axis] - 1)
+    if mode == "nearest" or bool((where == where.round()).all()):
+        return array.index_select(axis, (where + 0.5).floor().long().clamp(max=array.shape[axis] - 1))
+    low = where.floor().long().clamp(max=max(array.shape[axis] - 2, 0))
+    high = (low + 1).clamp(max=array.shape[axis] - 1)
+    values = array if array.is_floating_point() else array.float()
+    share = (where - low).to(values.dtype).reshape([-1 if d == axis else 1 for d in range(array.ndim)])
+    return torch.lerp(values.index_select(axis, low), values.index_select(axis, high), share)
+
+
+def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.05) -> bool:
+    """Whether every voxel of ``a`` lies within ``tolerance_mm`` of the voxel of ``b`` with the same index."""
+    if a.size != b.size:
+        return False
+    ends = itertools.product(*((0, n - 1) for n in reversed(a.size)))
+    corners = torch.tensor([[*corner, 1] for corner in ends], dtype=torch.float64).T
+    return float(((a.affine - b.affine) @ corners).abs().max()) <= tolerance_mm
+
+
+def as_image(
+    path: str | os.PathLike[str],
+    stored: np.ndarray[Any, Any],
+    fill: float | None,
+    slope: float = 1.0,
+    inter: float = 0.0,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Slope · stored + inter as float32, and a note where ``fill`` replaced voxels that are not finite numbers.
+
+    Without ``fill`` (None) a file with such voxels is refused.
+    """
+    if (slope, inter) != (1.0, 0.0):  # 32-bit counts lose digits in float32 before they are scaled
+        wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
+        stored = np.multiply(stored, slope, dtype=wide) + inter
+    values = torch.from_numpy(stored.astype(np.float32))
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return values, ()
+    wrong = f"{int((~finite).sum())} of {values.numel()} voxels"
+    if fill is None:
+        raise Unreadable(path, f"{wrong} are not finite numbers; state a fill value if this is meant")
+    return torch.where(finite, values, torch.tensor(float(fill))), (f"{wrong} were not finite and are now {fill:g}",)
+
+
+def as_mask(path: str | os.PathLike[str], stored: np.ndarray[Any, Any]) -> Tensor:
+    """Labels as int16, where ``stored`` holds whole numbers from 0 to 32767; else the file is refused as a mask."""
+    if stored.dtype.kind == "f" and not (np.isfinite(stored).all() and (stored == np.rint(stored)).all()):
+        raise Unreadable(path, "is not a mask: its values are not whole numbers")
+    low, high = int(stored.min()), int(stored.max())
+    if low < 0 or high > MAX_LABEL:
+        raise Unreadable(path, f"is not a mask: its labels go from {low} to {high}, not from 0 to {MAX_LABEL} at most")
+    return torch.from_numpy(stored.astype(np.int16))
+
+
+def affine_from(columns: np.ndarray[Any, Any], origin: np.ndarray[Any, Any]) -> Tensor:
+    """A 4 x 4 affine from the steps along x, y, z (as columns [3, 3]) and the position of the first voxel, in mm."""
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[:3, :3] = torch.as_tensor(np.array(columns, dtype=np.float64))
+    matrix[:3, 3] = torch.as_tensor(np.array(origin, dtype=np.float64))
+    return matrix
+
+
+def lps_to_ras(affine: Tensor) -> Tensor:
+    """The affine in RAS of one in LPS (DICOM): the signs of the patient's x and y change."""
+    return torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64)) @ affine

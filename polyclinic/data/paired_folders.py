@@ -1,0 +1,114 @@
+"""Images and their masks in two folders: nnU-Net's ``imagesTr`` and ``labelsTr``, or any two with equal names.
+
+nnU-Net's layout: https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md. There an image of
+several channels is several files, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``; ``dataset.json`` names channels and
+labels. Masks without a name of their own keep the image's.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import check_pattern, kind_of, opened, patients_in, stem_of
+from polyclinic.data.formats.safe_reading import Unreadable, read_text
+from polyclinic.data.preprocessing.pipeline_config import Steps
+from polyclinic.data.source import HIDDEN, Info
+
+FOLDERS = (("imagesTr", "labelsTr"), ("images", "labels"), ("images", "masks"))
+
+
+@dataclass(frozen=True)
+class Pairs(FromFiles):
+    r"""Segmentation data in two folders.
+
+    Attributes:
+        path: The folder that holds both, or a ``.zip`` file of it.
+        images: The folder of images; found alone for nnU-Net's names, and for ``images`` with ``labels`` or ``masks``.
+        masks: The folder of masks.
+        patient: A regular expression with one group that finds the patient in a name, such as ``"(\d+)_visit"``.
+        site: The same for the site.
+        classes: The names of 0, 1, ...; read from ``dataset.json`` where there is one.
+        steps: Preprocessing.
+        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+    """
+
+    path: str
+    images: str = ""
+    masks: str = ""
+    patient: str = ""
+    site: str = ""
+    classes: tuple[str, ...] = ()
+    steps: Steps = ()
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def __post_init__(self) -> None:
+        if problems := [*check_pattern("patient", self.patient), *check_pattern("site", self.site)]:
+            raise DataError(problems)
+
+    def collect(self) -> Collection:
+        """Every image with its mask."""
+        root = opened(self.path)
+        named = (self.images, self.masks) if self.images and self.masks else None
+        there = [pair for pair in ([named] if named else FOLDERS) if all((root / part).is_dir() for part in pair)]
+        if not there:
+            wanted = named or FOLDERS[0]
+            raise DataError(
+                f"{root}: there are no folders {wanted[0]} and {wanted[1]}; name yours with images = ... "
+                "and masks = ..."
+            )
+        images, masks = _cases(root / there[0][0], channels=True), _cases(root / there[0][1], channels=False)
+        problems = [f"{there[0][0]}: {case} has no mask in {there[0][1]}" for case in images if case not in masks]
+        problems += [f"{there[0][1]}: {case} has no image in {there[0][0]}" for case in masks if case not in images]
+        counts = {len(files) for files in images.values()}
+        if len(counts) > 1:
+            problems.append(
+                f"{there[0][0]}: cases have {' or '.join(map(str, sorted(counts)))} channels; give all as many"
+            )
+        if problems or not images:
+            raise DataError(problems[:20] or [f"{root / there[0][0]}: there are no images that we read"])
+        cases = sorted(images)
+        patients = patients_in(cases, self.patient)
+        sites = patients_in(cases, self.site) if self.site else ()
+        entries = tuple(
+            Entry(case, images[case], patient, None, masks[case][0], {"site": sites[i]} if sites else {})
+            for i, (case, patient) in enumerate(zip(cases, patients, strict=True))
+        )
+        name = Path(self.path).stem
+        found = Info(name, name, "not stated", "not stated", "segmentation", self.classes or _named(root))
+        info = described(self.about, found, () if self.patient else (UNKNOWN_PATIENTS,))
+        return Collection(info, entries, ("site",) if sites else (), self.steps, self.unreadable)
+
+
+def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
+    """Each case's files, in the order of their channels."""
+    found: dict[str, list[Path]] = {}
+    files = [file for file in sorted(folder.iterdir()) if kind_of(file) and not file.name.startswith(".")]
+    numbered = channels and bool(files) and all(re.search(r"_\d{4}$", stem_of(file)) for file in files)
+    for file in files:
+        stem = stem_of(file)
+        found.setdefault(stem[:-5] if numbered else stem, []).append(file)
+    return {case: tuple(paths) for case, paths in found.items()}
+
+
+def _named(root: Path) -> tuple[str, ...]:
+    """The names of labels in ``dataset.json``, whichever way round it has them; empty where there is none."""
+    file = root / "dataset.json"
+    if not file.is_file():
+        return ()
+    try:
+        labels = json.loads(read_text(file)).get("labels", {})
+        numbers = (
+            {int(k): str(v) for k, v in labels.items()}
+            if all(str(k).isdigit() for k in labels)
+            else {int(v): str(k) for k, v in labels.items() if isinstance(v, int)}
+        )
+    except (Unreadable, ValueError, AttributeError, TypeError):
+        raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or take it away") from None
+    return tuple(numbers.get(i, f"label {i}") for i in range(max(numbers, default=-1) + 1))

@@ -1,0 +1,101 @@
+"""Images whose paths say everything: ``{site}/Case{patient}.nii.gz`` with ``{site}/Case{patient}_mask.nii.gz``."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import opened
+from polyclinic.data.preprocessing.pipeline_config import Steps
+from polyclinic.data.source import HIDDEN, Info
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Patterns(FromFiles):
+    """Images found by a pattern of their paths. A word in braces stands for any text without a slash.
+
+    Attributes:
+        path: The folder, or a ``.zip`` file of it.
+        images: The pattern of an image's path below ``path``; one per channel. All must use the same words.
+        mask: The pattern of its mask's path, of the same words; "" where the path's ``{class}`` is the target.
+        classes: The classes in order; found and sorted where this is empty (for masks: the names of 0, 1, ...).
+        steps: Preprocessing.
+        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+
+    ``{patient}`` says whose an image is (the same name at two sites is two people), ``{site}`` where it comes from,
+    ``{split}`` the official split; any other word becomes a column.
+    """
+
+    path: str
+    images: tuple[str, ...]
+    mask: str = ""
+    classes: tuple[str, ...] = ()
+    steps: Steps = ()
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def __post_init__(self) -> None:
+        words = set(_FIELD.findall(self.images[0])) if self.images else set()
+        problems = [] if self.images else ["images = []: give at least one pattern"]
+        for key, pattern in [*(("images", p) for p in self.images[1:]), *([("mask", self.mask)] if self.mask else [])]:
+            if strange := set(_FIELD.findall(pattern)) - words:
+                problems.append(f"{key} = {pattern}: {{{sorted(strange)[0]}}} is not in the first pattern of images")
+        if self.images and not self.mask and "class" not in words:
+            problems.append(f"images = {self.images[0]}: without a mask, the path must hold {{class}}")
+        if problems:
+            raise DataError(problems)
+
+    def collect(self) -> Collection:
+        """Every file that the first pattern fits."""
+        root = opened(self.path)
+        fits = _regex(self.images[0])
+        names = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if not f.name.startswith("."))
+        fitting = {name: match.groupdict() for name in names if (match := fits.fullmatch(name))}
+        others = {_filled(p, words) for words in fitting.values() for p in (*self.images[1:], self.mask) if p}
+        found = [words for name, words in fitting.items() if name not in others]  # a mask may look like an image
+        if not found:
+            raise DataError(f"{root}: there is no file like {self.images[0]}")
+        classes = self.classes or (() if self.mask else tuple(sorted({w["class"] for w in found})))
+        problems, entries = [], []
+        for words in found:
+            files = [root / _filled(p, words) for p in (*self.images, self.mask) if p]
+            problems += [f"{f.relative_to(root)} is not there" for f in files if not f.exists()]
+            if not self.mask and words["class"] not in classes:
+                problems.append(f"{words['class']} is not among classes = {list(classes)}")
+                continue
+            name = files[0].relative_to(root).as_posix()
+            columns = {k: v for k, v in words.items() if k not in ("patient", "class")}
+            label = None if self.mask else classes.index(words["class"])
+            mask = files[-1] if self.mask else None
+            patient = "/".join(words[k] for k in ("site", "patient") if k in words) if "patient" in words else name
+            entries.append(Entry(name, tuple(files[: len(self.images)]), patient, label, mask, columns))
+        if problems:
+            raise DataError([f"{root}: {problem}" for problem in dict.fromkeys(problems[:20])])
+        name = Path(self.path).stem
+        task: Literal["segmentation", "classification"] = "segmentation" if self.mask else "classification"
+        notes = () if "patient" in found[0] else (UNKNOWN_PATIENTS,)
+        info = described(self.about, Info(name, name, "not stated", "not stated", task, classes), notes)
+        sites = ("site",) if "site" in found[0] else ()
+        return Collection(info, tuple(entries), sites, self.steps, self.unreadable)
+
+
+def _filled(pattern: str, words: dict[str, str]) -> str:
+    return _FIELD.sub(lambda m: words[m.group(1)], pattern)
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A pattern of paths as a regular expression; a word that comes again must be the same text again."""
+    seen: set[str] = set()
+    out, last = "", 0
+    for match in _FIELD.finditer(pattern):
+        word = match.group(1)
+        out += re.escape(pattern[last : match.start()])
+        out += f"(?P={word})" if word in seen else f"(?P<{word}>[^/]+?)"
+        seen.add(word)
+        last = match.end()
+    return re.compile(out + re.escape(pattern[last:]))

@@ -1,0 +1,272 @@
+"""Steps of preprocessing, each a value with a version.
+
+Every step sees one image alone, so nothing passes from one patient, role or site to another. Statistics over many
+patients (a table's means) are another matter: ``polyclinic.data.sources.feature_tables``.
+
+Resampling, cropping and intensity scaling follow what nnU-Net does (Isensee et al., Nature Methods 18:203, 2021,
+https://doi.org/10.1038/s41592-020-01008-z, online methods), except that images shrunk by more than a half are averaged
+over areas first, so that nothing aliases.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional
+
+from polyclinic.data.examples import DataError
+from polyclinic.data.preprocessing.sample import Picture
+
+LARGEST = 2**31
+"""The most numbers that one image may be resampled to."""
+
+
+def _each(value: float | Sequence[float], axes: int, what: str) -> tuple[float, ...]:
+    """One number per axis, from one for all or one for each."""
+    each = (value,) * axes if isinstance(value, int | float) else tuple(value)
+    if len(each) != axes:
+        raise DataError(f"{what} = {list(each)} has {len(each)} numbers, but the image has {axes} axes")
+    return each
+
+
+def _positive(what: str, value: float | Sequence[float]) -> None:
+    each = (value,) if isinstance(value, int | float) else tuple(value)
+    if not each or not all(math.isfinite(n) and n > 0 for n in each):
+        raise DataError(f"{what} = {value}: give numbers above 0")
+
+
+def _sized(picture: Picture, size: Sequence[int]) -> Picture:
+    """The picture with ``size`` pixels over the same field of view."""
+    if tuple(size) == picture.size:
+        return picture
+    if math.prod(size) * picture.pixels.shape[0] > LARGEST:
+        raise DataError(f"an image of {' x '.join(map(str, size))} pixels is too large: choose larger pixels")
+    axes, pixels = len(size), picture.pixels[None]
+    if any(new < old / 2 for new, old in zip(size, picture.size, strict=True)):
+        between = [new if new < old / 2 else old for new, old in zip(size, picture.size, strict=True)]
+        average: Any = functional.adaptive_avg_pool2d if axes == 2 else functional.adaptive_avg_pool3d
+        pixels = average(pixels, between)
+    pixels = functional.interpolate(pixels, tuple(size), mode="bilinear" if axes == 2 else "trilinear")[0]
+    mask = picture.mask
+    if mask is not None:
+        mask = functional.interpolate(mask[None, None].double(), tuple(size), mode="nearest-exact")[0, 0].long()
+    spacing = picture.spacing_mm and tuple(
+        mm * old / new for mm, old, new in zip(picture.spacing_mm, picture.size, size, strict=True)
+    )
+    return Picture(pixels, mask, spacing)
+
+
+@dataclass(frozen=True)
+class Resample:
+    """To ``mm`` millimetres per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest neighbour."""
+
+    name: ClassVar[str] = "resample"
+    version: ClassVar[int] = 1
+    mm: float | tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _positive("mm", self.mm)
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The same field of view, to half a pixel."""
+        if picture.spacing_mm is None:
+            raise DataError(
+                "the file does not say how large its pixels are, so it cannot be resampled to millimetres: "
+                'leave the step "resample" out, or use "resize"'
+            )
+        wanted = _each(self.mm, len(picture.size), "mm")
+        size = [
+            max(1, round(n * old / new)) for n, old, new in zip(picture.size, picture.spacing_mm, wanted, strict=True)
+        ]
+        return _sized(picture, size)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """To ``size`` pixels: one number, or one per axis. Proportions change where the image's differ."""
+
+    name: ClassVar[str] = "resize"
+    version: ClassVar[int] = 1
+    size: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _positive("size", self.size)
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The same field of view in other pixels."""
+        return _sized(picture, [int(n) for n in _each(self.size, len(picture.size), "size")])
+
+
+@dataclass(frozen=True)
+class CropPad:
+    """The middle ``size`` pixels; where the image is smaller, ``fill`` around it, and background around the mask."""
+
+    name: ClassVar[str] = "crop_pad"
+    version: ClassVar[int] = 1
+    size: int | tuple[int, ...]
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        _positive("size", self.size)
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The middle."""
+        pads: list[int] = []
+        wanted = [int(n) for n in _each(self.size, len(picture.size), "size")]
+        for new, old in reversed(list(zip(wanted, picture.size, strict=True))):
+            before = int((new - old) / 2)  # negative pads crop; towards 0, so that cropping undoes padding
+            pads += [before, new - old - before]
+        mask = None if picture.mask is None else functional.pad(picture.mask, pads)
+        return replace(picture, pixels=functional.pad(picture.pixels, pads, value=self.fill), mask=mask)
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """The box around everything brighter than ``above`` in any channel, with ``margin`` pixels more on each side."""
+
+    name: ClassVar[str] = "foreground"
+    version: ClassVar[int] = 1
+    above: float = 0.0
+    margin: int = 0
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The box; all of it where nothing is brighter."""
+        bright = (picture.pixels > self.above).any(dim=0)
+        where = bright.nonzero()
+        if not len(where):
+            return picture
+        low = (where.amin(0) - self.margin).clamp(min=0).tolist()
+        high = (where.amax(0) + 1 + self.margin).tolist()
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        mask = None if picture.mask is None else picture.mask[box]
+        return replace(picture, pixels=picture.pixels[(slice(None), *box)], mask=mask)
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Each channel to mean 0 and deviation 1, over all its pixels or over those that are not 0 (brain-extracted MR)."""
+
+    name: ClassVar[str] = "zscore"
+    version: ClassVar[int] = 1
+    nonzero: bool = False
+
+    def __call__(self, picture: Picture) -> Picture:
+        """Pixels that were 0 stay 0 with ``nonzero``. A constant channel becomes 0."""
+        channels = []
+        for channel in picture.pixels.double():
+            seen = channel != 0 if self.nonzero else torch.ones_like(channel, dtype=torch.bool)
+            values = channel[seen] if bool(seen.any()) else channel.flatten()
+            spread = float(values.std(correction=0))
+            scaled = (channel - values.mean()) / (spread if spread > 1e-8 else 1.0)
+            channels.append(torch.where(seen, scaled, 0.0))
+        return replace(picture, pixels=torch.stack(channels).float())
+
+
+@dataclass(frozen=True)
+class Window:
+    """A CT window: ``centre - width / 2`` to ``centre + width / 2`` Hounsfield units become 0 to 1; the rest clips."""
+
+    name: ClassVar[str] = "window"
+    version: ClassVar[int] = 1
+    centre: float
+    width: float
+
+    def __post_init__(self) -> None:
+        _positive("width", self.width)
+
+    def __call__(self, picture: Picture) -> Picture:
+        """0 to 1."""
+        low = self.centre - self.width / 2
+        return replace(picture, pixels=((picture.pixels - low) / self.width).clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Each channel's ``low`` and ``high`` percentile become 0 and 1; what lies beyond clips."""
+
+    name: ClassVar[str] = "percentiles"
+    version: ClassVar[int] = 1
+    low: float = 1.0
+    high: float = 99.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 100:
+            raise DataError(f"low = {self.low}: percentiles need 0 <= low < high <= 100, and high is {self.high}")
+
+    def __call__(self, picture: Picture) -> Picture:
+        """0 to 1. A constant channel becomes 0."""
+        channels = []
+        for channel in picture.pixels:
+            ordered = channel.flatten().sort().values
+            at = [round(share / 100 * (len(ordered) - 1)) for share in (self.low, self.high)]
+            low, high = (float(ordered[i]) for i in at)
+            channels.append(((channel - low) / (high - low if high > low else 1.0)).clamp(0, 1))
+        return replace(picture, pixels=torch.stack(channels))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``low`` to ``high`` become 0 to 1, by a straight line. Nothing clips."""
+
+    name: ClassVar[str] = "scale"
+    version: ClassVar[int] = 1
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.high > self.low:
+            raise DataError(f"high = {self.high}: it must be above low = {self.low}")
+
+    def __call__(self, picture: Picture) -> Picture:
+        """A straight line."""
+        return replace(picture, pixels=(picture.pixels - self.low) / (self.high - self.low))
+
+
+@dataclass(frozen=True)
+class Relabel:
+    """The mask's ``values`` become 0, 1, 2, ... in the order in which they are listed, or what ``to`` lists."""
+
+    name: ClassVar[str] = "relabel"
+    version: ClassVar[int] = 1
+    values: tuple[int, ...]
+    to: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.values)) != len(self.values):
+            raise DataError(f"values = {list(self.values)}: lists a value twice")
+        if self.to and (len(self.to) != len(self.values) or min(self.to) < 0):
+            raise DataError(f"to = {list(self.to)}: give one number from 0 for each of values = {list(self.values)}")
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The image is not changed. A value that is not listed is refused."""
+        if picture.mask is None:
+            raise DataError('the step "relabel" is for masks, and there is none')
+        if unknown := sorted(set(picture.mask.unique().tolist()) - set(self.values)):
+            raise DataError(
+                f"the mask holds {unknown[:5]}, which are not among the step's values = {list(self.values)}"
+            )
+        mask = torch.zeros_like(picture.mask)
+        for old, new in zip(self.values, self.to or range(len(self.values)), strict=True):
+            mask[picture.mask == old] = new
+        return replace(picture, mask=mask)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """To ``count`` channels: colours to grey by their mean, grey to colours by repeating it."""
+
+    name: ClassVar[str] = "channels"
+    version: ClassVar[int] = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("count", self.count)
+
+    def __call__(self, picture: Picture) -> Picture:
+        """The mean, or copies of it."""
+        if picture.pixels.shape[0] == self.count:
+            return picture
+        grey = picture.pixels.mean(dim=0, keepdim=True)
+        return replace(picture, pixels=grey.expand(self.count, *grey.shape[1:]).contiguous())

@@ -1,0 +1,95 @@
+"""Equal inputs, wherever they are in a federation: found by their bytes; reported, dropped or refused."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from polyclinic.data.examples import DataError, Examples
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Examples whose inputs are equal, byte for byte.
+
+    Attributes:
+        ids: Their names.
+        places: Where each is, as (site, role).
+    """
+
+    ids: tuple[str, ...]
+    places: tuple[tuple[str, str], ...]
+
+    @property
+    def across_roles(self) -> bool:
+        """Whether training, validation and test data share it."""
+        return len({role for _, role in self.places}) > 1
+
+    @property
+    def across_sites(self) -> bool:
+        """Whether two sites share it."""
+        return len({site for site, _ in self.places}) > 1
+
+
+def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, ...]:
+    """Inputs that occur more than once, anywhere in the federation."""
+    found: dict[bytes, list[tuple[str, tuple[str, str]]]] = defaultdict(list)
+    for site, roles in sites.items():
+        for role, examples in roles.items():
+            for name, key in zip(examples.ids, contents(examples), strict=True):
+                found[key].append((name, (site, role)))
+    many = [sorted(copies, key=lambda c: (c[1], c[0])) for copies in found.values() if len(copies) > 1]
+    return tuple(Duplicate(tuple(n for n, _ in c), tuple(p for _, p in c)) for c in sorted(many))
+
+
+def contents(examples: Examples) -> list[bytes]:
+    """A hash of each input's bytes."""
+    flat: Any = examples.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
+    return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
+
+
+def without_duplicates(
+    sites: dict[str, dict[str, Examples]],
+    external: tuple[str, ...],
+    what: Literal["report", "drop", "refuse"],
+    notes: list[str],
+) -> tuple[dict[str, dict[str, Examples]], tuple[Duplicate, ...]]:
+    """Reports, drops or refuses inputs that occur more than once.
+
+    Args:
+        notes: Where what was found is told.
+
+    Raises:
+        DataError: Where there are some, and they are to be refused.
+    """
+    copies = duplicates(sites)
+    if not copies:
+        return sites, copies
+    leaks = [d for d in copies if d.across_roles]
+    across = sum(d.across_sites for d in copies)
+    says = (
+        f"{len(copies)} inputs occur more than once, byte for byte; {len(leaks)} of them in two of training, "
+        f"validation and test, {across} at two sites."
+    )
+    if what == "refuse":
+        examples = "; ".join(" = ".join(d.ids[:3]) for d in (leaks or copies)[:3])
+        raise DataError(f'{says} Remove the copies, or set duplicates = "drop" ({examples})')
+    if what == "report":
+        notes.append(says)
+        return sites, copies
+    seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
+    for role in ("test", "val", "train", "unlabelled"):  # test data keep theirs
+        for site in sorted(kept, key=lambda s: (s not in external, s)):
+            if role in kept[site]:
+                fresh = []
+                for i, key in enumerate(contents(kept[site][role])):
+                    if key not in seen:
+                        fresh.append(i)
+                        seen.add(key)
+                dropped += len(kept[site][role]) - len(fresh)
+                kept[site][role] = kept[site][role].subset(torch.tensor(fresh, dtype=torch.int64))
+    notes.append(f"{says} {dropped} copies were dropped; where one is test data, that one was kept.")
+    return {s: {r: e for r, e in roles.items() if len(e)} for s, roles in kept.items()}, copies

@@ -1,0 +1,266 @@
+"""What the check says of what it saw: each finding a level, a sentence, and the files it is about."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from polyclinic.data.formats.safe_reading import LIMITS, Limits
+from polyclinic.data.quality.filename_screening import in_name, shown
+from polyclinic.data.quality.folder_layout import Layout
+from polyclinic.data.quality.image_hashes import equal, nearly_equal
+from polyclinic.data.quality.inspection import Look
+from polyclinic.data.quality.phi_screening import in_sidecar, name_of_tag
+
+Level = Literal["error", "warning", "note"]
+FEW_PER_CLASS = 5
+FEW_PATIENTS = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a person should know.
+
+    Attributes:
+        level: ``"error"`` must be put right before training, ``"warning"`` should be looked at, ``"note"`` is to know.
+        code: A short name for programs, such as ``"unreadable"``.
+        message: A sentence. Never a value from a header.
+        files: What it is about, masked where a name looks like a person.
+    """
+
+    level: Level
+    code: str
+    message: str
+    files: tuple[str, ...] = ()
+
+    def line(self, most: int = 3) -> str:
+        """One line with the first files."""
+        if not self.files:
+            return self.message
+        named = ", ".join(_plain(name) for name in self.files[:most])
+        more = f" and {len(self.files) - most} more" if len(self.files) > most else ""
+        return f"{self.message}: {named}{more}" if self.code != "unreadable" else f"{named}: {self.message}"
+
+
+def _n(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _plain(name: str) -> str:
+    """A file's name without characters that could forge a line."""
+    return "".join(c if c.isprintable() else "?" for c in name)[:200]
+
+
+def layout_problems(layout: Layout) -> list[Finding]:
+    """What is wrong with names, tables and folders."""
+    return [Finding("error" if "mask" in text else "warning", "layout", text) for text in layout.problems]
+
+
+def headers(
+    tags: Mapping[int, Sequence[str]], drawn: Mapping[str, Sequence[str]], others: int, health: Level
+) -> list[Finding]:
+    """What DICOM headers give away, by tag number; pictures that may show text; objects that are no images."""
+    found = []
+    if tags:
+        listed = ", ".join(f"{name_of_tag(tag)} in {len(names)}" for tag, names in sorted(tags.items()))
+        everywhere = tuple(sorted({name for names in tags.values() for name in names}))
+        found.append(Finding(health, "health", f"headers may name patients or places: {listed} files", everywhere))
+    for reason, names in drawn.items():
+        level: Level = health if "burned" in reason else "warning"
+        found.append(Finding(level, "burned-in", f"an image {reason} ({len(names)} files)", tuple(names)))
+    if others:
+        found.append(Finding("note", "not-images", f"{others} DICOM objects are not images (reports, plans...)"))
+    return found
+
+
+def health_information(layout: Layout, looks: Sequence[Look], health: Level, limits: Limits = LIMITS) -> list[Finding]:
+    """Names of files and folders, metadata of pictures and NIfTI files, sidecars, and faces."""
+    found: list[Finding] = []
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for path in dict.fromkeys(path for item in layout.items for path in item.paths):
+        try:
+            parts = path.relative_to(layout.root).parts if layout.root.is_dir() else (path.name,)
+        except ValueError:
+            parts = (path.name,)
+        if (what := in_name(parts)) is not None:
+            kinds[what].append(shown("/".join(parts)))
+    for what, names in kinds.items():
+        found.append(Finding("warning", "names", f"{_n(len(names), 'file name')} like {what}", tuple(names)))
+    fields: dict[str, list[str]] = defaultdict(list)
+    for look in looks:
+        for name in look.hidden:
+            fields[name].append(shown(look.item.name))
+    for name, files in fields.items():
+        level: Level = health if name in ("GPS", "a DICOM extension") else "warning"
+        found.append(
+            Finding(level, "metadata", f"{_n(len(files), 'file')} with {name}, which may name somebody", tuple(files))
+        )
+    if layout.kind == "bids":
+        keys: Counter[str] = Counter()
+        for sidecar in sorted(layout.root.glob("sub-*/**/*.json"))[:10_000]:
+            keys.update(in_sidecar(Path(sidecar), limits))
+        if keys:
+            listed = ", ".join(f"{key} in {count}" for key, count in keys.items())
+            found.append(Finding(health, "health", f"sidecars (JSON) may name patients or places: {listed} files"))
+    if faces := [shown(look.item.name) for look in looks if look.face]:
+        text = f"{_n(len(faces), 'scan')} of a head may show a face: deface before anything leaves this building"
+        found.append(Finding("warning", "faces", text, tuple(faces)))
+    return found
+
+
+def compare(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
+    """Everything that shows only when examples are seen together."""
+    return [*_masks(looks, allowed), *_people(looks), *_classes(looks), *_copies(looks), *_unlike(looks)]
+
+
+def _names(looks: Sequence[Look]) -> tuple[str, ...]:
+    return tuple(shown(look.item.name) for look in looks)
+
+
+def _masks(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
+    found = []
+    drawn = [look for look in looks if look.labels is not None]
+    if empty := [look for look in drawn if set(look.labels or ()) <= {0}]:
+        found.append(Finding("warning", "empty-mask", f"empty masks: {len(empty)} of {len(drawn)}", _names(empty)))
+    if allowed:
+        known = {0, *allowed}
+        for label, count in sorted(Counter(v for look in drawn for v in look.labels or () if v not in known).items()):
+            odd = [look for look in drawn if label in (look.labels or ())]
+            listed = ", ".join(str(v) for v in sorted(known))
+            found.append(
+                Finding(
+                    "error",
+                    "unknown-label",
+                    f"the label {label} is in {_n(count, 'mask')}, but known are {listed}",
+                    _names(odd),
+                )
+            )
+    for look in drawn:
+        if look.astray:
+            found.append(Finding("error", "mask-astray", look.astray, _names([look])))
+    return found
+
+
+def _people(looks: Sequence[Look]) -> list[Finding]:
+    found = []
+    where: dict[str, set[str]] = defaultdict(set)
+    for look in looks:
+        if look.item.patient is not None and look.item.split is not None:
+            where[look.item.patient].add(look.item.split)
+    if both := {patient for patient, splits in where.items() if len(splits) > 1}:
+        files = [look for look in looks if look.item.patient in both]
+        found.append(
+            Finding("error", "two-splits", f"{_n(len(both), 'patient')} in more than one split", _names(files))
+        )
+    known = {look.item.patient for look in looks if look.item.patient is not None}
+    if looks and not known:
+        text = "nobody says which images are of one patient; each counts as a patient of its own"
+        found.append(Finding("warning", "patients-unknown", text))
+    elif known and len(known) < FEW_PATIENTS:
+        text = f"only {len(known)} patients: sites with fewer than {FEW_PATIENTS} are usually left out"
+        found.append(Finding("warning", "few-patients", text))
+    return found
+
+
+def _classes(looks: Sequence[Look]) -> list[Finding]:
+    counts = Counter(look.item.label for look in looks if look.item.label is not None)
+    if not counts:
+        return []
+    if len(counts) == 1:
+        return [Finding("error", "one-class", "all examples are of one class: nothing can be learned from it alone")]
+    found = []
+    if len(counts) > max(20, sum(counts.values()) / 4):
+        text = (
+            f"{len(counts)} classes for {sum(counts.values())} examples: are the folders patients rather than classes?"
+        )
+        return [Finding("warning", "many-classes", text)]
+    if few := [label for label, count in counts.items() if count < FEW_PER_CLASS]:
+        listed = ", ".join(f"{shown(label)} ({counts[label]})" for label in few[:5])
+        found.append(Finding("warning", "few-examples", f"classes with fewer than {FEW_PER_CLASS} examples: {listed}"))
+    missing = sum(look.item.label is None for look in looks)
+    if missing:
+        found.append(Finding("warning", "no-label", f"{_n(missing, 'example')} without a class"))
+    return found
+
+
+def _copies(looks: Sequence[Look]) -> list[Finding]:
+    found = []
+    hashes = [look.digest for look in looks]
+    groups = [[looks[i] for i in members] for members in equal(hashes)]
+    pairs = [[looks[i], looks[j]] for i, j in nearly_equal([look.picture for look in looks], hashes)]
+    for same, code, sets in (("equal", "duplicates", groups), ("nearly equal", "near-duplicates", pairs)):
+        if not sets:
+            continue
+        names = tuple(name for members in sets for name in _names(members))
+        what = "group" if code == "duplicates" else "pair"
+        found.append(Finding("warning", code, f"{_n(len(sets), what)} of {same} images", names))
+        if crossing := [m for m in sets if len({look.item.split for look in m}) > 1]:
+            level: Level = "error" if code == "duplicates" else "warning"
+            names = tuple(name for members in crossing for name in _names(members))
+            text = f"{_n(len(crossing), what)} of {same} images in two splits: test results would be too good"
+            found.append(Finding(level, f"{code}-across-splits", text, names))
+        if torn := [m for m in sets if len({look.item.label for look in m}) > 1]:
+            names = tuple(name for members in torn for name in _names(members))
+            level = "error" if code == "duplicates" else "warning"
+            found.append(
+                Finding(
+                    level,
+                    f"{code}-two-classes",
+                    f"{_n(len(torn), what)} of {same} images with different classes",
+                    names,
+                )
+            )
+    return found
+
+
+def _unlike(looks: Sequence[Look]) -> list[Finding]:
+    """Examples that differ from the rest: constant, other spacing, orientation, modality, channels or intensities."""
+    found = []
+    if flat := [look for look in looks if look.quantiles[0] == look.quantiles[-1]]:
+        found.append(Finding("warning", "constant", f"{_n(len(flat), 'image')} of one value only", _names(flat)))
+    for name, values in (
+        ("orientations", [look.orientation for look in looks]),
+        ("modalities", [look.modality for look in looks]),
+        ("numbers of channels", [look.channels for look in looks]),
+        ("units", [look.units for look in looks]),
+    ):
+        counts = Counter(values)
+        if len(counts) > 1:
+            usual = counts.most_common(1)[0][0]
+            rare = [look for look, value in zip(looks, values, strict=True) if value != usual]
+            listed = ", ".join(f"{value or 'not stated'} ({count})" for value, count in counts.most_common(6))
+            level: Level = "note" if name == "orientations" else "warning"
+            found.append(Finding(level, "mixed", f"different {name}: {listed}", _names(rare)))
+    measured = [look for look in looks if look.spacing_mm is not None]
+    if measured:
+        table = np.array([look.spacing_mm for look in measured])
+        ratio = np.exp(np.abs(np.log(table / np.median(table, axis=0))).max(1))
+        if far := [look for look, r in zip(measured, ratio, strict=True) if r > 3]:
+            found.append(
+                Finding(
+                    "warning", "spacing", f"{_n(len(far), 'image')} over 3 times from the median spacing", _names(far)
+                )
+            )
+        elif ratio.max() > 1.01:
+            found.append(Finding("note", "spacing", "spacing differs between images: resample them in millimetres"))
+        if len(measured) < len(looks):
+            rest = [look for look in looks if look.spacing_mm is None]
+            found.append(Finding("warning", "spacing", f"{_n(len(rest), 'image')} without a voxel size", _names(rest)))
+    if len(looks) >= 8:
+        spread = np.array([look.quantiles[-2] - look.quantiles[1] for look in looks], dtype=np.float64)
+        middle = np.median(spread)
+        odd = [look for look, s in zip(looks, spread, strict=True) if middle > 0 and not middle / 20 < s < middle * 20]
+        if odd:
+            text = f"{_n(len(odd), 'image')} with a range of values 20 times wider or narrower than usual"
+            found.append(Finding("warning", "intensity", text, _names(odd)))
+    notes: dict[str, list[Look]] = defaultdict(list)
+    for look in looks:
+        for note in look.notes:
+            notes[note].append(look)
+    found += [
+        Finding("note", "reader", f"{_n(len(about), 'image')}: {note}", _names(about)) for note, about in notes.items()
+    ]
+    return found

@@ -1,0 +1,304 @@
+"""What kind of folder a hospital has, and its examples: nothing is renamed, moved or asked for first.
+
+Recognised, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` beside
+``labels`` or ``masks``), BIDS, a CSV or TSV manifest with a column ``path``, a tree of DICOM files, NumPy archives in
+MedMNIST's layout, folders named by class (under ``train``/``val``/``test`` or not), a table, and loose images.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from polyclinic.data.formats.bids import is_bids, read_bids
+from polyclinic.data.formats.dicom.file import looks_like_dicom
+from polyclinic.data.formats.safe_reading import LIMITS, PICTURES, Limits, Unreadable, read_text, refusing
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "tr": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "ts": "test",
+}
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+_MASK = r"(?i:label|mask|segmentation|seg)"
+PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
+LABEL_COLUMNS = ("label", "class", "diagnosis", "target", "y")
+SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example: what to read, and what is known of it.
+
+    Attributes:
+        name: How the report calls it: its path within the folder, and a number where a file holds several.
+        paths: The files it is made of (channels, or the slices of a series).
+        patient: Whose it is; None where nobody says.
+        row: Its position in an archive.
+        key: The archive's array; ``"dicom"`` for a DICOM series.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    label: str | None = None
+    patient: str | None = field(default=None, repr=False)
+    split: str | None = None
+    site: str | None = None
+    mask: Path | None = None
+    row: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found.
+
+    Attributes:
+        kind: ``"classes"``, ``"nnunet"``, ``"bids"``, ``"manifest"``, ``"dicom"``, ``"npz"``, ``"table"``, ``"files"``.
+        root: The folder (or file).
+        items: The examples; empty for DICOM (grouped by the check itself) and tables.
+        labels: The mask values that may occur, by number; empty where nobody says.
+        problems: What is wrong with the layout itself, each a sentence.
+        table: The table's file, for kind ``"table"``.
+    """
+
+    kind: str
+    root: Path
+    items: tuple[Item, ...] = ()
+    labels: Mapping[int, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    table: Path | None = None
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, with ``.gz`` kept to what it packs."""
+    parts = [s.lower() for s in path.suffixes[-2:]]
+    return "".join(parts) if parts[-1:] == [".gz"] and len(parts) == 2 else (parts[-1] if parts else "")
+
+
+def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
+    """The layout of a folder or file.
+
+    Raises:
+        Unreadable: There is nothing at ``root``, or nothing in it that could be data.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise Unreadable(root, "there is no such folder or file")
+    if root.is_file():
+        return _single(root, limits)
+    if (found := _segmentation(root, limits)) is not None:
+        return found
+    if is_bids(root):
+        return _bids(root, limits)
+    files = list(_files(root))
+    for path in files:
+        if suffix_of(path) in TABLES and len(path.relative_to(root).parts) == 1:
+            manifest = read_manifest(path, root, limits)
+            if manifest is not None:
+                return manifest
+    images = [path for path in files if suffix_of(path) in (*PICTURES, *VOLUMES)]
+    sniffed = [path for path in files if suffix_of(path) not in (*PICTURES, *VOLUMES, *TABLES, ".npz", ".txt", ".json")]
+    if sum(looks_like_dicom(path) or suffix_of(path) == ".dcm" for path in sniffed[:200]) > len(images):
+        return Layout("dicom", root)
+    if images:
+        return _by_folder(root, images)
+    archives = [path for path in files if path.suffix.lower() == ".npz"]
+    if archives:
+        return Layout("npz", root, tuple(Item(str(p.relative_to(root)), (p,)) for p in archives))
+    tables = [path for path in files if suffix_of(path) in TABLES]
+    if tables:
+        return Layout("table", root, table=tables[0])
+    raise Unreadable(root, f"holds no images or tables among {len(files)} files")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _single(path: Path, limits: Limits) -> Layout:
+    suffix = suffix_of(path)
+    if suffix == ".npz":
+        return Layout("npz", path, (Item(path.name, (path,)),))
+    if suffix in TABLES:
+        return read_manifest(path, path.parent, limits) or Layout("table", path, table=path)
+    if looks_like_dicom(path):
+        return Layout("dicom", path)
+    if suffix in (*PICTURES, *VOLUMES):
+        return Layout("files", path, (Item(path.name, (path,)),))
+    raise Unreadable(path, "is no image, archive or table that can be read")
+
+
+def _segmentation(root: Path, limits: Limits) -> Layout | None:
+    """nnU-Net's folders, or ``images`` beside ``labels``/``masks``."""
+    pairs: list[tuple[str, str, str | None]] = [("imagesTr", "labelsTr", "train"), ("imagesTs", "labelsTs", "test")]
+    pairs += [("images", name, None) for name in ("labels", "masks")]
+    there = [(a, b, split) for a, b, split in pairs if (root / a).is_dir() and ((root / b).is_dir() or b == "labelsTs")]
+    if not any((root / b).is_dir() for _, b, _ in there):
+        return None
+    problems: list[str] = []
+    labels: dict[int, str] = {}
+    described = root / "dataset.json"
+    channels = any(re.search(r"_\d{4}$", _stem(p)) for p in (root / there[0][0]).iterdir())
+    if described.is_file():
+        try:
+            labels = _labels(json.loads(read_text(described, limits)).get("labels", {}))
+        except (ValueError, AttributeError, RecursionError) as error:
+            problems.append(f"dataset.json cannot be read ({type(error).__name__}): allowed labels are not known")
+    items, orphans = [], 0
+    for images, masks, split in there:
+        cases: dict[str, list[Path]] = {}
+        for path in sorted(p for p in (root / images).iterdir() if suffix_of(p) in (*PICTURES, *VOLUMES)):
+            name = re.sub(r"_\d{4}$", "", _stem(path)) if channels else _stem(path)
+            cases.setdefault(name, []).append(path)
+        drawn = {_stem(p): p for p in (root / masks).iterdir()} if (root / masks).is_dir() else {}
+        for name, paths in cases.items():
+            mask = drawn.pop(name, None) or drawn.pop(name.replace("image", "label"), None)
+            if mask is None and drawn:
+                problems.append(f"an image has no mask: {paths[0].relative_to(root)}")
+            items.append(Item(str(paths[0].relative_to(root)), tuple(paths), split=split, mask=mask))
+        orphans += sum(suffix_of(p) in (*PICTURES, *VOLUMES) for p in drawn.values())
+    if orphans:
+        problems.append(f"{orphans} masks belong to no image")
+    return Layout("nnunet", root, tuple(items), labels, tuple(problems))
+
+
+def _stem(path: Path) -> str:
+    return path.name[: -len(suffix_of(path))] if suffix_of(path) else path.name
+
+
+def _labels(given: Mapping[str, object]) -> dict[int, str]:
+    """nnU-Net's labels, written ``{"liver": 1}`` (version 2) or ``{"1": "liver"}`` (version 1)."""
+    found: dict[int, str] = {}
+    for name, value in given.items():
+        if name.isdigit():
+            found[int(name)] = str(value)
+        else:
+            for number in value if isinstance(value, list) else [value]:
+                found[int(str(number))] = name
+    return found
+
+
+def _bids(root: Path, limits: Limits) -> Layout:
+    bids = read_bids(root, limits)
+    try:
+        sites = bids.sites()
+    except Unreadable:
+        sites = {}
+    label = next((name for name in bids.columns if name.lower() in (*LABEL_COLUMNS, "group", "dx")), None)
+    items = []
+    for image in bids.images:
+        mask = bids.mask_of(image)
+        items.append(
+            Item(
+                str(image.path.relative_to(root)),
+                (image.path,),
+                bids.participants.get(image.subject, {}).get(label) if label else None,
+                image.subject,
+                site=sites.get(image.subject),
+                mask=mask.path if mask else None,
+            )
+        )
+    return Layout("bids", root, tuple(items), problems=bids.problems)
+
+
+def rows_of(path: Path, limits: Limits = LIMITS) -> list[dict[str, str]]:
+    """The rows of a CSV or TSV file (``.gz`` too) by column name; refuses one that is ragged or no table."""
+    if path.name.lower().endswith(".gz"):
+        with refusing(path, "is not a sound gzip file"), gzip.open(path) as packed:
+            data = packed.read(limits.text_bytes + 1)
+        if len(data) > limits.text_bytes:
+            raise Unreadable(path, f"inflates to more than {limits.text_bytes} bytes of text")
+        text = data.decode("utf-8-sig", "replace")
+    else:
+        text = read_text(path, limits)
+    with refusing(path, "is not a table"):
+        head = text.split("\n", 1)[0]
+        mark = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
+        reader = csv.DictReader(io.StringIO(text), delimiter=mark, restkey="\0more", strict=True)
+        rows = list(reader)
+        names = list(reader.fieldnames or [])
+    if not names or len(set(names)) != len(names) or not all(name.strip() for name in names):
+        raise Unreadable(path, "has no header of different, not empty column names")
+    ragged = sum("\0more" in row or None in row.values() for row in rows)
+    if ragged or not rows:
+        raise Unreadable(path, f"has {ragged} rows of another length than its header" if rows else "has no rows")
+    return [{name.strip(): (cell or "").strip() for name, cell in row.items()} for row in rows]
+
+
+def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | None:
+    """The examples of a manifest (path, and label, patient, site, split, mask); None where it is no manifest."""
+    try:
+        rows = rows_of(path, limits)
+    except Unreadable:
+        return None
+    columns = {name.lower(): name for name in rows[0]}
+    if not (where := next((columns[name] for name in ("path", "image", "file", "filename") if name in columns), None)):
+        return None
+
+    def cell(row: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+        return next((row[columns[name]] for name in names if name in columns and row[columns[name]]), None)
+
+    items, problems = [], []
+    for number, row in enumerate(rows, 2):
+        target, drawn = root / row[where], cell(row, ("mask", "mask_path", "segmentation"))
+        outside = [p for p in (row[where], drawn or "") if Path(p).is_absolute() or ".." in Path(p).parts]
+        if not row[where] or outside:
+            problems.append(f"{path.name}, row {number}: the path is empty or leads out of the folder; left out")
+            continue
+        split = (cell(row, ("split", "fold", "set")) or "").lower()
+        items.append(
+            Item(
+                row[where],
+                (target,),
+                cell(row, LABEL_COLUMNS),
+                cell(row, PATIENT_COLUMNS),
+                SPLITS.get(split, split or None),
+                cell(row, SITE_COLUMNS),
+                root / drawn if drawn else None,
+            )
+        )
+    return Layout("manifest", root, tuple(items), problems=tuple(problems))
+
+
+def _by_folder(root: Path, images: list[Path]) -> Layout:
+    """Images under folders named by split, class, or both; loose images, and masks beside them by name."""
+    masks, drawn = _beside(images)
+    items = []
+    for path in (path for path in images if path not in drawn):
+        parts = list(path.relative_to(root).parts[:-1])
+        item = Item(str(path.relative_to(root)), (path,), mask=masks.get(path))
+        if parts and parts[0].lower() in SPLITS:
+            item = replace(item, split=SPLITS[parts.pop(0).lower()])
+        items.append(replace(item, label=parts[0]) if parts else item)
+    labelled = any(item.label is not None for item in items)
+    return Layout("classes" if labelled else "files", root, tuple(items))
+
+
+def _beside(images: list[Path]) -> tuple[dict[Path, Path], set[Path]]:
+    """Masks in the same folder (``a_label`` or ``label_a`` for ``a_image``, ``image_a`` or ``a``): first, and all."""
+    drawn: set[Path] = set()
+    names = {(path.parent, _stem(path)): path for path in images}
+    found: dict[Path, Path] = {}
+    for path in images:
+        stem = _stem(path)
+        for other in (re.sub(_MASK, "image", stem, count=1), re.sub(rf"[_-]?{_MASK}(_\d+)?$", "", stem)):
+            image = names.get((path.parent, other))
+            if image is not None and image != path:
+                found.setdefault(image, path)
+                drawn.add(path)
+    return found, drawn

@@ -1,0 +1,247 @@
+"""One example looked at: what the check keeps of an image after its voxels are gone again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyclinic.data.formats.dicom.series import Series, read_dicom, read_series
+from polyclinic.data.formats.nifti import is_nifti, read_nifti
+from polyclinic.data.formats.nrrd import is_nrrd, read_nrrd
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_npz, read_picture, refusing
+from polyclinic.data.formats.volume import Volume, as_mask, canonical, same_grid
+from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout, suffix_of
+from polyclinic.data.quality.image_hashes import content_hash, small_picture
+from polyclinic.data.quality.phi_screening import in_nifti, in_picture, may_show_a_face
+
+DICOM = "dicom"
+QUANTILES = 33
+THUMB = 96
+_FLAT = torch.eye(4, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is kept of an example.
+
+    Attributes:
+        item: Which one.
+        size: Voxels (z, y, x).
+        channels: How many.
+        spacing_mm: (z, y, x); None where the file states none.
+        orientation: Such as ``"LPS"``; empty for pictures.
+        modality: As the file says.
+        units: ``"HU"``, ``"RGB"``...
+        quantiles: 33 evenly spaced quantiles of the values.
+        digest: The content's hash.
+        picture: The small picture for the perceptual hash, [32, 32].
+        notes: What the reader noticed.
+        face: Whether it may show a face.
+        hidden: Metadata that may name somebody, by field.
+        labels: Values in its mask; None where there is no mask.
+        astray: Why its mask does not belong to it, or empty.
+        thumb: A small picture of it to look at, uint8; only for some.
+    """
+
+    item: Item
+    size: tuple[int, int, int]
+    channels: int
+    spacing_mm: tuple[float, float, float] | None
+    orientation: str
+    modality: str
+    units: str
+    quantiles: np.ndarray[Any, Any] = field(repr=False)
+    digest: str
+    picture: np.ndarray[Any, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    face: bool = False
+    hidden: tuple[str, ...] = ()
+    labels: tuple[int, ...] | None = None
+    astray: str = ""
+    thumb: np.ndarray[Any, Any] | None = field(repr=False, default=None)
+
+
+def picture_volume(path: Path, limits: Limits = LIMITS) -> Volume:
+    """A PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without millimetres."""
+    array = torch.from_numpy(np.array(read_picture(path, limits).astype(np.float32)))
+    colour = array.ndim == 3
+    return Volume(array.permute(2, 0, 1)[:, None] if colour else array[None], _FLAT, "", "RGB" if colour else "", False)
+
+
+def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
+    """Any image file that this package reads."""
+    if is_nifti(path):
+        return read_nifti(path, limits=limits)
+    if is_nrrd(path):
+        return read_nrrd(path, limits=limits)
+    if suffix_of(path) in (".dcm", ".ima", ".dicom"):
+        return read_dicom(path, limits=limits)
+    return picture_volume(path, limits)
+
+
+def read_item(item: Item, limits: Limits = LIMITS) -> Volume:
+    """The image of an example: one file, channels in several files, or the slices of a series."""
+    if item.key == DICOM:
+        return read_series(Series(item.paths, "", ""), limits=limits)
+    if len(item.paths) == 1:
+        return read_volume(item.paths[0], limits)
+    parts = [read_volume(path, limits) for path in item.paths]
+    if not all(same_grid(parts[0], part) for part in parts):
+        raise Unreadable(item.paths[0], "its channels lie on different grids")
+    arrays = [part.array if part.array.ndim == 4 else part.array[None] for part in parts]
+    return replace(parts[0], array=torch.cat(arrays))
+
+
+def read_labels(path: Path, limits: Limits = LIMITS) -> Volume:
+    """A mask file."""
+    if is_nifti(path):
+        return read_nifti(path, mask=True, limits=limits)
+    if is_nrrd(path):
+        return read_nrrd(path, mask=True, limits=limits)
+    array = read_picture(path, limits)
+    if array.ndim == 3:
+        raise Unreadable(path, "is a colour picture, not a mask of labels")
+    return Volume(as_mask(path, array)[None], _FLAT, units="label", measured=False)
+
+
+def look(item: Item, volume: Volume, mask: Volume | None = None, thumb: bool = False, hints: str = "") -> Look:
+    """What is kept of an example."""
+    values = volume.array.float().flatten()
+    sample = values[:: max(1, values.numel() // 100_000)].numpy()
+    hidden = tuple(name for path in item.paths[:1] for name in (*_in_volume(path), *in_picture(path)))
+    labels, astray = None, ""
+    if mask is not None:
+        labels = tuple(int(v) for v in np.unique(mask.array.numpy()))
+        if mask.size != volume.size:
+            astray = f"mask of {mask.size} voxels on an image of {volume.size}"
+        elif mask.measured and volume.measured and not same_grid(mask, volume):
+            astray = "the mask lies elsewhere in the patient than its image"
+    return Look(
+        item,
+        volume.size,
+        volume.array.shape[0] if volume.array.ndim == 4 else 1,
+        volume.spacing_mm if volume.measured else None,
+        volume.orientation if volume.measured else "",
+        volume.modality,
+        volume.units,
+        np.quantile(sample, np.linspace(0, 1, QUANTILES)).astype(np.float32),
+        content_hash(volume.array),
+        small_picture(volume),
+        volume.notes,
+        may_show_a_face(volume, f"{hints} {item.paths[0].name}"),
+        hidden,
+        labels,
+        astray,
+        thumbnail(volume) if thumb else None,
+    )
+
+
+def _in_volume(path: Path) -> list[str]:
+    return in_nifti(path) if is_nifti(path) else []
+
+
+def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:
+    """The middle slice, upright, between its 1st and 99th percentile. Shape [<= side, <= side (, 3)], uint8."""
+    if volume.measured and volume.array.ndim == 3:
+        volume = canonical(volume)
+        thin = int(np.argmin(volume.size))
+        flat = volume.array.select(thin, volume.size[thin] // 2).float()[None].flip(1)  # anterior, or superior, is up
+        flat = flat if thin == 2 else flat.flip(2)  # the patient's right is on the left, as radiologists look
+    else:
+        array = volume.array if volume.array.ndim == 4 else volume.array[None]
+        flat = (array[:3] if volume.units == "RGB" else array[:1])[:, array.shape[1] // 2].float()
+    high, wide = flat.shape[-2:]
+    scale = side / max(high, wide)
+    size = (max(1, round(high * scale)), max(1, round(wide * scale)))
+    flat = torch.nn.functional.interpolate(flat[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+    low, top = (float(v) for v in np.quantile(flat.numpy(), (0.01, 0.99)))
+    grey = ((flat - low) / max(top - low, 1e-12)).clamp(0, 1).mul(255).byte().numpy()
+    out: np.ndarray[Any, Any] = np.moveaxis(grey, 0, -1) if grey.shape[0] == 3 else grey[0]
+    return out
+
+
+def archive_items(path: Path, name: str, limits: Limits = LIMITS) -> Iterator[tuple[Item, Volume, Volume | None]]:
+    """The examples of a NumPy archive: ``train_images``/``train_labels``... (MedMNIST), or ``images``/``labels``.
+
+    Raises:
+        Unreadable: It holds no array of images, or labels that do not match them in number.
+    """
+    arrays = read_npz(path, limits)
+    keys = [key for key in arrays if key == "images" or key.endswith("_images")]
+    if not keys:
+        raise Unreadable(path, "holds no array called images or <split>_images")
+    for key in sorted(keys):
+        start, images = key.removesuffix("images"), arrays[key]
+        if images.ndim not in (3, 4, 5) or images.dtype.kind not in "buif":
+            raise Unreadable(path, f"array {key} of shape {images.shape} is not images of numbers")
+        own: dict[str, Any] = {}
+        for part in ("labels", "masks", "site", "patient"):
+            found = arrays.get(f"{start}{part}", arrays.get(f"{start}{part}s"))
+            if found is not None and len(found) != len(images):
+                raise Unreadable(path, f"{len(images)} images in {key} but {len(found)} {part}")
+            own[part] = found
+        split = SPLITS.get(start.rstrip("_").lower())
+        for row in range(len(images)):
+            item = Item(
+                f"{name}[{key}, {row}]",
+                (path,),
+                None if own["labels"] is None else _text(own["labels"][row]),
+                None if own["patient"] is None else _text(own["patient"][row]),
+                split,
+                None if own["site"] is None else _text(own["site"][row]),
+                row=row,
+                key=key,
+            )
+            with refusing(path, f"row {row} of {key} cannot be read"):
+                volume = _array_volume(images[row])
+            mask = None
+            if own["masks"] is not None:
+                mask = Volume(_zyx(as_mask(path, own["masks"][row])), _FLAT, units="label", measured=False)
+            yield item, volume, mask
+
+
+def _text(value: Any) -> str:
+    flat = np.asarray(value).ravel()
+    return str(flat[0]) if flat.size == 1 else " ".join(str(v) for v in flat)
+
+
+def _zyx(array: Tensor) -> Tensor:
+    return array if array.ndim == 3 else array[None]
+
+
+def _array_volume(row: np.ndarray[Any, Any]) -> Volume:
+    array = torch.from_numpy(np.array(row, dtype=np.float32))
+    colour = array.ndim in (3, 4) and array.shape[-1] == 3
+    if colour:
+        array = array.movedim(-1, 0)
+    array = array[:, None] if colour and array.ndim == 3 else array if array.ndim >= 3 else array[None]
+    return Volume(array, _FLAT, units="RGB" if colour else "", measured=False)
+
+
+def look_at(
+    layout: Layout, thumbs: int = 24, limits: Limits = LIMITS, hints: str = ""
+) -> Iterator[Look | tuple[Item, Unreadable]]:
+    """Looks at every example of a layout; a file that is refused comes back with its reason, and the rest goes on."""
+    if layout.kind == "npz":
+        for archive in layout.items:
+            try:
+                for at, (item, volume, mask) in enumerate(archive_items(archive.paths[0], archive.name, limits)):
+                    yield look(item, volume, mask, at % 97 == 0 and at < 97 * thumbs)
+            except Unreadable as refusal:
+                yield archive, refusal
+        return
+    every = max(1, len(layout.items) // max(thumbs, 1))
+    for at, item in enumerate(layout.items):
+        try:
+            with refusing(item.paths[0], "cannot be read"):
+                volume = read_item(item, limits)
+                mask = read_labels(item.mask, limits) if item.mask is not None else None
+                seen = look(item, volume, mask, at % every == 0 and at < every * thumbs, hints)
+        except Unreadable as refusal:
+            yield item, refusal
+        else:
+            yield seen

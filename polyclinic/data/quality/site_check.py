@@ -1,0 +1,300 @@
+"""What a hospital runs before it joins: everything that is wrong with a folder of data, said at once, at the site.
+
+``check_folder`` finds out what kind of folder it is, looks at every example, and reports counts, classes, spacing,
+orientation, intensities, damaged files (one line each; the rest goes on), patients in two splits, masks that are empty
+or hold unknown labels, suspected health information (by tag number and place, never by value), likely faces, and
+equal or nearly equal images. Nothing is changed, nothing is sent.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from polyclinic.data.formats.dicom.series import dicom_files, find_series
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.quality.filename_screening import shown
+from polyclinic.data.quality.findings import Finding, compare, health_information, layout_problems
+from polyclinic.data.quality.folder_layout import Item, Layout, detect
+from polyclinic.data.quality.inspection import DICOM, Look, look_at
+from polyclinic.data.quality.phi_screening import burned_in, tags_of
+from polyclinic.data.quality.table_checks import check_table
+
+__all__ = ["CheckReport", "Finding", "check_command", "check_folder"]
+KINDS = {
+    "classes": "folders named by class",
+    "nnunet": "images with masks (nnU-Net layout)",
+    "bids": "BIDS",
+    "manifest": "a manifest that lists files",
+    "dicom": "DICOM",
+    "npz": "NumPy archives",
+    "table": "a table",
+    "files": "loose images",
+}
+
+
+STUDY = {
+    "classes": "folders",
+    "nnunet": "pairs",
+    "bids": "bids",
+    "manifest": "manifest",
+    "dicom": "dicom",
+    "npz": "npz",
+    "table": "table",
+}
+"""What a study file calls each: ``kind = ...`` in its ``[data]`` table."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found. File names that look like a person are masked; identifiers and values of tags are not in it.
+
+    Attributes:
+        root: What was checked.
+        kind: A key of ``KINDS``.
+        examples: How many examples were looked at.
+        patients: How many patients; None where nobody says who is who.
+        classes: Examples by class.
+        splits: Examples by split.
+        sites: Examples by site.
+        modalities: Examples by modality.
+        orientations: Examples by orientation.
+        mask_labels: Masks by the label they hold.
+        spacing_mm: Least, median and largest voxel size, as (z, y, x); None where no file states one.
+        sizes: Least, median and largest size in voxels, as (z, y, x).
+        intensity: 33 quantiles of the values, averaged over examples, by units (``"HU"``, ``"RGB"``, ``""``).
+        findings: What is wrong or worth knowing, errors first.
+        pictures: Captions and small pictures (uint8) of some examples.
+    """
+
+    root: Path
+    kind: str
+    examples: int
+    patients: int | None = None
+    classes: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    sites: Counter[str] = field(default_factory=Counter)
+    modalities: Counter[str] = field(default_factory=Counter)
+    orientations: Counter[str] = field(default_factory=Counter)
+    mask_labels: Counter[int] = field(default_factory=Counter)
+    spacing_mm: tuple[tuple[float, ...], ...] | None = None
+    sizes: tuple[tuple[int, ...], ...] | None = None
+    intensity: dict[str, Any] = field(default_factory=dict, repr=False)
+    findings: tuple[Finding, ...] = ()
+    pictures: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def lines(self) -> list[str]:
+        """One screen."""
+        who = "patients unknown" if self.patients is None else f"{self.patients} patients"
+        out = [f"{KINDS[self.kind]}: {self.examples} examples, {who}"]
+        for name, counts in (
+            ("classes", self.classes),
+            ("splits", self.splits),
+            ("sites", self.sites),
+            ("modalities", self.modalities),
+            ("orientations", self.orientations),
+            ("mask labels", self.mask_labels),
+        ):
+            if counts:
+                listed = ", ".join(f"{key} {count}" for key, count in counts.most_common(10))
+                out.append(f"  {name:13}{listed}{', ...' if len(counts) > 10 else ''}")
+        if self.sizes:
+            out.append(
+                "  {:13}{} to {} voxels, median {}".format("size", *map(_by, (self.sizes[0], *self.sizes[:0:-1])))
+            )
+        if self.spacing_mm:
+            out.append(
+                "  {:13}{} to {} mm, median {}".format(
+                    "spacing", *map(_by, (self.spacing_mm[0], *self.spacing_mm[:0:-1]))
+                )
+            )
+        for units, values in self.intensity.items():
+            low, middle, high = (float(values[i]) for i in (0, len(values) // 2, -1))
+            out.append(f"  {'values':13}{low:.4g} to {high:.4g}, median {middle:.4g} {units}".rstrip())
+        marks = {"error": "x", "warning": "!", "note": "-"}
+        damaged = [f for f in self.findings if f.code == "unreadable"]
+        out += [f"x {f.line()}" for f in damaged[:20]]
+        rest = Counter(f.message for f in damaged[20:])
+        out += [f"x {count} more files: {reason}" for reason, count in rest.most_common(20)]
+        out += [f"{marks[f.level]} {f.line()}" for f in self.findings if f.code != "unreadable"]
+        if self.kind in STUDY:
+            out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')
+        errors = sum(f.level == "error" for f in self.findings)
+        out.append("nothing stands in the way" if self.ok else f"{errors} thing{'s' * (errors > 1)} to put right first")
+        return out
+
+
+def _by(numbers: tuple[float, ...]) -> str:
+    return " x ".join(f"{n:.4g}" for n in numbers)
+
+
+def check_folder(
+    root: str | os.PathLike[str],
+    labels: tuple[int, ...] = (),
+    health: Literal["error", "warning"] = "error",
+    thumbs: int = 24,
+    limits: Limits = LIMITS,
+    progress: Callable[[int], None] | None = None,
+) -> CheckReport:
+    """Checks a folder (or one file) of medical data.
+
+    Args:
+        root: A hospital's folder in any of the layouts of ``check_layout``.
+        labels: The values that masks may hold, where no ``dataset.json`` says so.
+        health: How bad it is to find suspected health information.
+        thumbs: How many small pictures to keep for the page.
+        limits: What one file may ask for.
+        progress: Called with the number of examples looked at.
+
+    Raises:
+        Unreadable: There is nothing at ``root`` that could be data.
+    """
+    root = Path(root)
+    layout = detect(root, limits)
+    found: list[Finding] = []
+    if layout.kind == "table" and layout.table is not None:
+        return _table(layout, limits, health)
+    hints = ""
+    if layout.kind == DICOM:
+        layout, hints = _dicom(layout, found, health, limits)
+    looks: list[Look] = []
+    refused: list[tuple[str, str]] = []
+    for seen in look_at(layout, thumbs, limits, hints):
+        if isinstance(seen, Look):
+            looks.append(seen)
+        else:
+            refused.append((_within(layout.root, seen[1].path, seen[0].name), seen[1].reason))
+        if progress is not None:
+            progress(len(looks) + len(refused))
+    found += [Finding("error", "unreadable", reason, (shown(name),)) for name, reason in refused]
+    found += layout_problems(layout)
+    if links := sum(Path(f, n).is_symlink() for f, names, _ in os.walk(root) for n in names):
+        found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
+    found += health_information(layout, looks, health, limits)
+    found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
+    return _report(layout, looks, found)
+
+
+def check_command(
+    path: str,
+    html: str | None = None,
+    labels: tuple[int, ...] = (),
+    allow_health: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """What ``polyclinic data check DIR`` does: 0 nothing wrong, 1 errors were found, 2 there is nothing to check."""
+    try:
+        report = check_folder(path, labels, "warning" if allow_health else "error")
+    except (Unreadable, ImportError) as problem:
+        say(str(problem))
+        return 2
+    for line in report.lines():
+        say(line)
+    if html is not None:
+        from polyclinic.data.quality.quality_page import write_page
+
+        try:
+            say(f"page to look at (patients' images: it stays here): {write_page(report, html)}")
+        except (OSError, ValueError) as problem:
+            say(f"the page could not be written: {problem}")
+            return 2
+    return 0 if report.ok else 1
+
+
+def _dicom(
+    layout: Layout, found: list[Finding], health: Literal["error", "warning"], limits: Limits
+) -> tuple[Layout, str]:
+    """Series as items; what the headers give away goes to ``found``."""
+    tags: dict[int, list[str]] = {}
+    drawn: dict[str, list[str]] = {}
+    parts: set[str] = set()
+    root = layout.root if layout.root.is_dir() else layout.root.parent
+
+    def inspect(path: Path, dataset: Any) -> None:
+        name = shown(str(path.relative_to(root)))
+        for tag in tags_of(dataset):
+            tags.setdefault(tag, []).append(name)
+        if reason := burned_in(dataset):
+            drawn.setdefault(reason, []).append(name)
+        parts.add(str(dataset.get("BodyPartExamined") or ""))
+
+    files = dicom_files(layout.root) if layout.root.is_dir() else [layout.root]
+    series = find_series(files, limits, inspect)
+    found += [
+        Finding("error", "unreadable", p.reason, (shown(str(p.path.relative_to(root))),)) for p in series.problems
+    ]
+    from polyclinic.data.quality.findings import headers
+
+    found += headers(tags, drawn, series.not_images, health)
+    items = tuple(
+        Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM) for s in series.series
+    )
+    return Layout(DICOM, layout.root, items), " ".join(parts)
+
+
+def _within(root: Path, path: Path, name: str) -> str:
+    """The refused file's path within the folder, or the example's name where it lies elsewhere."""
+    return str(path.relative_to(root)) if root in path.parents else name
+
+
+def _report(layout: Layout, looks: list[Look], found: list[Finding]) -> CheckReport:
+    known = {look.item.patient for look in looks} - {None}
+    spacing = [look.spacing_mm for look in looks if look.spacing_mm is not None]
+    intensity = {}
+    for units in sorted({look.units for look in looks}):
+        intensity[units] = np.mean([look.quantiles for look in looks if look.units == units], axis=0)
+        intensity[units][0] = min(look.quantiles[0] for look in looks if look.units == units)
+        intensity[units][-1] = max(look.quantiles[-1] for look in looks if look.units == units)
+    order = {"error": 0, "warning": 1, "note": 2}
+    return CheckReport(
+        layout.root,
+        layout.kind,
+        len(looks),
+        len(known) if known else None,
+        Counter(shown(look.item.label) for look in looks if look.item.label is not None),
+        Counter(look.item.split for look in looks if look.item.split is not None),
+        Counter(shown(look.item.site) for look in looks if look.item.site is not None),
+        Counter(look.modality for look in looks if look.modality),
+        Counter(look.orientation for look in looks if look.orientation),
+        Counter(label for look in looks for label in look.labels or ()),
+        _spread(spacing) if spacing else None,
+        tuple(tuple(int(n) for n in row) for row in _spread([look.size for look in looks])) if looks else None,
+        intensity,
+        tuple(sorted(found, key=lambda finding: order[finding.level])),
+        tuple((shown(look.item.name), look.thumb) for look in looks if look.thumb is not None),
+    )
+
+
+def _spread(rows: Any) -> tuple[tuple[float, ...], ...]:
+    """Least, median and largest, column by column."""
+    table = np.array(rows, dtype=np.float64)
+    return tuple(tuple(float(v) for v in row) for row in (table.min(0), np.median(table, axis=0), table.max(0)))
+
+
+def _table(layout: Layout, limits: Limits, health: Literal["error", "warning"]) -> CheckReport:
+    assert layout.table is not None
+    try:
+        rows, patients, classes, splits, sites, found = check_table(layout.table, limits, health)
+    except Unreadable as refusal:
+        found = [Finding("error", "unreadable", refusal.reason, (shown(layout.table.name),))]
+        return CheckReport(layout.root, "table", 0, findings=tuple(found))
+    order = {"error": 0, "warning": 1, "note": 2}
+    return CheckReport(
+        layout.root,
+        "table",
+        rows,
+        patients,
+        classes,
+        splits,
+        sites,
+        findings=tuple(sorted(found, key=lambda f: order[f.level])),
+    )

@@ -1,0 +1,82 @@
+"""A table checked: missing values, constant columns, classes, patients in two splits, columns that name people."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from polyclinic.data.formats.safe_reading import LIMITS, Limits
+from polyclinic.data.quality.findings import FEW_PATIENTS, FEW_PER_CLASS, Finding, Level
+from polyclinic.data.quality.folder_layout import LABEL_COLUMNS, PATIENT_COLUMNS, SITE_COLUMNS, SPLITS, rows_of
+
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-9", "-99", "-999")
+_PERSONAL = re.compile(
+    r"(?i)(^|_)(first|last|family|given|sur|full|patient|middle)?_?name$|birth|(^|_)dob($|_)|address|street|phone|e-?mail"
+    r"|(^|_)mrn($|_)|(^|_)ssn($|_)|social_security|passport|insurance|zip_?code|post_?code|(^|_)nhs"
+)
+
+
+def check_table(
+    path: Path, limits: Limits = LIMITS, health: Level = "error"
+) -> tuple[int, int | None, Counter[str], Counter[str], Counter[str], list[Finding]]:
+    """Rows, patients, classes, splits, sites and findings of a CSV or TSV file.
+
+    Raises:
+        Unreadable: It is no sound table.
+    """
+    rows = rows_of(path, limits)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    low = {name.lower(): name for name in columns}
+
+    def find(names: tuple[str, ...]) -> list[str] | None:
+        return next((columns[low[name]] for name in names if name in low), None)
+
+    patients, labels, sites = find(PATIENT_COLUMNS), find((*LABEL_COLUMNS, "num")), find((*SITE_COLUMNS, "hospital"))
+    splits = find(("split", "fold", "set"))
+    found: list[Finding] = []
+    if personal := [name for name in columns if _PERSONAL.search(name)]:
+        found.append(Finding(health, "health", f"columns that may name people: {', '.join(personal)}"))
+    holes = {n: sum(v.lower() in MISSING[:7] for v in c) / len(rows) for n, c in columns.items()}
+    if gaps := {name: share for name, share in holes.items() if share > 0}:
+        listed = ", ".join(f"{n} {s:.0%}" for n, s in sorted(gaps.items(), key=lambda g: -g[1])[:8])
+        found.append(Finding("note", "missing", f"missing values in {len(gaps)} of {len(columns)} columns: {listed}"))
+    if coded := [n for n, c in columns.items() if {"-9", "-99", "-999"} & set(c) and _is_number(c)]:
+        text = f"-9, -99 or -999 may stand for missing in: {', '.join(coded[:8])}"
+        found.append(Finding("warning", "coded-missing", text))
+    if constant := [n for n, c in columns.items() if len(set(c)) == 1 and len(rows) > 1]:
+        found.append(Finding("note", "constant", f"columns with one value only: {', '.join(constant[:8])}"))
+    if infinite := [n for n, c in columns.items() if any(v.lower() in ("inf", "-inf", "infinity") for v in c)]:
+        found.append(Finding("error", "infinite", f"columns with infinite values: {', '.join(infinite[:8])}"))
+    if (copies := len(rows) - len({tuple(row.items()) for row in rows})) > 0:
+        found.append(Finding("warning", "duplicates", f"{copies} rows are exact copies of another row"))
+    classes = Counter(v for v in labels or [] if v.lower() not in MISSING[:7])
+    if labels is not None and len(classes) == 1:
+        found.append(Finding("error", "one-class", "all rows are of one class: nothing can be learned from it alone"))
+    if 1 < len(classes) <= 20 and (few := [c for c, n in classes.items() if n < FEW_PER_CLASS]):
+        found.append(
+            Finding("warning", "few-examples", f"classes with fewer than {FEW_PER_CLASS} rows: {', '.join(few)}")
+        )
+    if patients is not None and splits is not None:
+        where: dict[str, set[str]] = defaultdict(set)
+        for who, split in zip(patients, splits, strict=True):
+            where[who].add(SPLITS.get(split.lower(), split))
+        if both := sum(len(parts) > 1 for parts in where.values()):
+            found.append(Finding("error", "two-splits", f"{both} patients are in more than one split"))
+    people = len(set(patients)) if patients is not None else None
+    if (people if people is not None else len(rows)) < FEW_PATIENTS:
+        found.append(Finding("warning", "few-patients", f"fewer than {FEW_PATIENTS} patients: usually left out"))
+    return (
+        len(rows),
+        people,
+        classes if len(classes) <= 20 else Counter(),
+        Counter(splits or []),
+        Counter(sites or []),
+        found,
+    )
+
+
+def _is_number(column: list[str]) -> bool:
+    try:
+        return all(math.isfinite(float(v)) for v in column if v.lower() not in MISSING[:7])
+    except ValueError:
+        return False

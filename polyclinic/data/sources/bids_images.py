@@ -1,0 +1,101 @@
+"""A BIDS folder as a source of examples: images by suffix, labels and sites from participants.tsv, or masks."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyclinic.data.collection import Collection, Entry, FromFiles, described
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import opened
+from polyclinic.data.formats.bids import SITE_COLUMNS, BidsImage, read_bids
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.labels import Reading
+from polyclinic.data.preprocessing.pipeline_config import Steps
+from polyclinic.data.source import HIDDEN, Info, Task
+
+
+@dataclass(frozen=True)
+class BidsImages(FromFiles):
+    """Images of a BIDS folder; its participants are the patients.
+
+    Attributes:
+        path: The folder, or a ``.zip`` file of it.
+        suffix: Which images, such as ``("T1w",)``; several are channels of one example, where a visit has all of them.
+        label: The column of participants.tsv that holds the class or number; "" where masks are the target.
+        regression: Whether the label is a number rather than a class.
+        site: The column that names the site; found alone if its name says so (``site``, ``scanner``, ``center``...).
+        session: Only this session, such as ``"01"``; "" for all.
+        classes: The classes in order; found and sorted where this is empty (for masks: the names of 0, 1, ...).
+        steps: Preprocessing.
+        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+    """
+
+    path: str
+    suffix: tuple[str, ...] = ("T1w",)
+    label: str = ""
+    regression: bool = False
+    site: str = ""
+    session: str = ""
+    classes: tuple[str, ...] = ()
+    steps: Steps = ()
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def collect(self) -> Collection:
+        """Every visit that has all the images asked for, with its participant's label or its mask."""
+        root = opened(self.path)
+        try:
+            bids = read_bids(root)
+        except Unreadable as refusal:
+            raise DataError(str(refusal)) from None
+        problems = [
+            f"participants.tsv has no column {name!r}. There are {', '.join(bids.columns) or 'none'}"
+            for name in (self.label, self.site)
+            if name and name not in bids.columns
+        ]
+        if not self.suffix:
+            problems.append("suffix = []: name at least one kind of image, such as T1w")
+        visits: dict[tuple[str, ...], dict[str, BidsImage]] = {}
+        for image in bids.images:
+            if image.suffix in self.suffix and self.session in ("", image.entities.get("ses", "")):
+                visit = (image.subject, image.entities.get("ses", ""), image.entities.get("run", ""))
+                if image.suffix in visits.setdefault(visit, {}):
+                    problems.append(f"{image.subject} has two {image.suffix} images in one visit; keep one of them")
+                visits[visit][image.suffix] = image
+        whole = {visit: found for visit, found in visits.items() if len(found) == len(set(self.suffix))}
+        if not whole and not problems:
+            kinds = ", ".join(sorted({image.suffix for image in bids.images})) or "none"
+            problems.append(f"no visit has all of {', '.join(self.suffix)}; there are {kinds}")
+        if self.label:
+            whole = {v: found for v, found in whole.items() if self.label in bids.participants.get(v[0], {})}
+            if not whole and not problems:
+                problems.append(f"no participant with images has a value of {self.label}")
+        chosen = [tuple(found[suffix] for suffix in self.suffix) for _, found in sorted(whole.items())]
+        masks = [None if self.label else bids.mask_of(images[0]) for images in chosen]
+        if not self.label and (lost := masks.count(None)):
+            problems.append(f"{lost} of {len(chosen)} visits have no mask, or several; name a label instead")
+        if problems:
+            raise DataError([f"{root.name}: {problem}" for problem in problems[:20]])
+        task: Task = "segmentation" if not self.label else "regression" if self.regression else "classification"
+        targets: list[int] | list[tuple[float, ...]] | list[None] = [None] * len(chosen)
+        classes = self.classes
+        if self.label:
+            words = [bids.participants[images[0].subject][self.label] for images in chosen]
+            targets, classes = Reading(self.classes).read({self.label: words}, task, problems)
+        if problems:
+            raise DataError([f"{root.name}/participants.tsv: {problem}" for problem in problems[:20]])
+        by_name = {name.lower(): name for name in bids.columns}
+        column = self.site or next((by_name[name] for name in SITE_COLUMNS if name in by_name), "")
+        entries = []
+        for images, target, mask in zip(chosen, targets, masks, strict=True):
+            row = dict(bids.participants.get(images[0].subject, {}))
+            where = row.pop(column, "") if column else ""
+            columns = {k: v for k, v in row.items() if k != self.label} | ({"site": where} if column else {})
+            name = images[0].path.relative_to(root).as_posix()
+            paths = tuple(image.path for image in images)
+            entries.append(Entry(name, paths, images[0].subject, target, mask.path if mask else None, columns))
+        name = Path(self.path).stem
+        found = Info(name, name, "MR", "brain", task, classes)
+        sites = ("site",) if column else ()
+        return Collection(described(self.about, found, ()), tuple(entries), sites, self.steps, self.unreadable)

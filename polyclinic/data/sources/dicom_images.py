@@ -1,0 +1,123 @@
+"""A tree of DICOM files as a source of examples: one example per series, labels from a table by patient.
+
+The layout that ``deidentify`` writes (a folder per patient, in it a folder per series) is read as it is. Scanner
+(manufacturer and model) is always a column, so that simulated hospitals can follow real machines.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from polyclinic.data.collection import Collection, Entry, FromFiles, described
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import kind_of, opened, placed
+from polyclinic.data.formats.dicom.file import quiet
+from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series
+from polyclinic.data.labels import Reading
+from polyclinic.data.preprocessing.pipeline_config import Steps
+from polyclinic.data.quality.filename_screening import in_name
+from polyclinic.data.source import HIDDEN, Info, Task, digest
+from polyclinic.data.sources.tabular_files import read_rows
+
+
+@dataclass(frozen=True)
+class DicomImages(FromFiles):
+    """Series of a DICOM tree, each in a folder of its own (or a file of its own), with labels by patient.
+
+    Attributes:
+        path: The folder, or a ``.zip`` file of it.
+        labels: A table with one row per patient (CSV, gzipped CSV or Parquet).
+        patient: Its column that holds (0010,0020), or the pseudonym that stands there now.
+        label: Its column that holds the class or number.
+        site: Its column that names the site; "" takes the scanner.
+        regression: Whether the label is a number rather than a class.
+        modality: Only series of this modality, such as ``"CT"``; "" for all.
+        slices: Only series of at least this many slices, so that scouts stay out.
+        classes: The classes in order; found and sorted where this is empty.
+        steps: Preprocessing.
+        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+    """
+
+    path: str
+    labels: str
+    patient: str = "patient"
+    label: str = "label"
+    site: str = ""
+    regression: bool = False
+    modality: str = ""
+    slices: int = 1
+    classes: tuple[str, ...] = ()
+    steps: Steps = ()
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def collect(self) -> Collection:
+        """Every series of a patient who has a label."""
+        root, table = opened(self.path), placed(self.labels)
+        rows = read_rows(table)
+        wanted = [self.patient, self.label, *([self.site] if self.site else [])]
+        problems = [f"{table.name} has no column {c!r}. There are {', '.join(rows)}" for c in wanted if c not in rows]
+        if problems:
+            raise DataError(problems)
+        people = Counter(rows[self.patient])
+        if twice := sum(count > 1 for count in people.values()):
+            problems.append(f"{table.name}: {twice} patients have more than one row")
+        scanners: dict[Path, str] = {}
+
+        def look(path: Path, dataset: Any) -> None:
+            with quiet():
+                words = [str(dataset.get(k) or "").strip() for k in ("Manufacturer", "ManufacturerModelName")]
+            scanners[path] = " ".join(word for word in words if word) or "not stated"
+
+        files = dicom_files(root)
+        found = find_series(files, look=look)
+        if self.unreadable == "refuse":
+            problems += [f"{problem}" for problem in found.problems[:20]]
+        crowd = Counter(path.parent for path in files)
+        row = {who: i for i, who in enumerate(rows[self.patient])}
+        chosen: list[tuple[Series, tuple[Path, ...]]] = []
+        unknown, tangled = 0, 0
+        for series in sorted(found.series, key=lambda s: s.paths):
+            if self.modality not in ("", series.modality) or len(series.paths) < self.slices:
+                continue
+            if series.patient not in row:
+                unknown += 1
+            elif len(series.paths) == 1 and kind_of(series.paths[0]):
+                chosen.append((series, series.paths))
+            elif crowd[series.paths[0].parent] == len(series.paths) == len({*series.paths}) and _together(series):
+                chosen.append((series, (series.paths[0].parent,)))
+            else:
+                tangled += 1
+        if tangled:
+            problems.append(
+                f"{tangled} series share a folder with other files; give each series a folder of its own "
+                "(`polyclinic data deidentify` does)"
+            )
+        if not chosen and not problems:
+            problems.append(f"no series of {root.name} belongs to a patient of {table.name} ({unknown} have no row)")
+        task: Task = "regression" if self.regression else "classification"
+        words = [rows[self.label][row[series.patient]] for series, _ in chosen]
+        targets: list[int] | list[tuple[float, ...]]
+        targets, classes = Reading(self.classes).read({self.label: words}, task, problems)
+        if problems:
+            raise DataError([f"{root.name}: {problem}" for problem in problems[:20]])
+        entries = []
+        for at, (series, paths) in enumerate(chosen):
+            name = paths[0].relative_to(root).as_posix()
+            name = name if in_name(Path(name).parts) is None else f"series-{digest(name)[:16]}"
+            columns = {"scanner": scanners[series.paths[0]], "modality": series.modality or "not stated"}
+            if self.site:
+                columns["site"] = rows[self.site][row[series.patient]]
+            entries.append(Entry(name, paths, f"patient-{digest(series.patient)[:16]}", targets[at], None, columns))
+        modalities = ", ".join(sorted({e.columns["modality"] for e in entries}))
+        name = Path(self.path).stem
+        notes = (f"Left out: {unknown} series of patients without a label.",) if unknown else ()
+        info = described(self.about, Info(name, name, modalities, "not stated", task, classes), notes)
+        sites = ("site", "scanner") if self.site else ("scanner",)
+        return Collection(info, tuple(entries), sites, self.steps, self.unreadable)
+
+
+def _together(series: Series) -> bool:
+    return len({path.parent for path in series.paths}) == 1

@@ -1,0 +1,312 @@
+"""Tables of features: one row per patient or visit, as in registries and region-of-interest studies of the brain.
+
+Missing values are filled and features are scaled with statistics over *training rows only*, in one of three ways:
+
+* ``"federation"``: means and deviations over the training rows of all training sites. They follow from each site's
+  Σx, Σx² and counts, so a real federation gets them through secure summation, and external sites use them unseen.
+* ``"site"``: each site's own. An external site then uses its own rows' features, never their labels.
+* ``"declared"``: from a file. A real hospital sees only its own rows, so what holds for all must come from outside.
+
+What was missing is told to the model by indicators, one for each feature that is missing anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, described
+from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.files import content_of, placed
+from polyclinic.data.formats.parsing import is_number, plain
+from polyclinic.data.preprocessing.table_statistics import Statistics
+from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
+from polyclinic.data.sources.tabular_files import read_rows
+
+Array = np.ndarray[Any, Any]
+MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """A CSV (also gzipped) or Parquet table.
+
+    Attributes:
+        path: The file.
+        label: The column to predict.
+        features: The columns to predict from; every other column where this is empty.
+        leave_out: Columns that are not features.
+        categories: Columns whose values are codes or words, not amounts; each value becomes a feature of 0 and 1.
+        site: The column that names the hospital.
+        patient: The column that says whose a row is; "" where each row is a patient of its own.
+        threshold: A label above it is class 1, else class 0; None where labels are classes as they are.
+        regression: Whether the label is a number to predict.
+        classes: The names of the classes, in order.
+        missing: What stands for a missing value, besides nothing, ``NA``, ``NaN``, ``?``, ``null`` and the like.
+            Numbers are compared as numbers: ``"-9"`` is also ``-9.0``.
+        zero_is_missing: Columns in which 0 stands for a missing value.
+        fill: What a missing value becomes: the mean, the median (with each site's own statistics only), or 0.
+        scale: Whether features are scaled to mean 0 and deviation 1.
+        indicators: Whether a feature of 0 and 1 tells what was missing.
+        statistics: Whose rows the mean and deviation come from; or ``"declared"``: from the file ``declared``.
+        declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+    """
+
+    path: str
+    label: str
+    features: tuple[str, ...] = ()
+    leave_out: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    site: str = "site"
+    patient: str = ""
+    threshold: float | None = None
+    regression: bool = False
+    classes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    zero_is_missing: tuple[str, ...] = ()
+    fill: Literal["mean", "median", "zero"] = "mean"
+    scale: bool = True
+    indicators: bool = True
+    statistics: Literal["federation", "site", "declared"] = "federation"
+    declared: str = ""
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.fill == "median" and self.statistics == "federation":
+            problems.append(
+                'fill = "median": a median does not follow from sums, so sites would have to show their '
+                'values; use fill = "mean", or statistics = "site"'
+            )
+        if self.regression and self.threshold is not None:
+            problems.append("threshold = is for classes: leave it out, or set regression = false")
+        if (self.statistics == "declared") != bool(self.declared):
+            problems.append(
+                "declared = the file that lists inputs and their statistics; give it with statistics = "
+                '"declared", and only then'
+            )
+        if problems:
+            raise DataError(problems)
+
+    @property
+    def info(self) -> Info:
+        """What it is, and what was done to it."""
+        task: Task = "regression" if self.regression else "classification"
+        whose = {
+            "federation": "over the training rows of all training sites",
+            "site": "over each site's training rows",
+            "declared": f"from {Path(self.declared).name}",
+        }[self.statistics]
+        notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
+        if unlabelled := len(self._raw[self.label]) - len(self._kept):
+            notes.append(f"{unlabelled} rows without {self.label} are left out.")
+        if not self.patient:
+            notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
+        stem = Path(self.path).name.partition(".")[0]
+        return described(self.about, Info(stem, stem, "table", "not stated", task, self._targets[1]), notes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes and of the options."""
+        options = sorted(
+            (k, v)
+            for k, v in vars(self).items()
+            if k in self.__dataclass_fields__ and k not in ("path", "about", "declared")
+        )
+        return digest("table", 1, content_of(placed(self.path)), options, self._declared and self._declared.text())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return self.inputs[1]
+
+    def table(self) -> Table:
+        """One row per row whose label is known. Columns but features and label are kept as text; sex and age too."""
+        raw, rows = self._raw, self._kept
+        ids = tuple(f"row {i + 2}" for i in rows)
+        patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids
+        if any(not p for p in patients):
+            raise DataError(f"{Path(self.path).name}: {sum(not p for p in patients)} rows have no {self.patient}")
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {self.label, self.patient}
+        others = [c for c in raw if c not in apart]
+        columns = {c: tuple(raw[c][i] for i in rows) for c in others}
+        return Table(ids, patients, self._targets[0], columns, (self.site,) if self.site in columns else ())
+
+    def examples(self, ids: Sequence[str]) -> Examples:
+        """The named rows as they are in the file, neither filled nor scaled; refused where a value is missing."""
+        return self._examples(ids, self.inputs[0])
+
+    def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
+        """The same table filled and scaled, for each site.
+
+        Args:
+            rows: The training rows of each site; for an external site, the rows that it has.
+            external: The sites that have no part in statistics of the federation.
+        """
+        if self._declared is not None:
+            return {site: FittedTable(self, self._declared) for site in rows}
+        values, names, amounts = self.inputs
+        where = {name: i for i, name in enumerate(self.table().ids)}
+        own = {site: values[[where[name] for name in ids]] for site, ids in rows.items()}
+        pooled = np.concatenate([own[site] for site in sorted(own) if site not in external])
+        used = {site: pooled if self.statistics == "federation" else mine for site, mine in own.items()}
+        return {
+            site: FittedTable(self, Statistics.of(names, seen, amounts, self.fill, self.scale))
+            for site, seen in used.items()
+        }
+
+    def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
+        table = self.table()
+        where = {name: i for i, name in enumerate(table.ids)}
+        rows = [where[name] for name in ids]
+        assert table.labels is not None
+        x = torch.from_numpy(inputs[rows].astype(np.float32))
+        return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
+
+    @cached_property
+    def _raw(self) -> dict[str, list[str]]:
+        path = placed(self.path)
+        columns = read_rows(path)
+        wanted = [self.label, *self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
+        wanted += [self.patient] if self.patient else []
+        if problems := [f"{path.name} has no column {c!r}" for c in dict.fromkeys(wanted) if c not in columns]:
+            raise DataError([*problems, f"{path.name} has the columns {', '.join(list(columns)[:40])}"])
+        return columns
+
+    @cached_property
+    def _features(self) -> tuple[str, ...]:
+        apart = {self.label, self.site, self.patient, "split", *self.leave_out}
+        return self.features or tuple(c for c in self._raw if c not in apart)
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        gone = {i for i, word in enumerate(self._raw[self.label]) if self._is_missing(word)}
+        return [i for i in range(len(self._raw[self.label])) if i not in gone]
+
+    @cached_property
+    def _targets(self) -> tuple[Array, tuple[str, ...]]:
+        """The label of each kept row, and the classes."""
+        words = [self._raw[self.label][i] for i in self._kept]
+        if not words:
+            raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
+        if self.regression or self.threshold is not None:
+            numbers = np.array([self._number(word, self.label, i) for word, i in zip(words, self._kept, strict=True)])
+            if self.threshold is None:
+                return numbers.astype(np.float32)[:, None], ()
+            usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
+            return (numbers > self.threshold).astype(np.int64), self.classes or usual
+        words = [plain(word) for word in words]
+        found = sorted(set(words), key=lambda w: (0, float(w), w) if is_number(w) else (1, 0.0, w))
+        if len(found) > max(50, len(words) // 4):
+            raise DataError(
+                f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
+                "true if it is a number, or a threshold"
+            )
+        if self.classes and set(found) <= set(self.classes):  # a hospital may lack a class
+            found = list(self.classes)
+        if self.classes and len(self.classes) != len(found):
+            raise DataError(
+                f"{Path(self.path).name}: {self.label} has {len(found)} values ({', '.join(found[:5])}), "
+                f"but classes names {len(self.classes)}"
+            )
+        return np.array([found.index(w) for w in words], dtype=np.int64), self.classes or tuple(found)
+
+    @cached_property
+    def _declared(self) -> Statistics | None:
+        return Statistics.read(placed(self.declared)) if self.statistics == "declared" else None
+
+    @cached_property
+    def inputs(self) -> tuple[Array, tuple[str, ...], Array]:
+        """Values with NaN where missing [n, F], their names, and which are amounts rather than 0 or 1 [F]."""
+        columns: dict[str, Array] = {}
+        amounts: set[str] = set()
+        missing: dict[str, Array] = {}
+        for name in self._features:
+            words = [self._raw[name][i] for i in self._kept]
+            gone = np.array([self._is_missing(w) for w in words])
+            if name in self.categories:
+                words = [plain(w) for w in words]
+                for value in sorted({w for w, no in zip(words, gone, strict=True) if not no}):
+                    columns[f"{name} = {value}"] = np.array([float(w == value) for w in words])
+            else:
+                numbers = np.array(
+                    [
+                        np.nan if no else self._number(w, name, i)
+                        for w, no, i in zip(words, gone, self._kept, strict=True)
+                    ]
+                )
+                if name in self.zero_is_missing:
+                    numbers[numbers == 0] = np.nan
+                gone = np.isnan(numbers)
+                columns[name] = numbers
+                amounts.add(name)
+            missing[f"{name} is missing"] = gone
+        if not columns:
+            raise DataError(f"{Path(self.path).name} has no features")
+        if self._declared is not None:
+            names = self._declared.names
+            columns |= {name: gone.astype(float) for name, gone in missing.items()}
+            columns |= {n: np.zeros(len(self._kept)) for n in names if n not in columns and self._is_category(n)}
+            if lacking := [n for n in names if n not in columns]:
+                raise DataError(
+                    [f'{Path(self.path).name} has no input "{n}", which {self.declared} lists' for n in lacking]
+                )
+        else:
+            columns |= {n: gone.astype(float) for n, gone in missing.items() if self.indicators and gone.any()}
+            names = tuple(columns)
+        return np.stack([columns[n] for n in names], axis=1), names, np.array([n in amounts for n in names])
+
+    def _is_category(self, name: str) -> bool:
+        """Whether ``name`` is "column = value" of a category that is here, with a value that may not be."""
+        return any(name.startswith(f"{column} = ") for column in self.categories)
+
+    def _is_missing(self, word: str) -> bool:
+        return word in MISSING or word in self.missing or (is_number(word) and float(word) in self._missing_numbers)
+
+    @cached_property
+    def _missing_numbers(self) -> frozenset[float]:
+        return frozenset(float(word) for word in self.missing if is_number(word))
+
+    def _number(self, word: str, column: str, row: int) -> float:
+        if not is_number(word):
+            raise DataError(
+                f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is no number: name {column} in "
+                "categories or leave_out, or add the word to missing"
+            )
+        return float(word)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTable:
+    """A table filled and scaled with given statistics.
+
+    Attributes:
+        base: The table.
+        statistics: How.
+    """
+
+    base: FeatureTable
+    statistics: Statistics
+
+    @property
+    def info(self) -> Info:
+        """The table's."""
+        return replace(self.base.info)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the table and the statistics."""
+        return digest(self.base.fingerprint, self.statistics.text())
+
+    def table(self) -> Table:
+        """The table's."""
+        return self.base.table()
+
+    def examples(self, ids: Sequence[str]) -> Examples:
+        """The named rows, filled and scaled."""
+        return self.base._examples(ids, self.statistics(self.base.inputs[0]))

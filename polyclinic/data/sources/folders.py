@@ -1,0 +1,83 @@
+"""Folders of images whose names say what is in them: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import check_pattern, kind_of, opened, patients_in
+from polyclinic.data.preprocessing.pipeline_config import Steps
+from polyclinic.data.source import HIDDEN, Info
+
+
+@dataclass(frozen=True)
+class Folders(FromFiles):
+    r"""Images in folders by class.
+
+    Attributes:
+        path: The folder, or a ``.zip`` file of it.
+        levels: What each level of folders names, from the top: ``"class"`` and any of ``"site"``, ``"split"``,
+            ``"patient"`` or a word of your own, which becomes a column.
+        patient: A regular expression with one group that finds the patient in an image's path, such as
+            ``"case(\d+)_"``; "" where the name says nothing.
+        classes: The classes in order; found and sorted where this is empty.
+        steps: Preprocessing.
+        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
+        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+    """
+
+    path: str
+    levels: tuple[str, ...] = ("class",)
+    patient: str = ""
+    classes: tuple[str, ...] = ()
+    steps: Steps = ()
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    about: Info | None = field(default=None, metadata=HIDDEN)
+
+    def __post_init__(self) -> None:
+        problems = check_pattern("patient", self.patient)
+        if self.levels.count("class") != 1 or len(set(self.levels)) != len(self.levels):
+            problems.append(f'levels = {list(self.levels)}: name "class" once, and no level twice')
+        if problems:
+            raise DataError(problems)
+
+    def collect(self) -> Collection:
+        """Every image at the depth that ``levels`` says."""
+        root = opened(self.path)
+        found: list[tuple[Path, dict[str, str]]] = []
+        astray = []
+        for file in sorted(root.rglob("*")):
+            parts = file.relative_to(root).parts
+            if not file.is_file() or not kind_of(file) or any(part.startswith((".", "__MACOSX")) for part in parts):
+                continue
+            if len(parts) - 1 == len(self.levels):
+                found.append((file, dict(zip(self.levels, parts, strict=False))))
+            else:
+                astray.append("/".join(parts))
+        if not found:
+            deep = " / ".join(f"<{level}>" for level in self.levels)
+            raise DataError(f"{root}: there are no images at {deep} / image; set levels to what your folders name")
+        classes = self.classes or tuple(sorted({names["class"] for _, names in found}))
+        if unknown := sorted({names["class"] for _, names in found} - set(classes)):
+            raise DataError(f"{root}: the folders {', '.join(unknown[:3])} are not among classes = {list(classes)}")
+        ids = [file.relative_to(root).as_posix() for file, _ in found]
+        patients = patients_in(ids, self.patient)
+        if "patient" in self.levels and not self.patient:
+            patients = tuple(names["patient"] for _, names in found)
+        entries = tuple(
+            Entry(
+                name,
+                (file,),
+                patient,
+                classes.index(names["class"]),
+                columns={k: v for k, v in names.items() if k not in ("class", "patient")},
+            )
+            for name, patient, (file, names) in zip(ids, patients, found, strict=True)
+        )
+        notes = [] if self.patient or "patient" in self.levels else [UNKNOWN_PATIENTS]
+        if astray:
+            notes.append(f"{len(astray)} images lie at another depth than levels says and are left out ({astray[0]}).")
+        name = root.name if Path(self.path).suffix != ".zip" else Path(self.path).stem
+        info = described(self.about, Info(name, name, "not stated", "not stated", "classification", classes), notes)
+        return Collection(info, entries, ("site",) if "site" in self.levels else (), self.steps, self.unreadable)

@@ -1,0 +1,95 @@
+"""What a site was asked in one run and what it answered: append-only, on the disk before a reply leaves.
+
+Neither a rollback nor a lost memory takes anything back from it. It is finite, for the schedule is: an entry is written
+for each content of each job of each round, and for at most two repetitions of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polyclinic.core.audit_log import Journal, verify
+from polyclinic.engines.flare.protocol.paths import sync
+from polyclinic.engines.request_schedule import Progress, Request
+
+REPETITIONS = 2
+
+
+@dataclass
+class Answered:
+    """What came of one content of one job in one round.
+
+    Attributes:
+        times: How often it was answered by an execution.
+        sha256: The reply's hash.
+        marks: Digests of the request's trees by name.
+    """
+
+    times: int = 0
+    sha256: str = ""
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+class Usage:
+    """The record of one run at one site."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or begins the record at ``path``.
+
+        Raises:
+            Broken: If somebody changed it.
+        """
+        self.path = path
+        self._journal: Journal | None = None
+        self._entries: dict[tuple[int, str], dict[str, Answered]] = {}
+        if path.exists():
+            self._journal = Journal(path)
+            for entry in verify(path):
+                self._take(entry)
+
+    @property
+    def progress(self) -> Progress:
+        """What was asked so far."""
+        return Progress({key: frozenset(contents) for key, contents in self._entries.items()})
+
+    def find(self, asked: Request) -> Answered:
+        """What came of this content so far."""
+        return self._entries.get((asked.round, asked.job), {}).get(asked.content, Answered())
+
+    def marks(self, round: int, jobs: Sequence[str]) -> list[Mapping[str, str]]:
+        """The digests of trees that came with ``jobs`` in ``round``, of each content that was answered."""
+        found = (entry for job in jobs for entry in self._entries.get((round, job), {}).values())
+        return [entry.marks for entry in found if entry.marks]
+
+    def begin(self, asked: Request, number: int) -> None:
+        """Notes, before it is executed, that this content is the one of its round and job."""
+        self._write("begun", asked, {"number": number})
+
+    def answer(self, asked: Request, number: int, sha256: str, marks: Mapping[str, str]) -> None:
+        """Notes, before the reply leaves, that it was executed."""
+        self._write("answered", asked, {"number": number, "reply": sha256, "marks": dict(marks)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def _write(self, event: str, asked: Request, details: Mapping[str, object]) -> None:
+        if self._journal is None:
+            self._journal = Journal(self.path)
+            self.path.chmod(0o600)
+            sync(self.path.parent)
+        entry = {"round": asked.round, "job": asked.job, "content": asked.content, **details}
+        self._journal.write(event, entry)
+        self._take({"event": event, **entry})
+
+    def _take(self, entry: Mapping[str, object]) -> None:
+        key = (int(str(entry["round"])), str(entry["job"]))
+        found = self._entries.setdefault(key, {}).setdefault(str(entry["content"]), Answered())
+        if entry["event"] == "answered":
+            found.times += 1
+            found.sha256 = str(entry["reply"])
+            marks = entry["marks"]
+            assert isinstance(marks, Mapping)
+            found.marks = marks

@@ -1,0 +1,312 @@
+"""What waits for a person at a site, and what was decided. Nothing here needs PyTorch.
+
+```
+reviews/
+  <run>.json             the review of one run
+  records/shown-<uid>    what was last shown to an account, by name
+  records/parts          which run took which part of an approved study
+```
+
+A person decides about exactly what was shown: the hash of it goes into the decision. A decision about one part of a
+study holds for its other parts, each once. Whoever reads and then writes does both under one lock, for the desk offers
+studies while people decide.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare.client.decisions import (
+    APPROVED,
+    REFUSED,
+    WAITING,
+    Review,
+    read,
+    shown_hash,
+    this_person,
+    to_json,
+)
+from polyclinic.engines.flare.protocol.messages import printable
+from polyclinic.engines.flare.protocol.paths import BadHome, private_folder, read_json, write_private
+from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+
+__all__ = ["APPROVED", "REFUSED", "WAITING", "Review", "Reviews"]
+PREFIX = 8
+COUNTED = {"classification": "classes", "segmentation": "classes", "multilabel": "labels"}
+
+
+class Reviews:
+    """The folder of reviews at one site, one file a run."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens or makes ``folder``; the site's keys and certificates lie beside it."""
+        self.folder = private_folder(folder)
+        self._keys, self._certificates = folder.parent / "keys", folder.parent / "certificates"
+
+    def get(self, run: str) -> Review | None:
+        """The review of a run, if it has come; a decision that this site did not sign does not count."""
+        path = self._path(run)
+        return read(path).checked(self._keys, self._certificates) if path.exists() else None
+
+    def all(self) -> list[Review]:
+        """Every review, the latest last."""
+        found = [review for path in sorted(self.folder.glob("*.json")) if (review := self.get(path.stem))]
+        return sorted(found, key=lambda review: review.decided or review.seen)
+
+    def named(self, text: str) -> list[Review]:
+        """The reviews of the run or the study called ``text``, or whose order's hash begins with it."""
+        long = len(text) >= PREFIX
+        return [r for r in self.all() if text in r.names or (long and r.what.hash.startswith(text))]
+
+    def subject(self, text: str) -> list[Review]:
+        """What a person sees and decides under the name ``text``: all that waits of one study; else all of it.
+
+        Raises:
+            BadHome: If nothing is called so, or two different studies are.
+        """
+        found = self.named(text)
+        if not found:
+            waiting = ", ".join(r.what.run for r in self.all() if r.state == WAITING) or "nothing"
+            raise BadHome(f"no study called {text!r} has come; {waiting} waits")
+        if len({review.group for review in found}) > 1:
+            raise BadHome(_ambiguous(text, found))
+        group = self.group(found[0])
+        return [review for review in group if review.state == WAITING] or group
+
+    def group(self, review: Review) -> list[Review]:
+        """All parts that have come of the study that ``review`` is a part of, the latest last."""
+        return [other for other in self.all() if other.group == review.group]
+
+    def remember(self, reviews: Sequence[Review]) -> str:
+        """Records that ``reviews`` were shown to this account, and returns the hash of what was shown."""
+        with self._locked():
+            known: dict[str, str] = read_json(self._shown, default={})
+            now = shown_hash(reviews)
+            there = {name for review in self.all() for name in review.names}
+            fresh = dict.fromkeys((name for review in reviews for name in review.names), now)
+            write_private(self._shown, json.dumps({k: v for k, v in {**known, **fresh}.items() if k in there}))
+        return now
+
+    def offer(self, order: Order, problems: Sequence[str], notes: Sequence[str] = ()) -> Review:
+        """Puts an order before a person, unless the same one stands there already with the same code.
+
+        What was decided about one part of a study holds for its other parts: an approval for each part once, and only
+        if what the plan says of the data here is what this site said itself.
+        """
+        with self._locked():
+            review = self.get(order.run)
+            if review and review.is_of(order) and review.problems == tuple(problems):
+                return review
+            fresh = Review(
+                order.to_json(), code_hash(), order.packages, WAITING, tuple(problems), _now(), notes=tuple(notes)
+            )
+            fresh = self._taking_part(fresh)
+            self._put(fresh)
+            if fresh.state == APPROVED:
+                self._take(fresh)
+            return fresh
+
+    def decide(self, name: str, state: str, by: str, reason: str, shown: str = "") -> list[Review]:
+        """Writes down a person's decision about a run or a study, signed by the site.
+
+        Args:
+            name: A run, a study, or the first characters of an order's hash.
+            state: ``approved``: of exactly what was shown; or ``refused``: of everything of the study.
+            by: The person's name; that of the account where empty.
+            reason: Why.
+            shown: The hash of what was shown, or its beginning; what was last shown to this account where empty.
+
+        Raises:
+            BadHome: If nothing is called so, something else than what was shown stands there now, the code has changed
+                since it came, or the policy refuses it.
+        """
+        person = this_person(by)
+        if reason != printable(reason, 2000):
+            raise BadHome("a reason is at most 2000 characters on one line")
+        with self._locked():
+            found, now = self.subject(name), ""
+            if state == APPROVED:
+                now = self._check_shown(name, found, shown)
+                found = _approvable(found)
+            else:
+                found = self.group(found[0])
+            decided = [
+                replace(
+                    review,
+                    state=state,
+                    by=person.name,
+                    account=person.account,
+                    uid=person.uid,
+                    reason=reason,
+                    decided=_now(),
+                    shown=now,
+                    of="",
+                ).signed(self._keys)
+                for review in found
+            ]
+            for review in decided:
+                self._put(review)
+                if state == APPROVED:
+                    self._take(review)
+        return decided
+
+    def stands(self, order: Order) -> Review | None:
+        """The signed decision about exactly this order with exactly this code, if there is one; else what waits."""
+        review = self.get(order.run)
+        return review if review is not None and review.is_of(order) else None
+
+    def answered(self, order: Order, said: dict[str, Any]) -> None:
+        """Records what this site said of its data in answer to a survey: ``inputs`` and ``outputs``."""
+        with self._locked():
+            review = self.stands(order)
+            if review is not None and review.state == APPROVED and review.said != said:
+                self._put(replace(review, said=said).signed(self._keys))
+
+    def note_data(self, run: str, data: str) -> None:
+        """Records why the data here do not fit a run, for people at this site; empty where they do."""
+        with self._locked():
+            review = self.get(run)
+            if review is not None and review.data != data:
+                self._put(replace(review, data=data))
+
+    def _taking_part(self, fresh: Review) -> Review:
+        """``fresh`` with what was decided of its study, where that covers it; else with notes on why it does not."""
+        order = fresh.what
+        group = self.group(fresh) if order.study_key else []
+        kin = [r for r in group if r.state != WAITING and (r.code, r.packages) == (fresh.code, fresh.packages)]
+        why = [*self._taken(order), *_unlike(order, group)]
+        if not kin or (kin[-1].state == APPROVED and (why or fresh.problems)):
+            return replace(fresh, notes=(*fresh.notes, *why))
+        last = kin[-1]
+        return replace(
+            fresh,
+            state=last.state,
+            decided=last.decided,
+            by=last.by,
+            account=last.account,
+            uid=last.uid,
+            reason=last.reason,
+            shown=last.shown,
+            of=last.of or last.what.run,
+        ).signed(self._keys)
+
+    def _check_shown(self, name: str, found: Sequence[Review], shown: str) -> str:
+        """The hash of what stands there, if that is what the person was shown."""
+        now, again = shown_hash(found), f"read it again: `polyclinic site review {name}`"
+        if shown:
+            if len(shown) < PREFIX or not now.startswith(shown):
+                raise BadHome(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
+            return now
+        names = {known for review in found for known in review.names}
+        last = read_json(self._shown, default={}).get(name if name in names else found[0].what.run)
+        if last is None:
+            raise BadHome(f"this is not what you were shown, for you were shown nothing under this name yet; {again}")
+        if last != now:
+            raise BadHome(f"this is not what you were shown, for it has changed since; {again}")
+        return now
+
+    def _taken(self, order: Order) -> list[str]:
+        """Why an approval was used up: the runs, other than this very one, that took the same part or the same name."""
+        parts: dict[str, list[list[str]]] = read_json(self._parts, default={})
+        what = "this survey" if order.mode == "survey" else "this arm"
+        mine = [order.run, order.hash]
+        same = dict.fromkeys(run for run, hash in parts.get(_part(order), []) if [run, hash] != mine)
+        reused = any(run == order.run and hash != order.hash for taken in parts.values() for run, hash in taken)
+        return [f"{what} has run already as {run}" for run in same if order.study_key] + [
+            f"another order has run already under the name {order.run}"
+        ] * reused
+
+    def _take(self, review: Review) -> None:
+        """Records that a run takes its part of its study, so that no other run does without a person."""
+        parts: dict[str, list[list[str]]] = read_json(self._parts, default={})
+        taken, mine = parts.setdefault(_part(review.what), []), [review.what.run, review.what.hash]
+        if mine not in taken:
+            taken.append(mine)
+            write_private(self._parts, json.dumps(parts))
+
+    @property
+    def _records(self) -> Path:
+        return private_folder(self.folder / "records")
+
+    @property
+    def _shown(self) -> Path:
+        return self._records / f"shown-{os.getuid()}"
+
+    @property
+    def _parts(self) -> Path:
+        return self._records / "parts"
+
+    def _path(self, run: str) -> Path:
+        return self.folder / f"{run}.json"
+
+    def _put(self, review: Review) -> None:
+        write_private(self._path(review.what.run), to_json(review))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Holds the folder's lock, across processes."""
+        with open(self._records / ".lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+def _approvable(reviews: Sequence[Review]) -> list[Review]:
+    """Those of ``reviews`` that a person may approve.
+
+    Raises:
+        BadHome: If there are none, or the code here has changed since they came.
+    """
+    may = [review for review in reviews if not review.problems]
+    if not may:
+        why = "; ".join(dict.fromkeys(problem for review in reviews for problem in review.problems))
+        raise BadHome(f"this study is refused here, so approving it would change nothing: {why}")
+    for review in may:
+        if review.code != code_hash():
+            raise BadHome("polyclinic was changed here since this study came: wait until the server offers it again")
+        if review.packages != review.what.packages:
+            raise BadHome(
+                "a package that this study needs was changed here since it came: wait until the server offers it again"
+            )
+    return may
+
+
+def _unlike(order: Order, group: Sequence[Review]) -> list[str]:
+    """Where the plan says something of the data here that this site did not say in its survey: a sentence each."""
+    if not order.filled:
+        return []
+    said = next((review.said for review in reversed(group) if review.said), None)
+    if said is None:
+        return [f"{' and '.join(order.filled)}: this site has answered no survey of the study that could confirm them"]
+    counted = COUNTED.get(str(order.plan.get("kind")), "values")
+    here = {"inputs": f"are {json.dumps(said['inputs'])}", "outputs": f"have {said['outputs']} {counted}"}
+    return [
+        f"{key} = {json.dumps(order.plan.get(key))}; the data here {here[key]}"
+        for key in order.filled
+        if order.plan.get(key) != said[key]
+    ]
+
+
+def _part(order: Order) -> str:
+    """Names the part of a study that a run is; a run without a study is one of its own."""
+    return f"{order.study_key} {order.part}" if order.study_key else f"run {order.run}"
+
+
+def _ambiguous(text: str, found: Sequence[Review]) -> str:
+    lines = [f"  {r.what.run:24} {r.state:10} since {r.seen[:16]}  order {r.what.hash[:16]}" for r in found]
+    return "\n".join(
+        [
+            f"{text!r} is the name of {len({r.group for r in found})} different studies:",
+            *lines,
+            "name one by its run, or by the first characters of its order's hash",
+        ]
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,149 @@
+"""The process that trains. It holds data, model and PyTorch; if it dies, its site starts another, or says why.
+
+The job process at a site (``executor``, ``desk``) imports no PyTorch and moves files; this process opens no connection.
+They talk in lines of JSON over two pipes, and exchange values as files. It dies with its parent.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.errors import RunError
+
+DEATHS = 3
+LINE = 2**20
+
+
+class Stopped(RunError):
+    """The run was ended, or its deadline passed, while the trainer worked. The message says which."""
+
+
+class Died(RunError):
+    """The training process is gone. The message says how."""
+
+
+class Trainer:
+    """The other end of the pipes: starts the process when it is needed, and again when it has died."""
+
+    def __init__(self, home: Path, run: str, log: Path, stopped: Callable[[], bool] = lambda: False) -> None:
+        """For one run at the site in ``home``; what the process says goes to the file ``log``."""
+        self.home, self.run, self.log, self.stopped = home, run, log, stopped
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process's number; 0 where there is none."""
+        return self._process.pid if self._process else 0
+
+    def warm(self) -> None:
+        """Starts the process before there is work, so that it loads its libraries while the server does."""
+        self._process = self._process or self._start()
+
+    def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
+        """What the process answers. One that dies is replaced and asked again, up to three times.
+
+        Raises:
+            Died: Where it died every time.
+            Stopped: Where the run ended or ``deadline`` seconds passed; the process is killed.
+        """
+        end = time.monotonic() + deadline if deadline else None
+        for attempt in range(DEATHS):
+            try:
+                return self._once(command, end)
+            except Died:
+                self.close()
+                if attempt == DEATHS - 1:
+                    raise
+        raise AssertionError
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe:
+                    pipe.close()
+            self._process = None
+
+    def _once(self, command: Mapping[str, Any], end: float | None) -> dict[str, Any]:
+        self.warm()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(command).encode() + b"\n")
+            process.stdin.flush()
+        except OSError:
+            raise Died(self._how(process)) from None
+        line = b""
+        while not line.endswith(b"\n"):
+            if self.stopped() or (end is not None and time.monotonic() > end):
+                self.close()
+                raise Stopped("the run was ended" if self.stopped() else "no answer in time")
+            if select.select([process.stdout], [], [], 0.2)[0]:
+                piece = os.read(process.stdout.fileno(), LINE)
+                if not piece:
+                    raise Died(self._how(process))
+                line += piece
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "polyclinic.engines.flare.client.training_process", str(self.home), self.run],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=env,
+            )
+
+    def _how(self, process: subprocess.Popen[bytes]) -> str:
+        try:
+            code = process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "its training process does not answer"
+        how = f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"its training process died ({how}); is there enough memory? {self.log.name} at the site says more"
+
+
+def main(home: str, run: str) -> None:
+    """The process's life: a line in, a line out, until the other end closes."""
+    _die_with_parent()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from polyclinic.engines.flare.client.training_worker import Training
+
+    training = Training(SiteHome(Path(home)), run)
+    for line in sys.stdin.buffer:
+        out.write(json.dumps(training.do(json.loads(line))).encode() + b"\n")
+        out.flush()
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent has ended, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+"""What the training process does: it builds what the order says, from what is installed here, and obeys the policy."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyclinic.core import serialization as states
+from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.execution import Refused
+from polyclinic.core.serialization import Corrupt
+from polyclinic.core.site import Site
+from polyclinic.data.examples import DataError
+from polyclinic.engines.flare.client import site_data
+from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
+from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
+from polyclinic.engines.flare.protocol.messages import printable
+from polyclinic.engines.flare.protocol.paths import SiteHome, read_small, read_toml
+from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, Order, code_hash, code_on_disk
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.policy import site_policy as policies
+from polyclinic.engines.policy.privacy_budget import Paid, coarse
+from polyclinic.engines.policy.requirements import arrived, transforms_of
+from polyclinic.engines.policy.site_ledger import ledger_for
+from polyclinic.engines.request_schedule import marks_problem
+from polyclinic.engines.site_description import Describe, read_description
+from polyclinic.engines.site_runtime import marks_of, minibatches, work
+from polyclinic.methods.plugins import Package, methods_in, packages_of
+from polyclinic.secure_aggregation import contents, layout_of
+from polyclinic.secure_aggregation.session_keys import ProtocolError
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """One run at one site."""
+
+    def __init__(self, home: SiteHome, run: str) -> None:
+        torch.set_num_threads(1)
+        self.home = home
+        self.settings = read_toml(home.settings, "polyclinic site init")
+        self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
+        self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this order
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order's plan."""
+        return self.order.build_plan()
+
+    @cached_property
+    def method(self) -> Any:
+        """The order's method; of a survey, the description of this site's data."""
+        if self.order.mode == "survey":
+            policy = policies.read(self.home.policy)
+            return Describe(self._kind, self.held.classes, policy.limits.min_cell, policy.allow.class_names)
+        return self.plan.build_method()
+
+    @cached_property
+    def held(self) -> site_data.Held:
+        """This site's data, as the order needs them."""
+        return site_data.load(Path(self.settings["data"]), self.order, self.plan, self.settings["site"])
+
+    @cached_property
+    def site(self) -> Site:
+        """This site, with its data."""
+        device = self.settings.get("device", "cpu")
+        return Site(self.settings["site"], self.held.roles, device, self.plan.seed)
+
+    @property
+    def _kind(self) -> str:
+        """The kind of task of the study that a survey belongs to."""
+        arms = self.order.study.get("arms", ())
+        return str(arms[0]["plan"]["kind"]) if arms else self.plan.kind
+
+    @cached_property
+    def sums(self) -> SecureTraining:
+        """This site's part in secure sums."""
+        demands = Demands.of(transforms_of(self.method), self.plan.sites)
+        return SecureTraining(self.site.name, self.order.identities, self.home.keys, demands)
+
+    def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """What came of one command; whatever goes wrong is a reason, not an exception."""
+        try:
+            if changed := self._changed(command):
+                return {"lost": changed, "seconds": 0.0}
+            match command["what"]:
+                case "check":
+                    return self._check()
+                case "schedule":
+                    batches = minibatches(self.method, self.site)
+                    return {"lost": "", "jobs": [job.to_table() for job in self.method.jobs], "batches": batches}
+                case "again":
+                    return self._again(command)
+                case "data":
+                    return self._data()
+                case "secure":
+                    return self.sums.step(command, policies.read(self.home.policy).require.min_sites)
+            return self._ask(command)
+        except ProtocolError as error:
+            return {"lost": printable(f"refused: {error}", 2000), "seconds": 0.0}
+        except (Corrupt, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            log.exception("failed")
+            return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
+
+    def _changed(self, command: Mapping[str, Any]) -> str:
+        """Why the code is not the one that was approved; empty where it is.
+
+        Modules are loaded from the disk when they are first needed. So the code must be what the desk asks for, both
+        when this process began and on the disk now.
+        """
+        again = "while the run went on: the site must be stopped and started again"
+        if {self._code, code_on_disk()} != {command["code"]}:
+            return f"refused: polyclinic was changed here {again}"
+        if {self._packages, self.order.packages} != {tuple(Package(*package) for package in command["packages"])}:
+            return f"refused: a package that the study needs was changed here {again}"
+        if command["what"] == "check":
+            return ""
+        own = packages_of(methods_in(self.order.plan))
+        return "; ".join(f"refused: {why}" for why in policies.read(self.home.policy).package_problems(own))
+
+    def _check(self) -> dict[str, Any]:
+        """Whether the study could run here, as far as the order and the policy say. No file of the data is opened."""
+        policy, name = policies.read(self.home.policy), self.settings["site"]
+        survey, notes = self.order.mode == "survey", list[str]()
+        problems = [*data_restrictions.refused(self.order.data)]
+        problems += policy.survey_problems() if survey else policy.refusals(self.plan)
+        if self.order.study and not self.order.of_study:
+            problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
+        if name not in self.order.everyone:
+            problems.append(f"the study is not for {name}, but for {', '.join(self.order.everyone)}")
+        for arm in self.order.arms if survey else ():
+            notes += [
+                f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])
+            ]
+        automatic = not survey and self.order.method_hash in policy.approve.automatically
+        return {"lost": "", "problems": problems, "automatic": automatic, "notes": list(dict.fromkeys(notes))}
+
+    def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
+        """Why the policy would refuse an arm of a study, as far as its plan says."""
+        try:
+            return policy.refusals(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan())
+        except (ValueError, TypeError) as error:
+            return [f"it cannot be built here: {error}"]
+
+    def _again(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether a reply that was made before may leave once more: the policy may have changed since."""
+        request = tensor_file.read_ask(Path(command["ask"]))
+        enforced = policies.Enforced(policies.read(self.home.policy), self.plan)
+        try:
+            enforced.admit(self.method, request, self.site)
+            enforced.release(self.method, request, tensor_file.read_reply(Path(command["reply"])), self.site)
+        except Refused as refusal:
+            return {"lost": printable(f"refused: {refusal}", 2000), "seconds": 0.0}
+        return {"lost": "", "seconds": 0.0}
+
+    def _data(self) -> dict[str, Any]:
+        """Checks that the data fit the study: ``told`` is for the server, ``here`` for people at this site."""
+        try:
+            _ = self.held
+        except DataError as error:
+            log.warning("%s", error)
+            told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE
+            return {"lost": "", "told": told, "here": str(error)}
+        return {"lost": "", "told": "", "here": ""}
+
+    def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        request = tensor_file.read_ask(Path(command["ask"]))
+        memory = tensor_file.read(Path(command["memory"])) if command["memory"] else {}
+        if (request.round, request.job) != (command["round"], command["job"]):
+            raise Corrupt("the file holds another ask than the message says")
+        policy = policies.read(self.home.policy)
+        if command["automatic"] and self.order.method_hash not in policy.approve.automatically:
+            return {"lost": "refused: the policy no longer approves this method by itself", "seconds": 0.0}
+        enforced = policies.Enforced(policy, self.plan, command["sent"])
+        rules: policies.Enforced | Paid = enforced
+        if policy.privacy and self.order.data.get("rehearsal") is not True:
+            name = str(self.settings.get("data_name") or Path(self.settings["data"]).name)
+            ledger = ledger_for(self.home.ledgers, name, self.held.roles, self.site.name, policy.privacy)
+            rules = Paid.of(enforced, ledger)
+        marks = marks_of(arrived(self.method, request)) if command["marked"] else {}
+        if other := [why for known, whole in command["bound"] if (why := marks_problem(marks, known, whole))]:
+            return {
+                "lost": printable(f"refused: the job {request.job!r} in round {request.round}: {other[0]}"),
+                "seconds": 0.0,
+            }
+        with contents() as summed:
+            done = work(self.method, request, memory, self.site, rules)
+        if done.reply is None:
+            return {"lost": _without_data(done.lost), "seconds": done.seconds}
+        reply = coarse(done.reply, policy.limits.min_cell) if isinstance(rules, Paid) else done.reply
+        size, sha256 = tensor_file.write(Path(command["reply"]), reply)
+        if request.secure:
+            tensor_file.write(Path(command["layout"]), layout_of(reply))
+        same = done.memory is memory or done.memory == {} == memory
+        if not same and done.memory:
+            tensor_file.write(Path(command["kept"]), done.memory)
+        return {
+            "lost": "",
+            "seconds": done.seconds,
+            "size": size,
+            "sha256": sha256,
+            "memory": "same" if same else "kept" if done.memory else "none",
+            "secure": request.secure,
+            "content": summed[-1] if request.secure and summed else "",
+            "marks": marks,
+            "parts": kinds_of(reply),
+            "said": self._said(reply),
+        }
+
+    def _said(self, reply: Reply) -> dict[str, Any]:
+        """Of the answer to a survey: what it says of the data's shape."""
+        if self.order.mode != "survey":
+            return {}
+        found = read_description(reply, self.site.name)
+        return {"inputs": found["inputs"], "outputs": found["outputs"]}
+
+
+def kinds_of(reply: Reply) -> list[dict[str, Any]]:
+    """What leaves in a reply, without its values: each part, what kind of aggregate it is, and how large."""
+    return [
+        {
+            "part": part,
+            "kind": states.kind_of(stat),
+            "tensors": sum(len(tree) for tree in stat.trees),
+            "numbers": sum(leaf.numel() for tree in stat.trees for leaf in tree.values()),
+            "apart": isinstance(stat, PerSite),
+        }
+        for part, stat in reply.parts.items()
+    ]
+
+
+def _without_data(reason: str) -> str:
+    """Why there is no reply, as the server may read it. What an exception says may name a patient: it stays here."""
+    failed = re.fullmatch(r"failed: (\w+): .*?(\([\w.]+:\d+\))?", reason, re.DOTALL)
+    if not failed:
+        return printable(reason, 2000)
+    log.error("%s", reason)
+    return f"failed: {failed[1]} {failed[2] or ''}; the site's log says more"

@@ -1,0 +1,157 @@
+"""Starting FLARE's processes, finding what they left behind, and ending it: only what works in one of our folders."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from polyclinic.engines.flare.pki import provisioning as kits
+from polyclinic.engines.flare.protocol.paths import BadHome
+
+MODULES = {
+    "server": ("nvflare.private.fed.app.server.server_train", "fed_server.json"),
+    "site": ("nvflare.private.fed.app.client.client_train", "fed_client.json"),
+}
+# So that a server gives the memory of large tensors back at once; glibc would otherwise learn to keep it.
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_ARENA_MAX": "2"}
+MAX_LOG = 50 * 2**20
+
+
+def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[bytes]:
+    """Starts FLARE's own process of a ``server`` or a ``site`` in ``kit``, in a session of its own."""
+    module, config = MODULES[kind]
+    kits.write_settings(kit)
+    given = [f"{key}={value}" for key, value in {"secure_train": "true", "config_folder": "config", **settings}.items()]
+    command = [sys.executable, "-m", module, "-m", str(kit), "-s", config, "--set", *given]
+    memory = MEMORY if kind == "server" else {}
+    env = {**memory, **os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    turn_over(log)
+    with open(log, "ab") as out:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True, cwd=kit
+        )
+
+
+def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
+    """Starts what keeps a ``"server"`` or a ``"site"`` running, in a session of its own, and waits until it is ``up``.
+
+    Returns:
+        Its process number.
+
+    Raises:
+        BadHome: Where it does not start.
+    """
+    file = home / f"{what}.log"
+    with open(file, "ab") as log:
+        command = [sys.executable, "-m", module, str(home)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise BadHome(f"the {what} did not start: the end of {file} says why")
+        if up():
+            return process.pid
+        time.sleep(0.2)
+    raise BadHome(f"the {what} did not start within a minute: see {file}")
+
+
+def turn_over(log: Path) -> None:
+    """Keeps a log below a bound: the one before is kept under ``.1``."""
+    if log.exists() and log.stat().st_size > MAX_LOG:
+        os.replace(log, log.with_name(f"{log.name}.1"))
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes of FLARE and of ours that name ``folder``, or something in it, on their command line."""
+    found = []
+    mine, here = os.getpid(), str(folder)
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == mine:
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        ours = any(word.startswith(("nvflare.", "polyclinic.engines.flare.")) for word in words)
+        if ours and any(word == here or word.startswith(f"{here}/") for word in words):
+            found.append(int(entry.name))
+    return sorted(found)
+
+
+def listening(folder: Path) -> dict[int, int]:
+    """The TCP ports on which processes that work in ``folder`` listen, each with the process."""
+    ports: dict[str, int] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for words in (line.split() for line in lines):
+            if words[3] == "0A":  # LISTEN
+                ports[words[9]] = int(words[1].rpartition(":")[2], 16)
+    found = dict[int, int]()
+    for pid in working_in(folder):
+        try:
+            links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        except OSError:
+            continue
+        found |= {ports[inode]: pid for link in links if (inode := link[8:-1]) in ports and link.startswith("socket:[")}
+    return found
+
+
+def taken(port: int) -> bool:
+    """Whether somebody on this machine listens on ``port``. FLARE would share it with them, and with them its sites."""
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def end(folder: Path, patience: float = 5.0) -> int:
+    """Ends every process that works in ``folder``: asks, waits, then kills. Returns how many there were."""
+    there = working_in(folder)
+    for pid in there:
+        _signal(pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    while working_in(folder) and time.monotonic() < until:
+        time.sleep(0.1)
+    for _ in range(50):
+        left = working_in(folder)
+        if not left:
+            break
+        for pid in left:
+            _signal(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    return len(there)
+
+
+def alive(pid: int, begun: str = "") -> bool:
+    """Whether a process lives; with ``begun``, whether it is still the one that began then."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return text[0] != "Z" and (not begun or text[19] == begun)
+
+
+def birth(pid: int) -> str:
+    """When a process began, as the kernel counts it; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _signal(pid: int, which: signal.Signals) -> None:
+    try:
+        os.kill(pid, which)
+    except (ProcessLookupError, PermissionError):
+        return

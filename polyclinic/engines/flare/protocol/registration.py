@@ -1,0 +1,133 @@
+"""Before a run and after it: who may take part, who waits for a person, who has other code; and good-bye."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from polyclinic.core.rounds import TooFewReplies
+from polyclinic.engines.flare.protocol.expected_signers import Signers
+from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
+from polyclinic.engines.flare.protocol.rpc import Carrier
+from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
+
+PARTING = 5.0
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop.
+
+    Attributes:
+        signers: The sites' keys, under which every answer must be signed.
+        missing: Filled by ``greet``: who does not take part, and why.
+    """
+
+    order: Order
+    carrier: Carrier
+    journal: SharedJournal
+    say: Callable[..., None]
+    pause: Callable[[], None]
+    poll: float
+    signers: Signers
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
+    """The sites that are ready, once all are or ``order.patience`` is over; sites that wait are asked again.
+
+    A site that refuses, or has other code, is not asked again. At the ``end`` nobody waits for anybody for long.
+
+    Raises:
+        TooFewReplies: Where too few will take part. The message says why, site by site.
+    """
+    order, number = about.order, 0
+    until = time.monotonic() + (order.patience if kind == "hello" else PARTING)
+    ready, waiting, gone = set[str](), dict.fromkeys(sites, "no answer yet"), dict[str, str]()
+    head = about.journal.write(kind, {"to": list(sites)})
+    asked_at = -about.poll
+    open_calls: dict[str, int] = {}
+    while waiting and time.monotonic() < until:
+        if time.monotonic() - asked_at >= about.poll:
+            number += 1
+            asked_at = time.monotonic()
+            fresh = [name for name in waiting if name not in open_calls]
+            about.carrier.post([_call(about.order, kind, name, number, head) for name in fresh], None)
+            open_calls |= dict.fromkeys(fresh, number)
+            if kind == "hello":
+                about.say("greeting", "", waiting=waiting)
+        if (delivery := about.carrier.arrived(0.25)) is not None:
+            delivery.discard()  # no greeting is answered by a file
+            if delivery.site in waiting:
+                open_calls.pop(delivery.site, None)
+                _hear(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
+        for name in [n for n in waiting if about.carrier.away(n)]:
+            gone[name] = "the site is away"
+            del waiting[name]
+        about.pause()
+    for name in open_calls:
+        about.carrier.drop(name)
+    if kind == "hello":
+        about.missing.clear()
+        about.missing.update({**gone, **waiting})
+        _enough(about, ready, about.missing)
+    return tuple(sorted(ready))
+
+
+def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
+    return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
+
+
+def _hear(
+    about: Greeting,
+    site: str,
+    text: object,
+    reason: str,
+    ready: set[str],
+    waiting: dict[str, str],
+    gone: dict[str, str],
+) -> None:
+    try:
+        answer = Answer.from_json(text)
+        if answer.site != site or answer.run != about.order.run:
+            raise BadMessage(f"it speaks for {answer.site} in {answer.run}")
+        if answer.size:
+            raise BadMessage("it brings a file, and no file was asked for")
+        about.signers.check(answer)
+    except BadMessage as error:
+        gone[site] = printable(reason) if text is None else f"its answer cannot be read: {error}"
+        del waiting[site]
+        return
+    if answer.lost.startswith("waits for"):
+        waiting[site] = printable(answer.lost)
+        return
+    del waiting[site]
+    if answer.lost:
+        gone[site] = printable(answer.lost)
+    elif answer.code != code_hash():
+        gone[site] = (
+            f"its polyclinic differs from the server's (code {answer.code[:12]} there, {code_hash()[:12]} here): "
+            "install the same version"
+        )
+    else:
+        ready.add(site)
+    about.journal.write(
+        "greeted",
+        {
+            "site": site,
+            "number": answer.number,
+            "lost": gone.get(site, ""),
+            "head": answer.head,
+            "signature": answer.signature,
+        },
+    )
+
+
+def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> None:
+    about.journal.write("ready", {"sites": sorted(ready), "missing": dict(missing)})
+    trainers = ready & set(about.order.plan["sites"])
+    if len(trainers) < max(about.order.min_replies, 1):
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
+        says = f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
+        raise TooFewReplies(says, missing)

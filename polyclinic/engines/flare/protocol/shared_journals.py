@@ -1,0 +1,77 @@
+"""Journals that several processes write, and heads that both ends sign: neither side can rewrite its own unseen."""
+
+import base64
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from polyclinic.core.audit_log import Journal
+
+
+class SharedJournal:
+    """A journal that is locked while it is written. Each entry holds the time."""
+
+    def __init__(self, path: Path) -> None:
+        """The journal at ``path``, opened when it is first written."""
+        self.path = path
+        self._open: Journal | None = None
+        self._size = -1
+
+    def write(self, event: str, details: Mapping[str, Any] | None = None) -> str:
+        """Appends an entry and returns the new head."""
+        with self._locked() as journal:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            return journal.write(event, {"time": now, **(details or {})})
+
+    @property
+    def head(self) -> str:
+        """The hash of the last entry."""
+        with self._locked() as journal:
+            return journal.head
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._open:
+            self._open.close()
+            self._open = None
+
+    @contextmanager
+    def _locked(self) -> Iterator[Journal]:
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with open(lock, "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if self._open is None or not self.path.exists() or self.path.stat().st_size != self._size:
+                self.close()  # another process has written, or nobody yet
+                self._open = Journal(self.path)
+            yield self._open
+            self._size = self.path.stat().st_size
+
+
+def sign(key: Any, data: bytes) -> str:
+    """A signature under ``data`` by an RSA ``key``, in base 64."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import padding
+
+    return base64.b64encode(key.sign(data, padding.PKCS1v15(), hashes.SHA256())).decode()
+
+
+def signed_by(certificate: Any, signature: str, data: bytes) -> bool:
+    """Whether the owner of ``certificate`` signed ``data``."""
+    return signed_by_key(certificate.public_key(), signature, data)
+
+
+def signed_by_key(public: Any, signature: str, data: bytes) -> bool:
+    """Whether the owner of the RSA key whose ``public`` half is given signed ``data``."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import padding
+
+    try:
+        raw = base64.b64decode(signature, validate=True)
+        public.verify(raw, data, padding.PKCS1v15(), hashes.SHA256())
+    except (InvalidSignature, ValueError):
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""The coordinator's line to its own FLARE server: a process apart, because FLARE's client may hang for ever.
+
+``Console`` starts it, asks, waits for a bounded time, and starts another when it does not answer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from select import select
+from typing import Any
+
+from polyclinic.errors import RunError
+
+PATIENCE = 40.0
+
+
+class NoAnswer(RunError):
+    """The server does not answer, or says no. The message is FLARE's or ours."""
+
+
+class Console:
+    """Asks the server; one question at a time."""
+
+    def __init__(self, kit: Path, log: Path, patience: float = PATIENCE) -> None:
+        """With the coordinator's folder ``kit``; waits at most ``patience`` seconds for an answer."""
+        self.kit, self.log, self.patience = kit, log, patience
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def sites(self) -> dict[str, float]:
+        """The sites that are connected, and when each was last heard of."""
+        found: dict[str, float] = self._ask("sites")
+        return found
+
+    def submit(self, job: Path) -> str:
+        """Signs and submits the job in a folder, and returns its number."""
+        return str(self._ask("submit", str(job)))
+
+    def status(self, job: str) -> str:
+        """FLARE's status of a job, such as ``RUNNING`` or ``FINISHED:COMPLETED``."""
+        return str(self._ask("status", job))
+
+    def abort(self, job: str) -> None:
+        """Ends a job."""
+        self._ask("abort", job)
+
+    def disable(self, site: str) -> None:
+        """Shuts a site out, now and after restarts."""
+        self._ask("disable", site)
+
+    def enable(self, site: str) -> None:
+        """Lets a site in again."""
+        self._ask("enable", site)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe:
+                    pipe.close()
+            self._process = None
+
+    def _ask(self, what: str, *arguments: str) -> Any:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            with open(self.log, "ab") as log:
+                command = [sys.executable, "-m", "polyclinic.engines.flare.server.admin_api", str(self.kit)]
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        process = self._process
+        try:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([what, *arguments]).encode() + b"\n")
+            process.stdin.flush()
+            line = b""
+            while not line.endswith(b"\n"):
+                assert process.stdout is not None
+                if not select([process.stdout], [], [], self.patience)[0]:
+                    raise NoAnswer(f"the server did not answer within {self.patience:g} s")
+                piece = os.read(process.stdout.fileno(), 2**16)
+                if not piece:
+                    raise NoAnswer("the line to the server broke")
+                line += piece
+        except (OSError, NoAnswer) as error:
+            self.close()
+            raise NoAnswer(str(error)) from None
+        good, value = json.loads(line)
+        if not good:
+            raise NoAnswer(value)
+        return value
+
+
+def main(kit: str) -> None:
+    """The process's life: a question in, an answer out, until the other end closes."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    session = None
+    for line in sys.stdin.buffer:
+        what, *arguments = json.loads(line)
+        try:
+            session = session or _session(kit)
+            answer = [True, _do(session, what, arguments)]
+        except Exception as error:  # whatever FLARE says
+            answer = [False, f"{type(error).__name__}: {error}"]
+            if type(error).__name__ in ("NoConnection", "SessionClosed", "SessionExpired", "InternalError"):
+                _close(session)
+                session = None
+        out.write(json.dumps(answer).encode() + b"\n")
+        out.flush()
+    os._exit(0)  # FLARE's client leaves threads behind that never end
+
+
+def _session(kit: str) -> Any:
+    from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+    from polyclinic.engines.flare.pki.provisioning import COORDINATOR
+
+    return new_secure_session(COORDINATOR, kit, timeout=15.0)
+
+
+def _close(session: Any) -> None:
+    if session is not None:
+        session.close()
+
+
+def _do(session: Any, what: str, arguments: list[str]) -> Any:
+    match what:
+        case "sites":
+            return {info.name: float(info.last_connect_time) for info in session.get_system_info().client_info}
+        case "submit":
+            return session.submit_job(arguments[0])
+        case "status":
+            return session.get_job_meta(arguments[0])["status"]
+        case "abort":
+            session.abort_job(arguments[0])
+        case "disable":
+            session.disable_client(arguments[0])
+        case "enable":
+            session.enable_client(arguments[0])
+        case _:
+            raise ValueError(f"no question is called {what!r}")
+    return None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

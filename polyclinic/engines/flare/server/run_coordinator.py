@@ -1,0 +1,375 @@
+"""Conducts one run at the server, from where its checkpoint stands to its end, whatever ends it.
+
+After every round the server's state, the count of messages and the length of the records are written by write and
+rename; a crash at any moment loses at most the round under way, and that round repeats to the bit, because sites answer
+a message that comes twice as they answered it the first time. A model is written before sites are asked to score it or
+to train from it: sites answer for one content in each place of a run, so nothing is asked that a crash could change.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from polyclinic.core import serialization as states
+from polyclinic.core import tree
+from polyclinic.core.audit_log import verify
+from polyclinic.core.execution import UniformSampler
+from polyclinic.core.method import Request
+from polyclinic.core.reply_validation import ReplyValidator
+from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
+from polyclinic.core.serialization import savable
+from polyclinic.core.tree import Tree
+from polyclinic.engines.flare.flare_processes import birth
+from polyclinic.engines.flare.protocol import tensor_file
+from polyclinic.engines.flare.protocol.expected_signers import Signers
+from polyclinic.engines.flare.protocol.message_limits import Limits
+from polyclinic.engines.flare.protocol.paths import private_folder, write_private
+from polyclinic.engines.flare.protocol.registration import Greeting, greet
+from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
+from polyclinic.engines.flare.protocol.run_records import Records
+from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
+from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
+from polyclinic.engines.flare.server.participation import Participation
+from polyclinic.engines.flare.server.remote_federation import FlareFederation, discount_of
+from polyclinic.engines.site_description import JOB, read_description
+from polyclinic.errors import RunError
+from polyclinic.learning.tasks.task_evaluation import evaluate
+
+
+@savable("deployment.Checkpoint", 1)
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        state: The server's. ``round``: how many rounds are complete.
+        number: The last message's number, and ``answered`` the last of each site's that was answered.
+        records: The length of records.jsonl in bytes.
+        trained: Whether the training is over, and only the test is left.
+        unscored: Whether the model of this round has still to be scored. It is written before sites are asked, so that
+            after a crash they are asked for the scores of this very model, and of no other in its place.
+        best: The round whose model is tested, 0 for the last. ``score`` is its mean over sites, and ``kept`` the last
+            message of each site that is in it.
+        scores: What each site last scored. One that is away counts as it did: no round looks better for its absence.
+    """
+
+    state: Any
+    round: int
+    number: int
+    answered: Mapping[str, int]
+    records: int
+    trained: bool = False
+    best: int = 0
+    score: float = 0.0
+    kept: Mapping[str, int] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    unscored: bool = False
+
+
+@dataclass
+class Conductor:
+    """One attempt at one run.
+
+    Attributes:
+        members: The sites that take part in this attempt: those whose job processes FLARE has started.
+        signers: The sites' keys, under which every answer must be signed.
+        limits: What is taken from sites.
+    """
+
+    order: Order
+    carrier: Carrier
+    folder: Path
+    members: tuple[str, ...]
+    poll: float = 5.0
+    signers: Signers = field(kw_only=True)
+    limits: Limits = field(default=Limits(), kw_only=True)
+    journal: SharedJournal = field(init=False)
+    _why: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = SharedJournal(private_folder(self.folder) / "journal.jsonl")
+        self.plan = self.order.build_plan()
+        self.method = self.plan.build_method()
+
+    def run(self) -> str:
+        """Runs to the end, and says how it ended: ``finished``, ``interrupted`` (try again) or ``failed``."""
+        outcome, why = FAILED, ""
+        with open(self.folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two attempts at one run would ruin it
+            try:
+                self._say("greeting", "")
+                self._run()
+                outcome, why = FINISHED, self._why
+            except (Ended, TooFewReplies, Pause) as error:
+                outcome, why = FAILED if _all_refuse(error) else INTERRUPTED, str(error)
+            except OSError as error:  # such as a full disk: there may be room again
+                outcome, why = INTERRUPTED, f"{type(error).__name__}: {error}"
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                with suppress(OSError):
+                    self.journal.write(outcome, {"why": why} if why else {})
+                    self._say(outcome, why)
+                self.journal.close()
+        return outcome
+
+    def _run(self) -> None:
+        at = self._load()
+        self.journal.write(
+            "begun" if at is None else "resumed",
+            {
+                "order": self.order.hash,
+                "code": code_hash(),
+                "round": at.round if at else 0,
+                "sites": list(self.members),
+                "rehearsal": self.order.rehearsal,
+            },
+        )
+        # One reference to the state, so that the one before is gone when the next has come.
+        self._at = at or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
+        del at
+        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers)
+        ready = greet(greeting, self.members)
+        away = {
+            site: "it was not connected when the run began" for site in self.order.everyone if site not in self.members
+        }
+        self._part = Participation.read(self.folder / "records.jsonl", self._at.records, {**away, **greeting.missing})
+        self._records = Records(
+            self.folder / "records.jsonl", self._at.records, self.order.label or self.plan.method, self.plan.seed
+        )
+        federation = FlareFederation(
+            self.order,
+            self.carrier,
+            self.folder / "under-way",
+            self.journal,
+            ready,
+            self.plan.seed,
+            self.signers,
+            Count(self._at.number, self._at.answered),
+            self.limits,
+        )
+        federation.keep(self._at.kept)
+        self._say("running", "", self._at.round)
+        try:
+            if self.order.mode == "survey":
+                self._survey(federation)
+            else:
+                if self._at.unscored:
+                    self._judge(federation)
+                if not self._at.trained:
+                    self._train(federation)
+                self._finish(federation)
+        finally:
+            self._records.close()
+        greet(greeting, ready, "end")
+        if without := self._part.without(self.order.everyone if self.order.mode == "survey" else self.plan.sites):
+            self._why = "without " + "; ".join(f"{site} ({reason})" for site, reason in without.items())
+            self.journal.write("without", {"sites": without})
+
+    def _train(self, federation: FlareFederation) -> None:
+        begun = time.perf_counter()
+        for step in self._steps(federation):
+            following = self.method.request(step.state)
+            over = following is None or following.round != step.request.round
+            done = step.request.round + 1 if over else self._at.round
+            self._records.step(step, done, time.perf_counter() - begun)
+            last = following is None or done >= self.plan.rounds
+            due = self.order.score_every > 0 and over and (done % self.order.score_every == 0 or last)
+            self._save(federation, step.state, done, unscored=due)
+            self._part.step(step.asked, step.lost)
+            if due:
+                self._judge(federation)
+            since = self._said.get("away", {})  # the supervisor readmits who was heard of later than that
+            self._said["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
+            self._say("running", "", done)
+            self._pause()
+            begun = time.perf_counter()
+            dict.clear(step.reply.parts)  # type: ignore[arg-type]  # it is large, and the driver keeps it for a while
+            del step, following  # the ask holds the model before
+        self._save(federation, self._at.state, self._at.round, trained=True)
+
+    def _steps(self, federation: FlareFederation) -> Iterator[Step[Any]]:
+        order, sites = self.order, federation.sites
+        if order.mode == "buffered":
+            left, buffer = self.plan.rounds - self._at.round, min(order.buffer, len(sites))
+            if buffer < order.buffer:
+                self.journal.write("smaller buffer", {"asked for": order.buffer, "sites": list(sites)})
+            return train_async(
+                self.method,
+                federation,
+                self._at.state,
+                updates=left,
+                buffer=buffer,
+                passes=order.passes,
+                discount=discount_of(self.method),
+                gate=self._gate,
+            )
+        trainers = [site for site in sites if site in self.plan.sites]
+        size = min(order.sites_per_round or len(trainers), len(trainers))
+        cohort = UniformSampler(tuple(trainers), size, self.plan.seed)
+        return train(
+            self.method,
+            federation,
+            self._at.state,
+            rounds=self.plan.rounds,
+            sampler=cohort,
+            deadline=order.deadline,
+            min_replies=order.min_replies,
+            gate=self._gate,
+        )
+
+    @property
+    def _gate(self) -> ReplyValidator:
+        """What a reply must be like beside those of the others."""
+        limits = self.limits
+        ratios = {"weight_ratio": limits.weight_ratio or None, "norm_ratio": limits.norm_ratio or None}
+        return ReplyValidator(**ratios, counts=limits.counts)
+
+    def _judge(self, federation: FlareFederation) -> None:
+        """Lets sites score the saved model on validation data, keeps it where it is the best so far, and saves that."""
+        state, done = self._at.state, self._at.round
+        found = dict(self._at.scores)
+        for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
+            metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
+            self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
+            if self.order.best.get("metric") in metrics and site in self.plan.sites:
+                found[site] = metrics[self.order.best["metric"]]
+        if found:
+            self._at = replace(self._at, scores=found)
+            mean = sum(found[site] for site in sorted(found)) / len(found)
+            if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
+                kept = dict(federation.count.answered)
+                tensor_file.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
+                self._at = replace(self._at, best=done, score=mean, kept=kept)
+                federation.keep(kept)
+        self._save(federation, state, done)
+
+    def _best(self, round: int) -> Path:
+        return self.folder / f"best-{round}.safetensors"
+
+    def _survey(self, federation: FlareFederation) -> None:
+        """Asks every site what its data are, and trains nothing."""
+        federation.send(Request(0, {}, JOB), federation.sites)
+        said, lost = dict[str, Any](), dict[str, str]()
+        for arrival in federation.replies(self.order.deadline):
+            if arrival.reply is not None:
+                said[arrival.site] = read_description(arrival.reply, arrival.site)
+            else:
+                lost[arrival.site] = arrival.lost
+        self._part.step(federation.sites, lost)
+        write_private(self.folder / "survey.json", json.dumps(dict(sorted(said.items())), indent=1))
+        self._save(federation, self._at.state, 1, trained=True)
+        self._say("running", "", 1)
+
+    def _finish(self, federation: FlareFederation) -> None:
+        """Writes the model, and opens the test data if the order says so."""
+        end = self._at
+        tested: Standing = states.load(self._best(end.best)) if end.best else end
+        if end.best:
+            federation.look_back()
+        model = self.method.site_model(self.method.evaluation_request(tested.state), {})
+        tensor_file.write(self.folder / "model.safetensors", dict(model))
+        if self.order.test:
+            self.journal.write("test opened", {"round": tested.round})
+            self._test(federation, tested)
+            opened = sum(entry["event"] == "test opened" for entry in verify(self.folder / "journal.jsonl"))
+            self._records.write("sealed", opened=opened)
+        self._save(federation, end.state, end.round, trained=True)
+
+    def _test(self, federation: FlareFederation, tested: Standing) -> None:
+        """Scores by site; and what the model says of each patient, where a site's policy lets that leave."""
+        said: Mapping[str, Tree] = {}
+        if self.order.test == "predict/test":
+            said = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
+        for site, leaves in said.items():
+            metrics = self.method.task.summary(leaves)
+            self._records.write("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
+        others = [site for site in federation.sites if site not in said]
+        scored = evaluate(self.method, federation, tested.state, others, "score/test") if others else {}
+        for site, leaves in scored.items():
+            metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
+            self._records.write("test", round=tested.round, site=site, metrics=metrics, n=int(leaves["n"]))
+        known = evaluate(self.method, federation, tested.state, list(said), "predict/val") if said else {}
+        for name, answers in (("predictions", said), ("validation", known)):
+            if answers:
+                leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
+                tensor_file.write(self.folder / f"{name}.safetensors", leaves)
+
+    def _load(self) -> Standing | None:
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        standing: Standing = states.load(path)
+        return standing
+
+    def _save(
+        self, federation: FlareFederation, state: Any, done: int, trained: bool = False, unscored: bool = False
+    ) -> None:
+        length = self._records.sync()
+        count = federation.count
+        self._at = replace(
+            self._at,
+            state=state,
+            round=done,
+            number=count.number,
+            answered=dict(count.answered),
+            records=length,
+            trained=trained,
+            unscored=unscored,
+        )
+        _, sha256 = tensor_file.write(self.folder / "checkpoint.safetensors", self._at)
+        for old in self.folder.glob("best-*.safetensors"):
+            if old != self._best(self._at.best):
+                old.unlink()
+        self.journal.write("checkpoint", {"round": done, "number": count.number, "state": sha256})
+        federation.confirm()
+
+    def _say(self, phase: str, why: str, done: int | None = None, waiting: Mapping[str, str] | None = None) -> None:
+        """Writes status.json, by which people and the supervisor know how it goes."""
+        said = getattr(self, "_said", {"round": 0})
+        self._said = said | {
+            "phase": phase,
+            "why": why,
+            "pid": os.getpid(),
+            "birth": birth(os.getpid()),
+            "beat": time.time(),
+            "waiting": dict(waiting or {}),
+        }
+        if done is not None:
+            self._said["round"] = done
+        self._said["rounds"] = self.plan.rounds
+        if hasattr(self, "_part"):
+            self._said |= self._part.facts()
+        write_private(self.folder / "status.json", json.dumps(self._said), durable=False)
+
+    def _pause(self) -> None:
+        """Raises ``Pause`` where the supervisor has asked for one."""
+        if (self.folder / "pause").exists():
+            why = (self.folder / "pause").read_text()
+            (self.folder / "pause").unlink(missing_ok=True)
+            raise Pause(why or "paused")
+
+
+class Pause(RunError):
+    """The supervisor wants to begin a new attempt at this boundary. The message says why."""
+
+
+def model_bytes(order: Order) -> int:
+    """The bytes of the model that ``order`` trains."""
+    plan = order.build_plan()
+    return tree.nbytes(plan.build_task().first(plan.seed))
+
+
+def _all_refuse(error: Exception) -> bool:
+    """Whether too few replies came because every site that is missing refuses: asking again would change nothing."""
+    reasons = list(error.lost.values()) if isinstance(error, TooFewReplies) else []
+    return bool(reasons) and all(reason.startswith("refused") for reason in reasons)

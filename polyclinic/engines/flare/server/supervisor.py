@@ -1,0 +1,240 @@
+"""Keeps a server alive and its runs going: starts FLARE, submits jobs, notices what died, goes on from checkpoints.
+
+FLARE's word on a job is not believed alone: after a crash it says ``RUNNING`` for ever. The run's own status file and
+its process number decide. Every attempt goes on from the last checkpoint; a site that was away joins the next one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polyclinic.engines.flare import flare_processes
+from polyclinic.engines.flare.protocol import flare_job as jobs
+from polyclinic.engines.flare.protocol.paths import ServerHome, read_toml, write_private
+from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
+from polyclinic.engines.flare.server import study_runs
+from polyclinic.engines.flare.server.admin_api import Console, NoAnswer
+from polyclinic.engines.flare.server.job_queue import (
+    ACTIVE,
+    CANCELLED,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    OVER,
+    WAITING,
+    Entry,
+    Queue,
+)
+
+TRIES = 20
+SILENCE = 180.0
+READMIT_EVERY = 120.0
+
+
+@dataclass
+class Supervisor:
+    """One server's supervisor. ``tick`` is called again and again; everything it knows is on the disk."""
+
+    home: ServerHome
+    stop: bool = False
+    _server: subprocess.Popen[bytes] | None = None
+    _started: float = 0.0
+    _crashes: int = 0
+    _sites: dict[str, float] = field(default_factory=dict)
+    _asked: float = 0.0
+    _readmitted: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.settings = read_toml(self.home.settings, "polyclinic server init")
+        self.queue = Queue(self.home)
+        self.journal = SharedJournal(self.home.path / "journal.jsonl")
+        self.console = Console(self.home.admin, self.home.path / "console.log")
+
+    def run(self, pause: float = 1.0) -> None:
+        """Supervises until it is told to stop, and then ends everything it started."""
+        self.journal.write("server started", {"pid": os.getpid()})
+        try:
+            while not self.stop:
+                try:
+                    self.tick()
+                except OSError as error:  # such as a full disk: what could not be written is tried again
+                    with suppress(OSError):  # the log lies on the same disk
+                        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                time.sleep(pause)
+        finally:
+            self.console.close()
+            flare_processes.end(self.home.kit)
+            self.journal.write("server stopped", {})
+            self._say("stopped")
+            self.journal.close()
+
+    def tick(self) -> None:
+        """Looks after everything once."""
+        self._keep_server()
+        self._look_for_sites()
+        study_runs.advance(self.home)
+        for run, entry in self.queue.all().items():
+            if entry.state in OVER:
+                continue
+            try:
+                self._look_after(run, entry)
+            except NoAnswer as error:
+                self.journal.write("no answer from the server", {"run": run, "why": str(error)})
+        self._say("up" if self._sites or time.time() - self._asked < 10 else "starting")
+
+    def _keep_server(self) -> None:
+        if self._server is not None and self._server.poll() is None:
+            if time.time() - self._started > 300:
+                self._crashes = 0
+            return
+        now = time.time()
+        if self._server is not None:
+            self._crashes += 1
+            self.journal.write(
+                "FLARE's server process ended", {"code": self._server.returncode, "crashes": self._crashes}
+            )
+            self._server = None
+        if now < self._started + min(60.0, 2.0**self._crashes) and self._crashes:
+            return
+        flare_processes.end(self.home.kit)
+        self.console.close()
+        self._server = flare_processes.start(
+            "server", self.home.kit, self.home.path / "server.log", org=self.settings["organisation"]
+        )
+        self._started, self._asked = now, 0.0
+
+    def _look_for_sites(self) -> None:
+        if time.time() - self._asked < (5.0 if self._sites else 1.0):
+            return
+        try:
+            self._sites = self.console.sites()
+            self._asked = time.time()
+        except NoAnswer:
+            self._sites = {}
+
+    def _look_after(self, run: str, entry: Entry) -> None:
+        progress = self.queue.progress(run)
+        phase = progress.get("phase", "")
+        if phase == FINISHED:
+            self._over(run, FINISHED, progress.get("why", ""))
+        elif self.queue.cancelled(run):
+            self._end_job(entry, progress)
+            self._over(run, CANCELLED, "cancelled by a person")
+        elif phase == FAILED and entry.state == ACTIVE and progress["beat"] >= entry.since:
+            self._over(run, FAILED, progress["why"])
+        elif entry.state == WAITING:
+            self._maybe_submit(run, entry)
+        else:
+            self._watch(run, entry, progress)
+
+    def _maybe_submit(self, run: str, entry: Entry) -> None:
+        order, now = entry.what, time.time()
+        active = sum(other.state == ACTIVE for other in self.queue.all().values())
+        if now < entry.not_before or active >= self.settings["runs_at_once"]:
+            return
+        wanted = set(order.everyone)
+        there = wanted & self._sites.keys()
+        enough = len(there) >= max(order.min_replies, 1) and now - entry.since > self.settings["wait_for_all"]
+        if not (there == wanted or enough):
+            why = f"waits for {', '.join(sorted(wanted - there))}"
+            if why != entry.why:
+                self.queue.change(run, why=why)
+            return
+        (self.home.run(run) / "pause").unlink(missing_ok=True)  # whoever was waited for is in this attempt
+        folder = jobs.write(self.home.path / "jobs" / run, order, dead_after=self.settings["dead_after"])
+        number = self.console.submit(folder)
+        self.queue.change(
+            run, state=ACTIVE, why="", job=number, attempt=entry.attempt + 1, members=tuple(sorted(there))
+        )
+        self.journal.write("submitted", {"run": run, "job": number, "attempt": entry.attempt + 1, "order": order.hash})
+
+    def _watch(self, run: str, entry: Entry, progress: dict[str, Any]) -> None:
+        """An active run: is it still going, and is everybody there?"""
+        fresh = progress.get("beat", 0.0) >= entry.since
+        if fresh and progress["phase"] == INTERRUPTED:
+            self._again(run, entry, progress, progress["why"] or "interrupted")
+        elif fresh and not flare_processes.alive(progress["pid"], progress.get("birth", "")):
+            self._again(run, entry, progress, "its process at the server died")
+        elif (status := self.console.status(entry.job)).startswith("FINISHED") and progress.get("phase") != FINISHED:
+            if time.time() - entry.since > 10:
+                self._again(run, entry, progress, f"FLARE ended it: {status}")
+        elif not fresh and time.time() - entry.since > SILENCE:
+            self._again(run, entry, progress, f"it did not begin within {SILENCE:g} s ({status})")
+        else:
+            there, away = set(entry.members), progress.get("away", {})
+            # FLARE lists a site for a while after it is gone; one that came back was heard of since.
+            back = {
+                site
+                for site in entry.what.everyone
+                if site in self._sites and (site not in there or (site in away and self._sites[site] > away[site]))
+            }
+            if (
+                back
+                and fresh
+                and progress["phase"] == "running"
+                and time.time() - self._readmitted.get(run, 0.0) > READMIT_EVERY
+            ):
+                self._readmitted[run] = time.time()
+                (self.home.run(run) / "pause").write_text(f"to reinstate {', '.join(sorted(back))}")
+                self.journal.write("pause asked for", {"run": run, "sites": sorted(back)})
+
+    def _again(self, run: str, entry: Entry, progress: dict[str, Any], why: str) -> None:
+        """Ends this attempt, and puts the run back into the queue, unless too many have come to nothing."""
+        self._end_job(entry, progress)
+        done = progress.get("round", 0)
+        fruitless = 0 if done > entry.round or why.startswith("to reinstate") else entry.fruitless + 1
+        if fruitless > TRIES:
+            self._over(run, FAILED, f"{fruitless} attempts came to nothing, the last because: {why}")
+            return
+        wait = 0.0 if not fruitless else min(300.0, 2.0**fruitless)
+        self.queue.change(run, state=WAITING, why=why, not_before=time.time() + wait, round=done, fruitless=fruitless)
+        self.journal.write("attempt ended", {"run": run, "job": entry.job, "why": why, "round": done})
+
+    def _end_job(self, entry: Entry, progress: dict[str, Any]) -> None:
+        """Ends FLARE's job, and the run's own process if it outlives it."""
+        if entry.job:
+            with suppress(NoAnswer):  # it is over, or the server is down
+                self.console.abort(entry.job)
+        pid, born = progress.get("pid", 0), progress.get("birth", "")
+        until = time.monotonic() + 10
+        while pid and flare_processes.alive(pid, born) and time.monotonic() < until:
+            time.sleep(0.2)
+        if pid and born and flare_processes.alive(pid, born):
+            os.kill(pid, signal.SIGKILL)
+
+    def _over(self, run: str, state: str, why: str) -> None:
+        self.queue.change(run, state=state, why=why)
+        self.journal.write(f"run {state}", {"run": run, "why": why})
+
+    def _say(self, state: str) -> None:
+        said = {
+            "state": state,
+            "pid": os.getpid(),
+            "birth": flare_processes.birth(os.getpid()),
+            "beat": time.time(),
+            "sites": self._sites,
+        }
+        write_private(self.home.path / "status.json", json.dumps(said), durable=False)
+
+
+def main(path: str) -> None:
+    """Supervises the server in the folder at ``path`` until SIGTERM or Ctrl-C."""
+    supervisor = Supervisor(ServerHome(Path(path)))
+
+    def stop(*_: object) -> None:
+        supervisor.stop = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    supervisor.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,71 @@
+"""The reference engine: every site in this process, one after another."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from polyclinic.core.execution import Policy
+from polyclinic.core.method import Method, Request
+from polyclinic.core.rounds import Arrival
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.engines.site_runtime import work
+from polyclinic.secure_aggregation.engine_simulation import secured
+
+
+class InProcess:
+    """Runs asks in the order in which they were sent.
+
+    Attributes:
+        memory: What each site keeps. Saved with the server's state, it resumes a run to the bit.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        sites: Mapping[str, Site],
+        memory: Mapping[str, Trees] | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        seed: int = 0,
+        server_data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Brings ``sites`` together.
+
+        Args:
+            memory: What sites kept from an earlier run.
+            policies: What sites allow; everything where one has none.
+            seed: For the server's own dice.
+            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
+        """
+        self.server = Site("server", dict(server_data or {}), seed=seed)
+        self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
+        self._method, self._sites, self._policies = method, dict(sites), policies or {}
+        self._queue: deque[tuple[Request, str]] = deque()
+        self._last: tuple[Request | None, Sequence[str]] = (None, ())
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site's name, in order."""
+        return sorted(self._sites)
+
+    def send(self, request: Request, to: Sequence[str]) -> None:
+        """Queues ``request`` for the sites named."""
+        self._last = (request, to)
+        self._queue.extend((request, name) for name in to)
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        """Does what is queued. A site that worked longer than ``deadline`` seconds is lost."""
+        return secured(*self._last, self._arrivals(deadline))
+
+    def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
+        while self._queue:
+            request, name = self._queue.popleft()
+            done = work(self._method, request, self.memory[name], self._sites[name], self._policies.get(name))
+            if done.reply is not None and deadline is not None and done.seconds > deadline:
+                yield Arrival(name, request.round, None, f"no answer within {deadline:g} s", done.seconds)
+                continue
+            self.memory[name] = done.memory
+            yield Arrival(name, request.round, done.reply, done.lost, done.seconds)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,191 @@
+"""Unequal machines, simulated: how long each site takes, what its line carries, how often it fails.
+
+Time is virtual. Nothing sleeps and no clock is read, so a run with slow sites repeats itself to the bit and takes no
+longer than one with fast ones. Answers arrive in the order of virtual time, deadlines lose the sites that would have
+been late, and ``clock`` says how long the hospitals would have waited. What a simulation cannot show: sites that slow
+down over the day, lines that are shared, failures that come together.
+"""
+
+import heapq
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyclinic.core.execution import Policy
+from polyclinic.core.method import Method, Request
+from polyclinic.core.rounds import Arrival
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.engines.site_runtime import Done, work
+from polyclinic.errors import ConfigError
+from polyclinic.secure_aggregation.engine_simulation import secured
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a site computes and communicates with.
+
+    Attributes:
+        seconds_per_batch: How long it takes for each minibatch that it reads.
+        up: Bytes a second from the site to the server; ``down``: from the server to the site.
+        drop_out: The probability that it fails when asked. What it would have kept is lost too.
+    """
+
+    seconds_per_batch: float = 0.0
+    up: float = math.inf
+    down: float = math.inf
+    drop_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        wrong = [
+            f"{name} is {value:g}, and must be {what}"
+            for name, value, fits, what in (
+                ("seconds_per_batch", self.seconds_per_batch, 0 <= self.seconds_per_batch < math.inf, "0 or more"),
+                ("up", self.up, self.up > 0, "more than 0 bytes a second"),
+                ("down", self.down, self.down > 0, "more than 0 bytes a second"),
+                ("drop_out", self.drop_out, 0 <= self.drop_out <= 1, "from 0 to 1"),
+            )
+            if not fits
+        ]
+        if wrong:
+            raise ConfigError("no such machine: " + "; ".join(wrong))
+
+    def seconds(self, batches: int, bytes_down: int, bytes_up: int) -> float:
+        """From being asked to being heard."""
+        return bytes_down / self.down + batches * self.seconds_per_batch + bytes_up / self.up
+
+
+class Unequal:
+    """Runs every site in this process, in virtual time. Evaluation takes no time and never fails.
+
+    Attributes:
+        clock: Virtual seconds since the beginning.
+        memory: What each site keeps.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        sites: Mapping[str, Site],
+        machines: Mapping[str, Machine],
+        memory: Mapping[str, Trees] | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        seed: int = 0,
+        server_data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Brings ``sites`` together.
+
+        Args:
+            machines: Each site's machine; one that takes no time where a site is not named.
+            memory: What sites kept from an earlier run.
+            policies: What sites allow; everything where one has none.
+            seed: For the server's own dice, and for who drops out when.
+            server_data: What the server holds itself, by role.
+
+        Raises:
+            ValueError: Where a machine is named for a site that is not there.
+        """
+        if unknown := machines.keys() - sites.keys():
+            raise ConfigError(f"there are machines for {sorted(unknown)}, and no such sites; there are {sorted(sites)}")
+        self.clock = 0.0
+        self.server = Site("server", dict(server_data or {}), seed=seed)
+        self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
+        self._method, self._sites, self._machines, self._policies = method, dict(sites), dict(machines), policies or {}
+        self._sent: deque[tuple[Request, str]] = deque()
+        self._judged: deque[tuple[Request, str]] = deque()
+        self._under_way: list[tuple[float, int, str, Request, Done]] = []
+        self._asked: Counter[tuple[str, int, str]] = Counter()
+        self._last: tuple[Request | None, Sequence[str]] = (None, ())
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site's name, in order."""
+        return sorted(self._sites)
+
+    def send(self, request: Request, to: Sequence[str]) -> None:
+        """Asks the sites named, now."""
+        self._last = (request, to)
+        (self._judged if _evaluates(request) else self._sent).extend((request, name) for name in to)
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        """Yields answers in the order of virtual time. Who has not answered ``deadline`` seconds from now is lost.
+
+        Evaluation is answered at once, and leaves alone whoever is training.
+        """
+        request, to = self._last
+        if request is not None and _evaluates(request):
+            return self._judgements()
+        return secured(request, to, self._arrivals(deadline))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _judgements(self) -> Iterator[Arrival]:
+        while self._judged:
+            request, name = self._judged.popleft()
+            done = work(self._method, request, self.memory[name], self._sites[name], self._policies.get(name))
+            yield Arrival(name, request.round, done.reply, done.lost)
+
+    def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
+        end = math.inf if deadline is None else self.clock + deadline
+        while self._sent or self._under_way:
+            while self._sent:
+                self._begin(*self._sent.popleft())
+            when, _, name, request, done = heapq.heappop(self._under_way)
+            self.clock = max(self.clock, min(when, end))
+            if when > end:
+                yield Arrival(name, request.round, None, f"no answer within {deadline:g} s", deadline or 0.0)
+                continue
+            self.memory[name] = done.memory
+            yield Arrival(name, request.round, done.reply, done.lost, done.seconds)
+
+    def _begin(self, request: Request, name: str) -> None:
+        """Does what ``request`` says, and notes when it will be done."""
+        machine = self._machines.get(name, Machine())
+        key = (name, request.round, request.job)
+        chance = torch.rand((), generator=self.server.rng("drop-out", *key, self._asked[key]))
+        self._asked[key] += 1
+        if float(chance) < machine.drop_out:
+            done = Done(None, self.memory[name], "dropped out", machine.seconds(0, request.nbytes(name), 0))
+        else:
+            site, reads = self._sites[name], Reads()
+            counted = replace(site, data={role: _Counted(data, reads) for role, data in site.data.items()})
+            done = work(self._method, request, self.memory[name], counted, self._policies.get(name))
+            up = done.reply.nbytes if done.reply else 0
+            done = done._replace(seconds=machine.seconds(reads.count, request.nbytes(name), up))
+        heapq.heappush(self._under_way, (self.clock + done.seconds, sum(self._asked.values()), name, request, done))
+
+
+def _evaluates(request: Request) -> bool:
+    return request.job.partition("/")[0] in ("score", "predict", "explain")
+
+
+@dataclass
+class Reads:
+    """How many minibatches were read."""
+
+    count: int = 0
+
+
+class _Counted:
+    """Data that counts how often it is read."""
+
+    def __init__(self, data: Any, reads: Reads) -> None:
+        self._data, self._reads = data, reads
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Tensor) -> Any:
+        self._reads.count += 1
+        return self._data[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._data, name)

@@ -1,0 +1,259 @@
+"""Sites in worker processes of one machine.
+
+Workers are started once and live as long as the engine; they inherit the sites' data, build each model once, and
+compute on one thread each. Sites beyond the number of workers wait their turn. Asks, replies and site memory pass
+through shared memory. A worker that dies is replaced, and its site asked again; since a site's work depends on
+nothing but what it is given, the result is the same to the bit, here, in process, and after any number of deaths.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyclinic.core.execution import Policy
+from polyclinic.core.method import Method, Request
+from polyclinic.core.rounds import Arrival
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.engines.local import shared_memory
+from polyclinic.engines.site_runtime import work
+from polyclinic.secure_aggregation.engine_simulation import secured
+
+DEATHS = 3
+
+
+@dataclass
+class _Job:
+    """One ask at one site, waiting or under way."""
+
+    site: str
+    round: int
+    request: Path
+    deaths: int = 0
+
+
+@dataclass
+class _Worker:
+    """A process and the two ends of the conversation with it."""
+
+    process: BaseProcess
+    line: Connection
+    job: _Job | None = None
+    since: float = field(default=0.0)
+
+
+class Workers:
+    """Runs up to ``workers`` sites at once. Use it as a context manager, or call ``close``.
+
+    Attributes:
+        memory: What each site keeps. Saved with the server's state, it resumes a run to the bit.
+    """
+
+    def __init__(
+        self,
+        method: Method[Any],
+        sites: Mapping[str, Site],
+        memory: Mapping[str, Trees] | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        seed: int = 0,
+        workers: int = 2,
+        server_data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts the workers.
+
+        Args:
+            memory: What sites kept from an earlier run.
+            policies: What sites allow; everything where one has none.
+            seed: For the server's own dice.
+            workers: How many processes. More than there are cores is slower, not faster.
+            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
+        """
+        self.server = Site("server", dict(server_data or {}), seed=seed)
+        self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
+        self._given = (method, dict(sites), dict(policies or {}))
+        self._folder = shared_memory.new_folder()
+        self._queue: deque[_Job] = deque()
+        self._pending: dict[Path, int] = {}
+        self._asks = 0
+        self._last: tuple[Request | None, Sequence[str]] = (None, ())
+        self._workers: list[_Worker] = []
+        for _ in range(max(1, min(workers, len(sites)))):
+            self._workers.append(self._start())
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Every site's name, in order."""
+        return sorted(self._given[1])
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process numbers."""
+        return [worker.process.pid or 0 for worker in self._workers]
+
+    def send(self, request: Request, to: Sequence[str]) -> None:
+        """Queues ``request`` for the sites named."""
+        self._last = (request, to)
+        if not to:
+            return
+        path = self._folder / f"ask-{self._asks}"
+        self._asks += 1
+        shared_memory.put(path, request)
+        self._pending[path] = len(to)
+        self._queue.extend(_Job(name, request.round, path) for name in to)
+        self._hand_out()
+
+    def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
+        """Yields answers as they arrive. A site that works longer than ``deadline`` seconds is stopped and lost."""
+        return secured(*self._last, self._arrivals(deadline))
+
+    def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
+        while self._queue or any(worker.job for worker in self._workers):
+            self._hand_out()
+            busy = {worker.line: worker for worker in self._workers if worker.job}
+            patience = None
+            if deadline is not None:
+                patience = max(0.0, min(worker.since for worker in busy.values()) + deadline - time.monotonic())
+            ready = wait(list(busy), patience)
+            for line in ready:
+                if (arrival := self._hear(busy[line])) is not None:  # type: ignore[index]
+                    yield arrival
+            if deadline is not None and not ready:
+                yield from self._stop_late(deadline)
+
+    def close(self) -> None:
+        """Stops the workers and gives back the shared memory."""
+        for worker in self._workers:
+            worker.line.close()
+            worker.process.kill()
+            worker.process.join()
+        self._workers, self._queue = [], deque()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> "Workers":
+        """The engine itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def _start(self) -> _Worker:
+        forks = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+        ours, theirs = context.Pipe()
+        inherited = [*(worker.line for worker in self._workers), ours] if forks else []
+        process = context.Process(target=_serve, args=(theirs, inherited, *self._given), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            if worker.job is None and self._queue:
+                job = worker.job = self._queue.popleft()
+                worker.since = time.monotonic()
+                memory = self._file("memory", job.site)
+                shared_memory.put(memory, self.memory[job.site])
+                files = [
+                    str(job.request),
+                    str(memory),
+                    str(self._file("reply", job.site)),
+                    str(self._file("kept", job.site)),
+                ]
+                with suppress(OSError):  # it died waiting; `wait` will find the line closed
+                    worker.line.send_bytes(json.dumps([job.site, *files]).encode())
+
+    def _hear(self, worker: _Worker) -> Arrival | None:
+        """What a worker says. None where it died and its site is asked again."""
+        job = worker.job
+        assert job is not None
+        try:
+            lost, seconds = json.loads(worker.line.recv_bytes())
+        except (EOFError, OSError):
+            self._replace(worker)
+            job.deaths += 1
+            if job.deaths < DEATHS:
+                self._queue.appendleft(job)
+                return None
+            self._finished(job)
+            return Arrival(job.site, job.round, None, f"its worker died {DEATHS} times; is there enough memory?")
+        worker.job = None
+        reply = None
+        if not lost:
+            reply = shared_memory.take(self._file("reply", job.site))
+            self.memory[job.site] = shared_memory.take(self._file("kept", job.site))
+        self._finished(job)
+        return Arrival(job.site, job.round, reply, lost, seconds)
+
+    def _stop_late(self, deadline: float) -> Iterator[Arrival]:
+        for worker in self._workers:
+            if (job := worker.job) and time.monotonic() - worker.since >= deadline:
+                worker.process.kill()
+                self._replace(worker)
+                self._finished(job)
+                yield Arrival(job.site, job.round, None, f"no answer within {deadline:g} s", deadline)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.line.close()
+        worker.process.join()
+        position = self._workers.index(worker)
+        del self._workers[position]
+        self._workers.insert(position, self._start())
+
+    def _finished(self, job: _Job) -> None:
+        for kind in ("memory", "reply", "kept"):
+            self._file(kind, job.site).unlink(missing_ok=True)
+        self._pending[job.request] -= 1
+        if not self._pending[job.request]:
+            del self._pending[job.request]
+            job.request.unlink(missing_ok=True)
+
+    def _file(self, kind: str, site: str) -> Path:
+        return self._folder / f"{kind}-{self.sites.index(site)}"
+
+
+def _serve(
+    line: Connection,
+    inherited: list[Connection],
+    method: Method[Any],
+    sites: dict[str, Site],
+    policies: dict[str, Policy],
+) -> None:
+    """A worker's life: does what it is told until the other end closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # both are the parent's to handle
+    torch.set_num_threads(1)
+    for other in inherited:
+        other.close()  # so that a closed line is seen as closed
+    while True:
+        try:
+            name, request, memory, reply, kept = json.loads(line.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+        done = work(
+            method, shared_memory.view(Path(request)), shared_memory.view(Path(memory)), sites[name], policies.get(name)
+        )
+        lost = done.lost
+        if done.reply is not None:
+            try:
+                shared_memory.put(Path(reply), done.reply)
+                shared_memory.put(Path(kept), done.memory)
+            except (OSError, TypeError) as error:
+                lost = f"failed: {type(error).__name__}: {error}"
+        try:
+            line.send_bytes(json.dumps([lost, done.seconds]).encode())
+        except OSError:
+            os._exit(0)

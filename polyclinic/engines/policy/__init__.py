@@ -1,0 +1,1 @@
+"""What a site allows, and what it accounts for."""

@@ -1,0 +1,75 @@
+"""What a hospital requires of everything that leaves: which transforms it must have passed, and how strong they are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from polyclinic.compression import transform_table as transforms
+from polyclinic.compression.downlink import DownlinkPipeline
+from polyclinic.core.method import Request
+from polyclinic.core.pipeline import Transform, UplinkPipeline
+
+Wanted = Mapping[str, str | float | int]
+
+
+def transforms_of(method: Any) -> tuple[Transform, ...]:
+    """The transforms that replies pass, from the outermost method inwards."""
+    found: tuple[Transform, ...] = ()
+    while method is not None:
+        if isinstance(method, UplinkPipeline):
+            found = (*method.transforms, *found)
+        method = getattr(method, "inner", None)
+    return found
+
+
+def arrived(method: Any, request: Request) -> Request:
+    """The ask as the method itself sees it, its codecs undone.
+
+    Raises:
+        ValueError: Where they cannot be.
+    """
+    while method is not None:
+        if isinstance(method, DownlinkPipeline):
+            return method.arrived(request)
+        method = getattr(method, "inner", None)
+    return request
+
+
+def transform_problems(required: Sequence[Wanted], present: tuple[Transform, ...]) -> Iterator[str]:
+    for wanted in required:
+        made = transforms.maker(transforms.entry(str(wanted["name"])))
+        having = [t for t in present if isinstance(t, made)]
+        if not having:
+            yield f"what leaves must pass {wanted['name']!r} (require.transforms)"
+        for key, bound in wanted.items():
+            field, least = _bound(key)
+            if field is None:
+                continue
+            for t in having:
+                value = getattr(t, field)
+                if value is None or (value < float(bound) if least else value > float(bound)):
+                    asks = f"at {'least' if least else 'most'} {bound}"
+                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for {asks} (require.transforms)"
+
+
+def unknown_transforms(required: Sequence[Wanted]) -> Iterator[str]:
+    for wanted in required:
+        try:
+            known = transforms.options(transforms.entry(str(wanted.get("name"))))
+        except ValueError as error:
+            yield str(error)
+            continue
+        for key, value in wanted.items():
+            field, _ = _bound(key)
+            if key != "name" and (field is None or field not in known):
+                could = " or ".join(f"{k}_at_least" for k in known) or "only its name"
+                yield f"{wanted['name']} has no {key!r}; write {could}"
+            elif field is not None and isinstance(value, str):
+                yield f"{wanted['name']}: {key} is a number"
+
+
+def _bound(key: str) -> tuple[str | None, bool]:
+    """The field and the direction of ``multiplier_at_least`` or ``bound_at_most``."""
+    for ending, least in (("_at_least", True), ("_at_most", False)):
+        if key.endswith(ending):
+            return key.removesuffix(ending), least
+    return None, True

@@ -1,0 +1,362 @@
+"""What a hospital allows: a TOML file that people can read, enforced at the site on the values at hand.
+
+The server cannot override it. It is read again before every message, so that a change counts at once. Three places
+ask it: ``problems`` before a person sees a study, ``admit`` before anything runs, ``release`` before anything leaves.
+"""
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from polyclinic.core import serialization as states
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.execution import Refused
+from polyclinic.core.method import Method, Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.policy.coverage import uncovered
+from polyclinic.engines.policy.requirements import arrived, transform_problems, transforms_of, unknown_transforms
+from polyclinic.engines.site_description import JOB, Describe
+from polyclinic.errors import ConfigError
+from polyclinic.methods.plugins import RULE, Package, allows, exact_rule, methods_in, packages_of
+from polyclinic.methods.registry import entry
+
+MAX_POLICY = 2**18
+EVALUATED = ("val", "test")
+MODEL_PARTS = ("update", "change", "model", "gradient")
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Amount = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+
+DEFAULT = Path(__file__).with_name("policy.toml").read_text(encoding="utf-8")
+
+
+class BadPolicy(ConfigError):
+    """A policy file that is not one. The message lists every problem."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Approve(_Table):
+    """Which methods need no person: by hash."""
+
+    automatically: tuple[Hash, ...] = ()
+
+
+class Allow(_Table):
+    """What may run and leave."""
+
+    jobs: tuple[str, ...] = ("*",)
+    never: tuple[str, ...] = ("predict/*",)
+    stats: tuple[str, ...] = ("WeightedMean", "ElementwiseMean")
+    gather: tuple[str, ...] = ("score", "describe")
+    packages: tuple[Annotated[str, Field(pattern=RULE)], ...] = ()
+    class_names: bool = False
+
+
+class Require(_Table):
+    """What everything that leaves must have passed."""
+
+    transforms: tuple[dict[str, str | float | int], ...] = ()
+    secure: bool = False
+    min_sites: Count = 3
+
+
+class Limits(_Table):
+    """How much."""
+
+    min_patients: Count = 10
+    min_cell: Count = 5
+    megabytes_per_round: Amount = 2000.0
+    rounds: Count = 2000
+    epochs: Count = 100
+    steps: Count = 100_000
+    learning_rate: Amount = 10.0
+
+
+class Privacy(_Table):
+    """What may be spent of each unit's privacy, over all studies with these data, for ever."""
+
+    epsilon: Annotated[float, Field(gt=0, le=1e6)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    unit: Literal["record", "patient", "site"] = "patient"
+
+
+class Policy(_Table):
+    """The policy file."""
+
+    approve: Approve = Approve()
+    allow: Allow = Allow()
+    require: Require = Require()
+    limits: Limits = Limits()
+    privacy: Privacy | None = None
+
+    def refusals(self, plan: Plan) -> list[str]:
+        """Why this policy would refuse ``plan``, before anything is asked: a sentence each.
+
+        Raises:
+            ValueError: Where the plan cannot be built.
+        """
+        packages = packages_of(methods_in({"method": plan.method, "options": plan.options}))
+        if refused := self.package_problems(packages):
+            return refused  # building the method would import the package
+        method = plan.build_method()
+        found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
+        if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
+            found.append(
+                "what leaves must be hidden in noise that the budget here can pay for (privacy): train with "
+                "DPSGD, or send through clip and gaussian"
+            )
+        if plan.private and (reason := uncovered(plan)):
+            found.append(f"{reason} (privacy)")
+        return found
+
+    def package_problems(self, packages: Iterable[Package]) -> list[str]:
+        """Why this policy would not run code of ``packages``: a sentence each."""
+        return [
+            f"it needs the package {package.name} {package.version}, whose code the policy does not allow; "
+            f'allow.packages = ["{exact_rule(package)}"] would allow what is installed here'
+            for package in packages
+            if not any(allows(rule, package) for rule in self.allow.packages)
+        ]
+
+    def survey_problems(self) -> list[str]:
+        """Why this policy would refuse to say what the data here are: a sentence each."""
+        found = []
+        if not _matches(JOB, self.allow.jobs) or _matches(JOB, self.allow.never):
+            found.append(f"the job {JOB!r} does not run here (allow.jobs, allow.never)")
+        if not _matches(JOB, self.allow.gather):
+            found.append(f"{JOB!r} does not leave (allow.gather)")
+        return found
+
+
+def read(path: Path) -> Policy:
+    """The policy in the file at ``path``.
+
+    Raises:
+        BadPolicy: Where it is not one, with every problem.
+    """
+    if not path.is_file():
+        raise BadPolicy(
+            f"{path} does not exist, and without a policy nothing runs: `polyclinic site policy --reset` writes one"
+        )
+    with open(path, "rb") as file:
+        data = file.read(MAX_POLICY + 1)
+    return parse(data, str(path))
+
+
+def parse(data: bytes, where: str = "policy.toml") -> Policy:
+    """The policy in ``data``; ``where`` names it in messages.
+
+    Raises:
+        BadPolicy: Where it is not one, with every problem.
+    """
+    if len(data) > MAX_POLICY:
+        raise BadPolicy(f"{where} is larger than {MAX_POLICY} bytes")
+    try:
+        table = tomllib.loads(data.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadPolicy(f"{where}: {error}") from None
+    try:
+        policy = Policy.model_validate(_tuples(table))
+    except (ValidationError, RecursionError) as error:
+        lines = [_sentence(e) for e in error.errors()] if isinstance(error, ValidationError) else ["nested too deeply"]
+        raise BadPolicy("\n".join(f"{where}: {line}" for line in lines)) from None
+    if wrong := list(unknown_transforms(policy.require.transforms)):
+        raise BadPolicy("\n".join(f"{where}: require.transforms: {line}" for line in wrong))
+    return policy
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _sentence(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{place}: no such key; `polyclinic site policy --default` shows those there are"
+    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+@dataclass(frozen=True)
+class Enforced:
+    """A policy, at work on one study at one site. It is a ``core.execute.Policy``.
+
+    Attributes:
+        sent: Bytes that left in this round before this message.
+    """
+
+    policy: Policy
+    plan: Plan
+    sent: int = 0
+
+    def admit(self, method: Method[Any], request: Request, site: Site) -> None:
+        """Before anything runs.
+
+        Raises:
+            Refused: With every reason.
+        """
+        if isinstance(method, Describe):
+            found = self.policy.survey_problems()
+        else:
+            found = [*self.policy.refusals(self.plan), *_ask_problems(self.policy, self.plan, method, request, site)]
+        if found:
+            raise Refused("; ".join(found))
+
+    def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
+        """Before anything leaves.
+
+        Raises:
+            Refused: With every reason.
+        """
+        found = list(_reply_problems(self.policy, reply, site.name, self.sent))
+        if found := [*found, *_shape_problems(self.plan, method, reply)]:
+            raise Refused("; ".join(found))
+
+
+def _plan_problems(policy: Policy, plan: Plan) -> Iterator[str]:
+    limits, local = policy.limits, plan.build_local()
+    for what, value, most in (
+        ("rounds", plan.rounds, limits.rounds),
+        ("epochs in a round", local.epochs if local.steps is None else 0, limits.epochs),
+        ("steps in a round", local.steps or 0, limits.steps),
+        ("learning_rate", local.lr, limits.learning_rate),
+    ):
+        if value > most:
+            yield f"{value:g} {what.replace('_', ' ')}, and the policy allows {most:g} (limits.{what.split()[0]})"
+
+
+def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], request: Request, site: Site) -> Iterator[str]:
+    allow, limits = policy.allow, policy.limits
+    if not _matches(request.job, allow.jobs):
+        yield f"the job {request.job!r} is not among those that the policy allows (allow.jobs)"
+    if _matches(request.job, allow.never):
+        yield f"the job {request.job!r} never runs here (allow.never)"
+    if not 0 <= request.round < plan.rounds + 1:
+        yield f"round {request.round} of a study of {plan.rounds}"
+    verb, _, role = request.job.partition("/")
+    scored = verb in ("score", "predict", "explain")
+    if scored and role not in EVALUATED:
+        yield f"models are scored on {' and '.join(EVALUATED)} data alone, and never on {role[:80]!r}"
+    if (patients := count_patients(site.data.get(role if scored else "train", ()))) < limits.min_patients and not (
+        scored and not patients
+    ):
+        yield f"fewer than {limits.min_patients} patients here (limits.min_patients)"
+    hides = any(t.secure for t in transforms_of(method))
+    if hides and not scored and not request.secure:
+        yield "the study promises a secure sum, and the server asks for the reply itself"
+    if policy.require.secure and not scored and not request.secure:
+        yield "the policy allows secure sums only (require.secure)"
+    if (size := request.nbytes(site.name)) > limits.megabytes_per_round * 1e6:
+        most = limits.megabytes_per_round
+        yield f"a message of {size / 1e6:.0f} MB, and the policy allows {most:g} (limits.megabytes_per_round)"
+    try:
+        yield from _model_problems(plan, arrived(method, request).trees.get("params", {}))
+    except ValueError as error:
+        yield f"the server's message cannot be read: {error}"
+
+
+def _model_problems(plan: Plan, params: Tree) -> Iterator[str]:
+    """Why ``params`` cannot be of the model that was approved: another architecture, or not numbers."""
+    known = _known_shapes(plan)
+    for name, leaf in params.items():
+        if name not in known:
+            yield f"the server's model has a tensor {name[:80]!r}, which the approved model does not have"
+            return
+        if tuple(leaf.shape) != known[name]:
+            yield f"the server's {name[:80]!r} has the shape {tuple(leaf.shape)}, the approved model's {known[name]}"
+            return
+    if not tree.finite(params):
+        yield "the server's model holds NaN or infinite numbers"
+
+
+_known: dict[str, Mapping[str, tuple[int, ...]]] = {}
+
+
+def _known_shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of the approved model's tensors.
+
+    Where the method predicts with another task, also of that one's, and of the model that the method begins with.
+    """
+    if plan.hash not in _known:
+        method = plan.build_method()
+        models = [plan.build_task().first(0)]
+        if method.prediction_task is not None:
+            begun = method.request(method.init(models[0]))
+            models += [method.prediction_task.first(0), arrived(method, begun).trees.get("params", {}) if begun else {}]
+        _known[plan.hash] = {name: tuple(leaf.shape) for model in models for name, leaf in model.items()}
+    return _known[plan.hash]
+
+
+def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Iterator[str]:
+    for part, stat in reply.parts.items():
+        kind = states.kind_of(stat)
+        if isinstance(stat, PerSite):
+            if not _matches(part, policy.allow.gather):
+                yield (
+                    f"{part!r} would leave as a {kind}, which the server sees apart from other sites' "
+                    "(allow.gather names the parts that may)"
+                )
+            if list(stat.items) != [site]:
+                yield f"{part!r} speaks for {sorted(stat.items)}, not for {site}"
+        elif kind not in policy.allow.stats:
+            yield f"{part!r} would leave as a {kind}, which the policy does not allow (allow.stats)"
+    most = policy.limits.megabytes_per_round * 1e6
+    if sent + reply.nbytes > most:
+        yield (
+            f"{(sent + reply.nbytes) / 1e6:.0f} MB would have left in this round, and the policy allows "
+            f"{most / 1e6:g} (limits.megabytes_per_round)"
+        )
+
+
+def _shape_problems(plan: Plan, method: Method[Any] | None, reply: Reply) -> Iterator[str]:
+    """Why ``reply`` is not of the size that was approved: a part of the model in another shape, more outputs."""
+    if method is None or not all(t.dense and t.additive for t in transforms_of(method)):
+        return  # encoded: the bytes of a round are the bound
+    known = _known_shapes(plan)
+    for part, leaves in _leaves(reply):
+        wrong = [name for name, leaf in leaves.items() if name in known and tuple(leaf.shape) != known[name]]
+        if part in MODEL_PARTS and leaves.keys() <= known.keys() and wrong:
+            yield f"{part}: {wrong[0][:80]!r} would leave in another shape than the approved model's {known[wrong[0]]}"
+        said = leaves.get("score") if part == "predict" else None
+        outputs = said.shape[1] if said is not None and said.ndim == 2 else 0
+        if outputs > plan.outputs:
+            yield f"{outputs} outputs for each patient would leave, and {plan.outputs} were approved"
+
+
+def _leaves(reply: Reply) -> Iterator[tuple[str, Tree]]:
+    """The trees of a reply by the names of the method's own parts, whether or not it passed through transforms."""
+    for part, stat in reply.parts.items():
+        for leaves in stat.items.values() if isinstance(stat, PerSite) else (stat.total,):
+            if part != "sent":
+                yield part, leaves
+                continue
+            split: dict[str, dict[str, Tensor]] = {}
+            for name, leaf in leaves.items():
+                kind, _, rest = name.partition("/")
+                own, _, bare = rest.partition("/")
+                if kind == "m":
+                    split.setdefault(own, {})[bare] = leaf
+            yield from split.items()
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def count_patients(data: Any) -> int:
+    """How many patients are in ``data``; examples, where it does not say whose they are."""
+    patients = getattr(data, "patients", None)
+    return len(set(patients)) if patients is not None else len(data)

@@ -1,0 +1,112 @@
+"""Doing one ask at one site, the same way in every engine: timed, repeatable to the bit, and never raising."""
+
+import hashlib
+import logging
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import deterministic
+
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.execution import Policy, Refused, execute
+from polyclinic.core.method import Method, Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.engines.request_schedule import marked
+
+log = logging.getLogger(__name__)
+
+
+class Done(NamedTuple):
+    """What came of one ask at one site. Without a reply, ``lost`` says why, and the memory is as it was."""
+
+    reply: Reply | None
+    memory: Trees
+    lost: str
+    seconds: float
+
+
+def minibatches(method: Any, site: Site) -> int:
+    """How many minibatches a round has at ``site``; 0 where no job of ``method`` depends on it."""
+    if not any(job.per_batch for job in method.jobs):
+        return 0
+    while not hasattr(method, "local"):
+        method = method.inner
+    return int(method.local.count(site.data["train"]))
+
+
+def marks_of(request: Request) -> dict[str, str]:
+    """A digest of each of the ask's trees by name, by which two asks are known to hold the same model."""
+    return {name[:200]: _digest(request.trees[name]) for name in marked(list(request.trees))}
+
+
+def _digest(leaves: Tree) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(leaves):
+        leaf = leaves[name].detach().cpu().contiguous()
+        hasher.update(f"{name}\n{leaf.dtype}{tuple(leaf.shape)}\n".encode())
+        hasher.update(leaf.view(-1).view(torch.uint8).numpy().data if leaf.numel() else b"")
+    return hasher.hexdigest()[:32]
+
+
+def work(method: Method[Any], request: Request, memory: Trees, site: Site, policy: Policy | None = None) -> Done:
+    """Does ``request`` at ``site``. Whatever goes wrong there is a reason, not an exception."""
+    begun = time.perf_counter()
+    try:
+        with repeatable(site.device):
+            reply, kept = execute(method, request, memory, site, policy)
+        return Done(reply, kept, "", time.perf_counter() - begun)
+    except Refused as refusal:
+        reason = f"refused: {refusal}"
+    except Exception as error:
+        log.debug("%s failed", site.name, exc_info=True)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"failed: {type(error).__name__}: {error} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+    return Done(None, memory, reason, time.perf_counter() - begun)
+
+
+@contextmanager
+def repeatable(device: str = "cpu") -> Iterator[None]:
+    """Computes so that the same numbers give the same bits.
+
+    On a processor that is one thread, so that sums come in one order on every engine and machine size. On a GPU it is
+    the deterministic kernels; where PyTorch has none (3-D pooling, some interpolation), it takes another and the last
+    bits may differ from run to run.
+    """
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        if device.startswith("cuda"):
+            with _deterministic():
+                yield
+        else:
+            yield
+    finally:
+        if threads != 1:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's deterministic kernels on a GPU, and its own choice again afterwards."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    memory: Any = deterministic  # PyTorch declares no types for it
+    filled, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False  # it costs a tenth of the time
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = tuned
+        memory.fill_uninitialized_memory = filled

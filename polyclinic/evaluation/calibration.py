@@ -1,0 +1,209 @@
+"""Can the probabilities be taken at their word, and would acting on them do good?
+
+Calibration error by equal-width bins: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML
+2017, https://arxiv.org/abs/1706.04599, equation 3. Slope and intercept: Van Calster, McLernon, van Smeden, Wynants,
+Steyerberg, "Calibration: the Achilles heel of predictive analytics", BMC Medicine 2019,
+https://doi.org/10.1186/s12916-019-1466-7. Net benefit: Vickers and Elkin, "Decision Curve Analysis", Medical Decision
+Making 2006, https://doi.org/10.1177/0272989X06295361.
+
+For two classes the error compares the probability of the second class with how often it occurs; for more classes, the
+probability of the likeliest class with how often it is right.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyclinic.evaluation.metric_functions import Array, Metric, Undefined
+
+BINS = 10
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One point of a reliability plot: among ``n`` cases, what was said and what happened."""
+
+    low: float
+    high: float
+    predicted: float
+    observed: float
+    n: int
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold chosen on validation data for a wanted sensitivity, and what it does on test data.
+
+    ``sensitivity`` and ``specificity`` are None where the test cases lack that class.
+    """
+
+    wanted: float
+    threshold: float
+    sensitivity: float | None
+    specificity: float | None
+    positives: int
+    negatives: int
+
+
+def claims_of(score: Array, target: NDArray[Any]) -> tuple[Array, Array]:
+    """What was claimed with which probability, and whether it was so. Each of shape [claims]."""
+    if target.ndim == 2:
+        return score.ravel(), np.asarray(target, float).ravel()
+    if score.shape[1] == 2:
+        return score[:, 1], (target == 1).astype(float)
+    return score.max(1), (score.argmax(1) == target).astype(float)
+
+
+def reliability(score: Array, target: NDArray[Any], bins: int = BINS) -> list[Bin]:
+    """The points of a reliability plot; bins without cases are left out."""
+    said, so = claims_of(score, target)
+    index = _bin_of(said, bins)
+    return [
+        Bin(k / bins, (k + 1) / bins, float(said[index == k].mean()), float(so[index == k].mean()), int(n))
+        for k, n in enumerate(np.bincount(index, minlength=bins))
+        if n
+    ]
+
+
+def _bin_of(said: Array, bins: int) -> NDArray[np.int64]:
+    return np.clip((said * bins).astype(np.int64), 0, bins - 1)
+
+
+def _ece(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    # ECE = Σ_b |Σ_{i in b} w_i (y_i − p_i)| / Σ w_i
+    said, so = claims_of(score, target)
+    each = weight if target.ndim == 1 else np.repeat(weight, target.shape[1], axis=1)
+    gaps = (so - said)[:, None] * (_bin_of(said, BINS)[:, None] == np.arange(BINS))
+    return np.asarray(np.abs(each @ gaps).sum(1) / each.sum(1))
+
+
+def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple[Array, Array]:
+    """Maximum likelihood of logit P(y) = a + b·x by Newton's steps, for each row of ``weight``.
+
+    Args:
+        x: [n] the predicted log odds.
+        y: [n] 0 or 1.
+        weight: [b, n].
+        slope: Whether b is estimated; otherwise it is 1, and a is calibration in the large.
+
+    Returns:
+        a and b, of shape [rows]; NaN where no finite maximum exists (one class, or classes that x separates).
+    """
+    rows = len(weight)
+    a, b = np.zeros(rows), np.ones(rows)
+    separated = _separated(x, y, weight) if slope else np.zeros(rows, bool)
+    present = ((weight @ y) > 0) & ((weight @ (1 - y)) > 0)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-np.clip(a[:, None] + b[:, None] * x, -30, 30)))
+        v = weight * p * (1 - p) + 1e-12
+        ga, gb = (weight * (y - p)).sum(1), (weight * (y - p) * x).sum(1)
+        haa, hab, hbb = v.sum(1), (v * x).sum(1), (v * x * x).sum(1)
+        if slope:
+            det = np.maximum(haa * hbb - hab**2, 1e-12)
+            da, db = (hbb * ga - hab * gb) / det, (haa * gb - hab * ga) / det
+        else:
+            da, db = ga / haa, np.zeros(rows)
+        size = np.maximum(np.abs(da), np.abs(db))
+        short = np.minimum(1.0, 2.0 / np.maximum(size, 1e-12))  # no step longer than 2
+        a, b = a + short * da, b + short * db
+        if np.all((size < 1e-8) | separated | ~present):
+            break
+    failed = ~present | separated | (size > 1e-4)
+    return np.where(failed, np.nan, a), np.where(failed, np.nan, b)
+
+
+def _separated(x: Array, y: Array, weight: Array) -> NDArray[np.bool_]:
+    """Whether, in each row, some threshold of x splits the classes, so that the slope has no finite estimate."""
+    here = weight > 0
+    pos, neg = here & (y == 1), here & (y == 0)
+    low, high = np.where(pos, x, np.inf).min(1), np.where(pos, x, -np.inf).max(1)
+    return np.asarray((np.where(neg, x, -np.inf).max(1) <= low) | (np.where(neg, x, np.inf).min(1) >= high))
+
+
+def log_odds(p: Array) -> Array:
+    """Natural logarithm of p / (1 − p), with p kept off 0 and 1 by one in a million."""
+    p = np.clip(p, TINY, 1 - TINY)
+    return np.log(p / (1 - p))
+
+
+def _slope(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    said, so = claims_of(score, target)
+    return logistic_fit(log_odds(said), so, weight)[1]
+
+
+def _intercept(score: Array, target: NDArray[Any], weight: Array) -> Array:
+    said, so = claims_of(score, target)
+    return logistic_fit(log_odds(said), so, weight, slope=False)[0]
+
+
+CALIBRATION: Mapping[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("ece", "Calibration error (ECE)", _ece, higher_is_better=False),
+        Metric("calibration_slope", "Calibration slope", _slope, higher_is_better=None, needs_two_classes=True),
+        Metric("calibration_intercept", "Calibration intercept", _intercept, None, needs_two_classes=True),
+    )
+}
+
+
+def threshold_at(score: Array, positive: NDArray[Any], sensitivity: float) -> float:
+    """The highest threshold t such that at least ``sensitivity`` of the positives have a score of at least t.
+
+    Raises:
+        Undefined: Where there are no positives.
+    """
+    mine = np.sort(score[np.asarray(positive).astype(bool)])[::-1]
+    if len(mine) == 0:
+        raise Undefined("no positive case to choose a threshold on")
+    return float(mine[max(int(np.ceil(sensitivity * len(mine) - 1e-9)), 1) - 1])
+
+
+def operating_point(
+    score: Array,
+    positive: NDArray[Any],
+    validation_score: Array,
+    validation_positive: NDArray[Any],
+    sensitivity: float = 0.9,
+) -> OperatingPoint:
+    """Chooses the threshold on validation cases and applies it to test cases. Scores are of shape [n].
+
+    Raises:
+        Undefined: Where validation has no positive case.
+    """
+    threshold = threshold_at(validation_score, validation_positive, sensitivity)
+    yes, true = score >= threshold, np.asarray(positive).astype(bool)
+    p, n = int(true.sum()), int((~true).sum())
+    return OperatingPoint(
+        sensitivity,
+        threshold,
+        float(yes[true].mean()) if p else None,
+        float((~yes[~true]).mean()) if n else None,
+        p,
+        n,
+    )
+
+
+@dataclass(frozen=True)
+class NetBenefit:
+    """At one threshold: the benefit of acting on the model, on everybody, per case (on nobody it is 0)."""
+
+    threshold: float
+    model: float
+    everybody: float
+
+
+def decision_curve(score: Array, positive: NDArray[Any], thresholds: Sequence[float] | None = None) -> list[NetBenefit]:
+    """Net benefit = TP/n − FP/n · t/(1 − t), over thresholds t. ``score`` and ``positive`` are of shape [n]."""
+    true, n = np.asarray(positive).astype(bool), len(score)
+    if n == 0:
+        raise Undefined("no cases")
+    curve = []
+    for t in thresholds if thresholds is not None else np.round(np.arange(0.05, 0.96, 0.05), 2):
+        yes, odds = score >= t, float(t) / (1 - float(t))
+        benefit = ((yes & true).sum() - odds * (yes & ~true).sum()) / n
+        curve.append(NetBenefit(float(t), float(benefit), float((true.sum() - odds * (~true).sum()) / n)))
+    return curve

@@ -1,0 +1,86 @@
+"""The methods of one run against one of them: which test fits, and what it says."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from polyclinic.evaluation.bootstrap import Sample, by_fold
+from polyclinic.evaluation.metric_functions import Metric, Undefined
+from polyclinic.evaluation.paired_tests import Difference, Ranking, corrected_t, holm, rank_methods, signed_ranks
+from polyclinic.evaluation.records.run_reader import Run, training_sites
+
+
+@dataclass(frozen=True)
+class Against:
+    """Methods against a reference, on the training sites that both were tested at.
+
+    Attributes:
+        run: The run.
+        data: Its test cases, with weights.
+        methods: The labels of the others.
+        reference: The label that they are compared with; empty for none.
+    """
+
+    run: Run
+    data: Sample
+    methods: Sequence[str]
+    reference: str
+
+    def _sites(self) -> Iterator[tuple[str, list[str]]]:
+        if not self.reference:
+            return
+        for label in self.methods:
+            both = [s for s in training_sites(self.run) if self.data.has(label, [s])]
+            yield label, [s for s in both if self.data.has(self.reference, [s])]
+
+    def _seeds(self, label: str) -> set[int]:
+        return set(self.data.seeds(label)) & set(self.data.seeds(self.reference))
+
+    def holm_corrected(self, metric: Metric) -> dict[str, Difference]:
+        """The paired bootstrap for every method: one family, Holm-corrected."""
+        found = {m: self.data.difference(m, self.reference, sites, metric) for m, sites in self._sites()}
+        asked = [k for k, d in found.items() if d.p is not None]
+        for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
+            found[k] = replace(found[k], adjusted=p)
+        return found
+
+    def over_splits(self, metric: Metric) -> dict[str, Difference]:
+        """The corrected t over splits, of which there are at least three: folds, or seeds with splits of their own."""
+        found: dict[str, Difference] = {}
+        if not self.run.splits and self.data.one_split:
+            return found
+        by_split = by_fold(self.run, self.data.level) if self.run.splits else self.data
+        for label, sites in self._sites():
+            here = [s for s in self.run.info.sites if s.name in sites]
+            test, train = (sum(s.patients.get(r, 0) for s in here) for r in ("test", "train"))
+            if self.run.splits:  # each tests one part in so many; under folds by sites, one site in so many
+                test = test // self.run.info.folds
+                train = train - test if self.run.info.folds_by == "sites" else train
+            shared = set(by_split.seeds(label)) & set(by_split.seeds(self.reference))
+            if test and train > 0 and len(shared) >= 3:
+                each = by_split.by_split(label, self.reference, sites, metric)
+                if len(each) >= 3:
+                    found[label] = corrected_t(each, test, train, self.data.level)
+        return found
+
+    def over_sites(self, metric: Metric) -> dict[str, Difference]:
+        """Signed ranks over sites, where at least six differ."""
+        found: dict[str, Difference] = {}
+        for label, sites in self._sites():
+            if self._seeds(label):
+                each = [float(self.data.paired(label, self.reference, [s], metric)[:, 0].mean()) for s in sites]
+                with suppress(Undefined):
+                    found[label] = signed_ranks([d for d in each if np.isfinite(d)])
+        return found
+
+
+def ranked(methods: Sequence[str], by_site: Sequence[Sequence[float | None]], metric: Metric) -> Ranking | None:
+    """Mean ranks over the sites where every method has a value; None with too few of either."""
+    rows = [row for row in by_site if all(v is not None for v in row)]
+    try:
+        values = np.array(rows, float).reshape(len(rows), len(methods))
+        return rank_methods(methods, values, metric.higher_is_better is not False)
+    except Undefined:
+        return None

@@ -1,0 +1,237 @@
+"""What a line of ``records.jsonl`` and ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+BASELINES = ("single", "mix", "cross")
+TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
+
+
+class Round(_Line):
+    """One round of one arm: time, bytes, who was asked and who was lost."""
+
+    kind: Literal["round"]
+    method: str
+    seed: int
+    fold: int = 0
+    round: int
+    seconds: dict[str, float] = Field(default_factory=dict)
+    wall: float = 0.0
+    bytes_up: dict[str, int] = Field(default_factory=dict)
+    bytes_down: dict[str, int] = Field(default_factory=dict)
+    asked: tuple[str, ...] = ()
+    lost: dict[str, str] = Field(default_factory=dict)
+
+
+class Scores(_Line):
+    """Metrics of one site after a round, on validation; or of the sealed test, once."""
+
+    kind: Literal["scores", "test"]
+    method: str
+    seed: int
+    fold: int = 0
+    round: int
+    site: str
+    role: str = "test"
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    n: int = 0
+
+
+class Sealed(_Line):
+    """How often an arm's test set was opened."""
+
+    kind: Literal["sealed"]
+    method: str
+    seed: int
+    fold: int = 0
+    opened: int
+
+
+class Privacy(_Line):
+    """What privacy an arm spent."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
+
+    kind: Literal["privacy"]
+    method: str
+    seed: int = 0
+    fold: int = 0
+    round: int | None = None
+    site: str | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+    adjacency: str | None = None
+    assumes: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> str:
+        """Which data sets ε compares, what is assumed, and what it does not cover: for below a table."""
+        from polyclinic.privacy.guarantee import meaning
+
+        return meaning(self.unit or NOT_STATED, self.adjacency or "not stated", self.assumes)
+
+    @property
+    def stated(self) -> str:
+        """ε and δ with all that they mean nothing without."""
+        from polyclinic.privacy.guarantee import sentence
+
+        epsilon = "not stated" if self.epsilon is None else rounded_up(self.epsilon)
+        delta = "not stated" if self.delta is None else f"{self.delta:g}"
+        return sentence(epsilon, delta, self.unit or NOT_STATED, self.adjacency or "not stated", self.assumes)
+
+
+NOT_STATED = "unit that is not stated"
+
+
+def rounded_up(epsilon: float) -> str:
+    """ε with two decimals, never less than what was spent."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if math.isfinite(epsilon) else "∞"
+
+
+class Quarantine(_Line):
+    """A reply the server refused, and why."""
+
+    kind: Literal["quarantine"]
+    method: str
+    seed: int
+    fold: int = 0
+    round: int
+    site: str
+    reason: str
+
+
+class Trial(_Line):
+    """One setting that a search tried on validation data, for ``rounds`` rounds; ``score`` is the best of them."""
+
+    kind: Literal["trial"]
+    method: str
+    seed: int
+    fold: int = 0
+    trial: int
+    values: dict[str, Any] = Field(default_factory=dict)
+    score: float | None = None
+    rounds: int = 0
+    seconds: float = 0.0
+
+
+class Chosen(_Line):
+    """What an arm trains with after a search; ``by`` says whether the search chose it or a person changed it."""
+
+    kind: Literal["chosen"]
+    method: str
+    seed: int
+    fold: int = 0
+    values: dict[str, Any] = Field(default_factory=dict)
+    by: Literal["search", "hand"] = "search"
+
+
+class Standing(_Line):
+    """Whether the end of an arm names a site as one to look at; and whether it was told to attack."""
+
+    kind: Literal["standing"]
+    method: str
+    seed: int
+    fold: int = 0
+    site: str
+    named: bool
+    hostile: bool = False
+
+
+class DataInfo(_Line):
+    """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
+
+    title: str = ""
+    licence: str = ""
+    citation: str = ""
+    url: str = ""
+    notes: tuple[str, ...] = ()
+    simulated: str | None = None
+    fingerprint: str = ""
+    sites_are: str = ""
+    checks: tuple[str, ...] = ()
+
+
+class SiteInfo(_Line):
+    """One site: how many patients and examples in each role, and how many of each class."""
+
+    name: str
+    role: Literal["training", "external"] = "training"
+    patients: dict[str, int] = Field(default_factory=dict)
+    examples: dict[str, int] = Field(default_factory=dict)
+    classes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+
+class MethodInfo(_Line):
+    """One method of the study, and what leaves a site under it."""
+
+    label: str
+    name: str = ""
+    title: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
+    citation: str = ""
+    leaves: str = ""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is one of Single, Mix and Cross."""
+        return self.label in BASELINES or self.name in BASELINES
+
+
+class RunInfo(_Line):
+    """``run.json``. With ``folds``, each seed has so many arms a method, each with a fold of patients or sites.
+
+    ``machines`` and ``attack`` say what was simulated.
+    """
+
+    name: str
+    title: str = ""
+    hash: str = ""
+    created: str = ""
+    task: TASKS
+    classes: tuple[str, ...] = ()
+    metric: str
+    higher_is_better: bool = True
+    data: DataInfo = DataInfo()
+    sites: tuple[SiteInfo, ...]
+    methods: tuple[MethodInfo, ...]
+    rounds: int = 0
+    seeds: tuple[int, ...] = (0,)
+    folds: int = 0
+    folds_by: Literal["", "patients", "sites"] = ""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    parameters: int = 0
+    machines: dict[str, Any] = Field(default_factory=dict)
+    attack: dict[str, Any] = Field(default_factory=dict)
+
+
+Known = Annotated[
+    Round | Scores | Sealed | Privacy | Quarantine | Trial | Chosen | Standing, Field(discriminator="kind")
+]
+
+
+def arm_name(label: str, seed: int, fold: int | None = None) -> str:
+    """The name of an arm's folder."""
+    return f"{label}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
+
+
+def arm_names(info: RunInfo) -> list[tuple[str, int, int, str]]:
+    """Method label, seed, fold and folder name of every arm of a run, in the order of their records."""
+    folds: Sequence[int | None] = range(info.folds) if info.folds else [None]
+    return [(m.label, s, f or 0, arm_name(m.label, s, f)) for s in info.seeds for f in folds for m in info.methods]
+
+
+def record_files(run: Path, names: Iterable[str]) -> list[Path]:
+    """Where a run's records are: in one file, or, until it is finished, one for each arm."""
+    whole = run / "records.jsonl"
+    parts = [run / "arms" / name / "records.jsonl" for name in names]
+    return [whole] if whole.is_file() else [part for part in parts if part.is_file()]

@@ -1,0 +1,1 @@
+"""Networks, and functions on their parameters."""

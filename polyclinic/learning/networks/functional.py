@@ -1,0 +1,47 @@
+"""A model as it would be with other parameters, for methods that look ahead: sharpness, episodes, mixtures."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.model_tree import BATCH_NORMS
+from polyclinic.learning.tasks.task import Batch
+
+
+class _Computes(nn.Module):
+    """A function of a model and a batch, as a module, so that its parameters can be replaced in a call."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: Batch) -> Tensor:
+        """What the function makes of the batch."""
+        return self.function(self.model, batch)
+
+
+def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
+    """``function(model, batch)`` as if ``model`` had ``params``; gradients flow to whatever made ``params``.
+
+    Leaves that ``params`` does not name stay the model's own.
+    """
+    replaced = {f"model.{name}": leaf for name, leaf in params.items()}
+    value: Tensor = functional_call(_Computes(model, function), replaced, (batch,))
+    return value
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Within it, batch normalisation uses its batches but does not remember them: running statistics stand still."""
+    layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum

@@ -1,0 +1,117 @@
+"""A network in pieces: layers that follow one another, cut so that pieces can live in different places."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.network_catalog import Classifier
+from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.training.local import LocalTraining
+
+
+class Links(nn.Module):
+    """Some of a chain's layers in order, under the names they have in the whole network."""
+
+    def __init__(self, whole: Classifier, start: int, stop: int) -> None:
+        super().__init__()
+        layers = list(whole.encoder.named_children())
+        self.encoder = nn.ModuleDict(dict(layers[start:stop]))
+        self.head = whole.head if stop > len(layers) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Through the layers."""
+        for layer in self.encoder.values():
+            x = layer(x)
+        return x if self.head is None else self.head(x)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The layers ``start`` to ``stop`` of the chain that is a task's network; the head is the last layer.
+
+    A piece can be borrowed like a task's whole model.
+    """
+
+    task: Task
+    start: int
+    stop: int
+
+    def model(self) -> nn.Module:
+        """The piece with random parameters."""
+        return Links(_chain(self.task), self.start, self.stop)
+
+    def of(self, params: Tree) -> Tree:
+        """The piece's part of ``params``."""
+        return {name: leaf for name, leaf in params.items() if name in _names(self)}
+
+    def say(self, params: Tree, x: Tensor, device: str = "cpu") -> Tensor:
+        """What the piece with its part of ``params`` says of ``x``, in training mode. Shape [b, ...]."""
+        with torch.no_grad():
+            said: Tensor = cached_model(self, self.of(params), device)(_fresh(x, device))
+        return said.cpu()
+
+    def learn(
+        self,
+        params: Tree,
+        x: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        local: LocalTraining,
+        round: int,
+        device: str = "cpu",
+    ) -> tuple[Tree, Tensor]:
+        """One optimizer step down ``loss``, a function of what the piece says of ``x``.
+
+        Returns:
+            ``params`` with the piece's part after the step, and the loss's gradient at ``x``.
+        """
+        model, inside = cached_model(self, self.of(params), device), _fresh(x, device).requires_grad_()
+        value = loss(model(inside))
+        if any(True for _ in model.parameters()):
+            local.stepper(model, round)(value)
+        else:
+            value.backward()  # type: ignore[no-untyped-call]
+        assert inside.grad is not None
+        return {**params, **params_of(model)}, inside.grad.cpu()
+
+
+def _fresh(x: Tensor, device: str) -> Tensor:
+    """A copy in memory of its own, in rows: sums over a view, or in another order of axes, may round otherwise."""
+    return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+@lru_cache(maxsize=64)
+def length(task: Task) -> int:
+    """How many layers the chain has, its head among them.
+
+    Raises:
+        ValueError: Where the task's network is no chain.
+    """
+    return len(list(_chain(task).encoder.children())) + 1
+
+
+@lru_cache(maxsize=64)
+def first_bend(task: Task) -> int:
+    """How many layers there are up to the first that is not linear, it among them."""
+    layers = list(_chain(task).encoder.children())
+    return 1 + next((i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)), len(layers) - 1)
+
+
+@lru_cache(maxsize=64)
+def _names(piece: Piece) -> frozenset[str]:
+    return frozenset(params_of(piece.model()))
+
+
+def _chain(task: Task) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        whole = task.model()
+    if not isinstance(whole, Classifier) or not isinstance(whole.encoder, nn.Sequential):
+        raise ConfigError(
+            f"only a network whose layers follow one another can be cut: choose mlp or cnn, not {task.network.name}"
+        )
+    return whole

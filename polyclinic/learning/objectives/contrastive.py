@@ -1,0 +1,135 @@
+"""Contrastive learning of a network's representation: projections, the loss, and queues of earlier keys.
+
+He, Fan, Wu, Xie and Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020,
+https://arxiv.org/abs/1911.05722 (keys, queue, momentum encoder); Chen, Kornblith, Norouzi and Hinton, "A Simple
+Framework for Contrastive Learning of Visual Representations", ICML 2020, https://arxiv.org/abs/2002.05709 (projection
+head). Also what every method shares that first learns a representation: the study's network with something after it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core import tree
+from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.latent import encoded, encoded_width
+from polyclinic.learning.networks.model_tree import initial
+from polyclinic.learning.tasks.task import Batch, Task, cached_model
+
+
+class Extended(nn.Module):
+    """The study's network, ``backbone``, and what a pretraining puts after its representation, ``extra``."""
+
+    backbone: Any
+    extra: Any
+
+    def __init__(self, backbone: nn.Module, extra: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.extra = backbone, extra
+
+
+def extended(learner: Any, params: Tree) -> Tree:
+    """The first parameters of ``learner``'s ``Extended`` model whose backbone carries ``params``."""
+    return {**initial(learner.model, 0), **tree.prefixed("backbone", params)}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A network that learns to tell images apart: the study's, and a projection of its representation.
+
+    Attributes:
+        task: The study's task. ``width``: how long a projection is.
+        temperature: τ of the loss.
+    """
+
+    task: Task
+    width: int = 64
+    temperature: float = 0.1
+
+    def model(self) -> nn.Module:
+        """An ``Extended`` model whose ``extra`` is the projection."""
+        size = encoded_width(self.task)
+        projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, self.width))
+        return Extended(self.task.model(), projection)
+
+    def embed(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Projections [b, width] of length 1."""
+        assert isinstance(model, Extended)
+        return F.normalize(model.extra(encoded(self.task, model.backbone, inputs)), dim=1)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """NT-Xent of a minibatch whose first and second halves are two views of the same images."""
+        q = self.embed(model, batch[0])
+        n = len(q) // 2
+        logits = (q @ q.T / self.temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=q.device), -1e9)
+        other = torch.eye(2 * n, device=q.device).roll(n, 0)
+        return nce(logits, other)
+
+    def keys(self, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tensor:
+        """Projections [n, width] of all of ``data``, in order."""
+        model = cached_model(self, params, device, "keys").eval()
+        with torch.no_grad():
+            chunks = [
+                self.embed(model, data[c][0].to(device)).cpu() for c in torch.arange(len(data)).split(size) if len(c)
+            ]
+        return torch.cat(chunks) if chunks else torch.zeros(0, self.width)
+
+
+def nce(logits: Tensor, positive: Tensor) -> Tensor:
+    """−log softmax(logits) [b, n], as a mean over each row's ``positive`` entries and then over rows that have any."""
+    log_p = logits.log_softmax(1)
+    count = positive.sum(1)
+    each = -(log_p * positive).sum(1) / count.clamp_min(1)
+    return each.sum() / (count > 0).sum().clamp_min(1)
+
+
+def momentum_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """MoCo's InfoNCE: −log( exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)) ), for q and k [b, w], negatives [n, w]."""
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
+    return nce(logits, F.one_hot(torch.zeros(len(q), dtype=torch.long, device=q.device), logits.shape[1]).to(q))
+
+
+def gaussian(keys: Tensor) -> Tree:
+    """Mean [w] and covariance [w, w] of ``keys`` [n, w]; nothing where n is 0."""
+    if not len(keys):
+        return {}
+    return {"mean": keys.mean(0), "covariance": (keys - keys.mean(0)).T @ (keys - keys.mean(0)) / max(len(keys) - 1, 1)}
+
+
+def drawn(of: Tree, size: int, rng: torch.Generator) -> Tensor:
+    """``size`` keys of length 1 from the Gaussian ``of``. Shape [size, w]."""
+    values, vectors = torch.linalg.eigh(of["covariance"].double())
+    root = vectors * values.clamp_min(0).sqrt()
+    noise = torch.randn(size, len(values), generator=rng, dtype=torch.float64)
+    return F.normalize((of["mean"].double() + noise @ root.T).float(), dim=1)
+
+
+def similarity(before: Tensor, after: Tensor) -> float:
+    """Spearman's ρ between the cosine dissimilarities of the same images under two models; 0 for fewer than 3 images.
+
+    Both are keys [n, w] of length 1.
+    """
+    if len(before) < 3:
+        return 0.0
+    i, j = torch.triu_indices(len(before), len(before), 1)
+    ranks = torch.stack([(1 - (k[i] * k[j]).sum(1)).argsort().argsort().double() for k in (before, after)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def partitions(parts: tuple[Any, ...], count: int) -> Tensor:
+    """In which of ``count`` parts of its volume each slice of the data sets in ``parts`` lies; -1 where not known."""
+    found = [torch.zeros(0, dtype=torch.long)]
+    for data in parts:
+        said = getattr(data, "positions", None)
+        height = torch.full((len(data),), torch.nan) if said is None else torch.as_tensor(said)
+        known = (height * count).long().clamp(0, count - 1)
+        found.append(torch.where(height.isfinite(), known, -1))
+    return torch.cat(found)
+
+
+def alike(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Which of ``theirs`` [n] lie in the same partition as each of ``mine`` [b]: [b, n] of 0 and 1."""
+    return ((mine[:, None] == theirs) & (mine[:, None] >= 0)).float()

@@ -1,0 +1,204 @@
+"""Learning from what another model says: divergences by kind of task, and two models that teach one another."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
+
+
+class Said(nn.Module):
+    """A model that has spoken already: it returns ``words``, so that a task's loss needs no second forward pass."""
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``words``, whatever ``x`` is."""
+        return self.words
+
+
+def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    """How far what ``learner`` says is from what ``target`` says; both are a model's raw outputs [b, C, ...].
+
+    Classes (of images or pixels): T² · KL(softmax(target / T) ‖ softmax(learner / T)), Hinton et al., 2015, as a mean
+    over the batch and pixels. Labels: the same for each label's Bernoulli variable. Regression: half the mean square.
+    """
+    T = temperature
+    match kind:
+        case "regression":
+            return F.mse_loss(learner, target) / 2
+        case "multilabel":
+            p, q = target / T, learner / T
+            each = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (
+                F.logsigmoid(-p) - F.logsigmoid(-q)
+            )
+            return T**2 * each.mean()
+        case "classification" | "segmentation":
+            p, q = (target / T).log_softmax(1), (learner / T).log_softmax(1)
+            return T**2 * (p.exp() * (p - q)).sum(1).mean()
+    raise ConfigError(
+        f"what two models say of {kind} cannot be compared: there are classification, multilabel, "
+        "segmentation, regression"
+    )
+
+
+@dataclass(frozen=True)
+class _OfNetwork:
+    network: Network
+
+    def model(self) -> nn.Module:
+        return self.network()
+
+
+def of(network: Network) -> Task:
+    """As much of a task as it takes to find the representation of ``network``."""
+    return cast(Task, _OfNetwork(network))
+
+
+def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> tuple[Tensor, Tensor]:
+    """What the model with ``params`` says of every example of ``data``, in order.
+
+    Returns:
+        Raw outputs [n, C, ...], and the second of what ``data`` yields [n, ...]; both on the CPU.
+    """
+    model = cached_model(task, params, device, "answers").eval()
+    said: list[Tensor] = []
+    targets: list[Tensor] = []
+    with torch.no_grad():
+        for chunk in torch.arange(len(data)).split(size):
+            if len(chunk):
+                x, y = data[chunk]
+                z = model(x.to(device))
+                said.append((z if isinstance(z, Tensor) else z[0]).cpu())
+                targets.append(y)
+    if not said:
+        return torch.zeros(0, task.network.outputs), torch.zeros(0, dtype=torch.long)
+    return torch.cat(said), torch.cat(targets)
+
+
+class Duo(nn.Module):
+    """A teacher, a student, and the projection of the student's representation into the teacher's."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.student, self.projection = teacher, student, projection
+
+
+@dataclass(frozen=True)
+class Dual:
+    """Two models that learn from the labels and from one another; each holds the other fixed while it learns.
+
+    Attributes:
+        teacher: One task, and ``student``, the same task with another network or the same one.
+        labels: What the labels count for (teacher, student); ``decision``: what the other's decision counts.
+        representation: What the distance between representations counts.
+        adaptive: Whether both distances are divided by the sum of the two task losses, so that models that are
+            wrong teach little.
+        temperature: T of the decisions.
+    """
+
+    teacher: Task
+    student: Task
+    labels: tuple[float, float] = (1.0, 1.0)
+    decision: tuple[float, float] = (1.0, 1.0)
+    representation: float = 1.0
+    adaptive: bool = True
+    temperature: float = 1.0
+
+    def model(self) -> nn.Module:
+        """A ``Duo``."""
+        projection = nn.Linear(head_width(self.student), head_width(self.teacher), bias=False)
+        return Duo(self.teacher.model(), self.student.model(), projection)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the two models' losses."""
+        assert isinstance(model, Duo)
+        h_t, z_t = represent(self.teacher, model.teacher, batch[0])
+        h_s, z_s = represent(self.student, model.student, batch[0])
+        L_t, L_s = self.teacher.loss(Said(z_t), batch), self.student.loss(Said(z_s), batch)
+        c = (L_t + L_s).detach().clamp_min(1e-8) if self.adaptive else torch.ones(())
+        # KD_t = KL(softmax z_s ‖ softmax z_t) / c,  KD_s = KL(softmax z_t ‖ softmax z_s) / c
+        KD_t = divergence(self.teacher.kind, z_t, z_s.detach(), self.temperature) / c
+        KD_s = divergence(self.student.kind, z_s, z_t.detach(), self.temperature) / c
+        # H = MSE(h_t, W_h h_s) / c
+        H = F.mse_loss(model.projection(pooled(h_s)), pooled(h_t)) / c if self.representation else torch.zeros_like(c)
+        own = self.labels[0] * L_t + self.labels[1] * L_s
+        return own + self.decision[0] * KD_t + self.decision[1] * KD_s + self.representation * H
+
+
+class _Either(nn.Module):
+    """Two models, and which of them answers."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.choice: Tensor
+        self.register_buffer("choice", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The answer of ``second`` where ``choice`` is 1, else of ``first``."""
+        answer: Tensor = (self.second if self.choice > 0.5 else self.first)(x)
+        return answer
+
+
+@dataclass(frozen=True)
+class Either(Network):
+    """A network that is one of two: its tensors are those of ``first``, of ``second``, and ``choice``."""
+
+    pair: tuple[Network, ...] = ()
+
+    def __call__(self) -> nn.Module:
+        """A new module, which begins as the first."""
+        return _Either(*(network() for network in self.pair))
+
+
+def either(task: Task, second: Network) -> Task:
+    """``task`` with a model that is either its own or one of the network ``second``."""
+    own = task.network
+    return replace(task, network=Either("either", own.inputs, own.outputs, pair=(own, second)))
+
+
+def look(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a model says [b, C, ...], and where it looks: [b, places] of length 1, from its last convolution.
+
+    Where: the mean square over channels at each place. Zagoruyko and Komodakis, "Paying More Attention to Attention",
+    ICLR 2017, equation 2. https://arxiv.org/abs/1612.03928. Without convolutions there are no places.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    found: list[Tensor] = []
+    hook = convolutions[-1].register_forward_hook(lambda *given: found.append(given[2])) if convolutions else None
+    try:
+        z = model(inputs)
+    finally:
+        if hook:
+            hook.remove()
+    places = found[-1].square().mean(1).flatten(1) if found else inputs.new_zeros(len(inputs), 0)
+    return z if isinstance(z, Tensor) else z[0], F.normalize(places, dim=1)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """A loss for inputs whose targets are positions in ``wanted``: what an ensemble said of each of them.
+
+    Attributes:
+        kind: Of the task. ``wanted``: raw outputs [n, C, ...]. ``temperature``: T.
+    """
+
+    kind: str
+    wanted: Tensor
+    temperature: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The divergence of what ``model`` says from what was wanted."""
+        z = model(batch[0])
+        target = self.wanted[batch[1].cpu()].to(batch[0].device)
+        return divergence(self.kind, z if isinstance(z, Tensor) else z[0], target, self.temperature)

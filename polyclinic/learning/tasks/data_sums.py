@@ -1,0 +1,115 @@
+"""Sums over data, from which means, deviations, quantiles and class counts follow; so that they can be added up."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyclinic.core.serialization import savable
+from polyclinic.core.tree import Tree
+
+
+@savable("statistics.Summary", 1)
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of some data. By channel for images, by column for tables.
+
+    Attributes:
+        sums: As ``count_up`` and ``spread_out`` give them, added up.
+        edges: Of the histogram's inner bins: [channels, bins + 1].
+    """
+
+    sums: Tree
+    edges: Tensor
+
+    @property
+    def examples(self) -> int:
+        """How many."""
+        return int(self.sums["examples"])
+
+    @property
+    def classes(self) -> Tensor:
+        """How many examples (of masks: pixels) each class has, or each label is positive in. [classes], float64."""
+        return self.sums["classes"]
+
+    @property
+    def missing(self) -> Tensor:
+        """The share of values that are not numbers. [channels]"""
+        return self.sums["missing"] / (self.sums["missing"] + self.sums["count"]).clamp_min(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the values that are numbers. [channels]"""
+        return self.sums["sum"] / self.sums["count"].clamp_min(1)
+
+    @property
+    def std(self) -> Tensor:
+        """√(Σ(x − m)²/n − (mean − m)²), the deviation of all values, with m the histogram's middle or else 0."""
+        n = self.sums["count"].clamp_min(1)
+        if "around" not in self.sums:
+            return (self.sums["square"] / n - self.mean.square()).clamp_min(0).sqrt()
+        return (self.sums["around"] / n - (self.mean - middle(self.edges)).square()).clamp_min(0).sqrt()
+
+    def quantile(self, q: float) -> Tensor:
+        """The value below which a share ``q`` lies, to within a bin of the histogram. [channels]
+
+        Beyond the histogram's ends, which lie some deviations from the mean, its end is given.
+        """
+        counts = self.sums["histogram"]
+        below = torch.cat([torch.zeros_like(counts[:, :1]), counts.cumsum(1)], 1)  # up to each edge, from -∞
+        wanted = max(q, 1e-12) * below[:, -1:]  # the quantile 0 is where the first value lies
+        lower, upper = below[:, 1:-2], below[:, 2:-1]
+        index = (upper < wanted).sum(1, keepdim=True).clamp_max(upper.shape[1] - 1)
+        inside = upper.gather(1, index) - lower.gather(1, index)
+        share = ((wanted - lower.gather(1, index)) / inside.clamp_min(1e-12)).clamp(0, 1)
+        left, right = self.edges[:, :-1].gather(1, index), self.edges[:, 1:].gather(1, index)
+        return (left + share * (right - left)).squeeze(1)
+
+
+def count_up(data: Any, classes: int) -> dict[str, Tensor]:
+    """Sums over ``data``, in double precision: counts and moments by channel, examples, and targets by class."""
+    found: dict[str, Tensor] = {"examples": torch.tensor(float(len(data)), dtype=torch.float64)}
+    for chunk in torch.arange(len(data)).split(256):
+        x, y = data[chunk]
+        values = x.double().transpose(0, 1).flatten(1)
+        known = values.isfinite()
+        values = values.nan_to_num(0, 0, 0)
+        here = {
+            "count": known.sum(1).double(),
+            "missing": (~known).sum(1).double(),
+            "sum": values.sum(1),
+            "square": values.square().sum(1),
+            "classes": _classes(y, classes),
+        }
+        found |= {name: found[name] + leaf if name in found else leaf for name, leaf in here.items()}
+    return found
+
+
+def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
+    """A second look, with the edges [channels, bins + 1] of a histogram that reaches evenly from the mean.
+
+    Returns:
+        ``histogram`` [channels, bins + 2]: how many values lie below, in each bin, and above; and ``around``
+        [channels]: Σ(x − m)² around the middle m, which keeps digits that Σx² loses.
+    """
+    counts = torch.zeros(edges.shape[0], edges.shape[1] + 1, dtype=torch.float64)
+    around = torch.zeros(edges.shape[0], dtype=torch.float64)
+    for chunk in torch.arange(len(data)).split(256):
+        values = data[chunk][0].double().transpose(0, 1).flatten(1)
+        for channel, (row, own) in enumerate(zip(values, edges, strict=True)):
+            known = row[row.isfinite()]
+            counts[channel] += torch.bucketize(known, own).bincount(minlength=counts.shape[1])
+            around[channel] += (known - middle(edges)[channel]).square().sum()
+    return {"histogram": counts, "around": around}
+
+
+def middle(edges: Tensor) -> Tensor:
+    """Of a histogram: [channels]."""
+    return (edges[:, 0] + edges[:, -1]) / 2
+
+
+def _classes(targets: Tensor, classes: int) -> Tensor:
+    if targets.is_floating_point():  # labels, or numbers, whose sum it then is
+        return targets.double().nan_to_num().sum(0)
+    return targets.flatten().bincount(minlength=classes).double()

@@ -1,0 +1,59 @@
+"""What a site can say of a model on all of its data: how wrong it is there, and which way is down."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import gradient
+from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.training.local import seeded
+
+CHUNK = 256  # examples held at once
+
+
+def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", data: Any = None) -> float:
+    """F_k(w): the task's loss, averaged over all of a site's examples, in evaluation mode.
+
+    Args:
+        round: Decides the loss's own randomness, where it has any.
+        role: Which of the site's data; or ``data`` instead.
+
+    Raises:
+        ValueError: Where there are none.
+    """
+    data = site.data.get(role, ()) if data is None else data
+    if not len(data):
+        raise ConfigError(f"{site.name} has no {role} data: this method needs some at every site")
+    model, total = cached_model(task, params, site.device).eval(), 0.0
+    with torch.inference_mode(), seeded(site.rng(round, "risk", role), site.device):
+        for chunk in torch.arange(len(data)).split(CHUNK):
+            x, y = data[chunk]
+            total += float(task.loss(model, (x.to(site.device), y.to(site.device)))) * len(chunk)
+    return total / len(data)
+
+
+def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = "train") -> Tree:
+    """∇F_k(w): the gradient of the loss averaged over all of a site's examples, by trained leaf.
+
+    Batch normalisation, where a model has it, sees up to 256 examples together.
+    """
+    data, model = site.data[role], cached_model(task, params, site.device)
+    total: dict[str, torch.Tensor] = {}
+    with seeded(site.rng(round, "gradient", role), site.device):
+        for chunk in torch.arange(len(data)).split(CHUNK):
+            x, y = data[chunk]
+            share = len(chunk) / len(data)
+            for name, g in gradient(task.loss(model, (x.to(site.device), y.to(site.device))) * share, model).items():
+                total[name] = total[name] + g if name in total else g
+    return {name: g.detach().cpu() for name, g in total.items()}
+
+
+@lru_cache(maxsize=32)
+def trained(task: Task) -> frozenset[str]:
+    """The names of what an optimizer changes; the rest of a tree is running statistics."""
+    with torch.random.fork_rng(devices=[]):
+        return frozenset(name for name, _ in task.model().named_parameters())

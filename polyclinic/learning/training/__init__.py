@@ -1,0 +1,1 @@
+"""Training at one site: plain and private optimization, augmentation, random generators."""

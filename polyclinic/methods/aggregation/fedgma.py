@@ -1,0 +1,53 @@
+"""Gradient-masked averaging: coordinates on which sites disagree move less.
+
+Irene Tenison, Sai Aravind Sreeramadas, Vaikkunth Mugunthan, Edouard Oyallon, Irina Rish and Eugene Belilovsky,
+"Gradient Masked Averaging for Federated Learning", Transactions on Machine Learning Research, 2023, Algorithm 1,
+https://arxiv.org/abs/2201.11986; after Parascandolo et al., "Learning explanations that are hard to vary", ICLR 2021.
+Running statistics are not masked. Signs add up, so that nobody sees one site's update.
+"""
+
+from dataclasses import dataclass
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.learning.tasks.risk import trained
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg, State
+
+
+@dataclass(frozen=True)
+class FedGMA(FedAvg):
+    """FedAvg that trusts a coordinate as far as the sites agree on its sign.
+
+    What only some scanners teach tends to point in different directions; what all hospitals' patients share, in one.
+
+    Attributes:
+        threshold: τ. From this agreement on a coordinate moves by the whole mean; 0 is FedAvg.
+    """
+
+    threshold: float = 0.4
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        reply, memory = super().site_update(request, memory, site)
+        update, learned = reply.mean("update"), trained(self.task)
+        signs = {name: leaf.sign() for name, leaf in update.total.items() if name in learned}
+        return Reply({"update": update, "sign": WeightedMean.of(signs, update.weight)}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        change, signs = reply.mean("update").value, reply.mean("sign").value
+        for name, sign in signs.items():
+            agreement = sign.abs()  # A = |Σ p_k sign(Δ_k)|;  the mask is 1 where A ≥ τ, else A
+            mask = agreement.where(agreement < self.threshold, 1.0)
+            change = {**change, name: change[name] * mask}
+        return State(state.round + 1, tree.shift(state.params, tree.scale(change, self.lr)))
+
+
+def fedgma(
+    task: Task, local: LocalTraining, *, threshold: float = 0.4, lr: float = 1.0, uniform: bool = False
+) -> FedGMA:
+    """FedAvg that trusts a coordinate as far as the sites agree on its sign."""
+    return FedGMA(task, local, lr, uniform, threshold)

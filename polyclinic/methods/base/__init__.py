@@ -1,0 +1,1 @@
+"""Baselines and parts that methods are composed of."""

@@ -1,0 +1,1 @@
+"""Client end: knowledge distillation."""

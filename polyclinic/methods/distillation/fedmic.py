@@ -1,0 +1,158 @@
+"""Two models at each site, of which only the smaller travels: FedMIC, FedKD and federated mutual learning.
+
+FedMIC: Ren, Hu, Chen and Wang, "Federated Distillation for Medical Image Classification: Towards Trustworthy
+Computer-Aided Diagnosis", 2024, https://arxiv.org/abs/2407.02261: a private teacher and a shared student at each site,
+distilled both ways at the level of representations and of decisions (dual knowledge distillation); the student's
+update leaves in low rank with a dynamic choice of singular values (global parameter decomposition). The paper's
+equations were not at hand: the losses are those of FedKD, on which it builds: Wu, Wu, Lyu, Huang and Xie,
+"Communication-efficient federated learning via knowledge distillation", Nature Communications 13:2032, 2022,
+https://arxiv.org/abs/2108.13323. So the two are the same here. The decomposition, which both papers have, changes what
+leaves a site: it is the transform for low rank, which a study gives both unless it says otherwise. We leave out FedKD's
+attention matrices, which only transformers have, and let no gradient flow through the other model or through the
+divisor c.
+
+Federated mutual learning: Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, section 3,
+after Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018, https://arxiv.org/abs/1706.00384.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_tree import initial
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.objectives.distillation_loss import Dual, either
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import State
+
+
+@dataclass(frozen=True)
+class DualDistillation(Method[State]):
+    """A private teacher at each site and a student that all share, learning from the labels and from one another.
+
+    The teacher never leaves its site, fits its data, and is what the site predicts with; it may be a larger network.
+    The student carries what others have learned. A site that never trained predicts with the student.
+
+    Attributes:
+        dual: The two tasks and what each loss counts.
+    """
+
+    dual: Dual
+    local: LocalTraining = LocalTraining()
+    uniform: bool = False
+
+    def init(self, params: Tree) -> State:
+        return State(0, params)
+
+    def request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        student = request.trees["params"]
+        private = memory.get("private") or self._private(student, site)
+        end = self.local.fit(self.dual, {**private, **tree.prefixed("student", student)}, site, request.round)
+        learned = tree.under("student", end)
+        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        kept = {name: leaf for name, leaf in end.items() if not name.startswith("student.")}
+        return Reply({"update": WeightedMean.of(tree.sub(learned, student), weight)}), {**memory, "private": kept}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return State(state.round + 1, reply.mean("update").apply_to(state.params))
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        teacher = tree.under("teacher", memory.get("private", {}))
+        if self.prediction_task is None:
+            return teacher or request.trees["params"]
+        choice = {"choice": torch.tensor(float(bool(teacher)))}
+        private = teacher or self.dual.teacher.first(0)
+        return {**tree.prefixed("first", request.trees["params"]), **tree.prefixed("second", private), **choice}
+
+    @property
+    def prediction_task(self) -> Any:
+        own = self.dual.teacher.network
+        return None if own == self.dual.student.network else either(self.dual.student, own)
+
+    def _private(self, student: Tree, site: Site) -> Tree:
+        """Teacher and projection as they begin: the teacher as the first student where it is the same network."""
+        fresh = tree.select(initial(self.dual.model, site.seed), lambda name: not name.startswith("student."))
+        return {**fresh, **tree.prefixed("teacher", student)} if self.prediction_task is None else fresh
+
+
+def _teacher(task: Task, name: str, options: tuple[tuple[str, Any], ...]) -> Task:
+    own, pairs = task.network, tuple((key, value) for key, value in options)  # a study file has lists
+    return task if not name else replace(task, network=Network(name, own.inputs, own.outputs, pairs))
+
+
+def fedmic(
+    task: Task,
+    local: LocalTraining,
+    *,
+    teacher: str = "",
+    teacher_options: tuple[tuple[str, int], ...] = (),
+    representation: float = 1.0,
+    decision: float = 1.0,
+    temperature: float = 1.0,
+    adaptive: bool = True,
+    uniform: bool = False,
+) -> DualDistillation:
+    """A private teacher and a shared student; ``teacher`` names its network, the study's own by default.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        representation: What the distance between representations counts.
+        decision: What the divergence of decisions counts.
+        temperature: T of the decisions.
+        adaptive: Whether both are divided by the sum of the task losses, so that models that are wrong teach little.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    own, both = _teacher(task, teacher, teacher_options), (decision, decision)
+    return DualDistillation(Dual(own, task, (1.0, 1.0), both, representation, adaptive, temperature), local, uniform)
+
+
+def fedkd(
+    task: Task,
+    local: LocalTraining,
+    *,
+    teacher: str = "",
+    teacher_options: tuple[tuple[str, int], ...] = (),
+    uniform: bool = False,
+) -> DualDistillation:
+    """A private mentor and a shared mentee, with the paper's adaptive losses.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    return fedmic(task, local, teacher=teacher, teacher_options=teacher_options, uniform=uniform)
+
+
+def mutual(
+    task: Task,
+    local: LocalTraining,
+    *,
+    teacher: str = "",
+    teacher_options: tuple[tuple[str, int], ...] = (),
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    uniform: bool = False,
+) -> DualDistillation:
+    """A private model with α · CE + (1 − α) · KL and a shared one with β · CE + (1 − β) · KL.
+
+    Args:
+        teacher: The teacher's network, by name; the study's own where empty.
+        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
+        alpha: α, what the labels count for the private model.
+        beta: β, what they count for the shared one.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    own = _teacher(task, teacher, teacher_options)
+    return DualDistillation(Dual(own, task, (alpha, beta), (1 - alpha, 1 - beta), 0.0, False), local, uniform)

@@ -1,0 +1,1 @@
+"""Client end: domain adaptation."""

@@ -1,0 +1,1 @@
+"""Server end: domain shift and fairness."""

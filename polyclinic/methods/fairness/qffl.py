@@ -1,0 +1,46 @@
+"""q-fair federated learning.
+
+Tian Li, Maziar Sanjabi, Ahmad Beirami and Virginia Smith, "Fair Resource Allocation in Federated Learning", ICLR 2020,
+equation 2 and Algorithm 2 (q-FedAvg), https://arxiv.org/abs/1905.10497. As in the algorithm, sites count the same and L
+is one over the learning rate. Running statistics move by the mean under the same weights.
+"""
+
+from dataclasses import dataclass
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.learning.tasks.risk import risk, trained
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class QFFL(FedAvg):
+    """FedAvg whose sites count more, the worse the model is at them: Σ F_k^{q+1} / (q + 1) made small.
+
+    Attributes:
+        q: How much fairness counts; 0 is FedAvg with equal sites, and the larger, the nearer to the worst site alone.
+    """
+
+    uniform: bool = True
+    q: float = 1.0
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, learned = request.trees["params"], trained(self.task)
+        loss = risk(self.task, start, site, request.round) + 1e-10
+        change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+        L = 1 / self.local.rate(request.round)
+        # Δw_k = L (w - w_k);  h_k = q F_k^{q-1} ‖Δw_k‖² + L F_k^q;  w ← w - Σ F_k^q Δw_k / Σ h_k
+        square = L**2 * tree.norm(tree.select(change, learned.__contains__)) ** 2
+        h = self.q * loss ** (self.q - 1) * square + L * loss**self.q
+        step = {n: x * (L * loss**self.q / h) if n in learned else x for n, x in change.items()}
+        return Reply({"update": WeightedMean.of(step, h)}), memory
+
+
+def q_ffl(task: Task, local: LocalTraining, *, q: float = 1.0, lr: float = 1.0) -> QFFL:
+    """FedAvg whose sites count more, the worse the model is at them."""
+    return QFFL(task, local, lr, q=q)

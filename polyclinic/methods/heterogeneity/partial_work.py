@@ -1,0 +1,79 @@
+"""Partial work: late sites do what they can, and it counts.
+
+Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020, section
+5.2, where each round a share of the sites does between one epoch and all. https://arxiv.org/abs/1812.06127. We draw
+steps instead of epochs, so that one epoch can be cut short too.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.heterogeneity.fednova import FedNova
+from polyclinic.methods.optimization.fedavg import FedAvg, State
+from polyclinic.methods.optimization.fedprox import fedprox
+
+
+@dataclass(frozen=True)
+class PartialWork(Method[State]):
+    """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
+
+    What they did counts in full, where a deadline would throw it away.
+
+    Attributes:
+        inner: A method with a field ``local``.
+        late: The probability; 0.5 and 0.9 in the paper.
+        least: The smallest share of the steps that a late site does.
+    """
+
+    inner: FedAvg
+    late: float = 0.5
+    least: float = 0.1
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
+
+    def init(self, params: Tree) -> State:
+        return self.inner.init(params)
+
+    def request(self, state: State) -> Request | None:
+        return self.inner.request(state)
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        late, share = torch.rand(2, generator=site.rng(request.round, "pace")).tolist()
+        whole = self.inner.local.count(site.data["train"])
+        if late >= self.late or not whole:
+            return self.inner.site_update(request, memory, site)
+        steps = max(1, round(whole * (self.least + (1 - self.least) * share)))
+        return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return self.inner.server_update(state, reply, server)
+
+
+def partial_work(
+    task: Task,
+    local: LocalTraining,
+    *,
+    late: float = 0.5,
+    least: float = 0.1,
+    mu: float = 0.01,
+    normalised: bool = False,
+    uniform: bool = False,
+) -> PartialWork:
+    """FedProx with late sites that do part of their work.
+
+    Args:
+        mu: μ of FedProx, which holds sites near where they started.
+        normalised: Whether to average as FedNova does.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalised else fedprox(task, local, mu=mu, uniform=uniform)
+    return PartialWork(inner, late, least)

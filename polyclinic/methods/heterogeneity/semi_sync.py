@@ -1,0 +1,120 @@
+"""Semi-synchronous training: every site works for the same time, and nobody waits.
+
+Stripelis, Thompson and Ambite, "Semi-Synchronous Federated Learning for Energy-Efficient Training and Accelerated
+Convergence in Cross-Silo Settings", ACM TIST 2022, https://arxiv.org/abs/2102.02849, used for brain age in "Scaling
+Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440: t_max = λ · the slowest
+site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per minibatch.
+
+Seconds are given, not measured: a method has no clock, so that a run repeats itself to the bit. Measure them once, as
+the ``seconds`` that a run records divided by its minibatches. How many hours a study would take with such machines is
+what ``engines.unequal`` tells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.job_enumeration import once
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.heterogeneity.fednova import FedNova
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.optimization.fedavg import State as Averaged
+
+
+@savable("semi-sync.State", 1)
+class State(NamedTuple):
+    """The inner method's state, and t_max in seconds; 0 before it is known."""
+
+    inner: Averaged
+    seconds: float
+
+    @property
+    def params(self) -> Tree:
+        """The model."""
+        return self.inner.params
+
+
+@dataclass(frozen=True)
+class SemiSync(Method[State]):
+    """Every site trains for the same time, so that fast ones do more and nobody waits.
+
+    Attributes:
+        inner: A method with a field ``local``, whose number of steps is set for each site.
+        seconds: Seconds per minibatch by site, as pairs; 1 where a site is not named.
+        share: λ, the time of a round in epochs of the slowest site; 1 or 2 in the paper.
+    """
+
+    inner: FedAvg
+    seconds: tuple[tuple[str, float], ...] = ()
+    share: float = 1.0
+
+    gathers = True  # the server must see what each site sends
+
+    def init(self, params: Tree) -> State:
+        return State(self.inner.init(params), 0.0)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return (once("epoch-time", static=False), *self.inner.jobs)
+
+    def request(self, state: State) -> Request | None:
+        request = self.inner.request(state.inner)
+        if request is None:
+            return None
+        if not state.seconds:
+            return Request(request.round, {"params": state.params}, "epoch-time")
+        limit = {"t_max": torch.tensor(state.seconds, dtype=torch.float64)}
+        return replace(request, trees={**request.trees, "pace": limit})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        each = dict(self.seconds).get(site.name, 1.0)
+        if request.job == "epoch-time":
+            epoch = replace(self.inner.local, epochs=1, steps=None).count(site.data["train"]) * each
+            return Reply({"seconds": PerSite({site.name: {"epoch": torch.tensor(epoch, dtype=torch.float64)}})}), memory
+        steps = max(1, int(float(request.trees["pace"]["t_max"]) / each + 1e-9))  # s_k = t_max / t_k
+        if not len(site.data["train"]):
+            steps = 0
+        return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if not state.seconds:
+            slowest = max(float(leaves["epoch"]) for leaves in reply.gather("seconds").values())
+            return state._replace(seconds=self.share * slowest)
+        return state._replace(inner=self.inner.server_update(state.inner, reply, server))
+
+
+def semi_sync(
+    task: Task,
+    local: LocalTraining,
+    sites: Sequence[str],
+    *,
+    seconds: tuple[float, ...] = (),
+    share: float = 1.0,
+    normalised: bool = False,
+    uniform: bool = False,
+) -> SemiSync:
+    """Every site trains for the same time, as much as it can.
+
+    Args:
+        seconds: Seconds per minibatch, one number for each site in the order of their names; 1 for all where empty.
+        normalised: Whether to average as FedNova does, so that fast sites do not count more for their speed.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    if seconds and len(seconds) != len(sites):
+        raise ConfigError(
+            f"semi-sync: seconds has {len(seconds)} numbers and there are {len(sites)} sites: give one each"
+        )
+    if any(not s > 0 for s in seconds):
+        raise ConfigError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
+    pairs = tuple(zip(sorted(sites), seconds, strict=False))
+    inner = (FedNova if normalised else FedAvg)(task, local, uniform=uniform)
+    return SemiSync(inner, pairs, share)

@@ -1,0 +1,141 @@
+"""What a method's page says, taken from its table line, its docstrings and its maker's arguments."""
+
+import inspect
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from polyclinic.methods.catalog import Entry, family_of
+from polyclinic.methods.registry import entry, maker, options
+
+USUAL = {
+    "lr": "The server's step along the mean change, 1 for plain averaging.",
+    "uniform": "Whether every site counts the same, instead of in proportion to its examples.",
+    "bins": "Of the histograms that quantiles are read from.",
+    "over": "The method whose updates the rule aggregates, with that method's own defaults.",
+}
+"""What options mean that many methods have, where a method's own docstrings do not say."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One method, explained.
+
+    Attributes:
+        entry: Its line in the table. ``family``: the heading it stands under.
+        about: What it is, from the docstrings of its maker, its class and its module.
+        options: What a study may set, with defaults and, where the class describes it, the meaning.
+    """
+
+    entry: Entry
+    family: str
+    about: tuple[str, ...]
+    options: dict[str, tuple[Any, str]]
+
+    def as_markdown(self) -> str:
+        """The page as Markdown."""
+        e = self.entry
+        lines = [f"## {e.name}", "", f"*{self.family}* · {e.paper}", "", *(f"{text}\n" for text in self.about)]
+        lines += [f"**What leaves a site:** {e.leaves}.", ""]
+        covered = {"dp-sgd": "private training (DP-SGD)", "gaussian": "clip and noise on replies"}
+        ways = " and ".join(covered[way] for way in e.private)
+        why = f"Not by private training: {e.exposes}." if e.exposes else ""
+        lines += [f"**An ε covers it with:** {ways or 'nothing'}. {why}".rstrip(), ""]
+        if e.uplink:
+            through = ", ".join(f'{{ name = "{name}" }}' for name in e.uplink)
+            lines += [f"In a study it has `uplink = [{through}]`; `uplink = []` undoes that.", ""]
+        if e.tasks:
+            lines += [f"**For:** {', '.join(e.tasks)}.", ""]
+        if e.stateful:
+            lines += ["**Sites keep something** between rounds; it never leaves them.", ""]
+        if e.unlabelled:
+            lines += ["**A site without any labels takes part.**", ""]
+        if self.options:
+            lines += ["| option | default | meaning |", "|---|---|---|"]
+            lines += [f"| `{name}` | `{value!r}` | {text} |" for name, (value, text) in self.options.items()]
+            lines += [""]
+        given = "".join(f"{n} = {_toml(v)}\n" for n, (v, _) in list(self.options.items())[:2] if _toml(v))
+        lines += ["```toml", "[[methods]]", f'name = "{e.name}"', given + "```"]
+        return "\n".join(lines) + "\n"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The page as plain values."""
+        e = self.entry
+        return {
+            "name": e.name,
+            "family": self.family,
+            "summary": e.summary,
+            "paper": e.paper,
+            "leaves": e.leaves,
+            "about": list(self.about),
+            "options": {k: {"default": v, "meaning": m} for k, (v, m) in self.options.items()},
+        }
+
+
+def page(name: str) -> Page:
+    """The page of the method called ``name``.
+
+    Raises:
+        UnknownMethod: Where there is none; the message suggests one.
+    """
+    line = entry(name)
+    make = maker(line)
+    module = inspect.getmodule(make)
+    built = _class_of(make, module)
+    told = inspect.getdoc(make) or ""
+    known, meanings = options(line), dict[str, str]()
+    for cls in vars(module).values():  # a variant that wraps is told by what it wraps
+        if inspect.isclass(cls) and cls.__module__ == make.__module__:
+            meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
+    for cls in reversed(built.__mro__ if built else ()):  # what a class inherits is told by its parents
+        meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
+    meanings |= described(told, known, "Args")
+    about = [before_attributes(told, "Args")]
+    if built and built.__module__ == make.__module__:
+        about.append(before_attributes(inspect.getdoc(built) or ""))
+    about.append(inspect.getdoc(module) or "" if module else "")
+    given = {key: (p.default, meanings.get(key, USUAL.get(key, ""))) for key, p in known.items()}
+    return Page(line, family_of(name), tuple(text for text in about if text), given)
+
+
+def _class_of(make: Any, module: Any) -> type | None:
+    """The class that a maker returns, by its annotation."""
+    kind = inspect.signature(make).return_annotation
+    return kind if isinstance(kind, type) else getattr(module, str(kind), None)
+
+
+def before_attributes(doc: str, heading: str = "Attributes") -> str:
+    """Return the part of a docstring above its section ``heading``."""
+    return re.split(rf"\n\s*{heading}:\n", doc)[0].strip()
+
+
+def described(doc: str, known: Collection[str], heading: str = "Attributes") -> dict[str, str]:
+    """Return the entries of a docstring's section ``heading``, by name.
+
+    A ``known`` name within a meaning that a colon follows has what comes after; other names within a meaning share it.
+    """
+    parts = re.split(rf"\n\s*{heading}:\n", re.split(r"\n\s*(?:Raises|Returns):\n", doc)[0])
+    found: dict[str, str] = {}
+    if len(parts) > 1:
+        for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", parts[1] + "\n", re.M | re.S):
+            meaning = " ".join(text.split())
+            own, *others = re.split(rf"[;.,] ``(?=(?:{'|'.join(known) or '-'})``: )", meaning)
+            found[name] = own + ("" if own.endswith(".") else ".")
+            for other, what in (text.split("``: ", 1) for text in others):
+                found[other] = what[0].upper() + what[1:].removesuffix(".") + "."
+            for other in re.findall(r"``(\w+)``", own):
+                found.setdefault(other, found[name])
+    return found
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (
+        f'"{value}"'
+        if isinstance(value, str)
+        else ""
+        if value is None
+        else str(list(value) if isinstance(value, tuple) else value)
+    )

@@ -1,0 +1,71 @@
+"""FMTL: several tasks at once, by shared experts with private gates.
+
+Huang, Hu, Liu, Xue, Zhu, Song and Tan, "Federated Multi-Task Learning for Joint Diagnosis of Multiple Mental
+Disorders on MRI Scans", IEEE Transactions on Biomedical Engineering 70(4):1137-1149, 2023: a feature extractor learned
+by federated contrast, and a multi-gate mixture of experts whose experts are shared and whose gates and towers belong to
+each disorder. The equations were not at hand: the contrast is the supervised one, added to the loss; the paper's
+privacy noise is left to the transforms.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.experts import Gated, WithContrast, begin, gated
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.partial_personalization import Personal, State
+
+
+@dataclass(frozen=True)
+class FMTL(Personal):
+    """Every site takes from shared experts what its own gate and tower need.
+
+    Attributes:
+        task: The study's task with a head of gated experts; what sites predict with.
+    """
+
+    task: Task
+
+    def init(self, params: Tree) -> State:
+        return super().init(begin(self.task, params))
+
+    @property
+    def prediction_task(self) -> Any:
+        return self.task
+
+
+@dataclass(frozen=True)
+class InGate:
+    """Whether a tensor lies in the gate or the tower of a network with gated experts."""
+
+    network: Gated
+
+    def __call__(self, name: str) -> bool:
+        """Whether ``name`` does."""
+        return self.network.private(name)
+
+
+def fmtl(
+    task: Task,
+    local: LocalTraining,
+    *,
+    experts: int = 4,
+    width: int = 32,
+    contrast: float = 0.1,
+    temperature: float = 0.1,
+    uniform: bool = False,
+) -> FMTL:
+    """Shared experts, private gates and towers.
+
+    Args:
+        experts: How many experts there are.
+        width: How wide each is.
+        contrast: What the supervised contrast of representations counts.
+        temperature: τ of the contrast.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+    mixed = gated(task, experts, width)
+    learner = cast(Task, WithContrast(mixed, contrast, temperature))
+    return FMTL(FedAvg(learner, local, uniform=uniform), InGate(cast(Gated, mixed.network)), mixed)

@@ -1,0 +1,1 @@
+"""Communication: one-shot merging."""

@@ -1,0 +1,189 @@
+"""Merging of data vectors: the arithmetic, without messages or files.
+
+The sum and the restoration of batch normalisation are those of data vectors (see ``datavectors``). TIES: Yadav, Tam,
+Choshen, Raffel and Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, Algorithm 1,
+https://arxiv.org/abs/2306.01708. The lengths by layer are ours.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, params_of
+from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.training.local import LocalTraining
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How vectors become one model.
+
+    Attributes:
+        scale: λ; searched for on labelled examples where None, or 1 over the number of sites where there are none.
+        ties: The share of each vector's largest entries that TIES keeps; 0 for the plain sum.
+        by_layer: Whether each layer of the sum is made as long as the sites' are on average, so that layers in which
+            sites agree do not outrun those in which they do not. λ then counts from 1.
+        tune: Passes over the labelled examples at the end, at a tenth of the learning rate.
+    """
+
+    scale: float | None = None
+    ties: float = 0.0
+    by_layer: bool = False
+    tune: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ties <= 1:
+            raise ConfigError(f"ties is the share of entries to keep, from 0 to 1, not {self.ties}")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise ConfigError(f"scale must be a finite number, not {self.scale}")
+
+    def direction(self, vectors: Mapping[str, Tree]) -> Tree:
+        """What λ is multiplied with: Σ_j τ_j in name order, or what TIES or ``by_layer`` make of it."""
+        ordered = [vectors[name] for name in sorted(vectors)]
+        whole = elected(ordered, self.ties) if self.ties else total(ordered)
+        return lengths_of(whole, ordered) if self.by_layer else whole
+
+    def scales(self, count: int) -> tuple[float, ...]:
+        """The values of λ that are tried for ``count`` sites: 1/K, 2/K … 1; a quarter to 3/2 for means."""
+        if self.ties or self.by_layer:
+            return (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+        return tuple(j / count for j in range(1, count + 1))
+
+    def default(self, count: int) -> float:
+        """λ where nothing can be searched: that of the mean."""
+        return 1.0 if self.ties or self.by_layer else 1.0 / count
+
+
+def total(ordered: list[Tree]) -> Tree:
+    """Σ_j τ_j, from left to right."""
+    summed = ordered[0]
+    for one in ordered[1:]:
+        summed = tree.add(summed, one)
+    return summed
+
+
+def elected(ordered: list[Tree], keep: float) -> Tree:
+    """TIES: trims each vector, elects the sign of each entry by its mass, and averages the entries that have it."""
+    flat = torch.stack([trimmed(tree.flatten(one), keep) for one in ordered])
+    sign = torch.sign(flat.sum(0))  # γ = sgn(Σ_j τ̂_j), which is the sign of the larger mass
+    agree = (torch.sign(flat) == sign) & (sign != 0)
+    mean = (flat * agree).sum(0) / agree.sum(0).clamp_min(1)  # over the sites that agree
+    return tree.unflatten(mean, ordered[0])
+
+
+def trimmed(vector: Tensor, keep: float) -> Tensor:
+    """``vector`` [n] with all but its ⌈keep · n⌉ largest entries set to 0."""
+    count = math.ceil(keep * len(vector))
+    kept = torch.zeros_like(vector)
+    index = vector.abs().topk(count).indices
+    kept[index] = vector[index]
+    return kept
+
+
+def lengths_of(direction: Tree, ordered: list[Tree]) -> Tree:
+    """``direction``, each of its tensors as long as the sites' are on average: d · mean_j ‖τ_j‖ / ‖d‖."""
+
+    def one(name: str, leaf: Tensor) -> Tensor:
+        own = float(leaf.double().norm())
+        mean = sum(float(vector[name].double().norm()) for vector in ordered) / len(ordered)
+        return leaf * (mean / own) if own else leaf
+
+    return {name: one(name, leaf) for name, leaf in direction.items()}
+
+
+def random_like(vector: Tree, rng: torch.Generator) -> Tree:
+    """A random vector whose tensors are as long as those of ``vector``: the control that no data went into."""
+
+    def one(leaf: Tensor) -> Tensor:
+        drawn = torch.randn(leaf.shape, generator=rng)
+        return drawn * (float(leaf.double().norm()) / max(float(drawn.double().norm()), 1e-300))
+
+    return {name: one(leaf).to(leaf.dtype) for name, leaf in vector.items()}
+
+
+def restored(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tree:
+    """``params`` whose running statistics of batch normalisation are those of ``data``, by forward passes alone.
+
+    Targets are not used and no weight changes. Every statistic is the mean over batches of nearly equal size.
+    """
+    model = cached_model(task, params, device).eval()
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
+    if not norms or not len(data):
+        return params
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    try:
+        with torch.no_grad():
+            for chunk in torch.arange(len(data)).tensor_split(-(-len(data) // size)):
+                model(data[chunk][0].to(device))
+        return params_of(model)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def loss_on(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> float:
+    """The mean loss of ``params`` over all examples of ``data``; infinite where it is not a number."""
+    model, summed = cached_model(task, params, device).eval(), 0.0
+    with torch.no_grad():
+        for chunk in torch.arange(len(data)).split(size):
+            x, y = data[chunk]
+            summed += float(task.loss(model, (x.to(device), y.to(device)))) * len(chunk)
+    mean = summed / len(data)
+    return mean if math.isfinite(mean) else math.inf
+
+
+def search(
+    how: Merging, task: Task, base: Tree, vectors: Mapping[str, Tree], labelled: Any, device: str = "cpu"
+) -> dict[float, float]:
+    """The loss on ``labelled`` by λ, each after restoration on its inputs."""
+    direction = how.direction(vectors)
+
+    def loss(scale: float) -> float:
+        moved = tree.shift(base, tree.scale(direction, scale))
+        return loss_on(task, restored(task, moved, labelled, device), labelled, device)
+
+    return {scale: loss(scale) for scale in how.scales(len(vectors))}
+
+
+def merged(
+    how: Merging,
+    task: Task,
+    base: Tree,
+    vectors: Mapping[str, Tree],
+    local: LocalTraining = LocalTraining(),
+    labelled: Any = None,
+    unlabelled: Any = None,
+    site: Site = Site("server"),
+) -> tuple[Tree, float]:
+    """θ_pre + λ · direction, restored; and λ. Depends on the set of ``vectors`` and never on their order.
+
+    Args:
+        labelled: Decides λ and restores. ``unlabelled``: restores, where it is there.
+        site: Where this runs, for ``tune``.
+    """
+    scale, device = how.scale, site.device
+    if scale is None and labelled is not None:
+        losses = search(how, task, base, vectors, labelled, device)
+        scale = min(losses, key=lambda s: (losses[s], s))
+    elif scale is None:
+        scale = how.default(len(vectors))
+    params = tree.shift(base, tree.scale(how.direction(vectors), scale))  # θ_mix = θ_pre + λ Σ_j τ_j
+    examples = unlabelled if unlabelled is not None else labelled
+    if examples is not None:
+        params = restored(task, params, examples, device)
+    if how.tune and labelled is not None:
+        gentle = replace(local, epochs=how.tune, steps=None, lr=local.lr / 10)
+        params = gentle.fit(task, params, site, 0, data=labelled)
+    return params, scale

@@ -1,0 +1,87 @@
+"""FedDyn: each site's objective is bent so that its minimum is that of all.
+
+Durmus Alp Emre Acar, Yue Zhao, Ramon Matas, Matthew Mattina, Paul Whatmough and Venkatesh Saligrama, "Federated
+Learning Based on Dynamic Regularization", ICLR 2021, Algorithm 1, https://arxiv.org/abs/2111.04263. Sites count the
+same, as there. Running statistics move by the plain mean.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.risk import trained
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining, Proximal
+
+
+@savable("feddyn.State", 1)
+class State(NamedTuple):
+    """The model θ, and h, the server's memory of how far sites have drifted."""
+
+    round: int
+    params: Tree
+    h: Tree
+
+
+@dataclass(frozen=True)
+class FedDyn(Method[State]):
+    """FedAvg with a linear and a proximal term at each site, remembered from round to round.
+
+    Where FedProx holds sites back for ever, these terms cancel once all agree: the sites' minima are then the
+    federation's. The smaller α, the farther the server leaps ahead.
+
+    Attributes:
+        population: m, the number of sites in the federation.
+        alpha: α, 0.01 to 0.1 in the paper.
+    """
+
+    task: Task
+    population: int
+    local: LocalTraining = LocalTraining()
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ConfigError(
+                f"alpha must be above 0, for the server divides by it, not {self.alpha}: without it use fedavg"
+            )
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, tree.zeros(tree.select(params, trained(self.task).__contains__)))
+
+    def request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start = request.trees["params"]
+        g = memory.get("gradient", tree.zeros(tree.select(start, trained(self.task).__contains__)))
+        # θ_k = argmin L_k(θ) - ⟨g_k, θ⟩ + α/2 ‖θ - θ_t‖²
+        local = self.local.with_penalty(Proximal(self.alpha))
+        end = local.fit(
+            self.task, start, site, request.round, gradient_hook=lambda name, grad: grad - g[name].to(grad.device)
+        )
+        change = tree.sub(end, start)
+        # g_k ← g_k - α (θ_k - θ_t)
+        kept = tree.zip_with(lambda old, moved: old - self.alpha * moved, g, tree.select(change, g.__contains__))
+        return Reply({"update": WeightedMean.of(change)}), {**memory, "gradient": kept}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        update = reply.mean("update")
+        moved, share = update.value, update.weight / self.population
+        # h ← h - α 1/m Σ_{k asked} (θ_k - θ_t);  θ ← mean of θ_k - h / α
+        h = tree.zip_with(
+            lambda old, x: old - self.alpha * share * x, state.h, tree.select(moved, state.h.__contains__)
+        )
+        params = tree.shift(tree.shift(state.params, moved), tree.scale(h, -1 / self.alpha))
+        return State(state.round + 1, params, h)
+
+
+def feddyn(task: Task, local: LocalTraining, population: int, *, alpha: float = 0.1) -> FedDyn:
+    """FedAvg whose sites' objectives are bent towards a common minimum."""
+    return FedDyn(task, population, local, alpha)

@@ -1,0 +1,49 @@
+"""FedSGD: the limit of FedAvg in which a round is one full-batch gradient.
+
+McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", AISTATS 2017, section 2. https://arxiv.org/abs/1602.05629.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedSGD(FedAvg):
+    """Sites send one full-batch gradient; the server takes the step.
+
+    Attributes:
+        chunk: How many examples are held at once. The gradient is that of all; batch normalisation, where a model
+            has it, sees chunks.
+    """
+
+    chunk: int = 256
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, data = request.trees["params"], site.data["train"]
+        model = cached_model(self.task, start, site.device)
+        with seeded(site.rng(request.round, "gradient"), site.device):
+            for chunk in torch.arange(len(data)).split(self.chunk):
+                x, y = data[chunk]
+                share = len(chunk) / len(data)
+                (self.task.loss(model, (x.to(site.device), y.to(site.device))) * share).backward()
+        statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
+        # w ← w − η g
+        steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        return Reply({"update": WeightedMean.of({**statistics, **steps}, self.weight(site))}), memory
+
+
+def fedsgd(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False) -> FedSGD:
+    """One full-batch gradient a round; its step is the training's ``lr`` times this ``lr``."""
+    return FedSGD(task, local, lr, uniform)

@@ -1,0 +1,88 @@
+"""SCAFFOLD: stochastic controlled averaging.
+
+Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. Sites count the same, as there. Option II
+divides by the learning rate, so training must use plain SGD.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+
+
+@savable("scaffold.State", 1)
+class State(NamedTuple):
+    """The model x and the server's control variate c."""
+
+    round: int
+    params: Tree
+    control: Tree
+
+
+@dataclass(frozen=True)
+class Scaffold(Method[State]):
+    """FedAvg whose sites correct each gradient for their own drift.
+
+    Attributes:
+        population: N, the number of sites in the federation.
+        lr: η_g, the server's step.
+    """
+
+    task: Task
+    population: int
+    local: LocalTraining = LocalTraining()
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.local.optimizer != "sgd" or self.local.momentum:
+            raise ConfigError(
+                'scaffold\'s correction is for plain SGD: set training.optimizer = "sgd" and momentum = 0, '
+                f"not {self.local.optimizer} with momentum {self.local.momentum:g}"
+            )
+
+    def init(self, params: Tree) -> State:
+        trained = {name for name, _ in self.task.model().named_parameters()}
+        return State(0, params, tree.zeros(tree.select(params, trained.__contains__)))
+
+    def request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params, "control": state.control})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        x, c, data = request.trees["params"], request.trees["control"], site.data["train"]
+        c_i = memory.get("control", tree.zeros(c))
+        drift = tree.sub(c, c_i)
+        y = self.local.fit(
+            self.task,
+            x,
+            site,
+            request.round,
+            gradient_hook=lambda name, g: g + drift[name].to(g.device) if name in drift else g,
+        )
+        # c_i⁺ = c_i − c + (x − y) / (K η_l)
+        moved = tree.select(tree.sub(x, y), c.__contains__)
+        lr = self.local.rate(request.round)
+        c_new = tree.sub(tree.scale(moved, 1 / (self.local.count(data) * lr)), drift)
+        reply = Reply({"update": WeightedMean.of(tree.sub(y, x)), "control": WeightedMean.of(tree.sub(c_new, c_i))})
+        return reply, {**memory, "control": c_new}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        share = reply.mean("control").weight / self.population  # |S| / N
+        return State(
+            state.round + 1,
+            reply.mean("update").apply_to(state.params, self.lr),
+            tree.add(state.control, tree.scale(reply.mean("control").value, share)),
+        )
+
+
+def scaffold(task: Task, local: LocalTraining, population: int, *, lr: float = 1.0) -> Scaffold:
+    """FedAvg with control variates against drift between sites."""
+    return Scaffold(task, population, local, lr)

@@ -1,0 +1,139 @@
+"""FedDG by episodic learning in continuous frequency space (ELCFS): a model for hospitals not yet seen.
+
+Liu, Chen, Qin, Dou and Heng, "FedDG: Federated Domain Generalization on Medical Image Segmentation via Episodic
+Learning in Continuous Frequency Space", CVPR 2021, equations 2 to 7. https://arxiv.org/abs/2103.06030.
+
+Departures. Of the amplitudes only the window that is exchanged leaves a site, not the whole spectrum; the window is a
+share of the spectrum (2L), where the published code's touches one frequency. λ moves amplitudes within the window and
+leaves the others, as that code does. For tasks without masks there is no boundary, and that term is left out.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.job_enumeration import once
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.functional import at, still
+from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.training.fourier import AmplitudeNormaliser, crop, restyle, spectrum
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.personalization.boundary_features import boundary_contrast
+
+
+@savable("feddg.State", 1)
+class State(NamedTuple):
+    """The model, and each site's share of the bank of amplitudes, [m, C, *window]."""
+
+    round: int
+    params: Tree
+    bank: Trees
+
+
+@dataclass(frozen=True)
+class FedDG(Method[State]):
+    """FedAvg whose sites practise on their own images in the styles of the others.
+
+    A bank of low-frequency amplitudes is shared once. In every step a site restyles its images with amplitudes from
+    the bank, takes a trial step on the real ones, and asks that the result also be right on the restyled ones.
+
+    Attributes:
+        window: The share of the spectrum that makes a style.
+        share: The share of a site's images whose amplitudes it gives to the bank; 1/8 in the published code.
+        step: β, the length of the trial step; 0.001 in the published code.
+        boundary: γ, the weight of the contrast between boundary and background; 0.1 in the published code.
+        temperature: τ of that contrast; 0.05.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    window: float = 0.02
+    share: float = 0.125
+    step: float = 0.001
+    boundary: float = 0.1
+    temperature: float = 0.05
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        AmplitudeNormaliser(self.task.network.inputs, self.window)  # refuses tables and impossible windows
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("amplitude"), Job("train")
+
+    def request(self, state: State) -> Request:
+        known = {f"bank.{name}": leaves for name, leaves in state.bank.items()}
+        return Request(state.round, {"params": state.params, **known}, "train" if known else "amplitude")
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        data = site.data["train"]
+        if request.job == "amplitude":
+            count = max(1, int(self.share * len(data)))
+            chosen = torch.randperm(len(data), generator=site.rng(request.round, "bank"))[:count]
+            low = crop(spectrum(data[chosen][0])[0], self.window)
+            return Reply({"bank": PerSite({site.name: {"low": low}})}), memory
+        others = [
+            leaves["low"] for name, leaves in request.trees.items() if name not in ("params", f"bank.{site.name}")
+        ]
+        styles, rng = torch.cat(others) if others else None, site.rng(request.round, "styles")
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            return self._episode(model, batch, styles, rng)
+
+        start = request.trees["params"]
+        end = self.local.fit(self.task, start, site, request.round, loss=loss)
+        weight = 1.0 if self.uniform else float(len(data))
+        return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if not state.bank:
+            return state._replace(bank=dict(reply.gather("bank")))
+        return State(state.round + 1, reply.mean("update").apply_to(state.params), state.bank)
+
+    def _episode(self, model: nn.Module, batch: Batch, styles: Tensor | None, rng: torch.Generator) -> Tensor:
+        """L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ') with θ' = θ − β ∇L(x; θ), and x' in another site's style."""
+        x, y = batch
+        if styles is None:
+            return self.task.loss(model, batch)
+        low = styles[torch.randint(len(styles), (len(x),), generator=rng)].to(x)
+        shares = torch.rand(len(x), generator=rng).to(x).view(-1, *[1] * (x.ndim - 1))  # λ ~ U(0, 1)
+        other = restyle(x, low, self.window, shares)
+        named = dict(model.named_parameters())
+        inner = self.task.loss(model, batch)
+        slopes = torch.autograd.grad(inner, list(named.values()), create_graph=True, allow_unused=True)
+        fast = {name: p - self.step * g for (name, p), g in zip(named.items(), slopes, strict=True) if g is not None}
+        with still(model):
+            outer = at(model, fast, self.task.loss, (other, y))
+            if self.boundary and y.ndim > 2 and not y.is_floating_point():
+                outer = outer + self.boundary * at(
+                    model, fast, self._contrast, (torch.cat([x, other]), y.repeat(2, *[1] * (y.ndim - 1)))
+                )
+        return inner + outer
+
+    def _contrast(self, model: nn.Module, batch: Batch) -> Tensor:
+        return boundary_contrast(represent(self.task, model, batch[0])[0], batch[1], self.temperature)
+
+
+def feddg(
+    task: Task,
+    local: LocalTraining,
+    *,
+    window: float = 0.02,
+    share: float = 0.125,
+    step: float = 0.001,
+    boundary: float = 0.1,
+    temperature: float = 0.05,
+    uniform: bool = False,
+) -> FedDG:
+    """Sites practise in the styles of the others, for a model that serves hospitals not yet seen."""
+    return FedDG(task, local, window, share, step, boundary, temperature, uniform)

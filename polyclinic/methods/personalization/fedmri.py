@@ -1,0 +1,106 @@
+"""FedMRI: a shared encoder, a private decoder, and a pull towards the server's encoder and away from old ones.
+
+Feng, Yan, Wang, Xu, Shao and Fu, "Specificity-Preserving Federated Learning for MR Image Reconstruction", IEEE
+Transactions on Medical Imaging 2022, equations 4 to 7. https://arxiv.org/abs/2112.05752. After the published code: the
+contrast is the ratio of distances in L1, over all shared parameters, and of no effect in the first step, where the
+model is the server's; sites count the same.
+
+The paper compares with the last encoders of the other sites. That shows every site's encoder to all; by default a site
+is compared with its own last encoder only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.tasks.task import Batch, InEncoder, Not, Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.personalization.partial_personalization import Personal
+
+
+@savable("fedmri.State", 1)
+class State(NamedTuple):
+    """The model, and each site's last encoder where sites are compared with one another."""
+
+    round: int
+    params: Tree
+    encoders: Trees
+
+
+@dataclass(frozen=True)
+class Contrasted(Method[State]):
+    """FedAvg with β · ‖θ − θ_server‖₁ / Σ ‖θ − θ_old‖₁ added to the loss, over the encoder's parameters.
+
+    Attributes:
+        beta: β, the weight of the contrast. ``weight``: λ, that of the task's loss.
+        others: Whether θ_old are the other sites' last encoders, as in the paper, or the site's own.
+        uniform: Whether every site counts the same, as in the published code.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    beta: float = 0.1
+    weight: float = 1.0
+    others: bool = False
+    uniform: bool = True
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {})
+
+    def request(self, state: State) -> Request:
+        last = {f"encoder.{name}": leaves for name, leaves in state.encoders.items()}
+        return Request(state.round, {"params": state.params, **last})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, mine = request.trees["params"], f"encoder.{site.name}"
+        old = [leaves for name, leaves in request.trees.items() if name.startswith("encoder.") and name != mine]
+        old = old if self.others else [memory["encoder"]] if "encoder" in memory else []
+        server, *past = ({n: x.to(site.device) for n, x in leaves.items()} for leaves in (start, *old))
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            value = self.weight * self.task.loss(model, batch)
+            return value + self.beta * self._contrast(model, server, past) if past else value
+
+        end = self.local.fit(self.task, start, site, request.round, loss=loss)
+        encoder = tree.select(end, InEncoder(self.task))
+        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        reply = Reply({"update": WeightedMean.of(tree.sub(end, start), weight)})
+        shown = Reply({"encoder": PerSite({site.name: encoder})}) if self.others else Reply()
+        return reply + shown, {**memory, "encoder": encoder}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        shown = reply.gather("encoder") if self.others else {}
+        moved = reply.mean("update").apply_to(state.params)
+        return State(state.round + 1, moved, {**state.encoders, **shown})
+
+    def _contrast(self, model: nn.Module, server: Tree, old: Sequence[Tree]) -> Tensor:
+        """‖θ − θ_server‖₁ / Σ_k ‖θ − θ_k‖₁"""
+        inside = InEncoder(self.task)
+        shared = {name: p for name, p in model.named_parameters() if inside(name)}
+
+        def distance(other: Tree) -> Tensor:
+            return torch.stack([(p - other[name]).abs().sum() for name, p in shared.items()]).sum()
+
+        return distance(server) / (torch.stack([distance(other) for other in old]).sum() + 1e-14)
+
+
+def fedmri(
+    task: Task,
+    local: LocalTraining,
+    *,
+    beta: float = 0.1,
+    weight: float = 1.0,
+    others: bool = False,
+    uniform: bool = True,
+) -> Personal:
+    """Shared encoder, private decoder, and a contrast of encoders."""
+    return Personal(Contrasted(task, local, beta, weight, others, uniform), Not(InEncoder(task)))

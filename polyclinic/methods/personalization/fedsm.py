@@ -1,0 +1,151 @@
+"""FedSM: a global model, a personal one for each site, and a selector that says which to trust.
+
+Xu, Li, Guo, Yang, Roth, Hatamizadeh, Zhao, Xu, Huang and Xu, "Closing the Generalization Gap of Cross-Silo Federated
+Medical Image Segmentation", CVPR 2022, Algorithm 1 (FedSM-extra) with SoftPull. https://arxiv.org/abs/2203.10144.
+
+Departures. The selector is a small network of ours instead of VGG-11, without normalisation layers, since a site sees
+only its own kind of image and they would hide its style. Sites send its full-batch gradient and the server takes the
+Adam step, where the paper averages the moments of the sites' own Adams. Updates are weighed by examples.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.networks.model_mixture import Selected
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization import fedopt
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@savable("fedsm.State", 1)
+class State(NamedTuple):
+    """The global model, the selector with its optimizer, and each site's personal model."""
+
+    round: int
+    params: Tree
+    selector: fedopt.State
+    personal: Trees
+
+
+@dataclass(frozen=True)
+class FedSM(Method[State]):
+    """Three kinds of model at once; the selector guesses whose images an image resembles, and picks the model.
+
+    Where it is sure, that site's personal model predicts; where it is not, as for a hospital never seen, the global
+    one. Personal models are pulled softly towards each other, so that none drifts alone.
+
+    Attributes:
+        sites: Who trains, in the order of the selector's outputs.
+        pull: λ, what a personal model keeps of itself; the rest is the mean of the others. 0.7 in the published code.
+        threshold: γ, how sure the selector must be; 0.9 in the published code.
+        width: Of the selector's first layer. ``selector_lr``: the step of its Adam.
+    """
+
+    task: Task
+    sites: tuple[str, ...]
+    local: LocalTraining = LocalTraining()
+    pull: float = 0.7
+    threshold: float = 0.9
+    width: int = 16
+    selector_lr: float = 0.01
+    uniform: bool = False
+
+    @property
+    def selecting(self) -> Classification:
+        """The selector's task: which site is this image from?"""
+        inputs, kind = self.task.network.inputs, "mlp" if len(self.task.network.inputs) == 1 else "cnn"
+        return Classification(Network(kind, inputs, len(self.sites), (("width", self.width), ("norm", "none"))))
+
+    @property
+    def optimizer(self) -> fedopt.FedOpt:
+        """Adam at the server, for the selector."""
+        return fedopt.FedOpt(self.selecting, rule="adam", lr=self.selector_lr)
+
+    @property
+    def prediction_task(self) -> Task:
+        return predicting_with(self.task, Selected(self.task.network, self.selecting.network, self.threshold))
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, self.optimizer.init(self.selecting.first()), dict.fromkeys(self.sites, params))
+
+    def request(self, state: State) -> Request:
+        each = {name: {"personal": model} for name, model in state.personal.items()}
+        return Request(state.round, {"params": state.params, "selector": state.selector.params}, per_site=each)
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        reply, _ = FedAvg(self.task, self.local, uniform=self.uniform).site_update(request, memory, site)
+        personal = self.local.fit(self.task, request.trees["personal"], site, request.round, slot="personal")
+        start, here = request.trees["selector"], Labelled(site.data["train"], self.sites.index(site.name))
+        once = LocalTraining(epochs=1, batch_size=len(here), lr=1.0)  # one full-batch step of gradient descent: w − ∇
+        selector = once.fit(self.selecting, start, site, request.round, data=here, slot="selector")
+        chosen, own = WeightedMean.of(tree.sub(selector, start)), PerSite({site.name: personal})
+        return Reply({**reply.parts, "selector": chosen, "personal": own}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return State(
+            state.round + 1,
+            reply.mean("update").apply_to(state.params),
+            self.optimizer.server_update(state.selector, Reply({"update": reply.mean("selector")}), server),
+            soft_pull({**state.personal, **reply.gather("personal")}, self.pull),
+        )
+
+    def evaluation_request(self, state: State) -> Request:
+        own = {f"own.{k}": state.personal[name] for k, name in enumerate(self.sites)}
+        return Request(state.round, {"params": state.params, "selector": state.selector.params, **own})
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        own = {f"own.{k}": request.trees[f"own.{k}"] for k in range(len(self.sites))}
+        parts = {"shared": request.trees["params"], "selector": request.trees["selector"], **own}
+        return {name: leaf for part, leaves in parts.items() for name, leaf in tree.prefixed(part, leaves).items()}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A site's inputs with the site itself as the target."""
+
+    data: Any
+    label: int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.data[index][0], torch.full((len(index),), self.label)
+
+
+def soft_pull(models: Trees, keep: float) -> Trees:
+    """p_i ← λ p_i + (1 − λ)/(K − 1) Σ_{j≠i} p_j. A model alone stays as it is."""
+    if len(models) < 2:
+        return models
+    names, rest = sorted(models), (1 - keep) / (len(models) - 1)
+    total = tree.copy(models[names[0]])
+    for name in names[1:]:
+        tree.add_(total, models[name])
+    return {name: tree.zip_with(lambda p, s: (keep - rest) * p + rest * s, models[name], total) for name in names}
+
+
+def fedsm(
+    task: Task,
+    local: LocalTraining,
+    sites: tuple[str, ...],
+    *,
+    pull: float = 0.7,
+    threshold: float = 0.9,
+    width: int = 16,
+    selector_lr: float = 0.01,
+    uniform: bool = False,
+) -> FedSM:
+    """A global and several personal models, and a selector between them that also serves unseen hospitals."""
+    return FedSM(task, sites, local, pull, threshold, width, selector_lr, uniform)

@@ -1,0 +1,108 @@
+"""IOP-FL: personal models for the hospitals inside, and a mixture of them for those outside.
+
+Jiang, Yang, Chen and Dou, "IOP-FL: Inside-Outside Personalization for Federated Medical Image Segmentation", IEEE
+Transactions on Medical Imaging 2023. https://arxiv.org/abs/2204.08467. Inside: a running average of what a site's local
+training yields, round after round. Outside: test-time routing; see
+``polyclinic.methods.personalization.routing_network`` for where that departs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.routing_network import Routed
+
+
+@savable("iop-fl.State", 1)
+class State(NamedTuple):
+    """The global model, and each site's personal one, for use outside."""
+
+    round: int
+    params: Tree
+    personal: Trees
+
+
+@dataclass(frozen=True)
+class IOPFL(Method[State]):
+    """FedAvg; every site predicts with the running average of its local models, an unseen one with a mixture of all.
+
+    The mixture is found from the unseen hospital's own images, without labels, batch by batch.
+
+    Attributes:
+        sites: Who trains.
+        alpha: α, what the running average keeps of itself in a round; 0.1 in the published code.
+        steps: Of adaptation for each batch outside, and ``adapt_lr``: their length; 10 and 0.001 in the published code.
+        noise: The deviation of the noise under which predictions should stay the same, in the inputs' unit.
+    """
+
+    task: Task
+    sites: tuple[str, ...]
+    local: LocalTraining = LocalTraining()
+    alpha: float = 0.1
+    steps: int = 10
+    adapt_lr: float = 1e-3
+    noise: float = 0.5
+    uniform: bool = False
+
+    @property
+    def prediction_task(self) -> Task:
+        members = len(self.sites) + 1
+        routed = Routed(self.task.network, members, self.steps, self.adapt_lr, noise=self.noise)
+        return predicting_with(self.task, routed)
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, dict.fromkeys(self.sites, params))
+
+    def request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        reply, _ = FedAvg(self.task, self.local, uniform=self.uniform).site_update(request, memory, site)
+        weight = reply.mean("update").weight
+        end = tree.add(request.trees["params"], tree.scale(reply.mean("update").total, 1 / weight))
+        # t_i ← α t_i + (1 − α) w_i
+        own = tree.lerp(end, memory["personal"], self.alpha) if "personal" in memory else end
+        return Reply({**reply.parts, "personal": PerSite({site.name: own})}), {**memory, "personal": own}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        moved = reply.mean("update").apply_to(state.params)
+        return State(state.round + 1, moved, {**state.personal, **reply.gather("personal")})
+
+    def evaluation_request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params, **{f"of.{name}": t for name, t in state.personal.items()}})
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        inside = memory.get("personal")
+        members = [
+            request.trees["params"],
+            *(request.trees.get(f"of.{name}", request.trees["params"]) for name in self.sites),
+        ]
+        members = members if inside is None else [inside] * len(members)
+        leaves = {f"member.{k}.{name}": leaf for k, model in enumerate(members) for name, leaf in model.items()}
+        return {"adapt": torch.tensor(float(inside is None)), **leaves}
+
+
+def iop_fl(
+    task: Task,
+    local: LocalTraining,
+    sites: tuple[str, ...],
+    *,
+    alpha: float = 0.1,
+    steps: int = 10,
+    adapt_lr: float = 1e-3,
+    noise: float = 0.5,
+    uniform: bool = False,
+) -> IOPFL:
+    """Personal models inside; outside, a mixture of them found at test time."""
+    return IOPFL(task, sites, local, alpha, steps, adapt_lr, noise, uniform)

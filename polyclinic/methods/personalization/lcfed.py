@@ -1,0 +1,112 @@
+"""LC-Fed: channels chosen for each site, and heads calibrated where sites disagree.
+
+Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, Algorithm 1.
+https://arxiv.org/abs/2207.04655. After the published code, with its two stages in every round instead of one after the
+other: the head alone for some steps, then the whole network, then the second head on features held fixed.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_width
+from polyclinic.learning.tasks.task import InHead, Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.personalization.lcfed_network import Calibrated, ChannelSelected
+
+
+@savable("lc-fed.State", 1)
+class State(NamedTuple):
+    """The network with its channel selection, as unseen sites have it, and every site's head, flat."""
+
+    round: int
+    params: Tree
+    heads: Trees
+
+
+@dataclass(frozen=True)
+class LCFed(Method[State]):
+    """FedAvg of the body; heads stay, but all sites see them, and learn from where they disagree.
+
+    Attributes:
+        task: The study's; ``sites``: who trains, in order.
+        head_steps: For how many steps of a round only the head is trained; 10 in the published code.
+    """
+
+    task: Task
+    sites: tuple[str, ...]
+    local: LocalTraining = LocalTraining()
+    head_steps: int = 10
+    uniform: bool = True
+
+    @property
+    def selecting(self) -> Task:
+        """With the network whose channels are weighed."""
+        size = encoded_width(self.task)
+        return predicting_with(
+            self.task, ChannelSelected(self.task.network, bottleneck(self.task), size, len(self.sites))
+        )
+
+    @property
+    def prediction_task(self) -> Task:
+        task, features = self.selecting, head_width(self.task)
+        return predicting_with(task, Calibrated(task.network, features, len(self.sites)))
+
+    def init(self, params: Tree) -> State:
+        begun = {**self.selecting.first(), **params}
+        head = {"head": tree.flatten(tree.select(begun, InHead(self.task)))}
+        return State(0, begun, dict.fromkeys(self.sites, head))
+
+    def request(self, state: State) -> Request:
+        heads = {"heads": torch.stack([state.heads[name]["head"] for name in self.sites])}
+        return Request(state.round, {"params": state.params, "heads": heads})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        head, task = InHead(self.task), self.selecting
+        here = {"site": torch.tensor([float(name == site.name) for name in self.sites])}
+        begin = {**request.trees["params"], **memory.get("own", {}), **here}
+        first = replace(self.local, steps=self.head_steps)
+        end = first.fit(task, begin, site, request.round, trainable=head, slot="head")
+        end = self.local.fit(task, end, site, request.round)
+        calibrate = memory["calibrate"] if "calibrate" in memory else self._fresh()
+        whole: Tree = {**tree.prefixed("net", end), **calibrate, **request.trees["heads"], "use": torch.ones(())}
+        whole = self.local.fit(self.prediction_task, whole, site, request.round, trainable=_second, slot="calibrate")
+        own = tree.select(end, head)
+        shared = {n: leaf - begin[n] for n, leaf in end.items() if n not in own and n != "site"}
+        update = WeightedMean.of(shared, 1.0 if self.uniform else float(len(site.data["train"])))
+        kept = {"own": {**own, **here}, "calibrate": tree.select(whole, _second)}
+        return Reply({"update": update, "head": PerSite({site.name: {"head": tree.flatten(own)}})}), {**memory, **kept}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        heads = {**state.heads, **reply.gather("head")}
+        params = reply.mean("update").apply_to(state.params)
+        like = tree.select(params, InHead(self.task))  # an unseen site predicts with the mean of all heads
+        mean = torch.stack([heads[name]["head"] for name in self.sites]).mean(0)
+        return State(state.round + 1, {**params, **tree.unflatten(mean, like)}, heads)
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        net = tree.prefixed("net", {**request.trees["params"], **memory.get("own", {})})
+        calibrate, use = memory.get("calibrate"), torch.tensor(float("calibrate" in memory))
+        return {**net, **(self._fresh() if calibrate is None else calibrate), **request.trees["heads"], "use": use}
+
+    def _fresh(self) -> Tree:
+        return tree.select(self.prediction_task.first(), _second)
+
+
+def _second(name: str) -> bool:
+    return name.startswith("calibrate.")
+
+
+def lc_fed(
+    task: Task, local: LocalTraining, sites: tuple[str, ...], *, head_steps: int = 10, uniform: bool = True
+) -> LCFed:
+    """Channels chosen for each site, and heads calibrated where sites disagree."""
+    return LCFed(task, sites, local, head_steps, uniform)

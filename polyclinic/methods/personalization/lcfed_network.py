@@ -1,0 +1,153 @@
+"""The two network parts of LC-Fed: channels chosen for a site, and a head that knows where sites disagree.
+
+Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, sections 3.2
+and 3.3. https://arxiv.org/abs/2207.04655. After the published code; probabilities are a softmax over classes, and a
+window larger than the image is cut to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from polyclinic.learning.networks.composite import Composed
+from polyclinic.learning.networks.model_mixture import prediction
+
+
+@dataclass(frozen=True)
+class ChannelSelected(Composed):
+    """A network whose bottleneck's channels are weighed for the site that the buffer ``site`` [sites] names.
+
+    Attributes:
+        bottleneck: The name of the encoder's last module. ``channels``: how many it gives.
+        sites: How many there are.
+    """
+
+    bottleneck: str
+    channels: int
+    sites: int
+
+    def __call__(self) -> nn.Module:
+        """The network itself, every tensor under its name, with ``select.…`` and ``site`` beside them."""
+        model = self.network()
+        model.add_module("select", _Selection(self.channels, self.sites))
+        model.register_buffer("site", torch.zeros(self.sites))
+
+        def weigh(_: nn.Module, __: Any, given: Tensor) -> Tensor:
+            found: Tensor = model.get_submodule("select")(given, model.get_buffer("site"))
+            return found
+
+        model.get_submodule(self.bottleneck).register_forward_hook(weigh)
+        return model
+
+    def in_encoder(self, name: str) -> bool:
+        """Whether a tensor belongs to the network's encoder."""
+        return not name.startswith(("select.", "site")) and self.network.in_encoder(name)
+
+
+class _Selection(nn.Module):
+    """x ↦ x · h + x with h = σ(f(avg x, e) + f(max x, e)), for the embedding e of a site."""
+
+    def __init__(self, channels: int, sites: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(sites, channels, False), nn.ReLU(), nn.Linear(channels, channels, False))
+        narrow = max(1, channels // 16)
+        self.gate = nn.Sequential(nn.Linear(2 * channels, narrow, False), nn.ReLU(), nn.Linear(narrow, channels, False))
+
+    def forward(self, x: Tensor, site: Tensor) -> Tensor:
+        flat, e = x.flatten(2), self.embed(site).expand(len(x), -1)
+        summed = sum(self.gate(torch.cat([part, e], 1)) for part in (flat.mean(2), flat.amax(2)))
+        h = torch.as_tensor(summed).sigmoid().view(*x.shape[:2], *[1] * (x.ndim - 2))
+        return x * h + x
+
+
+@dataclass(frozen=True)
+class Calibrated(Composed):
+    """A trained segmentation network ``net.…`` and a second head ``calibrate.…`` on its features.
+
+    The features are multiplied with two maps for every class: where the heads of all sites, kept in the buffer
+    ``heads`` [sites, size], disagree, and where the first head sees the class. Where the buffer ``use`` is 0, the
+    network predicts as it is. Only the second head can be trained.
+
+    Attributes:
+        features: How many enter the head. ``sites``: how many heads there are.
+        window: Of the blur, in pixels.
+    """
+
+    features: int
+    sites: int
+    window: int = 31
+
+    def __call__(self) -> nn.Module:
+        """A new module."""
+        return _Calibrated(self)
+
+
+class _Calibrated(nn.Module):
+    heads: Tensor
+    use: Tensor
+
+    def __init__(self, build: Calibrated) -> None:
+        super().__init__()
+        self.net, self.window, dims = build.network(), build.window, len(build.inputs) - 1
+        self.place = next(n for n, _ in self.net.named_modules() if n and build.in_head(f"{n}."))
+        conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        self.calibrate = conv(2 * build.outputs * build.features, build.outputs, 1)
+        size = sum(p.numel() for p in self.net.get_submodule(self.place).parameters())
+        self.register_buffer("heads", torch.zeros(build.sites, size))
+        self.register_buffer("use", torch.ones(()))
+
+    def train(self, mode: bool = True) -> "_Calibrated":
+        """The network itself stays in evaluation mode."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [b, C, *spatial]."""
+        head, given = self.net.get_submodule(self.place), []
+        hook = head.register_forward_pre_hook(lambda _, entering: given.append(entering[0]))
+        with torch.no_grad():
+            first = prediction(self.net(x))
+            hook.remove()
+            if not bool(self.use):
+                return first
+            said = torch.stack([self._head(head, flat, given[-1]).softmax(1) for flat in self.heads])
+            # U = std over sites of their heads' predictions
+            maps = (
+                torch.cat([said.std(0), first.softmax(1)], 1)
+                if len(said) > 1
+                else first.softmax(1).repeat(1, 2, *[1] * (x.ndim - 2))
+            )
+            weighed = torch.cat([given[-1] * spread(m, self.window) + given[-1] for m in maps.split(1, 1)], 1)
+        found: Tensor = self.calibrate(weighed)
+        return found
+
+    def _head(self, head: nn.Module, flat: Tensor, features: Tensor) -> Tensor:
+        named = dict(head.named_parameters())
+        leaves = flat.split([p.numel() for p in named.values()])
+        shaped = {name: leaf.view_as(p) for (name, p), leaf in zip(named.items(), leaves, strict=True)}
+        found: Tensor = functional_call(head, shaped, (features,))
+        return found
+
+
+def spread(attention: Tensor, window: int = 31) -> Tensor:
+    """Each map of [b, 1, *spatial], blurred, scaled to [0, 1], and never less than it was.
+
+    The blur is a Gaussian of deviation √2 · ``window`` / 9.
+    """
+    side = min(window, *(2 * ((n - 1) // 2) + 1 for n in attention.shape[2:]))
+    offset = torch.arange(side, device=attention.device) - side // 2
+    kernel = (-0.5 * (offset / (2**0.5 * window / 9)).square()).exp()
+    kernel, conv = kernel / kernel.sum(), F.conv2d if attention.ndim == 4 else F.conv3d
+    blurred = attention
+    for axis in range(attention.ndim - 2):
+        shape = [1] * (attention.ndim - 2)
+        shape[axis] = side
+        blurred = conv(blurred, kernel.view(1, 1, *shape), padding=[n // 2 for n in shape])
+    flat = blurred.flatten(1)
+    low, high = (bound.view(-1, *[1] * (attention.ndim - 1)) for bound in (flat.amin(1), flat.amax(1)))
+    return torch.maximum((blurred - low) / (high - low + 1e-8), attention)

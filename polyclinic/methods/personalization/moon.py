@@ -1,0 +1,71 @@
+"""MOON: model-contrastive federated learning.
+
+Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, equations 3 and 4 and Algorithm 1.
+https://arxiv.org/abs/2103.16257. The representation is what enters the network's head, averaged over space where it
+has any; the paper adds a projection head of two layers. The two models compared with are used in evaluation mode.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.learning.networks.functional import still
+from polyclinic.learning.networks.latent import features
+from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class Moon(FedAvg):
+    """FedAvg whose sites keep their representation near the global model's and away from their own last one's.
+
+    Attributes:
+        mu: μ, the weight of the contrast. The paper chooses among 0.1, 1, 5 and 10.
+        temperature: τ, 0.5 in the paper.
+    """
+
+    mu: float = 1.0
+    temperature: float = 0.5
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start = request.trees["params"]
+        shared = cached_model(self.task, start, site.device, "shared").eval()
+        previous = cached_model(self.task, memory.get("previous", start), site.device, "previous").eval()
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            with still(model):  # the task's own pass below updates running statistics
+                z = features(self.task, model, batch[0])
+            with torch.no_grad():
+                near, far = features(self.task, shared, batch[0]), features(self.task, previous, batch[0])
+            return self.task.loss(model, batch) + self.mu * contrast(z, near, far, self.temperature)
+
+        end = self.local.fit(self.task, start, site, request.round, loss=loss if self.mu else None)
+        update = WeightedMean.of(tree.sub(end, start), self.weight(site))
+        return Reply({"update": update}), {**memory, "previous": end}
+
+
+def contrast(z: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor:
+    """−log( e^{cos(z, near)/τ} / (e^{cos(z, near)/τ} + e^{cos(z, far)/τ}) ), averaged over the batch. All [b, F]."""
+    towards, away = F.cosine_similarity(z, near) / temperature, F.cosine_similarity(z, far) / temperature
+    return F.softplus(away - towards).mean()
+
+
+def moon(
+    task: Task,
+    local: LocalTraining,
+    *,
+    mu: float = 1.0,
+    temperature: float = 0.5,
+    lr: float = 1.0,
+    uniform: bool = False,
+) -> Moon:
+    """FedAvg with a contrast between the global model's representation and the site's last one."""
+    return Moon(task, local, lr, uniform, mu, temperature)

@@ -1,0 +1,111 @@
+"""Personalisation by keeping part of the model at each site.
+
+FedBN: Li, Jiang, Zhang, Kamp and Dou, ICLR 2021, https://arxiv.org/abs/2102.07623, keeps normalisation layers whole;
+SiloBN: Andreux, du Terrail, Beguier and Tramel, DART at MICCAI 2020, https://arxiv.org/abs/2008.07424, their running
+statistics only; FedPer: Arivazhagan et al., 2019, https://arxiv.org/abs/1912.00818, and FLOP: Yang et al., KDD 2021,
+the head; LG-FedAvg: Liang et al., 2020, https://arxiv.org/abs/2001.01523, the representation.
+
+Layers are found by module type, not, as in some official code, by a part of their name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.tasks.task import InHead, InNormalisation, InRunningStatistics, Not, Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@savable("personal.State", 1)
+class State(NamedTuple):
+    """The inner method's state, and where the kept leaves start."""
+
+    inner: Any
+    first: Tree
+
+    @property
+    def params(self) -> Tree:
+        """The shared leaves as they are, and the kept ones as they began: the model of a site never seen."""
+        return {**self.inner.params, **self.first}
+
+
+@dataclass(frozen=True)
+class Personal(Method[State]):
+    """Any method that sends an ``update``, with the leaves that ``keep`` names left at the sites."""
+
+    inner: Method[Any]
+    keep: Callable[[str], bool]
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return self.inner.jobs
+
+    def init(self, params: Tree) -> State:
+        return State(self.inner.init(tree.select(params, self._share)), tree.select(params, self.keep))
+
+    def request(self, state: State) -> Request | None:
+        request = self.inner.request(state.inner)
+        return request and replace(request, trees={**request.trees, "own": state.first})
+
+    def evaluation_request(self, state: State) -> Request:
+        request = self.inner.evaluation_request(state.inner)
+        return replace(request, trees={**request.trees, "own": state.first})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        own = memory.get("own", request.trees["own"])
+        whole = replace(request, trees={**request.trees, "params": {**request.trees["params"], **own}})
+        reply, memory = self.inner.site_update(whole, memory, site)
+        if "update" in reply.parts:
+            own = tree.shift(own, tree.select(reply.mean("update").value, self.keep))
+        shared = Reply({part: self._without(stat) for part, stat in reply.parts.items()})
+        return shared, {**memory, "own": own}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        return state._replace(inner=self.inner.server_update(state.inner, reply, server))
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        return {**self.inner.site_model(request, memory), **memory.get("own", request.trees["own"])}
+
+    @property
+    def prediction_task(self) -> Any:
+        return self.inner.prediction_task
+
+    def _share(self, name: str) -> bool:
+        return not self.keep(name)
+
+    def _without(self, stat: Stat) -> Stat:
+        """``stat`` without the kept leaves, whatever kind it is: they leave in no part of a reply."""
+        match stat:
+            case WeightedMean(total, weight):
+                return WeightedMean(tree.select(total, self._share), weight)
+            case ElementwiseMean(total, weight):
+                return ElementwiseMean(tree.select(total, self._share), tree.select(weight, self._share))
+            case PerSite(items):
+                return PerSite({site: tree.select(leaves, self._share) for site, leaves in items.items()})
+
+
+def fedbn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
+    """FedAvg that keeps its normalisation layers at the sites."""
+    return Personal(FedAvg(task, local, uniform=uniform), InNormalisation(task))
+
+
+def silobn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
+    """FedAvg that keeps the running statistics of batch normalisation at the sites, and shares its weights."""
+    return Personal(FedAvg(task, local, uniform=uniform), InRunningStatistics(task))
+
+
+def fedper(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
+    """FedAvg that keeps the head at the sites (FedPer, FLOP)."""
+    return Personal(FedAvg(task, local, uniform=uniform), InHead(task))
+
+
+def lg_fedavg(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
+    """FedAvg of the head alone; the representation stays at the sites."""
+    return Personal(FedAvg(task, local, uniform=uniform), Not(InHead(task)))

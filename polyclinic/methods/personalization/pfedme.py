@@ -1,0 +1,66 @@
+"""pFedMe: personal models near a shared one, which follows them: federated learning on Moreau envelopes.
+
+T. Dinh, Tran and Nguyen, "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, Algorithm 1,
+https://arxiv.org/abs/2006.08848. A personal model θ takes K steps of ``local``'s optimizer on each minibatch, and
+begins each round at the shared model, as in the published code. β, the server's share of the new mean, is ``lr``. The
+running statistics of batch normalisation that are sent are those of θ.
+"""
+
+from dataclasses import dataclass
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.training.local import LocalTraining, Proximal, seeded
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class PFedMe(FedAvg):
+    """FedAvg in which the shared model w takes gradient steps of the envelope, min over θ of f(θ) + λ/2 · ‖θ − w‖².
+
+    Attributes:
+        lam: λ, how near θ is kept to w. The paper uses 15 to 30.
+        eta: η, the step of w along λ · (w − θ). With η = 1/λ and K = 1 this is FedAvg.
+        steps: K, how often θ steps on a minibatch. The paper uses 5.
+    """
+
+    lam: float = 15.0
+    eta: float = 0.05
+    steps: int = 5
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, towards = request.trees["params"], Proximal(self.lam)
+        model = cached_model(self.task, start, site.device)
+        w = {name: p.detach().clone() for name, p in model.named_parameters()}
+        step, rng = self.local.stepper(model, request.round), site.rng(request.round, "train", "train", "")
+        with seeded(rng, site.device):
+            for batch in self.local.batches(site.data["train"], rng, site.device):
+                for _ in range(self.steps):
+                    step(self.task.loss(model, batch) + towards(model, w))
+                theta = dict(model.named_parameters())
+                w = {name: leaf - self.eta * self.lam * (leaf - theta[name].detach()) for name, leaf in w.items()}
+        own = params_of(model)
+        shared = {**own, **{name: leaf.to(own[name].device) for name, leaf in w.items()}}
+        return Reply({"update": WeightedMean.of(tree.sub(shared, start), self.weight(site))}), {**memory, "own": own}
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        return memory.get("own", request.trees["params"])
+
+
+def pfedme(
+    task: Task,
+    local: LocalTraining,
+    *,
+    lam: float = 15.0,
+    eta: float = 0.05,
+    steps: int = 5,
+    lr: float = 1.0,
+    uniform: bool = False,
+) -> PFedMe:
+    """Personal models near a shared one, which follows them."""
+    return PFedMe(task, local, lr, uniform, lam, eta, steps)

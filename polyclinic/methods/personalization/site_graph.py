@@ -1,0 +1,70 @@
+"""A shared CNN and, at each site, a graph network over its labels.
+
+Chakravarty, Kar, Sethuraman and Sheet, "Federated Learning for Site Aware Chest Radiograph Screening", ISBI 2021.
+https://doi.org/10.1109/ISBI48211.2021.9433876. See ``polyclinic.methods.personalization.label_graph`` for how far the
+paper was at hand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.networks.latent import head_width
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.label_graph import GraphHeaded, comorbidity
+from polyclinic.methods.personalization.partial_personalization import Personal, State
+
+
+@dataclass(frozen=True)
+class SiteGraph(Personal):
+    """FedAvg of the CNN; the graph over labels, with edges from the site's own co-morbidity, never leaves the site.
+
+    A site that was never seen uses the graph network as it began, without edges.
+
+    Attributes:
+        task: With the graph-headed network.
+    """
+
+    task: Task
+
+    @property
+    def prediction_task(self) -> Task:
+        return self.task
+
+    def init(self, params: Tree) -> State:
+        begun = self.task.first()
+        body = {name: leaf for name, leaf in tree.prefixed("body", params).items() if name in begun}
+        return super().init({**begun, **body})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        if "own" not in memory:
+            data = site.data["train"]
+            edges = comorbidity(data[torch.arange(len(data))][1], self.task.network.outputs)
+            memory = {**memory, "own": {**request.trees["own"], "graph.adjacency": edges}}
+        return super().site_update(request, memory, site)
+
+
+def in_graph(name: str) -> bool:
+    """Whether a tensor belongs to the graph network."""
+    return name.startswith("graph.")
+
+
+def site_graph(
+    task: Task, local: LocalTraining, *, width: int = 16, depth: int = 2, uniform: bool = False
+) -> SiteGraph:
+    """A shared CNN; a graph network over labels stays at each site, ``width`` numbers a node and ``depth`` layers.
+
+    Args:
+        width: How many numbers describe a label in the graph.
+        depth: How many layers the graph network has.
+    """
+    headed = predicting_with(task, GraphHeaded(task.network, head_width(task), width, depth))
+    return SiteGraph(FedAvg(headed, local, uniform=uniform), in_graph, headed)

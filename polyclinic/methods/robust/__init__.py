@@ -1,0 +1,1 @@
+"""Server end: corrupted clients."""

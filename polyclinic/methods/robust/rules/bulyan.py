@@ -1,0 +1,53 @@
+"""Bulyan: Krum again and again, then a trimmed mean around the median.
+
+El Mahdi El Mhamdi, Rachid Guerraoui and Sébastien Rouault, "The Hidden Vulnerability of Distributed Learning in
+Byzantium", ICML 2018, section 4, https://arxiv.org/abs/1802.07927. Sites count the same, as there.
+
+The share of corrupt sites is a hyper-parameter, their number f what it gives for the updates at hand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyclinic.core.tree import Tree
+from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verdict, presumed
+from polyclinic.methods.robust.rules.coordinate_wise import mean, middle_of
+from polyclinic.methods.robust.rules.krum import krum_scores
+from polyclinic.methods.robust.rules.site_sorting import sort_rows
+
+
+@dataclass(frozen=True)
+class Bulyan(Rule):
+    """θ = n - 2f updates chosen by Krum one after another, and of each coordinate the mean of the θ - 2f values
+    nearest to their median.
+
+    Attributes:
+        corrupt: The share of sites presumed corrupt. Bulyan needs n ≥ 4f + 3, so at most one in ten sites.
+    """
+
+    corrupt: float = 0.1
+
+    def aggregate(self, updates: Updates, last: Tree) -> Verdict:
+        """Krum n - 2f times without replacement; then the trimmed mean around the median"""
+        f = presumed(self.corrupt, len(updates), 3, 4, "bulyan")
+        left, chosen = list(range(len(updates))), list[int]()
+        for _ in range(len(updates) - 2 * f):
+            near = updates.distances[left][:, left]
+            chosen.append(left.pop(int(krum_scores(near, f).argmin())))
+        few = updates.only(tuple(updates.sites[i] for i in chosen))
+        return Verdict(few.by_coordinate(lambda rows: around_median(rows, len(chosen) - 2 * f)), None)
+
+
+def around_median(rows: list[Tensor], keep: int) -> Tensor:
+    """The mean of the ``keep`` values nearest to the median of each column of ``rows``. Shape [c]."""
+    ordered = sort_rows(rows)
+    centre = middle_of(ordered)
+    best, value = torch.full_like(centre, torch.inf), torch.zeros_like(centre)
+    for start in range(len(rows) - keep + 1):  # the nearest values lie side by side
+        window = ordered[start : start + keep]
+        reach = torch.maximum(centre - window[0], window[-1] - centre)
+        value = torch.where(reach < best, mean(window), value)
+        best = torch.minimum(reach, best)
+    return value

@@ -1,0 +1,57 @@
+"""Centred clipping: from the last aggregate, no site moves the next one far.
+
+Sai Praneeth Karimireddy, Lie He and Martin Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021,
+equation CC, https://arxiv.org/abs/2012.10333.
+
+It stays within the span of the updates and the last aggregate, so that we compute coefficients from inner products.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from polyclinic.core.tree import Tree
+from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verdict, median
+from polyclinic.methods.robust.rules.geometric_median import distance_to
+
+
+@dataclass(frozen=True)
+class CentredClipping(Rule):
+    """From the last aggregate, the mean of what each site would move it, none by more than τ.
+
+    The paper has the sites send momentum; ours send what their method sends.
+
+    Attributes:
+        tau: τ. Where it is 0, the median of the distances from the last aggregate, so that half of the sites are
+            clipped at the first of the steps.
+        steps: L, how often to repeat it from where it came to.
+    """
+
+    tau: float = 0.0
+    steps: int = 3
+
+    @property
+    def remembers(self) -> bool:
+        """Yes: it starts from the last aggregate."""
+        return True
+
+    def aggregate(self, updates: Updates, last: Tree) -> Verdict:
+        """From the last aggregate, v ← v + 1/n Σ (x_i - v) · min(1, τ / ‖x_i - v‖)"""
+        n = len(updates)
+        points = self._beside(updates, last) if last else updates
+        c = torch.zeros(len(points), dtype=torch.float64)
+        c[n:] = 1.0
+        far = distance_to(points.gram, c)[:n]
+        tau = self.tau or float(median(far))
+        for _ in range(self.steps):
+            pull = (tau / distance_to(points.gram, c)[:n].clamp_min(1e-300)).clamp_max(1.0) / n
+            c = c * (1 - pull.sum())
+            c[:n] += pull
+        return Verdict(points.blend(c), dict(zip(updates.sites, c[:n].tolist(), strict=True)))
+
+    def _beside(self, updates: Updates, last: Tree) -> Updates:
+        """The updates and, after them, the last aggregate."""
+        one = torch.ones(1, dtype=torch.float64)
+        return Updates(
+            {**updates.trees, "~last": last}, torch.cat([updates.weights, one]), torch.cat([updates.factors, one])
+        )

@@ -1,0 +1,59 @@
+"""Who stands out, for people: each site's standing over the rounds, and what to say of it in words."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from polyclinic.core.serialization import savable
+from polyclinic.methods.robust.rules.aggregation_rule import Standing
+
+
+@savable("robust.SiteRecord", 1)
+class Note(NamedTuple):
+    """What is known of one site's updates so far.
+
+    Attributes:
+        seen: How many of its updates were looked at. ``outlying``: how many of them stood out.
+        score: How unusual the last one was; above 3.5 stands out. ``norm``: its length, in multiples of the median
+            length. ``cosine``: its agreement in direction with the others, -1 to 1.
+        share: Its part of the last aggregate; None where the rule decides coordinate by coordinate.
+        excluded: Why its last update had no say; empty where it had.
+    """
+
+    seen: int = 0
+    outlying: int = 0
+    score: float = 0.0
+    norm: float = 0.0
+    cosine: float = 0.0
+    share: float | None = None
+    excluded: str = ""
+
+    def after(self, standing: Standing | None, share: float | None, excluded: str) -> "Note":
+        """This note after one more update, which was not looked at where ``standing`` is None."""
+        if standing is None:
+            return self._replace(share=share, excluded=excluded)
+        return Note(self.seen + 1, self.outlying + standing.outlying, *standing, share, excluded)
+
+
+def alarms(notes: Mapping[str, Note], often: float = 0.5) -> tuple[str, ...]:
+    """A sentence for each site that a person should look at, the most unusual first.
+
+    Args:
+        often: In what part of its updates a site must have stood out.
+    """
+    odd = {site: n for site, n in notes.items() if n.excluded or (n.seen and n.outlying >= max(1, often * n.seen))}
+    return tuple(_sentence(site, note) for site, note in sorted(odd.items(), key=lambda item: -item[1].score))
+
+
+def _sentence(site: str, note: Note) -> str:
+    if note.excluded and note.excluded != QUARANTINE:
+        return f"{site}: its last update had no say, because {note.excluded}. Ask what happened there."
+    seen = (
+        f"{site}: {note.outlying} of its {note.seen} updates stood out; the last was {note.norm:.1f} times as long "
+        f"as usual, and its direction agrees {note.cosine:+.2f} with the others'."
+    )
+    if note.excluded:
+        return f"{seen} It is in quarantine."
+    return f"{seen} Other patients, another scanner, a fault or an attack: look at its data before you quarantine it."
+
+
+QUARANTINE = "it is in quarantine"

@@ -1,0 +1,1 @@
+"""Client end: contrastive and self-supervised learning."""

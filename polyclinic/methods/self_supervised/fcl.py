@@ -1,0 +1,143 @@
+"""FCL: contrastive learning for volumes, whose slices at the same height of the body look alike in every hospital.
+
+Wu, Zeng, Wang, Shi and Hu, "Federated Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
+https://arxiv.org/abs/2204.10983: momentum contrast of a U-Net's way down; sites exchange features of slices, so that
+each compares with all; slices in the same partition of their volumes count as alike, at home and elsewhere (global
+structural matching); few labels then suffice. The exact loss was not at hand: all keys of a slice's partition are its
+positives, every other key a negative, in one InfoNCE. Heights come with the data, as ``positions`` from 0 to 1; a data
+set without them has slices that are like nothing but themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_momentum import follow_
+from polyclinic.learning.objectives.contrastive import Contrast, alike, extended, nce, partitions
+from polyclinic.learning.tasks.example_pool import all_inputs
+from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.training.augmentation import STRONG
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.phases import Then, share_of
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@savable("fcl.State", 1)
+class State(NamedTuple):
+    """The network with its projection, and the features that each site last sent."""
+
+    round: int
+    whole: Tree
+    features: dict[str, Tree]
+
+    @property
+    def params(self) -> Tree:
+        """The study's network alone."""
+        return tree.under("backbone", self.whole)
+
+
+@dataclass(frozen=True)
+class FCL(Method[State]):
+    """Sites learn which slices show the same part of the body, from their own volumes and from others' features.
+
+    Attributes:
+        contrast: The network with its projection, and the temperature.
+        parts: Into how many partitions a volume is cut; 4.
+        queue: How many earlier keys of its own a site compares with.
+        exchange: How many features of single slices a site sends in a round.
+        keep: How slowly the key encoder follows.
+    """
+
+    contrast: Contrast
+    local: LocalTraining = LocalTraining()
+    parts: int = 4
+    queue: int = 512
+    exchange: int = 64
+    keep: float = 0.99
+
+    gathers = True  # the server must see what each site sends
+
+    def init(self, params: Tree) -> State:
+        return State(0, extended(self.contrast, params), {})
+
+    def request(self, state: State) -> Request:
+        features = {f"{name}/{leaf}": x for name, found in state.features.items() for leaf, x in found.items()}
+        return Request(state.round, {"whole": state.whole, "features": features})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, data, rng = request.trees["whole"], all_inputs(site.data), site.rng(request.round, "views")
+        key, place = cached_model(self.contrast, start, site.device, "key"), partitions(data.parts, self.parts)
+        nothing = {"keys": torch.zeros(0, self.contrast.width), "places": torch.zeros(0, dtype=torch.long)}
+        queue, remote = dict(memory.get("queue", nothing)), self._others(request.trees["features"], site.name, nothing)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            q, here = self.contrast.embed(model, STRONG.view(batch[0], rng)), place[batch[1].cpu()]
+            with torch.no_grad():
+                k = self.contrast.embed(key, STRONG.view(batch[0], rng))
+            keys = torch.cat([k, queue["keys"].to(k), remote["keys"].to(k)])
+            positive = alike(here, torch.cat([here, queue["places"], remote["places"]]))
+            positive[:, : len(k)].fill_diagonal_(1)  # a slice is like itself, wherever it lies
+            queue["keys"] = torch.cat([queue["keys"], k.cpu()])[-self.queue :]
+            queue["places"] = torch.cat([queue["places"], here])[-self.queue :]
+            return nce(q @ keys.T / self.contrast.temperature, positive.to(q))
+
+        def after(model: nn.Module) -> None:
+            follow_(key, model, self.keep)
+
+        end = self.local.fit(self.contrast, start, site, request.round, data=data, loss=loss, after_step=after)
+        some = torch.randperm(len(data), generator=site.rng(request.round, "exchange"))[: self.exchange]
+        sent = {"keys": self.contrast.keys(end, data, site.device)[some], "places": place[some]}
+        update, features = WeightedMean.of(tree.sub(end, start), float(len(data))), PerSite({site.name: sent})
+        return Reply({"update": update, "features": features}), {**memory, "queue": queue}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        whole = reply.mean("update").apply_to(state.whole)
+        return State(state.round + 1, whole, {**state.features, **reply.gather("features")})
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        return tree.under("backbone", request.trees["whole"])
+
+    def _others(self, features: Tree, name: str, nothing: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What other sites sent, and where in the body it lies."""
+        sites = sorted({leaf.rpartition("/")[0] for leaf in features} - {name})
+        return {leaf: torch.cat([x, *(features[f"{site}/{leaf}"] for site in sites)]) for leaf, x in nothing.items()}
+
+
+def fcl(
+    task: Task,
+    local: LocalTraining,
+    rounds: int,
+    *,
+    pretrain: float = 0.5,
+    pretrain_lr: float = 0.0,
+    width: int = 64,
+    temperature: float = 0.1,
+    parts: int = 4,
+    queue: int = 512,
+    exchange: int = 64,
+    keep: float = 0.99,
+) -> Then:
+    """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels.
+
+    Args:
+        pretrain: The share of them in which images are compared, labelled or not, and no label is read.
+        pretrain_lr: The learning rate in those; 0 for that of training.
+        width: How long a projection is.
+        temperature: τ of the contrast.
+        parts: Into how many partitions a volume is cut; 4.
+        queue: How many earlier keys of its own a site compares with.
+        exchange: How many features of single slices a site sends in a round.
+        keep: How slowly the key encoder follows.
+    """
+    first = replace(local, lr=pretrain_lr or local.lr)
+    contrast = FCL(Contrast(task, width, temperature), first, parts, queue, exchange, keep)
+    return Then(contrast, FedAvg(task, local), share_of(rounds, pretrain))

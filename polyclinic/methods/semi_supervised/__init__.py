@@ -1,0 +1,1 @@
+"""Client end: weakly and semi-supervised learning."""

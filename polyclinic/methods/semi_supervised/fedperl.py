@@ -1,0 +1,155 @@
+"""FedPerl: peers with similar models help one another to label their images, without being known to one another.
+
+Bdair, Navab and Albarqouni, "FedPerl: Semi-Supervised Peer Learning for Skin Lesion Classification", MICCAI 2021,
+https://arxiv.org/abs/2103.03703, equations 2 to 6, with the official settings (https://github.com/tbdair/FedPerlV1.0):
+a site's descriptor is the mean and standard deviation of each weight tensor; its T peers are those most similar by
+cosine; it receives the average of their models, never one of them (peer anonymisation). Sites count by their images.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.objectives.pseudo_labels import pseudo_loss, two_views
+from polyclinic.learning.tasks.example_pool import fit_both
+from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.training.augmentation import WEAK
+from polyclinic.learning.training.local import LocalTraining
+
+
+@savable("fedperl.State", 1)
+class State(NamedTuple):
+    """The model, and every site's own as it last sent it."""
+
+    round: int
+    params: Tree
+    models: dict[str, Tree]
+
+
+def descriptor(params: Tree) -> Tensor:
+    """The mean and standard deviation of each tensor, [2 · tensors]; running statistics are left out."""
+    leaves = [leaf.double() for name, leaf in params.items() if not name.endswith(("running_mean", "running_var"))]
+    return torch.stack([x for leaf in leaves for x in (leaf.mean(), leaf.std(correction=0))])
+
+
+def similarities(models: Trees) -> Tensor:
+    """The cosine of each pair of descriptors [K, K], scaled to 0...1 over different sites; the diagonal is -1."""
+    d = F.normalize(torch.stack([descriptor(model) for model in models.values()]), dim=1)
+    apart = ~torch.eye(len(d), dtype=torch.bool)
+    cosine = d @ d.T
+    low, high = cosine[apart].min(), cosine[apart].max()
+    return torch.where(apart, (cosine - low) / (high - low).clamp_min(1e-12), -1.0)
+
+
+def anonymous_peers(models: Trees, count: int) -> dict[str, Tree]:
+    """For each site, the average of the ``count`` models most similar to its own, without its own.
+
+    Nothing where there are fewer than three sites: an average of one would be another site's model.
+    """
+    if len(models) < 3:
+        return {}
+    names, found = list(models), dict[str, Tree]()
+    for name, row in zip(names, similarities(models), strict=True):
+        nearest = row.argsort(descending=True, stable=True)[: min(count, len(names) - 1)].tolist()
+        mean = WeightedMean.of(models[names[nearest[0]]])
+        for i in nearest[1:]:
+            mean = mean + WeightedMean.of(models[names[i]])
+        found[name] = mean.value
+    return found
+
+
+@dataclass(frozen=True)
+class FedPerl(Method[State]):
+    """Sites pseudo-label their images together with the average of the models most like their own.
+
+    Attributes:
+        peers: T, how many models are averaged into one peer; 2.
+        warmup: Rounds before unlabelled images and peers are used; 10 of 200 in the paper.
+        threshold: The least probability of a pseudo-label; 0.6.
+        trust: β, what the loss on pseudo-labels counts; 0.5. ``agreement``: what the distance to the peer's; 0.01.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    peers: int = 2
+    warmup: int = 1
+    threshold: float = 0.6
+    trust: float = 0.5
+    agreement: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.peers < 2:
+            raise ConfigError(
+                "fedperl: the average of one peer is that peer's model, known to another site: set peers to 2 or more"
+            )
+
+    gathers = True  # the server must see what each site sends
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {})
+
+    def request(self, state: State) -> Request:
+        peers = anonymous_peers(state.models, self.peers) if state.round >= self.warmup else {}
+        return Request(state.round, {"params": state.params}, per_site={name: {"peer": p} for name, p in peers.items()})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, rng = request.trees["params"], site.rng(request.round, "views")
+        peer = (
+            cached_model(self.task, request.trees["peer"], site.device, "peer").eval()
+            if "peer" in request.trees
+            else None
+        )
+
+        def alone(model: nn.Module, x: Tensor) -> Tensor:
+            weak, strong = two_views(self.task.kind, x, rng)
+            own = model(weak).softmax(1)
+            with torch.no_grad():
+                other = own if peer is None else peer(weak).softmax(1)
+            found = self.trust * pseudo_loss(model(strong), (own + other) / 2, self.threshold)
+            return found + self.agreement * F.mse_loss(own, other.detach())
+
+        def known(model: nn.Module, batch: Batch) -> Tensor:
+            return self.task.loss(model, WEAK(batch, rng))
+
+        wait = request.round < self.warmup
+        end, labels, free = fit_both(self.local, self.task, start, site, request.round, known, alone, wait=wait)
+        n = torch.tensor(float(labels + free))
+        return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), "examples": n}})}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        sent, mean = reply.gather("model"), WeightedMean(tree.zeros(state.params), 0.0)
+        models = {name: tree.under("model", leaves) for name, leaves in sent.items()}
+        for name, model in models.items():
+            mean = mean + WeightedMean.of(model, float(sent[name]["examples"]))
+        useful = {name: model for name, model in models.items() if sent[name]["examples"]}
+        return State(state.round + 1, mean.value, dict(sorted({**state.models, **useful}.items())))
+
+
+def fedperl(
+    task: Task,
+    local: LocalTraining,
+    rounds: int,
+    *,
+    peers: int = 2,
+    warmup: float = 0.05,
+    threshold: float = 0.6,
+    trust: float = 0.5,
+    agreement: float = 0.01,
+) -> FedPerl:
+    """Peers help to pseudo-label, after the share ``warmup`` of the rounds.
+
+    Args:
+        warmup: The share of the rounds before unlabelled images and peers are used; 0.05 in the paper.
+    """
+    return FedPerl(task, local, peers, math.ceil(warmup * rounds), threshold, trust, agreement)

@@ -1,0 +1,49 @@
+"""HistoFL: weakly supervised learning from whole slides, whose weights leave the site with noise.
+
+Lu, Chen, Kong, Lipkova, Singh, Williamson, Chen and Mahmood, "Federated learning for computational pathology on
+gigapixel whole slide images", Medical Image Analysis 76:102298, 2022, https://arxiv.org/abs/2009.10190, with the
+official settings (https://github.com/mahmoodlab/HistoFL). A slide is a bag of patch features and its only label is its
+own; use the network ``attention-mil``. To every weight the site adds α times the standard deviation of its tensor times
+a normal number; biases and running statistics go as they are. The official code adds it at the server.
+
+**This noise is not calibrated**: nothing is clipped and no privacy budget can be computed from it. For a guarantee,
+send FedAvg through ``clip`` and ``gaussian`` instead.
+"""
+
+from dataclasses import dataclass
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.learning.tasks.task import InRunningStatistics, Task
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class HistoFL(FedAvg):
+    """FedAvg whose sites blur their weights before they send them.
+
+    Attributes:
+        noise: α, the noise in standard deviations of each tensor; 0, 0.001, 0.01, 0.1 and 1 in the paper.
+    """
+
+    noise: float = 0.001
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start, rng, running = request.trees["params"], site.secret_rng(), InRunningStatistics(self.task)
+        end = dict(self.local.fit(self.task, start, site, request.round))
+        for name, leaf in end.items():
+            if self.noise and not running(name) and not name.endswith("bias") and leaf.numel() > 1:
+                # W ← W + α · std(W) · N(0, 1)
+                end[name] = leaf + self.noise * leaf.std() * rng.normal(*leaf.shape).to(leaf)
+        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+
+
+def histofl(
+    task: Task, local: LocalTraining, *, noise: float = 0.001, lr: float = 1.0, uniform: bool = False
+) -> HistoFL:
+    """FedAvg with uncalibrated noise on the weights, for bags of patch features."""
+    return HistoFL(task, local, lr, uniform, noise)

@@ -1,0 +1,99 @@
+"""A federated fingerprint: what one would look up in a data set first, without moving the data.
+
+After the data fingerprint of nnU-Net: Isensee et al., Nature Methods 2021, https://doi.org/10.1038/s41592-020-01008-z.
+
+Two messages, each a sum: first counts and moments; then histograms, whose edges follow from the pooled moments, so that
+nothing must be agreed on beforehand. Minima and maxima would betray single patients, and are not asked for.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
+from polyclinic.core.job_enumeration import once
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.tasks.data_sums import Summary, count_up, spread_out
+from polyclinic.learning.tasks.task import Task
+
+
+@savable("dataset-fingerprint.State", 1)
+class State(NamedTuple):
+    """What is known so far: pooled, and by site where it was asked for."""
+
+    sums: Tree
+    sites: Trees
+
+    @property
+    def finished(self) -> bool:
+        """Whether both messages have been answered."""
+        return "histogram" in self.sums
+
+
+@dataclass(frozen=True)
+class Fingerprint(Method[State]):
+    """Counts, moments, missing values, histograms and class counts of all sites' data, as sums.
+
+    Attributes:
+        task: Says how many classes there are.
+        bins: Of the histogram; a quantile is exact to one of them, 2 · ``reach`` / ``bins`` deviations wide.
+        reach: How many deviations from the mean the histogram goes, each way.
+        role: Which data.
+        by_site: Whether each site's own numbers are kept apart as well; then secure summation refuses them.
+    """
+
+    task: Task
+    bins: int = 256
+    reach: float = 5.0
+    role: str = "train"
+    by_site: bool = False
+
+    def init(self, params: Tree) -> State:
+        return State({}, {})
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return once("moments"), once("histogram")
+
+    def request(self, state: State) -> Request | None:
+        if state.finished:
+            return None
+        return (
+            Request(0, {"edges": {"edges": self.edges(state.sums)}}, "histogram")
+            if state.sums
+            else Request(0, {}, "moments")
+        )
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        data, edges = site.data[self.role], request.trees["edges"]["edges"] if request.job == "histogram" else None
+        sums = count_up(data, self.task.network.outputs) if edges is None else spread_out(data, edges)
+        reply = Reply({"sums": WeightedMean(tree.scale(sums, 1 / self.pixels), max(1.0, float(len(data))))})
+        return (reply + Reply({"apart": PerSite({site.name: sums})}) if self.by_site else reply), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        apart = reply.gather("apart") if self.by_site else {}
+        sites = {name: {**state.sites.get(name, {}), **sums} for name, sums in apart.items()}
+        found = {name: leaf.double() * self.pixels for name, leaf in reply.mean("sums").total.items()}
+        return State({**state.sums, **found}, {**state.sites, **sites})
+
+    @property
+    def pixels(self) -> int:
+        """How many values a channel of an example has; sums are sent by pixel, in digits that secure sums keep."""
+        return math.prod(self.task.network.inputs[1:])
+
+    def edges(self, sums: Tree) -> Tensor:
+        """The edges of equal bins that reach as many deviations from the mean. [channels, bins + 1]"""
+        found = Summary({name: leaf for name, leaf in sums.items() if name != "around"}, torch.empty(0))
+        half = self.reach * torch.where(found.std > 0, found.std, 1.0)
+        return found.mean[:, None] + half[:, None] * torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64)
+
+    def summary(self, state: State, site: str | None = None) -> Summary:
+        """What was found, of all data or of one ``site``'s."""
+        return Summary(state.sums if site is None else state.sites[site], self.edges(state.sums))

@@ -1,0 +1,126 @@
+"""FedReplay: sites send generators of their data, and the server trains on what these replay.
+
+Qu, Balachandar, Zhang and Rubin, "Handling data heterogeneity with generative replay in collaborative learning for
+medical imaging", Medical Image Analysis 2022. https://doi.org/10.1016/j.media.2022.102424.
+
+The paper's body was not at hand; this is a reading of its abstract. Each site trains an auxiliary generative model,
+here a conditional variational autoencoder, and sends its generator and how many examples it has of each class. The
+server draws examples with every class as likely as any other, each from the sites that have it, and trains the primary
+model on them. One round is the paper's single exchange; in further ones sites improve their generators.
+
+No gradient of real data reaches the server, but a generator can replay what it memorised: this is no privacy.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.generative import Replay
+from polyclinic.learning.tasks.data_sums import count_up
+from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.training.local import LocalTraining
+
+
+@savable("fedreplay.State", 1)
+class State(NamedTuple):
+    """The primary model."""
+
+    round: int
+    params: Tree
+
+
+@dataclass(frozen=True)
+class FedReplay(Method[State]):
+    """The server trains on replayed examples, in which no class is rare because a hospital seldom sees it.
+
+    Attributes:
+        local: How the server trains the primary model in a round.
+        examples: How many examples the server draws for a round.
+        epochs: Passes of a site's generator over its data in a round. ``lr``: its Adam's step.
+        latent: Numbers behind an example. ``width``: of the generator.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    examples: int = 256
+    epochs: int = 10
+    lr: float = 2e-3
+    latent: int = 16
+    width: int = 16
+
+    @property
+    def replay(self) -> Replay:
+        """The auxiliary model."""
+        return Replay(self.task.network.inputs, self.task.network.outputs, self.latent, self.width)
+
+    def init(self, params: Tree) -> State:
+        return State(0, params)
+
+    def request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        begin = memory.get("replay", self.replay.first())
+        learn = LocalTraining(self.epochs, self.local.batch_size, "adam", self.lr)
+        end = learn.fit(self.replay, begin, site, request.round, slot="replay")
+        counts = count_up(site.data["train"], self.task.network.outputs)["classes"]
+        sent = {**tree.select(end, _generates), "classes": counts}
+        return Reply({"generator": PerSite({site.name: sent})}), {**memory, "replay": end}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        drawn = self._draw(reply.gather("generator"), server, state.round)
+        return State(state.round + 1, self.local.fit(self.task, state.params, server, state.round, data=drawn))
+
+    def _draw(self, generators: Trees, server: Site, round: int) -> "Drawn":
+        """Examples with y uniform over the classes that exist, and the site ∝ how many of class y it has."""
+        rng, fixed = server.rng(round, "replay"), self.replay.first()
+        counts = torch.stack([sent["classes"] for sent in generators.values()])  # [sites, classes]
+        present = (counts.sum(0) > 0).double()
+        y = torch.multinomial(present, self.examples, replacement=True, generator=rng)
+        origin = torch.multinomial(counts.T[y], 1, generator=rng).squeeze(1)
+        x = torch.zeros(self.examples, *self.task.network.inputs)
+        for k, sent in enumerate(generators.values()):
+            model = cached_model(self.replay, {**fixed, **tree.select(sent, _generates)}, server.device).eval()
+            if bool((here := origin == k).any()):
+                x[here] = self.replay.generate(model, y[here].to(server.device), rng).cpu()
+        return Drawn(x, y)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Examples in memory."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        return self.x[index], self.y[index]
+
+
+def _generates(name: str) -> bool:
+    return name.startswith("decoder.")
+
+
+def fed_replay(
+    task: Task,
+    local: LocalTraining,
+    *,
+    examples: int = 256,
+    epochs: int = 10,
+    lr: float = 2e-3,
+    latent: int = 16,
+    width: int = 16,
+) -> FedReplay:
+    """The server trains on what the sites' generators replay, with every class as likely as any other."""
+    return FedReplay(task, local, examples, epochs, lr, latent, width)

@@ -1,0 +1,121 @@
+"""Patients as a graph: whoever looks alike is joined, and each learns from neighbours, known and imagined.
+
+Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017, equation 2,
+https://arxiv.org/abs/1609.02907; Parisot et al., "Disease prediction using graph convolutional networks", Medical Image
+Analysis 2018, for populations. The graph is that of a minibatch, so predictions depend a little on who is in it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyclinic.learning.networks.latent import features, head_width
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.objectives.distillation_loss import of
+from polyclinic.learning.tasks.task import Batch, Task
+
+
+def neighbours(h: Tensor, count: int) -> Tensor:
+    """Who is joined: [b, b] of 0 and 1, each with the ``count`` others most alike by cosine, and they with it."""
+    unit = F.normalize(h.detach() - h.detach().mean(0), dim=1)
+    alike = (unit @ unit.T).fill_diagonal_(-torch.inf)
+    count = min(count, len(h) - 1)
+    joined = (
+        torch.zeros_like(alike).scatter(1, alike.topk(count, dim=1).indices, 1.0) if count else torch.zeros_like(alike)
+    )
+    return torch.maximum(joined, joined.T)
+
+
+def normalised(edges: Tensor) -> Tensor:
+    """D^-½ (A + I) D^-½"""
+    with_self = edges + torch.eye(len(edges), dtype=edges.dtype, device=edges.device)
+    root = with_self.sum(1).rsqrt()
+    return root[:, None] * with_self * root
+
+
+class Population(nn.Module):
+    """The study's network, whose representations pass through a graph before its head."""
+
+    base: Any
+    head: Any
+
+    def __init__(self, network: Network, features: int, count: int) -> None:
+        super().__init__()
+        self.network, self.count = network, count
+        self.base = network()
+        self.mix = nn.Linear(features, features)
+        self.generator = nn.Sequential(nn.Linear(features, 2 * features), nn.ReLU(), nn.Linear(2 * features, features))
+
+    def represent(self, x: Tensor) -> Tensor:
+        """[b, *inputs] to [b, features]"""
+        return features(of(self.network), self.base, x)
+
+    def imagine(self, h: Tensor, edges: Tensor) -> Tensor:
+        """For each patient the neighbour that is missing, from those that are there: [b, features]."""
+        return cast(Tensor, self.generator(normalised(edges) @ h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, *inputs] to [b, outputs]"""
+        h, n = self.represent(x), len(x)
+        edges = neighbours(h, self.count)
+        whole = torch.eye(2 * n, dtype=h.dtype, device=h.device).roll(n, 0)  # each with its imagined neighbour
+        whole[:n, :n] = edges
+        A = normalised(whole)
+        # H = ReLU(Â [h; ĥ] W), then once more over the graph, and back to the patients who are there
+        mixed = A @ F.relu(A @ self.mix(torch.cat([h, self.imagine(h, edges)])))
+        head = next(m for name, m in self.base.named_modules() if self.network.in_head(f"{name}."))
+        return cast(Tensor, head(h + mixed[:n]))
+
+
+@dataclass(frozen=True)
+class Populated(Network):
+    """A network with a population graph before its head, in which each patient has ``count`` neighbours."""
+
+    count: int = 5
+
+    def __call__(self) -> nn.Module:
+        """A new module with random parameters."""
+        base = Network(self.name, self.inputs, self.outputs, self.options)
+        return Population(base, head_width(of(base)), self.count)
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor belongs to the base's head."""
+        return super().in_head(name.removeprefix("base."))
+
+
+def populated(task: Task, count: int) -> Task:
+    """``task`` with a population graph before its head."""
+    own = task.network
+    return replace(task, network=Populated(own.name, own.inputs, own.outputs, own.options, count))
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """Learns to imagine hidden patients from the neighbours that they have among the others.
+
+    Attributes:
+        task: With a population graph. ``hidden``: the share of patients that are hidden.
+    """
+
+    task: Task
+    hidden: float = 0.5
+
+    def model(self) -> nn.Module:
+        """The task's."""
+        return self.task.model()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean absolute distance of what is imagined for each visible patient from its mean hidden neighbour."""
+        assert isinstance(model, Population)
+        h = model.represent(batch[0]).detach()
+        edges = neighbours(h, model.count)
+        seen = torch.rand(len(h), device=h.device) >= self.hidden
+        missing = edges[seen][:, ~seen]
+        counted = missing.sum(1) > 0
+        if not bool(counted.any()):
+            return model.imagine(h, edges).sum() * 0.0
+        wanted = (missing @ h[~seen])[counted] / missing.sum(1, keepdim=True)[counted]
+        return F.l1_loss(model.imagine(h[seen], edges[seen][:, seen])[counted], wanted)

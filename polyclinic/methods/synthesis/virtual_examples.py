@@ -1,0 +1,63 @@
+"""Virtual examples: inputs moved a little so that a model changes its mind most, or becomes surest.
+
+Sizes are shares of each input's own standard deviation, root mean square over its values, so that one number fits
+images of any size and unit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from polyclinic.learning.networks.model_tree import BATCH_NORMS
+from polyclinic.learning.objectives.distillation_loss import divergence
+
+
+def moved(x: Tensor, direction: Tensor, size: float) -> Tensor:
+    """``x`` [b, ...] moved along ``direction``, as far as ``size`` of each example's standard deviation."""
+    flat = direction.flatten(1)
+    unit = flat / flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)  # root mean square 1
+    return x + (unit * size * x.flatten(1).std(1, keepdim=True)).view_as(x)
+
+
+def adversarial(
+    kind: str, model: nn.Module, x: Tensor, rng: torch.Generator, size: float, probe: float = 0.01
+) -> Tensor:
+    """``x`` moved by the r of a given ``size`` that changes most what ``model`` says, found by one power iteration.
+
+    Miyato, Maeda, Koyama and Ishii, "Virtual Adversarial Training", IEEE TPAMI 2019, equations 5 to 12.
+    https://arxiv.org/abs/1704.03976.
+
+    Args:
+        probe: ξ, how far to go along a random direction to find out where the divergence grows.
+    """
+    with torch.no_grad():
+        said = model(x)
+    v = moved(x, torch.randn(x.shape, generator=rng).to(x), probe).requires_grad_()  # x + ξ d
+    # g = ∂ KL(f(x) ‖ f(v)) / ∂ v;  r = ε g / ‖g‖
+    (g,) = torch.autograd.grad(divergence(kind, model(v), said), v)
+    return moved(x, g, size)
+
+
+def surer(loss: Callable[[Tensor], Tensor], x: Tensor, size: float, steps: int = 1) -> Tensor:
+    """``x`` moved in ``steps`` steps, together of the given ``size``, down the ``loss`` of a model at it."""
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(x), x)
+        x = moved(x.detach(), -g, size / steps)
+    return x
+
+
+@contextmanager
+def still_statistics(model: nn.Module) -> Iterator[None]:
+    """Within it, virtual examples leave no trace in the running statistics of batch normalisation."""
+    layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+    before = [m.momentum for m in layers]
+    for m in layers:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(layers, before, strict=True):
+            m.momentum = momentum

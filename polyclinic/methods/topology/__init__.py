@@ -1,0 +1,1 @@
+"""Topologies other than a server with its sites."""

@@ -1,0 +1,108 @@
+"""Gossip: no server; each site averages its model with its neighbours' and goes on training.
+
+Xiangru Lian, Ce Zhang, Huan Zhang, Cho-Jui Hsieh, Wei Zhang and Ji Liu, "Can Decentralized Algorithms Outperform
+Centralized Algorithms?", NeurIPS 2017, Algorithm 1 (D-PSGD), https://arxiv.org/abs/1705.09056, with several local steps
+between two exchanges; random neighbours after Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE
+Transactions on Information Theory 52 (2006).
+
+What this shows: what each site learns, how far sites drift apart, and that no site's loss stops the others. What it
+does not: that only neighbours see a model, since here the driver carries all messages, and a network without one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSiteUniform, Reply
+from polyclinic.core.method import Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+
+
+@savable("gossip.State", 1)
+class State(NamedTuple):
+    """The mean of all models, which only people see; each site's own, to pass on; and who stands beside whom."""
+
+    round: int
+    params: Tree
+    models: Trees
+    circle: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Gossip(Method[State]):
+    """Every site averages with its neighbours on a circle, and trains.
+
+    Attributes:
+        neighbours: How many, half on each side; an even number. All others where 0.
+        graph: ``ring``, a circle in name order, or ``random``, a circle drawn anew for every round.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    neighbours: int = 2
+    graph: Literal["ring", "random"] = "random"
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 0 or self.neighbours % 2:
+            raise ConfigError(f"neighbours stand half on each side, so their number is even, not {self.neighbours}")
+
+    gathers = True  # the server must see what each site sends
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {}, ())
+
+    def request(self, state: State) -> Request:
+        each = {
+            name: {f"from/{other}": state.models[other] for other in around(name, state.circle, self.neighbours)}
+            for name in state.circle
+        }
+        return Request(state.round, {"params": state.params}, per_site=each)
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        end = self.local.fit(self.task, self.site_model(request, memory), site, request.round)
+        return Reply({"model": PerSiteUniform({site.name: end})}), {**memory, "own": end}
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if not reply.parts:
+            return State(state.round + 1, state.params, {}, ())
+        models = reply.gather("model")
+        circle = tuple(sorted(models))
+        if self.graph == "random":
+            drawn = torch.randperm(len(circle), generator=server.rng(state.round, "circle"))
+            circle = tuple(circle[i] for i in drawn.tolist())
+        return State(state.round + 1, mean(list(models.values())), models, circle)
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        """The mean of the site's own model and its neighbours'; the mean of all for a site without one."""
+        heard = {name: t for name, t in request.trees.items() if name.startswith("from/")}
+        return mean([memory["own"], *heard.values()]) if "own" in memory else request.trees["params"]
+
+
+def around(name: str, circle: Sequence[str], neighbours: int) -> list[str]:
+    """Who stands within ``neighbours`` / 2 places of ``name`` on the circle, each once, in name order."""
+    n, at = len(circle), list(circle).index(name)
+    reach = neighbours // 2 or n
+    return sorted({circle[(at + d) % n] for d in range(-reach, reach + 1)} - {name})
+
+
+def mean(models: Sequence[Tree]) -> Tree:
+    """The plain mean."""
+    total = tree.copy(models[0])
+    for other in models[1:]:
+        tree.add_(total, other)
+    return tree.scale(total, 1 / len(models))
+
+
+def gossip(
+    task: Task, local: LocalTraining, *, neighbours: int = 2, graph: Literal["ring", "random"] = "random"
+) -> Gossip:
+    """Every site averages with its neighbours, and trains."""
+    return Gossip(task, local, neighbours, graph)

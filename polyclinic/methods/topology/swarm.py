@@ -1,0 +1,109 @@
+"""Swarm learning: no central server; in every round the sites elect one of them to merge.
+
+Stefanie Warnat-Herresthal and others, "Swarm Learning for decentralized and confidential clinical machine learning",
+Nature 594 (2021), 265-270, https://doi.org/10.1038/s41586-021-03583-3; for histology Saldanha and others, Nature
+Medicine 28 (2022). There a blockchain registers the sites and elects the merger; here the driver's dice elect, and
+the list of who merged is kept in the state.
+
+What this shows: that the result is FedAvg's, who merged, and that a merger that dies is replaced. What it does not:
+that no outsider sees a model, since the driver carries all messages; nor a blockchain, nor its cost.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
+from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.serialization import savable
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import LocalTraining
+
+
+@savable("swarm.State", 1)
+class State(NamedTuple):
+    """The model and, while it is being merged, what the sites sent and who is to merge, in the order of election.
+
+    ``merged`` lists who merged each round; empty for a round that nobody could.
+    """
+
+    round: int
+    params: Tree
+    sent: Trees
+    elected: tuple[str, ...]
+    merged: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Swarm(Method[State]):
+    """FedAvg whose server is one of the sites, another in each round.
+
+    Deputies merge beside the elected site, and the first whose answer comes is believed. Where none answers and the
+    driver bears it (``min_replies=0``), the next are asked, until every site has been.
+
+    Attributes:
+        deputies: How many sites merge beside the elected one.
+        uniform: Whether every site counts the same, instead of in proportion to its examples.
+    """
+
+    task: Task
+    local: LocalTraining = LocalTraining()
+    deputies: int = 1
+    uniform: bool = False
+
+    gathers = True  # the server must see what each site sends
+
+    def init(self, params: Tree) -> State:
+        return State(0, params, {}, (), ())
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return Job("train"), Job("merge")
+
+    def request(self, state: State) -> Request:
+        if not state.elected:
+            return Request(state.round, {"params": state.params})
+        sent = {f"from/{site}": change for site, change in state.sent.items()}
+        asked = state.elected[: 1 + self.deputies]
+        return Request(state.round, {"params": state.params, **sent}, job="merge", recipients=asked)
+
+    def evaluation_request(self, state: State) -> Request:
+        return Request(state.round, {"params": state.params})
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        start = request.trees["params"]
+        if request.job == "train":
+            change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
+            weight = torch.tensor(1.0 if self.uniform else float(len(site.data["train"])), dtype=torch.float64)
+            return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
+        sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}
+        all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())
+        merged = all_of_them.mean("update").apply_to(start)
+        return Reply({"merged": PerSiteUniform({site.name: merged})}), memory
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        if state.elected:
+            answers = reply.gather("merged") if reply.parts else {}
+            if believed := next((name for name in state.elected if name in answers), ""):
+                return State(state.round + 1, answers[believed], {}, (), (*state.merged, believed))
+            left = state.elected[1 + self.deputies :]
+            if left:
+                return state._replace(elected=left)
+        elif reply.parts:
+            sent = reply.gather("change")
+            drawn = torch.randperm(len(sent), generator=server.rng(state.round, "election")).tolist()
+            return state._replace(sent=sent, elected=tuple(sorted(sent)[i] for i in drawn))
+        return State(state.round + 1, state.params, {}, (), (*state.merged, ""))  # nobody is left: as it was
+
+
+def _weighed(change: Tree) -> WeightedMean:
+    return WeightedMean.of(tree.select(change, lambda name: name != "/weight"), float(change["/weight"]))
+
+
+def swarm(task: Task, local: LocalTraining, *, deputies: int = 1, uniform: bool = False) -> Swarm:
+    """FedAvg whose server is one of the sites, another in each round."""
+    return Swarm(task, local, deputies, uniform)

@@ -1,0 +1,131 @@
+"""What every section of the page starts from: the run, its evaluation, its costs, and how to name things."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from polyclinic.core.audit_log import Broken, verify
+from polyclinic.evaluation.costs import Cost, Target, cost_of, target_of
+from polyclinic.evaluation.metric_functions import Metric, metrics_for
+from polyclinic.evaluation.records.record_schema import SiteInfo
+from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
+from polyclinic.report.formatting import digits_of
+
+NAMES = {  # as their papers write them; others appear under the label that the study gave them
+    "single": "Single",
+    "mix": "Mix",
+    "cross": "Cross",
+    "fedavg": "FedAvg",
+    "fedsgd": "FedSGD",
+    "fedprox": "FedProx",
+    "fedbn": "FedBN",
+    "silobn": "SiloBN",
+    "fedper": "FedPer",
+    "fedrep": "FedRep",
+    "lg-fedavg": "LG-FedAvg",
+    "scaffold": "SCAFFOLD",
+    "pfedme": "pFedMe",
+    "fedavgm": "FedAvgM",
+    "fedadagrad": "FedAdagrad",
+    "fedadam": "FedAdam",
+    "fedyogi": "FedYogi",
+    "fednova": "FedNova",
+    "ditto": "Ditto",
+    "apfl": "APFL",
+    "moon": "MOON",
+    "ifca": "IFCA",
+    "harmofl": "HarmoFL",
+    "fedharmony": "FedHarmony",
+    "fedmic": "FedMIC",
+    "feddyn": "FedDyn",
+    "fedce": "FedCE",
+}
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """The run and what was computed from it."""
+
+    run: Run
+    result: Evaluation
+
+    @property
+    def short(self) -> str:
+        """The first eight digits of the study's hash, as in the folder's name."""
+        return self.run.info.hash[:8]
+
+    @property
+    def digits(self) -> int:
+        """Decimals of the primary metric."""
+        return digits_of(self.result.metric)
+
+    @property
+    def label(self) -> str:
+        """The primary metric, with its unit."""
+        return self.named(self.result.metric)
+
+    @property
+    def higher(self) -> bool:
+        """Whether higher values of the primary metric are better."""
+        return self.result.metric.higher_is_better is not False
+
+    @property
+    def level(self) -> str:
+        """``95 %``, unbroken"""
+        return f"{100 * self.result.options.level:g}\u00a0%"
+
+    @property
+    def first(self) -> MethodResult | None:
+        """The method spoken of first."""
+        return self.result.of(self.result.headline) if self.result.headline else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether intervals of a site's primary metric are DeLong's."""
+        estimates = [e[self.result.metric.name] for m in self.result.methods for e in m.sites.values()]
+        return any(e.how.startswith("DeLong") for e in estimates)
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics of the run's task."""
+        return metrics_for(self.run.info.task, len(self.run.info.classes) or 2)
+
+    def named(self, metric: Metric) -> str:
+        """A metric's label with its unit."""
+        return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
+
+    def title(self, label: str) -> str:
+        """A method's name in text."""
+        return NAMES.get(label, label)
+
+    def site(self, name: str) -> SiteInfo:
+        """What ``run.json`` says of a site."""
+        return next(s for s in self.run.info.sites if s.name == name)
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The level that methods are timed to."""
+        return target_of(self.run, self.result.metric.name, self.higher)
+
+    @cached_property
+    def costs(self) -> Mapping[str, Cost]:
+        """Costs by method, of those with recorded rounds."""
+        metric, found = self.result.metric.name, {}
+        for m in self.run.info.methods:
+            if cost := cost_of(self.run, m.label, metric, self.higher, self.target):
+                found[m.label] = cost
+        return found
+
+    @cached_property
+    def journal(self) -> tuple[int, str, str]:
+        """Entries and head of the journal, and what is wrong with it; (0, "", "") where there is none."""
+        file, entries, head = self.run.path / "journal.jsonl", 0, ""
+        if not file.is_file():
+            return 0, "", ""
+        try:
+            for entry in verify(file):
+                entries, head = entries + 1, str(entry["hash"])
+        except Broken as broken:
+            return entries, head, str(broken).replace(str(self.run.path) + "/", "")
+        return entries, head, ""

@@ -1,0 +1,288 @@
+"""The report's pictures: inline SVG, the same bytes for the same numbers, readable in print and without colour.
+
+Colour never speaks alone: baselines are hollow, external sites are diamonds, curves have markers and their names at
+their ends. Text stays text, so that it can be searched, selected and read aloud.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from polyclinic.errors import ConfigError
+from polyclinic.evaluation.calibration import Bin, NetBenefit
+from polyclinic.evaluation.intervals import Estimate
+from polyclinic.evaluation.metric_functions import Array
+from polyclinic.evaluation.paired_tests import Difference, Ranking
+
+TEAL, ORANGE, GREY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
+CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 4.4  # inches; the page shows an inch as about 101 pixels, a phone as 82
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a picture of estimates: a name, a value with limits, and how to draw it."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    text: str
+    kind: str = "plain"  # plain, baseline, external, bad
+
+    @classmethod
+    def of(cls, name: str, e: Estimate | Difference, text: str, kind: str = "plain") -> "Point":
+        """The row for an estimate or a difference."""
+        return cls(name, e.value, e.low, e.high, text, kind)
+
+
+STYLE = {  # marker, colour, filled
+    "plain": ("s", TEAL, True),
+    "baseline": ("o", GREY, False),
+    "external": ("D", ORANGE, True),
+    "bad": ("v", ORANGE, True),
+    "undecided": ("o", TEAL, False),
+}
+
+
+@contextmanager
+def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
+    """An empty figure and its axes, in the report's style.
+
+    Raises:
+        ImportError: Without matplotlib; the message names the extra.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("the report needs matplotlib, which is not installed: pip install matplotlib") from None
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "polyclinic",
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.add_axes((0.0, 0.0, 1.0, 1.0))
+
+
+def svg(figure: Any, name: str, alt: str) -> str:
+    """The figure as an ``<svg>`` element with ``alt`` as its text, scaling to its container; no date, no fixed ids."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, bbox_inches=None)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    text = text.replace('xlink:href="data:', 'href="data:')
+    box = re.search(r'viewBox="([^"]+)"', text)
+    assert box is not None
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box[1]}" role="img" aria-label="{escape(alt)}">'
+    return head + text[text.index(">") + 1 :].strip()
+
+
+def _span(values: Sequence[float | None], pad: float = 0.06) -> tuple[float, float]:
+    known = [v for v in values if v is not None and np.isfinite(v)]
+    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    wide = (high - low) or max(abs(high), 1.0) * 0.1
+    return low - pad * wide, high + pad * wide
+
+
+def inches(text: str, points: float) -> float:
+    """How wide ``text`` is drawn."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), text, size=points, prop=FontProperties("DejaVu Sans")).get_extents().width) / 72
+
+
+def points(
+    name: str, alt: str, rows: Sequence[Point], label: str, line: float | None = None, zero: bool = False
+) -> str:
+    """Estimates with their intervals, one a row: the forest plot of sites, the panel of methods, the gains.
+
+    Args:
+        name: Of the picture, unique on the page.
+        alt: What it shows, in words.
+        rows: From top to bottom.
+        label: Of the axis.
+        line: Where to draw a dotted line.
+        zero: Whether that line means "no difference" and must be in view.
+    """
+    height = 0.62 + 0.29 * len(rows)
+    with drawing(height) as (figure, axes):
+        left = 0.03 + min(max((inches(r.name, 9) for r in rows), default=0.0) / WIDTH, 0.4)
+        right = 1 - max((inches(r.text, 8.5) for r in rows), default=0.0) / WIDTH
+        wide = max((right - left) / 1.03, 0.2)
+        axes.set_position((left, 0.5 / height, wide, 1 - 0.56 / height))
+        for y, row in enumerate(rows):
+            mark, colour, filled = STYLE[row.kind]
+            if row.value is not None:
+                if row.low is not None and row.high is not None:
+                    axes.plot([row.low, row.high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
+                face = colour if filled else "white"
+                axes.plot([row.value], [y], mark, color=colour, mfc=face, ms=6.5, mew=1.4)
+            axes.text(1.03, y, row.text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
+        ends = [v for r in rows for v in (r.value, r.low, r.high)]
+        axes.set_xlim(*_span([*ends, line, 0.0 if zero else None]))
+        if line is not None:
+            axes.axvline(line, color=FAINT if not zero else INK, lw=1.0, ls=":" if not zero else "-", zorder=0)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [r.name for r in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(label)
+        return svg(figure, name, alt)
+
+
+def curves(
+    name: str,
+    alt: str,
+    lines: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    label: str,
+    first: str = "",
+    behind: Sequence[str] = (),
+) -> str:
+    """One line a method over rounds, each named at its right end.
+
+    Args:
+        name: Of the picture, unique on the page.
+        alt: What it shows, in words.
+        lines: Rounds and values by title.
+        label: Of the vertical axis.
+        first: The title to draw in the first colour and in bold strokes.
+        behind: Titles to draw in grey, with broken lines.
+    """
+    with drawing(2.9) as (figure, axes):
+        widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
+        axes.set_position((0.12, 0.16, (0.86 - widest) / 1.07, 0.8))
+        ends = []
+        order = sorted((t for t in lines if t not in behind), key=lambda t: t != first)
+        for i, title in enumerate([*behind, *order]):
+            if title not in lines:
+                continue
+            (x, y), grey, turn = lines[title], title in behind, max(i - len(behind), 0)
+            colour = GREY if grey else CURVES[turn % len(CURVES)]
+            mark, wide = MARKS[-1 - i % 4] if grey else MARKS[turn % 4], 2.2 if title == first else 1.4
+            style = "--" if grey else "-"
+            axes.plot(x, y, style, color=colour, lw=wide, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
+            if len(x):
+                ends.append((y[-1], title, colour, mark))
+        low, high = axes.get_ylim()
+        gap, at = 0.062 * (high - low), -np.inf
+        for value, title, colour, mark in sorted(ends):
+            at = max(value, at + gap)
+            axes.plot([1.035], [at], mark, color=colour, ms=3.6, transform=axes.get_yaxis_transform(), clip_on=False)
+            axes.text(1.06, at, title, color=colour, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.set_ylim(low, high)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("Round")
+        axes.set_ylabel(label)
+        return svg(figure, name, alt)
+
+
+def reliability_plot(name: str, alt: str, groups: Mapping[str, Sequence[Bin]]) -> str:
+    """Said against seen; the diagonal is perfect. Marks grow with the number of cases."""
+    with drawing(3.3, 3.9) as (figure, axes):
+        axes.set_position((0.16, 0.15, 0.8, 0.81))
+        axes.plot([0, 1], [0, 1], ":", color=FAINT, lw=1)
+        most = max((b.n for bins in groups.values() for b in bins), default=1)
+        for (title, bins), colour, mark in zip(groups.items(), (TEAL, ORANGE), ("o", "D"), strict=False):
+            axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=colour, lw=1.2, label=title)
+            sizes = [12 + 60 * b.n / most for b in bins]
+            axes.scatter([b.predicted for b in bins], [b.observed for b in bins], s=sizes, color=colour, marker=mark)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="Predicted probability", ylabel="Observed share")
+        axes.legend(frameon=False, loc="upper left", fontsize=8)
+        return svg(figure, name, alt)
+
+
+def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
+    """Net benefit over thresholds, against acting on everybody and on nobody."""
+    with drawing(3.3, 3.9) as (figure, axes):
+        axes.set_position((0.18, 0.15, 0.78, 0.81))
+        t = [p.threshold for p in curve]
+        axes.plot(t, [p.model for p in curve], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Act on the model")
+        axes.plot(t, [p.everybody for p in curve], color=ORANGE, lw=1.2, ls="--", label="Act on everybody")
+        axes.axhline(0, color=INK, lw=0.9, ls=":", label="Act on nobody")
+        top = max(max(p.model for p in curve), 0.05)
+        axes.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top), xlabel="Threshold probability", ylabel="Net benefit")
+        axes.legend(frameon=False, loc="upper right", fontsize=8)
+        return svg(figure, name, alt)
+
+
+def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], xlabel: str, ylabel: str) -> str:
+    """Two quantities against each other, one named point a method: (name, x, y, kind)."""
+    with drawing(2.9) as (figure, axes):
+        axes.set_position((0.13, 0.16, 0.82, 0.8))
+        axes.set(xlim=_span([r[1] for r in rows], 0.22), ylim=_span([r[2] for r in rows], 0.14))
+        low, high = axes.get_ylim()
+        at: list[tuple[float, float]] = []
+        for title, x, y, kind in sorted(rows, key=lambda r: r[2]):
+            mark, colour, filled = STYLE[kind]
+            axes.plot([x], [y], mark, color=colour, mfc=colour if filled else "white", ms=6.5, mew=1.4)
+            beside = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
+            at.append((x, beside))
+            axes.annotate(title, (x, beside), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.locator_params(axis="x", nbins=6)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        return svg(figure, name, alt)
+
+
+def agreement_plot(
+    name: str, alt: str, mean: Array, error: Array, limits: tuple[float, float, float], unit: str
+) -> str:
+    """Bland and Altman's plot: error against the mean of prediction and truth, with bias and limits of agreement."""
+    with drawing(3.0) as (figure, axes):
+        axes.set_position((0.13, 0.16, 0.7, 0.8))
+        axes.plot(mean, error, "o", color=TEAL, ms=2.6, alpha=0.55, mew=0)
+        for value, text in zip(limits, ("lower limit", "bias", "upper limit"), strict=True):
+            axes.axhline(value, color=INK, lw=0.9, ls="-" if text == "bias" else "--")
+            axes.text(1.01, value, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        axes.set(xlabel=f"Mean of prediction and truth{unit}", ylabel=f"Prediction − truth{unit}")
+        return svg(figure, name, alt)
+
+
+def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str]) -> str:
+    """Demšar's picture of mean ranks: a bar joins methods that are not told apart."""
+    k = len(ranking.methods)
+    height = 0.75 + 0.24 * k + 0.14 * len(ranking.cliques)
+    with drawing(height) as (figure, axes):
+        axes.set_position((0.04, 0.02, 0.56, 1 - 0.42 / height))
+        axes.set(xlim=(0.8, k + 0.2), ylim=(k + 0.6 + 0.5 * len(ranking.cliques), 0))
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xticks(range(1, k + 1))
+        axes.set_xlabel("Mean rank over sites (1 is best)")
+        axes.spines["bottom"].set_visible(False)
+        axes.spines["left"].set_visible(False)
+        axes.spines["top"].set_visible(True)
+        axes.set_yticks([])
+        place = dict(zip(ranking.methods, ranking.ranks, strict=True))
+        for i, (method, rank) in enumerate(place.items()):
+            y = 0.6 + 0.5 * len(ranking.cliques) + i
+            axes.plot([rank, rank, k + 0.3], [0, y, y], color=FAINT, lw=0.8, clip_on=False, zorder=0)
+            axes.plot([rank], [0], "o", color=TEAL, ms=5, clip_on=False)
+            axes.text(k + 0.4, y, f"{titles.get(method, method)}  {rank:.2f}", va="center", fontsize=8.5)
+        for j, clique in enumerate(ranking.cliques):
+            y, ends = 0.45 + 0.5 * j, [place[m] for m in clique]
+            axes.plot([min(ends) - 0.05, max(ends) + 0.05], [y, y], color=ORANGE, lw=3, solid_capstyle="butt")
+        return svg(figure, name, alt)

@@ -1,0 +1,130 @@
+"""From a run folder to ``report/``: the page, its numbers as JSON, its tables as CSV, and the model card."""
+
+import json
+import os
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.evaluation.run_evaluation import Options, evaluate
+from polyclinic.report.context import ReportContext
+from polyclinic.report.methods_paragraph import paragraph_section
+from polyclinic.report.model_card import model_card
+from polyclinic.report.page_blocks import Section, tables_of
+from polyclinic.report.sections.clinical import task_section
+from polyclinic.report.sections.communication import leaving_section
+from polyclinic.report.sections.explained import explained_section
+from polyclinic.report.sections.highlights import findings, in_short
+from polyclinic.report.sections.learning_curves import curves_section
+from polyclinic.report.sections.personal_benefit import gains_section
+from polyclinic.report.sections.privacy_section import privacy_section
+from polyclinic.report.sections.provenance import checklist_section, data_section, reproduce_section
+from polyclinic.report.sections.simulated_attacks import hostile_section
+from polyclinic.report.sections.sites_without_predictions import kept_section
+from polyclinic.report.sections.subgroups import subgroups_section
+from polyclinic.report.sections.test_results import methods_section, sites_section
+
+HERE = Path(__file__).parent
+
+
+def build_report(run_dir: str | Path, out: str | Path | None = None, options: Options = Options()) -> Path:
+    """Writes the report of a run, finished or not.
+
+    Args:
+        run_dir: The run folder.
+        out: Where to write; ``report`` within the run folder by default.
+        options: How to evaluate.
+
+    Returns:
+        The path of ``report.html``. Beside it: ``report.json``, ``model_card.md`` and ``tables/*.csv``. The same run
+        gives the same bytes.
+
+    Raises:
+        NotARun: Where the folder is not a run or holds damaged files; nothing is written then.
+        ImportError: Without matplotlib.
+    """
+    run = read_run(run_dir)
+    page = ReportContext(run, evaluate(run, options))
+    sections = sections_of(page)
+    files = {
+        "report.html": render(page, sections),
+        "report.json": as_json(page),
+        "model_card.md": model_card(page),
+        **{f"tables/{t.name}.csv": t.csv() for s in sections for t in tables_of(s.blocks)},
+    }
+    folder = Path(out) if out is not None else run.path / "report"
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        _write(folder / name, text)
+    return folder / "report.html"
+
+
+def sections_of(page: ReportContext) -> list[Section]:
+    """The page's numbered sections, in reading order; those without anything to say are left out."""
+    found = [
+        methods_section(page),
+        sites_section(page),
+        kept_section(page),
+        gains_section(page),
+        curves_section(page),
+        task_section(page),
+        subgroups_section(page),
+        explained_section(page),
+        hostile_section(page),
+        leaving_section(page),
+        privacy_section(page),
+        data_section(page),
+        paragraph_section(page),
+        checklist_section(page),
+        reproduce_section(page),
+    ]
+    return [s for s in found if s is not None]
+
+
+def render(page: ReportContext, sections: list[Section]) -> str:
+    """The page as HTML, with its style within it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    env = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = env.get_template("page.html")
+    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
+    return template.render(
+        page=page, info=page.run.info, sections=sections, in_short=in_short(page), findings=findings(page), style=style
+    )
+
+
+def as_json(page: ReportContext) -> str:
+    """Everything the page says, as JSON with sorted keys."""
+    value = {
+        "run": page.run.info.model_dump(),
+        "evaluation": asdict(page.result) | {"metric": page.result.metric.name},
+        "costs": {k: asdict(c) for k, c in page.costs.items()},
+        "findings": [asdict(f) for f in findings(page)],
+        "missing": page.run.missing,
+        "sha256": page.run.digests,
+    }
+    return json.dumps(_plain(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 10) if value == value and abs(value) != float("inf") else None
+    return value.item() if hasattr(value, "item") else value
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes beside the file, then renames: a reader sees the old page or the new one."""
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)

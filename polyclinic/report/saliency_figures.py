@@ -1,0 +1,61 @@
+"""Pictures of what a model looks at: a small map for each site, or the features of a table."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from polyclinic.evaluation.metric_functions import Array
+from polyclinic.report.figures import CURVES, INK, MARKS, WIDTH, drawing, inches, svg
+
+ACROSS = 3
+FINEST = 64  # points along a side; a finer map is averaged down
+
+
+def maps(name: str, alt: str, found: Mapping[str, Array]) -> str:
+    """One map [height, width] a site, all on one scale, darker where the share is larger."""
+    coarse = {site: _coarse(m) for site, m in found.items()}
+    top = max(float(m.max()) for m in coarse.values())
+    rows = -(-len(coarse) // ACROSS)
+    wide = WIDTH / ACROSS
+    height = rows * (wide + 0.12)
+    with drawing(height) as (figure, axes):
+        axes.set_axis_off()
+        for k, (site, values) in enumerate(coarse.items()):
+            left, low = (k % ACROSS) / ACROSS, 1 - (k // ACROSS + 1) / rows
+            one = figure.add_axes((left + 0.01, low + 0.02 / rows, 0.98 / ACROSS - 0.02, 0.82 / rows))
+            one.imshow(values, cmap="Greys", vmin=0, vmax=top, interpolation="nearest", aspect="equal")
+            one.set_xticks([])
+            one.set_yticks([])
+            for spine in one.spines.values():
+                spine.set(visible=True, color=INK, linewidth=0.6)
+            one.set_title(site, fontsize=8.5, color=INK, pad=3)
+        return svg(figure, name, alt)
+
+
+def features(name: str, alt: str, names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> str:
+    """The features that count most, one a row, with a mark for each site."""
+    legend = 0.2 * -(-len(shares) // 3) if len(shares) <= 8 else 0.0
+    height = 0.6 + legend + 0.26 * len(names)
+    with drawing(height) as (figure, axes):
+        left = 0.03 + min(max(inches(n, 9) for n in names) / WIDTH, 0.45)
+        axes.set_position((left, 0.5 / height, 0.97 - left, 1 - (0.58 + legend) / height))
+        for k, (site, values) in enumerate(shares.items()):
+            colour, mark = CURVES[k % len(CURVES)], MARKS[k % len(MARKS)]
+            axes.plot(values, range(len(names)), mark, color=colour, mfc="none", ms=5.5, mew=1.3, label=site)
+        axes.set_yticks(range(len(names)), list(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", color="#dfe5ea", lw=0.6)
+        axes.set_xlabel("Mean share of the attribution")
+        if legend:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False, borderpad=0)
+        return svg(figure, name, alt)
+
+
+def _coarse(values: Array) -> Array:
+    """Averaged over blocks so that no side has more than ``FINEST`` points."""
+    step = [-(-n // FINEST) for n in values.shape]
+    h, w = (n // s * s for n, s in zip(values.shape, step, strict=True))
+    blocks = values[:h, :w].reshape(h // step[0], step[0], w // step[1], step[1])
+    return np.asarray(blocks.mean((1, 3)))

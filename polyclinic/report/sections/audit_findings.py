@@ -1,0 +1,129 @@
+"""What attacks on the run's models found: the lower bound on ε beside the claim, and who was told to be a member."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from polyclinic.attacks.separation import RATES, Found, Rate
+from polyclinic.evaluation.records.record_schema import arm_names, rounded_up
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import NONE, interval, listed, number, p_value
+from polyclinic.report.page_blocks import Cell, Row, Table, Text, numbers, words
+from polyclinic.studies.audits.audit_file import Audit, NotAnAudit, read_audit
+
+
+def audits(page: ReportContext) -> list[Any]:
+    """Tables and verdicts of every audit beside the run's models, and what was not audited."""
+    found, damaged = list[Audit](), list[str]()
+    for *_, name in arm_names(page.run.info):
+        if (file := page.run.path / "arms" / name / "audit.json").is_file():
+            try:
+                found.append(read_audit(file))
+            except NotAnAudit as reason:
+                damaged.append(str(reason))
+    shared = [m.label for m in page.run.info.methods if not m.baseline]
+    blocks: list[Any] = [Text(reason) for reason in damaged]
+    if found:
+        blocks += [*_bounds(page, found), _members(page, found)]
+        blocks += [Text(text) for audit in found for text in _verdicts(page, audit)]
+    if missing := [page.title(label) for label in shared if label not in {audit.method for audit in found}]:
+        text = Markup("<strong>Not attacked:</strong> {}. <code>polyclinic audit</code> attacks a model of this run.")
+        blocks.append(Text(text.format(listed(missing))))
+    return blocks
+
+
+def _bounds(page: ReportContext, found: Sequence[Audit]) -> list[Table]:
+    """The lower bound on ε beside the claim."""
+    rows: list[Row] = []
+    for audit in found:
+        if (one := audit.privacy) is not None:
+            says = {True: "not contradicted", False: "contradicted", None: "cannot tell"}[one.holds]
+            rows.append(
+                {
+                    "method": page.title(audit.method),
+                    "site": audit.privacy_site,
+                    "seed": str(audit.seed),
+                    "claimed": Cell(rounded_up(one.claimed), one.claimed),
+                    "bound": Cell(number(one.at_least, 2), one.at_least),
+                    "control": Cell(number(one.control, 2), one.control),
+                    "delta": f"{one.delta:g}",
+                    "unit": one.unit,
+                    "rounds": str(one.rounds),
+                    "canaries": str(one.canaries),
+                    "claim": says,
+                }
+            )
+    if not rows:
+        return []
+    columns = words(method="Method", site="Site") + numbers(
+        seed="Seed", claimed="Claimed ε", bound="ε at least", control="Without noise", delta="δ"
+    )
+    columns += words(unit="Protects one") + numbers(rounds="Rounds", canaries="Canaries") + words(claim="Claim")
+    note = (
+        "Training was repeated with canaries, and the server’s view of it used to guess which of them were in. The "
+        "lower bound holds with 95 % confidence (Steinke, Nasr and Jagielski 2023) and is often far below the true ε. "
+        "A bound above the claim refutes the claim; one below it proves nothing. ‘Without noise’ is the same audit of "
+        "training without noise: a claim above it could not have been refuted."
+    )
+    marks = {i: "warn" for i, row in enumerate(rows) if row["claim"] == "contradicted"}
+    return [Table("audit-epsilon", "The claimed ε beside its audit.", columns, rows, note, marks)]
+
+
+def _members(page: ReportContext, found: Sequence[Audit]) -> Table:
+    """Every attack at every site."""
+    rows: list[Row] = []
+    for audit in found:
+        adjusted = audit.membership.verdict.adjusted
+        for site, attacks in audit.membership.sites.items():
+            for attack, one in attacks.items():
+                area, exposed = adjusted[site, attack]
+                rows.append(
+                    {
+                        "method": page.title(audit.method),
+                        "site": site,
+                        "attack": attack,
+                        "seed": str(audit.seed),
+                        "auc": Cell(f"{number(one.auc)} ({interval(one.low, one.high)})", one.auc),
+                        "p": p_value(area),
+                        **{f"tpr{i}": _rate(one.rate(fpr)) for i, fpr in enumerate(RATES)},
+                        "exposed": _exposed(one),
+                        "p_exposed": p_value(exposed),
+                    }
+                )
+    columns = words(method="Method", site="Site", attack="Attack") + numbers(
+        seed="Seed",
+        auc="AUC (95 % CI)",
+        p="p (AUC)",
+        tpr0="TPR at 0.1 % FPR",
+        tpr1="TPR at 1 % FPR",
+        exposed="Above the rest",
+        p_exposed="p (above)",
+    )
+    note = (
+        "Training patients against test patients of the same site; an AUC of 0.5 is chance. TPR: the share of training "
+        "patients found where 0.1 or 1 % of others are taken for such, with a 95 % interval; it needs 1,000 or 100 "
+        "others. ‘Above the rest’: how many training patients score above every other patient (or all but 0.1 % of "
+        "them). p-values are adjusted for all tests of one model (Holm)."
+    )
+    return Table("audit-members", "Who can be told to have been trained on.", columns, rows, note)
+
+
+def _rate(rate: Rate) -> Cell:
+    if rate.value is None:
+        return Cell(NONE, None)
+    return Cell(f"{number(100 * rate.value, 1)} ({interval(100 * rate.low, 100 * rate.high, 1)})", rate.value)
+
+
+def _exposed(one: Found) -> Cell:
+    return Cell(f"{one.exposed} of {one.members}", one.exposed)
+
+
+def _verdicts(page: ReportContext, audit: Audit) -> list[Markup]:
+    """What follows from one audit, and what it left out."""
+    title = page.title(audit.method)
+    said = [audit.membership.verdict.says, audit.inversion.says, *([audit.privacy.says] if audit.privacy else [])]
+    texts = [Markup("<strong>{}, seed {}.</strong> {}").format(title, audit.seed, " ".join(said))]
+    if audit.not_done:
+        texts.append(Markup("<strong>Not done for {}.</strong> {}").format(title, " ".join(audit.not_done)))
+    return texts

@@ -1,0 +1,189 @@
+"""The section that depends on the task: calibration and clinical use, agreement, or masks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polyclinic.evaluation import calibration as cal
+from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.evaluation.records.predictions import Cases, as_cases
+from polyclinic.evaluation.records.run_reader import external_sites, training_sites
+from polyclinic.evaluation.run_evaluation import MethodResult
+from polyclinic.report import figures
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import amount, cell, digits_of, number, whole, with_interval
+from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
+
+TRAINING, EXTERNAL = "Training sites", "External"
+
+
+def task_section(page: ReportContext) -> Section | None:
+    """Calibration and use for classification; agreement for regression; masks for segmentation."""
+    first, task = page.first, page.run.info.task
+    if first is None:
+        return None
+    if task in ("classification", "multilabel"):
+        return _calibration(page, first)
+    return _agreement(page, first) if task == "regression" else _values(page, first)
+
+
+def _cases(page: ReportContext, first: MethodResult, sites: Sequence[str], validation: bool = False) -> Cases | None:
+    """The chosen method's cases over ``sites``, one seed after the other."""
+    arms, unit = page.run.validation if validation else page.run.arms, page.result.options.unit
+    found = [
+        as_cases(arms[first.label, seed][s], unit, page.run.info.task == "regression")
+        for seed in first.seeds
+        for s in sites
+        if s in arms.get((first.label, seed), {})
+    ]
+    if not found:
+        return None
+    patient, score, target = (np.concatenate([getattr(c, k) for c in found]) for k in ("patient", "score", "target"))
+    return Cases(patient, score, target, {}, sum(c.images for c in found))
+
+
+def _groups(page: ReportContext, first: MethodResult) -> dict[str, Cases]:
+    places = {TRAINING: training_sites(page.run), EXTERNAL: external_sites(page.run)}
+    return {name: c for name, sites in places.items() if (c := _cases(page, first, sites)) is not None}
+
+
+def _calibration(page: ReportContext, first: MethodResult) -> Section:
+    groups = _groups(page, first)
+    bins = {name: cal.reliability(c.score, c.target) for name, c in groups.items()}
+    alt = "Observed share against predicted probability in ten bins; all points are in the table."
+    text = "Below the diagonal the probabilities are too high, above it too low. Larger marks stand for more cases."
+    pictures = [Picture(figures.reliability_plot("reliability", alt, bins), text)]
+    blocks: list[Any] = [_summary(page, first)]
+    binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
+    if binary:
+        where, cases = (EXTERNAL, groups[EXTERNAL]) if EXTERNAL in groups else (TRAINING, groups[TRAINING])
+        curve = cal.decision_curve(cases.score[:, 1], cases.target == 1)
+        place = "external patients" if where == EXTERNAL else "test patients of the training sites"
+        alt = f"Net benefit of acting on the model over threshold probabilities, {place}; values in the table."
+        text = f"Net benefit, {place}: acting on the model is worth it where its line lies above both others."
+        pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
+        blocks += [*_operating(page, first, groups), _curve_table(curve, place)]
+    title = "Calibration and clinical use" if binary else "Calibration"
+    return Section("calibration", title, [Pair(pictures), *blocks, _bins_table(bins)])
+
+
+def _summary(page: ReportContext, first: MethodResult) -> Table:
+    ideal = {"calibration_slope": " (1 is ideal)", "calibration_intercept": " (0 is ideal)"}
+    rows: list[Row] = [
+        {
+            "metric": page.metrics[k].label + ideal.get(k, ""),
+            "training": cell(first.pooled.get(k), 3),
+            "external": cell(first.external.get(k), 3),
+        }
+        for k in ("ece", "brier", "calibration_slope", "calibration_intercept")
+        if k in first.pooled or k in first.external
+    ]
+    columns = words(metric="Measure") + numbers(training=f"{TRAINING} ({page.level}\u00a0CI)")
+    columns += numbers(external=f"{EXTERNAL} ({page.level}\u00a0CI)") if first.external else []
+    note = {
+        "multilabel": "Over all labels. ",
+        "classification": "" if "calibration_slope" in first.pooled else "Of the likeliest class. ",
+    }[page.run.info.task]
+    note += "Ten bins of equal width. A slope below 1 says that predictions are too extreme, above 1 too timid."
+    return Table("calibration", f"{page.title(first.label)}, test patients.", columns, rows, note)
+
+
+def _bins_table(bins: Mapping[str, Sequence[cal.Bin]]) -> Folded:
+    rows: list[Row] = [
+        {
+            "group": name,
+            "range": f"{b.low:.1f}–{b.high:.1f}",
+            "predicted": amount(b.predicted),
+            "observed": amount(b.observed),
+            "n": whole(b.n),
+        }
+        for name, found in bins.items()
+        for b in found
+    ]
+    columns = words(group="Patients", range="Bin")
+    columns += numbers(predicted="Mean predicted", observed="Observed share", n="Cases, all seeds")
+    return Folded("The points of the reliability plot", [Table("reliability", "Reliability.", columns, rows)])
+
+
+def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Cases]) -> Iterator[Any]:
+    chosen = _cases(page, first, training_sites(page.run), validation=True)
+    if chosen is None:
+        text = "No operating point is shown, for the run kept no validation predictions to choose a threshold on."
+        yield Text(text, "note")
+        return
+    rows: list[Row] = []
+    for wanted in (0.9, 0.95):
+        for name, c in groups.items():
+            validation = (chosen.score[:, 1], chosen.target == 1)
+            try:
+                point = cal.operating_point(c.score[:, 1], c.target == 1, *validation, wanted)
+            except Undefined as reason:
+                yield Text(f"No operating point is shown: {reason}.", "note")
+                return
+            row: Row = {"wanted": f"{100 * wanted:.0f} %", "where": name.lower(), "threshold": amount(point.threshold)}
+            rows.append({**row, **{k: amount(getattr(point, k)) for k in ("sensitivity", "specificity")}})
+    columns = words(wanted="Sensitivity wanted", where="Patients")
+    columns += numbers(threshold="Threshold", sensitivity="Sensitivity", specificity="Specificity")
+    note = "The threshold was chosen on validation patients of the training sites; test patients of all seeds together."
+    yield Table("operating_points", "Operating points at a fixed sensitivity.", columns, rows, note)
+
+
+def _curve_table(curve: Sequence[cal.NetBenefit], place: str) -> Folded:
+    rows: list[Row] = [
+        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.everybody)} for p in curve
+    ]
+    columns = numbers(t="Threshold", model="Act on the model", all="Act on everybody")
+    table = Table("decision_curve", f"Net benefit, {place}; acting on nobody gives 0.", columns, rows)
+    return Folded("The numbers of the decision curve", [table])
+
+
+def _agreement(page: ReportContext, first: MethodResult) -> Section | None:
+    groups = _groups(page, first)
+    where, cases = (EXTERNAL, groups[EXTERNAL]) if EXTERNAL in groups else (TRAINING, groups[TRAINING])
+    place = "external patient" if where == EXTERNAL else "test patient of the training sites"
+    error, mean = (cases.score - cases.target)[:, 0], ((cases.score + cases.target) / 2)[:, 0]
+    bias, sd = float(error.mean()), float(error.std(ddof=1)) if len(error) > 1 else 0.0
+    limits = (bias - 1.96 * sd, bias, bias + 1.96 * sd)
+    names = ("Lower limit of agreement", "Bias", "Upper limit of agreement")
+    rows: list[Row] = [{"what": n, "value": amount(v, 2, signed=True)} for n, v in zip(names, limits, strict=True)]
+    alt = "Prediction minus truth against their mean: " + "; ".join(
+        f"{n} {number(v, 2)}" for n, v in zip(names, limits, strict=True)
+    )
+    text = f"Each dot is one {place} and seed. 95 % of differences are expected between the dashed lines."
+    picture = Picture(figures.agreement_plot("agreement", alt, mean, error, limits, ""), text)
+    columns = words(what="Line") + numbers(value="Value")
+    table = Table("agreement", "Agreement of prediction and truth (Bland and Altman).", columns, rows)
+    return Section("agreement", "Agreement of prediction and truth", [picture, table])
+
+
+def empty_predictions(page: ReportContext, first: MethodResult, site: str) -> float | None:
+    """Predictions that were empty though there was a target, mean over seeds; None where it was not recorded."""
+    arms = [page.run.arms[first.label, s][site] for s in first.seeds]
+    counts = [int(a.cases["empty"].astype(bool).sum()) for a in arms if "empty" in a.cases]
+    return float(np.mean(counts)) if counts else None
+
+
+def _values(page: ReportContext, first: MethodResult) -> Section:
+    """Per-case values, and for segmentation what became of empty masks."""
+    title = page.title(first.label)
+    shown = [m for k, m in page.metrics.items() if any(e[k].value is not None for e in first.sites.values())]
+    rows: list[Row] = []
+    for site, estimates in first.sites.items():
+        cells = {m.name: Cell(with_interval(e := estimates[m.name], digits_of(m)), e.value) for m in shown}
+        empty = empty_predictions(page, first, site)
+        rows.append({"site": site, **cells, "empty": amount(empty, 0 if empty is None or empty == int(empty) else 1)})
+    columns = words(site="Site") + numbers(**{m.name: page.named(m) for m in shown})
+    if page.run.info.task != "segmentation":
+        return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
+    note = (
+        "A prediction that is empty though there is a target counts as Dice 0, surface Dice 0 and a distance of the "
+        "image’s diagonal; one that is empty as it should be, as Dice 1 and a distance of 0. No case is left out. "
+        "“Empty predictions” counts the first kind, mean over seeds."
+    )
+    columns += numbers(empty="Empty predictions")
+    return Section(
+        "masks",
+        "Overlap, distances and empty masks",
+        [Table("masks", f"{title}, mean over patients.", columns, rows, note)],
+    )

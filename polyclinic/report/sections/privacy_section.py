@@ -1,0 +1,151 @@
+"""The section on privacy: what was spent where, what it cost in quality, and where nothing was done."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from polyclinic.evaluation.records.record_schema import Privacy, rounded_up
+from polyclinic.report import figures
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import NONE, listed, many
+from polyclinic.report.page_blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.report.sections.audit_findings import audits
+
+ACCOUNTS = {"pld": "tight", "rdp": "Rényi’s bound"}
+
+
+def privacy_section(page: ReportContext) -> Section:
+    """What was spent where; and, where nothing was done, that nothing was done."""
+    federated = [m.label for m in page.run.info.methods if not m.baseline]
+    spent = {label: page.run.spent(label) for label in federated}
+    blocks: list[Any] = []
+    if rows := [row for label, records in spent.items() for row in _privacy_rows(page, label, records)]:
+        columns = words(method="Method", site="Site") + numbers(epsilon="ε", delta="δ")
+        columns += words(unit="Protects one") + numbers(round="After round") + words(how="Accounting")
+        note = (
+            "Whoever sees the messages can change their odds that one unit took part by a factor of at most exp(ε), "
+            "except with probability δ; smaller is more private. At the end, of several seeds the largest, rounded up. "
+            "Each method and seed is counted as if it alone were run: who sees the messages of several learns more. "
+            + " ".join(dict.fromkeys(p.meaning for records in spent.values() for p in records))
+        )
+        blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
+        blocks += _by_round(page)
+        blocks += _against_epsilon(page, spent)
+    if bare := [page.title(k) for k, v in spent.items() if not v]:
+        text = Markup(
+            "<strong>No noise was added under {}.</strong> Keeping images at home is not yet privacy: weights and "
+            "gradients can tell who took part in training, and can under some conditions show what was trained on."
+        )
+        blocks.append(Text(text.format(listed(bare, "or"))))
+    blocks += audits(page)
+    if not federated:
+        blocks.append(Text("No federated method is in this study; nothing left a site."))
+    return Section("privacy", "Privacy", blocks)
+
+
+def _privacy_rows(page: ReportContext, label: str, records: Sequence[Privacy]) -> list[Row]:
+    """One row a site; one row for all where they do not differ."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for p in records:
+        extra = {k: v for k, v in (p.model_extra or {}).items() if v is not None and k not in ("by", "ledger")}
+        by = (p.model_extra or {}).get("by")
+        told = [ACCOUNTS.get(str(by), str(by))] if by is not None else []
+        how = "; ".join([*told, *(f"{k} {v}" for k, v in sorted(extra.items()))]) or NONE
+        numbers_ = (NONE if p.epsilon is None else rounded_up(p.epsilon), NONE if p.delta is None else f"{p.delta:g}")
+        key = (*numbers_, p.unit or NONE, NONE if p.round is None else str(p.round), how)
+        rows.setdefault(key, []).append(p.site or "all")
+    names = ("epsilon", "delta", "unit", "round", "how")
+    return [
+        {"method": page.title(label), **dict(zip(names, key, strict=True)), "site": ", ".join(sites)}
+        for key, sites in rows.items()
+    ]
+
+
+def _by_round(page: ReportContext) -> list[Folded]:
+    """The largest ε of all sites and seeds after each round."""
+    most: dict[tuple[str, int], float] = {}
+    for p in page.run.privacy:
+        if p.round is not None and p.epsilon is not None:
+            most[p.method, p.round] = max(p.epsilon, most.get((p.method, p.round), 0.0))
+    if not most:
+        return []
+    labels = list(dict.fromkeys(label for label, _ in most))
+    rows: list[Row] = [
+        {"round": str(at), **{f"epsilon-{m}": rounded_up(most[m, at]) if (m, at) in most else NONE for m in labels}}
+        for at in sorted({at for _, at in most})
+    ]
+    columns = numbers(round="After round", **{f"epsilon-{m}": page.title(m) for m in labels})
+    units = sorted({p.unit for p in page.run.privacy if p.unit})
+    note = f"For every {' or '.join(units) or 'unit that is not stated'}, as in the table above. "
+    note += "The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
+    note += "after the last, by the tight one."
+    return [Folded("ε after each round", [Table("privacy-rounds", "ε spent, by round.", columns, rows, note)])]
+
+
+def _curve(
+    alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str
+) -> str:
+    """Quality with its interval against ε, on a scale of ratios; a dashed line for what was trained without noise."""
+    with figures.drawing(2.9) as (figure, axes):
+        axes.set_position((0.16, 0.16, 0.8, 0.8))
+        every = [*bare.values()] + [
+            v for point, _ in rows for v in (point.value, point.low, point.high) if v is not None
+        ]
+        low, high = min(every), max(every)
+        pad = 0.12 * (high - low) or 0.05
+        most, least = max(x for _, x in rows), max(min(x for _, x in rows), 1e-3)
+        wide = max(most / least, 2.0)
+        axes.set(xscale="log", xlim=(least / wide**0.1, most * wide**0.3), ylim=(low - pad, high + pad))
+        for point, x in rows:
+            if point.low is not None and point.high is not None:
+                axes.plot([x, x], [point.low, point.high], color=figures.TEAL, lw=1.2)
+            axes.plot([x], [point.value], "s", color=figures.TEAL, ms=6.5)
+            top = point.value if point.high is None else point.high
+            axes.annotate(point.name, (x, top), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+        for title, value in bare.items():
+            axes.axhline(value, color=figures.INK, lw=0.9, ls="--")
+            axes.annotate(
+                title,
+                (0.99, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                ha="right",
+                textcoords="offset points",
+                fontsize=8,
+            )
+        at: list[float] = []
+        for x in sorted(x for _, x in rows):
+            at += [x] if not at or x > 1.15 * at[-1] else []  # so that no two labels meet
+        axes.set_xticks(at, [f"{x:.3g}" for x in at])
+        axes.minorticks_off()
+        axes.locator_params(axis="y", nbins=5)
+        axes.set(xlabel=f"ε for every {unit} (smaller is more private)", ylabel=ylabel)
+        return figures.svg(figure, "epsilon", alt)
+
+
+def _against_epsilon(page: ReportContext, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:
+    """Quality against ε, with intervals; the same methods without noise are lines across."""
+    names = {m.label: m.name for m in page.run.info.methods}
+    found = {m.label: m.macro for m in page.result.methods if m.macro.value is not None}
+    rows, noised = list[tuple[figures.Point, float]](), set[str]()
+    for label, records in spent.items():
+        known = [p.epsilon for p in records if p.epsilon is not None and math.isfinite(p.epsilon)]
+        if known and label in found:
+            rows.append((figures.Point.of(page.title(label), found[label], ""), max(known)))
+            noised.add(names[label])
+    if len(rows) < 2:
+        return []
+    bare = {
+        page.title(label): float(found[label].value or 0.0)
+        for label, records in spent.items()
+        if not records and label in found and names[label] in noised
+    }
+    alt = (
+        f"Mean {page.label} against the privacy budget for {many(len(rows), 'method')}; the numbers are in the tables."
+    )
+    unit = " or ".join(sorted({p.unit for records in spent.values() for p in records if p.unit})) or "unit"
+    drawn = _curve(alt, rows, bare, f"{page.label}, mean over sites", unit)
+    text = f"What privacy costs: quality against ε for every {unit}. Intervals are over patients."
+    return [Picture(drawn, text + (" Dashed: the same method without noise." if bare else ""))]

@@ -1,0 +1,127 @@
+"""Sections on where it all came from: the data, the checklists, and how to do it again."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from polyclinic.report.checklist_evaluation import ALL, STATUS, fill, load
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import NONE, count, many, whole
+from polyclinic.report.page_blocks import Cell, Code, Folded, Row, Section, Table, Text, numbers, words
+
+ROLES = ("train", "val", "test")
+
+
+def data_section(page: ReportContext) -> Section:
+    """The data card."""
+    data, info = page.run.info.data, page.run.info
+    facts = {
+        "Data": data.title,
+        "Sites are": data.sites_are if data.sites_are != data.simulated else "",
+        "Licence": data.licence,
+        "Source": data.url,
+        "Cite": data.citation,
+        "Fingerprint": data.fingerprint,
+        "Split into sites": data.simulated or "as the data came; not simulated",
+        "Checked": ", ".join(c.replace("_", " ") for c in data.checks),
+    }
+    rows: list[Row] = [{"what": k, "value": v} for k, v in facts.items() if v]
+    blocks: list[Any] = [Table("data", "What the data are.", words(what="", value=""), rows)]
+    blocks += [Text(note) for note in data.notes if note != data.simulated]
+    named = [r for r in ROLES if any(s.patients.get(r) for s in info.sites)]
+    columns = words(site="Site", role="Role") + numbers(**{f"patients_{r}": f"Patients, {r}" for r in named})
+    if any(s.examples.get(r, s.patients.get(r, 0)) != s.patients.get(r, 0) for s in info.sites for r in named):
+        columns += numbers(**{f"examples_{r}": f"Examples, {r}" for r in named})
+    table: list[Row] = []
+    for s in info.sites:
+        row: dict[str, Cell | str] = {"site": s.name, "role": s.role}
+        row |= {f"patients_{r}": whole(s.patients.get(r, 0)) for r in named}
+        row |= {f"examples_{r}": whole(s.examples.get(r, 0)) for r in named}
+        table.append(row)
+    blocks.append(Table("data_sites", "Patients and examples at each site.", columns, table))
+    return Section("data", "Data card", [*blocks, *_classes(page, named)])
+
+
+def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:
+    """How many examples of each class, site by site."""
+    info = page.run.info
+    named = [r for r in roles if any(s.classes.get(r) for s in info.sites)]
+    if not named:
+        return []
+    rows: list[Row] = [
+        {"site": s.name, **{r: " / ".join(count(n) for n in s.classes.get(r, ())) or NONE for r in named}}
+        for s in info.sites
+    ]
+    note = f"In the order {' / '.join(info.classes)}." if info.classes else ""
+    columns = words(site="Site") + numbers(**{r: r.capitalize() for r in named})
+    return [Table("data_classes", "Examples of each class.", columns, rows, note)]
+
+
+def checklist_section(page: ReportContext) -> Section:
+    """The checklists; an item is ticked only where an artefact of this run supports it."""
+    text = (
+        "Ticked items are supported by this run, in the place named. “Open” ones could be, but are not. Everything "
+        "else is for a person to answer; the originals have the authoritative wording."
+    )
+    blocks: list[Any] = [Text(text)]
+    for name in ALL:
+        checklist = load(name)
+        answers = fill(checklist, page.run, page.result, page.journal)
+        rows: list[Row] = [
+            {"id": a.item.id, "item": a.item.text, "status": Cell(STATUS[a.status], a.status), "where": a.evidence}
+            for a in answers
+        ]
+        marks = {i: a.status for i, a in enumerate(answers) if a.status != "person"}
+        columns = words(id="No.", item="Item", status="This run", where="Where")
+        done = len([a for a in answers if a.status == "shown"])
+        heading = f"{checklist.title}: {done} of {len(answers)} items supported by this run"
+        blocks.append(Folded(heading, [Table(f"checklist_{name}", checklist.source, columns, rows, "", marks)]))
+    return Section("checklists", "Checklists", blocks)
+
+
+def reproduce_section(page: ReportContext) -> Section:
+    """Study file, hashes, versions, seeds, and the command."""
+    run, info = page.run, page.run.info
+    facts: dict[str, Any] = {
+        "Run": f"{info.name}-{page.short}",
+        "Study hash": info.hash if info.hash != page.short else "",
+        "Created": info.created,
+        "Seeds": ", ".join(map(str, info.seeds)),
+        "Folds": f"{info.folds}, of {info.folds_by}" if info.folds else "",
+        "Rounds": info.rounds,
+        "Parameters": count(info.parameters),
+        "Engine": ", ".join(f"{k} {v}" for k, v in info.engine.items()),
+        **info.environment,
+    }
+    entries, head, broken = page.journal
+    if entries or broken:
+        holds = f"{many(entries, 'entry', 'entries')}, the chain holds, head {head}"
+        facts["Journal"] = f"does not hold: {broken}" if broken else holds
+    if run.opened:
+        once = all(k == 1 for k in run.opened.values())
+        facts["Test set"] = "opened once for each arm" if once else "opened more than once: see the top of the page"
+    if run.unread:
+        facts["Records not used here"] = ", ".join(f"{n} of kind {k}" for k, n in run.unread.items())
+    rows: list[Row] = [
+        {"what": k, "value": v if isinstance(v, str) else json.dumps(v)}
+        for k, v in facts.items()
+        if v not in ("", None)
+    ]
+    hashes: list[Row] = [{"what": k, "value": v} for k, v in run.digests.items()]
+    text = Markup(
+        "To run it again, save the study below as <code>study.toml</code> and call "
+        "<code>polyclinic run study.toml</code>; to write this page again, <code>polyclinic report {}</code>."
+    ).format(f"runs/{info.name}-{page.short}")
+    files = Table("hashes", "Files of the run folder.", words(what="File", value="SHA-256"), hashes)
+    return Section(
+        "reproduce",
+        "Do it again",
+        [
+            Text(text),
+            Table("environment", "Run and environment.", words(what="", value=""), rows),
+            Code("study.toml", run.study or "not in the run folder"),
+            Folded("SHA-256 of the files", [files]),
+        ],
+    )

@@ -1,0 +1,51 @@
+"""The section on groups of patients: sex, age, scanner, where the data say so."""
+
+from typing import Any
+
+from polyclinic.evaluation.subgroup_results import FEWEST, by_group
+from polyclinic.report import figures
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import NONE, cell, whole, with_interval
+from polyclinic.report.page_blocks import Cell, Picture, Row, Section, Table, Text, numbers, words
+
+
+def subgroups_section(page: ReportContext) -> Section | None:
+    """The chosen method in every group; None where the data say nothing of their patients."""
+    first, o, d = page.first, page.result.options, page.digits
+    if first is None:
+        return None
+    found = by_group(page.run, first.label, o.draws, o.seed, o.level, o.min_cell)
+    if not found:
+        return None
+    rows: list[Row] = []
+    points = []
+    for attribute in found:
+        if attribute.why:
+            rows.append({"what": attribute.name, "group": attribute.why, "value": NONE})
+        for group in attribute.groups:
+            e = group.estimate
+            hidden = e.value is None and not group.patients
+            value = Cell(e.why, None) if e.value is None else cell(e, d)
+            patients = Cell(f"below {max(o.min_cell, FEWEST)}", None) if hidden else whole(group.patients)
+            rows.append({"what": attribute.name, "group": group.name, "patients": patients, "value": value})
+            if e.value is not None:
+                points.append(figures.Point.of(f"{attribute.name}: {group.name}", e, with_interval(e, d)))
+    pooled = first.pooled.get(page.result.metric.name)
+    heading = f"{page.label} ({page.level}\u00a0CI)"
+    blocks: list[Any] = []
+    if points:
+        alt = f"{page.label} of {page.title(first.label)} by group: " + "; ".join(f"{p.name} {p.text}" for p in points)
+        line = pooled.value if pooled else None
+        drawn = figures.points("groups", alt, points, heading, line)
+        text = f"{page.title(first.label)}, test patients of the training sites taken together."
+        text += " The dotted line is all of them." if line is not None else ""
+        blocks.append(Picture(drawn, text))
+    columns = words(what="By", group="Group") + numbers(patients="Patients", value=heading)
+    note = (
+        f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor what would let them be worked "
+        "out. Groups are looked at, not compared: no difference between them was tested."
+    )
+    blocks.append(Table("groups", f"{page.label} by group of patients.", columns, rows, note))
+    if any(s.role == "external" for s in page.run.info.sites):
+        blocks.append(Text("Patients of external sites are in none of these groups.", "note"))
+    return Section("groups", "Groups of patients", blocks)

@@ -1,0 +1,241 @@
+"""Sections on test results: methods side by side, and every site."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from markupsafe import Markup
+
+from polyclinic.evaluation.paired_tests import Difference
+from polyclinic.evaluation.run_evaluation import MethodResult
+from polyclinic.report import figures
+from polyclinic.report.context import ReportContext
+from polyclinic.report.formatting import (
+    NONE,
+    amount,
+    cell,
+    count,
+    digits_of,
+    interval,
+    listed,
+    many,
+    number,
+    p_value,
+    whole,
+    with_interval,
+)
+from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
+
+SHOWN = {  # of a task's metrics, those in the table of sites
+    "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
+    "multilabel": ("auc", "average_precision", "f1", "ece"),
+}
+
+
+def methods_section(page: ReportContext) -> Section:
+    """All methods next to each other, and the difference of each from one of them."""
+    title, result = "Methods side by side", page.result
+    if not result.methods:
+        return Section("methods", title, [Text("No method has test predictions yet.")])
+    blocks: list[Any] = [_methods_picture(page), _levels(page)]
+    if result.comparisons and result.reference:
+        blocks.append(_differences(page, result.reference))
+    return Section("methods", title, [*blocks, *_ranking(page)])
+
+
+def _methods_picture(page: ReportContext) -> Picture:
+    result, d = page.result, page.digits
+    rows = [
+        figures.Point.of(page.title(m.label), m.macro, with_interval(m.macro, d), "baseline" if m.baseline else "plain")
+        for m in result.methods
+    ]
+    alt = f"Mean {page.label} over training sites for each method, with {page.level} intervals: "
+    alt += "; ".join(f"{r.name} {r.text}" for r in rows)
+    text = Markup(
+        "Mean {} over the training sites. Squares are federated methods, hollow circles baselines. "
+        "Overlapping intervals do not settle a comparison; the paired differences below do."
+    ).format(page.label)
+    if result.headline and result.chosen_by:
+        text += Markup(" The rest of this page speaks of <strong>{}</strong>: {}.").format(
+            page.title(result.headline), result.chosen_by
+        )
+    return Picture(figures.points("methods", alt, rows, f"{page.label}, mean over sites ({page.level}\u00a0CI)"), text)
+
+
+def _levels(page: ReportContext) -> Table:
+    result, d, name = page.result, page.digits, page.result.metric.name
+    rows: list[Row] = [
+        {
+            "method": page.title(m.label),
+            "mean": cell(m.macro, d),
+            "spread": amount(m.spread, d),
+            "seeds": amount(m.seed_sd, d),
+            "pooled": cell(m.pooled.get(name), d),
+            "worst": Cell(f"{number(m.worst[1], d)} {m.worst[0]}", m.worst[1]) if m.worst else NONE,
+            "external": cell(m.external.get(name), d),
+        }
+        for m in result.methods
+    ]
+    columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD over sites")
+    if any(m.seed_sd is not None for m in result.methods):
+        columns += numbers(seeds="SD over seeds")
+    columns += numbers(pooled="Pooled", worst="Worst site")
+    if any(m.external for m in result.methods):
+        columns += numbers(external="External")
+    o = result.options
+    note = f"Intervals: bootstrap over patients within each site, {count(o.draws)} draws, seed {o.seed}"
+    note += "; pooled and external AUC of two classes by DeLong" if name == "auc" else ""
+    note += (
+        ". A value over several seeds is their mean. “Pooled” takes the test patients of all training sites together, "
+        "and so also compares scores between sites."
+    )
+    chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
+    return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
+
+
+def _differences(page: ReportContext, reference: str) -> Table:
+    result, d = page.result, page.digits
+    rows: list[Row] = [
+        {
+            "method": page.title(label),
+            "difference": cell(diff, d, signed=True),
+            "p": Cell(p_value(diff.p), diff.p),
+            "adjusted": Cell(p_value(diff.adjusted), diff.adjusted),
+            "splits": _p(result.over_splits.get(label)),
+            "sites": _p(result.over_sites.get(label)),
+            "verdict": diff.verdict(),
+        }
+        for label, diff in result.comparisons.items()
+    ]
+    against = page.title(reference)
+    columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level}\u00a0CI)", p="p")
+    columns += numbers(adjusted="p after Holm")
+    columns += numbers(splits="p over splits") if result.over_splits else []
+    columns += numbers(sites="p over sites") if result.over_sites else []
+    columns += words(verdict="Verdict")
+    seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
+    note = (
+        f"Mean over sites, paired: the same resampled patients for both{seeds}; + is better. "
+        f"Holm’s correction for {many(len(rows), 'comparison')}. “No difference shown” unless the interval leaves out "
+        "0 and the corrected p is below 0.05."
+    )
+    if result.over_splits:
+        note += " Over splits: Nadeau and Bengio’s corrected t, one split a seed, not corrected for many methods."
+    if result.over_sites:
+        note += " Over sites: Wilcoxon’s signed ranks, not corrected for many methods."
+    return Table("differences", f"{page.label}, each method against {against}.", columns, rows, note)
+
+
+def _p(d: Difference | None) -> Cell:
+    return Cell(p_value(d.p), d.p) if d else Cell(NONE)
+
+
+def _ranking(page: ReportContext) -> Iterator[Any]:
+    ranking = page.result.ranking
+    if ranking is None or ranking.blocks < 4:
+        return
+    titles = {m: page.title(m) for m in ranking.methods}
+    pairs = list(zip(ranking.methods, ranking.ranks, strict=True))
+    alt = "Mean ranks over sites: " + ", ".join(f"{titles[m]} {r:.2f}" for m, r in pairs)
+    told = "differ" if ranking.p < 0.05 else "are not shown to differ"
+    text = (
+        f"Mean ranks over {ranking.blocks} sites. A bar joins methods whose ranks differ by less than Nemenyi’s "
+        f"critical difference of {ranking.critical:.2f}. As a group the methods {told} (Friedman’s test, "
+        f"p = {p_value(ranking.p)})."
+    )
+    rows: list[Row] = [{"method": titles[m], "rank": amount(r, 2)} for m, r in pairs]
+    table = Table("ranks", "Mean ranks, 1 is best.", words(method="Method") + numbers(rank="Mean rank"), rows)
+    yield Folded(
+        "Ranks over sites (critical difference)",
+        [Picture(figures.ranks_plot("ranks", alt, ranking, titles), text), table],
+    )
+
+
+def sites_section(page: ReportContext) -> Section | None:
+    """The chosen method at every site, and all methods at every site."""
+    first, result, d = page.first, page.result, page.digits
+    if first is None:
+        return None
+    name, order = result.metric.name, [s for s in page.run.info.sites if s.name in first.sites]
+    points = []
+    for s in order:
+        e = first.sites[s.name][name]
+        text = with_interval(e, d) if e.value is not None else "no value"
+        points.append(figures.Point.of(s.name, e, text, "external" if s.role == "external" else "plain"))
+    pooled = first.pooled.get(name)
+    line = pooled.value if pooled else None
+    alt = f"{page.label} of {page.title(first.label)} at each site with {page.level} intervals: "
+    alt += "; ".join(f"{p.name} {p.text}" for p in points)
+    text = Markup("{} on each site’s own held-out patients.").format(page.title(first.label))
+    if line is not None:
+        text += Markup(" The dotted line is all training sites pooled ({}).").format(number(line, d))
+    if any(p.kind == "external" for p in points):
+        text += Markup(" Diamonds are sites that took no part in training.")
+    if first.random is not None:
+        e = first.random.estimate
+        text += Markup(" Were these sites a sample of many, their mean would be {} ({}); I² = {:.0f} %.").format(
+            number(e.value, d), interval(e.low, e.high, d), 100 * first.random.i2
+        )
+    picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
+    blocks = [picture, _sites_table(page, first), *_matrix(page)]
+    return Section("sites", "Every site, on its own held-out patients", blocks)
+
+
+def _sites_table(page: ReportContext, first: MethodResult) -> Table:
+    result, d, name = page.result, page.digits, page.result.metric.name
+    task = page.run.info.task
+    others = [
+        m
+        for k, m in page.metrics.items()
+        if k != name
+        and k in SHOWN.get(task, tuple(page.metrics))
+        and any(e[k].value is not None for e in first.sites.values())
+    ]
+    rows: list[Row] = []
+    marks = {}
+    for i, s in enumerate(s for s in page.run.info.sites if s.name in first.sites):
+        estimates = first.sites[s.name]
+        row: Row = {"site": s.name, "role": s.role, "patients": whole(result.patients[s.name])}
+        own = {"images": whole(result.images[s.name]), "primary": cell(estimates[name], d)}
+        rows.append({**row, **own, **{m.name: amount(estimates[m.name].value, digits_of(m)) for m in others}})
+        if s.role == "external":
+            marks[i] = "external"
+    columns = words(site="Site", role="Role") + numbers(patients="Patients")
+    if any(result.images[s] != result.patients[s] for s in result.patients):
+        columns += numbers(images="Images")
+    columns += numbers(primary=f"{page.label} ({page.level}\u00a0CI)", **{m.name: page.named(m) for m in others})
+    ways = dict.fromkeys(e[name].how for e in first.sites.values() if e[name].how)
+    why = [f"{s}: {e[name].why}" for s, e in first.sites.items() if e[name].why]
+    note = f"Intervals: {'; '.join(ways) or 'none'}."
+    note += f" No value or no interval at {'; '.join(why)}." if why else ""
+    return Table("sites", f"{page.title(first.label)}, on test patients.", columns, rows, note + _unit(page), marks)
+
+
+def _matrix(page: ReportContext) -> Iterator[Folded]:
+    result, d, name = page.result, page.digits, page.result.metric.name
+    if len(result.methods) < 2:
+        return
+    sites = [s.name for s in page.run.info.sites if any(s.name in m.sites for m in result.methods)]
+    rows: list[Row] = [
+        {"method": page.title(m.label), **{s: cell(m.sites.get(s, {}).get(name), d) for s in sites}}
+        for m in result.methods
+    ]
+    columns = words(method="Method") + numbers(**{s: s for s in sites})
+    caption = f"{page.label} ({page.level}\u00a0CI) of every method at every site."
+    yield Folded("Every method at every site", [Table("methods_by_site", caption, columns, rows)])
+
+
+def _unit(page: ReportContext) -> str:
+    """What one case is, and how several images of a patient count."""
+    result = page.result
+    if result.options.unit == "image":
+        return " Each image is a case; patients are resampled whole."
+    if all(result.images[s] == result.patients[s] for s in result.patients):
+        return " One image for each patient."
+    note = " The unit is the patient: images of one patient with the same label are averaged into one case."
+    if more := [s for s, c in result.cases.items() if c > result.patients[s]]:
+        cases, patients = sum(result.cases.values()), sum(result.patients.values())
+        note += (
+            f" A patient with images of different labels gives one case for each label ({count(cases)} cases of "
+            f"{many(patients, 'patient')}; at {listed(more)}); patients are resampled whole."
+        )
+    return note

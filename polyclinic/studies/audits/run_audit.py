@@ -1,0 +1,166 @@
+"""What a finished run gives away: membership at each site, an image from a gradient, and ε from one more training.
+
+Everything is computed where the data are, with the study's own data, and nothing but the numbers is written. Each audit
+has a control that leaks beside it. These are some attacks of many: what they do not find, others may.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from polyclinic.attacks import canary, inversion
+from polyclinic.core import serialization as states
+from polyclinic.core.site import Site
+from polyclinic.data.federation import federate
+from polyclinic.data.splits import Fold
+from polyclinic.evaluation.records.record_schema import Privacy, arm_name
+from polyclinic.evaluation.records.run_reader import Run, read_run
+from polyclinic.learning.networks.model_tree import load
+from polyclinic.studies.audits.audit_file import Audit, Inverted, Leak
+from polyclinic.studies.audits.audit_membership import Target, audit_membership
+from polyclinic.studies.audits.audit_privacy import NotAudited, Progress, audit_training
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.export.model_export import plan_of
+from polyclinic.studies.run.run_directory import read_tensors
+
+__all__ = ["Audit", "NotAudited", "audit_run"]
+
+LEFT_OUT = {
+    "loss": "LiRA and RMIA, which are stronger, were not tried: --attack all trains shadow models for them.",
+    "lira": "The loss attack and RMIA were not tried.",
+    "rmia": "The loss attack and LiRA were not tried.",
+}
+
+
+def audit_run(
+    run_dir: Path,
+    label: str = "",
+    seed: int | None = None,
+    *,
+    attack: str = "loss",
+    shadow_models: int = 16,
+    site: str = "",
+    limit: int = 1000,
+    steps: int = 30,
+    restarts: int = 2,
+    canaries: int | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Audit:
+    """Audits the model of one arm of a run, and writes audit.json beside it.
+
+    Args:
+        run_dir: The run folder.
+        label: The method; by default the last that shares a model.
+        seed: By default the first.
+        attack: ``loss``, ``lira``, ``rmia`` or ``all``: which attacks tell members from non-members.
+        shadow_models: How many to train for LiRA and RMIA. Each costs as much as the run's arm.
+        site: Whose patients to try; all sites' by default, and for the canaries the site with the largest ε.
+        limit: How many patients of each kind and site to try at most, drawn by the seed.
+        steps: Of the inversion's search, from each of ``restarts`` starts.
+        restarts: How often it starts.
+        canaries: How many to put into private training; by default as many as the claim needs, and 0 to leave that
+            audit out.
+        progress: Told what is trained, and how much of how much is done.
+
+    Raises:
+        NotARun: If the folder is not a run.
+        NotAudited: If the arm has no model, or the data are not those it was trained on.
+    """
+    run = read_run(run_dir)
+    label = label or _last_shared(run)
+    target = _target(run, label, run.info.seeds[0] if seed is None else seed)
+    sites = _sites(run, target, site)
+    members = audit_membership(target, sites, attack, shadow_models, limit, progress)
+    drawn = _inverted(target, sites[0], limit, inversion.Inversion(steps=steps, restarts=restarts))
+    privacy, whose, why = _privacy(run, target, label, site, canaries, progress)
+    not_done = tuple(text for text in (LEFT_OUT.get(attack, ""), why) if text)
+    result = Audit(label, target.seed, target.folder.name, members, drawn, privacy, whose, not_done)
+    states.write_bytes(result.file(run.path), (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    return result
+
+
+def _target(run: Run, label: str, seed: int) -> Target:
+    """The arm's model and what it was made from."""
+    from safetensors import safe_open
+
+    file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
+    if not file.is_file():
+        methods = ", ".join(m.label for m in run.info.methods)
+        seeds = ", ".join(str(s) for s in run.info.seeds)
+        unfinished = label in [m.label for m in run.info.methods] and seed in run.info.seeds
+        why = (
+            f"{label} is not finished with seed {seed}: go on with polyclinic run --resume"
+            if unfinished
+            else (f"there is no method {label!r} with seed {seed}. Methods: {methods}. Seeds: {seeds}")
+        )
+        raise NotAudited(f"{run.path}: {why}")
+    study = parse((run.path / "study.toml").read_text(encoding="utf-8"), run.path / "study.toml")
+    fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
+    data = federate(study.data, seed, fold)
+    if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
+        raise NotAudited(f"{run.path}: the data have changed since the run, so who was trained on is not known")
+    plan = plan_of(file)
+    with safe_open(file, "pt") as opened:
+        taken = int((opened.metadata() or {}).get("round", study.rounds))
+    task = plan.build_method().prediction_task or plan.build_task()
+    return Target(file.parent, study, plan, data, seed, task, read_tensors(file), taken)
+
+
+def _sites(run: Run, target: Target, site: str) -> list[str]:
+    """Where patients are tried."""
+    able = [name for name in target.data.training if {"train", "test"} <= target.data.sites[name].keys()]
+    able = [name for name in able if len(target.data.sites[name]["train"])]
+    if not able:
+        raise NotAudited(f"{run.path}: no site has training and test data, so there is nobody to compare members with")
+    if site and site not in able:
+        raise NotAudited(f"{run.path}: {site} is no site with training and test data. There are {', '.join(able)}")
+    return [site] if site else able
+
+
+def _inverted(target: Target, site: str, limit: int, how: inversion.Inversion) -> Inverted:
+    """One of a site's training images, from its gradient."""
+    model, roles = load(target.task.model(), target.params).eval(), target.data.sites[site]
+    x, y = roles["train"][torch.tensor([0])]
+    others = torch.randperm(len(roles["test"]), generator=Site("audit", seed=target.seed).rng(site, "test"))[:limit]
+    prior = roles["test"][others][0].mean(0)
+    drawn = inversion.audit(model, target.task.loss, x, y, prior, how, seed=target.seed)
+    control, found = (Leak(one.psnr_db, one.guess_db, one.rdlv) for one in (drawn.control, drawn.found))
+    return Inverted(site, control, found, drawn.says)
+
+
+def _privacy(
+    run: Run, target: Target, label: str, site: str, canaries: int | None, progress: Progress
+) -> tuple[canary.Verdict | None, str, str]:
+    """The lower bound on ε, and whose; or why there is none."""
+    if not target.plan.training.get("private"):
+        noised = ", and this run adds noise to whole updates" if target.plan.private else ""
+        return None, "", f"No lower bound on ε: the canary audit is of training with DP-SGD{noised}."
+    if canaries == 0:
+        return None, "", "No lower bound on ε: no canaries were asked for."
+    mine = [p for p in run.privacy if (p.method, p.seed, p.fold) == (label, target.seed, 0)]
+    claims: dict[str, Privacy] = {p.site: p for p in mine if p.site}  # the last of each site
+    whose = site or max(target.plan.sites, key=lambda name: (claims[name].epsilon or 0.0) if name in claims else 0.0)
+    each = [r for r in run.rounds if (r.method, r.seed, r.fold) == (label, target.seed, 0)]
+    rounds = sum(whose in r.asked and whose not in r.lost for r in each)  # those in which it trained, and paid
+    try:
+        verdict = audit_training(
+            target.plan,
+            target.data.sites[whose],
+            whose,
+            claims.get(whose),
+            rounds=rounds,
+            canaries=canaries,
+            seed=target.seed,
+            progress=progress,
+        )
+    except NotAudited as reason:
+        return None, "", f"No lower bound on ε: {reason}."
+    return verdict, whose, ""
+
+
+def _last_shared(run: Run) -> str:
+    shared = [m.label for m in run.info.methods if m.leaves != "nothing" and not m.baseline]
+    if not shared:
+        raise NotAudited(f"{run.path}: no federated method of this run shares a model; name one to audit it anyway")
+    return shared[-1]

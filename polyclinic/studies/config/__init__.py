@@ -1,0 +1,1 @@
+"""Study files: schema, loader, validation."""

@@ -1,0 +1,49 @@
+"""A study file as text and as a table, before anything in it is checked: what can be told without PyTorch."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyclinic.errors import ConfigError
+from polyclinic.studies.config.diagnostics import BadStudy, Problem
+
+
+def text_of(path: Path) -> str:
+    """What is in the study file at ``path``.
+
+    Raises:
+        ConfigError: If there is no such file, or it cannot be read as text in UTF-8.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8 text; a study file is TOML"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}. Make the study file readable") from None
+
+
+def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The table in ``text``, with ``changes`` by dotted key; not yet checked.
+
+    Raises:
+        BadStudy: Where it is not TOML.
+    """
+    try:
+        data = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadStudy(path, text, {}, [Problem((), f"this is not TOML: {error}")]) from None
+    for key, value in (changes or {}).items():
+        set_key(data, key.split("."), value)
+    return data
+
+
+def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:
+    """Sets ``value`` at ``path`` in ``data``, making tables on the way."""
+    for part in path[:-1]:
+        data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
+    data[path[-1]] = value

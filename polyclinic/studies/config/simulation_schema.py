@@ -1,0 +1,200 @@
+"""What a study may simulate besides sites: machines that differ, in virtual time, and sites that attack.
+
+Both are for one machine only. Between hospitals, machines are what they are, and nobody is asked to attack.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polyclinic.attacks.adversaries import ATTACKS
+from polyclinic.attacks.poisoning import Poisoned
+from polyclinic.core.execution import Policy
+from polyclinic.core.method import Method
+from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
+from polyclinic.engines.local.virtual_time import Machine, Unequal
+from polyclinic.engines.plan import Plan
+from polyclinic.errors import ConfigError
+from polyclinic.learning.tasks.task_evaluation import Evaluated
+from polyclinic.methods.aggregation.fedbuff import FedBuff
+from polyclinic.studies.config.diagnostics import Problem
+from polyclinic.studies.config.schema import AttackSpec, MachinesSpec
+
+if TYPE_CHECKING:
+    from polyclinic.studies.config.study_config import Study
+
+IN_VAIN = 100
+"""How often in a row everybody may have dropped out before a run is given up."""
+
+
+def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, ...]:
+    """Which of the ``sites`` that train attack.
+
+    Raises:
+        ValueError: Where one that is named does not train, or nobody honest would be left.
+    """
+    named = spec.attackers if isinstance(spec.attackers, tuple) else ()
+    if away := [name for name in (*named, *spec.trusted) if name not in sites]:
+        raise ConfigError(f"[attack] names {away[0]}, which does not train here. There are {', '.join(sites)}")
+    many = len(set(named)) or int(spec.attackers)
+    drawn_from = sorted(set(sites) - set(spec.trusted))
+    if many >= len(sites) or many > len(drawn_from):
+        raise ConfigError(f"{many} of {len(sites)} sites attack, {len(spec.trusted)} of them spared: nobody is left")
+    order = torch.randperm(len(drawn_from), generator=Site("~attack", seed=seed).rng("who"))
+    return tuple(sorted(set(named) or {drawn_from[i] for i in order[:many].tolist()}))
+
+
+def method_of(study: "Study", plan: Plan, trainers: Sequence[str]) -> Evaluated[Any]:
+    """The method of ``plan``, hostile where the study says so. Scores stay honest.
+
+    Args:
+        trainers: The sites that train in this study. A method in one place, or for some of them, has fewer attackers.
+
+    Raises:
+        ValueError: Where the attack cannot be carried out under this method, and why.
+    """
+    method, spec = plan.build_method(), study.attack
+    if spec is None:
+        return method
+    who = tuple(name for name in attackers(spec, trainers, plan.seed) if name in plan.sites)
+    if not who:
+        return method
+    options = dict(spec.options)
+    if spec.name in ("label-flip", "replacement"):
+        options.setdefault("classes", plan.outputs)
+    attack = ATTACKS[spec.name](**options)
+    if attack.spies and (study.sites_per_round is not None or study.min_replies > 1):
+        raise ConfigError(f"{spec.name} is asked after all others, alone: leave cohort and min_replies out")
+    return Evaluated(Poisoned(method.inner, who, attack, plan.sites, spec.start_round), method.task)
+
+
+def hostile(method: Evaluated[Any]) -> tuple[str, ...]:
+    """The sites that attack under ``method``."""
+    return method.inner.attackers if isinstance(method.inner, Poisoned) else ()
+
+
+def facts(study: "Study", trainers: Sequence[str]) -> dict[str, Any]:
+    """What ``run.json`` says of what is simulated."""
+    found: dict[str, Any] = {}
+    if study.machines is not None:
+        found["machines"] = study.machines.model_dump(mode="json", exclude_none=True)
+    if (spec := study.attack) is not None:
+        by = {str(seed): attackers(spec, trainers, seed) for seed in study.seeds}
+        found["attack"] = {"name": spec.name, "options": spec.options, "start_round": spec.start_round, "by": by}
+    return found
+
+
+def told(study: "Study") -> Iterator[str]:
+    """What a reader of any result must be told of it, in sentences."""
+    if study.machines is not None:
+        limit = study.machines.minutes
+        ends = f"; every method may take {limit:g} minutes" if limit else ""
+        yield f"Simulated machines: time is virtual, from the speeds, lines and failures that the study gives{ends}."
+    if study.attack is not None:
+        spec = study.attack
+        many = len(spec.attackers) if isinstance(spec.attackers, tuple) else spec.attackers
+        yield f"Simulated attack: {many} of the sites attack ({spec.name}). Nobody did so in truth."
+
+
+def problems(study: "Study") -> Iterator[Problem]:
+    """What does not go with what is simulated."""
+    if study.machines is None:
+        return
+    if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
+        yield Problem(("cohort",), "fedbuff asks every site again as soon as it has answered: leave cohort out")
+
+
+def engine(
+    spec: MachinesSpec,
+    method: Method[Any],
+    sites: Mapping[str, Site],
+    memory: Mapping[str, Trees] | None,
+    policies: Mapping[str, Policy],
+    seed: int,
+    held: Mapping[str, Any],
+    clock: float = 0.0,
+) -> Unequal:
+    """The sites with their machines, ``clock`` seconds after the beginning.
+
+    Raises:
+        ValueError: Where the study gives a machine to a site that is not there.
+    """
+    if unknown := spec.sites.keys() - sites.keys():
+        raise ConfigError(f"there are machines for {sorted(unknown)[0]}, and no such site; there are {sorted(sites)}")
+    machines = {name: Machine(**spec.of(name)) for name in sites}
+    found = Unequal(method, sites, machines, memory, policies, seed, held)
+    found.clock = clock
+    return found
+
+
+def steps(
+    spec: MachinesSpec,
+    method: Method[Any],
+    federation: Unequal,
+    state: Any,
+    *,
+    rounds: int,
+    cohort: Callable[[Sequence[str], int], Sequence[str]],
+    deadline: float | None,
+    min_replies: int,
+    trainers: Sequence[str],
+) -> Iterator[Step[Any]]:
+    """Trains until ``rounds`` are done or time is up; an answer that comes later is of no use.
+
+    Where too few answer, they are asked again. A method that need not wait (``buffered``) does not.
+    """
+    end = math.inf if spec.minutes is None else 60 * spec.minutes
+    if (buffer := buffered(method)) is not None:
+        answers = train_async(
+            method,
+            federation,
+            state,
+            updates=rounds,
+            buffer=buffer.buffer or -(-len(trainers) // 2),
+            among=trainers,
+            discount=buffer.discount,
+        )
+        yield from _until(end, federation, answers)
+        return
+    failed = 0
+    while True:
+        try:
+            for step in _until(
+                end,
+                federation,
+                train(
+                    method, federation, state, rounds=rounds, sampler=cohort, deadline=deadline, min_replies=min_replies
+                ),
+            ):
+                state, failed = step.state, 0
+                yield step
+            return
+        except TooFewReplies as error:
+            failed += 1
+            if federation.clock > end:
+                return
+            if failed == IN_VAIN or set(error.lost.values()) - {"dropped out"} - _late(deadline):
+                raise
+
+
+def buffered(method: Method[Any]) -> FedBuff | None:
+    """The method within ``method`` that updates without waiting for everybody, if it is one."""
+    inner: Any = method
+    while inner is not None and not isinstance(inner, FedBuff):
+        inner = getattr(inner, "inner", None)
+    return inner
+
+
+def _until(end: float, federation: Unequal, answers: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
+    for step in answers:
+        if federation.clock > end:
+            return
+        yield step
+
+
+def _late(deadline: float | None) -> set[str]:
+    return set() if deadline is None else {f"no answer within {deadline:g} s"}

@@ -1,0 +1,230 @@
+"""The study file: data, task, methods, seeds and budget, everything a result depends on, as a value.
+
+A study is read from TOML, checked whole, and hashed before anything runs. It holds names from our tables and numbers;
+never code and never a path to import.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator
+
+from polyclinic.data.federation import DataSpec
+from polyclinic.engines.policy.coverage import declared_problem, ways
+from polyclinic.errors import ConfigError
+from polyclinic.methods import registry as methods
+from polyclinic.studies.config import simulation_schema
+from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.schema import (
+    AttackSpec,
+    EngineSpec,
+    EvaluationSpec,
+    MachinesSpec,
+    MethodSpec,
+    Positive,
+    PrivacySpec,
+    Table,
+    TaskSpec,
+    TrainingSpec,
+)
+from polyclinic.studies.config.search_space import NotChosen, SearchSpec, changed, count, extremes
+from polyclinic.studies.config.validation import attack_problems, method_problems, validated
+
+
+def _folds(value: Any) -> int | Literal["sites"] | None:
+    if value is None or value == "sites" or (type(value) is int and 2 <= value <= 50):
+        return value  # type: ignore[no-any-return]
+    raise ConfigError('must be a whole number from 2 to 50, or "sites" to leave one site out after the other')
+
+
+class Study(Table):
+    """A study, whole.
+
+    ``folds`` cross-validates: every patient of every site is tested once for each seed, by a model that never saw
+    that patient; or, with ``"sites"``, by a model that never saw the patient's site.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    """The name of the study, part of the name of its run folder."""
+    title: str = ""
+    """The title of the report."""
+    rounds: Annotated[int, Field(ge=1)]
+    """The number of rounds."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """One run of each method per seed; a seed sets the split, the initial weights and the order of batches."""
+    folds: Annotated[Any, PlainValidator(_folds)] = None
+    """The number of cross-validation folds, or ``"sites"`` to leave out one site after the other."""
+    sites_per_round: Annotated[int, Field(ge=1)] | None = None
+    """The number of sites drawn for each round; all of them by default."""
+    min_replies: Annotated[int, Field(ge=1)] = 1
+    """The fewest replies with which a round counts."""
+    deadline: Positive | None = None
+    """Seconds after which the round ends without the missing sites."""
+    data: DataSpec
+    task: TaskSpec = TaskSpec()
+    training: TrainingSpec = TrainingSpec()
+    methods: Annotated[tuple[MethodSpec, ...], Field(min_length=1)]
+    evaluation: EvaluationSpec = EvaluationSpec()
+    search: SearchSpec | None = None
+    privacy: PrivacySpec | None = None
+    machines: MachinesSpec | None = None
+    attack: AttackSpec | None = None
+    engine: EngineSpec = EngineSpec()
+
+    @property
+    def metric(self) -> str:
+        """The score that decides, and that the report shows first."""
+        usual = {"segmentation": "dice", "regression": "mae", "reconstruction": "psnr"}
+        return self.evaluation.metric or usual.get(self.task.kind, "auc")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric not in ("loss", "mae", "rmse", "nmse")
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that a result depends on."""
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
+        value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
+        for method in value["methods"]:
+            if not method["receive"]:
+                del method["receive"]  # studies of before have the hash they had
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    def training_of(self, method: MethodSpec) -> dict[str, Any]:
+        """The fields of ``LocalTraining`` for one method."""
+        return {**self.training.model_dump(exclude_none=True), **method.training}
+
+
+def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
+    """The study in the file at ``path``, with ``changes`` by dotted key, such as ``{"training.lr": 0.01}``.
+
+    Raises:
+        BadStudy: Lists every problem, each with its line, what is wrong and what to do.
+        FileNotFoundError: Where there is no such file.
+    """
+    return parse(text_of(path), path, changes)
+
+
+def parse(
+    text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None, covered: bool = True
+) -> Study:
+    """The study in ``text``; ``path`` is its name in messages.
+
+    Args:
+        covered: Whether to refuse methods whose releases their noise does not cover. The audit of them does not.
+    """
+    data = table_of(text, path, changes)
+    if "scenarios" in data:
+        says = "this file holds several studies, and one is wanted here: take the study.toml of a scenario's run folder"
+        raise BadStudy(path, text, data, [Problem(("scenarios",), says)])
+    study, problems = checked(data, covered)
+    if problems or study is None:
+        raise BadStudy(path, text, data, problems)
+    return study
+
+
+def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
+    """The study that ``data`` describes, or everything that is wrong with it. ``covered`` as of ``parse``."""
+    study, problems = validated(Study, data, ())
+    items = data.get("methods")
+    for i, item in enumerate(items if isinstance(items, list) else []):
+        if isinstance(item, dict) and isinstance(item.get("name"), str):
+            problems += method_problems(item, ("methods", i))
+    problems += attack_problems(data.get("attack"), ("attack",))
+    if not isinstance(study, Study) or problems:
+        return None, problems
+    problems += [*_together(study), *(_uncovered(study) if covered else ())]
+    return (None if problems else study), problems
+
+
+def _together(study: Study) -> list[Problem]:
+    """What is wrong between parts that are each right."""
+    problems = []
+    labels = [method.called for method in study.methods]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            problems.append(Problem(("methods", i), f'two methods are called "{label}"; give one of them a label'))
+    for i, method in enumerate(study.methods):
+        entry = methods.entry(method.name)
+        if entry.tasks and study.task.kind not in entry.tasks:
+            says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
+            problems.append(Problem(("methods", i, "name"), says))
+    if len(set(study.seeds)) != len(study.seeds):
+        problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
+    return [*problems, *_folded(study), *_searched(study), *simulation_schema.problems(study)]
+
+
+def _uncovered(study: Study) -> Iterator[Problem]:
+    """Methods whose releases the noise that they are given does not cover: their ε would promise too much."""
+    for i, method in enumerate(study.methods):
+        if says := declared_problem(method.name, ways(study.training_of(method), method.uplink)):
+            yield Problem(("methods", i, "name"), says)
+
+
+def _folded(study: Study) -> Iterator[Problem]:
+    """What does not go with folds."""
+    if study.folds is None:
+        return
+    if study.data.split == "official":
+        says = "the data's official split has one test set: leave folds out, or give split as shares"
+        yield Problem(("folds",), says)
+    elif study.data.split[1] == 0:
+        yield Problem(("data", "split"), "folds need validation patients beside them: give validation a share above 0")
+    if study.folds != "sites":
+        return
+    if study.data.external:
+        yield Problem(("data", "external"), 'folds = "sites" holds every site out in turn: leave external out')
+    for i, method in enumerate(study.methods):
+        if not methods.entry(method.name).newcomers:
+            says = f'{method.name} has no model for a site that was held out, so folds = "sites" cannot test it'
+            yield Problem(("methods", i, "name"), says)
+
+
+def _searched(study: Study) -> Iterator[Problem]:
+    """What is wrong with a search: unknown labels, keys or values, and budgets that differ."""
+    search = study.search
+    if search is None:
+        return
+    if study.privacy is not None:
+        says = "trials spend privacy too, and the budget would not count them: search without [privacy]"
+        yield Problem(("search",), says)
+    by_label = {method.called: method for method in study.methods}
+    for label in search.methods.keys() - by_label.keys():
+        says = f"no method of this study is called so. There are {', '.join(by_label)}"
+        yield Problem(("search", "methods", label), says)
+    for key in search.space:
+        if not key.startswith("training."):
+            says = f"is for every method, so only training.… may stand here; put {key} under [search.methods.LABEL]"
+            yield Problem(("search", "space", key), says)
+    for label, method in by_label.items():
+        space = search.of(label)
+        item = method.model_dump(mode="json", exclude_unset=True)
+        for key, value in extremes(space):
+            for problem in method_problems(changed(item, {key: value}), ()):
+                where = ("search", "methods", label) if key in search.methods.get(label, {}) else ("search", "space")
+                yield Problem((*where, *key.split(".")), f"{label} cannot use {json.dumps(value)}: {problem.says}")
+        if (many := count(space)) is not None and many < search.trials:
+            says = (
+                f"{label} has {many} settings to try: every method gets the same number of trials, so give it "
+                f"{search.trials} or more, or lower trials"
+            )
+            yield Problem(("search", "trials"), says)
+
+
+def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None = None) -> MethodSpec:
+    """``method`` with what a search chose.
+
+    Raises:
+        NotChosen: Where the method cannot use the values; ``file`` is where they are from.
+    """
+    item = changed(method.model_dump(mode="json", exclude_unset=True), values)
+    if problems := method_problems(item, ()):
+        said = "; ".join(f"{'.'.join(map(str, p.path))}: {p.says}" for p in problems)
+        raise NotChosen(f"{file or method.called}: {said}")
+    return MethodSpec.model_validate_json(json.dumps(item))

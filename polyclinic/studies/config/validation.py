@@ -1,0 +1,97 @@
+"""Checking the tables of a study file: each against what it may hold, every problem at its place.
+
+Methods, transforms and attacks have options of their own, which their makers' arguments and fields tell.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ValidationError, create_model
+
+from polyclinic.attacks.adversaries import ATTACKS
+from polyclinic.compression import transform_table as transforms
+from polyclinic.methods import registry as methods
+from polyclinic.studies.config.diagnostics import Problem, nearest, sentence
+from polyclinic.studies.config.schema import AttackSpec, Table, TrainingSpec
+
+
+def validated(model: type[BaseModel], data: Any, at: tuple[str | int, ...]) -> tuple[BaseModel | None, list[Problem]]:
+    """``data`` as a ``model``, or what is wrong with it. JSON's rules make lists tuples and nothing else anything."""
+    try:
+        return model.model_validate_json(json.dumps(data, default=str)), []
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        return None, [Problem((*at, *_clean(e["loc"])), sentence(e, _known_at(model, e["loc"]))) for e in found]
+
+
+def _clean(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place without the names that pydantic gives to the members of a union."""
+    return tuple(part for part in loc if isinstance(part, int) or part.replace("_", "").replace("-", "").isalnum())
+
+
+def _known_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that are allowed in the table where an error lies."""
+    here: Any = model
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        field = here.model_fields.get(part) if hasattr(here, "model_fields") else None
+        if field is None:
+            return []
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        here = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if here is None:
+            return []
+    return [f.alias or name for name, f in here.model_fields.items()]
+
+
+def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
+    """What is wrong with one ``[[methods]]``: its name, its options, its transforms, its training."""
+    try:
+        entry = methods.entry(item["name"])
+    except methods.UnknownMethod as error:
+        return [Problem((*at, "name"), str(error))]
+    fixed = {"name", "label", "send", "receive", "training"}
+    fields = {key: (p.annotation, p.default) for key, p in methods.options(entry).items()}
+    problems = _options(item, fields, fixed, at)
+    if isinstance(training := item.get("training", {}), dict):
+        problems += validated(TrainingSpec, training, (*at, "training"))[1]
+    for way in ("send", "receive"):
+        passed = item.get(way, [])
+        for i, transform in enumerate(passed if isinstance(passed, list) else []):
+            problems += _transform_problems(transform, (*at, way, i))
+    return problems
+
+
+def _transform_problems(transform: Any, place: tuple[str | int, ...]) -> list[Problem]:
+    if not isinstance(transform, dict) or not isinstance(transform.get("name"), str):
+        return [Problem(place, 'each transform is a table with a name, as in {name = "clip", bound = 1.0}')]
+    try:
+        known = transforms.options(transforms.entry(transform["name"]))
+    except ValueError as error:
+        return [Problem((*place, "name"), str(error))]
+    kinds = transforms.types(transforms.entry(transform["name"]))
+    fields = {key: (kinds[key], transforms.default(f)) for key, f in known.items()}
+    return _options(transform, fields, {"name"}, place)
+
+
+def attack_problems(item: Any, at: tuple[str | int, ...]) -> list[Problem]:
+    """What is wrong with ``[attack]`` beyond its own keys: its name, and the attack's options."""
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        return []  # told where the table is checked
+    if item["name"] not in ATTACKS:
+        others = nearest(item["name"], ATTACKS) or f" There are {', '.join(ATTACKS)}"
+        return [Problem((*at, "name"), f'no attack is called "{item["name"]}".{others}')]
+    attack = ATTACKS[item["name"]]
+    fields = {f.name: (get_type_hints(attack)[f.name], f.default) for f in dataclasses.fields(attack)}
+    return _options(item, fields, AttackSpec.model_fields.keys(), at)
+
+
+def _options(
+    item: Mapping[str, Any], fields: Mapping[str, Any], besides: Collection[str], at: tuple[str | int, ...]
+) -> list[Problem]:
+    """What is wrong with the options in ``item``, all but the keys ``besides``. ``fields`` are types and defaults."""
+    model: type[BaseModel] = create_model(item["name"], __base__=Table, **dict(fields))
+    return validated(model, {key: value for key, value in item.items() if key not in besides}, at)[1]

@@ -1,0 +1,197 @@
+"""A trained model in forms that other tools open: ONNX, torch.export, a MONAI bundle.
+
+The bundle follows the layout of MONAI's bundle specification (``configs/metadata.json``, ``configs/inference.json``,
+``docs/README.md``; https://docs.monai.io/en/stable/mb_specification.html), with one difference: weights are
+safetensors, since we pickle nothing. Its network is built from the plan, as data, by ``network`` in this module.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyclinic import __version__
+from polyclinic.engines.plan import Plan
+from polyclinic.errors import MissingDependency, RunError
+from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.run_reader import Run, read_run
+from polyclinic.learning.networks.model_tree import load
+from polyclinic.studies.run.run_directory import read_tensors, write_tensors
+
+FORMATS = ("safetensors", "onnx", "pt2", "bundle")
+
+
+class NotExported(RunError, ValueError):
+    """A model that cannot be written in this form. The message says why."""
+
+
+def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", seed: int | None = None) -> Path:
+    """Writes the model of one arm of a run.
+
+    Args:
+        run_dir: The run folder.
+        form: One of ``FORMATS``.
+        out: The file, or for a bundle the folder, to write.
+        label: The method; by default the one that the report speaks of.
+        seed: By default the first.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        NotARun: Where the folder is not a run.
+        NotExported: Where the arm has no model yet, or the model cannot be written in this form.
+        ImportError: Where ONNX is asked for and not installed.
+    """
+    if form not in FORMATS:
+        raise NotExported(f"no form called {form!r}; there are {', '.join(FORMATS)}")
+    run, out = read_run(run_dir), Path(out)
+    label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
+    file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
+    if not file.is_file():
+        raise NotExported(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
+    plan, params = plan_of(file), read_tensors(file)
+    model = load(network(json.loads(plan.to_json())), params).eval()
+    example = torch.zeros(2, *plan.inputs)
+    (out if form == "bundle" else out.parent).mkdir(parents=True, exist_ok=True)
+    if form == "safetensors":
+        write_tensors(out, params, {"plan": plan.to_json()})
+    elif form == "bundle":
+        _bundle(run, plan, model, out)
+    elif form == "pt2":
+        torch.export.save(_traced(model, example), out)
+    else:
+        _onnx(model, example, out)
+    return out
+
+
+def network(plan: Mapping[str, Any]) -> nn.Module:
+    """The network that a plan names, with random parameters. What a bundle's ``network_def`` calls."""
+    built = Plan.from_json(json.dumps(dict(plan)))
+    module: nn.Module = (built.build_method().prediction_task or built.build_task()).model()
+    return module
+
+
+def plan_of(file: Path) -> Plan:
+    """The plan that a model's file carries.
+
+    Raises:
+        NotExported: Where it carries none.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        meta = opened.metadata() or {}
+    if "plan" not in meta:
+        raise NotExported(f"{file}: carries no plan, so nobody can tell which network it is for")
+    return Plan.from_json(meta["plan"])
+
+
+def _headline(run: Run) -> str:
+    from polyclinic.evaluation.run_evaluation import Options, evaluate
+
+    label = evaluate(run, Options(draws=20)).headline
+    if label is None:
+        raise NotExported(f"{run.path}: no method has been tested yet; name one with label=")
+    return label
+
+
+def _traced(model: nn.Module, example: torch.Tensor) -> Any:
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:
+        raise NotExported(f"torch.export cannot follow this network: {type(error).__name__}: {error}") from error
+
+
+def _onnx(model: nn.Module, example: torch.Tensor, out: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise MissingDependency("export", "writing ONNX needs onnx and onnxscript") from None
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+        input_names=["image"],
+        output_names=["prediction"],
+    )
+    if program is None:
+        raise NotExported("torch.onnx wrote nothing for this network")
+    program.save(str(out))
+
+
+def _bundle(run: Run, plan: Plan, model: nn.Module, out: Path) -> None:
+    for folder in ("configs", "models", "docs"):
+        (out / folder).mkdir(exist_ok=True)
+    weights = {name: leaf.clone() for name, leaf in model.state_dict().items()}  # some networks list a tensor twice
+    write_tensors(out / "models" / "model.safetensors", weights)
+    configs = {"metadata": _metadata(run, plan, model), "inference": _inference(plan)}
+    for name, config in configs.items():
+        (out / "configs" / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    card = run.path / "report" / "model_card.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.info.title or run.info.name}\n"
+    (out / "docs" / "README.md").write_text(text, encoding="utf-8")
+
+
+def _inference(plan: Plan) -> dict[str, Any]:
+    return {
+        "bundle_root": ".",
+        "device": "cpu",
+        "network_def": {
+            "_target_": "polyclinic.studies.export.model_export.network",
+            "plan": json.loads(plan.to_json()),
+        },
+        "weights": {
+            "_target_": "safetensors.torch.load_file",
+            "filename": "$@bundle_root + '/models/model.safetensors'",
+        },
+        "load": "$@network_def.load_state_dict(@weights)",
+        "image": {"_target_": "torch.zeros", "size": [1, *plan.inputs]},  # whoever runs it puts an image here
+        "inferer": {"_target_": "SimpleInferer"},
+        "prediction": "$@inferer(@image, @network_def.eval())",
+        "initialize": ["$@load"],
+        "run": ["$@prediction"],
+        "finalize": [],
+    }
+
+
+def _metadata(run: Run, plan: Plan, model: nn.Module) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    with torch.inference_mode():
+        answer = model(torch.zeros(2, *plan.inputs))
+    info, channels, *spatial = run.info, *plan.inputs
+    kind = {"modality": "n/a", "dtype": "float32", "is_patch_data": False, "value_range": []}
+    image = {"type": "image", "format": "magnitude", "num_channels": channels, "spatial_shape": spatial}
+    outputs = answer[0] if isinstance(answer, tuple | list) else answer
+    classes = {str(i): name for i, name in enumerate(info.classes)}
+    prediction = {"type": "probabilities", "format": plan.kind, "num_channels": int(outputs.shape[1])}
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20220324.json",
+        "version": "0.1.0",
+        "changelog": {"0.1.0": f"trained by {plan.method}, study {info.name}, hash {info.hash[:8]}"},
+        "monai_version": version("monai"),
+        "pytorch_version": torch.__version__.split("+")[0],
+        "numpy_version": version("numpy"),
+        "required_packages_version": {"polyclinic": __version__, "safetensors": version("safetensors")},
+        "task": f"{plan.kind}, trained by federated learning",
+        "description": info.title or info.name,
+        "authors": "",
+        "copyright": "",
+        "data_source": info.data.title,
+        "data_type": "",
+        "intended_use": "Research. To be written by a person.",
+        "references": [r for r in dict.fromkeys([info.data.citation, *(m.citation for m in info.methods)]) if r],
+        "network_data_format": {
+            "inputs": {"image": {**kind, **image, "channel_def": {"0": "image"}}},
+            "outputs": {
+                "pred": {**kind, **prediction, "spatial_shape": list(outputs.shape[2:]), "channel_def": classes}
+            },
+        },
+    }

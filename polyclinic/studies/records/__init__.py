@@ -1,0 +1,1 @@
+"""Descriptions derived from a run."""

@@ -1,0 +1,141 @@
+"""What a run's folder says of a study before it runs: data, sites, methods, machine; and whether patients are apart."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from polyclinic.data.examples import DataError
+from polyclinic.data.federation import Federated, SiteSummary
+from polyclinic.methods import registry
+from polyclinic.studies.config import simulation_schema
+from polyclinic.studies.config.schema import MethodSpec
+from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.run.run_directory import environment
+
+
+def _lacking(data: Federated) -> list[str]:
+    """Sites that cannot learn or show what the others can, in sentences."""
+    notes = []
+    for row in data.rows:
+        for role, found in row.roles.items():
+            present = sum(count > 0 for count in found.classes)
+            if not found.examples:
+                notes.append(f"{row.name} has no labels to learn from: methods that need some do not train there.")
+            elif found.classes and present < 2 and data.info.task == "classification":
+                notes.append(f"{row.name} has one class only in its {role} data: no AUC can be given there.")
+    return notes
+
+
+def described(data: Federated) -> tuple[str, ...]:
+    """What a reader of any result must be told of the data, in sentences."""
+    badge = (data.simulated,) if data.simulated else ()
+    return (*badge, *data.notes, *_lacking(data))
+
+
+def _sites_are(study: Study, data: Federated) -> str:
+    if data.simulated:
+        return data.simulated
+    named = study.data.sites
+    return "as the data say" if named == "natural" else f"by {named}"
+
+
+def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str, Any]:
+    """One site; with folds, everybody who is tested in any, and the training and validation patients of the fullest."""
+    roles = dict(row.roles)
+    external = row.external and folds != "sites"
+    if folds is not None and not external:
+        every = [found for data in splits for found in data.rows if found.name == row.name]
+        tested = [f.roles["test"] for f in every if "test" in f.roles]
+        roles = {
+            role: max((f.roles[role] for f in every if role in f.roles), key=lambda r: r.examples)
+            for role in dict.fromkeys(role for f in every for role in f.roles)
+        }
+        if tested:
+            classes = tuple(sum(counts) for counts in zip(*(r.classes for r in tested), strict=True))
+            patients, examples = sum(r.patients for r in tested), sum(r.examples for r in tested)
+            roles["test"] = dataclasses.replace(tested[0], patients=patients, examples=examples, classes=classes)
+    return {
+        "name": row.name,
+        "role": "external" if external else "training",
+        "patients": {role: found.patients for role, found in roles.items()},
+        "examples": {role: found.examples for role, found in roles.items()},
+        "classes": {role: list(found.classes) for role, found in roles.items() if found.classes},
+    }
+
+
+def method_facts(method: MethodSpec) -> dict[str, Any]:
+    """What a report says of one method of a study."""
+    entry = registry.entry(method.name)
+    through = [item["name"] for item in method.uplink]
+    received = [item["name"] for item in method.downlink]
+    options = {
+        **method.options,
+        **({"uplink": through} if through else {}),
+        **({"downlink": received} if received else {}),
+    }
+    known = {"name": entry.name, "title": entry.summary, "citation": entry.paper, "leaves": entry.leaves}
+    return {"label": method.called, **known, "options": options}
+
+
+def information(study: Study, splits: Sequence[Federated], parameters: int) -> dict[str, Any]:
+    """``run.json``; ``splits`` are the first seed's, one for each fold."""
+    data = splits[0]
+    by = "sites" if study.folds == "sites" else "patients"
+    folded = {} if study.folds is None else {"folds": len(splits), "folds_by": by}
+    return {
+        "name": study.name,
+        "title": study.title or study.name,
+        "hash": study.hash,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "task": study.task.kind,
+        "classes": list(data.info.classes),
+        "metric": study.metric,
+        "higher_is_better": study.higher_is_better,
+        "data": {
+            "title": data.info.title,
+            "licence": data.info.licence,
+            "citation": data.info.citation,
+            "url": data.info.url,
+            "notes": [*simulation_schema.told(study), *data.notes, *_lacking(data)],
+            "simulated": data.simulated,
+            "fingerprint": data.fingerprint,
+            "sites_are": _sites_are(study, data),
+            "checks": ["patients_apart"] if patients_apart(data) else [],
+        },
+        "sites": [_site(row, splits, study.folds) for row in data.rows],
+        "methods": [method_facts(method) for method in study.methods],
+        "rounds": study.rounds,
+        "seeds": list(study.seeds),
+        **folded,
+        **simulation_schema.facts(study, data.training),
+        "engine": study.engine.model_dump(),
+        "environment": environment(),
+        "parameters": parameters,
+    }
+
+
+def patients_apart(data: Federated) -> bool:
+    """Whether the data say whose each example is.
+
+    Raises:
+        DataError: Where somebody is in two roles, or at two sites: then test patients would help to train.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    named, twice = False, dict[str, str]()
+    for site, roles in data.sites.items():
+        for role, examples in roles.items():
+            if role == "public":  # nobody's patients
+                continue
+            named = named or examples.patients != examples.ids
+            place = site, role if role in ("val", "test") else "train"
+            for patient in set(examples.patients):
+                if (first := seen.setdefault(patient, place)) != place:
+                    twice[patient] = f"{first[1]} of {first[0]}, {place[1]} of {site}"
+    if twice:
+        who = "; ".join(f"{patient} ({places})" for patient, places in sorted(twice.items())[:3])
+        raise DataError(
+            f"{len(twice)} patients are in two places: {who}. That leaks test patients into training: "
+            "correct the column that says whose an example is"
+        )
+    return named

@@ -1,5 +1,0 @@
-"""The report of a run: one page that a person reads and a reviewer checks, and the same numbers as files."""
-
-from polyclinic.studies.report.build import build_report
-
-__all__ = ["build_report"]

@@ -1,0 +1,244 @@
+"""A study between hospitals: from the study file to what is asked of sites, and from what came back to a run folder.
+
+The file is the one that runs on one machine. What only one machine can do is left out, in a sentence; the shape of an
+example comes from the sites (``engines.describe``). The run folder is the one that ``polyclinic report`` reads; where a
+site keeps its predictions, its scores stand in the records instead.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyclinic.core import serialization as states
+from polyclinic.core.audit_log import Journal, verify
+from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.site_description import shape_of
+from polyclinic.errors import ConfigError
+from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.methods import registry
+from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.records.run_description import method_facts
+from polyclinic.studies.run.run_directory import environment, write_tensors
+
+WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
+ONE_MACHINE = {
+    "folds": "cross-validates",
+    "search": "searches for settings",
+    "machines": "simulates machines",
+    "attack": "simulates an attack",
+}
+SUMS = ("bytes_up", "bytes_down", "seconds")
+
+
+class NotElsewhere(ConfigError):
+    """A study that cannot run between hospitals. The message says why and what to do."""
+
+
+def arms(
+    study: Study, sites: Sequence[str], shape: Mapping[str, Any] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The arms of ``study`` over the admitted ``sites``, and sentences on what is left out.
+
+    Args:
+        shape: ``inputs`` and ``outputs``, where they are known; else the sites are asked.
+
+    Raises:
+        NotElsewhere: Where nothing is left, or the study needs what only one machine can do.
+    """
+    for key, what in ONE_MACHINE.items():
+        if getattr(study, key, None) is not None:
+            raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
+    if study.data.public:
+        raise NotElsewhere("the study gives the server public images (data.public), which it can on one machine only")
+    if away := [name for name in study.data.external if name not in sites]:
+        raise NotElsewhere(f"the external site {away[0]} is not admitted; there are {', '.join(sites) or 'none yet'}")
+    trainers = [name for name in sites if name not in study.data.external]
+    if not trainers:
+        raise NotElsewhere("nobody is left to train: every admitted site is external, or none is admitted yet")
+    found, notes = list[dict[str, Any]](), list[str]()
+    for method in study.methods:
+        entry = registry.entry(method.name)
+        if entry.pooled:
+            notes.append(
+                f"{method.called} is left out: it needs all data in one place, and here they stay at the sites"
+            )
+            continue
+        for seed in study.seeds:
+            plan = {
+                "kind": study.task.kind,
+                "network": study.task.network,
+                "method": method.name,
+                "rounds": study.rounds,
+                "seed": seed,
+                "task": study.task.settings,
+                "network_options": study.task.options,
+                "sites": trainers,
+                "training": study.training_of(method),
+                "options": method.options,
+                "uplink": [dict(item) for item in method.uplink],
+                **({"downlink": [dict(item) for item in method.downlink]} if method.downlink else {}),
+                **(shape or {}),
+            }
+            external = [name for name in study.data.external if entry.newcomers]
+            found.append({"label": method.called, "seed": seed, "plan": _plain(plan), "external": external})
+    if not found:
+        raise NotElsewhere("no method is left: " + "; ".join(notes))
+    if kept := sorted(_own(study).keys() - set(FROM_STUDY)):
+        notes.append(f"[data] {', '.join(kept)}: not sent; each hospital says this of its own data, in its data.toml")
+    return found, notes
+
+
+def how(study: Study) -> dict[str, Any]:
+    """What the orders of all arms share."""
+    best = {"metric": study.metric, "higher": study.higher_is_better} if study.evaluation.select == "best" else {}
+    sent = {key: value for key, value in _own(study).items() if key in FROM_STUDY}
+    return {
+        "sites_per_round": study.sites_per_round,
+        "min_replies": study.min_replies,
+        "deadline": study.deadline,
+        "best": best,
+        "score_every": study.evaluation.interval,
+        "test": "predict/test",
+        "data": _plain(sent),
+    }
+
+
+def _own(study: Study) -> dict[str, Any]:
+    """What the study file sets of its data, but for where they lie on this machine."""
+    return study.data.model_dump(mode="json", exclude_unset=True, exclude=set(WHERE))
+
+
+def collect(
+    study: Study,
+    text: str,
+    title: str,
+    runs: Mapping[str, Mapping[str, Any]],
+    said: Mapping[str, Any],
+    folders: Mapping[str, Path],
+    out: Path,
+) -> list[str]:
+    """Writes the run folder ``out``, and returns the arms that are not there yet.
+
+    Args:
+        text: The study file, and ``title`` the name under which it ran.
+        runs: The arms by run, with ``label``, ``seed``, ``plan`` and ``external``.
+        said: The sites' descriptions of their data.
+        folders: The folder at the server of each run that has finished.
+        out: A new folder.
+    """
+    names = sorted({site for arm in runs.values() for site in (*arm["plan"]["sites"], *arm["external"])})
+    info = _info(study, title, runs, said, names)
+    out.mkdir(parents=True, exist_ok=True)
+    states.write_bytes(out / "study.toml", text.encode())
+    states.write_bytes(out / "run.json", json.dumps(info, indent=1).encode())
+    journal, lines, missing = Journal(out / "journal.jsonl"), list[str](), list[str]()
+    for run, arm in runs.items():
+        if run not in folders:
+            missing.append(f"{arm['label']} (seed {arm['seed']})")
+            continue
+        lines += [json.dumps(fact, separators=(",", ":")) for fact in _facts(folders[run] / "records.jsonl")]
+        _tensors(folders[run], out / "arms" / arm_name(arm["label"], arm["seed"]), study, arm)
+        heads = list(verify(folders[run] / "journal.jsonl"))
+        about = {"method": arm["label"], "seed": arm["seed"], "run": run}
+        journal.write("collected", {**about, "head": heads[-1]["hash"], "entries": len(heads)})
+    states.write_bytes(out / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    journal.close()
+    return missing
+
+
+def _facts(path: Path) -> Iterator[dict[str, Any]]:
+    """A run's records, with the exchanges of one round as one."""
+    parts: dict[str, Any] | None = None
+    done = 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fact = json.loads(line)
+        if fact["kind"] != "round":
+            yield fact
+            continue
+        parts = fact if parts is None else _together(parts, fact)
+        if parts["round"] > done:
+            done = parts["round"]
+            yield {key: value for key, value in parts.items() if key != "job"}
+            parts = None
+
+
+def _together(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    sums = {key: {s: a[key].get(s, 0) + b[key].get(s, 0) for s in {**a[key], **b[key]}} for key in SUMS}
+    asked = sorted({*a["asked"], *b["asked"]})
+    return {**b, **sums, "asked": asked, "lost": {**a["lost"], **b["lost"]}, "wall": a["wall"] + b["wall"]}
+
+
+def _tensors(folder: Path, arm: Path, study: Study, about: Mapping[str, Any]) -> None:
+    """The model, and the predictions that sites let go, as files that any tool reads."""
+    arm.mkdir(parents=True)
+    model = states.load(folder / "model.safetensors")
+    meta = {"study": study.hash, "method": about["label"], "plan": json.dumps(about["plan"], sort_keys=True)}
+    write_tensors(arm / "model.safetensors", model, {**meta, "round": str(_tested(folder))})
+    for name in ("predictions", "validation"):
+        if (folder / f"{name}.safetensors").exists():
+            write_tensors(arm / f"{name}.safetensors", states.load(folder / f"{name}.safetensors"))
+
+
+def _tested(folder: Path) -> int:
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return max((fact["round"] for fact in map(json.loads, lines) if fact["kind"] == "test"), default=0)
+
+
+def _info(
+    study: Study, title: str, runs: Mapping[str, Mapping[str, Any]], said: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """``run.json``."""
+    first = next(iter(runs.values()))
+    inputs, outputs, classes = shape_of(said) if said else (first["plan"]["inputs"], first["plan"]["outputs"], [])
+    external = {site for arm in runs.values() for site in arm["external"]}
+    plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
+    labels = {arm["label"] for arm in runs.values()}
+    continuous = study.task.kind in ("regression", "reconstruction")
+    notes = [
+        "The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
+        *(
+            f"{site} has fewer patients in some group than it lets be counted."
+            for site in names
+            if None in _numbers(said.get(site, {}))
+        ),
+    ]
+    unnamed = [site for site in names if site in said and not said[site]["classes"]]
+    if classes and unnamed:
+        notes.append(f"{', '.join(unnamed)} named no classes, so that theirs stand in the same order was not checked.")
+    return {
+        "name": title,
+        "title": study.title or study.name,
+        "hash": study.hash,
+        "task": study.task.kind,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "classes": [] if continuous else classes or [f"class {i}" for i in range(outputs)],
+        "metric": study.metric,
+        "higher_is_better": study.higher_is_better,
+        "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
+        "sites": [_site(name, name in external, said.get(name, {})) for name in names],
+        "methods": [method_facts(method) for method in study.methods if method.called in labels],
+        "rounds": study.rounds,
+        "seeds": list(study.seeds),
+        "engine": {"kind": "flare"},
+        "environment": environment(),
+        "parameters": sum(leaf.numel() for leaf in plan.build_task().first(0).values()),
+    }
+
+
+def _site(name: str, external: bool, said: Mapping[str, Any]) -> dict[str, Any]:
+    roles = said.get("roles", {})
+    known = {key: {r: has[key] for r, has in roles.items() if has[key] is not None} for key in ("patients", "examples")}
+    classes = {r: has["classes"] for r, has in roles.items() if has["classes"] and None not in has["classes"]}
+    return {"name": name, "role": "external" if external else "training", **known, "classes": classes}
+
+
+def _numbers(said: Mapping[str, Any]) -> list[int | None]:
+    return [n for has in said.get("roles", {}).values() for n in (has["patients"], has["examples"], *has["classes"])]
+
+
+def _plain(value: Any) -> Any:
+    """As it looks after a journey through JSON."""
+    return json.loads(json.dumps(value))

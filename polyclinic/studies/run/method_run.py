@@ -1,0 +1,302 @@
+"""An arm: one method, seed and fold. It trains, is scored on validation data, and is tested once, at its end.
+
+A checkpoint after every round makes stopping at any moment and going on change no bit. The test data are opened for
+the model of the best round, and the journal says so each time they are.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from polyclinic.core import serialization as states
+from polyclinic.core.execution import UniformSampler
+from polyclinic.core.rounds import Step, TooFewReplies, train
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree
+from polyclinic.data.examples import concat
+from polyclinic.data.federation import Federated
+from polyclinic.data.splits import Fold
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.engines.local.virtual_time import Unequal
+from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.engines.plan import Plan
+from polyclinic.learning.tasks.task_evaluation import evaluate
+from polyclinic.methods import registry
+from polyclinic.privacy.budget_policy import SCORES, Budget
+from polyclinic.privacy.ledger import Ledger
+from polyclinic.studies.config import simulation_schema
+from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.records import site_outliers
+from polyclinic.studies.run import run_budgets
+from polyclinic.studies.run.events import Event, Job, cores
+from polyclinic.studies.run.run_directory import ArmFolder, Checkpoint, write_tensors
+
+POOLED = "pooled"
+
+
+class Arm:
+    """One method with one seed and one fold.
+
+    Args:
+        study: What is studied.
+        job: Which arm.
+        plan: What to build.
+        data: Where the patients are.
+        folder: Where to write.
+        numbers: A number for each patient, the same in every arm, by which test sets are recognised.
+    """
+
+    def __init__(
+        self, study: Study, job: Job, plan: Plan, data: Federated, folder: ArmFolder, numbers: Mapping[str, int]
+    ) -> None:
+        self.study, self.job, self.plan, self.data, self.folder = study, job, plan, data, folder
+        self.seed, self.numbers = job.seed, numbers
+        self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
+        self.method = simulation_schema.method_of(study, plan, data.training)
+        every = self.entry.newcomers
+        self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
+        self.tested = _tested(self.judged, data.external, job.fold)
+        self.ledgers: dict[str, Ledger] = {}
+        if study.privacy and plan.private:
+            self.ledgers = run_budgets.opened(self.path / "ledgers", plan.sites, data.info.name, study.privacy)
+        self.length = 0
+
+    def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
+        """Runs the arm from where it stands. ``before`` are the facts that stand before its first round."""
+        at, file = None, self.path / "checkpoint.safetensors"
+        if file.exists():
+            at = states.load(file)
+            if at.done:
+                return
+            if self.study.machines and simulation_schema.buffered(self.method):
+                at = None  # answers that were under way are in no checkpoint: the arm begins anew, to the same bits
+        self.folder.open(at.records if at else 0)
+        try:
+            if at is None:
+                for fact in before:
+                    self.folder.record(**fact)
+                yield self._event("arm", 0)
+            else:
+                yield self._event("arm", at.round)
+            engine = self._engine(at)
+            try:
+                yield from self._train(engine, at)
+            finally:
+                engine.close()
+        finally:
+            self.folder.close()
+
+    def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
+        study = self.study
+        state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
+        best = (at.best_round, at.best_score) if at else (0, self._worst)
+        done, begun = at.round if at else 0, _now(engine)
+        steps: list[Step[Any]] = []
+        scores: dict[str, float] = {}
+        for step in self._as_far_as_it_goes(self._steps(engine, state)):
+            state, steps = step.state, [*steps, step]
+            following = self.method.request(state)
+            if following is not None and following.round == step.request.round:
+                continue  # the round takes another message
+            done = step.request.round + 1
+            facts = _round_facts(steps)
+            self._record("round", round=done, wall=_now(engine) - begun, **facts)
+            for site, reason in facts["lost"].items():
+                self._record("quarantine", round=done, site=site, reason=reason)
+            spent = self._account(done)
+            protects = next((str(facts["protects"]) for facts in spent.values()), "")
+            most = max((float(facts["epsilon"]) for facts in spent.values()), default=None)
+            by_site = {site: facts["epsilon"] for site, facts in spent.items()}
+            paid = {"epsilon": by_site, "protects": protects} if spent else {}
+            self.folder.note("round", self.job.who | {"round": done, "lost": facts["lost"], **paid})
+            if done % study.evaluation.interval == 0 or self._ends(state, done):
+                scores, best = self._judge(engine, state, done, best)
+            length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
+            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
+            moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
+            yield self._event("round", done, scores, moved, facts["lost"], most, protects)
+            self.folder.check_stop()
+            steps, begun = [], _now(engine)
+        if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
+            _, best = self._judge(engine, state, done, best)
+        self._stand(state)
+        end = Checkpoint(state, engine.memory, done, 0, *best, True)
+        if self.job.trial is None:
+            yield self._test(engine, end)
+        else:
+            self._save("checkpoint", end)
+
+    def _steps(self, engine: Any, state: Any) -> Iterator[Step[Any]]:
+        """The exchanges from ``state`` on."""
+        study, trainers = self.study, self.plan.sites
+        size = min(study.sites_per_round or len(trainers), len(trainers))
+        cohort, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
+        how: Any = {"rounds": study.rounds, "sites_per_round": cohort, "deadline": study.deadline, "min_replies": need}
+        if study.machines is None:
+            return train(self.method, engine, state, **how)
+        return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
+
+    def _ends(self, state: Any, done: int) -> bool:
+        """Whether nothing more is to be trained."""
+        return done >= self.study.rounds or self.method.request(state) is None
+
+    @property
+    def _worst(self) -> float:
+        return float("-inf") if self.study.higher_is_better else float("inf")
+
+    def _judge(
+        self, engine: Any, state: Any, done: int, best: tuple[int, float]
+    ) -> tuple[dict[str, float], tuple[int, float]]:
+        """Scores on validation data, and the best round so far with its mean."""
+        scores = self._score(engine, state, done)
+        mean = sum(scores.values()) / len(scores) if scores else self._worst
+        better = mean > best[1] if self.study.higher_is_better else mean < best[1]
+        if better or self.study.evaluation.select == "last":
+            best = done, mean
+            self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
+        return scores, best
+
+    def _as_far_as_it_goes(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
+        """``steps``, ended where no site has budget left, or where an attack has left no model to train."""
+        try:
+            yield from steps
+        except TooFewReplies as error:
+            if self.ledgers and any("is used up" in reason for reason in error.lost.values()):
+                self.folder.note("budget used up", self.job.who)
+            elif self.study.attack is not None:
+                self.folder.note("ended by the attack", self.job.who | {"lost": dict(error.lost)})
+            else:
+                raise
+
+    def _stand(self, state: Any) -> None:
+        """Writes down whom the end of training names, where a rule looks or somebody attacks."""
+        lines = (self.path / "records.jsonl").read_bytes().splitlines()
+        for site, named, attacks in site_outliers.at_the_end(
+            state, self.plan.sites, simulation_schema.hostile(self.method), lines
+        ):
+            self._record("standing", site=site, named=named, hostile=attacks)
+
+    def _test(self, engine: Any, end: Checkpoint) -> Event:
+        """Opens the test data, once, for the model of the best round."""
+        best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
+        engine.memory.update(best.memory)
+        opened = self.folder.note("test opened", self.job.who | {"round": best.round})
+        said = evaluate(self.method, engine, best.state, self.tested, "predict/test")
+        scores: dict[str, float] = {}
+        for site, outputs in said.items():
+            metrics = self.method.task.summary(outputs)
+            self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
+            if self.study.metric in metrics:
+                scores[site] = metrics[self.study.metric]
+        known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
+        for name, answers in (("predictions", said), ("validation", known)):
+            role = "test" if name == "predictions" else "val"
+            answers = {site: {**outputs, **self._numbered(site, role)} for site, outputs in answers.items()}
+            leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
+            if leaves:
+                write_tensors(self.path / f"{name}.safetensors", leaves)
+        model: Tree = self.method.site_model(self.method.evaluation_request(best.state), {})
+        meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
+        write_tensors(self.path / "model.safetensors", model, meta)
+        self._record("sealed", opened=opened)
+        self._save("checkpoint", replace(end, records=self.folder.settle()))
+        return self._event("tested", end.round, scores)
+
+    def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
+        """Scores on validation data, written down; the primary one by site, of the sites that train."""
+        found: dict[str, float] = {}
+        for site, leaves in evaluate(self.method, engine, state, self.judged).items():
+            metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
+            self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
+            if self.study.metric in metrics and site not in self.data.external:
+                found[site] = metrics[self.study.metric]
+        return found
+
+    def _engine(self, at: Checkpoint | None) -> Any:
+        chosen, memory = self.study.engine, at.memory if at else None
+        make = partial(Site, device=chosen.device, seed=self.seed)
+        sites = {name: make(name, dict(roles)) for name, roles in self.data.sites.items()}
+        if self.entry.pooled:
+            parts = [self.data.sites[name] for name in self.data.training]
+            filled = {role: [part[role] for part in parts if len(part.get(role, ()))] for role in ("train", "val")}
+            pooled = {role: concat(examples) for role, examples in filled.items() if examples}
+            sites = {
+                name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
+            }
+            sites[POOLED] = make(POOLED, pooled)
+        # On one machine predictions go no further than the run's folder
+        free = (*SCORES, "predict/val", "predict/test")
+        policies = {site: Budget(ledger, free) for site, ledger in self.ledgers.items()}
+        held = {} if self.data.public is None else {"public": self.data.public}
+        if self.study.machines is not None:
+            clock = at.clock if at else 0.0
+            return simulation_schema.engine(
+                self.study.machines, self.method, sites, memory, policies, self.seed, held, clock
+            )
+        if chosen.kind == "in-process":
+            return InProcess(self.method, sites, memory, policies, self.seed, held)
+        workers = chosen.workers or min(len(sites), cores())
+        return Workers(self.method, sites, memory, policies, self.seed, workers, held)
+
+    def _account(self, done: int) -> dict[str, dict[str, Any]]:
+        """Writes down ε of each site so far, with all that belongs to it."""
+        spent = run_budgets.spent(self.ledgers, last=done == self.study.rounds)
+        for site, facts in spent.items():
+            self._record("privacy", round=done, site=site, **{k: v for k, v in facts.items() if k != "protects"})
+        return spent
+
+    def _numbered(self, site: str, role: str) -> Tree:
+        """Whose each example is, by the numbers that are the same in every arm."""
+        return {"patient": torch.tensor([self.numbers[patient] for patient in self.data.sites[site][role].patients])}
+
+    def _save(self, name: str, value: Checkpoint) -> None:
+        states.save(self.path / f"{name}.safetensors", value, {"study": self.study.hash})
+
+    def _record(self, kind: str, **facts: Any) -> None:
+        self.folder.record(kind, **self.job.who, **facts)
+
+    def _event(
+        self,
+        what: str,
+        done: int,
+        scores: Mapping[str, float] | None = None,
+        moved: int = 0,
+        lost: Mapping[str, str] | None = None,
+        epsilon: float | None = None,
+        protects: str = "",
+    ) -> Event:
+        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon, "protects": protects}
+        return self.job.event(what, round=done, rounds=self.study.rounds, **told)
+
+
+def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
+    """Whose test patients an arm opens: everybody's, or with folds, each patient's in one fold of a seed only."""
+    if fold is None or (fold.by == "patients" and fold.index == 0):
+        return tuple(judged)
+    return tuple(site for site in judged if (site in external) == (fold.by == "sites"))
+
+
+def _now(engine: Any) -> float:
+    """Seconds from some beginning: the engine's own where its time is virtual."""
+    return float(engine.clock) if isinstance(engine, Unequal) else time.perf_counter()
+
+
+def _round_facts(steps: Sequence[Step[Any]]) -> dict[str, Any]:
+    """What the exchanges of one round add up to."""
+
+    def total(name: str) -> dict[str, Any]:
+        sums: dict[str, Any] = {}
+        for step in steps:
+            for site, value in getattr(step, name).items():
+                sums[site] = sums.get(site, 0) + value
+        return sums
+
+    return {
+        "asked": sorted({site for step in steps for site in step.asked}),
+        "lost": {site: reason for step in steps for site, reason in step.lost.items()},
+        **{name: total(name) for name in ("bytes_up", "bytes_down", "seconds")},
+    }

@@ -1,0 +1,105 @@
+"""What a run's model looks at, at every site: computed where the data are, on validation patients.
+
+What leaves a site is one mean map over at least ten patients (``tasks.saliency``), as the job ``explain/val``, which
+the site's policy admits or refuses like any other. Test data stay closed: they would be opened a second time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from polyclinic.core import serialization as states
+from polyclinic.core.execution import Policy
+from polyclinic.core.site import Site
+from polyclinic.data.federation import federate
+from polyclinic.data.splits import Fold
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.errors import RunError
+from polyclinic.evaluation.records.record_schema import arm_name
+from polyclinic.evaluation.records.run_reader import Run, read_run
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.export.model_export import plan_of
+from polyclinic.studies.records.saliency_maps import FILE
+from polyclinic.studies.run.run_directory import write_tensors
+
+JOB = "explain/val"
+
+
+class NotExplained(RunError, ValueError):
+    """A run whose model cannot be explained. The message says why."""
+
+
+def explain(
+    run_dir: str | Path, label: str = "", seed: int | None = None, policies: Mapping[str, Policy] | None = None
+) -> tuple[Path, dict[str, str]]:
+    """Asks every site where the model of one arm looks, and writes it into the arm's folder, where reports find it.
+
+    Args:
+        run_dir: A finished run, whose data are still there.
+        label: The method; by default the one that the report speaks of.
+        seed: By default the first.
+        policies: What sites allow; everything where one has none.
+
+    Returns:
+        The file; and the sites that told nothing, with their reasons.
+
+    Raises:
+        NotARun: Where the folder is not a run.
+        NotExplained: Where the arm is not finished, the data have changed, or no site told anything.
+    """
+    run = read_run(run_dir)
+    label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
+    folder = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None)
+    if not (folder / "model.safetensors").is_file():
+        raise NotExplained(f"{folder}: no model there; the arm is not finished, or the run has no method {label!r}")
+    study = parse(run.study, run.path / "study.toml")
+    fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
+    data = federate(study.data, seed, fold)
+    if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
+        raise NotExplained(f"{run.path}: the data have changed since the run, so its model cannot be explained on them")
+    plan = plan_of(folder / "model.safetensors")
+    method = plan.build_method()
+    kept = states.load(folder / "best.safetensors")
+    make = partial(Site, device="cpu", seed=seed)
+    sites = {name: make(name, dict(roles)) for name, roles in data.sites.items()}
+    engine = InProcess(method, sites, kept.memory, policies, seed)
+    asked = [s for s in data.training if len(data.sites[s].get("val", ()))]
+    found, refused = _ask(method, engine, kept.state, asked)
+    if not found:
+        why = "; ".join(f"{s}: {reason}" for s, reason in refused.items()) or "no site has validation patients"
+        raise NotExplained(f"{run.path}: no site told where the model looks: {why}")
+    before, _ = _ask(method, engine, method.init(plan.build_task().first(seed)), list(found))
+    leaves = {f"{site}/{key}": leaf for site, said in found.items() for key, leaf in said.items()}
+    leaves |= {f"{site}/untrained": said["map"] for site, said in before.items()}
+    names = _features(study.data.source(), next(iter(found.values()))["map"].ndim)
+    write_tensors(folder / FILE, leaves, {"features": "\n".join(names), "role": "val"})
+    return folder / FILE, refused
+
+
+def _ask(method: Any, engine: InProcess, state: Any, sites: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What sites say, one by one, so that each refusal has its own reason."""
+    said: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for site in sites:
+        engine.send(replace(method.evaluation_request(state), job=JOB, secure=False, to=None), [site])
+        for arrival in engine.replies():
+            if arrival.reply is None:
+                refused[site] = arrival.lost
+            elif "explain" in arrival.reply.parts:
+                said |= arrival.reply.gather("explain")
+    return said, refused
+
+
+def _features(source: Any, axes: int) -> tuple[str, ...]:
+    return tuple(getattr(source, "names", ())) if axes == 1 else ()
+
+
+def _headline(run: Run) -> str:
+    from polyclinic.evaluation.run_evaluation import Options, evaluate
+
+    label = evaluate(run, Options(draws=20)).headline
+    if label is None:
+        raise NotExplained(f"{run.path}: no method has been tested yet")
+    return label

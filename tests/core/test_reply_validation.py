@@ -1,0 +1,185 @@
+"""The gate before a merge: which replies are refused, exactly at the limits, and in which words."""
+
+import math
+
+import pytest
+import torch
+
+from polyclinic.core.aggregates import ElementwiseMean, PerSite, PerSiteUniform, Reply, WeightedMean
+from polyclinic.core.method import Request
+from polyclinic.core.reply_validation import ReplyValidator
+from polyclinic.core.tree import Tree
+
+ASK = Request(0, {"params": {"w": torch.zeros(2)}})
+
+
+def tensors(*values: float) -> Tree:
+    return {"w": torch.tensor(values)}
+
+
+def leaf_mean(*weights: float, total: Tree | None = None) -> Reply:
+    return Reply({"fisher": ElementwiseMean(total or {"w": torch.ones(len(weights))}, {"w": torch.tensor(weights)})})
+
+
+def refused(reply: Reply, gate: ReplyValidator = ReplyValidator()) -> str | None:
+    return gate.refuse(ASK, {"bern": reply}).get("bern")
+
+
+@pytest.mark.parametrize("weights", [(-1e-30, 1.0), (1.0, -3.0), (-1.0, -1.0)])
+def test_an_element_that_counts_less_than_nothing_is_refused(weights: tuple[float, ...]) -> None:
+    """It would move the mean away from every value that was sent, as far as its sender likes."""
+    assert refused(leaf_mean(*weights)) == "fisher: a weight is negative"
+
+
+def test_a_negative_weight_in_any_tensor_is_found() -> None:
+    total = {name: torch.ones(2) for name in ("a", "b", "c")}
+    for name in total:
+        weight = {**total, name: torch.tensor([0.5, -0.5])}
+        assert refused(Reply({"fisher": ElementwiseMean(total, weight)})) == "fisher: a weight is negative"
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.0, 0.0), (0.5, 2.0), (1e-30, 1e30)])
+def test_elements_may_count_nothing_little_or_much(weights: tuple[float, ...]) -> None:
+    assert refused(leaf_mean(*weights)) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_number_may_be_infinite_or_none(bad: float) -> None:
+    said = "fisher: w holds NaN or an infinity"
+    assert refused(leaf_mean(1.0, bad)) == said
+    assert refused(leaf_mean(1.0, 1.0, total=tensors(1.0, bad))) == said
+    assert refused(Reply({"update": WeightedMean(tensors(1.0, bad), 1.0)})) == "update: w holds NaN or an infinity"
+    assert refused(Reply({"all": PerSite({"bern": tensors(bad, 1.0)})})) == "all: w holds NaN or an infinity"
+    assert refused(Reply({"good": WeightedMean(tensors(1.0), 1.0), "bad": WeightedMean(tensors(bad), 1.0)})) is not None
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        {},
+        {"w": torch.ones(3)},
+        {"w": torch.ones(1, 2)},
+        {"w": torch.ones(())},
+        {"v": torch.ones(2)},
+        {"w": torch.ones(2), "v": torch.ones(2)},
+    ],
+)
+def test_a_weight_for_every_element_and_no_others(weight: Tree) -> None:
+    assert (
+        refused(Reply({"fisher": ElementwiseMean(tensors(1.0, 1.0), weight)}))
+        == "fisher: its weights do not fit its values"
+    )
+    missing = Reply({"fisher": ElementwiseMean({**tensors(1.0, 1.0), "u": torch.ones(2)}, {"w": torch.ones(2)})})
+    assert refused(missing) == "fisher: its weights do not fit its values"
+
+
+@pytest.mark.parametrize("weight", [-1e-9, -1.0, math.nan, math.inf, -math.inf])
+def test_a_mean_weighs_a_number_of_0_or_more(weight: float) -> None:
+    assert refused(Reply({"update": WeightedMean(tensors(1.0), weight)})) == f"update: a weight of {weight}"
+
+
+@pytest.mark.parametrize("gate", [ReplyValidator(), ReplyValidator(max_norm=1.0, max_weight=1.0)])
+def test_a_mean_may_weigh_nothing_or_less_than_one(gate: ReplyValidator) -> None:
+    assert refused(Reply({"update": WeightedMean(tensors(0.0), 0.0)}), gate) is None
+    assert refused(Reply({"update": WeightedMean(tensors(9.0), 0.0)}), gate) is None, (
+        "no mean comes of it, so it has no norm"
+    )
+    assert refused(Reply({"update": WeightedMean(tensors(0.1), 0.25)}), gate) is None
+
+
+def test_the_largest_weight_is_allowed_and_no_more() -> None:
+    gate = ReplyValidator(max_weight=10.0)
+    assert refused(Reply({"update": WeightedMean(tensors(1.0), 10.0)}), gate) is None
+    said = refused(Reply({"update": WeightedMean(tensors(1.0), 10.001)}), gate)
+    assert said == "update: a weight of 10.001, beyond the limit of 10"
+
+
+def test_the_norm_is_that_of_the_mean_and_may_be_as_large_as_the_limit() -> None:
+    """Σ w·x is 5 times larger than the mean where the weight is 5; the limit is for the mean."""
+    gate = ReplyValidator(max_norm=5.0)
+    assert refused(Reply({"update": WeightedMean(tensors(15.0, 20.0), 5.0)}), gate) is None  # 25 / 5
+    assert refused(Reply({"update": WeightedMean(tensors(3.0, 4.0), 1.0)}), gate) is None
+    assert refused(Reply({"update": WeightedMean(tensors(15.0, 20.0), 4.9)}), gate) == (
+        "update: a norm of 5.1, beyond the limit of 5"
+    )
+    assert refused(Reply({"update": WeightedMean(tensors(0.3, 0.4), 0.05)}), gate) == (
+        "update: a norm of 10, beyond the limit of 5"
+    )
+
+
+@pytest.mark.parametrize("kind", [PerSite, PerSiteUniform])
+def test_a_site_speaks_for_itself_alone(kind: type[PerSite]) -> None:
+    assert refused(Reply({"all": kind({"bern": tensors(1.0)})})) is None
+    assert refused(Reply({"all": kind({"ankara": tensors(1.0)})})) == ("all: speaks for ['ankara'], not for bern alone")
+    assert refused(Reply({"all": kind({"bern": tensors(1.0), "ankara": tensors(1.0)})})) == (
+        "all: speaks for ['ankara', 'bern'], not for bern alone"
+    )
+    assert refused(Reply({"all": kind({})})) == "all: speaks for [], not for bern alone"
+
+
+def test_every_site_that_is_refused_is_named_in_order_with_its_own_reason() -> None:
+    """One holds NaN, one has another form, and the rest are merged."""
+    good = Reply({"update": WeightedMean(tensors(1.0, 1.0), 1.0)})
+    replies = {"d": good, "c": Reply({"update": WeightedMean(tensors(math.nan, 1.0), 1.0)}), "b": Reply(), "a": good}
+    found = ReplyValidator().refuse(ASK, replies)
+    assert list(found) == ["b", "c"]
+    assert found == {"b": "update/Mean is missing", "c": "update: w holds NaN or an infinity"}
+    assert ReplyValidator().refuse(ASK, {}) == {}
+    assert ReplyValidator().refuse(ASK, {"a": good, "b": good}) == {}
+
+
+def test_most_sites_decide_the_form_even_against_what_was_asked() -> None:
+    asked, other = (Reply({"update": WeightedMean({name: torch.ones(2)}, 1.0)}) for name in ("w", "v"))
+    assert list(ReplyValidator().refuse(ASK, {"a": other, "b": asked, "c": other})) == ["b"]
+    assert list(ReplyValidator().refuse(ASK, {"a": other, "b": asked})) == ["a"], "of as many, what was asked wins"
+    shape = Reply({"update": WeightedMean(tensors(1.0, 1.0, 1.0), 1.0)})
+    assert list(ReplyValidator().refuse(ASK, {"a": shape, "b": asked})) == ["a"], "and its shape"
+
+
+def test_a_spoiled_reply_has_no_say_in_the_form() -> None:
+    spoiled = Reply({"update": WeightedMean({"v": torch.tensor([math.nan])}, 1.0)})
+    good = Reply({"update": WeightedMean(tensors(1.0, 1.0), 1.0)})
+    assert list(ReplyValidator().refuse(ASK, {"a": spoiled, "b": spoiled, "c": good})) == ["a", "b"]
+
+
+def differs(mine: Reply, theirs: Reply) -> str:
+    return ReplyValidator().refuse(ASK, {"a": theirs, "b": theirs, "c": mine})["c"]
+
+
+def mean_of(**shapes: int) -> Reply:
+    return Reply({"update": WeightedMean({name: torch.zeros(size) for name, size in shapes.items()}, 1.0)})
+
+
+def test_how_a_form_differs_is_said_of_the_first_tensor_that_does() -> None:
+    said = "update: b is ((3,), 'torch.float32'), where other sites send ((2,), 'torch.float32')"
+    assert differs(mean_of(a=2, b=3, c=9), mean_of(a=2, b=2, c=2)) == said
+    assert differs(mean_of(b=3, aa=1), mean_of(a=7, b=2)) == said, "more telling than what is missing besides"
+    assert differs(mean_of(b=2), mean_of(a=2, b=2)) == "update/a is missing"
+    assert differs(mean_of(a=2, b=2, c=1), mean_of(a=2, b=2)) == "update/c is not what other sites send"
+    halves = Reply({"update": WeightedMean({"a": torch.zeros(2, dtype=torch.float16)}, 1.0)})
+    assert differs(halves, mean_of(a=2)) == (
+        "update: a is ((2,), 'torch.float16'), where other sites send ((2,), 'torch.float32')"
+    )
+
+
+def test_every_part_counts_and_so_does_its_kind() -> None:
+    two = {"one": WeightedMean(tensors(1.0), 1.0), "two": WeightedMean(tensors(1.0), 1.0)}
+    assert differs(Reply({**two, "one": WeightedMean(tensors(1.0, 2.0), 1.0)}), Reply(two)).startswith(
+        "one: w is ((2,)"
+    )
+    assert differs(Reply({**two, "two": WeightedMean(tensors(1.0, 2.0), 1.0)}), Reply(two)).startswith(
+        "two: w is ((2,)"
+    )
+    assert differs(Reply({"one": two["one"]}), Reply(two)) == "two/Mean is missing"
+    leafwise = Reply({"one": ElementwiseMean(tensors(1.0), tensors(1.0))})
+    assert differs(leafwise, Reply({"one": two["one"]})) == "one/Mean is missing"
+    third = Reply({"one": ElementwiseMean(tensors(1.0, 1.0), tensors(1.0, 1.0))})
+    assert differs(third, leafwise).startswith("one: w is ((2,)")
+
+
+def test_what_is_gathered_may_differ_unless_it_says_that_it_is_alike() -> None:
+    def replies(kind: type[PerSite]) -> dict[str, Reply]:
+        return {site: Reply({"all": kind({site: {"w": torch.zeros(2 + (site == "b"))}})}) for site in "abc"}
+
+    assert ReplyValidator().refuse(ASK, replies(PerSite)) == {}
+    assert list(ReplyValidator().refuse(ASK, replies(PerSiteUniform))) == ["b"]

@@ -1,0 +1,36 @@
+"""One federation of real processes for all tests that need one: a server, three sites, mutual TLS, on loopback."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from polyclinic.engines.flare.protocol import rpc
+from tests.support.flare_deployment import Hospitals
+
+
+@pytest.fixture(scope="session")
+def shared_hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
+    """Made once; whoever breaks something mends it (``hospitals`` does)."""
+    pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
+    with Hospitals(Path(tmp_path_factory.mktemp("hospitals"))) as made:
+        yield made
+
+
+@pytest.fixture
+def hospitals(shared_hospitals: Hospitals) -> Iterator[Hospitals]:
+    """A server and three sites, all connected, nothing running."""
+    yield shared_hospitals
+    shared_hospitals.reset()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the server of an exchange in this process, a second passes whenever it looks at the clock.
+
+    So a deadline passes for who never answers, and for nobody else, however slow the machine is.
+    """
+    seconds = count()
+    monkeypatch.setattr(rpc, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))

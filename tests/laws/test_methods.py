@@ -1,0 +1,76 @@
+"""One table of everybody: every method keeps every promise, and gives the same bits on both engines."""
+
+import pytest
+
+from polyclinic.core.site import Site
+from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.catalog import METHODS
+from polyclinic.methods.registry import Setting, build
+from polyclinic.testing import check_engine, check_method
+from tests.conftest import little_sites, segmentation_sites
+
+IMAGES = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
+MASKS = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
+LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
+
+
+def case(name: str):
+    """The method called ``name`` on the kind of task it is for, and sites with such data."""
+    kinds = METHODS[name].tasks
+    image = not kinds or "classification" in kinds
+    task, sites = (IMAGES, little_sites()) if image else (MASKS, segmentation_sites())
+    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5)), task, sites
+
+
+def held_by_server(sites):
+    """Images without a hospital, for the methods that need some at the server."""
+    return {"public": sites["site-0"].data["public"]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_promises(name: str) -> None:
+    method, task, sites = case(name)
+    check_method(method, task.first(0), sites, server=Site("server", held_by_server(sites)))
+
+
+# Whatever can pass between a site and the server in its own way: models, memory, several jobs a round, trees by site,
+# gathers, what sites show one another, the server's own data. All other methods are slow tests.
+QUICK = (
+    "fedavg",
+    "scaffold",
+    "fedbn",
+    "mime",
+    "ifca",
+    "krum",
+    "fedmic",
+    "fedsm",
+    "feddf",
+    "fedmd",
+    "swarm",
+    "split",
+    "single",
+    "combat",
+    "feddyn",
+    "data-vectors",
+    "fedirm",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+def test_same_bits_in_worker_processes(name: str) -> None:
+    method, task, sites = case(name)
+    engines = []
+
+    def start(method, sites):
+        engines.append(Workers(method, sites, server_data=held_by_server(sites)))
+        return engines[0]
+
+    try:
+        check_engine(start, method, task.first(0), sites, rounds=3, server_data=held_by_server(sites))
+    finally:
+        for engine in engines:
+            engine.close()

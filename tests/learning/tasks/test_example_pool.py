@@ -1,0 +1,53 @@
+"""Pools: no target of an unlabelled example gets out, and nothing is lost or repeated."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.example_pool import Chained, Untargeted, all_inputs, endless, size, unlabelled
+from polyclinic.learning.training.local import LocalTraining
+from tests.conftest import Rows
+
+
+def rows(n, begin=0):
+    return Rows(torch.arange(begin, begin + n).float()[:, None], torch.zeros(n, dtype=torch.long))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 99))
+def test_a_chain_is_its_parts_in_order(sizes, seed):
+    parts, begin = [], 0
+    for n in sizes:
+        parts.append(rows(n, begin))
+        begin += n
+    chain = Chained(tuple(parts))
+    assert len(chain) == begin
+    if begin:
+        index = torch.randint(begin, (9,), generator=torch.Generator().manual_seed(seed))
+        inputs, where = chain[index]
+        assert torch.equal(inputs[:, 0].long(), index)
+        assert torch.equal(where, index)
+
+
+def test_targets_are_not_there():
+    data = {role: Rows(torch.randn(n, 3), torch.full((n,), 7)) for role, n in (("train", 4), ("unlabelled", 5))}
+    for pool in (unlabelled(data), all_inputs(data)):
+        _, y = pool[torch.arange(len(pool))]
+        assert torch.equal(y, torch.arange(len(pool)))
+    assert (len(unlabelled(data)), len(all_inputs(data))) == (5, 9)
+
+
+def test_missing_and_empty_roles_count_as_nothing():
+    assert size({}, "train") == len(unlabelled({})) == len(all_inputs({})) == 0
+    assert len(all_inputs({"train": rows(0), "unlabelled": rows(3)})) == 3
+    with pytest.raises(IndexError, match="no example"):
+        all_inputs({})[torch.tensor([0])]
+
+
+def test_an_endless_stream_goes_through_everything_again_and_again():
+    local, rng = LocalTraining(batch_size=4), Site("a").rng("x")
+    stream = endless(local, Untargeted(rows(8)), rng)
+    seen = torch.cat([next(stream)[0][:, 0] for _ in range(6)]).long()
+    assert torch.equal(seen.bincount(), torch.full((8,), 3))
+    assert list(endless(local, Untargeted(()), rng)) == []

@@ -1,0 +1,84 @@
+"""Dual distillation: its limits, what travels, and who predicts."""
+
+import pytest
+import torch
+
+from polyclinic.core import tree
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.objectives.distillation_loss import Dual
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.distillation.fedmic import DualDistillation, fedkd, fedmic, mutual
+from polyclinic.methods.optimization.fedavg import FedAvg
+from tests.conftest import little_sites
+
+
+def run(method, sites, params, rounds=2):
+    engine = InProcess(method, sites)
+    for step in train(method, engine, method.init(params), rounds=rounds):
+        assert not step.lost
+    return step, engine
+
+
+def test_without_distillation_the_student_is_fedavgs(task, local, sites):
+    alone = DualDistillation(Dual(task, task, (1, 1), (0, 0), 0, False), local)
+    step, _ = run(alone, sites, task.first(0))
+    plain, _ = run(FedAvg(task, local), sites, task.first(0))
+    found, wanted = step.state.params, plain.state.params
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
+
+
+def test_a_teacher_may_come_from_a_study_file(task, local):
+    lists, tuples = (fedkd(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
+    assert lists == tuples
+    assert hash(lists.dual) == hash(tuples.dual)
+
+
+def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(task, local, sites):
+    params = task.first(0)
+    small, _ = run(fedmic(task, local), sites, params)
+    large, engine = run(
+        fedmic(task, local, teacher="cnn", teacher_options=(("width", 12), ("depth", 2))), sites, params
+    )
+    assert small.bytes_up == large.bytes_up
+    assert large.reply.mean("update").total.keys() == params.keys()
+    kept = engine.memory["site-0"]["private"]
+    assert kept["teacher.encoder.0.weight"].shape[0] == 12
+    assert not any(name.startswith("student") for name in kept)
+
+
+@pytest.mark.parametrize("teacher", ["", "cnn"])
+def test_the_teacher_predicts_and_the_student_where_there_is_none(task, local, sites, teacher):
+    options = (("width", 6), ("depth", 2)) if teacher else ()
+    method = Evaluated(fedmic(task, local, teacher=teacher, teacher_options=options), task)
+    step, engine = run(method, sites, task.first(0))
+    request, predicts = method.evaluation_request(step.state), method.prediction_task or task
+    x = sites["site-0"].data["test"].x
+
+    def say(of, params):
+        with torch.no_grad():
+            return cached_model(of, params).eval()(x)
+
+    teacher_task = method.inner.dual.teacher
+    own = tree.under("teacher", engine.memory["site-0"]["private"])
+    assert torch.equal(say(predicts, method.site_model(request, engine.memory["site-0"])), say(teacher_task, own))
+    assert torch.equal(say(predicts, method.site_model(request, {})), say(task, step.state.params))
+    assert len(evaluate(method, engine, step.state, engine.sites)) == 3
+
+
+def test_the_teacher_fits_its_site_better_than_the_student_elsewhere(task):
+    sites = little_sites(count=3)
+    method = Evaluated(fedkd(task, LocalTraining(epochs=4, batch_size=8, lr=0.1)), task)
+    step, engine = run(method, sites, task.first(0), 4)
+    scores = evaluate(method, engine, step.state, engine.sites)
+    assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
+
+
+def test_mutual_learning_with_labels_alone_is_fedavg_beside_single(task, local, sites):
+    step, engine = run(mutual(task, local, alpha=1.0, beta=1.0), sites, task.first(0))
+    plain, _ = run(FedAvg(task, local), sites, task.first(0))
+    wanted = plain.state.params
+    assert all(torch.allclose(step.state.params[name], wanted[name], atol=1e-5) for name in wanted)
+    assert "teacher.head.weight" in engine.memory["site-1"]["private"]

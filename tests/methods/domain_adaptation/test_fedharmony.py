@@ -1,0 +1,111 @@
+"""FedHarmony's Gaussians and losses in numpy, its first round, and that it unlearns the scanner."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.objectives.adversarial import confusion
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.domain_adaptation.fedharmony import fedharmony
+from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.testing import equal
+from tests.conftest import Rows
+
+NAMES = ("site-0", "site-1", "site-2")
+
+
+def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
+    """Mean and standard deviation by feature, of the trained encoder over all training examples, in numpy."""
+    method = fedharmony(task, local, NAMES)
+    request = method.request(method.init(task.first()))
+    reply, _ = method.site_update(request, {}, sites["site-1"])
+    end = {n: leaf + request.trees["params"][n] for n, leaf in reply.mean("update").value.items()}
+    with torch.no_grad():
+        x = sites["site-1"].data["train"].x
+        features = encoded(task, cached_model(task, end).eval(), x).numpy()
+    found = reply.gather("gaussian")["site-1"]
+    np.testing.assert_allclose(found["mean"].numpy(), features.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["std"].numpy(), features.std(0, ddof=1), rtol=1e-3, atol=1e-5)
+
+
+def test_others_are_drawn_from_their_gaussians(task, sites) -> None:
+    method = fedharmony(task, LocalTraining(), NAMES)
+    F_ = 8
+    known = {k: {"mean": torch.full((F_,), 3.0 * k), "std": torch.full((F_,), 0.5 + k)} for k in (0, 2)}
+    request = method.request(method.init(task.first())._replace(gaussians={NAMES[k]: v for k, v in known.items()}))
+    drawn, places = method._draw(request, [0, 2], 8000, torch.Generator().manual_seed(0))
+    assert places.bincount().tolist() == [4000, 0, 4000]
+    for k, g in known.items():
+        torch.testing.assert_close(drawn[places == k].mean(0), g["mean"], atol=0.15, rtol=0)
+        torch.testing.assert_close(drawn[places == k].std(0), g["std"], atol=0.1, rtol=0)
+
+
+def test_confusion_is_the_mean_of_minus_log_softmax() -> None:
+    z = np.random.default_rng(0).normal(size=(5, 4))
+    expected = -(z - np.log(np.exp(z).sum(1, keepdims=True))).mean()
+    assert float(confusion(torch.from_numpy(z))) == pytest.approx(expected)
+    even = confusion(torch.zeros(3, 4))
+    assert float(even) == pytest.approx(np.log(4))
+    assert float(confusion(torch.randn(50, 4))) > float(even)
+
+
+def test_the_first_round_is_uniform_fedavg(task, local, sites) -> None:
+    """No Gaussian is known yet; with μ = 0 nothing else differs."""
+    ours, plain = fedharmony(task, local, NAMES, mu=0.0), fedavg(task, local, uniform=True)
+    params = task.first()
+    a = ours.site_update(ours.request(ours.init(params)), {}, sites["site-2"])[0]
+    b = plain.site_update(plain.request(plain.init(params)), {}, sites["site-2"])[0]
+    assert equal(a.parts["update"], b.parts["update"])
+
+
+def test_the_distance_has_a_slope_of_zero_where_it_is_zero(task, local, sites) -> None:
+    method = fedharmony(task, local, NAMES, mu=1.0)
+    reply, _ = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+    assert all(leaf.isfinite().all() for leaf in reply.mean("update").total.values())
+
+
+def told_apart(task, features: list[torch.Tensor]) -> float:
+    """How often a linear classifier fitted to sites' features names the site."""
+    x, y = torch.cat(features), torch.arange(len(features)).repeat_interleave(len(features[0]))
+    x = torch.cat([(x - x.mean(0)) / (x.std(0) + 1e-6), torch.ones(len(x), 1)], 1)
+    w = torch.zeros(x.shape[1], len(features), requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=50)
+
+    def loss():
+        solver.zero_grad()
+        value = F.cross_entropy(x @ w, y) + 0.01 * w.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return float((x @ w).argmax(1).eq(y).float().mean())
+
+
+@pytest.mark.slow
+def test_it_unlearns_the_scanner() -> None:
+    """The first feature decides the label, the fourth betrays the scanner: the encoder forgets the fourth."""
+    task, local = Classification(Network("mlp", (4,), 2, (("width", 8),))), LocalTraining(2, 16, "adam", 0.01)
+    rng, sites = torch.Generator().manual_seed(0), {}
+    for k, name in enumerate(NAMES):
+        x = torch.randn(80, 4, generator=rng)
+        x[:, 3] = 2 * (k - 1) + 0.2 * x[:, 3]
+        sites[name] = Site(name, {"train": Rows(x, (x[:, 0] > 0).long())})
+    found = []
+    for method in (fedharmony(task, local, NAMES, mu=0.0), fedavg(task, local)):
+        state = method.init(task.first())
+        for step in train(method, InProcess(method, sites), state, rounds=10):
+            state = step.state
+        model = cached_model(task, state.params).eval()
+        with torch.no_grad():
+            right = [model(s.data["train"].x).argmax(1) == s.data["train"].y for s in sites.values()]
+            found.append(told_apart(task, [encoded(task, model, s.data["train"].x) for s in sites.values()]))
+        assert float(torch.cat(right).float().mean()) > 0.95
+    assert found[0] < found[1] - 0.1

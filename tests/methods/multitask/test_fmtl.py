@@ -1,0 +1,111 @@
+"""Gated experts and the supervised contrast by their equations, what stays private, and sites with fewer classes."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp, softmax
+
+from polyclinic.core.site import Site
+from polyclinic.learning.networks.experts import GatedHead, WithContrast, begin, gated
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.multitask.fmtl import fmtl
+from polyclinic.methods.multitask.private_heads import limited, private_heads
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.partial_personalization import fedper
+from tests.conftest import little_sites
+from tests.support.few_labels import near, run, same
+
+LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
+LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=Site("s").rng("x"))
+
+
+def test_the_gate_mixes_experts_as_the_equation_says():
+    head, h = GatedHead(4, 3, 5, 6), normal(7, 4)
+    x = h.double().numpy()
+    P = {k: v.detach().double().numpy() for k, v in head.named_parameters()}
+    share = softmax(x @ P["gate.weight"].T + P["gate.bias"], 1)
+    said = [np.maximum(x @ P[f"experts.{e}.0.weight"].T + P[f"experts.{e}.0.bias"], 0) for e in range(5)]
+    mixed = sum(share[:, [e]] * said[e] for e in range(5))
+    assert np.allclose(head(h).detach().numpy(), mixed @ P["tower.weight"].T + P["tower.bias"], atol=1e-5)
+
+
+def test_one_expert_needs_no_gate():
+    head, h = GatedHead(4, 3, 1, 6), normal(7, 4)
+    assert torch.allclose(head(h), head.tower(head.experts[0](h)), atol=1e-6)
+
+
+def test_the_contrast_is_its_equation_in_numpy():
+    learner = WithContrast(LINEAR, weight=0.5, temperature=0.2)
+    model, x, y = learner.model(), normal(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1])
+    z = x.double().numpy()
+    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    terms = []
+    for i in range(9):
+        a, p = [j for j in range(9) if j != i], [j for j in range(9) if j != i and y[j] == y[i]]
+        terms.append(-np.mean([z[i] @ z[j] / 0.2 - logsumexp(z[a] @ z[i] / 0.2) for j in p]))
+    wanted = LINEAR.loss(model, (x, y)).item() + 0.5 * np.mean(terms)
+    assert learner.loss(model, (x, y)).item() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", "densenet121", "resnet10"])
+def test_any_classifier_can_have_gated_experts(name):
+    task = gated(Classification(Network(name, (1, 32, 32), 3)), 2, 8)
+    assert task.model().eval()(normal(2, 1, 32, 32)).shape == (2, 3)
+
+
+def test_it_begins_with_the_studys_encoder(task):
+    mixed, params = gated(task, 3, 8), task.first(7)
+    whole = begin(mixed, params)
+    assert all(torch.equal(whole[k], v) for k, v in params.items() if not k.startswith("head."))
+    assert "head.gate.weight" in whole
+    assert "head.weight" not in whole
+
+
+def test_gates_and_towers_stay_and_experts_travel(task, sites):
+    method = Evaluated(fmtl(task, LOCAL), task)
+    step, engine = run(method, sites, task.first(0), 3)
+    sent = step.reply.mean("update").total
+    assert any("experts" in name for name in sent)
+    assert not any("gate" in name or "tower" in name for name in sent)
+    own = [engine.memory[name]["own"] for name in sites]
+    assert own[0].keys() == {"head.gate.weight", "head.gate.bias", "head.tower.weight", "head.tower.bias"}
+    assert not near(own[0], own[1])
+    scores = evaluate(method, engine, step.state, engine.sites)
+    assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
+
+
+def test_private_heads_of_a_classifier_are_fedper(task, sites):
+    step, _ = run(private_heads(task, LOCAL, tuple(sites)), sites, task.first(0))
+    per, _ = run(fedper(task, LOCAL), sites, task.first(0))
+    plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
+    assert same(step.state.params, per.state.params)
+    assert not same(step.state.params, plain.state.params)
+
+
+def test_a_site_with_fewer_classes_never_says_another():
+    task = Classification(Network("cnn", (1, 8, 8), 4, (("width", 4), ("depth", 2))))
+    two, four = little_sites(count=2), little_sites(count=2, classes=4)
+    sites = {"site-0": two["site-0"], "site-1": four["site-1"]}
+    method = Evaluated(private_heads(task, LOCAL, tuple(sites), classes=(2, 4)), task)
+    step, engine = run(method, sites, task.first(0), 2)
+    said = evaluate(method, engine, step.state, engine.sites, "predict/test")
+    assert said["site-0"]["score"][:, 2:].max() == 0
+    assert said["site-1"]["score"][:, 2:].max() > 0.05
+    rows = [engine.memory["site-0"]["own"]["head.weight"][2:], task.first(0)["head.weight"][2:]]
+    assert torch.equal(*rows)
+    assert limited(task.first(0), 2)["head.bias"].tolist()[2:] == [-1e4, -1e4]
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"), [((2,), "give one each"), ((2, 9), "9 classes at a site"), ((2, 1), "1 class")]
+)
+def test_impossible_classes_are_refused(task, classes, says):
+    with pytest.raises(ValueError, match=says):
+        private_heads(task, LOCAL, ("a", "b"), classes=classes)

@@ -1,0 +1,31 @@
+"""SCAFFOLD with some of its sites, against numpy, where every gradient can be written down."""
+
+import numpy as np
+import pytest
+
+from polyclinic.methods.optimization.scaffold import Scaffold
+from tests.methods.optimization.test_feddyn import ETA, LOCAL, STEPS, TASK, F, gradient, lines, run
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.5])
+@pytest.mark.parametrize(("present", "population"), [(3, 3), (2, 5), (1, 4)])
+def test_scaffold_by_hand(present: int, population: int, lr: float) -> None:
+    """Algorithm 1 with option II: x moves by η_g times the mean change of S; c by |S|/N times the mean of theirs."""
+    sites = lines(present)
+    x, c = TASK.first(0)["w"][0].double().numpy(), np.zeros(F)
+    controls = {name: np.zeros(F) for name in sites}
+    for _ in range(3):
+        moves, turns = [], []
+        for name, site in sites.items():
+            y = x.copy()
+            for _ in range(STEPS):
+                y -= ETA * (gradient(y, site) - controls[name] + c)
+            new = controls[name] - c + (x - y) / (STEPS * ETA)
+            moves.append(y - x)
+            turns.append(new - controls[name])
+            controls[name] = new
+        x = x + lr * np.mean(moves, 0)
+        c = c + present / population * np.mean(turns, 0)
+    state = run(Scaffold(TASK, population, LOCAL, lr), sites)
+    np.testing.assert_allclose(state.params["w"][0], x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.control["w"][0], c, rtol=1e-4, atol=1e-5)

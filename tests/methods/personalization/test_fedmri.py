@@ -1,0 +1,84 @@
+"""FedMRI's contrast by hand, what stays at a site, and reconstruction end to end."""
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.core.rounds import train
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruction, columns
+from polyclinic.learning.tasks.task import InEncoder, cached_model
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.personalization.fedmri import Contrasted, fedmri
+from polyclinic.testing import check_method, close, equal
+from tests.conftest import segmentation_sites
+
+TASK = Reconstruction(Network("unet", (1, 16, 16), 1, (("width", 2), ("norm", "batch"))))
+
+
+def accelerated():
+    sites = segmentation_sites(2)
+    for k, site in enumerate(sites.values()):
+        measured = columns(16, 2 + k, 0.2, torch.Generator().manual_seed(k))
+        for role in ("train", "val"):
+            site.data[role] = Accelerated(site.data[role], measured)
+    return sites
+
+
+def test_the_contrast_is_a_ratio_of_distances_in_l1(task) -> None:
+    model = cached_model(task, task.first(0))
+    inside, names = InEncoder(task), [n for n, _ in model.named_parameters()]
+    flat = [np.concatenate([task.first(k)[n].numpy().ravel() for n in names if inside(n)]) for k in range(4)]
+    expected = abs(flat[0] - flat[1]).sum() / sum(abs(flat[0] - flat[k]).sum() for k in (2, 3))
+    found = Contrasted(task)._contrast(model, task.first(1), [task.first(2), task.first(3)])
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_encoder_leaves(task, local, sites) -> None:
+    inside = InEncoder(task)
+    for others in (False, True):
+        method = fedmri(task, local, others=others)
+        reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
+        for stat in reply.parts.values():
+            for leaves in stat.trees:
+                assert all(inside(name) for name in leaves)
+        assert not any(inside(name) for name in memory["own"])
+
+
+def test_without_contrast_it_is_averaging_of_encoders(task, local, sites) -> None:
+    """β = 0: LG-FedAvg's mirror image, in which the head stays."""
+    from polyclinic.methods.personalization.partial_personalization import fedper
+
+    states = []
+    for method in (fedmri(task, local, beta=0.0), fedper(task, local, uniform=True)):
+        state = method.init(task.first())
+        for step in train(method, InProcess(method, sites), state, rounds=2):
+            state = step.state
+        states.append(state.inner.params)
+    assert close(*states)
+
+
+def test_the_contrast_starts_when_there_is_an_old_encoder(task, local, sites) -> None:
+    ours, plain = fedmri(task, local, beta=1.0), fedmri(task, local, beta=0.0)
+    request = ours.request(ours.init(task.first()))
+    a, memory = ours.site_update(request, {}, sites["site-0"])
+    assert equal(a, plain.site_update(request, {}, sites["site-0"])[0])
+    again = ours.site_update(request, memory, sites["site-0"])[0]
+    assert not equal(again, plain.site_update(request, memory, sites["site-0"])[0])
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.slow
+def test_reconstruction(others) -> None:
+    sites, local = accelerated(), LocalTraining(epochs=2, batch_size=5, optimizer="adam", lr=3e-3)
+    method = Evaluated(fedmri(TASK, local, others=others), TASK)
+    check_method(method.inner, TASK.first(), sites, rounds=1 + others)
+    if others:
+        return
+    federation, state, seen = InProcess(method, sites), method.init(TASK.first()), []
+    for step in train(method, federation, state, rounds=12):
+        state = step.state
+        seen.append(np.mean([float(s["nmse"]) for s in evaluate(method, federation, state, list(sites)).values()]))
+    assert seen[-1] < seen[0]

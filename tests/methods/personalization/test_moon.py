@@ -1,0 +1,39 @@
+"""MOON's contrast in numpy, and the limits in which it is FedAvg."""
+
+import numpy as np
+import pytest
+import torch
+
+from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.personalization.moon import contrast, moon
+from polyclinic.testing import close, equal
+
+
+def test_the_contrast_is_equation_3() -> None:
+    rng = np.random.default_rng(0)
+    z, near, far = rng.normal(size=(3, 5, 7))
+
+    def cos(a, b):
+        return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    up, down = np.exp(cos(z, near) / 0.5), np.exp(cos(z, far) / 0.5)
+    found = contrast(*map(torch.from_numpy, (z, near, far)), 0.5)
+    assert float(found) == pytest.approx(-np.log(up / (up + down)).mean(), rel=1e-9)
+
+
+@pytest.mark.parametrize("mu", [0.0, 5.0])
+def test_the_first_round_is_fedavgs(task, local, sites, mu) -> None:
+    """The site's last model is then the global one, and the contrast has no slope; with μ = 0 it never has."""
+    ours, plain, site = moon(task, local, mu=mu), fedavg(task, local), sites["site-1"]
+    state = plain.init(task.first())
+    same = equal if mu == 0 else close
+    assert same(
+        ours.site_update(ours.request(state), {}, site)[0], plain.site_update(plain.request(state), {}, site)[0]
+    )
+
+
+def test_later_rounds_differ(task, local, sites) -> None:
+    ours, plain, site = moon(task, local), fedavg(task, local), sites["site-1"]
+    request = plain.request(plain.init(task.first()))
+    far = {"previous": task.first(9)}
+    assert not equal(ours.site_update(request, far, site)[0], plain.site_update(request, {}, site)[0])

@@ -1,0 +1,100 @@
+"""FedPerl's descriptors, similarities and anonymous peers, written again in numpy; its limits; who sees what."""
+
+import numpy as np
+import pytest
+
+from polyclinic.core import tree
+from polyclinic.learning.training.augmentation import STILL
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, fedperl, similarities
+from tests.conftest import little_sites
+from tests.support.few_labels import half_labelled, near, only_labels, run, same, with_other_targets
+
+LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
+
+
+def models(task, count=5):
+    return {f"site-{i}": task.first(i) for i in range(count)}
+
+
+def numpy_similarities(found):
+    """Equation 2: cosine of (μ, σ) of every weight tensor, min-max normalised."""
+    d = []
+    for model in found.values():
+        row = []
+        for name, leaf in model.items():
+            if "running" not in name:
+                row += [leaf.double().numpy().mean(), leaf.double().numpy().std()]
+        d.append(np.array(row))
+    cos = np.array([[a @ b / np.sqrt(a @ a) / np.sqrt(b @ b) for b in d] for a in d])
+    off = cos[~np.eye(len(d), dtype=bool)]
+    return (cos - off.min()) / (off.max() - off.min())
+
+
+def test_descriptors_and_similarities_are_the_papers(task):
+    found = models(task)
+    trained = [name for name in found["site-0"] if "running" not in name]
+    assert descriptor(found["site-0"]).shape == (2 * len(trained),)
+    wanted, got = numpy_similarities(found), similarities(found).numpy()
+    off = ~np.eye(5, dtype=bool)
+    assert np.allclose(got[off], wanted[off], atol=1e-9)
+    assert got[off].min() == 0
+    assert got[off].max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_peer_is_the_average_of_the_most_similar_others(task, count):
+    """Equation 6: one anonymous peer, the mean of the T most similar models."""
+    found = models(task)
+    wanted = numpy_similarities(found)
+    np.fill_diagonal(wanted, -np.inf)
+    got = anonymous_peers(found, count)
+    for i, name in enumerate(found):
+        nearest = np.argsort(-wanted[i])[:count]
+        for leaf in found[name]:
+            mean = np.mean([found[f"site-{j}"][leaf].double().numpy() for j in nearest], axis=0)
+            assert np.allclose(got[name][leaf].numpy(), mean, atol=1e-6)
+
+
+def test_no_site_receives_another_sites_model(task):
+    found = models(task, 5)
+    for peer in anonymous_peers(found, 2).values():
+        assert not any(near(peer, model) for model in found.values())
+    assert anonymous_peers(models(task, 2), 2) == {}
+    assert anonymous_peers({}, 2) == {}
+    with pytest.raises(ValueError, match="set peers to 2 or more"):
+        fedperl(task, LOCAL, 10, peers=1)
+
+
+def test_peers_arrive_after_the_warm_up_each_at_its_own_site(task, sites):
+    method = FedPerl(task, LOCAL, warmup=1)
+    step, _ = run(method, sites, task.first(0), 1)
+    assert method.request(method.init(task.first(0))).per_site == {}
+    request = method.request(step.state)
+    assert set(request.per_site) == set(sites)
+    wanted = anonymous_peers(step.state.models, 2)
+    assert same(request.for_site("site-1").trees["peer"], wanted["site-1"])
+    others = [step.state.models[name] for name in ("site-0", "site-2")]
+    assert near(wanted["site-1"], tree.lerp(*others, 0.5), 1e-6)
+
+
+def test_with_labels_alone_it_is_fedavg(task, monkeypatch):
+    monkeypatch.setattr("polyclinic.methods.semi_supervised.fedperl.WEAK", STILL)
+    sites = {name: only_labels(site) for name, site in little_sites().items()}
+    step, _ = run(FedPerl(task, LOCAL), sites, task.first(0))
+    plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
+    assert near(step.state.params, plain.state.params, 1e-4)
+
+
+def test_peers_matter_and_targets_of_unlabelled_images_do_not(task):
+    sites = half_labelled(labelled=2)
+    one, two = (run(FedPerl(task, LOCAL), s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
+    assert same(one.params, two.params)
+    alone, _ = run(FedPerl(task, LOCAL, trust=0.0, agreement=0.0), sites, task.first(0), 3)
+    assert not near(one.params, alone.state.params)
+
+
+def test_a_site_that_has_learned_nothing_is_nobodys_peer(task):
+    step, _ = run(FedPerl(task, LOCAL, warmup=9), half_labelled(labelled=2), task.first(0), 1)
+    assert set(step.state.models) == {"site-0", "site-1"}

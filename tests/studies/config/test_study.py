@@ -1,0 +1,166 @@
+"""A study file: every mistake found in one pass, with its line, and nothing run."""
+
+from pathlib import Path
+
+import pytest
+
+from polyclinic.errors import ConfigError
+from polyclinic.studies.config.diagnostics import BadStudy
+from polyclinic.studies.config.study_config import parse, read, with_values
+from polyclinic.studies.config.toml_locations import line_of
+from polyclinic.studies.config.toml_text import dumps
+from polyclinic.studies.records.run_description import method_facts
+
+GOOD = """\
+name = "small"            # line 1
+rounds = 3
+seeds = [0, 1]
+
+[data]
+use = "lidc-nodules"
+
+[task]
+network = "cnn"
+
+[training]
+lr = 0.1
+
+[[methods]]
+name = "fedavg"
+
+[[methods]]
+name = "fedprox"
+mu = 0.1
+uplink = [{ name = "clip", bound = 1.0 }]
+"""
+
+
+def problems(text: str) -> str:
+    with pytest.raises(BadStudy) as caught:
+        parse(text, "study.toml")
+    return str(caught.value)
+
+
+def test_a_good_study_is_read() -> None:
+    study = parse(GOOD)
+    assert [method.called for method in study.methods] == ["fedavg", "fedprox"]
+    assert study.methods[1].options == {"mu": 0.1}
+    assert study.metric == "auc"
+    assert study.training_of(study.methods[0])["lr"] == 0.1
+
+
+def test_every_mistake_is_told_at_once_with_its_line() -> None:
+    text = (
+        GOOD.replace('name = "fedprox"', 'name = "fedproxx"')
+        .replace("rounds = 3", "rounds = 0")
+        .replace("lr = 0.1", 'lr = "fast"\nbatchsize = 4')
+        .replace('name = "fedavg"', 'name = "fedavg"\nserver_lr = 1.0')
+        .replace('network = "cnn"', 'network = "ccnn"')
+        .replace("seeds = [0, 1]", "seeds = []\nsedes = 1")
+    )
+    said = problems(text)
+    lines = said.splitlines()
+    assert lines[-1] == "8 problems, nothing was run."
+    for line, key, words in (
+        (2, "rounds = 0", "must be at least 1"),
+        (3, "seeds", "needs at least 1"),
+        (4, "sedes = 1", 'unknown key. Did you mean "seeds"?'),
+        (9, "task", 'Did you mean "cnn"?'),
+        (13, 'training.lr = "fast"', 'must be a number, not the text "fast"'),
+        (14, "training.batchsize = 4", 'Did you mean "batch_size"?'),
+        (18, "methods[1].server_lr = 1.0", "unknown key"),
+        (21, 'methods[2].name = "fedproxx"', 'Did you mean "fedprox"?'),
+    ):
+        assert any(row.startswith(f"study.toml:{line} ") and key in row and words in row for row in lines), (line, said)
+
+
+WRONG = {
+    "not TOML": ("name = ", "this is not TOML"),
+    "no methods": (GOOD.split("[[methods]]")[0], "is missing"),
+    "no data": (GOOD.replace('[data]\nuse = "lidc-nodules"\n', ""), "is missing"),
+    "unknown data": (GOOD.replace("lidc-nodules", "lidc-nodule"), "lidc-nodules"),
+    "a share above 1": (GOOD.replace("lr = 0.1", "lr_decay = 1.5"), "must be at most 1"),
+    "infinite": (GOOD.replace("lr = 0.1", "lr = inf"), "number"),
+    "negative": (GOOD.replace("lr = 0.1", "lr = -0.1"), "must be more than 0"),
+    "a fraction of an epoch": (GOOD.replace("lr = 0.1", "epochs = 1.5"), "must be a whole number, not 1.5"),
+    "text for a number": (GOOD.replace("mu = 0.1", 'mu = "0.1"'), 'must be a number, not the text "0.1"'),
+    "a boolean for a number": (GOOD.replace("mu = 0.1", "mu = true"), "must be a number, not true"),
+    "a table for a number": (GOOD.replace("mu = 0.1", "mu = {}"), "must be a number, not a table"),
+    "a choice": (GOOD.replace("lr = 0.1", 'optimizer = "adm"'), 'Did you mean "adam"?'),
+    "a name with a slash": (
+        GOOD.replace('name = "small"', 'name = "../small"'),
+        "must be small letters, digits and hyphens",
+    ),
+    "two methods of one name": (
+        GOOD.replace('name = "fedprox"\nmu = 0.1', 'name = "fedavg"'),
+        "give one of them a label",
+    ),
+    "a seed twice": (GOOD.replace("[0, 1]", "[1, 1]"), "the same seed twice"),
+    "unknown transform": (GOOD.replace('"clip"', '"clipp"'), 'Did you mean "clip"?'),
+    "a transform without what it needs": (GOOD.replace(", bound = 1.0", ""), "is missing"),
+    "a transform's unknown option": (GOOD.replace("bound = 1.0", "bound = 1.0, bond = 2"), 'Did you mean "bound"?'),
+    "an option of another task": (
+        GOOD.replace('network = "cnn"', 'network = "cnn"\nspacing_mm = [1.0, 1.0]'),
+        "not for",
+    ),
+    "a method's own training": (GOOD.replace("mu = 0.1", "training = { lrr = 1.0 }"), 'Did you mean "lr"?'),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_told_in_words(name: str) -> None:
+    text, words = WRONG[name]
+    said = problems(text)
+    assert words in said
+    assert "pydantic" not in said
+    assert "http" not in said
+
+
+def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="polyclinic new"):
+        read(tmp_path / "none.toml")
+
+
+def test_the_hash_follows_what_a_result_depends_on() -> None:
+    study = parse(GOOD)
+    assert parse(GOOD + "# a comment").hash == study.hash
+    assert parse(GOOD + '[engine]\nkind = "in-process"').hash == study.hash
+    assert parse(GOOD.replace("mu = 0.1", "mu = 0.2")).hash != study.hash
+    assert parse(GOOD, changes={"methods.1.mu": 0.2}).hash == parse(GOOD.replace("mu = 0.1", "mu = 0.2")).hash
+
+
+def test_a_study_survives_being_written() -> None:
+    study = parse(GOOD)
+    text = dumps(study.model_dump(mode="json", exclude_none=True, exclude_defaults=True))
+    assert parse(text) == study
+    assert parse(text).hash == study.hash
+
+
+def test_what_belongs_to_a_method_is_sent_unless_a_study_says_otherwise() -> None:
+    """FedMIC and FedKD send the student in low rank: https://arxiv.org/abs/2407.02261, https://arxiv.org/abs/2108.13323."""
+    text = GOOD[: GOOD.index("[[methods]]")] + '[[methods]]\nname = "fedmic"\n'
+    usual, whole, named = (parse(text + more) for more in ("", "uplink = []\n", 'uplink = [{ name = "low-rank" }]\n'))
+    assert usual.methods[0].uplink == named.methods[0].uplink == ({"name": "low-rank"},)
+    assert whole.methods[0].uplink == ()
+    assert usual.hash == named.hash != whole.hash
+    assert with_values(whole.methods[0], {"temperature": 2.0}).uplink == ()
+    assert method_facts(usual.methods[0])["options"] == {"uplink": ["low-rank"]}
+
+
+def test_lines_are_found_where_people_look() -> None:
+    text = 'a = 1\n[b]\n"c d" = 2\nb.e = 3\n[[f]]\nx = 1\n[[f]]\nx = """\ny = 3\n"""\n[f.g]\nz = 1\n'
+    assert line_of(text, ("a",)) == 1
+    assert line_of(text, ("b", "c d")) == 3
+    assert line_of(text, ("b", "b", "e")) == 4
+    assert line_of(text, ("f", 0, "x")) == 6
+    assert line_of(text, ("f", 1, "x")) == 8
+    assert line_of(text, ("f", 1, "g", "z")) == 12
+    assert line_of(text, ("f", 1, "unknown")) == 7
+    assert line_of(text, ("nowhere",)) == 1
+
+
+@pytest.mark.parametrize("name", ["demo", "study"])
+def test_the_templates_are_studies(name: str) -> None:
+    from polyclinic.cli.run import template
+
+    assert parse(template(name), name).methods

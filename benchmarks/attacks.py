@@ -56,7 +56,7 @@ RULES: dict[str, tuple[Rule, float]] = {
     "median": (Median(), 0.0),
     "trimmed-mean": (TrimmedMean(0.3), 0.0),
     "geometric-median": (GeometricMedian(), 0.0),
-    "centred-clipping": (CentredClipping(), 0.0),
+    "centered-clipping": (CentredClipping(), 0.0),
     "fltrust": (FLTrust(""), 0.0),
     "dos, bounded": (DOS(), 1.0),
     "dos, unbounded": (DOS(), 0.0),

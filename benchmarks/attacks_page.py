@@ -31,7 +31,7 @@ and under the worst one by three of ten sites:
 | median | 0.81, 0.81 (replacement) | 0.90, 0.82 (sign flip) |
 | trimmed-mean | 0.82, 0.82 (replacement) | 0.90, 0.81 (replacement) |
 | geometric-median | 0.83, 0.83 (ALIE) | 0.90, 0.78 (IPM) |
-| centred-clipping | 0.83, 0.82 (sign flip) | 0.90, 0.70 (norm 10⁶) |
+| centered-clipping | 0.83, 0.82 (sign flip) | 0.90, 0.70 (norm 10⁶) |
 | fltrust | 0.85, 0.84 (sign flip) | 0.80, 0.77 (sign flip) |
 | dos | 0.85, 0.77 (collusion) | 0.88, 0.77 (collusion) |
 
@@ -173,7 +173,7 @@ ADVICE = """What follows for a federation of about ten hospitals:
 3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and little where
    a hospital differs (2 points of accuracy, and 6 on the X-rays); one attacker costs a hundredth, three at worst six
    (twelve in the study file's X-rays, by IPM; the coordinate median lost two there, and eight to sign flips).
-   Centred clipping and the mean bounded at the median length cost as little on average, but 14 and 24 points at the
+   Centered clipping and the mean bounded at the median length cost as little on average, but 14 and 24 points at the
    X-ray sites that differ. The coordinate median and the trimmed mean withstand three attackers a little better and
    cost more without any: over a hundredth of AUC on heart disease, 24 to 29 points at the X-ray sites that differ.
 4. **Krum, multi-Krum and Bulyan** withstand what is far away, and let IPM, which is near, in. Multi-Krum and Bulyan leave

@@ -2,7 +2,7 @@
 
 Images of one source are dealt to six made-up sites whose shares of classes differ (Dirichlet 1.0). The first plays a
 public collection: the common model is trained on its training images, and its validation images are the restoration
-set, which chooses λ and re-estimates batch normalisation. The other five fine-tune that model, each alone, and hand
+set, which chooses λ and re-estimates batch normalization. The other five fine-tune that model, each alone, and hand
 over what changed. Every model is judged on the test images of these five sites together.
 
 Beside the merge: the common model, each site alone, all five sites' images in one place, FedAvg over as many rounds as
@@ -157,11 +157,11 @@ Written by `python benchmarks/data_vectors.py`; every number of the tables was m
 
 Outlines of lung nodules and breast ultrasound images of one source are dealt to six made-up sites whose shares of classes
 differ (Dirichlet 1.0). The first plays a public collection: the common model is trained on its training images, and its
-validation images are the restoration set, which chooses λ and re-estimates batch normalisation. The other five fine-tune
+validation images are the restoration set, which chooses λ and re-estimates batch normalization. The other five fine-tune
 that model for ten passes, each alone, and hand over what changed. Every model is judged on the test images of these five
 sites together.
 
-- *Each site alone* keeps its own statistics of batch normalisation; *restored*, it has those of the restoration set.
+- *Each site alone* keeps its own statistics of batch normalization; *restored*, it has those of the restoration set.
 - *Best site alone* is picked by the test images themselves, which is too kind to it.
 - *Random vectors* are as long as the real ones, tensor by tensor, and merged and restored in the same way.
 - *All images in one place* and *FedAvg* begin from the common model, too, and train for as many passes; FedAvg in as many rounds.

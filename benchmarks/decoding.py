@@ -53,7 +53,7 @@ def smooth(*shape: int) -> Any:
 
 
 def pictures(root: Path, ending: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """256 x 256 grey pictures in class folders: our source, and Pillow in a loop."""
+    """256 x 256 gray pictures in class folders: our source, and Pillow in a loop."""
     for i in range(COUNT):
         path = root / "ab"[i % 2] / f"{i:04d}{ending}"
         path.parent.mkdir(exist_ok=True, parents=True)

@@ -66,10 +66,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 FAMILIES = {
     "Baselines": ("single", "mix", "fedavg", "fedprox"),
-    "Normalisation": ("fedbn", "silobn"),
-    "Harmonisation": ("zscore of each site", "histogram match", "combat", "harmofl", "harmofl, low frequencies"),
+    "Normalization": ("fedbn", "silobn"),
+    "Harmonization": ("zscore of each site", "histogram match", "combat", "harmofl", "harmofl, low frequencies"),
     "Adaptation": ("fed-align", "fedharmony", "moon"),
-    "Personalisation": ("fedper", "fedrep", "ditto", "apfl", "ifca", "fed-moe"),
+    "Personalization": ("fedper", "fedrep", "ditto", "apfl", "ifca", "fed-moe"),
     "For sites never seen": ("feddg", "fedsm", "iop-fl"),
 }
 UNSUITED = ("histogram match", "feddg", "fedsm", "iop-fl", "harmofl", "harmofl, low frequencies")  # to tables
@@ -149,12 +149,12 @@ class Study:
 
 
 def regions(inputs: tuple[int, ...]) -> Task:
-    """A small network with batch normalisation, for tables."""
+    """A small network with batch normalization, for tables."""
     return Classification(Network("mlp", inputs, 2, (("width", 32), ("norm", "batch"), ("dropout", 0.2))))
 
 
 def vessels(inputs: tuple[int, ...]) -> Task:
-    """A small U-Net with batch normalisation."""
+    """A small U-Net with batch normalization."""
     return Segmentation(Network("unet", inputs, 2, (("width", 8), ("norm", "batch"))))
 
 

@@ -23,17 +23,17 @@ What we read from it:
 
 - **Federating itself is worth more than any choice of method.** Training alone costs 2 to 6 points of AUC beside FedAvg,
   with intervals below 0 on all three tables. All data in one place is no better than FedAvg here.
-- **Normalisation** layers kept at home (FedBN, SiloBN) change nothing that these tables show.
-- **Harmonisation** takes the scanner out of the features (a test in `tests/papers/` shows that a classifier no longer
+- **Normalization** layers kept at home (FedBN, SiloBN) change nothing that these tables show.
+- **Harmonization** takes the scanner out of the features (a test in `tests/papers/` shows that a classifier no longer
   finds it) and yet hardly helps to predict: ComBat gains at most a point of AUC at brain scanners, within the sites and
   at ten never seen. At the four heart hospitals, which differ by their patients, ComBat and per-site scaling **lose** two
   points: they take away what is different because the patients are.
 - **Adaptation** (Fed-Align, FedHarmony) and MOON: no difference shown.
 - **Personal** methods do not pay where a site has a few dozen patients. Heads of one's own (FedPer, FedRep) cost little;
   models of one's own (APFL, Fed-MoE, IFCA) cost up to 5 points.
-- **A camera never seen**: IOP-FL, which fits a mixture of the sites' models to the new hospital's unlabelled images, was
+- **A camera never seen**: IOP-FL, which fits a mixture of the sites' models to the new hospital's unlabeled images, was
   better than FedAvg at every camera in every split, by 13 points of Dice on average and with an interval above 0. Part
-  of that is where FedAvg fails: 6.5 % at CHASEDB1 in one split and 31 % at STARE in another (batch normalisation may do
+  of that is where FedAvg fails: 6.5 % at CHASEDB1 in one split and 31 % at STARE in another (batch normalization may do
   that), where IOP-FL has 64 and 62 %. FedDG was better in ten of twelve and HarmoFL with a window of a tenth in nine,
   with intervals that hold 0; at its published window, one frequency, HarmoFL was better in three. FedSM's selector
   chooses among models none of which knows the new camera: better in three of twelve.

@@ -96,9 +96,9 @@ def picture(found: Mapping[tuple[str, int], Found], to: Path) -> None:
             axes.set_yticks(range(len(here)), labels, fontsize=8)
             axes.set_ylim(len(here) - 0.5, -0.5)
             for y, (label, v) in enumerate(here.items()):
-                colour = TEAL if label.startswith("fedmic") else ORANGE if label == "fedavg" else INK
-                axes.plot(100 * v[:, 0], [y] * len(v), "o", color=colour, ms=3, alpha=0.45)
-                axes.plot(100 * v[:, 0].mean(), y, "D", color=colour, ms=5)
+                color = TEAL if label.startswith("fedmic") else ORANGE if label == "fedavg" else INK
+                axes.plot(100 * v[:, 0], [y] * len(v), "o", color=color, ms=3, alpha=0.45)
+                axes.plot(100 * v[:, 0].mean(), y, "D", color=color, ms=5)
             if i == len(rows) - 1:
                 axes.set_xlabel("accuracy, %")
         figure.tight_layout()

@@ -67,7 +67,7 @@ def hidden(sites: Mapping[str, Site], how: str) -> dict[str, Site]:
         data = site.data["train"]
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(site.seed + 7))
         kept = round(len(data) / 10) if how == "everywhere" else round(len(data) / 20) if i < 2 else 0
-        roles = {"train": data.subset(order[:kept]), "unlabelled": data.subset(order[kept:]).unlabelled()}
+        roles = {"train": data.subset(order[:kept]), "unlabeled": data.subset(order[kept:]).unlabeled()}
         found[name] = Site(name, {**site.data, **roles}, seed=site.seed)
     return found
 

@@ -81,7 +81,7 @@ def pooled(sites: Mapping[str, Site], role: str = "test") -> Any:
 
 
 def mlp(*inputs: int, width: int = 16) -> Classification:
-    """A small network without normalisation, for tables and for images of few pixels."""
+    """A small network without normalization, for tables and for images of few pixels."""
     return Classification(Network("mlp", inputs, 2, (("depth", 1), ("width", width))))
 
 

@@ -1,9 +1,9 @@
-"""What leaks, with and without defences: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
+"""What leaks, with and without defenses: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
 
 Both attacks are on outlines of lung nodules, which may be shown: they are published annotations, not patients' images.
 
 Inversion: one outline from its gradient, by DLG, through the small network of sigmoids that is known to leak; without
-defence, and as each transform would send it. Membership: LiRA with shadow models, each trained on a random half of 256
+defense, and as each transform would send it. Membership: LiRA with shadow models, each trained on a random half of 256
 outlines; every model is the target once, and the others are its shadows.
 """
 
@@ -42,7 +42,7 @@ NODULES = {"use": "lidc-nodules", "size": 16, "mm": 2.5, "sites": {"partition": 
 EPOCHS, BATCH, MEMBERS, DELTA = 60, 32, 128, 1e-3
 EPSILONS = (None, 8.0)
 SENT: Mapping[str, tuple[Transform, ...]] = {
-    "no defence": (),
+    "no defense": (),
     "int8": (Int8(),),
     "largest 10 %": (TopK(0.1),),
     "signs": (Sign(),),
@@ -137,7 +137,7 @@ def received(gradient: Tree, through: tuple[Transform, ...]) -> Tree:
 
 
 def inverted() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """An outline, what a guess would be, and what is drawn from its gradient under each defence."""
+    """An outline, what a guess would be, and what is drawn from its gradient under each defense."""
     data = outlines()
     wanted = next(i for i in range(len(data)) if float(data[torch.tensor([i])][0].mean()) > 0.2)  # a large one
     x, _ = data[torch.tensor([wanted])]
@@ -196,7 +196,7 @@ def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping
     return "\n".join([*lines, END.format(models=next(iter(members.values()))["models"], members=MEMBERS)])
 
 
-HEAD = """# What leaks, with and without defences
+HEAD = """# What leaks, with and without defenses
 
 Written by `python benchmarks/leakage.py`; every number was measured. Both attacks are on outlines of lung nodules, which
 may be shown: they are published annotations (LIDC-IDRI), not patients' images.
@@ -206,13 +206,13 @@ may be shown: they are published annotations (LIDC-IDRI), not patients' images.
 One outline of 16 x 16 pixels, its gradient through a small network of sigmoids that is known to leak, and DLG with the
 label known. The server sees the gradient as each transform sends it; it is no worse informed than that.
 
-![What is drawn from the gradient under each defence](../pictures/inversion.png)
+![What is drawn from the gradient under each defense](../pictures/inversion.png)
 """
 MIDDLE = """
-Without defence the outline is recovered exactly, and sending bytes in place of numbers hides nothing to speak of; neither does
+Without defense the outline is recovered exactly, and sending bytes in place of numbers hides nothing to speak of; neither does
 sending the largest 10 per cent. Clipping with noise of σ = 1 leaves less than a guess has, by both measures. With σ = 0.01 the
 outline can still be seen, though PSNR alone would say that it cannot: noise helps if there is enough of it, which is what an
-ε says. Signs alone stop this attack, too, but that is no defence: another attack may know how they encode, and nothing
+ε says. Signs alone stop this attack, too, but that is no defense: another attack may know how they encode, and nothing
 bounds what it finds. The sum of five sites, which is all that the server sees under `SecureSum`, blurs the outline into the
 others'; what is left in it is for ε to hide.
 

@@ -39,14 +39,14 @@ with tempfile.TemporaryDirectory() as folder:
 
         torch.manual_seed(seed)
         model = Network("cnn", data.shape, 2, tuple(study.task.options.items()))()
-        optimiser = torch.optim.SGD(model.parameters(), lr=study.training.lr)
+        optimizer = torch.optim.SGD(model.parameters(), lr=study.training.lr)
         best, chosen = -1.0, np.zeros(len(y_test))
         for _ in range(study.rounds):
             model.train()
             for chunk in torch.randperm(len(y)).split(study.training.batch_size):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 F.cross_entropy(model(x[chunk]), y[chunk]).backward()
-                optimiser.step()
+                optimizer.step()
             model.eval()
             with torch.inference_mode():
                 val = roc_auc_score(everything["val"][1], model(everything["val"][0]).softmax(1)[:, 1])

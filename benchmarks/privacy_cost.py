@@ -1,6 +1,6 @@
 """What ε costs on real X-rays: ``python benchmarks/privacy_cost.py PNEUMONIAMNIST.npz [--epsilons 1 3 8]``.
 
-A small network with group normalisation, four sites with a quarter of the training images each, FedAvg, DP-SGD that
+A small network with group normalization, four sites with a quarter of the training images each, FedAvg, DP-SGD that
 protects every image (the set does not say whose an image is). Plain training stands first. One line an ε, as it ends.
 """
 

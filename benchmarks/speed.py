@@ -57,12 +57,12 @@ def sites_of(count: int, n: int, shape: tuple[int, ...], device: str = "cpu") ->
 
 def bare(model: nn.Module, data: Rows, batch_size: int, lr: float, rng: torch.Generator, device: str = "cpu") -> None:
     """One epoch as anyone would write it."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     for chunk in torch.randperm(len(data), generator=rng).split(batch_size):
         x, y = (part.to(device) for part in data[chunk])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def bare_rounds(task: Classification, sites: list[Site], rounds: int, batch_size: int) -> None:
@@ -154,7 +154,7 @@ def gpu() -> None:
     task = Classification(Network("resnet18", (3, 128, 128), 2))
     sites = sites_of(4, 256 if QUICK else 1024, (3, 128, 128), "cuda")
 
-    def synchronised(f: Callable[[], Any]) -> Callable[[], None]:
+    def synchronized(f: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
             f()
             torch.cuda.synchronize()
@@ -162,8 +162,8 @@ def gpu() -> None:
         return run
 
     ratio = alternate(
-        synchronised(lambda: ours(task, sites, 1, 32)),
-        synchronised(lambda: bare_rounds(task, list(sites.values()), 1, 32)),
+        synchronized(lambda: ours(task, sites, 1, 32)),
+        synchronized(lambda: bare_rounds(task, list(sites.values()), 1, 32)),
         7,
         time.perf_counter,
     )
@@ -248,6 +248,7 @@ def many_sites() -> None:
     def some(sites: dict[str, Site]) -> Callable[[], None]:
         def run() -> None:
             state = method.init(task.first(0))
+
             def cohort(names: Sequence[str], r: int) -> Sequence[str]:
                 return sample_sites(names, 50, r)
 

@@ -1,6 +1,6 @@
 """What to do about slow hospitals: ``python benchmarks/unequal.py`` writes docs/results/unequal-machines.md.
 
-Heart disease at four hospitals whose machines differ by a factor of twenty, in virtual time (``engines.unequal``).
+Heart disease at four hospitals whose machines differ by a factor of twenty, in virtual time (``engines.local.virtual_time``).
 Every way of working has the same time, and what it learned by then is judged: the accuracy on each hospital's test
 patients, averaged over hospitals, and that of the slowest hospital, on several splits. Differences to FedAvg that waits
 for everybody are paired by split, with Student's interval over splits.

@@ -49,7 +49,7 @@ def little_sites(shape: tuple[int, ...] = (1, 8, 8), count: int = 3, classes: in
             f"site-{k}",
             {
                 role: blobs(10 * k + i, (12 + 5 * k) if role == "train" else 12, shape, 0.5 * k, classes)
-                for i, role in enumerate(("train", "val", "test", "unlabelled"))
+                for i, role in enumerate(("train", "val", "test", "unlabeled"))
             }
             | public,
         )
@@ -65,7 +65,7 @@ def sites() -> dict[str, Site]:
 
 @pytest.fixture
 def task() -> Classification:
-    """A small convolutional network with batch normalisation, two classes."""
+    """A small convolutional network with batch normalization, two classes."""
     return Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
 
 
@@ -90,12 +90,12 @@ def segmentation_sites(count: int = 3) -> dict[str, Site]:
 
     def discs(seed: int, n: int, shift: float) -> Rows:
         rng = torch.Generator().manual_seed(seed)
-        centre = 4 + 8 * torch.rand(n, 2, 1, 1, generator=rng)
+        center = 4 + 8 * torch.rand(n, 2, 1, 1, generator=rng)
         radius = 2 + 2 * torch.rand(n, 1, 1, generator=rng)
-        mask = ((grid - centre).square().sum(1) < radius**2).long()
+        mask = ((grid - center).square().sum(1) < radius**2).long()
         return Rows((mask + 0.3 * torch.randn(n, 16, 16, generator=rng) + shift)[:, None], mask)
 
-    roles = {"train": 10, "val": 4, "test": 4, "unlabelled": 8}
+    roles = {"train": 10, "val": 4, "test": 4, "unlabeled": 8}
     public = {"public": discs(999, 8, 0.2)}
     return {
         f"site-{k}": Site(

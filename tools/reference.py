@@ -366,7 +366,7 @@ def _facts(e: Entry) -> Iterator[str]:
         yield "Default pipeline of replies: " + ", ".join(f"`{name}`" for name in e.uplink) + "."
     if e.stateful:
         yield "Sites keep state between rounds, so the same sites should take part throughout."
-    if e.unlabelled:
+    if e.unlabeled:
         yield "Sites without labels take part in training."
     if not e.newcomers:
         yield "There is no model for a site that did not train."

@@ -7,12 +7,12 @@
   the label is the only output whose bias has a negative gradient. Here the bias stands for the weights' sign.
 - Cosine distance and total variation: Geiping, Bauermeister, Dröge and Moeller, "Inverting Gradients", NeurIPS 2020,
   equation 4, by Adam on signs, https://arxiv.org/abs/2003.14053.
-- Statistics of batch normalisation, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
+- Statistics of batch normalization, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
   Dogra, Feng, Flores, Kautz, Xu and Roth, "Do Gradient Inversion Attacks Make Federated Learning Unsafe?", IEEE TMI
   2023, https://arxiv.org/abs/2202.06924. The value's formula is from memory: RDLV = (SIM(x, x̂) − SIM(x, prior)) /
   SIM(x, prior). It is of what is seen beyond the prior, what an attacker would have guessed without the gradient.
 
-These attacks fail on many networks for reasons of optimisation alone, so a failure proves little: ``audit`` first shows
+These attacks fail on many networks for reasons of optimization alone, so a failure proves little: ``audit`` first shows
 that the attack succeeds on a small network that is known to leak the very image.
 """
 
@@ -66,7 +66,7 @@ class Inversion:
             model: In the mode in which the site computed. It is not changed.
             loss: From (model, (inputs, targets)) to a number, as a task's.
             seen: The gradient by parameter name. ``target``: the targets [b, ...], known or inferred.
-            batches: Mean and variance of what entered each batch normalisation, by its name.
+            batches: Mean and variance of what entered each batch normalization, by its name.
         """
         model, best = copy.deepcopy(model), (torch.zeros(len(target), *shape), math.inf)
         for _ in range(self.restarts):
@@ -86,7 +86,7 @@ class Inversion:
         batches: Mapping[str, tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, float]:
         signs = self.match == "cosine"
-        optimiser: torch.optim.Optimizer = (
+        optimizer: torch.optim.Optimizer = (
             torch.optim.Adam([x], self.lr)
             if signs
             else torch.optim.LBFGS(
@@ -97,7 +97,7 @@ class Inversion:
 
         def closure() -> Tensor:
             nonlocal best
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             with _entering(model) as entered:
                 found = _gradient(model, loss(model, (x, target)))
             distance = _distance(found, seen, self.match)
@@ -113,7 +113,7 @@ class Inversion:
             return total
 
         for _ in range(self.steps):
-            value: Any = optimiser.step(closure)  # type: ignore[arg-type]
+            value: Any = optimizer.step(closure)  # type: ignore[arg-type]
             if not math.isfinite(float(value.detach())):
                 break
         return best
@@ -129,7 +129,7 @@ def label_of(bias: Tensor) -> int | None:
 
 
 def batch_statistics(before: Tree, after: Tree, momentum: float = 0.1) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance (divided by n − 1) of the one batch between two states of a model, by normalisation.
+    """Mean and variance (divided by n − 1) of the one batch between two states of a model, by normalization.
 
     running ← (1 − m) running + m batch, so an update that holds running statistics holds the batch's.
     """
@@ -159,7 +159,7 @@ def obscured(seen: Tree, noise: float, rng: torch.Generator, clip: float | None 
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """The mean absolute difference of neighbours along each axis of [b, C, *spatial]; 0 for tables."""
+    """The mean absolute difference of neighbors along each axis of [b, C, *spatial]; 0 for tables."""
     steps = [x.diff(dim=d).abs().mean() for d in range(2, x.dim()) if x.shape[d] > 1]
     return torch.stack(steps).sum() if steps else x.new_zeros(())
 
@@ -213,7 +213,7 @@ class Verdict:
     """One image behind one gradient, beside what leaks of it from a network that is known to leak.
 
     Attributes:
-        control: From the control, without defence. ``found``: from the audited model.
+        control: From the control, without defense. ``found``: from the audited model.
     """
 
     control: Leak
@@ -279,7 +279,7 @@ def audit(
 
     Args:
         x: [1, *shape]; ``target`` as the task has it. ``prior``: [*shape], such as the mean of other images.
-        noise: The defence, with ``clip``, as in ``obscured``. The control has none.
+        noise: The defense, with ``clip``, as in ``obscured``. The control has none.
     """
     rng = Site("attacker", seed=seed).rng("inversion")
     control_model = leaky(tuple(x.shape[1:]), 4, rng)
@@ -306,7 +306,7 @@ def _distance(found: Tree, seen: Tree, match: str) -> Tensor:
 
 
 class _entering:  # noqa: N801
-    """Watches what enters each batch normalisation of ``model``."""
+    """Watches what enters each batch normalization of ``model``."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, Tensor] = {}

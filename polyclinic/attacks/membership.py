@@ -28,7 +28,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task, cached_model
 from polyclinic.learning.training.local import LocalTraining
 
-__all__ = ["Found", "Verdict", "by_loss", "by_patient", "found", "lira", "losses", "memorised", "rmia", "shadows"]
+__all__ = ["Found", "Verdict", "by_loss", "by_patient", "found", "lira", "losses", "memorized", "rmia", "shadows"]
 
 SIGNIFICANT = 0.05
 """The probability with which a verdict may call a model leaky that tells nothing, over all its tests together."""
@@ -215,10 +215,10 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What attacks tell of each site's patients, and of examples that a control was made to memorise.
+    """What attacks tell of each site's patients, and of examples that a control was made to memorize.
 
     Attributes:
-        control: A network that memorised some examples, attacked by their loss.
+        control: A network that memorized some examples, attacked by their loss.
         sites: What each attack found, by site and then by the attack's name.
     """
 
@@ -251,7 +251,7 @@ class Verdict:
     def says(self) -> str:
         """The verdict in sentences."""
         if self.control.p_auc > SIGNIFICANT:
-            return "The attack did not even find what a network was made to memorise, so it shows nothing."
+            return "The attack did not even find what a network was made to memorize, so it shows nothing."
         if told := self._leaks():
             return "Training patients can be told apart: " + "; ".join(told) + "."
         able = [site for site in self.sites if (self.detectable(site).auc or 1.0) <= ABLE]
@@ -295,11 +295,11 @@ def _p_values(one: Found) -> tuple[float, float]:
     return one.p_auc, one.p_exposed
 
 
-def memorised(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 100, count: int = 16) -> Found:
+def memorized(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 100, count: int = 16) -> Found:
     """The leaky control: a network is trained on some of ``data`` alone, again and again, then attacked likewise.
 
     Targets are dealt out anew among the examples, so that only memory helps. The network is fully connected, from
-    random weights, since a small convolutional one may be unable to memorise; for masks it is a copy of the model.
+    random weights, since a small convolutional one may be unable to memorize; for masks it is a copy of the model.
     """
     site = Site("control", seed=seed)
     order = torch.randperm(len(data), generator=site.rng("half"))[: 2 * count]

@@ -17,7 +17,7 @@ from polyclinic.core.metering import Unit
 from polyclinic.core.site import Site
 
 Kind = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
-ROLES = ("train", "val", "test", "unlabelled")
+ROLES = ("train", "val", "test", "unlabeled")
 PATIENTS = 6
 
 
@@ -120,7 +120,7 @@ def neighbors(site: Site, kind: Kind, outputs: int, unit: Unit, full: bool, seed
     Args:
         full: Whether to yield four for the training data rather than two, and one for the test data too.
     """
-    for role in ROLES if full else ("train", "val", "unlabelled"):
+    for role in ROLES if full else ("train", "val", "unlabeled"):
         data: Cohort = site.data[role]
         count = 1 if role != "train" else 4 if full else 2
         for number in range(count):

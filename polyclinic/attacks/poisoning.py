@@ -2,7 +2,7 @@
 
 What an attacker knows is said by its attack. Where it must know the honest updates of the round, a simulation lets the
 honest sites answer first and then shows the attackers those updates' mean and spread. No real server would, so that
-such an attack is stronger here than in a hospital; a defence that withstands it withstands the weaker one.
+such an attack is stronger here than in a hospital; a defense that withstands it withstands the weaker one.
 """
 
 from dataclasses import dataclass, replace

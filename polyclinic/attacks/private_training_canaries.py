@@ -1,4 +1,4 @@
-"""Canaries inside differentially private training: units of made-up data whose gradients the auditor can recognise.
+"""Canaries inside differentially private training: units of made-up data whose gradients the auditor can recognize.
 
 A canary is one more unit (a patient with one image) in the data that DP-SGD trains on. Its loss is linear in the
 parameters, so that its gradient is the same at every step: a fixed direction, larger than the clipping bound C, which

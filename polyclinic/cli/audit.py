@@ -128,7 +128,7 @@ def _show(found: "Audit", run_folder: Path) -> None:
     members = found.membership
     console.print(f"  {found.method}, seed {found.seed}")
     console.print("  [bold]Who was trained on?[/bold] Training against test patients; 95 % intervals:")
-    rows = [("a control made to memorise", "loss", members.control)]
+    rows = [("a control made to memorize", "loss", members.control)]
     rows += [(site, name, one) for site, attacks in members.sites.items() for name, one in attacks.items()]
     wide = max(len(site) for site, *_ in rows)
     rates = "  ".join(f"{f'TPR at {100 * fpr:g} % FPR':<19}" for fpr in RATES)

@@ -37,14 +37,14 @@ def list_(*, json_: bool = False) -> None:
         return
     for one in found:
         how = "[green]fetched by `data get`[/green]" if one.automatic else "[dim]by hand[/dim]"
-        told = f"  [cyan]{one.name:<22}[/cyan] {one.title} [dim]{one.modality}, {one.task}, {one.licence}[/dim] {how}"
+        told = f"  [cyan]{one.name:<22}[/cyan] {one.title} [dim]{one.modality}, {one.task}, {one.license}[/dim] {how}"
         console.print(told, soft_wrap=True)
     console.print("\n[dim]polyclinic data show NAME tells how to get and how to use one.[/dim]")
 
 
 @app.command
 def show(name: str, *, json_: bool = False) -> None:
-    """Tell what a data set is, its licence, how to get it, and what to write into a study file.
+    """Tell what a data set is, its license, how to get it, and what to write into a study file.
 
     Parameters
     ----------

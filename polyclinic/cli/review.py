@@ -14,7 +14,7 @@ from polyclinic.engines.flare.protocol.request_comparison import differences, fl
 from polyclinic.engines.flare.protocol.run_request import Order, code_hash
 
 APART = ("sites", "rounds", "seed")
-COUNTS = ("split", "unlabelled")
+COUNTS = ("split", "unlabeled")
 IMAGINARY = "A REHEARSAL: every site trains on imaginary points. No file of a patient is opened, and no result is real."
 
 

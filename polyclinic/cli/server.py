@@ -23,7 +23,7 @@ HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
 @app.command
 def init(
-    *, project: str, host: str, organisation: str, port: int = 8002, scheme: str = "grpc", home: Home = HERE
+    *, project: str, host: str, organization: str, port: int = 8002, scheme: str = "grpc", home: Home = HERE
 ) -> None:
     """Make a server's folder, with a certificate authority of its own.
 
@@ -33,14 +33,14 @@ def init(
         Names the federation, as in nodules-2026.
     host
         Under which name sites reach this machine.
-    organisation
+    organization
         Who coordinates: letters, digits, underscores.
     port
         The one port that sites connect to.
     scheme
         grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
-    fingerprint = server_setup.init(ServerHome(home.resolve()), project, host, port, organisation, scheme)
+    fingerprint = server_setup.init(ServerHome(home.resolve()), project, host, port, organization, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
     print(f"ca       {fingerprint}")
     print("         Read this to every site on the telephone: it is how they know that a join file is yours.")
@@ -75,7 +75,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
     site, join = server_setup.admit(ServerHome(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
     path.write_text(json.dumps(join, indent=1), encoding="utf-8")
-    print(f"admitted {site} of {join['organisation']}, until {join['expires'][:10]}")
+    print(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
     print(
         f"give     {path} to the site. It holds no secret; the site checks it against the fingerprint of the authority."
     )
@@ -90,7 +90,7 @@ def sites(*, home: Home = HERE) -> None:
         state = (
             f"shut out since {entry['revoked'][:10]}" if entry["revoked"] else "connected" if site in seen else "away"
         )
-        print(f"{site:24} {state:24} {entry['organisation']:20} certificate until {entry['expires'][:10]}")
+        print(f"{site:24} {state:24} {entry['organization']:20} certificate until {entry['expires'][:10]}")
 
 
 @app.command(name="revoke")

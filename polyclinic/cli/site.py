@@ -22,21 +22,21 @@ HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
 
 @app.command
-def init(*, name: str, organisation: str, renew: bool = False, new_keys: bool = False, home: Home = HERE) -> None:
+def init(*, name: str, organization: str, renew: bool = False, new_keys: bool = False, home: Home = HERE) -> None:
     """Make this site's keys, here, and the request to send to the coordinator.
 
     Parameters
     ----------
     name
         What the site is called in every study: small letters, digits, hyphens.
-    organisation
+    organization
         Whose site it is: letters, digits, underscores.
     renew
         Whether to ask for a new certificate for a site that has joined.
     new_keys
         With renew, whether to make new keys too.
     """
-    request = site_setup.init(SiteHome(home.resolve()), name, organisation, renew, new_keys)
+    request = site_setup.init(SiteHome(home.resolve()), name, organization, renew, new_keys)
     print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
     print(f"send     {request} to the coordinator. It holds no secret.")
     print("next     polyclinic site join FILE --data DIR, with the file that comes back")

@@ -199,7 +199,7 @@ def _tell(made: Any, out: Path) -> None:
         console.print(f"    λ = {scale:<8.4g} loss {loss:.4f}")
     if not made.controls:
         console.print(
-            "  No restoration set was given: nothing was compared. Batch normalisation, if any, kept the base's.",
+            "  No restoration set was given: nothing was compared. Batch normalization, if any, kept the base's.",
             soft_wrap=True,
         )
         return

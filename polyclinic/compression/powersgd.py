@@ -77,7 +77,7 @@ class PowerSGD(Transform):
                 found = basis @ factor.T if on_left else factor @ basis.T
             else:
                 basis = warm.get(name, self._drawn(name, matrix.shape[1]))
-                # P = M Q;  P ← orthogonalised P;  Q = Mᵀ P;  M̂ = P Qᵀ
+                # P = M Q;  P ← orthogonalized P;  Q = Mᵀ P;  M̂ = P Qᵀ
                 p = _orthogonal(matrix @ basis)
                 q = matrix.T @ p
                 leaves[name] = {"p": p, "q": q, "shape": shape_tag(leaf)}
@@ -86,7 +86,7 @@ class PowerSGD(Transform):
         return WeightedMean(pack(leaves), sent.weight), {"residual": left} | ({} if self.shared else {"basis": kept})
 
     def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
-        """P Qᵀ; and with a shared basis, the next one: the orthogonalised sum of what was sent."""
+        """P Qᵀ; and with a shared basis, the next one: the orthogonalized sum of what was sent."""
         limit, found = int(state["limit"]["numbers"]), dict[str, Tensor]()
         bases, sides = dict(state["basis"]), dict(state["side"])
         for name, parts in unpack(received.total).items():

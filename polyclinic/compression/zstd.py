@@ -1,7 +1,7 @@
 """Lossless bytes: what is left to gain after numbers were made small.
 
 Zstandard (RFC 8878) over the byte planes of every tensor: first bytes together, then second bytes, for the exponents
-of neighbours are alike and their last bits are not. A frame is opened only if it says how long it is, and no further
+of neighbors are alike and their last bits are not. A frame is opened only if it says how long it is, and no further
 than that; for a frame of thirty kilobytes can hold a gigabyte of zeros.
 """
 

@@ -17,7 +17,7 @@ class Site:
 
     Attributes:
         name: A stable identifier, such as ``"cleveland"``.
-        data: Data by role: ``"train"``, ``"val"``, ``"test"``, ``"unlabelled"``; each has a length and yields
+        data: Data by role: ``"train"``, ``"val"``, ``"test"``, ``"unlabeled"``; each has a length and yields
             (inputs, targets) when indexed by a tensor of positions.
         device: Where computation at this site happens.
         seed: The study's seed. Every reproducible random number at the site follows from it.

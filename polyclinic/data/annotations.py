@@ -16,7 +16,7 @@ from polyclinic.data.examples import DataError, Examples
 from polyclinic.learning.tasks.mr_reconstruction import columns, undersample
 
 Annotation = Literal["full", "boxes", "labels", "none"]
-ROLE: Mapping[Annotation, str] = {"full": "train", "boxes": "boxed", "labels": "tagged", "none": "unlabelled"}
+ROLE: Mapping[Annotation, str] = {"full": "train", "boxes": "boxed", "labels": "tagged", "none": "unlabeled"}
 
 
 def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dict[str, Examples]:
@@ -56,14 +56,14 @@ def boxes(masks: Tensor) -> Tensor:
     return found
 
 
-def accelerated(examples: Examples, factor: float, centre: float, rng: torch.Generator) -> Examples:
+def accelerated(examples: Examples, factor: float, center: float, rng: torch.Generator) -> Examples:
     """Images as an accelerated scanner would show them, with the full images as targets.
 
-    Of the columns of k-space one in ``factor`` is measured, a share ``centre`` around the middle among them; the same
+    Of the columns of k-space one in ``factor`` is measured, a share ``center`` around the middle among them; the same
     columns for all ``examples``, as of one protocol.
     """
     if examples.inputs.ndim < 4:
         raise DataError("accelerate = ... is for images; these examples are rows of a table")
-    kept = columns(examples.inputs.shape[-1], factor, centre, rng)
+    kept = columns(examples.inputs.shape[-1], factor, center, rng)
     full = examples.inputs.float() / 255 if examples.inputs.dtype == torch.uint8 else examples.inputs
     return replace(examples, inputs=undersample(full, kept) if len(full) else full, targets=full)

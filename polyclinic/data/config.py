@@ -77,7 +77,7 @@ class DataSpec(BaseModel):
     """Which data a study is about. Further keys are the source's own options, such as ``size`` and ``mm``.
 
     Attributes:
-        use: A data set of the catalogue (``polyclinic data list``).
+        use: A data set of the catalog (``polyclinic data list``).
         path: A folder or file of your own; ``~`` and ``$VARIABLES`` are filled in.
         kind: What lies at ``path``; a key of ``KINDS``.
         plan: The file of a ``DataPlan`` (``polyclinic data plan`` writes it), whose preprocessing is used.
@@ -87,12 +87,12 @@ class DataSpec(BaseModel):
         external: Sites that nobody trains on; all their data are test data.
         min_patients: Sites with fewer patients are left out, and named.
         max_patients: At most this many patients a site, drawn at random.
-        unlabelled: The share of each site's training patients whose labels are withheld (role ``"unlabelled"``).
+        unlabeled: The share of each site's training patients whose labels are withheld (role ``"unlabeled"``).
         annotations: By site, what its training data are annotated with where that is not all there is: ``"boxes"`` or
             ``"labels"`` (of whole images) instead of masks, or ``"none"``.
         public: Sites whose images are nobody's patients: every site and the server hold them, without targets.
         accelerate: By how much acquisition was accelerated, for reconstruction: the full image is the target; 0 for
-            not at all. ``centre``: the share of k-space around its middle that is always measured.
+            not at all. ``center``: the share of k-space around its middle that is always measured.
         position: The column that says how high in its volume a slice lies. ``video``: which video a frame is of.
         scanners: The strength of imaginary scanners, one per site, that change its images; 0 for none.
         duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
@@ -110,11 +110,11 @@ class DataSpec(BaseModel):
     external: Names = ()
     min_patients: Annotated[int, Field(ge=1)] = 10
     max_patients: Annotated[int, Field(ge=1)] | None = None
-    unlabelled: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    unlabeled: Annotated[float, Field(ge=0, lt=1)] = 0.0
     annotations: dict[str, Annotation] = {}
     public: Names = ()
     accelerate: Annotated[float, Field(ge=0, le=32)] = 0.0
-    centre: Annotated[float, Field(gt=0, le=1)] = 0.08
+    center: Annotated[float, Field(gt=0, le=1)] = 0.08
     position: str | None = None
     video: str | None = None
     scanners: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -187,7 +187,7 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
     given, about = dict(own) if path is None else {**own, "path": path}, None
     if use is not None:
         if kind is not None:
-            says = f'is given beside use = "{use}": the catalogue knows what kind it is, so leave one of them out'
+            says = f'is given beside use = "{use}": the catalog knows what kind it is, so leave one of them out'
             raise config_parsing.problems([config_parsing.problem(("kind",), says, kind)])
         try:
             kind, given, about = dataset_catalog.resolve(use, path, own)

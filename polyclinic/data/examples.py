@@ -86,7 +86,7 @@ class Examples:
             None if self.videos is None else self.videos[where],
         )
 
-    def unlabelled(self) -> "Examples":
+    def unlabeled(self) -> "Examples":
         """The same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
         masks = self.targets.long() if self.targets.dtype == torch.uint8 else self.targets
         value = float("nan") if masks.dtype == torch.float32 else WITHHELD

@@ -23,7 +23,7 @@ from polyclinic.data.splits import (
     strata,
     without_test,
 )
-from polyclinic.data.summary import RoleSummary, SiteSummary, summarise
+from polyclinic.data.summary import RoleSummary, SiteSummary, summarize
 
 __all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
 
@@ -33,7 +33,7 @@ class Federated:
     """Data at sites, ready for an engine, with all that a report must say of it.
 
     Attributes:
-        sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabelled"``, ``"boxed"``,
+        sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabeled"``, ``"boxed"``,
             ``"tagged"``, ``"public"``). External sites have ``"test"`` only. Roles without examples are absent, but for
             the ``"train"`` of a site whose annotation is weak.
         external: The sites that nobody trains on.
@@ -99,10 +99,10 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         places[site, roles[patient]].append(name)
     readers = _readers(source, places, titles, outside)
     for site in titles:
-        order = [role for role in (*ROLES, "unlabelled") if places[site, role]]
+        order = [role for role in (*ROLES, "unlabeled") if places[site, role]]
         sites[site] = {role: readers[site].examples(sorted(places[site, role])) for role in order}
-        if "unlabelled" in sites[site]:
-            sites[site]["unlabelled"] = sites[site]["unlabelled"].unlabelled()
+        if "unlabeled" in sites[site]:
+            sites[site]["unlabeled"] = sites[site]["unlabeled"].unlabeled()
     if spec.near_duplicates != "ignore":
         notes += told(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
     if spec.scanners:
@@ -111,7 +111,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     sites, public = hold(sites, named, spec, table, seed)
     _complete(sites, named.external, held_out)
     info, more = described(source.info, named, spec, titles)
-    rows = tuple(summarise(site, titles[site], site in named.external, sites[site], info) for site in sites)
+    rows = tuple(summarize(site, titles[site], site in named.external, sites[site], info) for site in sites)
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     badges += [source.info.simulated] if source.info.simulated else []
@@ -224,7 +224,7 @@ def _readers(
     rows = {
         site: [
             name
-            for role in (("test",) if site in external else ("train", "unlabelled"))
+            for role in (("test",) if site in external else ("train", "unlabeled"))
             for name in places.get((site, role), ())
         ]
         for site in titles
@@ -269,11 +269,11 @@ def _roles(
             found = split_patients(here, spec.split, dice_for(seed, "split", site))
         else:
             found = {patient: fixed[patient] for patient in here}
-        if share := 1.0 if weak.get(site) == "none" else spec.unlabelled:
+        if share := 1.0 if weak.get(site) == "none" else spec.unlabeled:
             train = {patient: here[patient] for patient, role in found.items() if role == "train"}
             shares = (1 - share, 0.0, share)
-            withheld = split_patients(train, shares, dice_for(seed, "unlabelled", site))
-            found |= {patient: "unlabelled" for patient, role in withheld.items() if role == "test"}
+            withheld = split_patients(train, shares, dice_for(seed, "unlabeled", site))
+            found |= {patient: "unlabeled" for patient, role in withheld.items() if role == "test"}
         roles |= found
     return roles
 

@@ -133,7 +133,7 @@ def _read(path: Path, mask: bool, limits: Limits) -> Picture:
     if kind in PICTURES:
         array = read_picture(path, limits)
         if mask and array.ndim > 2:
-            raise Unreadable(path, "is a colour picture, not a mask of labels")
+            raise Unreadable(path, "is a color picture, not a mask of labels")
         if array.dtype == np.uint8:
             pixels = torch.from_numpy(array.copy())
         else:

@@ -35,7 +35,7 @@ class Pairs(FromFiles):
         classes: The names of 0, 1, ...; read from ``dataset.json`` where there is one.
         steps: Preprocessing.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str

@@ -64,12 +64,12 @@ def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) ->
         for site, roles in held.items():
             rng = int(dice_for(seed, "columns", site).integers(2**31))
             held[site] = {
-                role: accelerated(examples, spec.accelerate, spec.centre, torch.Generator().manual_seed(rng))
+                role: accelerated(examples, spec.accelerate, spec.center, torch.Generator().manual_seed(rng))
                 for role, examples in roles.items()
             }
     if not named.public:
         return held, None
-    public = concat([examples for site in named.public for examples in held.pop(site).values()]).unlabelled()
+    public = concat([examples for site in named.public for examples in held.pop(site).values()]).unlabeled()
     for site in held.keys() - {*named.external}:
         held[site]["public"] = public
     return held, public

@@ -26,13 +26,13 @@ class Info:
     """What people should know of a data set before they believe a result on it.
 
     Attributes:
-        name: The catalogue's name, or the folder's.
+        name: The catalog's name, or the folder's.
         title: One line.
         modality: Such as ``"CT"`` or ``"table"``.
         organ: Such as ``"lung"``.
         task: What is predicted.
         classes: The names of the classes (of labels, or of mask values), in order; empty for regression.
-        licence: In the words of those who gave the data.
+        license: In the words of those who gave the data.
         citation: What to cite.
         url: Where it comes from.
         notes: What a reader of a report must be told, each a sentence.
@@ -45,7 +45,7 @@ class Info:
     organ: str
     task: Task
     classes: tuple[str, ...] = ()
-    licence: str = "not stated"
+    license: str = "not stated"
     citation: str = ""
     url: str = ""
     notes: tuple[str, ...] = ()

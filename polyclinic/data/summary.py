@@ -44,16 +44,16 @@ class SiteSummary:
     roles: Mapping[str, RoleSummary]
 
 
-def summarise(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
+def summarize(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
     """Counts the examples of one site, by role and class."""
     found = {}
     for role, examples in roles.items():
         classes: Sequence[int] = ()
         if role == "public":
             continue  # nobody's patients, and the same everywhere
-        if role != "unlabelled" and examples.targets.ndim == 1:
+        if role != "unlabeled" and examples.targets.ndim == 1:
             classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
-        elif role != "unlabelled" and info.task == "multilabel":
+        elif role != "unlabeled" and info.task == "multilabel":
             classes = examples.targets.sum(0).long().tolist()
         found[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
     return SiteSummary(name, title, external, found)

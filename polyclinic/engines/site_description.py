@@ -71,19 +71,19 @@ def describe(
     ``classes`` count as outputs in any case; their names are in it only if they are to be ``named``.
     """
     shape = next((list(examples.shape) for examples in data.values() if len(examples)), [])
-    labelled = {role: examples for role, examples in data.items() if role != "unlabelled" and len(examples)}
+    labeled = {role: examples for role, examples in data.items() if role != "unlabeled" and len(examples)}
 
     def shown(count: int) -> int | None:
         return None if 0 < count < min_cell else count
 
     if kind in CONTINUOUS:
-        outputs = max((int(examples.targets.shape[1]) for examples in labelled.values()), default=0)
+        outputs = max((int(examples.targets.shape[1]) for examples in labeled.values()), default=0)
     else:
-        outputs = max([len(classes), *(int(examples.targets.max()) + 1 for examples in labelled.values())])
+        outputs = max([len(classes), *(int(examples.targets.max()) + 1 for examples in labeled.values())])
     roles = {}
     for role, examples in data.items():
         counts: list[int | None] = []
-        if role in labelled and examples.targets.ndim == 1 and kind == "classification":
+        if role in labeled and examples.targets.ndim == 1 and kind == "classification":
             counts = hidden([int((examples.targets == c).sum()) for c in range(outputs)], min_cell)
         patients = shown(len(set(examples.patients)))
         roles[role] = {"patients": patients, "examples": None if patients is None else len(examples), "classes": counts}

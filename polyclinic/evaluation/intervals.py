@@ -70,8 +70,8 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     if n <= 0:
         raise Undefined("no cases")
     z, p = z_of(level), successes / n
-    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, float((centre - half) / (1 + z * z / n))), min(1.0, float((centre + half) / (1 + z * z / n)))
+    center, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, float((center - half) / (1 + z * z / n))), min(1.0, float((center + half) / (1 + z * z / n)))
 
 
 def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:

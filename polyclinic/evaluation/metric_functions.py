@@ -192,8 +192,8 @@ def _rmse(score: Array, target: NDArray[Any], weight: Array) -> Array:
 def _r2(score: Array, target: NDArray[Any], weight: Array) -> Array:
     # R² = 1 − Σ w (y − ŷ)² / Σ w (y − ȳ)²
     y, error = target.astype(float), ((score - target) ** 2)
-    centre = _ratio(weight @ y.mean(1), weight.sum(1))
-    spread = weight @ (y**2).mean(1) - weight.sum(1) * centre**2
+    center = _ratio(weight @ y.mean(1), weight.sum(1))
+    spread = weight @ (y**2).mean(1) - weight.sum(1) * center**2
     spread = np.where(spread > 1e-12 * np.abs(weight @ (y**2).mean(1)), spread, 0.0)
     return 1.0 - _ratio(weight @ error.mean(1), spread)
 

@@ -174,7 +174,7 @@ class Ranking:
         critical: Nemenyi's critical difference; two methods closer than this are not told apart.
         p: Of Friedman's test that all are equal.
         blocks: N.
-        cliques: Runs of neighbouring methods no two of which differ by more than ``critical``.
+        cliques: Runs of neighboring methods no two of which differ by more than ``critical``.
     """
 
     methods: tuple[str, ...]

@@ -232,7 +232,7 @@ def _identity(p: Predictions) -> bytes:
 
 
 def _merged(runs: Mapping[str, Run]) -> Run:
-    """One run with the methods of all, labelled ``<run>/<method>``."""
+    """One run with the methods of all, labeled ``<run>/<method>``."""
     base = next(iter(runs.values()))
     methods: list[MethodInfo] = []
     arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}

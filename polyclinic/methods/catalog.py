@@ -26,7 +26,7 @@ class Entry:
         pooled: Whether its data lie in one place.
         tasks: The kinds of task it is for; any where empty.
         stateful: Whether sites keep something between rounds.
-        unlabelled: Whether a site without any labels takes part. Elsewhere it is only judged.
+        unlabeled: Whether a site without any labels takes part. Elsewhere it is only judged.
         newcomers: Whether there is a model for a site that never trained.
         uplink: What its replies pass through where a study says nothing: transforms that are part of the method's paper.
         private: In which ways everything that leaves is covered by an ε: "dp-sgd" where sites train with it, "gaussian"
@@ -44,7 +44,7 @@ class Entry:
     pooled: bool = False
     tasks: tuple[Needs, ...] = ()
     stateful: bool = False
-    unlabelled: bool = False
+    unlabeled: bool = False
     newcomers: bool = True
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
@@ -90,7 +90,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("dp-sgd",),
         ),
     ),
-    "Federated optimisation": (
+    "Federated optimization": (
         Entry("fedavg", "optimization.fedavg:fedavg", "federated averaging", "McMahan et al. 2017", private=BOTH),
         Entry(
             "fedsgd",
@@ -154,9 +154,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fedbn",
             "personalization.partial_personalization:fedbn",
-            "normalisation layers stay at the sites",
+            "normalization layers stay at the sites",
             "Li et al. 2021 (ICLR)",
-            "the change of all but normalisation layers",
+            "the change of all but normalization layers",
             stateful=True,
             private=BOTH,
         ),
@@ -243,7 +243,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "feddg",
             "personalization.feddg:feddg",
-            "sites practise in the styles of the others, for hospitals not yet seen",
+            "sites practice in the styles of the others, for hospitals not yet seen",
             "Liu et al. 2021 (CVPR)",
             "low-frequency amplitude spectra of some images, once and kept apart by site, and seen by the other sites; then the change of the model",
             exposes="it sends amplitude spectra of single images",
@@ -269,7 +269,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fednorm",
             "personalization.fednorm:fednorm",
-            "one model for several modalities, with normalisation layers for each",
+            "one model for several modalities, with normalization layers for each",
             "Bernecker et al. 2022",
             "the change of the model, and which modality the site has",
             private=BOTH,
@@ -342,7 +342,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="it takes its training steps by itself, and sends latent features of single examples",
         ),
     ),
-    "Client end: image harmonisation": (
+    "Client end: image harmonization": (
         Entry(
             "harmofl",
             "harmonization.harmofl:harmofl",
@@ -392,7 +392,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "histogram-match",
             "harmonization.histogram_match:histogram_match",
-            "every site's grey values get the quantiles of all sites' together",
+            "every site's gray values get the quantiles of all sites' together",
             "Nyúl and Udupa 1999",
             "counts, moments and histograms of the data, once, as sums; then the change of the model",
             stateful=True,
@@ -407,7 +407,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Dong and Voiculescu 2021",
             "the change of the model; mean and covariance of image features",
             stateful=True,
-            unlabelled=True,
+            unlabeled=True,
             exposes="it trains on examples of its own making, which do not say whose they are",
         ),
         Entry(
@@ -415,7 +415,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "self_supervised.fedmae:fedmae",
             "learns to fill in what is hidden, then from labels",
             "Yan et al. 2023",
-            unlabelled=True,
+            unlabeled=True,
             private=("gaussian",),
             exposes="it trains on examples of its own making, which do not say whose they are",
         ),
@@ -426,7 +426,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wu et al. 2021 (MICCAI)",
             "the change of the model; features of single images",
             stateful=True,
-            unlabelled=True,
+            unlabeled=True,
             exposes="it trains on examples of its own making, which do not say whose they are",
         ),
     ),
@@ -460,7 +460,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model, and how classes relate in its eyes",
             tasks=("classification",),
             stateful=True,
-            unlabelled=True,
+            unlabeled=True,
             private=("gaussian",),
             exposes="its loss cannot be taken example by example",
         ),
@@ -470,7 +470,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "sites without labels learn from sure predictions",
             "Yang et al. 2021 (MedIA)",
             tasks=("segmentation", "classification"),
-            unlabelled=True,
+            unlabeled=True,
             private=("gaussian",),
             exposes="it takes its training steps by itself",
         ),
@@ -481,7 +481,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Bdair et al. 2021",
             "the model, seen by the server alone; others receive averages",
             tasks=("classification", "segmentation"),
-            unlabelled=True,
+            unlabeled=True,
             exposes="its loss cannot be taken example by example",
         ),
         Entry(
@@ -492,7 +492,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of two models, how many images it used, and their loss",
             tasks=("segmentation",),
             stateful=True,
-            unlabelled=True,
+            unlabeled=True,
             exposes="its loss cannot be taken example by example",
         ),
         Entry(
@@ -509,7 +509,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "videos without labels learn from the order of time",
             "Kassem et al. 2023",
             tasks=("classification",),
-            unlabelled=True,
+            unlabeled=True,
             private=("gaussian",),
             exposes="it takes its training steps by itself",
         ),
@@ -602,10 +602,10 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fedni",
             "synthesis.fedni:fedni",
-            "population graphs, completed by imagined neighbours",
+            "population graphs, completed by imagined neighbors",
             "Peng et al. 2022",
             tasks=("classification", "multilabel", "regression"),
-            unlabelled=True,
+            unlabeled=True,
             exposes="it trains on examples of its own making, which do not say whose they are",
         ),
     ),
@@ -655,7 +655,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "aggregation.prrfl:prr_fl",
             "low frequencies of the weights are shared; a deputy and a personal model teach one another",
             "Chen et al. 2021 (MICCAI)",
-            "a deputy model without normalisation layers, which the server sees site by site",
+            "a deputy model without normalization layers, which the server sees site by site",
             tasks=("classification",),
             stateful=True,
             exposes="scores on all training patients choose the loss",
@@ -665,7 +665,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "aggregation.pfa:pfa",
             "low frequencies of the weights are shared",
             "Chen et al. 2021 (MICCAI)",
-            "the model without normalisation layers, which the server sees site by site",
+            "the model without normalization layers, which the server sees site by site",
             stateful=True,
             private=("dp-sgd",),
         ),
@@ -774,7 +774,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "krum",
             "robust.named_rules:krum",
-            "the one update closest to its neighbours",
+            "the one update closest to its neighbors",
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
@@ -782,7 +782,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "multi-krum",
             "robust.named_rules:multi_krum",
-            "the mean of the updates closest to their neighbours",
+            "the mean of the updates closest to their neighbors",
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
@@ -820,8 +820,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("dp-sgd",),
         ),
         Entry(
-            "centred-clipping",
-            "robust.named_rules:centred_clipping",
+            "centered-clipping",
+            "robust.named_rules:centered_clipping",
             "no site moves the last aggregate far",
             "Karimireddy et al. 2021",
             SEEN,
@@ -856,9 +856,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "gossip",
             "topology.gossip:gossip",
-            "no server: sites average with their neighbours",
+            "no server: sites average with their neighbors",
             "Lian et al. 2017",
-            "the model, which neighbours see",
+            "the model, which neighbors see",
             stateful=True,
             private=("dp-sgd",),
         ),

@@ -49,7 +49,7 @@ class Page:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:
             lines += ["**Sites keep something** between rounds; it never leaves them.", ""]
-        if e.unlabelled:
+        if e.unlabeled:
             lines += ["**A site without any labels takes part.**", ""]
         if self.options:
             lines += ["| option | default | meaning |", "|---|---|---|"]

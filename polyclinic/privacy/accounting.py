@@ -25,7 +25,7 @@ from polyclinic.privacy.guarantee import Guarantee, described, guarantee, senten
 from polyclinic.privacy.privacy_units import UNITS, Cost, cost
 from polyclinic.privacy.replacement_accounting import loss_distribution
 
-# Of the discretised privacy loss: ε is exact to about as much, and never too small.
+# Of the discretized privacy loss: ε is exact to about as much, and never too small.
 INTERVALS = {"pld": 1e-4, "coarse": 1e-3}
 HUGE = 100.0
 

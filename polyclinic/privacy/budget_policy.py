@@ -19,7 +19,7 @@ class Budget:
 
     It does not ask a method what it claims. What ran at this site told the meter what noise it added; a reply whose job
     spent nothing is refused, with every part named. That a job which did spend sends nothing else is what the release
-    audit shows of the method beforehand (``engines.covered``).
+    audit shows of the method beforehand (``engines.policy.coverage``).
     """
 
     def __init__(self, ledger: Ledger, free: tuple[str, ...] = SCORES) -> None:

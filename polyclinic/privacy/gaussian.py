@@ -281,7 +281,7 @@ def refuse_variances(sent: Tree) -> None:
     """
     if found := next((name for name in sent if "running_var" in name), None):
         raise ConfigError(
-            f"{found} is a variance of batch normalisation, which noise would make negative: build the "
+            f"{found} is a variance of batch normalization, which noise would make negative: build the "
             'network with the option norm = "group", or keep the statistics at the sites '
             "(silobn, fedbn)"
         )

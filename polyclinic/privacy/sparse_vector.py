@@ -1,6 +1,6 @@
 """Selective sharing with the sparse vector technique; and noise that only looks like privacy, under its own name.
 
-Wenqi Li, Fausto Milletarì, Daguang Xu, et al., "Privacy-preserving Federated Brain Tumour Segmentation", MLMI at
+Wenqi Li, Fausto Milletarì, Daguang Xu, et al., "Privacy-preserving Federated Brain Tumor Segmentation", MLMI at
 MICCAI 2019, https://arxiv.org/abs/1910.00962: a site shares those changes that are larger than a noisy threshold, each
 with noise, and no others. The scales of the noise are those for which the technique is proven: Min Lyu, Dong Su and
 Ninghui Li, "Understanding the Sparse Vector Technique for Differential Privacy", VLDB 2017, Algorithm 7,

@@ -43,7 +43,7 @@ class Checklist:
 
 @dataclass(frozen=True)
 class Answer:
-    """What this run says to an item. ``evidence`` names the artefact, and the part of the page that shows it."""
+    """What this run says to an item. ``evidence`` names the artifact, and the part of the page that shows it."""
 
     item: Item
     status: Literal["shown", "open", "person"]
@@ -198,7 +198,7 @@ def _software(run: Run, result: Evaluation, journal: Journal) -> str:
 
 def _source(run: Run, result: Evaluation, journal: Journal) -> str:
     data = run.info.data
-    return "Data card: source, licence, citation" if data.title and data.licence and (data.citation or data.url) else ""
+    return "Data card: source, license, citation" if data.title and data.license and (data.citation or data.url) else ""
 
 
 def _flow(run: Run, result: Evaluation, journal: Journal) -> str:

@@ -1,6 +1,6 @@
-"""The report's pictures: inline SVG, the same bytes for the same numbers, readable in print and without colour.
+"""The report's pictures: inline SVG, the same bytes for the same numbers, readable in print and without color.
 
-Colour never speaks alone: baselines are hollow, external sites are diamonds, curves have markers and their names at
+Color never speaks alone: baselines are hollow, external sites are diamonds, curves have markers and their names at
 their ends. Text stays text, so that it can be searched, selected and read aloud.
 """
 
@@ -20,7 +20,7 @@ from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.metric_functions import Array
 from polyclinic.evaluation.paired_tests import Difference, Ranking
 
-TEAL, ORANGE, GREY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
+TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 4.4  # inches; the page shows an inch as about 101 pixels, a phone as 82
@@ -43,9 +43,9 @@ class Point:
         return cls(name, e.value, e.low, e.high, text, kind)
 
 
-STYLE = {  # marker, colour, filled
+STYLE = {  # marker, color, filled
     "plain": ("s", TEAL, True),
-    "baseline": ("o", GREY, False),
+    "baseline": ("o", GRAY, False),
     "external": ("D", ORANGE, True),
     "bad": ("v", ORANGE, True),
     "undecided": ("o", TEAL, False),
@@ -135,12 +135,12 @@ def points(
         wide = max((right - left) / 1.03, 0.2)
         axes.set_position((left, 0.5 / height, wide, 1 - 0.56 / height))
         for y, row in enumerate(rows):
-            mark, colour, filled = STYLE[row.kind]
+            mark, color, filled = STYLE[row.kind]
             if row.value is not None:
                 if row.low is not None and row.high is not None:
-                    axes.plot([row.low, row.high], [y, y], color=colour, lw=1.6, solid_capstyle="butt")
-                face = colour if filled else "white"
-                axes.plot([row.value], [y], mark, color=colour, mfc=face, ms=6.5, mew=1.4)
+                    axes.plot([row.low, row.high], [y, y], color=color, lw=1.6, solid_capstyle="butt")
+                face = color if filled else "white"
+                axes.plot([row.value], [y], mark, color=color, mfc=face, ms=6.5, mew=1.4)
             axes.text(1.03, y, row.text, transform=axes.get_yaxis_transform(), va="center", fontsize=8.5)
         ends = [v for r in rows for v in (r.value, r.low, r.high)]
         axes.set_xlim(*_span([*ends, line, 0.0 if zero else None]))
@@ -169,8 +169,8 @@ def curves(
         alt: What it shows, in words.
         lines: Rounds and values by title.
         label: Of the vertical axis.
-        first: The title to draw in the first colour and in bold strokes.
-        behind: Titles to draw in grey, with broken lines.
+        first: The title to draw in the first color and in bold strokes.
+        behind: Titles to draw in gray, with broken lines.
     """
     with drawing(2.9) as (figure, axes):
         widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
@@ -180,19 +180,19 @@ def curves(
         for i, title in enumerate([*behind, *order]):
             if title not in lines:
                 continue
-            (x, y), grey, turn = lines[title], title in behind, max(i - len(behind), 0)
-            colour = GREY if grey else CURVES[turn % len(CURVES)]
-            mark, wide = MARKS[-1 - i % 4] if grey else MARKS[turn % 4], 2.2 if title == first else 1.4
-            style = "--" if grey else "-"
-            axes.plot(x, y, style, color=colour, lw=wide, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
+            (x, y), gray, turn = lines[title], title in behind, max(i - len(behind), 0)
+            color = GRAY if gray else CURVES[turn % len(CURVES)]
+            mark, wide = MARKS[-1 - i % 4] if gray else MARKS[turn % 4], 2.2 if title == first else 1.4
+            style = "--" if gray else "-"
+            axes.plot(x, y, style, color=color, lw=wide, marker=mark, ms=3.6, markevery=max(len(x) // 6, 1))
             if len(x):
-                ends.append((y[-1], title, colour, mark))
+                ends.append((y[-1], title, color, mark))
         low, high = axes.get_ylim()
         gap, at = 0.062 * (high - low), -np.inf
-        for value, title, colour, mark in sorted(ends):
+        for value, title, color, mark in sorted(ends):
             at = max(value, at + gap)
-            axes.plot([1.035], [at], mark, color=colour, ms=3.6, transform=axes.get_yaxis_transform(), clip_on=False)
-            axes.text(1.06, at, title, color=colour, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            axes.plot([1.035], [at], mark, color=color, ms=3.6, transform=axes.get_yaxis_transform(), clip_on=False)
+            axes.text(1.06, at, title, color=color, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         axes.set_ylim(low, high)
         axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("Round")
@@ -206,10 +206,10 @@ def reliability_plot(name: str, alt: str, groups: Mapping[str, Sequence[Bin]]) -
         axes.set_position((0.16, 0.15, 0.8, 0.81))
         axes.plot([0, 1], [0, 1], ":", color=FAINT, lw=1)
         most = max((b.n for bins in groups.values() for b in bins), default=1)
-        for (title, bins), colour, mark in zip(groups.items(), (TEAL, ORANGE), ("o", "D"), strict=False):
-            axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=colour, lw=1.2, label=title)
+        for (title, bins), color, mark in zip(groups.items(), (TEAL, ORANGE), ("o", "D"), strict=False):
+            axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=color, lw=1.2, label=title)
             sizes = [12 + 60 * b.n / most for b in bins]
-            axes.scatter([b.predicted for b in bins], [b.observed for b in bins], s=sizes, color=colour, marker=mark)
+            axes.scatter([b.predicted for b in bins], [b.observed for b in bins], s=sizes, color=color, marker=mark)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="Predicted probability", ylabel="Observed share")
         axes.legend(frameon=False, loc="upper left", fontsize=8)
         return svg(figure, name, alt)
@@ -237,8 +237,8 @@ def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], 
         low, high = axes.get_ylim()
         at: list[tuple[float, float]] = []
         for title, x, y, kind in sorted(rows, key=lambda r: r[2]):
-            mark, colour, filled = STYLE[kind]
-            axes.plot([x], [y], mark, color=colour, mfc=colour if filled else "white", ms=6.5, mew=1.4)
+            mark, color, filled = STYLE[kind]
+            axes.plot([x], [y], mark, color=color, mfc=color if filled else "white", ms=6.5, mew=1.4)
             beside = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
             at.append((x, beside))
             axes.annotate(title, (x, beside), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)

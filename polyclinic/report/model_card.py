@@ -39,7 +39,7 @@ def model_card(page: ReportContext) -> str:
         "",
         "## Data",
         "",
-        f"{info.data.title or 'Not stated'}. Licence of the data: {info.data.licence or 'not stated'}.",
+        f"{info.data.title or 'Not stated'}. License of the data: {info.data.license or 'not stated'}.",
         *([info.data.citation] if info.data.citation else []),
     ]
     if info.data.simulated:
@@ -55,7 +55,7 @@ def model_card(page: ReportContext) -> str:
 def _front_matter(page: ReportContext) -> list[str]:
     info = page.run.info
     tags = ["federated-learning", "medical-imaging", info.task]
-    return [  # no licence: that of the model is for a person to give
+    return [  # no license: that of the model is for a person to give
         "---",
         f"library_name: {json.dumps('polyclinic')}",
         f"tags: {json.dumps(tags)}",

@@ -23,7 +23,7 @@ def maps(name: str, alt: str, found: Mapping[str, Array]) -> str:
         for k, (site, values) in enumerate(coarse.items()):
             left, low = (k % ACROSS) / ACROSS, 1 - (k // ACROSS + 1) / rows
             one = figure.add_axes((left + 0.01, low + 0.02 / rows, 0.98 / ACROSS - 0.02, 0.82 / rows))
-            one.imshow(values, cmap="Greys", vmin=0, vmax=top, interpolation="nearest", aspect="equal")
+            one.imshow(values, cmap="Grays", vmin=0, vmax=top, interpolation="nearest", aspect="equal")
             one.set_xticks([])
             one.set_yticks([])
             for spine in one.spines.values():
@@ -40,8 +40,8 @@ def features(name: str, alt: str, names: Sequence[str], shares: Mapping[str, Seq
         left = 0.03 + min(max(inches(n, 9) for n in names) / WIDTH, 0.45)
         axes.set_position((left, 0.5 / height, 0.97 - left, 1 - (0.58 + legend) / height))
         for k, (site, values) in enumerate(shares.items()):
-            colour, mark = CURVES[k % len(CURVES)], MARKS[k % len(MARKS)]
-            axes.plot(values, range(len(names)), mark, color=colour, mfc="none", ms=5.5, mew=1.3, label=site)
+            color, mark = CURVES[k % len(CURVES)], MARKS[k % len(MARKS)]
+            axes.plot(values, range(len(names)), mark, color=color, mfc="none", ms=5.5, mew=1.3, label=site)
         axes.set_yticks(range(len(names)), list(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)

@@ -134,7 +134,7 @@ class Sites(RuleBasedStateMachine):
         self.orders = orders(homes, budget)
         self.server = HostileServer(homes, self.orders["plain"], approved=False)
         self.models = {
-            name: SiteModel(name, {"train": 12 + 5 * k, "val": 12, "test": 12, "unlabelled": 12}, Policy.of(LENIENT))
+            name: SiteModel(name, {"train": 12 + 5 * k, "val": 12, "test": 12, "unlabeled": 12}, Policy.of(LENIENT))
             for k, name in enumerate(NAMES)
         }
         for name in self.orders[agreed].plan["sites"]:

@@ -38,7 +38,7 @@ def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_
 ) -> None:
     """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any round."""
     server = HostileServer(houses(tmp_path, policy=OPEN), small_order(test="score/test"))
-    for job in (f"{verb}/{role}" for role in ("train", "val", "test", "unlabelled", "public")):
+    for job in (f"{verb}/{role}" for role in ("train", "val", "test", "unlabeled", "public")):
         if job != "score/test":
             for round in (0, 1, 3):
                 server.ask("site-0", job, round=round)
@@ -47,7 +47,7 @@ def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_
 
 def test_scores_that_were_not_approved_never_leave(server: HostileServer) -> None:
     """No validation scores were approved (``score_every = 0``), and of training patients none ever are."""
-    for job in ("score/train", "score/val", "score/unlabelled"):
+    for job in ("score/train", "score/val", "score/unlabeled"):
         for round in (0, 1, 3):
             server.ask("site-0", job, round=round)
     nothing_left(server)

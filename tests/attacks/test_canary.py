@@ -22,7 +22,7 @@ def dice(seed=0):
     [
         (1000, 1000, 1000, 1e-5, 5.782),
         (100, 100, 95, 0.0, 2.172),
-        (1000, 1000, 982, 0.0, 3.60),  # as many right as randomised response of ε = 4 has on average
+        (1000, 1000, 982, 0.0, 3.60),  # as many right as randomized response of ε = 4 has on average
         (1000, 100, 75, 1e-4, 0.673),  # appendix D of the paper
         (100_000, 1510, 1439, 1e-5, 2.675),  # section 7 of the paper
     ],
@@ -114,7 +114,7 @@ def test_the_bound_is_the_best_of_fixed_shares_at_a_divided_error():
 
 
 def test_false_alarms_of_the_best_share_are_as_few_as_promised():
-    """Randomised response at ε = 1, whose bound is as tight as any: above the truth in at most 5 % of audits."""
+    """Randomized response at ε = 1, whose bound is as tight as any: above the truth in at most 5 % of audits."""
     rng, epsilon, above = torch.Generator().manual_seed(0), 1.0, 0
     q = math.exp(epsilon) / (1 + math.exp(epsilon))
     for _ in range(200):

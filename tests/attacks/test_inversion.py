@@ -65,7 +65,7 @@ def sigmoid_net() -> nn.Module:
     return model
 
 
-def test_one_image_without_defence_is_recovered_and_with_noise_it_is_not(sigmoid_net):
+def test_one_image_without_defense_is_recovered_and_with_noise_it_is_not(sigmoid_net):
     """DLG on a batch of one: above 30 dB, where a flat guess has about 10; with noise at the guess's level."""
     y = torch.tensor([2])
     bare = leak(sigmoid_net, loss, disc(), y, FLAT, Inversion(steps=20, restarts=2), dice())
@@ -152,7 +152,7 @@ def test_the_attack_changes_no_model(sigmoid_net):
     assert all(torch.equal(before[k], v) for k, v in params_of(sigmoid_net).items())
 
 
-def test_the_defence_has_the_size_it_says():
+def test_the_defense_has_the_size_it_says():
     seen = {"a": torch.randn(300, 100, generator=dice()), "b": torch.randn(500, generator=dice())}
     clipped = obscured(seen, 0.0, dice(), clip=2.0)
     assert tree.norm(clipped) == pytest.approx(2.0, rel=1e-4)

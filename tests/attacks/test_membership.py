@@ -1,4 +1,4 @@
-"""Who was trained on: chance where nothing was learned, more where it was memorised, and attacks in their order."""
+"""Who was trained on: chance where nothing was learned, more where it was memorized, and attacks in their order."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from polyclinic.attacks.membership import (
     lira,
     log_odds,
     losses,
-    memorised,
+    memorized,
     rmia,
     shadows,
 )
@@ -32,7 +32,7 @@ LOCAL = LocalTraining(epochs=40, batch_size=32, optimizer="adam", lr=0.01)
 
 
 def noisy(n: int = 120) -> Rows:
-    """Examples whose labels have little to do with them, so that they can only be memorised."""
+    """Examples whose labels have little to do with them, so that they can only be memorized."""
     rng = torch.Generator().manual_seed(0)
     x, flip = torch.randn(n, 20, generator=rng), torch.rand(n, generator=rng) < 0.25
     return Rows(x, ((x[:, 0] > 0) ^ flip).long())
@@ -217,10 +217,10 @@ def test_a_patient_scores_the_mean_of_the_images():
 
 
 def test_the_control_leaks_and_the_verdict_rests_on_it():
-    control = memorised(TASK, TASK.first(), noisy())
+    control = memorized(TASK, TASK.first(), noisy())
     assert control.auc > 0.8
     easy = Rows(x := torch.randn(40, 20, generator=torch.Generator().manual_seed(1)), (x[:, 0] > 0).long())
-    assert memorised(TASK, TASK.first(), easy).auc > 0.8  # also where targets can be learned without memory
+    assert memorized(TASK, TASK.first(), easy).auc > 0.8  # also where targets can be learned without memory
     rng = torch.Generator().manual_seed(0)
     members, others = torch.randn(100, generator=rng), torch.randn(100, generator=rng)
     chance, leak = found(members, others), found(members + 1, others)

@@ -42,7 +42,7 @@ ALIKE = {
     "median",
     "trimmed-mean",
     "geometric-median",
-    "centred-clipping",
+    "centered-clipping",
     "fltrust",
     "dos",
     "watched",
@@ -172,8 +172,8 @@ class Leaky(FedAvg):
             raise ValueError("one is too bright")
         if self.way == "message":
             raise ValueError(f"the brightest is {float(x.abs().max())}")
-        if self.way == "unlabelled":
-            hidden = site.data["unlabelled"][torch.arange(8)][0].mean()
+        if self.way == "unlabeled":
+            hidden = site.data["unlabeled"][torch.arange(8)][0].mean()
         if self.way == "unmetered":
             with metered():
                 reply, memory = super().site_update(request, memory, site)
@@ -204,7 +204,7 @@ class Leaky(FedAvg):
             "part": {"more": WeightedMean.of({"a": torch.ones(1)})} if float(x.max()) > 10 else {},
             "least bit": {"more": WeightedMean.of({"a": 1 + 1e-7 * y.float().mean()[None]})},
             "nan": {"more": WeightedMean.of({"a": torch.tensor([torch.nan if x.max() > 10 else 0.0])})},
-            "unlabelled": {"more": WeightedMean.of({"a": hidden[None]})} if self.way == "unlabelled" else {},
+            "unlabeled": {"more": WeightedMean.of({"a": hidden[None]})} if self.way == "unlabeled" else {},
         }.get(self.way, {})
         if self.way == "later":
             seen = memory.get("seen", {"x": torch.zeros(1)})
@@ -235,7 +235,7 @@ def run(method: Method[Any], unit: Any = "patient", rounds: int = 2) -> Verdict:
         ("part", "train", "more", "is sent or not"),
         ("least bit", "train", "more", "holds other numbers"),
         ("nan", "train", "more", "holds other numbers"),
-        ("unlabelled", "train", "more", "holds other numbers"),
+        ("unlabeled", "train", "more", "holds other numbers"),
         ("later", "train", "more", "holds other numbers"),
         ("failure", "train", "", "is answered or not"),
         ("message", "train", "", "fails with another message"),
@@ -361,7 +361,7 @@ def test_an_audit_that_reaches_no_data_shows_nothing() -> None:
 def test_neighbors_differ_in_one_unit_and_nothing_else() -> None:
     for unit in ("record", "patient", "site"):
         found, changed = places(True, unit)
-        assert {n.role for n in changed} == {"train", "val", "test", "unlabelled"}
+        assert {n.role for n in changed} == {"train", "val", "test", "unlabeled"}
         for n in changed:
             base, other = found["a"].data[n.role], n.site.data[n.role]
             assert isinstance(base, Cohort)

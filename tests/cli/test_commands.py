@@ -102,7 +102,7 @@ def test_lists_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
         command(*args, json_=True)
         return json.loads(capsys.readouterr().out)
 
-    assert "fedavg" in {entry["name"] for entry in said(catalog.methods)["Federated optimisation"]}
+    assert "fedavg" in {entry["name"] for entry in said(catalog.methods)["Federated optimization"]}
     assert said(catalog.show, "fedprox")["options"]["mu"]["default"] == 0.01
     assert said(catalog.transforms)["clip"]["options"]["bound"] == "required"
     assert "unet" in said(catalog.networks)

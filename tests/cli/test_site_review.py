@@ -74,7 +74,16 @@ def test_a_study_is_shown_whole(home: SiteHome, capsys: Read) -> None:
         survey(seeds=(0, 1), rounds=5),
         **{
             key: getattr(one, key)
-            for key in ("score_every", "test", "sites_per_round", "min_replies", "deadline", "best", "identities", "data")
+            for key in (
+                "score_every",
+                "test",
+                "sites_per_round",
+                "min_replies",
+                "deadline",
+                "best",
+                "identities",
+                "data",
+            )
         },
     )
     Reviews(home.reviews).offer(whole, ())

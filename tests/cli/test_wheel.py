@@ -43,8 +43,8 @@ def pictures(folder: Path) -> None:
     for label, level in (("dark", 60), ("light", 180)):
         (folder / label).mkdir(parents=True)
         for i in range(20):
-            grey = np.clip(rng.normal(level, 20, (16, 16)), 0, 255).astype(np.uint8)
-            Image.fromarray(grey).save(folder / label / f"p{label}{i:02}.png")
+            gray = np.clip(rng.normal(level, 20, (16, 16)), 0, 255).astype(np.uint8)
+            Image.fromarray(gray).save(folder / label / f"p{label}{i:02}.png")
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_these_must_work(name: str, privacy: str, secrecy: str, compression: str
     assert tree.finite(moved(send_through(inner, *transforms)))
 
 
-def test_batch_normalisation_under_record_privacy_is_refused_with_the_remedy() -> None:
+def test_batch_normalization_under_record_privacy_is_refused_with_the_remedy() -> None:
     task = replace(TASK, network=Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
     method, sites = FedAvg(task, PRIVATE), little_sites()
     state = method.init(task.first(0))

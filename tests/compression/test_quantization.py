@@ -79,7 +79,7 @@ def test_qsgd_is_right_on_average(levels: int) -> None:
     leaf, codec = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), QSGD(levels, bucket=16)
     rng = torch.Generator().manual_seed(1)
     drawn = torch.stack([codec.grow(codec.shrink(leaf, rng, 0)) for _ in range(1000)])
-    # each number is one of two neighbouring levels, so it deviates by at most half a level
+    # each number is one of two neighboring levels, so it deviates by at most half a level
     level = torch.nn.functional.pad(leaf.reshape(-1), (0, 13)).reshape(-1, 16).norm(dim=1).max() / levels
     assert bool(((drawn.mean(0) - leaf).abs() < 5 * level / 2 / math.sqrt(1000)).all())
     assert float(drawn.std(0).max()) <= float(level) / 2 * 1.05

@@ -137,7 +137,7 @@ def test_refusals_and_no_network_say_what_to_do(server: Server, address: str, tm
         fetch(address, tmp_path / "x", MD5, tries=2)
 
 
-def test_the_catalogue_fetches_by_name(
+def test_the_catalog_fetches_by_name(
     server: Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To its place in the cache, under MedMNIST's name for the size; sets behind agreements say what to do."""

@@ -64,14 +64,14 @@ def test_cutting_and_joining_is_nothing() -> None:
 def test_withheld_targets_say_nothing() -> None:
     """Classes become -1 and numbers NaN; inputs stay; the original keeps its labels."""
     whole = some()
-    hidden = whole.unlabelled()
+    hidden = whole.unlabeled()
     assert set(hidden.targets.tolist()) == {WITHHELD}
     assert torch.equal(hidden.inputs, whole.inputs)
     assert whole.targets.tolist() == [0, 1, 0, 1]
     numbers = Examples(torch.zeros(2, 1), torch.ones(2, 1), ("a", "b"), ("a", "b"))
-    assert bool(numbers.unlabelled().targets.isnan().all())
+    assert bool(numbers.unlabeled().targets.isnan().all())
     masks = Examples(torch.zeros(1, 1, 2), torch.ones(1, 2, dtype=torch.uint8), ("a",), ("a",))
-    assert masks.unlabelled()[torch.tensor([0])][1].tolist() == [[-1, -1]]
+    assert masks.unlabeled()[torch.tensor([0])][1].tolist() == [[-1, -1]]
 
 
 def test_what_cannot_be_examples_is_refused_in_a_sentence() -> None:

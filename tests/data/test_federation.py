@@ -34,7 +34,7 @@ SPECS: list[dict[str, Any]] = [
     {},
     {"split": (0.8, 0.0, 0.2)},
     {"external": ("celle",)},
-    {"unlabelled": 0.5},
+    {"unlabeled": 0.5},
     {"sites": {"partition": "dirichlet", "count": 3}, "min_patients": 1},
     {"sites": {"partition": "iid", "count": 2}},
     {"sites": "scanner"},
@@ -56,7 +56,7 @@ def test_no_patient_is_in_two_places(options: dict[str, Any]) -> None:
         for role, summary in row.roles.items():
             examples = data.sites[row.name][role]
             assert (summary.examples, summary.patients) == (len(examples), len(set(examples.patients)))
-            if role != "unlabelled":
+            if role != "unlabeled":
                 assert list(summary.classes) == torch.bincount(examples.targets, minlength=2).tolist()
     assert "They mean nothing." in data.notes
 
@@ -86,13 +86,13 @@ def test_external_sites_only_test() -> None:
 
 def test_withheld_labels_are_withheld_from_training_patients_only() -> None:
     """Half of what would train has no labels; test and validation are the same as before."""
-    plain, half = federate(DataSpec(kind="made")), federate(DataSpec(kind="made", unlabelled=0.5))
+    plain, half = federate(DataSpec(kind="made")), federate(DataSpec(kind="made", unlabeled=0.5))
     for site in plain.sites:
         assert half.sites[site]["test"].ids == plain.sites[site]["test"].ids
-        parts = set(half.sites[site]["train"].ids) | set(half.sites[site]["unlabelled"].ids)
+        parts = set(half.sites[site]["train"].ids) | set(half.sites[site]["unlabeled"].ids)
         assert parts == set(plain.sites[site]["train"].ids)
-        assert set(half.sites[site]["unlabelled"].targets.tolist()) == {-1}
-        counts = [len(set(half.sites[site][role].patients)) for role in ("train", "unlabelled")]
+        assert set(half.sites[site]["unlabeled"].targets.tolist()) == {-1}
+        counts = [len(set(half.sites[site][role].patients)) for role in ("train", "unlabeled")]
         assert abs(counts[0] - counts[1]) <= 2
 
 
@@ -104,7 +104,7 @@ def test_simulated_sites_carry_the_badge_and_real_ones_do_not() -> None:
     assert federate(DataSpec(kind="made")).simulated is None
 
 
-def test_small_sites_and_travelling_patients_are_named() -> None:
+def test_small_sites_and_traveling_patients_are_named() -> None:
     """What is left out is said."""
     data = federate(DataSpec(kind="made", patients=61, min_patients=21))
     assert "Left out, with fewer than 21 patients: bonn (20), celle (20)." in data.notes
@@ -119,7 +119,7 @@ def test_duplicates_are_reported_dropped_or_refused(monkeypatch: pytest.MonkeyPa
 
     def copied(self: Made, ids: Any) -> Any:
         found = original(self, ids)
-        found.inputs[:, 0] = found.inputs[:, 0] // 3  # three neighbours look the same if their labels agree
+        found.inputs[:, 0] = found.inputs[:, 0] // 3  # three neighbors look the same if their labels agree
         return found
 
     monkeypatch.setattr(Made, "examples", copied)

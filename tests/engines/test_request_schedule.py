@@ -86,7 +86,7 @@ def test_every_round_that_was_approved_and_no_other() -> None:
         "explain/train",
         "score/val",
         "score/test",
-        "score/unlabelled",
+        "score/unlabeled",
         "score/val/x",
     ],
 )

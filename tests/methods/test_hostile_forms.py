@@ -39,7 +39,7 @@ NAMES = (
     "median",
     "multi-krum",
     "dos",
-    "centred-clipping",
+    "centered-clipping",
 )
 
 

@@ -27,6 +27,6 @@ def test_there_is_one_training_loop() -> None:
         str(file.relative_to(HOUSE))
         for folder in ("methods", "tasks")
         for file in sorted((HOUSE / folder).rglob("*.py"))
-        if re.search(r"torch\.optim\.\w+\(|_optimiser\(|optimizer\.step\(", file.read_text())
+        if re.search(r"torch\.optim\.\w+\(|_optimizer\(|optimizer\.step\(", file.read_text())
     }
     assert found == STEPPERS

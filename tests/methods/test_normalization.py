@@ -1,7 +1,7 @@
 """FedBN and SiloBN by module type, one round against an average in numpy over hand-picked layers.
 
-FedBN: Li et al., ICLR 2021, equation 2: every layer but batch normalisation is averaged. SiloBN: Andreux et al., 2020,
-section 2.2: the weights of batch normalisation are averaged, its running statistics are not.
+FedBN: Li et al., ICLR 2021, equation 2: every layer but batch normalization is averaged. SiloBN: Andreux et al., 2020,
+section 2.2: the weights of batch normalization are averaged, its running statistics are not.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.partial_personalization import fedbn, silobn
 from tests.conftest import little_sites
 
-# Of `cnn` with depth 2: encoder.1 and encoder.5 are the batch normalisations. Nothing in their names says so.
-NORMALISATION = {f"encoder.{i}.{part}" for i in (1, 5) for part in ("weight", "bias", "running_mean", "running_var")}
-RUNNING = {name for name in NORMALISATION if "running" in name}
+# Of `cnn` with depth 2: encoder.1 and encoder.5 are the batch normalizations. Nothing in their names says so.
+NORMALIZATION = {f"encoder.{i}.{part}" for i in (1, 5) for part in ("weight", "bias", "running_mean", "running_var")}
+RUNNING = {name for name in NORMALIZATION if "running" in name}
 
 
-@pytest.mark.parametrize(("make", "kept"), [(fedbn, NORMALISATION), (silobn, RUNNING)])
+@pytest.mark.parametrize(("make", "kept"), [(fedbn, NORMALIZATION), (silobn, RUNNING)])
 def test_one_round_is_the_average_of_what_is_shared(make, kept) -> None:
     task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
     assert "bn" not in "".join(task.first())
@@ -43,7 +43,7 @@ def test_one_round_is_the_average_of_what_is_shared(make, kept) -> None:
             np.testing.assert_allclose(state.params[name].numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_they_differ_in_the_weights_of_normalisation(task, local, sites) -> None:
+def test_they_differ_in_the_weights_of_normalization(task, local, sites) -> None:
     """A site's model under SiloBN has everyone's scales and shifts; under FedBN its own."""
     models = {}
     for make in (fedbn, silobn):

@@ -26,7 +26,7 @@ def study(real_data):
     return domain_shift
 
 
-def recognised(parts) -> float:
+def recognized(parts) -> float:
     """How often a linear classifier, fitted to training subjects, names the scanner of a test subject."""
     from sklearn.linear_model import LogisticRegression
 
@@ -35,12 +35,12 @@ def recognised(parts) -> float:
     return float(LogisticRegression(C=0.01, max_iter=500).fit(x[0], y[0]).score(x[1], y[1]))
 
 
-def test_harmonised_regions_no_longer_tell_the_scanner(study) -> None:
+def test_harmonized_regions_no_longer_tell_the_scanner(study) -> None:
     """6 scanners, 245 brain regions: from above 90 % to the share of the largest site, about 21 %."""
     sites = study.table(study.BRAIN_6)(0)
     data = {n: [s.data[r][torch.arange(len(s.data[r]))][0] for r in ("train", "test")] for n, s in sites.items()}
     task = study.regions((next(iter(data.values()))[0].shape[1],))
-    assert recognised([[x.numpy() for x in parts] for parts in data.values()]) > 0.9
+    assert recognized([[x.numpy() for x in parts] for parts in data.values()]) > 0.9
     nothing = LocalTraining(steps=1, lr=1e-9)
     for method in (combat(task, nothing, tuple(sites)), zscore(task, nothing, by_site=True)):
         engine, state = InProcess(method, sites), method.init(task.first())
@@ -52,7 +52,7 @@ def test_harmonised_regions_no_longer_tell_the_scanner(study) -> None:
                 method.prediction_task, method.site_model(method.evaluation_request(state), engine.memory[name])
             ).get_submodule("front")
             seen.append([front(x).numpy() for x in parts])
-        assert recognised(seen) < 0.3
+        assert recognized(seen) < 0.3
 
 
 def gaps(study, title: str, label: str, other: str, seen: bool = True, splits: int = 3) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_ten_scanners_together_beat_each_alone(study) -> None:
     assert interval(found)[1] > 0
 
 
-def test_harmonising_did_not_help_to_predict_sex(study) -> None:
+def test_harmonizing_did_not_help_to_predict_sex(study) -> None:
     """The scanner is gone from the features, and yet the model is no better: within two points of FedAvg either way."""
     for label in ("combat", "zscore of each site"):
         found = gaps(study, "Sex from brain regions, 10 scanners", label, "fedavg")

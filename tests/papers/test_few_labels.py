@@ -30,7 +30,7 @@ def test_images_without_labels_are_used_as_said(real_data) -> None:
     spec, how = few_labels.SETTINGS["Breast ultrasound, labels lost everywhere"]
     sites = sites_of(read(spec, 0), 0)
     for name, site in few_labels.hidden(sites, how).items():
-        kept, free, before = site.data["train"], site.data["unlabelled"], sites[name].data["train"]
+        kept, free, before = site.data["train"], site.data["unlabeled"], sites[name].data["train"]
         assert len(kept) == round(len(before) / 10)
         assert len(kept) + len(free) == len(before)
         assert free.targets.unique().numel() == 1

@@ -484,7 +484,7 @@ def rewritten(ledger: Ledger, change: Callable[[dict[str, Any]], None]) -> None:
         ("unit", "record", "does not protect a patient"),
         ("multiplier", 0.0, "multiplier must be"),
         ("steps", -1, "steps must be"),
-        ("colour", 3, "unexpected keyword"),
+        ("color", 3, "unexpected keyword"),
     ],
 )
 def test_an_entry_that_is_no_spend_breaks_the_ledger(ledger: Ledger, field: str, value: Any, why: str) -> None:

@@ -75,13 +75,13 @@ def test_names_however_long_stay_within_the_picture():
     assert fig.inches("wide", 9) > fig.inches("i", 9) > 0
 
 
-def test_contrast_of_the_colours_on_white():
+def test_contrast_of_the_colors_on_white():
     """At least 4.5 to 1, as WCAG 2.2 AA asks of text."""
 
-    def light(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def light(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    for colour in (*fig.CURVES, fig.TEAL, fig.ORANGE, fig.GREY, fig.INK):
-        assert 1.05 / (light(colour) + 0.05) >= 4.5, colour
+    for color in (*fig.CURVES, fig.TEAL, fig.ORANGE, fig.GRAY, fig.INK):
+        assert 1.05 / (light(color) + 0.05) >= 4.5, color

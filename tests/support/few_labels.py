@@ -10,22 +10,21 @@ from tests.conftest import Rows, little_sites
 
 
 def without_labels(site):
-    """``site`` whose training examples are unlabelled."""
+    """``site`` whose training examples are unlabeled."""
     data = site.data["train"]
-    return replace(site, data={**site.data, "train": Rows(data.x[:0], data.y[:0]), "unlabelled": data})
+    return replace(site, data={**site.data, "train": Rows(data.x[:0], data.y[:0]), "unlabeled": data})
 
 
 def only_labels(site):
-    """``site`` with nothing unlabelled."""
-    return replace(site, data={role: data for role, data in site.data.items() if role != "unlabelled"})
+    """``site`` with nothing unlabeled."""
+    return replace(site, data={role: data for role, data in site.data.items() if role != "unlabeled"})
 
 
-def half_labelled(count=3, labelled=1, sites=None):
-    """Sites of which only the first ``labelled`` have labels."""
+def half_labeled(count=3, labeled=1, sites=None):
+    """Sites of which only the first ``labeled`` have labels."""
     sites = sites or little_sites(count=count)
     return {
-        name: only_labels(site) if i < labelled else without_labels(site)
-        for i, (name, site) in enumerate(sites.items())
+        name: only_labels(site) if i < labeled else without_labels(site) for i, (name, site) in enumerate(sites.items())
     }
 
 
@@ -33,7 +32,7 @@ def with_other_targets(sites):
     """The same sites, with other targets where they must not be used."""
     return {
         name: replace(
-            site, data={r: Rows(d.x, torch.roll(d.y, 1, 0)) if r == "unlabelled" else d for r, d in site.data.items()}
+            site, data={r: Rows(d.x, torch.roll(d.y, 1, 0)) if r == "unlabeled" else d for r, d in site.data.items()}
         )
         for name, site in sites.items()
     }

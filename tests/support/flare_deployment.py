@@ -93,7 +93,7 @@ class Hospitals:
             "tests",
             "--host",
             "localhost",
-            "--organisation",
+            "--organization",
             "tests",
             "--port",
             str(self.port),
@@ -107,7 +107,7 @@ class Hospitals:
         self.server.settings.write_text(text)
         for name, home in self.homes.items():
             write_data(root / "data" / name, self.sites[name])
-            self.command("site", "init", "--name", name, "--organisation", "hospital", home=home.path)
+            self.command("site", "init", "--name", name, "--organization", "hospital", home=home.path)
             self.command("server", "admit", str(home.path / f"{name}.request"), home=self.server.path)
             self.command(
                 "site",

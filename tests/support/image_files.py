@@ -30,14 +30,14 @@ def image(pixels: np.ndarray, modality: str = "CT", sop_class: str = CT, **value
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
     dataset.Modality, dataset.PatientID, dataset.PatientName = modality, "P1", ""
-    colour = pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8
-    if pixels.ndim == 3 and not colour:
+    color = pixels.ndim == 3 and pixels.shape[-1] == 3 and pixels.dtype == np.uint8
+    if pixels.ndim == 3 and not color:
         dataset.NumberOfFrames = pixels.shape[0]
-    dataset.Rows, dataset.Columns = pixels.shape[:2] if colour else pixels.shape[-2:]
-    dataset.SamplesPerPixel = 3 if colour else 1
-    if colour:
+    dataset.Rows, dataset.Columns = pixels.shape[:2] if color else pixels.shape[-2:]
+    dataset.SamplesPerPixel = 3 if color else 1
+    if color:
         dataset.PlanarConfiguration = 0
-    dataset.PhotometricInterpretation = "RGB" if colour else "MONOCHROME2"
+    dataset.PhotometricInterpretation = "RGB" if color else "MONOCHROME2"
     bits = pixels.dtype.itemsize * 8
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, bits, bits - 1
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")

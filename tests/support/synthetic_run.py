@@ -33,10 +33,10 @@ METHODS = {  # label: (name, title, skill by site class, citation, leaves)
     ),
     "fedbn": (
         "fedbn",
-        "normalisation layers stay at the sites",
+        "normalization layers stay at the sites",
         1.62,
         "Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization, ICLR 2021",
-        "The change of all weights but those of normalisation layers, which stay at the site.",
+        "The change of all weights but those of normalization layers, which stay at the site.",
     ),
 }
 ROUNDS = 12
@@ -68,7 +68,7 @@ def write_run(
     }[task]
     classes = {
         "classification": ["benign", "malignant"],
-        "multilabel": ["effusion", "oedema", "nodule"],
+        "multilabel": ["effusion", "edema", "nodule"],
         "segmentation": ["nodule"],
         "regression": [],
         "reconstruction": [],
@@ -85,7 +85,7 @@ def write_run(
         "higher_is_better": metric != "mae",
         "data": {
             "title": "Invented patients",
-            "licence": "CC0",
+            "license": "CC0",
             "citation": "Nobody, Nowhere, 2026",
             "url": "https://example.org/data",
             "notes": ["Outlines drawn by radiologists, not CT pixels."],

@@ -1,6 +1,6 @@
 """The data sets that people of this field use: what each is, how to get it, and how it is read.
 
-The tables are ``catalogue.toml`` (sets behind registrations and agreements, with a recipe each), ``medmnist.toml`` (the
+The tables are ``catalog.toml`` (sets behind registrations and agreements, with a recipe each), ``medmnist.toml`` (the
 18 sets of MedMNIST) and ``decathlon.toml`` (the ten tasks of the Medical Segmentation Decathlon), fetched with their
 published checksums. Nothing is fetched while a study runs: ``get`` does it beforehand.
 """
@@ -30,7 +30,7 @@ USUAL = 28
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of the catalogue.
+    """One entry of the catalog.
 
     Attributes:
         name: What ``use = ...`` says in a study file.
@@ -40,7 +40,7 @@ class Dataset:
         task: What is predicted.
         sites: How many sites it has, and what they are.
         size: How many examples or patients.
-        licence: In the words of those who gave the data; check it before use.
+        license: In the words of those who gave the data; check it before use.
         citation: What to cite.
         url: Where it comes from.
         get: How to get it.
@@ -60,7 +60,7 @@ class Dataset:
     organ: str
     task: str
     size: str
-    licence: str
+    license: str
     sites: str = ""
     citation: str = ""
     url: str = ""
@@ -89,7 +89,7 @@ class Dataset:
             self.organ,
             cast(Task, self.task),
             self.classes,
-            self.licence,
+            self.license,
             self.citation,
             self.url,
         )
@@ -132,7 +132,7 @@ def show(name: str) -> tuple[tuple[str, str], ...]:
         ("classes", ", ".join(one.classes)),
         ("sites", one.sites),
         ("size", one.size),
-        ("licence", one.licence),
+        ("license", one.license),
         ("cite", one.citation),
         ("from", one.url),
         ("get", one.get),
@@ -172,7 +172,7 @@ def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
     """
     one = entry(name)
     if not one.automatic:
-        raise DataError(f"{name} cannot be fetched automatically. {one.get} Licence: {one.licence}. See {one.url}")
+        raise DataError(f"{name} cannot be fetched automatically. {one.get} License: {one.license}. See {one.url}")
     if one.link:
         return _archive(one, None if base == ZENODO else base)
     if size not in one.md5:
@@ -237,7 +237,7 @@ def _medmnist(one: Dataset, size: int, path: str | None) -> str:
 @cache
 def _entries() -> dict[str, Dataset]:
     found = {}
-    for name, values in _read("catalogue.toml").items():
+    for name, values in _read("dataset_catalog.toml").items():
         found[name] = Dataset(name, **{**values, "classes": tuple(values.get("classes", ()))})
         found[name] = dataclasses.replace(found[name], get=" ".join(found[name].get.split()))
     for name, values in _read("decathlon.toml").items():
@@ -245,7 +245,7 @@ def _entries() -> dict[str, Dataset]:
             name,
             **{**values, "classes": tuple(values["classes"])},
             task="segmentation",
-            licence="CC BY-SA 4.0",
+            license="CC BY-SA 4.0",
             citation=DECATHLON,
             url="http://medicaldecathlon.com/",
             kind="pairs",

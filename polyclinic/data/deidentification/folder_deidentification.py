@@ -67,7 +67,7 @@ class Released:
         out.append(
             f"key file (pseudonyms to patients, the secret): {self.key}; keep it at the site, apart from the data"
         )
-        out.append("look at a sample before anything leaves: text drawn into a picture and faces are not recognised")
+        out.append("look at a sample before anything leaves: text drawn into a picture and faces are not recognized")
         return out
 
 

@@ -262,21 +262,21 @@ def _drop_leftovers(out: Any, identifiers: Identifiers, removed: Counter[int]) -
 
 def _pixels(path: Path, out: Any, source: Any, pixels: np.ndarray[Any, Any]) -> None:
     """The decoded pixels and the elements that describe them, with unused bits cleared."""
-    colour, bits = pixels.ndim == 4, pixels.dtype.itemsize * 8
-    stored = bits if colour else int(source.get("BitsStored") or bits)
+    color, bits = pixels.ndim == 4, pixels.dtype.itemsize * 8
+    stored = bits if color else int(source.get("BitsStored") or bits)
     if pixels.dtype.kind == "f" or int(source.get("BitsAllocated") or 0) == 1:
         raise Unreadable(path, "has pixels of 1 bit or floating point, which are not handled")
-    if not colour and int(source.get("HighBit", stored - 1)) != stored - 1:
+    if not color and int(source.get("HighBit", stored - 1)) != stored - 1:
         raise Unreadable(path, "keeps its pixels in the upper bits (an old form), which is not handled")
-    if not colour and stored < bits:  # bits above may carry an overlay
+    if not color and stored < bits:  # bits above may carry an overlay
         spare = pixels.dtype.type(bits - stored)
         pixels = np.right_shift(np.left_shift(pixels, spare), spare)  # signed numbers keep their sign
     little = np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder("<"), copy=False))
     out.Rows, out.Columns = pixels.shape[1:3]
-    out.SamplesPerPixel = 3 if colour else 1
+    out.SamplesPerPixel = 3 if color else 1
     out.BitsAllocated, out.BitsStored, out.HighBit = bits, stored, stored - 1
     out.PixelRepresentation = int(pixels.dtype.kind == "i")
-    if colour:
+    if color:
         out.PhotometricInterpretation, out.PlanarConfiguration = "RGB", 0
         for tag in [t for t in out.keys() if int(t) >> 16 == 0x0028 and 0x1101 <= int(t) & 0xFFFF <= 0x1223]:  # noqa: SIM118
             del out[tag]  # palettes are applied

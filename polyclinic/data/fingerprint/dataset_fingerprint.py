@@ -27,7 +27,7 @@ MOST = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Rows of numbers, and what the examples are labelled with; indexed as examples are.
+    """Rows of numbers, and what the examples are labeled with; indexed as examples are.
 
     Attributes:
         names: Of the columns.

@@ -2,7 +2,7 @@
 
 Spacing, cropping and intensities are decided as nnU-Net does (Isensee et al., Nature Methods 18:203, 2021,
 https://doi.org/10.1038/s41592-020-01008-z, online methods): the median spacing, of a coarse axis its 10 % quantile; CT
-is clipped to where 99 % of the foreground lie, other volumes are standardised one by one. We depart in three things:
+is clipped to where 99 % of the foreground lie, other volumes are standardized one by one. We depart in three things:
 networks here see whole images, so that a size is chosen that 95 % of images fit in; quantiles come from histograms, so
 that they are known to within a bin; and for CT the median of each image's own quantiles is taken.
 """
@@ -112,8 +112,8 @@ def _intensity(columns: Mapping[str, Column], modality: str) -> tuple[Mapping[st
     if modality.upper() in ("CT", "LUNG CT") or modality.upper().startswith("CT"):
         inside = " of the foreground" if "0.5 % quantile of the foreground" in columns else ""
         low, high = (columns[f"{q} % quantile{inside}"].quantiles[SHARES.index(0.5)] for q in ("0.5", "99.5"))
-        centre, width = _short((low + high) / 2, 4), _short(max(high - low, 1.0), 4)
-        return {"step": "window", "centre": centre, "width": width}, (
+        center, width = _short((low + high) / 2, 4), _short(max(high - low, 1.0), 4)
+        return {"step": "window", "center": center, "width": width}, (
             f"window: the middle 99 %{inside}, as the median image has them, in Hounsfield units"
         )
     pictures = all(c.quantiles[0] >= 0 and c.quantiles[-1] <= 1 for c in means) and all(s.mean < 1 for s in spreads)

@@ -54,7 +54,7 @@ class FastMri:
         acquisition: Only examinations with this word in their acquisition, such as ``"CORPD_FBK"``; all where empty.
         steps: Preprocessing; images are first divided by the examination's largest value.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str

@@ -19,7 +19,7 @@ from torch import Tensor
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, read_exactly, regular_file
 from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask
 
-_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's spatial units (none stated, metre, mm, micron) in mm
+_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's spatial units (none stated, meter, mm, micron) in mm
 
 
 def is_nifti(path: str | os.PathLike[str]) -> bool:
@@ -55,9 +55,9 @@ def read_nifti(
     stored = np.frombuffer(raw, dtype=dtype).reshape(shape[::-1])  # the file's first axis is the fastest
     if dtype.names:  # RGB: three bytes a voxel
         if mask:
-            raise Unreadable(path, "is a colour image, not a mask of labels")
-        colour = np.stack([stored[name] for name in ("R", "G", "B")])
-        return Volume(_axes(torch.from_numpy(colour), lead=1), affine, units="RGB", notes=notes)
+            raise Unreadable(path, "is a color image, not a mask of labels")
+        color = np.stack([stored[name] for name in ("R", "G", "B")])
+        return Volume(_axes(torch.from_numpy(color), lead=1), affine, units="RGB", notes=notes)
     if mask:
         labels = stored if (slope, inter) == (1.0, 0.0) else stored.astype(np.float64) * slope + inter
         return Volume(_axes(as_mask(path, labels)), affine, units="label", notes=notes)
@@ -114,7 +114,7 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, tuple[str, ...]]:
     if code not in _MM:
         raise Unreadable(path, f"states the unknown unit of length {code}")
     if _MM[code] != 1:
-        notes.append("lengths are converted to millimetres")
+        notes.append("lengths are converted to millimeters")
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         notes.append("no orientation is stated: left and right are a guess")
     widths = np.asarray(header["pixdim"][1:4], dtype=np.float64)

@@ -55,7 +55,7 @@ def read_nrrd(
         limits: What the file may ask for.
 
     Returns:
-        float32 (mask: int16) of shape [Z, Y, X] or [C, Z, Y, X], in RAS millimetres.
+        float32 (mask: int16) of shape [Z, Y, X] or [C, Z, Y, X], in RAS millimeters.
     """
     path = Path(path)
     whole = read_whole(path, limits)

@@ -1,9 +1,9 @@
-"""A volume: voxels with their place in the patient, in millimetres.
+"""A volume: voxels with their place in the patient, in millimeters.
 
 One convention for every format, so that nothing downstream asks where an image came from:
 
 * the array is [Z, Y, X], or [C, Z, Y, X] with channels; a single picture has Z = 1;
-* ``affine`` maps the index (x, y, z, 1), the array's spatial axes backwards, to millimetres in RAS
+* ``affine`` maps the index (x, y, z, 1), the array's spatial axes backwards, to millimeters in RAS
   (x grows to the patient's Right, y to Anterior, z to Superior), as NIfTI does. DICOM's and most NRRD files' LPS is
   turned into it by the readers.
 """
@@ -30,7 +30,7 @@ class Volume:
 
     Attributes:
         array: Voxels. Shape [Z, Y, X] or [C, Z, Y, X].
-        affine: Index (x, y, z, 1) to RAS millimetres. Shape [4, 4], float64.
+        affine: Index (x, y, z, 1) to RAS millimeters. Shape [4, 4], float64.
         modality: Such as ``"CT"``, ``"MR"``, ``"US"``, or ``""`` where the file does not say.
         units: What the numbers are: ``"HU"``, ``"label"``, ``"RGB"``, ``"Gy"``, or ``""`` (arbitrary).
         measured: Whether the file states a voxel size. Where it does not, 1 mm is assumed and must not be believed.
@@ -54,7 +54,7 @@ class Volume:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between neighbouring voxels along the array's axes (z, y, x), in millimetres."""
+        """Distance between neighboring voxels along the array's axes (z, y, x), in millimeters."""
         x, y, z = (float(n) for n in torch.linalg.vector_norm(self.affine[:3, :3], dim=0))
         return z, y, x
 
@@ -106,7 +106,7 @@ def canonical(volume: Volume) -> Volume:
 def resample(
     volume: Volume, spacing_mm: tuple[float, float, float], mode: str | None = None, limits: Limits = LIMITS
 ) -> Volume:
-    """The volume on a grid of ``spacing_mm`` (z, y, x) along its own axes, centred where it was.
+    """The volume on a grid of ``spacing_mm`` (z, y, x) along its own axes, centered where it was.
 
     The new grid covers the old field of view to within half a new voxel. Values between voxels are linear (no
     smoothing first, as nnU-Net does), or the nearest one for labels; outside they repeat the border.

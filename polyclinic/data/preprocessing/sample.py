@@ -14,7 +14,7 @@ class Picture:
         pixels: float32, shape [C, *spatial] with two or three spatial axes (y, x) or (z, y, x). Pictures of 8 and 16
             bits come as 0 to 1, volumes in their own units.
         mask: int64, shape [*spatial], or None.
-        spacing_mm: Millimetres between neighbours along each spatial axis, or None where the file does not say.
+        spacing_mm: Millimeters between neighbors along each spatial axis, or None where the file does not say.
     """
 
     pixels: Tensor

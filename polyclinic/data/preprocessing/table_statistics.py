@@ -25,13 +25,13 @@ class Statistics:
 
     Attributes:
         names: Its name: a column, ``"column = value"``, or ``"column is missing"``.
-        centre: What is subtracted. Shape [F].
+        center: What is subtracted. Shape [F].
         spread: What it is then divided by. Shape [F].
         fill: What stands for a missing value, before that. Shape [F].
     """
 
     names: tuple[str, ...]
-    centre: Array
+    center: Array
     spread: Array
     fill: Array
 
@@ -65,15 +65,15 @@ class Statistics:
     def __call__(self, values: Array) -> Array:
         """``values`` [n, F] filled and scaled."""
         filled: Array = np.where(np.isnan(values), self.fill, values)
-        return (filled - self.centre) / self.spread
+        return (filled - self.center) / self.spread
 
     def text(self) -> str:
         """As a TOML file."""
-        lines = ["# The inputs of a table, in order, and how they are filled and scaled: (value - centre) / spread."]
+        lines = ["# The inputs of a table, in order, and how they are filled and scaled: (value - center) / spread."]
         for i, name in enumerate(self.names):
             quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-            numbers = (float(self.centre[i]), float(self.spread[i]), float(self.fill[i]))
-            lines.append('"{}" = {{ centre = {!r}, spread = {!r}, fill = {!r} }}'.format(quoted, *numbers))
+            numbers = (float(self.center[i]), float(self.spread[i]), float(self.fill[i]))
+            lines.append('"{}" = {{ center = {!r}, spread = {!r}, fill = {!r} }}'.format(quoted, *numbers))
         return "\n".join(lines) + "\n"
 
     @classmethod
@@ -99,14 +99,14 @@ class Statistics:
             DataError: With every problem, naming the input.
         """
         problems = [
-            f'{path.name}: "{name}" needs centre, spread (above 0) and fill, as numbers'
+            f'{path.name}: "{name}" needs center, spread (above 0) and fill, as numbers'
             for name, row in table.items()
             if not isinstance(row, dict)
-            or set(row) != {"centre", "spread", "fill"}
+            or set(row) != {"center", "spread", "fill"}
             or any(type(n) not in (int, float) or not np.isfinite(n) for n in row.values())
             or not row["spread"] > 0
         ]
         if problems or not table:
             raise DataError(problems or f"{path.name} lists no inputs")
-        columns = (np.array([float(row[key]) for row in table.values()]) for key in ("centre", "spread", "fill"))
+        columns = (np.array([float(row[key]) for row in table.values()]) for key in ("center", "spread", "fill"))
         return cls(tuple(table), *columns)

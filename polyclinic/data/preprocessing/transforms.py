@@ -60,7 +60,7 @@ def _sized(picture: Picture, size: Sequence[int]) -> Picture:
 
 @dataclass(frozen=True)
 class Resample:
-    """To ``mm`` millimetres per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest neighbour."""
+    """To ``mm`` millimeters per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest neighbor."""
 
     name: ClassVar[str] = "resample"
     version: ClassVar[int] = 1
@@ -73,7 +73,7 @@ class Resample:
         """The same field of view, to half a pixel."""
         if picture.spacing_mm is None:
             raise DataError(
-                "the file does not say how large its pixels are, so it cannot be resampled to millimetres: "
+                "the file does not say how large its pixels are, so it cannot be resampled to millimeters: "
                 'leave the step "resample" out, or use "resize"'
             )
         wanted = _each(self.mm, len(picture.size), "mm")
@@ -166,11 +166,11 @@ class ZScore:
 
 @dataclass(frozen=True)
 class Window:
-    """A CT window: ``centre - width / 2`` to ``centre + width / 2`` Hounsfield units become 0 to 1; the rest clips."""
+    """A CT window: ``center - width / 2`` to ``center + width / 2`` Hounsfield units become 0 to 1; the rest clips."""
 
     name: ClassVar[str] = "window"
     version: ClassVar[int] = 1
-    centre: float
+    center: float
     width: float
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class Window:
 
     def __call__(self, picture: Picture) -> Picture:
         """0 to 1."""
-        low = self.centre - self.width / 2
+        low = self.center - self.width / 2
         return replace(picture, pixels=((picture.pixels - low) / self.width).clamp(0, 1))
 
 
@@ -255,7 +255,7 @@ class Relabel:
 
 @dataclass(frozen=True)
 class Channels:
-    """To ``count`` channels: colours to grey by their mean, grey to colours by repeating it."""
+    """To ``count`` channels: colors to gray by their mean, gray to colors by repeating it."""
 
     name: ClassVar[str] = "channels"
     version: ClassVar[int] = 1
@@ -268,5 +268,5 @@ class Channels:
         """The mean, or copies of it."""
         if picture.pixels.shape[0] == self.count:
             return picture
-        grey = picture.pixels.mean(dim=0, keepdim=True)
-        return replace(picture, pixels=grey.expand(self.count, *grey.shape[1:]).contiguous())
+        gray = picture.pixels.mean(dim=0, keepdim=True)
+        return replace(picture, pixels=gray.expand(self.count, *gray.shape[1:]).contiguous())

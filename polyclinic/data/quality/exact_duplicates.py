@@ -81,7 +81,7 @@ def without_duplicates(
         notes.append(says)
         return sites, copies
     seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
-    for role in ("test", "val", "train", "unlabelled"):  # test data keep theirs
+    for role in ("test", "val", "train", "unlabeled"):  # test data keep theirs
         for site in sorted(kept, key=lambda s: (s not in external, s)):
             if role in kept[site]:
                 fresh = []

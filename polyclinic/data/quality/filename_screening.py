@@ -11,11 +11,11 @@ from pathlib import Path
 
 _IMAGING = """
 abdomen abnormal acc adc adrenal ankle anterior aorta apex arm artery atlas axial background benign bladder
-blood body bone bowel brain breast bright bronchi bw camera cancer canon cardiac carotid cell center centre
+blood body bone bowel brain breast bright bronchi bw camera cancer canon cardiac carotid cell center center
 cerebellum cervix chase chest class clean clear colon contrast control coronal cortex covid cranial crop cup
 cyst dark data delta density dicom diffusion disc disease dose drive dry dwi east echo edema elbow enhanced epi
 esophagus eye fast fat femur fibula field fields finger flair flip foot frame front frontal fundus ge gland
-grade gray green grey hand head heart hip hippocampus hospital humerus im image images img inferior inverted
+grade gray green gray hand head heart hip hippocampus hospital humerus im image images img inferior inverted
 kidney knee label labels large laser lateral left leg lesion level light line liver lobar lobe localizer low
 lower lumbar lung lymph macula malignant mammo map mask masks medial medical mni module mouse mri nasal neck
 negative nerve nikon nodule normal north ocular optic oral original osaka ovary pancreas part patch pelvis
@@ -23,7 +23,7 @@ phantom phase philips photo pleura pneumonia polyp positive post posterior pre p
 rest retina rib right sagittal sample scan scanner scout section seg segmentation series shoulder side siemens
 sinus site skin skull slice small soft source south spine spleen split stack stage stain stare std stent stomach
 study subject superior t1 t1w t2 t2w task temporal test thorax thyroid tibia tissue topcon toshiba trachea train
-training tumor tumour type ultrasound upper uterus val validation valve vein vessel vessels view viral virus
+training tumor tumor type ultrasound upper uterus val validation valve vein vessel vessels view viral virus
 volume west white window wrist xray zeiss zone
 """
 _GIVEN_NAMES = """
@@ -66,7 +66,7 @@ def in_name(parts: Sequence[str]) -> str | None:
 
 
 def _two_names(stem: str) -> bool:
-    """Two words side by side, not from imaging: both capitalised, or one a common given name."""
+    """Two words side by side, not from imaging: both capitalized, or one a common given name."""
     tokens = re.findall(r"[A-Za-z]+|\d+", stem)
     for first, second in itertools.pairwise(tokens):
         if min(len(first), len(second)) < 3 or not (first + second).isalpha():

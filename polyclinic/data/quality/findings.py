@@ -245,7 +245,7 @@ def _unlike(looks: Sequence[Look]) -> list[Finding]:
                 )
             )
         elif ratio.max() > 1.01:
-            found.append(Finding("note", "spacing", "spacing differs between images: resample them in millimetres"))
+            found.append(Finding("note", "spacing", "spacing differs between images: resample them in millimeters"))
         if len(measured) < len(looks):
             rest = [look for look in looks if look.spacing_mm is None]
             found.append(Finding("warning", "spacing", f"{_n(len(rest), 'image')} without a voxel size", _names(rest)))

@@ -1,6 +1,6 @@
 """What kind of folder a hospital has, and its examples: nothing is renamed, moved or asked for first.
 
-Recognised, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` beside
+Recognized, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` beside
 ``labels`` or ``masks``), BIDS, a CSV or TSV manifest with a column ``path``, a tree of DICOM files, NumPy archives in
 MedMNIST's layout, folders named by class (under ``train``/``val``/``test`` or not), a table, and loose images.
 """
@@ -35,7 +35,7 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
 LABEL_COLUMNS = ("label", "class", "diagnosis", "target", "y")
-SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")
+SITE_COLUMNS = ("site", "hospital", "center", "center", "scanner", "institution")
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ def _by_folder(root: Path, images: list[Path]) -> Layout:
         if parts and parts[0].lower() in SPLITS:
             item = replace(item, split=SPLITS[parts.pop(0).lower()])
         items.append(replace(item, label=parts[0]) if parts else item)
-    labelled = any(item.label is not None for item in items)
-    return Layout("classes" if labelled else "files", root, tuple(items))
+    labeled = any(item.label is not None for item in items)
+    return Layout("classes" if labeled else "files", root, tuple(items))
 
 
 def _beside(images: list[Path]) -> tuple[dict[Path, Path], set[Path]]:

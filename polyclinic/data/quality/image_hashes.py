@@ -65,14 +65,14 @@ def nearly_equal(pictures: Sequence[np.ndarray], hashes: Sequence[str]) -> list[
     stack = np.stack(pictures[:count]).reshape(count, -1)
     flat = stack.std(1) < 1e-6 * (np.abs(stack).max(1) + 1e-12)  # constant pictures look like each other
     signs = _signs(stack.reshape(count, SIDE, SIDE))
-    centred = _unit(stack)
+    centered = _unit(stack)
     if count >= 16:  # what all images of this kind share says nothing about two of them
-        centred = _unit(centred - centred.mean(0))
+        centered = _unit(centered - centered.mean(0))
     found: list[tuple[int, int]] = []
     step = 512
     for start in range(0, count, step):
         alike = signs[start : start + step] @ signs[start:].T / signs.shape[1]
-        same = centred[start : start + step] @ centred[start:].T
+        same = centered[start : start + step] @ centered[start:].T
         rows, columns = np.nonzero((alike >= _HASH) & (same >= _SAME))
         for i, j in zip((rows + start).tolist(), (columns + start).tolist(), strict=True):
             if i < j and hashes[i] != hashes[j] and not flat[i] and not flat[j]:

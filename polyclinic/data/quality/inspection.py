@@ -66,10 +66,10 @@ class Look:
 
 
 def picture_volume(path: Path, limits: Limits = LIMITS) -> Volume:
-    """A PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without millimetres."""
+    """A PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without millimeters."""
     array = torch.from_numpy(np.array(read_picture(path, limits).astype(np.float32)))
-    colour = array.ndim == 3
-    return Volume(array.permute(2, 0, 1)[:, None] if colour else array[None], _FLAT, "", "RGB" if colour else "", False)
+    color = array.ndim == 3
+    return Volume(array.permute(2, 0, 1)[:, None] if color else array[None], _FLAT, "", "RGB" if color else "", False)
 
 
 def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
@@ -104,7 +104,7 @@ def read_labels(path: Path, limits: Limits = LIMITS) -> Volume:
         return read_nrrd(path, mask=True, limits=limits)
     array = read_picture(path, limits)
     if array.ndim == 3:
-        raise Unreadable(path, "is a colour picture, not a mask of labels")
+        raise Unreadable(path, "is a color picture, not a mask of labels")
     return Volume(as_mask(path, array)[None], _FLAT, units="label", measured=False)
 
 
@@ -159,8 +159,8 @@ def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:
     size = (max(1, round(high * scale)), max(1, round(wide * scale)))
     flat = torch.nn.functional.interpolate(flat[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
     low, top = (float(v) for v in np.quantile(flat.numpy(), (0.01, 0.99)))
-    grey = ((flat - low) / max(top - low, 1e-12)).clamp(0, 1).mul(255).byte().numpy()
-    out: np.ndarray[Any, Any] = np.moveaxis(grey, 0, -1) if grey.shape[0] == 3 else grey[0]
+    gray = ((flat - low) / max(top - low, 1e-12)).clamp(0, 1).mul(255).byte().numpy()
+    out: np.ndarray[Any, Any] = np.moveaxis(gray, 0, -1) if gray.shape[0] == 3 else gray[0]
     return out
 
 
@@ -215,11 +215,11 @@ def _zyx(array: Tensor) -> Tensor:
 
 def _array_volume(row: np.ndarray[Any, Any]) -> Volume:
     array = torch.from_numpy(np.array(row, dtype=np.float32))
-    colour = array.ndim in (3, 4) and array.shape[-1] == 3
-    if colour:
+    color = array.ndim in (3, 4) and array.shape[-1] == 3
+    if color:
         array = array.movedim(-1, 0)
-    array = array[:, None] if colour and array.ndim == 3 else array if array.ndim >= 3 else array[None]
-    return Volume(array, _FLAT, units="RGB" if colour else "", measured=False)
+    array = array[:, None] if color and array.ndim == 3 else array if array.ndim >= 3 else array[None]
+    return Volume(array, _FLAT, units="RGB" if color else "", measured=False)
 
 
 def look_at(

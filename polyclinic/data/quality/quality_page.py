@@ -148,7 +148,7 @@ def _geometry(report: "CheckReport") -> Iterator[str]:
 
 
 def _histogram(quantiles: np.ndarray[Any, Any], bins: int = 48) -> str:
-    """A density drawn from quantiles: equal numbers of values lie between neighbours."""
+    """A density drawn from quantiles: equal numbers of values lie between neighbors."""
     values = np.asarray(quantiles, dtype=np.float64)
     low, high = values[1], values[-2]  # the extremes would flatten the rest
     if not high > low:

@@ -1,6 +1,6 @@
 """Simulated patients, for protocols whose real data need an agreement. Every result on them says that they are made up.
 
-``RoiPhantom`` draws regional grey-matter volumes as the survey's experiment uses them (Guan, Yap, Bozoki and Liu, 2024,
+``RoiPhantom`` draws regional gray-matter volumes as the survey's experiment uses them (Guan, Yap, Bozoki and Liu, 2024,
 section 6: ADNI-1 and ADNI-2, patients against controls), with a scanner that scales, shifts and blurs each region by
 site. The numbers are ours, chosen so that a linear model reaches about what such studies report; nothing is fitted to
 ADNI.
@@ -63,7 +63,7 @@ class RoiPhantom:
             "brain",
             "classification",
             ("control", "patient"),
-            licence="made here",
+            license="made here",
             simulated=SIMULATED,
         )
 

@@ -37,7 +37,7 @@ class DicomImages(FromFiles):
         classes: The classes in order; found and sorted where this is empty.
         steps: Preprocessing.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str

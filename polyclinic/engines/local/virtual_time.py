@@ -119,13 +119,13 @@ class Unequal:
         """
         request, to = self._last
         if request is not None and _evaluates(request):
-            return self._judgements()
+            return self._judgments()
         return secured(request, to, self._arrivals(deadline))
 
     def close(self) -> None:
         """Nothing to do."""
 
-    def _judgements(self) -> Iterator[Arrival]:
+    def _judgments(self) -> Iterator[Arrival]:
         while self._judged:
             request, name = self._judged.popleft()
             done = work(self._method, request, self.memory[name], self._sites[name], self._policies.get(name))

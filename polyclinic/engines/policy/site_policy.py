@@ -192,7 +192,7 @@ def _sentence(error: Any) -> str:
 
 @dataclass(frozen=True)
 class Enforced:
-    """A policy, at work on one study at one site. It is a ``core.execute.Policy``.
+    """A policy, at work on one study at one site. It is a ``core.execution.Policy``.
 
     Attributes:
         sent: Bytes that left in this round before this message.

@@ -150,7 +150,7 @@ class DataInfo(_Line):
     """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
 
     title: str = ""
-    licence: str = ""
+    license: str = ""
     citation: str = ""
     url: str = ""
     notes: tuple[str, ...] = ()

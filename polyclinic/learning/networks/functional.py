@@ -35,7 +35,7 @@ def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Te
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """Within it, batch normalisation uses its batches but does not remember them: running statistics stand still."""
+    """Within it, batch normalization uses its batches but does not remember them: running statistics stand still."""
     layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     before = [layer.momentum for layer in layers]
     for layer in layers:

@@ -1,7 +1,7 @@
 """A network whose inputs pass through another module first, and whose tensors keep their names.
 
-Harmonisation is part of the model: whatever prepares an image at training prepares it at prediction, wherever the
-model goes. So a method that harmonises replaces its task's network by a fronted one and says that it predicts with it.
+Harmonization is part of the model: whatever prepares an image at training prepares it at prediction, wherever the
+model goes. So a method that harmonizes replaces its task's network by a fronted one and says that it predicts with it.
 """
 
 from collections.abc import Callable

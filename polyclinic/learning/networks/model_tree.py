@@ -1,7 +1,7 @@
 """Models as trees: which of a network's tensors are learned, which are statistics, which are counters.
 
 Networks hold more than what may be averaged. DenseNet-121 has 121 integer counters; DynUNet lists nearly every
-tensor twice; ``resnet18(norm="group")`` keeps 19 batch normalisations. ``inspect`` finds such things and says so,
+tensor twice; ``resnet18(norm="group")`` keeps 19 batch normalizations. ``inspect`` finds such things and says so,
 and everything else in Polyclinic sees a model only through ``params_of`` and ``load``.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
 
-NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -26,8 +26,8 @@ class Inspection:
         statistics: Floating-point state that no optimizer changes, such as running means.
         counters: Integer state, which is never sent or averaged.
         aliases: Second names of tensors that have another name already.
-        normalisation: The tensors, trainable or not, of normalisation layers, found by module type.
-        running: Those that are running statistics of batch normalisation.
+        normalization: The tensors, trainable or not, of normalization layers, found by module type.
+        running: Those that are running statistics of batch normalization.
         warnings: What a person should know, in sentences.
     """
 
@@ -35,7 +35,7 @@ class Inspection:
     statistics: tuple[str, ...]
     counters: tuple[str, ...]
     aliases: tuple[str, ...]
-    normalisation: frozenset[str]
+    normalization: frozenset[str]
     running: frozenset[str]
     warnings: tuple[str, ...]
 
@@ -57,7 +57,7 @@ def inspect(model: nn.Module) -> Inspection:
         kinds[kind].append(name)
     inside, running, warnings = set[str](), set[str](), list[str]()
     for prefix, module in model.named_modules():
-        if isinstance(module, NORMALISATIONS):
+        if isinstance(module, NORMALIZATIONS):
             inside |= {f"{prefix}.{name}" for name in module.state_dict()}
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             running |= {f"{prefix}.running_mean", f"{prefix}.running_var"}
@@ -65,7 +65,7 @@ def inspect(model: nn.Module) -> Inspection:
                 warnings.append(f"{prefix} averages its statistics by counting batches; counters stay at the site")
     if batch := sum(isinstance(m, BATCH_NORMS) for m in model.modules()):
         warnings.append(
-            f"{batch} batch normalisations: their statistics are averaged with the weights unless a method keeps "
+            f"{batch} batch normalizations: their statistics are averaged with the weights unless a method keeps "
             "them at the sites (fedbn, silobn), and differentially private training refuses them"
         )
     if kinds["aliases"]:
@@ -75,7 +75,7 @@ def inspect(model: nn.Module) -> Inspection:
         statistics=tuple(kinds["statistics"]),
         counters=tuple(kinds["counters"]),
         aliases=tuple(kinds["aliases"]),
-        normalisation=frozenset(inside),
+        normalization=frozenset(inside),
         running=frozenset(running),
         warnings=tuple(warnings),
     )

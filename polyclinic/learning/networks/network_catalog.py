@@ -78,8 +78,8 @@ class Classifier(nn.Module):
         return prediction
 
 
-def normalise(kind: str, channels: int, dims: int) -> nn.Module:
-    """A normalisation layer over ``channels``: ``batch``, ``group``, ``instance`` or ``none``."""
+def normalize(kind: str, channels: int, dims: int) -> nn.Module:
+    """A normalization layer over ``channels``: ``batch``, ``group``, ``instance`` or ``none``."""
     match kind:
         case "batch":
             return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels)
@@ -89,7 +89,7 @@ def normalise(kind: str, channels: int, dims: int) -> nn.Module:
             return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1](channels, affine=True)
         case "none":
             return nn.Identity()
-    raise ConfigError(f"no normalisation is called {kind!r} here; there are batch, group, instance (images only), none")
+    raise ConfigError(f"no normalization is called {kind!r} here; there are batch, group, instance (images only), none")
 
 
 def mlp(
@@ -101,7 +101,7 @@ def mlp(
     for side in inputs:
         size *= side
     for _ in range(depth):
-        layers += [nn.Linear(size, width), normalise(norm, width, 0), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(size, width), normalize(norm, width, 0), nn.ReLU(), nn.Dropout(dropout)]
         size = width
     return Classifier(nn.Sequential(*layers), size, outputs)
 
@@ -109,7 +109,7 @@ def mlp(
 def cnn(
     inputs: tuple[int, ...], outputs: int, width: int = 16, depth: int = 3, norm: str = "batch", dropout: float = 0.0
 ) -> nn.Module:
-    """Convolution, normalisation, ReLU and pooling, ``depth`` times at doubling width, then a global mean."""
+    """Convolution, normalization, ReLU and pooling, ``depth`` times at doubling width, then a global mean."""
     channels, dims = inputs[0], len(inputs) - 1
     if dims not in (2, 3):
         raise ConfigError(f"a cnn needs images or volumes, not inputs of shape {inputs}")
@@ -121,7 +121,7 @@ def cnn(
     layers: list[nn.Module] = []
     for level in range(depth):
         wide = width * 2**level
-        layers += [conv(channels, wide, 3, padding=1, bias=norm == "none"), normalise(norm, wide, dims), nn.ReLU()]
+        layers += [conv(channels, wide, 3, padding=1, bias=norm == "none"), normalize(norm, wide, dims), nn.ReLU()]
         layers += [pool(2)] if level < depth - 1 else [mean(1)]
         channels = wide
     return Classifier(nn.Sequential(*layers, nn.Flatten(), nn.Dropout(dropout)), channels, outputs)
@@ -221,14 +221,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "unet": Architecture(
         _unet,
         ("final_conv.",),
-        "U-Net with instance normalisation (MONAI BasicUNet)",
+        "U-Net with instance normalization (MONAI BasicUNet)",
         encoder=("conv_0.", "down_"),
         options={"width": 16, "norm": "instance", "dropout": 0.0},
     ),
     "segresnet": Architecture(
         _monai("SegResNet"),
         ("conv_final.",),
-        "SegResNet (Myronenko 2018), group normalisation",
+        "SegResNet (Myronenko 2018), group normalization",
         encoder=("convInit.", "down_layers."),
         options={"init_filters": 8},
     ),

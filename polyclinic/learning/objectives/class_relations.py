@@ -50,7 +50,7 @@ def reliable(logits: Tensor, passes: Tensor, confidence: float, entropy: float) 
 
 
 def relation_of(task: Task, params: Tree, data: Any, temperature: float, device: str = "cpu") -> ElementwiseMean:
-    """The relation matrix on labelled ``data``, to be merged with other sites': a row counts where its class is."""
+    """The relation matrix on labeled ``data``, to be merged with other sites': a row counts where its class is."""
     classes = task.network.outputs
     logits, targets = answers(task, params, data, device)
     of = F.one_hot(targets, classes).float()

@@ -1,4 +1,4 @@
-"""Masked image modelling: a network learns to say what was hidden.
+"""Masked image modeling: a network learns to say what was hidden.
 
 He, Chen, Xie, Li, Dollár and Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022,
 https://arxiv.org/abs/2111.06377, for vision transformers, which see the visible patches only; Xie et al., "SimMIM: a
@@ -50,7 +50,7 @@ class Filler(nn.Module):
 class Masked:
     """A network that learns to say what was hidden from it.
 
-    What it says: a transformer, each hidden patch's pixels, normalised; a U-Net, hidden pixels; a network that ends
+    What it says: a transformer, each hidden patch's pixels, normalized; a U-Net, hidden pixels; a network that ends
     in a vector, the mean intensity of hidden cells; one for tables, hidden columns. What is hidden is drawn from
     PyTorch's own dice, as dropout is, which a training seeds.
 

@@ -35,13 +35,13 @@ class Translator:
     """Builds x ↦ x + f(x), f three convolutions that begin at 0. As a front it is fixed: nothing trains it there.
 
     Attributes:
-        standardise: Whether each image is first given mean 0 and deviation 1 in each channel, which takes its style.
+        standardize: Whether each image is first given mean 0 and deviation 1 in each channel, which takes its style.
         fixed: Whether its parameters are kept from training.
     """
 
     inputs: tuple[int, ...]
     width: int = 16
-    standardise: bool = False
+    standardize: bool = False
     fixed: bool = True
 
     def __call__(self) -> nn.Module:
@@ -52,7 +52,7 @@ class Translator:
 class _Translated(nn.Module):
     def __init__(self, build: Translator) -> None:
         super().__init__()
-        self.standardise = build.standardise
+        self.standardize = build.standardize
         conv, channels, width = _conv(build.inputs), build.inputs[0], build.width
         self.layers = nn.Sequential(
             conv(channels, width, 3, padding=1),
@@ -67,12 +67,12 @@ class _Translated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, C, *spatial] to the same."""
-        x = standardised(x) if self.standardise else x
+        x = standardized(x) if self.standardize else x
         found: Tensor = x + self.layers(x)
         return found
 
 
-def standardised(x: Tensor) -> Tensor:
+def standardized(x: Tensor) -> Tensor:
     """Each image with mean 0 and deviation 1 in each channel; constant channels are 0. [b, C, *spatial]"""
     axes = tuple(range(2, x.ndim))
     return (x - x.mean(axes, keepdim=True)) / x.std(axes, keepdim=True).clamp_min(1e-6)
@@ -186,7 +186,7 @@ class Stain:
 
     def model(self) -> nn.ModuleDict:
         """A new module."""
-        made = Translator(self.inputs, self.width, standardise=True, fixed=False)()
+        made = Translator(self.inputs, self.width, standardize=True, fixed=False)()
         return nn.ModuleDict({"made": made, "judge": critic(self.inputs, self.width)})
 
     def first(self, seed: int = 0) -> Tree:
@@ -202,7 +202,7 @@ class Stain:
     def restyle(self, model: nn.ModuleDict, own: Tensor) -> Tensor:
         """The generator's loss: pass at the critic, and change nothing but mean and deviation of each channel."""
         made = model["made"](own)
-        change = (standardised(made) - standardised(own)).abs().mean()
+        change = (standardized(made) - standardized(own)).abs().mean()
         loss: Tensor = pass_for_real(model["judge"](made)) + self.structure * change
         return loss
 

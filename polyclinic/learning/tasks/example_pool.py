@@ -1,7 +1,7 @@
 """A site's examples taken together, and without their targets.
 
-Data whose targets must not be used stand under the role ``"unlabelled"``; a site without labels has an empty
-``"train"``. What these functions return yields no target of an unlabelled example, whatever its source holds.
+Data whose targets must not be used stand under the role ``"unlabeled"``; a site without labels has an empty
+``"train"``. What these functions return yields no target of an unlabeled example, whatever its source holds.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -60,14 +60,14 @@ def size(data: Mapping[str, Any], role: str) -> int:
     return len(data.get(role, ()))
 
 
-def unlabelled(data: Mapping[str, Any]) -> Untargeted:
+def unlabeled(data: Mapping[str, Any]) -> Untargeted:
     """The examples whose targets must not be used. Their targets are not there."""
-    return Untargeted(data.get("unlabelled", ()))
+    return Untargeted(data.get("unlabeled", ()))
 
 
 def all_inputs(data: Mapping[str, Any]) -> Chained:
-    """Every input that a site may learn from, labelled or not, without targets."""
-    return Chained(tuple(data[role] for role in ("train", "unlabelled") if size(data, role)))
+    """Every input that a site may learn from, labeled or not, without targets."""
+    return Chained(tuple(data[role] for role in ("train", "unlabeled") if size(data, role)))
 
 
 def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
@@ -106,20 +106,20 @@ def fit_both(
     wait: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Tree, int, int]:
-    """``LocalTraining.fit`` on labelled and unlabelled examples side by side; on either alone, where a site has no
+    """``LocalTraining.fit`` on labeled and unlabeled examples side by side; on either alone, where a site has no
     other.
 
     Args:
-        known: The loss of a labelled minibatch.
-        alone: The loss of unlabelled inputs. Where there are labels too, each step adds it for another minibatch.
-        wait: Whether unlabelled examples are not used yet.
-        after_step: As in ``LocalTraining.fit``, where unlabelled examples are used.
+        known: The loss of a labeled minibatch.
+        alone: The loss of unlabeled inputs. Where there are labels too, each step adds it for another minibatch.
+        wait: Whether unlabeled examples are not used yet.
+        after_step: As in ``LocalTraining.fit``, where unlabeled examples are used.
 
     Returns:
-        The parameters at the end, and how many labelled and unlabelled examples they were learned from.
+        The parameters at the end, and how many labeled and unlabeled examples they were learned from.
     """
-    labels, free = size(site.data, "train"), 0 if wait else size(site.data, "unlabelled")
-    stream = endless(local, unlabelled(site.data), site.rng(round, "unlabelled"), site.device)
+    labels, free = size(site.data, "train"), 0 if wait else size(site.data, "unlabeled")
+    stream = endless(local, unlabeled(site.data), site.rng(round, "unlabeled"), site.device)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         if not labels:
@@ -127,6 +127,6 @@ def fit_both(
         value = known(model, batch)
         return value + alone(model, next(stream)[0]) if free else value
 
-    data = site.data["train"] if labels else unlabelled(site.data) if free else ()
+    data = site.data["train"] if labels else unlabeled(site.data) if free else ()
     end = local.fit(task, start, site, round, data=data, loss=loss, after_step=after_step if free else None)
     return end, labels, free

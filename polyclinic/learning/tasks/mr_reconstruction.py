@@ -83,21 +83,21 @@ def similarity(image: Tensor, truth: Tensor, peak: Tensor, width: int = 7) -> Te
     return each
 
 
-def columns(width: int, acceleration: float, centre: float, rng: torch.Generator) -> Tensor:
+def columns(width: int, acceleration: float, center: float, rng: torch.Generator) -> Tensor:
     """Which columns of k-space are measured: bool [width], frequency 0 first.
 
-    A share ``centre`` around frequency 0 always is; of the others as many at random as make 1/``acceleration`` of all.
+    A share ``center`` around frequency 0 always is; of the others as many at random as make 1/``acceleration`` of all.
 
     Raises:
         ValueError: Where that is impossible.
     """
-    if not acceleration >= 1 or not 0 < centre <= 1:
+    if not acceleration >= 1 or not 0 < center <= 1:
         raise ConfigError(
-            f"acceleration must be at least 1 and centre within (0, 1], not {acceleration:g} and {centre:g}"
+            f"acceleration must be at least 1 and center within (0, 1], not {acceleration:g} and {center:g}"
         )
     k = torch.arange(width)
     near = torch.minimum(k, width - k)
-    measured = near <= max(0, (round(centre * width) - 1) // 2)
+    measured = near <= max(0, (round(center * width) - 1) // 2)
     rest = (~measured).nonzero().flatten()
     more = max(0, math.floor(width / acceleration) - int(measured.sum()))
     measured[rest[torch.randperm(len(rest), generator=rng)[:more]]] = True

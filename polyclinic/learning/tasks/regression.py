@@ -15,25 +15,25 @@ class Regression(Task):
     """Numbers. Targets are float [b, outputs], in the unit in which errors are reported.
 
     Attributes:
-        centre: What the network's 0 stands for, and ``spread`` its 1, so that it learns in its natural range.
+        center: What the network's 0 stands for, and ``spread`` its 1, so that it learns in its natural range.
     """
 
-    centre: float = 0.0
+    center: float = 0.0
     spread: float = 1.0
 
     kind: ClassVar[str] = "regression"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Smooth L1, in units of ``spread``."""
-        return F.smooth_l1_loss(model(batch[0]), (batch[1] - self.centre) / self.spread)
+        return F.smooth_l1_loss(model(batch[0]), (batch[1] - self.center) / self.spread)
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
         """``score`` [b, outputs] and ``target`` [b, outputs], both in the unit of the targets."""
-        return {"score": model(batch[0]).float() * self.spread + self.centre, "target": batch[1]}
+        return {"score": model(batch[0]).float() * self.spread + self.center, "target": batch[1]}
 
     def guess(self, score: Tensor) -> float:
-        """The centre."""
-        return self.centre
+        """The center."""
+        return self.center
 
     def summary(self, outputs: Tree) -> dict[str, float]:
         """Mean absolute error, root mean square error, and R² where the targets differ."""

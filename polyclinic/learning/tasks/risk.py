@@ -39,7 +39,7 @@ def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", 
 def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = "train") -> Tree:
     """∇F_k(w): the gradient of the loss averaged over all of a site's examples, by trained leaf.
 
-    Batch normalisation, where a model has it, sees up to 256 examples together.
+    Batch normalization, where a model has it, sees up to 256 examples together.
     """
     data, model = site.data[role], cached_model(task, params, site.device)
     total: dict[str, torch.Tensor] = {}

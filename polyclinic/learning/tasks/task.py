@@ -77,19 +77,19 @@ def cached_model(task: Any, params: Tree, device: str = "cpu", slot: str = "") -
 
 
 @dataclass(frozen=True)
-class InNormalisation:
-    """Whether a tensor lies in a normalisation layer of the task's model. Found by module type, not by name."""
+class InNormalization:
+    """Whether a tensor lies in a normalization layer of the task's model. Found by module type, not by name."""
 
     task: Task
 
     def __call__(self, name: str) -> bool:
         """Whether ``name`` does."""
-        return name in _inspected(self.task).normalisation
+        return name in _inspected(self.task).normalization
 
 
 @dataclass(frozen=True)
 class InRunningStatistics:
-    """Whether a tensor is a running statistic of batch normalisation."""
+    """Whether a tensor is a running statistic of batch normalization."""
 
     task: Task
 

@@ -92,7 +92,7 @@ class DPSGD(LocalTraining):
         if problems := [*problems, *([] if members else ["DPSGD: there is no one to train on at this site"])]:
             raise ConfigError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (trainable is None or trainable(n))}
-        optimiser, rng = self._optimiser(list(named.values()), self.rate(round)), site.secret_rng()
+        optimizer, rng = self._optimizer(list(named.values()), self.rate(round)), site.secret_rng()
         spend, secret = self.spend(data), rng.entropy(16)
         expected, deviation = spend.rate * len(members), self.noise * self.bound
         origin = {name: leaf.to(site.device) for name, leaf in start.items()} if self.penalty else start
@@ -118,7 +118,7 @@ class DPSGD(LocalTraining):
                     gradient = {n: g if (own := named[n].grad) is None else g + own for n, g in gradient.items()}
                 for n, p in named.items():
                     p.grad = gradient_hook(n, gradient[n]) if gradient_hook else gradient[n]
-                optimiser.step()
+                optimizer.step()
                 if after_step:
                     after_step(model)
         meter(spend)
@@ -134,7 +134,7 @@ class DPSGD(LocalTraining):
             )
         if any(isinstance(m, BATCH_NORMS) for m in model.modules()):
             found.append(
-                "DPSGD: this network has batch normalisation, which mixes patients, so that no one's part can "
+                "DPSGD: this network has batch normalization, which mixes patients, so that no one's part can "
                 'be bounded: build it with the option norm = "group" or "instance"'
             )
         if getattr(task, "class_weights", None) is not None:

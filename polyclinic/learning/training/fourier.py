@@ -4,7 +4,7 @@ Oppenheim and Lim, "The importance of phase in signals", Proceedings of the IEEE
 Fourier Domain Adaptation for Semantic Segmentation", CVPR 2020, https://arxiv.org/abs/2004.05498, use it to exchange
 styles. Everything here works on any number of spatial axes, after the first two: [b, C, *spatial].
 
-The low frequencies are a window of a given ``fraction`` of every axis, centred on frequency 0: those k with
+The low frequencies are a window of a given ``fraction`` of every axis, centered on frequency 0: those k with
 |k| ≤ ⌈fraction · n / 2⌉. So 1 is the whole spectrum, 0 the mean alone, and anything between more than the mean. Papers
 give a half-width L as a share of the shorter side; the fraction here is 2L. The window holds -k wherever it holds k,
 so that images stay real.
@@ -79,7 +79,7 @@ def _window(amplitude: Tensor, fraction: float) -> Any:
 
 
 @dataclass(frozen=True)
-class AmplitudeNormaliser:
+class AmplitudeNormalizer:
     """Builds the front that gives every image the same low-frequency amplitude.
 
     Attributes:
@@ -97,15 +97,15 @@ class AmplitudeNormaliser:
 
     def __call__(self) -> nn.Module:
         """The front."""
-        return _Normalised(self)
+        return _Normalized(self)
 
 
-class _Normalised(nn.Module):
+class _Normalized(nn.Module):
     """Gives every image the amplitude that it holds; while that is all 0, images pass as they are."""
 
     amplitude: Tensor
 
-    def __init__(self, build: AmplitudeNormaliser) -> None:
+    def __init__(self, build: AmplitudeNormalizer) -> None:
         super().__init__()
         self.fraction = build.fraction
         window = [len(k) for k in low_frequencies(build.inputs[1:], build.fraction)]

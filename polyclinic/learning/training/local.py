@@ -19,7 +19,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.tasks.task import Batch, cached_model
-from polyclinic.learning.training.optimizers import SGD, Adam, Optimiser
+from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 Penalty: TypeAlias = Callable[[nn.Module, Tree], Tensor]
@@ -41,7 +41,7 @@ class LocalTraining:
     Attributes:
         epochs: Passes over the site's data. ``steps``, where given, counts optimizer steps instead.
         batch_size: Examples in a minibatch; the last of an epoch may be smaller, and is left out where it would hold
-            one example only (batch normalisation cannot use it), unless the site has no other.
+            one example only (batch normalization cannot use it), unless the site has no other.
         optimizer: ``sgd``, ``adam`` or ``adamw``. Its memory begins anew every round.
         lr: Learning rate. ``decay``: what it is multiplied with after every round.
         warmup_rounds: Over how many rounds the learning rate rises to ``lr``.
@@ -136,10 +136,10 @@ class LocalTraining:
             if p.requires_grad and (trainable is None or trainable(name))
         ]
         parameters = [p for _, p in named]
-        optimiser = self._optimiser(parameters, self.rate(round))
+        optimizer = self._optimizer(parameters, self.rate(round))
 
         def step(loss: Tensor) -> None:
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if gradient_hook:
                 for name, p in named:
@@ -147,7 +147,7 @@ class LocalTraining:
                         p.grad = gradient_hook(name, p.grad)
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-            optimiser.step()
+            optimizer.step()
 
         return step
 
@@ -173,7 +173,7 @@ class LocalTraining:
         batches = -(-examples // self.batch_size)
         return batches - 1 if batches > 1 and examples % self.batch_size == 1 else batches
 
-    def _optimiser(self, parameters: Sequence[Tensor], lr: float) -> Optimiser:
+    def _optimizer(self, parameters: Sequence[Tensor], lr: float) -> Optimizer:
         match self.optimizer:
             case "sgd":
                 return SGD(parameters, lr, self.momentum, self.weight_decay)

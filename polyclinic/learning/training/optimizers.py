@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 
 
 @dataclass
-class Optimiser(ABC):
+class Optimizer(ABC):
     """Steps its parameters down their gradients."""
 
     parameters: Sequence[Tensor]
@@ -37,7 +37,7 @@ class Optimiser(ABC):
 
 
 @dataclass
-class SGD(Optimiser):
+class SGD(Optimizer):
     """Stochastic gradient descent, with momentum."""
 
     momentum: float = 0.0
@@ -65,7 +65,7 @@ class SGD(Optimiser):
 
 
 @dataclass
-class Adam(Optimiser):
+class Adam(Optimizer):
     """Adam (Kingma and Ba, ICLR 2015); AdamW (Loshchilov and Hutter, ICLR 2019) where weight decay is ``apart``."""
 
     weight_decay: float = 0.0

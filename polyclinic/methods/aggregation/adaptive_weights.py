@@ -52,7 +52,7 @@ class AdaptiveWeights(Method[State]):
     """FedAvg in which a site counts by its share of the examples and, λ times that, by its share of the loss.
 
     Attributes:
-        lam: λ, what the loss counts. ``beta``: β, how far it favours the worst.
+        lam: λ, what the loss counts. ``beta``: β, how far it favors the worst.
     """
 
     task: Task

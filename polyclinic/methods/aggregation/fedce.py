@@ -3,7 +3,7 @@
 Meirui Jiang, Holger Roth, Wenqi Li, Dong Yang, Can Zhao, Vishwesh Nath, Daguang Xu, Qi Dou and Ziyue Xu, "Fair
 Federated Medical Image Segmentation via Client Contribution Estimation", CVPR 2023, section 3,
 https://arxiv.org/abs/2303.16520. Details follow NVIDIA's published code: similarities are averaged over the rounds so
-far, both scores are normalised, at least 10⁻³, and multiplied. Departures: the error of the model without a site is its
+far, both scores are normalized, at least 10⁻³, and multiplied. Departures: the error of the model without a site is its
 loss, so that every kind of task has one, on the site's training data; it is told with the next round's update.
 """
 

@@ -20,7 +20,7 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import InNormalisation, Task
+from polyclinic.learning.tasks.task import InNormalization, Task
 from polyclinic.learning.training.fourier import low_frequencies
 from polyclinic.learning.training.local import LocalTraining
 
@@ -38,7 +38,7 @@ class State(NamedTuple):
 class PFA(Method[State]):
     """Each site receives the others' low frequencies and keeps its own high ones, more shared from round to round.
 
-    Normalisation layers never leave a site.
+    Normalization layers never leave a site.
 
     Attributes:
         rounds: T, after which 95 % of each axis of the spectrum is shared.
@@ -60,7 +60,7 @@ class PFA(Method[State]):
         return Request(state.round, {"params": state.params}, per_site=each)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        keep = InNormalisation(self.task)
+        keep = InNormalization(self.task)
         deputy, memory = self.learn({**request.trees["params"], **memory.get("norm", {})}, request.round, memory, site)
         shared = tree.select(deputy, lambda name: not keep(name))
         return Reply({"deputy": PerSiteUniform({site.name: shared})}), {**memory, "norm": tree.select(deputy, keep)}

@@ -112,7 +112,7 @@ class Whole(NamedTuple):
 
 @dataclass(frozen=True)
 class Pretrained(Method[Whole]):
-    """Federated averaging of a network that learns from images alone: all that a site has, labelled or not.
+    """Federated averaging of a network that learns from images alone: all that a site has, labeled or not.
 
     Attributes:
         learner: Builds an ``Extended`` model and says what its loss is; it sees no target.

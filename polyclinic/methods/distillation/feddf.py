@@ -23,7 +23,7 @@ from polyclinic.methods.optimization.fedavg import State
 
 @dataclass(frozen=True)
 class FedDF(Method[State]):
-    """FedAvg whose average then learns to say of public, unlabelled images what all sites' models say on average.
+    """FedAvg whose average then learns to say of public, unlabeled images what all sites' models say on average.
 
     Needs the role ``public`` at the server.
 

@@ -1,7 +1,7 @@
 """FL-MRCM: latent features of the sites with truth, aligned to those of a site without.
 
 Guo, Wang, Zhou, Jiang and Patel, "Multi-institutional Collaborations for Improving Deep Learning-based Magnetic
-Resonance Image Reconstruction Using Federated Learning", CVPR 2021, section 3.3 and Algorithm 2 (cross-site modelling).
+Resonance Image Reconstruction Using Federated Learning", CVPR 2021, section 3.3 and Algorithm 2 (cross-site modeling).
 https://arxiv.org/abs/2103.02148. A round is two messages: the target sends latent features of its inputs, then each
 source trains, with a discriminator of its own that tells its features from the target's. The plain mean, as there;
 features are averaged over space.

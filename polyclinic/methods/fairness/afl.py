@@ -1,7 +1,7 @@
 """Agnostic federated learning: the model that is best for the worst mixture of sites.
 
 Mehryar Mohri, Gary Sivek and Ananda Theertha Suresh, "Agnostic Federated Learning", ICML 2019, equation 4 and
-Algorithm 1 (stochastic AFL), https://arxiv.org/abs/1902.00146; a case of distributionally robust optimisation. Sites
+Algorithm 1 (stochastic AFL), https://arxiv.org/abs/1902.00146; a case of distributionally robust optimization. Sites
 take several local steps instead of one gradient, as Deng, Kamani and Mahdavi do (NeurIPS 2020,
 https://arxiv.org/abs/2102.12660), and all are asked.
 """

@@ -123,7 +123,7 @@ class ComBat:
 
     @property
     def _kept(self) -> list[int]:
-        """Which features are harmonised: all but the covariates."""
+        """Which features are harmonized: all but the covariates."""
         return [v for v in range(torch.Size(self.task.network.inputs).numel()) if v not in self.covariates]
 
     def _table(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ def combat(
     shrink: bool = True,
     uniform: bool = False,
 ) -> Prepared:
-    """FedAvg on features that ComBat harmonised; ``covariates`` are the columns whose effect is kept."""
+    """FedAvg on features that ComBat harmonized; ``covariates`` are the columns whose effect is kept."""
     task = fronted(task, AffineInput(task.network.inputs, covariates))
     return Prepared(
         ComBat(task, sites, covariates, shrink), Personal(FedAvg(task, local, uniform=uniform), in_front), task

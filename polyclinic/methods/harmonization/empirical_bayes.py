@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def offsets(Z: Tensor, shrink: bool = True, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """γ* and δ* of one site's standardised features Z [n, F]: their means and variances, or the posterior's modes.
+    """γ* and δ* of one site's standardized features Z [n, F]: their means and variances, or the posterior's modes.
 
     Priors: γ ~ N(γ̄, τ²), δ ~ inverse gamma(a, b), whose parameters are those of the site's own features.
     """

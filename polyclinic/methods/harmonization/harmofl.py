@@ -1,13 +1,13 @@
 """HarmoFL: one amplitude for all images, and flat minima for all sites.
 
 Jiang, Wang and Dou, "HarmoFL: Harmonizing Local and Global Drifts in Federated Learning on Heterogeneous Medical
-Images", AAAI 2022: amplitude normalisation (equations 3 and 4) and weight perturbation (equation 6).
+Images", AAAI 2022: amplitude normalization (equations 3 and 4) and weight perturbation (equation 6).
 https://arxiv.org/abs/2112.10775.
 
 Departures. Sites find their mean amplitudes in a message of its own before training, so that the first round already
-sees harmonised images; there, they are averaged after it. The running mean begins at the first minibatch and has the
+sees harmonized images; there, they are averaged after it. The running mean begins at the first minibatch and has the
 decay that was meant (the published code rounds it to 0 and so keeps the first minibatch). The window is a share of the
-spectrum; the published code's touches one frequency only. Normalisation layers are the network's own.
+spectrum; the published code's touches one frequency only. Normalization layers are the network's own.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.networks.input_front import fronted, with_front
 from polyclinic.learning.tasks.task import Batch, Task
-from polyclinic.learning.training.fourier import AmplitudeNormaliser, crop, spectrum
+from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
 
 
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
     round: int
     params: Tree
-    harmonised: bool
+    harmonized: bool
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class HarmoFL(Method[State]):
     while training then makes minima wide enough to hold every site's.
 
     Attributes:
-        task: With a network that has an ``AmplitudeNormaliser`` before it.
-        window: The share of the spectrum that is normalised, 1 for all of it; the published code's is one frequency.
+        task: With a network that has an ``AmplitudeNormalizer`` before it.
+        window: The share of the spectrum that is normalized, 1 for all of it; the published code's is one frequency.
         alpha: α, the length of the step to where the gradient is taken; 0.05 in the paper.
         decay: v, the weight of each new minibatch in the running mean of amplitudes; 0.1 in the paper.
         uniform: Whether every site counts the same, as in the paper.
@@ -70,7 +70,7 @@ class HarmoFL(Method[State]):
         return once("amplitude"), Job("train")
 
     def request(self, state: State) -> Request:
-        return Request(state.round, {"params": state.params}, "train" if state.harmonised else "amplitude")
+        return Request(state.round, {"params": state.params}, "train" if state.harmonized else "amplitude")
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         if request.job == "amplitude":
@@ -81,7 +81,7 @@ class HarmoFL(Method[State]):
         return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        if not state.harmonised:
+        if not state.harmonized:
             amplitude = {"amplitude": reply.mean("amplitude").value["low"]}
             return State(0, with_front(self.task, state.params, amplitude), True)
         return State(state.round + 1, reply.mean("update").apply_to(state.params), True)
@@ -121,6 +121,6 @@ def harmofl(
     decay: float = 0.1,
     uniform: bool = True,
 ) -> HarmoFL:
-    """Amplitude normalisation over a ``window`` of the spectrum, 1 for all of it, and training for flat minima."""
-    front = AmplitudeNormaliser(task.network.inputs, window)
+    """Amplitude normalization over a ``window`` of the spectrum, 1 for all of it, and training for flat minima."""
+    front = AmplitudeNormalizer(task.network.inputs, window)
     return HarmoFL(fronted(task, front), window, local, alpha, decay, uniform)

@@ -1,4 +1,4 @@
-"""Histogram matching to a federated reference: every site's grey values get the quantiles of all sites' together.
+"""Histogram matching to a federated reference: every site's gray values get the quantiles of all sites' together.
 
 Nyúl and Udupa, "On standardizing the MR image intensity scale", Magnetic Resonance in Medicine 1999,
 https://doi.org/10.1002/(SICI)1522-2594(199912)42:6<1072::AID-MRM11>3.0.CO;2-M, with quantiles as landmarks, of a

@@ -1,4 +1,4 @@
-"""A front that bends the scale of grey values: piecewise linear and increasing, channel by channel."""
+"""A front that bends the scale of gray values: piecewise linear and increasing, channel by channel."""
 
 from dataclasses import dataclass
 

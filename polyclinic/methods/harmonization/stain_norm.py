@@ -1,12 +1,12 @@
-"""Stain normalisation with one generator and many discriminators.
+"""Stain normalization with one generator and many discriminators.
 
 Ke, Shen and Lu, "Style Normalization in Histology with Federated Learning", ISBI 2021; extended in Shen, Sowmya, Luo,
 Liang, Shen and Ke, "A Federated Learning System for Histopathology Image Analysis With an Orchestral
 Stain-Normalization GAN", IEEE Transactions on Medical Imaging 2023, https://doi.org/10.1109/TMI.2022.3221724.
 
 The papers' bodies were not at hand; this is a reading of their abstracts. A generator is averaged over sites, a
-discriminator stays at each. The generator sees an image without its style (each channel standardised) and must pass
-for the images of every site at once, while keeping the structure. The network then trains on normalised images.
+discriminator stays at each. The generator sees an image without its style (each channel standardized) and must pass
+for the images of every site at once, while keeping the structure. The network then trains on normalized images.
 Self-distillation over time, of the second paper, is left out. The generator's messages precede the first round.
 """
 
@@ -112,5 +112,5 @@ def stain_norm(
     """FedAvg on images that one generator, averaged over sites, gave a common style."""
     images_only(task.network.inputs)
     found = OneStyle(task, exchanges, epochs, lr, structure, width, local.batch_size)
-    task = fronted(task, Translator(task.network.inputs, width, standardise=True))
+    task = fronted(task, Translator(task.network.inputs, width, standardize=True))
     return Prepared(found, FedAvg(task, local, uniform=uniform), task)

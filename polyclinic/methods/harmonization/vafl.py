@@ -6,7 +6,7 @@ Data", IEEE Journal of Biomedical and Health Informatics 2021. https://doi.org/1
 The paper's body was not at hand; this is a reading of its abstract. The site of the lowest complexity makes images with
 a Wasserstein GAN (without PPWGAN-GP's noise) and shares those that are distinct from every real one; every other site
 learns to translate its images into that style with a CycleGAN of its own; FedAvg then trains on translated images.
-Complexity is here the mean variance of a pixel over a site's images, each standardised. All this precedes round 0.
+Complexity is here the mean variance of a pixel over a site's images, each standardized. All this precedes round 0.
 
 Distinct is further from the nearest real image than half of the real ones are from theirs. It guarantees no privacy.
 """
@@ -33,7 +33,7 @@ from polyclinic.learning.objectives.style_translation import (
     Translator,
     images_only,
     in_turn,
-    standardised,
+    standardized,
 )
 from polyclinic.learning.tasks.task import Task, cached_model
 from polyclinic.learning.training.local import LocalTraining
@@ -44,11 +44,11 @@ from polyclinic.methods.personalization.partial_personalization import Personal
 
 @savable("vafl.State", 1)
 class State(NamedTuple):
-    """Each site's complexity, the shared images, and whether all others have learnt to translate."""
+    """Each site's complexity, the shared images, and whether all others have learned to translate."""
 
     complexity: Trees
     images: Tree
-    learnt: bool
+    learned: bool
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ class CommonStyle:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        return once("complexity"), once("synthesise", static=False), once("translate", static=False)
+        return once("complexity"), once("synthesize", static=False), once("translate", static=False)
 
     def request(self, state: State) -> Request | None:
-        if state.learnt:
+        if state.learned:
             return None
         if not state.complexity:
             return Request(0, {}, "complexity")
         target = min(state.complexity, key=lambda name: float(state.complexity[name]["complexity"]))
         if not state.images:
-            return Request(0, {}, "synthesise", recipients=(target,))
+            return Request(0, {}, "synthesize", recipients=(target,))
         return Request(
             0, {"images": state.images}, "translate", recipients=tuple(n for n in state.complexity if n != target)
         )
@@ -92,9 +92,9 @@ class CommonStyle:
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         data, sent = site.data["train"], {}
         if request.job == "complexity":
-            sent = {"complexity": standardised(data[torch.arange(len(data))][0]).var(0).mean()}
-        elif request.job == "synthesise":
-            sent = {"images": self._synthesise(site)}
+            sent = {"complexity": standardized(data[torch.arange(len(data))][0]).var(0).mean()}
+        elif request.job == "synthesize":
+            sent = {"images": self._synthesize(site)}
         else:
             return Reply(), {
                 **memory,
@@ -104,16 +104,16 @@ class CommonStyle:
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.images:
-            return state._replace(learnt=True)
+            return state._replace(learned=True)
         found = reply.gather("found")
         if not state.complexity:
             return state._replace(complexity=found)
-        return state._replace(images=next(iter(found.values())), learnt=len(state.complexity) < 2)
+        return state._replace(images=next(iter(found.values())), learned=len(state.complexity) < 2)
 
     def front(self, state: State) -> Tree:
         return tree.prefixed("front", initial(Translator(self.task.network.inputs, self.width), 0))
 
-    def _synthesise(self, site: Site) -> Tensor:
+    def _synthesize(self, site: Site) -> Tensor:
         """Made images that are distinct from every real one, those first that the critic likes best."""
         gan, rng = Synthesis(self.task.network.inputs, self.width), site.rng(0, "noise")
         model: Any = cached_model(gan, gan.first(), site.device)
@@ -123,7 +123,7 @@ class CommonStyle:
             model,
             self._local,
             site,
-            "synthesise",
+            "synthesize",
             lambda x: gan.judge(model, (x - mean) / std, rng),
             lambda x: gan.please(model, len(x), rng, site.device),
         )

@@ -1,6 +1,6 @@
 """The federated z-score: images and columns of mean 0 and deviation 1, over all sites or within each.
 
-Textbook statistics; sums only. The simplest harmonisation, and the one to beat.
+Textbook statistics; sums only. The simplest harmonization, and the one to beat.
 """
 
 import math
@@ -56,7 +56,7 @@ class ZScore:
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         sums = count_up(site.data["train"], self.task.network.outputs)
-        own = {**memory, "own": self.standardise(sums)} if self.by_site else memory
+        own = {**memory, "own": self.standardize(sums)} if self.by_site else memory
         by_pixel = tree.scale(sums, 1 / math.prod(self.task.network.inputs[1:]))  # in digits that secure sums keep
         return Reply({"sums": WeightedMean(by_pixel, float(len(site.data["train"])))}), own
 
@@ -65,10 +65,10 @@ class ZScore:
         return State({name: leaf.double() * pixels for name, leaf in reply.mean("sums").total.items()})
 
     def front(self, state: State) -> Tree:
-        return self.standardise(state.sums)
+        return self.standardize(state.sums)
 
-    def standardise(self, sums: Tree) -> Tree:
-        """The front x ↦ (x − mean) / deviation; constant channels are only centred. The identity without sums."""
+    def standardize(self, sums: Tree) -> Tree:
+        """The front x ↦ (x − mean) / deviation; constant channels are only centered. The identity without sums."""
         shape = affine_shape(self.task)
         if not sums:
             return {"front.scale": torch.ones(shape), "front.shift": torch.zeros(shape)}

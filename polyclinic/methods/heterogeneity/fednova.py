@@ -53,7 +53,7 @@ class FedNova(FedAvg):
     def __post_init__(self) -> None:
         if self.local.optimizer != "sgd":
             raise ConfigError(
-                f'FedNova normalises the work of SGD: set training.optimizer = "sgd", not {self.local.optimizer}'
+                f'FedNova normalizes the work of SGD: set training.optimizer = "sgd", not {self.local.optimizer}'
             )
         accumulation(1, self.local.momentum, self.mu)
 

@@ -65,15 +65,15 @@ def partial_work(
     late: float = 0.5,
     least: float = 0.1,
     mu: float = 0.01,
-    normalised: bool = False,
+    normalized: bool = False,
     uniform: bool = False,
 ) -> PartialWork:
     """FedProx with late sites that do part of their work.
 
     Args:
         mu: μ of FedProx, which holds sites near where they started.
-        normalised: Whether to average as FedNova does.
+        normalized: Whether to average as FedNova does.
         uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
-    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalised else fedprox(task, local, mu=mu, uniform=uniform)
+    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalized else fedprox(task, local, mu=mu, uniform=uniform)
     return PartialWork(inner, late, least)

@@ -7,7 +7,7 @@ site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per mini
 
 Seconds are given, not measured: a method has no clock, so that a run repeats itself to the bit. Measure them once, as
 the ``seconds`` that a run records divided by its minibatches. How many hours a study would take with such machines is
-what ``engines.unequal`` tells.
+what ``engines.local.virtual_time`` tells.
 """
 
 from collections.abc import Sequence
@@ -99,14 +99,14 @@ def semi_sync(
     *,
     seconds: tuple[float, ...] = (),
     share: float = 1.0,
-    normalised: bool = False,
+    normalized: bool = False,
     uniform: bool = False,
 ) -> SemiSync:
     """Every site trains for the same time, as much as it can.
 
     Args:
         seconds: Seconds per minibatch, one number for each site in the order of their names; 1 for all where empty.
-        normalised: Whether to average as FedNova does, so that fast sites do not count more for their speed.
+        normalized: Whether to average as FedNova does, so that fast sites do not count more for their speed.
         uniform: Whether every site counts the same, instead of in proportion to its examples.
     """
     if seconds and len(seconds) != len(sites):
@@ -116,5 +116,5 @@ def semi_sync(
     if any(not s > 0 for s in seconds):
         raise ConfigError(f"semi-sync: seconds per minibatch must be more than 0, not {min(seconds)}")
     pairs = tuple(zip(sorted(sites), seconds, strict=False))
-    inner = (FedNova if normalised else FedAvg)(task, local, uniform=uniform)
+    inner = (FedNova if normalized else FedAvg)(task, local, uniform=uniform)
     return SemiSync(inner, pairs, share)

@@ -1,7 +1,7 @@
 """Data vectors: sites fine-tune one common model whenever they like, and the server adds up what each learned.
 
 Tian, Xu, Yin, Wang and Yue, arXiv 2408.13038, 2024, https://arxiv.org/abs/2408.13038: a vector is
-τ_j = θ_j − θ_pre, the merged model θ_pre + Σ_j τ_j, after which a restoration realigns batch normalisation. The full
+τ_j = θ_j − θ_pre, the merged model θ_pre + Σ_j τ_j, after which a restoration realigns batch normalization. The full
 text was not at hand; this is our reading of its summary. Added by us: the scale λ, since the sum overshoots where sites
 agree; TIES and lengths by layer as options; restoration by forward passes alone; late sites; and removal.
 
@@ -31,7 +31,7 @@ class State(NamedTuple):
 
     Attributes:
         round: How often it merged. ``base``: θ_pre. ``params``: the merged model.
-        sent: By site, in name order: ``vector.*`` and ``running.*``, its statistics of batch normalisation.
+        sent: By site, in name order: ``vector.*`` and ``running.*``, its statistics of batch normalization.
     """
 
     round: int
@@ -44,8 +44,8 @@ class State(NamedTuple):
 class DataVectors(Method[State]):
     """One message from each site, at any time: what fine-tuning the common model changed. The server merges.
 
-    Where the server holds labelled examples (role ``val``), they decide λ; those or its unlabelled ones (role
-    ``public``) re-estimate batch normalisation. Without either λ is 1/K, and running statistics are the mean of the
+    Where the server holds labeled examples (role ``val``), they decide λ; those or its unlabeled ones (role
+    ``public``) re-estimate batch normalization. Without either λ is 1/K, and running statistics are the mean of the
     sites', which is one round of FedAvg with equal sites. With ``train_async`` sites are merged as they arrive.
 
     Attributes:
@@ -123,9 +123,9 @@ def datavectors(
     """One message from each site, merged. ``scale`` 0: searched where the server can, else that of the mean.
 
     Args:
-        scale: λ; 0: searched where the server holds labelled examples, else that of the mean.
+        scale: λ; 0: searched where the server holds labeled examples, else that of the mean.
         ties: The share of each vector's largest entries that TIES keeps; 0 for the plain sum.
         by_layer: Whether each layer of the sum is made as long as the sites' are on average.
-        tune: Passes over the server's labelled examples at the end, at a tenth of the learning rate.
+        tune: Passes over the server's labeled examples at the end, at a tenth of the learning rate.
     """
     return DataVectors(task, local, Merging(scale or None, ties, by_layer, tune), sites)

@@ -1,6 +1,6 @@
 """Merging of data vectors: the arithmetic, without messages or files.
 
-The sum and the restoration of batch normalisation are those of data vectors (see ``datavectors``). TIES: Yadav, Tam,
+The sum and the restoration of batch normalization are those of data vectors (see ``datavectors``). TIES: Yadav, Tam,
 Choshen, Raffel and Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, Algorithm 1,
 https://arxiv.org/abs/2306.01708. The lengths by layer are ours.
 """
@@ -27,11 +27,11 @@ class Merging:
     """How vectors become one model.
 
     Attributes:
-        scale: λ; searched for on labelled examples where None, or 1 over the number of sites where there are none.
+        scale: λ; searched for on labeled examples where None, or 1 over the number of sites where there are none.
         ties: The share of each vector's largest entries that TIES keeps; 0 for the plain sum.
         by_layer: Whether each layer of the sum is made as long as the sites' are on average, so that layers in which
             sites agree do not outrun those in which they do not. λ then counts from 1.
-        tune: Passes over the labelled examples at the end, at a tenth of the learning rate.
+        tune: Passes over the labeled examples at the end, at a tenth of the learning rate.
     """
 
     scale: float | None = None
@@ -110,7 +110,7 @@ def random_like(vector: Tree, rng: torch.Generator) -> Tree:
 
 
 def restored(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tree:
-    """``params`` whose running statistics of batch normalisation are those of ``data``, by forward passes alone.
+    """``params`` whose running statistics of batch normalization are those of ``data``, by forward passes alone.
 
     Targets are not used and no weight changes. Every statistic is the mean over batches of nearly equal size.
     """
@@ -145,14 +145,14 @@ def loss_on(task: Task, params: Tree, data: Any, device: str = "cpu", size: int 
 
 
 def search(
-    how: Merging, task: Task, base: Tree, vectors: Mapping[str, Tree], labelled: Any, device: str = "cpu"
+    how: Merging, task: Task, base: Tree, vectors: Mapping[str, Tree], labeled: Any, device: str = "cpu"
 ) -> dict[float, float]:
-    """The loss on ``labelled`` by λ, each after restoration on its inputs."""
+    """The loss on ``labeled`` by λ, each after restoration on its inputs."""
     direction = how.direction(vectors)
 
     def loss(scale: float) -> float:
         moved = tree.shift(base, tree.scale(direction, scale))
-        return loss_on(task, restored(task, moved, labelled, device), labelled, device)
+        return loss_on(task, restored(task, moved, labeled, device), labeled, device)
 
     return {scale: loss(scale) for scale in how.scales(len(vectors))}
 
@@ -163,27 +163,27 @@ def merged(
     base: Tree,
     vectors: Mapping[str, Tree],
     local: LocalTraining = LocalTraining(),
-    labelled: Any = None,
-    unlabelled: Any = None,
+    labeled: Any = None,
+    unlabeled: Any = None,
     site: Site = Site("server"),
 ) -> tuple[Tree, float]:
     """θ_pre + λ · direction, restored; and λ. Depends on the set of ``vectors`` and never on their order.
 
     Args:
-        labelled: Decides λ and restores. ``unlabelled``: restores, where it is there.
+        labeled: Decides λ and restores. ``unlabeled``: restores, where it is there.
         site: Where this runs, for ``tune``.
     """
     scale, device = how.scale, site.device
-    if scale is None and labelled is not None:
-        losses = search(how, task, base, vectors, labelled, device)
+    if scale is None and labeled is not None:
+        losses = search(how, task, base, vectors, labeled, device)
         scale = min(losses, key=lambda s: (losses[s], s))
     elif scale is None:
         scale = how.default(len(vectors))
     params = tree.shift(base, tree.scale(how.direction(vectors), scale))  # θ_mix = θ_pre + λ Σ_j τ_j
-    examples = unlabelled if unlabelled is not None else labelled
+    examples = unlabeled if unlabeled is not None else labeled
     if examples is not None:
         params = restored(task, params, examples, device)
-    if how.tune and labelled is not None:
+    if how.tune and labeled is not None:
         gentle = replace(local, epochs=how.tune, steps=None, lr=local.lr / 10)
-        params = gentle.fit(task, params, site, 0, data=labelled)
+        params = gentle.fit(task, params, site, 0, data=labeled)
     return params, scale

@@ -1,4 +1,4 @@
-"""Adaptive optimisers at the server: FedAvgM, FedAdagrad, FedAdam, FedYogi.
+"""Adaptive optimizers at the server: FedAvgM, FedAdagrad, FedAdam, FedYogi.
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar and McMahan, "Adaptive Federated Optimization", ICLR 2021,
 Algorithm 2. https://arxiv.org/abs/2003.00295. FedAvgM: Hsu, Qi and Brown, 2019, https://arxiv.org/abs/1909.06335.

@@ -24,7 +24,7 @@ class FedSGD(FedAvg):
     """Sites send one full-batch gradient; the server takes the step.
 
     Attributes:
-        chunk: How many examples are held at once. The gradient is that of all; batch normalisation, where a model
+        chunk: How many examples are held at once. The gradient is that of all; batch normalization, where a model
             has it, sees chunks.
     """
 

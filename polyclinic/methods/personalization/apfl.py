@@ -2,7 +2,7 @@
 
 Deng, Kamani and Mahdavi, "Adaptive Personalized Federated Learning", 2020, Algorithm 1 and equation 10 for the mixing
 weight. https://arxiv.org/abs/2003.13461. The mixing weight moves once a round, on the first minibatch, as there.
-Running statistics of batch normalisation are not mixed: they are those that the mixture saw.
+Running statistics of batch normalization are not mixed: they are those that the mixture saw.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ class Ditto(Method[Any]):
     """Any method whose ask carries ``params``, and at each site a personal model that is drawn towards them.
 
     What the sites send, and so the global model, is what it would be without. A site that faces malicious others
-    loses at most its neighbours' help, which is why the personal models are robust as well as fair.
+    loses at most its neighbors' help, which is why the personal models are robust as well as fair.
 
     Attributes:
         lam: λ, how strongly the personal model is drawn towards the global one. 0 trains it alone. The paper chooses

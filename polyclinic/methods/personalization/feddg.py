@@ -23,7 +23,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.tasks.task import Batch, Task, represent
-from polyclinic.learning.training.fourier import AmplitudeNormaliser, crop, restyle, spectrum
+from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.boundary_features import boundary_contrast
 
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedDG(Method[State]):
-    """FedAvg whose sites practise on their own images in the styles of the others.
+    """FedAvg whose sites practice on their own images in the styles of the others.
 
     A bank of low-frequency amplitudes is shared once. In every step a site restyles its images with amplitudes from
     the bank, takes a trial step on the real ones, and asks that the result also be right on the restyled ones.
@@ -62,7 +62,7 @@ class FedDG(Method[State]):
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        AmplitudeNormaliser(self.task.network.inputs, self.window)  # refuses tables and impossible windows
+        AmplitudeNormalizer(self.task.network.inputs, self.window)  # refuses tables and impossible windows
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -135,5 +135,5 @@ def feddg(
     temperature: float = 0.05,
     uniform: bool = False,
 ) -> FedDG:
-    """Sites practise in the styles of the others, for a model that serves hospitals not yet seen."""
+    """Sites practice in the styles of the others, for a model that serves hospitals not yet seen."""
     return FedDG(task, local, window, share, step, boundary, temperature, uniform)

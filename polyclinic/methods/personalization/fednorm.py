@@ -1,4 +1,4 @@
-"""FedNorm: one model for several modalities, with normalisation layers for each.
+"""FedNorm: one model for several modalities, with normalization layers for each.
 
 Bernecker, Peters, Schlett, Bamberg, Theis, Rueckert, Weiß and Albarqouni, "FedNorm: Modality-Based Normalization in
 Federated Learning for Multi-Modal Liver Segmentation", 2022. https://arxiv.org/abs/2205.11096.
@@ -20,13 +20,13 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import InNormalisation, Task
+from polyclinic.learning.tasks.task import InNormalization, Task
 from polyclinic.learning.training.local import LocalTraining
 
 
 @savable("fednorm.State", 1)
 class State(NamedTuple):
-    """What all share, and the normalisation layers of each modality."""
+    """What all share, and the normalization layers of each modality."""
 
     round: int
     shared: Tree
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedNorm(Method[State]):
-    """FedAvg whose normalisation layers, weights and statistics alike, are averaged within each modality only.
+    """FedAvg whose normalization layers, weights and statistics alike, are averaged within each modality only.
 
     With one modality it is FedAvg; with one for each site, FedBN.
 
@@ -63,7 +63,7 @@ class FedNorm(Method[State]):
         return tuple(sorted({kind for _, kind in self.modality}))
 
     def init(self, params: Tree) -> State:
-        inside = InNormalisation(self.task)
+        inside = InNormalization(self.task)
         layers = tree.select(params, inside)
         return State(0, tree.select(params, lambda name: not inside(name)), dict.fromkeys(self.modalities, layers))
 
@@ -75,7 +75,7 @@ class FedNorm(Method[State]):
         start = self.site_model(request, memory)
         change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
         weight, mine = 1.0 if self.uniform else float(len(site.data["train"])), dict(self.modality)[site.name]
-        own = tree.scale(tree.select(change, InNormalisation(self.task)), weight)
+        own = tree.scale(tree.select(change, InNormalization(self.task)), weight)
         sums: dict[str, torch.Tensor] = {}
         for kind in self.modalities:
             sums |= tree.prefixed(kind, own if kind == mine else tree.zeros(own))
@@ -97,7 +97,7 @@ class FedNorm(Method[State]):
 def fednorm(
     task: Task, local: LocalTraining, sites: tuple[str, ...], *, modalities: tuple[str, ...] = (), uniform: bool = False
 ) -> FedNorm:
-    """FedAvg with normalisation layers for each modality; ``modalities`` names each site's, in the sites' order.
+    """FedAvg with normalization layers for each modality; ``modalities`` names each site's, in the sites' order.
 
     Args:
         modalities: Each site's modality, in the order of the sites' names; one for all where empty.

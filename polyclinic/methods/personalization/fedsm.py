@@ -3,7 +3,7 @@
 Xu, Li, Guo, Yang, Roth, Hatamizadeh, Zhao, Xu, Huang and Xu, "Closing the Generalization Gap of Cross-Silo Federated
 Medical Image Segmentation", CVPR 2022, Algorithm 1 (FedSM-extra) with SoftPull. https://arxiv.org/abs/2203.10144.
 
-Departures. The selector is a small network of ours instead of VGG-11, without normalisation layers, since a site sees
+Departures. The selector is a small network of ours instead of VGG-11, without normalization layers, since a site sees
 only its own kind of image and they would hide its style. Sites send its full-batch gradient and the server takes the
 Adam step, where the paper averages the moments of the sites' own Adams. Updates are weighed by examples.
 """
@@ -87,7 +87,7 @@ class FedSM(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, _ = FedAvg(self.task, self.local, uniform=self.uniform).site_update(request, memory, site)
         personal = self.local.fit(self.task, request.trees["personal"], site, request.round, slot="personal")
-        start, here = request.trees["selector"], Labelled(site.data["train"], self.sites.index(site.name))
+        start, here = request.trees["selector"], Labeled(site.data["train"], self.sites.index(site.name))
         once = LocalTraining(epochs=1, batch_size=len(here), lr=1.0)  # one full-batch step of gradient descent: w − ∇
         selector = once.fit(self.selecting, start, site, request.round, data=here, slot="selector")
         chosen, own = WeightedMean.of(tree.sub(selector, start)), PerSite({site.name: personal})
@@ -112,7 +112,7 @@ class FedSM(Method[State]):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """A site's inputs with the site itself as the target."""
 
     data: Any

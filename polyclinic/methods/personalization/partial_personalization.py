@@ -1,6 +1,6 @@
-"""Personalisation by keeping part of the model at each site.
+"""Personalization by keeping part of the model at each site.
 
-FedBN: Li, Jiang, Zhang, Kamp and Dou, ICLR 2021, https://arxiv.org/abs/2102.07623, keeps normalisation layers whole;
+FedBN: Li, Jiang, Zhang, Kamp and Dou, ICLR 2021, https://arxiv.org/abs/2102.07623, keeps normalization layers whole;
 SiloBN: Andreux, du Terrail, Beguier and Tramel, DART at MICCAI 2020, https://arxiv.org/abs/2008.07424, their running
 statistics only; FedPer: Arivazhagan et al., 2019, https://arxiv.org/abs/1912.00818, and FLOP: Yang et al., KDD 2021,
 the head; LG-FedAvg: Liang et al., 2020, https://arxiv.org/abs/2001.01523, the representation.
@@ -18,7 +18,7 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import InHead, InNormalisation, InRunningStatistics, Not, Task
+from polyclinic.learning.tasks.task import InHead, InNormalization, InRunningStatistics, Not, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -92,12 +92,12 @@ class Personal(Method[State]):
 
 
 def fedbn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg that keeps its normalisation layers at the sites."""
-    return Personal(FedAvg(task, local, uniform=uniform), InNormalisation(task))
+    """FedAvg that keeps its normalization layers at the sites."""
+    return Personal(FedAvg(task, local, uniform=uniform), InNormalization(task))
 
 
 def silobn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg that keeps the running statistics of batch normalisation at the sites, and shares its weights."""
+    """FedAvg that keeps the running statistics of batch normalization at the sites, and shares its weights."""
     return Personal(FedAvg(task, local, uniform=uniform), InRunningStatistics(task))
 
 

@@ -3,7 +3,7 @@
 T. Dinh, Tran and Nguyen, "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, Algorithm 1,
 https://arxiv.org/abs/2006.08848. A personal model θ takes K steps of ``local``'s optimizer on each minibatch, and
 begins each round at the shared model, as in the published code. β, the server's share of the new mean, is ``lr``. The
-running statistics of batch normalisation that are sent are those of θ.
+running statistics of batch normalization that are sent are those of θ.
 """
 
 from dataclasses import dataclass

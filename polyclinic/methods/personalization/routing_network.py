@@ -23,8 +23,8 @@ class Routed(Composed):
     """Builds the mixture of ``members`` copies of a network that predicts classes.
 
     Where the buffer ``adapt`` is 0, the first member predicts alone. Where it is 1, every batch is adapted to: Adam
-    finds the weights of the members in every layer, and the scales and shifts of normalisation, without any label.
-    Batch normalisation then uses the batch itself where it can.
+    finds the weights of the members in every layer, and the scales and shifts of normalization, without any label.
+    Batch normalization then uses the batch itself where it can.
 
     Attributes:
         steps: Of Adam, for each batch; 10 passes in the published code. ``lr``: its step.
@@ -53,7 +53,7 @@ class _Router(nn.Module):
         self.member = nn.ModuleList([build.network() for _ in range(build.members)])
         self.register_buffer("adapt", torch.zeros(()))
         self._body = [build.network()]  # in a list, so that it is no part of the state
-        self._affine = inspect(self._body[0]).normalisation
+        self._affine = inspect(self._body[0]).normalization
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores [b, C, ...]."""
@@ -82,13 +82,13 @@ class _Router(nn.Module):
             return prediction(functional_call(body, leaves, (inputs,)))
 
         noise = build.noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        optimiser = Adam([*routes.values(), *shifts.values()], build.lr)
+        optimizer = Adam([*routes.values(), *shifts.values()], build.lr)
         for _ in range(build.steps):
             plain, noisy = predict(x).softmax(1), predict(x + noise).softmax(1)
             unsure = -(plain * plain.clamp_min(1e-8).log()).sum(1).mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss = build.entropy * unsure + build.consistency * (plain - noisy).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             return predict(x)

@@ -1,4 +1,4 @@
-"""The robust rules under the names by which a study calls them. The papers are beside the rules, in ``methods.rules``.
+"""The robust rules under the names by which a study calls them. The papers are beside the rules, in ``methods.robust.rules``.
 
 ``over`` names the method whose updates the rule aggregates, with that method's own defaults: a rule is not tied to
 FedAvg. ``bound`` and ``quarantined`` are as in ``Robust``.
@@ -48,7 +48,7 @@ def krum(
     bound: float = 0.0,
     quarantined: tuple[str, ...] = (),
 ) -> Robust:
-    """The one update that lies closest to its neighbours; all else that was learned in the round is lost.
+    """The one update that lies closest to its neighbors; all else that was learned in the round is lost.
 
     Blanchard, El Mhamdi, Guerraoui and Stainer, NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the
     share of sites presumed corrupt; f of n sites need n to be at least 2f + 3.
@@ -71,7 +71,7 @@ def multi_krum(
     bound: float = 0.0,
     quarantined: tuple[str, ...] = (),
 ) -> Robust:
-    """The mean of the updates that lie closest to their neighbours.
+    """The mean of the updates that lie closest to their neighbors.
 
     Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757. ``corrupt`` is the share of sites presumed
     corrupt; f of n sites need n to be at least 2f + 3. ``keep`` is how many updates are averaged, n - f where 0: those
@@ -167,7 +167,7 @@ def geometric_median(
     return _under(GeometricMedian(weighted), task, local, sites, rounds, over, bound, quarantined)
 
 
-def centred_clipping(
+def centered_clipping(
     task: Task,
     local: LocalTraining,
     sites: tuple[str, ...],

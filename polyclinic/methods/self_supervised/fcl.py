@@ -129,7 +129,7 @@ def fcl(
     """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels.
 
     Args:
-        pretrain: The share of them in which images are compared, labelled or not, and no label is read.
+        pretrain: The share of them in which images are compared, labeled or not, and no label is read.
         pretrain_lr: The learning rate in those; 0 for that of training.
         width: How long a projection is.
         temperature: τ of the contrast.

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2109.07504: MoCo, metadata transfer (each site sends the m
 others draw negatives from those Gaussians) and self-adaptive aggregation by representational similarity analysis.
 The paper's exact weights were not at hand. Our reading: a site counts n · ρᵖ, where ρ is the Spearman correlation
 between the dissimilarities of its images before and after its training (Kriegeskorte et al., 2008), so that p = 0 is
-FedAvg and p > 0 favours sites whose training kept the shared geometry. The key encoder begins each round, as the query
+FedAvg and p > 0 favors sites whose training kept the shared geometry. The key encoder begins each round, as the query
 encoder, from the server's model; only the queue lasts.
 """
 
@@ -130,7 +130,7 @@ def fedmoco(
     """Momentum contrast for the first share ``pretrain`` of the rounds, then FedAvg on the labels there are.
 
     Args:
-        pretrain: The share of them in which images are compared, labelled or not, and no label is read.
+        pretrain: The share of them in which images are compared, labeled or not, and no label is read.
         pretrain_lr: The learning rate in those; 0 for that of training.
         width: How long a projection is.
         temperature: τ of the contrast.

@@ -1,4 +1,4 @@
-"""FedCy: sites with labelled videos teach what phases look like; sites without learn from the order of time.
+"""FedCy: sites with labeled videos teach what phases look like; sites without learn from the order of time.
 
 Kassem, Alapatt, Mascagni, Karargyris and Padoy, "Federated Cycling (FedCy): Semi-Supervised Federated Learning of
 Surgical Phases", IEEE TMI 2023, https://arxiv.org/abs/2203.07345. The exact losses were not at hand. Our reading: on
@@ -29,14 +29,14 @@ from polyclinic.methods.semi_supervised.video_cycle import clip, cycle_back
 
 @dataclass(frozen=True)
 class FedCy(FedAvg):
-    """FedAvg over labelled and unlabelled videos, the latter learned from the order of their moments.
+    """FedAvg over labeled and unlabeled videos, the latter learned from the order of their moments.
 
     Attributes:
         contrast: What the supervised contrast counts beside the labels.
         cycle: What cycle consistency counts at a site that has labels too.
         frames: How many frames of each of two videos are compared.
         temperature: τ of both.
-        trust: What an unlabelled frame counts in the average over sites.
+        trust: What an unlabeled frame counts in the average over sites.
     """
 
     contrast: float = 0.1
@@ -52,8 +52,8 @@ class FedCy(FedAvg):
 
         def alone(model: nn.Module, x: Tensor) -> Tensor:
             """Of two clips; the minibatch ``x`` only counts the steps, for its frames are in no order."""
-            one, name = clip(site.data["unlabelled"], self.frames, rng)
-            two, _ = clip(site.data["unlabelled"], self.frames, rng, other_than=name)
+            one, name = clip(site.data["unlabeled"], self.frames, rng)
+            two, _ = clip(site.data["unlabeled"], self.frames, rng, other_than=name)
             seen = torch.cat([one, two]).to(site.device)
             u, v = F.normalize(encoded(self.task, model, seen), dim=1).split([len(one), len(two)])
             return by * (cycle_back(u, v, self.temperature) + cycle_back(v, u, self.temperature)) / 2
@@ -77,5 +77,5 @@ def fedcy(
     lr: float = 1.0,
     uniform: bool = False,
 ) -> FedCy:
-    """Labelled and unlabelled videos together."""
+    """Labeled and unlabeled videos together."""
     return FedCy(task, local, lr, uniform, contrast, cycle, frames, temperature, trust)

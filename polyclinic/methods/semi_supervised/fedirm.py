@@ -3,7 +3,7 @@
 Liu, Yang, Dou and Heng, "Federated Semi-supervised Medical Image Classification via Inter-client Relation Matching",
 MICCAI 2021, https://arxiv.org/abs/2106.08600, equations 2 to 6, with the official settings
 (https://github.com/liuquande/FedIRM). Departures: rows of the relation matrix are averaged over the sites that have the
-class, where the official code lets a missing class count as a uniform row; a labelled site's matrix comes from one pass
+class, where the official code lets a missing class count as a uniform row; a labeled site's matrix comes from one pass
 with the trained model instead of from its minibatches; a site with both kinds of data learns from both; the largest
 entropy is a share of ln C, because the paper's 2.0 lies above ln 5 and so excluded nothing.
 """
@@ -32,7 +32,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("fedirm.State", 1)
 class State(NamedTuple):
-    """The model, and the relation matrix [C, C] of the labelled sites."""
+    """The model, and the relation matrix [C, C] of the labeled sites."""
 
     round: int
     params: Tree
@@ -41,14 +41,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedIRM(Method[State]):
-    """Labelled sites train and say how classes relate; sites without labels keep to that while they teach themselves.
+    """Labeled sites train and say how classes relate; sites without labels keep to that while they teach themselves.
 
-    An unlabelled image is seen twice: what the model says of one view follows its own slow average's word on the
-    other, and the classes of its confident predictions must relate as they do at the labelled sites. Sites count the
+    An unlabeled image is seen twice: what the model says of one view follows its own slow average's word on the
+    other, and the classes of its confident predictions must relate as they do at the labeled sites. Sites count the
     same, as in the paper; during the warm-up, those without labels do not count.
 
     Attributes:
-        warmup: Rounds in which unlabelled images wait; 20 of 200 in the paper. At least 1, for the first matrix.
+        warmup: Rounds in which unlabeled images wait; 20 of 200 in the paper. At least 1, for the first matrix.
         consistency: What both unsupervised losses count when grown, 15; ``growth``: rounds until then, 30.
         keep: How slowly the average moves; 0.99.
         confidence: The least probability of a pseudo-label; 0.3. ``entropy``: its largest entropy, as a share of ln C,
@@ -108,7 +108,7 @@ class FedIRM(Method[State]):
         return State(state.round + 1, params, {"matrix": fresh})
 
     def alone(self, model: nn.Module, teacher: nn.Module, x: Tensor, shared: Tensor, rng: torch.Generator) -> Tensor:
-        """What an unlabelled minibatch ``x`` costs: inconsistency with the teacher, and mismatch of relations."""
+        """What an unlabeled minibatch ``x`` costs: inconsistency with the teacher, and mismatch of relations."""
         one, other = WEAK.view(x, rng), WEAK.view(x, rng)
         logits = model(one)
         with torch.no_grad():
@@ -135,7 +135,7 @@ def fedirm(
     """Sites without labels match how classes relate elsewhere. ``warmup`` and ``growth`` are shares of the rounds.
 
     Args:
-        warmup: The share of them in which unlabelled images wait; 0.1 in the paper.
+        warmup: The share of them in which unlabeled images wait; 0.1 in the paper.
         growth: The share of the rounds after which they are; 0.15.
         passes: How many forward passes with dropout its mean is taken of; 10.
     """

@@ -4,7 +4,7 @@ Wicaksana, Yan, Zhang, Huang, Wu, Yang and Cheng, "FedMix: Mixed Supervised Fede
 Segmentation", IEEE TMI 42(7):1955, 2023, https://arxiv.org/abs/2205.01840, with the official settings
 (https://github.com/Jwicaksana/FedMix). A round takes two messages, so that the server sees sums alone: sites first say
 what they used and lost, then send their change with the weight that follows from everybody's. Departures: pseudo-masks
-are not refined further; empty ones are used only where an image is labelled as empty; sites predict with the first
+are not refined further; empty ones are used only where an image is labeled as empty; sites predict with the first
 network.
 """
 
@@ -20,7 +20,7 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.example_pool import endless, size, unlabelled
+from polyclinic.learning.tasks.example_pool import endless, size, unlabeled
 from polyclinic.learning.tasks.task import Batch, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.semi_supervised.mixed_annotations import ROLES, MixedSegmentation, Tally
@@ -101,7 +101,7 @@ class FedMix(Method[State]):
     def _trained(self, start: Tree, site: Site, round: int, tally: Tally) -> Tree:
         """Both networks after training on all that the site has, as long as its largest role takes."""
         roles = sorted((role for role in ROLES if size(site.data, role)), key=lambda role: -size(site.data, role))
-        held = {role: unlabelled(site.data) if role == "unlabelled" else site.data[role] for role in roles}
+        held = {role: unlabeled(site.data) if role == "unlabeled" else site.data[role] for role in roles}
         streams = {role: endless(self.local, held[role], site.rng(round, role), site.device) for role in roles[1:]}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:

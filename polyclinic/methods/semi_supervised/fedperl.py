@@ -3,7 +3,7 @@
 Bdair, Navab and Albarqouni, "FedPerl: Semi-Supervised Peer Learning for Skin Lesion Classification", MICCAI 2021,
 https://arxiv.org/abs/2103.03703, equations 2 to 6, with the official settings (https://github.com/tbdair/FedPerlV1.0):
 a site's descriptor is the mean and standard deviation of each weight tensor; its T peers are those most similar by
-cosine; it receives the average of their models, never one of them (peer anonymisation). Sites count by their images.
+cosine; it receives the average of their models, never one of them (peer anonymization). Sites count by their images.
 """
 
 import math
@@ -75,7 +75,7 @@ class FedPerl(Method[State]):
 
     Attributes:
         peers: T, how many models are averaged into one peer; 2.
-        warmup: Rounds before unlabelled images and peers are used; 10 of 200 in the paper.
+        warmup: Rounds before unlabeled images and peers are used; 10 of 200 in the paper.
         threshold: The least probability of a pseudo-label; 0.6.
         trust: β, what the loss on pseudo-labels counts; 0.5. ``agreement``: what the distance to the peer's; 0.01.
     """
@@ -150,6 +150,6 @@ def fedperl(
     """Peers help to pseudo-label, after the share ``warmup`` of the rounds.
 
     Args:
-        warmup: The share of the rounds before unlabelled images and peers are used; 0.05 in the paper.
+        warmup: The share of the rounds before unlabeled images and peers are used; 0.05 in the paper.
     """
     return FedPerl(task, local, peers, math.ceil(warmup * rounds), threshold, trust, agreement)

@@ -3,9 +3,9 @@
 Yang, Xu, Li, Myronenko, Roth, Harmon, Xu, Turkbey, Turkbey, Wang, Zhu, Carrafiello, Patella, Cariati, Obinata, Mori,
 Tamura, An, Wood and Xu, "Federated semi-supervised learning for COVID region segmentation in chest CT using
 multi-national data from China, Italy, Japan", Medical Image Analysis 70:101992, 2021,
-https://arxiv.org/abs/2011.11750. The exact formulas were not at hand. Our reading: after a warm-up on labelled sites,
-each image is pseudo-labelled from a weak view by the model being trained, a strong view is learned from it where the
-model is sure enough, and unlabelled images count less in the average. Pseudo-labels enter by cross-entropy, labels by
+https://arxiv.org/abs/2011.11750. The exact formulas were not at hand. Our reading: after a warm-up on labeled sites,
+each image is pseudo-labeled from a weak view by the model being trained, a strong view is learned from it where the
+model is sure enough, and unlabeled images count less in the average. Pseudo-labels enter by cross-entropy, labels by
 the task's own loss (Dice and cross-entropy for segmentation). A site with both kinds of data learns from both.
 """
 
@@ -32,9 +32,9 @@ class FedSemi(FedAvg):
     """FedAvg in which sites without labels learn from the model's own sure predictions, once it can be trusted.
 
     Attributes:
-        warmup: Rounds in which unlabelled images wait.
+        warmup: Rounds in which unlabeled images wait.
         threshold: The least probability of a pseudo-label.
-        trust: What an unlabelled image counts, in a site's loss beside its labels and in the average over sites.
+        trust: What an unlabeled image counts, in a site's loss beside its labels and in the average over sites.
     """
 
     warmup: int = 1
@@ -43,13 +43,13 @@ class FedSemi(FedAvg):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, rng = request.trees["params"], site.rng(request.round, "views")
-        labelled = bool(size(site.data, "train"))
+        labeled = bool(size(site.data, "train"))
 
         def alone(model: nn.Module, x: Tensor) -> Tensor:
             weak, strong = two_views(self.task.kind, x, rng)
             with torch.no_grad():
                 believed = model(weak).softmax(1)
-            return (self.trust if labelled else 1.0) * pseudo_loss(model(strong), believed, self.threshold)
+            return (self.trust if labeled else 1.0) * pseudo_loss(model(strong), believed, self.threshold)
 
         wait = request.round < self.warmup
         end, labels, free = fit_both(
@@ -74,6 +74,6 @@ def fedsemi(
     """Pseudo-labels at sites without labels, after the share ``warmup`` of the rounds.
 
     Args:
-        warmup: The share of them in which unlabelled images wait.
+        warmup: The share of them in which unlabeled images wait.
     """
     return FedSemi(task, local, lr, uniform, math.ceil(warmup * rounds), threshold, trust)

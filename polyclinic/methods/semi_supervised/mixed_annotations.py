@@ -16,7 +16,7 @@ from polyclinic.learning.tasks.task import Batch, Task
 
 # What a site may hold, by role, and what stands where masks [b, *spatial] would: masks of boxes; classes [b], 0 for
 # an image without any foreground; nothing.
-ROLES: Mapping[str, str] = {"train": "masks", "boxed": "boxes", "tagged": "labels of images", "unlabelled": "nothing"}
+ROLES: Mapping[str, str] = {"train": "masks", "boxed": "boxes", "tagged": "labels of images", "unlabeled": "nothing"}
 
 
 class Twins(nn.Module):

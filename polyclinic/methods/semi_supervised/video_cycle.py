@@ -16,7 +16,7 @@ def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
 
     Args:
         u: Embeddings [n, w] of one video's frames, in order. ``v``: of the other's, [m, w].
-        temperature: How soft the nearest neighbour is.
+        temperature: How soft the nearest neighbor is.
     """
     # ṽ_i = Σ_j softmax_j(−‖u_i − v_j‖² / τ) v_j;  then u_i must be the nearest of u to ṽ_i
     soft = (-torch.cdist(u, v).square() / temperature).softmax(1) @ v

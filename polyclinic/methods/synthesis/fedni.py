@@ -1,10 +1,10 @@
 """FedNI: sites complete their part of a population graph before they learn from it.
 
 Peng, Wang, Dvornek, Zhu and Li, "FedNI: Federated Graph Learning with Network Inpainting for Population-Based Disease
-Prediction", IEEE TMI 2022, https://arxiv.org/abs/2112.10166: first, a generator of missing neighbours is learned by all
+Prediction", IEEE TMI 2022, https://arxiv.org/abs/2112.10166: first, a generator of missing neighbors is learned by all
 sites; then a graph network classifies patients in the completed graphs. This is a simple version: the graph joins the
 patients of a minibatch whose representations are alike, not those with alike age and sex; the generator learns by mean
-absolute error alone, without the paper's discriminator; each patient gets one imagined neighbour.
+absolute error alone, without the paper's discriminator; each patient gets one imagined neighbor.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from polyclinic.methods.synthesis.population_graph import Inpainting, populated
 
 
 def in_generator(name: str) -> bool:
-    """Whether a tensor belongs to what imagines neighbours."""
+    """Whether a tensor belongs to what imagines neighbors."""
     return name.startswith("generator.")
 
 
 @dataclass(frozen=True)
 class FedNI(FedAvg):
-    """Federated averaging of a generator of missing neighbours, then of a network that learns with them.
+    """Federated averaging of a generator of missing neighbors, then of a network that learns with them.
 
     The first phase sees no label and uses all images.
 
@@ -69,15 +69,15 @@ def fedni(
     *,
     pretrain: float = 0.2,
     hidden: float = 0.5,
-    neighbours: int = 5,
+    neighbors: int = 5,
     lr: float = 1.0,
     uniform: bool = False,
 ) -> FedNI:
     """Population graphs, completed by what was learned in the first share ``pretrain`` of the rounds.
 
     Args:
-        pretrain: The share of them in which the generator of neighbours learns.
+        pretrain: The share of them in which the generator of neighbors learns.
         hidden: The share of patients that are hidden from it meanwhile.
-        neighbours: How many others of a minibatch each patient is joined to.
+        neighbors: How many others of a minibatch each patient is joined to.
     """
-    return FedNI(populated(task, neighbours), local, lr, uniform, share_of(rounds, pretrain), hidden)
+    return FedNI(populated(task, neighbors), local, lr, uniform, share_of(rounds, pretrain), hidden)

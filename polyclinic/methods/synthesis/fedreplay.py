@@ -8,7 +8,7 @@ here a conditional variational autoencoder, and sends its generator and how many
 server draws examples with every class as likely as any other, each from the sites that have it, and trains the primary
 model on them. One round is the paper's single exchange; in further ones sites improve their generators.
 
-No gradient of real data reaches the server, but a generator can replay what it memorised: this is no privacy.
+No gradient of real data reaches the server, but a generator can replay what it memorized: this is no privacy.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Patients as a graph: whoever looks alike is joined, and each learns from neighbours, known and imagined.
+"""Patients as a graph: whoever looks alike is joined, and each learns from neighbors, known and imagined.
 
 Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017, equation 2,
 https://arxiv.org/abs/1609.02907; Parisot et al., "Disease prediction using graph convolutional networks", Medical Image
@@ -18,7 +18,7 @@ from polyclinic.learning.objectives.distillation_loss import of
 from polyclinic.learning.tasks.task import Batch, Task
 
 
-def neighbours(h: Tensor, count: int) -> Tensor:
+def neighbors(h: Tensor, count: int) -> Tensor:
     """Who is joined: [b, b] of 0 and 1, each with the ``count`` others most alike by cosine, and they with it."""
     unit = F.normalize(h.detach() - h.detach().mean(0), dim=1)
     alike = (unit @ unit.T).fill_diagonal_(-torch.inf)
@@ -29,7 +29,7 @@ def neighbours(h: Tensor, count: int) -> Tensor:
     return torch.maximum(joined, joined.T)
 
 
-def normalised(edges: Tensor) -> Tensor:
+def normalized(edges: Tensor) -> Tensor:
     """D^-½ (A + I) D^-½"""
     with_self = edges + torch.eye(len(edges), dtype=edges.dtype, device=edges.device)
     root = with_self.sum(1).rsqrt()
@@ -54,16 +54,16 @@ class Population(nn.Module):
         return features(of(self.network), self.base, x)
 
     def imagine(self, h: Tensor, edges: Tensor) -> Tensor:
-        """For each patient the neighbour that is missing, from those that are there: [b, features]."""
-        return cast(Tensor, self.generator(normalised(edges) @ h))
+        """For each patient the neighbor that is missing, from those that are there: [b, features]."""
+        return cast(Tensor, self.generator(normalized(edges) @ h))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, *inputs] to [b, outputs]"""
         h, n = self.represent(x), len(x)
-        edges = neighbours(h, self.count)
-        whole = torch.eye(2 * n, dtype=h.dtype, device=h.device).roll(n, 0)  # each with its imagined neighbour
+        edges = neighbors(h, self.count)
+        whole = torch.eye(2 * n, dtype=h.dtype, device=h.device).roll(n, 0)  # each with its imagined neighbor
         whole[:n, :n] = edges
-        A = normalised(whole)
+        A = normalized(whole)
         # H = ReLU(Â [h; ĥ] W), then once more over the graph, and back to the patients who are there
         mixed = A @ F.relu(A @ self.mix(torch.cat([h, self.imagine(h, edges)])))
         head = next(m for name, m in self.base.named_modules() if self.network.in_head(f"{name}."))
@@ -72,7 +72,7 @@ class Population(nn.Module):
 
 @dataclass(frozen=True)
 class Populated(Network):
-    """A network with a population graph before its head, in which each patient has ``count`` neighbours."""
+    """A network with a population graph before its head, in which each patient has ``count`` neighbors."""
 
     count: int = 5
 
@@ -94,7 +94,7 @@ def populated(task: Task, count: int) -> Task:
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Learns to imagine hidden patients from the neighbours that they have among the others.
+    """Learns to imagine hidden patients from the neighbors that they have among the others.
 
     Attributes:
         task: With a population graph. ``hidden``: the share of patients that are hidden.
@@ -108,10 +108,10 @@ class Inpainting:
         return self.task.model()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean absolute distance of what is imagined for each visible patient from its mean hidden neighbour."""
+        """The mean absolute distance of what is imagined for each visible patient from its mean hidden neighbor."""
         assert isinstance(model, Population)
         h = model.represent(batch[0]).detach()
-        edges = neighbours(h, model.count)
+        edges = neighbors(h, model.count)
         seen = torch.rand(len(h), device=h.device) >= self.hidden
         missing = edges[seen][:, ~seen]
         counted = missing.sum(1) > 0

@@ -51,7 +51,7 @@ def surer(loss: Callable[[Tensor], Tensor], x: Tensor, size: float, steps: int =
 
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it, virtual examples leave no trace in the running statistics of batch normalisation."""
+    """Within it, virtual examples leave no trace in the running statistics of batch normalization."""
     layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     before = [m.momentum for m in layers]
     for m in layers:

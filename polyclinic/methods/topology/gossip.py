@@ -1,12 +1,12 @@
-"""Gossip: no server; each site averages its model with its neighbours' and goes on training.
+"""Gossip: no server; each site averages its model with its neighbors' and goes on training.
 
 Xiangru Lian, Ce Zhang, Huan Zhang, Cho-Jui Hsieh, Wei Zhang and Ji Liu, "Can Decentralized Algorithms Outperform
 Centralized Algorithms?", NeurIPS 2017, Algorithm 1 (D-PSGD), https://arxiv.org/abs/1705.09056, with several local steps
-between two exchanges; random neighbours after Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE
+between two exchanges; random neighbors after Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE
 Transactions on Information Theory 52 (2006).
 
 What this shows: what each site learns, how far sites drift apart, and that no site's loss stops the others. What it
-does not: that only neighbours see a model, since here the driver carries all messages, and a network without one.
+does not: that only neighbors see a model, since here the driver carries all messages, and a network without one.
 """
 
 from collections.abc import Sequence
@@ -38,21 +38,21 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Gossip(Method[State]):
-    """Every site averages with its neighbours on a circle, and trains.
+    """Every site averages with its neighbors on a circle, and trains.
 
     Attributes:
-        neighbours: How many, half on each side; an even number. All others where 0.
+        neighbors: How many, half on each side; an even number. All others where 0.
         graph: ``ring``, a circle in name order, or ``random``, a circle drawn anew for every round.
     """
 
     task: Task
     local: LocalTraining = LocalTraining()
-    neighbours: int = 2
+    neighbors: int = 2
     graph: Literal["ring", "random"] = "random"
 
     def __post_init__(self) -> None:
-        if self.neighbours < 0 or self.neighbours % 2:
-            raise ConfigError(f"neighbours stand half on each side, so their number is even, not {self.neighbours}")
+        if self.neighbors < 0 or self.neighbors % 2:
+            raise ConfigError(f"neighbors stand half on each side, so their number is even, not {self.neighbors}")
 
     gathers = True  # the server must see what each site sends
 
@@ -61,7 +61,7 @@ class Gossip(Method[State]):
 
     def request(self, state: State) -> Request:
         each = {
-            name: {f"from/{other}": state.models[other] for other in around(name, state.circle, self.neighbours)}
+            name: {f"from/{other}": state.models[other] for other in around(name, state.circle, self.neighbors)}
             for name in state.circle
         }
         return Request(state.round, {"params": state.params}, per_site=each)
@@ -81,15 +81,15 @@ class Gossip(Method[State]):
         return State(state.round + 1, mean(list(models.values())), models, circle)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The mean of the site's own model and its neighbours'; the mean of all for a site without one."""
+        """The mean of the site's own model and its neighbors'; the mean of all for a site without one."""
         heard = {name: t for name, t in request.trees.items() if name.startswith("from/")}
         return mean([memory["own"], *heard.values()]) if "own" in memory else request.trees["params"]
 
 
-def around(name: str, circle: Sequence[str], neighbours: int) -> list[str]:
-    """Who stands within ``neighbours`` / 2 places of ``name`` on the circle, each once, in name order."""
+def around(name: str, circle: Sequence[str], neighbors: int) -> list[str]:
+    """Who stands within ``neighbors`` / 2 places of ``name`` on the circle, each once, in name order."""
     n, at = len(circle), list(circle).index(name)
-    reach = neighbours // 2 or n
+    reach = neighbors // 2 or n
     return sorted({circle[(at + d) % n] for d in range(-reach, reach + 1)} - {name})
 
 
@@ -102,7 +102,7 @@ def mean(models: Sequence[Tree]) -> Tree:
 
 
 def gossip(
-    task: Task, local: LocalTraining, *, neighbours: int = 2, graph: Literal["ring", "random"] = "random"
+    task: Task, local: LocalTraining, *, neighbors: int = 2, graph: Literal["ring", "random"] = "random"
 ) -> Gossip:
-    """Every site averages with its neighbours, and trains."""
-    return Gossip(task, local, neighbours, graph)
+    """Every site averages with its neighbors, and trains."""
+    return Gossip(task, local, neighbors, graph)

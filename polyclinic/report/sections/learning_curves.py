@@ -39,7 +39,7 @@ def curves_section(page: ReportContext) -> Section | None:
         note += f" Target: {number(page.target.value, d)}, {page.target.meaning}."
     alt = f"Validation {page.label} over rounds, a line for each of {many(len(lines), 'method')}; values in the table."
     shown = {page.title(k): (c.rounds, c.values) for k, c in lines.items()}
-    text = "How each method learned; baselines are grey and broken. No test patient was looked at here."
+    text = "How each method learned; baselines are gray and broken. No test patient was looked at here."
     first = page.title(page.first.label) if page.first else ""
     behind = [page.title(m.label) for m in page.run.info.methods if m.baseline]
     drawn = figures.curves("curves", alt, shown, f"Validation {page.label}", first, behind)

@@ -20,7 +20,7 @@ def data_section(page: ReportContext) -> Section:
     facts = {
         "Data": data.title,
         "Sites are": data.sites_are if data.sites_are != data.simulated else "",
-        "Licence": data.licence,
+        "License": data.license,
         "Source": data.url,
         "Cite": data.citation,
         "Fingerprint": data.fingerprint,
@@ -60,7 +60,7 @@ def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:
 
 
 def checklist_section(page: ReportContext) -> Section:
-    """The checklists; an item is ticked only where an artefact of this run supports it."""
+    """The checklists; an item is ticked only where an artifact of this run supports it."""
     text = (
         "Ticked items are supported by this run, in the place named. “Open” ones could be, but are not. Everything "
         "else is for a person to answer; the originals have the authoritative wording."

@@ -17,7 +17,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Leak:
-    """How well one image was drawn from its gradient (``audits.inversion``)."""
+    """How well one image was drawn from its gradient (``attacks.inversion``)."""
 
     psnr_db: float
     guess_db: float
@@ -46,7 +46,7 @@ class Members:
     """Who was trained on.
 
     Attributes:
-        control: A network that was made to memorise.
+        control: A network that was made to memorize.
         sites: By site and attack.
         shadows: How many shadow models LiRA and RMIA used; 0 where they were not tried.
         limit: How many patients of each kind and site were tried at most.

@@ -1,4 +1,4 @@
-"""Who was trained on: the attacks of ``audits.membership`` on the model of a run, at each of its sites.
+"""Who was trained on: the attacks of ``attacks.membership`` on the model of a run, at each of its sites.
 
 Members are a site's training patients; non-members are its test patients, whom nobody trained on, and who come from the
 same split. Shadow models are trained as the run was: the same method at the same sites for as many rounds, each on a
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyclinic.attacks.membership import Shadows, by_patient, found, lira, losses, memorised, rmia, shadows
+from polyclinic.attacks.membership import Shadows, by_patient, found, lira, losses, memorized, rmia, shadows
 from polyclinic.attacks.separation import Found
 from polyclinic.core.execution import UniformSampler
 from polyclinic.core.rounds import TooFewReplies, train
@@ -73,7 +73,7 @@ class Pool:
 
     @classmethod
     def of(cls, data: Federated, sites: Sequence[str]) -> "Pool":
-        """Everybody who is labelled at ``sites``."""
+        """Everybody who is labeled at ``sites``."""
         parts = [(s, r, data.sites[s][r]) for s in sites for r in ROLES if len(data.sites[s].get(r, ()))]
         return cls(
             concat([part for *_, part in parts]),
@@ -132,7 +132,7 @@ def audit_membership(
         for site in sites
     }
     largest = max(sites, key=lambda site: len(target.data.sites[site]["test"]))
-    control = memorised(target.task, target.params, target.data.sites[largest]["test"], target.seed)
+    control = memorized(target.task, target.params, target.data.sites[largest]["test"], target.seed)
     return Members(control, tried, count if set(chosen) - {"loss"} else 0, limit)
 
 

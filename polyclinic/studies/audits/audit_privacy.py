@@ -2,7 +2,7 @@
 
 The site is alone with the server: what other sites add could only hide its canaries, and a server knows what each sent.
 Transforms are left out for the same reason; DP-SGD's ε is claimed without them. Network, noise, bound, sampling rate,
-steps and rounds are the run's. ``audits.private_training`` says what a canary is.
+steps and rounds are the run's. ``attacks.private_training_canaries`` says what a canary is.
 """
 
 import os

@@ -29,7 +29,7 @@ class TaskSpec(Table):
     """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
     """The share of label smoothing (classification)."""
-    centre: float | None = None
+    center: float | None = None
     """Subtracted from targets before training (regression)."""
     spread: Positive | None = None
     """Divides targets before training (regression)."""
@@ -53,7 +53,7 @@ class TaskSpec(Table):
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
             "segmentation": {"spacing_mm", "tolerance_mm", "window"},
-            "regression": {"centre", "spread"},
+            "regression": {"center", "spread"},
             "reconstruction": {"residual"},
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
@@ -194,7 +194,7 @@ class EngineSpec(Table):
 
 
 class MachineSpec(Table):
-    """What a simulated site computes and communicates with (``engines.unequal.Machine``)."""
+    """What a simulated site computes and communicates with (``engines.local.virtual_time.Machine``)."""
 
     seconds_per_batch: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Virtual seconds of computation for one batch."""
@@ -233,7 +233,7 @@ def _attackers(value: Any) -> int | tuple[str, ...]:
 
 
 class AttackSpec(Table):
-    """Hostile sites (``audits.attacks``): what they do, and who they are; further keys are the attack's own.
+    """Hostile sites (``attacks.adversaries``): what they do, and who they are; further keys are the attack's own.
 
     ``by`` names them, or says how many of the sites that train, drawn anew for each seed; ``spare`` are never drawn.
     """

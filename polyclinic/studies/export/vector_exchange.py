@@ -206,7 +206,7 @@ def merge(
             )
     losses = search(how, task, base.params, taus, data) if data is not None and how.scale is None else {}
     fixed = replace(how, scale=min(losses, key=lambda s: (losses[s], s))) if losses else how
-    params, scale = merged(fixed, task, base.params, taus, local, labelled=data)
+    params, scale = merged(fixed, task, base.params, taus, local, labeled=data)
     about = {
         "sites": {site: card.tensors for site, (card, _) in vectors.items()},
         "base": base.digest,

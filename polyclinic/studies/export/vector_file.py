@@ -1,7 +1,7 @@
 """The file of a data vector, which anyone can read and nobody can forge.
 
 A vector is one safetensors file. Its tensors are τ = θ − θ_pre, by the names of the base model, without running
-statistics of batch normalisation. Its header's ``__metadata__`` has two entries, both text: ``vector``, a JSON object
+statistics of batch normalization. Its header's ``__metadata__`` has two entries, both text: ``vector``, a JSON object
 with the fields of ``Card``, and ``signature``, the site's Ed25519 signature (RFC 8032) in hexadecimal over ``FORMAT``,
 a line feed and the text of ``vector``. The card holds the SHA-256 of the tensors, so the signature covers everything.
 """

@@ -94,7 +94,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "higher_is_better": study.higher_is_better,
         "data": {
             "title": data.info.title,
-            "licence": data.info.licence,
+            "license": data.info.license,
             "citation": data.info.citation,
             "url": data.info.url,
             "notes": [*simulation_schema.told(study), *data.notes, *_lacking(data)],

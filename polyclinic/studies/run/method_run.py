@@ -47,7 +47,7 @@ class Arm:
         plan: What to build.
         data: Where the patients are.
         folder: Where to write.
-        numbers: A number for each patient, the same in every arm, by which test sets are recognised.
+        numbers: A number for each patient, the same in every arm, by which test sets are recognized.
     """
 
     def __init__(

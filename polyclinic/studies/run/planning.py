@@ -34,13 +34,13 @@ PLAIN: dict[str, Any] = {
 
 
 def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:
-    """The measurements of each training site's training rows, labelled or not, as ``seed`` splits them."""
+    """The measurements of each training site's training rows, labeled or not, as ``seed`` splits them."""
     source = spec.source()
     whole, found = measured(source), {}
     data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
     for name in data.training:
         roles = data.sites[name]
-        rows = torch.cat([roles[role].inputs[:, 0].long() for role in ("train", "unlabelled") if role in roles])
+        rows = torch.cat([roles[role].inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles])
         found[name] = whole.subset(rows)
     return found
 
@@ -117,7 +117,7 @@ def drifts(plan: DataPlan, spec: DataSpec) -> list[SiteDrift]:
     classes = class_names(source, whole.targets)
     if spec.partition or (spec.sites == "natural" and not source.table().sites):
         return [drift(plan, "all of it", whole, classes)]
-    dealt = {**PLAIN, "min_patients": FEWEST, "external": (), "public": (), "unlabelled": 0.0, "split": (0.6, 0.0, 0.4)}
+    dealt = {**PLAIN, "min_patients": FEWEST, "external": (), "public": (), "unlabeled": 0.0, "split": (0.6, 0.0, 0.4)}
     data = federate(spec.model_copy(update=dealt), 0, source=Numbered(source))
     for name, roles in data.sites.items():
         rows = torch.cat([examples.inputs[:, 0].long() for examples in roles.values()])

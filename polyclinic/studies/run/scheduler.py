@@ -299,4 +299,4 @@ def _trainers(entry: Entry, data: Federated) -> tuple[str, ...]:
     """Who trains: all training sites, or those with labels, where the method can use no others."""
     if entry.pooled:
         return (POOLED,)
-    return tuple(site for site in data.training if entry.unlabelled or len(data.sites[site].get("train", ())))
+    return tuple(site for site in data.training if entry.unlabeled or len(data.sites[site].get("train", ())))

@@ -1,4 +1,4 @@
-"""The catalogue: every entry is whole, and every layout it describes is read as it says, on small files laid out so."""
+"""The catalog: every entry is whole, and every layout it describes is read as it says, on small files laid out so."""
 
 import re
 from pathlib import Path
@@ -160,7 +160,7 @@ def promise12(root: Path) -> None:
 
 
 def fundus(root: Path) -> None:
-    """Four domains with grey masks."""
+    """Four domains with gray masks."""
     for domain in range(1, 5):
         for i in range(10):
             split = ("train", "test")[i % 2]
@@ -280,7 +280,7 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], int, tuple[int, ...]]] = {  # buil
     "mnms": (manifest_of("segmentation"), {"min_patients": 5}, 2, (1, 12, 192, 192)),
     "lidc-idri": (manifest_of("segmentation"), {"min_patients": 5}, 2, (1, 48, 48, 48)),
     "covidx": (manifest_of("classification", ".png"), {"min_patients": 5}, 2, (1, 224, 224)),
-    "rsna-haemorrhage": (
+    "rsna-hemorrhage": (
         manifest_of("multilabel", ".png", labels="epidural,intraparenchymal,intraventricular,subarachnoid,subdural"),
         {"sites": {"partition": "iid", "count": 1}},
         1,
@@ -298,7 +298,7 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], int, tuple[int, ...]]] = {  # buil
         (2,),
     ),
     "uk-biobank": (
-        features("participants.csv", "eid,centre,age,v1", lambda i: f"{i},{11025 + i % 2},{45 + i},{i}.5"),
+        features("participants.csv", "eid,center,age,v1", lambda i: f"{i},{11025 + i % 2},{45 + i},{i}.5"),
         {},
         2,
         (1,),
@@ -333,7 +333,7 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any], int, tuple[int, ...]]] = {  # buil
             (channels, 8, 8, 8),
         )
         for name, channels, labels in (
-            ("brain-tumour", 4, 4),
+            ("brain-tumor", 4, 4),
             ("heart", 1, 2),
             ("liver", 1, 3),
             ("hippocampus", 1, 3),
@@ -355,7 +355,7 @@ LARGE = ("mnms", "kits19", "acdc")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in sorted(LAYOUTS)]
 )
-def test_a_layout_is_read_as_the_catalogue_says(name: str, tmp_path: Path) -> None:
+def test_a_layout_is_read_as_the_catalog_says(name: str, tmp_path: Path) -> None:
     """From ``use`` and ``path`` alone: sites, shapes, classes, and no patient in two places."""
     build, further, sites, shape = LAYOUTS[name]
     root = tmp_path / ("CheXpert-v1.0-small" if name == "chexpert" else "data")
@@ -367,7 +367,7 @@ def test_a_layout_is_read_as_the_catalogue_says(name: str, tmp_path: Path) -> No
     assert data.shape == shape
     assert data.info.name == name
     assert data.info.task == one.task
-    assert data.info.licence == one.licence
+    assert data.info.license == one.license
     if one.classes:
         assert data.info.classes == one.classes
     places: dict[str, set[tuple[str, str]]] = {}
@@ -381,7 +381,7 @@ def test_a_layout_is_read_as_the_catalogue_says(name: str, tmp_path: Path) -> No
 
 
 def test_every_reader_has_a_layout() -> None:
-    """What the catalogue says can be read is tried above, but for nodules and fastMRI (elsewhere) and MedMNIST (one of 18)."""
+    """What the catalog says can be read is tried above, but for nodules and fastMRI (elsewhere) and MedMNIST (one of 18)."""
     readable = {
         one.name
         for one in dataset_catalog.list_datasets()
@@ -395,12 +395,12 @@ def test_every_entry_is_whole(name: str) -> None:
     """Nothing that a person needs is missing, and checksums are checksums."""
     one = dataset_catalog.entry(name)
     assert re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name)
-    assert all((one.title, one.modality, one.organ, one.task, one.size, one.licence, one.sites, one.citation, one.get))
+    assert all((one.title, one.modality, one.organ, one.task, one.size, one.license, one.sites, one.citation, one.get))
     assert one.url.startswith("http")
     assert one.kind in (*KINDS, "")
     assert all(re.fullmatch(r"[0-9a-f]{32}", md5) for md5 in one.md5.values())
     page = dict(dataset_catalog.show(name))
-    assert page["licence"] == one.licence
+    assert page["license"] == one.license
     assert ("study file" in page) == bool(one.kind)
     if one.kind:
         import tomllib
@@ -417,7 +417,7 @@ def test_all_of_medmnist() -> None:
 
 
 def test_checksums_are_those_of_the_real_file(real_data: Path) -> None:
-    """A byte-identical official file has the MD5 that the catalogue lists."""
+    """A byte-identical official file has the MD5 that the catalog lists."""
     import hashlib
 
     found = hashlib.md5((real_data / "adrenalmnist3d" / "adrenalmnist3d.npz").read_bytes()).hexdigest()

@@ -59,7 +59,7 @@ def test_slices_become_sites_by_scanner_with_the_full_image_as_target(tmp_path: 
     assert len(homes) == 1  # both examinations of one patient stay together
 
 
-def test_by_its_name_in_the_catalogue(tmp_path: Path) -> None:
+def test_by_its_name_in_the_catalog(tmp_path: Path) -> None:
     table = folder(tmp_path)
     data = federate(
         DataSpec(use="fastmri", path=str(tmp_path), slices=2, accelerate=4.0, sites="acquisition", steps=[])

@@ -59,7 +59,7 @@ def test_two_dimensions_become_one_slice_and_a_fourth_comes_first(tmp_path: Path
     np.testing.assert_array_equal(read_nifti(tmp_path / "moving.nii").array.numpy(), moving.T)
 
 
-def test_colour_is_three_channels_of_bytes(tmp_path: Path) -> None:
+def test_color_is_three_channels_of_bytes(tmp_path: Path) -> None:
     rgb = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
     data = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 3)).astype(np.uint8)
     nibabel.save(nibabel.Nifti1Image(data.copy().view(rgb).reshape(2, 3, 4), np.eye(4)), tmp_path / "rgb.nii")
@@ -69,7 +69,7 @@ def test_colour_is_three_channels_of_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("units", "factor"), [(1, 1000.0), (2, 1.0), (3, 0.001)])
-def test_lengths_come_out_in_millimetres(tmp_path: Path, units: int, factor: float) -> None:
+def test_lengths_come_out_in_millimeters(tmp_path: Path, units: int, factor: float) -> None:
     (tmp_path / "a.nii").write_bytes(nifti_bytes(units=units))
     np.testing.assert_allclose(read_nifti(tmp_path / "a.nii").spacing_mm, np.array([2.5, 2.0, 1.5]) * factor)
 
@@ -134,7 +134,7 @@ def test_canonical_equals_nibabel_and_moves_no_voxel(columns: np.ndarray) -> Non
 @settings(max_examples=40, deadline=None)
 @given(AFFINES, st.tuples(*[st.floats(0.4, 4)] * 3))
 def test_resampling_keeps_a_linear_world_where_it_was(columns: np.ndarray, spacing: tuple[float, float, float]) -> None:
-    """An image that is a linear function of millimetres is the same function on every other grid (inside)."""
+    """An image that is a linear function of millimeters is the same function on every other grid (inside)."""
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = columns, (3, -4, 5)
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in (9, 8, 7)], indexing="ij"), -1)  # z, y, x

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64])
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
-def test_voxels_and_millimetres_come_back(tmp_path: Path, dtype: type, encoding: str) -> None:
+def test_voxels_and_millimeters_come_back(tmp_path: Path, dtype: type, encoding: str) -> None:
     data = (RNG.random((3, 4, 5)) * 100).astype(dtype)
     (tmp_path / "a.nrrd").write_bytes(nrrd_bytes(data, encoding))
     volume = read_nrrd(tmp_path / "a.nrrd")
@@ -56,7 +56,7 @@ def test_a_detached_header_reads_the_one_file_beside_it(tmp_path: Path) -> None:
             read_nrrd(tmp_path / "b.nhdr")
 
 
-def test_spacings_alone_give_millimetres_but_no_orientation(tmp_path: Path) -> None:
+def test_spacings_alone_give_millimeters_but_no_orientation(tmp_path: Path) -> None:
     data = RNG.integers(0, 9, (3, 4, 5)).astype(np.uint8)
     text = nrrd_bytes(data, space="", space_directions="", space_origin="", spacings="0.5 0.75 2")
     (tmp_path / "a.nrrd").write_bytes(text)

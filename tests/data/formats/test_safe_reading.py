@@ -126,7 +126,7 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "I;16", "CMYK", "LA"])
-def test_pictures_of_every_kind_come_out_grey_or_rgb(tmp_path: Path, mode: str) -> None:
+def test_pictures_of_every_kind_come_out_gray_or_rgb(tmp_path: Path, mode: str) -> None:
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5)
     suffix = "tiff" if mode in ("CMYK", "I;16") else "png"
     (picture.convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)).save(tmp_path / f"a.{suffix}")

@@ -1,4 +1,4 @@
-"""Steps: millimetres, middles and intensities against plain arithmetic; and how they are declared."""
+"""Steps: millimeters, middles and intensities against plain arithmetic; and how they are declared."""
 
 import math
 from typing import Any
@@ -33,14 +33,14 @@ def picture(*size: int, channels: int = 1, spacing: tuple[float, ...] | None = N
 
 
 def ramp(size: int, mm: float) -> Picture:
-    """A square whose value is the distance in mm from its left edge, at the pixels' centres."""
+    """A square whose value is the distance in mm from its left edge, at the pixels' centers."""
     line = (torch.arange(size) + 0.5) * mm
     return Picture(line.expand(1, size, size).clone(), None, (mm, mm))
 
 
 @given(st.integers(8, 60), st.floats(0.4, 3.0), st.floats(0.4, 3.0))
 @settings(max_examples=60, deadline=None)
-def test_resampling_keeps_places_in_millimetres(size: int, old: float, new: float) -> None:
+def test_resampling_keeps_places_in_millimeters(size: int, old: float, new: float) -> None:
     """A ramp in mm is the same ramp in mm on the new grid, except within a pixel of the border."""
     before = ramp(size, old)
     after = Resample(new)(before)
@@ -64,13 +64,13 @@ def test_resampling_to_what_it_is_changes_nothing() -> None:
 
 
 def test_shrinking_averages_and_never_aliases() -> None:
-    """A chessboard shrunk by four is grey everywhere, not black or white."""
+    """A chessboard shrunk by four is gray everywhere, not black or white."""
     board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
     assert float((Resize(16)(Picture(board[None].float())).pixels - 0.5).abs().max()) < 1e-6
 
 
 def test_masks_keep_their_labels() -> None:
-    """Nearest neighbour: no label that was not there; volume in mm³ is kept to a few percent."""
+    """Nearest neighbor: no label that was not there; volume in mm³ is kept to a few percent."""
     grid = torch.stack(torch.meshgrid(*[torch.arange(40)] * 3, indexing="ij")).float()
     ball = ((grid - 19.5).square().sum(0) < 15**2).long() * 7
     after = Resample((2.0, 1.3, 0.7))(Picture(ball[None].float(), ball, (1.0, 1.0, 1.0)))
@@ -138,11 +138,11 @@ def test_intensities_against_plain_arithmetic() -> None:
 
 
 def test_channels() -> None:
-    """Colours to grey by the mean; grey to colours; and back is the same."""
+    """Colors to gray by the mean; gray to colors; and back is the same."""
     one = picture(3, 3, channels=3)
     assert torch.allclose(Channels(1)(one).pixels[0], one.pixels.mean(0))
-    grey = picture(3, 3)
-    assert torch.equal(Channels(1)(Channels(3)(grey)).pixels.round(decimals=6), grey.pixels.round(decimals=6))
+    gray = picture(3, 3)
+    assert torch.equal(Channels(1)(Channels(3)(gray)).pixels.round(decimals=6), gray.pixels.round(decimals=6))
 
 
 def test_order_matters_and_is_in_the_fingerprint() -> None:
@@ -163,7 +163,7 @@ def test_steps_are_read_from_a_study_file_and_back() -> None:
         {"step": "resample", "mm": [1, 1, 2.5]},
         {"step": "foreground"},
         {"step": "crop_pad", "size": 32},
-        {"step": "window", "centre": 40, "width": 400},
+        {"step": "window", "center": 40, "width": 400},
         {"step": "channels", "count": 3},
     ]
     steps = adapter.validate_python(given)
@@ -178,7 +178,7 @@ def test_steps_are_read_from_a_study_file_and_back() -> None:
         ([{"step": "zscor"}], (0, "step"), 'Did you mean "zscore"'),
         ([{"step": "zscore", "non_zero": True}], (0, "non_zero"), 'Did you mean "nonzero"'),
         ([{"step": "zscore"}, {"step": "resize", "size": -1}], (1, "size"), "above 0"),
-        ([{"step": "window", "centre": 1.0}], (0, "width"), "required"),
+        ([{"step": "window", "center": 1.0}], (0, "width"), "required"),
         ([{"step": "percentiles", "low": 60, "high": 40}], (0, "low"), "low < high"),
         ([{"step": "scale", "low": 1, "high": 1}], (0, "high"), "above low"),
         (["zscore"], (0, "step"), "no step is called"),
@@ -204,7 +204,7 @@ def test_what_cannot_be_done_to_an_image_is_said() -> None:
         Resample(1e-4)(picture(9, 9, spacing=(1.0, 1.0)))
 
 
-def test_masks_are_relabelled() -> None:
+def test_masks_are_relabeled() -> None:
     """In the order listed, or to what is said; the image stays; other values and other lengths are refused."""
     one = Picture(torch.rand(1, 2, 2), torch.tensor([[0, 1], [2, 4]]))
     after = Relabel((0, 1, 2, 4))(one)

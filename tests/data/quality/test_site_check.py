@@ -42,9 +42,9 @@ def picture(path: Path, seed: int, shape: tuple[int, int] = (40, 48)) -> np.ndar
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 255, (6, 6)).astype(np.uint8)
-    grey = np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
-    Image.fromarray(grey).save(path)
-    return grey
+    gray = np.asarray(Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC))
+    Image.fromarray(gray).save(path)
+    return gray
 
 
 def classes(root: Path, count: int = 8, splits: tuple[str, ...] = ("train", "test")) -> Path:
@@ -84,9 +84,9 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
 
 
 def test_copies_within_and_over_splits_and_classes(tmp_path: Path) -> None:
-    grey = picture(classes(tmp_path) / "train" / "benign" / "img_000.png", 1)
-    Image.fromarray(grey).save(tmp_path / "test" / "malignant" / "copy.bmp")  # same pixels, another format
-    bright = np.clip(grey.astype(float) * 0.9 + 12, 0, 255).astype(np.uint8)
+    gray = picture(classes(tmp_path) / "train" / "benign" / "img_000.png", 1)
+    Image.fromarray(gray).save(tmp_path / "test" / "malignant" / "copy.bmp")  # same pixels, another format
+    bright = np.clip(gray.astype(float) * 0.9 + 12, 0, 255).astype(np.uint8)
     Image.fromarray(bright).resize((96, 80), Image.Resampling.BICUBIC).save(tmp_path / "test" / "benign" / "again.jpg")
     report = check_folder(tmp_path)
     assert {

@@ -199,13 +199,13 @@ def test_declared_statistics_are_checked(tmp_path: Path) -> None:
     back = Statistics.read(file)
     assert back.names == fitted.statistics.names
     assert np.array_equal(back.spread, fitted.statistics.spread)
-    file.write_text(fitted.statistics.text() + '"weight" = { centre = 1.0, spread = 2.0, fill = 0.0 }\n')
+    file.write_text(fitted.statistics.text() + '"weight" = { center = 1.0, spread = 2.0, fill = 0.0 }\n')
     declared = table(source.path, statistics="declared", declared=str(file))
     with pytest.raises(DataError, match='has no input "weight"'):
         declared.names  # noqa: B018
-    for text in ('"age" = { centre = 1, spread = 0, fill = 1 }', '"age" = 3', "", "["):
+    for text in ('"age" = { center = 1, spread = 0, fill = 1 }', '"age" = 3', "", "["):
         file.write_text(text)
-        with pytest.raises(DataError, match=r"needs centre, spread|lists no inputs|cannot be read|is empty"):
+        with pytest.raises(DataError, match=r"needs center, spread|lists no inputs|cannot be read|is empty"):
             Statistics.read(file)
     with pytest.raises(DataError, match="give it with statistics"):
         table(source.path, declared=str(file))

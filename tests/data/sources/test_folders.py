@@ -18,10 +18,10 @@ from polyclinic.data.sources.manifest import Manifest
 DICE = np.random.default_rng(0)
 
 
-def picture(path: Path, size: tuple[int, int] = (6, 5), value: int | None = None, colour: bool = False) -> Any:
+def picture(path: Path, size: tuple[int, int] = (6, 5), value: int | None = None, color: bool = False) -> Any:
     """A PNG, JPEG or TIFF of (height, width), random or of one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (*size, 3) if colour else size
+    shape = (*size, 3) if color else size
     pixels = DICE.integers(0, 256, shape, dtype=np.uint8) if value is None else np.full(shape, value, np.uint8)
     Image.fromarray(pixels).save(path)
     return pixels
@@ -79,11 +79,11 @@ def test_a_zip_of_a_folder_is_the_folder(tmp_path: Path) -> None:
         Folders(str(tmp_path / "bad.zip")).table()
 
 
-def test_colour_depth_and_size(tmp_path: Path) -> None:
-    """Colours are three channels; sixteen bits become 0 to 1; different sizes need a step."""
-    colours = picture(tmp_path / "a" / "x.png", colour=True)
+def test_color_depth_and_size(tmp_path: Path) -> None:
+    """Colors are three channels; sixteen bits become 0 to 1; different sizes need a step."""
+    colors = picture(tmp_path / "a" / "x.png", color=True)
     source = Folders(str(tmp_path))
-    assert np.array_equal(source.examples(("a/x.png",)).inputs[0].numpy(), np.moveaxis(colours, -1, 0))
+    assert np.array_equal(source.examples(("a/x.png",)).inputs[0].numpy(), np.moveaxis(colors, -1, 0))
     deep = tmp_path / "deep" / "a" / "x.png"
     deep.parent.mkdir(parents=True)
     Image.fromarray(np.array([[0, 65535], [32768, 1]], dtype=np.uint16)).save(deep)
@@ -187,7 +187,7 @@ def test_a_manifest_of_pictures(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_volumes_with_channels_and_masks(tmp_path: Path) -> None:
-    """Two files a case become two channels; orientation is undone; millimetres are those of the file."""
+    """Two files a case become two channels; orientation is undone; millimeters are those of the file."""
     t1, t2 = DICE.random((4, 6, 5)).astype(np.float32), DICE.random((4, 6, 5)).astype(np.float32)
     mask = (t1 > 0.5).astype(np.uint8)
     for name, array in (("t1", t1), ("t2", t2), ("seg", mask)):
@@ -254,7 +254,7 @@ def test_nnunets_layout(tmp_path: Path) -> None:
 def test_pairs_of_pictures(tmp_path: Path) -> None:
     """Any two folders with equal names; a mask of black and white is one of 0 and 1."""
     for i in range(2):
-        picture(tmp_path / "scans" / f"{i}.jpg", colour=True)
+        picture(tmp_path / "scans" / f"{i}.jpg", color=True)
         Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8).repeat(3, 0)).save(
             (tmp_path / "outlines").mkdir(exist_ok=True) or tmp_path / "outlines" / f"{i}.png"
         )
@@ -262,7 +262,7 @@ def test_pairs_of_pictures(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the mask has size"):
         source.examples(("0",))
     for i in range(2):
-        picture(tmp_path / "scans" / f"{i}.jpg", (6, 2), colour=True)
+        picture(tmp_path / "scans" / f"{i}.jpg", (6, 2), color=True)
     examples = Pairs(str(tmp_path), images="scans", masks="outlines").examples(("0", "1"))
     assert examples.shape == (3, 6, 2)
     assert set(examples.targets.unique().tolist()) == {0, 1}

@@ -1,4 +1,4 @@
-"""Nodules: outlines to pixels at true millimetres, grouping, labels and sites, against independent arithmetic."""
+"""Nodules: outlines to pixels at true millimeters, grouping, labels and sites, against independent arithmetic."""
 
 import math
 import sqlite3
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from polyclinic.data.examples import DataError
 from polyclinic.data.sources.lidc_contours import Outline, group, read_outlines
 from polyclinic.data.sources.lung_nodules import Nodules, draw, protocol, render
-from polyclinic.data.sources.polygons import area_and_centre, inside
+from polyclinic.data.sources.polygons import area_and_center, inside
 
 
 def circle(x: float, y: float, radius: float, corners: int = 180) -> np.ndarray:
@@ -50,22 +50,22 @@ def test_filling_agrees_with_another_implementation(corners: list[tuple[float, f
                 assert got[i, j] == odd
 
 
-def test_area_and_centre_of_known_shapes() -> None:
+def test_area_and_center_of_known_shapes() -> None:
     """A rectangle either way round, a circle, and a line."""
     box = np.array([[1.0, 2], [4, 2], [4, 4], [1, 4]])
     for points in (box, box[::-1], np.vstack([box, box[:1]])):
-        area, middle = area_and_centre(points)
+        area, middle = area_and_center(points)
         assert area == pytest.approx(6)
         assert middle.tolist() == pytest.approx([2.5, 3])
-    area, middle = area_and_centre(circle(300, -200, 5, 2000))
+    area, middle = area_and_center(circle(300, -200, 5, 2000))
     assert area == pytest.approx(math.pi * 25, rel=1e-4)
     assert middle.tolist() == pytest.approx([300, -200])
-    assert area_and_centre(np.array([[0.0, 0], [2, 0]]))[0] == 0
+    assert area_and_center(np.array([[0.0, 0], [2, 0]]))[0] == 0
 
 
 @given(st.floats(2, 9), st.sampled_from([0.5, 1.0, 1.7]), st.floats(-40, 40))
 @settings(max_examples=40, deadline=None)
-def test_millimetres_are_true(radius: float, mm: float, x: float) -> None:
+def test_millimeters_are_true(radius: float, mm: float, x: float) -> None:
     """A circle of radius r covers pi r² / mm² pixels, in the middle of the image, wherever in the body it was."""
     image, diameter = draw([outline((3.0, True, circle(x, 2 * x, radius)))], 64, mm)
     assert diameter == pytest.approx(2 * radius, rel=0.01)
@@ -101,7 +101,7 @@ def test_the_largest_slice_is_drawn() -> None:
 
 
 def test_a_ball_is_a_ball_in_a_volume() -> None:
-    """Slices 2.5 mm apart become a volume with the ball's own height, width and depth in millimetres."""
+    """Slices 2.5 mm apart become a volume with the ball's own height, width and depth in millimeters."""
     heights = np.arange(-10, 10.1, 2.5) + 100
     ball = outline(*[(z, True, circle(50, 60, math.sqrt(121 - (z - 100) ** 2))) for z in heights])
     volume, _ = draw([ball], 32, 1.0, "volume")
@@ -200,7 +200,7 @@ def little_database(path: Path) -> Path:
     return path
 
 
-def test_pixels_become_millimetres(tmp_path: Path) -> None:
+def test_pixels_become_millimeters(tmp_path: Path) -> None:
     """A square of 20 pixels is 10 mm wide at 0.5 mm a pixel, and 40 mm at 2 mm. What has no area is left out."""
     table = render(little_database(tmp_path / "little.sqlite"), 64, 1.0, "slice")
     assert table["patients"] == ["A", "B"]

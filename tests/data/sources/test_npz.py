@@ -26,7 +26,7 @@ def medmnist(path: Path, shape: tuple[int, ...] = (8, 8), labels: int = 1, **cha
 
 @pytest.mark.parametrize(("shape", "out"), [((8, 8), (1, 8, 8)), ((8, 8, 3), (3, 8, 8)), ((8, 8, 8), (1, 8, 8, 8))])
 def test_medmnist_comes_out_as_it_is(tmp_path: Path, shape: tuple[int, ...], out: tuple[int, ...]) -> None:
-    """Grey, colour and 3-D; bytes stay bytes; the official split is a column; labels are classes."""
+    """Gray, color and 3-D; bytes stay bytes; the official split is a column; labels are classes."""
     path = medmnist(tmp_path, shape)
     raw = np.load(path)
     source = Npz(path)

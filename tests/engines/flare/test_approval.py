@@ -877,14 +877,14 @@ def test_data_of_another_shape_are_told_without_their_own(homes: dict[str, SiteH
     read_and_approve(homes["site-0"], "run-1")
     told = server.hello()
     assert told == (
-        "refused: inputs (train, val, test, unlabelled) do not have the shape that the study needs, 1 x 16 x 16"
+        "refused: inputs (train, val, test, unlabeled) do not have the shape that the study needs, 1 x 16 x 16"
     )
     assert "(1, 8, 8)" in Reviews(homes["site-0"].reviews).get("run-1").data
     assert [e["reason"] for e in events(homes["site-0"]) if e["event"] == "no reply"][-1] == told
 
 
 def test_a_site_without_training_examples_does_not_train(homes: dict[str, SiteHome]) -> None:
-    for role in ("train", "unlabelled"):
+    for role in ("train", "unlabeled"):
         (homes["site-0"].path / "data" / f"{role}.npz").unlink()
     server = Server(homes, order())
     server.hello()

@@ -220,7 +220,7 @@ def test_a_folder_without_examples_is_told(home: SiteHome, tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"no data\.toml"):
         site_data.read(home.path / "data", {})
     assert data_restrictions.of_hospital(home.path / "data") is None
-    np.savez(home.path / "data" / "unlabelled.npz", inputs=np.zeros((3, 2), np.float32), targets=np.zeros(3, np.int64))
+    np.savez(home.path / "data" / "unlabeled.npz", inputs=np.zeros((3, 2), np.float32), targets=np.zeros(3, np.int64))
     an = replace(order(plan={"network": "mlp", "inputs": [2]}), external=("here",))
     with pytest.raises(Unfit) as found:
         site_data.load(home.path / "data", an, an.build_plan(), "here")

@@ -158,12 +158,12 @@ def test_certificates_begin_end_and_say_so(server: ServerHome) -> None:
     ("changes", "why"),
     [
         ({"site": "site-2"}, "certificate request is for"),
-        ({"organisation": "elsewhere"}, "certificate request is for"),
+        ({"organization": "elsewhere"}, "certificate request is for"),
         ({"site": "../x"}, "a site's name"),
         ({"csr": "x"}, "cannot be read"),
         ({"secure": "zz"}, "cannot be read"),
         ({"format": "polyclinic request 9"}, "this version reads"),
-        ({"organisation": "a b"}, "an organisation"),
+        ({"organization": "a b"}, "an organization"),
     ],
 )
 def test_a_bad_request_is_refused(changes, why, server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_weak_key_is_refused() -> None:
     table = {
         "format": authorities.REQUEST,
         "site": "site-1",
-        "organisation": "hospital",
+        "organization": "hospital",
         "polyclinic": "1",
         "secure": "00" * 32,
         "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
@@ -189,7 +189,7 @@ def test_a_weak_key_is_refused() -> None:
         authorities.check_request(table)
 
 
-def test_one_name_is_one_organisation_and_may_be_shut_out(server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
+def test_one_name_is_one_organization_and_may_be_shut_out(server: ServerHome, site: SiteHome, tmp_path: Path) -> None:
     impostor = SiteHome(tmp_path / "impostor")
     site_setup.init(impostor, "site-1", "other_hospital")
     with pytest.raises(BadFile, match="a site of hospital already"):

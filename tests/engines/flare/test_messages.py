@@ -220,7 +220,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
         ({"deadline": 0}, "'deadline'"),
         ({"deadline": True}, "'deadline'"),
         ({"test": "predict/train"}, "'test'"),
-        ({"colour": "red"}, "no field 'colour'"),
+        ({"color": "red"}, "no field 'color'"),
         ({"score_every": -1}, "'score_every'"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_certificate_is_renewed_while_a_run_goes_on(method: str, plan: dict, n
         "init",
         "--name",
         "site-0",
-        "--organisation",
+        "--organization",
         "hospital",
         "--renew",
         *(["--new-keys"] if new else []),

@@ -27,7 +27,7 @@ from tests.support.local_deployment import LocalCarrier, approve, conductor, hos
 LITTLE = "[limits]\nmin_patients = 2\n"
 JOINED = {
     "site": "site-0",
-    "organisation": "x",
+    "organization": "x",
     "project": "p",
     "host": "localhost",
     "port": 1,
@@ -201,7 +201,7 @@ def test_a_run_that_ended_without_some_sites_names_them(tmp_path: Path, capsys: 
     server = ServerHome(tmp_path / "coordinator")
     server.path.mkdir()
     (tmp_path / "server").rename(server.path / "runs")
-    given = {"project": "tests", "host": "localhost", "port": 8002, "organisation": "x", "scheme": "grpc"}
+    given = {"project": "tests", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
     server.settings.write_text(toml(given))
     server.admitted.write_text(json.dumps({n: {"revoked": "", "expires": "2030"} for n in homes}))
     queue = Queue(server)

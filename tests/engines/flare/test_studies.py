@@ -66,9 +66,9 @@ class Clinics:
                 shutil.copytree(_made["keys"], home.keys)
             home.settings.write_text(f'site = "{name}"\ndata = "{root / "data" / name}"\n')
             home.policy.write_text((policies or {}).get(name, OPEN))
-        entries = {name: {"secure": "00" * 32, "revoked": "", "organisation": "x", "expires": "x"} for name in CLINICS}
+        entries = {name: {"secure": "00" * 32, "revoked": "", "organization": "x", "expires": "x"} for name in CLINICS}
         self.server.admitted.write_text(json.dumps(entries))
-        given = {"project": "tests", "host": "localhost", "port": 8002, "organisation": "x", "scheme": "grpc"}
+        given = {"project": "tests", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
         self.server.settings.write_text(toml(given))
 
     def put(self) -> list[str]:
@@ -122,7 +122,7 @@ def predictions(folder: Path) -> dict:
 
 
 def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Path) -> None:
-    """Batch normalisation that stays at sites, the best round of three, an external site: the same predictions."""
+    """Batch normalization that stays at sites, the best round of three, an external site: the same predictions."""
     study = STUDY.replace("rounds = 2", "rounds = 3")
     clinics = Clinics(tmp_path, study)
     clinics.put()

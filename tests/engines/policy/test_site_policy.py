@@ -209,7 +209,7 @@ def test_a_mutated_policy_is_one_or_not_and_never_hangs() -> None:
 
 
 @pytest.mark.parametrize("verb", ["score", "predict", "explain"])
-@pytest.mark.parametrize("role", ["train", "unlabelled", "public", "", "val/x", "Val"])
+@pytest.mark.parametrize("role", ["train", "unlabeled", "public", "", "val/x", "Val"])
 def test_no_model_is_scored_but_on_validation_and_test_data_whatever_the_policy_allows(verb: str, role: str) -> None:
     lax = parse(
         b'[allow]\njobs = ["*"]\nnever = []\ngather = ["*"]\nstats = ["WeightedMean"]\n[limits]\nmin_patients = 1\n'

@@ -1,4 +1,4 @@
-"""Masked image modelling: what is hidden stays hidden, patches are the transformer's own, and it can be learned."""
+"""Masked image modeling: what is hidden stays hidden, patches are the transformer's own, and it can be learned."""
 
 import pytest
 import torch

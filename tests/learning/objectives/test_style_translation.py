@@ -13,7 +13,7 @@ from polyclinic.learning.objectives.style_translation import (
     images_only,
     in_judges,
     in_turn,
-    standardised,
+    standardized,
 )
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import blobs
@@ -23,14 +23,14 @@ from tests.conftest import blobs
 def test_a_translator_begins_as_the_identity(inputs) -> None:
     x = torch.randn(3, *inputs)
     assert torch.equal(Translator(inputs)()(x), x)
-    torch.testing.assert_close(Translator(inputs, standardise=True)()(x), standardised(x))
+    torch.testing.assert_close(Translator(inputs, standardize=True)()(x), standardized(x))
     assert not any(p.requires_grad for p in Translator(inputs)().parameters())
 
 
-def test_standardising_takes_scale_and_offset() -> None:
+def test_standardizing_takes_scale_and_offset() -> None:
     x = torch.randn(3, 2, 8, 8)
-    torch.testing.assert_close(standardised(3 * x - 7), standardised(x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(standardised(torch.full((1, 1, 4, 4), 5.0)), torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(standardized(3 * x - 7), standardized(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(standardized(torch.full((1, 1, 4, 4), 5.0)), torch.zeros(1, 1, 4, 4))
 
 
 def test_the_gradient_penalty_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Pools: no target of an unlabelled example gets out, and nothing is lost or repeated."""
+"""Pools: no target of an unlabeled example gets out, and nothing is lost or repeated."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyclinic.core.site import Site
-from polyclinic.learning.tasks.example_pool import Chained, Untargeted, all_inputs, endless, size, unlabelled
+from polyclinic.learning.tasks.example_pool import Chained, Untargeted, all_inputs, endless, size, unlabeled
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -31,16 +31,16 @@ def test_a_chain_is_its_parts_in_order(sizes, seed):
 
 
 def test_targets_are_not_there():
-    data = {role: Rows(torch.randn(n, 3), torch.full((n,), 7)) for role, n in (("train", 4), ("unlabelled", 5))}
-    for pool in (unlabelled(data), all_inputs(data)):
+    data = {role: Rows(torch.randn(n, 3), torch.full((n,), 7)) for role, n in (("train", 4), ("unlabeled", 5))}
+    for pool in (unlabeled(data), all_inputs(data)):
         _, y = pool[torch.arange(len(pool))]
         assert torch.equal(y, torch.arange(len(pool)))
-    assert (len(unlabelled(data)), len(all_inputs(data))) == (5, 9)
+    assert (len(unlabeled(data)), len(all_inputs(data))) == (5, 9)
 
 
 def test_missing_and_empty_roles_count_as_nothing():
-    assert size({}, "train") == len(unlabelled({})) == len(all_inputs({})) == 0
-    assert len(all_inputs({"train": rows(0), "unlabelled": rows(3)})) == 3
+    assert size({}, "train") == len(unlabeled({})) == len(all_inputs({})) == 0
+    assert len(all_inputs({"train": rows(0), "unlabeled": rows(3)})) == 3
     with pytest.raises(IndexError, match="no example"):
         all_inputs({})[torch.tensor([0])]
 

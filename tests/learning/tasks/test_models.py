@@ -8,7 +8,7 @@ from polyclinic.core import tree
 from polyclinic.learning.networks.model_tree import inspect, load, params_of
 from polyclinic.learning.networks.network_catalog import ARCHITECTURES, Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import InHead, InNormalisation, InRunningStatistics, represent
+from polyclinic.learning.tasks.task import InHead, InNormalization, InRunningStatistics, represent
 from polyclinic.testing import equal
 
 SMALL = {
@@ -69,10 +69,10 @@ def test_traps_of_known_networks_are_found() -> None:
     from monai.networks.nets import resnet18
 
     res = inspect(resnet18(spatial_dims=2, n_input_channels=1, num_classes=2, norm=("group", {"num_groups": 8})))
-    assert any(warning.startswith("19 batch normalisations") for warning in res.warnings)
+    assert any(warning.startswith("19 batch normalizations") for warning in res.warnings)
 
 
-def test_normalisation_is_found_by_type_not_by_name() -> None:
+def test_normalization_is_found_by_type_not_by_name() -> None:
     class Misnamed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -83,7 +83,7 @@ def test_normalisation_is_found_by_type_not_by_name() -> None:
             return self.clean(self.bn_but_a_convolution(x)).mean((2, 3))
 
     task = Classification(Misnamed)
-    inside = {name for name in task.first() if InNormalisation(task)(name)}
+    inside = {name for name in task.first() if InNormalization(task)(name)}
     assert inside == {"clean.weight", "clean.bias", "clean.running_mean", "clean.running_var"}
     assert {n for n in inside if InRunningStatistics(task)(n)} == {"clean.running_mean", "clean.running_var"}
 

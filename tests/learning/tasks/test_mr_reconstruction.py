@@ -21,11 +21,11 @@ def test_undersampling_is_numpys() -> None:
     np.testing.assert_allclose(undersample(torch.from_numpy(x), everything).numpy(), np.abs(x), atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "acceleration", "centre"), [(64, 4, 0.08), (31, 4, 0.1), (16, 1, 0.5), (20, 8, 0.5)])
-def test_columns(width, acceleration, centre) -> None:
-    measured = columns(width, acceleration, centre, torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("width", "acceleration", "center"), [(64, 4, 0.08), (31, 4, 0.1), (16, 1, 0.5), (20, 8, 0.5)])
+def test_columns(width, acceleration, center) -> None:
+    measured = columns(width, acceleration, center, torch.Generator().manual_seed(1))
     assert measured[0]
-    half = max(0, (round(centre * width) - 1) // 2)
+    half = max(0, (round(center * width) - 1) // 2)
     assert measured[: half + 1].all()
     assert measured[width - half :].all()
     assert int(measured.sum()) == max(width // acceleration, 2 * half + 1)

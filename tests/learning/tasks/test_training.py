@@ -22,8 +22,8 @@ DROPOUT = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(optimiser: str) -> None:
-    site, local = little_sites()["site-0"], LocalTraining(epochs=2, batch_size=4, optimizer=optimiser, lr=0.01)
+def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(optimizer: str) -> None:
+    site, local = little_sites()["site-0"], LocalTraining(epochs=2, batch_size=4, optimizer=optimizer, lr=0.01)
     start = DROPOUT.first(0)
     kept = tree.copy(start)
     torch.manual_seed(5)
@@ -128,7 +128,7 @@ def test_summaries_leave_out_what_is_undefined() -> None:
         {"score": torch.tensor([[0.9, 0.2], [0.1, 0.3]]), "target": torch.tensor([[1.0, 0], [0, float("nan")]])}
     )
     assert found["auc"] == 1.0
-    ages = Regression(Network("mlp", (3,), 1), centre=50, spread=10)
+    ages = Regression(Network("mlp", (3,), 1), center=50, spread=10)
     assert "r2" not in ages.summary({"score": torch.tensor([[3.0]]), "target": torch.tensor([[4.0]])})
 
 
@@ -136,7 +136,7 @@ def test_regression_learns_in_its_own_unit() -> None:
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(80, 3, generator=rng)
     site = Site("s", {"train": Rows(x, 60 + 10 * x[:, :1])})
-    task = Regression(Network("mlp", (3,), 1), centre=60, spread=10)
+    task = Regression(Network("mlp", (3,), 1), center=60, spread=10)
     end = LocalTraining(epochs=60, lr=0.1).fit(task, task.first(0), site, 0)
     assert task.summary(outputs(task, end, site.data["train"]))["r2"] > 0.9
 
@@ -171,7 +171,7 @@ def test_empty_masks_are_decided_not_averaged_away() -> None:
         assert found["empty"].item() is empty, name
 
 
-def test_distances_are_in_millimetres_and_monais() -> None:
+def test_distances_are_in_millimeters_and_monais() -> None:
     from monai.metrics import compute_hausdorff_distance
 
     rng = torch.Generator().manual_seed(1)
@@ -199,7 +199,7 @@ def test_a_model_that_has_diverged_is_taken_for_one_that_guesses(kind) -> None:
     task = {
         "classification": Classification(network),
         "multilabel": MultiLabel(network),
-        "regression": Regression(network, centre=7.0),
+        "regression": Regression(network, center=7.0),
     }[kind]
     x, y = torch.ones(6, 2), torch.arange(6) % 3 if kind == "classification" else torch.zeros(6, 3)
     whole = outputs(task, task.first(0), Rows(x, y))

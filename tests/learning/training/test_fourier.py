@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyclinic.learning.training.fourier import (
-    AmplitudeNormaliser,
+    AmplitudeNormalizer,
     compose,
     crop,
     low_frequencies,
@@ -30,7 +30,7 @@ def test_compose_undoes_spectrum(shape) -> None:
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=3), st.floats(0, 1))
-def test_the_window_is_centred_and_holds_more_than_the_mean(shape, fraction) -> None:
+def test_the_window_is_centered_and_holds_more_than_the_mean(shape, fraction) -> None:
     for n, found in zip(shape, low_frequencies(tuple(shape), fraction), strict=True):
         signed = {int(k) if k <= n // 2 else int(k) - n for k in found}
         assert 0 in signed
@@ -44,8 +44,8 @@ def test_the_window_is_centred_and_holds_more_than_the_mean(shape, fraction) -> 
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7)])
 @pytest.mark.parametrize("half", [1, 2])
-def test_the_window_is_numpys_centre(shape, half) -> None:
-    """A window of half-width b around the centre of the shifted spectrum, as the papers write it."""
+def test_the_window_is_numpys_center(shape, half) -> None:
+    """A window of half-width b around the center of the shifted spectrum, as the papers write it."""
     x = images(shape)
     shifted = np.fft.fftshift(np.abs(np.fft.fft2(x.numpy())), axes=(-2, -1))
     h, w = (side // 2 for side in shape)
@@ -85,11 +85,11 @@ def test_wrong_windows_and_tables_are_refused() -> None:
         with pytest.raises(ValueError, match="from 0 to 1"):
             low_frequencies((8, 8), fraction)
     with pytest.raises(ValueError, match="needs images"):
-        AmplitudeNormaliser((12,))
+        AmplitudeNormalizer((12,))
 
 
 def test_the_front_passes_images_until_it_knows_an_amplitude() -> None:
-    front, x = AmplitudeNormaliser((2, 8, 8), 0.5)(), images((8, 8))
+    front, x = AmplitudeNormalizer((2, 8, 8), 0.5)(), images((8, 8))
     assert torch.equal(front(x), x)
     front.amplitude.copy_(crop(spectrum(images((8, 8), 1))[0], 0.5).mean(0))
     torch.testing.assert_close(crop(spectrum(front(x))[0], 0.5)[0], front.amplitude, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""The optimisers give PyTorch's bits, without what PyTorch's classes bring along."""
+"""The optimizers give PyTorch's bits, without what PyTorch's classes bring along."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_the_bits_are_those_of_the_classes(name, theirs, options):
     shapes, rng = ((3, 4), (5,), (2,)), torch.Generator().manual_seed(0)
     ours = [torch.randn(shape, generator=rng, requires_grad=True) for shape in shapes]
     copies = [leaf.detach().clone().requires_grad_() for leaf in ours]
-    mine, other = LocalTraining(optimizer=name, **options)._optimiser(ours, 0.1), theirs(copies, 0.1, **options)
+    mine, other = LocalTraining(optimizer=name, **options)._optimizer(ours, 0.1), theirs(copies, 0.1, **options)
     for step in range(6):
         for i, (a, b) in enumerate(zip(ours, copies, strict=True)):
             gradient = torch.randn(a.shape, generator=rng)

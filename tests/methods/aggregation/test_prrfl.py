@@ -9,7 +9,7 @@ import torch
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.tasks.task import InNormalisation
+from polyclinic.learning.tasks.task import InNormalization
 from polyclinic.methods.aggregation.pfa import PFA, progressive
 from polyclinic.methods.aggregation.prrfl import PRRFL, macro_f1
 from polyclinic.testing import close
@@ -88,10 +88,10 @@ def run(method, task, sites, rounds=2):
     return state, engine
 
 
-def test_normalisation_never_leaves_and_the_personal_model_predicts(task, local, sites) -> None:
+def test_normalization_never_leaves_and_the_personal_model_predicts(task, local, sites) -> None:
     method = PRRFL(task, 5, local)
     state, engine = run(method, task, sites)
-    inside = InNormalisation(task)
+    inside = InNormalization(task)
     assert state.deputies.keys() == sites.keys()
     assert not any(inside(name) for deputy in state.deputies.values() for name in deputy)
     assert close(tree.select(state.params, inside), tree.select(task.first(0), inside))

@@ -15,7 +15,7 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import gradient, load
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import InHead, InNormalisation
+from polyclinic.learning.tasks.task import InHead, InNormalization
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.baselines import Cross, Single, mix
 from polyclinic.methods.catalog import METHODS
@@ -29,7 +29,7 @@ from polyclinic.methods.registry import UnknownMethod, entry
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
-PLAIN = Classification(Network("mlp", (1, 8, 8), 2, (("width", 8),)))  # without normalisation
+PLAIN = Classification(Network("mlp", (1, 8, 8), 2, (("width", 8),)))  # without normalization
 
 
 def run(method: Method[Any], sites: dict[str, Site], params: tree.Tree, rounds: int = 3) -> tuple[Any, InProcess]:
@@ -98,7 +98,7 @@ def test_scaffolds_control_is_the_mean_of_the_sites(task, local) -> None:
     assert close(state.control, mean)
 
 
-def test_scaffold_refuses_another_optimiser(task) -> None:
+def test_scaffold_refuses_another_optimizer(task) -> None:
     with pytest.raises(ValueError, match=r'set training\.optimizer = "sgd"'):
         Scaffold(task, 3, LocalTraining(optimizer="adam"))
 
@@ -135,7 +135,7 @@ def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_single(task, loc
     assert close([m["own"] for m in engine.memory.values()], [m["params"] for m in alone.memory.values()])
 
 
-def test_fedbn_without_normalisation_is_fedavg(local) -> None:
+def test_fedbn_without_normalization_is_fedavg(local) -> None:
     sites, start = little_sites(), PLAIN.first(0)
     assert equal(run(fedbn(PLAIN, local), sites, start)[0].inner, run(FedAvg(PLAIN, local), sites, start)[0])
 
@@ -152,7 +152,7 @@ def test_what_is_kept_never_leaves(make, task, local) -> None:
 
 
 def test_fedbn_and_silobn_keep_what_the_papers_say(task, local) -> None:
-    norm = {name for name in task.first(0) if InNormalisation(task)(name)}
+    norm = {name for name in task.first(0) if InNormalization(task)(name)}
     bn, silo = fedbn(task, local), silobn(task, local)
     assert {n for n in task.first(0) if bn.keep(n)} == norm
     assert {n for n in task.first(0) if silo.keep(n)} == {n for n in norm if "running" in n}

@@ -57,7 +57,7 @@ def scanners(F=7, sizes=(20, 35, 11), seed=0):
     return Y.astype("float32"), batch, C.astype("float32")
 
 
-def harmonised(method, x, batch, task, rounds=1):
+def harmonized(method, x, batch, task, rounds=1):
     names = [f"s{k}" for k in np.unique(batch)]
     sites = {
         n: Site(n, {"train": Rows(torch.from_numpy(x[batch == k]), torch.arange((batch == k).sum()) % 2)})
@@ -84,7 +84,7 @@ def test_it_equals_pooled_combat(shrink, keep) -> None:
     task = Classification(Network("mlp", (x.shape[1],), 2))
     covariates = (7, 8) if keep else ()
     method = combat(task, LocalTraining(), ("s0", "s1", "s2"), covariates=covariates, shrink=shrink)
-    found = harmonised(method, x, batch, task)
+    found = harmonized(method, x, batch, task)
     design = C.astype("float64") if keep else np.empty((len(Y), 0))
     if keep:  # the prior of a site is over all columns it sees, covariates among them; here none of theirs
         np.testing.assert_array_equal(found[:, 7:], C)
@@ -96,7 +96,7 @@ def test_sites_come_to_agree_and_covariates_stay() -> None:
     Y, batch, C = scanners(F=30, sizes=(80, 90, 70))
     x = np.c_[Y, C]
     task = Classification(Network("mlp", (32,), 2))
-    found = harmonised(combat(task, LocalTraining(), ("s0", "s1", "s2"), covariates=(30, 31)), x, batch, task)
+    found = harmonized(combat(task, LocalTraining(), ("s0", "s1", "s2"), covariates=(30, 31)), x, batch, task)
 
     def between(values):  # the share of variance that lies between sites, the covariates' effect taken out
         D = np.c_[np.ones(len(C)), C]
@@ -110,7 +110,7 @@ def test_sites_come_to_agree_and_covariates_stay() -> None:
 def test_one_site_is_left_nearly_alone() -> None:
     Y, _, _ = scanners(sizes=(40,))
     task = Classification(Network("mlp", (7,), 2))
-    found = harmonised(combat(task, LocalTraining(), ("s0",), shrink=False), Y, np.zeros(40, int), task)
+    found = harmonized(combat(task, LocalTraining(), ("s0",), shrink=False), Y, np.zeros(40, int), task)
     # γ̂ = 0 and δ̂ = n/(n − 1) remain: the variance is taken with n − 1, σ² with n
     np.testing.assert_allclose(found - Y.mean(0), (Y - Y.mean(0)) * np.sqrt(39 / 40), rtol=1e-3, atol=1e-3)
 
@@ -153,6 +153,6 @@ def test_real_scanners(real_data) -> None:
     Y = np.array([[float(r[c]) for c in columns] for r in rows], "float32")
     names, batch = np.unique([r[site_column] for r in rows], return_inverse=True)
     task = Classification(Network("mlp", (len(columns),), 2))
-    found = harmonised(combat(task, LocalTraining(), tuple(f"s{k}" for k in range(len(names)))), Y, batch, task)
+    found = harmonized(combat(task, LocalTraining(), tuple(f"s{k}" for k in range(len(names)))), Y, batch, task)
     expected = pooled_combat(Y.astype("float64"), batch, np.empty((len(Y), 0)))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(Y).mean())

@@ -1,4 +1,4 @@
-"""HarmoFL's two equations in numpy, and the limit in which it is FedAvg on harmonised images."""
+"""HarmoFL's two equations in numpy, and the limit in which it is FedAvg on harmonized images."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
 
-def test_the_normaliser_is_equations_3_and_4(task, local, sites) -> None:
+def test_the_normalizer_is_equations_3_and_4(task, local, sites) -> None:
     """Â_k = (1 − v) Â_{k−1} + v/M Σ A(x_m) over minibatches; Ψ(x) = F⁻¹(Â, P(x)). In numpy's FFT."""
     method, site = harmofl(task, local, decay=0.3), sites["site-1"]
     request = method.request(method.init(task.first()))
@@ -38,7 +38,7 @@ def test_the_normaliser_is_equations_3_and_4(task, local, sites) -> None:
 
 
 def test_every_bin_of_the_window_changes() -> None:
-    """The published normaliser's window touches one frequency; ours touches each in it and no other."""
+    """The published normalizer's window touches one frequency; ours touches each in it and no other."""
     sites, task = little_sites(), Classification(Network("cnn", (1, 8, 8), 2, (("width", 4),)))
     method = harmofl(task, LocalTraining(), window=0.25)
     front = method.prediction_task.model().get_submodule("front")
@@ -56,7 +56,7 @@ def test_the_perturbed_step_is_equation_6() -> None:
     site = Site("a", {"train": Rows(x, torch.zeros(6, 1))})
     method = harmofl(task, LocalTraining(batch_size=6, lr=0.5), window=0.0, alpha=0.1)
     params = {**method.init(task.first()).params, "front.amplitude": torch.zeros(1, 1, 1)}  # images pass as they are
-    request = method.request(method.init(params)._replace(params=params, harmonised=True))
+    request = method.request(method.init(params)._replace(params=params, harmonized=True))
     change = method.site_update(request, {}, site)[0].mean("update").value
     X = np.c_[x.reshape(6, 2).double().numpy(), np.ones(6)]
     theta = np.r_[params["head.weight"].double().numpy()[0], params["head.bias"].double().numpy()]
@@ -71,14 +71,14 @@ def test_the_perturbed_step_is_equation_6() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_without_perturbation_it_is_fedavg_on_harmonised_images(task, local, sites) -> None:
+def test_without_perturbation_it_is_fedavg_on_harmonized_images(task, local, sites) -> None:
     method = harmofl(task, local, alpha=0.0)
     tiny = harmofl(task, local, alpha=1e-12)
     state = method.init(task.first())
     for step in train(method, InProcess(method, sites), state, rounds=1):
         state = step.state
         break
-    assert state.harmonised
+    assert state.harmonized
     plain = FedAvg(method.prediction_task, local, uniform=True)
     request = method.request(state)
     ours = method.site_update(request, {}, sites["site-2"])[0]
@@ -87,7 +87,7 @@ def test_without_perturbation_it_is_fedavg_on_harmonised_images(task, local, sit
 
 
 def test_sites_that_differ_by_a_filter_come_to_look_alike(task) -> None:
-    """A scanner that multiplies every spectrum is undone: normalised images are the same as without it."""
+    """A scanner that multiplies every spectrum is undone: normalized images are the same as without it."""
     x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     gain = torch.linspace(0.5, 2, 8)[:, None] + torch.linspace(0, 1, 8)
     gain = (gain + torch.roll(gain.flip(0, 1), (1, 1), (0, 1))) / 2  # even, so that images stay real
@@ -97,7 +97,7 @@ def test_sites_that_differ_by_a_filter_come_to_look_alike(task) -> None:
     torch.testing.assert_close(front(x), front(filtered), rtol=1e-3, atol=1e-4)
 
 
-def test_evaluation_harmonises_too(task, local, sites) -> None:
+def test_evaluation_harmonizes_too(task, local, sites) -> None:
     method = Evaluated(harmofl(task, local), task)
     federation, state = InProcess(method, sites), method.init(task.first())
     for step in train(method, federation, state, rounds=2):

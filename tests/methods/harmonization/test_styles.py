@@ -1,4 +1,4 @@
-"""VAFL and stain normalisation: who is the target, what leaves, what stays, and that styles come together."""
+"""VAFL and stain normalization: who is the target, what leaves, what stays, and that styles come together."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_vafl_takes_the_site_that_varies_least_and_translates_the_others() -> No
     state, federation = run(method, sites, 2, seen)
     jobs = [(step.request.job, tuple(step.asked)) for step in seen]
     assert jobs[0] == ("prepare complexity", ("s0", "s1", "s2"))
-    assert jobs[1] == ("prepare synthesise", ("s1",))
+    assert jobs[1] == ("prepare synthesize", ("s1",))
     assert jobs[2] == ("prepare translate", ("s0", "s2"))
     shared = seen[1].reply.gather("found")["s1"]["images"]
     assert shared.shape == (32, 1, 8, 8)
@@ -73,7 +73,7 @@ def test_vafl_takes_the_site_that_varies_least_and_translates_the_others() -> No
     assert torch.equal(model.get_submodule("front")(x), x)  # the target's own images stay as they are
 
 
-def test_stain_normalisation_gives_one_style() -> None:
+def test_stain_normalization_gives_one_style() -> None:
     sites = scanners()
     method = stain_norm(TASK, LOCAL, exchanges=3, epochs=4, width=8)
     state, federation = run(method, sites, 2)

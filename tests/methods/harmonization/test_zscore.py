@@ -39,7 +39,7 @@ def test_what_the_network_sees(task, local, sites, by_site) -> None:
     assert float(everything.std(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
-def test_standardised_data_are_left_alone(local) -> None:
+def test_standardized_data_are_left_alone(local) -> None:
     """On data that have mean 0 and deviation 1 it is FedAvg."""
     rng, sites = torch.Generator().manual_seed(0), {}
     for k in range(2):
@@ -52,7 +52,7 @@ def test_standardised_data_are_left_alone(local) -> None:
     assert close({k: v for k, v in state.params.items() if not k.startswith("front.")}, plain.params)
 
 
-def test_a_constant_column_is_only_centred(local) -> None:
+def test_a_constant_column_is_only_centered(local) -> None:
     x = torch.cat([torch.randn(9, 1), torch.full((9, 1), 7.0)], 1)
     task = Classification(Network("mlp", (2,), 2))
     method = zscore(task, local)

@@ -160,7 +160,7 @@ def test_semi_sync_refuses_impossible_seconds(task, seconds):
         semi_sync(task, LocalTraining(), ("a", "b", "c"), seconds=seconds)
 
 
-def test_nova_normalises_what_paced_sites_send(task):
+def test_nova_normalizes_what_paced_sites_send(task):
     sites, local = little_sites(), LocalTraining(epochs=1, batch_size=8, lr=0.05)
     seconds = (("site-0", 0.1),)
     start = task.first(0)

@@ -83,7 +83,7 @@ def test_running_statistics_are_not_part_of_a_vector(task, local, sites):
 
 
 def test_restoration_gives_the_statistics_of_the_data(task):
-    """Of the first normalisation: mean and variance of what enters it, by numpy."""
+    """Of the first normalization: mean and variance of what enters it, by numpy."""
     data, start = blobs(5, 30, (1, 8, 8), 0.7), task.first(3)
     found = restored(task, start, data, size=100)
     running = inspect(task.model()).running
@@ -108,14 +108,14 @@ def test_restoration_never_sees_targets(task):
 
 
 def test_the_scale_is_the_best_of_those_tried(task, local, sites):
-    labelled = blobs(77, 40, (1, 8, 8), 0.5)
+    labeled = blobs(77, 40, (1, 8, 8), 0.5)
     state = run(datavectors(task, local, tuple(sites)), sites, task.first())
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
-    losses = search(Merging(), task, task.first(), vectors, labelled)
+    losses = search(Merging(), task, task.first(), vectors, labeled)
     assert list(losses) == pytest.approx([1 / 3, 2 / 3, 1.0])
-    _, scale = merged(Merging(), task, task.first(), vectors, labelled=labelled)
+    _, scale = merged(Merging(), task, task.first(), vectors, labeled=labeled)
     assert losses[scale] == min(losses.values())
-    assert merged(Merging(scale=0.4), task, task.first(), vectors, labelled=labelled)[1] == 0.4
+    assert merged(Merging(scale=0.4), task, task.first(), vectors, labeled=labeled)[1] == 0.4
 
 
 def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(task, sites):
@@ -128,8 +128,8 @@ def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(task, sites):
     for name, vector in vectors.items():
         for leaf, drawn in zip(vector.values(), random[name].values(), strict=True):
             assert float(drawn.norm()) == pytest.approx(float(leaf.norm()), rel=1e-4, abs=1e-8)
-    labelled = blobs(77, 40, (1, 8, 8), 0.5)
-    best, worst = (min(search(Merging(), task, task.first(), v, labelled).values()) for v in (vectors, random))
+    labeled = blobs(77, 40, (1, 8, 8), 0.5)
+    best, worst = (min(search(Merging(), task, task.first(), v, labeled).values()) for v in (vectors, random))
     assert best < worst - 0.1
 
 

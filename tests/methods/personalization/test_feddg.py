@@ -20,7 +20,7 @@ from tests.conftest import Rows, segmentation_sites
 
 @pytest.mark.parametrize("half", [1, 3])
 def test_the_interpolation_is_equation_2(half) -> None:
-    """Amplitudes in a centred square of half-width b become (1 − λ) A_i + λ A_j; phases are kept. numpy's FFT."""
+    """Amplitudes in a centered square of half-width b become (1 − λ) A_i + λ A_j; phases are kept. numpy's FFT."""
     x, other = np.random.default_rng(0).normal(size=(2, 3, 1, 16, 16)).astype("float32")
     lam = np.array([0.0, 0.4, 1.0]).reshape(3, 1, 1, 1)
     A, P = (f(np.fft.fft2(x)) for f in (np.abs, np.angle))

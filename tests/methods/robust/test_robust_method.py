@@ -184,7 +184,7 @@ def test_a_bound_scales_long_updates_to_the_median_length(task, local) -> None:
     assert change <= sorted(alone)[-1]
 
 
-def test_centred_clipping_keeps_its_place_between_rounds(task, local, sites) -> None:
+def test_centered_clipping_keeps_its_place_between_rounds(task, local, sites) -> None:
     method = Robust(FedAvg(task, local), CentredClipping())
     state, _ = run(method, task, sites)
     assert state.last.keys() == {"train"}

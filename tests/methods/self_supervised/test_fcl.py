@@ -14,7 +14,7 @@ from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.self_supervised.fcl import FCL, fcl
 from tests.conftest import Rows, little_sites
-from tests.support.few_labels import half_labelled, near, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -24,7 +24,7 @@ def with_positions(sites):
     found = {}
     for name, site in sites.items():
         roles = dict(site.data)
-        for role in ("train", "unlabelled"):
+        for role in ("train", "unlabeled"):
             data = Rows(roles[role].x.clone(), roles[role].y)
             data.positions = torch.rand(len(data), generator=Site(name).rng(role))
             data.x += 4 * data.positions.view(-1, 1, 1, 1)
@@ -93,7 +93,7 @@ def test_features_of_single_images_travel_and_matter(task):
 
 
 def test_targets_are_never_read_in_the_first_phase_and_labels_in_the_second(task):
-    sites = half_labelled(labelled=2)
+    sites = half_labeled(labeled=2)
     one, two = (run(fcl(task, LOCAL, 4), s, task.first(0), 4)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
     assert not torch.equal(one.params["head.weight"], task.first(0)["head.weight"])

@@ -1,4 +1,4 @@
-"""Federated masked image modelling: no target in the first phase, every image counts, and the second is FedAvg."""
+"""Federated masked image modeling: no target in the first phase, every image counts, and the second is FedAvg."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from polyclinic.learning.tasks.example_pool import all_inputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Pretrained
 from polyclinic.methods.self_supervised.fedmae import fedmae
-from tests.support.few_labels import half_labelled, near, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -27,16 +27,16 @@ def test_one_round_of_pretraining_is_the_mean_of_what_sites_learn(task, sites):
     assert same(step.state.params, tree.under("backbone", step.state.whole))
 
 
-def test_targets_matter_only_in_the_second_phase_and_only_labelled_ones(task):
-    sites = half_labelled(labelled=2)
+def test_targets_matter_only_in_the_second_phase_and_only_labeled_ones(task):
+    sites = half_labeled(labeled=2)
     one, two = (run(fedmae(task, LOCAL, 4), s, task.first(0), 4)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
     assert not torch.equal(one.params["head.weight"], task.first(0)["head.weight"])
 
 
-def test_the_first_phase_has_its_own_optimiser(task):
-    method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimiser="adamw")
-    assert (method.first.local.lr, method.first.local.optimiser, method.rounds) == (1e-3, "adamw", 3)
-    assert (method.second.local.lr, method.second.local.optimiser) == (0.05, "sgd")
+def test_the_first_phase_has_its_own_optimizer(task):
+    method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimizer="adamw")
+    assert (method.first.local.lr, method.first.local.optimizer, method.rounds) == (1e-3, "adamw", 3)
+    assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")
     with pytest.raises(ValueError, match="no optimizer is called 'lion'"):
-        fedmae(task, LOCAL, 10, pretrain_optimiser="lion")
+        fedmae(task, LOCAL, 10, pretrain_optimizer="lion")

@@ -10,7 +10,7 @@ from polyclinic.methods.base.phases import Then, share_of
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.self_supervised.fedmoco import FedMoCo, fedmoco
 from tests.conftest import little_sites
-from tests.support.few_labels import half_labelled, near, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -55,7 +55,7 @@ def test_the_head_waits_and_the_encoder_learns(task, sites):
 
 
 def test_targets_are_never_read_in_the_first_phase(task):
-    sites = half_labelled()
+    sites = half_labeled()
     method = fedmoco(task, LOCAL, 4)
     one, two = (run(method, s, task.first(0), 4)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
@@ -74,7 +74,7 @@ def test_weights_are_examples_where_the_power_is_0(task, sites):
     method = FedMoCo(Contrast(task, 8), LOCAL, power=0.0)
     request = method.request(method.init(task.first(0)))
     reply, memory = method.site_update(request, {}, sites["site-0"])
-    assert reply.mean("update").weight == 12 + 12  # labelled and unlabelled
+    assert reply.mean("update").weight == 12 + 12  # labeled and unlabeled
     assert memory["queue"]["keys"].shape == (24, 8)
     weighed, _ = FedMoCo(Contrast(task, 8), LOCAL, power=1.0).site_update(request, {}, sites["site-0"])
     assert 0 < weighed.mean("update").weight < 24
@@ -103,7 +103,7 @@ def test_what_others_look_like_arrives_and_matters(task, sites):
 
 
 def test_both_phases_end_in_a_model_that_works(task):
-    sites = half_labelled(labelled=2)
+    sites = half_labeled(labeled=2)
     method = Evaluated(fedmoco(task, LocalTraining(epochs=2, batch_size=8, lr=0.05), 6), task)
     step, engine = run(method, sites, task.first(0), 6)
     scores = evaluate(method, engine, step.state, engine.sites)

@@ -13,7 +13,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedcy import FedCy
 from polyclinic.methods.semi_supervised.video_cycle import clip, cycle_back
 from tests.conftest import Rows, little_sites
-from tests.support.few_labels import half_labelled, near, only_labels, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -69,8 +69,8 @@ def test_with_labels_and_no_contrast_it_is_fedavg(task):
     assert near(step.state.params, plain.state.params)
 
 
-def test_unlabelled_videos_move_the_encoder_alone_and_their_targets_nothing(task):
-    sites = half_labelled(labelled=1)
+def test_unlabeled_videos_move_the_encoder_alone_and_their_targets_nothing(task):
+    sites = half_labeled(labeled=1)
     method = FedCy(task, LOCAL)
     request = method.request(method.init(task.first(0)))
     change = method.site_update(request, {}, sites["site-1"])[0].mean("update").value
@@ -88,7 +88,7 @@ def test_moments_become_findable(task):
 
     data = Rows(torch.cat([video("a"), video("b")]), torch.zeros(48, dtype=torch.long))
     data.videos = torch.arange(48) // 24
-    site = Site("s", {"unlabelled": data})
+    site = Site("s", {"unlabeled": data})
     method = FedCy(task, LocalTraining(epochs=10, batch_size=8, lr=0.02), frames=12)
     start = task.first(0)
     end, _ = run(method, {"s": site}, start, 2)

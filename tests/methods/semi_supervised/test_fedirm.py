@@ -1,4 +1,4 @@
-"""FedIRM: without unlabelled images it is training on two views; unlabelled sites wait, then learn; no target leaks."""
+"""FedIRM: without unlabeled images it is training on two views; unlabeled sites wait, then learn; no target leaks."""
 
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.augmentation import STILL
@@ -6,13 +6,13 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedirm import FedIRM
 from tests.conftest import little_sites
-from tests.support.few_labels import half_labelled, near, only_labels, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 
 
-def test_in_the_warm_up_only_labelled_sites_count(task):
-    sites = half_labelled(labelled=2)
+def test_in_the_warm_up_only_labeled_sites_count(task):
+    sites = half_labeled(labeled=2)
     step, _ = run(FedIRM(task, LOCAL, warmup=3), sites, task.first(0))
     alone, _ = run(FedIRM(task, LOCAL, warmup=3), {k: sites[k] for k in ("site-0", "site-1")}, task.first(0))
     later, _ = run(FedIRM(task, LOCAL, warmup=1), sites, task.first(0))
@@ -29,15 +29,15 @@ def test_with_labels_alone_and_views_that_show_the_same_it_is_uniform_fedavg(tas
     assert near(one, two, 1e-4)  # running statistics moved twice, once for each view
 
 
-def test_targets_of_unlabelled_images_are_never_used(task):
-    sites = half_labelled()
+def test_targets_of_unlabeled_images_are_never_used(task):
+    sites = half_labeled()
     method = FedIRM(task, LOCAL, warmup=1)
     one, two = (run(method, s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
 
 
 def test_it_learns_and_its_matrix_knows_the_classes(task):
-    sites = half_labelled(labelled=2)
+    sites = half_labeled(labeled=2)
     method = Evaluated(FedIRM(task, LOCAL, warmup=3, growth=4, consistency=1.0), task)
     step, engine = run(method, sites, task.first(0), 8)
     scores = evaluate(method, engine, step.state, engine.sites)

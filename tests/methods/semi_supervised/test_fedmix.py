@@ -41,12 +41,12 @@ def test_masks_are_kept_where_the_networks_agree():
     one = torch.stack([square(2, 8), square(2, 8), square(0, 0), square(2, 8)])
     two = torch.stack([square(2, 8), square(3, 9), square(0, 0), square(0, 0)])
     mixed = MixedSegmentation(TASK, agree=0.9)
-    y1, y2, kept = mixed.masks("unlabelled", logits(one), logits(two), torch.zeros(4))
+    y1, y2, kept = mixed.masks("unlabeled", logits(one), logits(two), torch.zeros(4))
     wanted = [dice(a, b) >= 0.9 and a.any() and b.any() for a, b in zip(one, two, strict=True)]
     assert kept.tolist() == [bool(w) for w in wanted] == [True, False, False, False]
     assert torch.equal(y1, one)
     assert torch.equal(y2, two)
-    assert MixedSegmentation(TASK, agree=0.6).masks("unlabelled", logits(one), logits(two), one)[2].tolist() == [
+    assert MixedSegmentation(TASK, agree=0.6).masks("unlabeled", logits(one), logits(two), one)[2].tolist() == [
         True,
         True,
         False,
@@ -73,7 +73,7 @@ def test_an_image_without_foreground_has_an_empty_mask_and_no_other():
 
 
 def test_weights_are_the_papers_in_numpy():
-    """w_i = n_i / Σ n + λ loss_i^β / Σ loss^β, normalised (equations 3 to 5)."""
+    """w_i = n_i / Σ n + λ loss_i^β / Σ loss^β, normalized (equations 3 to 5)."""
     sites, method = segmentation_sites(), FedMix(MixedSegmentation(TASK), LOCAL, by_loss=10.0, power=1.5)
     sites = {name: only_labels(site) for name, site in sites.items()}
     state = method.init(TASK.first(0))

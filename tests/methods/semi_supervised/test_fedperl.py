@@ -9,7 +9,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, fedperl, similarities
 from tests.conftest import little_sites
-from tests.support.few_labels import half_labelled, near, only_labels, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
@@ -19,7 +19,7 @@ def models(task, count=5):
 
 
 def numpy_similarities(found):
-    """Equation 2: cosine of (μ, σ) of every weight tensor, min-max normalised."""
+    """Equation 2: cosine of (μ, σ) of every weight tensor, min-max normalized."""
     d = []
     for model in found.values():
         row = []
@@ -87,8 +87,8 @@ def test_with_labels_alone_it_is_fedavg(task, monkeypatch):
     assert near(step.state.params, plain.state.params, 1e-4)
 
 
-def test_peers_matter_and_targets_of_unlabelled_images_do_not(task):
-    sites = half_labelled(labelled=2)
+def test_peers_matter_and_targets_of_unlabeled_images_do_not(task):
+    sites = half_labeled(labeled=2)
     one, two = (run(FedPerl(task, LOCAL), s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
     alone, _ = run(FedPerl(task, LOCAL, trust=0.0, agreement=0.0), sites, task.first(0), 3)
@@ -96,5 +96,5 @@ def test_peers_matter_and_targets_of_unlabelled_images_do_not(task):
 
 
 def test_a_site_that_has_learned_nothing_is_nobodys_peer(task):
-    step, _ = run(FedPerl(task, LOCAL, warmup=9), half_labelled(labelled=2), task.first(0), 1)
+    step, _ = run(FedPerl(task, LOCAL, warmup=9), half_labeled(labeled=2), task.first(0), 1)
     assert set(step.state.models) == {"site-0", "site-1"}

@@ -13,7 +13,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedsemi import FedSemi, fedsemi
 from tests.conftest import little_sites, segmentation_sites
-from tests.support.few_labels import half_labelled, only_labels, run, same, with_other_targets
+from tests.support.few_labels import half_labeled, only_labels, run, same, with_other_targets
 
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 
@@ -45,15 +45,15 @@ def test_with_labels_alone_it_is_fedavg(task):
     assert same(step.state.params, plain.state.params)
 
 
-def test_in_the_warm_up_it_is_fedavg_of_the_labelled_sites(task):
-    sites = half_labelled(labelled=2)
+def test_in_the_warm_up_it_is_fedavg_of_the_labeled_sites(task):
+    sites = half_labeled(labeled=2)
     step, _ = run(FedSemi(task, LOCAL, warmup=5), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), {k: sites[k] for k in ("site-0", "site-1")}, task.first(0))
     assert same(step.state.params, plain.state.params)
 
 
-def test_unlabelled_images_count_by_trust_and_their_targets_not_at_all(task):
-    sites = half_labelled(labelled=1)
+def test_unlabeled_images_count_by_trust_and_their_targets_not_at_all(task):
+    sites = half_labeled(labeled=1)
     method = FedSemi(task, LOCAL, warmup=0, trust=0.25, threshold=0.5)
     request = method.request(method.init(task.first(0)))
     weights = [method.site_update(request, {}, site)[0].mean("update").weight for site in sites.values()]
@@ -67,7 +67,7 @@ def test_unlabelled_images_count_by_trust_and_their_targets_not_at_all(task):
 @pytest.mark.slow
 def test_it_helps_segmentation_where_two_of_three_sites_have_no_masks():
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 4), ("norm", "batch"))))
-    sites = half_labelled(labelled=1, sites=segmentation_sites())
+    sites = half_labeled(labeled=1, sites=segmentation_sites())
     local = LocalTraining(epochs=6, batch_size=5, lr=0.01, optimizer="adam")
 
     def dice(warmup):

@@ -36,9 +36,9 @@ def found(method, sites):
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4), st.floats(-1e4, 1e4), st.floats(1e-3, 1e3), st.integers(0, 99)
 )
-def test_sums_are_those_of_pooled_data(counts, centre, spread, seed) -> None:
+def test_sums_are_those_of_pooled_data(counts, center, spread, seed) -> None:
     rng = np.random.default_rng(seed)
-    tables = [centre + spread * rng.normal(size=(n, 3)) for n in counts]
+    tables = [center + spread * rng.normal(size=(n, 3)) for n in counts]
     sites = {
         f"s{k}": Site(f"s{k}", {"train": Rows(torch.from_numpy(t).float(), torch.zeros(len(t), dtype=torch.long))})
         for k, t in enumerate(tables)
@@ -48,11 +48,11 @@ def test_sums_are_those_of_pooled_data(counts, centre, spread, seed) -> None:
     pooled = np.concatenate(tables).astype("float32").astype("float64")
     assert summary.examples == len(pooled)
     np.testing.assert_allclose(summary.mean, pooled.mean(0), rtol=1e-9, atol=1e-9 * spread)
-    np.testing.assert_allclose(summary.std, pooled.std(0), rtol=1e-6, atol=1e-9 * (abs(centre) + spread))
+    np.testing.assert_allclose(summary.std, pooled.std(0), rtol=1e-6, atol=1e-9 * (abs(center) + spread))
     bin_width = np.diff(summary.edges.numpy()[:, :2])[:, 0]
     for q in (0.0, 0.1, 0.5, 0.9, 1.0):
         exact = np.quantile(pooled, q, axis=0, method="inverted_cdf")
-        assert (np.abs(summary.quantile(q).numpy() - exact) <= bin_width * 1.001 + 1e-9 * abs(centre)).all()
+        assert (np.abs(summary.quantile(q).numpy() - exact) <= bin_width * 1.001 + 1e-9 * abs(center)).all()
 
 
 def test_images_by_channel_and_classes() -> None:

@@ -1,4 +1,4 @@
-"""FedNI: graphs and their convolution in numpy, a generator that learns neighbours, and what each phase moves."""
+"""FedNI: graphs and their convolution in numpy, a generator that learns neighbors, and what each phase moves."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.synthesis.fedni import FedNI, fedni, in_generator
-from polyclinic.methods.synthesis.population_graph import Inpainting, neighbours, normalised, populated
+from polyclinic.methods.synthesis.population_graph import Inpainting, neighbors, normalized, populated
 from tests.conftest import Rows
 from tests.support.few_labels import run, same, with_other_targets
 
@@ -22,7 +22,7 @@ def normal(*shape, key="x"):
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def test_neighbours_are_the_most_alike_both_ways():
+def test_neighbors_are_the_most_alike_both_ways():
     h = normal(9, 4)
     x = h.double().numpy() - h.double().numpy().mean(0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -31,21 +31,21 @@ def test_neighbours_are_the_most_alike_both_ways():
     wanted = np.zeros((9, 9))
     for i in range(9):
         wanted[i, np.argsort(-cosine[i])[:3]] = 1
-    assert np.array_equal(neighbours(h, 3).numpy(), np.maximum(wanted, wanted.T))
-    assert neighbours(h[:1], 3).tolist() == [[0]]
+    assert np.array_equal(neighbors(h, 3).numpy(), np.maximum(wanted, wanted.T))
+    assert neighbors(h[:1], 3).tolist() == [[0]]
 
 
 def test_a_graph_convolution_is_kipfs():
-    edges = neighbours(normal(7, 4), 2)
+    edges = neighbors(normal(7, 4), 2)
     A = edges.double().numpy() + np.eye(7)
     D = np.diag(A.sum(1) ** -0.5)
-    assert np.allclose(normalised(edges).numpy(), D @ A @ D, atol=1e-6)
+    assert np.allclose(normalized(edges).numpy(), D @ A @ D, atol=1e-6)
 
 
 def test_the_whole_forward_pass_is_its_equation_in_numpy():
     model, x = populated(TABLE, 2).model().eval(), normal(8, 6)
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
-    h, edges = x.double().numpy(), neighbours(x, 2).double().numpy()
+    h, edges = x.double().numpy(), neighbors(x, 2).double().numpy()
 
     def hat(a):
         a = a + np.eye(len(a))
@@ -61,10 +61,10 @@ def test_the_whole_forward_pass_is_its_equation_in_numpy():
     assert np.allclose(model(x).detach().numpy(), linear(h + mixed[:8], "base.head"), atol=1e-4)
 
 
-def test_the_generator_learns_what_neighbours_are_like():
+def test_the_generator_learns_what_neighbors_are_like():
     task = populated(TABLE, 4)
-    centres = normal(4, 6, key="c") * 3
-    x = centres[torch.arange(64) % 4] + 0.3 * normal(64, 6)
+    centers = normal(4, 6, key="c") * 3
+    x = centers[torch.arange(64) % 4] + 0.3 * normal(64, 6)
     site, learner = Site("s", {"train": Rows(x, torch.zeros(64))}), Inpainting(task)
     start = FedNI(task).init(TABLE.first(0)).params
     end = LocalTraining(epochs=60, batch_size=32, lr=0.02, optimizer="adam").fit(
@@ -81,7 +81,7 @@ def tables(count=3):
     found = {}
     for k in range(count):
         roles = {}
-        for role, n in (("train", 40), ("val", 20), ("unlabelled", 20)):
+        for role, n in (("train", 40), ("val", 20), ("unlabeled", 20)):
             y = torch.arange(n) % 2
             roles[role] = Rows(normal(n, 6, key=f"{k}{role}") + 1.5 * y[:, None], y)
         found[f"site-{k}"] = Site(f"site-{k}", roles)

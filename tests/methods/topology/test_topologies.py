@@ -94,8 +94,8 @@ def test_nobody_left_to_merge_leaves_the_model_as_it_was(task, local, sites) -> 
 
 
 def test_gossip_with_everybody_is_fedavg(task, local, sites) -> None:
-    for neighbours in (0, 2):  # of three sites two others are all
-        state, _ = run(Gossip(task, local, neighbours), task, sites, 3)
+    for neighbors in (0, 2):  # of three sites two others are all
+        state, _ = run(Gossip(task, local, neighbors), task, sites, 3)
         assert close(state.params, run(FedAvg(task, local, uniform=True), task, sites, 3)[0].params)
 
 
@@ -127,7 +127,7 @@ def test_who_stands_beside_whom() -> None:
     assert around("a", circle, 0) == ["b", "c", "d", "e"]
     assert around("a", ("a",), 2) == []
     with pytest.raises(ValueError, match="half on each side"):
-        Gossip(None, neighbours=3)  # type: ignore[arg-type]
+        Gossip(None, neighbors=3)  # type: ignore[arg-type]
 
 
 def test_gossip_goes_on_without_a_site(task, local) -> None:
@@ -185,13 +185,13 @@ CNN = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
 def joint(task, local, sites, order, rounds):
     """One model in one place; plain PyTorch over the same minibatches in the same order."""
     model = load(task.model(), task.first(0)).train()
-    optimiser = torch.optim.SGD(model.parameters(), local.lr, weight_decay=local.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), local.lr, weight_decay=local.weight_decay)
     for round in range(rounds):
         for name in order:
             for x, y in local.batches(sites[name].data["train"], sites[name].rng(round, "split")):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(model(x), y).backward()
-                optimiser.step()
+                optimizer.step()
     return params_of(model)
 
 

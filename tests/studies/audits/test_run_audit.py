@@ -1,4 +1,4 @@
-"""A run's audit: what it finds in a model that memorised, what it writes, and when it refuses."""
+"""A run's audit: what it finds in a model that memorized, what it writes, and when it refuses."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     npz(folder)
     text = study(folder).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
-    text = text.replace("[training]", '[training]\nepochs = 3\nlr = 0.01\noptimiser = "adam"').replace(
+    text = text.replace("[training]", '[training]\nepochs = 3\nlr = 0.01\noptimizer = "adam"').replace(
         "dropout = 0.2", ""
     )
     text = text.replace("depth = 2, ", "depth = 2").replace("[training]", '[evaluation]\nselect = "last"\n\n[training]')

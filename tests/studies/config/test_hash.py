@@ -28,7 +28,7 @@ WHOLE = {
     },
     "privacy": {"epsilon": 1.0, "delta": 1e-5},
     "machines": {"up": 1e6, "sites": {"lyon": {"down": 1e6}}},
-    "attack": {"name": "noise", "by": 1, "scale": 2.0},
+    "attack": {"name": "noise", "attackers": 1, "scale": 2.0},
 }
 UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "folds": 5,
@@ -43,7 +43,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "video": "clip",
     "class_weights": (1.0, 2.0),
     "label_smoothing": 0.1,
-    "centre": 1.0,
+    "center": 1.0,
     "spread": 2.0,
     "spacing_mm": (1.0, 1.0),
     "tolerance_mm": 1.0,

@@ -59,7 +59,7 @@ buffer = 2
 ATTACK = """
 [attack]
 name = "{attack}"
-by = 1
+attackers = 1
 
 [[methods]]
 name = "single"
@@ -154,7 +154,7 @@ def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
 
 
 def test_what_is_not_finite_is_refused_named_and_changes_no_bit_of_the_others(tmp_path):
-    text = study(tmp_path, ATTACK, attack="not-a-number").replace("by = 1", 'by = ["d"]')
+    text = study(tmp_path, ATTACK, attack="not-a-number").replace("attackers = 1", 'attackers = ["d"]')
     done(tmp_path / "run", text)
     named = {(s.method, s.site) for s in read_run(tmp_path / "run").standings if s.named}
     assert {site for method, site in named if method == "fedavg"} == {"d"}
@@ -166,7 +166,7 @@ def test_what_is_not_finite_is_refused_named_and_changes_no_bit_of_the_others(tm
 
 
 def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_path):
-    text = study(tmp_path, ATTACK, rounds=6, attack="huge").replace("by = 1", "by = 1\nsize = 1e30")
+    text = study(tmp_path, ATTACK, rounds=6, attack="huge").replace("attackers = 1", "attackers = 1\nsize = 1e30")
     done(tmp_path / "run", text)
     kinds = [entry["event"] for entry in verify(tmp_path / "run" / "journal.jsonl")]
     assert "ended by the attack" in kinds
@@ -190,7 +190,9 @@ def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path):
 
 
 def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path):
-    spec = parse(study(tmp_path, ATTACK, attack="huge").replace("by = 1", 'by = 2\nspare = ["a"]')).attack
+    spec = parse(
+        study(tmp_path, ATTACK, attack="huge").replace("attackers = 1", 'attackers = 2\ntrusted = ["a"]')
+    ).attack
     drawn = {attackers(spec, list("abcde"), seed) for seed in range(40)}
     assert len(drawn) == 6
     assert all("a" not in who and len(who) == 2 for who in drawn)
@@ -200,11 +202,11 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
     ("old", "new", "says"),
     [
         ('name = "huge"', 'name = "hug"', 'no attack is called "hug". Did you mean "huge"?'),
-        ("by = 1", 'by = "a"', "must be how many sites attack, such as 2, or their names"),
-        ("by = 1", "by = 0", "must be how many sites attack"),
-        ("by = 1", "by = 1\nsise = 2", 'unknown key. Did you mean "size"?'),
-        ("by = 1", 'by = ["x"]', "[attack] names x, which does not train here. There are a, b, c, d"),
-        ("by = 1", "by = 4", "4 of 4 sites attack"),
+        ("attackers = 1", 'attackers = "a"', "must be how many sites attack, such as 2, or their names"),
+        ("attackers = 1", "attackers = 0", "must be how many sites attack"),
+        ("attackers = 1", "attackers = 1\nsise = 2", 'unknown key. Did you mean "size"?'),
+        ("attackers = 1", 'attackers = ["x"]', "[attack] names x, which does not train here. There are a, b, c, d"),
+        ("attackers = 1", "attackers = 4", "4 of 4 sites attack"),
         ('name = "median"', 'name = "median"\nsend = [{ name = "zstd" }]', "an attack changes the numbers that leave"),
         ('name = "huge"', 'name = "ipm"', "is asked after all others, alone: leave cohort and min_replies out"),
         ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),

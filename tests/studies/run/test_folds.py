@@ -97,12 +97,12 @@ def test_leaving_one_site_out_trains_on_nobody_of_it() -> None:
 )
 @settings(max_examples=12, deadline=None)
 def test_no_configuration_puts_a_patient_in_two_places(
-    archive: Path, seed: int, sites: str, by: str | None, unlabelled: float
+    archive: Path, seed: int, sites: str, by: str | None, unlabeled: float
 ) -> None:
     where: object = "site" if sites == "natural" else {"partition": sites, "count": 3, "least": 5}
     spec = DataSpec.model_validate(
         {"path": str(archive), "kind": "npz", "sites": where, "patient": "patient"}
-        | {"unlabelled": unlabelled, "min_patients": 3}
+        | {"unlabeled": unlabeled, "min_patients": 3}
     )
     folds = [None] if by is None else [Fold(i, 3, by) for i in range(3)]  # type: ignore[arg-type]
     for fold in folds:

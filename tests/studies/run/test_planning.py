@@ -137,7 +137,7 @@ def test_ct_is_clipped_to_the_middle_of_the_foreground(tmp_path: Path) -> None:
         "99.5 % quantile of the foreground": Column(320, 9, 0, (320,) * 9),
     }
     chosen, why = steps(Reference(9, 9, {}, columns), "CT")
-    assert chosen == ({"step": "window", "centre": 120.0, "width": 400.0},)
+    assert chosen == ({"step": "window", "center": 120.0, "width": 400.0},)
     assert "Hounsfield" in why[0]
 
 
@@ -148,7 +148,7 @@ def test_a_plan_survives_its_file_and_a_persons_hand(tmp_path: Path) -> None:
     assert DataPlan.read(path).text() == dataclasses.replace(made, why=()).text()  # comments are not read back
     text = path.read_text()
     assert '"age" = {' in text
-    path.write_text(text.replace('"age" = { centre = ', '"age" = { centre = 1', 1))
+    path.write_text(text.replace('"age" = { center = ', '"age" = { center = 1', 1))
     assert (
         federate(DataSpec(**table, plan=str(path))).fingerprint
         != federate(DataSpec(**table, plan=written(made, tmp_path))).fingerprint
@@ -160,7 +160,7 @@ def test_a_plan_survives_its_file_and_a_persons_hand(tmp_path: Path) -> None:
     [
         ("version = 1", "version = 9", "no plan of this version"),
         ("[use.inputs]", "[use.other]", "either steps .* or inputs"),
-        ("spread = ", "spread = -", "needs centre, spread"),
+        ("spread = ", "spread = -", "needs center, spread"),
         ("mean = ", 'mean = "x" #', "cannot be read"),
         ("patients = ", "patient = ", "damaged below"),
         ("shares = [", "shares = [0.5, ", "damaged"),

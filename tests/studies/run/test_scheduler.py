@@ -283,7 +283,7 @@ def test_a_site_that_fails_is_left_out_and_named(done: Path, tmp_path: Path, mon
 
 
 def test_a_wrong_combination_is_refused_before_anything_runs(done: Path, tmp_path: Path) -> None:
-    text = study(done).replace("[training]", '[training]\noptimiser = "adam"')
+    text = study(done).replace("[training]", '[training]\noptimizer = "adam"')
     with pytest.raises(ValueError, match="plain SGD"):
         go(text, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -34,7 +34,7 @@ batch_size = 8
 steps = 1
 
 [evaluation]
-every = 30
+interval = 30
 
 [engine]
 kind = "ENGINE"

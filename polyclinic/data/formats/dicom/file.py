@@ -198,7 +198,7 @@ def image_shape(path: Path, dataset: Any, limits: Limits = LIMITS) -> tuple[int,
 
 
 def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
-    """Stored values, colour as RGB. Shape [frames, rows, columns] or [frames, rows, columns, 3], native byte order."""
+    """Stored values, color as RGB. Shape [frames, rows, columns] or [frames, rows, columns, 3], native byte order."""
     path, pydicom = Path(path), require_pydicom()
     with quiet(), refusing(path, "its pixels cannot be decoded"):
         keyword = next((k for k in PIXELS if k in dataset), None)
@@ -223,8 +223,8 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
             if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
                 array = pydicom.pixels.apply_color_lut(array, dataset)
                 array = (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array
-    colour = array.ndim > 2 and array.shape[-1] == 3 and (samples == 3 or array.ndim > 2 + (frames > 1))
-    wanted = (frames, rows, columns, 3) if colour else (frames, rows, columns)
+    color = array.ndim > 2 and array.shape[-1] == 3 and (samples == 3 or array.ndim > 2 + (frames > 1))
+    wanted = (frames, rows, columns, 3) if color else (frames, rows, columns)
     if array.size != math.prod(wanted):
         raise Unreadable(path, f"decodes to {array.shape}, not to the {wanted} that its header states")
     native: np.ndarray[Any, Any] = array.reshape(wanted)

@@ -19,10 +19,10 @@ from polyclinic.data.formats.volume import affine_from, lps_to_ras
 
 @dataclass(frozen=True)
 class Plane:
-    """One frame's place, in LPS millimetres as DICOM states it.
+    """One frame's place, in LPS millimeters as DICOM states it.
 
     Attributes:
-        position: Centre of the first pixel.
+        position: Center of the first pixel.
         across: Unit vector along a row (column index grows).
         down: Unit vector along a column (row index grows).
         step: Distance between (rows, columns).

@@ -1,4 +1,4 @@
-"""The numbers of a DICOM image in their units: modality slope, intercept or table, dose, inverted display, colour.
+"""The numbers of a DICOM image in their units: modality slope, intercept or table, dose, inverted display, color.
 
 Standard: DICOM PS3.3, C.7.6.3.1.2 (photometric interpretation), C.11.1 (modality LUT), C.7.6.16.2.9 (per-frame values),
 C.8.8.3 (dose grid).
@@ -26,7 +26,7 @@ def values_of(
     stored = stored_pixels(path, dataset, limits)
     if stored.ndim == 4:
         if stored.dtype != np.uint8:
-            raise Unreadable(path, f"is a colour image of {stored.dtype.itemsize * 8} bits a channel; 8 are read")
+            raise Unreadable(path, f"is a color image of {stored.dtype.itemsize * 8} bits a channel; 8 are read")
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stored, -1, 0))), "RGB", ()
     notes: tuple[str, ...] = ()
     with quiet(), refusing(path, "its values cannot be computed"):

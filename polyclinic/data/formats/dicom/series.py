@@ -1,7 +1,7 @@
 """DICOM series: files grouped, slices ordered by their position in the patient, values in their units.
 
 Standard: DICOM PS3.3 (C.7.6.2 planes, C.7.6.3 pixels, C.7.6.16 multi-frame, C.11.1 modality LUT). Reads classic series,
-enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in colour or as a cine loop.
+enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in color or as a cine loop.
 """
 
 import os
@@ -21,7 +21,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fit
 from polyclinic.data.formats.volume import Volume, affine_from
 
 SUFFIXES = (".dcm", ".ima", ".dicom", "")
-_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")
+_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENSE", "VERSION", "CHANGES", "MAKEFILE")
 _TELL_APART = (  # what separates several images in one series at the same positions, tried in this order
     "EchoTime",
     "EchoNumbers",
@@ -169,7 +169,7 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
     """Reads the volume of one series.
 
     Returns:
-        float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for colour; slices ordered along the
+        float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for color; slices ordered along the
         normal of their planes. MONOCHROME1 is turned so that higher is brighter, except for CT, PET and dose.
 
     Raises:
@@ -189,7 +189,7 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
         parts.append((header, values, units, notes))
     first = parts[0][0]
     if len({(tuple(values.shape), units) for _, values, units, _ in parts}) > 1:
-        raise Unreadable(first.path, "the slices of its series differ in size, colour or units")
+        raise Unreadable(first.path, "the slices of its series differ in size, color or units")
     order, affine, notes = stack(first.path, [h.plane for h, _, _, _ in parts if h.plane is not None])
     array = torch.cat([parts[i][1] for i in order], dim=-3)
     said = dict.fromkeys(note for _, _, _, part in parts for note in part)

@@ -1,6 +1,6 @@
 """A site's data as its training process sees it: by role, from the folder that the hospital chose.
 
-The folder holds one file a role, ``train.npz``, ``val.npz``, ``test.npz``, ``unlabelled.npz``, with the arrays
+The folder holds one file a role, ``train.npz``, ``val.npz``, ``test.npz``, ``unlabeled.npz``, with the arrays
 ``inputs`` [n, C, *spatial] or [n, F], ``targets``, and, so that patients are counted and not images, ``patients`` [n].
 Or it holds ``data.toml``, the ``[data]`` table of a study, which says how the files there are to be read. A study may
 add to that table what ``data_table.FROM_STUDY`` names, and nothing else.
@@ -19,8 +19,8 @@ from polyclinic.engines.flare.protocol.paths import BadHome
 from polyclinic.engines.flare.protocol.run_request import Order
 from polyclinic.engines.plan import Plan
 
-ROLES = ("train", "val", "test", "unlabelled")
-TRAINS = ("train", "unlabelled", "boxed", "tagged")
+ROLES = ("train", "val", "test", "unlabeled")
+TRAINS = ("train", "unlabeled", "boxed", "tagged")
 UNREADABLE = "the data cannot be read as the study needs them: `polyclinic site status` at the site says why"
 
 
@@ -58,8 +58,8 @@ def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
         return Held(_imaginary(plan))
     roles, classes = read(folder, order.data, plan.seed)
     if site in order.external:  # nobody trains here, so all of it is test data
-        labelled = [roles[role] for role in ROLES[:3] if role in roles]
-        roles = {"test": concat(labelled)} if labelled else {}
+        labeled = [roles[role] for role in ROLES[:3] if role in roles]
+        roles = {"test": concat(labeled)} if labeled else {}
     if not roles.keys() & {*TRAINS, "test"}:
         raise Unfit(
             f"{folder} holds no examples that this study could use", "there are no examples here for this study"

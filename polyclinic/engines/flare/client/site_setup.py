@@ -35,7 +35,7 @@ from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 TIDY_EVERY = 60.0
 
 
-def init(home: SiteHome, site: str, organisation: str, renew: bool = False, new_keys: bool = False) -> Path:
+def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
     """Makes a site's folder and keys, and the request to send to the coordinator; the path of the request.
 
     Args:
@@ -47,7 +47,7 @@ def init(home: SiteHome, site: str, organisation: str, renew: bool = False, new_
     """
     require()
     checked_name(site)
-    authorities.check_organisation(organisation)
+    authorities.check_organization(organization)
     if home.settings.exists() and not renew:
         raise BadHome(f"{home.path} is a site already: `--renew` asks for a new certificate")
     private_folder(home.path)
@@ -56,9 +56,9 @@ def init(home: SiteHome, site: str, organisation: str, renew: bool = False, new_
         own = site_keys.upcoming(home.keys)
         shutil.rmtree(own, ignore_errors=True)
     request = home.path / f"{site}.request"
-    write_private(request, json.dumps(authorities.request(own, site, organisation, __version__), indent=1))
+    write_private(request, json.dumps(authorities.request(own, site, organization, __version__), indent=1))
     if not home.settings.exists():
-        write_private(home.settings, toml({"site": site, "organisation": organisation}))
+        write_private(home.settings, toml({"site": site, "organization": organization}))
     if not home.policy.exists():
         write_private(home.policy, default_policy())
     SharedJournal(home.journal).write("request made", {"site": site, "polyclinic": __version__})
@@ -129,7 +129,7 @@ def join(
     # What was signed under an earlier one can be checked for as long as the journals are kept.
     private_folder(home.certificates)
     write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
-    given = {key: table[key] for key in ("site", "organisation", "project", "host", "port", "scheme", "expires")}
+    given = {key: table[key] for key in ("site", "organization", "project", "host", "port", "scheme", "expires")}
     own = {"data": str(data.resolve()), "data_name": data_name, "device": device, "proxy": proxy}
     write_private(home.settings, toml({**given, **own}))
     SharedJournal(home.journal).write(
@@ -189,8 +189,8 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
                     process = None
                 if time.time() >= begun + (min(60.0, 2.0**crashes) if crashes else 0):
                     flare_processes.end(home.kit)
-                    organisation = {"uid": given["site"], "org": given["organisation"]}
-                    process = flare_processes.start("site", home.kit, home.path / "site.log", **organisation)
+                    organization = {"uid": given["site"], "org": given["organization"]}
+                    process = flare_processes.start("site", home.kit, home.path / "site.log", **organization)
                     begun = time.time()
             _say(home, "up", started=started, crashes=crashes)
             if time.time() - tidied > TIDY_EVERY:
@@ -226,7 +226,7 @@ def leave(home: SiteHome) -> None:
     for folder in (home.kit, home.path / "memory", home.keys):
         shutil.rmtree(folder, ignore_errors=True)
     write_private(
-        home.settings, toml({key: given[key] for key in ("site", "organisation", "data_name") if key in given})
+        home.settings, toml({key: given[key] for key in ("site", "organization", "data_name") if key in given})
     )
     SharedJournal(home.journal).write("left", {"project": given.get("project", "")})
 

@@ -69,7 +69,7 @@ class Authority:
         self,
         public: rsa.RSAPublicKey,
         who: str,
-        organisation: str,
+        organization: str,
         *,
         role: str = "",
         hosts: tuple[str, ...] = (),
@@ -77,7 +77,7 @@ class Authority:
     ) -> x509.Certificate:
         """A certificate for ``who``: a server where it has ``hosts``, a person where it has a ``role``, else a site."""
         issuer = self.certificate.subject
-        subject = _subject(who, organisation, role)
+        subject = _subject(who, organization, role)
         return _certificate(self.key, public, subject, issuer, days=days, hosts=hosts, until=self.certificate)
 
     def sign(self, table: Mapping[str, Any]) -> str:
@@ -139,19 +139,19 @@ def _name_of(text: str) -> x509.GeneralName:
         return x509.DNSName(text.partition("@")[0])
 
 
-def _subject(who: str, organisation: str = "", role: str = "") -> x509.Name:
-    parts = [(NameOID.COMMON_NAME, who), (NameOID.ORGANIZATION_NAME, organisation), (NameOID.UNSTRUCTURED_NAME, role)]
+def _subject(who: str, organization: str = "", role: str = "") -> x509.Name:
+    parts = [(NameOID.COMMON_NAME, who), (NameOID.ORGANIZATION_NAME, organization), (NameOID.UNSTRUCTURED_NAME, role)]
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in parts if value])
 
 
-def request(folder: Path, site: str, organisation: str, version: str) -> dict[str, Any]:
+def request(folder: Path, site: str, organization: str, version: str) -> dict[str, Any]:
     """What a site sends to the coordinator in order to be admitted."""
     key, secure = site_keys.make(folder)
-    csr = x509.CertificateSigningRequestBuilder(_subject(site, organisation)).sign(key, hashes.SHA256())
+    csr = x509.CertificateSigningRequestBuilder(_subject(site, organization)).sign(key, hashes.SHA256())
     return {
         "format": REQUEST,
         "site": site,
-        "organisation": organisation,
+        "organization": organization,
         "polyclinic": version,
         "secure": secure.public_key().public_bytes_raw().hex(),
         "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
@@ -164,8 +164,8 @@ def check_request(table: Any) -> tuple[x509.CertificateSigningRequest, rsa.RSAPu
     Raises:
         BadFile: Where the request is not whole, not signed by the key it names, or of another format.
     """
-    _fields(table, REQUEST, ("site", "organisation", "polyclinic", "secure", "csr"), "request")
-    site, organisation = name(table["site"]), check_organisation(table["organisation"])
+    _fields(table, REQUEST, ("site", "organization", "polyclinic", "secure", "csr"), "request")
+    site, organization = name(table["site"]), check_organization(table["organization"])
     try:
         csr = x509.load_pem_x509_csr(table["csr"].encode())
         signed, public = csr.is_signature_valid, csr.public_key()
@@ -176,9 +176,9 @@ def check_request(table: Any) -> tuple[x509.CertificateSigningRequest, rsa.RSAPu
         raise BadFile("its certificate request is not signed by its own key")
     if not isinstance(public, rsa.RSAPublicKey) or public.key_size < 2048:
         raise BadFile("its key must be RSA of at least 2048 bits")
-    if csr.subject != _subject(site, organisation):
+    if csr.subject != _subject(site, organization):
         raise BadFile(
-            f"its certificate request is for {csr.subject.rfc4514_string()!r}, not for {site} of {organisation}"
+            f"its certificate request is for {csr.subject.rfc4514_string()!r}, not for {site} of {organization}"
         )
     return csr, public
 
@@ -188,11 +188,11 @@ def join_file(
 ) -> dict[str, Any]:
     """What an admitted site receives. ``server``: ``project``, ``host``, ``port``, ``scheme``."""
     _, public = check_request(request)
-    certificate = authority.issue(public, request["site"], request["organisation"], days=days)
+    certificate = authority.issue(public, request["site"], request["organization"], days=days)
     table = {
         "format": JOIN,
         "site": request["site"],
-        "organisation": request["organisation"],
+        "organization": request["organization"],
         "secure": request["secure"],
         "project": server["project"],
         "host": server["host"],
@@ -214,7 +214,7 @@ def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple
     """
     wanted = (
         "site",
-        "organisation",
+        "organization",
         "secure",
         "project",
         "host",
@@ -302,15 +302,15 @@ def key_of(certificate: x509.Certificate) -> Any:
         raise BadFile(f"the key in a certificate cannot be read ({str(error)[:100]})") from None
 
 
-def check_organisation(text: object) -> str:
-    """``text``, if it can name an organisation: FLARE takes letters, digits and underscores.
+def check_organization(text: object) -> str:
+    """``text``, if it can name an organization: FLARE takes letters, digits and underscores.
 
     Raises:
         BadFile: Where it cannot.
     """
     if isinstance(text, str) and 0 < len(text) <= 64 and text.isascii() and text.replace("_", "").isalnum():
         return text
-    raise BadFile(f"an organisation is named by up to 64 letters, digits and underscores, not {str(text)[:80]!r}")
+    raise BadFile(f"an organization is named by up to 64 letters, digits and underscores, not {str(text)[:80]!r}")
 
 
 def digest(text: str) -> str:

@@ -53,13 +53,13 @@ def make_server(
     """The folders of a server and of its coordinator.
 
     Args:
-        server: ``project``, ``host``, ``port``, ``scheme``, ``organisation``, ``sites`` (the most that may join).
+        server: ``project``, ``host``, ``port``, ``scheme``, ``organization``, ``sites`` (the most that may join).
         certificates: PEM by name: ``root``, ``server.crt``, ``server.key``, ``admin.crt``, ``admin.key``.
     """
     from nvflare.lighter.constants import ParticipantType
     from nvflare.lighter.entity import Participant
 
-    admin = Participant(ParticipantType.ADMIN, COORDINATOR, server["organisation"], {"role": "lead"})
+    admin = Participant(ParticipantType.ADMIN, COORDINATOR, server["organization"], {"role": "lead"})
     with tempfile.TemporaryDirectory() as work:
         made = _provision(Path(work), server, [admin])
         _install(
@@ -85,11 +85,11 @@ def make_server(
 
 
 def make_site(kit: Path, site: Mapping[str, Any], certificate: bytes, key: bytes, root: bytes) -> None:
-    """The folder of a site. ``site``: ``site``, ``organisation``, ``project``, ``host``, ``port``, ``scheme``."""
+    """The folder of a site. ``site``: ``site``, ``organization``, ``project``, ``host``, ``port``, ``scheme``."""
     from nvflare.lighter.constants import ParticipantType
     from nvflare.lighter.entity import Participant
 
-    client = Participant(ParticipantType.CLIENT, site["site"], site["organisation"])
+    client = Participant(ParticipantType.CLIENT, site["site"], site["organization"])
     with tempfile.TemporaryDirectory() as work:
         made = _provision(Path(work), site, [client])
         _install(made / site["site"], kit, {"client": (certificate, key)}, root)
@@ -125,7 +125,7 @@ def _provision(work: Path, server: Mapping[str, Any], others: list[Any]) -> Path
     from nvflare.lighter.provisioner import Provisioner
 
     ports = {"fed_learn_port": server["port"], "admin_port": server["port"]}
-    host = Participant(ParticipantType.SERVER, server["host"], server["organisation"], ports)
+    host = Participant(ParticipantType.SERVER, server["host"], server["organization"], ports)
     project = Project(server["project"], "made by polyclinic", [host, *others])
     builders = [
         WorkspaceBuilder(),

@@ -17,7 +17,7 @@ from polyclinic.engines.flare.protocol.paths import BadHome, read_small
 FILE = "data.toml"
 FROM_STUDY = (
     "split",
-    "unlabelled",  # roles
+    "unlabeled",  # roles
     "steps",
     "size",
     "mm",
@@ -27,7 +27,7 @@ FROM_STUDY = (
     "scale",
     "indicators",  # tables
     "accelerate",
-    "centre",  # reconstruction
+    "center",  # reconstruction
     "duplicates",
     "alike",  # checks
 )

@@ -172,7 +172,7 @@ class Limits:
     Attributes:
         reply_megabytes: The largest reply, whatever was asked.
         keep_free_megabytes: What stays free on the server's disk.
-        weight_ratio: ``core.check.ReplyValidator``'s, and ``norm_ratio``; 0 for none.
+        weight_ratio: ``core.reply_validation.ReplyValidator``'s, and ``norm_ratio``; 0 for none.
         max_examples: How many examples a site is believed to have, at most, when it says so itself.
         counts: How many examples each site said that it has.
         model: The bytes of the model.
@@ -217,7 +217,7 @@ def counts_of(descriptions: Mapping[str, Any], most: float) -> dict[str, float]:
     """How many examples each site trains on, at most ``most``; without the sites that did not say."""
     found: dict[str, float] = {}
     for site, description in descriptions.items():
-        counts = [has["examples"] for role, has in description["roles"].items() if role in ("train", "unlabelled")]
+        counts = [has["examples"] for role, has in description["roles"].items() if role in ("train", "unlabeled")]
         if counts and None not in counts:
             found[site] = min(float(sum(counts)), most)
     return found

@@ -2,7 +2,7 @@
 
 ```
 server/                                     site/
-  server.toml   name, host, port              site.toml       name, organisation, data, server
+  server.toml   name, host, port              site.toml       name, organization, data, server
   ca/           the project's authority       policy.toml     what this hospital allows
   admitted.json who may join                  keys/           made here, never leave
   flare/        what FLARE needs              flare/          what FLARE needs

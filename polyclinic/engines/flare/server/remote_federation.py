@@ -1,4 +1,4 @@
-"""The server's side of the exchange as the drivers see it: a ``core.train.Federation`` over any carrier.
+"""The server's side of the exchange as the drivers see it: a ``core.rounds.Federation`` over any carrier.
 
 FLARE carries between hospitals (``controller``), and the tests carry within a process. What the drivers, the methods
 and the results see is the same.

@@ -1,4 +1,4 @@
-"""A secure sum between hospitals: the five exchanges of ``transforms.secure``, over the calls of one message.
+"""A secure sum between hospitals: the five exchanges of ``secure_aggregation``, over the calls of one message.
 
 Sites train first and keep what they would send; of it only names and shapes reach the server. Then the protocol runs
 among those that answered. Whoever is lost on the way is lost for this round alone; below the threshold no sum is made.

@@ -54,7 +54,7 @@ def init(
     project: str,
     host: str,
     port: int,
-    organisation: str,
+    organization: str,
     scheme: str = "grpc",
     days: float = authorities.DAYS,
 ) -> str:
@@ -65,7 +65,7 @@ def init(
     """
     require()
     problems = []
-    for check, value in ((checked_name, project), (checked_host, host), (authorities.check_organisation, organisation)):
+    for check, value in ((checked_name, project), (checked_host, host), (authorities.check_organization, organization)):
         try:
             check(value)  # type: ignore[operator]
         except BadHome as error:
@@ -84,7 +84,7 @@ def init(
         "project": project,
         "host": host,
         "port": port,
-        "organisation": organisation,
+        "organization": organization,
         "scheme": scheme,
         **DEFAULTS,
     }
@@ -113,7 +113,7 @@ def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], 
         ("admin", provisioning.COORDINATOR, "lead", ()),
     ):
         key = rsa.generate_private_key(public_exponent=65537, key_size=site_keys.BITS)
-        certificate = authority.issue(key.public_key(), who, given["organisation"], role=role, hosts=hosts, days=days)
+        certificate = authority.issue(key.public_key(), who, given["organization"], role=role, hosts=hosts, days=days)
         made |= {f"{which}.crt": certificate.public_bytes(pem), f"{which}.key": site_keys.pem(key)}
     provisioning.make_server(home.kit, home.admin, home.store, {**given, "sites": 1000}, made)
 
@@ -125,7 +125,7 @@ def settings(home: ServerHome) -> dict[str, Any]:
         BadHome: Where it is not there or lacks something.
     """
     found = read_toml(home.settings, "polyclinic server init")
-    if missing := [key for key in ("project", "host", "port", "organisation", "scheme") if key not in found]:
+    if missing := [key for key in ("project", "host", "port", "organization", "scheme") if key not in found]:
         raise BadHome(f"{home.settings}: {missing[0]} is missing")
     return {**DEFAULTS, **found}
 
@@ -136,7 +136,7 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
     A site that is there already, under the same name, gets a new certificate: so certificates and keys are renewed.
 
     Raises:
-        BadFile: Where the request is not right, or the name belongs to another organisation.
+        BadFile: Where the request is not right, or the name belongs to another organization.
     """
     table = _json_file(request, "a site's request")
     try:
@@ -145,9 +145,9 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
         raise BadFile(f"{request}: {error}") from None
     admitted, site = sites(home), table["site"]
     before = admitted.get(site)
-    if before and before["organisation"] != table["organisation"]:
+    if before and before["organization"] != table["organization"]:
         raise BadFile(
-            f"{request}: {site} is a site of {before['organisation']} already: another site needs another name"
+            f"{request}: {site} is a site of {before['organization']} already: another site needs another name"
         )
     if before and before["revoked"]:
         raise BadFile(
@@ -157,7 +157,7 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
     certificate = authorities.load_certificate(join["certificate"])
     signer = expected_signers.signer(certificate.public_key(), certificate.not_valid_after_utc)
     admitted[site] = {
-        "organisation": table["organisation"],
+        "organization": table["organization"],
         "polyclinic": table["polyclinic"],
         "secure": table["secure"],
         "expires": join["expires"],

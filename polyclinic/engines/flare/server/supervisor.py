@@ -106,7 +106,7 @@ class Supervisor:
         flare_processes.end(self.home.kit)
         self.console.close()
         self._server = flare_processes.start(
-            "server", self.home.kit, self.home.path / "server.log", org=self.settings["organisation"]
+            "server", self.home.kit, self.home.path / "server.log", org=self.settings["organization"]
         )
         self._started, self._asked = now, 0.0
 

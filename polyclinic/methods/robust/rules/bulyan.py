@@ -43,11 +43,11 @@ class Bulyan(Rule):
 def around_median(rows: list[Tensor], keep: int) -> Tensor:
     """The mean of the ``keep`` values nearest to the median of each column of ``rows``. Shape [c]."""
     ordered = sort_rows(rows)
-    centre = middle_of(ordered)
-    best, value = torch.full_like(centre, torch.inf), torch.zeros_like(centre)
+    center = middle_of(ordered)
+    best, value = torch.full_like(center, torch.inf), torch.zeros_like(center)
     for start in range(len(rows) - keep + 1):  # the nearest values lie side by side
         window = ordered[start : start + keep]
-        reach = torch.maximum(centre - window[0], window[-1] - centre)
+        reach = torch.maximum(center - window[0], window[-1] - center)
         value = torch.where(reach < best, mean(window), value)
         best = torch.minimum(reach, best)
     return value

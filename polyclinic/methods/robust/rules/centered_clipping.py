@@ -1,4 +1,4 @@
-"""Centred clipping: from the last aggregate, no site moves the next one far.
+"""Centered clipping: from the last aggregate, no site moves the next one far.
 
 Sai Praneeth Karimireddy, Lie He and Martin Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021,
 equation CC, https://arxiv.org/abs/2012.10333.

@@ -40,8 +40,8 @@ def copod(x: Tensor) -> Tensor:
     x = x.double()
     left = -((x[None] <= x[:, None]).double().mean(1)).log()
     right = -((x[None] >= x[:, None]).double().mean(1)).log()
-    centred = x - x.mean(0)
-    third, second = centred.pow(3).mean(0), centred.pow(2).mean(0)
+    centered = x - x.mean(0)
+    third, second = centered.pow(3).mean(0), centered.pow(2).mean(0)
     flat = second <= (torch.finfo(x.dtype).resolution * x.mean(0)) ** 2  # a constant column has no side
     side = torch.where(flat, 0.0, third.sign())
     skewed = left * -(side - 1).sign() + right * (side + 1).sign()

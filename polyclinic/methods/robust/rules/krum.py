@@ -18,7 +18,7 @@ from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verd
 
 @dataclass(frozen=True)
 class Krum(Rule):
-    """The one update that lies closest to its n - f - 2 nearest neighbours.
+    """The one update that lies closest to its n - f - 2 nearest neighbors.
 
     It discards what all other sites learned: the noise of a single hospital is the price.
 

@@ -1,4 +1,4 @@
-"""DICOM series: millimetres, units and orientation, against what was written and against SimpleITK."""
+"""DICOM series: millimeters, units and orientation, against what was written and against SimpleITK."""
 
 import logging
 import warnings
@@ -132,7 +132,7 @@ def test_a_radiograph_says_where_its_spacing_comes_from(tmp_path: Path) -> None:
     assert not read_dicom(save(image(pixels, "DX", RADIOGRAPH), tmp_path / "b.dcm")).measured
 
 
-def test_ultrasound_in_colour_and_as_a_loop(tmp_path: Path) -> None:
+def test_ultrasound_in_color_and_as_a_loop(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (5, 6, 3)).astype(np.uint8)
     region = pydicom.dataset.Dataset()
     region.PhysicalUnitsXDirection = region.PhysicalUnitsYDirection = 3  # centimetres

@@ -117,7 +117,7 @@ def test_geometric_median_steps_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.0, 2.5])
-def test_centred_clipping(tau: float) -> None:
+def test_centered_clipping(tau: float) -> None:
     x, v = draw(7), draw(8, 1)[0]
     given, t = v.copy(), tau or np.median(np.linalg.norm(x - v, axis=1))
     for _ in range(3):
@@ -126,7 +126,7 @@ def test_centred_clipping(tau: float) -> None:
     np.testing.assert_allclose(run(CentredClipping(tau), x, given), v, rtol=1e-4, atol=1e-5)
 
 
-def test_centred_clipping_begins_at_nothing() -> None:
+def test_centered_clipping_begins_at_nothing() -> None:
     x = draw(9)
     t = np.median(np.linalg.norm(x, axis=1))
     once = (x * np.minimum(1, t / np.linalg.norm(x, axis=1, keepdims=True))).mean(0)
@@ -245,11 +245,11 @@ def test_limits() -> None:
 )
 def test_a_minority_however_far_cannot_move_the_aggregate_far(rule, f: int, within: float) -> None:
     x = np.random.default_rng(17).normal(size=(10, 40)) + 1
-    centre, radius = x[: 10 - f].mean(0), np.linalg.norm(x[: 10 - f] - x[: 10 - f].mean(0), axis=1).max()
+    center, radius = x[: 10 - f].mean(0), np.linalg.norm(x[: 10 - f] - x[: 10 - f].mean(0), axis=1).max()
     for far in (1e3, 1e6, 1e12):
         x[10 - f :] = far * np.linspace(-1, 1, f * 40).reshape(f, 40)
-        assert np.linalg.norm(run(rule, x) - centre) < within * radius
-    assert np.linalg.norm(run(Average(), x) - centre) > 1e6
+        assert np.linalg.norm(run(rule, x) - center) < within * radius
+    assert np.linalg.norm(run(Average(), x) - center) > 1e6
 
 
 def test_dos_alone_is_not_safe() -> None:

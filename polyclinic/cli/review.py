@@ -171,7 +171,7 @@ def _show_leaving(an: Order, methods: Sequence[_Method]) -> None:
     if not methods:
         return
     for method in methods:
-        through = ", ".join(str(item.get("name")) for item in method.plan.get("send", ()))
+        through = ", ".join(str(item.get("name")) for item in method.plan.get("uplink", ()))
         leaves = _leaves(method.plan["method"])
         if leaves == "nothing":
             _say(f"  {method.label}: nothing but scores")

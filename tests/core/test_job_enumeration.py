@@ -83,7 +83,7 @@ def test_a_job_with_another_model_than_the_round_began_with_says_so(task, sites,
 def test_an_evaluation_has_the_number_of_complete_rounds(task, sites, local) -> None:
     class Behind(FedAvg):
         def evaluation_request(self, state):
-            return replace(super().trial(state), round=0)
+            return replace(super().evaluation_request(state), round=0)
 
     with pytest.raises(Broken, match="trial has the round of the state"):
         check_method(Behind(task, local), task.first(), sites)
@@ -93,7 +93,7 @@ def test_a_method_that_has_finished_is_evaluated_in_the_round_after_its_last(tas
     @dataclass(frozen=True)
     class Once(FedAvg):
         def request(self, state):
-            return None if state.round else super().ask(state)
+            return None if state.round else super().request(state)
 
     method = Once(task, local)
     check_method(method, task.first(), sites)

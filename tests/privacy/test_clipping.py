@@ -21,7 +21,7 @@ FIVE = {"m/a": torch.tensor([3.0]), "m/b": torch.tensor([[0.0, -4.0]])}  # of no
 
 
 def sent_by(transform: Any, total: Tree, notes: Any = None, weight: float = 1.0) -> WeightedMean:
-    notes = transform.notes(transform.init({})) if notes is None else notes
+    notes = transform.describe(transform.init({})) if notes is None else notes
     sent, memory = transform.encode(WeightedMean(total, weight), notes, {"kept": {}}, SITE, 3)
     assert memory == {"kept": {}}
     assert sent.weight == weight
@@ -165,7 +165,7 @@ def test_the_bound_is_told_in_double_precision() -> None:
     ],
 )
 def test_these_are_right(transform: Any) -> None:
-    assert transform.problems((), ()) == []
+    assert transform.validate((), ()) == []
     assert transform.uniform
     assert transform.private
 
@@ -190,7 +190,7 @@ def test_these_are_right(transform: Any) -> None:
     ],
 )
 def test_these_are_wrong(transform: Any) -> None:
-    assert len(transform.problems((), ())) == 1
+    assert len(transform.validate((), ())) == 1
 
 
 def test_all_that_is_wrong_is_told() -> None:

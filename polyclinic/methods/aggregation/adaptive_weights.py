@@ -74,7 +74,7 @@ class AdaptiveWeights(Method[State]):
         start = request.trees["params"]
         if request.job == "send" and "change" not in memory:
             return Reply(), memory  # it was lost before it could say its numbers
-        if request.job == "uplink":
+        if request.job == "send":
             own = weight(memory["amounts"], request.trees["sums"], self.lam)
             return Reply({"update": WeightedMean.of(memory["change"], own)}), {
                 k: t for k, t in memory.items() if k != "change"

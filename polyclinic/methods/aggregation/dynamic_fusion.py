@@ -64,7 +64,7 @@ class DynamicFusion(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        if request.job == "uplink":
+        if request.job == "send":
             weight = 1.0 if self.uniform else float(len(site.data["train"]))
             kept = {name: t for name, t in memory.items() if name != "change"}
             return Reply({"update": WeightedMean.of(memory["change"], weight)}), kept

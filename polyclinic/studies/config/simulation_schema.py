@@ -68,7 +68,7 @@ def method_of(study: "Study", plan: Plan, trainers: Sequence[str]) -> Evaluated[
         options.setdefault("classes", plan.outputs)
     attack = ATTACKS[spec.name](**options)
     if attack.spies and (study.sites_per_round is not None or study.min_replies > 1):
-        raise ConfigError(f"{spec.name} is asked after all others, alone: leave cohort and min_replies out")
+        raise ConfigError(f"{spec.name} is asked after all others, alone: leave sites_per_round and min_replies out")
     return Evaluated(Poisoned(method.inner, who, attack, plan.sites, spec.start_round), method.task)
 
 
@@ -105,7 +105,7 @@ def problems(study: "Study") -> Iterator[Problem]:
     if study.machines is None:
         return
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
-        yield Problem(("cohort",), "fedbuff asks every site again as soon as it has answered: leave cohort out")
+        yield Problem(("sites_per_round",), "fedbuff asks every site again as soon as it has answered: leave cohort out")
 
 
 def engine(

@@ -92,8 +92,8 @@ class Study(Table):
         unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for method in value["methods"]:
-            if not method["receive"]:
-                del method["receive"]  # studies of before have the hash they had
+            if not method["downlink"]:
+                del method["downlink"]  # studies of before have the hash they had
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
         ({"run": "../x"}, "a run's name"),
         ({"plan": []}, "'plan' is a table"),
         ({"mode": "fast"}, "rounds, buffered or survey"),
-        ({"sites_per_round": 0}, "'cohort'"),
+        ({"sites_per_round": 0}, "'sites_per_round'"),
         ({"min_replies": None}, "'min_replies'"),
         ({"deadline": 0}, "'deadline'"),
         ({"deadline": True}, "'deadline'"),

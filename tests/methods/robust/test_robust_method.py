@@ -236,7 +236,7 @@ def test_secure_summation_is_refused_in_a_sentence(task, local, sites) -> None:
 
     class Secret(FedAvg):
         def request(self, state):
-            return replace(super().ask(state), secure=True)
+            return replace(super().request(state), secure=True)
 
     method = Robust(Secret(task, local), Median())
     with pytest.raises(ValueError, match="leave one of them out"):

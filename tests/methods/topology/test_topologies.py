@@ -75,7 +75,7 @@ def test_a_killed_merger_is_replaced_and_changes_no_bit(task) -> None:
 def test_the_elected_dies_and_the_deputy_merges_under_the_usual_settings(task, local, sites) -> None:
     class First(Deadly):
         def dies(self, request, site):
-            return request.job == "merge" and site == request.to[0]
+            return request.job == "merge" and site == request.recipients[0]
 
     state, _ = run(Swarm(task, local), task, sites, 3, First)
     assert equal(state.params, run(FedAvg(task, local), task, sites, 3)[0].params)

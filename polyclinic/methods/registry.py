@@ -94,7 +94,7 @@ def options(of: Entry) -> Mapping[str, inspect.Parameter]:
 
 
 def build(name: str, setting: Setting, given: Mapping[str, Any] | None = None) -> Method[Any]:
-    """The method called ``name`` with the options ``given``, which must be valid; see ``studies.config.study_config``."""
+    """The method called ``name`` with the options ``given``, which must be valid."""
     make = maker(entry(name))
     own = {key: getattr(setting, key) for key in inspect.signature(make).parameters if hasattr(setting, key)}
     return make(**{**own, **(given or {})})

@@ -57,7 +57,9 @@ def sent(task, local, attack, attackers=("site-3",)):
     method = poisoned(Robust(FedAvg(task, local)), attack, attackers)
     state, sites, found = method.init(task.first(0)), little_sites(count=5), {}
     while (request := method.request(state)).round == 0:
-        replies = {name: method.site_update(request.for_site(name), {}, sites[name])[0] for name in request.recipients or NAMES}
+        replies = {
+            name: method.site_update(request.for_site(name), {}, sites[name])[0] for name in request.recipients or NAMES
+        }
         for name, reply in replies.items():
             found[name] = {k: v for k, v in reply.gather("apart")[name].items() if not k.endswith("/")}
         state = method.server_update(state, merge(replies.values()), Site("server"))

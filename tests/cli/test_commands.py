@@ -29,7 +29,7 @@ import sys
 from polyclinic.cli import app
 sys.argv = ["polyclinic", *{args!r}]
 try:
-    main.main()
+    app.main()
 except SystemExit as end:
     assert not end.code, end.code
 heavy = [name for name in ("torch", "monai", "numpy", "scipy", "matplotlib") if name in sys.modules]

@@ -1,4 +1,5 @@
-"""The robust rules under the names by which a study calls them. The papers are beside the rules, in ``methods.robust.rules``.
+"""The robust rules under the names by which a study calls them. The papers are beside the rules, in
+``methods.robust.rules``.
 
 ``over`` names the method whose updates the rule aggregates, with that method's own defaults: a rule is not tied to
 FedAvg. ``bound`` and ``quarantined`` are as in ``Robust``.

@@ -1,9 +1,9 @@
 """Any method, with a rule in place of the mean of what its sites send, and every site's standing for people to see.
 
-The rules are in ``methods.robust.rules``, each with its paper. This puts them to use: what a site would have sent as means
-goes as one update, kept apart by site (``PerSite``), and becomes means again at the server, after the rule. So a rule
-covers everything that a method averages, control variates as well as weights. It must see each update, which secure
-summation does not allow.
+The rules are in ``methods.robust.rules``, each with its paper. This puts them to use: what a site would have sent as
+means goes as one update, kept apart by site (``PerSite``), and becomes means again at the server, after the rule. So a
+rule covers everything that a method averages, control variates as well as weights. It must see each update, which
+secure summation does not allow.
 
 Nobody is left out in silence. Each site's standing among the others is kept in the state, ``alarms`` says in words who
 stood out, and it is a person who writes ``quarantined``. A site in quarantine still receives the model and still is

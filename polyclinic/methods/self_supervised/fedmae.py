@@ -4,8 +4,8 @@ Yan, Qu, Wei, Huang, Shen, Rubin, Xing and Zhou, "Label-Efficient Self-Supervise
 Heterogeneity in Medical Imaging", IEEE TMI 2023, https://arxiv.org/abs/2205.08576: a vision transformer learns to fill
 in hidden patches (its Fed-MAE), is averaged whole, and is then trained on labels, federated too. Departures: plain
 FedAvg fine-tunes, without layer-wise decay of the learning rate, drop-path or warm-up; networks that are no
-transformers learn by SimMIM's rule (see ``learning.objectives.masked_modeling``). Fed-BEiT, the paper's other half, is not here: it needs a
-tokenizer trained elsewhere.
+transformers learn by SimMIM's rule (see ``learning.objectives.masked_modeling``). Fed-BEiT, the paper's other half, is
+not here: it needs a tokenizer trained elsewhere.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """How each site's updates stood among the others', for the person who decides who is heard.
 
-Methods under a robust rule (``methods.robust.robust_method``) keep a note of every site in the server's state. It is read from a
-run's checkpoints, while the run goes on as well as after.
+Methods under a robust rule (``methods.robust.robust_method``) keep a note of every site in the server's state. It is
+read from a run's checkpoints, while the run goes on as well as after.
 """
 
 import json

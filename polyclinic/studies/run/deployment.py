@@ -1,8 +1,8 @@
 """A study between hospitals: from the study file to what is asked of sites, and from what came back to a run folder.
 
 The file is the one that runs on one machine. What only one machine can do is left out, in a sentence; the shape of an
-example comes from the sites (``engines.site_description``). The run folder is the one that ``polyclinic report`` reads; where a
-site keeps its predictions, its scores stand in the records instead.
+example comes from the sites (``engines.site_description``). The run folder is the one that ``polyclinic report`` reads;
+where a site keeps its predictions, its scores stand in the records instead.
 """
 
 import json

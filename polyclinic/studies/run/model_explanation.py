@@ -1,7 +1,7 @@
 """What a run's model looks at, at every site: computed where the data are, on validation patients.
 
-What leaves a site is one mean map over at least ten patients (``learning.tasks.saliency``), as the job ``explain/val``, which
-the site's policy admits or refuses like any other. Test data stay closed: they would be opened a second time.
+What leaves a site is one mean map over at least ten patients (``learning.tasks.saliency``), as the job ``explain/val``,
+which the site's policy admits or refuses like any other. Test data stay closed: they would be opened a second time.
 """
 
 from collections.abc import Mapping

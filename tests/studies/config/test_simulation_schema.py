@@ -208,13 +208,21 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
         ("attackers = 1", 'attackers = ["x"]', "[attack] names x, which does not train here. There are a, b, c, d"),
         ("attackers = 1", "attackers = 4", "4 of 4 sites attack"),
         ('name = "median"', 'name = "median"\nsend = [{ name = "zstd" }]', "an attack changes the numbers that leave"),
-        ('name = "huge"', 'name = "ipm"', "is asked after all others, alone: leave sites_per_round and min_replies out"),
+        (
+            'name = "huge"',
+            'name = "ipm"',
+            "is asked after all others, alone: leave sites_per_round and min_replies out",
+        ),
         ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),
         ("[attack]", "[machines]\nup = 0\n\n[attack]", "must be more than 0"),
     ],
 )
 def test_what_cannot_be_is_told_at_its_line(tmp_path, old, new, says):
-    text = study(tmp_path, ATTACK, attack="huge").replace("rounds = 3", "rounds = 3\nsites_per_round = 2").replace(old, new)
+    text = (
+        study(tmp_path, ATTACK, attack="huge")
+        .replace("rounds = 3", "rounds = 3\nsites_per_round = 2")
+        .replace(old, new)
+    )
     with pytest.raises(BadStudy) as error:
         done(tmp_path / "run", text)
     assert says in str(error.value)

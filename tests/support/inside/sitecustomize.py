@@ -130,7 +130,9 @@ def change_conductor(module: Any) -> None:
                 name: leaf + by if leaf.is_floating_point() else leaf for name, leaf in asked.trees["params"].items()
             }
             trees = {**asked.trees, "params": params}
-            federation.send(replace(asked, job=job, round=round, secure=False, recipients=None, trees=trees), federation.sites)
+            federation.send(
+                replace(asked, job=job, round=round, secure=False, recipients=None, trees=trees), federation.sites
+            )
             heard += [[job, round, a.site, a.reply is not None, a.lost] for a in federation.replies(120.0)]
         if wish.exists():
             wish.rename(wish.with_name(f"hostile-{self.order.run}.done")).write_text(json.dumps(heard))

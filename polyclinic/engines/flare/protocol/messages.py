@@ -2,7 +2,8 @@
 
 Both are flat tables of plain values, read strictly, for what comes from elsewhere is hostile until shown otherwise. A
 message is named by run, number and site; numbers count up within a run and a number names one content for ever. Files
-are values as ``core.serialization`` writes them; their length and SHA-256 stand in the message. Nothing here needs PyTorch.
+are values as ``core.serialization`` writes them; their length and SHA-256 stand in the message. Nothing here needs
+PyTorch.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Values in files: written piece by piece, read leaf by leaf, so that memory does not grow with the number of sites.
 
-The layout is that of ``core.serialization``. What is read back stays on the disk: a leaf enters memory when somebody asks for
-it and leaves it with the last reference. So a server that merges fifty replies of 400 MB holds the sum and one leaf.
+The layout is that of ``core.serialization``. What is read back stays on the disk: a leaf enters memory when somebody
+asks for it and leaves it with the last reference. So a server that merges fifty replies of 400 MB holds the sum and one
+leaf.
 """
 
 import hashlib

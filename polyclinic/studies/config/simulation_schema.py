@@ -105,8 +105,10 @@ def problems(study: "Study") -> Iterator[Problem]:
     if study.machines is None:
         return
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
-        yield Problem(("sites_per_round",), "fedbuff requests every site again as soon as it answers: leave
-        sites_per_round out")
+        yield Problem(
+            ("sites_per_round",),
+            "fedbuff requests every site again as soon as it answers: leave sites_per_round out",
+        )
 
 
 def engine(

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "table": ("polyclinic.data.sources.feature_tables", "FeatureTable"),
     "bids": ("polyclinic.data.sources.bids_images", "BidsImages"),
     "dicom": ("polyclinic.data.sources.dicom_images", "DicomImages"),
-    "fastmri": ("polyclinic.data.formats.fastmri", "FastMri"),
+    "fastmri": ("polyclinic.data.sources.fastmri", "FastMri"),
     "roi-phantom": ("polyclinic.data.simulation.phantoms", "RoiPhantom"),
 }
 """What ``kind`` may be: the module and the class of the source. Options are the class's fields."""

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import Got, Sum
 
 EVALUATIONS = ("score", "predict", "explain")
@@ -52,7 +52,7 @@ class Policy:
         )
 
 
-def in_schedule(order: Order, job: str, round: int) -> bool:
+def in_schedule(order: RunRequest, job: str, round: int) -> bool:
     """Whether the order, once approved, has this request: all of FedAvg's and FedProx's, and the scores it names."""
     rounds = int(order.plan["rounds"])
     after = 1 <= round <= rounds
@@ -70,11 +70,11 @@ def in_schedule(order: Order, job: str, round: int) -> bool:
     return False
 
 
-def part_of(approved: Order, other: Order) -> bool:
+def part_of(approved: RunRequest, other: RunRequest) -> bool:
     """Whether who approved one order approved the other: another arm of the same study, and nothing else differs."""
     if not approved.study or approved.study != other.study:
         return False
-    rules = [f.name for f in fields(Order) if f.name not in ("run", "plan", "label", "mode", "study")]
+    rules = [f.name for f in fields(RunRequest) if f.name not in ("run", "plan", "label", "mode", "study")]
     if any(getattr(approved, rule) != getattr(other, rule) for rule in rules):
         return False
     if other.mode == "survey":
@@ -101,8 +101,8 @@ class SiteModel:
     name: str
     patients: dict[str, int]
     policy: Policy
-    shown: dict[str, list[Order]] = field(default_factory=dict)
-    approved: dict[str, Order] = field(default_factory=dict)
+    shown: dict[str, list[RunRequest]] = field(default_factory=dict)
+    approved: dict[str, RunRequest] = field(default_factory=dict)
     contents: dict[tuple[str, int, str], set[str]] = field(default_factory=dict)
     models: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     arms: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class SiteModel:
     sizes: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     rosters: dict[bytes, set[tuple[str, ...]]] = field(default_factory=dict)
 
-    def sees(self, name: str, text: str, orders: list[Order]) -> None:
+    def sees(self, name: str, text: str, orders: list[RunRequest]) -> None:
         """The person reads ``text``: the orders whose hash stands in it."""
         self.shown[name] = [order for order in orders if order.hash[:16] in text]
 
@@ -132,7 +132,7 @@ class SiteModel:
         self.sizes = {key: value for key, value in self.sizes.items() if key[0] != run}
         self.tested.pop(run, None)
 
-    def allowed(self, order: Order) -> bool:
+    def allowed(self, order: RunRequest) -> bool:
         """Whether a person or the policy allowed ``order``, now."""
         if order.hash in self.approved or order.method_hash in self.policy.automatically:
             return True

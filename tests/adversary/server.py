@@ -29,11 +29,11 @@ from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.engines.flare.client.site_agent import Desk, take_in
+from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.secure_aggregation import vector_of
 from polyclinic.secure_aggregation.server import SecureServer
@@ -49,20 +49,20 @@ STAGES = ("advertise", "share", "mask", "agree", "reveal")
 # Sites and orders -----------------------------------------------------------------------------------------------------
 
 
-def houses(root: Path, count: int = 3, policy: str = LENIENT, shape: tuple[int, ...] = (4,)) -> dict[str, SiteHome]:
+def houses(root: Path, count: int = 3, policy: str = LENIENT, shape: tuple[int, ...] = (4,)) -> dict[str, SiteFolder]:
     """``count`` sites with little data of ``shape``: 12, 17, 22, ... training patients, one example each."""
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(shape, count).items()}
 
 
 def small_order(
     run: str = "run-1", sites: Sequence[str] = ("site-0", "site-1", "site-2"), method: str = "fedavg", **changes: Any
-) -> Order:
+) -> RunRequest:
     """An order for a linear model of four inputs. Changes of the plan go in ``plan``."""
     plan = {"network": "mlp", "network_options": {"depth": 0}, "inputs": [4], **changes.pop("plan", {})}
     return order(method, run=run, sites=sites, plan=plan, **changes)
 
 
-def secure_order(homes: Mapping[str, SiteHome], method: str = "fedavg", **changes: Any) -> Order:
+def secure_order(homes: Mapping[str, SiteFolder], method: str = "fedavg", **changes: Any) -> RunRequest:
     """An order whose replies go through a secure sum over all of ``homes``."""
     options = {"options": {"uniform": True}} if method == "fedavg" else {}
     plan = {"uplink": [SUM], **options, **changes.pop("plan", {})}
@@ -77,7 +77,7 @@ def study(
     label: str = "fedavg",
     arms: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> Order:
+) -> RunRequest:
     """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open.
 
     Args:
@@ -93,14 +93,14 @@ def study(
         for method, plan in both.items()
     ]
     plan = {**both[label], **changes.pop("plan", {})}
-    return Order(
+    return RunRequest(
         run,
         plan,
         **{"patience": 5.0, "label": label, "study": {"name": name, "hash": "ab" * 32, "arms": known}, **changes},
     )
 
 
-def survey(run: str, of: Order) -> Order:
+def survey(run: str, of: RunRequest) -> RunRequest:
     """The survey of the study that ``of`` is an arm of."""
     return replace(of, run=run, mode="survey", plan=survey_plan(list(of.plan["sites"])), label="")
 
@@ -111,7 +111,7 @@ def survey(run: str, of: Order) -> Order:
 class Person:
     """Somebody at a hospital who reads and decides, with the commands that people type."""
 
-    def __init__(self, home: SiteHome) -> None:
+    def __init__(self, home: SiteFolder) -> None:
         self.home = home
 
     def types(self, *words: str) -> tuple[bool, str]:
@@ -123,7 +123,7 @@ class Person:
                 good = True
             except SystemExit as end:
                 good = not end.code
-            except (BadHome, ValueError) as error:
+            except (SetupError, ValueError) as error:
                 good = False
                 print(error)
         return good, said.getvalue()
@@ -158,7 +158,7 @@ class Got:
     """
 
     call: Call
-    order: Order
+    order: RunRequest
     answer: Answer
     data: bytes = b""
 
@@ -247,7 +247,7 @@ class Sum:
     total: Tensor | None = None
     problems: dict[str, str] = field(default_factory=dict)
     number: int = 0
-    order: Order | None = None
+    order: RunRequest | None = None
 
     @property
     def opened(self) -> bool:
@@ -267,7 +267,7 @@ class HostileServer:
         vectors: What sites put into secure sums, by site, run and message: what no server sees.
     """
 
-    def __init__(self, homes: Mapping[str, SiteHome], order: Order, approved: bool = True) -> None:
+    def __init__(self, homes: Mapping[str, SiteFolder], order: RunRequest, approved: bool = True) -> None:
         """Offers ``order`` to every site; if ``approved``, people there read and approve it."""
         self.homes, self.order = dict(homes), order
         self.people = {name: Person(home) for name, home in homes.items()}
@@ -276,14 +276,14 @@ class HostileServer:
         self.sums: list[Sum] = []
         self.vectors: dict[tuple[str, str, int], Tensor] = {}
         self.number = 0
-        self._desks: dict[tuple[str, str], Desk] = {}
+        self._desks: dict[tuple[str, str], SiteAgent] = {}
         self._requests: dict[str, Request] = {}
         self._last: dict[tuple[str, str], int] = {}
         self.offer(order)
         if approved:
             self.approved(order)
 
-    def approved(self, order: Order, sites: Sequence[str] = ()) -> "HostileServer":
+    def approved(self, order: RunRequest, sites: Sequence[str] = ()) -> "HostileServer":
         """Lets people at ``sites``, or everywhere, read and approve ``order``; and checks that it may run there."""
         for name in sites or self.homes:
             if not self.offer(order, [name])[name].lost:
@@ -294,13 +294,13 @@ class HostileServer:
             assert not hello.lost, f"the honest order may not run: {hello}"
         return self
 
-    def desk(self, site: str) -> Desk:
+    def desk(self, site: str) -> SiteAgent:
         """The agent of a site for the present order."""
         key = (site, self.order.run)
         if key in self._desks and self._desks[key].order.to_json() != self.order.to_json():
             self._desks.pop(key).close()
         if key not in self._desks:
-            self._desks[key] = Desk(self.homes[site], self.order)
+            self._desks[key] = SiteAgent(self.homes[site], self.order)
             self._desks[key].trainer = Inline(self.homes[site], self.order.run)  # type: ignore[assignment]
         return self._desks[key]
 
@@ -316,7 +316,7 @@ class HostileServer:
 
     # Asking -------------------------------------------------------------------------------------------------------------
 
-    def offer(self, order: Order, sites: Sequence[str] = ()) -> dict[str, Got]:
+    def offer(self, order: RunRequest, sites: Sequence[str] = ()) -> dict[str, Got]:
         """Begins a job with ``order`` at ``sites``, or everywhere, and greets; from now on it is the present order."""
         self.order = order
         return {name: self.call(name, "hello") for name in sites or self.homes}

@@ -30,9 +30,9 @@ from polyclinic.core.tree import Tree, norm, sub
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.messages import Answer, Call
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.rpc import Delivery
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import houses
 from tests.support.local_deployment import LocalCarrier, approve, conductor
 
@@ -81,7 +81,7 @@ class HostileCarrier(LocalCarrier):
     """Carries what hostile sites say instead of what their agents answered."""
 
     def __init__(
-        self, homes: Mapping[str, SiteHome], an: Order, attacks: Mapping[str, Attack], kinds: tuple[str, ...]
+        self, homes: Mapping[str, SiteFolder], an: RunRequest, attacks: Mapping[str, Attack], kinds: tuple[str, ...]
     ) -> None:
         """``attacks`` by site; they change answers to the ``kinds`` of calls."""
         super().__init__(homes, an)
@@ -175,7 +175,7 @@ class End:
         assert named == set(range(rounds)), f"{site} was lost in the rounds {sorted(named)} of {rounds}: {self.lost}"
 
 
-def bounded(an: Order) -> Order:
+def bounded(an: RunRequest) -> RunRequest:
     """``an`` with the bounds of weights and norms that a coordinator would have; the one place to adapt if the server
     takes them from somewhere else than from what it knows of the sites."""
     return an
@@ -183,10 +183,10 @@ def bounded(an: Order) -> Order:
 
 def run(
     root: Path,
-    an: Order,
+    an: RunRequest,
     attacks: Mapping[str, Attack],
     kinds: tuple[str, ...] = ("do",),
-    homes: Mapping[str, SiteHome] | None = None,
+    homes: Mapping[str, SiteFolder] | None = None,
     count: int = 3,
 ) -> End:
     """Runs ``an`` between sites that all approved it, of which those in ``attacks`` are hostile."""
@@ -222,7 +222,7 @@ def silent(said: Said) -> None:
     said.table["lost"], said.data = "failed: the disk is full", b""
 
 
-def without(root: Path, an: Order, site: str, count: int = 3) -> Tree:
+def without(root: Path, an: RunRequest, site: str, count: int = 3) -> Tree:
     """The model of the same run in which ``site`` fails at every request."""
     end = run(root / "without", an, {site: silent}, count=count)
     assert end.model is not None, end.why

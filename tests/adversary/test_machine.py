@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from polyclinic.core.audit_log import verify
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.privacy.ledger import Ledger
 from tests.adversary.model import Policy, SiteModel, least_epsilon
 from tests.adversary.server import LENIENT, SUM, Got, HostileServer, Sum, houses, secure_order, small_order, study
@@ -72,7 +72,7 @@ request = st.fixed_dictionaries(
 )
 
 
-def orders(homes: Any, budget: bool) -> dict[str, Order]:
+def orders(homes: Any, budget: bool) -> dict[str, RunRequest]:
     """Everything that the server may offer, by what it is for."""
     uniform = {"options": {"uniform": True}}
     plan = {**uniform, "uplink": HIDDEN} if budget else {}

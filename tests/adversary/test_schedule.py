@@ -10,7 +10,7 @@ import torch
 
 from polyclinic.core.tree import Tree, cosine
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteHome, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder, write_private
 from polyclinic.privacy.ledger import Ledger
 from tests.adversary.server import LENIENT, HostileServer, Person, answered, houses, nothing_left, refused, small_order
 from tests.conftest import little_sites
@@ -266,14 +266,14 @@ def test_no_table_of_training_patients_can_be_read_off_scores(tmp_path: Path, re
     )
 
 
-def _long_beach(root: Path, data: Path) -> tuple[SiteHome, np.ndarray, np.ndarray]:
+def _long_beach(root: Path, data: Path) -> tuple[SiteFolder, np.ndarray, np.ndarray]:
     """The hospital in Long Beach with a tight budget: its home, and age and diagnosis of each training patient."""
     with open(data / "uci_heart_4hospitals" / "heart_4sites.csv") as file:
         rows = [row for row in csv.DictReader(file) if "va" in row["site"].lower()]
     x = np.array([[float(row[c] or "nan") for c in ("age", "sex", "cp", "restecg")] for row in rows], dtype=np.float32)
     whole = np.isfinite(x).all(1)
     x, y = x[whole], np.array([int(float(row["num"]) > 0) for row in rows])[whole]
-    home, count = SiteHome(root / "va"), len(x) - 60
+    home, count = SiteFolder(root / "va"), len(x) - 60
     folder = private_folder(home.path) / "data"
     folder.mkdir()
     np.savez(folder / "train.npz", inputs=x[:count], targets=y[:count])
@@ -293,7 +293,7 @@ def _gradient(server: HostileServer, site: str) -> Tree:
     return full_gradient(server.order.build_plan().build_task(), server.model, Site(site, data, seed=3), 0)
 
 
-def _spent(home: SiteHome) -> float:
+def _spent(home: SiteFolder) -> float:
     """ε spent at a site, over all its ledgers."""
     return sum(float(Ledger(path).spent().epsilon) for path in home.ledgers.glob("*.jsonl"))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.secure_aggregation import shamir
 from polyclinic.secure_aggregation.client import SecureSite
 from polyclinic.secure_aggregation.secure_messages import Agreed
@@ -267,7 +267,7 @@ def _unmasked(
     return vector
 
 
-def _identity(home: SiteHome) -> Any:
+def _identity(home: SiteFolder) -> Any:
     return site_keys.load_secure(home.keys / "secure.key")
 
 

@@ -26,9 +26,9 @@ from polyclinic.core.site import Site
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
-from polyclinic.engines.flare.client.run_memory import Memory
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.client.run_memory import RunMemory
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
 from polyclinic.engines.flare.server.remote_federation import discount_of
@@ -76,8 +76,8 @@ class Hospitals:
         """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test."""
         self.root, self.faults, self.port = root, root / "faults", free_port()
         self.faults.mkdir(parents=True)
-        self.server, self.sites = ServerHome(root / "server"), little_sites(count=count)
-        self.homes = {name: SiteHome(root / name) for name in self.sites}
+        self.server, self.sites = ServerFolder(root / "server"), little_sites(count=count)
+        self.homes = {name: SiteFolder(root / name) for name in self.sites}
         inside = Path(__file__).parent / "inside"
         package = Path(polyclinic.__file__).parents[1]
         self.env = {
@@ -135,7 +135,7 @@ class Hospitals:
                 ended: Any = 0
             except SystemExit as end:
                 ended = end.code or 0
-            except BadHome as error:
+            except SetupError as error:
                 ended = 2
                 print(error)
         assert ended == code, f"{words}: {said.getvalue()}"
@@ -182,7 +182,7 @@ class Hospitals:
         flare_processes.end(self.root)
         assert not left, f"{len(left)} processes stayed after everybody was stopped"
 
-    def order(self, an: Order, approve: bool = True) -> Order:
+    def order(self, an: RunRequest, approve: bool = True) -> RunRequest:
         """Puts an order into the queue, and approves what became of it at every site, before it comes there."""
         server_setup.order(self.server, an)
         made = Queue(self.server).get(an.run)
@@ -215,7 +215,7 @@ class Hospitals:
 
     def memory(self, run: str, site: str) -> Any:
         """What a site keeps of a run."""
-        memory = Memory(self.homes[site].memory(run))
+        memory = RunMemory(self.homes[site].memory(run))
         last = memory.chain.links[-1].memory if memory.chain.links else ""
         return states.load(memory.folder / last) if last else {}
 
@@ -325,7 +325,7 @@ class Hospitals:
         self.together()
 
 
-def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:
+def reference(an: RunRequest, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:
     """The state and the sites' memory after the same run in this process, with noise that repeats."""
     plan = an.build_plan()
     method = plan.build_method()
@@ -352,7 +352,7 @@ def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dic
     return state, engine.memory
 
 
-def study(run: str, method: str = "scaffold", **how: Any) -> Order:
+def study(run: str, method: str = "scaffold", **how: Any) -> RunRequest:
     """A small order for real processes, whose sites need a while to load PyTorch."""
     return order(method, run=run, **{"patience": PATIENCE, **how})
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
-from polyclinic.data.quality.filename_screening import in_name, shown
 from polyclinic.data.quality.folder_layout import Layout
 from polyclinic.data.quality.image_hashes import equal, nearly_equal
 from polyclinic.data.quality.inspection import Look

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.data.filename_screening import in_name
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import LIMITS, PICTURES, Limits, Unreadable, read_text
 from polyclinic.data.formats.volume import Volume, canonical
-from polyclinic.data.quality.filename_screening import in_name
 
 _IDENTIFYING = {
     0x00080050,

@@ -10,17 +10,16 @@ import io
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from polyclinic.data.quality.filename_screening import shown
+from polyclinic.data.filename_screening import shown
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.quality.site_check import KINDS, CheckReport, check_folder
 from polyclinic.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polyclinic.data.quality.site_check import CheckReport
 
 _STYLE = """
 :root { --ink:#1c2733; --soft:#5b6b7b; --line:#d9e0e7; --paper:#fff;
@@ -46,7 +45,31 @@ figcaption { font-size: .7rem; color: var(--soft); overflow-wrap: anywhere }
 _LEVELS = {"error": "to put right", "warning": "to look at", "note": "to know"}
 
 
-def write_page(report: "CheckReport", path: str | os.PathLike[str]) -> Path:
+def check_command(
+    path: str,
+    html: str | None = None,
+    labels: tuple[int, ...] = (),
+    allow_health: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """What ``polyclinic data check DIR`` does: 0 nothing wrong, 1 errors were found, 2 there is nothing to check."""
+    try:
+        report = check_folder(path, labels, "warning" if allow_health else "error")
+    except (Unreadable, ImportError) as problem:
+        say(str(problem))
+        return 2
+    for line in report.lines():
+        say(line)
+    if html is not None:
+        try:
+            say(f"page to look at (patients' images: it stays here): {write_page(report, html)}")
+        except (OSError, ValueError) as problem:
+            say(f"the page could not be written: {problem}")
+            return 2
+    return 0 if report.ok else 1
+
+
+def write_page(report: CheckReport, path: str | os.PathLike[str]) -> Path:
     """Writes the page, for its owner's eyes only (mode 0600), whole or not at all.
 
     Raises:
@@ -68,7 +91,7 @@ def write_page(report: "CheckReport", path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def page(report: "CheckReport") -> str:
+def page(report: CheckReport) -> str:
     """The whole page as text."""
     return "\n".join(_parts(report))
 
@@ -77,9 +100,7 @@ def _text(value: object) -> str:
     return html.escape("".join(c if c.isprintable() else "?" for c in str(value)), quote=True)
 
 
-def _parts(report: "CheckReport") -> Iterator[str]:
-    from polyclinic.data.quality.site_check import KINDS
-
+def _parts(report: CheckReport) -> Iterator[str]:
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data check</title>'
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     yield f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="robots" content="noindex">'
@@ -136,7 +157,7 @@ def _bars(counts: Counter[Any], most: int = 40) -> str:
     return f'<table class="bars">{rows}</table>'
 
 
-def _geometry(report: "CheckReport") -> Iterator[str]:
+def _geometry(report: CheckReport) -> Iterator[str]:
     rows = [("Size in voxels (z, y, x)", report.sizes), ("Spacing in mm (z, y, x)", report.spacing_mm)]
     if any(spread for _, spread in rows):
         yield "<h2>Geometry</h2><table><tr><th></th><th>least</th><th>median</th><th>largest</th></tr>"

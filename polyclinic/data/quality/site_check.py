@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polyclinic.data.filename_screening import shown
 from polyclinic.data.formats.dicom.series import dicom_files, find_series
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
-from polyclinic.data.quality.filename_screening import shown
-from polyclinic.data.quality.findings import Finding, compare, health_information, layout_problems
+from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
-__all__ = ["CheckReport", "Finding", "check_command", "check_folder"]
+__all__ = ["CheckReport", "Finding", "check_folder"]
 KINDS = {
     "classes": "folders named by class",
     "nnunet": "images with masks (nnU-Net layout)",
@@ -184,32 +184,6 @@ def check_folder(
     return _report(layout, looks, found)
 
 
-def check_command(
-    path: str,
-    html: str | None = None,
-    labels: tuple[int, ...] = (),
-    allow_health: bool = False,
-    say: Callable[[str], None] = print,
-) -> int:
-    """What ``polyclinic data check DIR`` does: 0 nothing wrong, 1 errors were found, 2 there is nothing to check."""
-    try:
-        report = check_folder(path, labels, "warning" if allow_health else "error")
-    except (Unreadable, ImportError) as problem:
-        say(str(problem))
-        return 2
-    for line in report.lines():
-        say(line)
-    if html is not None:
-        from polyclinic.data.quality.quality_page import write_page
-
-        try:
-            say(f"page to look at (patients' images: it stays here): {write_page(report, html)}")
-        except (OSError, ValueError) as problem:
-            say(f"the page could not be written: {problem}")
-            return 2
-    return 0 if report.ok else 1
-
-
 def _dicom(
     layout: Layout, found: list[Finding], health: Literal["error", "warning"], limits: Limits
 ) -> tuple[Layout, str]:
@@ -232,8 +206,6 @@ def _dicom(
     found += [
         Finding("error", "unreadable", p.reason, (shown(str(p.path.relative_to(root))),)) for p in series.problems
     ]
-    from polyclinic.data.quality.findings import headers
-
     found += headers(tags, drawn, series.not_images, health)
     items = tuple(
         Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM) for s in series.series

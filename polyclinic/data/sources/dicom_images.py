@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
+from polyclinic.data.filename_screening import in_name
 from polyclinic.data.files import kind_of, opened, placed
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series
 from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
-from polyclinic.data.quality.filename_screening import in_name
 from polyclinic.data.source import HIDDEN, Info, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyclinic.engines.flare.pki import provisioning as kits
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 
 MODULES = {
     "server": ("nvflare.private.fed.app.server.server_train", "fed_server.json"),
@@ -44,7 +44,7 @@ def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
         Its process number.
 
     Raises:
-        BadHome: Where it does not start.
+        SetupError: Where it does not start.
     """
     file = home / f"{what}.log"
     with open(file, "ab") as log:
@@ -53,11 +53,11 @@ def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise BadHome(f"the {what} did not start: the end of {file} says why")
+            raise SetupError(f"the {what} did not start: the end of {file} says why")
         if up():
             return process.pid
         time.sleep(0.2)
-    raise BadHome(f"the {what} did not start within a minute: see {file}")
+    raise SetupError(f"the {what} did not start within a minute: see {file}")
 
 
 def turn_over(log: Path) -> None:

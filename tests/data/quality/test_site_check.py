@@ -16,15 +16,15 @@ from PIL import Image
 
 from polyclinic.data.config import KINDS as STUDY_KINDS
 from polyclinic.data.deidentification.folder_deidentification import deidentify_folder
+from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz
 from polyclinic.data.formats.volume import Volume
-from polyclinic.data.quality.filename_screening import in_name, shown
 from polyclinic.data.quality.folder_layout import detect
 from polyclinic.data.quality.image_hashes import content_hash, nearly_equal, small_picture
-from polyclinic.data.quality.quality_page import page, write_page
+from polyclinic.data.quality.quality_page import check_command, page, write_page
 from polyclinic.data.quality.site_check import KINDS as CHECK_KINDS
-from polyclinic.data.quality.site_check import STUDY, CheckReport, check_command, check_folder
+from polyclinic.data.quality.site_check import STUDY, CheckReport, check_folder
 from tests.support.image_files import CT, RADIOGRAPH, ULTRASOUND, image, nifti_bytes, pydicom, save, series
 
 RNG = np.random.default_rng(0)

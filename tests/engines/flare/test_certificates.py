@@ -17,7 +17,7 @@ from polyclinic.engines.flare.client import proxies
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.engines.flare.server import server_setup
 from tests.support.flare_deployment import Hospitals, until
 from tests.support.http_proxy import HttpProxy
@@ -37,9 +37,9 @@ def test_a_proxy_is_one_or_is_told() -> None:
         "http://[::1:1",
         "http://p:1/x",
     ):
-        with pytest.raises(BadHome, match="written like"):
+        with pytest.raises(SetupError, match="written like"):
             proxies.check(bad)
-    with pytest.raises(BadHome, match="only grpc passes"):
+    with pytest.raises(SetupError, match="only grpc passes"):
         proxies.check("http://proxy:1", "tcp")
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from polyclinic.core.audit_log import Broken, Journal, verify
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, reference, state_of
@@ -49,7 +49,7 @@ class Moments:
         return doing
 
 
-def attempt(root: Path, an, homes: dict[str, SiteHome], die_at: int | None = None) -> tuple[int, int]:
+def attempt(root: Path, an, homes: dict[str, SiteFolder], die_at: int | None = None) -> tuple[int, int]:
     """One attempt in a process of its own: how it ended, and how many moments it passed."""
     seen = root / "moments"
     pid = os.fork()
@@ -81,17 +81,17 @@ class Town:
             approve(home, self.order)
         self.expected, self.memory = reference(self.order)
 
-    def made(self, name: str) -> tuple[Path, dict[str, SiteHome]]:
+    def made(self, name: str) -> tuple[Path, dict[str, SiteFolder]]:
         place = self.root / name
         shutil.copytree(self.root / "template", place)
-        return place, {site: SiteHome(place / site) for site in self.memory}
+        return place, {site: SiteFolder(place / site) for site in self.memory}
 
-    def check(self, place: Path, homes: dict[str, SiteHome]) -> None:
+    def check(self, place: Path, homes: dict[str, SiteFolder]) -> None:
         """The bits of the undisturbed run, at the server and at every site, and whole journals."""
         an = self.order
         assert equal(self.expected, state_of(place, an))
         for site, home in homes.items():
-            memory = Memory(home.memory(an.run))
+            memory = RunMemory(home.memory(an.run))
             kept = memory.chain.links[-1].memory
             assert equal(self.memory[site], tensor_file.read(memory.folder / kept) if kept else {})
             assert list(verify(home.journal))
@@ -156,12 +156,12 @@ unit = "record"
 )
 
 
-def spends_of(home: SiteHome) -> int:
+def spends_of(home: SiteFolder) -> int:
     """How many releases the site's ledger knows of."""
     return sum(len(Ledger(path).spends()) for path in home.ledgers.glob("*.jsonl"))
 
 
-def releases_of(home: SiteHome) -> int:
+def releases_of(home: SiteFolder) -> int:
     """How many different replies left a site: each was made from noise of its own."""
     return len({e["reply"] for e in verify(home.journal) if e["event"] == "answered" and e["job"] == "train"})
 

@@ -17,7 +17,7 @@ import pytest
 
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare import flare_processes
-from polyclinic.engines.flare.protocol.paths import ServerHome, SiteHome
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.testing import equal
@@ -378,7 +378,7 @@ def test_a_site_is_not_started_twice(house: Hospitals) -> None:
 
 def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
     """Somebody copied a site's folder to a second machine, and started both."""
-    copy = SiteHome(house.root / "copy")
+    copy = SiteFolder(house.root / "copy")
     shutil.copytree(house.homes["site-1"].path, copy.path)
     (copy.path / "status.json").unlink()
     an = begin(house, "double", who=("site-1",))
@@ -404,7 +404,7 @@ def test_a_server_is_not_started_twice(house: Hospitals) -> None:
 
 def test_a_copy_of_a_server_takes_nobody_away(house: Hospitals) -> None:
     """A copy of the server's folder on the same machine finds its port taken, and says so."""
-    copy = ServerHome(house.root / "server-copy")
+    copy = ServerFolder(house.root / "server-copy")
     shutil.copytree(house.server.path, copy.path, ignore=shutil.ignore_patterns("status.json", "*.log*", ".*"))
     said = house.command("server", "start", "--background", home=copy.path, code=2)
     assert str(house.port) in said

@@ -15,7 +15,7 @@ from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Weighted
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.paths import hash_of
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.testing import equal
 from tests.support.local_deployment import order
 
@@ -75,8 +75,8 @@ def test_another_version_is_told_in_a_sentence(other: int) -> None:
             BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"
         ):
             type(message).from_json(json.dumps({**asdict(message), "version": other, "something": "new"}))
-    with pytest.raises(BadOrder, match="another version of polyclinic"):
-        Order.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
+    with pytest.raises(InvalidRunRequest, match="another version of polyclinic"):
+        RunRequest.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Call)])
@@ -105,7 +105,7 @@ def test_what_is_no_message_is_refused(text) -> None:
     )
 )
 def test_any_json_is_refused_in_words(value) -> None:
-    for kind, error in ((Call, BadMessage), (Answer, BadMessage), (Order, BadOrder)):
+    for kind, error in ((Call, BadMessage), (Answer, BadMessage), (RunRequest, InvalidRunRequest)):
         with pytest.raises(error):
             kind.from_json(json.dumps(value))
 
@@ -115,7 +115,7 @@ def test_mutated_messages_never_do_harm() -> None:
     sources = [
         (Call, CALL.to_json(), BadMessage),
         (Answer, ANSWER.to_json(), BadMessage),
-        (Order, order().to_json(), BadOrder),
+        (RunRequest, order().to_json(), InvalidRunRequest),
     ]
     refused = 0
     while time.monotonic() < until:
@@ -226,8 +226,8 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
 )
 def test_a_wrong_order_is_told_by_field(changes, why) -> None:
     table = {**json.loads(order().to_json()), **changes}
-    with pytest.raises(BadOrder, match=why):
-        Order.from_json(json.dumps(table))
+    with pytest.raises(InvalidRunRequest, match=why):
+        RunRequest.from_json(json.dumps(table))
 
 
 def test_an_order_names_what_runs() -> None:
@@ -238,7 +238,7 @@ def test_an_order_names_what_runs() -> None:
     assert order(rounds=9).method_hash == base.method_hash
     assert order(plan={"training": {"epochs": 2}}).method_hash != base.method_hash
     assert order("scaffold").method_hash != base.method_hash
-    assert Order.from_json(base.to_json()) == base
+    assert RunRequest.from_json(base.to_json()) == base
 
 
 def test_nothing_that_a_terminal_obeys_is_printed() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.policy import site_policy as policies
@@ -253,7 +253,7 @@ def test_a_record_that_was_changed_stops_the_run_and_a_person_may_forget_it(tmp_
     usage.write_text(usage.read_text().replace('"round":0', '"round":7', 1))
     server.start()
     assert "the record of what was answered here is damaged" in server.said(1)
-    Memory(server.home.memory("run-1")).forget()
+    RunMemory(server.home.memory("run-1")).forget()
     assert not usage.exists()
 
 

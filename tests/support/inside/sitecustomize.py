@@ -117,7 +117,7 @@ def change_executor(module: Any) -> None:
 
 def change_conductor(module: Any) -> None:
     """A server that, once it has trained, asks for what a test wishes (``hostile-RUN``) and notes what it hears."""
-    finish = module.Conductor._finish
+    finish = module.RunCoordinator._finish
 
     def hostile(self: Any, federation: Any) -> None:
         from dataclasses import replace
@@ -136,7 +136,7 @@ def change_conductor(module: Any) -> None:
             wish.rename(wish.with_name(f"hostile-{self.order.run}.done")).write_text(json.dumps(heard))
         finish(self, federation)
 
-    module.Conductor._finish = hostile
+    module.RunCoordinator._finish = hostile
 
 
 def change_controller(module: Any) -> None:

@@ -11,17 +11,17 @@ from typing import Any
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import WAITING, Reviews
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, read_json
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_json
 
 SILENT_AFTER = 60.0
 """Seconds without a word from the server after which it counts as unreachable; FLARE asks every ten."""
 
 
-def read(home: SiteHome) -> dict[str, Any]:
+def read(home: SiteFolder) -> dict[str, Any]:
     """How the site in ``home`` is: ``well``, ``running``, ``server``, ``doing``, ``problems``, ``waiting``.
 
     Raises:
-        BadHome: If the folder is not a site.
+        SetupError: If the folder is not a site.
     """
     given = site_setup.settings(home)
     up = site_setup.is_up(home)
@@ -42,7 +42,7 @@ def read(home: SiteHome) -> dict[str, Any]:
     }
 
 
-def _server(home: SiteHome, up: bool) -> dict[str, Any]:
+def _server(home: SiteFolder, up: bool) -> dict[str, Any]:
     """Whether the server can be reached, and whether it lets this site take part."""
     said = read_json(home.path / "connection.json", default={"heard": 0.0, "refused": ""})
     heard, started = float(said["heard"]), float(site_setup.status(home).get("started", 0.0))
@@ -58,7 +58,7 @@ def _server(home: SiteHome, up: bool) -> dict[str, Any]:
     return {"state": state, "heard": heard, "refused": said["refused"]}
 
 
-def _runs(home: SiteHome) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What is being done, and what went wrong, by run."""
     doing, problems = list[dict[str, Any]](), list[dict[str, Any]]()
     for path in sorted((home.path / "memory").glob("*/status.json")):
@@ -68,12 +68,12 @@ def _runs(home: SiteHome) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 doing.append({"run": path.parent.name, **said["doing"]})
             if said["problem"] and not (path.parent / "ended").exists():
                 problems.append({"run": path.parent.name, "problem": said["problem"], "since": said["since"]})
-        except (BadHome, OSError, KeyError, TypeError):
+        except (SetupError, OSError, KeyError, TypeError):
             problems.append({"run": path.parent.name, "problem": f"{path} cannot be read", "since": 0.0})
     return doing, problems
 
 
-def _keeper_problems(home: SiteHome, up: bool) -> Iterator[str]:
+def _keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:
     """What the keeper has noticed of FLARE's process, and whether it is alive itself."""
     said = site_setup.status(home)
     if up and time.time() - float(said.get("beat", 0.0)) > SILENT_AFTER:

@@ -16,7 +16,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.fuel.f3.cellnet.defs import CellChannelTopic, MessageHeaderKey, ReturnCode
 
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_json, write_private
 
 EVERY = 2.0
 NOT_FROM_THERE = (ReturnCode.TIMEOUT, ReturnCode.TARGET_UNREACHABLE, ReturnCode.COMM_ERROR, ReturnCode.INVALID_TARGET)
@@ -28,7 +28,7 @@ class Connection(FLComponent):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.home: SiteHome | None = None
+        self.home: SiteFolder | None = None
         self.heard = self.written = 0.0
         self.refused = ""
 
@@ -37,8 +37,8 @@ class Connection(FLComponent):  # type: ignore[misc]
         if event_type != EventType.SYSTEM_BOOTSTRAP:
             return
         engine = fl_ctx.get_engine()
-        self.home = SiteHome(Path(engine.args.workspace).resolve().parent)
-        with suppress(BadHome, OSError):  # a site that was shut out stays so when it starts again
+        self.home = SiteFolder(Path(engine.args.workspace).resolve().parent)
+        with suppress(SetupError, OSError):  # a site that was shut out stays so when it starts again
             self.refused = str(read_json(self.home.path / "connection.json", default={"refused": ""})["refused"])
         engine.get_cell().core_cell.add_incoming_reply_filter("*", "*", self.note)
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from polyclinic.engines.flare.pki import certificate_authority, site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, read_small
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order, code_hash
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest, code_hash
 from polyclinic.methods.plugins import Package
 
 WAITING, APPROVED, REFUSED = "waiting", "approved", "refused"
@@ -39,7 +39,7 @@ def this_person(name: str = "") -> Person:
     """The person at this keyboard, called ``name``; by the account's name where none is given.
 
     Raises:
-        BadHome: If the name cannot be shown on one line.
+        SetupError: If the name cannot be shown on one line.
     """
     uid = os.getuid()
     try:
@@ -47,7 +47,7 @@ def this_person(name: str = "") -> Person:
     except KeyError:  # an account that the system does not list, as in a container
         account = f"uid {uid}"
     if name != printable(name, 100):
-        raise BadHome("a person's name is at most 100 characters on one line")
+        raise SetupError("a person's name is at most 100 characters on one line")
     return Person(name.strip() or account, account, uid)
 
 
@@ -90,9 +90,9 @@ class Review:
     signature: str = ""
 
     @cached_property
-    def what(self) -> Order:
+    def what(self) -> RunRequest:
         """The order, as an object."""
-        return Order.from_json(self.order)
+        return RunRequest.from_json(self.order)
 
     @property
     def group(self) -> str:
@@ -128,7 +128,7 @@ class Review:
             "said": self.said,
         }
 
-    def is_of(self, order: Order) -> bool:
+    def is_of(self, order: RunRequest) -> bool:
         """Whether this is a review of exactly ``order``, with exactly the code that is here."""
         return self.order == order.to_json() and self.code == code_hash() and self.packages == order.packages
 
@@ -136,10 +136,10 @@ class Review:
         """With the signature of the site whose keys lie in ``folder``.
 
         Raises:
-            BadHome: If there is no key.
+            SetupError: If there is no key.
         """
         if not (folder / "site.key").is_file():
-            raise BadHome(f"{folder / 'site.key'} is missing, and decisions are signed with it")
+            raise SetupError(f"{folder / 'site.key'} is missing, and decisions are signed with it")
         return replace(
             self, signature=shared_journals.sign(site_keys.load(folder / "site.key"), signed_bytes(self.statement))
         )
@@ -167,7 +167,7 @@ def read(path: Path) -> Review:
     """The review in the file at ``path``, unchecked.
 
     Raises:
-        BadHome: If it is not one.
+        SetupError: If it is not one.
     """
     table = read_json(path)
     try:
@@ -175,9 +175,9 @@ def read(path: Path) -> Review:
         packages = tuple(Package(*package) for package in table["packages"])
         review = Review(**{**table, **lists, "packages": packages})
         if review.what.run != path.stem:
-            raise BadHome(f"{path} holds the review of another run")
-    except (TypeError, KeyError, BadOrder) as error:
-        raise BadHome(f"{path} is not a review ({error}): delete it, and the study will be offered again") from None
+            raise SetupError(f"{path} holds the review of another run")
+    except (TypeError, KeyError, InvalidRunRequest) as error:
+        raise SetupError(f"{path} is not a review ({error}): delete it, and the study will be offered again") from None
     return review
 
 

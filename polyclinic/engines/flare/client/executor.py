@@ -13,11 +13,11 @@ from nvflare.apis.executor import Executor
 from nvflare.apis.shareable import Shareable
 
 from polyclinic.engines.flare.client import heartbeat
-from polyclinic.engines.flare.client.site_agent import Desk, take_in
+from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
 from polyclinic.engines.flare.protocol import file_transfer, message_limits
 from polyclinic.engines.flare.protocol.messages import BadMessage, Call, printable
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 
 
 class SiteExecutor(Executor):  # type: ignore[misc]
@@ -27,7 +27,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
         """For the ``order`` in the signed job."""
         super().__init__()
         self.text = order
-        self.desk: Desk | None = None
+        self.desk: SiteAgent | None = None
         self.stopped = False
         self.problem = "the site's log says more"
 
@@ -42,13 +42,15 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 self.desk.close()
 
     def _open(self, fl_ctx: Any) -> None:
-        home = SiteHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
+        home = SiteFolder(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parent)
         try:
-            self.desk = Desk(home, Order.from_json(self.text), lambda: self.stopped)
+            self.desk = SiteAgent(home, RunRequest.from_json(self.text), lambda: self.stopped)
             self.desk.trainer.warm()
-        except (BadOrder, BadHome, OSError) as error:
+        except (InvalidRunRequest, SetupError, OSError) as error:
             self.log_error(fl_ctx, f"the desk cannot be opened: {printable(str(error))}")
-            if isinstance(error, BadOrder):  # perhaps of another version; what it says comes from the server itself
+            if isinstance(
+                error, InvalidRunRequest
+            ):  # perhaps of another version; what it says comes from the server itself
                 self.problem = printable(str(error))
 
     def execute(self, task_name: str, shareable: Any, fl_ctx: Any, abort_signal: Any) -> Any:
@@ -83,7 +85,7 @@ class SiteExecutor(Executor):  # type: ignore[misc]
                 body, desk.memory.folder / "received"
             )  # whatever came of it, it is not needed any more
 
-    def _fetch(self, desk: Desk, cell: Any, call: Call, beside: Any, sender: str, abort_signal: Any) -> Path:
+    def _fetch(self, desk: SiteAgent, cell: Any, call: Call, beside: Any, sender: str, abort_signal: Any) -> Path:
         """The file of a call, on this site's disk.
 
         Raises:

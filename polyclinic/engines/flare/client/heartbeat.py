@@ -27,7 +27,7 @@ def answer(cell: Any) -> None:
     cell.register_request_cb(channel=CHANNEL, topic=TOPIC, cb=lambda request: make_reply(ReturnCode.OK))
 
 
-class Pulse:
+class Heartbeat:
     """Asks the job processes of ``sites`` in the background until it is closed."""
 
     def __init__(self, cell: Any, job: str, sites: Sequence[str], dead_after: float) -> None:

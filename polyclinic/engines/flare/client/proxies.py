@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from polyclinic.engines.flare.protocol.paths import BadHome, host
+from polyclinic.engines.flare.protocol.paths import SetupError, host
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 
@@ -15,17 +15,19 @@ def check(proxy: str, scheme: str = "grpc") -> tuple[str, int]:
     """The host and port of ``proxy``.
 
     Raises:
-        BadHome: Where it cannot be a proxy, or the project does not speak ``grpc``, which passes proxies.
+        SetupError: Where it cannot be a proxy, or the project does not speak ``grpc``, which passes proxies.
     """
     try:
         parts = urlsplit(proxy)
         found = host(parts.hostname or ""), parts.port
     except ValueError as error:
-        raise BadHome(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r} ({error})") from None
+        raise SetupError(
+            f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r} ({error})"
+        ) from None
     if parts.scheme != "http" or found[1] is None or parts.path.strip("/") or parts.username:
-        raise BadHome(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r}")
+        raise SetupError(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r}")
     if scheme != "grpc":
-        raise BadHome(f"this project's server speaks {scheme}, and only grpc passes a proxy: ask the coordinator")
+        raise SetupError(f"this project's server speaks {scheme}, and only grpc passes a proxy: ask the coordinator")
     return found[0], found[1]
 
 

@@ -33,8 +33,8 @@ from polyclinic.engines.flare.client.decisions import (
     to_json,
 )
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import BadHome, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_json, write_private
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 
 __all__ = ["APPROVED", "REFUSED", "WAITING", "Review", "Reviews"]
 PREFIX = 8
@@ -68,14 +68,14 @@ class Reviews:
         """What a person sees and decides under the name ``text``: all that waits of one study; else all of it.
 
         Raises:
-            BadHome: If nothing is called so, or two different studies are.
+            SetupError: If nothing is called so, or two different studies are.
         """
         found = self.named(text)
         if not found:
             waiting = ", ".join(r.what.run for r in self.all() if r.state == WAITING) or "nothing"
-            raise BadHome(f"no study called {text!r} has come; {waiting} waits")
+            raise SetupError(f"no study called {text!r} has come; {waiting} waits")
         if len({review.group for review in found}) > 1:
-            raise BadHome(_ambiguous(text, found))
+            raise SetupError(_ambiguous(text, found))
         group = self.group(found[0])
         return [review for review in group if review.state == WAITING] or group
 
@@ -93,7 +93,7 @@ class Reviews:
             write_private(self._shown, json.dumps({k: v for k, v in {**known, **fresh}.items() if k in there}))
         return now
 
-    def offer(self, order: Order, problems: Sequence[str], notes: Sequence[str] = ()) -> Review:
+    def offer(self, order: RunRequest, problems: Sequence[str], notes: Sequence[str] = ()) -> Review:
         """Puts an order before a person, unless the same one stands there already with the same code.
 
         What was decided about one part of a study holds for its other parts: an approval for each part once, and only
@@ -123,12 +123,12 @@ class Reviews:
             shown: The hash of what was shown, or its beginning; what was last shown to this account where empty.
 
         Raises:
-            BadHome: If nothing is called so, something else than what was shown stands there now, the code has changed
+            SetupError: If nothing is called so, something else than what was shown stands there now, the code has changed
                 since it came, or the policy refuses it.
         """
         person = this_person(by)
         if reason != printable(reason, 2000):
-            raise BadHome("a reason is at most 2000 characters on one line")
+            raise SetupError("a reason is at most 2000 characters on one line")
         with self._locked():
             found, now = self.subject(name), ""
             if state == APPROVED:
@@ -156,12 +156,12 @@ class Reviews:
                     self._take(review)
         return decided
 
-    def stands(self, order: Order) -> Review | None:
+    def stands(self, order: RunRequest) -> Review | None:
         """The signed decision about exactly this order with exactly this code, if there is one; else what waits."""
         review = self.get(order.run)
         return review if review is not None and review.is_of(order) else None
 
-    def answered(self, order: Order, said: dict[str, Any]) -> None:
+    def answered(self, order: RunRequest, said: dict[str, Any]) -> None:
         """Records what this site said of its data in answer to a survey: ``inputs`` and ``outputs``."""
         with self._locked():
             review = self.stands(order)
@@ -201,17 +201,19 @@ class Reviews:
         now, again = shown_hash(found), f"read it again: `polyclinic site review {name}`"
         if shown:
             if len(shown) < PREFIX or not now.startswith(shown):
-                raise BadHome(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
+                raise SetupError(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
             return now
         names = {known for review in found for known in review.names}
         last = read_json(self._shown, default={}).get(name if name in names else found[0].what.run)
         if last is None:
-            raise BadHome(f"this is not what you were shown, for you were shown nothing under this name yet; {again}")
+            raise SetupError(
+                f"this is not what you were shown, for you were shown nothing under this name yet; {again}"
+            )
         if last != now:
-            raise BadHome(f"this is not what you were shown, for it has changed since; {again}")
+            raise SetupError(f"this is not what you were shown, for it has changed since; {again}")
         return now
 
-    def _taken(self, order: Order) -> list[str]:
+    def _taken(self, order: RunRequest) -> list[str]:
         """Why an approval was used up: the runs, other than this very one, that took the same part or the same name."""
         parts: dict[str, list[list[str]]] = read_json(self._parts, default={})
         what = "this survey" if order.mode == "survey" else "this arm"
@@ -260,23 +262,23 @@ def _approvable(reviews: Sequence[Review]) -> list[Review]:
     """Those of ``reviews`` that a person may approve.
 
     Raises:
-        BadHome: If there are none, or the code here has changed since they came.
+        SetupError: If there are none, or the code here has changed since they came.
     """
     may = [review for review in reviews if not review.problems]
     if not may:
         why = "; ".join(dict.fromkeys(problem for review in reviews for problem in review.problems))
-        raise BadHome(f"this study is refused here, so approving it would change nothing: {why}")
+        raise SetupError(f"this study is refused here, so approving it would change nothing: {why}")
     for review in may:
         if review.code != code_hash():
-            raise BadHome("polyclinic was changed here since this study came: wait until the server offers it again")
+            raise SetupError("polyclinic was changed here since this study came: wait until the server offers it again")
         if review.packages != review.what.packages:
-            raise BadHome(
+            raise SetupError(
                 "a package that this study needs was changed here since it came: wait until the server offers it again"
             )
     return may
 
 
-def _unlike(order: Order, group: Sequence[Review]) -> list[str]:
+def _unlike(order: RunRequest, group: Sequence[Review]) -> list[str]:
     """Where the plan says something of the data here that this site did not say in its survey: a sentence each."""
     if not order.filled:
         return []
@@ -292,7 +294,7 @@ def _unlike(order: Order, group: Sequence[Review]) -> list[str]:
     ]
 
 
-def _part(order: Order) -> str:
+def _part(order: RunRequest) -> str:
     """Names the part of a study that a run is; a run without a study is one of its own."""
     return f"{order.study_key} {order.part}" if order.study_key else f"run {order.run}"
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from polyclinic.engines.flare.client.run_memory import Memory
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.client.run_memory import RunMemory
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 
 KEEP = 3600.0
 """Seconds for which the memory of an ended run is kept."""
@@ -31,11 +31,11 @@ def unmark(folder: Path) -> None:
     (folder / MARK).unlink(missing_ok=True)
 
 
-def retire(home: SiteHome, keep: float = KEEP) -> Iterator[str]:
+def retire(home: SiteFolder, keep: float = KEEP) -> Iterator[str]:
     """Removes the memory of runs that ended more than ``keep`` seconds ago, and yields their names."""
     for mark_ in sorted((home.path / "memory").glob(f"*/{MARK}")):
         if not 0 <= time.time() - mark_.stat().st_mtime < keep and _has_more(mark_.parent):
-            Memory(mark_.parent).retire()
+            RunMemory(mark_.parent).retire()
             for path in mark_.parent.iterdir():
                 if path.name not in FACTS:
                     path.unlink(missing_ok=True)

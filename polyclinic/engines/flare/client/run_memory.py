@@ -81,7 +81,7 @@ class Chain:
         return link if link is not None and (link.after, link.request) == (after, request) else None
 
 
-class Memory:
+class RunMemory:
     """The folder of one run at a site."""
 
     def __init__(self, folder: Path) -> None:

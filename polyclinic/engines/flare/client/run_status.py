@@ -10,7 +10,7 @@ from typing import Any
 
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol.messages import Call
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, write_private
 
 
 class RunStatus:
@@ -19,7 +19,7 @@ class RunStatus:
     def __init__(self, folder: Path) -> None:
         """For the run whose memory lies in ``folder``."""
         self.path = folder / "status.json"
-        with suppress(BadHome, OSError):
+        with suppress(SetupError, OSError):
             before = read_json(self.path, default={"problem": "", "since": 0.0})
             self._problem, self._since = str(before.get("problem", "")), float(before.get("since", 0.0))
             return

@@ -20,7 +20,7 @@ from typing import Any
 from polyclinic.core.pipeline import Transform
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.secure_aggregation import SecureSum, vector_of
 from polyclinic.secure_aggregation.client import SecureSite
 from polyclinic.secure_aggregation.secure_messages import Advert, Agreed
@@ -128,7 +128,7 @@ class SecureTraining:
             raise ProtocolError(f"a session for {session.size} numbers, and here are {size}")
         try:
             key = site_keys.for_sums(self.own, self.identities.get(self.site, ""))
-        except BadHome as error:
+        except SetupError as error:
             raise ProtocolError(str(error)) from None
         self._known.add(session.id)
         self._session = SecureSite(session, self.site, key)

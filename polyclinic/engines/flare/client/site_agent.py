@@ -19,13 +19,20 @@ from polyclinic.engines.flare.client import run_archive
 from polyclinic.engines.flare.client.opened_sums import NotOpened, Opened, Summed
 from polyclinic.engines.flare.client.request_usage import REPETITIONS
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, Reviews
-from polyclinic.engines.flare.client.run_memory import Link, Memory, OldMessage
+from polyclinic.engines.flare.client.run_memory import Link, OldMessage, RunMemory
 from polyclinic.engines.flare.client.run_status import RunStatus
-from polyclinic.engines.flare.client.training_process import Died, Stopped, Trainer
+from polyclinic.engines.flare.client.training_process import Died, Stopped, TrainingProcess
 from polyclinic.engines.flare.protocol import message_limits, shared_journals
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call, printable
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, hash_of, private_folder, read_toml, write_private
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.paths import (
+    SetupError,
+    SiteFolder,
+    hash_of,
+    private_folder,
+    read_toml,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.request_schedule import Request, Schedule
 from polyclinic.errors import PolicyRefusal
 
@@ -51,10 +58,10 @@ class Refusal(PolicyRefusal):
         self.reason, self.forgot = reason, forgot
 
 
-class Desk:
+class SiteAgent:
     """One run at one site, from the first call to the end of the job."""
 
-    def __init__(self, home: SiteHome, order: Order, stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, home: SiteFolder, order: RunRequest, stopped: Callable[[], bool] = lambda: False) -> None:
         """Takes up ``order`` at the site in ``home``.
 
         Args:
@@ -63,12 +70,14 @@ class Desk:
         self.home, self.order = home, order
         settings = read_toml(home.settings, "polyclinic site init")
         self.name: str = settings["site"]
-        self.memory = Memory(home.memory(order.run))
+        self.memory = RunMemory(home.memory(order.run))
         self.opened = Opened(home.opened)
         self.journal = shared_journals.SharedJournal(home.journal)
         self.reviews = Reviews(home.reviews)
         write_private(self.memory.folder / "order.json", order.to_json())
-        self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
+        self.trainer = TrainingProcess(
+            home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped
+        )
         self._automatic = self._fits = False
         self._schedule: Schedule | None = None
         self._hash = order.hash
@@ -101,7 +110,7 @@ class Desk:
             message_limits.check_call(call, self.order, limit, self._received)
             message_limits.check_room(self.memory.folder, call.size, self._keep_free)
             self._received.add(call)
-        except (Refusal, message_limits.TooMuch, BadHome, OSError) as error:
+        except (Refusal, message_limits.TooMuch, SetupError, OSError) as error:
             reason = error.reason if isinstance(error, Refusal) else f"refused: {error}"
             self.status.came_of(call, reason)
             return self._refused(call, Refusal(reason))
@@ -382,7 +391,7 @@ class Desk:
         return site_keys.load(self.home.keys / "site.key")
 
 
-def take_in(memory: Memory, received: Path, number: int) -> Path:
+def take_in(memory: RunMemory, received: Path, number: int) -> Path:
     """Moves a file that was received to where asks lie; the one before it is gone."""
     for old in memory.folder.iterdir():
         if old.suffix in PASSING:

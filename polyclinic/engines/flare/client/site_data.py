@@ -15,8 +15,8 @@ import torch
 
 from polyclinic.data.examples import DataError, Examples, concat
 from polyclinic.engines.flare.protocol import data_restrictions
-from polyclinic.engines.flare.protocol.paths import BadHome
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import SetupError
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 
 ROLES = ("train", "val", "test", "unlabeled")
@@ -24,7 +24,7 @@ TRAINS = ("train", "unlabeled", "boxed", "tagged")
 UNREADABLE = "the data cannot be read as the study needs them: `polyclinic site status` at the site says why"
 
 
-class Unfit(DataError):
+class UnsuitableData(DataError):
     """Data that an order cannot use.
 
     Attributes:
@@ -36,14 +36,14 @@ class Unfit(DataError):
         self.told = told
 
 
-class Held(NamedTuple):
+class SiteData(NamedTuple):
     """What a site has: examples by role, and the names of the classes where the data name them."""
 
     roles: dict[str, Examples]
     classes: tuple[str, ...] = ()
 
 
-def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
+def load(folder: Path, order: RunRequest, plan: Plan, site: str) -> SiteData:
     """The site's examples, as the order needs them.
 
     Args:
@@ -52,33 +52,33 @@ def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
         plan: Says which shape inputs must have, unless the order is a survey, which asks for it.
 
     Raises:
-        DataError: If there are none that can be used, with every problem; ``Unfit`` where the server may be told why.
+        DataError: If there are none that can be used, with every problem; ``UnsuitableData`` where the server may be told why.
     """
     if order.rehearsal:
-        return Held(_imaginary(plan))
+        return SiteData(_imaginary(plan))
     roles, classes = read(folder, order.data, plan.seed)
     if site in order.external:  # nobody trains here, so all of it is test data
         labeled = [roles[role] for role in ROLES[:3] if role in roles]
         roles = {"test": concat(labeled)} if labeled else {}
     if not roles.keys() & {*TRAINS, "test"}:
-        raise Unfit(
+        raise UnsuitableData(
             f"{folder} holds no examples that this study could use", "there are no examples here for this study"
         )
     if order.mode == "survey":
-        return Held(roles, classes)
+        return SiteData(roles, classes)
     if site in plan.sites and not roles.keys() & set(TRAINS):
-        raise Unfit(
+        raise UnsuitableData(
             f"{folder} holds no training examples, and the study trains here", "there are no training examples here"
         )
     if wrong := [role for role, data in roles.items() if len(data) and _differs(data, plan)]:
-        raise Unfit(
+        raise UnsuitableData(
             [f"{role}: inputs have the shape {roles[role].shape}, and the study needs {plan.inputs}" for role in wrong],
             f"inputs ({', '.join(wrong)}) do not have the shape that the study needs, {_by(plan.inputs)}",
         )
-    return Held(roles, classes)
+    return SiteData(roles, classes)
 
 
-def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> Held:
+def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> SiteData:
     """What the folder holds. ``table``: the ``[data]`` of a study, as far as it is for sites.
 
     A folder of ``.npz`` files by role is divided and prepared already, so nothing of ``table`` applies to it.
@@ -89,18 +89,20 @@ def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> Held:
     if not folder.is_dir():
         raise DataError(f"{folder} is not there: is the disk mounted? `data` in site.toml names the folder")
     if wrong := data_restrictions.refused(table):
-        raise Unfit(wrong, "; ".join(wrong))
+        raise UnsuitableData(wrong, "; ".join(wrong))
     if found := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
-        return Held(found)
+        return SiteData(found)
     try:
         own = data_restrictions.of_hospital(folder)
-    except BadHome as error:
+    except SetupError as error:
         raise DataError(str(error)) from None
     if own is None:
         raise DataError(f"{folder} holds no train.npz, and no data.toml that says how to read what is there")
     if differ := data_restrictions.conflicts(own, table):
         keys = ", ".join(differ)
-        raise Unfit(list(differ.values()), f"the study and this hospital say different things about its data: {keys}")
+        raise UnsuitableData(
+            list(differ.values()), f"the study and this hospital say different things about its data: {keys}"
+        )
     return _federated(folder / data_restrictions.FILE, own, table, seed)
 
 
@@ -125,7 +127,7 @@ def _read(path: Path) -> Examples:
     return Examples(inputs, targets, tuple(patients), tuple(ids))
 
 
-def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> Held:
+def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> SiteData:
     """One site's data, however they lie; everything in it is this site's, and paths begin at the folder."""
     from polyclinic.data.federation import DataSpec, federate
 
@@ -139,7 +141,7 @@ def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], see
     found = federate(spec, seed)
     if len(found.sites) != 1:
         raise DataError(f"{path} describes {len(found.sites)} sites; at a hospital it describes one")
-    return Held(dict(next(iter(found.sites.values()))), tuple(found.info.classes))
+    return SiteData(dict(next(iter(found.sites.values()))), tuple(found.info.classes))
 
 
 def _imaginary(plan: Plan) -> dict[str, Examples]:

@@ -18,8 +18,8 @@ from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
 from polyclinic.engines.flare.pki.certificate_authority import BadFile
 from polyclinic.engines.flare.protocol.paths import (
-    BadHome,
-    SiteHome,
+    SetupError,
+    SiteFolder,
     private_folder,
     read_json,
     read_small,
@@ -35,7 +35,7 @@ from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 TIDY_EVERY = 60.0
 
 
-def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
+def init(home: SiteFolder, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
     """Makes a site's folder and keys, and the request to send to the coordinator; the path of the request.
 
     Args:
@@ -43,13 +43,13 @@ def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_
         new_keys: Whether to make new keys too, when renewing.
 
     Raises:
-        BadHome: Where a name is not one, or the folder is a site already.
+        SetupError: Where a name is not one, or the folder is a site already.
     """
     require()
     checked_name(site)
     authorities.check_organization(organization)
     if home.settings.exists() and not renew:
-        raise BadHome(f"{home.path} is a site already: `--renew` asks for a new certificate")
+        raise SetupError(f"{home.path} is a site already: `--renew` asks for a new certificate")
     private_folder(home.path)
     own = home.keys
     if renew and new_keys:  # those that are there stay in use until a certificate for the new ones has come
@@ -65,7 +65,7 @@ def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_
     return request
 
 
-def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
+def read_join(home: SiteFolder, path: Path) -> tuple[dict[str, Any], str]:
     """The join file at ``path``, checked, and the fingerprint of its authority.
 
     Raises:
@@ -77,7 +77,7 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
         _, root = authorities.check_join(table, site_keys.of_site(home.keys), site)
     except FileNotFoundError:
         raise BadFile(f"{path} does not exist") from None
-    except BadHome as error:
+    except SetupError as error:
         raise BadFile(f"{path}: {error}") from None
     except (ValueError, RecursionError):
         raise BadFile(f"{path} is not a join file") from None
@@ -91,7 +91,7 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
 
 
 def join(
-    home: SiteHome,
+    home: SiteFolder,
     table: Mapping[str, Any],
     data: Path,
     device: str = "cpu",
@@ -105,20 +105,22 @@ def join(
             default as before, or as the folder.
 
     Raises:
-        BadHome: Where the folder is not there, the proxy cannot be one, a name cannot be used, or the site runs.
+        SetupError: Where the folder is not there, the proxy cannot be one, a name cannot be used, or the site runs.
     """
     require()
     data_name = data_name or str(settings(home).get("data_name") or data.resolve().name)
     if not (0 < len(data_name) <= 100 and data_name.isprintable()):
-        raise BadHome(
+        raise SetupError(
             f"the data set's name has 1 to 100 printable characters, not {data_name[:120]!r}: give --data-name"
         )
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs: `polyclinic site stop` first; runs wait for it, or go on without")
+        raise SetupError(
+            f"the site in {home.path} runs: `polyclinic site stop` first; runs wait for it, or go on without"
+        )
     if proxy:
         proxies.check(proxy, table["scheme"])
     if not data.is_dir():
-        raise BadHome(f"{data} is not a folder: `--data` names the folder with this site's examples")
+        raise SetupError(f"{data} is not a folder: `--data` names the folder with this site's examples")
     certificate = authorities.load_certificate(table["certificate"])
     key = next(key for key in site_keys.of_site(home.keys) if key.public_key() == certificate.public_key())
     provisioning.make_site(
@@ -144,33 +146,33 @@ def join(
     return data_name
 
 
-def settings(home: SiteHome, joined: bool = False) -> dict[str, Any]:
+def settings(home: SiteFolder, joined: bool = False) -> dict[str, Any]:
     """site.toml
 
     Raises:
-        BadHome: Where it is not there; with ``joined``, also where the site has not joined yet.
+        SetupError: Where it is not there; with ``joined``, also where the site has not joined yet.
     """
     found = read_toml(home.settings, "polyclinic site init")
     if "site" not in found:
-        raise BadHome(f"{home.settings}: `site` is missing")
+        raise SetupError(f"{home.settings}: `site` is missing")
     if joined and not (home.kit.exists() and "project" in found):
-        raise BadHome(
+        raise SetupError(
             f"{home.path} has not joined yet: send {found['site']}.request to the coordinator, then "
             "`polyclinic site join FILE --data DIR`"
         )
     return found
 
 
-def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
+def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
     """Keeps FLARE's client alive until it is told to stop (SIGTERM, Ctrl-C), and then ends everything it started.
 
     Raises:
-        BadHome: Where the site has not joined, or runs already.
+        SetupError: Where the site has not joined, or runs already.
     """
     require()
     given = settings(home, joined=True)
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the site in {home.path} runs already (process {status(home)['pid']})")
     proxies.use(given.get("proxy", ""))
     ending = {"now": False}
     if stopped is None:
@@ -206,7 +208,7 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
         journal.close()
 
 
-def stop(home: SiteHome, patience: float = 30.0) -> bool:
+def stop(home: SiteFolder, patience: float = 30.0) -> bool:
     """Stops the site's processes; whether there were any."""
     said, was = status(home), is_up(home)
     if was:
@@ -219,7 +221,7 @@ def stop(home: SiteHome, patience: float = 30.0) -> bool:
     return flare_processes.end(home.kit) > 0 or was
 
 
-def leave(home: SiteHome) -> None:
+def leave(home: SiteFolder) -> None:
     """Ends the membership: certificate, keys and what methods kept here are deleted. Journal and policy stay."""
     stop(home)
     given = settings(home)
@@ -245,7 +247,7 @@ def default_policy() -> str:
     return (Path(__file__).parents[2] / "policy" / "policy.toml").read_text(encoding="utf-8")
 
 
-def status(home: SiteHome) -> dict[str, Any]:
+def status(home: SiteFolder) -> dict[str, Any]:
     """What the site's keeper last said of itself."""
     found: dict[str, Any] = read_json(
         home.path / "status.json", default={"state": "never started", "pid": 0, "birth": ""}
@@ -253,30 +255,30 @@ def status(home: SiteHome) -> dict[str, Any]:
     return found
 
 
-def is_up(home: SiteHome) -> bool:
+def is_up(home: SiteFolder) -> bool:
     """Whether the site's keeper lives."""
     said = status(home)
     return bool(said["pid"]) and said["state"] != "stopped" and flare_processes.alive(said["pid"], said["birth"])
 
 
-def start(home: SiteHome) -> int:
+def start(home: SiteFolder) -> int:
     """Starts the site in the background, and returns its process number.
 
     Raises:
-        BadHome: Where it has not joined, runs already, or does not start.
+        SetupError: Where it has not joined, runs already, or does not start.
     """
     require()
     settings(home, joined=True)
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the site in {home.path} runs already (process {status(home)['pid']})")
     return flare_processes.keep("site", "polyclinic.engines.flare.client.site_setup", home.path, lambda: is_up(home))
 
 
-def _say(home: SiteHome, state: str, **more: float) -> None:
+def _say(home: SiteFolder, state: str, **more: float) -> None:
     me = os.getpid()
     said = {"state": state, "pid": me, "birth": flare_processes.birth(me), "beat": time.time(), **more}
     write_private(home.path / "status.json", json.dumps(said), durable=False)
 
 
 if __name__ == "__main__":
-    run(SiteHome(Path(sys.argv[1])))
+    run(SiteFolder(Path(sys.argv[1])))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.errors import RunError
 
 DEATHS = 3
@@ -31,7 +31,7 @@ class Died(RunError):
     """The training process is gone. The message says how."""
 
 
-class Trainer:
+class TrainingProcess:
     """The other end of the pipes: starts the process when it is needed, and again when it has died."""
 
     def __init__(self, home: Path, run: str, log: Path, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -127,7 +127,7 @@ def main(home: str, run: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from polyclinic.engines.flare.client.training_worker import Training
 
-    training = Training(SiteHome(Path(home)), run)
+    training = Training(SiteFolder(Path(home)), run)
     for line in sys.stdin.buffer:
         out.write(json.dumps(training.do(json.loads(line))).encode() + b"\n")
         out.flush()

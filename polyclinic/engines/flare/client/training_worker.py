@@ -20,8 +20,8 @@ from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
 from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import SiteHome, read_small, read_toml
-from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, Order, code_hash, code_on_disk
+from polyclinic.engines.flare.protocol.paths import SiteFolder, read_small, read_toml
+from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, RunRequest, code_hash, code_on_disk
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.engines.policy.privacy_budget import Paid, coarse
@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 class Training:
     """One run at one site."""
 
-    def __init__(self, home: SiteHome, run: str) -> None:
+    def __init__(self, home: SiteFolder, run: str) -> None:
         torch.set_num_threads(1)
         self.home = home
         self.settings = read_toml(home.settings, "polyclinic site init")
-        self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
+        self.order = RunRequest.from_json(read_small(home.memory(run) / "order.json"))
         self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this order
 
     @cached_property
@@ -61,7 +61,7 @@ class Training:
         return self.plan.build_method()
 
     @cached_property
-    def held(self) -> site_data.Held:
+    def held(self) -> site_data.SiteData:
         """This site's data, as the order needs them."""
         return site_data.load(Path(self.settings["data"]), self.order, self.plan, self.settings["site"])
 
@@ -164,7 +164,7 @@ class Training:
             _ = self.held
         except DataError as error:
             log.warning("%s", error)
-            told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE
+            told = error.told if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
             return {"lost": "", "told": told, "here": str(error)}
         return {"lost": "", "told": "", "here": ""}
 

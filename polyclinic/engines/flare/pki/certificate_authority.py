@@ -24,14 +24,14 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import BadHome, host, name, private_folder, read_small, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, host, name, private_folder, read_small, write_private
 
 REQUEST, JOIN = "polyclinic request 1", "polyclinic join 1"
 CA_DAYS, DAYS, WARN_DAYS = 3650, 730, 30
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 
 
-class BadFile(BadHome):
+class BadFile(SetupError):
     """A request or join file that is not what it says. The message names the file and the reason."""
 
 
@@ -47,10 +47,10 @@ class Authority:
         """A new authority, kept in ``folder``.
 
         Raises:
-            BadHome: Where there is one already.
+            SetupError: Where there is one already.
         """
         if (folder / "ca.key").exists():
-            raise BadHome(f"{folder} holds an authority already: a new one would shut out every site")
+            raise SetupError(f"{folder} holds an authority already: a new one would shut out every site")
         key = rsa.generate_private_key(public_exponent=65537, key_size=site_keys.BITS)
         certificate = _certificate(
             key, key.public_key(), _subject(project), _subject(project), days=days, authority=True

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.engines.flare.protocol.flare_job import CONTROLLER, EXECUTOR
 from polyclinic.engines.flare.protocol.paths import private_folder, write_private
 
-CONTROLLER = "polyclinic.engines.flare.server.controller.StudyController"
-EXECUTOR = "polyclinic.engines.flare.client.executor.SiteExecutor"
 CONNECTION = "polyclinic.engines.flare.client.connection_log.Connection"
 COORDINATOR = "coordinator@polyclinic.local"
 DEAD_AFTER = 30

@@ -17,7 +17,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from polyclinic.engines.flare.protocol.paths import BadHome, private_folder, read_small, sync, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_small, sync, write_private
 
 BITS = 3072
 
@@ -59,23 +59,23 @@ def for_sums(folder: Path, public: str) -> ed25519.Ed25519PrivateKey:
     """The key for secure sums whose ``public`` half a person approved with a study, though it may be an earlier one.
 
     Raises:
-        BadHome: Where it is not here.
+        SetupError: Where it is not here.
     """
     for path in (folder / "secure.key", upcoming(folder) / "secure.key", *sorted(folder.glob("secure-*.key"))):
         if path.exists() and _public(key := load_secure(path)) == public:
             return key
-    raise BadHome("the study names another key of this site for secure sums than those in keys/: has it new keys?")
+    raise SetupError("the study names another key of this site for secure sums than those in keys/: has it new keys?")
 
 
 def load(path: Path) -> rsa.RSAPrivateKey:
     """The RSA key in the file at ``path``.
 
     Raises:
-        BadHome: Where it is none.
+        SetupError: Where it is none.
     """
     key = _read(read_small(path).encode())
     if not isinstance(key, rsa.RSAPrivateKey):
-        raise BadHome(f"{path} is not an RSA key")
+        raise SetupError(f"{path} is not an RSA key")
     return key
 
 

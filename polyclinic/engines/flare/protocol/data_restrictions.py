@@ -8,11 +8,11 @@ about the same key and differ, the run does not start until people have agreed.
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, read_small
+from polyclinic.engines.flare.protocol.paths import SetupError, read_small
 
 FILE = "data.toml"
 FROM_STUDY = (
@@ -50,7 +50,7 @@ def of_hospital(folder: Path) -> dict[str, Any] | None:
     """The hospital's own table, from ``data.toml`` in its data folder; None where there is none.
 
     Raises:
-        BadHome: If it cannot be read.
+        SetupError: If it cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -58,7 +58,7 @@ def of_hospital(folder: Path) -> dict[str, Any] | None:
     try:
         return tomllib.loads(read_small(path))
     except (ValueError, OSError) as error:
-        raise BadHome(f"{path}: {error}") from None
+        raise SetupError(f"{path}: {error}") from None
 
 
 def conflicts(own: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
@@ -73,11 +73,6 @@ def conflicts(own: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str
         if key in table:
             found[key] = f"{key}: the study says how the data are prepared, and so does `plan` in {FILE} here"
     return found
-
-
-def not_sent(keys: Sequence[str]) -> list[str]:
-    """Of the keys of a study's ``[data]``, those that a coordinator does not pass on to hospitals."""
-    return [key for key in keys if key not in FROM_STUDY]
 
 
 def _short(value: Any) -> str:

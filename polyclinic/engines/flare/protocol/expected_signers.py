@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json
 from polyclinic.engines.flare.protocol.shared_journals import signed_by_key
 
 GRACE = timedelta(days=7)
@@ -47,7 +47,7 @@ class Signers:
             stamp = self.path.stat().st_mtime_ns
             if stamp != self._known[0]:
                 self._known = stamp, read_json(self.path)
-        except (OSError, BadHome) as error:
+        except (OSError, SetupError) as error:
             raise BadMessage(f"signatures cannot be checked: {error}") from None
         return self._known[1]
 

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.pki.provisioning import CONTROLLER, EXECUTOR
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 TASK = "polyclinic"
+CONTROLLER = "polyclinic.engines.flare.server.controller.StudyController"
+EXECUTOR = "polyclinic.engines.flare.client.executor.SiteExecutor"
 
 
-def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float = 30.0) -> Path:
+def write(folder: Path, order: RunRequest, interval: float = 0.2, dead_after: float = 30.0) -> Path:
     """Writes the job of ``order`` to ``folder``, to be signed and submitted by the coordinator.
 
     Args:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, read_small, write_private
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small, write_private
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.errors import PolicyRefusal
 
 CARRIES = ("do", "look", "secure")
@@ -58,18 +58,18 @@ def round_limit(policy: Path, default: Path) -> int:
     """The bytes that may go each way in a round, as the policy file says, or the ``default`` policy if it does not.
 
     Raises:
-        BadHome: If the policy cannot be read; then nothing may arrive.
+        SetupError: If the policy cannot be read; then nothing may arrive.
     """
     for path in (policy, default):
         try:
             value = tomllib.loads(read_small(path)).get("limits", {}).get("megabytes_per_round")
         except (OSError, tomllib.TOMLDecodeError, AttributeError) as error:
-            raise BadHome(f"the policy cannot be read: {error}") from None
+            raise SetupError(f"the policy cannot be read: {error}") from None
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise BadHome("the policy's megabytes_per_round is no number")
+                raise SetupError("the policy's megabytes_per_round is no number")
             return int(value * 1e6)
-    raise BadHome("the default policy says nothing of megabytes_per_round")
+    raise SetupError("the default policy says nothing of megabytes_per_round")
 
 
 class Received:
@@ -103,7 +103,7 @@ def _key(call: Call) -> str:
     return f"{call.number} {call.stage} {call.sha256[:16]}"
 
 
-def check_call(call: Call, order: Order, limit: int, received: Received) -> None:
+def check_call(call: Call, order: RunRequest, limit: int, received: Received) -> None:
     """Checks that the file of ``call`` may come to this site: what it is for, and how large it is.
 
     Args:
@@ -191,12 +191,12 @@ class Limits:
         """From ``server.toml``, and what the sites said of their data in the survey.
 
         Raises:
-            BadHome: If a setting is not a number of at least 0.
+            SetupError: If a setting is not a number of at least 0.
         """
         given = {key: settings[key] for key in SETTINGS if key in settings}
         for key, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise BadHome(f"server.toml: {key} is a number of at least 0, not {str(value)[:40]!r}")
+                raise SetupError(f"server.toml: {key} is a number of at least 0, not {str(value)[:40]!r}")
         most = float(given.get("max_examples", cls.max_examples))
         return cls(**given, counts=counts_of(descriptions, most))
 

@@ -32,7 +32,7 @@ HOST = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-
 MAX_TEXT = 2**20
 
 
-class BadHome(ConfigError):
+class SetupError(ConfigError):
     """A folder that is not what it should be, or a name that cannot be used. The message says what to do."""
 
 
@@ -40,11 +40,11 @@ def name(text: object, what: str = "a site's name") -> str:
     """``text``, if it can name a site, a project or a run.
 
     Raises:
-        BadHome: Where it cannot.
+        SetupError: Where it cannot.
     """
     if isinstance(text, str) and NAME.fullmatch(text):
         return text
-    raise BadHome(
+    raise SetupError(
         f"{what} is made of small letters, digits and hyphens, begins with a letter or digit and has at most "
         f"63 characters: not {str(text)[:80]!r}"
     )
@@ -54,15 +54,15 @@ def host(text: object) -> str:
     """``text``, if it can be a host's name.
 
     Raises:
-        BadHome: Where it cannot.
+        SetupError: Where it cannot.
     """
     if isinstance(text, str) and len(text) <= 253 and HOST.fullmatch(text):
         return text
-    raise BadHome(f"a host is named like fed.hospital.org or 10.1.2.3, not {str(text)[:80]!r}")
+    raise SetupError(f"a host is named like fed.hospital.org or 10.1.2.3, not {str(text)[:80]!r}")
 
 
 @dataclass(frozen=True)
-class ServerHome:
+class ServerFolder:
     """The folder of a server."""
 
     path: Path
@@ -108,7 +108,7 @@ class ServerHome:
 
 
 @dataclass(frozen=True)
-class SiteHome:
+class SiteFolder:
     """The folder of a site."""
 
     path: Path
@@ -210,44 +210,44 @@ def read_small(path: Path, limit: int = MAX_TEXT) -> str:
     """The text in ``path``.
 
     Raises:
-        BadHome: Where it is larger than ``limit`` bytes, or not text.
+        SetupError: Where it is larger than ``limit`` bytes, or not text.
     """
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise BadHome(f"{path} is larger than {limit} bytes: is it the right file?")
+        raise SetupError(f"{path} is larger than {limit} bytes: is it the right file?")
     try:
         return data.decode()
     except UnicodeDecodeError:
-        raise BadHome(f"{path} is not a text file") from None
+        raise SetupError(f"{path} is not a text file") from None
 
 
 def read_toml(path: Path, init: str) -> dict[str, Any]:
     """The table in the settings at ``path``; ``init`` is the command that makes them.
 
     Raises:
-        BadHome: Where there are none, or they are not TOML.
+        SetupError: Where there are none, or they are not TOML.
     """
     if not path.is_file():
-        raise BadHome(f"{path} does not exist: is {path.parent} the right folder? `{init}` makes one")
+        raise SetupError(f"{path} does not exist: is {path.parent} the right folder? `{init}` makes one")
     try:
         return tomllib.loads(read_small(path))
     except tomllib.TOMLDecodeError as error:
-        raise BadHome(f"{path}: {error}") from None
+        raise SetupError(f"{path}: {error}") from None
 
 
 def read_json(path: Path, default: Any = None) -> Any:
     """The value in the JSON file at ``path``, or ``default`` where there is no file.
 
     Raises:
-        BadHome: Where it is not JSON.
+        SetupError: Where it is not JSON.
     """
     if default is not None and not path.exists():
         return default
     try:
         return json.loads(read_small(path, 16 * MAX_TEXT))
     except (ValueError, RecursionError) as error:
-        raise BadHome(f"{path} cannot be read: {error}") from None
+        raise SetupError(f"{path} cannot be read: {error}") from None
 
 
 def toml(values: Mapping[str, str | int | bool]) -> str:

@@ -9,22 +9,22 @@ from polyclinic.core.rounds import TooFewReplies
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.rpc import Carrier
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 PARTING = 5.0
 
 
 @dataclass(frozen=True)
-class Greeting:
+class Registration:
     """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop.
 
     Attributes:
         signers: The sites' keys, under which every answer must be signed.
-        missing: Filled by ``greet``: who does not take part, and why.
+        missing: Filled by ``register``: who does not take part, and why.
     """
 
-    order: Order
+    order: RunRequest
     carrier: Carrier
     journal: SharedJournal
     say: Callable[..., None]
@@ -34,7 +34,7 @@ class Greeting:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
+def register(about: Registration, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
     """The sites that are ready, once all are or ``order.patience`` is over; sites that wait are asked again.
 
     A site that refuses, or has other code, is not asked again. At the ``end`` nobody waits for anybody for long.
@@ -75,12 +75,12 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
     return tuple(sorted(ready))
 
 
-def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
+def _call(order: RunRequest, kind: str, site: str, number: int, head: str) -> Call:
     return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
 
 
 def _hear(
-    about: Greeting,
+    about: Registration,
     site: str,
     text: object,
     reason: str,
@@ -124,7 +124,7 @@ def _hear(
     )
 
 
-def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> None:
+def _enough(about: Registration, ready: set[str], missing: Mapping[str, str]) -> None:
     about.journal.write("ready", {"sites": sorted(ready), "missing": dict(missing)})
     trainers = ready & set(about.order.plan["sites"])
     if len(trainers) < max(about.order.min_replies, 1):

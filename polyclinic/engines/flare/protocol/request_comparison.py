@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 NAMES = ("run", "label", "study", "plan", "mode")
 RUN, DATA, KEYS, ALL = "how it is run", "the data", "keys for secure sums", "all methods"
 
 
-def kind(order: Order) -> str:
+def kind(order: RunRequest) -> str:
     """What sort of order it is; only orders of the same sort are compared."""
     return "rehearsal" if order.rehearsal else "study" if order.study else "run"
 
@@ -28,7 +28,7 @@ def flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at, json.dumps(value)
 
 
-def differences(new: Order, old: Order) -> dict[str, list[str]]:
+def differences(new: RunRequest, old: RunRequest) -> dict[str, list[str]]:
     """By group, what a person should look at: ``-`` what was approved before, ``+`` what is asked now.
 
     What differs in the same way for every method that both have stands once, under ``all methods``.
@@ -46,7 +46,7 @@ def differences(new: Order, old: Order) -> dict[str, list[str]]:
     return {group: lines for group, lines in found.items() if lines}
 
 
-def _methods(an: Order) -> dict[str, dict[str, str]]:
+def _methods(an: RunRequest) -> dict[str, dict[str, str]]:
     """The plans, flat, by method and seed."""
     arms = an.arms or [{"label": an.label or an.plan["method"], "plan": an.plan, "external": an.external}]
     found = {}
@@ -57,7 +57,7 @@ def _methods(an: Order) -> dict[str, dict[str, str]]:
     return found
 
 
-def _common(an: Order) -> dict[str, dict[str, str]]:
+def _common(an: RunRequest) -> dict[str, dict[str, str]]:
     """What all runs of a study share, flat, by group."""
     table = {key: value for key, value in asdict(an).items() if key not in NAMES}
     data, identities = table.pop("data"), table.pop("identities")

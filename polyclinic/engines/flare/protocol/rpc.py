@@ -12,7 +12,7 @@ from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits, check_room
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.paths import private_folder
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.errors import RunError
 
@@ -96,7 +96,7 @@ class Exchange:
 
     def __init__(
         self,
-        order: Order,
+        order: RunRequest,
         carrier: Carrier,
         folder: Path,
         journal: SharedJournal,

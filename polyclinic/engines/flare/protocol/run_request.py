@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.core.syntax_hash import combined, hash_of_source
-from polyclinic.engines.flare.protocol.paths import BadHome, name
+from polyclinic.engines.flare.protocol.paths import SetupError, name
 from polyclinic.errors import ConfigError
 from polyclinic.methods.plugins import Package, methods_in, packages_of
 
@@ -28,12 +28,12 @@ PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
 COMPUTES = ("core", "learning", "methods", "privacy", "compression", "secure_aggregation", "attacks", "data", "engines")
 
 
-class BadOrder(ConfigError):
+class InvalidRunRequest(ConfigError):
     """An order that is not one. The message says which field and why."""
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """What the server wants to run.
 
     Attributes:
@@ -83,32 +83,32 @@ class Order:
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Order":
+    def from_json(cls, text: str) -> "RunRequest":
         """The order in ``text``.
 
         Raises:
-            BadOrder: Where it is not one.
+            InvalidRunRequest: Where it is not one.
         """
         if len(text) > MAX_ORDER:
-            raise BadOrder(f"an order has at most {MAX_ORDER} characters")
+            raise InvalidRunRequest(f"an order has at most {MAX_ORDER} characters")
         try:
             given = json.loads(text, parse_constant=_no_constant)
             return cls(**_checked(given))
         except (ValueError, RecursionError, TypeError) as error:
-            raise error if isinstance(error, BadOrder) else BadOrder(str(error)) from None
+            raise error if isinstance(error, InvalidRunRequest) else InvalidRunRequest(str(error)) from None
 
     def build_plan(self) -> "Plan":
         """The plan, as an object.
 
         Raises:
-            BadOrder: Where the plan is not one.
+            InvalidRunRequest: Where the plan is not one.
         """
         from polyclinic.engines.plan import Plan
 
         try:
             return Plan.from_json(json.dumps(self.plan))
         except (ValueError, TypeError) as error:
-            raise BadOrder(f"the plan: {error}") from None
+            raise InvalidRunRequest(f"the plan: {error}") from None
 
     @property
     def everyone(self) -> tuple[str, ...]:
@@ -161,10 +161,6 @@ class Order:
         arm = self.arm
         return tuple(key for key in OF_DATA if key not in arm["plan"]) if arm else ()
 
-    def same_study(self, other: "Order") -> bool:
-        """Whether both are parts of one study, under one set of rules."""
-        return bool(self.study_key) and self.study_key == other.study_key
-
     @property
     def packages(self) -> tuple[Package, ...]:
         """The installed packages that provide the methods that this order or its study names, as they are now."""
@@ -216,61 +212,65 @@ def _fills(plan: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
 def _checked(given: Any) -> dict[str, Any]:
     """The fields of an order, if they are right."""
     if not isinstance(given, dict):
-        raise BadOrder("an order is a table of fields")
-    known = {f.name for f in fields(Order)}
+        raise InvalidRunRequest("an order is a table of fields")
+    known = {f.name for f in fields(RunRequest)}
     if odd := sorted(given.keys() - known):
-        raise BadOrder(f"an order has no field {odd[0][:40]!r} here: was it written by another version of polyclinic?")
+        raise InvalidRunRequest(
+            f"an order has no field {odd[0][:40]!r} here: was it written by another version of polyclinic?"
+        )
     if missing := [key for key in ("run", "plan") if key not in given]:
-        raise BadOrder(f"an order needs the field {missing[0]!r}")
+        raise InvalidRunRequest(f"an order needs the field {missing[0]!r}")
     try:
         name(given["run"], "a run's name")
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
     for key in ("plan", "data", "identities", "best", "study"):
         if not isinstance(given.get(key, {}), dict):
-            raise BadOrder(f"the field {key!r} is a table")
+            raise InvalidRunRequest(f"the field {key!r} is a table")
     given["external"] = _names(given.get("external", ()))
     sites = given["plan"].get("sites", [])
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
-        raise BadOrder("the plan's field 'sites' is a list of names")
+        raise InvalidRunRequest("the plan's field 'sites' is a list of names")
     if both := set(sites) & set(given["external"]):
-        raise BadOrder(f"{sorted(both)[0]!r} both trains and does not (external)")
+        raise InvalidRunRequest(f"{sorted(both)[0]!r} both trains and does not (external)")
     if not isinstance(given.get("label", ""), str) or not LABEL.fullmatch(given.get("label", "")):
-        raise BadOrder("the field 'label' is at most 40 small letters, digits, dots, plus signs and hyphens")
+        raise InvalidRunRequest("the field 'label' is at most 40 small letters, digits, dots, plus signs and hyphens")
     _check_best(given.get("best", {}))
     _check_study(given.get("study", {}))
     whole = {"sites_per_round": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}
     for key, optional in whole.items():
         value, least = given.get(key, 1), 0 if key == "score_every" else 1
         if not (optional and value is None) and (type(value) is not int or not least <= value < 2**31):
-            raise BadOrder(f"the field {key!r} is a whole number of at least {least}")
+            raise InvalidRunRequest(f"the field {key!r} is a whole number of at least {least}")
     for key, optional in (("deadline", True), ("patience", False)):
         value = given.get(key, 1.0)
         if not (optional and value is None) and (
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9
         ):
-            raise BadOrder(f"the field {key!r} is a number of seconds above 0")
+            raise InvalidRunRequest(f"the field {key!r} is a number of seconds above 0")
     if given.get("mode", "rounds") not in ("rounds", "buffered", "survey"):
-        raise BadOrder(f"the field 'mode' is rounds, buffered or survey, not {str(given['mode'])[:20]!r}")
+        raise InvalidRunRequest(f"the field 'mode' is rounds, buffered or survey, not {str(given['mode'])[:20]!r}")
     if given["external"] and given.get("mode") == "buffered":
-        raise BadOrder("in buffered mode every site trains: leave 'external' out")
+        raise InvalidRunRequest("in buffered mode every site trains: leave 'external' out")
     if given.get("test", "") not in ("", "score/test", "predict/test"):
-        raise BadOrder(f"the field 'test' is score/test, predict/test or empty, not {str(given['test'])[:20]!r}")
+        raise InvalidRunRequest(
+            f"the field 'test' is score/test, predict/test or empty, not {str(given['test'])[:20]!r}"
+        )
     return given
 
 
 def _names(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple):
-        raise BadOrder("the field 'external' is a list of names, and so are an arm's sites")
+        raise InvalidRunRequest("the field 'external' is a list of names, and so are an arm's sites")
     try:
         return tuple(name(site) for site in given)
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
 
 
 def _check_best(best: Mapping[str, Any]) -> None:
     if best and (best.keys() != {"metric", "higher"} or type(best["higher"]) is not bool or not _text(best["metric"])):
-        raise BadOrder("the field 'best' names a metric and whether higher is better")
+        raise InvalidRunRequest("the field 'best' names a metric and whether higher is better")
 
 
 def _check_study(study: Mapping[str, Any]) -> None:
@@ -278,22 +278,24 @@ def _check_study(study: Mapping[str, Any]) -> None:
         return
     arms = study.get("arms")
     if study.keys() != {"name", "hash", "arms"} or not _text(study["hash"]) or not isinstance(arms, list):
-        raise BadOrder("the field 'study' holds a name, a hash and arms")
+        raise InvalidRunRequest("the field 'study' holds a name, a hash and arms")
     try:
         name(study["name"], "a study's name")
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
     for arm in arms:
         if not isinstance(arm, dict) or arm.keys() - {"external"} != {"label", "plan"}:
-            raise BadOrder("each arm of a study holds a label and a plan, and external sites where it has some")
+            raise InvalidRunRequest(
+                "each arm of a study holds a label and a plan, and external sites where it has some"
+            )
         if not isinstance(arm["plan"], dict):
-            raise BadOrder("an arm's plan is a table")
+            raise InvalidRunRequest("an arm's plan is a table")
         for names in (arm.get("external", ()), arm["plan"].get("sites", ())):
             _names(names)
         if not isinstance(arm["label"], str) or not LABEL.fullmatch(arm["label"]) or not arm["label"]:
-            raise BadOrder("an arm's label is not one")
+            raise InvalidRunRequest("an arm's label is not one")
         if not isinstance(arm["plan"].get("method"), str):
-            raise BadOrder("an arm's plan names no method")
+            raise InvalidRunRequest("an arm's plan names no method")
 
 
 def _text(value: Any) -> bool:
@@ -306,7 +308,7 @@ def _digest(value: Any) -> str:
 
 
 def _no_constant(text: str) -> Any:
-    raise BadOrder(f"{text} is no number here")
+    raise InvalidRunRequest(f"{text} is no number here")
 
 
 @cache

@@ -1,6 +1,6 @@
 """The coordinator's line to its own FLARE server: a process apart, because FLARE's client may hang for ever.
 
-``Console`` starts it, asks, waits for a bounded time, and starts another when it does not answer.
+``AdminConnection`` starts it, asks, waits for a bounded time, and starts another when it does not answer.
 """
 
 import json
@@ -20,7 +20,7 @@ class NoAnswer(RunError):
     """The server does not answer, or says no. The message is FLARE's or ours."""
 
 
-class Console:
+class AdminConnection:
     """Asks the server; one question at a time."""
 
     def __init__(self, kit: Path, log: Path, patience: float = PATIENCE) -> None:

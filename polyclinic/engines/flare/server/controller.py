@@ -16,16 +16,16 @@ from nvflare.apis.controller_spec import Task
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
 
-from polyclinic.engines.flare.client.heartbeat import Pulse
+from polyclinic.engines.flare.client.heartbeat import Heartbeat
 from polyclinic.engines.flare.protocol import file_transfer, message_limits
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.flare_job import TASK
 from polyclinic.engines.flare.protocol.messages import BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import ServerHome, private_folder, read_toml
+from polyclinic.engines.flare.protocol.paths import ServerFolder, private_folder, read_toml
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import study_runs
-from polyclinic.engines.flare.server.run_coordinator import Conductor, model_bytes
+from polyclinic.engines.flare.server.run_coordinator import RunCoordinator, model_bytes
 
 FETCHERS = 2
 
@@ -51,7 +51,7 @@ class FlareCarrier:
         self.inbox, self.limits = private_folder(inbox), limits
         self.fetching = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
         self.job = fl_ctx.get_job_id()
-        self.pulse = Pulse(self.cell, self.job, sites, dead_after)
+        self.pulse = Heartbeat(self.cell, self.job, sites, dead_after)
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         """Sends each call to its site, and with each the same file."""
@@ -142,7 +142,7 @@ class StudyController(Controller):  # type: ignore[misc]
     def __init__(self, order: str, dead_after: float = 30.0) -> None:
         """For the ``order`` in the signed job; a site that is silent for ``dead_after`` seconds is away."""
         super().__init__(task_check_period=0.1)
-        self.order, self.dead_after = Order.from_json(order), dead_after
+        self.order, self.dead_after = RunRequest.from_json(order), dead_after
 
     def start_controller(self, fl_ctx: Any) -> None:
         """Nothing to prepare."""
@@ -157,7 +157,7 @@ class StudyController(Controller):  # type: ignore[misc]
 
     def control_flow(self, abort_signal: Any, fl_ctx: Any) -> None:
         """The run, from its checkpoint to its end."""
-        home = ServerHome(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parents[1])
+        home = ServerFolder(Path(fl_ctx.get_engine().get_workspace().get_root_dir()).parents[1])
         present = {client.name for client in self._engine.get_clients()}
         members = tuple(sorted(present & set(self.order.everyone)))
         folder = home.run(self.order.run)
@@ -166,6 +166,6 @@ class StudyController(Controller):  # type: ignore[misc]
         limits = replace(limits, model=model_bytes(self.order))
         carrier = FlareCarrier(self, fl_ctx, abort_signal, folder / "inbox", members, self.dead_after, limits)
         try:
-            Conductor(self.order, carrier, folder, members, signers=Signers(home.admitted), limits=limits).run()
+            RunCoordinator(self.order, carrier, folder, members, signers=Signers(home.admitted), limits=limits).run()
         finally:
             carrier.close()

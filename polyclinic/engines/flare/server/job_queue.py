@@ -6,8 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, name, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import (
+    ServerFolder,
+    SetupError,
+    name,
+    private_folder,
+    read_json,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 WAITING, ACTIVE, FINISHED, FAILED, CANCELLED = "waiting", "active", "finished", "failed", "cancelled"
 # What a run says of itself in status.json, besides "greeting" and "running": how an attempt ended.
@@ -40,25 +47,25 @@ class Entry:
     members: tuple[str, ...] = ()
 
     @property
-    def what(self) -> Order:
+    def what(self) -> RunRequest:
         """The order, as an object."""
-        return Order.from_json(self.order)
+        return RunRequest.from_json(self.order)
 
 
 class Queue:
     """The folder of runs."""
 
-    def __init__(self, home: ServerHome) -> None:
+    def __init__(self, home: ServerFolder) -> None:
         self.home = home
 
-    def add(self, order: Order) -> None:
+    def add(self, order: RunRequest) -> None:
         """Puts a run at the end.
 
         Raises:
-            BadHome: Where there is one of this name.
+            SetupError: Where there is one of this name.
         """
         if self.get(order.run) is not None or self.home.run(order.run).exists():
-            raise BadHome(f"there was a run called {order.run!r} before: choose another name")
+            raise SetupError(f"there was a run called {order.run!r} before: choose another name")
         self.put(order.run, Entry(order.to_json(), since=time.time()))
 
     def get(self, run: str) -> Entry | None:
@@ -75,7 +82,7 @@ class Queue:
         """Changes some fields of an entry."""
         entry = self.get(run)
         if entry is None:
-            raise BadHome(f"there is no run called {run!r}")
+            raise SetupError(f"there is no run called {run!r}")
         if fields.get("state", entry.state) != entry.state:
             fields["since"] = time.time()
         changed = replace(entry, **fields)
@@ -92,10 +99,10 @@ class Queue:
         """Asks the supervisor to end a run for good.
 
         Raises:
-            BadHome: Where there is none.
+            SetupError: Where there is none.
         """
         if self.get(run) is None:
-            raise BadHome(f"there is no run called {run!r}")
+            raise SetupError(f"there is no run called {run!r}")
         self._marker(run).touch()
 
     def cancelled(self, run: str) -> bool:

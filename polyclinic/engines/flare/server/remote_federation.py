@@ -17,7 +17,7 @@ from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.rpc import Carrier, Count, Exchange
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.secure_aggregation import secure_sum
 
@@ -27,7 +27,7 @@ class FlareFederation:
 
     def __init__(
         self,
-        order: Order,
+        order: RunRequest,
         carrier: Carrier,
         folder: Path,
         journal: SharedJournal,

@@ -30,10 +30,10 @@ from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
 from polyclinic.engines.flare.protocol.paths import private_folder, write_private
-from polyclinic.engines.flare.protocol.registration import Greeting, greet
+from polyclinic.engines.flare.protocol.registration import Registration, register
 from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.server.participation import Participation
@@ -45,7 +45,7 @@ from polyclinic.learning.tasks.task_evaluation import evaluate
 
 @savable("deployment.Checkpoint", 1)
 @dataclass(frozen=True)
-class Standing:
+class RunCheckpoint:
     """Where a run stands.
 
     Attributes:
@@ -74,7 +74,7 @@ class Standing:
 
 
 @dataclass
-class Conductor:
+class RunCoordinator:
     """One attempt at one run.
 
     Attributes:
@@ -83,7 +83,7 @@ class Conductor:
         limits: What is taken from sites.
     """
 
-    order: Order
+    order: RunRequest
     carrier: Carrier
     folder: Path
     members: tuple[str, ...]
@@ -135,10 +135,10 @@ class Conductor:
             },
         )
         # One reference to the state, so that the one before is gone when the next has come.
-        self._at = at or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
+        self._at = at or RunCheckpoint(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
         del at
-        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers)
-        ready = greet(greeting, self.members)
+        greeting = Registration(self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers)
+        ready = register(greeting, self.members)
         away = {
             site: "it was not connected when the run began" for site in self.order.everyone if site not in self.members
         }
@@ -170,7 +170,7 @@ class Conductor:
                 self._finish(federation)
         finally:
             self._records.close()
-        greet(greeting, ready, "end")
+        register(greeting, ready, "end")
         if without := self._part.without(self.order.everyone if self.order.mode == "survey" else self.plan.sites):
             self._why = "without " + "; ".join(f"{site} ({reason})" for site, reason in without.items())
             self.journal.write("without", {"sites": without})
@@ -248,7 +248,9 @@ class Conductor:
             mean = sum(found[site] for site in sorted(found)) / len(found)
             if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
                 kept = dict(federation.count.answered)
-                tensor_file.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
+                tensor_file.write(
+                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=mean, kept=kept)
+                )
                 self._at = replace(self._at, best=done, score=mean, kept=kept)
                 federation.keep(kept)
         self._save(federation, state, done)
@@ -273,7 +275,7 @@ class Conductor:
     def _finish(self, federation: FlareFederation) -> None:
         """Writes the model, and opens the test data if the order says so."""
         end = self._at
-        tested: Standing = states.load(self._best(end.best)) if end.best else end
+        tested: RunCheckpoint = states.load(self._best(end.best)) if end.best else end
         if end.best:
             federation.look_back()
         model = self.method.site_model(self.method.evaluation_request(tested.state), {})
@@ -285,7 +287,7 @@ class Conductor:
             self._records.write("sealed", opened=opened)
         self._save(federation, end.state, end.round, trained=True)
 
-    def _test(self, federation: FlareFederation, tested: Standing) -> None:
+    def _test(self, federation: FlareFederation, tested: RunCheckpoint) -> None:
         """Scores by site; and what the model says of each patient, where a site's policy lets that leave."""
         said: Mapping[str, Tree] = {}
         if self.order.test == "predict/test":
@@ -304,11 +306,11 @@ class Conductor:
                 leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
                 tensor_file.write(self.folder / f"{name}.safetensors", leaves)
 
-    def _load(self) -> Standing | None:
+    def _load(self) -> RunCheckpoint | None:
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return None
-        standing: Standing = states.load(path)
+        standing: RunCheckpoint = states.load(path)
         return standing
 
     def _save(
@@ -363,7 +365,7 @@ class Pause(RunError):
     """The supervisor wants to begin a new attempt at this boundary. The message says why."""
 
 
-def model_bytes(order: Order) -> int:
+def model_bytes(order: RunRequest) -> int:
     """The bytes of the model that ``order`` trains."""
     plan = order.build_plan()
     return tree.nbytes(plan.build_task().first(plan.seed))

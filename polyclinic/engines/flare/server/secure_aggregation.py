@@ -37,9 +37,7 @@ class _Sum:
         found = {}
         for outcome in self.exchange.outcomes(self.deadline):
             value = self._value(outcome)
-            if value is not None and not (
-                isinstance(value, dict) and value and all(isinstance(v, Mapping) for v in value.values())
-            ):
+            if value is not None and not _is_layout(value):
                 self.lost[outcome.site] = "what it would send has no layout"
             elif value is not None:
                 found[outcome.site] = value

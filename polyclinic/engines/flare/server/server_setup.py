@@ -17,8 +17,8 @@ from polyclinic.engines.flare.pki import provisioning, site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority, BadFile
 from polyclinic.engines.flare.protocol import expected_signers
 from polyclinic.engines.flare.protocol.paths import (
-    BadHome,
-    ServerHome,
+    ServerFolder,
+    SetupError,
     private_folder,
     read_json,
     read_small,
@@ -32,7 +32,7 @@ from polyclinic.engines.flare.protocol.paths import (
 from polyclinic.engines.flare.protocol.paths import (
     name as checked_name,
 )
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import Queue
 
@@ -50,7 +50,7 @@ DEFAULTS |= {
 
 
 def init(
-    home: ServerHome,
+    home: ServerFolder,
     project: str,
     host: str,
     port: int,
@@ -61,14 +61,14 @@ def init(
     """Makes a server's folder, with an authority of its own, and returns the authority's fingerprint.
 
     Raises:
-        BadHome: Where a name is not one, or the folder holds a server already.
+        SetupError: Where a name is not one, or the folder holds a server already.
     """
     require()
     problems = []
     for check, value in ((checked_name, project), (checked_host, host), (authorities.check_organization, organization)):
         try:
             check(value)  # type: ignore[operator]
-        except BadHome as error:
+        except SetupError as error:
             problems.append(str(error))
     if not 0 < port < 65536:
         problems.append(f"a port is a number from 1 to 65535, not {port}")
@@ -77,7 +77,7 @@ def init(
     if home.settings.exists():
         problems.append(f"{home.path} holds a server already")
     if problems:
-        raise BadHome("\n".join(problems))
+        raise SetupError("\n".join(problems))
     private_folder(home.path)
     authority = Authority.make(home.authority, project)
     settings: dict[str, str | int] = {
@@ -95,14 +95,14 @@ def init(
     return authorities.fingerprint(authority.certificate)
 
 
-def renew(home: ServerHome, days: float = authorities.DAYS) -> None:
+def renew(home: ServerFolder, days: float = authorities.DAYS) -> None:
     """Makes new certificates for the server and the coordinator; sites notice nothing."""
     require()
     _make_kit(home, Authority.load(home.authority), settings(home), days)
     SharedJournal(home.path / "journal.jsonl").write("server renewed", {})
 
 
-def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], days: float) -> None:
+def _make_kit(home: ServerFolder, authority: Authority, given: Mapping[str, Any], days: float) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -118,19 +118,19 @@ def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], 
     provisioning.make_server(home.kit, home.admin, home.store, {**given, "sites": 1000}, made)
 
 
-def settings(home: ServerHome) -> dict[str, Any]:
+def settings(home: ServerFolder) -> dict[str, Any]:
     """server.toml
 
     Raises:
-        BadHome: Where it is not there or lacks something.
+        SetupError: Where it is not there or lacks something.
     """
     found = read_toml(home.settings, "polyclinic server init")
     if missing := [key for key in ("project", "host", "port", "organization", "scheme") if key not in found]:
-        raise BadHome(f"{home.settings}: {missing[0]} is missing")
+        raise SetupError(f"{home.settings}: {missing[0]} is missing")
     return {**DEFAULTS, **found}
 
 
-def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tuple[str, dict[str, Any]]:
+def admit(home: ServerFolder, request: Path, days: float = authorities.DAYS) -> tuple[str, dict[str, Any]]:
     """Admits the site that sent ``request``; its name, and the join file to give back.
 
     A site that is there already, under the same name, gets a new certificate: so certificates and keys are renewed.
@@ -141,7 +141,7 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
     table = _json_file(request, "a site's request")
     try:
         authorities.check_request(table)
-    except BadHome as error:
+    except SetupError as error:
         raise BadFile(f"{request}: {error}") from None
     admitted, site = sites(home), table["site"]
     before = admitted.get(site)
@@ -171,24 +171,24 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
     return site, join
 
 
-def shut_out(home: ServerHome, site: str, readmit: bool = False) -> None:
+def shut_out(home: ServerFolder, site: str, readmit: bool = False) -> None:
     """Takes a site's right to join, or gives it back. Its certificate is worth nothing to this server in between.
 
     Raises:
-        BadHome: Where no such site was admitted.
+        SetupError: Where no such site was admitted.
     """
-    from polyclinic.engines.flare.server.admin_api import Console, NoAnswer
+    from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
 
     admitted = sites(home)
     if site not in admitted:
-        raise BadHome(f"no site called {site!r} was admitted; there are {', '.join(admitted) or 'none'}")
+        raise SetupError(f"no site called {site!r} was admitted; there are {', '.join(admitted) or 'none'}")
     admitted[site]["revoked"] = "" if readmit else _today()
     write_private(home.admitted, json.dumps(admitted, indent=1))
     out = [name for name, entry in admitted.items() if entry["revoked"]]
     write_private(home.kit / "disabled_clients.json", json.dumps({"disabled_clients": sorted(out)}))
     SharedJournal(home.path / "journal.jsonl").write("site readmitted" if readmit else "site shut out", {"site": site})
     if is_up(home):
-        console = Console(home.admin, home.path / "console.log", patience=180.0)
+        console = AdminConnection(home.admin, home.path / "console.log", patience=180.0)
         try:
             for left in reversed(range(4)):  # it may be starting
                 try:
@@ -199,36 +199,36 @@ def shut_out(home: ServerHome, site: str, readmit: bool = False) -> None:
                         raise
                     time.sleep(2.0)
         except NoAnswer as error:
-            raise BadHome(
+            raise SetupError(
                 f"{site} is on the list, and FLARE learns of it when it starts again; now it said: {error}"
             ) from None
         finally:
             console.close()
 
 
-def sites(home: ServerHome) -> dict[str, dict[str, Any]]:
+def sites(home: ServerFolder) -> dict[str, dict[str, Any]]:
     """Every site that was admitted, by name."""
     found: dict[str, dict[str, Any]] = read_json(home.admitted, default={})
     return dict(sorted(found.items()))
 
 
-def order(home: ServerHome, an: Order) -> Order:
+def order(home: ServerFolder, an: RunRequest) -> RunRequest:
     """Puts an order into the queue, after checking that it can be built and that its sites may join; as it was queued.
 
     Raises:
-        BadHome: Where a site is not admitted, or the run's name was used.
-        BadOrder: Where it cannot be built.
+        SetupError: Where a site is not admitted, or the run's name was used.
+        InvalidRunRequest: Where it cannot be built.
     """
     plan = an.build_plan()
     try:
         plan.build_method()
     except (TypeError, ValueError) as error:
-        raise BadOrder(f"the plan cannot be built: {error}") from None
+        raise InvalidRunRequest(f"the plan cannot be built: {error}") from None
     admitted = sites(home)
     wrong = [site for site in an.everyone if site not in admitted or admitted[site]["revoked"]]
     if wrong or not plan.sites:
         may = ", ".join(site for site in admitted if not admitted[site]["revoked"])
-        raise BadHome(f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {may or 'none yet'}")
+        raise SetupError(f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {may or 'none yet'}")
     # Vouched for by the authority, and part of what a person approves at every site.
     identities = {site: admitted[site]["secure"] for site in plan.sites}
     deadline = an.deadline or float(
@@ -239,35 +239,35 @@ def order(home: ServerHome, an: Order) -> Order:
     return made
 
 
-def check(home: ServerHome) -> None:
+def check(home: ServerFolder) -> None:
     """Raises unless the server could be started.
 
     Raises:
-        BadHome: Where it runs already, or its settings are not right.
+        SetupError: Where it runs already, or its settings are not right.
     """
     require()
     port = settings(home)["port"]
     if is_up(home):
-        raise BadHome(f"the server in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the server in {home.path} runs already (process {status(home)['pid']})")
     if not flare_processes.working_in(home.kit) and flare_processes.taken(
         port
     ):  # what a crash left there is ended by the start
-        raise BadHome(
+        raise SetupError(
             f"another program on this machine listens on port {port}: end it, or is it another copy of this server?"
         )
 
 
-def start(home: ServerHome) -> int:
+def start(home: ServerFolder) -> int:
     """Starts the server in the background, and returns its process number.
 
     Raises:
-        BadHome: Where it runs already, or its settings are not right.
+        SetupError: Where it runs already, or its settings are not right.
     """
     check(home)
     return flare_processes.keep("server", "polyclinic.engines.flare.server.supervisor", home.path, lambda: is_up(home))
 
 
-def stop(home: ServerHome, patience: float = 30.0) -> bool:
+def stop(home: ServerFolder, patience: float = 30.0) -> bool:
     """Stops the server; runs go on from their checkpoints when it starts again. Whether there was one."""
     said = status(home)
     if not is_up(home):
@@ -283,7 +283,7 @@ def stop(home: ServerHome, patience: float = 30.0) -> bool:
     return True
 
 
-def status(home: ServerHome) -> dict[str, Any]:
+def status(home: ServerFolder) -> dict[str, Any]:
     """What the supervisor last said of itself and of the sites it sees."""
     found: dict[str, Any] = read_json(
         home.path / "status.json", default={"state": "never started", "pid": 0, "birth": "", "sites": {}}
@@ -291,7 +291,7 @@ def status(home: ServerHome) -> dict[str, Any]:
     return found
 
 
-def is_up(home: ServerHome) -> bool:
+def is_up(home: ServerFolder) -> bool:
     """Whether a supervisor lives."""
     said = status(home)
     return bool(said["pid"]) and said["state"] != "stopped" and flare_processes.alive(said["pid"], said["birth"])

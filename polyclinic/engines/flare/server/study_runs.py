@@ -16,8 +16,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, name, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import OF_DATA, PLACEHOLDER, BadOrder, Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import (
+    ServerFolder,
+    SetupError,
+    name,
+    private_folder,
+    read_json,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import (
+    OF_DATA,
+    PLACEHOLDER,
+    InvalidRunRequest,
+    RunRequest,
+    survey_plan,
+)
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
@@ -26,7 +39,7 @@ SURVEY, QUEUED, STOPPED = "survey", "queued", "stopped"
 
 
 def put(
-    home: ServerHome,
+    home: ServerFolder,
     text: str,
     title: str,
     hash: str,
@@ -46,12 +59,12 @@ def put(
         The names of the runs that were queued.
 
     Raises:
-        BadHome: Where there is such a study, or a site may not join.
-        BadOrder: Where an arm cannot be built.
+        SetupError: Where there is such a study, or a site may not join.
+        InvalidRunRequest: Where an arm cannot be built.
     """
     folder = home.path / "studies" / name(title, "a study's name")
     if (folder / "study.json").exists():
-        raise BadHome(f"there is a study called {title!r} already: give this one another name with --name")
+        raise SetupError(f"there is a study called {title!r} already: give this one another name with --name")
     listed = [{"label": arm["label"], "plan": dict(arm["plan"]), "external": list(arm["external"])} for arm in arms]
     common = {**how, "study": {"name": title, "hash": hash, "arms": listed}}
     known = all(key in arm["plan"] for arm in arms for key in OF_DATA)
@@ -73,7 +86,7 @@ def put(
     return queued
 
 
-def advance(home: ServerHome) -> None:
+def advance(home: ServerFolder) -> None:
     """Queues the arms of every study whose survey is in."""
     for title, table in all_of(home).items():
         if table["state"] != SURVEY:
@@ -83,23 +96,23 @@ def advance(home: ServerHome) -> None:
             continue
         try:
             if entry.state != FINISHED:
-                raise BadHome(f"its survey {entry.state}: {entry.why}")
+                raise SetupError(f"its survey {entry.state}: {entry.why}")
             for an in _orders(table, survey_of(home, title)):
                 if Queue(home).get(an.run) is None:  # a crash may have come between two of them
                     server_setup.order(home, an)
             table |= {"state": QUEUED}
-        except (BadHome, BadOrder, ValueError) as error:
+        except (SetupError, InvalidRunRequest, ValueError) as error:
             table |= {"state": STOPPED, "why": str(error)}
             SharedJournal(home.path / "journal.jsonl").write("study stopped", {"study": title, "why": str(error)})
         write_private(home.path / "studies" / title / "study.json", json.dumps(table, indent=1))
 
 
-def all_of(home: ServerHome) -> dict[str, dict[str, Any]]:
+def all_of(home: ServerFolder) -> dict[str, dict[str, Any]]:
     """Every study, by name."""
     return {path.parent.name: read_json(path) for path in sorted((home.path / "studies").glob("*/study.json"))}
 
 
-def survey_of(home: ServerHome, title: str) -> dict[str, Any]:
+def survey_of(home: ServerFolder, title: str) -> dict[str, Any]:
     """What the sites said of their data; empty where nobody was asked, or nothing came yet."""
     table = all_of(home).get(title, {})
     path = home.run(table["survey"]) / "survey.json" if table.get("survey") else Path()
@@ -107,7 +120,7 @@ def survey_of(home: ServerHome, title: str) -> dict[str, Any]:
     return found
 
 
-def _orders(table: Mapping[str, Any], said: Mapping[str, Any]) -> list[Order]:
+def _orders(table: Mapping[str, Any], said: Mapping[str, Any]) -> list[RunRequest]:
     """The orders of all arms, once ``said`` by the sites is what an example is."""
     from polyclinic.engines.site_description import shape_of
 
@@ -116,24 +129,24 @@ def _orders(table: Mapping[str, Any], said: Mapping[str, Any]) -> list[Order]:
         inputs, outputs, _ = shape_of(said)
         shape = {"inputs": inputs, "outputs": outputs}
     elif table["survey"]:
-        raise BadHome("no site said what its data are")
+        raise SetupError("no site said what its data are")
     return [_order(run, arm, {**shape, **arm["plan"]}, table["how"]) for run, arm in table["runs"].items()]
 
 
-def _order(run: str, arm: Mapping[str, Any], plan: Mapping[str, Any], how: Mapping[str, Any]) -> Order:
+def _order(run: str, arm: Mapping[str, Any], plan: Mapping[str, Any], how: Mapping[str, Any]) -> RunRequest:
     return _from_table(run, plan, {**how, "label": arm["label"], "external": arm["external"]})
 
 
-def _from_table(run: str, plan: Mapping[str, Any], fields: Mapping[str, Any]) -> Order:
-    return Order.from_json(json.dumps({**fields, "run": run, "plan": dict(plan)}))
+def _from_table(run: str, plan: Mapping[str, Any], fields: Mapping[str, Any]) -> RunRequest:
+    return RunRequest.from_json(json.dumps({**fields, "run": run, "plan": dict(plan)}))
 
 
-def _check(orders: Sequence[Order]) -> None:
+def _check(orders: Sequence[RunRequest]) -> None:
     for an in orders:
         try:
             an.build_plan().build_method()
         except (TypeError, ValueError) as error:
-            raise BadOrder(f"{an.label}: {error}") from None
+            raise InvalidRunRequest(f"{an.label}: {error}") from None
 
 
 def _run(title: str, hash: str, index: int, arm: Mapping[str, Any]) -> str:

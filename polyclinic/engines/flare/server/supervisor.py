@@ -17,10 +17,10 @@ from typing import Any
 
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol import flare_job as jobs
-from polyclinic.engines.flare.protocol.paths import ServerHome, read_toml, write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml, write_private
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import study_runs
-from polyclinic.engines.flare.server.admin_api import Console, NoAnswer
+from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
 from polyclinic.engines.flare.server.job_queue import (
     ACTIVE,
     CANCELLED,
@@ -42,7 +42,7 @@ READMIT_EVERY = 120.0
 class Supervisor:
     """One server's supervisor. ``tick`` is called again and again; everything it knows is on the disk."""
 
-    home: ServerHome
+    home: ServerFolder
     stop: bool = False
     _server: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -55,7 +55,7 @@ class Supervisor:
         self.settings = read_toml(self.home.settings, "polyclinic server init")
         self.queue = Queue(self.home)
         self.journal = SharedJournal(self.home.path / "journal.jsonl")
-        self.console = Console(self.home.admin, self.home.path / "console.log")
+        self.console = AdminConnection(self.home.admin, self.home.path / "console.log")
 
     def run(self, pause: float = 1.0) -> None:
         """Supervises until it is told to stop, and then ends everything it started."""
@@ -226,7 +226,7 @@ class Supervisor:
 
 def main(path: str) -> None:
     """Supervises the server in the folder at ``path`` until SIGTERM or Ctrl-C."""
-    supervisor = Supervisor(ServerHome(Path(path)))
+    supervisor = Supervisor(ServerFolder(Path(path)))
 
     def stop(*_: object) -> None:
         supervisor.stop = True

@@ -143,7 +143,7 @@ class SiteModel:
         """Why a file that left must not have left: a sentence each. What left is counted from now on."""
         call, order = got.call, got.order
         if call.kind in ("hello", "end"):
-            yield "a greeting brings no file"
+            yield "a greeting has no file"
             return
         if not self.allowed(order):
             yield f"nobody approved this order at {self.name} ({order.run}, {order.plan['rounds']} rounds, {order.label})"

@@ -48,7 +48,9 @@ class Heard(NamedTuple):
 
 
 def wish(hospitals: Hospitals, run: str, requests: Sequence[tuple[str, int, float]]) -> None:
-    """Lets the server's job of ``run`` ask all sites, after training, for each job and round, with a model moved by so much."""
+    """Lets the server's job of ``run`` ask all sites, after training, for each job and round, with a model
+    moved by so much.
+    """
     (hospitals.faults / f"hostile-{run}").write_text(json.dumps(requests))
 
 

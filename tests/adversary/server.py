@@ -294,7 +294,7 @@ class HostileServer:
             assert not hello.lost, f"the honest order may not run: {hello}"
         return self
 
-    def desk(self, site: str) -> SiteAgent:
+    def agent(self, site: str) -> SiteAgent:
         """The agent of a site for the present order."""
         key = (site, self.order.run)
         if key in self._desks and self._desks[key].order.to_json() != self.order.to_json():
@@ -385,15 +385,15 @@ class HostileServer:
 
     def call(self, site: str, kind: str, value: Any = None, *, number: int | None = None, **changes: Any) -> Got:
         """One call of any kind with any fields; ``value`` is the file beside it."""
-        desk = self.desk(site)
+        agent = self.agent(site)
         if number is None:
             self.number += 1
             number = self.number
         size, sha256, body = 0, "", None
         if value is not None:
-            path = desk.memory.folder / "received"
+            path = agent.memory.folder / "received"
             size, sha256 = tensor_file.write(path, value, durable=False)
-            body = take_in(desk.memory, path, number)
+            body = take_in(agent.memory, path, number)
         given = {
             "version": VERSION,
             "run": self.order.run,
@@ -407,7 +407,7 @@ class HostileServer:
         }
         call = Call(**{name: given.get(name, nothing) for name, nothing in _nothing().items()})
         call = Call.from_json(call.to_json())
-        answer, file = desk.answer(call, body)
+        answer, file = agent.answer(call, body)
         got = Got(call, self.order, Answer.from_json(answer.to_json()), file.read_bytes() if file else b"")
         self.heard.append(got)
         if got.left:

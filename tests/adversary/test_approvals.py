@@ -316,7 +316,9 @@ def test_the_honest_survey_of_the_same_hospital_is_answered(switzerland: SiteFol
 def test_names_of_classes_leave_only_if_the_hospital_says_so(
     tmp_path: Path, real_data: Path, switzerland: SiteFolder
 ) -> None:
-    """The hospital's own label is a column of words; the survey says how many classes there are, and not their names."""
+    """The hospital's own label is a column of words; the survey says how many classes there are, and not their
+    names.
+    """
     folder = switzerland.path.parent / "export"
     (folder / "data.toml").write_text('kind = "table"\npath = "heart.csv"\nlabel = "postcode"\n')
     order = RunRequest.from_json(

@@ -93,7 +93,9 @@ def orders(homes: Any, budget: bool) -> dict[str, RunRequest]:
 
 
 def step(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
-    """A rule after which everything is checked; so the steps that are printed are those of the server and the people."""
+    """A rule after which everything is checked; so the steps that are printed are those of the server and the
+    people.
+    """
 
     def decorate(function: Callable[..., None]) -> Any:
         @wraps(function)
@@ -181,7 +183,9 @@ class Sites(RuleBasedStateMachine):
         lost=st.sampled_from(["nobody", "nobody", *NAMES]),
     )
     def add_up(self, order: str, job: str, round: int, content: int, without: str, lower: bool, lost: str) -> None:
-        """The server runs a secure sum over a roster and with a threshold of its choice; a site may be left out later."""
+        """The server runs a secure sum over a roster and with a threshold of its choice; a site may be left out
+        later.
+        """
         roster = tuple(name for name in NAMES if name != without)
         self.server.order = self.orders[order]
         tried = self.server.secure_sum(

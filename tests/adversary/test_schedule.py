@@ -36,7 +36,9 @@ def server(tmp_path: Path) -> HostileServer:
 def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_leave(
     verb: str, tmp_path: Path
 ) -> None:
-    """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any round."""
+    """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any
+    round.
+    """
     server = HostileServer(houses(tmp_path, policy=OPEN), small_order(test="score/test"))
     for job in (f"{verb}/{role}" for role in ("train", "val", "test", "unlabeled", "public")):
         if job != "score/test":
@@ -224,7 +226,9 @@ def test_scores_of_training_patients_never_leave(tmp_path: Path) -> None:
 
 
 def test_no_table_of_training_patients_can_be_read_off_scores(tmp_path: Path, real_data: Path) -> None:
-    """A linear model with a steep slope in one column counts patients below any threshold: 61 messages, every patient."""
+    """A linear model with a steep slope in one column counts patients below any threshold: 61 messages, every
+    patient.
+    """
     home, ages, ill = _long_beach(tmp_path, real_data)
     plan = {
         "options": {"uniform": True},

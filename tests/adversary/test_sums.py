@@ -182,7 +182,9 @@ def test_only_sites_that_train_are_in_a_sum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("collusion", ["threshold 3", "two thirds"])
 def test_one_colluding_site_opens_no_vector(collusion: str, tmp_path: Path) -> None:
-    """The server tells two groups two lists of who arrived; a site that helps it signs both. (Bonawitz et al., section 6.)"""
+    """The server tells two groups two lists of who arrived; a site that helps it signs both. (Bonawitz et al.,
+    section 6.)
+    """
     homes = houses(tmp_path, 5, SECURE)
     server = HostileServer(homes, secure_order(homes))
     names = sorted(homes)

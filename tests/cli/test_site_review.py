@@ -166,8 +166,8 @@ def test_differences_are_grouped() -> None:
     found = differences(replace(new, study={**new.study, "arms": arms}), old)
     assert found == {
         "fedavg, seed 0": ["- rounds = 3", "+ rounds = 4"],
-        "fedprox, seed 0": ["- the whole method"],
-        "fedsgd, seed 0": ["+ the whole method"],
+        "fedprox, seed 0": ["- the entire method"],
+        "fedsgd, seed 0": ["+ the entire method"],
         "how it is run": ["- min_replies = 1", "+ min_replies = 3"],
         "the data": ["+ split = [0.5, 0.2, 0.3]"],
     }
@@ -212,7 +212,7 @@ def test_the_list_of_what_waits_is_no_reading(home: SiteFolder, capsys: Read) ->
     Reviews(home.reviews).offer(order(), ())
     commands.review(home=home.path)
     assert "run-1" in capsys.readouterr().out
-    with pytest.raises(SetupError, match="you were shown nothing under this name"):
+    with pytest.raises(SetupError, match="nothing was shown to you under this name"):
         commands.approve("run-1", reason="IRB", home=home.path)
 
 

@@ -90,7 +90,7 @@ def test_a_reply_is_read_and_written_the_same() -> None:
 
 def test_a_request_is_read_and_written_the_same() -> None:
     file = HERE / "request.safetensors"
-    found = tensor_file.read_ask(file)
+    found = tensor_file.read_request(file)
     assert (found.round, found.job, found.secure, found.recipients) == (4, "train", True, ("lyon", "oslo"))
     assert torch.equal(found.trees["params"]["w"], torch.arange(6.0).reshape(2, 3))
     assert serialization.encode(make.ask()) == file.read_bytes()

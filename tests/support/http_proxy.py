@@ -107,7 +107,9 @@ class Proxy:
 
 
 class HttpProxy:
-    """What stands at a hospital's way out: it passes CONNECT on, and counts calls (``asked``) and bytes (``passed``)."""
+    """What stands at a hospital's way out: it passes CONNECT on, and counts calls (``asked``) and bytes
+    (``passed``).
+    """
 
     def __init__(self, allow: bool = True) -> None:
         self.allow, self.asked, self.passed = allow, list[str](), 0

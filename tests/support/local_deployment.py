@@ -132,21 +132,21 @@ class LocalCarrier:
         crash: Callable[[Call], bool] = lambda call: False,
     ) -> None:
         self.homes, self.order, self.tamper, self.lose, self.crash = homes, an, tamper, lose, crash
-        self.desks: dict[str, SiteAgent] = {}
+        self.agents: dict[str, SiteAgent] = {}
         self.queue: deque[tuple[Call, Path | None]] = deque()
         self.calls: list[Call] = []
         self.idle = 0
 
-    def desk(self, name: str) -> SiteAgent:
-        if name not in self.desks:
-            self.desks[name] = SiteAgent(self.homes[name], self.order)
-            self.desks[name].trainer = Inline(self.homes[name], self.order.run)
-        return self.desks[name]
+    def agent(self, name: str) -> SiteAgent:
+        if name not in self.agents:
+            self.agents[name] = SiteAgent(self.homes[name], self.order)
+            self.agents[name].trainer = Inline(self.homes[name], self.order.run)
+        return self.agents[name]
 
     def restart(self, name: str) -> None:
         """The site's machine reboots."""
-        if name in self.desks:
-            self.desks.pop(name).close()
+        if name in self.agents:
+            self.agents.pop(name).close()
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         self.queue.extend((call, body) for call in calls)
@@ -166,14 +166,14 @@ class LocalCarrier:
             return None
         call = self.tamper(call)
         self.calls.append(call)
-        desk = self.desk(call.site)
-        if (refusal := desk.before(call)) is not None:
+        agent = self.agent(call.site)
+        if (refusal := agent.before(call)) is not None:
             return Delivery(call.site, refusal.to_json(), _nothing)
         if body is not None:
-            copy = desk.memory.folder / "received"
+            copy = agent.memory.folder / "received"
             shutil.copy(body, copy)
-            body = take_in(desk.memory, copy, call.number)
-        answer, file = desk.answer(call, body)
+            body = take_in(agent.memory, copy, call.number)
+        answer, file = agent.answer(call, body)
 
         def take(path: Path, limit: int) -> tuple[int, str]:
             shutil.copy(file, path)
@@ -188,8 +188,8 @@ class LocalCarrier:
         self.queue = deque((call, body) for call, body in self.queue if call.site != site)
 
     def close(self) -> None:
-        for desk in self.desks.values():
-            desk.close()
+        for agent in self.agents.values():
+            agent.close()
 
 
 def _nothing(path: Path, limit: int) -> tuple[int, str]:

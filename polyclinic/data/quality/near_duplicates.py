@@ -42,7 +42,7 @@ def near_duplicates(sites: Mapping[str, Mapping[str, Examples]], fingerprint: st
     return tuple(Duplicate((a[0], b[0]), (a[1], b[1])) for a, b in sorted(pairs, key=lambda pair: pair[0][0]))
 
 
-def told(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
+def near_duplicate_notes(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
     """What a reader must be told of them: nothing where there are none.
 
     Raises:

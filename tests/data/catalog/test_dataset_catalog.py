@@ -381,7 +381,9 @@ def test_a_layout_is_read_as_the_catalog_says(name: str, tmp_path: Path) -> None
 
 
 def test_every_reader_has_a_layout() -> None:
-    """What the catalog says can be read is tried above, but for nodules and fastMRI (elsewhere) and MedMNIST (one of 18)."""
+    """What the catalog says can be read is tried above, but for nodules and fastMRI (elsewhere) and MedMNIST
+    (one of 18).
+    """
     readable = {
         one.name
         for one in dataset_catalog.list_datasets()

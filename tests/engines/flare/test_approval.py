@@ -1,4 +1,4 @@
-"""What an approval binds: what was read, once, by whom, under the site's signature; and what the desk does with it."""
+"""What an approval binds: what was read, once, by whom, under the site's signature; and what the agent does with it."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_what_changed_after_it_was_read_is_not_approved(home: SiteFolder, change
     reviews.offer(order(), ())
     reviews.remember(reviews.subject("run-1"))
     reviews.offer(order(**change), ())
-    with pytest.raises(SetupError, match="not what you were shown, for it has changed since"):
+    with pytest.raises(SetupError, match="not what you were shown: it has changed since"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
     assert reviews.get("run-1").state == WAITING
 
@@ -181,7 +181,7 @@ def test_a_run_that_came_after_reading_is_read_too(home: SiteFolder) -> None:
 def test_a_refusal_and_an_offer_at_the_same_moment_do_not_cross(
     home: SiteFolder, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
-    """The desk finds the study approved, a person refuses it, and only then the desk writes: it must not win."""
+    """The agent finds the study approved, a person refuses it, and only then the agent writes: it must not win."""
     reviews, begun = surveyed(home), threading.Event()
     whole = getattr(Reviews, slow)
 
@@ -232,12 +232,15 @@ def test_an_arm_runs_once_under_one_name(home: SiteFolder) -> None:
     assert reviews.offer(study("spots-2", arm=1), ()).state == APPROVED
     again = reviews.offer(study("again"), ())
     assert again.state == WAITING
-    assert again.notes == ("this arm has run already as spots-1",)
+    assert again.notes == ("this method run was already executed as spots-1",)
     assert reviews.offer(study("spots-1"), ()).state == APPROVED  # the same run, offered again by an honest server
     read_and_approve(home, "again")
     third = reviews.offer(study("third"), ())
     assert third.state == WAITING
-    assert third.notes == ("this arm has run already as spots-1", "this arm has run already as again")
+    assert third.notes == (
+        "this method run was already executed as spots-1",
+        "this method run was already executed as again",
+    )
     read_and_approve(home, "third")
     read_and_approve(home, "spots")  # all of it once more, which is noted once
     parts = json.loads((home.reviews / "records" / "parts").read_text())
@@ -248,7 +251,7 @@ def test_a_survey_is_answered_once(home: SiteFolder) -> None:
     reviews = surveyed(home)
     again = reviews.offer(survey("another-survey"), ())
     assert again.state == WAITING
-    assert again.notes == ("this survey has run already as spots-survey",)
+    assert again.notes == ("this survey was already executed as spots-survey",)
     assert reviews.offer(survey(), ()).state == APPROVED
 
 
@@ -268,8 +271,8 @@ def test_a_runs_name_belongs_to_one_order(home: SiteFolder) -> None:
     assert reviews.offer(study("spots-1"), ()).state == APPROVED
     swapped = reviews.offer(study("spots-1", arm=1), ())
     assert swapped.state == WAITING
-    assert swapped.notes == ("another order has run already under the name spots-1",)
-    assert reviews.offer(study("spots-2"), ()).notes == ("this arm has run already as spots-1",)
+    assert swapped.notes == ("another run request was already executed under the name spots-1",)
+    assert reviews.offer(study("spots-2"), ()).notes == ("this method run was already executed as spots-1",)
 
 
 @pytest.mark.parametrize(
@@ -396,10 +399,10 @@ def test_other_code_is_another_study(home: SiteFolder, monkeypatch: pytest.Monke
         reviews.decide("run-1", APPROVED, "anna", "IRB")
     monkeypatch.undo()
     read_and_approve(home, "run-1")
-    assert reviews.stands(order()).state == APPROVED
+    assert reviews.current(order()).state == APPROVED
     for one in (module, decisions):
         monkeypatch.setattr(one, "code_hash", lambda: "1" * 64)
-    assert reviews.stands(order()) is None
+    assert reviews.current(order()) is None
     assert reviews.offer(order(), ()).state == WAITING
 
 
@@ -534,7 +537,7 @@ def test_what_another_account_was_shown_does_not_count(home: SiteFolder, monkeyp
     reviews.remember(reviews.subject("run-1"))
     mine = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: mine + 4321)
-    with pytest.raises(SetupError, match="you were shown nothing under this name yet"):
+    with pytest.raises(SetupError, match="nothing was shown to you under this name yet"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
 
 
@@ -556,7 +559,7 @@ def test_names_of_runs_that_are_gone_are_forgotten(home: SiteFolder) -> None:
     (home.reviews / "run-1.json").unlink()
     reviews.remember(reviews.subject("run-2"))
     reviews.offer(order(), ())
-    with pytest.raises(SetupError, match="shown nothing under this name yet"):
+    with pytest.raises(SetupError, match="nothing was shown to you under this name yet"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
 
 
@@ -665,7 +668,7 @@ def test_a_package_that_changed_since_the_order_came_is_not_approved(home: SiteF
     reviews.remember(reviews.subject("run-1"))
     with pytest.raises(SetupError, match="a package that this study needs was changed here"):
         reviews.decide("run-1", APPROVED, "anna", "IRB")
-    assert reviews.stands(order()) is None
+    assert reviews.current(order()) is None
     assert reviews.offer(order(), ()).packages == ()
 
 
@@ -693,7 +696,7 @@ def test_an_approval_that_is_used_up_keeps_the_notes_of_the_policy(home: SiteFol
     reviews = surveyed(home)
     reviews.offer(study("spots-1"), ())
     again = reviews.offer(study("again"), (), ("the policy refuses fedprox",))
-    assert again.notes == ("the policy refuses fedprox", "this arm has run already as spots-1")
+    assert again.notes == ("the policy refuses fedprox", "this method run was already executed as spots-1")
 
 
 def test_what_a_site_said_in_a_survey_is_signed_and_may_be_corrected(home: SiteFolder) -> None:
@@ -795,16 +798,16 @@ def test_a_decision_outlives_a_renewal_that_is_under_way(home: SiteFolder) -> No
     assert reviews.get("run-1").state == APPROVED
 
 
-# At the desk ----------------------------------------------------------------------------------------------------------
+# At the agent ---------------------------------------------------------------------------------------------------------
 
 
 class Server:
-    """A server that says what it likes to one desk."""
+    """A server that says what it likes to one agent."""
 
     def __init__(self, homes: dict[str, SiteFolder], an: RunRequest) -> None:
         self.an, self.home, self.number = an, homes["site-0"], 0
         self.carrier = LocalCarrier(homes, an)
-        self.desk = self.carrier.desk("site-0")
+        self.agent = self.carrier.agent("site-0")
 
     def hello(self) -> str:
         return self._call("hello", None)[0]
@@ -816,9 +819,9 @@ class Server:
         self.number += 1
         body, size, sha256 = None, 0, ""
         if request is not None:
-            received = self.desk.memory.folder / "received"
+            received = self.agent.memory.folder / "received"
             size, sha256 = tensor_file.write(received, request, durable=False)
-            body = take_in(self.desk.memory, received, self.number)
+            body = take_in(self.agent.memory, received, self.number)
         call = Call(
             VERSION,
             self.an.run,
@@ -837,7 +840,7 @@ class Server:
             0.0,
             "",
         )
-        answer, file = self.desk.answer(call, body)
+        answer, file = self.agent.answer(call, body)
         return answer.lost, file
 
 
@@ -863,7 +866,7 @@ def test_no_file_of_the_data_is_opened_before_somebody_approved(homes: dict[str,
         assert told.startswith("refused: the data cannot be read")
         assert "data/" not in told.replace("data:", "")
         assert str(homes["site-0"].path) not in told
-        assert f"{data} is not there" in Reviews(homes["site-0"].reviews).get(an.run).data
+        assert f"{data} does not exist" in Reviews(homes["site-0"].reviews).get(an.run).data
         data.with_name("elsewhere").rename(data)
         assert server.hello() == ""
         assert Reviews(homes["site-0"].reviews).get(an.run).data == ""
@@ -942,7 +945,7 @@ def test_the_journal_of_a_training_names_its_mean(homes: dict[str, SiteFolder]) 
 
 
 def test_what_the_journal_keeps_of_a_decision_can_be_verified(homes: dict[str, SiteFolder]) -> None:
-    """The desk notes what it took part in, under the site's signature."""
+    """The agent notes what it took part in, under the site's signature."""
     home = homes["site-0"]
     server = Server(homes, survey())
     server.hello()
@@ -982,10 +985,10 @@ def test_code_that_changes_while_a_run_goes_on_is_not_run(
     read_and_approve(homes["site-0"], "spots")
     assert server.hello() == ""
     monkeypatch.setattr(training_worker, "code_on_disk", lambda: "1" * 64)
-    assert "polyclinic was changed here while the run went on" in server.ask()[0]
+    assert "polyclinic was changed here during the run" in server.ask()[0]
     monkeypatch.undo()
-    server.desk.trainer.training._code = "1" * 64  # it began with other code, which was put back
-    assert "polyclinic was changed here while the run went on" in server.ask()[0]
+    server.agent.trainer.training._code = "1" * 64  # it began with other code, which was put back
+    assert "polyclinic was changed here during the run" in server.ask()[0]
 
 
 def test_a_changed_file_changes_the_hash_of_the_code_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

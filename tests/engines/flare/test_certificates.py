@@ -1,4 +1,6 @@
-"""Who is heard by a real server: certificates of all kinds, another's name, shutting out; and the line through a proxy."""
+"""Who is heard by a real server: certificates of all kinds, another's name, shutting out; and the line through
+a proxy.
+"""
 
 import shutil
 import socket

@@ -95,9 +95,9 @@ def test_a_certificate_that_ends_soon_has_ended_or_is_for_other_keys(
             assert not good
             assert why in words
     site_setup.init(site, "site-0", "hospital", renew=True, new_keys=True)
-    assert "new keys wait" in found(site)["certificate"][1]
+    assert "new keys have no certificate yet" in found(site)["certificate"][1]
     site_keys.take_up(site.keys)
-    assert "for other keys" in found(site)["certificate"][1]
+    assert "does not match the keys" in found(site)["certificate"][1]
     (site.kit / "startup" / "client.crt").write_text("x")
     assert "cannot be read" in found(site)["certificate"][1]
 
@@ -156,4 +156,4 @@ def test_a_disk_that_is_nearly_full(site: SiteFolder, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         shutil, "disk_usage", lambda _: os.terminal_size((1, 1)) and type("Usage", (), {"free": 2**20})()
     )
-    assert "make room" in found(site)["disk"][1]
+    assert "free some space" in found(site)["disk"][1]

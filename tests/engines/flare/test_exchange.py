@@ -188,7 +188,9 @@ def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("looks")
 def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path) -> None:
-    """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it is named."""
+    """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it
+    is named.
+    """
     homes = hospital(tmp_path, policy=EVERYTHING)
     an = order("scaffold", rounds=2, deadline=100.0, score_every=2, test="score/test")
     for home in homes.values():
@@ -311,14 +313,14 @@ class Hostile:
             for home in self.homes.values():
                 approve(home, self.an)
         self.carrier = LocalCarrier(self.homes, self.an)
-        self.desk = self.carrier.desk("site-0")
+        self.agent = self.carrier.agent("site-0")
         self.number = 0
 
     def call(self, request: Request | None = None, **changes) -> Answer:
         self.number += 1
         body, size, sha256 = None, 0, ""
         if request is not None:
-            body = self.desk.memory.folder / f"{self.number}.ask"
+            body = self.agent.memory.folder / f"{self.number}.ask"
             size, sha256 = tensor_file.write(body, request)
         round, job = (request.round, request.job) if request else (0, "")
         call = Call(
@@ -339,7 +341,7 @@ class Hostile:
             0.0,
             "",
         )
-        return self.desk.answer(replace(call, **changes), body)[0]
+        return self.agent.answer(replace(call, **changes), body)[0]
 
     def ask(self, **changes) -> Request:
         plan = self.an.build_plan()
@@ -364,8 +366,8 @@ def test_an_approval_holds_for_this_order_and_no_other(tmp_path: Path) -> None:
     assert server.call(server.ask()).lost == ""
     assert "another study" in server.call(server.ask(), order="0" * 64).lost
     more = order(plan={"training": {"epochs": 50}})
-    desk = LocalCarrier(server.homes, more).desk("site-0")  # the job brought another order under the same name
-    server.desk, server.an = desk, more
+    agent = LocalCarrier(server.homes, more).agent("site-0")  # the job brought another order under the same name
+    server.agent, server.an = agent, more
     assert "waits for a person" in server.call(server.ask()).lost
 
 
@@ -499,8 +501,8 @@ def _sized(delivery, value):
         (lambda d: d._replace(text="{"), "not JSON"),
         (lambda d: d._replace(text=None, reason="its job process failed"), "its job process failed"),
         (lambda d: _with(d, version=VERSION + 1), "install the same version"),
-        (lambda d: _with(d, site="site-2"), "speaks for site-2"),
-        (lambda d: _with(d, size=2**40), "beyond the limit"),
+        (lambda d: _with(d, site="site-2"), "names site-2"),
+        (lambda d: _with(d, size=2**40), "exceed the limit"),
         (lambda d: _with(d, sha256="0" * 64), "not the one that its message names"),
         (lambda d: _with(d, seconds=float("nan")), "out of range"),
         (lambda d: d._replace(take=lambda path, limit: (_ for _ in ()).throw(OSError("cut"))), "cut"),
@@ -514,7 +516,7 @@ def _sized(delivery, value):
         (lambda d: _sized(d, Reply({"update": WeightedMean({"head.weight": torch.zeros(3, 8)}, 1.0)})), ""),
         (lambda d: _sized(d, Reply({"update": PerSite({"site-2": {"x": torch.zeros(2)}})})), "speaks for"),
         (lambda d: _sized(d, Reply({"update": WeightedMean({"x": torch.zeros(2)}, -1.0)})), "weight"),
-        (lambda d: _sized(d, Reply({"update": "text"})), "is no stat"),
+        (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],
 )
 def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why, tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def test_kill_the_servers_job(house: Hospitals) -> None:
 
 
 def test_kill_the_whole_server(house: Hospitals) -> None:
-    """Supervisor, FLARE and job; started again, it goes on by itself, and FLARE's stale word RUNNING is not believed."""
+    """Supervisor, FLARE and job; started again, it goes on by itself, and FLARE's stale word RUNNING is not
+    believed.
+    """
     an = begin(house, "server-gone")
     house.power_cut()
     house.release()
@@ -373,7 +375,7 @@ def test_the_doctor_knows_a_wrong_clock(house: Hospitals) -> None:
 
 def test_a_site_is_not_started_twice(house: Hospitals) -> None:
     said = house.command("site", "start", "--background", home=house.homes["site-1"].path, code=2)
-    assert "runs already" in said
+    assert "is already running" in said
 
 
 def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
@@ -399,7 +401,7 @@ def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
 
 
 def test_a_server_is_not_started_twice(house: Hospitals) -> None:
-    assert "runs already" in house.command("server", "start", "--background", home=house.server.path, code=2)
+    assert "is already running" in house.command("server", "start", "--background", home=house.server.path, code=2)
 
 
 def test_a_copy_of_a_server_takes_nobody_away(house: Hospitals) -> None:

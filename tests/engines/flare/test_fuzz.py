@@ -1,4 +1,6 @@
-"""Every decoder under damaged bytes: words or a value, never a crash, a hang or memory without bound. A minute each, slowly."""
+"""Every decoder under damaged bytes: words or a value, never a crash, a hang or memory without bound. A minute
+each, slowly.
+"""
 
 import json
 import random

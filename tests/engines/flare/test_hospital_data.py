@@ -177,7 +177,7 @@ def test_where_both_speak_and_differ_nothing_runs_until_people_agree(home: SiteF
     toml.write_text(toml.read_text() + "split = [0.6, 0.2, 0.2]\n")
     told, said = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
     assert said is None
-    assert told == "refused: the study and this hospital say different things about its data: split"
+    assert told == "refused: the study and this hospital set different values for its data: split"
     here = Reviews(home.reviews).get("s").data
     assert "the study asks for [0.5, 0.25, 0.25], and data.toml here says [0.6, 0.2, 0.2]" in here
     with pytest.raises(UnsuitableData):
@@ -217,7 +217,7 @@ def test_what_is_wrong_with_the_data_is_told_without_values(home: SiteFolder) ->
 
 def test_a_folder_without_examples_is_told(home: SiteFolder, tmp_path: Path) -> None:
     (home.path / "data" / "data.toml").unlink()
-    with pytest.raises(DataError, match=r"no data\.toml"):
+    with pytest.raises(DataError, match=r"nor a data\.toml"):
         site_data.read(home.path / "data", {})
     assert data_restrictions.of_hospital(home.path / "data") is None
     np.savez(home.path / "data" / "unlabeled.npz", inputs=np.zeros((3, 2), np.float32), targets=np.zeros(3, np.int64))

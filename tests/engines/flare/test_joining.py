@@ -199,7 +199,7 @@ def test_one_name_is_one_organization_and_may_be_shut_out(
         server_setup.admit(server, impostor.path / "site-1.request")
     server_setup.shut_out(server, "site-1")
     assert json.loads((server.kit / "disabled_clients.json").read_text()) == {"disabled_clients": ["site-1"]}
-    with pytest.raises(BadFile, match="shut out"):
+    with pytest.raises(BadFile, match="revoked"):
         server_setup.admit(server, site.path / "site-1.request")
     server_setup.shut_out(server, "site-1", readmit=True)
     assert server_setup.admit(server, site.path / "site-1.request")[0] == "site-1"

@@ -19,7 +19,7 @@ def link(number: int, after: int, memory: str = "") -> Link:
 
 
 def answer(memory: RunMemory, number: int, after: int, confirmed: int, keep: bool = True) -> str:
-    """Answers a message as the desk does; what it began from."""
+    """Answers a message as the agent does; what it began from."""
     memory.settle(after, confirmed, number)
     memory.undo(after)
     before = memory.before(after)
@@ -77,7 +77,7 @@ def test_a_memory_that_is_gone_is_noticed(tmp_path: Path) -> None:
 
 
 def replied(memory: RunMemory, number: int, after: int, text: str = "reply", round: int = 0) -> Link:
-    """A message whose reply and memory are kept, as the desk keeps them."""
+    """A message whose reply and memory are kept, as the agent keeps them."""
     memory.reply(number).write_text(text)
     memory.layout(number).write_text("layout")
     memory.kept(number).write_text(f"after {number}")

@@ -71,9 +71,7 @@ def test_a_wrong_call_is_refused(changes) -> None:
 def test_another_version_is_told_in_a_sentence(other: int) -> None:
     """Both ends say the same, whichever of them is older: the version is read before anything else."""
     for message in (CALL, ANSWER):
-        with pytest.raises(
-            BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"
-        ):
+        with pytest.raises(BadMessage, match=f"uses version {other} and this end version {VERSION}: install the same"):
             type(message).from_json(json.dumps({**asdict(message), "version": other, "something": "new"}))
     with pytest.raises(InvalidRunRequest, match="another version of polyclinic"):
         RunRequest.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
@@ -213,9 +211,9 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
     ("changes", "why"),
     [
         ({"run": "../x"}, "a run's name"),
-        ({"plan": []}, "'plan' is a table"),
+        ({"plan": []}, "'plan' must be a table"),
         ({"mode": "fast"}, "rounds, buffered or survey"),
-        ({"sites_per_round": 0}, "'cohort'"),
+        ({"sites_per_round": 0}, "'sites_per_round'"),
         ({"min_replies": None}, "'min_replies'"),
         ({"deadline": 0}, "'deadline'"),
         ({"deadline": True}, "'deadline'"),

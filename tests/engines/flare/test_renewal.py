@@ -102,7 +102,7 @@ def test_a_certificate_is_renewed_while_a_run_goes_on(method: str, plan: dict, n
     if new:  # some were signed under the earlier one
         with pytest.raises(Broken, match="not the signature"):
             check_signatures(journal, home.kit / "startup" / "client.crt")
-    assert "good for" in house.command("site", "diagnose", home=home.path)
+    assert "valid for" in house.command("site", "diagnose", home=home.path)
 
 
 def test_a_site_behind_a_proxy_takes_part(house: Hospitals) -> None:

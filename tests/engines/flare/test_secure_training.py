@@ -107,7 +107,7 @@ def test_the_sum_is_over_the_sites_whose_vectors_arrived(made: Federation, lost:
 
 
 def test_every_step_describes_the_file_that_is_sent_and_who_is_in_the_sum(made: Federation) -> None:
-    """The desk records the roster of an opened sum from what the training process says at each step."""
+    """The agent records the roster of an opened sum from what the training process says at each step."""
     session = made.session()
     expected: tuple[str, ...] = ()
     for stage in ("advertise", "share", "mask", "agree", "reveal"):
@@ -136,7 +136,7 @@ def test_shares_are_revealed_once(made: Federation) -> None:
     _, agreed = made.until("reveal", made.session())
     made.step("a", "reveal", agreed["a"])
     for stage, value in (("reveal", agreed["a"]), ("agree", NAMES), ("share", ())):
-        with pytest.raises(ProtocolError, match="no secure sum is under way here"):
+        with pytest.raises(ProtocolError, match="no secure sum is in progress here"):
             made.step("a", stage, value)
 
 
@@ -160,7 +160,7 @@ def test_a_site_that_nobody_approved_is_in_no_sum(made: Federation) -> None:
 
 def test_a_site_that_only_tests_is_in_no_sum(tmp_path: Path) -> None:
     federation = Federation(tmp_path, demands(sites=NAMES[:4]))
-    assert "e is none of the approved sites that train" in refusal(federation, federation.session())
+    assert "e is not one of the approved sites that train" in refusal(federation, federation.session())
     assert refusal(federation, federation.session(NAMES[:4])) == ""
 
 
@@ -293,7 +293,7 @@ def test_a_session_is_for_the_round_of_the_request(made: Federation, round: int,
 @pytest.mark.parametrize(("size", "fits"), [(3, False), (4, True), (5, False)])
 def test_a_session_is_for_as_many_numbers_as_the_reply_has(made: Federation, size: int, fits: bool) -> None:
     said = refusal(made, made.session(size=size))
-    assert said == ("" if fits else f"a session for {size} numbers, and here are 4")
+    assert said == ("" if fits else f"the session is for {size} numbers, and this site has 4")
 
 
 def test_a_session_that_was_refused_may_be_begun_when_it_fits(made: Federation) -> None:
@@ -329,14 +329,14 @@ def test_a_stage_that_is_none_is_refused(made: Federation, stage: str) -> None:
         ("share", ("a", "b"), "a list of Advert was expected"),
         ("share", {}, "a list of Advert was expected"),
         ("share", "text", "a list of Advert was expected"),
-        ("mask", ["a"], "an inbox is a table of sealed shares"),
-        ("mask", {"b": 3}, "an inbox is a table of sealed shares"),
-        ("mask", {"b": "x", "c": 3}, "an inbox is a table of sealed shares"),
-        ("mask", 3, "an inbox is a table"),
-        ("agree", "abcde", "who arrived is a list of names"),
-        ("agree", ("a", 3), "who arrived is a list of names"),
-        ("agree", {"a": "b"}, "who arrived is a list of names"),
-        ("agree", 7, "who arrived is a list of names"),
+        ("mask", ["a"], "an inbox must be a table of sealed shares"),
+        ("mask", {"b": 3}, "an inbox must be a table of sealed shares"),
+        ("mask", {"b": "x", "c": 3}, "an inbox must be a table of sealed shares"),
+        ("mask", 3, "an inbox must be a table"),
+        ("agree", "abcde", "the sites that arrived must be a list of names"),
+        ("agree", ("a", 3), "the sites that arrived must be a list of names"),
+        ("agree", {"a": "b"}, "the sites that arrived must be a list of names"),
+        ("agree", 7, "the sites that arrived must be a list of names"),
         ("reveal", ("a", "b"), "a list of Agreed was expected"),
         ("reveal", 3, "a list of Agreed was expected"),
     ],

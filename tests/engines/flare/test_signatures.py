@@ -96,7 +96,7 @@ def test_who_is_shut_out_not_admitted_or_whose_certificate_has_ended_does_not_co
         file.write_text(json.dumps({**entries, "site-1": {**entries["site-1"], **changes}}))
 
     put(revoked="2026-10-02T10:00:00+00:00")
-    with pytest.raises(BadMessage, match="shut out on 2026-10-02"):
+    with pytest.raises(BadMessage, match="revoked on 2026-10-02"):
         Signers(file).check(answer)
     put(signers=[{**entries["site-1"]["signers"][0], "expires": (datetime.now(UTC) - timedelta(1)).isoformat()}])
     with pytest.raises(BadMessage, match="has a certificate"):

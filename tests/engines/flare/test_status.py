@@ -90,10 +90,10 @@ def test_a_site_that_is_well_says_so(site: SiteFolder, capsys: pytest.CaptureFix
         (lambda home: (home.path / "connection.json").unlink(), "NOT REACHED, never heard"),
         (lambda home: heard(home, 1, "Client 'site-0' is disabled"), "REFUSES this site (Client 'site-0' is disabled)"),
         (lambda home: keeper(home, birth="1"), "does not run: polyclinic site start"),
-        (lambda home: keeper(home, beat=time.time() - 600), "its keeper does not respond"),
+        (lambda home: keeper(home, beat=time.time() - 600), "its supervisor does not respond"),
         (lambda home: keeper(home, crashes=5), "FLARE's process ended 5 times in a row"),
         (lambda home: keeper(home, started=time.time()) or heard(home, 3600), "connecting, heard 60 minutes ago"),
-        (lambda home: failing(home), "problem  run-1: failed: DataError; the site's log says more"),
+        (lambda home: failing(home), "problem  run-1: failed: DataError; see the site's log"),
     ],
 )
 def test_what_is_wrong_is_told_and_counts(
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_told_and_counts(
 
 def failing(home: SiteFolder) -> None:
     status = RunStatus(RunMemory(home.memory("run-1")).folder)
-    status.came_of(call("hello"), "failed: DataError; the site's log says more")
+    status.came_of(call("hello"), "failed: DataError; see the site's log")
 
 
 def test_a_site_without_its_keeper_that_works_on_says_so(
@@ -152,7 +152,7 @@ def test_waiting_says_for_what_and_ends_with_the_site(
     out = capsys.readouterr().out
     assert (
         out
-        == "waits    for the study 'spots' to come; the server is connected; run-1: failed: DataError; the site's log says more\n"
+        == "waits    for the study 'spots' to come; the server is connected; run-1: failed: DataError; see the site's log\n"
     )
     keeper(site, birth="1")
     with pytest.raises(SetupError, match="site-0 does not run, so the study 'spots' cannot come here"):
@@ -244,10 +244,10 @@ def test_the_memory_of_an_ended_run_goes_and_a_replay_stays_refused(tmp_path: Pa
     assert list(run_archive.retire(home)) == [an.run]
     assert list(run_archive.retire(home)) == []
     assert {path.name for path in folder.iterdir()} <= set(run_archive.FACTS)
-    desk = LocalCarrier(homes, an).desk("site-0")
+    agent = LocalCarrier(homes, an).agent("site-0")
     body = tmp_path / "body"
     body.write_bytes(b"0")
-    assert "replay" in desk.answer(last, body)[0].lost
+    assert "replay" in agent.answer(last, body)[0].lost
 
 
 @pytest.mark.deploy

@@ -109,11 +109,11 @@ class Clinics:
         """The survey comes to every site."""
         entry = next(iter(Queue(self.server).all().values()))
         for home in self.homes.values():
-            desk = SiteAgent(home, entry.what)
-            desk.trainer = Inline(home, entry.what.run)
-            found = desk._train({"what": "check"})
-            desk.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
-            desk.close()
+            agent = SiteAgent(home, entry.what)
+            agent.trainer = Inline(home, entry.what.run)
+            found = agent._train({"what": "check"})
+            agent.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
+            agent.close()
 
 
 def predictions(folder: Path) -> dict:

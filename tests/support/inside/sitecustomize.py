@@ -41,7 +41,9 @@ def die_at(where: str, when: str) -> None:
 
 
 def patient_replace(real: Any) -> Any:
-    """``os.replace``, before and after which a process may die: every file of ours that must survive goes through it."""
+    """``os.replace``, before and after which a process may die: every file of ours that must survive goes
+    through it.
+    """
 
     def replace(source: Any, target: Any, **more: Any) -> None:
         die_at(os.fspath(target), "before")
@@ -80,9 +82,9 @@ def change_executor(module: Any) -> None:
 
     def twisted(self: Any, task_name: str, shareable: Any, *rest: Any) -> Any:
         result = execute(self, task_name, shareable, *rest)
-        wish = FOLDER / f"twist-{self.desk.name if self.desk else ''}"
+        wish = FOLDER / f"twist-{self.agent.name if self.agent else ''}"
         kind = json.loads(shareable["call"])["kind"]
-        if kind == "hello" and (FOLDER / f"flood-{self.desk.name if self.desk else ''}").exists():
+        if kind == "hello" and (FOLDER / f"flood-{self.agent.name if self.agent else ''}").exists():
             result["body"] = b"0" * 2**23
         if kind != "do":
             return result

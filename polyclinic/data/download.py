@@ -44,7 +44,9 @@ def fetch(url: str, to: Path, md5: str, tries: int = TRIES, timeout: float = SEC
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write to {to.parent} ({error.strerror}): point POLYCLINIC_CACHE elsewhere") from error
+        raise DataError(
+            f"cannot write to {to.parent} ({error.strerror}): set POLYCLINIC_CACHE to another folder"
+        ) from error
     part, failed = to.with_name(to.name + ".part"), 0
     reason = ""
     while failed < tries:

@@ -132,7 +132,7 @@ class Training:
         if self.order.study and not self.order.of_study:
             problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
         if name not in self.order.everyone:
-            problems.append(f"the study is not for {name}, but for {', '.join(self.order.everyone)}")
+            problems.append(f"the study does not include {name}; its sites are {', '.join(self.order.everyone)}")
         for arm in self.order.arms if survey else ():
             notes += [
                 f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])

@@ -1,6 +1,6 @@
-"""What a site may let leave, written down from the promises and not from the code: a small model to compare with.
+"""What a site may release, derived from the guarantees and not from the code: a small reference model.
 
-The promises: nothing leaves that no person or policy allowed; only what the schedule of the approved order holds, each
+The guarantees: nothing leaves that no person or policy allowed; only what the schedule of the approved order holds, each
 place once and for one model; nothing that the site's policy forbids, when it leaves; a budget pays for every release;
 and no two opened sums of one content differ by fewer sites than the minimum.
 """
@@ -53,7 +53,7 @@ class Policy:
 
 
 def in_schedule(order: RunRequest, job: str, round: int) -> bool:
-    """Whether the order, once approved, has this request: all of FedAvg's and FedProx's, and the scores it names."""
+    """Whether the run request, once approved, has this request: all of FedAvg's and FedProx's, and the scores it names."""
     rounds = int(order.plan["rounds"])
     after = 1 <= round <= rounds
     match job:
@@ -93,7 +93,7 @@ class SiteModel:
         policy: Its policy, now.
         shown: The orders that the person last saw under a name. ``approved``: those approved after they were shown.
         contents: What was answered, by run, round and job: hashes of requests. ``models``: of the models, by run and round.
-        arms: Which run took an arm of a study. ``tested``: which round was tested, by run.
+        arms: Which run took a method run of a study. ``tested``: which round was tested, by run.
         sizes: The bytes of tensors that left, by run and round, and by content.
         rosters: Over which sites sums of one content were opened.
     """
@@ -111,7 +111,7 @@ class SiteModel:
     rosters: dict[bytes, set[tuple[str, ...]]] = field(default_factory=dict)
 
     def sees(self, name: str, text: str, orders: list[RunRequest]) -> None:
-        """The person reads ``text``: the orders whose hash stands in it."""
+        """Let the person read ``text``: the run requests whose hashes it contains."""
         self.shown[name] = [order for order in orders if order.hash[:16] in text]
 
     def approves(self, name: str) -> None:
@@ -146,7 +146,7 @@ class SiteModel:
             yield "a greeting has no file"
             return
         if not self.allowed(order):
-            yield f"nobody approved this order at {self.name} ({order.run}, {order.plan['rounds']} rounds, {order.label})"
+            yield f"no person approved this order at {self.name} ({order.run}, {order.plan['rounds']} rounds, {order.label})"
         if order.study and order.mode != "survey":
             self.arms.setdefault((order.study["hash"], order.label), order.run)
         if call.kind == "secure":

@@ -2,7 +2,7 @@
 
 A new attack is a few lines::
 
-    server = HostileServer(houses(tmp_path), small_order())     # sites exist, the order was read and approved at each
+    server = HostileServer(houses(tmp_path), small_order())     # sites exist, the run request was read and approved at each
     got = server.ask("site-0", "score/train", {"head.weight": ..., "head.bias": ...})
     refused(got)
 
@@ -57,13 +57,13 @@ def houses(root: Path, count: int = 3, policy: str = LENIENT, shape: tuple[int, 
 def small_order(
     run: str = "run-1", sites: Sequence[str] = ("site-0", "site-1", "site-2"), method: str = "fedavg", **changes: Any
 ) -> RunRequest:
-    """An order for a linear model of four inputs. Changes of the plan go in ``plan``."""
+    """A run request for a linear model of four inputs. Changes of the plan go in ``plan``."""
     plan = {"network": "mlp", "network_options": {"depth": 0}, "inputs": [4], **changes.pop("plan", {})}
     return order(method, run=run, sites=sites, plan=plan, **changes)
 
 
 def secure_order(homes: Mapping[str, SiteFolder], method: str = "fedavg", **changes: Any) -> RunRequest:
-    """An order whose replies go through a secure sum over all of ``homes``."""
+    """A run request whose replies go through a secure sum over all of ``homes``."""
     options = {"options": {"uniform": True}} if method == "fedavg" else {}
     plan = {"uplink": [SUM], **options, **changes.pop("plan", {})}
     return small_order(sites=tuple(homes), method=method, plan=plan, identities=identities(homes), **changes)
@@ -78,10 +78,10 @@ def study(
     arms: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> RunRequest:
-    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open.
+    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the method runs leave open.
 
     Args:
-        arms: What all arms' plans say besides. ``changes``: of the order; of this arm's plan alone in ``plan``.
+        arms: Further fields of all method runs' plans. ``changes``: to the run request; in ``plan``, to this method run's plan only.
     """
     training = {**TRAINING, "lr": lr}
     both = {
@@ -101,7 +101,7 @@ def study(
 
 
 def survey(run: str, of: RunRequest) -> RunRequest:
-    """The survey of the study that ``of`` is an arm of."""
+    """The survey of the study that ``of`` is a method run of."""
     return replace(of, run=run, mode="survey", plan=survey_plan(list(of.plan["sites"])), label="")
 
 
@@ -154,7 +154,7 @@ class Got:
 
     Attributes:
         call: What was asked, and ``order`` under which order.
-        answer: The answer. ``data``: the file beside it; empty where nothing left.
+        answer: The answer. ``data``: its file; empty if nothing left the site.
     """
 
     call: Call
@@ -204,7 +204,7 @@ class Got:
 
 
 def refused(got: Got, about: str = "") -> None:
-    """Asserts that nothing left, and that the site said so as a decision rather than by failing."""
+    """Assert that nothing left, and that the site refused it by decision rather than by failing."""
     assert not got.left, f"left the site: {got}"
     assert got.lost.startswith(("refused", "waits for")), f"not refused: {got}"
     assert about.lower() in got.lost.lower(), f"refused, but says nothing of {about!r}: {got}"
@@ -295,7 +295,7 @@ class HostileServer:
         return self
 
     def agent(self, site: str) -> SiteAgent:
-        """The agent of a site for the present order."""
+        """The agent of a site for the present run request."""
         key = (site, self.order.run)
         if key in self._desks and self._desks[key].order.to_json() != self.order.to_json():
             self._desks.pop(key).close()
@@ -317,13 +317,13 @@ class HostileServer:
     # Asking -------------------------------------------------------------------------------------------------------------
 
     def offer(self, order: RunRequest, sites: Sequence[str] = ()) -> dict[str, Got]:
-        """Begins a job with ``order`` at ``sites``, or everywhere, and greets; from now on it is the present order."""
+        """Begins a job with ``order`` at ``sites``, or everywhere, and greets; from now on it is the present run request."""
         self.order = order
         return {name: self.call(name, "hello") for name in sites or self.homes}
 
     @property
     def request(self) -> Request:
-        """What an honest server asks first under the present order."""
+        """What an honest server asks first under the present run request."""
         if self.order.hash not in self._requests:
             plan = self.order.build_plan()
             method = plan.build_method()
@@ -334,7 +334,7 @@ class HostileServer:
 
     @property
     def model(self) -> Tree:
-        """The first model of the present order."""
+        """The first model of the present run request."""
         return self.order.build_plan().build_task().first(self.order.build_plan().seed)
 
     def moved(self, by: float) -> Tree:
@@ -384,7 +384,7 @@ class HostileServer:
         return got
 
     def call(self, site: str, kind: str, value: Any = None, *, number: int | None = None, **changes: Any) -> Got:
-        """One call of any kind with any fields; ``value`` is the file beside it."""
+        """Make one call of any kind with any fields; ``value`` is its file."""
         agent = self.agent(site)
         if number is None:
             self.number += 1
@@ -415,7 +415,7 @@ class HostileServer:
         return got
 
     def everyone(self, job: str | None = None, sites: Sequence[str] = (), **how: Any) -> dict[str, Got]:
-        """Asks all sites of the present order the same, in one message."""
+        """Asks all sites of the present run request the same, in one message."""
         self.number += 1
         return {name: self.ask(name, job, number=self.number, **how) for name in sites or self.order.plan["sites"]}
 
@@ -449,8 +449,8 @@ class HostileServer:
         Args:
             roster: Which sites; all by default. ``threshold``: the session's; two thirds by default.
             leave_out: Sites whose masked vector is not asked for.
-            alive: What each site is told of who arrived, instead of the truth.
-            order_of_stages: The stages that are asked, in this order. One that comes out of order is asked with what
+            alive: The false list of arrived sites sent to each site.
+            order_of_stages: The stages that are requested, in this order. One that comes out of order is asked with what
                 was gathered until then.
             twist: May change what is sent in a stage: from the stage and the bodies by site.
             session: Fields of the session to change, such as ``round`` or ``identities``.
@@ -570,7 +570,7 @@ def session_of(**given: Any) -> Session:
 
 
 def numbers_in(tag: Tensor) -> int:
-    """How many numbers a layout's tag stands for: its first axis is empty, the others are the shape."""
+    """Return the number of values that a layout's tag describes: its first axis is empty, the others are the shape."""
     count = 1
     for side in tag.shape[1:]:
         count *= side

@@ -3,7 +3,7 @@
 A new attack is a few lines: a function that changes what a site says, and the name of the site that says it::
 
     def heavy(said: Said) -> None:
-        said.reply = Reply({part: Mean(stat.total, 1e12) for part, stat in said.reply.parts.items()})
+        said.reply = Reply({part: WeightedMean(stat.total, 1e12) for part, stat in said.reply.parts.items()})
 
     end = run(tmp_path, small_order(), {"site-1": heavy})
     end.harmless(without="site-1")
@@ -34,7 +34,7 @@ from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.rpc import Delivery
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import houses
-from tests.support.local_deployment import LocalCarrier, approve, conductor
+from tests.support.local_deployment import LocalCarrier, approve, coordinator
 
 
 class Said:
@@ -42,7 +42,7 @@ class Said:
 
     Attributes:
         call: What was asked. ``request``: the request's file, if it has one.
-        table: The answer's fields. ``data``: the file beside it.
+        table: The answer's fields. ``data``: its file.
         signed: Whether the site signs the answer again after the change.
         hashed: Whether the file's length and hash in the table are set after the change.
         also: Answers to be delivered besides, later: table and file.
@@ -152,7 +152,7 @@ class End:
 
     Attributes:
         outcome: ``finished``, ``interrupted`` or ``failed``. ``why``: what the status says.
-        model: The last model; None where there is none.
+        model: The last model; None if there is none.
         lost: Who was lost in which round, and why.
         scores: The lines of scores and tests in the records.
         folder: The server's folder of the run.
@@ -177,7 +177,7 @@ class End:
 
 def bounded(an: RunRequest) -> RunRequest:
     """``an`` with the bounds of weights and norms that a coordinator would have; the one place to adapt if the server
-    takes them from somewhere else than from what it knows of the sites."""
+    gets them from a source other than its record of the sites."""
     return an
 
 
@@ -197,7 +197,7 @@ def run(
     carrier = HostileCarrier(homes, an, attacks, kinds)
     folder = root / "server" / an.run
     try:
-        outcome, why = conductor(root, an, carrier).run(), ""
+        outcome, why = coordinator(root, an, carrier).run(), ""
     except Exception as error:
         outcome, why = "raised", f"{type(error).__name__}: {error}"
     finally:

@@ -30,7 +30,7 @@ SITES = ("site-0", "site-1", "site-2")
 
 
 def begun(server: HostileServer, an: RunRequest) -> RunRequest:
-    """The study's survey is approved and answered at every site, so that the sites' own data fill its arms."""
+    """The study's survey is approved and answered at every site, so that the sites' own data fill its method runs."""
     first = survey(f"{an.run}-survey", an)
     server.approved(first)
     for name in server.homes:
@@ -149,11 +149,11 @@ def test_an_approved_arm_runs_once(homes: Mapping[str, SiteFolder]) -> None:
         hello = server.offer(study(f"again-{i}"), ["site-0"])["site-0"]
         if not hello.lost or server.ask("site-0", "train").left:
             again.append(server.order.run)
-    assert not again, f"the arm that was approved once ran again as {', '.join(again)}, and nobody was asked"
+    assert not again, f"the method run that was approved once ran again as {', '.join(again)}, and no person was asked"
 
 
 def test_the_other_arm_of_an_approved_study_runs_without_asking_again(homes: Mapping[str, SiteFolder]) -> None:
-    """The limit of the test above: a person approves a study, and so each of its arms."""
+    """The limit of the test above: a person approves a study, and so each of its method runs."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
@@ -170,7 +170,7 @@ def test_the_size_of_the_model_is_what_the_data_here_say(
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
     big = study("spots-2", label="fedprox", plan=change)
-    assert server.offer(big, ["site-0"])["site-0"].lost, f"{change} may run, and nobody was asked"
+    assert server.offer(big, ["site-0"])["site-0"].lost, f"{change} may run, and no person was asked"
     refused(server.ask("site-0", "train"))
 
 
@@ -194,14 +194,14 @@ def test_the_size_of_the_model_is_what_the_data_here_say(
 def test_a_changed_arm_is_not_the_arm_that_was_approved(
     change: dict[str, Any], homes: Mapping[str, SiteFolder]
 ) -> None:
-    """Whom else it goes to, with which keys, what is tested, on which data and when: each waits for a person."""
+    """A change of recipients, keys, tests, data or schedule waits for a person."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
     server.approved(first, ["site-0"])
     other = replace(study("spots-2", label="fedprox"), **change)
     if change == {"label": "fedprox"}:
-        other = replace(study("spots-2"), **change)  # the plan of one arm under the label of another
+        other = replace(study("spots-2"), **change)  # the plan of one method run under the label of another
     refused(server.offer(other, ["site-0"])["site-0"])
     refused(server.ask("site-0", "train"))
 
@@ -211,7 +211,7 @@ def test_a_changed_arm_is_not_the_arm_that_was_approved(
 
 @pytest.fixture
 def switzerland(tmp_path: Path, real_data: Path) -> SiteFolder:
-    """A hospital with a table, one column of which it leaves out; beside it lies a file of the staff department."""
+    """A hospital with a table, one column of which it leaves out, next to a file of the staff department."""
     with open(real_data / "uci_heart_4hospitals" / "heart_4sites.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["site"] == "switzerland"]
     towns = ("Zurich-8001", "Basel-4051", "Winterthur-8400", "Baden-5400", "Uster-8610")
@@ -328,7 +328,7 @@ def test_names_of_classes_leave_only_if_the_hospital_says_so(
     got = answered(server.ask("switzerland", "describe", trees={}))
     text = bytes(got.of_site("describe")["text"].tolist()).decode()
     leaked = [secret for secret in SECRETS if secret in text]
-    assert not leaked, f"the survey told the names {', '.join(leaked)}"
+    assert not leaked, f"the survey revealed the names {', '.join(leaked)}"
 
 
 def test_nothing_of_the_data_is_opened_before_a_person_has_approved(homes: Mapping[str, SiteFolder]) -> None:
@@ -398,7 +398,7 @@ def test_another_server_cannot_use_a_name_that_was_approved(homes: Mapping[str, 
 def test_the_person_is_named_as_the_account_that_typed(
     homes: Mapping[str, SiteFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``SUDO_USER`` and ``LOGNAME`` are only the environment: whoever sets them does not become another account."""
+    """``SUDO_USER`` and ``LOGNAME`` are environment variables: setting them does not change the recorded account."""
     import os
 
     for key in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
@@ -413,7 +413,7 @@ def test_the_person_is_named_as_the_account_that_typed(
 
 
 def test_a_decision_that_was_not_signed_by_the_site_does_not_count(homes: Mapping[str, SiteFolder]) -> None:
-    """Whoever can write into the folder of reviews, and has no key, approves nothing."""
+    """Write access to the folder of reviews without the key approves nothing."""
     server = HostileServer(homes, small_order(), approved=False)
     path = homes["site-0"].reviews / "run-1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": "approved", "by": "nobody"}))

@@ -97,7 +97,7 @@ def test_an_approved_private_job_does_not_leave_unpaid_under_the_name_of_a_free_
 
 
 def test_one_round_trains_once(server: HostileServer) -> None:
-    """Every further content for the same round is refused, whatever its number and where it says that it goes on."""
+    """Every further content for the same round is refused, whatever its number and its claimed starting point."""
     answered(server.ask("site-0", "train"))
     for i in range(1, 6):
         refused(server.ask("site-0", "train", server.moved(0.01 * i)))
@@ -306,7 +306,7 @@ def _spent(home: SiteFolder) -> float:
 
 
 def test_a_private_study_whose_method_sends_exact_gradients_is_refused_or_sends_none(tmp_path: Path) -> None:
-    """MimeLite trains with DP-SGD and sends the exact full gradient beside it, which no noise protects."""
+    """MimeLite trains with DP-SGD and also sends the exact full gradient, which no noise protects."""
     server = HostileServer(
         houses(tmp_path, policy=LENIENT + BUDGET.replace("3.0", "1000.0")),
         small_order(method="mime-lite", plan=PRIVATE),

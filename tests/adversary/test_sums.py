@@ -1,4 +1,4 @@
-"""Secure sums show the sum, whatever the server calls them, whomever it names, and whoever helps it."""
+"""Secure sums reveal only the sum, for any name, any roster and any colluding site."""
 
 import os
 from collections.abc import Sequence

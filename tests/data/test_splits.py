@@ -64,9 +64,9 @@ def test_official_splits_are_kept_or_refused() -> None:
     assert official(good) == {"a": "train", "b": "test"}
     with pytest.raises(DataError, match=r"1 patients are in two of the official splits \(a\)"):
         official(table("aab", [0, 0, 1], split=("train", "test", "test")))
-    with pytest.raises(DataError, match="holds 'fold1'"):
+    with pytest.raises(DataError, match="contains 'fold1'"):
         official(table("ab", [0, 1], split=("train", "fold1")))
-    with pytest.raises(DataError, match="without a split of its own"):
+    with pytest.raises(DataError, match="has no official split"):
         official(table("ab", [0, 1]))
 
 

@@ -142,7 +142,7 @@ class Hospitals:
         return said.getvalue()
 
     def __enter__(self) -> "Hospitals":
-        """Starts everybody; whatever happens then, everybody is stopped at the end."""
+        """Starts every site; whatever happens then, every site is stopped at the end."""
         try:
             self.start()
         except BaseException:
@@ -154,14 +154,14 @@ class Hospitals:
         self.close()
 
     def start(self) -> None:
-        """Starts everybody, and waits until everybody is connected."""
+        """Starts every site, and waits until every site is connected."""
         self.command("server", "start", "--background", home=self.server.path)
         for home in self.homes.values():
             self.command("site", "start", "--background", home=home.path)
         self.together()
 
     def together(self, sites: Sequence[str] = ()) -> None:
-        """Waits until everybody is connected, at this moment."""
+        """Waits until every site is connected, at this moment."""
         wanted, now = set(sites or self.homes), time.time()
         until(
             lambda: (
@@ -173,7 +173,7 @@ class Hospitals:
         )
 
     def close(self) -> None:
-        """Stops everybody, by the commands; whatever stays is a mistake, and is ended."""
+        """Stops every site, by the commands; whatever stays is a mistake, and is ended."""
         for home in self.homes.values():
             with suppress(AssertionError):
                 self.command("site", "stop", home=home.path)
@@ -183,7 +183,7 @@ class Hospitals:
         assert not left, f"{len(left)} processes stayed after everybody was stopped"
 
     def order(self, an: RunRequest, approve: bool = True) -> RunRequest:
-        """Puts an order into the queue, and approves what became of it at every site, before it comes there."""
+        """Puts a run request into the queue, and approves what became of it at every site, before it comes there."""
         server_setup.order(self.server, an)
         made = Queue(self.server).get(an.run)
         assert made is not None
@@ -310,7 +310,7 @@ class Hospitals:
             self.env = before
 
     def reset(self) -> None:
-        """Whatever a test did, everybody is there again."""
+        """Whatever a test did, every site is there again."""
         for path in self.faults.iterdir():
             path.unlink()
         if not server_setup.is_up(self.server):

@@ -89,13 +89,13 @@ def identities(homes: Mapping[str, SiteFolder]) -> dict[str, str]:
 
 
 def approve(home: SiteFolder, an: RunRequest) -> None:
-    """What a person at the site does, once the order has come: reads it, and approves what was shown."""
+    """What a person at the site does, once the run request has come: reads it, and approves what was shown."""
     Reviews(home.reviews).offer(an, ())
     read_and_approve(home, an.run)
 
 
 def read_and_approve(home: SiteFolder, name: str, reason: str = "because") -> None:
-    """Reads what stands there under ``name``, and approves exactly that."""
+    """Read the current content under ``name``, and approve exactly that."""
     reviews = Reviews(home.reviews)
     reviews.remember(reviews.subject(name))
     reviews.decide(name, APPROVED, "a person", reason)
@@ -155,7 +155,7 @@ class LocalCarrier:
         if not self.queue:
             self.idle += 1
             if self.idle > 3000:
-                raise Ended("nobody has answered for long: does the test lose a message and set no deadline?")
+                raise Ended("no site has answered for long: does the test lose a message and set no deadline?")
             time.sleep(0.002)
             return None
         self.idle = 0
@@ -197,7 +197,7 @@ def _nothing(path: Path, limit: int) -> tuple[int, str]:
 
 
 def admitted(root: Path, homes: Mapping[str, SiteFolder]) -> Signers:
-    """What the server knows of the sites' keys, as after `server admit`."""
+    """The server's record of the sites' keys, as after `server admit`."""
     until = datetime.now(UTC) + timedelta(days=100)
     entries = {
         name: {"revoked": "", "signers": [signer(site_keys.load(home.keys / "site.key").public_key(), until)]}
@@ -224,7 +224,7 @@ def hospital(
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(count=count).items()}
 
 
-def conductor(root: Path, an: RunRequest, carrier: LocalCarrier, **how: Any) -> RunCoordinator:
+def coordinator(root: Path, an: RunRequest, carrier: LocalCarrier, **how: Any) -> RunCoordinator:
     signers = admitted(root, carrier.homes)
     return RunCoordinator(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0, signers=signers, **how)
 

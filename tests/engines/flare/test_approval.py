@@ -1,4 +1,4 @@
-"""What an approval binds: what was read, once, by whom, under the site's signature; and what the agent does with it."""
+"""What an approval binds: the content as read, once, by a person, signed by the site; and what the agent does with it."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def test_a_name_of_two_studies_approves_neither_and_lists_both(home: SiteFolder)
 
 
 def test_a_study_that_takes_the_name_of_another_is_not_approved_with_it(home: SiteFolder) -> None:
-    """It was read under this name, and then another study stands there alone."""
+    """It was read under this name, and then another study has replaced it."""
     reviews = Reviews(home.reviews)
     reviews.offer(study("spots-1"), ())
     reviews.remember(reviews.subject("spots"))
@@ -266,7 +266,7 @@ def test_each_seed_of_a_method_is_an_arm(home: SiteFolder) -> None:
 
 
 def test_a_runs_name_belongs_to_one_order(home: SiteFolder) -> None:
-    """A server that puts one arm in another's place, and back, to have it trained for ever."""
+    """A server that puts one method run in another's place, and back, to have it trained for ever."""
     reviews = surveyed(home)
     assert reviews.offer(study("spots-1"), ()).state == APPROVED
     swapped = reviews.offer(study("spots-1", arm=1), ())
@@ -301,7 +301,7 @@ def test_without_an_answer_to_the_survey_nothing_confirms_the_data(home: SiteFol
     waiting = reviews.offer(study("spots-1"), ())
     assert waiting.state == WAITING
     assert "this site has answered no survey" in waiting.notes[0]
-    reviews.answered(study("spots-1"), dict(SHAPE))  # nobody has approved that one: what it says does not count
+    reviews.answered(study("spots-1"), dict(SHAPE))  # it was not approved: its answer does not count
     assert reviews.offer(study("spots-2", arm=1), ()).state == WAITING
 
 
@@ -474,7 +474,7 @@ def test_a_decision_for_one_run_is_none_for_another(home: SiteFolder) -> None:
 
 
 def test_a_forged_answer_to_a_survey_confirms_nothing(home: SiteFolder) -> None:
-    """Neither in a file that nobody approved, nor in one that was approved."""
+    """Neither in a file that was not approved, nor in one that was."""
     reviews = Reviews(home.reviews)
     reviews.offer(survey(), ())
     path = home.reviews / "spots-survey.json"
@@ -971,7 +971,7 @@ def test_what_the_journal_keeps_of_a_decision_can_be_verified(homes: dict[str, S
 
 @pytest.mark.parametrize("an", [replace(study("x"), label="other"), replace(study("x"), external=("site-9",))])
 def test_a_run_that_hides_behind_a_study_is_refused(homes: dict[str, SiteFolder], an: RunRequest) -> None:
-    """The review shows the study's arms, so a run that is none of them is not for a person to approve."""
+    """The review shows the study's method runs, so a run that is none of them is not for a person to approve."""
     assert "is not part of the study that it names" in Server(homes, an).hello()
 
 

@@ -17,7 +17,7 @@ from polyclinic.engines.flare.client.executor import SiteExecutor
 from polyclinic.engines.flare.protocol import file_transfer, message_limits
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call
 from polyclinic.engines.flare.server.controller import FlareCarrier
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 LITTLE = "[limits]\nmin_patients = 2\nmegabytes_per_round = 1.0\n"
 
@@ -88,7 +88,7 @@ def test_nothing_is_fetched_before_an_approval_stands(tmp_path: Path, monkeypatc
     assert "has no file" in house.call(600_000_000, kind="hello", job="")
     assert "has no file" in house.call(600_000_000, kind="end", job="")
     assert house.fetched == []
-    # Each is told; the journal names the first, second, fourth and eighth of the same.
+    # Each is answered; the journal names the first, second, fourth and eighth of the same.
     assert [e.get("times", 1) for e in house.refusals if "waits for" in e["reason"]] == [1, 2, 4, 8]
 
 
@@ -149,7 +149,7 @@ def test_calls_come_as_often_as_a_site_bears(monkeypatch: pytest.MonkeyPatch) ->
     assert [rate.wait() for _ in range(5)] == [0.0] * 5
     assert rate.wait() == pytest.approx(0.1)
     now[0] += 100.0
-    assert [rate.wait() for _ in range(5)] == [0.0] * 5  # no more than so many are saved up
+    assert [rate.wait() for _ in range(5)] == [0.0] * 5  # no more than the burst is saved up
     assert rate.wait() > 0
 
 
@@ -253,11 +253,11 @@ def test_a_run_waits_until_there_is_room(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
         with pytest.raises(OSError, match="nearly full"):
-            conductor(tmp_path, an, carrier).run()
+            coordinator(tmp_path, an, carrier).run()
     said = json.loads((tmp_path / "server" / an.run / "status.json").read_text())
     assert said["phase"] == "interrupted"
     assert "keep_free_megabytes" in said["why"]
-    assert conductor(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
 
 
 def test_settings_of_the_server_are_numbers() -> None:

@@ -82,7 +82,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
 
 
 def heard(port: int, root: Path, certificate: tuple[Path, Path] | None) -> bool:
-    """Whether a gRPC server answers somebody with this certificate and key."""
+    """Whether a gRPC server answers someone with this certificate and key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(root)
     context.set_alpn_protocols(["h2"])

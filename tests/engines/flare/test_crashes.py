@@ -1,4 +1,4 @@
-"""A run dies at every single write, before it and after it, and each time goes on to the same bits.
+"""A run dies at every single write, before it and after it, and each time resumes with bit-identical results.
 
 Server and sites are one process here, so that it takes a second and not a minute; test_faults.py kills real ones.
 """
@@ -18,7 +18,7 @@ from polyclinic.privacy.ledger import Ledger
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, reference, state_of
 from tests.engines.flare.test_secure import GROUP, SUM
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, identities, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, identities, order
 
 CASES = {
     "scaffold": {"score_every": 2},
@@ -60,7 +60,7 @@ def attempt(root: Path, an, homes: dict[str, SiteFolder], die_at: int | None = N
         code = 1
         try:
             carrier = LocalCarrier(homes, an)
-            code = 0 if conductor(root, an, carrier).run() == "finished" else 2
+            code = 0 if coordinator(root, an, carrier).run() == "finished" else 2
             carrier.close()
             seen.write_text(str(moments.count))
         finally:
@@ -157,7 +157,7 @@ unit = "record"
 
 
 def spends_of(home: SiteFolder) -> int:
-    """How many releases the site's ledger knows of."""
+    """Return the number of releases in the site's ledger."""
     return sum(len(Ledger(path).spends()) for path in home.ledgers.glob("*.jsonl"))
 
 

@@ -30,7 +30,7 @@ TOWNS = ("Zurich-8001", "Basel-4051", "Winterthur-8400")
 
 @pytest.fixture
 def home(tmp_path: Path) -> SiteFolder:
-    """A hospital whose table has a column that nobody asked for, beside a file of which nobody spoke."""
+    """A hospital whose table has a column that was not requested, next to a file that was not mentioned."""
     home = make_site(tmp_path / "site", "site-0", little_sites(count=1)["site-0"])
     data = home.path / "data"
     for path in data.iterdir():

@@ -19,7 +19,7 @@ def link(number: int, after: int, memory: str = "") -> Link:
 
 
 def answer(memory: RunMemory, number: int, after: int, confirmed: int, keep: bool = True) -> str:
-    """Answers a message as the agent does; what it began from."""
+    """Answer a message as the agent does, and return the state it started from."""
     memory.settle(after, confirmed, number)
     memory.undo(after)
     before = memory.before(after)
@@ -360,7 +360,7 @@ def test_what_was_answered_outlives_a_rollback_and_a_lost_memory(tmp_path: Path)
 
 
 class Server(RuleBasedStateMachine):
-    """A server that loses answers, crashes and resumes, beside a site; the model is the list of answers that count."""
+    """A server that loses answers, crashes and resumes, with a site; the model is the list of answers that count."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -229,7 +229,7 @@ def test_a_wrong_order_is_told_by_field(changes, why) -> None:
 
 
 def test_an_order_names_what_runs() -> None:
-    """The order's hash changes with anything; the method's only with what runs at a site."""
+    """The run request's hash changes with anything; the method's only with what runs at a site."""
     base = order()
     assert order(run="run-2").hash != base.hash
     assert order(run="run-2").method_hash == base.method_hash

@@ -1,4 +1,4 @@
-"""Neither roster nor threshold of a secure sum is the server's choice: real sites beside a server that lies."""
+"""Neither roster nor threshold of a secure sum is the server's choice: real sites with a dishonest server."""
 
 import os
 from dataclasses import replace
@@ -25,7 +25,7 @@ ALL = ("site-0", "site-1", "site-2", "site-3", "site-4")
 
 
 class Liar:
-    """A server that sums over whom it likes, under what name and threshold it likes."""
+    """A server that sums over any sites, under any name and threshold."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ def test_a_survivor_is_not_left_out_of_a_second_session(tmp_path: Path) -> None:
     liar = Liar(tmp_path)
     liar.sum()
     with pytest.raises(ProtocolError, match="was opened already"):
-        liar.sum(leave_out=("site-4",))  # the same roster, of which one is said to have vanished
+        liar.sum(leave_out=("site-4",))  # the same roster, of which one is claimed to have vanished
 
 
 COUNTS = {"uplink": [{**SUM, "limit": 64.0, "bits": 16, "heaviest": 64.0}]}

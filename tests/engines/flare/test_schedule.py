@@ -19,7 +19,7 @@ from polyclinic.engines.policy import site_policy as policies
 from polyclinic.methods.catalog import METHODS
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run, state_of
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
 LAX = POLICY.replace('never = ["predict/*"]', "never = []").replace('["score", "describe"]', '["*"]')
@@ -81,7 +81,7 @@ class Server:
         return answer, file
 
     def said(self, round: int, job: str = "train", by: float = 0.0, **changes) -> str:
-        """Why there is no reply; empty where there is one."""
+        """Return why there is no reply; empty if there is one."""
         return self.call(self.ask(round, job, by), **changes)[0].lost
 
 
@@ -339,7 +339,7 @@ def test_thresholds_are_found_with_the_model_that_was_tested(tmp_path: Path) -> 
     assert server.said(1, "predict/val", by=0.1) == ""
 
 
-# Scores beside a budget ---------------------------------------------------------------------------------------------
+# Scores under a budget ---------------------------------------------------------------------------------------------
 
 
 def test_scores_beside_a_budget_are_rounded(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def honest(root: Path, method: str, homes=None, **how):
 
 
 def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_path: Path) -> None:
-    """The round is not done again after a crash while it is scored; else another model could stand in its place."""
+    """The round is not done again after a crash while it is scored; otherwise another model could take its place."""
     homes, an = honest(tmp_path, "fedavg", score_every=1, test="score/test", best={"metric": "loss", "higher": False})
     calls, lost = [], []
 
@@ -459,7 +459,7 @@ def test_a_site_that_lost_everything_begins_anew_in_its_place(tmp_path: Path) ->
         return False
 
     carrier.crash = lose_disk
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     carrier.close()
     assert refused(homes) == []
 

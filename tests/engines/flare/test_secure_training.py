@@ -107,7 +107,7 @@ def test_the_sum_is_over_the_sites_whose_vectors_arrived(made: Federation, lost:
 
 
 def test_every_step_describes_the_file_that_is_sent_and_who_is_in_the_sum(made: Federation) -> None:
-    """The agent records the roster of an opened sum from what the training process says at each step."""
+    """The agent records the roster of an opened sum as the training process reports it at each stage."""
     session = made.session()
     expected: tuple[str, ...] = ()
     for stage in ("advertise", "share", "mask", "agree", "reveal"):
@@ -140,7 +140,7 @@ def test_shares_are_revealed_once(made: Federation) -> None:
             made.step("a", stage, value)
 
 
-# Whom a site sums with -----------------------------------------------------------------------------------------------
+# Partners of a site -----------------------------------------------------------------------------------------------
 
 
 def test_a_site_with_another_key_than_was_approved_is_in_no_sum(made: Federation) -> None:

@@ -22,7 +22,7 @@ from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from tests.support.flare_deployment import Hospitals, study, until
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 LITTLE = "[limits]\nmin_patients = 2\n"
 JOINED = {
@@ -39,7 +39,7 @@ JOINED = {
 
 @pytest.fixture
 def site(tmp_path: Path) -> SiteFolder:
-    """A site whose keeper is this process, and which heard the server just now."""
+    """A site whose supervisor is this process, and which heard the server just now."""
     home = SiteFolder(tmp_path / "site-0")
     home.path.mkdir()
     home.settings.write_text(toml(JOINED))
@@ -193,13 +193,13 @@ def test_replies_of_the_server_say_when_it_was_heard_and_what_it_refuses(site: S
 
 
 def test_a_run_that_ended_without_some_sites_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong data at two of three sites: the run ended, and nobody was named."""
+    """Wrong data at two of three sites: the run ended, and no site was named."""
     homes, an = hospital(tmp_path, policy=LITTLE), order(rounds=2)
     for home in homes.values():
         approve(home, an)
     for name in ("site-1", "site-2"):
         (homes[name].path / "data" / "train.npz").write_bytes(b"nonsense")
-    assert conductor(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
     server = ServerFolder(tmp_path / "coordinator")
     server.path.mkdir()
     (tmp_path / "server").rename(server.path / "runs")
@@ -231,7 +231,7 @@ def test_the_memory_of_an_ended_run_goes_and_a_replay_stays_refused(tmp_path: Pa
     for home in homes.values():
         approve(home, an)
     carrier = LocalCarrier(homes, an)
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     carrier.close()
     home = homes["site-0"]
     folder = home.memory(an.run)
@@ -271,7 +271,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     hospitals.start_site("site-1")
     hospitals.together()
     hospitals.command("server", "revoke", "site-1", home=hospitals.server.path)
-    until(lambda: "REFUSES this site" in status(), "the refusal to be told", 60)
+    until(lambda: "REFUSES this site" in status(), "the refusal to be reported", 60)
     hospitals.command("site", "stop", home=home.path)
     hospitals.command("site", "start", "--background", home=home.path)
     time.sleep(15)

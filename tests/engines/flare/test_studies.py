@@ -35,7 +35,7 @@ from tests.support.local_deployment import (
     LocalCarrier,
     admitted,
     approve,
-    conductor,
+    coordinator,
     hospital,
     order,
     read_and_approve,
@@ -186,7 +186,7 @@ def test_one_approval_is_enough_and_nothing_waits_for_another(tmp_path: Path) ->
 
 
 def tampered(an: RunRequest) -> dict[str, RunRequest]:
-    """What a hostile server may make of an order after a study was approved."""
+    """What a hostile server may make of a run request after a study was approved."""
     plan = an.plan
     arm = an.study["arms"][0]
     more = {**an.study, "arms": [*an.study["arms"], {**arm, "label": "other"}]}
@@ -370,7 +370,7 @@ def attempt(root: Path, homes: dict[str, SiteFolder], an: RunRequest) -> str:
         approve(home, an)
     carrier = LocalCarrier(homes, an)
     try:
-        return conductor(root, an, carrier).run()
+        return coordinator(root, an, carrier).run()
     finally:
         carrier.close()
 
@@ -414,7 +414,7 @@ def test_orders_with_wrong_new_fields_are_told_by_field() -> None:
 
 
 def test_a_site_reads_its_data_as_its_file_says(tmp_path: Path) -> None:
-    """data.toml at the hospital, paths from its folder; what the study says of treatment goes on top."""
+    """data.toml at the hospital, paths from its folder; what the study says of preprocessing is added."""
     make(tmp_path)
     folder = tmp_path / "hospital"
     folder.mkdir()

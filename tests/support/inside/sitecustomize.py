@@ -1,4 +1,4 @@
-"""Loaded by Python in every real process that the tests start, because this folder stands on PYTHONPATH.
+"""Loaded by Python in every real process that the tests start, because this folder is on PYTHONPATH.
 
 By files in the folder that POLYCLINIC_TEST_FAULTS names, a test decides about processes that it did not write: when they
 die (``*.kill``), how long a site works (``hold-SITE-ROUND``) or scores (``silent-SITE``), what a site's job process
@@ -118,7 +118,7 @@ def change_executor(module: Any) -> None:
 
 
 def change_conductor(module: Any) -> None:
-    """A server that, once it has trained, asks for what a test wishes (``hostile-RUN``) and notes what it hears."""
+    """A server that, once it has trained, sends the requests of a test (``hostile-RUN``) and records the answers."""
     finish = module.RunCoordinator._finish
 
     def hostile(self: Any, federation: Any) -> None:
@@ -142,7 +142,7 @@ def change_conductor(module: Any) -> None:
 
 
 def change_controller(module: Any) -> None:
-    """A server that greets with a file of 8 MB beside its call (``flooding``)."""
+    """A server that registers sites with a file of 8 MB in its call (``flooding``)."""
     post = module.FlareCarrier.post
 
     def flooding(self: Any, calls: Any, body: Any) -> None:

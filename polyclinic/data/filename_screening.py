@@ -39,7 +39,7 @@ priya rachel rahul raj ravi rebecca ricardo richard robert roberto rosa ruth sam
 simon sofia sophie stefan stephen steven susan takashi thomas tim tom ursula victor wang wei william yuki yusuf
 zhang
 """
-_BRITISH = {"centre", "colour", "grey", "tumour", "oesophagus", "oedema"}  # codespell:ignore centre,colour,grey,tumour
+_BRITISH = {"centre", "colour", "grey", "tumour", "oesophagus", "oedema"}  # codespell:ignore
 _WORDS, _GIVEN = set(_IMAGING.split()) | _BRITISH, set(_GIVEN_NAMES.split())
 
 

@@ -16,7 +16,16 @@ from pathlib import Path
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, refusing
 
-SITE_COLUMNS = ("site", "site_id", "scanner", "center", "centre", "hospital", "institution", "dataset")
+SITE_COLUMNS = (
+    "site",
+    "site_id",
+    "scanner",
+    "center",
+    "centre",
+    "hospital",
+    "institution",
+    "dataset",
+)  # codespell:ignore
 MISSING = ("", "n/a", "N/A", "nan", "NaN")
 _MASKS = ("mask", "dseg", "seg")
 

@@ -35,7 +35,7 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
 LABEL_COLUMNS = ("label", "class", "diagnosis", "target", "y")
-SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")
+SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")  # codespell:ignore
 
 
 @dataclass(frozen=True)

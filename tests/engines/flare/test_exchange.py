@@ -424,8 +424,8 @@ def test_features_apart_by_site_leave_only_where_the_policy_names_them(tmp_path:
 def test_a_message_for_another_run_site_or_time_is_refused(tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     request = server.ask()
-    assert "here is site-0" in server.call(request, site="site-1").lost
-    assert "here is site-0 in run-1" in server.call(request, run="run-2").lost
+    assert "this is site-0" in server.call(request, site="site-1").lost
+    assert "this is site-0 in run-1" in server.call(request, run="run-2").lost
     first = server.call(request)
     assert first.lost == ""
     assert server.call(replace(request, round=1), after=first.number, confirmed=first.number).lost == ""

@@ -76,7 +76,7 @@ def test_a_process_that_loaded_earlier_code_does_not_run_it_as_the_new(tmp_path:
     (folder / "make.py").write_text(CODE + "# changed\n")
     Reviews(homes["site-0"].reviews).offer(an, ())
     read_and_approve(homes["site-0"], "run-1")
-    assert "a package that the study needs was changed here while the run went on" in server.hello()
+    assert "a package that the study needs was changed here during the run" in server.hello()
 
 
 def test_a_survey_is_answered_though_an_arm_needs_a_package_that_is_not_allowed(

@@ -166,7 +166,7 @@ def test_a_site_that_only_tests_is_in_no_sum(tmp_path: Path) -> None:
 
 def test_a_site_does_not_begin_with_a_key_that_is_not_the_approved_one(made: Federation) -> None:
     write_private(made.root / "a" / "secure.key", Ed25519PrivateKey.generate().private_bytes_raw().hex())
-    assert "the study names another key of this site" in refusal(made, made.session())
+    assert "the study names a key of this site for secure sums that is not in keys" in refusal(made, made.session())
 
 
 def test_a_session_that_leaves_this_site_out_is_refused(made: Federation) -> None:
@@ -177,7 +177,7 @@ def test_a_site_without_an_approved_key_is_in_no_sum(made: Federation) -> None:
     others = {name: key for name, key in made.identities.items() if name != "a"}
     made.sites["a"] = SecureTraining("a", others, made.root / "a", demands())
     assert "a has another key, or another name" in refusal(made, made.session())
-    assert "names another key of this site" in refusal(made, made.session(NAMES[1:]))
+    assert "names a key of this site for secure sums that is not in keys" in refusal(made, made.session(NAMES[1:]))
 
 
 def test_a_study_that_was_approved_with_an_earlier_key_goes_on_after_new_keys(made: Federation) -> None:
@@ -197,11 +197,11 @@ def test_a_study_that_was_approved_with_an_earlier_key_goes_on_after_new_keys(ma
         (5, 0, 5, ""),
         (0, 5, 5, ""),
         (4, 4, 4, ""),
-        (5, 0, 4, "least 5 (the approved threshold, and the sites whose noise is counted on)"),
+        (5, 0, 4, "least 5 (the approved threshold, and the sites whose noise is assumed)"),
         (0, 5, 4, "least 5 (the policy here, require.min_sites)"),
         (5, 5, 4, "least 5 (the policy here, require.min_sites)"),
         (3, 5, 4, "least 5 (the policy here, require.min_sites)"),
-        (5, 3, 4, "least 5 (the approved threshold, and the sites whose noise is counted on)"),
+        (5, 3, 4, "least 5 (the approved threshold, and the sites whose noise is assumed)"),
     ],
 )
 def test_the_threshold_is_the_most_that_anybody_asks_for(
@@ -277,11 +277,11 @@ def test_the_threshold_of_the_session_holds_to_its_end(tmp_path: Path) -> None:
 def test_a_session_is_begun_once(made: Federation) -> None:
     session = made.session()
     assert refusal(made, session) == ""
-    assert refusal(made, session) == "this session was begun before, and a retry is a new one"
-    with pytest.raises(ProtocolError, match="no secure sum is under way"):
+    assert refusal(made, session) == "this session was begun before; a retry needs a new session"
+    with pytest.raises(ProtocolError, match="no secure sum is in progress"):
         made.step("a", "share", ())
     assert refusal(made, made.session()) == ""
-    assert refusal(made, session) == "this session was begun before, and a retry is a new one"
+    assert refusal(made, session) == "this session was begun before; a retry needs a new session"
 
 
 @pytest.mark.parametrize(("round", "fits"), [(ROUND - 1, False), (ROUND, True), (ROUND + 1, False)])
@@ -305,7 +305,7 @@ def test_a_session_that_was_refused_may_be_begun_when_it_fits(made: Federation) 
 def test_a_refused_session_ends_the_one_before(made: Federation) -> None:
     _, adverts = made.until("share", made.session())
     assert "for round 9" in refusal(made, made.session(round=9))
-    with pytest.raises(ProtocolError, match="no secure sum is under way"):
+    with pytest.raises(ProtocolError, match="no secure sum is in progress"):
         made.step("a", "share", adverts["a"])
 
 
@@ -364,7 +364,7 @@ def test_lists_travel_as_lists_or_tuples(made: Federation, form: type) -> None:
 
 
 def test_steps_out_of_order_are_refused(made: Federation) -> None:
-    with pytest.raises(ProtocolError, match="it was begun before the training process was"):
+    with pytest.raises(ProtocolError, match="it began before the training process started"):
         made.step("a", "share", ())
     made.until("share", made.session())
     with pytest.raises(ProtocolError):

@@ -174,7 +174,7 @@ def flat_spacing(path: Path, dataset: Any) -> tuple[tuple[float, float], tuple[s
     regions = [
         (numbers(path, r, "PhysicalDeltaY", 1), numbers(path, r, "PhysicalDeltaX", 1))
         for r in dataset.get("SequenceOfUltrasoundRegions") or []
-        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimetres
+        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimeters
     ]
     if regions and len(set(regions)) == 1 and regions[0][0] and regions[0][1]:
         steps = abs(regions[0][0][0]) * 10, abs(regions[0][1][0]) * 10

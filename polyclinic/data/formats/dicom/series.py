@@ -21,7 +21,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fit
 from polyclinic.data.formats.volume import Volume, affine_from
 
 SUFFIXES = (".dcm", ".ima", ".dicom", "")
-_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")
+_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")  # codespell:ignore
 _TELL_APART = (  # tags that separate several images in one series at the same positions, in this order
     "EchoTime",
     "EchoNumbers",

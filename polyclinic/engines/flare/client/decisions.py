@@ -66,7 +66,7 @@ class Review:
         shown: Hash of what the person had been shown.
         of: The run of the same study that the person decided, if this run is covered by that decision.
         notes: Further information for the person, such as methods of the study that the policy refuses.
-        said: Of an answered survey: ``inputs`` and ``outputs`` of the local data.
+        said: Answer to a survey: ``inputs`` and ``outputs`` of the local data.
         data: Why the local data do not fit, if they do not. It may name files and is not sent.
         signature: The site's signature of the decision.
     """

@@ -28,7 +28,7 @@ class UnsuitableData(DataError):
     """Data that a run request cannot use.
 
     Attributes:
-        told: The reason as reported to the server: without paths and without values of the data.
+        told: Reason as reported to the server: without paths and without values of the data.
     """
 
     def __init__(self, problems: Sequence[str] | str, told: str) -> None:

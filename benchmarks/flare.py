@@ -34,25 +34,25 @@ from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
 from polyclinic.engines.flare.protocol import flare_job
-from polyclinic.engines.flare.protocol.paths import ServerHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import server_setup
-from polyclinic.engines.flare.server.admin_api import Console
+from polyclinic.engines.flare.server.admin_api import AdminConnection
 from polyclinic.engines.flare.server.job_queue import OVER, Queue
 
 FEATURES = 64
 SITES = ("site-1", "site-2", "site-3")
 
 
-def deploy(root: Path, scheme: str, features: int) -> tuple[ServerHome, dict[str, SiteHome]]:
+def deploy(root: Path, scheme: str, features: int) -> tuple[ServerFolder, dict[str, SiteFolder]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = ServerHome(root / "server")
+    server = ServerFolder(root / "server")
     server_setup.init(server, "benchmark", "localhost", port, "bench", scheme)
     homes, rng = {}, np.random.default_rng(0)
     for name in SITES:
-        home = homes[name] = SiteHome(root / name)
+        home = homes[name] = SiteFolder(root / name)
         _, table = server_setup.admit(server, site_setup.init(home, name, "bench"))
         data = root / "data" / name
         data.mkdir(parents=True)
@@ -126,7 +126,7 @@ class Found(NamedTuple):
     ended: float
 
 
-def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, rounds: int, root: Path) -> Found:
+def bare(server: ServerFolder, homes: dict[str, SiteFolder], megabytes: float, rounds: int, root: Path) -> Found:
     """FLARE's own exchange."""
     for kit, allowed in [
         (server.kit, "bare_exchange.BareController"),
@@ -137,7 +137,7 @@ def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, round
         table["class_allow_list"] = sorted({*table["class_allow_list"], allowed})
         path.write_text(json.dumps(table))
     report = root / f"bare-{time.monotonic_ns()}.json"
-    folder = flare_job.write(root / "bare", Order("bare", {"sites": list(SITES)}))
+    folder = flare_job.write(root / "bare", RunRequest("bare", {"sites": list(SITES)}))
     config = folder / "app" / "config"
     table = json.loads((config / "config_fed_server.json").read_text())
     args = {"megabytes": megabytes, "rounds": rounds, "report": str(report)}
@@ -146,7 +146,7 @@ def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, round
     table = json.loads((config / "config_fed_client.json").read_text())
     table["executors"] = [{"tasks": ["bare"], "executor": {"path": "bare_exchange.BareExecutor", "args": {}}}]
     (config / "config_fed_client.json").write_text(json.dumps(table))
-    console = Console(server.admin, root / "console.log")
+    console = AdminConnection(server.admin, root / "console.log")
     number = console.submit(folder)
     until = time.monotonic() + 600
     while not console.status(number).startswith("FINISHED") and time.monotonic() < until:
@@ -158,7 +158,7 @@ def bare(server: ServerHome, homes: dict[str, SiteHome], megabytes: float, round
 
 
 def ours(
-    server: ServerHome, homes: dict[str, SiteHome], features: int, width: int, depth: int, rounds: int
+    server: ServerFolder, homes: dict[str, SiteFolder], features: int, width: int, depth: int, rounds: int
 ) -> tuple[Found, float]:
     """Ours, without what sites report as training; and the CPU seconds of one site's training in one round."""
     plan = {
@@ -172,7 +172,7 @@ def ours(
         "network_options": {"width": width, "depth": depth},
         "training": {"steps": 1, "batch_size": 2, "lr": 1e-3},
     }
-    server_setup.order(server, Order("ours", plan))
+    server_setup.order(server, RunRequest("ours", plan))
     entry = Queue(server).get("ours")
     assert entry is not None
     for home in homes.values():  # what became of the order, with the sites' keys in it
@@ -190,10 +190,10 @@ def ours(
     trained = [max(r["seconds"].values()) for r in records if r["kind"] == "round"]
     # The first round loads data and libraries at the sites, and is left out on both sides.
     seconds = [b - a - t for a, b, t in zip(ends, ends[1:], trained[1:], strict=False)]
-    return Found(seconds, ends[0], ends[-1]), _training(Order("ours", plan), features)
+    return Found(seconds, ends[0], ends[-1]), _training(RunRequest("ours", plan), features)
 
 
-def _training(order: Order, features: int) -> float:
+def _training(order: RunRequest, features: int) -> float:
     """The CPU seconds that one round of training takes in one process, with nothing around it."""
     from polyclinic.core.site import Site
     from polyclinic.data.examples import Examples

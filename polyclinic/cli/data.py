@@ -96,7 +96,7 @@ def check(folder: Path, *, page: Path | None = None, labels: tuple[int, ...] = (
     allow_health
         Treat suspected personal information as a warning instead of an error.
     """
-    from polyclinic.data.quality.site_check import check_command
+    from polyclinic.data.quality.quality_page import check_command
 
     sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, _line))
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, read_json, read_small
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_json, read_small
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
 
@@ -21,36 +21,36 @@ def table_of(path: Path) -> dict[str, Any]:
     try:
         table: Any = read_json(path) if path.suffix == ".json" else tomllib.loads(read_small(path))
     except FileNotFoundError:
-        raise BadOrder(f"{path} does not exist") from None
+        raise InvalidRunRequest(f"{path} does not exist") from None
     except tomllib.TOMLDecodeError as error:
-        raise BadOrder(f"{path}: {error}") from None
+        raise InvalidRunRequest(f"{path}: {error}") from None
     if not isinstance(table, dict):
-        raise BadOrder(f"{path} is neither a study nor an order")
+        raise InvalidRunRequest(f"{path} is neither a study nor an order")
     return table
 
 
-def queue_order(server: ServerHome, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
+def queue_order(server: ServerFolder, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
     """Queues a single run; its name."""
     table["plan"] = {"sites": list(sites), **table["plan"]}
     table["run"] = name or table.get("run") or path.stem
     try:
-        an = Order.from_json(json.dumps(table))
-    except BadOrder as error:
-        raise BadOrder(f"{path}: {error}") from None
+        an = RunRequest.from_json(json.dumps(table))
+    except InvalidRunRequest as error:
+        raise InvalidRunRequest(f"{path}: {error}") from None
     server_setup.order(server, an)
     print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
     return an.run
 
 
 def queue_study(
-    server: ServerHome, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
+    server: ServerFolder, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
 ) -> list[str]:
     """Queues a study; the names of the runs that are queued at once."""
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import deployment
 
     if bool(inputs) != (outputs > 0):
-        raise BadOrder("give --inputs and --outputs together, or neither: then the sites are asked")
+        raise InvalidRunRequest("give --inputs and --outputs together, or neither: then the sites are asked")
     study = study_config.read(path)
     shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
     arms, notes = deployment.arms(study, sites, shape)
@@ -65,13 +65,13 @@ def queue_study(
     return queued
 
 
-def export_study(server: ServerHome, title: str, study: Mapping[str, Any], out: Path) -> None:
+def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out: Path) -> None:
     """Writes the run folder of a study."""
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import deployment
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadHome(f"{out} is there already, and not empty: choose a new folder")
+        raise SetupError(f"{out} is there already, and not empty: choose a new folder")
     path, queue = server.path / "studies" / title / "study.toml", Queue(server)
     entries = {run: queue.get(run) for run in study["runs"]}
     arms = {
@@ -79,7 +79,7 @@ def export_study(server: ServerHome, title: str, study: Mapping[str, Any], out: 
     }
     done = {run: server.run(run) for run, e in entries.items() if e and e.state == FINISHED}
     if not done:
-        raise BadHome(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
+        raise SetupError(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
     said = study_runs.survey_of(server, title)
     missing = deployment.collect(
         study_config.read(path), path.read_text(encoding="utf-8"), title, arms, said, done, out
@@ -101,7 +101,7 @@ def line_of(queue: Queue, run: str, entry: Any) -> str:
     return f"{line}{REHEARSED if entry.what.rehearsal else ''}"
 
 
-def wait_for(server: ServerHome, queued: Sequence[str], title: str = "") -> None:
+def wait_for(server: ServerFolder, queued: Sequence[str], title: str = "") -> None:
     """Tells how runs go until they are over; those of a study, until all of it is."""
     queue, before, runs = Queue(server), dict[str, str](), list(queued)
     while True:
@@ -109,7 +109,7 @@ def wait_for(server: ServerHome, queued: Sequence[str], title: str = "") -> None
         if study:
             runs = [*([study["survey"]] if study["survey"] else []), *study["runs"]]
             if study["state"] == study_runs.STOPPED:
-                raise BadHome(f"{title} stopped: {study['why']}")
+                raise SetupError(f"{title} stopped: {study['why']}")
         entries = {run: entry for run in runs if (entry := queue.get(run))}
         for run, entry in entries.items():
             if (line := line_of(queue, run, entry)) != before.get(run):
@@ -117,6 +117,6 @@ def wait_for(server: ServerHome, queued: Sequence[str], title: str = "") -> None
                 before[run] = line
         if len(entries) == len(runs) and all(entry.state in OVER for entry in entries.values()):
             if bad := [f"{run} {e.state}: {e.why}" for run, e in entries.items() if e.state != FINISHED]:
-                raise BadHome("\n".join(bad))
+                raise SetupError("\n".join(bad))
             return
         time.sleep(0.5)

@@ -9,9 +9,9 @@ from typing import Any
 from polyclinic.engines.flare.client.reviews import APPROVED, WAITING, Review, Reviews
 from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, flat, kind
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 
 APART = ("sites", "rounds", "seed")
 COUNTS = ("split", "unlabeled")
@@ -44,7 +44,7 @@ class _Method:
     seeds: list[str] = field(default_factory=list)
 
 
-def methods_of(an: Order) -> list[str]:
+def methods_of(an: RunRequest) -> list[str]:
     """What a study runs, or the run its method."""
     if an.mode == "survey" and not an.study:
         return ["a survey"]
@@ -52,7 +52,7 @@ def methods_of(an: Order) -> list[str]:
     return [*names, "(imaginary data)"] if an.rehearsal else names
 
 
-def look(home: SiteHome, order: Order, folder: Path) -> Here:
+def look(home: SiteFolder, order: RunRequest, folder: Path) -> Here:
     """What this site's own data and policy say, read by the person's command."""
     from polyclinic.data.examples import DataError
     from polyclinic.engines.flare.client import site_data
@@ -69,7 +69,7 @@ def look(home: SiteHome, order: Order, folder: Path) -> Here:
         divided = {key: order.data[key] for key in COUNTS if key in order.data and key not in (own or {})}
         asked = replace(order, mode="survey", data=divided)  # only how patients are divided: nothing is prepared
         held = site_data.load(folder, asked, order.build_plan(), site)
-    except (DataError, BadHome, ValueError, OSError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+    except (DataError, SetupError, ValueError, OSError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         return Here(None, tuple(str(error).splitlines()), cell, named)
     return Here({role: policies.count_patients(data) for role, data in held.roles.items()}, differ, cell, named)
 
@@ -113,7 +113,7 @@ def _say(text: str) -> None:
     print("\n".join(printable(line, len(line) + 1) for line in text.split("\n")))
 
 
-def _methods(an: Order) -> list[_Method]:
+def _methods(an: RunRequest) -> list[_Method]:
     """The methods that would run; none where a survey is all there is."""
     if an.mode == "survey" and not an.study:
         return []
@@ -150,7 +150,7 @@ def _show_asked(item: Review, others: Sequence[Review], here: Here) -> None:
         _say("  One decision is for the whole study: the survey and every method below, once for each of its seeds.")
 
 
-def _show_methods(an: Order, methods: Sequence[_Method]) -> None:
+def _show_methods(an: RunRequest, methods: Sequence[_Method]) -> None:
     _say("\nWhat would run here, every round")
     first = methods[0].plan
     shared = {key: value for key, value in first.items() if all(m.plan.get(key) == value for m in methods)}
@@ -164,7 +164,7 @@ def _show_methods(an: Order, methods: Sequence[_Method]) -> None:
             _say(f"    {key} = {value}")
 
 
-def _show_leaving(an: Order, methods: Sequence[_Method]) -> None:
+def _show_leaving(an: RunRequest, methods: Sequence[_Method]) -> None:
     _say("\nWhat would leave")
     if an.mode == "survey":
         _say("  the survey: what is asked now, and nothing else")
@@ -183,7 +183,7 @@ def _show_leaving(an: Order, methods: Sequence[_Method]) -> None:
     _say(f"  {scores}; at the end {_test(an.test)}")
 
 
-def _show_how(an: Order, methods: Sequence[_Method]) -> None:
+def _show_how(an: RunRequest, methods: Sequence[_Method]) -> None:
     _say("\nHow it is run, and with whom")
     plans = [an.plan, *(method.plan for method in methods)]
     _say(f"  {', '.join(dict.fromkeys(site for plan in plans for site in plan.get('sites', ())))}")

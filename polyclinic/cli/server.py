@@ -11,8 +11,8 @@ from cyclopts import App, Parameter
 
 from polyclinic.cli.queue import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
 from polyclinic.engines.flare.pki import certificate_authority
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, read_small
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_small
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import Queue
 
@@ -40,7 +40,7 @@ def init(
     scheme
         grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
-    fingerprint = server_setup.init(ServerHome(home.resolve()), project, host, port, organization, scheme)
+    fingerprint = server_setup.init(ServerFolder(home.resolve()), project, host, port, organization, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
     print(f"ca       {fingerprint}")
     print("         Read this to every site on the telephone: it is how they know that a join file is yours.")
@@ -50,7 +50,7 @@ def init(
 @app.command
 def fingerprint(*, home: Home = HERE) -> None:
     """Print the fingerprint of this project's authority, which sites compare on the telephone."""
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     server_setup.settings(server)
     print(
         certificate_authority.fingerprint(
@@ -72,7 +72,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
     days
         How long the site's certificate is good for.
     """
-    site, join = server_setup.admit(ServerHome(home.resolve()), request, days)
+    site, join = server_setup.admit(ServerFolder(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
     path.write_text(json.dumps(join, indent=1), encoding="utf-8")
     print(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
@@ -84,7 +84,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 @app.command
 def sites(*, home: Home = HERE) -> None:
     """The sites that were admitted, and which are connected."""
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     seen = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
     for site, entry in server_setup.sites(server).items():
         state = (
@@ -102,7 +102,7 @@ def shut_out(site: str, *, home: Home = HERE) -> None:
     site
         The name of the site.
     """
-    server_setup.shut_out(ServerHome(home.resolve()), site)
+    server_setup.shut_out(ServerFolder(home.resolve()), site)
     print(f"shut out {site}")
 
 
@@ -115,7 +115,7 @@ def readmit(site: str, *, home: Home = HERE) -> None:
     site
         The name of the site.
     """
-    server_setup.shut_out(ServerHome(home.resolve()), site, readmit=True)
+    server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
     print(f"readmitted {site}")
 
 
@@ -128,9 +128,9 @@ def renew(*, days: float = 730, home: Home = HERE) -> None:
     days
         How many days the new certificates are valid.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     if server_setup.is_up(server):
-        raise BadHome("stop the server first: polyclinic server stop")
+        raise SetupError("stop the server first: polyclinic server stop")
     server_setup.renew(server, days)
     print("renewed  the certificates of the server and the coordinator")
 
@@ -144,7 +144,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
     background
         Whether to return at once. A service manager should not: see `polyclinic server unit`.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     if background:
         print(f"started  process {server_setup.start(server)}")
         return
@@ -158,7 +158,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 @app.command
 def stop(*, home: Home = HERE) -> None:
     """Stop the server. Runs go on when it starts again."""
-    print("stopped" if server_setup.stop(ServerHome(home.resolve())) else "it was not running")
+    print("stopped" if server_setup.stop(ServerFolder(home.resolve())) else "it was not running")
 
 
 @app.command
@@ -186,7 +186,7 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
     """
     from polyclinic.cli.server_status import show
 
-    show(ServerHome(home.resolve()), json_)
+    show(ServerFolder(home.resolve()), json_)
 
 
 @app.command
@@ -220,10 +220,10 @@ def run(
     wait
         Whether to stay until all of it is over.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     admitted = [site for site, entry in server_setup.sites(server).items() if not entry["revoked"]]
     if strange := [site for site in sites if site not in admitted]:
-        raise BadHome(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
+        raise SetupError(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
     table = table_of(file)
     if "plan" in table:
         queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
@@ -244,10 +244,10 @@ def wait(name: str, *, home: Home = HERE) -> None:
     name
         The name of a study or a run.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     study = study_runs.all_of(server).get(name)
     if study is None and Queue(server).get(name) is None:
-        raise BadHome(f"there is no study and no run called {name!r}: `polyclinic server status` lists them")
+        raise SetupError(f"there is no study and no run called {name!r}: `polyclinic server status` lists them")
     wait_for(server, [] if study else [name], name if study else "")
 
 
@@ -262,9 +262,9 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
     wait
         Whether to wait until the rehearsal is over.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     who = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
-    an = Order(
+    an = RunRequest(
         name or time.strftime("rehearsal-%Y%m%d-%H%M%S"),
         {
             "kind": "classification",
@@ -294,7 +294,7 @@ def cancel(run: str, *, home: Home = HERE) -> None:
     run
         The name of the run.
     """
-    Queue(ServerHome(home.resolve())).cancel(run)
+    Queue(ServerFolder(home.resolve())).cancel(run)
     print(f"cancelled {run}")
 
 
@@ -309,14 +309,14 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
     out
         A new folder.
     """
-    server = ServerHome(home.resolve())
+    server = ServerFolder(home.resolve())
     study = study_runs.all_of(server).get(name)
     if study is not None:
         export_study(server, name, study, out)
         return
     folder = server.run(name)
     if not (folder / "model.safetensors").exists():
-        raise BadHome(f"{name} has no model yet: `polyclinic server status` says how far it is")
+        raise SetupError(f"{name} has no model yet: `polyclinic server status` says how far it is")
     out.mkdir(parents=True, exist_ok=True)
     for path in ("model.safetensors", "predictions.safetensors", "records.jsonl", "journal.jsonl"):
         if (folder / path).exists():

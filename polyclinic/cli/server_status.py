@@ -6,7 +6,7 @@ from typing import Any
 
 from polyclinic.cli.queue import line_of
 from polyclinic.engines.flare import flare_processes
-from polyclinic.engines.flare.protocol.paths import ServerHome
+from polyclinic.engines.flare.protocol.paths import ServerFolder
 from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import ACTIVE, OVER, Queue
 
@@ -14,7 +14,7 @@ SILENT_AFTER = 120.0
 """Seconds after which a supervisor that has written nothing does not respond; it may wait 40 s for FLARE."""
 
 
-def read(home: ServerHome) -> dict[str, Any]:
+def read(home: ServerFolder) -> dict[str, Any]:
     """How the server is, its sites, its studies and its runs, from the files that their processes write."""
     given, said, queue = server_setup.settings(home), server_setup.status(home), Queue(home)
     up = server_setup.is_up(home)
@@ -47,7 +47,7 @@ def _run(progress: dict[str, Any], entry: Any) -> dict[str, Any]:
     return {"state": entry.state, "why": entry.why, "attempt": entry.attempt, "working": alive, **facts}
 
 
-def show(home: ServerHome, as_json: bool) -> None:
+def show(home: ServerFolder, as_json: bool) -> None:
     """Prints it.
 
     Raises:

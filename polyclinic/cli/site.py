@@ -11,9 +11,9 @@ from polyclinic.cli.review import before, look, methods_of, show
 from polyclinic.engines.flare.client import diagnosis, site_setup
 from polyclinic.engines.flare.client.decisions import this_person
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.protocol import data_restrictions
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
@@ -36,7 +36,7 @@ def init(*, name: str, organization: str, renew: bool = False, new_keys: bool = 
     new_keys
         With renew, whether to make new keys too.
     """
-    request = site_setup.init(SiteHome(home.resolve()), name, organization, renew, new_keys)
+    request = site_setup.init(SiteFolder(home.resolve()), name, organization, renew, new_keys)
     print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
     print(f"send     {request} to the coordinator. It holds no secret.")
     print("next     polyclinic site join FILE --data DIR, with the file that comes back")
@@ -73,7 +73,7 @@ def join(
     yes
         Whether to join without having compared fingerprints.
     """
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     table, found = site_setup.read_join(site, file)
     print(
         f"project  {table['project']} at {table['host']}:{table['port']}; outbound connections only, no port opens here"
@@ -81,14 +81,14 @@ def join(
     print(f"ca       {found}")
     said = fingerprint.replace(":", "").strip().lower()
     if said and said != found.replace(":", ""):
-        raise BadHome("this is not the fingerprint that you were told: do not join, and ask the coordinator")
+        raise SetupError("this is not the fingerprint that you were told: do not join, and ask the coordinator")
     if not said and not yes:
         if not sys.stdin.isatty():
-            raise BadHome(
+            raise SetupError(
                 "compare the fingerprint with the coordinator's on the telephone, and give it: --fingerprint ..."
             )
         if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
-            raise BadHome("not joined")
+            raise SetupError("not joined")
     called = site_setup.join(site, table, data, device, proxy, data_name)
     print(f"joined   as {table['site']}, until {table['expires'][:10]}")
     print(f"data     {called!r}; `data_name` in site.toml keeps the name, and the privacy budget, if the folder moves")
@@ -104,7 +104,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
     background
         Whether to return at once. A service manager should not: see `polyclinic site unit`.
     """
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     if background:
         print(f"started  process {site_setup.start(site)}")
         return
@@ -115,13 +115,13 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 @app.command
 def stop(*, home: Home = HERE) -> None:
     """Stop taking part, for now."""
-    print("stopped" if site_setup.stop(SiteHome(home.resolve())) else "it was not running")
+    print("stopped" if site_setup.stop(SiteFolder(home.resolve())) else "it was not running")
 
 
 @app.command(name="diagnose")
 def examine(*, home: Home = HERE) -> None:
     """What is wrong, in one line each: clock, certificate, name, port, server, version, data, policy."""
-    found = diagnosis.examine(SiteHome(home.resolve()))
+    found = diagnosis.examine(SiteFolder(home.resolve()))
     for what, good, words in found:
         print(f"{'ok ' if good else 'BAD'}  {what:12} {words}")
     if not all(good for _, good, _ in found):
@@ -139,7 +139,7 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
     """
     from polyclinic.cli.site_status import show
 
-    show(SiteHome(home.resolve()), json_)
+    show(SiteFolder(home.resolve()), json_)
 
 
 @app.command
@@ -155,7 +155,7 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> 
     """
     from polyclinic.engines.policy import site_policy as policies
 
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     if default:
         print(policies.DEFAULT, end="")
         return
@@ -182,7 +182,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
     wait
         Whether to stay until it comes, or until anything waits.
     """
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     reviews = Reviews(site.reviews)
     if wait:
         from polyclinic.cli.site_status import wait_for
@@ -215,7 +215,7 @@ def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home =
     hash
         For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
     """
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     _check_tables(site, run)
     _decide(site, run, APPROVED, reason, by, hash)
 
@@ -233,7 +233,7 @@ def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
     by
         Your name; that of your account on this machine by default.
     """
-    _decide(SiteHome(home.resolve()), run, REFUSED, reason, by)
+    _decide(SiteFolder(home.resolve()), run, REFUSED, reason, by)
 
 
 @app.command
@@ -247,7 +247,7 @@ def log(*, last: int = 20, home: Home = HERE) -> None:
     """
     from polyclinic.cli.journal import show
 
-    show(SiteHome(home.resolve()).journal, last)
+    show(SiteFolder(home.resolve()).journal, last)
 
 
 @app.command
@@ -261,10 +261,10 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
     yes
         Do not ask for confirmation.
     """
-    site = SiteHome(home.resolve())
+    site = SiteFolder(home.resolve())
     if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
         return
-    Memory(site.memory(run)).forget()
+    RunMemory(site.memory(run)).forget()
     SharedJournal(site.journal).write("memory deleted", {"run": run, "by": _person()})
     print(f"deleted  the memory of {run}")
 
@@ -292,19 +292,19 @@ def leave(*, yes: bool = False, home: Home = HERE) -> None:
     """
     if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
         return
-    site_setup.leave(SiteHome(home.resolve()))
+    site_setup.leave(SiteFolder(home.resolve()))
     print("left")
 
 
-def _check_tables(site: SiteHome, name: str) -> None:
+def _check_tables(site: SiteFolder, name: str) -> None:
     """Raises if the study and this hospital's data.toml say different things: such a study could not run."""
     order = Reviews(site.reviews).subject(name)[0].what
     own = None if order.rehearsal else data_restrictions.of_hospital(Path(site_setup.settings(site)["data"]))
     if own and (differ := data_restrictions.conflicts(own, order.data)):
-        raise BadHome("\n".join(differ.values()))
+        raise SetupError("\n".join(differ.values()))
 
 
-def _decide(site: SiteHome, name: str, state: str, reason: str, by: str, shown: str = "") -> None:
+def _decide(site: SiteFolder, name: str, state: str, reason: str, by: str, shown: str = "") -> None:
     journal = SharedJournal(site.journal)
     for decided in Reviews(site.reviews).decide(name, state, by, reason, shown):
         about = {"run": decided.what.run, "rehearsal": decided.what.rehearsal}

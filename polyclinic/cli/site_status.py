@@ -8,15 +8,15 @@ from typing import Any
 from polyclinic.engines.flare.client import agent_status, proxies, site_setup
 from polyclinic.engines.flare.client.agent_status import ago
 from polyclinic.engines.flare.client.reviews import Reviews
-from polyclinic.engines.flare.client.run_memory import Memory
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
+from polyclinic.engines.flare.client.run_memory import RunMemory
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 DEAD_AFTER = 5.0
 """Seconds for which a site may be down, as when a service restarts it, before nobody waits there any more."""
 
 
-def show(home: SiteHome, as_json: bool) -> None:
+def show(home: SiteFolder, as_json: bool) -> None:
     """Prints how the site is.
 
     Raises:
@@ -43,7 +43,7 @@ def show(home: SiteHome, as_json: bool) -> None:
         since = f" ({ago(one['since'])})" if one["since"] else ""
         print(f"problem  {one['run'] + ': ' if one['run'] else ''}{one['problem']}{since}")
     for review in Reviews(home.reviews).all():
-        memory = Memory(home.memory(review.what.run)).chain
+        memory = RunMemory(home.memory(review.what.run)).chain
         last = memory.links[-1] if memory.links else None
         did = f"answered message {last.number} of round {last.round + 1}" if last else ""
         print(f"study    {review.what.run:24} {review.state:10} {did}".rstrip())
@@ -77,18 +77,18 @@ def _server(server: dict[str, Any]) -> str:
             return f"{state}, {heard}"
 
 
-def wait_for(home: SiteHome, run: str, come: Callable[[], Any]) -> None:
+def wait_for(home: SiteFolder, run: str, come: Callable[[], Any]) -> None:
     """Waits until what ``come`` looks for is there, and says meanwhile what is waited for and what goes wrong.
 
     Raises:
-        BadHome: If the site does not run, so that nothing can come.
+        SetupError: If the site does not run, so that nothing can come.
     """
     what, said, down = f"the study {run!r}" if run else "a study", "", 0.0
     while not come():
         found = agent_status.read(home)
         down = 0.0 if found["running"] else down or time.monotonic()
         if down and time.monotonic() - down > DEAD_AFTER:
-            raise BadHome(f"{found['site']} does not run, so {what} cannot come here: polyclinic site start")
+            raise SetupError(f"{found['site']} does not run, so {what} cannot come here: polyclinic site start")
         state = _server(found["server"]).partition(",")[0]
         problems = "; ".join(f"{one['run']}: {one['problem']}" for one in found["problems"])
         line = f"waits    for {what} to come; the server is {state}{f'; {problems}' if problems else ''}"

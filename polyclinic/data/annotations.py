@@ -1,8 +1,8 @@
-"""What a site's data hold besides inputs and targets: weak annotation, and what images look like when measured fast.
+"""Simulated weak annotation and simulated accelerated acquisition of a site's data.
 
-A study file may say that a site has boxes, labels of images or nothing where others have masks or classes. Boxes and
-labels are made from the masks there are (a mask that is a box stays as it is), so that methods for weak annotation can
-be studied, and used where a site's masks are boxes already.
+A study file may give a site boxes, image labels or no annotation instead of masks or classes. Boxes and labels are
+derived from the existing masks (a mask that is a box remains unchanged), so that methods for weak annotation can be
+studied, and also used at sites whose masks are boxes.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ ROLE: Mapping[Annotation, str] = {"full": "train", "boxes": "boxed", "labels": "
 
 
 def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dict[str, Examples]:
-    """``roles`` of ``site`` with its training examples under the role of ``kind``; its ``train`` is then empty.
+    """Return the ``roles`` of ``site`` with its training examples moved to the role of ``kind``, leaving ``train``
+    empty.
 
     Raises:
-        DataError: Where boxes or labels are asked for and the targets are no masks.
+        DataError: If boxes or labels are requested and the targets are not masks.
     """
     if kind == "full" or not roles.keys() & {"train", ROLE[kind]}:
         return dict(roles)
@@ -31,7 +32,7 @@ def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dic
     nothing = weak.subset(torch.zeros(0, dtype=torch.int64))
     if kind != "none" and weak.targets.ndim < 3:
         raise DataError(
-            f'annotations gives {site} "{kind}", which are made from masks; this data has none: say "full" or "none"'
+            f'annotations gives {site} "{kind}", which are made from masks; this data has none: use "full" or "none"'
         )
     if kind == "boxes":
         weak = replace(weak, targets=boxes(weak.targets))
@@ -41,26 +42,28 @@ def annotated(roles: Mapping[str, Examples], kind: Annotation, site: str) -> dic
 
 
 def without(roles: Mapping[str, Examples], role: str) -> dict[str, Examples]:
-    """All but one of ``roles``."""
+    """Return all but one of ``roles``."""
     return {name: examples for name, examples in roles.items() if name != role}
 
 
 def boxes(masks: Tensor) -> Tensor:
-    """Around the foreground of each mask [n, *spatial] the smallest box, filled with the mask's largest class."""
-    found = torch.zeros_like(masks)
-    for out, mask in zip(found, masks, strict=True):
+    """Return for each mask [n, *spatial] the smallest box around its foreground, filled with the mask's largest
+    class.
+    """
+    filled = torch.zeros_like(masks)
+    for out, mask in zip(filled, masks, strict=True):
         where = mask.nonzero()
         if len(where):
             low, high = where.amin(0).tolist(), where.amax(0).tolist()
             out[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))] = mask.amax()
-    return found
+    return filled
 
 
 def accelerated(examples: Examples, factor: float, center: float, rng: torch.Generator) -> Examples:
-    """Images as an accelerated scanner would show them, with the full images as targets.
+    """Return undersampled images as inputs, with the full images as targets.
 
-    Of the columns of k-space one in ``factor`` is measured, a share ``center`` around the middle among them; the same
-    columns for all ``examples``, as of one protocol.
+    One in ``factor`` columns of k-space is kept, including a share ``center`` around the middle; the same columns for
+    all ``examples``, as in one protocol.
     """
     if examples.inputs.ndim < 4:
         raise DataError("accelerate = ... is for images; these examples are rows of a table")

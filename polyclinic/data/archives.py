@@ -1,4 +1,4 @@
-"""Archives, unpacked once and within limits: nothing lands outside its folder, and a folder is whole or absent."""
+"""Unpacking of archives within limits: no file is written outside the target folder, which is complete or absent."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
 
 
 def unpack(archive: Path, home: Path) -> None:
-    """The content of a ``.zip`` or ``.tar`` file, in the new folder ``home``.
+    """Unpack a ``.zip`` or ``.tar`` file into the new folder ``home``.
 
     Raises:
-        DataError: Where the archive is damaged, too large, or means to write elsewhere.
+        DataError: If the archive is damaged, too large, or contains paths outside the folder.
     """
     home.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=home.parent) as beside:
-            inner = Path(beside) / "content"
+        with tempfile.TemporaryDirectory(dir=home.parent) as work:
+            inner = Path(work) / "content"
             inner.mkdir()
             if archive.name.lower().endswith(".zip"):
                 with zipfile.ZipFile(archive) as packed:
@@ -35,7 +35,7 @@ def unpack(archive: Path, home: Path) -> None:
                     members = tape.getmembers()
                     _bounded(archive, [member.size for member in members])
                     tape.extractall(inner, members, filter="data")  # no links outside, no devices, no absolute paths
-            for hidden in (*inner.rglob("._*"), *inner.rglob("__MACOSX")):  # what macOS adds is no data
+            for hidden in (*inner.rglob("._*"), *inner.rglob("__MACOSX")):  # files added by macOS are no data
                 shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink(missing_ok=True)
             os.replace(inner, home)
     except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError, RuntimeError, NotImplementedError) as error:

@@ -1,4 +1,4 @@
-"""What was decoded once is kept on disk, under a name that is the hash of everything it was made from."""
+"""On-disk cache of decoded data, keyed by a hash of everything that a result depends on."""
 
 import mmap
 import os
@@ -14,11 +14,11 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.source import digest
 
 CHECKED = 2**30
-"""Files up to this many bytes are compared with their checksum whenever they are opened; larger ones are mapped."""
+"""Largest file in bytes whose checksum is verified at each opening; larger files are mapped without verification."""
 
 
 def folder() -> Path:
-    """Where decoded data lies: the environment variable ``POLYCLINIC_CACHE``, or this user's own cache folder."""
+    """Return the cache folder: the environment variable ``POLYCLINIC_CACHE``, or the user's cache folder."""
     if chosen := os.environ.get("POLYCLINIC_CACHE"):
         return Path(chosen)
     import platformdirs
@@ -27,22 +27,22 @@ def folder() -> Path:
 
 
 def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``build`` makes, from disk where it was built before.
+    """Return the result of ``build``, from disk if it was built before.
 
-    Tensors are read as they are touched (the file is mapped, not loaded), so a data set may be larger than memory.
-    A damaged file is built again. A file is whole or absent: it is written beside its place and renamed.
+    Tensors are memory-mapped, so a data set may be larger than memory. A damaged file is rebuilt. Files are written
+    atomically.
 
     Args:
-        kind: The folder within the cache, such as ``"nodules"``.
-        key: A hash of all that the result depends on.
-        build: Makes the result, a table of tensors and plain values; called only where it is not there.
+        kind: Folder within the cache, such as ``"nodules"``.
+        key: Hash of everything that the result depends on.
+        build: Builds the result, a table of tensors and plain values; called only if it is not cached.
 
     Raises:
-        DataError: Where the cache cannot be written, with what to do.
+        DataError: If the cache cannot be written, with what to do.
     """
     path = folder() / kind / f"{key}.safetensors"
-    if (kept := _read(path)) is not None:
-        return kept
+    if (stored := _read(path)) is not None:
+        return stored
     built = build()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
     except OSError as error:
         raise DataError(
             f"cannot write the cache {path.parent} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at "
-            "a folder that you may write"
+            "a writable folder"
         ) from error
     return built
 
@@ -58,13 +58,13 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         with open(path, "rb") as file:
-            # A private mapping: pages come from the file when they are touched, and changes never reach it.
+            # A private mapping: pages are read when accessed, and changes are not written to the file.
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         value, meta = serialization.decode_with_meta(buffer, share=True)
-        whole = len(buffer) > CHECKED or meta.get("checksum") == _checksum(value)
+        intact = len(buffer) > CHECKED or meta.get("checksum") == _checksum(value)
     except (OSError, ValueError):  # absent, empty or damaged
         return None
-    return value if isinstance(value, dict) and whole else None
+    return value if isinstance(value, dict) and intact else None
 
 
 def _checksum(value: Mapping[str, Any]) -> str:

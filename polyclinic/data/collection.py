@@ -1,4 +1,4 @@
-"""Image files with what is known of each: what every source of files is made of."""
+"""Collections of image files with their metadata, the common basis of all file-based sources."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,12 +31,12 @@ class Entry:
     """One example on disk.
 
     Attributes:
-        id: Its name, unique in the collection.
+        id: Unique name in the collection.
         images: Its file, or one file per channel.
-        patient: Whose it is.
-        label: A class's number, numbers, or None where a mask is the target.
-        mask: The file of its mask.
-        columns: What else is known of it, as text.
+        patient: Patient that it belongs to.
+        label: Class number, several numbers, or None if a mask is the target.
+        mask: File of its mask.
+        columns: Further metadata, as text.
     """
 
     id: str
@@ -49,14 +49,14 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Collection:
-    """Entries, decoded on first use and kept in the cache: the source that folders, manifests and pairs turn into.
+    """Entries that are decoded on first use and cached.
 
     Attributes:
-        info: What it is.
-        entries: What is there, in a fixed order.
-        sites: The columns that could name a site.
-        steps: Preprocessing. After it all images must have one size.
-        unreadable: Whether a damaged file stops everything, or is left out and named.
+        info: Description of the data set.
+        entries: The examples, in a fixed order.
+        sites: The columns that can name a site.
+        steps: Preprocessing, after which all images must have the same size.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
     """
 
     info: Info
@@ -75,14 +75,14 @@ class Collection:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of files, labels, patients, columns and steps; not of where the files are."""
+        """Hash of files, labels, patients, columns and steps, independent of the location of the files."""
         known = [(e.id, e.label, e.patient, sorted(e.columns.items())) for e in self.entries]
         return digest("files", VERSION, self.contents, known, fingerprint(self.steps), self.unreadable)
 
     def table(self) -> Table:
-        """One row per entry that can be read."""
+        """Return one row per readable entry."""
         if not self.entries:
-            raise DataError(f"{self.info.name} holds no images that we read")
+            raise DataError(f"{self.info.name} contains no readable images")
         skipped = {i for i, _ in self._decoded["bad"]} if self.unreadable == "skip" else set()
         kept = [e for i, e in enumerate(self.entries) if i not in skipped]
         labels = None
@@ -94,7 +94,7 @@ class Collection:
         return Table(tuple(e.id for e in kept), tuple(e.patient for e in kept), labels, columns, self.sites)
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named entries, decoded and preprocessed."""
+        """Return the named entries, decoded and preprocessed."""
         decoded = self._decoded
         if (bad := decoded["bad"]) and self.unreadable == "refuse":
             raise DataError([reason for _, reason in bad])
@@ -110,7 +110,7 @@ class Collection:
         return Examples(decoded["images"][rows], targets, tuple(entry[name].patient for name in ids), tuple(ids))
 
     def pictures(self) -> Iterator[Picture | None]:
-        """Each entry as its files hold it, before any step; None where it cannot be read."""
+        """Yield each entry without preprocessing, or None if it cannot be read."""
         for entry in self.entries:
             try:
                 yield read_image(entry.images, entry.mask)
@@ -119,7 +119,7 @@ class Collection:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to say of files that were left out."""
+        """Sentences about files that were left out."""
         bad = self._decoded["bad"] if self.unreadable == "skip" else []
         if not bad:
             return ()
@@ -128,7 +128,7 @@ class Collection:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; where nobody named a mask's, as many numbers as masks hold."""
+        """The names of the classes; unnamed mask values are numbered."""
         if self.info.classes or self.info.task != "segmentation" or "masks" not in self._decoded:
             return self.info.classes
         return ("background", *(f"label {i}" for i in range(1, int(self._decoded["masks"].max()) + 1)))
@@ -139,7 +139,7 @@ class Collection:
         return cached("images", key, self._decode)
 
     def _decode(self) -> dict[str, Any]:
-        """All images (and masks) in one tensor each; and which files could not be read, and why."""
+        """Return all images (and masks) as one tensor each, and the unreadable files with the reasons."""
         from rich.console import Console
         from rich.progress import track
 
@@ -166,13 +166,13 @@ class Collection:
                 f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): add steps that make them "
                 'alike, such as {step = "resize", size = 128}, {step = "crop_pad", size = 128} or {step = "channels"}'
             )
-        if len({f.pixels.dtype for f in good}) > 1:  # pictures of 8 bits among deeper ones
+        if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
         out: dict[str, Any] = {"images": torch.stack([f.pixels for f in good]), "bad": bad}
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
             if set(masks.unique().tolist()) == {0, 255}:
-                masks //= 255  # black and white, in all masks, are 0 and 1
+                masks //= 255  # black and white masks become 0 and 1
             out["masks"] = masks.to(torch.uint8) if int(masks.max()) < 256 else masks
         return out
 
@@ -184,17 +184,21 @@ class Collection:
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:
-    """What is known of the data beforehand, completed by what was found in its files."""
+    """Return the ``about`` description, if given, completed by what was read from the files."""
     known = about or found
     return replace(known, task=found.task, classes=known.classes or found.classes, notes=(*known.notes, *notes))
 
 
 @dataclass(frozen=True)
 class FromFiles:
-    """A source whose fields say how to find entries; ``collect`` finds them."""
+    """Source whose fields specify how ``collect`` finds entries."""
 
     def collect(self) -> Collection:
-        """What there is. Raises ``DataError`` with every problem."""
+        """Return the collection.
+
+        Raises:
+            DataError: With every problem.
+        """
         raise NotImplementedError
 
     @cached_property
@@ -203,24 +207,24 @@ class FromFiles:
 
     @property
     def collection(self) -> Collection:
-        """What ``collect`` found, once."""
+        """The result of ``collect``, computed once."""
         return self._collection
 
     @property
     def info(self) -> Info:
-        """What it is, and which files were left out."""
+        """Description of the data set, including the files that were left out."""
         found = self._collection
         return replace(found.info, classes=found.classes, notes=(*found.info.notes, *found.notes))
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the files' content and of the options that change what is read."""
+        """Hash of the files' content and of the options that affect what is read."""
         return self._collection.fingerprint
 
     def table(self) -> Table:
-        """One row per image."""
+        """Return one row per image."""
         return self._collection.table()
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named images, decoded and preprocessed."""
+        """Return the named images, decoded and preprocessed."""
         return self._collection.examples(ids)

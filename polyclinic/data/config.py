@@ -1,4 +1,4 @@
-"""The ``[data]`` table of a study file, as a value: which data, whose sites, which split."""
+"""Model of the ``[data]`` table of a study file: data set, sites and split."""
 
 import dataclasses
 import importlib
@@ -30,14 +30,14 @@ KINDS: dict[str, tuple[str, str]] = {
     "table": ("polyclinic.data.sources.feature_tables", "FeatureTable"),
     "bids": ("polyclinic.data.sources.bids_images", "BidsImages"),
     "dicom": ("polyclinic.data.sources.dicom_images", "DicomImages"),
-    "fastmri": ("polyclinic.data.formats.fastmri", "FastMri"),
+    "fastmri": ("polyclinic.data.sources.fastmri", "FastMri"),
     "roi-phantom": ("polyclinic.data.simulation.phantoms", "RoiPhantom"),
 }
-"""What ``kind`` may be: the module and the class of the source. Options are the class's fields."""
+"""Possible values of ``kind``: module and class of the source. Its options are the fields of the class."""
 
 
 def _sites(value: Any) -> str | Partition:
-    """A column's name, or a made-up partition from its table ``{partition = "dirichlet", count = 8}``."""
+    """Parse a column name, or a simulated partition such as ``{partition = "dirichlet", count = 8}``."""
     if isinstance(value, str | Partition):
         return value
     if not isinstance(value, Mapping):
@@ -55,7 +55,7 @@ def _plain(value: str | Partition) -> Any:
 
 
 def _split(value: Any) -> tuple[float, ...] | str:
-    """Three shares, or ``"official"``."""
+    """Parse three shares, or ``"official"``."""
     if value == "official":
         return "official"
     numbers = isinstance(value, list | tuple) and all(type(n) in (int, float) for n in value)
@@ -74,29 +74,30 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class DataSpec(BaseModel):
-    """Which data a study is about. Further keys are the source's own options, such as ``size`` and ``mm``.
+    """Data of a study. Further keys are options of the source, such as ``size`` and ``mm``.
 
     Attributes:
-        use: A data set of the catalog (``polyclinic data list``).
-        path: A folder or file of your own; ``~`` and ``$VARIABLES`` are filled in.
-        kind: What lies at ``path``; a key of ``KINDS``.
-        plan: The file of a ``DataPlan`` (``polyclinic data plan`` writes it), whose preprocessing is used.
+        use: Data set of the catalog (``polyclinic data list``).
+        path: Folder or file of your own; ``~`` and ``$VARIABLES`` are expanded.
+        kind: Kind of data at ``path``; a key of ``KINDS``.
+        plan: File of a ``DataPlan`` (written by ``polyclinic data plan``) whose preprocessing is used.
         sites: ``"natural"`` for the source's own hospitals or scanners, another column's name, or a partition that
-            makes sites up.
+            simulates sites.
         split: Shares of training, validation and test, or ``"official"`` for the source's own split.
-        external: Sites that nobody trains on; all their data are test data.
-        min_patients: Sites with fewer patients are left out, and named.
-        max_patients: At most this many patients a site, drawn at random.
-        unlabeled: The share of each site's training patients whose labels are withheld (role ``"unlabeled"``).
-        annotations: By site, what its training data are annotated with where that is not all there is: ``"boxes"`` or
-            ``"labels"`` (of whole images) instead of masks, or ``"none"``.
-        public: Sites whose images are nobody's patients: every site and the server hold them, without targets.
-        accelerate: By how much acquisition was accelerated, for reconstruction: the full image is the target; 0 for
-            not at all. ``center``: the share of k-space around its middle that is always measured.
-        position: The column that says how high in its volume a slice lies. ``video``: which video a frame is of.
-        scanners: The strength of imaginary scanners, one per site, that change its images; 0 for none.
-        duplicates: Whether equal inputs are reported, dropped (test data keep theirs), or refused.
-        near_duplicates: Whether nearly equal images are looked for and reported, or refused where two roles share them.
+        external: Sites without training; all their data are test data.
+        min_patients: Sites with fewer patients are left out and listed.
+        max_patients: Largest number of patients per site, drawn at random.
+        unlabeled: Share of each site's training patients whose labels are withheld (role ``"unlabeled"``).
+        annotations: Weak annotation of training data, by site: ``"boxes"`` or ``"labels"`` (of images) instead of
+            masks, or ``"none"``.
+        public: Sites whose images are public: every site and the server have them, without targets.
+        accelerate: Acceleration factor of simulated acquisition for reconstruction, with the full image as target; 0
+            for none. ``center``: share of k-space around its middle that is always measured.
+        position: Column with the relative height of a slice in its volume. ``video``: column that identifies the video
+            of a frame.
+        scanners: Strength of simulated scanners, one per site, that change its images; 0 for none.
+        duplicates: Whether equal inputs are reported, dropped (test data are kept), or refused.
+        near_duplicates: Whether nearly equal images are searched for and reported, or refused if two roles share them.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
@@ -123,16 +124,16 @@ class DataSpec(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The source's own options, as given."""
+        """The source's options, as given."""
         return dict(self.model_extra or {})
 
     @property
     def partition(self) -> Partition | None:
-        """How sites are made up, or None where they are real."""
+        """The partition that simulates sites, or None if they are real."""
         return None if isinstance(self.sites, str) else self.sites
 
     def source(self) -> Source:
-        """Where the examples come from. Reads nothing yet."""
+        """Return the source of the examples, without reading any data."""
         own = self.options
         if self.plan is None:
             return source_of(self.use, self.path, self.kind, own)
@@ -151,7 +152,7 @@ class DataSpec(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _whole(cls, value: Any, handler: Handler["DataSpec"]) -> "DataSpec":
-        """Checks the table and the source's options in one pass."""
+        """Validate the table and the source's options in one pass."""
         if not isinstance(value, Mapping):
             return handler(value)
         lines: list[InitErrorDetails] = []
@@ -176,7 +177,7 @@ class DataSpec(BaseModel):
 
 
 def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[str, Any]) -> Source:
-    """The source that a ``[data]`` table names, with its ``own`` options.
+    """Return the source that a ``[data]`` table names, with its options ``own``.
 
     Raises:
         ValidationError: With every problem, by key.
@@ -187,7 +188,7 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
     given, about = dict(own) if path is None else {**own, "path": path}, None
     if use is not None:
         if kind is not None:
-            says = f'is given beside use = "{use}": the catalog knows what kind it is, so leave one of them out'
+            says = f'is given in addition to use = "{use}", which determines the kind: remove one of them'
             raise config_parsing.problems([config_parsing.problem(("kind",), says, kind)])
         try:
             kind, given, about = dataset_catalog.resolve(use, path, own)
@@ -206,19 +207,19 @@ def source_of(use: str | None, path: str | None, kind: str | None, own: Mapping[
 
 
 def _together(spec: DataSpec) -> list[InitErrorDetails]:
-    """What is wrong between keys that are each right."""
-    found = []
+    """Return the problems of combinations of individually valid keys."""
+    lines = []
     if spec.max_patients is not None and spec.max_patients < spec.min_patients:
-        says = f"is below min_patients = {spec.min_patients}, so that no site would be left"
-        found.append(config_parsing.problem(("max_patients",), says, spec.max_patients))
+        says = f"is below min_patients = {spec.min_patients}, so no site would remain"
+        lines.append(config_parsing.problem(("max_patients",), says, spec.max_patients))
     if 0 < spec.accelerate < 1:
-        says = "is how many times faster than usual: 1 or more, or 0 for images that are not to be reconstructed"
-        found.append(config_parsing.problem(("accelerate",), says, spec.accelerate))
+        says = "must be an acceleration factor of at least 1, or 0 for no reconstruction"
+        lines.append(config_parsing.problem(("accelerate",), says, spec.accelerate))
     if both := sorted({*spec.public} & {*spec.external}):
-        found.append(config_parsing.problem(("public",), f"names {both[0]}, which is external as well", both[0]))
+        lines.append(config_parsing.problem(("public",), f"names {both[0]}, which is also external", both[0]))
     if spec.plan is not None and (twice := [key for key in ("steps", "statistics", "declared") if key in spec.options]):
-        says = f"says how data are prepared, and so does {twice[0]}: leave one of them out"
-        found.append(config_parsing.problem(("plan",), says, spec.plan))
+        says = f"defines the preprocessing, and so does {twice[0]}: remove one of them"
+        lines.append(config_parsing.problem(("plan",), says, spec.plan))
     if len(set(spec.external)) != len(spec.external):
-        found.append(config_parsing.problem(("external",), "names a site twice", spec.external))
-    return found
+        lines.append(config_parsing.problem(("external",), "names a site twice", spec.external))
+    return lines

@@ -1,4 +1,4 @@
-"""From tables of a study file to values: each problem named by its key, all of them at once."""
+"""Conversion of tables in a study file to values, reporting all problems at once, each with its key."""
 
 import dataclasses
 import difflib
@@ -20,13 +20,13 @@ class _Strict(BaseModel):
 
 
 def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> T:
-    """A frozen dataclass from the options in ``given``.
+    """Build a frozen dataclass from the options in ``given``.
 
     Args:
         cls: The dataclass; its fields are the options.
-        given: What a person wrote. JSON's rules hold: a list becomes a tuple, and nothing else becomes anything.
-        what: What it is for, in messages.
-        at: Where in the table the options stand.
+        given: The options. Types are converted as in JSON: a list becomes a tuple, and nothing else is coerced.
+        what: Description of the object, for messages.
+        at: Location of the options in the table.
 
     Raises:
         ValidationError: With every problem, each under ``at`` and its key.
@@ -60,7 +60,7 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
 
 
 def _of_field(at: Where, says: str, fields: Iterable[str], given: Mapping[str, Any]) -> InitErrorDetails:
-    """A problem at the key with which it begins, as in "size = 3: choose 8 to 256"."""
+    """Return a problem at the key with which its text begins, as in "size = 3: choose 8 to 256"."""
     key, _, rest = says.partition(" = ")
     if key not in set(fields) or ": " not in rest:
         return problem(at, says, dict(given))
@@ -68,20 +68,22 @@ def _of_field(at: Where, says: str, fields: Iterable[str], given: Mapping[str, A
 
 
 def choices(word: str, known: Iterable[str], lead: str) -> str:
-    """A question ("Did you mean …?") where something known is near, and else ``lead`` and a list of what there is."""
+    """Return a suggestion ("Did you mean …?") if a known word is similar, otherwise ``lead`` and the list of known
+    words.
+    """
     names = list(known)
     near = difflib.get_close_matches(word, names, 1, 0.6)
     return f' Did you mean "{near[0]}"?' if near else f" {lead} {', '.join(names) or 'none'}"
 
 
 def problem(at: Where, says: str, given: Any) -> InitErrorDetails:
-    """One problem, in our own words, at a key."""
-    plain = says.replace("{", "(").replace("}", ")")  # braces would be read as places to fill
+    """Return one problem at a key, with the given text."""
+    plain = says.replace("{", "(").replace("}", ")")  # braces would be read as format fields
     return InitErrorDetails(type=PydanticCustomError("data", plain), loc=at, input=given)  # type: ignore[arg-type]
 
 
 def again(line: Any, at: Where) -> InitErrorDetails:
-    """A problem that pydantic found, at another place, with its type kept."""
+    """Return a problem reported by pydantic at another location, with its type preserved."""
     context = line.get("ctx") or {}
     if line["type"] in ("value_error", "data"):
         return problem(at, str(context.get("error", line["msg"])), line["input"])
@@ -89,5 +91,5 @@ def again(line: Any, at: Where) -> InitErrorDetails:
 
 
 def problems(lines: list[InitErrorDetails]) -> ValidationError:
-    """All problems as one error; inside a validator its lines join the others."""
+    """Return all problems as one error; raised in a validator, its lines are merged with the others."""
     return ValidationError.from_exception_data("data", lines)

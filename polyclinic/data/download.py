@@ -1,7 +1,7 @@
-"""Fetching a file with a known checksum: resumed where it stopped, checked before it is used, and clear when offline.
+"""Download of a file with a known checksum: resumed after interruptions and verified before use.
 
-The standard library does all of it. (The package ``pooch``, the usual choice, begins anew after every interruption,
-and a chest X-ray set of some gigabytes over a hospital's line is interrupted.) Proxies are taken from the environment.
+Uses the standard library only. (The package ``pooch`` restarts a download after every interruption, which is
+impractical for data sets of several gigabytes.) Proxies are taken from the environment.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ SECONDS = 30
 
 
 def fetch(url: str, to: Path, md5: str, tries: int = TRIES, timeout: float = SECONDS) -> Path:
-    """The file at ``to``, fetched from ``url`` if it is not there yet.
+    """Return the file at ``to``, downloaded from ``url`` if it does not exist.
 
-    What has arrived is kept as ``<name>.part``, so that another call goes on from there. The file appears under its own
-    name only when its checksum is right.
+    A partial download is kept as ``<name>.part`` and resumed by the next call. The file gets its final name only after
+    its checksum was verified.
 
     Args:
-        url: Where it is.
-        to: Where it shall be.
-        md5: The checksum that those who publish it state. It guards against damage, not against a forger.
-        tries: How often to go on after an interruption in which nothing arrived.
+        url: Address of the file.
+        to: Target path.
+        md5: Published checksum. It protects against damage, not against forgery.
+        tries: Number of consecutive attempts without any progress before giving up.
         timeout: Seconds to wait for the next piece.
 
     Raises:
-        DataError: Where it cannot be fetched, with how to bring it by hand; or where its content is wrong.
+        DataError: If it cannot be downloaded, with instructions for a manual download, or if its content is wrong.
     """
     if to.is_file():
         if _md5(to) == md5:
@@ -44,7 +44,9 @@ def fetch(url: str, to: Path, md5: str, tries: int = TRIES, timeout: float = SEC
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write to {to.parent} ({error.strerror}): point POLYCLINIC_CACHE elsewhere") from error
+        raise DataError(
+            f"cannot write to {to.parent} ({error.strerror}): set POLYCLINIC_CACHE to another folder"
+        ) from error
     part, failed = to.with_name(to.name + ".part"), 0
     reason = ""
     while failed < tries:
@@ -54,7 +56,7 @@ def fetch(url: str, to: Path, md5: str, tries: int = TRIES, timeout: float = SEC
                 break
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send
+            if error.code == 416:  # nothing remains to be sent
                 break
             reason = f"the server answered {error.code} {error.reason}"
             if error.code < 500:
@@ -64,21 +66,21 @@ def fetch(url: str, to: Path, md5: str, tries: int = TRIES, timeout: float = SEC
         failed = 0 if part.exists() and part.stat().st_size > before else failed + 1
     else:
         raise DataError(_by_hand(url, to, md5, reason))
-    if (found := _md5(part)) != md5:
+    if (actual := _md5(part)) != md5:
         part.unlink()
         raise DataError(
-            f"what came from {url} is not the file that was published (MD5 {found}, not {md5}); it was deleted. Try "
-            "again; if it stays so, the file has changed or something on the way changes it"
+            f"what came from {url} is not the file that was published (MD5 {actual}, not {md5}); it was deleted. Try "
+            "again; if the error persists, the file was changed at its source or in transit"
         )
     os.replace(part, to)
     return to
 
 
 def _go_on(url: str, part: Path, have: int, timeout: float) -> bool:
-    """Appends what is missing; whether everything that was announced has arrived."""
+    """Append the missing part, and return whether everything announced has arrived."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=timeout) as answer:
-        if have and answer.status != 206:  # the server cannot go on: begin anew
+        if have and answer.status != 206:  # the server cannot resume: start again
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
@@ -114,6 +116,6 @@ def _md5(path: Path) -> str:
 
 def _by_hand(url: str, to: Path, md5: str, reason: str) -> str:
     return (
-        f"cannot fetch {url}: {reason}. If this machine has no way to the internet, fetch the file on another one "
-        f"(its MD5 is {md5}) and put it at {to}. What has arrived so far is kept, and another try goes on from there"
+        f"cannot fetch {url}: {reason}. If this machine has no access to the internet, fetch the file on another one "
+        f"(its MD5 is {md5}) and put it at {to}. The partial download is kept, and another attempt resumes it"
     )

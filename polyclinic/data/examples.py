@@ -1,4 +1,4 @@
-"""Examples in memory: what a site's role holds, and what every task indexes."""
+"""Examples in memory, the data of one role at one site."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,24 +9,23 @@ from torch import Tensor
 from polyclinic.errors import DataError as DataError
 
 WITHHELD = -1
-"""The class that stands for "no label here". A regression's withheld target is NaN."""
+"""Class number of a withheld label. A regression's withheld target is NaN."""
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Inputs, their targets, and whose they are.
+    """Inputs with their targets and patients.
 
-    Images may be kept as bytes (uint8) and are scaled to float32 in [0, 1] when they are asked for, so that a data
-    set takes a quarter of the memory.
+    Images may be stored as bytes (uint8), a quarter of the memory, and are scaled to float32 in [0, 1] on access.
 
     Attributes:
         inputs: Shape [n, C, *spatial] for images, uint8 or float32, or [n, F] for tables, float32.
         targets: int64 [n] (classes), float32 [n, L] (several labels, or a number with L = 1), or int64 [n, *spatial]
-            (masks; they may be kept as uint8).
-        patients: Whose each example is. A patient is never in two roles.
-        ids: A name for each example, unique within its source.
-        positions: How high in its volume each slice lies, from 0 to 1: float32 [n], where the data say so.
-        videos: A number for the video of each frame, int64 [n], where the data say so; frames are in order of time.
+            (masks; may be stored as uint8).
+        patients: Patient of each example. A patient is never in two roles.
+        ids: Name of each example, unique within its source.
+        positions: Relative height of each slice in its volume, from 0 to 1: float32 [n], if known.
+        videos: Number of each frame's video, int64 [n], if known; frames are in temporal order.
     """
 
     inputs: Tensor
@@ -41,7 +40,7 @@ class Examples:
         if len(sizes) != 1:
             raise DataError(
                 f"{len(self.inputs)} inputs, {len(self.targets)} targets, {len(self.patients)} patients and "
-                f"{len(self.ids)} ids cannot belong together: give one of each per example"
+                f"{len(self.ids)} ids do not match: give one of each per example"
             )
         if self.inputs.dtype not in (torch.uint8, torch.float32):
             raise DataError(f"inputs are {self.inputs.dtype}: make them float32, or uint8 for images")
@@ -54,15 +53,15 @@ class Examples:
             raise DataError(f"targets are {self.targets.dtype}: make them int64 (classes, masks) or float32 (numbers)")
         if bad := _not_finite(self.inputs):
             raise DataError(
-                f"{len(bad)} of {len(self)} inputs hold NaN or infinite values ({_some(self.ids, bad)}): repair or "
-                "leave out those examples, or declare how missing values are filled"
+                f"{len(bad)} of {len(self)} inputs contain NaN or infinite values ({_some(self.ids, bad)}): repair or "
+                "leave out those examples, or specify how missing values are filled"
             )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples at ``index``: inputs as float32, targets as int64 or float32."""
+        """Return the examples at ``index``: inputs as float32, targets as int64 or float32."""
         x, y = self.inputs[index], self.targets[index]
         if x.dtype == torch.uint8:
             x = x.float().div_(255)
@@ -74,7 +73,7 @@ class Examples:
         return tuple(self.inputs.shape[1:])
 
     def subset(self, index: Tensor) -> "Examples":
-        """The examples at the positions ``index``, or where the mask ``index`` is true, as examples again."""
+        """Return the examples at the positions ``index``, or where the mask ``index`` is true."""
         where = index.nonzero().flatten() if index.dtype == torch.bool else index
         pick = where.tolist()
         return Examples(
@@ -87,25 +86,25 @@ class Examples:
         )
 
     def unlabeled(self) -> "Examples":
-        """The same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
+        """Return the same inputs with every target withheld: ``WITHHELD`` for classes and masks, NaN for numbers."""
         masks = self.targets.long() if self.targets.dtype == torch.uint8 else self.targets
         value = float("nan") if masks.dtype == torch.float32 else WITHHELD
         return replace(self, targets=torch.full_like(masks, value))
 
 
 def concat(parts: Sequence[Examples]) -> Examples:
-    """The examples of all ``parts`` in order, as if they lay in one place.
+    """Concatenate the examples of all ``parts``, in order.
 
     Raises:
-        DataError: Where there is nothing to join, or inputs or targets differ in shape or kind.
+        DataError: If there are no parts, or inputs or targets differ in shape or type.
     """
     if not parts:
-        raise DataError("there are no examples to join: every part is missing")
+        raise DataError("there are no examples to concatenate: every part is missing")
     for what, tensors in (("inputs", [p.inputs for p in parts]), ("targets", [p.targets for p in parts])):
         kinds = {(tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in tensors}
         if len(kinds) > 1:
-            found = " and ".join(sorted(f"{shape} {dtype}" for shape, dtype in kinds))
-            raise DataError(f"examples cannot be joined, because their {what} differ: {found}")
+            listed = " and ".join(sorted(f"{shape} {dtype}" for shape, dtype in kinds))
+            raise DataError(f"examples cannot be concatenated because their {what} differ: {listed}")
     return Examples(
         torch.cat([p.inputs for p in parts]),
         torch.cat([p.targets for p in parts]),
@@ -115,9 +114,9 @@ def concat(parts: Sequence[Examples]) -> Examples:
 
 
 def _not_finite(inputs: Tensor) -> list[int]:
-    """The positions of inputs that hold NaN or an infinity."""
+    """Return the positions of inputs that contain NaN or infinite values."""
     if inputs.dtype == torch.uint8 or len(inputs) == 0 or bool(torch.isfinite(inputs.sum())):
-        return []  # a sum is finite only where every term is
+        return []  # a sum is finite only if every term is
     return (~torch.isfinite(inputs).flatten(1).all(1)).nonzero().flatten().tolist()
 
 

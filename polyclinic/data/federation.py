@@ -1,4 +1,4 @@
-"""From a ``[data]`` table to sites with training, validation and test examples."""
+"""Construction of a federation, sites with training, validation and test examples, from a ``[data]`` table."""
 
 import dataclasses
 from collections import Counter, defaultdict
@@ -9,16 +9,16 @@ from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
-from polyclinic.data.quality.near_duplicates import near_duplicates, told
+from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates
 from polyclinic.data.simulation.simulated_scanners import Scanner, badge
 from polyclinic.data.site_roles import Named, described, hold
 from polyclinic.data.source import FittedSource, Info, Source, Table, digest, slug
 from polyclinic.data.splits import (
     ROLES,
     Fold,
-    dice_for,
     fold_patients,
     official,
+    rng_for,
     split_patients,
     strata,
     without_test,
@@ -30,20 +30,20 @@ __all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "
 
 @dataclass(frozen=True, eq=False)
 class Federated:
-    """Data at sites, ready for an engine, with all that a report must say of it.
+    """Data at sites, ready for an engine, with everything that a report must state about it.
 
     Attributes:
         sites: Examples by site and role (``"train"``, ``"val"``, ``"test"``, ``"unlabeled"``, ``"boxed"``,
-            ``"tagged"``, ``"public"``). External sites have ``"test"`` only. Roles without examples are absent, but for
-            the ``"train"`` of a site whose annotation is weak.
-        external: The sites that nobody trains on.
-        info: What the data is.
-        simulated: The sentence that goes with every result where sites were made up; None where they are real.
-        fingerprint: A hash of content, options and seed: equal data, equal fingerprint, on any machine.
+            ``"tagged"``, ``"public"``). External sites have ``"test"`` only. Roles without examples are absent, except
+            the ``"train"`` of a site with weak annotation.
+        external: The sites without training.
+        info: Description of the data set.
+        simulated: Sentence that accompanies every result if sites are simulated; None if they are real.
+        fingerprint: Hash of content, options and seed, identical on every machine for identical data.
         rows: The table of sites, in the order of ``sites``.
-        duplicates: Equal inputs, wherever they are.
-        notes: What else a reader must be told, each a sentence.
-        public: Images that are nobody's patients, without targets: sites and server hold the same.
+        duplicates: Equal inputs anywhere in the federation.
+        notes: Further sentences for the reader of a report.
+        public: Public images without targets, identical at all sites and the server.
     """
 
     sites: Mapping[str, Mapping[str, Examples]]
@@ -68,25 +68,26 @@ class Federated:
 
 
 def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: Source | None = None) -> Federated:
-    """Reads the data that ``spec`` names and puts it at sites.
+    """Read the data that ``spec`` names and distribute them to sites.
 
-    The same ``spec``, content, ``seed`` and ``fold`` give the same federation, whatever the order of files on disk.
+    The same ``spec``, content, ``seed`` and ``fold`` give the same federation, independent of the order of files on
+    disk.
 
     Args:
-        spec: Which data.
-        seed: Of every random choice.
-        fold: Which fold of a cross-validation; a single split by ``spec.split`` where there is none.
-        source: ``spec.source()``, where it is at hand, so that it is not read again.
+        spec: The ``[data]`` table.
+        seed: Seed of every random choice.
+        fold: Fold of a cross-validation; None for a single split by ``spec.split``.
+        source: ``spec.source()`` if already available, to avoid reading it again.
 
     Raises:
-        DataError: Lists every problem.
+        DataError: With every problem.
     """
     source = source or spec.source()
-    whole = source.table()
-    if not len(whole):
+    full = source.table()
+    if not len(full):
         raise DataError(f"{source.info.name} has no examples")
     notes: list[str] = []
-    table, titles = _at_sites(whole, spec, seed, notes)
+    table, titles = _at_sites(full, spec, seed, notes)
     named = Named.of(spec, titles)
     held_out = fold is not None and fold.by == "sites"
     if fold is not None and held_out:
@@ -104,7 +105,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
         if "unlabeled" in sites[site]:
             sites[site]["unlabeled"] = sites[site]["unlabeled"].unlabeled()
     if spec.near_duplicates != "ignore":
-        notes += told(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
+        notes += near_duplicate_notes(near_duplicates(sites, source.fingerprint), spec.near_duplicates == "refuse")
     if spec.scanners:
         sites = {s: {r: Scanner.of(s, spec.scanners, seed)(e) for r, e in roles.items()} for s, roles in sites.items()}
     sites, copies = without_duplicates(sites, outside, spec.duplicates, notes)
@@ -130,16 +131,16 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
 
 
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:
-    """The table with a column ``site``, each patient at one site; and the sites' titles in name order."""
+    """Return the table with a column ``site``, each patient at one site, and the sites' titles in name order."""
     if isinstance(spec.partition, Divided):
         table, names, titles = _divided(table, spec.partition, seed, notes)
     elif spec.partition is not None:
         if table.labels is None and spec.partition.name in ("dirichlet", "pathological"):
             raise DataError(
-                f'partition = "{spec.partition.name}" deals patients by class, and masks have none: use '
+                f'partition = "{spec.partition.name}" distributes patients by class, and masks have none: use '
                 '"iid" or "quantity"'
             )
-        numbers = spec.partition.deal(strata(table), dice_for(seed, "partition"))
+        numbers = spec.partition.deal(strata(table), rng_for(seed, "partition"))
         wide = len(str(spec.partition.count))
         names = [f"site-{numbers[p] + 1:0{wide}d}" for p in table.patients]
         titles = {name: name.replace("-", " ") for name in names}
@@ -160,32 +161,32 @@ def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tupl
     for site, found in patients.items():
         if site not in small:
             order, most = sorted(found), spec.max_patients or len(found)
-            chosen |= {order[i] for i in dice_for(seed, "max", site).permutation(len(order))[:most]}
+            chosen |= {order[i] for i in rng_for(seed, "max", site).permutation(len(order))[:most]}
     kept = table.take([i for i, patient in enumerate(table.patients) if patient in chosen])
     return kept, {site: titles[site] for site in patients if site not in small}
 
 
 def _divided(table: Table, divided: Divided, seed: int, notes: list[str]) -> tuple[Table, list[str], dict[str, str]]:
-    """As ``_natural``, with the patients of some hospitals dealt to several sites."""
+    """Like ``_natural``, with the patients of some hospitals distributed to several sites."""
     table, homes, titles = _natural(table, divided.by, notes)
     if unknown := divided.parts.keys() - titles.keys():
         raise DataError(f"parts.{min(unknown)}: there is no such site. There are {', '.join(titles)}")
     home, groups = dict(zip(table.patients, homes, strict=True)), strata(table)
     dealt: dict[str, str] = {}
     for site in titles:
-        here = {patient: group for patient, group in groups.items() if home[patient] == site}
-        dealt |= divided.deal(site, here, dice_for(seed, "partition", site))
+        local = {patient: group for patient, group in groups.items() if home[patient] == site}
+        dealt |= divided.deal(site, local, rng_for(seed, "partition", site))
     named = {name: titles[home[p]] + name.removeprefix(home[p]).replace("-", " ") for p, name in dealt.items()}
     return table, [dealt[patient] for patient in table.patients], named
 
 
 def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[str], dict[str, str]]:
-    """Rows whose site is known, each patient at one site only; the site of each row; and the sites' titles."""
+    """Return rows with a known site, each patient at one site only; the site of each row; and the sites' titles."""
     if column == "natural":
         if not table.sites:
             raise DataError(
-                'sites = "natural", but this data does not say which hospital an example comes from: name a column, or '
-                'make sites up with sites = {partition = "dirichlet", count = 4}'
+                'sites = "natural", but this data does not name the hospital of an example: name a column, or '
+                'simulate sites with sites = {partition = "dirichlet", count = 4}'
             )
         column = table.sites[0]
     if column not in table.columns:
@@ -196,7 +197,7 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
     titles: dict[str, str] = {}
     for value in sorted({value for value in values if value.strip()}):
         if titles.setdefault(slug(value), value) != value:
-            raise DataError(f"two sites would both be called {slug(value)}: {titles[slug(value)]!r} and {value!r}")
+            raise DataError(f"two sites would have the name {slug(value)}: {titles[slug(value)]!r} and {value!r}")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for patient, value in zip(table.patients, values, strict=True):
         if value.strip():
@@ -207,7 +208,7 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
         away = len(table) - len(missing) - len(rows)
         notes.append(
             f"{several} patients were seen at several sites; each is kept where most examples are, and {away} examples "
-            "elsewhere are left out."
+            "at other sites are left out."
         )
     return table.take(rows), [slug(values[i]) for i in rows], titles
 
@@ -218,7 +219,9 @@ def _readers(
     titles: Mapping[str, str],
     external: tuple[str, ...],
 ) -> Mapping[str, Source]:
-    """What reads each site's examples: the source, or the source fitted to training rows where it has statistics."""
+    """Return the reader of each site's examples: the source, or the source fitted to training rows if it has
+    statistics.
+    """
     if not isinstance(source, FittedSource):
         return dict.fromkeys(titles, source)
     rows = {
@@ -233,10 +236,10 @@ def _readers(
 
 
 def _without(named: Named, fold: Fold, titles: Mapping[str, str]) -> Named:
-    """``named`` with the one site external that a fold by sites tests.
+    """Return ``named`` with the site that a fold by sites tests added to the external sites.
 
     Raises:
-        DataError: Where there are not as many sites as folds.
+        DataError: If the number of sites differs from the number of folds.
     """
     sites = sorted(titles.keys() - {*named.external, *named.public})
     if len(sites) < 2 or len(sites) != fold.count:
@@ -252,27 +255,27 @@ def _without(named: Named, fold: Fold, titles: Mapping[str, str]) -> Named:
 def _roles(
     table: Table, spec: DataSpec, seed: int, external: tuple[str, ...], weak: Mapping[str, str], fold: Fold | None
 ) -> dict[str, str]:
-    """The role of each patient. Labels are withheld from a share of the training patients, class by class."""
+    """Return the role of each patient. Labels are withheld from a share of the training patients, class by class."""
     site_of = dict(zip(table.patients, table.columns["site"], strict=True))
     groups = strata(table)
     fixed = official(table) if spec.split == "official" else {}
     roles: dict[str, str] = {}
     for site in sorted(set(site_of.values())):
-        here = {patient: groups[patient] for patient, at in site_of.items() if at == site}
+        local = {patient: groups[patient] for patient, at in site_of.items() if at == site}
         if site in external:
-            found = dict.fromkeys(here, "test")
+            found = dict.fromkeys(local, "test")
         elif isinstance(spec.split, tuple) and fold is not None and fold.by == "patients":
-            found = fold_patients(here, fold, spec.split, dice_for(seed, "split", site))
+            found = fold_patients(local, fold, spec.split, rng_for(seed, "split", site))
         elif isinstance(spec.split, tuple) and fold is not None:
-            found = split_patients(here, without_test(spec.split), dice_for(seed, "split", site))
+            found = split_patients(local, without_test(spec.split), rng_for(seed, "split", site))
         elif isinstance(spec.split, tuple):
-            found = split_patients(here, spec.split, dice_for(seed, "split", site))
+            found = split_patients(local, spec.split, rng_for(seed, "split", site))
         else:
-            found = {patient: fixed[patient] for patient in here}
+            found = {patient: fixed[patient] for patient in local}
         if share := 1.0 if weak.get(site) == "none" else spec.unlabeled:
-            train = {patient: here[patient] for patient, role in found.items() if role == "train"}
+            train = {patient: local[patient] for patient, role in found.items() if role == "train"}
             shares = (1 - share, 0.0, share)
-            withheld = split_patients(train, shares, dice_for(seed, "unlabeled", site))
+            withheld = split_patients(train, shares, rng_for(seed, "unlabeled", site))
             found |= {patient: "unlabeled" for patient, role in withheld.items() if role == "test"}
         roles |= found
     return roles

@@ -1,4 +1,4 @@
-"""Files that a study names: where they are, what they hold, and a name for their content."""
+"""Files named by a study: location, content and content hash."""
 
 import hashlib
 import os
@@ -21,26 +21,26 @@ VOLUMES = (".nii", ".nii.gz", ".nrrd", ".dcm")
 
 
 def placed(path: str, key: str = "path") -> Path:
-    """The path that a study means by ``key``: ``~`` and ``$VARIABLES`` filled in; it must exist.
+    """Return the path given for ``key``, with ``~`` and ``$VARIABLES`` expanded; it must exist.
 
     Raises:
-        DataError: Where a variable is not set, or there is nothing at that path.
+        DataError: If a variable is not set, or the path does not exist.
     """
     filled = os.path.expandvars(os.path.expanduser(path))
     if unset := re.findall(r"\$\{?(\w+)\}?", filled):
         raise DataError(f'{key} = "{path}": the environment variable {unset[0]} is not set')
-    found = Path(filled)
-    if not found.exists() and (fetched := folder() / "downloads") in found.parents:
-        name = Path(found.relative_to(fetched).parts[0]).stem.split("_")[0]
-        says = f"fetch it with `polyclinic data get {name}`, or set path = where you have it"
-        raise DataError(f"{found.name} is not here yet: {says}")
-    if not found.exists():
-        raise DataError(f'{key} = "{path}": there is nothing at {found.absolute()}')
-    return found
+    location = Path(filled)
+    if not location.exists() and (fetched := folder() / "downloads") in location.parents:
+        name = Path(location.relative_to(fetched).parts[0]).stem.split("_")[0]
+        says = f"fetch it with `polyclinic data get {name}`, or set path to its location"
+        raise DataError(f"{location.name} is not here yet: {says}")
+    if not location.exists():
+        raise DataError(f'{key} = "{path}": there is nothing at {location.absolute()}')
+    return location
 
 
 def content_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, or of the names and bytes of all files in a folder."""
+    """Return the SHA-256 of a file's bytes, or of the names and bytes of all files in a folder."""
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         named = [f"{file.relative_to(path).as_posix()} {content_of(file)}" for file in inside]
@@ -50,53 +50,53 @@ def content_of(path: Path) -> str:
 
 
 def opened(path: str) -> Path:
-    """The folder that a study means. A ``.zip`` or ``.tar`` file is unpacked once, into the cache, under its hash.
+    """Return the folder at ``path``. A ``.zip`` or ``.tar`` file is unpacked once, into the cache under its hash.
 
     Raises:
-        DataError: Where the path is no folder and no sound archive.
+        DataError: If the path is neither a folder nor a valid archive.
     """
-    found = placed(path)
-    if found.is_dir():
-        return found
-    if not found.name.lower().endswith(ENDINGS):
+    location = placed(path)
+    if location.is_dir():
+        return location
+    if not location.name.lower().endswith(ENDINGS):
         raise DataError(f'path = "{path}": give a folder, or a .zip or .tar file of one')
-    home = folder() / "unpacked" / content_of(found)
+    home = folder() / "unpacked" / content_of(location)
     if not home.is_dir():
-        unpack(found, home)
+        unpack(location, home)
     return home
 
 
 def kind_of(path: Path) -> str:
-    """The ending by which a file is read, such as ``".nii.gz"``; "" where we do not read it."""
+    """Return the suffix by which a file is read, such as ``".nii.gz"``, or "" if it is not supported."""
     name = path.name.lower()
     return next((ending for ending in (*PICTURES, *VOLUMES) if name.endswith(ending)), "")
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without the ending by which it is read."""
+    """Return a file's name without the suffix by which it is read."""
     return path.name[: len(path.name) - len(kind_of(path))]
 
 
 def patients_in(ids: Sequence[str], pattern: str) -> tuple[str, ...]:
-    r"""Whose each example is, where names say so.
+    r"""Return the patient of each example, taken from its name.
 
     Args:
         ids: Names of examples.
-        pattern: A regular expression with one group, such as ``"_(\d+)[LR]$"``; "" where names say nothing. What the
-            group holds is the patient; a name without a match is a patient of its own.
+        pattern: A regular expression with one group, such as ``"_(\d+)[LR]$"``, that matches the patient; "" if names
+            do not identify patients. A name without a match is its own patient.
     """
     if not pattern:
         return tuple(ids)
-    found = (re.search(pattern, name) for name in ids)
-    return tuple(match.group(1) if match else name for match, name in zip(found, ids, strict=True))
+    matches = (re.search(pattern, name) for name in ids)
+    return tuple(match.group(1) if match else name for match, name in zip(matches, ids, strict=True))
 
 
 def check_pattern(key: str, pattern: str) -> list[str]:
-    """What is wrong with a regular expression that needs one group."""
+    """Return the problems of a regular expression that needs one group."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        return [f"{key} = {pattern}: is no regular expression ({error})"]
+        return [f"{key} = {pattern}: is not a regular expression ({error})"]
     return (
         [] if groups == 1 or not pattern else [f"{key} = {pattern}: needs exactly one group in ( ), and has {groups}"]
     )
@@ -105,13 +105,14 @@ def check_pattern(key: str, pattern: str) -> list[str]:
 def read_image(
     paths: Sequence[Path], mask: Path | None = None, limits: Limits = LIMITS, *, as_bytes: bool = False
 ) -> Picture:
-    """One image from one file, or from one file per channel; and its mask.
+    """Read one image from one file, or from one file per channel, and its mask.
 
-    Pictures come as 0 to 1 whatever their depth (with ``as_bytes``, those of 8 bits as uint8); volumes in their own
-    units, turned to the axes (z, y, x) of RAS, and flat where they hold one slice. A folder is read as a DICOM series.
+    Pictures are scaled to 0 to 1 at any bit depth (with ``as_bytes``, 8-bit pictures remain uint8). Volumes keep their
+    units, are reoriented to the axes (z, y, x) of RAS, and become 2-D if they have one slice. A folder is read as a
+    DICOM series.
 
     Raises:
-        Unreadable: Where a file is damaged, too large, or does not fit the others.
+        Unreadable: If a file is damaged, too large, or does not match the others.
     """
     parts = [_read(path, False, limits) for path in paths]
     if len({part.size for part in parts}) > 1:

@@ -1,4 +1,4 @@
-"""From words in a table to targets: classes, several labels, or numbers."""
+"""Conversion of table cells to targets: classes, several labels, or numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from polyclinic.data.source import Task
 
 @dataclass(frozen=True)
 class Reading:
-    """How words become targets.
+    """Rules for converting cells to targets.
 
     Attributes:
-        classes: The classes in order; found and sorted where this is empty.
-        separator: What stands between several labels in one column, as in ``"Mass|Nodule"``; "" where each has one.
-        nothing: The word for none of them.
-        blank: What an empty cell stands for among several labels, or None to refuse it.
-        uncertain: What -1 stands for among several labels, or None to refuse it.
+        classes: The classes in order; if empty, the sorted values.
+        separator: Separator of several labels in one column, as in ``"Mass|Nodule"``; "" if each cell has one.
+        nothing: Word for the absence of all labels.
+        blank: Value of an empty cell among several labels, or None to refuse it.
+        uncertain: Value of -1 among several labels, or None to refuse it.
     """
 
     classes: tuple[str, ...] = ()
@@ -27,7 +27,7 @@ class Reading:
     def read(
         self, columns: dict[str, list[str]], task: Task, problems: list[str]
     ) -> tuple[list[int] | list[tuple[float, ...]], tuple[str, ...]]:
-        """Each row's target, and the classes. Adds to ``problems`` what cannot be read."""
+        """Return each row's target, and the classes. Append to ``problems`` what cannot be read."""
         (name, words), *more = columns.items()
         if task == "classification":
             return self._classes(name, words, problems)
@@ -54,14 +54,14 @@ class Reading:
     def _several(
         self, name: str, words: Sequence[str], problems: list[str]
     ) -> tuple[list[tuple[float, ...]], tuple[str, ...]]:
-        found = [{w.strip() for w in cell.split(self.separator)} - {self.nothing, ""} for cell in words]
-        classes = self.classes or tuple(sorted(set[str]().union(*found)))
-        if bad := [i for i, labels in enumerate(found) if labels - set(classes)]:
+        sets = [{w.strip() for w in cell.split(self.separator)} - {self.nothing, ""} for cell in words]
+        classes = self.classes or tuple(sorted(set[str]().union(*sets)))
+        if bad := [i for i, labels in enumerate(sets) if labels - set(classes)]:
             problems.append(
                 f"{len(bad)} rows have a {name} that is not among classes (the first is row {bad[0] + 2}: "
                 f"{words[bad[0]]!r})"
             )
-        return [tuple(float(c in labels) for c in classes) for labels in found], classes
+        return [tuple(float(c in labels) for c in classes) for labels in sets], classes
 
     def _number(self, cell: str) -> float:
         if not cell and self.blank is not None:
@@ -71,7 +71,7 @@ class Reading:
 
 
 def _order(word: str) -> tuple[float, str]:
-    """Numbers by value, words after them by letter."""
+    """Sort key: numbers by value, then words alphabetically."""
     try:
         return float(word), word
     except ValueError:

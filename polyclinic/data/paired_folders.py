@@ -1,8 +1,7 @@
-"""Images and their masks in two folders: nnU-Net's ``imagesTr`` and ``labelsTr``, or any two with equal names.
+"""Images and their masks in two folders: nnU-Net's ``imagesTr`` and ``labelsTr``, or any two with equal file names.
 
-nnU-Net's layout: https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md. There an image of
-several channels is several files, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``; ``dataset.json`` names channels and
-labels. Masks without a name of their own keep the image's.
+nnU-Net's layout: https://github.com/MIC-DKFZ/nnUNet/blob/master/documentation/dataset_format.md. An image of several
+channels is several files, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``; ``dataset.json`` names channels and labels.
 """
 
 import json
@@ -27,15 +26,15 @@ class Pairs(FromFiles):
     r"""Segmentation data in two folders.
 
     Attributes:
-        path: The folder that holds both, or a ``.zip`` file of it.
-        images: The folder of images; found alone for nnU-Net's names, and for ``images`` with ``labels`` or ``masks``.
+        path: The folder that contains both, or a ``.zip`` file of it.
+        images: The folder of images; detected if named as in nnU-Net, or ``images`` next to ``labels`` or ``masks``.
         masks: The folder of masks.
-        patient: A regular expression with one group that finds the patient in a name, such as ``"(\d+)_visit"``.
+        patient: A regular expression with one group that matches the patient in a name, such as ``"(\d+)_visit"``.
         site: The same for the site.
-        classes: The names of 0, 1, ...; read from ``dataset.json`` where there is one.
+        classes: The names of 0, 1, ...; read from ``dataset.json`` if it exists.
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -53,26 +52,26 @@ class Pairs(FromFiles):
             raise DataError(problems)
 
     def collect(self) -> Collection:
-        """Every image with its mask."""
+        """Collect every image with its mask."""
         root = opened(self.path)
         named = (self.images, self.masks) if self.images and self.masks else None
-        there = [pair for pair in ([named] if named else FOLDERS) if all((root / part).is_dir() for part in pair)]
-        if not there:
+        present = [pair for pair in ([named] if named else FOLDERS) if all((root / part).is_dir() for part in pair)]
+        if not present:
             wanted = named or FOLDERS[0]
             raise DataError(
                 f"{root}: there are no folders {wanted[0]} and {wanted[1]}; name yours with images = ... "
                 "and masks = ..."
             )
-        images, masks = _cases(root / there[0][0], channels=True), _cases(root / there[0][1], channels=False)
-        problems = [f"{there[0][0]}: {case} has no mask in {there[0][1]}" for case in images if case not in masks]
-        problems += [f"{there[0][1]}: {case} has no image in {there[0][0]}" for case in masks if case not in images]
+        images, masks = _cases(root / present[0][0], channels=True), _cases(root / present[0][1], channels=False)
+        problems = [f"{present[0][0]}: {case} has no mask in {present[0][1]}" for case in images if case not in masks]
+        problems += [f"{present[0][1]}: {case} has no image in {present[0][0]}" for case in masks if case not in images]
         counts = {len(files) for files in images.values()}
         if len(counts) > 1:
             problems.append(
-                f"{there[0][0]}: cases have {' or '.join(map(str, sorted(counts)))} channels; give all as many"
+                f"{present[0][0]}: cases have {' or '.join(map(str, sorted(counts)))} channels, not the same number"
             )
         if problems or not images:
-            raise DataError(problems[:20] or [f"{root / there[0][0]}: there are no images that we read"])
+            raise DataError(problems[:20] or [f"{root / present[0][0]}: there are no readable images"])
         cases = sorted(images)
         patients = patients_in(cases, self.patient)
         sites = patients_in(cases, self.site) if self.site else ()
@@ -87,18 +86,20 @@ class Pairs(FromFiles):
 
 
 def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
-    """Each case's files, in the order of their channels."""
-    found: dict[str, list[Path]] = {}
+    """Return each case's files, in the order of their channels."""
+    cases: dict[str, list[Path]] = {}
     files = [file for file in sorted(folder.iterdir()) if kind_of(file) and not file.name.startswith(".")]
     numbered = channels and bool(files) and all(re.search(r"_\d{4}$", stem_of(file)) for file in files)
     for file in files:
         stem = stem_of(file)
-        found.setdefault(stem[:-5] if numbered else stem, []).append(file)
-    return {case: tuple(paths) for case, paths in found.items()}
+        cases.setdefault(stem[:-5] if numbered else stem, []).append(file)
+    return {case: tuple(paths) for case, paths in cases.items()}
 
 
 def _named(root: Path) -> tuple[str, ...]:
-    """The names of labels in ``dataset.json``, whichever way round it has them; empty where there is none."""
+    """Return the names of labels in ``dataset.json``, in either of its two formats; empty if the file does not
+    exist.
+    """
     file = root / "dataset.json"
     if not file.is_file():
         return ()
@@ -110,5 +111,5 @@ def _named(root: Path) -> tuple[str, ...]:
             else {int(v): str(k) for k, v in labels.items() if isinstance(v, int)}
         )
     except (Unreadable, ValueError, AttributeError, TypeError):
-        raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or take it away") from None
+        raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
     return tuple(numbers.get(i, f"label {i}") for i in range(max(numbers, default=-1) + 1))

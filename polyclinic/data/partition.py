@@ -1,14 +1,14 @@
-"""Sites that are made up: how one source's patients are dealt to imaginary hospitals.
+"""Simulated sites: distribution of one source's patients to simulated hospitals.
 
-Every patient goes to one site with all examples. A result on such sites carries ``badge``, because real hospitals
+Every patient belongs to one site with all examples. A result on such sites carries ``badge``, because real hospitals
 differ in more ways than these.
 
 * Dirichlet label skew, class by class: Yurochkin et al., "Bayesian nonparametric federated learning of neural
-  networks", ICML 2019, https://proceedings.mlr.press/v97/yurochkin19a.html. There a site may be left empty; here the
-  deal is drawn again until no site has fewer patients than ``least``.
+  networks", ICML 2019, https://proceedings.mlr.press/v97/yurochkin19a.html. There a site may be empty; here the
+  assignment is drawn again until no site has fewer patients than ``least``.
 * Pathological classes: McMahan et al., "Communication-efficient learning of deep networks from decentralized data",
-  AISTATS 2017, section 3, https://proceedings.mlr.press/v54/mcmahan17a.html. There shards of sorted images are dealt;
-  here sites get whole classes and share a class's patients evenly.
+  AISTATS 2017, section 3, https://proceedings.mlr.press/v54/mcmahan17a.html. There shards of sorted images are
+  distributed; here sites get whole classes and share a class's patients evenly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ TRIES = 200
 
 @dataclass(frozen=True)
 class Iid:
-    """Patients dealt at random in equal numbers, evenly within each class."""
+    """Patients distributed at random in equal numbers, evenly within each class."""
 
     name: ClassVar[str] = "iid"
     count: int = 4
@@ -32,11 +32,11 @@ class Iid:
 
     @property
     def badge(self) -> str:
-        """The sentence that goes with every result on these sites."""
+        """The sentence that accompanies every result on these sites."""
         return f"Simulated sites: patients of one source were dealt at random to {self.count} equal sites."
 
     def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
-        """A site's number for each patient. ``groups`` holds each patient's class."""
+        """Return a site number for each patient. ``groups`` holds each patient's class."""
         _enough(self.count, self.least, groups)
         order = sorted(_shuffled(groups, rng), key=lambda patient: groups[patient])
         return {patient: i % self.count for i, patient in enumerate(order)}
@@ -44,7 +44,7 @@ class Iid:
 
 @dataclass(frozen=True)
 class Dirichlet:
-    """Label skew: each class is spread over the sites in shares drawn from Dirichlet(α)."""
+    """Label skew: each class is distributed over the sites in shares drawn from Dirichlet(α)."""
 
     name: ClassVar[str] = "dirichlet"
     count: int = 4
@@ -53,14 +53,14 @@ class Dirichlet:
 
     @property
     def badge(self) -> str:
-        """The sentence that goes with every result on these sites."""
+        """The sentence that accompanies every result on these sites."""
         return (
             f"Simulated sites: patients of one source were dealt to {self.count} sites with label skew, "
             f"Dirichlet({self.alpha:g})."
         )
 
     def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
-        """A site's number for each patient. ``groups`` holds each patient's class."""
+        """Return a site number for each patient. ``groups`` holds each patient's class."""
         _positive("alpha", self.alpha)
         _enough(self.count, self.least, groups)
         for _ in range(TRIES):
@@ -79,7 +79,7 @@ class Dirichlet:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Quantity skew: sites differ in size, in shares drawn from Dirichlet(α), and not in classes."""
+    """Quantity skew: sites differ in size, in shares drawn from Dirichlet(α), but not in class distribution."""
 
     name: ClassVar[str] = "quantity"
     count: int = 4
@@ -88,24 +88,24 @@ class Quantity:
 
     @property
     def badge(self) -> str:
-        """The sentence that goes with every result on these sites."""
+        """The sentence that accompanies every result on these sites."""
         return (
             f"Simulated sites: patients of one source were dealt at random to {self.count} sites of unequal size, "
             f"Dirichlet({self.alpha:g})."
         )
 
     def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
-        """A site's number for each patient."""
+        """Return a site number for each patient."""
         _positive("alpha", self.alpha)
         _enough(self.count, self.least, groups)
-        spare = len(groups) - self.least * self.count  # everyone gets the least, the rest is dealt by share
+        spare = len(groups) - self.least * self.count  # every site gets the minimum, the rest by share
         sizes = self.least + _whole(rng.dirichlet(np.full(self.count, self.alpha)) * spare)
         return dict(zip(_shuffled(groups, rng), np.repeat(np.arange(self.count), sizes).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class Pathological:
-    """Each site sees only some classes."""
+    """Class-limited sites: each site has only some of the classes."""
 
     name: ClassVar[str] = "pathological"
     count: int = 4
@@ -114,14 +114,14 @@ class Pathological:
 
     @property
     def badge(self) -> str:
-        """The sentence that goes with every result on these sites."""
+        """The sentence that accompanies every result on these sites."""
         return (
             f"Simulated sites: patients of one source were dealt to {self.count} sites, each with {self.classes} of "
             "the classes only."
         )
 
     def deal(self, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, int]:
-        """A site's number for each patient. ``groups`` holds each patient's class."""
+        """Return a site number for each patient. ``groups`` holds each patient's class."""
         _enough(self.count, self.least, groups)
         labels = sorted(set(groups.values()))
         if not 1 <= self.classes <= len(labels):
@@ -150,10 +150,12 @@ class Pathological:
 
 @dataclass(frozen=True)
 class Divided:
-    """Real sites, some of them dealt to several: they differ as hospitals do, and are more than there were.
+    """Real sites, some of them divided into several, which keeps the real differences and increases the number of
+    sites.
 
     Attributes:
-        parts: To how many sites a hospital's patients are dealt, evenly within each class; 1 where it is not named.
+        parts: Number of sites to which a hospital's patients are distributed, evenly within each class; 1 if not
+            listed.
         by: ``"natural"``, or the column that names the hospital.
     """
 
@@ -163,12 +165,12 @@ class Divided:
 
     @property
     def badge(self) -> str:
-        """The sentence that goes with every result on these sites."""
-        told = ", ".join(f"{site} to {count}" for site, count in self.parts.items())
-        return f"Simulated sites: the patients of hospitals were dealt at random to several sites ({told})."
+        """The sentence that accompanies every result on these sites."""
+        listed = ", ".join(f"{site} to {count}" for site, count in self.parts.items())
+        return f"Simulated sites: the patients of hospitals were dealt at random to several sites ({listed})."
 
     def deal(self, site: str, groups: Mapping[str, int], rng: np.random.Generator) -> dict[str, str]:
-        """A site's name for each patient of the hospital ``site``. ``groups`` holds each patient's class."""
+        """Return a site name for each patient of the hospital ``site``. ``groups`` holds each patient's class."""
         count = self.parts.get(site, 1)
         if count < 1:
             raise DataError(f"parts.{site} = {count}: a hospital is dealt to at least one site")
@@ -193,7 +195,7 @@ def _by_share(patients: Sequence[str], shares: "np.ndarray[tuple[int], np.dtype[
 
 
 def _whole(sizes: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-    """Whole numbers near ``sizes`` and with the same (whole) sum: the largest remainders are rounded up."""
+    """Round ``sizes`` to integers with the same (integer) sum, by the largest remainders."""
     floor = np.floor(sizes).astype(np.int64)
     missing = round(float(sizes.sum())) - int(floor.sum())
     floor[np.argsort(floor - sizes, kind="stable")[:missing]] += 1

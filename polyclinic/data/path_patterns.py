@@ -1,4 +1,6 @@
-"""Images whose paths say everything: ``{site}/Case{patient}.nii.gz`` with ``{site}/Case{patient}_mask.nii.gz``."""
+"""Images whose paths contain all metadata: ``{site}/Case{patient}.nii.gz`` with
+``{site}/Case{patient}_mask.nii.gz``.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -16,19 +18,19 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Patterns(FromFiles):
-    """Images found by a pattern of their paths. A word in braces stands for any text without a slash.
+    """Images found by a pattern of their paths. A word in braces matches any text without a slash.
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
         images: The pattern of an image's path below ``path``; one per channel. All must use the same words.
-        mask: The pattern of its mask's path, of the same words; "" where the path's ``{class}`` is the target.
-        classes: The classes in order; found and sorted where this is empty (for masks: the names of 0, 1, ...).
+        mask: The pattern of its mask's path, with the same words; "" if the path's ``{class}`` is the target.
+        classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
 
-    ``{patient}`` says whose an image is (the same name at two sites is two people), ``{site}`` where it comes from,
-    ``{split}`` the official split; any other word becomes a column.
+    ``{patient}`` identifies the patient (the same name at two sites is two people), ``{site}`` the site, ``{split}``
+    the official split; any other word becomes a column.
     """
 
     path: str
@@ -46,25 +48,25 @@ class Patterns(FromFiles):
             if strange := set(_FIELD.findall(pattern)) - words:
                 problems.append(f"{key} = {pattern}: {{{sorted(strange)[0]}}} is not in the first pattern of images")
         if self.images and not self.mask and "class" not in words:
-            problems.append(f"images = {self.images[0]}: without a mask, the path must hold {{class}}")
+            problems.append(f"images = {self.images[0]}: without a mask, the path must contain {{class}}")
         if problems:
             raise DataError(problems)
 
     def collect(self) -> Collection:
-        """Every file that the first pattern fits."""
+        """Collect every file that matches the first pattern."""
         root = opened(self.path)
         fits = _regex(self.images[0])
         names = sorted(f.relative_to(root).as_posix() for f in root.rglob("*") if not f.name.startswith("."))
         fitting = {name: match.groupdict() for name in names if (match := fits.fullmatch(name))}
         others = {_filled(p, words) for words in fitting.values() for p in (*self.images[1:], self.mask) if p}
-        found = [words for name, words in fitting.items() if name not in others]  # a mask may look like an image
-        if not found:
+        cases = [words for name, words in fitting.items() if name not in others]  # a mask may look like an image
+        if not cases:
             raise DataError(f"{root}: there is no file like {self.images[0]}")
-        classes = self.classes or (() if self.mask else tuple(sorted({w["class"] for w in found})))
+        classes = self.classes or (() if self.mask else tuple(sorted({w["class"] for w in cases})))
         problems, entries = [], []
-        for words in found:
+        for words in cases:
             files = [root / _filled(p, words) for p in (*self.images, self.mask) if p]
-            problems += [f"{f.relative_to(root)} is not there" for f in files if not f.exists()]
+            problems += [f"{f.relative_to(root)} does not exist" for f in files if not f.exists()]
             if not self.mask and words["class"] not in classes:
                 problems.append(f"{words['class']} is not among classes = {list(classes)}")
                 continue
@@ -78,9 +80,9 @@ class Patterns(FromFiles):
             raise DataError([f"{root}: {problem}" for problem in dict.fromkeys(problems[:20])])
         name = Path(self.path).stem
         task: Literal["segmentation", "classification"] = "segmentation" if self.mask else "classification"
-        notes = () if "patient" in found[0] else (UNKNOWN_PATIENTS,)
+        notes = () if "patient" in cases[0] else (UNKNOWN_PATIENTS,)
         info = described(self.about, Info(name, name, "not stated", "not stated", task, classes), notes)
-        sites = ("site",) if "site" in found[0] else ()
+        sites = ("site",) if "site" in cases[0] else ()
         return Collection(info, tuple(entries), sites, self.steps, self.unreadable)
 
 
@@ -89,7 +91,7 @@ def _filled(pattern: str, words: dict[str, str]) -> str:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """A pattern of paths as a regular expression; a word that comes again must be the same text again."""
+    """Return a pattern of paths as a regular expression; a repeated word must match the same text."""
     seen: set[str] = set()
     out, last = "", 0
     for match in _FIELD.finditer(pattern):

@@ -1,4 +1,4 @@
-"""What sites hold once it is settled who trains: weak annotation, public images, places in videos, fast scans."""
+"""Roles of sites after the split: weak annotation, public images, slice positions and video frames, undersampling."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,14 +10,14 @@ from polyclinic.data.annotations import Annotation, accelerated, annotated
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Examples, concat
 from polyclinic.data.source import Info, Table
-from polyclinic.data.splits import dice_for
+from polyclinic.data.splits import rng_for
 
 Sites = dict[str, dict[str, Examples]]
 
 
 @dataclass(frozen=True)
 class Named:
-    """Whom ``[data]`` names: the sites that nobody trains on, those whose images are public, and weak annotation."""
+    """Sites that ``[data]`` names: external sites, sites with public images, and weak annotation."""
 
     external: tuple[str, ...]
     public: tuple[str, ...]
@@ -25,26 +25,26 @@ class Named:
 
     @classmethod
     def of(cls, spec: DataSpec, titles: Mapping[str, str]) -> "Named":
-        """Finds the sites by name or by the data's own word for them (``titles`` by name).
+        """Resolve the sites by name or by their title in the data (``titles`` by name).
 
         Raises:
-            DataError: With every name that is no site's.
+            DataError: With every name that does not match a site.
         """
         names = {title: name for name, title in titles.items()} | {name: name for name in titles}
         problems = [
-            f'{key} names "{site}", which is no site of this data. There are {", ".join(titles)}'
+            f'{key} names "{site}", which is not a site of this data. There are {", ".join(titles)}'
             for key, given in (("external", spec.external), ("public", spec.public), ("annotations", spec.annotations))
             for site in given
             if site not in names
         ]
 
-        def found(given: Iterable[str]) -> tuple[str, ...]:
+        def resolved(given: Iterable[str]) -> tuple[str, ...]:
             return tuple(sorted(names[site] for site in given if site in names))
 
-        external, public = found(spec.external), found(spec.public)
+        external, public = resolved(spec.external), resolved(spec.public)
         if not problems and not titles.keys() - {*external, *public}:
             who = " or public" if public else ""
-            problems.append(f"every site is external{who}, so that nobody is left to train")
+            problems.append(f"every site is external{who}, so no site is left to train")
         weak = {names[site]: kind for site, kind in spec.annotations.items() if site in names}
         idle = weak.keys() & {*external, *public}
         problems += [f"annotations names {site}, which does not train: leave it out" for site in sorted(idle)]
@@ -54,55 +54,55 @@ class Named:
 
 
 def hold(sites: Sites, named: Named, spec: DataSpec, table: Table, seed: int) -> tuple[Sites, Examples | None]:
-    """What each site holds by role, and what everybody does; the sites of public images are gone."""
+    """Return the examples of each site by role, without the sites of public images, and the public examples."""
     where = {name: row for row, name in enumerate(table.ids)}
-    held = {}
+    data = {}
     for site, roles in sites.items():
         weak = annotated(roles, named.weak.get(site, "full"), site)
-        held[site] = {role: _placed(examples, table, where, spec) for role, examples in weak.items()}
+        data[site] = {role: _placed(examples, table, where, spec) for role, examples in weak.items()}
     if spec.accelerate:
-        for site, roles in held.items():
-            rng = int(dice_for(seed, "columns", site).integers(2**31))
-            held[site] = {
+        for site, roles in data.items():
+            rng = int(rng_for(seed, "columns", site).integers(2**31))
+            data[site] = {
                 role: accelerated(examples, spec.accelerate, spec.center, torch.Generator().manual_seed(rng))
                 for role, examples in roles.items()
             }
     if not named.public:
-        return held, None
-    public = concat([examples for site in named.public for examples in held.pop(site).values()]).unlabeled()
-    for site in held.keys() - {*named.external}:
-        held[site]["public"] = public
-    return held, public
+        return data, None
+    public = concat([examples for site in named.public for examples in data.pop(site).values()]).unlabeled()
+    for site in data.keys() - {*named.external}:
+        data[site]["public"] = public
+    return data, public
 
 
 def described(info: Info, named: Named, spec: DataSpec, titles: Mapping[str, str]) -> tuple[Info, list[str]]:
-    """What the data is for now, and what a reader of a report must be told of it."""
+    """Return the data set's description after these changes, and notes for the reader of a report."""
     notes = []
     if named.public:
         called = ", ".join(titles[site] for site in named.public)
         notes.append(f"The images of {called} are public: every site and the server hold them, without labels.")
     if weak := {site: kind for site, kind in named.weak.items() if kind != "full"}:
         words = {"boxes": "boxes for masks", "labels": "labels of images for masks", "none": "no labels"}
-        told = "; ".join(f"{titles[site]} {words[kind]}" for site, kind in sorted(weak.items()))
-        notes.append(f"Training data are annotated in part: {told}.")
+        listed = "; ".join(f"{titles[site]} {words[kind]}" for site, kind in sorted(weak.items()))
+        notes.append(f"Training data are annotated in part: {listed}.")
     if spec.accelerate:
         info = replace(info, task="reconstruction", classes=())
-        notes.append(f"Acquisition {spec.accelerate:g} times as fast was imitated by leaving out columns of k-space.")
+        notes.append(f"Acquisition {spec.accelerate:g} times as fast was simulated by leaving out columns of k-space.")
     return info, notes
 
 
 def _placed(examples: Examples, table: Table, where: Mapping[str, int], spec: DataSpec) -> Examples:
-    """``examples`` with the position or the video of each, where the study names a column for it."""
-    found: dict[str, torch.Tensor] = {}
+    """Return ``examples`` with the position or the video of each, if the study names a column for it."""
+    values_by_field: dict[str, torch.Tensor] = {}
     for key, column in (("positions", spec.position), ("videos", spec.video)):
         if column is None:
             continue
         if column not in table.columns:
-            there = ", ".join(name for name in table.columns if name != "site") or "none"
-            raise DataError(f'{key[:-1]} = "{column}": there is no such column. There are {there}')
+            known = ", ".join(name for name in table.columns if name != "site") or "none"
+            raise DataError(f'{key[:-1]} = "{column}": there is no such column. There are {known}')
         values = [table.columns[column][where[name]] for name in examples.ids]
-        found[key] = _numbered(values) if key == "videos" else _heights(values, column)
-    return replace(examples, **found)  # type: ignore[arg-type]
+        values_by_field[key] = _numbered(values) if key == "videos" else _heights(values, column)
+    return replace(examples, **values_by_field)  # type: ignore[arg-type]
 
 
 def _numbered(values: list[str]) -> torch.Tensor:
@@ -114,7 +114,9 @@ def _heights(values: list[str], column: str) -> torch.Tensor:
     try:
         heights = np.array([float(value) for value in values], dtype=np.float32)
     except ValueError:
-        raise DataError(f'position = "{column}" holds what is no number: give heights from 0 to 1') from None
+        raise DataError(
+            f'position = "{column}" contains values that are not numbers: give heights from 0 to 1'
+        ) from None
     if len(heights) and not bool(((heights >= 0) & (heights <= 1)).all()):
-        raise DataError(f'position = "{column}" must hold heights from 0 to 1')
+        raise DataError(f'position = "{column}" must contain heights from 0 to 1')
     return torch.from_numpy(heights)

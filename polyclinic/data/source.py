@@ -1,8 +1,8 @@
-"""The contract of a data source: what it is, whom it holds, and how to read some of it.
+"""Contract of a data source: its description, its table of examples, and access to selected examples.
 
-A source is a frozen dataclass whose fields are its options. It reads nothing until it is asked: ``table`` says what
-there is (who, where, which label), ``examples`` reads the chosen part, and ``fingerprint`` names the content, so that
-the same name means the same numbers on every machine.
+A source is a frozen dataclass whose fields are its options. It reads data only on request: ``table`` lists the examples
+(patient, site, label), ``examples`` reads the selected ones, and ``fingerprint`` identifies the content, so that the
+same fingerprint means the same numbers on every machine.
 """
 
 import hashlib
@@ -16,27 +16,27 @@ import numpy as np
 from polyclinic.data.examples import DataError, Examples
 
 HIDDEN = {"hidden": True}
-"""Marks a field of a source that a study file cannot set."""
+"""Metadata of a source's field that a study file cannot set."""
 
 Task = Literal["classification", "multilabel", "regression", "segmentation", "reconstruction"]
 
 
 @dataclass(frozen=True)
 class Info:
-    """What people should know of a data set before they believe a result on it.
+    """Description of a data set.
 
     Attributes:
         name: The catalog's name, or the folder's.
         title: One line.
         modality: Such as ``"CT"`` or ``"table"``.
         organ: Such as ``"lung"``.
-        task: What is predicted.
+        task: Type of prediction.
         classes: The names of the classes (of labels, or of mask values), in order; empty for regression.
-        license: In the words of those who gave the data.
-        citation: What to cite.
-        url: Where it comes from.
-        notes: What a reader of a report must be told, each a sentence.
-        simulated: The sentence that goes with every result where the patients themselves are made up.
+        license: As stated by the publisher of the data.
+        citation: Publication to cite.
+        url: Origin of the data.
+        notes: Sentences for the reader of a report.
+        simulated: Sentence that accompanies every result if the patients are simulated.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Info:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Who is in a source: one row per example, in a fixed order, known without reading any image.
+    """Metadata of a source: one row per example, in a fixed order, known without reading any image.
 
     Attributes:
-        ids: A unique name for each example.
-        patients: Whose it is. Where a source does not know, the example's own id, and the source says so.
+        ids: Unique name of each example.
+        patients: Patient of each example. If unknown, the example's own id, which the source states in its notes.
         labels: A class per row (int64 [n]), several (float32 [n, L]), a number (float32 [n, 1]), or None for masks.
         columns: Further columns, as text, such as hospital, scanner or the source's own split.
-        sites: The names of the columns that could name a site, the natural one first.
+        sites: The names of the columns that can name a site, the natural one first.
     """
 
     ids: tuple[str, ...]
@@ -85,7 +85,7 @@ class Table:
         return len(self.ids)
 
     def take(self, rows: Sequence[int]) -> "Table":
-        """The table of the given row numbers, in that order."""
+        """Return the table of the given row numbers, in that order."""
         return Table(
             tuple(self.ids[i] for i in rows),
             tuple(self.patients[i] for i in rows),
@@ -96,38 +96,46 @@ class Table:
 
 
 class Source(Protocol):
-    """Where examples come from."""
+    """Source of examples."""
 
     @property
     def info(self) -> Info:
-        """What it is."""
+        """Description of the data set."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content and of the options that change what is read: 32 hexadecimal digits."""
+        """Hash of the content and of the options that affect what is read: 32 hexadecimal digits."""
 
     def table(self) -> Table:
-        """Who is in it. Raises ``DataError`` where it cannot be read, with every problem."""
+        """Return the table of examples.
+
+        Raises:
+            DataError: If it cannot be read, with every problem.
+        """
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """Reads the named examples, in that order. Raises ``DataError`` with one line per unreadable file."""
+        """Read the named examples, in that order.
+
+        Raises:
+            DataError: With one line per unreadable file.
+        """
 
 
 @runtime_checkable
 class FittedSource(Protocol):
-    """A source whose numbers depend on statistics over training rows, such as a table's means."""
+    """Source whose numbers depend on statistics over training rows, such as a table's means."""
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, Source]:
-        """For each site the source that reads its examples.
+        """Return for each site the source that reads its examples.
 
         Args:
-            rows: The ids of each site's training rows; for an external site, of the rows that it has.
-            external: The sites that have no part in statistics of the federation.
+            rows: The ids of each site's training rows; for an external site, of its own rows.
+            external: The sites that are excluded from statistics of the federation.
         """
 
 
 def digest(*parts: Any) -> str:
-    """A hash of ``parts``: bytes as they are, everything else by its ``repr``. 32 hexadecimal digits."""
+    """Return a hash of ``parts`` (bytes directly, everything else by its ``repr``) as 32 hexadecimal digits."""
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes | bytearray | memoryview) else repr(part).encode()
@@ -137,10 +145,10 @@ def digest(*parts: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """``text`` as a site's name: small letters, digits and hyphens, as ``"slices-1-25-mm"``; 3 becomes ``"site-3"``.
+    """Return ``text`` as a site's name, such as ``"slices-1-25-mm"``; 3 becomes ``"site-3"``.
 
     Raises:
-        DataError: Where nothing of ``text`` is left.
+        DataError: If ``text`` contains no letter or digit.
     """
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].strip("-")
     if not name:

@@ -1,4 +1,4 @@
-"""Who trains, who validates, who tests: by patient, never by image."""
+"""Splits into training, validation and test data by patient, never by image."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -13,19 +13,19 @@ from polyclinic.data.source import Table
 
 ROLES = ("train", "val", "test")
 BINS = 5
-"""Into how many groups of equal size numbers are cut when patients are stratified by them."""
+"""Number of equally large groups into which numeric labels are divided for stratification."""
 
 
-def dice_for(*key: int | str) -> np.random.Generator:
-    """Dice that depend on ``key`` and on nothing else."""
+def rng_for(*key: int | str) -> np.random.Generator:
+    """Return a random generator that depends only on ``key``."""
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little"))
 
 
 def strata(table: Table) -> dict[str, int]:
-    """For each patient the group within which splitting is even.
+    """Return the stratum of each patient.
 
-    Classes: the one that most of the patient's examples have (the rarer of two equals). Several labels: which of them
-    are set in any example. Numbers: which of ``BINS`` quantiles the mean falls into. Masks: one group.
+    Classes: the most frequent one among the patient's examples (the rarer one of a tie). Several labels: the set of
+    labels in any example. Numbers: which of ``BINS`` quantiles the mean falls into. Masks: one stratum.
     """
     by_patient: dict[str, list[int]] = defaultdict(list)
     for row, patient in enumerate(table.patients):
@@ -35,11 +35,11 @@ def strata(table: Table) -> dict[str, int]:
         return dict.fromkeys(by_patient, 0)
     if labels.ndim == 1:
         overall = Counter(labels.tolist())
-        found = {}
+        most_frequent = {}
         for patient, rows in by_patient.items():
             counts = Counter(labels[rows].tolist())
-            found[patient] = min(counts, key=lambda c, n=counts: (-n[c], overall[c], c))  # type: ignore[misc]
-        return found
+            most_frequent[patient] = min(counts, key=lambda c, n=counts: (-n[c], overall[c], c))  # type: ignore[misc]
+        return most_frequent
     if labels.shape[1] > 1:
         patterns = {p: tuple(np.nan_to_num(labels[rows]).max(axis=0).tolist()) for p, rows in by_patient.items()}
         number = {pattern: i for i, pattern in enumerate(sorted(set(patterns.values())))}
@@ -50,15 +50,15 @@ def strata(table: Table) -> dict[str, int]:
 
 
 def split_patients(groups: Mapping[str, int], shares: Sequence[float], rng: np.random.Generator) -> dict[str, str]:
-    """A role for each patient, in the given shares, as evenly within each group as whole patients allow.
+    """Return a role for each patient, in the given shares, as evenly within each stratum as possible.
 
-    Patients are drawn in random order, group by group; each gets the role that lags most behind its share, in the
-    group and over all. A role that was to have a share has at least one patient, if there are enough patients.
+    Patients are drawn in random order, stratum by stratum; each gets the role that lags most behind its share, in the
+    stratum and overall. A role with a positive share gets at least one patient, if there are enough patients.
 
     Args:
         groups: The stratum of each patient.
         shares: Of training, validation and test; they sum to 1.
-        rng: Where the order comes from.
+        rng: Generator of the random order.
     """
     order = sorted(groups)
     order = [order[i] for i in rng.permutation(len(order))]
@@ -68,12 +68,12 @@ def split_patients(groups: Mapping[str, int], shares: Sequence[float], rng: np.r
     within: dict[int, Counter[str]] = defaultdict(Counter)
     roles = {}
     for seen, patient in enumerate(order, start=1):
-        here = within[groups[patient]]
-        lag = {r: s * (seen + here.total() + 1) - overall[r] - here[r] for r, s in wanted.items()}
+        own = within[groups[patient]]
+        lag = {r: s * (seen + own.total() + 1) - overall[r] - own[r] for r, s in wanted.items()}
         role = max(wanted, key=lambda r, lag=lag: (round(lag[r], 9), wanted[r]))  # type: ignore[misc]
         roles[patient] = role
         overall[role] += 1
-        here[role] += 1
+        own[role] += 1
     for empty in [r for r in wanted if not overall[r] and len(order) >= len(wanted)]:
         rich = overall.most_common(1)[0][0]
         moved = next(p for p in reversed(order) if roles[p] == rich)
@@ -87,8 +87,8 @@ def split_patients(groups: Mapping[str, int], shares: Sequence[float], rng: np.r
 class Fold:
     """One fold of a cross-validation, number ``index`` of ``count``.
 
-    With ``by = "patients"`` the patients of every site are dealt to ``count`` groups, of which this fold tests one.
-    With ``by = "sites"`` this fold tests one site whole, and that site trains nothing: leave one site out.
+    With ``by = "patients"`` the patients of every site are divided into ``count`` groups, one of which this fold tests.
+    With ``by = "sites"`` this fold tests one site, which does not train (leave one site out).
     """
 
     index: int
@@ -99,13 +99,13 @@ class Fold:
 def fold_patients(
     groups: Mapping[str, int], fold: Fold, shares: Sequence[float], rng: np.random.Generator
 ) -> dict[str, str]:
-    """A role for each patient: one group of ``fold.count`` tests, the others train and validate in their shares.
+    """Return a role for each patient: one group of ``fold.count`` tests, the others train and validate in their shares.
 
     Over the folds, with equal ``rng``, every patient is a test patient exactly once. Groups are as even within each
-    stratum as whole patients allow.
+    stratum as possible.
 
     Raises:
-        DataError: Where there are fewer patients than folds.
+        DataError: If there are fewer patients than folds.
     """
     if len(groups) < fold.count:
         raise DataError(
@@ -121,20 +121,20 @@ def fold_patients(
 
 
 def without_test(shares: Sequence[float]) -> tuple[float, float, float]:
-    """The shares of training and validation where test patients are set apart otherwise."""
+    """Return the shares of training and validation if test patients are separated by other means."""
     train, val, _ = shares
     return train / (train + val), val / (train + val), 0.0
 
 
 def official(table: Table) -> dict[str, str]:
-    """The role that the source's own column ``split`` gives to each patient.
+    """Return the role that the source's own column ``split`` gives to each patient.
 
     Raises:
-        DataError: Where there is no such column, a value is unknown, or a patient is in two of its splits.
+        DataError: If there is no such column, a value is unknown, or a patient is in two of its splits.
     """
     if "split" not in table.columns:
         raise DataError(
-            'split = "official", but this data comes without a split of its own: give shares instead, '
+            'split = "official", but this data has no official split: give shares instead, '
             "such as split = [0.6, 0.15, 0.25]"
         )
     names = {
@@ -150,7 +150,9 @@ def official(table: Table) -> dict[str, str]:
     problems, roles = [], dict[str, str]()
     values = table.columns["split"]
     if unknown := sorted({v for v in values if v.lower() not in names}):
-        problems.append(f"the column split holds {', '.join(map(repr, unknown[:3]))}: it may hold train, val and test")
+        problems.append(
+            f"the column split contains {', '.join(map(repr, unknown[:3]))}: allowed are train, val and test"
+        )
     else:
         twice = set()
         for patient, value in zip(table.patients, values, strict=True):

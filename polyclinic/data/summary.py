@@ -1,4 +1,4 @@
-"""The table of sites that a report shows: counts, never data."""
+"""Table of sites for a report: counts only."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from polyclinic.data.source import Info
 @savable("data.RoleSummary", 1)
 @dataclass(frozen=True)
 class RoleSummary:
-    """What a site has for one role.
+    """Counts of one role at a site.
 
     Attributes:
-        patients: How many.
-        examples: How many.
+        patients: Number of patients.
+        examples: Number of examples.
         classes: Examples per class (or with each of several labels); empty for numbers and masks.
     """
 
@@ -33,9 +33,9 @@ class SiteSummary:
 
     Attributes:
         name: The site.
-        title: As the data called it.
-        external: Whether nobody trains on it.
-        roles: By role.
+        title: Name of the site in the data.
+        external: Whether it does not train.
+        roles: Counts by role.
     """
 
     name: str
@@ -45,15 +45,15 @@ class SiteSummary:
 
 
 def summarize(name: str, title: str, external: bool, roles: Mapping[str, Examples], info: Info) -> SiteSummary:
-    """Counts the examples of one site, by role and class."""
-    found = {}
+    """Count the examples of one site, by role and class."""
+    counts = {}
     for role, examples in roles.items():
         classes: Sequence[int] = ()
         if role == "public":
-            continue  # nobody's patients, and the same everywhere
+            continue  # public images are identical at all sites
         if role != "unlabeled" and examples.targets.ndim == 1:
             classes = np.bincount(examples.targets.numpy(), minlength=len(info.classes)).tolist()
         elif role != "unlabeled" and info.task == "multilabel":
             classes = examples.targets.sum(0).long().tolist()
-        found[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
-    return SiteSummary(name, title, external, found)
+        counts[role] = RoleSummary(len(set(examples.patients)), len(examples), tuple(classes))
+    return SiteSummary(name, title, external, counts)

@@ -24,7 +24,7 @@ MOST_MARKS = 64
 
 
 class OrderLike(Protocol):
-    """What a schedule reads of an order. See ``engines.flare.protocol.run_request.Order``."""
+    """What a schedule reads of an order. See ``engines.flare.protocol.run_request.RunRequest``."""
 
     @property
     def plan(self) -> dict[str, Any]: ...

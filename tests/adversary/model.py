@@ -1,6 +1,6 @@
-"""What a site may let leave, written down from the promises and not from the code: a small model to compare with.
+"""What a site may release, derived from the guarantees and not from the code: a small reference model.
 
-The promises: nothing leaves that no person or policy allowed; only what the schedule of the approved order holds, each
+The guarantees: nothing leaves that no person or policy allowed; only what the schedule of the approved order holds, each
 place once and for one model; nothing that the site's policy forbids, when it leaves; a budget pays for every release;
 and no two opened sums of one content differ by fewer sites than the minimum.
 """
@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import Got, Sum
 
 EVALUATIONS = ("score", "predict", "explain")
@@ -52,8 +52,8 @@ class Policy:
         )
 
 
-def in_schedule(order: Order, job: str, round: int) -> bool:
-    """Whether the order, once approved, has this request: all of FedAvg's and FedProx's, and the scores it names."""
+def in_schedule(order: RunRequest, job: str, round: int) -> bool:
+    """Whether the run request, once approved, has this request: all of FedAvg's and FedProx's, and the scores it names."""
     rounds = int(order.plan["rounds"])
     after = 1 <= round <= rounds
     match job:
@@ -70,11 +70,11 @@ def in_schedule(order: Order, job: str, round: int) -> bool:
     return False
 
 
-def part_of(approved: Order, other: Order) -> bool:
+def part_of(approved: RunRequest, other: RunRequest) -> bool:
     """Whether who approved one order approved the other: another arm of the same study, and nothing else differs."""
     if not approved.study or approved.study != other.study:
         return False
-    rules = [f.name for f in fields(Order) if f.name not in ("run", "plan", "label", "mode", "study")]
+    rules = [f.name for f in fields(RunRequest) if f.name not in ("run", "plan", "label", "mode", "study")]
     if any(getattr(approved, rule) != getattr(other, rule) for rule in rules):
         return False
     if other.mode == "survey":
@@ -93,7 +93,7 @@ class SiteModel:
         policy: Its policy, now.
         shown: The orders that the person last saw under a name. ``approved``: those approved after they were shown.
         contents: What was answered, by run, round and job: hashes of requests. ``models``: of the models, by run and round.
-        arms: Which run took an arm of a study. ``tested``: which round was tested, by run.
+        arms: Which run took a method run of a study. ``tested``: which round was tested, by run.
         sizes: The bytes of tensors that left, by run and round, and by content.
         rosters: Over which sites sums of one content were opened.
     """
@@ -101,8 +101,8 @@ class SiteModel:
     name: str
     patients: dict[str, int]
     policy: Policy
-    shown: dict[str, list[Order]] = field(default_factory=dict)
-    approved: dict[str, Order] = field(default_factory=dict)
+    shown: dict[str, list[RunRequest]] = field(default_factory=dict)
+    approved: dict[str, RunRequest] = field(default_factory=dict)
     contents: dict[tuple[str, int, str], set[str]] = field(default_factory=dict)
     models: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     arms: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -110,8 +110,8 @@ class SiteModel:
     sizes: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
     rosters: dict[bytes, set[tuple[str, ...]]] = field(default_factory=dict)
 
-    def sees(self, name: str, text: str, orders: list[Order]) -> None:
-        """The person reads ``text``: the orders whose hash stands in it."""
+    def sees(self, name: str, text: str, orders: list[RunRequest]) -> None:
+        """Let the person read ``text``: the run requests whose hashes it contains."""
         self.shown[name] = [order for order in orders if order.hash[:16] in text]
 
     def approves(self, name: str) -> None:
@@ -132,7 +132,7 @@ class SiteModel:
         self.sizes = {key: value for key, value in self.sizes.items() if key[0] != run}
         self.tested.pop(run, None)
 
-    def allowed(self, order: Order) -> bool:
+    def allowed(self, order: RunRequest) -> bool:
         """Whether a person or the policy allowed ``order``, now."""
         if order.hash in self.approved or order.method_hash in self.policy.automatically:
             return True
@@ -143,10 +143,10 @@ class SiteModel:
         """Why a file that left must not have left: a sentence each. What left is counted from now on."""
         call, order = got.call, got.order
         if call.kind in ("hello", "end"):
-            yield "a greeting brings no file"
+            yield "a greeting has no file"
             return
         if not self.allowed(order):
-            yield f"nobody approved this order at {self.name} ({order.run}, {order.plan['rounds']} rounds, {order.label})"
+            yield f"no person approved this order at {self.name} ({order.run}, {order.plan['rounds']} rounds, {order.label})"
         if order.study and order.mode != "survey":
             self.arms.setdefault((order.study["hash"], order.label), order.run)
         if call.kind == "secure":

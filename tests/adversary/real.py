@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tests.support.flare_deployment import Hospitals
 
 LOOPBACK = "0100007F"
-# From loopback, without any certificate: becomes a cell below a site's process and asks the processes beside it.
+# From loopback, without any certificate: becomes a cell below a site's process and sends requests to its sibling processes.
 STRANGER = r"""
 import json, os, sys, time
 from nvflare.fuel.f3.cellnet.core_cell import CoreCell
@@ -48,7 +48,9 @@ class Heard(NamedTuple):
 
 
 def wish(hospitals: Hospitals, run: str, requests: Sequence[tuple[str, int, float]]) -> None:
-    """Lets the server's job of ``run`` ask all sites, after training, for each job and round, with a model moved by so much."""
+    """Lets the server's job of ``run`` ask all sites, after training, for each job and round, with a model
+    moved by so much.
+    """
     (hospitals.faults / f"hostile-{run}").write_text(json.dumps(requests))
 
 
@@ -80,7 +82,7 @@ def listening(pids: Sequence[int]) -> list[int]:
 
 
 def stranger(port: int, name: str, targets: Sequence[str], folder: Path) -> list[list[Any]]:
-    """What a process that has no file of the site hears through a port on loopback: target, topic, code, answer."""
+    """Return what a process without any file of the site receives through a loopback port: target, topic, code, answer."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("POLYCLINIC")}
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(port), name, *targets],

@@ -2,7 +2,7 @@
 
 A new attack is a few lines::
 
-    server = HostileServer(houses(tmp_path), small_order())     # sites exist, the order was read and approved at each
+    server = HostileServer(houses(tmp_path), small_order())     # sites exist, the run request was read and approved at each
     got = server.ask("site-0", "score/train", {"head.weight": ..., "head.bias": ...})
     refused(got)
 
@@ -29,11 +29,11 @@ from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.engines.flare.client.site_agent import Desk, take_in
+from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.secure_aggregation import vector_of
 from polyclinic.secure_aggregation.server import SecureServer
@@ -49,21 +49,21 @@ STAGES = ("advertise", "share", "mask", "agree", "reveal")
 # Sites and orders -----------------------------------------------------------------------------------------------------
 
 
-def houses(root: Path, count: int = 3, policy: str = LENIENT, shape: tuple[int, ...] = (4,)) -> dict[str, SiteHome]:
+def houses(root: Path, count: int = 3, policy: str = LENIENT, shape: tuple[int, ...] = (4,)) -> dict[str, SiteFolder]:
     """``count`` sites with little data of ``shape``: 12, 17, 22, ... training patients, one example each."""
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(shape, count).items()}
 
 
 def small_order(
     run: str = "run-1", sites: Sequence[str] = ("site-0", "site-1", "site-2"), method: str = "fedavg", **changes: Any
-) -> Order:
-    """An order for a linear model of four inputs. Changes of the plan go in ``plan``."""
+) -> RunRequest:
+    """A run request for a linear model of four inputs. Changes of the plan go in ``plan``."""
     plan = {"network": "mlp", "network_options": {"depth": 0}, "inputs": [4], **changes.pop("plan", {})}
     return order(method, run=run, sites=sites, plan=plan, **changes)
 
 
-def secure_order(homes: Mapping[str, SiteHome], method: str = "fedavg", **changes: Any) -> Order:
-    """An order whose replies go through a secure sum over all of ``homes``."""
+def secure_order(homes: Mapping[str, SiteFolder], method: str = "fedavg", **changes: Any) -> RunRequest:
+    """A run request whose replies go through a secure sum over all of ``homes``."""
     options = {"options": {"uniform": True}} if method == "fedavg" else {}
     plan = {"uplink": [SUM], **options, **changes.pop("plan", {})}
     return small_order(sites=tuple(homes), method=method, plan=plan, identities=identities(homes), **changes)
@@ -77,11 +77,11 @@ def study(
     label: str = "fedavg",
     arms: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> Order:
-    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the arms leave open.
+) -> RunRequest:
+    """One arm of a study of two, FedAvg and FedProx. What the sites' data say, the method runs leave open.
 
     Args:
-        arms: What all arms' plans say besides. ``changes``: of the order; of this arm's plan alone in ``plan``.
+        arms: Further fields of all method runs' plans. ``changes``: to the run request; in ``plan``, to this method run's plan only.
     """
     training = {**TRAINING, "lr": lr}
     both = {
@@ -93,15 +93,15 @@ def study(
         for method, plan in both.items()
     ]
     plan = {**both[label], **changes.pop("plan", {})}
-    return Order(
+    return RunRequest(
         run,
         plan,
         **{"patience": 5.0, "label": label, "study": {"name": name, "hash": "ab" * 32, "arms": known}, **changes},
     )
 
 
-def survey(run: str, of: Order) -> Order:
-    """The survey of the study that ``of`` is an arm of."""
+def survey(run: str, of: RunRequest) -> RunRequest:
+    """The survey of the study that ``of`` is a method run of."""
     return replace(of, run=run, mode="survey", plan=survey_plan(list(of.plan["sites"])), label="")
 
 
@@ -111,7 +111,7 @@ def survey(run: str, of: Order) -> Order:
 class Person:
     """Somebody at a hospital who reads and decides, with the commands that people type."""
 
-    def __init__(self, home: SiteHome) -> None:
+    def __init__(self, home: SiteFolder) -> None:
         self.home = home
 
     def types(self, *words: str) -> tuple[bool, str]:
@@ -123,7 +123,7 @@ class Person:
                 good = True
             except SystemExit as end:
                 good = not end.code
-            except (BadHome, ValueError) as error:
+            except (SetupError, ValueError) as error:
                 good = False
                 print(error)
         return good, said.getvalue()
@@ -154,11 +154,11 @@ class Got:
 
     Attributes:
         call: What was asked, and ``order`` under which order.
-        answer: The answer. ``data``: the file beside it; empty where nothing left.
+        answer: The answer. ``data``: its file; empty if nothing left the site.
     """
 
     call: Call
-    order: Order
+    order: RunRequest
     answer: Answer
     data: bytes = b""
 
@@ -204,7 +204,7 @@ class Got:
 
 
 def refused(got: Got, about: str = "") -> None:
-    """Asserts that nothing left, and that the site said so as a decision rather than by failing."""
+    """Assert that nothing left, and that the site refused it by decision rather than by failing."""
     assert not got.left, f"left the site: {got}"
     assert got.lost.startswith(("refused", "waits for")), f"not refused: {got}"
     assert about.lower() in got.lost.lower(), f"refused, but says nothing of {about!r}: {got}"
@@ -247,7 +247,7 @@ class Sum:
     total: Tensor | None = None
     problems: dict[str, str] = field(default_factory=dict)
     number: int = 0
-    order: Order | None = None
+    order: RunRequest | None = None
 
     @property
     def opened(self) -> bool:
@@ -267,7 +267,7 @@ class HostileServer:
         vectors: What sites put into secure sums, by site, run and message: what no server sees.
     """
 
-    def __init__(self, homes: Mapping[str, SiteHome], order: Order, approved: bool = True) -> None:
+    def __init__(self, homes: Mapping[str, SiteFolder], order: RunRequest, approved: bool = True) -> None:
         """Offers ``order`` to every site; if ``approved``, people there read and approve it."""
         self.homes, self.order = dict(homes), order
         self.people = {name: Person(home) for name, home in homes.items()}
@@ -276,14 +276,14 @@ class HostileServer:
         self.sums: list[Sum] = []
         self.vectors: dict[tuple[str, str, int], Tensor] = {}
         self.number = 0
-        self._desks: dict[tuple[str, str], Desk] = {}
+        self._desks: dict[tuple[str, str], SiteAgent] = {}
         self._requests: dict[str, Request] = {}
         self._last: dict[tuple[str, str], int] = {}
         self.offer(order)
         if approved:
             self.approved(order)
 
-    def approved(self, order: Order, sites: Sequence[str] = ()) -> "HostileServer":
+    def approved(self, order: RunRequest, sites: Sequence[str] = ()) -> "HostileServer":
         """Lets people at ``sites``, or everywhere, read and approve ``order``; and checks that it may run there."""
         for name in sites or self.homes:
             if not self.offer(order, [name])[name].lost:
@@ -294,13 +294,13 @@ class HostileServer:
             assert not hello.lost, f"the honest order may not run: {hello}"
         return self
 
-    def desk(self, site: str) -> Desk:
-        """The agent of a site for the present order."""
+    def agent(self, site: str) -> SiteAgent:
+        """The agent of a site for the present run request."""
         key = (site, self.order.run)
         if key in self._desks and self._desks[key].order.to_json() != self.order.to_json():
             self._desks.pop(key).close()
         if key not in self._desks:
-            self._desks[key] = Desk(self.homes[site], self.order)
+            self._desks[key] = SiteAgent(self.homes[site], self.order)
             self._desks[key].trainer = Inline(self.homes[site], self.order.run)  # type: ignore[assignment]
         return self._desks[key]
 
@@ -316,14 +316,14 @@ class HostileServer:
 
     # Asking -------------------------------------------------------------------------------------------------------------
 
-    def offer(self, order: Order, sites: Sequence[str] = ()) -> dict[str, Got]:
-        """Begins a job with ``order`` at ``sites``, or everywhere, and greets; from now on it is the present order."""
+    def offer(self, order: RunRequest, sites: Sequence[str] = ()) -> dict[str, Got]:
+        """Begins a job with ``order`` at ``sites``, or everywhere, and greets; from now on it is the present run request."""
         self.order = order
         return {name: self.call(name, "hello") for name in sites or self.homes}
 
     @property
     def request(self) -> Request:
-        """What an honest server asks first under the present order."""
+        """What an honest server asks first under the present run request."""
         if self.order.hash not in self._requests:
             plan = self.order.build_plan()
             method = plan.build_method()
@@ -334,7 +334,7 @@ class HostileServer:
 
     @property
     def model(self) -> Tree:
-        """The first model of the present order."""
+        """The first model of the present run request."""
         return self.order.build_plan().build_task().first(self.order.build_plan().seed)
 
     def moved(self, by: float) -> Tree:
@@ -384,16 +384,16 @@ class HostileServer:
         return got
 
     def call(self, site: str, kind: str, value: Any = None, *, number: int | None = None, **changes: Any) -> Got:
-        """One call of any kind with any fields; ``value`` is the file beside it."""
-        desk = self.desk(site)
+        """Make one call of any kind with any fields; ``value`` is its file."""
+        agent = self.agent(site)
         if number is None:
             self.number += 1
             number = self.number
         size, sha256, body = 0, "", None
         if value is not None:
-            path = desk.memory.folder / "received"
+            path = agent.memory.folder / "received"
             size, sha256 = tensor_file.write(path, value, durable=False)
-            body = take_in(desk.memory, path, number)
+            body = take_in(agent.memory, path, number)
         given = {
             "version": VERSION,
             "run": self.order.run,
@@ -407,7 +407,7 @@ class HostileServer:
         }
         call = Call(**{name: given.get(name, nothing) for name, nothing in _nothing().items()})
         call = Call.from_json(call.to_json())
-        answer, file = desk.answer(call, body)
+        answer, file = agent.answer(call, body)
         got = Got(call, self.order, Answer.from_json(answer.to_json()), file.read_bytes() if file else b"")
         self.heard.append(got)
         if got.left:
@@ -415,7 +415,7 @@ class HostileServer:
         return got
 
     def everyone(self, job: str | None = None, sites: Sequence[str] = (), **how: Any) -> dict[str, Got]:
-        """Asks all sites of the present order the same, in one message."""
+        """Asks all sites of the present run request the same, in one message."""
         self.number += 1
         return {name: self.ask(name, job, number=self.number, **how) for name in sites or self.order.plan["sites"]}
 
@@ -449,8 +449,8 @@ class HostileServer:
         Args:
             roster: Which sites; all by default. ``threshold``: the session's; two thirds by default.
             leave_out: Sites whose masked vector is not asked for.
-            alive: What each site is told of who arrived, instead of the truth.
-            order_of_stages: The stages that are asked, in this order. One that comes out of order is asked with what
+            alive: The false list of arrived sites sent to each site.
+            order_of_stages: The stages that are requested, in this order. One that comes out of order is asked with what
                 was gathered until then.
             twist: May change what is sent in a stage: from the stage and the bodies by site.
             session: Fields of the session to change, such as ``round`` or ``identities``.
@@ -570,7 +570,7 @@ def session_of(**given: Any) -> Session:
 
 
 def numbers_in(tag: Tensor) -> int:
-    """How many numbers a layout's tag stands for: its first axis is empty, the others are the shape."""
+    """Return the number of values that a layout's tag describes: its first axis is empty, the others are the shape."""
     count = 1
     for side in tag.shape[1:]:
         count *= side

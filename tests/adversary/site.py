@@ -3,7 +3,7 @@
 A new attack is a few lines: a function that changes what a site says, and the name of the site that says it::
 
     def heavy(said: Said) -> None:
-        said.reply = Reply({part: Mean(stat.total, 1e12) for part, stat in said.reply.parts.items()})
+        said.reply = Reply({part: WeightedMean(stat.total, 1e12) for part, stat in said.reply.parts.items()})
 
     end = run(tmp_path, small_order(), {"site-1": heavy})
     end.harmless(without="site-1")
@@ -30,11 +30,11 @@ from polyclinic.core.tree import Tree, norm, sub
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.messages import Answer, Call
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.engines.flare.protocol.rpc import Delivery
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.adversary.server import houses
-from tests.support.local_deployment import LocalCarrier, approve, conductor
+from tests.support.local_deployment import LocalCarrier, approve, coordinator
 
 
 class Said:
@@ -42,7 +42,7 @@ class Said:
 
     Attributes:
         call: What was asked. ``request``: the request's file, if it has one.
-        table: The answer's fields. ``data``: the file beside it.
+        table: The answer's fields. ``data``: its file.
         signed: Whether the site signs the answer again after the change.
         hashed: Whether the file's length and hash in the table are set after the change.
         also: Answers to be delivered besides, later: table and file.
@@ -81,7 +81,7 @@ class HostileCarrier(LocalCarrier):
     """Carries what hostile sites say instead of what their agents answered."""
 
     def __init__(
-        self, homes: Mapping[str, SiteHome], an: Order, attacks: Mapping[str, Attack], kinds: tuple[str, ...]
+        self, homes: Mapping[str, SiteFolder], an: RunRequest, attacks: Mapping[str, Attack], kinds: tuple[str, ...]
     ) -> None:
         """``attacks`` by site; they change answers to the ``kinds`` of calls."""
         super().__init__(homes, an)
@@ -152,7 +152,7 @@ class End:
 
     Attributes:
         outcome: ``finished``, ``interrupted`` or ``failed``. ``why``: what the status says.
-        model: The last model; None where there is none.
+        model: The last model; None if there is none.
         lost: Who was lost in which round, and why.
         scores: The lines of scores and tests in the records.
         folder: The server's folder of the run.
@@ -175,18 +175,18 @@ class End:
         assert named == set(range(rounds)), f"{site} was lost in the rounds {sorted(named)} of {rounds}: {self.lost}"
 
 
-def bounded(an: Order) -> Order:
+def bounded(an: RunRequest) -> RunRequest:
     """``an`` with the bounds of weights and norms that a coordinator would have; the one place to adapt if the server
-    takes them from somewhere else than from what it knows of the sites."""
+    gets them from a source other than its record of the sites."""
     return an
 
 
 def run(
     root: Path,
-    an: Order,
+    an: RunRequest,
     attacks: Mapping[str, Attack],
     kinds: tuple[str, ...] = ("do",),
-    homes: Mapping[str, SiteHome] | None = None,
+    homes: Mapping[str, SiteFolder] | None = None,
     count: int = 3,
 ) -> End:
     """Runs ``an`` between sites that all approved it, of which those in ``attacks`` are hostile."""
@@ -197,7 +197,7 @@ def run(
     carrier = HostileCarrier(homes, an, attacks, kinds)
     folder = root / "server" / an.run
     try:
-        outcome, why = conductor(root, an, carrier).run(), ""
+        outcome, why = coordinator(root, an, carrier).run(), ""
     except Exception as error:
         outcome, why = "raised", f"{type(error).__name__}: {error}"
     finally:
@@ -222,7 +222,7 @@ def silent(said: Said) -> None:
     said.table["lost"], said.data = "failed: the disk is full", b""
 
 
-def without(root: Path, an: Order, site: str, count: int = 3) -> Tree:
+def without(root: Path, an: RunRequest, site: str, count: int = 3) -> Tree:
     """The model of the same run in which ``site`` fails at every request."""
     end = run(root / "without", an, {site: silent}, count=count)
     assert end.model is not None, end.why

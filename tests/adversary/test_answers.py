@@ -78,7 +78,7 @@ def test_an_answer_that_its_site_did_not_sign_is_not_used(attack: Attack, tmp_pa
 
 def test_a_run_of_which_no_answer_is_signed_does_not_finish(tmp_path: Path) -> None:
     end = run(tmp_path, small_order(**ONE), dict.fromkeys(("site-0", "site-1", "site-2"), empty), ("hello", "do"))
-    assert end.outcome != "finished", "no answer was signed, nobody was lost, and the run finished"
+    assert end.outcome != "finished", "no answer was signed, no site was lost, and the run finished"
 
 
 def test_a_site_that_does_not_sign_its_greeting_does_not_take_part(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_an_announced_size_is_not_believed(size: int, tmp_path: Path) -> None:
 
 
 def test_nothing_is_kept_of_a_file_beside_a_greeting(tmp_path: Path) -> None:
-    """A greeting brings no file. 4 MB with each would fill the server's disk, before anybody has trained."""
+    """A registration brings no file. 4 MB with each would fill the server's disk, before anybody has trained."""
 
     def heavy(said: Said) -> None:
         said.data = b"\0" * 2**22
@@ -274,7 +274,7 @@ def test_a_score_that_is_no_number_stops_nothing(score: float, tmp_path: Path) -
 
 
 def test_an_earlier_answer_counts_once(tmp_path: Path) -> None:
-    """The answer of round 0 is given three times in it, and again in round 1, where it is nobody's."""
+    """The answer of round 0 is given three times in it, and again in round 1, where it answers no call."""
     kept: list[tuple[dict[str, Any], bytes]] = []
 
     def replay(said: Said) -> None:

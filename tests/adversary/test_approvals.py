@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteHome, private_folder, write_private
-from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder, write_private
+from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
 from polyclinic.engines.policy import site_policy as policies
 from tests.adversary.server import (
     HostileServer,
@@ -29,8 +29,8 @@ from tests.adversary.server import (
 SITES = ("site-0", "site-1", "site-2")
 
 
-def begun(server: HostileServer, an: Order) -> Order:
-    """The study's survey is approved and answered at every site, so that the sites' own data fill its arms."""
+def begun(server: HostileServer, an: RunRequest) -> RunRequest:
+    """The study's survey is approved and answered at every site, so that the sites' own data fill its method runs."""
     first = survey(f"{an.run}-survey", an)
     server.approved(first)
     for name in server.homes:
@@ -39,14 +39,14 @@ def begun(server: HostileServer, an: Order) -> Order:
 
 
 @pytest.fixture
-def homes(tmp_path: Path) -> Mapping[str, SiteHome]:
+def homes(tmp_path: Path) -> Mapping[str, SiteFolder]:
     return houses(tmp_path)
 
 
 # What was read is what was approved ---------------------------------------------------------------------------------------
 
 
-def test_an_order_that_changes_between_review_and_approval_is_not_approved(homes: Mapping[str, SiteHome]) -> None:
+def test_an_order_that_changes_between_review_and_approval_is_not_approved(homes: Mapping[str, SiteFolder]) -> None:
     """The person reads 3 rounds; before the approval is typed the server offers 2,000 under the same name."""
     shown, meant = small_order("spots", rounds=3), small_order("spots", rounds=2000)
     server = HostileServer(homes, shown, approved=False)
@@ -70,7 +70,9 @@ def test_an_order_that_changes_between_review_and_approval_is_not_approved(homes
         {"plan": {"uplink": []}},
     ],
 )
-def test_no_field_of_an_order_changes_behind_an_approval(change: dict[str, Any], homes: Mapping[str, SiteHome]) -> None:
+def test_no_field_of_an_order_changes_behind_an_approval(
+    change: dict[str, Any], homes: Mapping[str, SiteFolder]
+) -> None:
     """Whatever differs from what was shown waits for a person again; also if it comes after the approval."""
     shown = small_order("spots", plan={"options": {"uniform": True}, "uplink": [{"name": "clip", "bound": 1.0}]})
     meant = replace(shown, **{**change, "plan": {**shown.plan, **change.get("plan", {})}})
@@ -88,7 +90,7 @@ def test_no_field_of_an_order_changes_behind_an_approval(change: dict[str, Any],
     refused(server.ask("site-0", "train"))
 
 
-def test_one_name_never_approves_two_studies(homes: Mapping[str, SiteHome]) -> None:
+def test_one_name_never_approves_two_studies(homes: Mapping[str, SiteFolder]) -> None:
     """Two different studies are called spots. The person sees one; the other has 2,000 rounds at a rate of 0.9."""
     shown, hidden = study("spots-1", lr=0.1), study("zz-other", lr=0.9, rounds=2000)
     server = HostileServer(homes, hidden, approved=False)
@@ -101,7 +103,7 @@ def test_one_name_never_approves_two_studies(homes: Mapping[str, SiteHome]) -> N
     assert "zz-other" not in allowed or "2000" in text, "what was approved is not what was shown"
 
 
-def test_a_study_with_the_name_of_a_run_is_not_approved_with_it(homes: Mapping[str, SiteHome]) -> None:
+def test_a_study_with_the_name_of_a_run_is_not_approved_with_it(homes: Mapping[str, SiteFolder]) -> None:
     """A run called spots was read. A study of that name, which came later, is not approved with it."""
     run, other = small_order("spots"), study("other-1", name="spots", rounds=2000)
     server = HostileServer(homes, run, approved=False)
@@ -112,7 +114,7 @@ def test_a_study_with_the_name_of_a_run_is_not_approved_with_it(homes: Mapping[s
     refused(server.offer(other, ["site-0"])["site-0"])
 
 
-def test_a_code_change_needs_a_new_approval(homes: Mapping[str, SiteHome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_code_change_needs_a_new_approval(homes: Mapping[str, SiteFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     """The software at the site is another one than when the study was approved."""
     server = HostileServer(homes, small_order())
     from polyclinic.engines.flare.client import reviews, site_agent
@@ -124,7 +126,7 @@ def test_a_code_change_needs_a_new_approval(homes: Mapping[str, SiteHome], monke
     assert server.offer(server.order, ["site-0"])["site-0"].lost
 
 
-def test_an_approval_that_is_taken_back_counts_at_once(homes: Mapping[str, SiteHome]) -> None:
+def test_an_approval_that_is_taken_back_counts_at_once(homes: Mapping[str, SiteFolder]) -> None:
     server = HostileServer(homes, small_order())
     answered(server.ask("site-0", "train"))
     assert server.people["site-0"].refuses("run-1")
@@ -135,7 +137,7 @@ def test_an_approval_that_is_taken_back_counts_at_once(homes: Mapping[str, SiteH
 # One run of each arm ----------------------------------------------------------------------------------------------------
 
 
-def test_an_approved_arm_runs_once(homes: Mapping[str, SiteHome]) -> None:
+def test_an_approved_arm_runs_once(homes: Mapping[str, SiteFolder]) -> None:
     """The same arm under any other run name asks a person again: every run is another exposure of the patients."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
@@ -147,11 +149,11 @@ def test_an_approved_arm_runs_once(homes: Mapping[str, SiteHome]) -> None:
         hello = server.offer(study(f"again-{i}"), ["site-0"])["site-0"]
         if not hello.lost or server.ask("site-0", "train").left:
             again.append(server.order.run)
-    assert not again, f"the arm that was approved once ran again as {', '.join(again)}, and nobody was asked"
+    assert not again, f"the method run that was approved once ran again as {', '.join(again)}, and no person was asked"
 
 
-def test_the_other_arm_of_an_approved_study_runs_without_asking_again(homes: Mapping[str, SiteHome]) -> None:
-    """The limit of the test above: a person approves a study, and so each of its arms."""
+def test_the_other_arm_of_an_approved_study_runs_without_asking_again(homes: Mapping[str, SiteFolder]) -> None:
+    """The limit of the test above: a person approves a study, and so each of its method runs."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
@@ -160,13 +162,15 @@ def test_the_other_arm_of_an_approved_study_runs_without_asking_again(homes: Map
 
 
 @pytest.mark.parametrize("change", [{"outputs": 20_000}, {"inputs": [400]}, {"outputs": 3}])
-def test_the_size_of_the_model_is_what_the_data_here_say(change: dict[str, Any], homes: Mapping[str, SiteHome]) -> None:
+def test_the_size_of_the_model_is_what_the_data_here_say(
+    change: dict[str, Any], homes: Mapping[str, SiteFolder]
+) -> None:
     """Two classes were surveyed. Under the same approval a model of 20,000 is another message, of 50 times the size."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
     big = study("spots-2", label="fedprox", plan=change)
-    assert server.offer(big, ["site-0"])["site-0"].lost, f"{change} may run, and nobody was asked"
+    assert server.offer(big, ["site-0"])["site-0"].lost, f"{change} may run, and no person was asked"
     refused(server.ask("site-0", "train"))
 
 
@@ -187,15 +191,17 @@ def test_the_size_of_the_model_is_what_the_data_here_say(change: dict[str, Any],
         {"label": "fedprox"},
     ],
 )
-def test_a_changed_arm_is_not_the_arm_that_was_approved(change: dict[str, Any], homes: Mapping[str, SiteHome]) -> None:
-    """Whom else it goes to, with which keys, what is tested, on which data and when: each waits for a person."""
+def test_a_changed_arm_is_not_the_arm_that_was_approved(
+    change: dict[str, Any], homes: Mapping[str, SiteFolder]
+) -> None:
+    """A change of recipients, keys, tests, data or schedule waits for a person."""
     first = study("spots-1")
     server = HostileServer(homes, first, approved=False)
     begun(server, first)
     server.approved(first, ["site-0"])
     other = replace(study("spots-2", label="fedprox"), **change)
     if change == {"label": "fedprox"}:
-        other = replace(study("spots-2"), **change)  # the plan of one arm under the label of another
+        other = replace(study("spots-2"), **change)  # the plan of one method run under the label of another
     refused(server.offer(other, ["site-0"])["site-0"])
     refused(server.ask("site-0", "train"))
 
@@ -204,12 +210,12 @@ def test_a_changed_arm_is_not_the_arm_that_was_approved(change: dict[str, Any], 
 
 
 @pytest.fixture
-def switzerland(tmp_path: Path, real_data: Path) -> SiteHome:
-    """A hospital with a table, one column of which it leaves out; beside it lies a file of the staff department."""
+def switzerland(tmp_path: Path, real_data: Path) -> SiteFolder:
+    """A hospital with a table, one column of which it leaves out, next to a file of the staff department."""
     with open(real_data / "uci_heart_4hospitals" / "heart_4sites.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["site"] == "switzerland"]
     towns = ("Zurich-8001", "Basel-4051", "Winterthur-8400", "Baden-5400", "Uster-8610")
-    home = SiteHome(tmp_path / "switzerland")
+    home = SiteFolder(tmp_path / "switzerland")
     folder = private_folder(home.path) and tmp_path / "export"
     folder.mkdir()
     columns = [column for column in rows[0] if column != "site"] + ["postcode"]
@@ -266,11 +272,11 @@ TABLES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", TABLES)
-def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: SiteHome) -> None:
+def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: SiteFolder) -> None:
     """The hospital's own table says where its data lie, which column is the diagnosis, and what is left out."""
     hr = switzerland.path.parent / "hr" / "payroll.csv"
     table = {key: str(hr) if value == "{hr}" else value for key, value in TABLES[what].items()}
-    order = Order.from_json(
+    order = RunRequest.from_json(
         json.dumps(
             {"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "data": table, "patience": 5.0}
         )
@@ -296,9 +302,9 @@ def test_the_server_chooses_neither_file_nor_column(what: str, switzerland: Site
         assert not hidden, f"the review does not show {', '.join(hidden)}, and {found[:200]} left"
 
 
-def test_the_honest_survey_of_the_same_hospital_is_answered(switzerland: SiteHome) -> None:
+def test_the_honest_survey_of_the_same_hospital_is_answered(switzerland: SiteFolder) -> None:
     """What the test above compares with: without a table of the server's the hospital's own is used."""
-    order = Order.from_json(
+    order = RunRequest.from_json(
         json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0})
     )
     server = HostileServer({"switzerland": switzerland}, order)
@@ -308,22 +314,24 @@ def test_the_honest_survey_of_the_same_hospital_is_answered(switzerland: SiteHom
 
 
 def test_names_of_classes_leave_only_if_the_hospital_says_so(
-    tmp_path: Path, real_data: Path, switzerland: SiteHome
+    tmp_path: Path, real_data: Path, switzerland: SiteFolder
 ) -> None:
-    """The hospital's own label is a column of words; the survey says how many classes there are, and not their names."""
+    """The hospital's own label is a column of words; the survey says how many classes there are, and not their
+    names.
+    """
     folder = switzerland.path.parent / "export"
     (folder / "data.toml").write_text('kind = "table"\npath = "heart.csv"\nlabel = "postcode"\n')
-    order = Order.from_json(
+    order = RunRequest.from_json(
         json.dumps({"run": "s1", "mode": "survey", "plan": survey_plan(["switzerland"]), "patience": 5.0})
     )
     server = HostileServer({"switzerland": switzerland}, order)
     got = answered(server.ask("switzerland", "describe", trees={}))
     text = bytes(got.of_site("describe")["text"].tolist()).decode()
     leaked = [secret for secret in SECRETS if secret in text]
-    assert not leaked, f"the survey told the names {', '.join(leaked)}"
+    assert not leaked, f"the survey revealed the names {', '.join(leaked)}"
 
 
-def test_nothing_of_the_data_is_opened_before_a_person_has_approved(homes: Mapping[str, SiteHome]) -> None:
+def test_nothing_of_the_data_is_opened_before_a_person_has_approved(homes: Mapping[str, SiteFolder]) -> None:
     """A study that only waits, and one that the person refused: the server has no file of the data opened, nothing leaves.
 
     What the person's own command opens, to show how many patients would take part, is not the server's doing.
@@ -344,7 +352,7 @@ def test_nothing_of_the_data_is_opened_before_a_person_has_approved(homes: Mappi
     assert not found, f"{', '.join(sorted({path.name for path in found}))} opened before anybody had approved"
 
 
-def test_no_refusal_tells_how_many_patients_there_are(homes: Mapping[str, SiteHome]) -> None:
+def test_no_refusal_tells_how_many_patients_there_are(homes: Mapping[str, SiteFolder]) -> None:
     """Fewer than the policy's minimum, 13, is all that the server learns; there are 12 with a scan each."""
     home = homes["site-0"]
     home.policy.write_text(policies.DEFAULT.replace("min_patients = 10", "min_patients = 13"))
@@ -359,7 +367,7 @@ def test_no_refusal_tells_how_many_patients_there_are(homes: Mapping[str, SiteHo
     assert not told, f"the refusal tells the exact count: {told[0]}"
 
 
-def test_what_a_person_reads_names_every_table_that_the_server_sets(homes: Mapping[str, SiteHome]) -> None:
+def test_what_a_person_reads_names_every_table_that_the_server_sets(homes: Mapping[str, SiteFolder]) -> None:
     """A person cannot decide about what is not shown."""
     order = small_order(data={"rehearsal": True}, score_every=2, test="score/test")
     server = HostileServer(homes, order, approved=False)
@@ -367,7 +375,7 @@ def test_what_a_person_reads_names_every_table_that_the_server_sets(homes: Mappi
     assert "rehearsal" in text or "imaginary" in text, f"the review does not say that the data are imaginary: {text}"
 
 
-def test_a_refused_study_does_not_come_back_under_another_run_name(homes: Mapping[str, SiteHome]) -> None:
+def test_a_refused_study_does_not_come_back_under_another_run_name(homes: Mapping[str, SiteFolder]) -> None:
     """The same arm under another name is refused, too, or waits; it never runs."""
     server = HostileServer(homes, study("spots-1"), approved=False)
     person = server.people["site-0"]
@@ -378,7 +386,7 @@ def test_a_refused_study_does_not_come_back_under_another_run_name(homes: Mappin
         refused(server.ask("site-0", "train"))
 
 
-def test_another_server_cannot_use_a_name_that_was_approved(homes: Mapping[str, SiteHome]) -> None:
+def test_another_server_cannot_use_a_name_that_was_approved(homes: Mapping[str, SiteFolder]) -> None:
     """The message names one order and the job came with another."""
     server = HostileServer(homes, small_order())
     other = small_order(rounds=9)
@@ -388,9 +396,9 @@ def test_another_server_cannot_use_a_name_that_was_approved(homes: Mapping[str, 
 
 
 def test_the_person_is_named_as_the_account_that_typed(
-    homes: Mapping[str, SiteHome], monkeypatch: pytest.MonkeyPatch
+    homes: Mapping[str, SiteFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``SUDO_USER`` and ``LOGNAME`` are only the environment: whoever sets them does not become another account."""
+    """``SUDO_USER`` and ``LOGNAME`` are environment variables: setting them does not change the recorded account."""
     import os
 
     for key in ("SUDO_USER", "LOGNAME", "USER", "LNAME", "USERNAME"):
@@ -404,15 +412,15 @@ def test_the_person_is_named_as_the_account_that_typed(
     assert not accounts, f"the journal names an account that did not decide: {accounts[0]}"
 
 
-def test_a_decision_that_was_not_signed_by_the_site_does_not_count(homes: Mapping[str, SiteHome]) -> None:
-    """Whoever can write into the folder of reviews, and has no key, approves nothing."""
+def test_a_decision_that_was_not_signed_by_the_site_does_not_count(homes: Mapping[str, SiteFolder]) -> None:
+    """Write access to the folder of reviews without the key approves nothing."""
     server = HostileServer(homes, small_order(), approved=False)
     path = homes["site-0"].reviews / "run-1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": "approved", "by": "nobody"}))
     assert server.offer(server.order, ["site-0"])["site-0"].lost, "a line of JSON approved a study"
 
 
-def test_the_journal_says_what_kinds_of_values_left(homes: Mapping[str, SiteHome]) -> None:
+def test_the_journal_says_what_kinds_of_values_left(homes: Mapping[str, SiteFolder]) -> None:
     """Bytes alone do not tell a person afterwards whether sums or single values left."""
     server = HostileServer(homes, small_order())
     answered(server.ask("site-0", "train"))
@@ -421,7 +429,7 @@ def test_the_journal_says_what_kinds_of_values_left(homes: Mapping[str, SiteHome
     assert "WeightedMean" in json.dumps(entry), f"how it is merged is not in the journal: {entry}"
 
 
-def test_a_person_at_one_site_decides_for_that_site_alone(homes: Mapping[str, SiteHome]) -> None:
+def test_a_person_at_one_site_decides_for_that_site_alone(homes: Mapping[str, SiteFolder]) -> None:
     server = HostileServer(homes, small_order(), approved=False)
     server.approved(server.order, ["site-0"])
     refused(server.ask("site-1", "train"))

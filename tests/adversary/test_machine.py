@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from polyclinic.core.audit_log import verify
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.privacy.ledger import Ledger
 from tests.adversary.model import Policy, SiteModel, least_epsilon
 from tests.adversary.server import LENIENT, SUM, Got, HostileServer, Sum, houses, secure_order, small_order, study
@@ -72,7 +72,7 @@ request = st.fixed_dictionaries(
 )
 
 
-def orders(homes: Any, budget: bool) -> dict[str, Order]:
+def orders(homes: Any, budget: bool) -> dict[str, RunRequest]:
     """Everything that the server may offer, by what it is for."""
     uniform = {"options": {"uniform": True}}
     plan = {**uniform, "uplink": HIDDEN} if budget else {}
@@ -93,7 +93,9 @@ def orders(homes: Any, budget: bool) -> dict[str, Order]:
 
 
 def step(**strategies: Any) -> Callable[[Callable[..., None]], Any]:
-    """A rule after which everything is checked; so the steps that are printed are those of the server and the people."""
+    """A rule after which everything is checked; so the steps that are printed are those of the server and the
+    people.
+    """
 
     def decorate(function: Callable[..., None]) -> Any:
         @wraps(function)
@@ -181,7 +183,9 @@ class Sites(RuleBasedStateMachine):
         lost=st.sampled_from(["nobody", "nobody", *NAMES]),
     )
     def add_up(self, order: str, job: str, round: int, content: int, without: str, lower: bool, lost: str) -> None:
-        """The server runs a secure sum over a roster and with a threshold of its choice; a site may be left out later."""
+        """The server runs a secure sum over a roster and with a threshold of its choice; a site may be left out
+        later.
+        """
         roster = tuple(name for name in NAMES if name != without)
         self.server.order = self.orders[order]
         tried = self.server.secure_sum(

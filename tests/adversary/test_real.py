@@ -1,4 +1,4 @@
-"""The same promises among real processes, mutual TLS and NVIDIA FLARE. Few, for each takes a minute."""
+"""The same guarantees with real processes, mutual TLS and NVIDIA FLARE. Few tests, because each takes a minute."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_a_server_job_that_asks_for_more_than_its_schedule_hears_refusals(hospit
 
 
 def test_no_other_process_of_the_machine_talks_through_a_sites_client(hospitals: Hospitals) -> None:
-    """FLARE's client process listens on loopback for its own job processes, and for nobody else."""
+    """FLARE's client process listens on loopback for its own job processes only."""
     hospitals.order(study("listened", "fedavg", rounds=1))
     hospitals.finished("listened")
     pids = until(lambda: hospitals.pids("site parent", "site-0"), "the client's process")
@@ -48,7 +48,7 @@ def test_no_other_process_of_the_machine_talks_through_a_sites_client(hospitals:
 
 
 def test_a_greeting_fills_no_disk(hospitals: Hospitals) -> None:
-    """A server that greets with 8 MB, and a site that answers a greeting with 8 MB: neither keeps them."""
+    """A server that greets with 8 MB, and a site that answers a registration with 8 MB: neither keeps them."""
     before = {name: size_of(home.path) for name, home in hospitals.homes.items()} | {
         "server": size_of(hospitals.server.path)
     }

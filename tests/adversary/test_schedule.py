@@ -10,7 +10,7 @@ import torch
 
 from polyclinic.core.tree import Tree, cosine
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteHome, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder, write_private
 from polyclinic.privacy.ledger import Ledger
 from tests.adversary.server import LENIENT, HostileServer, Person, answered, houses, nothing_left, refused, small_order
 from tests.conftest import little_sites
@@ -36,7 +36,9 @@ def server(tmp_path: Path) -> HostileServer:
 def test_what_was_not_approved_is_not_evaluated_even_if_the_policy_would_let_it_leave(
     verb: str, tmp_path: Path
 ) -> None:
-    """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any round."""
+    """``score/test`` was approved. Scores, predictions and explanations of other patients do not leave, at any
+    round.
+    """
     server = HostileServer(houses(tmp_path, policy=OPEN), small_order(test="score/test"))
     for job in (f"{verb}/{role}" for role in ("train", "val", "test", "unlabeled", "public")):
         if job != "score/test":
@@ -95,7 +97,7 @@ def test_an_approved_private_job_does_not_leave_unpaid_under_the_name_of_a_free_
 
 
 def test_one_round_trains_once(server: HostileServer) -> None:
-    """Every further content for the same round is refused, whatever its number and where it says that it goes on."""
+    """Every further content for the same round is refused, whatever its number and its claimed starting point."""
     answered(server.ask("site-0", "train"))
     for i in range(1, 6):
         refused(server.ask("site-0", "train", server.moved(0.01 * i)))
@@ -224,7 +226,9 @@ def test_scores_of_training_patients_never_leave(tmp_path: Path) -> None:
 
 
 def test_no_table_of_training_patients_can_be_read_off_scores(tmp_path: Path, real_data: Path) -> None:
-    """A linear model with a steep slope in one column counts patients below any threshold: 61 messages, every patient."""
+    """A linear model with a steep slope in one column counts patients below any threshold: 61 messages, every
+    patient.
+    """
     home, ages, ill = _long_beach(tmp_path, real_data)
     plan = {
         "options": {"uniform": True},
@@ -266,14 +270,14 @@ def test_no_table_of_training_patients_can_be_read_off_scores(tmp_path: Path, re
     )
 
 
-def _long_beach(root: Path, data: Path) -> tuple[SiteHome, np.ndarray, np.ndarray]:
+def _long_beach(root: Path, data: Path) -> tuple[SiteFolder, np.ndarray, np.ndarray]:
     """The hospital in Long Beach with a tight budget: its home, and age and diagnosis of each training patient."""
     with open(data / "uci_heart_4hospitals" / "heart_4sites.csv") as file:
         rows = [row for row in csv.DictReader(file) if "va" in row["site"].lower()]
     x = np.array([[float(row[c] or "nan") for c in ("age", "sex", "cp", "restecg")] for row in rows], dtype=np.float32)
     whole = np.isfinite(x).all(1)
     x, y = x[whole], np.array([int(float(row["num"]) > 0) for row in rows])[whole]
-    home, count = SiteHome(root / "va"), len(x) - 60
+    home, count = SiteFolder(root / "va"), len(x) - 60
     folder = private_folder(home.path) / "data"
     folder.mkdir()
     np.savez(folder / "train.npz", inputs=x[:count], targets=y[:count])
@@ -293,7 +297,7 @@ def _gradient(server: HostileServer, site: str) -> Tree:
     return full_gradient(server.order.build_plan().build_task(), server.model, Site(site, data, seed=3), 0)
 
 
-def _spent(home: SiteHome) -> float:
+def _spent(home: SiteFolder) -> float:
     """ε spent at a site, over all its ledgers."""
     return sum(float(Ledger(path).spent().epsilon) for path in home.ledgers.glob("*.jsonl"))
 
@@ -302,7 +306,7 @@ def _spent(home: SiteHome) -> float:
 
 
 def test_a_private_study_whose_method_sends_exact_gradients_is_refused_or_sends_none(tmp_path: Path) -> None:
-    """MimeLite trains with DP-SGD and sends the exact full gradient beside it, which no noise protects."""
+    """MimeLite trains with DP-SGD and also sends the exact full gradient, which no noise protects."""
     server = HostileServer(
         houses(tmp_path, policy=LENIENT + BUDGET.replace("3.0", "1000.0")),
         small_order(method="mime-lite", plan=PRIVATE),

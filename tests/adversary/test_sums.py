@@ -1,4 +1,4 @@
-"""Secure sums show the sum, whatever the server calls them, whomever it names, and whoever helps it."""
+"""Secure sums reveal only the sum, for any name, any roster and any colluding site."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.secure_aggregation import shamir
 from polyclinic.secure_aggregation.client import SecureSite
 from polyclinic.secure_aggregation.secure_messages import Agreed
@@ -182,7 +182,9 @@ def test_only_sites_that_train_are_in_a_sum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("collusion", ["threshold 3", "two thirds"])
 def test_one_colluding_site_opens_no_vector(collusion: str, tmp_path: Path) -> None:
-    """The server tells two groups two lists of who arrived; a site that helps it signs both. (Bonawitz et al., section 6.)"""
+    """The server tells two groups two lists of who arrived; a site that helps it signs both. (Bonawitz et al.,
+    section 6.)
+    """
     homes = houses(tmp_path, 5, SECURE)
     server = HostileServer(homes, secure_order(homes))
     names = sorted(homes)
@@ -267,7 +269,7 @@ def _unmasked(
     return vector
 
 
-def _identity(home: SiteHome) -> Any:
+def _identity(home: SiteFolder) -> Any:
     return site_keys.load_secure(home.keys / "secure.key")
 
 

@@ -76,5 +76,5 @@ def test_mistakes_are_told_in_words(tmp_path: Path, command) -> None:
         command("plan", "nowhere.toml")
     with pytest.raises(DataError, match="there is nothing at"):
         command("plan", "s.toml")
-    with pytest.raises(DataError, match="is no plan of this version"):
+    with pytest.raises(DataError, match="is not a plan of this version"):
         command("drift", "s.toml", "s.toml")

@@ -14,9 +14,9 @@ from polyclinic.engines.flare.client.decisions import signed_bytes
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, write_private
 from polyclinic.engines.flare.protocol.request_comparison import differences, kind
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.engines.flare.test_approval import study, survey, surveyed
 from tests.support.local_deployment import hospital, order, read_and_approve
 
@@ -24,24 +24,24 @@ Read = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> SiteHome:
+def home(tmp_path: Path) -> SiteFolder:
     return hospital(tmp_path, count=1)["site-0"]
 
 
-def shown(home: SiteHome, name: str, capsys: Read) -> str:
+def shown(home: SiteFolder, name: str, capsys: Read) -> str:
     capsys.readouterr()
     commands.review(name, home=home.path)
     return capsys.readouterr().out
 
 
-def rehearsal(run: str = "rehearsal") -> Order:
+def rehearsal(run: str = "rehearsal") -> RunRequest:
     plan = {**order().plan, "network": "mlp", "inputs": [4], "network_options": {}}
-    return Order(run, plan, data={"rehearsal": True}, score_every=1)
+    return RunRequest(run, plan, data={"rehearsal": True}, score_every=1)
 
 
-def test_a_survey_is_shown_as_what_it_is(home: SiteHome, capsys: Read) -> None:
+def test_a_survey_is_shown_as_what_it_is(home: SiteFolder, capsys: Read) -> None:
     """Nothing is trained: no change of a model, no number of times."""
-    bare = Order("ask", survey().plan, mode="survey")
+    bare = RunRequest("ask", survey().plan, mode="survey")
     Reviews(home.reviews).offer(bare, ())
     text = shown(home, "ask", capsys)
     assert "a survey. Nothing is trained." in text
@@ -56,7 +56,7 @@ def test_a_survey_is_shown_as_what_it_is(home: SiteHome, capsys: Read) -> None:
     assert "counts below 7 are hidden; the number of classes, with their names" in text
 
 
-def test_a_study_is_shown_whole(home: SiteHome, capsys: Read) -> None:
+def test_a_study_is_shown_whole(home: SiteFolder, capsys: Read) -> None:
     one = study(
         "x",
         seeds=(0, 1),
@@ -103,7 +103,7 @@ def test_a_study_is_shown_whole(home: SiteHome, capsys: Read) -> None:
     assert f"order   {whole.hash}" in text
 
 
-def test_two_plans_under_one_label_are_both_shown(home: SiteHome, capsys: Read) -> None:
+def test_two_plans_under_one_label_are_both_shown(home: SiteFolder, capsys: Read) -> None:
     """A study that lists a harmless arm and another with the same label and another seed."""
     one = study("x")
     arm = one.study["arms"][0]
@@ -117,7 +117,7 @@ def test_two_plans_under_one_label_are_both_shown(home: SiteHome, capsys: Read) 
     assert "fedavg is also scored at mallory, where nobody trains" in text
 
 
-def test_what_differs_from_what_this_site_said_is_shown(home: SiteHome, capsys: Read) -> None:
+def test_what_differs_from_what_this_site_said_is_shown(home: SiteFolder, capsys: Read) -> None:
     reviews = surveyed(home)
     reviews.offer(study("spots-1", plan={"outputs": 20_000}), ())
     reviews.offer(study("spots-2", arm=1, plan={"outputs": 20_000}), ())
@@ -128,7 +128,7 @@ def test_what_differs_from_what_this_site_said_is_shown(home: SiteHome, capsys: 
         assert re.search(rf"order   {reviews.get(run).what.hash}  {run}", text)
 
 
-def test_a_rehearsal_says_so_and_opens_nothing(home: SiteHome, capsys: Read) -> None:
+def test_a_rehearsal_says_so_and_opens_nothing(home: SiteFolder, capsys: Read) -> None:
     (home.path / "data").rename(home.path / "away")
     Reviews(home.reviews).offer(rehearsal(), ())
     text = shown(home, "rehearsal", capsys)
@@ -142,7 +142,7 @@ def test_a_rehearsal_says_so_and_opens_nothing(home: SiteHome, capsys: Read) -> 
     assert entry["rehearsal"] is True
 
 
-def test_studies_are_compared_with_their_kind(home: SiteHome, capsys: Read) -> None:
+def test_studies_are_compared_with_their_kind(home: SiteFolder, capsys: Read) -> None:
     """The first real study is not held against the rehearsal; the next one is, against the first."""
     reviews = Reviews(home.reviews)
     reviews.offer(rehearsal(), ())
@@ -166,8 +166,8 @@ def test_differences_are_grouped() -> None:
     found = differences(replace(new, study={**new.study, "arms": arms}), old)
     assert found == {
         "fedavg, seed 0": ["- rounds = 3", "+ rounds = 4"],
-        "fedprox, seed 0": ["- the whole method"],
-        "fedsgd, seed 0": ["+ the whole method"],
+        "fedprox, seed 0": ["- the entire method"],
+        "fedsgd, seed 0": ["+ the entire method"],
         "how it is run": ["- min_replies = 1", "+ min_replies = 3"],
         "the data": ["+ split = [0.5, 0.2, 0.3]"],
     }
@@ -179,9 +179,9 @@ def test_differences_are_grouped() -> None:
     assert [kind(an) for an in (order(), study("x"), survey(), rehearsal())] == ["run", "study", "study", "rehearsal"]
 
 
-def test_review_then_approve_is_signed_and_in_the_journal(home: SiteHome, capsys: Read) -> None:
+def test_review_then_approve_is_signed_and_in_the_journal(home: SiteFolder, capsys: Read) -> None:
     Reviews(home.reviews).offer(order(), ())
-    with pytest.raises(BadHome, match="not what you were shown"):
+    with pytest.raises(SetupError, match="not what you were shown"):
         commands.approve("run-1", reason="IRB 1", home=home.path)
     text = shown(home, "run-1", capsys)
     (hash,) = re.findall(r"^shown    ([0-9a-f]{16})$", text, re.MULTILINE)
@@ -199,24 +199,24 @@ def test_review_then_approve_is_signed_and_in_the_journal(home: SiteHome, capsys
     assert [e["state"] for e in verify(home.journal) if "by a person" in e["event"]] == [APPROVED, REFUSED]
 
 
-def test_a_script_approves_by_the_hash_that_was_printed(home: SiteHome, capsys: Read) -> None:
+def test_a_script_approves_by_the_hash_that_was_printed(home: SiteFolder, capsys: Read) -> None:
     Reviews(home.reviews).offer(order(), ())
     (hash,) = re.findall(r"^shown    (\w+)$", shown(home, "run-1", capsys), re.MULTILINE)
     Reviews(home.reviews).offer(order(rounds=2000), ())
-    with pytest.raises(BadHome, match="not what you were shown"):
+    with pytest.raises(SetupError, match="not what you were shown"):
         commands.approve("run-1", reason="IRB", hash=hash, home=home.path)
     assert Reviews(home.reviews).get("run-1").state == WAITING
 
 
-def test_the_list_of_what_waits_is_no_reading(home: SiteHome, capsys: Read) -> None:
+def test_the_list_of_what_waits_is_no_reading(home: SiteFolder, capsys: Read) -> None:
     Reviews(home.reviews).offer(order(), ())
     commands.review(home=home.path)
     assert "run-1" in capsys.readouterr().out
-    with pytest.raises(BadHome, match="you were shown nothing under this name"):
+    with pytest.raises(SetupError, match="nothing was shown to you under this name"):
         commands.approve("run-1", reason="IRB", home=home.path)
 
 
-def test_a_study_that_contradicts_the_hospitals_table_is_not_approved(home: SiteHome, capsys: Read) -> None:
+def test_a_study_that_contradicts_the_hospitals_table_is_not_approved(home: SiteFolder, capsys: Read) -> None:
     data = home.path / "data"
     for path in data.iterdir():
         path.unlink()
@@ -224,12 +224,12 @@ def test_a_study_that_contradicts_the_hospitals_table_is_not_approved(home: Site
     Reviews(home.reviews).offer(order(data={"split": [0.5, 0.2, 0.3]}), ())
     text = shown(home, "run-1", capsys)
     assert "patients: not known" in text
-    with pytest.raises(BadHome, match=r"the study asks for \[0\.5, 0\.2, 0\.3\], and data\.toml here says"):
+    with pytest.raises(SetupError, match=r"the study asks for \[0\.5, 0\.2, 0\.3\], and data\.toml here says"):
         commands.approve("run-1", reason="IRB", home=home.path)
     assert Reviews(home.reviews).get("run-1").state == WAITING
 
 
-def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteHome, capsys: Read) -> None:
+def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteFolder, capsys: Read) -> None:
     reviews = Reviews(home.reviews)
     reviews.offer(order(data={"label": "postcode"}), ("the study sets label",))
     reviews.note_data("run-1", "/srv/data is not there")
@@ -243,26 +243,26 @@ def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteHome, c
     assert "! /srv/data is not there" in capsys.readouterr().out
 
 
-def test_what_comes_from_the_server_cannot_write_on_the_terminal(home: SiteHome, capsys: Read) -> None:
+def test_what_comes_from_the_server_cannot_write_on_the_terminal(home: SiteFolder, capsys: Read) -> None:
     plan = {
         **order().plan,
         "sites": ["site-0", "a\x1b[2Jb"],
         "method": "fed\x1bavg",
         "options": {"x": "\x1b[2J" + "y" * 9000},
     }
-    Reviews(home.reviews).offer(Order("run-1", plan, data={"k\x1b[0m": 1}), ("p\x1b[1m",), ("n\x07",))
+    Reviews(home.reviews).offer(RunRequest("run-1", plan, data={"k\x1b[0m": 1}), ("p\x1b[1m",), ("n\x07",))
     text = shown(home, "run-1", capsys)
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "y" * 9000 in text, "nothing of what would be approved is cut off"
 
 
-def test_a_method_that_is_not_installed_can_be_reviewed(home: SiteHome, capsys: Read) -> None:
+def test_a_method_that_is_not_installed_can_be_reviewed(home: SiteFolder, capsys: Read) -> None:
     Reviews(home.reviews).offer(order("nonsense"), ("it cannot be built here",))
     assert "not known here, for this method is not installed" in shown(home, "run-1", capsys)
 
 
-def test_one_run_is_shown_with_its_own_hashes(home: SiteHome, capsys: Read) -> None:
+def test_one_run_is_shown_with_its_own_hashes(home: SiteFolder, capsys: Read) -> None:
     reviews = Reviews(home.reviews)
     review = reviews.offer(order(test="score/test"), ())
     text = shown(home, "run-1", capsys)

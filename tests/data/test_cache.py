@@ -51,10 +51,10 @@ def test_a_damaged_file_is_built_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file stands where the folder should be."""
+    """A file exists in place of the folder."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="point POLYCLINIC_CACHE at a folder"):
+    with pytest.raises(DataError, match="point POLYCLINIC_CACHE at a writable folder"):
         cached("kind", "key", lambda: {"x": torch.zeros(1)})
 
 

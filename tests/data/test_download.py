@@ -21,7 +21,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``CONTENT``; ``cut`` ends every answer after so many bytes; ``ranges`` is whether it can go on."""
+    """Serves ``CONTENT``; ``cut`` ends every answer after that many bytes; ``ranges`` is whether it can resume."""
 
     cut: int | None = None
     ranges = True
@@ -94,7 +94,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server: Server, addres
 
 
 def test_a_part_from_another_day_is_used(server: Server, address: str, tmp_path: Path) -> None:
-    """What lies there is not asked for again; nor is a part that is already whole."""
+    """The existing part is not requested again, and nothing if it is complete."""
     (tmp_path / "x.part").write_bytes(CONTENT[:1000])
     assert fetch(address, tmp_path / "x", MD5).read_bytes() == CONTENT
     assert server.asked == ["bytes=1000-"]
@@ -109,8 +109,8 @@ def test_a_server_that_cannot_go_on_is_asked_anew(server: Server, address: str, 
     assert fetch(address, tmp_path / "x", MD5).read_bytes() == CONTENT
 
 
-def test_a_wrong_file_is_deleted_and_said(server: Server, address: str, tmp_path: Path) -> None:
-    """Never under its name; a file that lies there but is another is said too."""
+def test_a_wrong_file_is_deleted_and_reported(server: Server, address: str, tmp_path: Path) -> None:
+    """It never gets its name; another file under this name is also reported."""
     server.content = CONTENT[:-1] + b"!"
     with pytest.raises(DataError, match="is not the file that was published"):
         fetch(address, tmp_path / "x", MD5)
@@ -122,7 +122,7 @@ def test_a_wrong_file_is_deleted_and_said(server: Server, address: str, tmp_path
 
 
 def test_refusals_and_no_network_say_what_to_do(server: Server, address: str, tmp_path: Path) -> None:
-    """404 at once; 503 after some tries; nobody listening: how to bring the file by hand, and its checksum."""
+    """404 at once; 503 after some tries; no server: instructions for a manual download, and its checksum."""
     server.status = 404
     with pytest.raises(DataError, match=f"the server answered 404 .* MD5 is {MD5}.* put it at"):
         fetch(address, tmp_path / "x", MD5)
@@ -130,7 +130,7 @@ def test_refusals_and_no_network_say_what_to_do(server: Server, address: str, tm
     server.status = 503
     with pytest.raises(DataError, match="the server answered 503"):
         fetch(address, tmp_path / "x", MD5, tries=2)
-    with pytest.raises(DataError, match="If this machine has no way to the internet"):
+    with pytest.raises(DataError, match="If this machine has no access to the internet"):
         fetch("http://127.0.0.1:9/x", tmp_path / "x", MD5, tries=1, timeout=2)
     server.status, server.cut = 200, 0
     with pytest.raises(DataError, match="the connection ended early"):

@@ -88,7 +88,7 @@ def test_what_cannot_be_examples_is_refused_in_a_sentence() -> None:
     for bad in (float("nan"), float("inf")):
         inputs = torch.zeros(2, 1, 4, 4)
         inputs[1, 0, 2, 2] = bad
-        with pytest.raises(DataError, match=r"1 of 2 inputs hold NaN or infinite values \(b\)"):
+        with pytest.raises(DataError, match=r"1 of 2 inputs contain NaN or infinite values \(b\)"):
             Examples(inputs, y, ("a", "b"), ("a", "b"))
     with pytest.raises(DataError, match="every part is missing"):
         concat([])

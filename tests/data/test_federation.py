@@ -1,4 +1,4 @@
-"""From a [data] table to sites: nobody leaks, everything is named, mistakes are listed at once."""
+"""From a [data] table to sites: no patient is in two roles, everything is named, all mistakes are listed at once."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_the_same_seed_is_the_same_federation() -> None:
 
 
 def test_external_sites_only_test() -> None:
-    """By name or by the data's own word for it; nobody trains there."""
+    """By name or by its title in the data; such a site does not train."""
     for name in ("celle", "Celle"):
         data = federate(DataSpec(kind="made", external=(name,)))
         assert data.external == ("celle",)
@@ -105,7 +105,7 @@ def test_simulated_sites_carry_the_badge_and_real_ones_do_not() -> None:
 
 
 def test_small_sites_and_traveling_patients_are_named() -> None:
-    """What is left out is said."""
+    """What is left out is listed."""
     data = federate(DataSpec(kind="made", patients=61, min_patients=21))
     assert "Left out, with fewer than 21 patients: bonn (20), celle (20)." in data.notes
     assert list(data.sites) == ["aachen"]
@@ -141,10 +141,13 @@ def test_duplicates_are_reported_dropped_or_refused(monkeypatch: pytest.MonkeyPa
     ("options", "says"),
     [
         ({"sites": "ward"}, "there is no such column. There are hospital, scanner"),
-        ({"external": ("dresden",)}, 'external names "dresden", which is no site of this data. There are aachen, bonn'),
-        ({"external": ("aachen", "bonn", "celle")}, "nobody is left to train"),
+        (
+            {"external": ("dresden",)},
+            'external names "dresden", which is not a site of this data. There are aachen, bonn',
+        ),
+        ({"external": ("aachen", "bonn", "celle")}, "no site is left to train"),
         ({"min_patients": 100}, "no site has min_patients = 100 patients; the largest has 20"),
-        ({"split": "official"}, "without a split of its own"),
+        ({"split": "official"}, "has no official split"),
         ({"sites": {"partition": "iid", "count": 99}}, "60 patients are too few for 99 sites"),
     ],
 )
@@ -225,7 +228,7 @@ def test_the_demo_data(nodules: Nodules) -> None:
 
 
 def test_the_place_of_the_files_is_no_part_of_the_fingerprint(tmp_path: Path) -> None:
-    """A copy of the same table elsewhere is the same federation; another split is not."""
+    """A copy of the same table in another place is the same federation; another split is not."""
     rows = "\n".join(f"p{i},{i},{i % 2},{'ab'[i % 3 == 0]}" for i in range(90))
     names = set()
     for place in ("here", "there"):

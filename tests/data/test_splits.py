@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.quality.exact_duplicates import contents, duplicates
 from polyclinic.data.source import Table
-from polyclinic.data.splits import dice_for, official, split_patients, strata
+from polyclinic.data.splits import official, rng_for, split_patients, strata
 
 shares = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 9)).map(lambda s: tuple(n / sum(s) for n in s))
 
@@ -21,7 +21,7 @@ shares = st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 9)).map(
 def test_shares_hold_over_all_and_within_each_class(labels: list[int], wanted: tuple[float, ...], seed: int) -> None:
     """Everyone has one role; each role's size is within two patients of its share; so it is within each class."""
     groups = {f"p{i}": label for i, label in enumerate(labels)}
-    roles = split_patients(groups, wanted, dice_for(seed))
+    roles = split_patients(groups, wanted, rng_for(seed))
     assert roles.keys() == groups.keys()
     counts = Counter(roles.values())
     for role, share in zip(("train", "val", "test"), wanted, strict=True):
@@ -37,8 +37,8 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_rows() -> None:
     """Same seed, other order: the same. Other seed: another."""
     groups = {f"p{i}": i % 2 for i in range(50)}
     turned = dict(reversed(groups.items()))
-    assert split_patients(groups, (0.6, 0.2, 0.2), dice_for(1)) == split_patients(turned, (0.6, 0.2, 0.2), dice_for(1))
-    assert split_patients(groups, (0.6, 0.2, 0.2), dice_for(1)) != split_patients(groups, (0.6, 0.2, 0.2), dice_for(2))
+    assert split_patients(groups, (0.6, 0.2, 0.2), rng_for(1)) == split_patients(turned, (0.6, 0.2, 0.2), rng_for(1))
+    assert split_patients(groups, (0.6, 0.2, 0.2), rng_for(1)) != split_patients(groups, (0.6, 0.2, 0.2), rng_for(2))
 
 
 def table(patients: str, labels: object, **columns: tuple[str, ...]) -> Table:
@@ -64,9 +64,9 @@ def test_official_splits_are_kept_or_refused() -> None:
     assert official(good) == {"a": "train", "b": "test"}
     with pytest.raises(DataError, match=r"1 patients are in two of the official splits \(a\)"):
         official(table("aab", [0, 0, 1], split=("train", "test", "test")))
-    with pytest.raises(DataError, match="holds 'fold1'"):
+    with pytest.raises(DataError, match="contains 'fold1'"):
         official(table("ab", [0, 1], split=("train", "fold1")))
-    with pytest.raises(DataError, match="without a split of its own"):
+    with pytest.raises(DataError, match="has no official split"):
         official(table("ab", [0, 1]))
 
 

@@ -20,8 +20,8 @@ from polyclinic.core.method import Request
 from polyclinic.core.pipeline import Packed, SentState
 from polyclinic.core.tree import Tree
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
-from polyclinic.engines.flare.server.run_coordinator import Standing
+from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
+from polyclinic.engines.flare.server.run_coordinator import RunCheckpoint
 from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.methods.optimization import fedavg, scaffold
 from polyclinic.methods.robust import robust_method
@@ -64,10 +64,10 @@ def checkpoint() -> Checkpoint:
     return Checkpoint(whole, {"lyon": {"optimizer": numbers(20)}}, 2, 345, 1, float("-inf"), False, 1.25)
 
 
-def deployment() -> Standing:
+def deployment() -> RunCheckpoint:
     """Where a run between hospitals stands."""
     inner = scaffold.State(3, numbers(0), numbers(1))
-    return Standing(inner, 3, 12, {"lyon": 11, "oslo": 12}, 678, best=2, score=0.75, kept={"lyon": 9})
+    return RunCheckpoint(inner, 3, 12, {"lyon": 11, "oslo": 12}, 678, best=2, score=0.75, kept={"lyon": 9})
 
 
 def reply() -> Reply:
@@ -88,11 +88,11 @@ def ask() -> Request:
     return Request(4, {"params": numbers(0)}, "train", secure=True, recipients=("lyon", "oslo"))
 
 
-def order() -> Order:
+def order() -> RunRequest:
     """What a server wants to run."""
     plan = survey_plan(["lyon", "oslo"])
     plan |= {"inputs": [1, 8, 8], "network": "cnn", "method": "scaffold", "rounds": 5}
-    return Order("golden", plan, deadline=60.0, external=("nara",), best={"metric": "auc", "higher": True})
+    return RunRequest("golden", plan, deadline=60.0, external=("nara",), best={"metric": "auc", "higher": True})
 
 
 def main() -> None:

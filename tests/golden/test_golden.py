@@ -9,7 +9,7 @@ import torch
 from polyclinic.core import serialization
 from polyclinic.core.audit_log import Broken, verify
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.methods import registry
@@ -90,7 +90,7 @@ def test_a_reply_is_read_and_written_the_same() -> None:
 
 def test_a_request_is_read_and_written_the_same() -> None:
     file = HERE / "request.safetensors"
-    found = tensor_file.read_ask(file)
+    found = tensor_file.read_request(file)
     assert (found.round, found.job, found.secure, found.recipients) == (4, "train", True, ("lyon", "oslo"))
     assert torch.equal(found.trees["params"]["w"], torch.arange(6.0).reshape(2, 3))
     assert serialization.encode(make.ask()) == file.read_bytes()
@@ -103,7 +103,7 @@ def test_a_message_of_a_secure_sum_is_read() -> None:
 
 def test_an_order_is_read_and_keeps_its_hash() -> None:
     text = (HERE / "order.json").read_text(encoding="utf-8").strip()
-    order = Order.from_json(text)
+    order = RunRequest.from_json(text)
     assert order == make.order()
     assert order.to_json() == text
     assert order.hash == "bffa20e9e3512406b9e557e8d608f3df434ba5548e97f91b14b40abd6963a5d8"

@@ -26,9 +26,9 @@ from polyclinic.core.site import Site
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
-from polyclinic.engines.flare.client.run_memory import Memory
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.client.run_memory import RunMemory
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
 from polyclinic.engines.flare.server.remote_federation import discount_of
@@ -76,8 +76,8 @@ class Hospitals:
         """Makes them. ``ports``: where a site's way to the server begins, such as a proxy of a test."""
         self.root, self.faults, self.port = root, root / "faults", free_port()
         self.faults.mkdir(parents=True)
-        self.server, self.sites = ServerHome(root / "server"), little_sites(count=count)
-        self.homes = {name: SiteHome(root / name) for name in self.sites}
+        self.server, self.sites = ServerFolder(root / "server"), little_sites(count=count)
+        self.homes = {name: SiteFolder(root / name) for name in self.sites}
         inside = Path(__file__).parent / "inside"
         package = Path(polyclinic.__file__).parents[1]
         self.env = {
@@ -135,14 +135,14 @@ class Hospitals:
                 ended: Any = 0
             except SystemExit as end:
                 ended = end.code or 0
-            except BadHome as error:
+            except SetupError as error:
                 ended = 2
                 print(error)
         assert ended == code, f"{words}: {said.getvalue()}"
         return said.getvalue()
 
     def __enter__(self) -> "Hospitals":
-        """Starts everybody; whatever happens then, everybody is stopped at the end."""
+        """Starts every site; whatever happens then, every site is stopped at the end."""
         try:
             self.start()
         except BaseException:
@@ -154,14 +154,14 @@ class Hospitals:
         self.close()
 
     def start(self) -> None:
-        """Starts everybody, and waits until everybody is connected."""
+        """Starts every site, and waits until every site is connected."""
         self.command("server", "start", "--background", home=self.server.path)
         for home in self.homes.values():
             self.command("site", "start", "--background", home=home.path)
         self.together()
 
     def together(self, sites: Sequence[str] = ()) -> None:
-        """Waits until everybody is connected, at this moment."""
+        """Waits until every site is connected, at this moment."""
         wanted, now = set(sites or self.homes), time.time()
         until(
             lambda: (
@@ -173,7 +173,7 @@ class Hospitals:
         )
 
     def close(self) -> None:
-        """Stops everybody, by the commands; whatever stays is a mistake, and is ended."""
+        """Stops every site, by the commands; whatever stays is a mistake, and is ended."""
         for home in self.homes.values():
             with suppress(AssertionError):
                 self.command("site", "stop", home=home.path)
@@ -182,8 +182,8 @@ class Hospitals:
         flare_processes.end(self.root)
         assert not left, f"{len(left)} processes stayed after everybody was stopped"
 
-    def order(self, an: Order, approve: bool = True) -> Order:
-        """Puts an order into the queue, and approves what became of it at every site, before it comes there."""
+    def order(self, an: RunRequest, approve: bool = True) -> RunRequest:
+        """Puts a run request into the queue, and approves what became of it at every site, before it comes there."""
         server_setup.order(self.server, an)
         made = Queue(self.server).get(an.run)
         assert made is not None
@@ -215,7 +215,7 @@ class Hospitals:
 
     def memory(self, run: str, site: str) -> Any:
         """What a site keeps of a run."""
-        memory = Memory(self.homes[site].memory(run))
+        memory = RunMemory(self.homes[site].memory(run))
         last = memory.chain.links[-1].memory if memory.chain.links else ""
         return states.load(memory.folder / last) if last else {}
 
@@ -310,7 +310,7 @@ class Hospitals:
             self.env = before
 
     def reset(self) -> None:
-        """Whatever a test did, everybody is there again."""
+        """Whatever a test did, every site is there again."""
         for path in self.faults.iterdir():
             path.unlink()
         if not server_setup.is_up(self.server):
@@ -325,7 +325,7 @@ class Hospitals:
         self.together()
 
 
-def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:
+def reference(an: RunRequest, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:
     """The state and the sites' memory after the same run in this process, with noise that repeats."""
     plan = an.build_plan()
     method = plan.build_method()
@@ -352,7 +352,7 @@ def reference(an: Order, sites: dict[str, Site] | None = None) -> tuple[Any, dic
     return state, engine.memory
 
 
-def study(run: str, method: str = "scaffold", **how: Any) -> Order:
+def study(run: str, method: str = "scaffold", **how: Any) -> RunRequest:
     """A small order for real processes, whose sites need a while to load PyTorch."""
     return order(method, run=run, **{"patience": PATIENCE, **how})
 

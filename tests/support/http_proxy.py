@@ -1,4 +1,4 @@
-"""Ways between a site and its server: one that a test can cut, stall and slow down, and one that speaks HTTP."""
+"""Proxies between a site and its server: one that a test can cut, stall and slow down, and one for HTTP."""
 
 import queue
 import selectors
@@ -107,7 +107,9 @@ class Proxy:
 
 
 class HttpProxy:
-    """What stands at a hospital's way out: it passes CONNECT on, and counts calls (``asked``) and bytes (``passed``)."""
+    """Proxy at a hospital's outgoing connection: it forwards CONNECT, and counts calls (``asked``) and bytes
+    (``passed``).
+    """
 
     def __init__(self, allow: bool = True) -> None:
         self.allow, self.asked, self.passed = allow, list[str](), 0

@@ -16,16 +16,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
-from polyclinic.engines.flare.client.site_agent import Desk, take_in
+from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
 from polyclinic.engines.flare.client.training_worker import Training
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.expected_signers import Signers, signer
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import SiteHome, hash_of, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder, write_private
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
-from polyclinic.engines.flare.protocol.run_request import Order
-from polyclinic.engines.flare.server.run_coordinator import Conductor
+from polyclinic.engines.flare.protocol.run_request import RunRequest
+from polyclinic.engines.flare.server.run_coordinator import RunCoordinator
 from polyclinic.engines.policy import site_policy as policies
 from tests.conftest import little_sites
 
@@ -39,7 +39,7 @@ def order(
     sites: Sequence[str] = ("site-0", "site-1", "site-2"),
     rounds: int = 3,
     **changes: Any,
-) -> Order:
+) -> RunRequest:
     """A small order; ``changes`` of the plan go in ``plan``."""
     plan = {
         "kind": "classification",
@@ -54,7 +54,7 @@ def order(
         "training": TRAINING,
         **changes.pop("plan", {}),
     }
-    return Order(run, plan, **{"patience": 5.0, **changes})
+    return RunRequest(run, plan, **{"patience": 5.0, **changes})
 
 
 def write_data(folder: Path, site: Site) -> None:
@@ -64,9 +64,9 @@ def write_data(folder: Path, site: Site) -> None:
         np.savez(folder / f"{role}.npz", inputs=rows.x.numpy(), targets=rows.y.numpy())
 
 
-def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT) -> SiteHome:
+def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT) -> SiteFolder:
     """A site's folder, with data and policy, as after `site init` and `site join`. Keys are made once and copied."""
-    home = SiteHome(path)
+    home = SiteFolder(path)
     private_folder(path)
     write_data(path / "data", site)
     write_private(home.settings, f'site = "{name}"\ndata = "{path / "data"}"\n')
@@ -80,7 +80,7 @@ def make_site(path: Path, name: str, site: Site, policy: str = policies.DEFAULT)
     return home
 
 
-def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
+def identities(homes: Mapping[str, SiteFolder]) -> dict[str, str]:
     """The sites' public keys for secure sums."""
     return {
         name: site_keys.load_secure(home.keys / "secure.key").public_key().public_bytes_raw().hex()
@@ -88,14 +88,14 @@ def identities(homes: Mapping[str, SiteHome]) -> dict[str, str]:
     }
 
 
-def approve(home: SiteHome, an: Order) -> None:
-    """What a person at the site does, once the order has come: reads it, and approves what was shown."""
+def approve(home: SiteFolder, an: RunRequest) -> None:
+    """What a person at the site does, once the run request has come: reads it, and approves what was shown."""
     Reviews(home.reviews).offer(an, ())
     read_and_approve(home, an.run)
 
 
-def read_and_approve(home: SiteHome, name: str, reason: str = "because") -> None:
-    """Reads what stands there under ``name``, and approves exactly that."""
+def read_and_approve(home: SiteFolder, name: str, reason: str = "because") -> None:
+    """Read the current content under ``name``, and approve exactly that."""
     reviews = Reviews(home.reviews)
     reviews.remember(reviews.subject(name))
     reviews.decide(name, APPROVED, "a person", reason)
@@ -106,7 +106,7 @@ class Inline:
 
     pid = 0
 
-    def __init__(self, home: SiteHome, run: str) -> None:
+    def __init__(self, home: SiteFolder, run: str) -> None:
         self.home, self.run, self.training = home, run, None
 
     def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
@@ -125,28 +125,28 @@ class LocalCarrier:
 
     def __init__(
         self,
-        homes: Mapping[str, SiteHome],
-        an: Order,
+        homes: Mapping[str, SiteFolder],
+        an: RunRequest,
         tamper: Callable[[Call], Call] = lambda call: call,
         lose: Callable[[Call], bool] = lambda call: False,
         crash: Callable[[Call], bool] = lambda call: False,
     ) -> None:
         self.homes, self.order, self.tamper, self.lose, self.crash = homes, an, tamper, lose, crash
-        self.desks: dict[str, Desk] = {}
+        self.agents: dict[str, SiteAgent] = {}
         self.queue: deque[tuple[Call, Path | None]] = deque()
         self.calls: list[Call] = []
         self.idle = 0
 
-    def desk(self, name: str) -> Desk:
-        if name not in self.desks:
-            self.desks[name] = Desk(self.homes[name], self.order)
-            self.desks[name].trainer = Inline(self.homes[name], self.order.run)
-        return self.desks[name]
+    def agent(self, name: str) -> SiteAgent:
+        if name not in self.agents:
+            self.agents[name] = SiteAgent(self.homes[name], self.order)
+            self.agents[name].trainer = Inline(self.homes[name], self.order.run)
+        return self.agents[name]
 
     def restart(self, name: str) -> None:
         """The site's machine reboots."""
-        if name in self.desks:
-            self.desks.pop(name).close()
+        if name in self.agents:
+            self.agents.pop(name).close()
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
         self.queue.extend((call, body) for call in calls)
@@ -155,7 +155,7 @@ class LocalCarrier:
         if not self.queue:
             self.idle += 1
             if self.idle > 3000:
-                raise Ended("nobody has answered for long: does the test lose a message and set no deadline?")
+                raise Ended("no site has answered for long: does the test lose a message and set no deadline?")
             time.sleep(0.002)
             return None
         self.idle = 0
@@ -166,14 +166,14 @@ class LocalCarrier:
             return None
         call = self.tamper(call)
         self.calls.append(call)
-        desk = self.desk(call.site)
-        if (refusal := desk.before(call)) is not None:
+        agent = self.agent(call.site)
+        if (refusal := agent.before(call)) is not None:
             return Delivery(call.site, refusal.to_json(), _nothing)
         if body is not None:
-            copy = desk.memory.folder / "received"
+            copy = agent.memory.folder / "received"
             shutil.copy(body, copy)
-            body = take_in(desk.memory, copy, call.number)
-        answer, file = desk.answer(call, body)
+            body = take_in(agent.memory, copy, call.number)
+        answer, file = agent.answer(call, body)
 
         def take(path: Path, limit: int) -> tuple[int, str]:
             shutil.copy(file, path)
@@ -188,16 +188,16 @@ class LocalCarrier:
         self.queue = deque((call, body) for call, body in self.queue if call.site != site)
 
     def close(self) -> None:
-        for desk in self.desks.values():
-            desk.close()
+        for agent in self.agents.values():
+            agent.close()
 
 
 def _nothing(path: Path, limit: int) -> tuple[int, str]:
     raise OSError("no file came")
 
 
-def admitted(root: Path, homes: Mapping[str, SiteHome]) -> Signers:
-    """What the server knows of the sites' keys, as after `server admit`."""
+def admitted(root: Path, homes: Mapping[str, SiteFolder]) -> Signers:
+    """The server's record of the sites' keys, as after `server admit`."""
     until = datetime.now(UTC) + timedelta(days=100)
     entries = {
         name: {"revoked": "", "signers": [signer(site_keys.load(home.keys / "site.key").public_key(), until)]}
@@ -207,7 +207,7 @@ def admitted(root: Path, homes: Mapping[str, SiteHome]) -> Signers:
     return Signers(root / "admitted.json")
 
 
-def signed_again(delivery: Delivery, home: SiteHome) -> Delivery:
+def signed_again(delivery: Delivery, home: SiteFolder) -> Delivery:
     """``delivery``, signed by the key of the site in ``home``, as a hostile site signs what it makes up."""
     try:
         answer = Answer.from_json(delivery.text)
@@ -219,14 +219,14 @@ def signed_again(delivery: Delivery, home: SiteHome) -> Delivery:
 
 def hospital(
     root: Path, count: int = 3, policy: str = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
-) -> dict[str, SiteHome]:
+) -> dict[str, SiteFolder]:
     """``count`` site folders with little data."""
     return {name: make_site(root / name, name, site, policy) for name, site in little_sites(count=count).items()}
 
 
-def conductor(root: Path, an: Order, carrier: LocalCarrier, **how: Any) -> Conductor:
+def coordinator(root: Path, an: RunRequest, carrier: LocalCarrier, **how: Any) -> RunCoordinator:
     signers = admitted(root, carrier.homes)
-    return Conductor(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0, signers=signers, **how)
+    return RunCoordinator(an, carrier, root / "server" / an.run, tuple(carrier.homes), poll=0.0, signers=signers, **how)
 
 
 def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

@@ -1,1 +1,1 @@
-"""The catalog of public data sets."""
+"""Catalog of public data sets."""

@@ -1,8 +1,9 @@
-"""The data sets that people of this field use: what each is, how to get it, and how it is read.
+"""Catalog of the field's public data sets: description, access and reader of each.
 
-The tables are ``catalog.toml`` (sets behind registrations and agreements, with a recipe each), ``medmnist.toml`` (the
-18 sets of MedMNIST) and ``decathlon.toml`` (the ten tasks of the Medical Segmentation Decathlon), fetched with their
-published checksums. Nothing is fetched while a study runs: ``get`` does it beforehand.
+The tables are ``dataset_catalog.toml`` (sets that need registrations or agreements, each with instructions),
+``medmnist.toml`` (the 18 sets of MedMNIST) and ``decathlon.toml`` (the ten tasks of the Medical Segmentation
+Decathlon); the latter two are downloaded with their published checksums. Data are downloaded by ``get`` in advance,
+never while a study runs.
 """
 
 import dataclasses
@@ -30,28 +31,28 @@ USUAL = 28
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of the catalog.
+    """Entry of the catalog.
 
     Attributes:
-        name: What ``use = ...`` says in a study file.
+        name: Value of ``use = ...`` in a study file.
         title: One line.
-        modality: How it was taken.
-        organ: Of what.
-        task: What is predicted.
-        sites: How many sites it has, and what they are.
-        size: How many examples or patients.
-        license: In the words of those who gave the data; check it before use.
-        citation: What to cite.
-        url: Where it comes from.
+        modality: Imaging modality or other type of data.
+        organ: Organ shown.
+        task: Type of prediction.
+        sites: Number and kind of its sites.
+        size: Number of examples or patients.
+        license: As stated by the publisher; check it before use.
+        citation: Publication to cite.
+        url: Origin of the data.
         get: How to get it.
         classes: The names of the classes, in order.
-        kind: How it is read (a key of ``polyclinic.data.config.KINDS``); "" where this version cannot.
-        file: What ``path`` names below the folder that the user gives.
-        options: The source's options; a study can set any of them anew.
-        md5: For sets that ``get`` can fetch, each size in pixels a file: the published checksums.
-        link: For sets that ``get`` can fetch as one archive: its address.
+        kind: Kind of source (a key of ``polyclinic.data.config.KINDS``); "" if this version has no reader.
+        file: File that ``path`` names below the folder that the user gives.
+        options: Options of the source; a study can override them.
+        md5: If ``get`` downloads one file per image size: the published checksums by size in pixels.
+        link: If ``get`` downloads one archive: its address.
         checksum: The archive's published MD5.
-        inside: The folder within the archive that holds the data.
+        inside: The folder within the archive that contains the data.
     """
 
     name: str
@@ -76,12 +77,12 @@ class Dataset:
 
     @property
     def automatic(self) -> bool:
-        """Whether ``get`` fetches it."""
+        """Whether ``get`` can download it."""
         return bool(self.md5 or self.link)
 
     @property
     def info(self) -> Info:
-        """What a report says of it."""
+        """Description for a report."""
         return Info(
             self.name,
             self.title,
@@ -95,33 +96,33 @@ class Dataset:
         )
 
     def where(self, size: int = USUAL) -> Path:
-        """Where ``get`` puts it."""
+        """Return the path to which ``get`` downloads it."""
         if self.link:
             return folder() / "downloads" / self.name
         return folder() / "downloads" / (f"{self.name}.npz" if size == USUAL else f"{self.name}_{size}.npz")
 
 
 def list_datasets() -> tuple[Dataset, ...]:
-    """All data sets, by name."""
+    """Return all data sets, by name."""
     return tuple(_entries()[name] for name in sorted(_entries()))
 
 
 def entry(name: str) -> Dataset:
-    """The data set that is called ``name``.
+    """Return the data set ``name``.
 
     Raises:
-        DataError: Where there is none, with the nearest name.
+        DataError: If there is none, with the most similar name.
     """
-    found = _entries().get(name)
-    if found is None:
+    dataset = _entries().get(name)
+    if dataset is None:
         near = difflib.get_close_matches(name, list(_entries()), 1, 0.6)
         also = f' Did you mean "{near[0]}"?' if near else " `polyclinic data list` shows them"
         raise DataError(f'no data set is called "{name}".{also}')
-    return found
+    return dataset
 
 
 def show(name: str) -> tuple[tuple[str, str], ...]:
-    """What a person should know of a data set, as headings and texts; the last is a ``[data]`` table to copy."""
+    """Return the description of a data set as headings and texts; the last is a ``[data]`` table to copy."""
     one = entry(name)
     pairs = [
         ("name", one.name),
@@ -142,7 +143,7 @@ def show(name: str) -> tuple[tuple[str, str], ...]:
 
 
 def example(one: Dataset) -> str:
-    """A ``[data]`` table that uses the data set; empty where this version cannot read it."""
+    """Return a ``[data]`` table that uses the data set; empty if this version cannot read it."""
     if not one.kind:
         return ""
     lines = ["[data]", f'use = "{one.name}"']
@@ -157,18 +158,18 @@ def example(one: Dataset) -> str:
 
 
 def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
-    """Fetches a data set that allows it; at once where it is there already.
+    """Download a data set, unless it is present or does not permit it.
 
     Args:
         name: The data set.
         size: Pixels along each side of its images: 28, 64, 128 or 224 (3-D: 28 or 64).
-        base: The address of the folder that holds the files; a mirror within a hospital may be given.
+        base: Address of the folder with the files, such as a mirror within a hospital.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        DataError: Where it cannot be fetched, with what to do instead.
+        DataError: If it cannot be downloaded, with what to do instead.
     """
     one = entry(name)
     if not one.automatic:
@@ -183,15 +184,15 @@ def get(name: str, size: int = USUAL, base: str = ZENODO) -> Path:
 
 
 def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, dict[str, Any], Info]:
-    """How a study's ``use = ...`` is read: the kind of source, its options, and what is known of the data.
+    """Return the kind of source, its options and the description for a study's ``use = ...``.
 
     Args:
         name: The data set.
-        path: The user's folder (or file), if one is given.
+        path: The user's folder (or file), if given.
         own: Options that the study sets.
 
     Raises:
-        DataError: Where the set is unknown, is not there yet, or cannot be read by this version.
+        DataError: If the data set is unknown, not present, or not readable by this version.
     """
     one, given = entry(name), dict(own)
     if not one.kind:
@@ -217,7 +218,7 @@ def resolve(name: str, path: str | None, own: Mapping[str, Any]) -> tuple[str, d
 
 
 def _archive(one: Dataset, base: str | None) -> Path:
-    """Fetches an archive, unpacks it, and takes the archive away."""
+    """Download an archive, unpack it, and delete it."""
     home, name = one.where(), one.link.partition("?")[0].rpartition("/")[2]
     if not home.is_dir():
         kind = next(ending for ending in ENDINGS if name.endswith(ending))
@@ -228,7 +229,7 @@ def _archive(one: Dataset, base: str | None) -> Path:
 
 
 def _medmnist(one: Dataset, size: int, path: str | None) -> str:
-    """The archive: in the user's folder, the user's own file, or where ``get`` puts it."""
+    """Return the path of the archive: in the user's folder, the user's own file, or where ``get`` stores it."""
     if path is None:
         return str(one.where(size))
     return path if path.endswith(".npz") else f"{path.rstrip('/')}/{one.where(size).name}"
@@ -236,12 +237,12 @@ def _medmnist(one: Dataset, size: int, path: str | None) -> str:
 
 @cache
 def _entries() -> dict[str, Dataset]:
-    found = {}
+    entries = {}
     for name, values in _read("dataset_catalog.toml").items():
-        found[name] = Dataset(name, **{**values, "classes": tuple(values.get("classes", ()))})
-        found[name] = dataclasses.replace(found[name], get=" ".join(found[name].get.split()))
+        entries[name] = Dataset(name, **{**values, "classes": tuple(values.get("classes", ()))})
+        entries[name] = dataclasses.replace(entries[name], get=" ".join(entries[name].get.split()))
     for name, values in _read("decathlon.toml").items():
-        found[name] = Dataset(
+        entries[name] = Dataset(
             name,
             **{**values, "classes": tuple(values["classes"])},
             task="segmentation",
@@ -255,7 +256,7 @@ def _entries() -> dict[str, Dataset]:
     for name, values in _read("medmnist.toml").items():
         values.pop("channels")
         md5 = {int(k): v for k, v in values.pop("md5").items()}
-        found[name] = Dataset(
+        entries[name] = Dataset(
             name,
             **{**values, "classes": tuple(values["classes"])},
             md5=md5,
@@ -265,7 +266,7 @@ def _entries() -> dict[str, Dataset]:
             kind="npz",
             get=f"`polyclinic data get {name}` (Zenodo record 10519652; sizes {', '.join(map(str, md5))}).",
         )
-    return found
+    return entries
 
 
 def _read(name: str) -> dict[str, Any]:

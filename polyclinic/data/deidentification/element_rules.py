@@ -1,14 +1,14 @@
-"""What happens to each DICOM element when a file is de-identified.
+"""De-identification rules: the action for each DICOM element.
 
-Base: the Basic Application Level Confidentiality Profile, DICOM PS3.15, table E.1-1 (2026c), as tabulated by the
+Based on the Basic Application Level Confidentiality Profile, DICOM PS3.15, table E.1-1 (2026c), as tabulated by the
 package dicom-anonymizer (Kitware Medical, https://github.com/KitwareMedical/dicom-anonymizer), with the option "Retain
-Longitudinal Temporal Information with Modified Dates". Departures, all towards removing more:
+Longitudinal Temporal Information with Modified Dates". Departures, all of which remove more:
 
-* the rules hold at every depth of nested sequences, not only at the top;
-* text that the table does not list is removed too, unless it is on a short list of technical fields; so is everything
-  unlisted in the patient's group (0010) and every private, overlay, curve and unknown element;
-* codes of a scheme that is not public (a hospital's own) are removed with their sequence item;
-* binary data that is neither pixels nor a lookup table is removed.
+* The rules apply at every depth of nested sequences, not only at the top.
+* Text that the table does not list is also removed, unless it is on a short list of technical fields; so is everything
+  unlisted in the patient's group (0010), and every private, overlay, curve and unknown element.
+* Codes of a scheme that is not public (a hospital's own) are removed with their sequence item.
+* Binary data that are neither pixels nor a lookup table are removed.
 """
 
 import functools
@@ -59,7 +59,7 @@ PUBLIC_SCHEMES = (
     "MA",
 )
 _TABLES = {0x00281201, 0x00281202, 0x00281203, 0x00281221, 0x00281222, 0x00281223, 0x00283006}  # lookup tables
-_CLASSES = {  # UIDs that name a kind of thing, not a thing
+_CLASSES = {  # UIDs that name a class of objects, not an object
     0x00020010,
     0x00080016,
     0x00081150,
@@ -73,7 +73,7 @@ _DATES = ("DA", "DT")
 
 @functools.cache
 def _table() -> tuple[dict[tuple[int, int], str], tuple[tuple[int, int, int, int], ...]]:
-    """PS3.15's action by tag, and the masked tags (curves, overlays)."""
+    """Return PS3.15's action by tag, and the masked tags (curves, overlays)."""
     try:
         from dicomanonymizer.dicomfields_selector import dicom_anonymization_database_selector
     except ImportError:
@@ -91,10 +91,10 @@ def _table() -> tuple[dict[tuple[int, int], str], tuple[tuple[int, int, int, int
 
 
 def action(tag: int, vr: str, keep_characteristics: bool = False) -> Action:
-    """What to do with an element: its tag as one number, and its value representation.
+    """Return the action for an element, given its tag as one number and its value representation.
 
     ``inside`` keeps a sequence and applies the rules to its items; ``characteristic`` marks sex, age, size and weight,
-    kept only on request.
+    which are kept only on request.
     """
     group, element = tag >> 16, tag & 0xFFFF
     if tag in (PATIENT_ID, PATIENT_NAME):
@@ -118,7 +118,7 @@ def action(tag: int, vr: str, keep_characteristics: bool = False) -> Action:
     if tag == BIRTH_DATE:
         return "empty"
     if vr in _DATES:
-        return "date"  # shifted, so that order and distances stay
+        return "date"  # shifted, which preserves order and intervals
     if vr == "TM":
         return "keep"  # the shift is in whole days
     if rule is not None:
@@ -131,6 +131,6 @@ def action(tag: int, vr: str, keep_characteristics: bool = False) -> Action:
 
 
 def covered() -> int:
-    """How many tags the base table covers."""
+    """Return the number of tags that the base table covers."""
     rules, masked = _table()
     return len(rules) + len(masked)

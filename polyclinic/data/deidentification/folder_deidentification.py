@@ -1,10 +1,11 @@
-"""De-identification of a DICOM folder: a new folder without patients, and a key file kept apart.
+"""De-identification of a DICOM folder: a new folder without identifying information, and a separate key file.
 
-The rules are in ``deidentify_rules``, one image in ``deidentify_image``, the last scan in ``deidentify_scan``. Here is
-what binds them: nothing is overwritten or changed in place, a file is written only after its bytes were searched for
-the original's identifiers, every written file is read back from disk and searched again for all identifiers of its
-patient, and names of files and folders are pseudonyms and random numbers. This reduces the risk of recognition; it does
-not promise anonymity, and a person must look at a sample (see docs/how-to/hospital-data.md).
+The rules are in ``element_rules``, the processing of one image in ``image_deidentification``, the final scan in
+``residual_scan``. This module guarantees that nothing is overwritten or changed in place, that a file is written only
+after its bytes were searched for the original's identifiers, that every written file is read back from disk and
+searched again for all identifiers of its patient, and that names of files and folders are pseudonyms and random
+numbers. This reduces the risk of re-identification but does not guarantee anonymity; a person must inspect a sample
+(see docs/how-to/hospital-data.md).
 """
 
 import io
@@ -32,16 +33,16 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Released:
-    """What a run wrote and refused. Safe to show: no value of any element, and source names only under ``refused``.
+    """Result of a run. Contains no value of any element, and source names only under ``refused``.
 
     Attributes:
         destination: The new folder.
         key: The key file, to be kept at the site.
         written: Files written, relative to ``destination``.
-        patients: How many patients they show.
-        removed: How many elements were removed or changed, by tag number.
-        refused: What was not released, and why; source paths, for the eyes of the site.
-        left: Files that are not DICOM, indexes (DICOMDIR) and links to folders, which were not copied.
+        patients: Number of patients in them.
+        removed: Number of removed or changed elements, by tag number.
+        refused: Refused files with reasons and source paths, for use at the site only.
+        left: Number of files that are not DICOM, indexes (DICOMDIR) and links to folders, which were not copied.
     """
 
     destination: Path
@@ -53,21 +54,23 @@ class Released:
     left: int = 0
 
     def lines(self) -> list[str]:
-        """A screen's summary."""
+        """Return a summary for the screen."""
         out = [f"wrote {len(self.written)} files of {self.patients} patients to {self.destination}"]
         tags = sorted(self.removed.items())
         shown = ", ".join(f"({t >> 16:04x},{t & 0xFFFF:04x}) x{n}" for t, n in tags[:12])
         out.append(f"removed or changed {sum(self.removed.values())} elements of {len(tags)} kinds: {shown}")
         if self.left:
-            out.append(f"left behind {self.left} files that are no DICOM images, indexes or links to folders")
+            out.append(
+                f"did not copy {self.left} files that are not DICOM images (other files, indexes, links to folders)"
+            )
         reasons = Counter(refusal.reason for refusal in self.refused)
         out += [f"refused {count}: {reason}" for reason, count in reasons.most_common()]
         if reasons:
-            out.append("which files were refused stands in the key file")
+            out.append("the key file lists the refused files")
         out.append(
-            f"key file (pseudonyms to patients, the secret): {self.key}; keep it at the site, apart from the data"
+            f"key file (pseudonyms to patients, the secret): {self.key}; keep it at the site, separate from the data"
         )
-        out.append("look at a sample before anything leaves: text drawn into a picture and faces are not recognized")
+        out.append("inspect a sample before anything leaves: text drawn into a picture and faces are not detected")
         return out
 
 
@@ -79,18 +82,19 @@ def deidentify_folder(
     limits: Limits = LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Released:
-    """De-identifies every DICOM image under ``source`` into the new folder ``destination``.
+    """De-identify every DICOM image under ``source`` into the new folder ``destination``.
 
     Args:
-        source: Read only; never changed.
-        destination: Must not exist or be empty, and lie apart from ``source``.
-        key: The key file: read where it is there (same secret, same pseudonyms), else made, for its owner's eyes only.
-        options: What the site decides.
-        limits: What one file may ask for.
-        progress: Called with files done and files in all.
+        source: Source folder, which is never changed.
+        destination: Must not exist or be empty, and be separate from ``source``.
+        key: The key file: read if it exists (same secret, same pseudonyms), otherwise created, readable by its owner
+            only.
+        options: Decisions of the site.
+        limits: Limits on one file.
+        progress: Called with the number of processed files and of all files.
 
     Raises:
-        ValueError: A folder or the key file is in a wrong place; nothing was written.
+        ValueError: If a folder or the key file is in an invalid place; nothing was written.
     """
     source, destination, key = Path(source), Path(destination), Path(key)
     problems = list(_places(source, destination, key))
@@ -143,7 +147,9 @@ def deidentify_command(
     keep_characteristics: bool = False,
     say: Callable[[str], None] = print,
 ) -> int:
-    """What ``polyclinic data deidentify SRC DST`` does: 0 all released, 1 some refused, 2 it could not be done."""
+    """Run ``polyclinic data deidentify SRC DST``. Return 0 if all were released, 1 if some were refused, 2 on
+    failure.
+    """
     try:
         options = Deidentification(tuple(approve), keep_characteristics)
         released = deidentify_folder(source, destination, key or default_key(), options)
@@ -156,14 +162,14 @@ def deidentify_command(
 
 
 def default_key() -> Path:
-    """Where this user's key file lies unless another place is named."""
+    """Return the default path of this user's key file."""
     import platformdirs
 
     return Path(platformdirs.user_config_dir("polyclinic")) / "deidentify-key.json"
 
 
 def checked_bytes(path: Path, cleaned: Cleaned) -> bytes:
-    """The bytes of the new file, once no identifier of the original is found in them."""
+    """Return the bytes of the new file after checking that they contain no identifier of the original."""
     buffer = io.BytesIO()
     with quiet(), refusing(path, "the de-identified file cannot be written"):
         cleaned.dataset.save_as(buffer, enforce_file_format=True)
@@ -174,7 +180,7 @@ def checked_bytes(path: Path, cleaned: Cleaned) -> bytes:
 
 
 def _leak(data: bytes, pixels: int, identifiers: Identifiers) -> str | None:
-    """Why these bytes may not be released: where an identifier was found, never which."""
+    """Return why these bytes may not be released: where an identifier was found, never which."""
     if any(data[:128]) or data[128:132] != b"DICM":
         return "its preamble is not empty"
     if identifiers.in_header(data[: len(data) - pixels]):
@@ -187,7 +193,7 @@ def _leak(data: bytes, pixels: int, identifiers: Identifiers) -> str | None:
 def _read_back(
     destination: Path, written: dict[str, str], known: dict[str, Identifiers], limits: Limits
 ) -> Iterator[tuple[str, str]]:
-    """Files on disk in which any identifier of the same patient, from any of its files, is found."""
+    """Yield files on disk that contain an identifier of the same patient, from any of its files, with the reason."""
     for name, pseudonym in list(written.items()):
         data = read_whole(destination / name, limits)
         pixels = len(open_dicom(destination / name, limits=limits).PixelData)
@@ -196,7 +202,7 @@ def _read_back(
 
 
 def _walk(source: Path) -> Iterator[Path]:
-    """Every file, and every link to a folder, which is not followed."""
+    """Yield every file, and every link to a folder, which is not followed."""
     for folder, folders, names in os.walk(source):
         folders.sort()
         links = [name for name in folders if Path(folder, name).is_symlink()]
@@ -204,7 +210,7 @@ def _walk(source: Path) -> Iterator[Path]:
 
 
 def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: bytes) -> str:
-    """Writes a new file under a random name, complete or not at all; its name relative to ``destination``."""
+    """Write a new file atomically under a random name, and return its name relative to ``destination``."""
     series = str(cleaned.dataset.get("SeriesInstanceUID") or "")
     folder = destination / cleaned.pseudonym / pseudonyms.folder(series)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,16 +225,16 @@ def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: by
 
 
 def _places(source: Path, destination: Path, key: Path) -> Iterator[str]:
-    """What is wrong with the three places."""
+    """Yield the problems of the three paths."""
     if not source.is_dir():
         yield f"{source} is not a folder"
     inside, outside, place = source.resolve(), destination.resolve(), key.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        yield f"{destination} is there already and not an empty folder: name a new one (nothing is ever overwritten)"
+        yield f"{destination} exists and is not an empty folder: name a new one (nothing is ever overwritten)"
     if inside == outside or inside in outside.parents or outside in inside.parents:
-        yield f"{destination} must lie apart from {source}, neither inside the other"
+        yield f"{destination} and {source} must be separate, neither inside the other"
     if outside == place or outside in place.parents or inside in place.parents:
-        yield f"the key file {key} must lie outside of both folders: whoever holds it can undo the pseudonyms"
+        yield f"the key file {key} must be outside both folders: it allows re-identification of the pseudonyms"
     if key.is_symlink():
         yield f"the key file {key} is a link: name the file itself"
     elif key.exists():
@@ -240,7 +246,7 @@ def _places(source: Path, destination: Path, key: Path) -> Iterator[str]:
 
 @dataclass
 class _KeyFile:
-    """The site's secret, and which pseudonym is whom. Never leaves the site."""
+    """Secret of the site, and the patient of each pseudonym. Never leaves the site."""
 
     path: Path
     secret: bytes = field(repr=False)
@@ -254,19 +260,19 @@ class _KeyFile:
         if not path.exists():
             return _KeyFile(path, secrets.token_bytes(32))
         try:
-            found = json.loads(read_text(path))
-            secret, patients, earlier = bytes.fromhex(found["secret"]), dict(found["patients"]), list(found["runs"])
+            table = json.loads(read_text(path))
+            secret, patients, earlier = bytes.fromhex(table["secret"]), dict(table["patients"]), list(table["runs"])
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"the key file {path} is damaged: restore it, or name a new one") from None
         if len(secret) != 32:
-            raise ConfigError(f"the key file {path} holds no secret of 32 bytes")
+            raise ConfigError(f"the key file {path} contains no secret of 32 bytes")
         return _KeyFile(path, secret, patients, {}, {}, earlier)
 
     def add(self, pseudonym: str, patient: str, name: str, source: str) -> None:
         self.patients[pseudonym], self.files[name] = patient, source
 
     def save(self) -> None:
-        """Writes the file, readable by its owner only, whole or not at all."""
+        """Write the file atomically, readable by its owner only."""
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         run = {"files": self.files, "refused": self.refused}
         content = {"secret": self.secret.hex(), "patients": self.patients, "runs": [*self.earlier, run]}

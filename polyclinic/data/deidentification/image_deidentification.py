@@ -1,12 +1,13 @@
-"""One image without its patient: pseudonyms, shifted dates, kept elements, and pixels that hold nothing but pixels.
+"""De-identification of one image: pseudonyms, shifted dates, retained elements, and pixels re-encoded without extra
+data.
 
-Pseudonyms are HMAC-SHA256 (Krawczyk et al., RFC 2104, 1997) of the original under the site's secret: the same patient
-gets the same pseudonym in every run at this site, and nobody without the secret can test a guess. UIDs become
-``2.25.<128 bits>`` (PS3.5, B.2) the same way, so that references between files still meet. Dates move into the past by
-1 to ``shift_days`` days, the same for all dates of one patient: order, intervals and times of day stay.
+Pseudonyms are HMAC-SHA256 (Krawczyk et al., RFC 2104, 1997) of the original under the site's secret: a patient gets the
+same pseudonym in every run at this site, and a guess cannot be tested without the secret. UIDs become ``2.25.<128
+bits>`` (PS3.5, B.2) in the same way, so that references between files remain valid. Dates move into the past by 1 to
+``shift_days`` days, equally for all dates of one patient, which preserves order, intervals and times of day.
 
-The output is written anew from what is kept, uncompressed: no preamble, no trailing bytes, no comment inside a
-compressed frame, no overlay in the unused bits of a pixel can come along.
+The output is written uncompressed from the retained elements only, so that no preamble, trailing bytes, comments in
+compressed frames or overlays in unused bits are copied.
 """
 
 import datetime
@@ -48,12 +49,12 @@ _SEARCHED = ("CS", "LO", "SH", "UC", "ST", "LT", "UT", "IS", "DS", "TM")
 
 @dataclass(frozen=True)
 class Deidentification:
-    """What a site decides about its de-identification.
+    """Decisions of a site about its de-identification.
 
     Attributes:
-        approve: Modalities (``"US"``, ``"XA"``...) whose pixels a person has looked at, and ``"burned-in"`` for files
-            that say themselves that text is burned in. Without it such files are refused.
-        keep_characteristics: Keep sex, size, weight, and age up to 89 years.
+        approve: Modalities (``"US"``, ``"XA"``, ...) whose pixels a person has inspected, and ``"burned-in"`` for files
+            that state that text is burned in. Such files are refused without approval.
+        keep_characteristics: Whether to keep sex, size, weight, and age up to 89 years.
         shift_days: Dates move into the past by 1 to this many days.
     """
 
@@ -63,17 +64,17 @@ class Deidentification:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shift_days <= 36_500:
-            raise ConfigError(f"shift_days is 1 to 36500, not {self.shift_days}")
+            raise ConfigError(f"shift_days must be 1 to 36500, not {self.shift_days}")
 
 
 def letters(data: bytes) -> str:
-    """Two letters from A to P for each byte."""
+    """Return two letters from A to P for each byte."""
     return data.hex().translate(str.maketrans("0123456789abcdef", "ABCDEFGHIJKLMNOP"))
 
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """What a site's secret turns identifiers into."""
+    """Pseudonyms derived from a site's secret."""
 
     secret: bytes = field(repr=False)
 
@@ -81,25 +82,25 @@ class Pseudonyms:
         return hmac.new(self.secret, f"polyclinic/{kind}/{text}".encode(), hashlib.sha256).digest()
 
     def patient(self, identifier: str) -> str:
-        """``P`` and 16 letters from A to P (64 bits): no digits that could be taken for a record number."""
+        """Return ``P`` and 16 letters from A to P (64 bits), without digits that could be taken for a record number."""
         return "P" + letters(self._mac("patient", identifier)[:8])
 
     def folder(self, series: str) -> str:
-        """``S`` and 12 letters for a series."""
+        """Return ``S`` and 12 letters for a series."""
         return "S" + letters(self._mac("series", series)[:6])
 
     def uid(self, uid: str) -> str:
-        """A UID under 2.25 with 128 bits of the code."""
+        """Return a UID under 2.25 with 128 bits of the code."""
         return f"2.25.{int.from_bytes(self._mac('uid', uid)[:16], 'big')}"
 
     def days(self, identifier: str, most: int) -> int:
-        """By how many days this patient's dates move into the past: 1 to ``most``."""
+        """Return the number of days, 1 to ``most``, by which this patient's dates move into the past."""
         return 1 + int.from_bytes(self._mac("days", identifier)[:8], "big") % most
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """An image ready for the last scan: the data set, whose it was, and what was taken out (tag numbers only)."""
+    """Image ready for the final scan: the data set, its patient, and the removed elements (tag numbers only)."""
 
     dataset: Any = field(repr=False)
     pseudonym: str
@@ -109,28 +110,30 @@ class Cleaned:
 
 
 def gate(path: Path, dataset: Any, options: Deidentification) -> None:
-    """Refuses what is no image and what may have text in its pixels, unless a person approved it."""
+    """Refuse objects that are not images, and images that may contain text in their pixels unless a person approved
+    them.
+    """
     if not any(keyword in dataset for keyword in PIXELS):
         raise Unreadable(path, "is not an image (a report, plan or waveform): its text cannot be cleaned")
     modality = str(dataset.get("Modality") or "").upper()
     if modality == "SEG" or "PixelData" not in dataset:
-        raise Unreadable(path, "is a segmentation or a map of floating point numbers, which is not handled")
+        raise Unreadable(path, "is a segmentation or a floating point map, which is not supported")
     if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES" and BURNED_IN not in options.approve:
-        raise Unreadable(path, f"says that text is burned into its pixels; look at it, then approve {BURNED_IN!r}")
+        raise Unreadable(path, f"says that text is burned into its pixels; inspect it, then approve {BURNED_IN!r}")
     captured = str(dataset.get("SOPClassUID") or "").startswith(_SECONDARY_CAPTURE) or "ConversionType" in dataset
     kind = "SC" if captured and modality not in options.approve else modality
     if kind in _TEXT_LIKELY and kind not in options.approve:
         named = f"modality {kind}" if re.fullmatch("[A-Z]{2,4}", kind) else "an image of no stated modality"
-        raise Unreadable(path, f"is {named}, which often shows names in the picture; look at it, then approve {kind!r}")
+        raise Unreadable(path, f"is {named}, which often shows names in the picture; inspect it, then approve {kind!r}")
 
 
 def clean(
     path: Path, dataset: Any, pseudonyms: Pseudonyms, options: Deidentification, limits: Limits = LIMITS
 ) -> Cleaned:
-    """A new data set with what may stay of ``dataset`` (as ``open_dicom`` gives it, with pixels).
+    """Return a new data set with the permitted parts of ``dataset`` (from ``open_dicom``, with pixels).
 
     Raises:
-        Unreadable: The file is refused by ``gate``, or its pixels cannot be decoded.
+        Unreadable: If ``gate`` refuses the file, or its pixels cannot be decoded.
     """
     pydicom = require_pydicom()
     with quiet(), refusing(path, "it could not be de-identified"):
@@ -155,7 +158,7 @@ def clean(
 
 
 def _identity(dataset: Any) -> str:
-    """What names the patient at this site: the identifier, else name and birth date, else the study."""
+    """Return what identifies the patient at this site: the identifier, else name and birth date, else the study."""
     for keywords in (("PatientID",), ("PatientName", "PatientBirthDate"), ("StudyInstanceUID",)):
         text = "/".join(str(dataset.get(keyword) or "").strip() for keyword in keywords)
         if text.strip("/^ "):
@@ -164,7 +167,7 @@ def _identity(dataset: Any) -> str:
 
 
 class _Walk:
-    """Applies the rules to a data set and, inside, to its sequences."""
+    """Application of the rules to a data set and its nested sequences."""
 
     def __init__(self, pseudonyms: Pseudonyms, options: Deidentification, patient: str, removed: Counter[int]) -> None:
         self.pseudonyms, self.options, self.removed = pseudonyms, options, removed
@@ -172,7 +175,7 @@ class _Walk:
         self.shift = datetime.timedelta(days=pseudonyms.days(patient, options.shift_days))
 
     def dataset(self, source: Any) -> Any:
-        """What may stay of one level; nothing of a code that is not from a public coding scheme."""
+        """Return the permitted elements of one level, without codes that are not from a public coding scheme."""
         pydicom = require_pydicom()
         out = pydicom.Dataset()
         for tag in list(source.keys()):
@@ -181,7 +184,7 @@ class _Walk:
             try:
                 element = source[tag]
                 kept = self._value(element)
-            except Exception:  # it cannot be decoded, so it cannot be judged
+            except Exception:  # it cannot be decoded, so it cannot be checked
                 kept = None
             if kept is None:
                 self.removed[int(tag)] += 1
@@ -190,7 +193,7 @@ class _Walk:
         return out
 
     def _public(self, item: Any) -> bool:
-        """Whether an item is no code, or one of a public scheme: a local code may be a record number."""
+        """Return whether an item is no code, or one of a public scheme: a local code may be a record number."""
         codes = [tag for tag in (0x00080100, 0x00080119, 0x00080120) if tag in item]
         if not codes or str(item.get("CodingSchemeDesignator") or "").strip() in PUBLIC_SCHEMES:
             return True
@@ -198,7 +201,7 @@ class _Walk:
         return False
 
     def _value(self, element: Any) -> Any:
-        """The value that stays; None removes the element."""
+        """Return the retained value; None removes the element."""
         what = action(int(element.tag), element.VR, self.options.keep_characteristics)
         value = element.value
         if what == "inside":
@@ -220,12 +223,12 @@ class _Walk:
         return value if what == "keep" else None
 
     def _moved(self, text: str) -> str:
-        """A DA or DT value, moved; PS3.5, 6.2. A value without a full date is emptied."""
-        found = re.fullmatch(r"(\d{4})\.?(\d{2})\.?(\d{2})(\d{2,6}(\.\d{1,6})?)?([+-]\d{4})?", text)
-        if not found:
+        """Return a DA or DT value (PS3.5, 6.2), shifted. A value without a full date becomes empty."""
+        match = re.fullmatch(r"(\d{4})\.?(\d{2})\.?(\d{2})(\d{2,6}(\.\d{1,6})?)?([+-]\d{4})?", text)
+        if not match:
             return ""
-        day = datetime.date(int(found[1]), int(found[2]), int(found[3])) - self.shift
-        return f"{day:%Y%m%d}".rjust(8, "0") + (found[4] or "") + (found[6] or "")
+        day = datetime.date(int(match[1]), int(match[2]), int(match[3])) - self.shift
+        return f"{day:%Y%m%d}".rjust(8, "0") + (match[4] or "") + (match[6] or "")
 
 
 def _each(value: Any, change: Any) -> Any:
@@ -237,7 +240,7 @@ def _each(value: Any, change: Any) -> Any:
 
 
 def _characteristic(tag: int, value: Any) -> Any:
-    """Sex, size and weight as they are; ages of 90 and more become 090Y (HIPAA 164.514(b)(2)(i)(C))."""
+    """Return sex, size and weight unchanged; ages of 90 and more become 090Y (HIPAA 164.514(b)(2)(i)(C))."""
     if tag not in CHARACTERISTICS or value in (None, ""):
         return None
     if tag != 0x00101010:
@@ -247,7 +250,7 @@ def _characteristic(tag: int, value: Any) -> Any:
 
 
 def _drop_leftovers(out: Any, identifiers: Identifiers, removed: Counter[int]) -> None:
-    """Removes kept text in which an identifier shows up, at any depth."""
+    """Remove retained text that contains an identifier, at any depth."""
     for tag in list(out.keys()):
         element = out[tag]
         if element.VR == "SQ":
@@ -261,14 +264,14 @@ def _drop_leftovers(out: Any, identifiers: Identifiers, removed: Counter[int]) -
 
 
 def _pixels(path: Path, out: Any, source: Any, pixels: np.ndarray[Any, Any]) -> None:
-    """The decoded pixels and the elements that describe them, with unused bits cleared."""
+    """Write the decoded pixels and the elements that describe them, with unused bits cleared."""
     color, bits = pixels.ndim == 4, pixels.dtype.itemsize * 8
     stored = bits if color else int(source.get("BitsStored") or bits)
     if pixels.dtype.kind == "f" or int(source.get("BitsAllocated") or 0) == 1:
-        raise Unreadable(path, "has pixels of 1 bit or floating point, which are not handled")
+        raise Unreadable(path, "has 1-bit or floating point pixels, which are not supported")
     if not color and int(source.get("HighBit", stored - 1)) != stored - 1:
-        raise Unreadable(path, "keeps its pixels in the upper bits (an old form), which is not handled")
-    if not color and stored < bits:  # bits above may carry an overlay
+        raise Unreadable(path, "stores its pixels in the upper bits (an old format), which is not supported")
+    if not color and stored < bits:  # the unused bits may contain an overlay
         spare = pixels.dtype.type(bits - stored)
         pixels = np.right_shift(np.left_shift(pixels, spare), spare)  # signed numbers keep their sign
     little = np.ascontiguousarray(pixels.astype(pixels.dtype.newbyteorder("<"), copy=False))
@@ -285,7 +288,7 @@ def _pixels(path: Path, out: Any, source: Any, pixels: np.ndarray[Any, Any]) -> 
 
 
 def _say_so(out: Any, options: Deidentification) -> None:
-    """(0012,0062) to (0012,0064) and (0028,0303)."""
+    """Set (0012,0062) to (0012,0064) and (0028,0303)."""
     pydicom = require_pydicom()
     out.PatientIdentityRemoved, out.DeidentificationMethod = "YES", METHOD
     out.LongitudinalTemporalInformationModified = "MODIFIED"

@@ -1,8 +1,8 @@
-"""The last gate of de-identification: the original's identifiers, searched for in the bytes about to be released.
+"""Final scan of de-identification: search for the original's identifiers in the bytes about to be released.
 
-What is searched: names (whole and each part of at least 3 letters), identifiers, addresses and telephone numbers, the
-birth date, original UIDs, and long numbers from any text that was removed, in the encodings that DICOM allows. What
-cannot be found this way: shorter fragments, other spellings, and anything drawn into the picture.
+Searches for names (complete and each part of at least 3 letters), identifiers, addresses and telephone numbers, the
+birth date, original UIDs, and long numbers from any removed text, in the encodings that DICOM allows. It cannot find
+shorter fragments, other spellings, and text drawn into the picture.
 """
 
 import re
@@ -62,7 +62,7 @@ _EVERYWHERE = (
     "name",
     "the",
 )
-_OURS = (  # words of the standard, or our own, that a name may happen to equal
+_OURS = (  # words of the standard, or of this module, that may equal a name
     b"ORIGINAL",
     b"PRIMARY",
     b"DERIVED",
@@ -81,12 +81,12 @@ _OURS = (  # words of the standard, or our own, that a name may happen to equal
 
 @dataclass(frozen=True)
 class Identifiers:
-    """What must not be found again. Kept out of ``repr``, never written or logged.
+    """Identifiers that must not occur in the output. Excluded from ``repr``, never written or logged.
 
     Attributes:
         words: Lower-case text: names, identifiers, addresses.
         digits: Runs of at least 6 digits, searched for as whole numbers.
-        own: What belongs to one file only, its UIDs and the numbers in its name, searched for in its own header.
+        own: Identifiers of one file only (its UIDs and the numbers in its name), searched for in its own header.
     """
 
     words: frozenset[str] = field(default=frozenset(), repr=False)
@@ -94,18 +94,18 @@ class Identifiers:
     own: frozenset[str] = field(default=frozenset(), repr=False)
 
     def __or__(self, other: "Identifiers") -> "Identifiers":
-        """What is known of a patient from two files: their names and numbers, not what is each slice's own."""
+        """Merge the identifiers of a patient from two files, without those specific to one file."""
         return Identifiers(self.words | other.words, self.digits | other.digits)
 
     def in_text(self, text: str) -> bool:
-        """Whether a text holds any of them."""
+        """Return whether a text contains any of them."""
         low = text.lower()
         if any(_found(word, low) for word in self.words) or any(text in low for text in self.own):
             return True
         return any(digits in low and _number(digits).search(low) for digits in self.digits)
 
     def in_header(self, data: bytes) -> bool:
-        """Whether the bytes of a header hold any of them, in ASCII, Latin-1, UTF-8 or UTF-16."""
+        """Return whether the bytes of a header contain any of them, in ASCII, Latin-1, UTF-8 or UTF-16."""
         for ours in _OURS:
             data = data.replace(ours, b"\0")
         texts = [data.decode("latin-1"), data.decode("utf-8", "ignore")]
@@ -113,7 +113,7 @@ class Identifiers:
         return any(self.in_text(text) for text in texts)
 
     def in_pixels(self, data: bytes) -> bool:
-        """Whether the bytes of the pixels spell a word of at least 6 letters or a number of at least 8 digits."""
+        """Return whether the pixel bytes contain a word of at least 6 letters or a number of at least 8 digits."""
         long = {w for w in self.words if len(w) >= 6} | {d for d in self.digits if len(d) >= 8}
         return any(
             form.encode("latin-1", "ignore") in data
@@ -135,11 +135,11 @@ def _number(digits: str) -> re.Pattern[str]:
 
 
 def elements(dataset: Any) -> Iterator[Any]:
-    """Every element at every depth that can be decoded."""
+    """Yield every element at every depth that can be decoded."""
     for tag in list(dataset.keys()):
         try:
             element = dataset[tag]
-        except Exception:  # a damaged element holds no text that anybody could read
+        except Exception:  # a damaged element contains no readable text
             continue
         yield element
         if element.VR == "SQ":
@@ -148,12 +148,12 @@ def elements(dataset: Any) -> Iterator[Any]:
 
 
 def collect(dataset: Any, removed: Iterable[int], extra: Iterable[str] = ()) -> Identifiers:
-    """The identifiers of an original data set.
+    """Return the identifiers of an original data set.
 
     Args:
-        dataset: As read, before anything is changed.
-        removed: Tags whose text was removed or changed: their long numbers are searched for.
-        extra: Further text that was dropped, such as the preamble's or the file's name.
+        dataset: The data set as read, unchanged.
+        removed: Tags whose text was removed or changed; their long numbers are searched for.
+        extra: Further removed text, such as the preamble's or the file's name.
     """
     gone, words, digits, own = set(removed), set[str](), set[str](), set[str]()
     for element in elements(dataset):
@@ -193,12 +193,12 @@ def _texts(element: Any) -> list[str]:
 
 
 def _name(value: str) -> set[str]:
-    """A person's name as a whole and its parts of at least 3 letters."""
+    """Return a person's full name and its parts of at least 3 letters."""
     parts = {part.strip().lower() for part in re.split(r"[\^=,\s_]+", value)}
     return {value.lower(), *parts}
 
 
 def _codes(text: str) -> set[str]:
-    """Words that mix letters and at least 4 digits, as record numbers do."""
+    """Return words that mix letters and at least 4 digits, as record numbers do."""
     words = re.findall(r"[A-Za-z0-9][A-Za-z0-9_/-]{4,}", text)
     return {w.lower() for w in words if sum(c.isdigit() for c in w) >= 4 and any(c.isalpha() for c in w)}

@@ -1,8 +1,8 @@
-"""What can be said of each example in a few numbers, before any step: a row that the federated fingerprint adds up.
+"""Summary of each example in a few numbers before preprocessing, the rows over which the federated fingerprint sums.
 
-Of a table's row: its values as they are, missing ones missing. Of an image: how many pixels it has along each axis and
-how far they lie apart, and for each channel the mean, the deviation, the median and the 0.5 and 99.5 % quantiles (where
-there is a mask, those of the foreground, too). No pixel and no name is among them.
+For a table row: its values, with missing ones as NaN. For an image: the number of pixels and the spacing along each
+axis, and for each channel the mean, the standard deviation, the median and the 0.5 and 99.5 % quantiles (with a mask,
+also those of the foreground). Contains neither pixels nor names.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,18 +22,18 @@ from polyclinic.data.sources.feature_tables import FeatureTable
 VERSION = 1
 AXES = ("z", "y", "x")
 MOST = 2**20
-"""Quantiles of an image with more pixels than this come from that many, evenly spaced."""
+"""Largest number of evenly spaced pixels from which the quantiles of an image are computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Rows of numbers, and what the examples are labeled with; indexed as examples are.
+    """Rows of numbers with the examples' labels, indexed like examples.
 
     Attributes:
-        names: Of the columns.
-        rows: float64 [n, F]; NaN where a number is not known.
-        targets: As in ``Examples``, but for masks: how many pixels each label has, float64 [n, labels].
-        patients: Whose each is.
+        names: Names of the columns.
+        rows: float64 [n, F]; NaN if a number is not known.
+        targets: As in ``Examples``, except for masks: the number of pixels of each label, float64 [n, labels].
+        patients: Patient of each row.
     """
 
     names: tuple[str, ...]
@@ -48,33 +48,33 @@ class Measured:
         return self.rows[index], self.targets[index]
 
     def subset(self, index: Tensor) -> "Measured":
-        """The rows at the positions ``index``."""
+        """Return the rows at the positions ``index``."""
         patients = tuple(self.patients[i] for i in index.tolist())
         return Measured(self.names, self.rows[index], self.targets[index], patients)
 
 
 @dataclass(frozen=True, eq=False)
 class Numbered:
-    """A source whose inputs are only the numbers of its rows, so that a federation can be dealt before images fit."""
+    """Source whose inputs are only the row numbers, so that a federation can be built before images have one size."""
 
     base: Source
 
     @property
     def info(self) -> Info:
-        """The base's; of files without reading them."""
+        """The base's description; of files without reading them."""
         return self.base.collection.info if isinstance(self.base, FromFiles) else self.base.info
 
     @property
     def fingerprint(self) -> str:
-        """The base's."""
+        """The base's fingerprint."""
         return self.base.fingerprint
 
     def table(self) -> Table:
-        """The base's."""
+        """Return the base's table."""
         return self.base.table()
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """Each example's row number; its class, or 0."""
+        """Return each example's row number, and its class or 0."""
         table = self.base.table()
         where = {name: i for i, name in enumerate(table.ids)}
         rows = [where[name] for name in ids]
@@ -89,7 +89,7 @@ class Numbered:
 
 
 def plain(source: Source) -> Source:
-    """The source without its steps, and of a table without statistics of its own."""
+    """Return the source without its steps, and for a table without statistics of its own."""
     if isinstance(source, FeatureTable):
         return replace(source, statistics="federation", declared="", fill="zero" if source.fill == "zero" else "mean")
     given = {"steps": (), "unreadable": "refuse"}
@@ -98,19 +98,19 @@ def plain(source: Source) -> Source:
 
 
 def measured(source: Source) -> Measured:
-    """Every example of ``source`` in numbers, in the order of its table. Images are read once and kept in the cache.
+    """Return every example of ``source`` in numbers, in the order of its table. Images are read once and cached.
 
     Raises:
-        DataError: Where the data cannot be read, or mix pictures and volumes.
+        DataError: If the data cannot be read, or mix pictures and volumes.
     """
     source = plain(source)
     table = source.table()
     if isinstance(source, FeatureTable):
         values, names, _ = source.inputs
         return Measured(names, torch.from_numpy(values).double(), _targets(table), table.patients)
-    found = cached("measured", digest("measured", VERSION, source.fingerprint), lambda: _measure(source, table))
-    targets = found["labels"] if table.labels is None else _targets(table)
-    return Measured(tuple(found["names"]), found["rows"], targets, table.patients)
+    stored = cached("measured", digest("measured", VERSION, source.fingerprint), lambda: _measure(source, table))
+    targets = stored["labels"] if table.labels is None else _targets(table)
+    return Measured(tuple(stored["names"]), stored["rows"], targets, table.patients)
 
 
 def _targets(table: Table) -> Tensor:
@@ -122,24 +122,25 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
         rows = source.examples(table.ids).inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
-    found = [None if picture is None else of(picture) for picture in _pictures(source, table)]
-    names = sorted({name for row in found if row for name in row if not isinstance(name, int)}, key=_order)
+    measured_rows = [None if picture is None else of(picture) for picture in _pictures(source, table)]
+    names = sorted({name for row in measured_rows if row for name in row if not isinstance(name, int)}, key=_order)
     if not names:
         raise DataError(f"{table.ids[0]} and all others cannot be read: there is nothing to measure")
-    if any(row and AXES[0] in row["axes"] for row in found) and any(
-        row and AXES[0] not in row["axes"] for row in found
+    if any(row and AXES[0] in row["axes"] for row in measured_rows) and any(
+        row and AXES[0] not in row["axes"] for row in measured_rows
     ):
-        raise DataError("some images are flat and some are volumes: give them as two studies")
-    labels = max((name for row in found if row for name in row if isinstance(name, int)), default=0)
+        raise DataError("some images are 2-D and some are volumes: use two studies")
+    labels = max((name for row in measured_rows if row for name in row if isinstance(name, int)), default=0)
     nan = float("nan")
     return {
         "names": [name for name in names if name != "axes"],
         "rows": torch.tensor(
-            [[row.get(name, nan) if row else nan for name in names if name != "axes"] for row in found],
+            [[row.get(name, nan) if row else nan for name in names if name != "axes"] for row in measured_rows],
             dtype=torch.float64,
         ),
         "labels": torch.tensor(
-            [[row.get(label, 0.0) if row else 0.0 for label in range(labels + 1)] for row in found], dtype=torch.float64
+            [[row.get(label, 0.0) if row else 0.0 for label in range(labels + 1)] for row in measured_rows],
+            dtype=torch.float64,
         ),
     }
 
@@ -155,7 +156,7 @@ def _pictures(source: Source, table: Table) -> Iterator[Picture | None]:
 
 
 def of(picture: Picture) -> dict[Any, Any]:
-    """The numbers of one image by name; under a label's number how many pixels of its mask have it."""
+    """Return the numbers of one image by name, and under each label's number its pixel count in the mask."""
     axes = AXES[-len(picture.size) :]
     row: dict[Any, Any] = {"axes": axes}
     for i, axis in enumerate(axes):
@@ -185,5 +186,5 @@ def _quantiles(values: Tensor) -> Iterable[float]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Sizes first, then spacing, then values."""
+    """Sort key: sizes first, then spacing, then values."""
     return (0 if name.startswith("pixels") else 1 if name.startswith("mm") else 2, name)

@@ -1,8 +1,8 @@
-"""A plan: what the federated fingerprint found of a study's data, and the preprocessing that follows from it.
+"""Preprocessing plan: the federated fingerprint of a study's data, and the preprocessing derived from it.
 
-It is a TOML file that people read and edit, after the plans of nnU-Net (Isensee et al., Nature Methods 18:203, 2021,
+A TOML file that people can read and edit, modeled on the plans of nnU-Net (Isensee et al., Nature Methods 18:203, 2021,
 https://doi.org/10.1038/s41592-020-01008-z). A study uses it with ``plan = "..."`` in ``[data]``, and a hospital
-compares new data with it (``polyclinic.data.quality.drift``). It holds sums over patients, and no row of anybody's.
+compares new data with it (``polyclinic.data.quality.drift``). It contains sums over patients and no individual rows.
 """
 
 import json
@@ -23,15 +23,15 @@ SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Column:
-    """One column of numbers, summed up.
+    """Summary of one numeric column.
 
     Attributes:
-        mean: Of the values that are there.
-        deviation: Theirs.
-        missing: The share of values that are not there.
-        quantiles: At ``SHARES``.
-        cuts: Where its values are cut into groups of many patients, ascending.
-        shares: The share of values up to the first cut, between each and the next, and above the last.
+        mean: Mean of the non-missing values.
+        deviation: Their standard deviation.
+        missing: Share of missing values.
+        quantiles: Quantiles at ``SHARES``.
+        cuts: Boundaries of groups of many patients, ascending.
+        shares: Share of values up to the first cut, between adjacent cuts, and above the last.
     """
 
     mean: float
@@ -44,13 +44,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Reference:
-    """What some data are like.
+    """Summary of a set of data.
 
     Attributes:
-        examples: How many.
-        patients: How many.
-        classes: For each class how many examples have it; of masks: pixels. Empty where numbers are predicted.
-        columns: By name.
+        examples: Number of examples.
+        patients: Number of patients.
+        classes: Number of examples per class; for masks, of pixels. Empty for numeric targets.
+        columns: Columns by name.
     """
 
     examples: int
@@ -61,14 +61,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What was found, and what follows.
+    """Fingerprint and derived preprocessing.
 
     Attributes:
-        study: Which study it was made for.
-        data: The hash of the data it was made from.
-        seed: Under which seed's split; only training rows of training sites count.
-        everywhere: All sites' data together.
-        sites: The same by site, where that was asked for.
+        study: The study it was made for.
+        data: Hash of the data it was made from.
+        seed: Seed of the split; only training rows of training sites are used.
+        everywhere: Summary of all sites' data.
+        sites: Summaries by site, if requested.
         steps: For images: the steps, as tables of a study file.
         inputs: For tables: how inputs are filled and scaled.
         why: A reason for each step, as comments of the file.
@@ -84,11 +84,11 @@ class DataPlan:
     why: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """As a file."""
+        """Return the contents of the file."""
         lines = [
-            f"# The plan of {self.study}: what the federated fingerprint found, and the preprocessing that follows.",
-            '# A study uses it with plan = "this file" in [data]. Edit [use] as you see fit; the rest is for reading,',
-            "# and for `polyclinic data drift`, which compares new data with it.",
+            f"# The plan of {self.study}: the federated fingerprint of its data, and the derived preprocessing.",
+            '# A study uses it with plan = "this file" in [data]. Edit [use] as needed; the rest is information,',
+            "# also used by `polyclinic data drift`, which compares new data with it.",
             f"version = {VERSION}",
             f"study = {json.dumps(self.study)}",
             f"data = {json.dumps(self.data)}",
@@ -108,20 +108,22 @@ class DataPlan:
 
     @classmethod
     def read(cls, path: Path) -> "DataPlan":
-        """From its file, as a person may have edited it.
+        """Read a plan from its file, which a person may have edited.
 
         Raises:
-            DataError: Where it is no such file, with what is wrong.
+            DataError: If it is not a valid plan, with the reason.
         """
         try:
             table = tomllib.loads(read_text(path))
         except (Unreadable, tomllib.TOMLDecodeError) as error:
             raise DataError(f"{path.name} cannot be read: {error}") from None
         if table.get("version") != VERSION or not isinstance(table.get("use"), dict):
-            raise DataError(f"{path.name} is no plan of this version: write one with `polyclinic data plan STUDY`")
+            raise DataError(f"{path.name} is not a plan of this version: create one with `polyclinic data plan STUDY`")
         use = table["use"]
         if set(use) - {"steps", "inputs"} or len(use) != 1:
-            raise DataError(f"{path.name}: [use] holds either steps (images) or inputs (tables), and nothing else")
+            raise DataError(
+                f"{path.name}: [use] must contain either steps (images) or inputs (tables), and nothing else"
+            )
         try:
             return cls(
                 str(table["study"]),
@@ -136,24 +138,26 @@ class DataPlan:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{path.name} is damaged below [everywhere] or [sites] ({error}): write it anew with "
+                f"{path.name} is damaged below [everywhere] or [sites] ({error}): recreate it with "
                 "`polyclinic data plan STUDY`, and edit [use] only"
             ) from None
 
     @classmethod
     def options(cls, path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
-        """A source's options ``own`` with the preprocessing of the plan at ``path``."""
+        """Return a source's options ``own`` with the preprocessing of the plan at ``path``."""
         plan = cls.read(path)
         if plan.inputs is not None:
             return {**own, "statistics": "declared", "declared": str(path)}
         return {**own, "steps": [dict(step) for step in plan.steps]}
 
 
-def _described(found: Reference, where: str) -> list[str]:
-    lines = ["", f"[{where}]", f"examples = {found.examples}", f"patients = {found.patients}"]
-    lines += [f"classes = {_inline(found.classes)}"] if found.classes else []
-    lines += ["", f"[{where}.columns]"]
-    return lines + [f"{json.dumps(name, ensure_ascii=False)} = {_inline(vars(c))}" for name, c in found.columns.items()]
+def _described(summary: Reference, section: str) -> list[str]:
+    lines = ["", f"[{section}]", f"examples = {summary.examples}", f"patients = {summary.patients}"]
+    lines += [f"classes = {_inline(summary.classes)}"] if summary.classes else []
+    lines += ["", f"[{section}.columns]"]
+    return lines + [
+        f"{json.dumps(name, ensure_ascii=False)} = {_inline(vars(c))}" for name, c in summary.columns.items()
+    ]
 
 
 def _inline(table: Mapping[str, Any]) -> str:
@@ -185,5 +189,5 @@ def _column(name: str, table: Mapping[str, Any]) -> Column:
     column = Column(float(table["mean"]), float(table["deviation"]), float(table["missing"]), **lists)
     numbers = (column.mean, column.deviation, column.missing, *column.quantiles, *column.cuts, *column.shares)
     if not all(math.isfinite(n) for n in numbers) or len(column.shares) != len(column.cuts) + bool(column.cuts):
-        raise DataError(f"the plan's column {name!r} is damaged: write the plan anew with `polyclinic data plan STUDY`")
+        raise DataError(f"the plan's column {name!r} is damaged: recreate the plan with `polyclinic data plan STUDY`")
     return column

@@ -1,10 +1,10 @@
-"""From sums to a plan: columns of numbers, and the steps of preprocessing that follow from them, each with its reason.
+"""Derivation of a preprocessing plan from sums: summaries of columns, and steps with a reason for each.
 
-Spacing, cropping and intensities are decided as nnU-Net does (Isensee et al., Nature Methods 18:203, 2021,
-https://doi.org/10.1038/s41592-020-01008-z, online methods): the median spacing, of a coarse axis its 10 % quantile; CT
-is clipped to where 99 % of the foreground lie, other volumes are standardized one by one. We depart in three things:
-networks here see whole images, so that a size is chosen that 95 % of images fit in; quantiles come from histograms, so
-that they are known to within a bin; and for CT the median of each image's own quantiles is taken.
+Spacing, cropping and intensities are decided as in nnU-Net (Isensee et al., Nature Methods 18:203, 2021,
+https://doi.org/10.1038/s41592-020-01008-z, online methods): the median spacing, and the 10 % quantile for a coarse
+axis; CT is clipped to the range of 99 % of the foreground, other volumes are standardized individually. Three
+departures: networks here see whole images, so the size is chosen such that 95 % of images fit; quantiles come from
+histograms, so they are accurate to one bin; and for CT the median of each image's own quantiles is used.
 """
 
 import math
@@ -18,14 +18,14 @@ from polyclinic.data.fingerprint.preprocessing_plan import SHARES, Column, Refer
 from polyclinic.learning.tasks.data_sums import Summary
 
 FEWEST = 10
-"""A site with fewer patients is not described by itself, and no group holds fewer examples."""
+"""Smallest number of patients of a site that is described individually, and of examples in a group."""
 GROUPS = 10
 COARSE = 3.0
 LARGEST = {2: 256, 3: 128}
 
 
 def reference(summary: Summary, names: tuple[str, ...], patients: int, classes: tuple[str, ...]) -> Reference:
-    """What the sums say, by column, with ``patients`` behind them."""
+    """Return the summary by column, computed from the sums over ``patients`` patients."""
     quantiles = torch.stack([summary.quantile(share) for share in SHARES], 1)
     columns = {}
     for i, name in enumerate(names):
@@ -44,7 +44,9 @@ def reference(summary: Summary, names: tuple[str, ...], patients: int, classes: 
 
 
 def _groups(summary: Summary, column: int, groups: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Edges of the histogram that cut a column into at most ``groups`` groups, none of them small; and their shares."""
+    """Return histogram edges that divide a column into at most ``groups`` groups, none of them small, and their
+    shares.
+    """
     below = summary.sums["histogram"][column].cumsum(0)[:-1]  # up to each edge
     total, edges = float(summary.sums["count"][column]), summary.edges[column]
     least = max(FEWEST, 1.0)
@@ -62,7 +64,7 @@ def _groups(summary: Summary, column: int, groups: int) -> tuple[tuple[float, ..
 
 
 def steps(found: Reference, modality: str) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
-    """The steps for images that are as ``found`` says, and a reason for each."""
+    """Return the steps for images that ``found`` describes, and a reason for each."""
     columns = found.columns
     axes = [axis for axis in AXES if f"pixels along {axis}" in columns]
     chosen: list[Mapping[str, Any]] = []
@@ -74,7 +76,9 @@ def steps(found: Reference, modality: str) -> tuple[tuple[Mapping[str, Any], ...
         wanted = _spacing(spacing)
         if any(one.deviation > 0.01 * one.mean for one in spacing):
             chosen.append({"step": "resample", "mm": wanted})
-            why.append("resample: spacing differs; the median of all images along each axis (10 % where it is coarse)")
+            why.append(
+                "resample: spacing differs; the median of all images along each axis (10 % quantile if it is coarse)"
+            )
             extents = [columns[f"mm along {axis}"] for axis in axes]
             sizes = [
                 Column(e.mean / mm, e.deviation / mm, 0.0, tuple(q / mm for q in e.quantiles))
@@ -118,7 +122,7 @@ def _intensity(columns: Mapping[str, Column], modality: str) -> tuple[Mapping[st
         )
     pictures = all(c.quantiles[0] >= 0 and c.quantiles[-1] <= 1 for c in means) and all(s.mean < 1 for s in spreads)
     if not pictures or "mm between pixels along y" in columns:
-        return {"step": "zscore"}, "zscore: each image by itself, since its values have no unit that all share"
+        return {"step": "zscore"}, "zscore: each image individually, because the values have no common unit"
     mean = sum(c.mean for c in means) / len(means)  # σ² = mean of the images' σ² + variance of their means
     square = sum(s.mean**2 + s.deviation**2 + c.deviation**2 for s, c in zip(spreads, means, strict=True)) / len(means)
     high = mean + max(math.sqrt(square), 1e-6)

@@ -1,9 +1,9 @@
-"""BIDS folders: who took part, at which site, and which images there are; with the standard library alone.
+"""Reader of BIDS folders: participants, sites and images, using the standard library only.
 
 Standard: Gorgolewski et al., "The brain imaging data structure", Scientific Data 3:160044, 2016;
-https://bids-specification.readthedocs.io. Read here: ``participants.tsv`` (labels and sites), raw images in
-``sub-*/[ses-*/]<kind>/``, and masks (``_mask``, ``_dseg``) beside them or under ``derivatives/``. Inheritance of JSON
-sidecars, ``sessions.tsv`` and ``phenotype/`` are not read.
+https://bids-specification.readthedocs.io. Reads ``participants.tsv`` (labels and sites), raw images in
+``sub-*/[ses-*/]<kind>/``, and masks (``_mask``, ``_dseg``) next to them or under ``derivatives/``. Does not read
+inherited JSON sidecars, ``sessions.tsv`` and ``phenotype/``.
 """
 
 import csv
@@ -16,14 +16,23 @@ from pathlib import Path
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, refusing
 
-SITE_COLUMNS = ("site", "site_id", "scanner", "center", "center", "hospital", "institution", "dataset")
+SITE_COLUMNS = (
+    "site",
+    "site_id",
+    "scanner",
+    "center",
+    "centre",
+    "hospital",
+    "institution",
+    "dataset",
+)  # codespell:ignore
 MISSING = ("", "n/a", "N/A", "nan", "NaN")
 _MASKS = ("mask", "dseg", "seg")
 
 
 @dataclass(frozen=True)
 class BidsImage:
-    """One image file and what its name says: ``entities`` such as ``{"sub": "01", "ses": "2"}``, suffix ``"T1w"``."""
+    """Image file with the content of its name: ``entities`` such as ``{"sub": "01", "ses": "2"}``, suffix ``"T1w"``."""
 
     path: Path
     entities: Mapping[str, str] = field(repr=False)
@@ -32,20 +41,20 @@ class BidsImage:
 
     @property
     def subject(self) -> str:
-        """As in participants.tsv: ``"sub-01"``."""
+        """The participant as in participants.tsv: ``"sub-01"``."""
         return f"sub-{self.entities['sub']}"
 
 
 @dataclass(frozen=True)
 class Bids:
-    """A BIDS data set.
+    """BIDS data set.
 
     Attributes:
         root: Its folder.
         participants: The columns of participants.tsv by participant; missing values are left out.
-        images: Raw images in one fixed order.
+        images: Raw images in a fixed order.
         masks: Segmentations, raw or derived.
-        problems: What does not fit together, each a sentence.
+        problems: Inconsistencies, each a sentence.
     """
 
     root: Path
@@ -56,25 +65,25 @@ class Bids:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of participants.tsv that hold anything."""
+        """The columns of participants.tsv that contain values."""
         return tuple(dict.fromkeys(name for row in self.participants.values() for name in row))
 
     def sites(self, column: str | None = None) -> dict[str, str]:
-        """The site of each participant, from ``column`` or the first column whose name says site.
+        """Return the site of each participant, from ``column`` or the first column whose name denotes a site.
 
         Raises:
-            Unreadable: There is no such column.
+            Unreadable: If there is no such column.
         """
         names = {name.lower(): name for name in self.columns}
         wanted = [column.lower()] if column else list(SITE_COLUMNS)
-        found = next((names[name] for name in wanted if name in names), None)
-        if found is None:
+        site_column = next((names[name] for name in wanted if name in names), None)
+        if site_column is None:
             have = ", ".join(self.columns) or "none"
             raise Unreadable(self.root / "participants.tsv", f"has no site column among: {have}; name one")
-        return {who: row[found] for who, row in self.participants.items() if found in row}
+        return {who: row[site_column] for who, row in self.participants.items() if site_column in row}
 
     def select(self, suffix: str | None = None, **entities: str) -> tuple[BidsImage, ...]:
-        """Images with a suffix such as ``"T1w"`` and entities such as ``ses="1"``."""
+        """Return images with a suffix such as ``"T1w"`` and entities such as ``ses="1"``."""
         return tuple(
             image
             for image in self.images
@@ -82,23 +91,23 @@ class Bids:
         )
 
     def mask_of(self, image: BidsImage) -> BidsImage | None:
-        """The one mask of the same subject, session and run; None where there is none or more than one."""
+        """Return the mask of the same subject, session and run, or None if there is not exactly one."""
         same = [m for m in self.masks if all(m.entities.get(k) == image.entities.get(k) for k in ("sub", "ses", "run"))]
         return same[0] if len(same) == 1 else None
 
 
 def is_bids(root: str | os.PathLike[str]) -> bool:
-    """Whether the folder has subjects and says that it is BIDS."""
+    """Return whether the folder has subjects and is marked as BIDS."""
     root = Path(root)
     says = any((root / name).is_file() for name in ("participants.tsv", "dataset_description.json"))
     return says and any(path.is_dir() for path in root.glob("sub-*"))
 
 
 def read_bids(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Bids:
-    """Reads the names of a BIDS folder, and no image.
+    """Read the file names of a BIDS folder, without reading images.
 
     Raises:
-        Unreadable: participants.tsv is there and cannot be read.
+        Unreadable: If participants.tsv exists and cannot be read.
     """
     root = Path(root)
     participants: dict[str, dict[str, str]] = {}
@@ -132,19 +141,19 @@ def _participants(table: Path, problems: list[str], limits: Limits) -> dict[str,
     if not rows or "participant_id" not in rows[0]:
         raise Unreadable(table, "has no column participant_id (it must be separated by tabs)")
     header, at = rows[0], rows[0].index("participant_id")
-    found: dict[str, dict[str, str]] = {}
+    participants: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             problems.append(f"participants.tsv, row {number}: {len(row)} cells under {len(header)} columns; left out")
         elif not re.fullmatch(r"sub-[A-Za-z0-9+]+", row[at]):
             problems.append(f"participants.tsv, row {number}: the participant is not named sub-<letters or digits>")
-        elif row[at] in found:
-            problems.append(f"participants.tsv, row {number}: the participant is there already; left out")
+        elif row[at] in participants:
+            problems.append(f"participants.tsv, row {number}: the participant is listed already; left out")
         else:
-            found[row[at]] = {
+            participants[row[at]] = {
                 name: cell for name, cell in zip(header, row, strict=True) if name != header[at] and cell not in MISSING
             }
-    return found
+    return participants
 
 
 def _images(root: Path, problems: list[str]) -> Iterator[BidsImage]:

@@ -1,7 +1,7 @@
-"""NIfTI files: images and masks in 2, 3 and 4 dimensions, checked before they are decoded.
+"""Reader of NIfTI files: images and masks in 2, 3 and 4 dimensions, checked before they are decoded.
 
 Format: Cox et al., "A (sort of) new image data format standard: NIfTI-1", 2004, and nifti2.h
-(https://nifti.nimh.nih.gov). nibabel parses the header and builds the affine; we read the bytes ourselves, so that a
+(https://nifti.nimh.nih.gov). nibabel parses the header and builds the affine; the voxel bytes are read here, so that a
 compressed file never inflates beyond what its header states and the limits allow.
 """
 
@@ -23,19 +23,19 @@ _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's spatial units (none state
 
 
 def is_nifti(path: str | os.PathLike[str]) -> bool:
-    """Whether the name says NIfTI."""
+    """Return whether the file name is that of a NIfTI file."""
     return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
 def read_nifti(
     path: str | os.PathLike[str], mask: bool = False, fill: float | None = None, limits: Limits = LIMITS
 ) -> Volume:
-    """Reads a ``.nii`` or ``.nii.gz`` file.
+    """Read a ``.nii`` or ``.nii.gz`` file.
 
     Args:
-        mask: Read labels: whole numbers from 0 to 32767 as int16, not scaled to float.
-        fill: What stands in for voxels that are not finite numbers. None: such a file is refused.
-        limits: What the file may ask for.
+        mask: Read labels: integers from 0 to 32767 as int16, not scaled to float.
+        fill: Replacement of voxels that are not finite numbers; None to refuse such a file.
+        limits: Limits on the file.
 
     Returns:
         float32 (RGB: uint8; mask: int16) of shape [Z, Y, X]; a 4th or 5th dimension (time, channels) comes first.
@@ -66,7 +66,7 @@ def read_nifti(
 
 
 def _header(path: Path, stream: BinaryIO | gzip.GzipFile, limits: Limits) -> tuple[Any, np.dtype[Any], tuple[int, ...]]:
-    """The header, the dtype and the shape (fastest axis first), with the stream moved to the first voxel."""
+    """Return the header, the dtype and the shape (fastest axis first), with the stream moved to the first voxel."""
     nibabel: Any = importlib.import_module("nibabel")
     start = read_exactly(path, stream, 348, "header")
     size = int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big")
@@ -95,13 +95,13 @@ def _header(path: Path, stream: BinaryIO | gzip.GzipFile, limits: Limits) -> tup
     fits(path, shape, dtype.itemsize, limits)
     offset = float(header["vox_offset"])
     if not math.isfinite(offset) or not (len(block) <= offset <= limits.header_bytes):
-        raise Unreadable(path, f"states that its voxels start at byte {offset:g}, which cannot be")
+        raise Unreadable(path, f"states that its voxels start at byte {offset:g}, which is impossible")
     read_exactly(path, stream, int(offset) - len(block), "header's extensions")
     return header, dtype, shape
 
 
 def _scaling(path: Path, header: Any) -> tuple[float, float]:
-    """Slope and intercept; slope 0 means that nothing is scaled (nifti1.h)."""
+    """Return slope and intercept; slope 0 means no scaling (nifti1.h)."""
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if not (math.isfinite(slope) and math.isfinite(inter)):
         raise Unreadable(path, "its intensity slope or intercept is not a finite number")
@@ -125,7 +125,7 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, tuple[str, ...]]:
     except Exception as error:  # nibabel refuses impossible quaternions with several types
         raise Unreadable(path, f"its orientation cannot be computed ({type(error).__name__})") from None
     if not np.isfinite(matrix).all():
-        raise Unreadable(path, "its affine holds numbers that are not finite")
+        raise Unreadable(path, "its affine contains numbers that are not finite")
     for axis in range(3):  # a 2-D file may leave the third direction empty
         if axis >= int(header["dim"][0]) and not matrix[:3, axis].any():
             matrix[:3, axis] = np.cross(matrix[:3, (axis + 1) % 3], matrix[:3, (axis + 2) % 3])
@@ -143,7 +143,9 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _axes(array: Tensor, lead: int = 0) -> Tensor:
-    """[(C,) Z, Y, X] from slow-to-fast axes: a picture gains Z, a 4th dimension is C, a 5th is folded into it."""
+    """Return [(C,) Z, Y, X] from slow-to-fast axes: a picture gains Z, a 4th dimension is C, a 5th is merged
+    into it.
+    """
     while array.ndim < 3 + lead:
         array = array.unsqueeze(lead)
     if array.ndim > 4:

@@ -1,8 +1,8 @@
-"""NRRD files (.nrrd, and .nhdr with one data file beside it), read without another dependency.
+"""Reader of NRRD files (.nrrd, and .nhdr with one data file in the same folder), without further dependencies.
 
-Format: Kindlmann, "Definition of NRRD File Format", https://teem.sourceforge.net/nrrd/format.html. Read here: raw and
-gzip encodings, all integer and float types, 2 to 4 axes of which at most one is not spatial (channels, ``none`` among
-the space directions), the spaces LPS, RAS and LAS. Everything else is refused by name.
+Format: Kindlmann, "Definition of NRRD File Format", https://teem.sourceforge.net/nrrd/format.html. Reads raw and gzip
+encodings, all integer and float types, 2 to 4 axes of which at most one is not spatial (channels, ``none`` among the
+space directions), and the spaces LPS, RAS and LAS. Everything else is refused with the reason.
 """
 
 import os
@@ -40,29 +40,29 @@ _TO_RAS = {  # signs that turn a space into right-anterior-superior
 
 
 def is_nrrd(path: str | os.PathLike[str]) -> bool:
-    """Whether the name says NRRD."""
+    """Return whether the file name is that of an NRRD file."""
     return str(path).lower().endswith((".nrrd", ".nhdr"))
 
 
 def read_nrrd(
     path: str | os.PathLike[str], mask: bool = False, fill: float | None = None, limits: Limits = LIMITS
 ) -> Volume:
-    """Reads an NRRD file.
+    """Read an NRRD file.
 
     Args:
-        mask: Read labels: whole numbers from 0 to 32767 as int16.
-        fill: What stands in for voxels that are not finite numbers. None: such a file is refused.
-        limits: What the file may ask for.
+        mask: Read labels: integers from 0 to 32767 as int16.
+        fill: Replacement of voxels that are not finite numbers; None to refuse such a file.
+        limits: Limits on the file.
 
     Returns:
         float32 (mask: int16) of shape [Z, Y, X] or [C, Z, Y, X], in RAS millimeters.
     """
     path = Path(path)
-    whole = read_whole(path, limits)
-    fields, start = _fields(path, whole, limits)
+    content = read_whole(path, limits)
+    fields, start = _fields(path, content, limits)
     sizes, dtype = _sizes(path, fields), _dtype(path, fields)
     expected = fits(path, sizes, dtype.itemsize, limits)
-    data = _data(path, fields, whole[start:], expected, limits)
+    data = _data(path, fields, content[start:], expected, limits)
     stored = np.frombuffer(data, dtype=dtype).reshape(sizes[::-1])
     affine, channel, measured, notes = _space(path, fields, sizes)
     if channel is not None:
@@ -79,24 +79,24 @@ def read_nrrd(
     return Volume(array, affine, units="label" if mask else "", measured=measured, notes=notes)
 
 
-def _fields(path: Path, whole: bytes, limits: Limits) -> tuple[dict[str, str], int]:
-    """The header's fields in lower case, and where the data starts."""
-    if not re.match(rb"NRRD000[1-5]\r?\n", whole[:10]):
+def _fields(path: Path, content: bytes, limits: Limits) -> tuple[dict[str, str], int]:
+    """Return the header's fields in lower case, and the start of the data."""
+    if not re.match(rb"NRRD000[1-5]\r?\n", content[:10]):
         raise Unreadable(path, "does not start with NRRD0001 to NRRD0005")
-    end = re.search(rb"\r?\n\r?\n", whole[: limits.header_bytes])
+    end = re.search(rb"\r?\n\r?\n", content[: limits.header_bytes])
     detached = path.suffix.lower() == ".nhdr"
     if end is None and not detached:
         raise Unreadable(path, f"its header does not end within {limits.header_bytes} bytes")
-    stop = end.start() if end else min(len(whole), limits.header_bytes)
+    stop = end.start() if end else min(len(content), limits.header_bytes)
     fields: dict[str, str] = {}
-    for line in whole[:stop].decode("latin-1").splitlines()[1:]:
+    for line in content[:stop].decode("latin-1").splitlines()[1:]:
         name, colon, value = line.partition(": ")
         if line.startswith("#") or not colon or ":=" in name:
             continue  # a comment, or a free key/value pair
         if (name := name.strip().lower()) in fields:
             raise Unreadable(path, "states a header field twice")
         fields[name] = value.strip()
-    return fields, end.end() if end else len(whole)
+    return fields, end.end() if end else len(content)
 
 
 def _sizes(path: Path, fields: dict[str, str]) -> tuple[int, ...]:
@@ -138,12 +138,12 @@ def _data(path: Path, fields: dict[str, str], rest: bytes, expected: int, limits
         raise Unreadable(path, "is a header that names no data file")
     data = rest if encoding == "raw" else inflate(path, rest, expected, 31)
     if len(data) < expected:
-        raise Unreadable(path, f"is truncated: {len(data)} of the {expected} bytes of the voxels are there")
+        raise Unreadable(path, f"is truncated: {len(data)} of the {expected} bytes of the voxels are present")
     return data[:expected]
 
 
 def _vector(path: Path, text: str) -> list[float] | None:
-    """``(1,0,0)`` as numbers; None for ``none``."""
+    """Return ``(1,0,0)`` as numbers; None for ``none``."""
     if text == "none":
         return None
     parts = text[1:-1].split(",") if text.startswith("(") and text.endswith(")") else []
@@ -159,7 +159,7 @@ def _vector(path: Path, text: str) -> list[float] | None:
 def _space(
     path: Path, fields: dict[str, str], sizes: tuple[int, ...]
 ) -> tuple[Tensor, int | None, bool, tuple[str, ...]]:
-    """Affine in RAS, which axis holds channels, whether a voxel size is stated, and notes."""
+    """Return the affine in RAS, the axis of channels, whether a voxel size is stated, and notes."""
     if "space directions" not in fields:
         return _spacings_only(path, fields, sizes)
     space = fields.get("space", "").lower()

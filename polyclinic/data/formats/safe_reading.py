@@ -1,8 +1,8 @@
-"""What a hospital's file may ask for before anything is allocated, and the one error for a file that is refused.
+"""Limits on files, checked before memory is allocated, and the common error for a refused file.
 
 A few kilobytes can claim to be terabytes: compressed streams, headers with absurd dimensions, lengths that do not
-match. Every reader in this package asks here first, so that a hostile or damaged file costs one clear line and
-bounded memory, never the process. Nothing here looks at the meaning of an image.
+match. Every reader in this package checks here first, so that a hostile or damaged file causes one clear message and
+bounded memory use, never a crash. The meaning of an image is not examined.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 class Unreadable(DataError):
-    """A file that is refused, and why, in one line.
+    """Refused file, with the reason in one line.
 
-    The reason never quotes text found inside the file, which may name a patient: numbers and our own words only.
+    The reason never quotes text from the file, which may name a patient; it contains only numbers and fixed text.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path, self.reason = Path(path), reason
         super().__init__(f"{self.path.name}: {reason}")
-        self.args = (path, reason)  # what builds this error again in another process
+        self.args = (path, reason)  # needed to unpickle this error in another process
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason}"
@@ -42,9 +42,9 @@ class Unreadable(DataError):
 
 @contextlib.contextmanager
 def refusing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turns whatever a parser raises on damaged bytes into one refusal: ``what``, and the type of the error.
+    """Convert any parser error on damaged bytes into one refusal: ``what``, and the type of the error.
 
-    The parser's own words are dropped, for they may quote the file. A missing package stays an ``ImportError``.
+    The parser's message is dropped because it may quote the file. A missing package remains an ``ImportError``.
     """
     try:
         yield
@@ -53,20 +53,20 @@ def refusing(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     except RecursionError:
         raise Unreadable(path, "nests its parts too deeply") from None
     except MemoryError:
-        raise Unreadable(path, "needs more memory than this machine gives") from None
+        raise Unreadable(path, "needs more memory than is available") from None
     except Exception as error:
         raise Unreadable(path, f"{what} ({type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one file may ask for. Raise them in a site's settings where its data is truly larger.
+    """Limits on one file. A site's settings can raise them if its data are larger.
 
     Attributes:
-        decoded_bytes: Bytes of one decoded image, counted with at least 4 bytes a voxel (it becomes float32).
-        inflated_bytes: Bytes of a data set that is compressed as a whole (deflated DICOM), whatever it holds.
+        decoded_bytes: Bytes of one decoded image, counted with at least 4 bytes per voxel (it becomes float32).
+        inflated_bytes: Bytes of a data set that is compressed as a whole (deflated DICOM).
         side: Voxels along one axis.
-        file_bytes: Bytes of one file as it lies on disk.
+        file_bytes: Bytes of one file on disk.
         header_bytes: Bytes of a header or of its extensions.
         text_bytes: Bytes of a table, a manifest or a JSON file.
         members: Arrays in one archive.
@@ -85,7 +85,7 @@ LIMITS = Limits()
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes in words."""
+    """Return a number of bytes in words."""
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
         if nbytes < 1024 or unit == "TiB":
             break
@@ -94,24 +94,24 @@ def size(nbytes: float) -> str:
 
 
 def regular_file(path: str | os.PathLike[str], limits: Limits = LIMITS) -> int:
-    """The size of an ordinary, not empty file in bytes; refuses pipes and devices, on which a reader would hang."""
+    """Return the size in bytes of a nonempty regular file; refuse pipes and devices, on which a reader would block."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         raise Unreadable(path, "is a link to nothing" if os.path.islink(path) else "there is no such file") from None
     except (OSError, ValueError) as error:
         raise Unreadable(path, f"cannot be opened ({type(error).__name__})") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise Unreadable(path, "is not an ordinary file")
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise Unreadable(path, "is empty (0 bytes)")
-    if found.st_size > limits.file_bytes:
-        raise Unreadable(path, f"is {size(found.st_size)}, the limit is {size(limits.file_bytes)}")
-    return found.st_size
+    if status.st_size > limits.file_bytes:
+        raise Unreadable(path, f"is {size(status.st_size)}, the limit is {size(limits.file_bytes)}")
+    return status.st_size
 
 
 def read_whole(path: str | os.PathLike[str], limits: Limits = LIMITS) -> bytes:
-    """The bytes of an ordinary file within ``limits.file_bytes``."""
+    """Return the bytes of a regular file of at most ``limits.file_bytes``."""
     regular_file(path, limits)
     try:
         with open(path, "rb") as file:
@@ -124,10 +124,10 @@ def read_whole(path: str | os.PathLike[str], limits: Limits = LIMITS) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], limits: Limits = LIMITS) -> str:
-    """The text of a table or JSON file in UTF-8 (or Latin-1), within ``limits.text_bytes``."""
-    found = regular_file(path, limits)
-    if found > limits.text_bytes:
-        raise Unreadable(path, f"is a text of {size(found)}, the limit is {size(limits.text_bytes)}")
+    """Return the text of a table or JSON file in UTF-8 (or Latin-1) of at most ``limits.text_bytes``."""
+    length = regular_file(path, limits)
+    if length > limits.text_bytes:
+        raise Unreadable(path, f"is a text of {size(length)}, the limit is {size(limits.text_bytes)}")
     data = read_whole(path, limits)
     if b"\0" in data[:4096]:
         raise Unreadable(path, "is not a text file")
@@ -140,7 +140,7 @@ def read_text(path: str | os.PathLike[str], limits: Limits = LIMITS) -> str:
 def fits(
     path: str | os.PathLike[str], shape: Sequence[int], itemsize: int, limits: Limits = LIMITS, what: str = "image"
 ) -> int:
-    """The bytes of an array of ``shape`` as stored, once it is known to be within the limits."""
+    """Return the bytes of a stored array of ``shape``, after checking that it is within the limits."""
     if not shape or any(n < 1 for n in shape):
         raise Unreadable(path, f"the {what} has a dimension below 1: {_by(shape)}")
     if len(shape) > 8 or max(shape) > limits.side:
@@ -159,7 +159,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def read_exactly(path: str | os.PathLike[str], file: BinaryIO | gzip.GzipFile, count: int, what: str) -> bytes:
-    """``count`` bytes from a plain or gzip stream that are there, or a refusal."""
+    """Return ``count`` bytes from a plain or gzip stream, or refuse the file."""
     try:
         data = file.read(count)
     except (EOFError, OSError, zlib.error) as error:
@@ -170,7 +170,7 @@ def read_exactly(path: str | os.PathLike[str], file: BinaryIO | gzip.GzipFile, c
 
 
 def inflate(path: str | os.PathLike[str], data: bytes, most: int, wbits: int) -> bytes:
-    """Inflates at most ``most`` bytes (``wbits``: -15 raw deflate, 31 gzip); more than that, or damage, is refused."""
+    """Inflate at most ``most`` bytes (``wbits``: -15 raw deflate, 31 gzip); refuse more than that, and damaged data."""
     parts, room, rest = [], most + 1, data
     while True:
         stream = zlib.decompressobj(wbits)
@@ -183,12 +183,12 @@ def inflate(path: str | os.PathLike[str], data: bytes, most: int, wbits: int) ->
             raise Unreadable(path, f"{size(len(data))} compressed inflate to more than the {size(most)} expected")
         if not stream.eof:
             raise Unreadable(path, "is truncated: the compressed data stops in the middle")
-        if wbits < 16 or not rest.startswith(b"\x1f\x8b"):  # gzip may come in several members
+        if wbits < 16 or not rest.startswith(b"\x1f\x8b"):  # gzip may consist of several members
             return b"".join(parts)
 
 
 def read_npz(path: str | os.PathLike[str], limits: Limits = LIMITS) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a NumPy archive; headers and sizes are checked before any array is decoded, objects refused."""
+    """Return the arrays of a NumPy archive after checking headers and sizes; refuse Python objects."""
     regular_file(path, limits)
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     with refusing(path, "is not a sound NumPy archive"), zipfile.ZipFile(path) as archive:
@@ -224,7 +224,7 @@ def _npy_bytes(path: str | os.PathLike[str], file: Any, limits: Limits) -> int:
 
 
 def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
-    """A PNG, JPEG, TIFF or BMP file. Shape [Y, X] or [Y, X, 3], uint8, uint16 or float32; one page only."""
+    """Read a PNG, JPEG, TIFF or BMP file of one page. Shape [Y, X] or [Y, X, 3], uint8, uint16 or float32."""
     from PIL import Image, ImageOps
 
     regular_file(path, limits)

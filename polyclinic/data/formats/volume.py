@@ -1,11 +1,10 @@
-"""A volume: voxels with their place in the patient, in millimeters.
+"""Volume: voxels with their position in the patient, in millimeters.
 
-One convention for every format, so that nothing downstream asks where an image came from:
+One convention for all formats:
 
-* the array is [Z, Y, X], or [C, Z, Y, X] with channels; a single picture has Z = 1;
-* ``affine`` maps the index (x, y, z, 1), the array's spatial axes backwards, to millimeters in RAS
-  (x grows to the patient's Right, y to Anterior, z to Superior), as NIfTI does. DICOM's and most NRRD files' LPS is
-  turned into it by the readers.
+* The array is [Z, Y, X], or [C, Z, Y, X] with channels; a single picture has Z = 1.
+* ``affine`` maps the index (x, y, z, 1), the array's spatial axes in reverse, to millimeters in RAS (x increases to the
+  patient's Right, y to Anterior, z to Superior), as in NIfTI. The readers convert the LPS of DICOM and most NRRD files.
 """
 
 import itertools
@@ -26,15 +25,15 @@ MAX_LABEL = 32_767
 
 @dataclass(frozen=True)
 class Volume:
-    """An image or a mask, and where its voxels lie.
+    """Image or mask with the position of its voxels.
 
     Attributes:
         array: Voxels. Shape [Z, Y, X] or [C, Z, Y, X].
         affine: Index (x, y, z, 1) to RAS millimeters. Shape [4, 4], float64.
-        modality: Such as ``"CT"``, ``"MR"``, ``"US"``, or ``""`` where the file does not say.
-        units: What the numbers are: ``"HU"``, ``"label"``, ``"RGB"``, ``"Gy"``, or ``""`` (arbitrary).
-        measured: Whether the file states a voxel size. Where it does not, 1 mm is assumed and must not be believed.
-        notes: What the reader noticed and a person should know, each a sentence. Never quotes text from the file.
+        modality: Such as ``"CT"``, ``"MR"``, ``"US"``, or ``""`` if the file does not state it.
+        units: Units of the values: ``"HU"``, ``"label"``, ``"RGB"``, ``"Gy"``, or ``""`` (arbitrary).
+        measured: Whether the file states a voxel size. If not, 1 mm is assumed, which is not reliable.
+        notes: Observations of the reader, each a sentence. Never quotes text from the file.
     """
 
     array: Tensor
@@ -66,14 +65,14 @@ class Volume:
 
     @property
     def orientation(self) -> str:
-        """Where x, y and z grow to, to the nearest of Left/Right, Anterior/Posterior, Superior/Inferior: ``"RAS"``."""
+        """Directions of x, y and z, to the nearest of Left/Right, Anterior/Posterior, Superior/Inferior: ``"RAS"``."""
         axes, signs = _nearest_axes(self.affine)
         letters = {0: "LR", 1: "PA", 2: "IS"}
         return "".join(letters[world][int(signs[axis] > 0)] for axis, world in enumerate(axes))
 
 
 def _nearest_axes(affine: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]:
-    """For each index axis x, y, z: the nearest world axis, and whether it grows (+1) or falls (-1)."""
+    """Return for each index axis x, y, z the nearest world axis, and whether it increases (+1) or decreases (-1)."""
     columns = affine[:3, :3] / torch.linalg.vector_norm(affine[:3, :3], dim=0)
     cosines = [[float(columns[world, axis]) for axis in range(3)] for world in range(3)]
     orders = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
@@ -82,9 +81,9 @@ def _nearest_axes(affine: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]
 
 
 def canonical(volume: Volume) -> Volume:
-    """The same voxels, axes swapped and flipped so that x, y, z grow nearest to Right, Anterior, Superior.
+    """Return the same voxels with axes permuted and flipped so that x, y, z point nearest to Right, Anterior, Superior.
 
-    No value is interpolated, and no voxel moves in the patient: the affine follows.
+    No value is interpolated, and no voxel moves in the patient: the affine is adjusted.
     """
     axes, signs = _nearest_axes(volume.affine)
     array, affine = volume.array, volume.affine.clone()
@@ -106,14 +105,15 @@ def canonical(volume: Volume) -> Volume:
 def resample(
     volume: Volume, spacing_mm: tuple[float, float, float], mode: str | None = None, limits: Limits = LIMITS
 ) -> Volume:
-    """The volume on a grid of ``spacing_mm`` (z, y, x) along its own axes, centered where it was.
+    """Return the volume on a grid of ``spacing_mm`` (z, y, x) along its own axes, with the same center.
 
-    The new grid covers the old field of view to within half a new voxel. Values between voxels are linear (no
-    smoothing first, as nnU-Net does), or the nearest one for labels; outside they repeat the border.
+    The new grid covers the old field of view to within half a new voxel. Values between voxels are interpolated
+    linearly (without prior smoothing, as in nnU-Net), or by nearest neighbor for labels; outside, the border is
+    replicated.
 
     Args:
         mode: ``"linear"`` or ``"nearest"``; None takes nearest for labels and linear otherwise.
-        limits: The result must fit these.
+        limits: Limits on the result.
     """
     mode = mode or ("nearest" if volume.units == "label" else "linear")
     if mode not in ("linear", "nearest"):
@@ -140,7 +140,7 @@ def resample(
 
 
 def _take(array: Tensor, axis: int, where: Tensor, mode: str) -> Tensor:
-    """Values at the fractional positions ``where`` along one axis."""
+    """Return values at the fractional positions ``where`` along one axis."""
     where = where.clamp(0, array.shape[axis] - 1)
     if mode == "nearest" or bool((where == where.round()).all()):
         return array.index_select(axis, (where + 0.5).floor().long().clamp(max=array.shape[axis] - 1))
@@ -152,7 +152,7 @@ def _take(array: Tensor, axis: int, where: Tensor, mode: str) -> Tensor:
 
 
 def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.05) -> bool:
-    """Whether every voxel of ``a`` lies within ``tolerance_mm`` of the voxel of ``b`` with the same index."""
+    """Return whether every voxel of ``a`` is within ``tolerance_mm`` of the voxel of ``b`` with the same index."""
     if a.size != b.size:
         return False
     ends = itertools.product(*((0, n - 1) for n in reversed(a.size)))
@@ -167,11 +167,11 @@ def as_image(
     slope: float = 1.0,
     inter: float = 0.0,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Slope · stored + inter as float32, and a note where ``fill`` replaced voxels that are not finite numbers.
+    """Return ``slope · stored + inter`` as float32, and a note if ``fill`` replaced voxels that are not finite numbers.
 
     Without ``fill`` (None) a file with such voxels is refused.
     """
-    if (slope, inter) != (1.0, 0.0):  # 32-bit counts lose digits in float32 before they are scaled
+    if (slope, inter) != (1.0, 0.0):  # 32-bit integers lose digits in float32 before scaling
         wide = np.float64 if stored.dtype.itemsize > 2 else np.float32
         stored = np.multiply(stored, slope, dtype=wide) + inter
     values = torch.from_numpy(stored.astype(np.float32))
@@ -180,12 +180,12 @@ def as_image(
         return values, ()
     wrong = f"{int((~finite).sum())} of {values.numel()} voxels"
     if fill is None:
-        raise Unreadable(path, f"{wrong} are not finite numbers; state a fill value if this is meant")
+        raise Unreadable(path, f"{wrong} are not finite numbers; state a fill value if this is intended")
     return torch.where(finite, values, torch.tensor(float(fill))), (f"{wrong} were not finite and are now {fill:g}",)
 
 
 def as_mask(path: str | os.PathLike[str], stored: np.ndarray[Any, Any]) -> Tensor:
-    """Labels as int16, where ``stored`` holds whole numbers from 0 to 32767; else the file is refused as a mask."""
+    """Return labels as int16 if ``stored`` contains integers from 0 to 32767; otherwise refuse the file as a mask."""
     if stored.dtype.kind == "f" and not (np.isfinite(stored).all() and (stored == np.rint(stored)).all()):
         raise Unreadable(path, "is not a mask: its values are not whole numbers")
     low, high = int(stored.min()), int(stored.max())
@@ -195,7 +195,9 @@ def as_mask(path: str | os.PathLike[str], stored: np.ndarray[Any, Any]) -> Tenso
 
 
 def affine_from(columns: np.ndarray[Any, Any], origin: np.ndarray[Any, Any]) -> Tensor:
-    """A 4 x 4 affine from the steps along x, y, z (as columns [3, 3]) and the position of the first voxel, in mm."""
+    """Return a 4 x 4 affine from the steps along x, y, z (as columns [3, 3]) and the position of the first voxel, in
+    mm.
+    """
     matrix = torch.eye(4, dtype=torch.float64)
     matrix[:3, :3] = torch.as_tensor(np.array(columns, dtype=np.float64))
     matrix[:3, 3] = torch.as_tensor(np.array(origin, dtype=np.float64))
@@ -203,5 +205,5 @@ def affine_from(columns: np.ndarray[Any, Any], origin: np.ndarray[Any, Any]) -> 
 
 
 def lps_to_ras(affine: Tensor) -> Tensor:
-    """The affine in RAS of one in LPS (DICOM): the signs of the patient's x and y change."""
+    """Convert an affine from LPS (DICOM) to RAS: the signs of the patient's x and y change."""
     return torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64)) @ affine

@@ -1,4 +1,4 @@
-"""Preprocessing that is declared: a tuple of steps, read from a study file and hashed into the data's fingerprint."""
+"""Declared preprocessing: a sequence of steps, parsed from a study file and hashed into the data's fingerprint."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -29,19 +29,19 @@ STEPS: dict[str, type[Any]] = {
 
 
 def apply(steps: Sequence[Step], picture: Picture) -> Picture:
-    """The picture after all ``steps``, in order."""
+    """Return the picture after all ``steps``, in order."""
     for step in steps:
         picture = step(picture)
     return picture
 
 
 def fingerprint(steps: Sequence[Step]) -> str:
-    """A hash of the steps, their versions and options."""
+    """Return a hash of the steps, their versions and options."""
     return digest("preprocess", [(s.name, s.version, sorted(vars(s).items())) for s in steps])
 
 
 def _parse(value: Any) -> tuple[Step, ...]:
-    """Steps from tables such as ``{step = "resample", mm = 1.0}``."""
+    """Parse steps from tables such as ``{step = "resample", mm = 1.0}``."""
     if not isinstance(value, list | tuple):
         raise ConfigError('must be a list of steps, such as [{step = "resample", mm = 1.0}, {step = "zscore"}]')
     steps, lines = list[Step](), []
@@ -69,4 +69,4 @@ def _plain(steps: Sequence[Step]) -> list[dict[str, Any]]:
 
 
 Steps = Annotated[tuple[Step, ...], PlainValidator(_parse), PlainSerializer(_plain)]
-"""The type of a source's option ``steps``."""
+"""Type of a source's option ``steps``."""

@@ -1,4 +1,4 @@
-"""One image on its way from a file to a tensor, and what a step of preprocessing is."""
+"""One image between file and tensor, and the protocol of a preprocessing step."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Picture:
-    """One image as the steps see it.
+    """One image as preprocessing steps see it.
 
     Attributes:
         pixels: float32, shape [C, *spatial] with two or three spatial axes (y, x) or (z, y, x). Pictures of 8 and 16
-            bits come as 0 to 1, volumes in their own units.
+            bits are scaled to 0 to 1, volumes keep their units.
         mask: int64, shape [*spatial], or None.
-        spacing_mm: Millimeters between neighbors along each spatial axis, or None where the file does not say.
+        spacing_mm: Millimeters between neighbors along each spatial axis, or None if the file does not state it.
     """
 
     pixels: Tensor
@@ -28,10 +28,12 @@ class Picture:
 
 
 class Step(Protocol):
-    """One step: fields are its options, ``name`` is its word in a study file, ``version`` changes with its numbers."""
+    """Preprocessing step. Its fields are its options, ``name`` its name in a study file, and ``version`` changes with
+    its results.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
 
     def __call__(self, picture: Picture) -> Picture:
-        """The picture after the step."""
+        """Return the picture after the step."""

@@ -1,8 +1,8 @@
-"""What a table's inputs are and how they are filled and scaled: a value that is written down, read and edited.
+"""Statistics with which a table's inputs are filled and scaled, in a file that people can read and edit.
 
-A hospital that sees only its own rows cannot know the categories that others use, nor the means of all. So the names of
-the inputs and their statistics are settled once, from sums over the sites, and written to a file that every hospital
-reads: ``statistics = "declared"``.
+A hospital that sees only its own rows knows neither the categories that others use nor the overall means. The names of
+the inputs and their statistics are therefore computed once, from sums over the sites, and written to a file that every
+hospital reads: ``statistics = "declared"``.
 """
 
 import tomllib
@@ -21,13 +21,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """For each input of a table, in order.
+    """Statistics of each input of a table, in order.
 
     Attributes:
-        names: Its name: a column, ``"column = value"``, or ``"column is missing"``.
-        center: What is subtracted. Shape [F].
-        spread: What it is then divided by. Shape [F].
-        fill: What stands for a missing value, before that. Shape [F].
+        names: Name: a column, ``"column = value"``, or ``"column is missing"``.
+        center: Subtracted value. Shape [F].
+        spread: Subsequent divisor. Shape [F].
+        fill: Replacement of a missing value, applied first. Shape [F].
     """
 
     names: tuple[str, ...]
@@ -37,38 +37,38 @@ class Statistics:
 
     @classmethod
     def of(cls, names: Sequence[str], seen: Array, amounts: Array, fill: str, scale: bool) -> "Statistics":
-        """From the rows ``seen`` [n, F], NaN where missing.
+        """Compute from the rows ``seen`` [n, F], NaN if missing.
 
         Args:
             names: The names of the inputs.
             seen: Training rows.
-            amounts: Which inputs are amounts, rather than 0 or 1. Shape [F].
+            amounts: Whether an input is a quantity rather than 0 or 1. Shape [F].
             fill: ``"mean"``, ``"median"`` or ``"zero"``.
-            scale: Whether amounts are scaled to mean 0 and deviation 1.
+            scale: Whether quantities are scaled to mean 0 and deviation 1.
         """
-        there = ~np.isnan(seen)
-        count = np.maximum(there.sum(axis=0), 1)
-        mean = np.where(there, seen, 0).sum(axis=0) / count  # Σx / n
-        square = np.where(there, seen**2, 0).sum(axis=0) / count  # Σx² / n
+        present = ~np.isnan(seen)
+        count = np.maximum(present.sum(axis=0), 1)
+        mean = np.where(present, seen, 0).sum(axis=0) / count  # Σx / n
+        square = np.where(present, seen**2, 0).sum(axis=0) / count  # Σx² / n
         spread = np.sqrt(np.maximum(square - mean**2, 0))
-        standing = np.zeros_like(mean) if fill == "zero" else mean
+        replacement = np.zeros_like(mean) if fill == "zero" else mean
         if fill == "median":
-            standing = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in seen.T])
+            replacement = np.array([np.median(c[~np.isnan(c)]) if not np.isnan(c).all() else 0.0 for c in seen.T])
         varies = amounts & scale & (spread > 1e-8 * np.abs(mean) + 1e-12)
         return cls(
             tuple(names),
             np.where(amounts & scale, mean, 0),
             np.where(varies, spread, 1),
-            np.where(amounts, standing, 0),
+            np.where(amounts, replacement, 0),
         )
 
     def __call__(self, values: Array) -> Array:
-        """``values`` [n, F] filled and scaled."""
+        """Return ``values`` [n, F] filled and scaled."""
         filled: Array = np.where(np.isnan(values), self.fill, values)
         return (filled - self.center) / self.spread
 
     def text(self) -> str:
-        """As a TOML file."""
+        """Return the contents of a TOML file."""
         lines = ["# The inputs of a table, in order, and how they are filled and scaled: (value - center) / spread."]
         for i, name in enumerate(self.names):
             quoted = name.replace("\\", "\\\\").replace('"', '\\"')
@@ -78,10 +78,10 @@ class Statistics:
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """From the file that ``text`` made, as a person may have edited it.
+        """Read the file that ``text`` produced, which a person may have edited.
 
         Raises:
-            DataError: Where it is not such a file, naming the input.
+            DataError: If it is not such a file; the message names the input.
         """
         try:
             table = tomllib.loads(read_text(path))
@@ -93,10 +93,10 @@ class Statistics:
 
     @classmethod
     def of_table(cls, table: Mapping[str, Any], path: Path) -> "Statistics":
-        """From the file's table, or a plan's ``[use.inputs]``.
+        """Build from the file's table, or a plan's ``[use.inputs]``.
 
         Raises:
-            DataError: With every problem, naming the input.
+            DataError: With every problem; each names the input.
         """
         problems = [
             f'{path.name}: "{name}" needs center, spread (above 0) and fill, as numbers'

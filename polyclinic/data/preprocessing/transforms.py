@@ -1,11 +1,11 @@
-"""Steps of preprocessing, each a value with a version.
+"""Preprocessing steps, each a value with a version.
 
-Every step sees one image alone, so nothing passes from one patient, role or site to another. Statistics over many
-patients (a table's means) are another matter: ``polyclinic.data.sources.feature_tables``.
+Every step sees one image only, so no information passes between patients, roles or sites. Statistics over many patients
+(a table's means) are in ``polyclinic.data.sources.feature_tables``.
 
-Resampling, cropping and intensity scaling follow what nnU-Net does (Isensee et al., Nature Methods 18:203, 2021,
-https://doi.org/10.1038/s41592-020-01008-z, online methods), except that images shrunk by more than a half are averaged
-over areas first, so that nothing aliases.
+Resampling, cropping and intensity scaling follow nnU-Net (Isensee et al., Nature Methods 18:203, 2021,
+https://doi.org/10.1038/s41592-020-01008-z, online methods), except that images reduced by more than half are averaged
+over areas first, to avoid aliasing.
 """
 
 import math
@@ -20,11 +20,11 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.preprocessing.sample import Picture
 
 LARGEST = 2**31
-"""The most numbers that one image may be resampled to."""
+"""Largest number of values to which one image may be resampled."""
 
 
 def _each(value: float | Sequence[float], axes: int, what: str) -> tuple[float, ...]:
-    """One number per axis, from one for all or one for each."""
+    """Return one number per axis, given one for all or one for each."""
     each = (value,) * axes if isinstance(value, int | float) else tuple(value)
     if len(each) != axes:
         raise DataError(f"{what} = {list(each)} has {len(each)} numbers, but the image has {axes} axes")
@@ -38,7 +38,7 @@ def _positive(what: str, value: float | Sequence[float]) -> None:
 
 
 def _sized(picture: Picture, size: Sequence[int]) -> Picture:
-    """The picture with ``size`` pixels over the same field of view."""
+    """Return the picture with ``size`` pixels over the same field of view."""
     if tuple(size) == picture.size:
         return picture
     if math.prod(size) * picture.pixels.shape[0] > LARGEST:
@@ -60,7 +60,9 @@ def _sized(picture: Picture, size: Sequence[int]) -> Picture:
 
 @dataclass(frozen=True)
 class Resample:
-    """To ``mm`` millimeters per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest neighbor."""
+    """Resampling to ``mm`` millimeters per pixel: one number, or one per axis, (y, x) or (z, y, x). Masks by nearest
+    neighbor.
+    """
 
     name: ClassVar[str] = "resample"
     version: ClassVar[int] = 1
@@ -70,10 +72,10 @@ class Resample:
         _positive("mm", self.mm)
 
     def __call__(self, picture: Picture) -> Picture:
-        """The same field of view, to half a pixel."""
+        """Return the same field of view, to within half a pixel."""
         if picture.spacing_mm is None:
             raise DataError(
-                "the file does not say how large its pixels are, so it cannot be resampled to millimeters: "
+                "the file does not state its pixel size, so it cannot be resampled to millimeters: "
                 'leave the step "resample" out, or use "resize"'
             )
         wanted = _each(self.mm, len(picture.size), "mm")
@@ -85,7 +87,7 @@ class Resample:
 
 @dataclass(frozen=True)
 class Resize:
-    """To ``size`` pixels: one number, or one per axis. Proportions change where the image's differ."""
+    """Resizing to ``size`` pixels: one number, or one per axis. May change the aspect ratio."""
 
     name: ClassVar[str] = "resize"
     version: ClassVar[int] = 1
@@ -95,13 +97,13 @@ class Resize:
         _positive("size", self.size)
 
     def __call__(self, picture: Picture) -> Picture:
-        """The same field of view in other pixels."""
+        """Return the same field of view in other pixels."""
         return _sized(picture, [int(n) for n in _each(self.size, len(picture.size), "size")])
 
 
 @dataclass(frozen=True)
 class CropPad:
-    """The middle ``size`` pixels; where the image is smaller, ``fill`` around it, and background around the mask."""
+    """Cropping to the central ``size`` pixels; smaller images are padded with ``fill``, and masks with background."""
 
     name: ClassVar[str] = "crop_pad"
     version: ClassVar[int] = 1
@@ -112,7 +114,7 @@ class CropPad:
         _positive("size", self.size)
 
     def __call__(self, picture: Picture) -> Picture:
-        """The middle."""
+        """Return the center, cropped or padded."""
         pads: list[int] = []
         wanted = [int(n) for n in _each(self.size, len(picture.size), "size")]
         for new, old in reversed(list(zip(wanted, picture.size, strict=True))):
@@ -124,7 +126,9 @@ class CropPad:
 
 @dataclass(frozen=True)
 class Foreground:
-    """The box around everything brighter than ``above`` in any channel, with ``margin`` pixels more on each side."""
+    """Cropping to the box around everything brighter than ``above`` in any channel, plus ``margin`` pixels on each
+    side.
+    """
 
     name: ClassVar[str] = "foreground"
     version: ClassVar[int] = 1
@@ -132,7 +136,7 @@ class Foreground:
     margin: int = 0
 
     def __call__(self, picture: Picture) -> Picture:
-        """The box; all of it where nothing is brighter."""
+        """Return the box, or the whole image if nothing is brighter."""
         bright = (picture.pixels > self.above).any(dim=0)
         where = bright.nonzero()
         if not len(where):
@@ -146,14 +150,16 @@ class Foreground:
 
 @dataclass(frozen=True)
 class ZScore:
-    """Each channel to mean 0 and deviation 1, over all its pixels or over those that are not 0 (brain-extracted MR)."""
+    """Standardization of each channel to mean 0 and deviation 1, over all pixels or the nonzero ones (brain-extracted
+    MR).
+    """
 
     name: ClassVar[str] = "zscore"
     version: ClassVar[int] = 1
     nonzero: bool = False
 
     def __call__(self, picture: Picture) -> Picture:
-        """Pixels that were 0 stay 0 with ``nonzero``. A constant channel becomes 0."""
+        """Return the standardized picture. With ``nonzero``, zeros remain 0. A constant channel becomes 0."""
         channels = []
         for channel in picture.pixels.double():
             seen = channel != 0 if self.nonzero else torch.ones_like(channel, dtype=torch.bool)
@@ -166,7 +172,9 @@ class ZScore:
 
 @dataclass(frozen=True)
 class Window:
-    """A CT window: ``center - width / 2`` to ``center + width / 2`` Hounsfield units become 0 to 1; the rest clips."""
+    """CT window: ``center - width / 2`` to ``center + width / 2`` Hounsfield units become 0 to 1; the rest is
+    clipped.
+    """
 
     name: ClassVar[str] = "window"
     version: ClassVar[int] = 1
@@ -177,14 +185,14 @@ class Window:
         _positive("width", self.width)
 
     def __call__(self, picture: Picture) -> Picture:
-        """0 to 1."""
+        """Return values from 0 to 1."""
         low = self.center - self.width / 2
         return replace(picture, pixels=((picture.pixels - low) / self.width).clamp(0, 1))
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Each channel's ``low`` and ``high`` percentile become 0 and 1; what lies beyond clips."""
+    """Scaling of each channel's ``low`` and ``high`` percentile to 0 and 1; values beyond are clipped."""
 
     name: ClassVar[str] = "percentiles"
     version: ClassVar[int] = 1
@@ -196,7 +204,7 @@ class Percentiles:
             raise DataError(f"low = {self.low}: percentiles need 0 <= low < high <= 100, and high is {self.high}")
 
     def __call__(self, picture: Picture) -> Picture:
-        """0 to 1. A constant channel becomes 0."""
+        """Return values from 0 to 1. A constant channel becomes 0."""
         channels = []
         for channel in picture.pixels:
             ordered = channel.flatten().sort().values
@@ -208,7 +216,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Scale:
-    """``low`` to ``high`` become 0 to 1, by a straight line. Nothing clips."""
+    """Linear scaling of ``low`` to ``high`` to 0 to 1, without clipping."""
 
     name: ClassVar[str] = "scale"
     version: ClassVar[int] = 1
@@ -220,13 +228,13 @@ class Scale:
             raise DataError(f"high = {self.high}: it must be above low = {self.low}")
 
     def __call__(self, picture: Picture) -> Picture:
-        """A straight line."""
+        """Return the scaled picture."""
         return replace(picture, pixels=(picture.pixels - self.low) / (self.high - self.low))
 
 
 @dataclass(frozen=True)
 class Relabel:
-    """The mask's ``values`` become 0, 1, 2, ... in the order in which they are listed, or what ``to`` lists."""
+    """Mapping of the mask's ``values`` to 0, 1, 2, ... in the listed order, or to the values in ``to``."""
 
     name: ClassVar[str] = "relabel"
     version: ClassVar[int] = 1
@@ -240,12 +248,12 @@ class Relabel:
             raise DataError(f"to = {list(self.to)}: give one number from 0 for each of values = {list(self.values)}")
 
     def __call__(self, picture: Picture) -> Picture:
-        """The image is not changed. A value that is not listed is refused."""
+        """Return the picture with the new mask. A value that is not listed is refused."""
         if picture.mask is None:
             raise DataError('the step "relabel" is for masks, and there is none')
         if unknown := sorted(set(picture.mask.unique().tolist()) - set(self.values)):
             raise DataError(
-                f"the mask holds {unknown[:5]}, which are not among the step's values = {list(self.values)}"
+                f"the mask contains {unknown[:5]}, which are not among the step's values = {list(self.values)}"
             )
         mask = torch.zeros_like(picture.mask)
         for old, new in zip(self.values, self.to or range(len(self.values)), strict=True):
@@ -255,7 +263,7 @@ class Relabel:
 
 @dataclass(frozen=True)
 class Channels:
-    """To ``count`` channels: colors to gray by their mean, gray to colors by repeating it."""
+    """Conversion to ``count`` channels: colors to gray by their mean, gray to colors by repetition."""
 
     name: ClassVar[str] = "channels"
     version: ClassVar[int] = 1
@@ -265,7 +273,7 @@ class Channels:
         _positive("count", self.count)
 
     def __call__(self, picture: Picture) -> Picture:
-        """The mean, or copies of it."""
+        """Return the mean, or copies of it."""
         if picture.pixels.shape[0] == self.count:
             return picture
         gray = picture.pixels.mean(dim=0, keepdim=True)

@@ -1,1 +1,1 @@
-"""Checks of a site's data."""
+"""Quality checks of a site's data."""

@@ -1,14 +1,15 @@
-"""Whether new data are still like those a model was trained on, told from sums alone, at the site that has them.
+"""Data drift between a plan's training data and new data, computed from sums at the site that has the new data.
 
-Each column of the plan is cut into the plan's groups of about equally many training values; the new values are counted
-in the same groups, and both sets of shares are compared in two ways, which must both speak before it is called drift:
+Each column of the plan is divided into groups of about equally many training values; the new values are counted in the
+same groups. Both distributions are compared in two ways, and only if both indicate a change is it reported as drift:
 
-* the population stability index Σ (q − p) ln(q / p), with its customary bounds of 0.1 (look) and 0.25 (moved): Siddiqi,
-  "Credit Risk Scorecards", Wiley 2006, chapter 6;
+* the population stability index ``Σ (q − p) ln(q / p)``, with its customary thresholds of 0.1 (look) and 0.25 (moved):
+  Siddiqi, "Credit Risk Scorecards", Wiley 2006, chapter 6;
 * Pearson's χ² test of two samples, with patients (not images) as the number of observations, and Holm's correction over
   all columns and the classes: Holm, Scandinavian Journal of Statistics 6:65 (1979).
 
-It does not say whether the model got worse: that takes labels, and `polyclinic report` of a study on the new data.
+It does not show whether the model's performance declined: that requires labels, and `polyclinic report` of a study on
+the new data.
 """
 
 import math
@@ -30,13 +31,13 @@ LEVEL = 0.01
 
 @dataclass(frozen=True)
 class Moved:
-    """How far one column (or the classes) lies from the plan's.
+    """Distance of one column (or the classes) from the plan's.
 
     Attributes:
-        name: Which.
-        index: The population stability index.
-        p: How probable so large a difference is without drift, corrected for the number of columns.
-        before: Its mean in the plan; of ``classes`` the share of the class that moved most.
+        name: Name of the column.
+        index: Population stability index.
+        p: p-value of so large a difference without drift, corrected for the number of columns.
+        before: Mean in the plan; for ``classes`` the share of the class that changed most.
         now: The same in the new data.
     """
 
@@ -56,14 +57,14 @@ class Moved:
 
 @dataclass(frozen=True)
 class SiteDrift:
-    """What was found at one site.
+    """Result at one site.
 
     Attributes:
-        site: Its name.
-        patients: How many it now has.
-        against: Whose training data it was compared with: its own, or all sites'.
-        found: The columns and the classes, the most moved first.
-        uncompared: Columns that the plan cannot be compared in, as all values were alike or too few.
+        site: Name of the site.
+        patients: Number of patients in the new data.
+        against: Reference training data: the site's own, or all sites'.
+        found: The columns and the classes, largest change first.
+        uncompared: Columns that cannot be compared because all values were equal or too few.
     """
 
     site: str
@@ -79,41 +80,45 @@ class SiteDrift:
 
 
 def drift(plan: DataPlan, site: str, new: Measured, classes: Sequence[str]) -> SiteDrift:
-    """Compares a site's new data with its own training data where the plan has them, and else with all sites'.
+    """Compare a site's new data with its own training data if the plan has them, otherwise with all sites'.
 
     Args:
-        plan: What training data were like.
+        plan: Summary of the training data.
         site: The site's name.
-        new: Its new data; labels may be unknown, and then classes are not compared.
+        new: Its new data; if labels are unknown, classes are not compared.
         classes: The names of the classes.
 
     Raises:
-        DataError: Where there are too few patients, or the data have other columns.
+        DataError: If there are too few patients, or the data have other columns.
     """
     patients = len(set(new.patients))
     if patients < FEWEST:
-        raise DataError(f"{site} has {patients} patients: at least {FEWEST} are needed, so that nobody is singled out")
+        raise DataError(
+            f"{site} has {patients} patients: at least {FEWEST} are needed, so that no individual can be identified"
+        )
     reference = plan.sites.get(site, plan.everywhere)
     if lacking := [name for name in reference.columns if name not in new.names and not _sometimes(name)]:
         raise DataError(f"{site} has no {', '.join(lacking[:3])}, which the plan describes: give data of the same kind")
     where = {name: i for i, name in enumerate(new.names)}
-    there = {name: new.rows[:, where[name]] for name in reference.columns if name in where}
-    said = {f"{name} is missing" for name in there}  # a column's own missing values are compared with its values
-    there = {name: values for name, values in there.items() if name not in said}
-    compared = [n for n, values in there.items() if reference.columns[n].cuts or _missing(reference.columns[n], values)]
-    raw = [_column(reference, name, there[name], patients) for name in compared]
+    present = {name: new.rows[:, where[name]] for name in reference.columns if name in where}
+    indicators = {f"{name} is missing" for name in present}  # missing values are compared with their column
+    present = {name: values for name, values in present.items() if name not in indicators}
+    compared = [
+        n for n, values in present.items() if reference.columns[n].cuts or _missing(reference.columns[n], values)
+    ]
+    raw = [_column(reference, name, present[name], patients) for name in compared]
     if labels := _classes(reference, new, classes, patients):
         raw.append(labels)
     corrected = _holm([one.p for one in raw])
     found = [Moved(one.name, one.index, p, one.before, one.now) for one, p in zip(raw, corrected, strict=True)]
     found.sort(key=lambda one: (one.level == "as before", -one.index, one.name))
-    others = tuple(name for name in there if name not in compared)
+    others = tuple(name for name in present if name not in compared)
     whose = "its own {} training patients" if site in plan.sites else "the {} training patients of all sites"
     return SiteDrift(site, patients, whose.format(reference.patients), tuple(found), others)
 
 
 def _sometimes(name: str) -> bool:
-    """Whether a table has a column only where something is missing or some value occurs."""
+    """Return whether a table has this column only if something is missing or some value occurs."""
     return " = " in name or name.endswith((" is missing", "of the foreground"))
 
 
@@ -123,30 +128,30 @@ def _missing(column: Column, values: Tensor) -> bool:
 
 def _column(reference: Reference, name: str, values: Tensor, patients: int) -> Moved:
     column, known = reference.columns[name], values[values.isfinite()].numpy()
-    here = np.bincount(np.searchsorted(column.cuts, known), minlength=len(column.cuts) + 1) / max(len(values), 1)
+    now = np.bincount(np.searchsorted(column.cuts, known), minlength=len(column.cuts) + 1) / max(len(values), 1)
     gone = 1 - len(known) / max(len(values), 1)
     before = np.array([share * (1 - column.missing) for share in column.shares or (1.0,)])
-    index, p = _compare(np.append(before, column.missing), np.append(here, gone), reference.patients, patients)
+    index, p = _compare(np.append(before, column.missing), np.append(now, gone), reference.patients, patients)
     return Moved(name, index, p, column.mean, float(known.mean()) if len(known) else math.nan)
 
 
 def _classes(reference: Reference, new: Measured, names: Sequence[str], patients: int) -> Moved | None:
-    """The classes, where they are known; not of masks, whose pixels are no independent observations."""
+    """Compare the classes, if known; not for masks, whose pixels are not independent observations."""
     total = sum(reference.classes.values())
     if not total or new.targets.ndim != 1 or bool((new.targets < 0).any()) or set(names) - set(reference.classes):
         return None
     counts = np.bincount(new.targets.numpy(), minlength=len(names))[: len(names)]
     before = np.array([reference.classes[name] / total for name in names])
-    here = counts / max(counts.sum(), 1)
-    index, p = _compare(before, here, reference.patients, patients)
-    most = int(np.argmax(np.abs(here - before)))
-    return Moved(f"share of {names[most]}", index, p, float(before[most]), float(here[most]))
+    now = counts / max(counts.sum(), 1)
+    index, p = _compare(before, now, reference.patients, patients)
+    most = int(np.argmax(np.abs(now - before)))
+    return Moved(f"share of {names[most]}", index, p, float(before[most]), float(now[most]))
 
 
 def _compare(
     p: "np.ndarray[tuple[int], np.dtype[np.float64]]", q: "np.ndarray[tuple[int], np.dtype[np.float64]]", m: int, n: int
 ) -> tuple[float, float]:
-    """The stability index and Pearson's p of shares ``p`` of ``m`` patients and ``q`` of ``n``."""
+    """Return the stability index and Pearson's p of shares ``p`` of ``m`` patients and ``q`` of ``n``."""
     kept = (p > 0) | (q > 0)
     p, q = p[kept], q[kept]
     if len(p) < 2:
@@ -161,35 +166,35 @@ def _compare(
 
 def _holm(ps: Sequence[float]) -> list[float]:
     order, largest = sorted(range(len(ps)), key=lambda i: ps[i]), 0.0
-    found = [1.0] * len(ps)
+    corrected = [1.0] * len(ps)
     for rank, i in enumerate(order):
         largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        found[i] = largest
-    return found
+        corrected[i] = largest
+    return corrected
 
 
 def lines(found: SiteDrift) -> list[str]:
-    """What a person reads, most important first. Numbers are of the whole site; no patient is among them."""
+    """Return the report, most important lines first. Numbers are of the whole site, not of individual patients."""
     head = f"{found.site}: {found.patients} patients, against {found.against}"
-    told = [one for one in found.found if one.level != "as before"]
+    changed = [one for one in found.found if one.level != "as before"]
     calm = "as before" if found.found else "nothing could be compared"
-    says = "ALARM: the data have moved" if found.alarm else "look at this" if told else calm
+    says = "ALARM: the data have drifted" if found.alarm else "inspect this" if changed else calm
     body = [
-        f"  {'x' if one.level == 'moved' else '!'} {one.name:<40} {_said(one.before):>10} -> {_said(one.now):<10} "
+        f"  {'x' if one.level == 'moved' else '!'} {one.name:<40} {_number(one.before):>10} -> {_number(one.now):<10} "
         f"index {one.index:.2f}, p {'< 0.0001' if one.p < 1e-4 else f'{one.p:.4f}'}"
-        for one in told
+        for one in changed
     ]
-    rest = f"  - {len(found.found) - len(told)} more compared and as before"
+    rest = f"  - {len(found.found) - len(changed)} more compared and as before"
     rest += f"; {len(found.uncompared)} not compared (no spread, or too few)" if found.uncompared else ""
     return [f"{head}: {says}", *body, rest]
 
 
-def _said(value: float) -> str:
+def _number(value: float) -> str:
     return "none" if math.isnan(value) else f"{value:.4g}"
 
 
 def as_json(found: SiteDrift) -> Mapping[str, object]:
-    """For other programs."""
+    """Return the result for other programs."""
     columns = [
         {**vars(one), "now": None if math.isnan(one.now) else one.now, "level": one.level} for one in found.found
     ]

@@ -1,4 +1,4 @@
-"""Equal inputs, wherever they are in a federation: found by their bytes; reported, dropped or refused."""
+"""Byte-identical inputs anywhere in a federation: reported, dropped or refused."""
 
 import hashlib
 from collections import defaultdict
@@ -13,11 +13,11 @@ from polyclinic.data.examples import DataError, Examples
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Examples whose inputs are equal, byte for byte.
+    """Examples with byte-identical inputs.
 
     Attributes:
         ids: Their names.
-        places: Where each is, as (site, role).
+        places: Location of each, as (site, role).
     """
 
     ids: tuple[str, ...]
@@ -35,7 +35,7 @@ class Duplicate:
 
 
 def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, ...]:
-    """Inputs that occur more than once, anywhere in the federation."""
+    """Return inputs that occur more than once anywhere in the federation."""
     found: dict[bytes, list[tuple[str, tuple[str, str]]]] = defaultdict(list)
     for site, roles in sites.items():
         for role, examples in roles.items():
@@ -46,7 +46,7 @@ def duplicates(sites: Mapping[str, Mapping[str, Examples]]) -> tuple[Duplicate, 
 
 
 def contents(examples: Examples) -> list[bytes]:
-    """A hash of each input's bytes."""
+    """Return a hash of each input's bytes."""
     flat: Any = examples.inputs.contiguous().view(torch.uint8).flatten(1).numpy()
     return [hashlib.blake2b(row, digest_size=16).digest() for row in flat]
 
@@ -57,13 +57,13 @@ def without_duplicates(
     what: Literal["report", "drop", "refuse"],
     notes: list[str],
 ) -> tuple[dict[str, dict[str, Examples]], tuple[Duplicate, ...]]:
-    """Reports, drops or refuses inputs that occur more than once.
+    """Report, drop or refuse inputs that occur more than once.
 
     Args:
-        notes: Where what was found is told.
+        notes: List to which the result is appended.
 
     Raises:
-        DataError: Where there are some, and they are to be refused.
+        DataError: If duplicates exist and are to be refused.
     """
     copies = duplicates(sites)
     if not copies:
@@ -81,7 +81,7 @@ def without_duplicates(
         notes.append(says)
         return sites, copies
     seen, dropped, kept = set[bytes](), 0, {site: dict(roles) for site, roles in sites.items()}
-    for role in ("test", "val", "train", "unlabeled"):  # test data keep theirs
+    for role in ("test", "val", "train", "unlabeled"):  # copies in test data are kept
         for site in sorted(kept, key=lambda s: (s not in external, s)):
             if role in kept[site]:
                 fresh = []

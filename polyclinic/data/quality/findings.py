@@ -1,4 +1,4 @@
-"""What the check says of what it saw: each finding a level, a sentence, and the files it is about."""
+"""Findings of the data check, each with a level, a sentence, and the files concerned."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
-from polyclinic.data.quality.filename_screening import in_name, shown
 from polyclinic.data.quality.folder_layout import Layout
 from polyclinic.data.quality.image_hashes import equal, nearly_equal
 from polyclinic.data.quality.inspection import Look
@@ -22,13 +22,14 @@ FEW_PATIENTS = 10
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a person should know.
+    """Finding of the data check.
 
     Attributes:
-        level: ``"error"`` must be put right before training, ``"warning"`` should be looked at, ``"note"`` is to know.
-        code: A short name for programs, such as ``"unreadable"``.
-        message: A sentence. Never a value from a header.
-        files: What it is about, masked where a name looks like a person.
+        level: ``"error"`` must be corrected before training, ``"warning"`` should be inspected, ``"note"`` is
+            information.
+        code: Short name for programs, such as ``"unreadable"``.
+        message: A sentence, never a value from a header.
+        files: Files concerned, masked if a name looks like a person.
     """
 
     level: Level
@@ -37,7 +38,7 @@ class Finding:
     files: tuple[str, ...] = ()
 
     def line(self, most: int = 3) -> str:
-        """One line with the first files."""
+        """Return one line with the first files."""
         if not self.files:
             return self.message
         named = ", ".join(_plain(name) for name in self.files[:most])
@@ -50,19 +51,19 @@ def _n(count: int, noun: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A file's name without characters that could forge a line."""
+    """Return a file's name without characters that could forge a line."""
     return "".join(c if c.isprintable() else "?" for c in name)[:200]
 
 
 def layout_problems(layout: Layout) -> list[Finding]:
-    """What is wrong with names, tables and folders."""
+    """Return problems of names, tables and folders."""
     return [Finding("error" if "mask" in text else "warning", "layout", text) for text in layout.problems]
 
 
 def headers(
     tags: Mapping[int, Sequence[str]], drawn: Mapping[str, Sequence[str]], others: int, health: Level
 ) -> list[Finding]:
-    """What DICOM headers give away, by tag number; pictures that may show text; objects that are no images."""
+    """Return findings on DICOM headers with identifying tags, on pictures that may show text, and on other objects."""
     found = []
     if tags:
         listed = ", ".join(f"{name_of_tag(tag)} in {len(names)}" for tag, names in sorted(tags.items()))
@@ -77,7 +78,7 @@ def headers(
 
 
 def health_information(layout: Layout, looks: Sequence[Look], health: Level, limits: Limits = LIMITS) -> list[Finding]:
-    """Names of files and folders, metadata of pictures and NIfTI files, sidecars, and faces."""
+    """Return findings on names of files and folders, metadata of pictures and NIfTI files, sidecars, and faces."""
     found: list[Finding] = []
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(path for item in layout.items for path in item.paths):
@@ -96,7 +97,7 @@ def health_information(layout: Layout, looks: Sequence[Look], health: Level, lim
     for name, files in fields.items():
         level: Level = health if name in ("GPS", "a DICOM extension") else "warning"
         found.append(
-            Finding(level, "metadata", f"{_n(len(files), 'file')} with {name}, which may name somebody", tuple(files))
+            Finding(level, "metadata", f"{_n(len(files), 'file')} with {name}, which may name a person", tuple(files))
         )
     if layout.kind == "bids":
         keys: Counter[str] = Counter()
@@ -106,13 +107,13 @@ def health_information(layout: Layout, looks: Sequence[Look], health: Level, lim
             listed = ", ".join(f"{key} in {count}" for key, count in keys.items())
             found.append(Finding(health, "health", f"sidecars (JSON) may name patients or places: {listed} files"))
     if faces := [shown(look.item.name) for look in looks if look.face]:
-        text = f"{_n(len(faces), 'scan')} of a head may show a face: deface before anything leaves this building"
+        text = f"{_n(len(faces), 'scan')} of a head may show a face: deface it before anything leaves the site"
         found.append(Finding("warning", "faces", text, tuple(faces)))
     return found
 
 
 def compare(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
-    """Everything that shows only when examples are seen together."""
+    """Return findings that require all examples."""
     return [*_masks(looks, allowed), *_people(looks), *_classes(looks), *_copies(looks), *_unlike(looks)]
 
 
@@ -157,7 +158,7 @@ def _people(looks: Sequence[Look]) -> list[Finding]:
         )
     known = {look.item.patient for look in looks if look.item.patient is not None}
     if looks and not known:
-        text = "nobody says which images are of one patient; each counts as a patient of its own"
+        text = "the data do not state which images are of one patient; each counts as its own patient"
         found.append(Finding("warning", "patients-unknown", text))
     elif known and len(known) < FEW_PATIENTS:
         text = f"only {len(known)} patients: sites with fewer than {FEW_PATIENTS} are usually left out"
@@ -217,7 +218,9 @@ def _copies(looks: Sequence[Look]) -> list[Finding]:
 
 
 def _unlike(looks: Sequence[Look]) -> list[Finding]:
-    """Examples that differ from the rest: constant, other spacing, orientation, modality, channels or intensities."""
+    """Return examples that differ from the rest: constant, other spacing, orientation, modality, channels or
+    intensities.
+    """
     found = []
     if flat := [look for look in looks if look.quantiles[0] == look.quantiles[-1]]:
         found.append(Finding("warning", "constant", f"{_n(len(flat), 'image')} of one value only", _names(flat)))

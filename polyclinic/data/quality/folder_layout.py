@@ -1,6 +1,6 @@
-"""What kind of folder a hospital has, and its examples: nothing is renamed, moved or asked for first.
+"""Detection of a folder's layout and its examples, without renaming or moving files.
 
-Recognized, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` beside
+Recognized, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``) and its plain form (``images`` next to
 ``labels`` or ``masks``), BIDS, a CSV or TSV manifest with a column ``path``, a tree of DICOM files, NumPy archives in
 MedMNIST's layout, folders named by class (under ``train``/``val``/``test`` or not), a table, and loose images.
 """
@@ -35,17 +35,17 @@ TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
 LABEL_COLUMNS = ("label", "class", "diagnosis", "target", "y")
-SITE_COLUMNS = ("site", "hospital", "center", "center", "scanner", "institution")
+SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")  # codespell:ignore
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example: what to read, and what is known of it.
+    """One example: files to read and metadata.
 
     Attributes:
-        name: How the report calls it: its path within the folder, and a number where a file holds several.
-        paths: The files it is made of (channels, or the slices of a series).
-        patient: Whose it is; None where nobody says.
+        name: Name in the report: its path within the folder, and a number if a file contains several.
+        paths: Its files (channels, or the slices of a series).
+        patient: Its patient; None if unknown.
         row: Its position in an archive.
         key: The archive's array; ``"dicom"`` for a DICOM series.
     """
@@ -63,14 +63,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found.
+    """Detected layout.
 
     Attributes:
         kind: ``"classes"``, ``"nnunet"``, ``"bids"``, ``"manifest"``, ``"dicom"``, ``"npz"``, ``"table"``, ``"files"``.
         root: The folder (or file).
         items: The examples; empty for DICOM (grouped by the check itself) and tables.
-        labels: The mask values that may occur, by number; empty where nobody says.
-        problems: What is wrong with the layout itself, each a sentence.
+        labels: Names of the allowed mask values, by number; empty if unknown.
+        problems: Problems of the layout, each a sentence.
         table: The table's file, for kind ``"table"``.
     """
 
@@ -83,16 +83,16 @@ class Layout:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix in lower case, with ``.gz`` kept to what it packs."""
+    """Return the suffix in lower case, including the suffix before ``.gz``."""
     parts = [s.lower() for s in path.suffixes[-2:]]
     return "".join(parts) if parts[-1:] == [".gz"] and len(parts) == 2 else (parts[-1] if parts else "")
 
 
 def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
-    """The layout of a folder or file.
+    """Return the layout of a folder or file.
 
     Raises:
-        Unreadable: There is nothing at ``root``, or nothing in it that could be data.
+        Unreadable: If ``root`` does not exist or contains nothing that could be data.
     """
     root = Path(root)
     if not root.exists():
@@ -121,7 +121,7 @@ def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
     tables = [path for path in files if suffix_of(path) in TABLES]
     if tables:
         return Layout("table", root, table=tables[0])
-    raise Unreadable(root, f"holds no images or tables among {len(files)} files")
+    raise Unreadable(root, f"contains no images or tables among {len(files)} files")
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -140,27 +140,29 @@ def _single(path: Path, limits: Limits) -> Layout:
         return Layout("dicom", path)
     if suffix in (*PICTURES, *VOLUMES):
         return Layout("files", path, (Item(path.name, (path,)),))
-    raise Unreadable(path, "is no image, archive or table that can be read")
+    raise Unreadable(path, "is not an image, archive or table that can be read")
 
 
 def _segmentation(root: Path, limits: Limits) -> Layout | None:
-    """nnU-Net's folders, or ``images`` beside ``labels``/``masks``."""
+    """Detect nnU-Net's folders, or ``images`` next to ``labels`` or ``masks``."""
     pairs: list[tuple[str, str, str | None]] = [("imagesTr", "labelsTr", "train"), ("imagesTs", "labelsTs", "test")]
     pairs += [("images", name, None) for name in ("labels", "masks")]
-    there = [(a, b, split) for a, b, split in pairs if (root / a).is_dir() and ((root / b).is_dir() or b == "labelsTs")]
-    if not any((root / b).is_dir() for _, b, _ in there):
+    present = [
+        (a, b, split) for a, b, split in pairs if (root / a).is_dir() and ((root / b).is_dir() or b == "labelsTs")
+    ]
+    if not any((root / b).is_dir() for _, b, _ in present):
         return None
     problems: list[str] = []
     labels: dict[int, str] = {}
     described = root / "dataset.json"
-    channels = any(re.search(r"_\d{4}$", _stem(p)) for p in (root / there[0][0]).iterdir())
+    channels = any(re.search(r"_\d{4}$", _stem(p)) for p in (root / present[0][0]).iterdir())
     if described.is_file():
         try:
             labels = _labels(json.loads(read_text(described, limits)).get("labels", {}))
         except (ValueError, AttributeError, RecursionError) as error:
             problems.append(f"dataset.json cannot be read ({type(error).__name__}): allowed labels are not known")
     items, orphans = [], 0
-    for images, masks, split in there:
+    for images, masks, split in present:
         cases: dict[str, list[Path]] = {}
         for path in sorted(p for p in (root / images).iterdir() if suffix_of(p) in (*PICTURES, *VOLUMES)):
             name = re.sub(r"_\d{4}$", "", _stem(path)) if channels else _stem(path)
@@ -182,15 +184,15 @@ def _stem(path: Path) -> str:
 
 
 def _labels(given: Mapping[str, object]) -> dict[int, str]:
-    """nnU-Net's labels, written ``{"liver": 1}`` (version 2) or ``{"1": "liver"}`` (version 1)."""
-    found: dict[int, str] = {}
+    """Return nnU-Net's labels, written ``{"liver": 1}`` (version 2) or ``{"1": "liver"}`` (version 1)."""
+    labels: dict[int, str] = {}
     for name, value in given.items():
         if name.isdigit():
-            found[int(name)] = str(value)
+            labels[int(name)] = str(value)
         else:
             for number in value if isinstance(value, list) else [value]:
-                found[int(str(number))] = name
-    return found
+                labels[int(str(number))] = name
+    return labels
 
 
 def _bids(root: Path, limits: Limits) -> Layout:
@@ -217,7 +219,7 @@ def _bids(root: Path, limits: Limits) -> Layout:
 
 
 def rows_of(path: Path, limits: Limits = LIMITS) -> list[dict[str, str]]:
-    """The rows of a CSV or TSV file (``.gz`` too) by column name; refuses one that is ragged or no table."""
+    """Return the rows of a CSV or TSV file (also ``.gz``) by column name; refuse a ragged or invalid table."""
     if path.name.lower().endswith(".gz"):
         with refusing(path, "is not a sound gzip file"), gzip.open(path) as packed:
             data = packed.read(limits.text_bytes + 1)
@@ -233,7 +235,7 @@ def rows_of(path: Path, limits: Limits = LIMITS) -> list[dict[str, str]]:
         rows = list(reader)
         names = list(reader.fieldnames or [])
     if not names or len(set(names)) != len(names) or not all(name.strip() for name in names):
-        raise Unreadable(path, "has no header of different, not empty column names")
+        raise Unreadable(path, "has no header of distinct, nonempty column names")
     ragged = sum("\0more" in row or None in row.values() for row in rows)
     if ragged or not rows:
         raise Unreadable(path, f"has {ragged} rows of another length than its header" if rows else "has no rows")
@@ -241,7 +243,7 @@ def rows_of(path: Path, limits: Limits = LIMITS) -> list[dict[str, str]]:
 
 
 def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | None:
-    """The examples of a manifest (path, and label, patient, site, split, mask); None where it is no manifest."""
+    """Return the examples of a manifest (path, and label, patient, site, split, mask); None if it is no manifest."""
     try:
         rows = rows_of(path, limits)
     except Unreadable:
@@ -276,7 +278,7 @@ def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | N
 
 
 def _by_folder(root: Path, images: list[Path]) -> Layout:
-    """Images under folders named by split, class, or both; loose images, and masks beside them by name."""
+    """Detect images in folders named by split, class, or both; loose images, and masks in the same folder by name."""
     masks, drawn = _beside(images)
     items = []
     for path in (path for path in images if path not in drawn):
@@ -290,7 +292,9 @@ def _by_folder(root: Path, images: list[Path]) -> Layout:
 
 
 def _beside(images: list[Path]) -> tuple[dict[Path, Path], set[Path]]:
-    """Masks in the same folder (``a_label`` or ``label_a`` for ``a_image``, ``image_a`` or ``a``): first, and all."""
+    """Return masks in the same folder (``a_label``, ``label_a`` for ``a_image``, ``image_a`` or ``a``): by image, and
+    all.
+    """
     drawn: set[Path] = set()
     names = {(path.parent, _stem(path)): path for path in images}
     found: dict[Path, Path] = {}

@@ -2,8 +2,8 @@
 
 The perceptual hash is the sign of the low frequencies of a discrete cosine transform (Zauner, "Implementation and
 Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1), here 16 x 16 of a 32 x 32 picture, without the
-constant term. Medical images of one kind look alike to such a hash, so every candidate is confirmed by the correlation
-of the small pictures themselves after their mean picture is taken away. Mirrored or turned copies are not looked for.
+constant term. Medical images of one kind have similar hashes, so every candidate is confirmed by the correlation of the
+small pictures after subtraction of their mean picture. Mirrored or rotated copies are not detected.
 """
 
 import hashlib
@@ -17,13 +17,15 @@ from polyclinic.data.formats.volume import Volume
 
 SIDE = 32
 _LOW = 16
-_HASH = 0.60  # correlation of the signs: at most 1 in 5 differs; smooth images have few sure signs
+_HASH = 0.60  # correlation of the signs: at most 1 in 5 differs; smooth images have few reliable signs
 _SAME = 0.985  # correlation of the small pictures
 _MOST = 20_000
 
 
 def content_hash(array: Tensor) -> str:
-    """32 hexadecimal digits that name the voxels and the shape of an image, whatever its file format."""
+    """Return 32 hexadecimal digits that identify the voxels and the shape of an image, independent of its file
+    format.
+    """
     numbers = np.ascontiguousarray(array.numpy().astype(np.float32, copy=False))
     name = hashlib.blake2b(repr(numbers.shape).encode(), digest_size=16)
     name.update(numbers.reshape(-1).view(np.uint8).data)
@@ -31,7 +33,9 @@ def content_hash(array: Tensor) -> str:
 
 
 def small_picture(volume: Volume, side: int = SIDE) -> np.ndarray:  # type: ignore[type-arg]
-    """The middle slice along the axis with the fewest voxels, averaged over channels, as [side, side] float32."""
+    """Return the middle slice along the axis with the fewest voxels, averaged over channels, as [side, side]
+    float32.
+    """
     array = volume.array.float()
     array = array.mean(0) if array.ndim == 4 else array
     axis = int(np.argmin(array.shape))
@@ -45,7 +49,7 @@ def _grow(flat: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def equal(hashes: Sequence[str]) -> list[list[int]]:
-    """Positions with the same content, in groups of two or more."""
+    """Return positions with the same content, in groups of two or more."""
     groups: dict[str, list[int]] = {}
     for at, name in enumerate(hashes):
         groups.setdefault(name, []).append(at)
@@ -53,20 +57,20 @@ def equal(hashes: Sequence[str]) -> list[list[int]]:
 
 
 def nearly_equal(pictures: Sequence[np.ndarray], hashes: Sequence[str]) -> list[tuple[int, int]]:  # type: ignore[type-arg]
-    """Pairs of different content that look the same, of the first 20,000 images.
+    """Return pairs of different content that look the same, among the first 20,000 images.
 
     Args:
         pictures: From ``small_picture``, each [32, 32].
-        hashes: From ``content_hash``: pairs that are equal are left to ``equal``.
+        hashes: From ``content_hash``; equal pairs are excluded (see ``equal``).
     """
     count = min(len(pictures), _MOST)
     if count < 2:
         return []
     stack = np.stack(pictures[:count]).reshape(count, -1)
-    flat = stack.std(1) < 1e-6 * (np.abs(stack).max(1) + 1e-12)  # constant pictures look like each other
+    flat = stack.std(1) < 1e-6 * (np.abs(stack).max(1) + 1e-12)  # constant pictures look alike
     signs = _signs(stack.reshape(count, SIDE, SIDE))
     centered = _unit(stack)
-    if count >= 16:  # what all images of this kind share says nothing about two of them
+    if count >= 16:  # what all images of this kind share does not distinguish pairs
         centered = _unit(centered - centered.mean(0))
     found: list[tuple[int, int]] = []
     step = 512
@@ -81,7 +85,7 @@ def nearly_equal(pictures: Sequence[np.ndarray], hashes: Sequence[str]) -> list[
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """Rows with mean 0 and length 1."""
+    """Return rows with mean 0 and length 1."""
     rows = rows - rows.mean(1, keepdims=True)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     out: np.ndarray = rows / np.where(lengths == 0, 1, lengths)  # type: ignore[type-arg]
@@ -89,7 +93,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 
 
 def _signs(pictures: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """The hash as +1 and -1 per frequency. Shape [n, 255]."""
+    """Return the hash as +1 and -1 per frequency. Shape [n, 255]."""
     from scipy.fft import dctn
 
     low = dctn(pictures, axes=(1, 2), norm="ortho")[:, :_LOW, :_LOW].reshape(len(pictures), -1)[:, 1:]

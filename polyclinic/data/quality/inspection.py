@@ -1,4 +1,4 @@
-"""One example looked at: what the check keeps of an image after its voxels are gone again."""
+"""Inspection of one example: the summary of an image that the data check keeps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -26,25 +26,25 @@ _FLAT = torch.eye(4, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Look:
-    """What is kept of an example.
+    """Summary of an example.
 
     Attributes:
-        item: Which one.
+        item: The example.
         size: Voxels (z, y, x).
-        channels: How many.
-        spacing_mm: (z, y, x); None where the file states none.
+        channels: Number of channels.
+        spacing_mm: (z, y, x); None if the file states none.
         orientation: Such as ``"LPS"``; empty for pictures.
-        modality: As the file says.
-        units: ``"HU"``, ``"RGB"``...
+        modality: As the file states it.
+        units: ``"HU"``, ``"RGB"``, ...
         quantiles: 33 evenly spaced quantiles of the values.
-        digest: The content's hash.
-        picture: The small picture for the perceptual hash, [32, 32].
-        notes: What the reader noticed.
+        digest: Hash of the content.
+        picture: Small picture for the perceptual hash, [32, 32].
+        notes: Observations of the reader.
         face: Whether it may show a face.
-        hidden: Metadata that may name somebody, by field.
-        labels: Values in its mask; None where there is no mask.
+        hidden: Metadata that may name a person, by field.
+        labels: Values in its mask; None if there is no mask.
         astray: Why its mask does not belong to it, or empty.
-        thumb: A small picture of it to look at, uint8; only for some.
+        thumb: Thumbnail, uint8; only for some examples.
     """
 
     item: Item
@@ -66,14 +66,14 @@ class Look:
 
 
 def picture_volume(path: Path, limits: Limits = LIMITS) -> Volume:
-    """A PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without millimeters."""
+    """Read a PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without spacing."""
     array = torch.from_numpy(np.array(read_picture(path, limits).astype(np.float32)))
     color = array.ndim == 3
     return Volume(array.permute(2, 0, 1)[:, None] if color else array[None], _FLAT, "", "RGB" if color else "", False)
 
 
 def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
-    """Any image file that this package reads."""
+    """Read any supported image file."""
     if is_nifti(path):
         return read_nifti(path, limits=limits)
     if is_nrrd(path):
@@ -84,20 +84,20 @@ def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
 
 
 def read_item(item: Item, limits: Limits = LIMITS) -> Volume:
-    """The image of an example: one file, channels in several files, or the slices of a series."""
+    """Read the image of an example: one file, channels in several files, or the slices of a series."""
     if item.key == DICOM:
         return read_series(Series(item.paths, "", ""), limits=limits)
     if len(item.paths) == 1:
         return read_volume(item.paths[0], limits)
     parts = [read_volume(path, limits) for path in item.paths]
     if not all(same_grid(parts[0], part) for part in parts):
-        raise Unreadable(item.paths[0], "its channels lie on different grids")
+        raise Unreadable(item.paths[0], "its channels are on different grids")
     arrays = [part.array if part.array.ndim == 4 else part.array[None] for part in parts]
     return replace(parts[0], array=torch.cat(arrays))
 
 
 def read_labels(path: Path, limits: Limits = LIMITS) -> Volume:
-    """A mask file."""
+    """Read a mask file."""
     if is_nifti(path):
         return read_nifti(path, mask=True, limits=limits)
     if is_nrrd(path):
@@ -109,7 +109,7 @@ def read_labels(path: Path, limits: Limits = LIMITS) -> Volume:
 
 
 def look(item: Item, volume: Volume, mask: Volume | None = None, thumb: bool = False, hints: str = "") -> Look:
-    """What is kept of an example."""
+    """Return the summary of an example."""
     values = volume.array.float().flatten()
     sample = values[:: max(1, values.numel() // 100_000)].numpy()
     hidden = tuple(name for path in item.paths[:1] for name in (*_in_volume(path), *in_picture(path)))
@@ -119,7 +119,7 @@ def look(item: Item, volume: Volume, mask: Volume | None = None, thumb: bool = F
         if mask.size != volume.size:
             astray = f"mask of {mask.size} voxels on an image of {volume.size}"
         elif mask.measured and volume.measured and not same_grid(mask, volume):
-            astray = "the mask lies elsewhere in the patient than its image"
+            astray = "the mask is at another position in the patient than its image"
     return Look(
         item,
         volume.size,
@@ -145,7 +145,7 @@ def _in_volume(path: Path) -> list[str]:
 
 
 def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:
-    """The middle slice, upright, between its 1st and 99th percentile. Shape [<= side, <= side (, 3)], uint8."""
+    """Return the middle slice, upright, between its 1st and 99th percentile. Shape [<= side, <= side (, 3)], uint8."""
     if volume.measured and volume.array.ndim == 3:
         volume = canonical(volume)
         thin = int(np.argmin(volume.size))
@@ -165,25 +165,26 @@ def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:
 
 
 def archive_items(path: Path, name: str, limits: Limits = LIMITS) -> Iterator[tuple[Item, Volume, Volume | None]]:
-    """The examples of a NumPy archive: ``train_images``/``train_labels``... (MedMNIST), or ``images``/``labels``.
+    """Yield the examples of a NumPy archive: ``train_images``/``train_labels``, ... (MedMNIST), or
+    ``images``/``labels``.
 
     Raises:
-        Unreadable: It holds no array of images, or labels that do not match them in number.
+        Unreadable: If it contains no array of images, or labels that do not match them in number.
     """
     arrays = read_npz(path, limits)
     keys = [key for key in arrays if key == "images" or key.endswith("_images")]
     if not keys:
-        raise Unreadable(path, "holds no array called images or <split>_images")
+        raise Unreadable(path, "contains no array named images or <split>_images")
     for key in sorted(keys):
         start, images = key.removesuffix("images"), arrays[key]
         if images.ndim not in (3, 4, 5) or images.dtype.kind not in "buif":
             raise Unreadable(path, f"array {key} of shape {images.shape} is not images of numbers")
         own: dict[str, Any] = {}
         for part in ("labels", "masks", "site", "patient"):
-            found = arrays.get(f"{start}{part}", arrays.get(f"{start}{part}s"))
-            if found is not None and len(found) != len(images):
-                raise Unreadable(path, f"{len(images)} images in {key} but {len(found)} {part}")
-            own[part] = found
+            array = arrays.get(f"{start}{part}", arrays.get(f"{start}{part}s"))
+            if array is not None and len(array) != len(images):
+                raise Unreadable(path, f"{len(images)} images in {key} but {len(array)} {part}")
+            own[part] = array
         split = SPLITS.get(start.rstrip("_").lower())
         for row in range(len(images)):
             item = Item(
@@ -225,7 +226,7 @@ def _array_volume(row: np.ndarray[Any, Any]) -> Volume:
 def look_at(
     layout: Layout, thumbs: int = 24, limits: Limits = LIMITS, hints: str = ""
 ) -> Iterator[Look | tuple[Item, Unreadable]]:
-    """Looks at every example of a layout; a file that is refused comes back with its reason, and the rest goes on."""
+    """Yield the summary of every example of a layout, and refused files with the reason."""
     if layout.kind == "npz":
         for archive in layout.items:
             try:

@@ -17,14 +17,14 @@ VERSION = 1
 
 
 def near_duplicates(sites: Mapping[str, Mapping[str, Examples]], fingerprint: str) -> tuple[Duplicate, ...]:
-    """Pairs of images that are nearly equal and not equal, anywhere in the federation. Found once, and kept.
+    """Return pairs of images anywhere in the federation that are nearly but not exactly equal. The result is cached.
 
     Args:
         sites: Examples by site and role.
-        fingerprint: A hash of the source that they come from.
+        fingerprint: Hash of the source that they come from.
 
     Raises:
-        DataError: Where the data are no images.
+        DataError: If the data are not images.
     """
     parts = [(site, role, examples) for site, roles in sites.items() for role, examples in roles.items()]
     if any(len(examples.shape) < 3 for *_, examples in parts):
@@ -42,11 +42,11 @@ def near_duplicates(sites: Mapping[str, Mapping[str, Examples]], fingerprint: st
     return tuple(Duplicate((a[0], b[0]), (a[1], b[1])) for a, b in sorted(pairs, key=lambda pair: pair[0][0]))
 
 
-def told(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
-    """What a reader must be told of them: nothing where there are none.
+def near_duplicate_notes(pairs: Sequence[Duplicate], refuse: bool) -> list[str]:
+    """Return sentences about the pairs for the reader of a report; empty if there are none.
 
     Raises:
-        DataError: Where ``refuse`` is asked for and a pair is in two of training, validation and test.
+        DataError: If ``refuse`` is set and a pair is in two of training, validation and test.
     """
     if not pairs:
         return []

@@ -1,8 +1,8 @@
 """Suspected protected health information: in DICOM headers by tag number, in other formats' free text, and faces.
 
-Values are never reported, only where they are. A gate, not a promise: what is not
-found may still be there. Tags: DICOM PS3.15, table E.1-1, the ones that name a person, a visit or a place, plus every
-person name (VR PN) and every private element at any depth.
+Reports locations, never values. The screening is not complete: information that is not found may still be present.
+Tags: DICOM PS3.15, table E.1-1, those that name a person, a visit or a place, plus every person name (VR PN) and every
+private element at any depth.
 """
 
 import gzip
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.data.filename_screening import in_name
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import LIMITS, PICTURES, Limits, Unreadable, read_text
 from polyclinic.data.formats.volume import Volume, canonical
-from polyclinic.data.quality.filename_screening import in_name
 
 _IDENTIFYING = {
     0x00080050,
@@ -69,7 +69,7 @@ _TEXT_KEYS = ("comment", "author", "description", "title", "xml:com.adobe.xmp")
 PRIVATE = -1
 PREAMBLE = -2
 OVERLAY = -3
-_PSEUDONYM = (0x00100010, 0x00100020)  # allowed where (0012,0062) says that the identity was removed
+_PSEUDONYM = (0x00100010, 0x00100020)  # allowed if (0012,0062) states that the identity was removed
 TEXT_LIKELY = ("US", "IVUS", "XA", "RF", "OT", "ES", "XC", "GM", "SC", "DOC")
 _SIDECAR = (
     "PatientName",
@@ -98,7 +98,7 @@ _EXIF = {
 
 
 def tags_of(dataset: Any) -> set[int]:
-    """The suspicious tags of a header, at any depth: tag numbers, and ``PRIVATE``, ``PREAMBLE``, ``OVERLAY``."""
+    """Return the suspicious tags of a header, at any depth: tag numbers, and ``PRIVATE``, ``PREAMBLE``, ``OVERLAY``."""
     found: set[int] = set()
     with quiet():
         removed = str(dataset.get("PatientIdentityRemoved") or "").upper() == "YES"
@@ -124,12 +124,14 @@ def _look(dataset: Any, found: set[int]) -> None:
                     _look(item, found)
             elif (number in _IDENTIFYING or element.VR == "PN") and str(element.value or "").strip("^ ="):
                 found.add(number)
-        except Exception:  # it cannot be decoded; the reader will say so
+        except Exception:  # it cannot be decoded; the reader reports it
             found.add(number)
 
 
 def burned_in(dataset: Any) -> str | None:
-    """Why text may be drawn into the pixels: the file says so, or its modality often does."""
+    """Return why text may be drawn into the pixels: the file states it, or its modality often has it. None
+    otherwise.
+    """
     with quiet():
         flag = str(dataset.get("BurnedInAnnotation") or "").upper()
         modality = str(dataset.get("Modality") or "").upper()
@@ -142,13 +144,13 @@ def burned_in(dataset: Any) -> str | None:
 
 
 def name_of_tag(tag: int) -> str:
-    """``(0010,0010)``, or what the special ones mean."""
+    """Return ``(0010,0010)``, or the meaning of the special values."""
     special = {PRIVATE: "private elements", PREAMBLE: "the 128-byte preamble", OVERLAY: "overlays (60xx)"}
     return special.get(tag) or f"({tag >> 16:04x},{tag & 0xFFFF:04x})"
 
 
 def in_nifti(path: Path) -> list[str]:
-    """Header fields of a NIfTI file whose free text looks like a person, and DICOM data in its extensions."""
+    """Return header fields of a NIfTI file whose free text looks like a person, and DICOM data in its extensions."""
     try:
         with open(path, "rb") as plain:
             packed = plain.read(2) == b"\x1f\x8b"
@@ -169,7 +171,7 @@ def in_nifti(path: Path) -> list[str]:
 
 
 def in_picture(path: Path) -> list[str]:
-    """Metadata of a picture that may name somebody: EXIF tags by name, comments."""
+    """Return metadata of a picture that may name a person: EXIF tags by name, comments."""
     if path.suffix.lower() not in PICTURES:
         return []
     from PIL import Image
@@ -182,30 +184,30 @@ def in_picture(path: Path) -> list[str]:
                 for key in picture.info
                 if key.lower() in ("comment", "author", "description", "title", "xml:com.adobe.xmp")
             ]
-    except Exception:  # the reader will say what is wrong with it
+    except Exception:  # the reader reports the problem
         return []
     return sorted({name for tag, name in _EXIF.items() if tag in tags} | {f"text ({key})" for key in text})
 
 
 def in_sidecar(path: Path, limits: Limits = LIMITS) -> list[str]:
-    """Keys of a BIDS sidecar (JSON) that name a person, a visit or a place."""
+    """Return keys of a BIDS sidecar (JSON) that name a person, a visit or a place."""
     try:
-        found = json.loads(read_text(path, limits))
+        sidecar = json.loads(read_text(path, limits))
     except (Unreadable, ValueError, RecursionError):
         return []
-    return [key for key in _SIDECAR if isinstance(found, dict) and found.get(key)]
+    return [key for key in _SIDECAR if isinstance(sidecar, dict) and sidecar.get(key)]
 
 
 def may_show_a_face(volume: Volume, hints: str) -> bool:
-    """Whether a volume is a head whose face is in view: a warning, decided by hints and by where there is anything.
+    """Return whether a volume may show the face of a head, judged from hints and from where the volume has content.
 
     Args:
-        volume: Any orientation.
+        volume: Volume in any orientation.
         hints: Body part and file name, in any case.
 
     Returns:
-        False where the hints name no head, where the field of view is too small, or where the front lower quarter
-        holds one value only (defaced or skull-stripped).
+        False if the hints name no head, if the field of view is too small, or if the front lower quarter contains one
+        value only (defaced or skull-stripped).
     """
     head = re.search(r"(?i)head|brain|skull|face|t1w|t2w|flair|mprage|neuro", hints) is not None
     if not head or volume.array.ndim != 3 or not volume.measured or min(volume.size) < 8:

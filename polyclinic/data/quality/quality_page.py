@@ -1,7 +1,7 @@
-"""The check's page: one HTML file with pictures and histograms, for eyes at the site only.
+"""The data check's command, and its page: one HTML file with pictures and histograms, for use at the site only.
 
-It shows patients' images. It is readable by its owner only, loads nothing from anywhere (its own policy forbids it),
-runs no script, and every text from file names is escaped.
+The page shows patients' images. It is readable by its owner only, loads no external resources (its content policy
+forbids it), runs no script, and escapes every text from file names.
 """
 
 import base64
@@ -10,17 +10,16 @@ import io
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from polyclinic.data.quality.filename_screening import shown
+from polyclinic.data.filename_screening import shown
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.quality.site_check import KINDS, CheckReport, check_folder
 from polyclinic.errors import ConfigError
-
-if TYPE_CHECKING:
-    from polyclinic.data.quality.site_check import CheckReport
 
 _STYLE = """
 :root { --ink:#1c2733; --soft:#5b6b7b; --line:#d9e0e7; --paper:#fff;
@@ -43,20 +42,44 @@ img { width: 96px; height: 96px; object-fit: contain; background: #000; border-r
 figcaption { font-size: .7rem; color: var(--soft); overflow-wrap: anywhere }
 @media print { body { max-width: none } details { display: none } }
 """
-_LEVELS = {"error": "to put right", "warning": "to look at", "note": "to know"}
+_LEVELS = {"error": "to correct", "warning": "to inspect", "note": "for information"}
 
 
-def write_page(report: "CheckReport", path: str | os.PathLike[str]) -> Path:
-    """Writes the page, for its owner's eyes only (mode 0600), whole or not at all.
+def check_command(
+    path: str,
+    html: str | None = None,
+    labels: tuple[int, ...] = (),
+    allow_health: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run ``polyclinic data check DIR``. Return 0 without errors, 1 with errors, 2 if there is nothing to check."""
+    try:
+        report = check_folder(path, labels, "warning" if allow_health else "error")
+    except (Unreadable, ImportError) as problem:
+        say(str(problem))
+        return 2
+    for line in report.lines():
+        say(line)
+    if html is not None:
+        try:
+            say(f"page for inspection (patients' images: keep it at this site): {write_page(report, html)}")
+        except (OSError, ValueError) as problem:
+            say(f"the page could not be written: {problem}")
+            return 2
+    return 0 if report.ok else 1
+
+
+def write_page(report: CheckReport, path: str | os.PathLike[str]) -> Path:
+    """Write the page atomically, readable by its owner only (mode 0600).
 
     Raises:
-        ValueError: ``path`` lies inside the data or is a folder.
+        ValueError: If ``path`` is inside the data or is a folder.
     """
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: name a file")
     if report.root.is_dir() and report.root.resolve() in path.resolve().parents:
-        raise ConfigError(f"{path} lies inside the data; write the page elsewhere")
+        raise ConfigError(f"{path} is inside the data; write the page to another folder")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=".check-", suffix=".part")  # made with mode 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -68,8 +91,8 @@ def write_page(report: "CheckReport", path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def page(report: "CheckReport") -> str:
-    """The whole page as text."""
+def page(report: CheckReport) -> str:
+    """Return the page as text."""
     return "\n".join(_parts(report))
 
 
@@ -77,9 +100,7 @@ def _text(value: object) -> str:
     return html.escape("".join(c if c.isprintable() else "?" for c in str(value)), quote=True)
 
 
-def _parts(report: "CheckReport") -> Iterator[str]:
-    from polyclinic.data.quality.site_check import KINDS
-
+def _parts(report: CheckReport) -> Iterator[str]:
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data check</title>'
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     yield f'<meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="robots" content="noindex">'
@@ -87,7 +108,7 @@ def _parts(report: "CheckReport") -> Iterator[str]:
     yield f"<h1>Data check: {_text(shown(report.root.name))}</h1>"
     who = "patients not known" if report.patients is None else f"{report.patients} patients"
     yield f'<p class="soft">{_text(KINDS[report.kind])} · {report.examples} examples · {who}</p>'
-    yield '<p class="stay">This page shows patients\' images. It stays at this site: do not send or upload it.</p>'
+    yield '<p class="stay">This page shows patients\' images. Keep it at this site: do not send or upload it.</p>'
     for level, title in _LEVELS.items():
         some = [finding for finding in report.findings if finding.level == level]
         if some:
@@ -96,7 +117,7 @@ def _parts(report: "CheckReport") -> Iterator[str]:
                 yield f"<li><b>{_text(finding.code)}</b> {_text(finding.message)}{_files(finding.files)}</li>"
             yield "</ul>"
     if not report.findings:
-        yield "<p>Nothing stands in the way.</p>"
+        yield "<p>No problems found.</p>"
     for title, counts in (
         ("Classes", report.classes),
         ("Splits", report.splits),
@@ -136,7 +157,7 @@ def _bars(counts: Counter[Any], most: int = 40) -> str:
     return f'<table class="bars">{rows}</table>'
 
 
-def _geometry(report: "CheckReport") -> Iterator[str]:
+def _geometry(report: CheckReport) -> Iterator[str]:
     rows = [("Size in voxels (z, y, x)", report.sizes), ("Spacing in mm (z, y, x)", report.spacing_mm)]
     if any(spread for _, spread in rows):
         yield "<h2>Geometry</h2><table><tr><th></th><th>least</th><th>median</th><th>largest</th></tr>"
@@ -148,7 +169,7 @@ def _geometry(report: "CheckReport") -> Iterator[str]:
 
 
 def _histogram(quantiles: np.ndarray[Any, Any], bins: int = 48) -> str:
-    """A density drawn from quantiles: equal numbers of values lie between neighbors."""
+    """Return a histogram drawn from quantiles: equal numbers of values are between neighbors."""
     values = np.asarray(quantiles, dtype=np.float64)
     low, high = values[1], values[-2]  # the extremes would flatten the rest
     if not high > low:

@@ -1,9 +1,9 @@
-"""What a hospital runs before it joins: everything that is wrong with a folder of data, said at once, at the site.
+"""Data check that a hospital runs before it joins: all problems of a folder of data in one report, at the site.
 
-``check_folder`` finds out what kind of folder it is, looks at every example, and reports counts, classes, spacing,
-orientation, intensities, damaged files (one line each; the rest goes on), patients in two splits, masks that are empty
-or hold unknown labels, suspected health information (by tag number and place, never by value), likely faces, and
-equal or nearly equal images. Nothing is changed, nothing is sent.
+``check_folder`` detects the kind of folder, inspects every example, and reports counts, classes, spacing, orientation,
+intensities, damaged files (one line each), patients in two splits, masks that are empty or contain unknown labels,
+suspected health information (by tag number and place, never by value), likely faces, and equal or nearly equal images.
+It changes and sends nothing.
 """
 
 import os
@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polyclinic.data.filename_screening import shown
 from polyclinic.data.formats.dicom.series import dicom_files, find_series
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
-from polyclinic.data.quality.filename_screening import shown
-from polyclinic.data.quality.findings import Finding, compare, health_information, layout_problems
+from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
-__all__ = ["CheckReport", "Finding", "check_command", "check_folder"]
+__all__ = ["CheckReport", "Finding", "check_folder"]
 KINDS = {
     "classes": "folders named by class",
     "nnunet": "images with masks (nnU-Net layout)",
@@ -46,29 +46,29 @@ STUDY = {
     "npz": "npz",
     "table": "table",
 }
-"""What a study file calls each: ``kind = ...`` in its ``[data]`` table."""
+"""Values of ``kind`` in a study file's ``[data]`` table for each layout."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found. File names that look like a person are masked; identifiers and values of tags are not in it.
+    """Result of the check. File names that look like a person are masked; identifiers and values of tags are excluded.
 
     Attributes:
-        root: What was checked.
+        root: The checked folder or file.
         kind: A key of ``KINDS``.
-        examples: How many examples were looked at.
-        patients: How many patients; None where nobody says who is who.
+        examples: Number of inspected examples.
+        patients: Number of patients; None if unknown.
         classes: Examples by class.
         splits: Examples by split.
         sites: Examples by site.
         modalities: Examples by modality.
         orientations: Examples by orientation.
-        mask_labels: Masks by the label they hold.
-        spacing_mm: Least, median and largest voxel size, as (z, y, x); None where no file states one.
-        sizes: Least, median and largest size in voxels, as (z, y, x).
+        mask_labels: Masks by the labels they contain.
+        spacing_mm: Smallest, median and largest voxel size, as (z, y, x); None if no file states one.
+        sizes: Smallest, median and largest size in voxels, as (z, y, x).
         intensity: 33 quantiles of the values, averaged over examples, by units (``"HU"``, ``"RGB"``, ``""``).
-        findings: What is wrong or worth knowing, errors first.
-        pictures: Captions and small pictures (uint8) of some examples.
+        findings: Problems and notes, errors first.
+        pictures: Captions and thumbnails (uint8) of some examples.
     """
 
     root: Path
@@ -93,7 +93,7 @@ class CheckReport:
         return not any(finding.level == "error" for finding in self.findings)
 
     def lines(self) -> list[str]:
-        """One screen."""
+        """Return the report for the screen."""
         who = "patients unknown" if self.patients is None else f"{self.patients} patients"
         out = [f"{KINDS[self.kind]}: {self.examples} examples, {who}"]
         for name, counts in (
@@ -129,7 +129,7 @@ class CheckReport:
         if self.kind in STUDY:
             out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')
         errors = sum(f.level == "error" for f in self.findings)
-        out.append("nothing stands in the way" if self.ok else f"{errors} thing{'s' * (errors > 1)} to put right first")
+        out.append("no errors found" if self.ok else f"{errors} error{'s' * (errors > 1)} to correct first")
         return out
 
 
@@ -145,18 +145,18 @@ def check_folder(
     limits: Limits = LIMITS,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
-    """Checks a folder (or one file) of medical data.
+    """Check a folder (or one file) of medical data.
 
     Args:
-        root: A hospital's folder in any of the layouts of ``check_layout``.
-        labels: The values that masks may hold, where no ``dataset.json`` says so.
-        health: How bad it is to find suspected health information.
-        thumbs: How many small pictures to keep for the page.
-        limits: What one file may ask for.
-        progress: Called with the number of examples looked at.
+        root: A hospital's folder in any of the layouts of ``folder_layout``.
+        labels: The allowed mask values, if no ``dataset.json`` states them.
+        health: Level of suspected health information.
+        thumbs: Number of thumbnails to keep for the page.
+        limits: Limits on one file.
+        progress: Called with the number of inspected examples.
 
     Raises:
-        Unreadable: There is nothing at ``root`` that could be data.
+        Unreadable: If ``root`` contains nothing that could be data.
     """
     root = Path(root)
     layout = detect(root, limits)
@@ -184,36 +184,10 @@ def check_folder(
     return _report(layout, looks, found)
 
 
-def check_command(
-    path: str,
-    html: str | None = None,
-    labels: tuple[int, ...] = (),
-    allow_health: bool = False,
-    say: Callable[[str], None] = print,
-) -> int:
-    """What ``polyclinic data check DIR`` does: 0 nothing wrong, 1 errors were found, 2 there is nothing to check."""
-    try:
-        report = check_folder(path, labels, "warning" if allow_health else "error")
-    except (Unreadable, ImportError) as problem:
-        say(str(problem))
-        return 2
-    for line in report.lines():
-        say(line)
-    if html is not None:
-        from polyclinic.data.quality.quality_page import write_page
-
-        try:
-            say(f"page to look at (patients' images: it stays here): {write_page(report, html)}")
-        except (OSError, ValueError) as problem:
-            say(f"the page could not be written: {problem}")
-            return 2
-    return 0 if report.ok else 1
-
-
 def _dicom(
     layout: Layout, found: list[Finding], health: Literal["error", "warning"], limits: Limits
 ) -> tuple[Layout, str]:
-    """Series as items; what the headers give away goes to ``found``."""
+    """Return series as items and the body parts; findings on the headers are appended to ``found``."""
     tags: dict[int, list[str]] = {}
     drawn: dict[str, list[str]] = {}
     parts: set[str] = set()
@@ -232,8 +206,6 @@ def _dicom(
     found += [
         Finding("error", "unreadable", p.reason, (shown(str(p.path.relative_to(root))),)) for p in series.problems
     ]
-    from polyclinic.data.quality.findings import headers
-
     found += headers(tags, drawn, series.not_images, health)
     items = tuple(
         Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM) for s in series.series
@@ -242,7 +214,7 @@ def _dicom(
 
 
 def _within(root: Path, path: Path, name: str) -> str:
-    """The refused file's path within the folder, or the example's name where it lies elsewhere."""
+    """Return the refused file's path within the folder, or the example's name if it is outside."""
     return str(path.relative_to(root)) if root in path.parents else name
 
 
@@ -275,7 +247,7 @@ def _report(layout: Layout, looks: list[Look], found: list[Finding]) -> CheckRep
 
 
 def _spread(rows: Any) -> tuple[tuple[float, ...], ...]:
-    """Least, median and largest, column by column."""
+    """Return minimum, median and maximum, column by column."""
     table = np.array(rows, dtype=np.float64)
     return tuple(tuple(float(v) for v in row) for row in (table.min(0), np.median(table, axis=0), table.max(0)))
 

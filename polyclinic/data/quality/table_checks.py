@@ -1,4 +1,4 @@
-"""A table checked: missing values, constant columns, classes, patients in two splits, columns that name people."""
+"""Checks of a table: missing values, constant columns, classes, patients in two splits, columns that name people."""
 
 import math
 import re
@@ -19,10 +19,10 @@ _PERSONAL = re.compile(
 def check_table(
     path: Path, limits: Limits = LIMITS, health: Level = "error"
 ) -> tuple[int, int | None, Counter[str], Counter[str], Counter[str], list[Finding]]:
-    """Rows, patients, classes, splits, sites and findings of a CSV or TSV file.
+    """Return rows, patients, classes, splits, sites and findings of a CSV or TSV file.
 
     Raises:
-        Unreadable: It is no sound table.
+        Unreadable: If it is not a valid table.
     """
     rows = rows_of(path, limits)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -41,7 +41,7 @@ def check_table(
         listed = ", ".join(f"{n} {s:.0%}" for n, s in sorted(gaps.items(), key=lambda g: -g[1])[:8])
         found.append(Finding("note", "missing", f"missing values in {len(gaps)} of {len(columns)} columns: {listed}"))
     if coded := [n for n, c in columns.items() if {"-9", "-99", "-999"} & set(c) and _is_number(c)]:
-        text = f"-9, -99 or -999 may stand for missing in: {', '.join(coded[:8])}"
+        text = f"-9, -99 or -999 may mean missing in: {', '.join(coded[:8])}"
         found.append(Finding("warning", "coded-missing", text))
     if constant := [n for n, c in columns.items() if len(set(c)) == 1 and len(rows) > 1]:
         found.append(Finding("note", "constant", f"columns with one value only: {', '.join(constant[:8])}"))

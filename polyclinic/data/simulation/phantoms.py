@@ -1,8 +1,8 @@
-"""Simulated patients, for protocols whose real data need an agreement. Every result on them says that they are made up.
+"""Simulated patients, for protocols whose real data need an agreement. Every result on them is marked as simulated.
 
-``RoiPhantom`` draws regional gray-matter volumes as the survey's experiment uses them (Guan, Yap, Bozoki and Liu, 2024,
+``RoiPhantom`` draws regional gray-matter volumes as used in the survey's experiment (Guan, Yap, Bozoki and Liu, 2024,
 section 6: ADNI-1 and ADNI-2, patients against controls), with a scanner that scales, shifts and blurs each region by
-site. The numbers are ours, chosen so that a linear model reaches about what such studies report; nothing is fitted to
+site. The parameters are chosen so that a linear model performs about as such studies report; they are not fitted to
 ADNI.
 """
 
@@ -22,19 +22,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class RoiPhantom:
-    """Regional volumes of made-up patients and controls, seen through each site's scanner.
+    """Regional volumes of simulated patients and controls, measured by each site's scanner.
 
-    Region r of subject i at site s: x = a_sr (m_r + y_i d_r + g_i l_r + e_ir) + b_sr + n_isr, with disease y, a size
-    of head g that all regions share, and per-site gain a, offset b and noise n.
+    Region r of subject i at site s: ``x = a_sr (m_r + y_i d_r + g_i l_r + e_ir) + b_sr + n_isr``, with disease y, a
+    head size g shared by all regions, and per-site gain a, offset b and noise n.
 
     Attributes:
-        sites: How many scanners.
-        subjects: How many people each.
-        regions: How many regions, as in an atlas; a fifth of them shrink in disease.
-        effect: By how many standard deviations an affected region shrinks.
-        gain: The deviation of a site's gain over regions; ``shift``: that of its offset.
-        noise: The deviation of a site's own noise, between nothing and this.
-        seed: Of the whole phantom.
+        sites: Number of scanners.
+        subjects: Number of subjects per scanner.
+        regions: Number of regions, as in an atlas; a fifth of them shrink in disease.
+        effect: Shrinkage of an affected region in standard deviations.
+        gain: Standard deviation of a site's gain over regions. ``shift``: that of its offset.
+        noise: Largest standard deviation of a site's own noise.
+        seed: Seed of the phantom.
     """
 
     sites: int = 2
@@ -55,7 +55,7 @@ class RoiPhantom:
 
     @property
     def info(self) -> Info:
-        """What it is, and that it is made up."""
+        """Description of the data set, which states that it is simulated."""
         return Info(
             "roi-phantom",
             "Simulated regional brain volumes",
@@ -69,17 +69,17 @@ class RoiPhantom:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the options."""
+        """Hash of the options."""
         return digest("roi-phantom", 1, sorted(vars(self).items(), key=lambda item: item[0]))
 
     def table(self) -> Table:
-        """Who there is."""
+        """Return the table of subjects."""
         _, y, site = self._drawn
         ids = tuple(f"phantom-{i:05d}" for i in range(len(y)))
         return Table(ids, ids, y, {"site": tuple(f"scanner-{s + 1}" for s in site)}, ("site",))
 
     def examples(self, ids: tuple[str, ...] | list[str]) -> Examples:
-        """Reads the named subjects."""
+        """Return the named subjects."""
         x, y, _ = self._drawn
         rows = [int(name.removeprefix("phantom-")) for name in ids]
         return Examples(torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), tuple(ids), tuple(ids))

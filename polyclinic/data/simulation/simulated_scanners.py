@@ -1,10 +1,9 @@
-"""Imaginary scanners: the same images as if each site had a machine of its own (feature shift).
+"""Simulated scanners: feature shift between sites that otherwise have the same kind of images.
 
-A site's scanner is drawn once, from the study's seed and the site's name: a gamma, a contrast, a brightness, a blur and
-a noise level. It is a simulation and says so; real scanners differ in more ways. The kinds of change follow the
-intensity and resolution part of Zhang et al., "Generalizing deep learning for medical image segmentation to unseen
-domains via deep stacked transformation", IEEE TMI 39:2531 (2020), https://doi.org/10.1109/TMI.2020.2973595; the ranges
-are ours.
+A site's scanner is drawn once, from the study's seed and the site's name: gamma, contrast, brightness, blur and noise
+level. Real scanners differ in more ways. The kinds of change follow the intensity and resolution part of Zhang et al.,
+"Generalizing deep learning for medical image segmentation to unseen domains via deep stacked transformation", IEEE TMI
+39:2531 (2020), https://doi.org/10.1109/TMI.2020.2973595; the ranges are chosen here.
 """
 
 import hashlib
@@ -16,19 +15,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.splits import dice_for
+from polyclinic.data.splits import rng_for
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """What one imaginary machine does to an image whose darkest value is 0 and whose brightest is 1.
+    """Changes that a simulated scanner applies to an image scaled to 0 to 1.
 
     Attributes:
-        gamma: x becomes x to this power.
-        contrast: What is then multiplied.
-        brightness: What is then added.
-        blur: The deviation of a Gaussian blur, in pixels.
-        noise: The deviation of Gaussian noise.
+        gamma: Exponent of the intensities.
+        contrast: Factor, applied next.
+        brightness: Offset, applied next.
+        blur: Standard deviation of a Gaussian blur, in pixels.
+        noise: Standard deviation of Gaussian noise.
     """
 
     gamma: float = 1.0
@@ -39,8 +38,8 @@ class Scanner:
 
     @classmethod
     def of(cls, site: str, strength: float, seed: int) -> "Scanner":
-        """The scanner of ``site``. With strength 0 it changes nothing; 1 is a strong change."""
-        rng = dice_for(seed, "scanner", site)
+        """Return the scanner of ``site``. Strength 0 changes nothing; 1 is a strong change."""
+        rng = rng_for(seed, "scanner", site)
         gamma, contrast, brightness = rng.uniform(-1, 1, 3)
         blur, noise = rng.uniform(0, 1, 2)
         return cls(
@@ -52,10 +51,10 @@ class Scanner:
         )
 
     def __call__(self, examples: Examples) -> Examples:
-        """The examples as this machine would show them: same kind, same shape, same targets.
+        """Return the examples as this scanner shows them, with the same type, shape and targets.
 
-        An image's own darkest and brightest values are what 0 and 1 mean; bytes stay bytes and clip at their ends.
-        Noise depends on an example's id alone, so any part of the examples looks the same.
+        The image's own minimum and maximum correspond to 0 and 1; bytes remain bytes and are clipped. Noise depends
+        only on an example's id, so it does not depend on the selection of examples.
         """
         if examples.inputs.ndim < 4:
             raise DataError("scanners = ... is for images; these examples are rows of a table")
@@ -81,7 +80,7 @@ class Scanner:
 
 
 def blurred(image: Tensor, deviation: float) -> Tensor:
-    """A Gaussian blur along every spatial axis, in pixels; borders repeat. Shape [C, *spatial]."""
+    """Apply a Gaussian blur along every spatial axis, in pixels, with replicated borders. Shape [C, *spatial]."""
     if deviation < 1e-3:
         return image
     reach = max(1, math.ceil(3 * deviation))
@@ -96,5 +95,5 @@ def blurred(image: Tensor, deviation: float) -> Tensor:
 
 
 def badge(strength: float) -> str:
-    """The sentence that goes with every result on images shown by imaginary scanners."""
-    return f"Simulated scanners: each site's images were changed by an imaginary machine of strength {strength:g}."
+    """Return the sentence that accompanies every result with simulated scanners."""
+    return f"Simulated scanners: each site's images were changed by a simulated scanner of strength {strength:g}."

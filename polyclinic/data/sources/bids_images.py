@@ -1,4 +1,4 @@
-"""A BIDS folder as a source of examples: images by suffix, labels and sites from participants.tsv, or masks."""
+"""BIDS folders as a source: images by suffix, labels and sites from participants.tsv, or masks."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,15 @@ class BidsImages(FromFiles):
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
-        suffix: Which images, such as ``("T1w",)``; several are channels of one example, where a visit has all of them.
-        label: The column of participants.tsv that holds the class or number; "" where masks are the target.
+        suffix: Selected images, such as ``("T1w",)``; several are channels of one example, from visits that have all.
+        label: The column of participants.tsv with the class or number; "" if masks are the target.
         regression: Whether the label is a number rather than a class.
-        site: The column that names the site; found alone if its name says so (``site``, ``scanner``, ``center``...).
+        site: The column that names the site; detected by its name (``site``, ``scanner``, ``center``, ...).
         session: Only this session, such as ``"01"``; "" for all.
-        classes: The classes in order; found and sorted where this is empty (for masks: the names of 0, 1, ...).
+        classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -43,7 +43,7 @@ class BidsImages(FromFiles):
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def collect(self) -> Collection:
-        """Every visit that has all the images asked for, with its participant's label or its mask."""
+        """Collect every visit that has all selected images, with its participant's label or its mask."""
         root = opened(self.path)
         try:
             bids = read_bids(root)
@@ -63,15 +63,15 @@ class BidsImages(FromFiles):
                 if image.suffix in visits.setdefault(visit, {}):
                     problems.append(f"{image.subject} has two {image.suffix} images in one visit; keep one of them")
                 visits[visit][image.suffix] = image
-        whole = {visit: found for visit, found in visits.items() if len(found) == len(set(self.suffix))}
-        if not whole and not problems:
+        complete = {visit: images for visit, images in visits.items() if len(images) == len(set(self.suffix))}
+        if not complete and not problems:
             kinds = ", ".join(sorted({image.suffix for image in bids.images})) or "none"
             problems.append(f"no visit has all of {', '.join(self.suffix)}; there are {kinds}")
         if self.label:
-            whole = {v: found for v, found in whole.items() if self.label in bids.participants.get(v[0], {})}
-            if not whole and not problems:
+            complete = {v: images for v, images in complete.items() if self.label in bids.participants.get(v[0], {})}
+            if not complete and not problems:
                 problems.append(f"no participant with images has a value of {self.label}")
-        chosen = [tuple(found[suffix] for suffix in self.suffix) for _, found in sorted(whole.items())]
+        chosen = [tuple(visit_[suffix] for suffix in self.suffix) for _, visit_ in sorted(complete.items())]
         masks = [None if self.label else bids.mask_of(images[0]) for images in chosen]
         if not self.label and (lost := masks.count(None)):
             problems.append(f"{lost} of {len(chosen)} visits have no mask, or several; name a label instead")

@@ -1,7 +1,7 @@
-"""A tree of DICOM files as a source of examples: one example per series, labels from a table by patient.
+"""Tree of DICOM files as a source: one example per series, labels from a table by patient.
 
-The layout that ``deidentify`` writes (a folder per patient, in it a folder per series) is read as it is. Scanner
-(manufacturer and model) is always a column, so that simulated hospitals can follow real machines.
+The layout that ``polyclinic data deidentify`` writes (a folder per patient with a folder per series) is read directly.
+The scanner (manufacturer and model) is always a column, so that simulated hospitals can follow real machines.
 """
 
 from collections import Counter
@@ -11,33 +11,33 @@ from typing import Any, Literal
 
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
+from polyclinic.data.filename_screening import in_name
 from polyclinic.data.files import kind_of, opened, placed
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series
 from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
-from polyclinic.data.quality.filename_screening import in_name
 from polyclinic.data.source import HIDDEN, Info, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
 
 
 @dataclass(frozen=True)
 class DicomImages(FromFiles):
-    """Series of a DICOM tree, each in a folder of its own (or a file of its own), with labels by patient.
+    """Series of a DICOM tree, each in its own folder (or file), with labels by patient.
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
         labels: A table with one row per patient (CSV, gzipped CSV or Parquet).
-        patient: Its column that holds (0010,0020), or the pseudonym that stands there now.
-        label: Its column that holds the class or number.
+        patient: Its column with (0010,0020), or with the pseudonym that replaced it.
+        label: Its column with the class or number.
         site: Its column that names the site; "" takes the scanner.
         regression: Whether the label is a number rather than a class.
         modality: Only series of this modality, such as ``"CT"``; "" for all.
-        slices: Only series of at least this many slices, so that scouts stay out.
-        classes: The classes in order; found and sorted where this is empty.
+        slices: Smallest number of slices of a series, to exclude scouts.
+        classes: The classes in order; if empty, the sorted values.
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -54,7 +54,7 @@ class DicomImages(FromFiles):
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def collect(self) -> Collection:
-        """Every series of a patient who has a label."""
+        """Collect every series of a patient who has a label."""
         root, table = opened(self.path), placed(self.labels)
         rows = read_rows(table)
         wanted = [self.patient, self.label, *([self.site] if self.site else [])]
@@ -92,7 +92,7 @@ class DicomImages(FromFiles):
                 tangled += 1
         if tangled:
             problems.append(
-                f"{tangled} series share a folder with other files; give each series a folder of its own "
+                f"{tangled} series share a folder with other files; put each series in its own folder "
                 "(`polyclinic data deidentify` does)"
             )
         if not chosen and not problems:

@@ -2,12 +2,12 @@
 
 Missing values are filled and features are scaled with statistics over *training rows only*, in one of three ways:
 
-* ``"federation"``: means and deviations over the training rows of all training sites. They follow from each site's
-  Σx, Σx² and counts, so a real federation gets them through secure summation, and external sites use them unseen.
+* ``"federation"``: means and deviations over the training rows of all training sites. They follow from each site's Σx,
+  Σx² and counts, so a real federation computes them by secure summation, and external sites use them unchanged.
 * ``"site"``: each site's own. An external site then uses its own rows' features, never their labels.
-* ``"declared"``: from a file. A real hospital sees only its own rows, so what holds for all must come from outside.
+* ``"declared"``: from a file. A real hospital sees only its own rows, so common statistics must be provided.
 
-What was missing is told to the model by indicators, one for each feature that is missing anywhere.
+Indicators, one for each feature that is missing anywhere, tell the model which values were missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,28 +33,28 @@ MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """A CSV (also gzipped) or Parquet table.
+    """CSV (also gzipped) or Parquet table.
 
     Attributes:
         path: The file.
         label: The column to predict.
-        features: The columns to predict from; every other column where this is empty.
+        features: The columns to predict from; every other column if empty.
         leave_out: Columns that are not features.
-        categories: Columns whose values are codes or words, not amounts; each value becomes a feature of 0 and 1.
+        categories: Columns whose values are codes or words, not quantities; each value becomes a feature of 0 and 1.
         site: The column that names the hospital.
-        patient: The column that says whose a row is; "" where each row is a patient of its own.
-        threshold: A label above it is class 1, else class 0; None where labels are classes as they are.
+        patient: The column that identifies the patient; "" if each row is its own patient.
+        threshold: A label above it is class 1, otherwise class 0; None if labels are classes.
         regression: Whether the label is a number to predict.
         classes: The names of the classes, in order.
-        missing: What stands for a missing value, besides nothing, ``NA``, ``NaN``, ``?``, ``null`` and the like.
+        missing: Values that mean missing, in addition to empty cells, ``NA``, ``NaN``, ``?``, ``null`` and similar.
             Numbers are compared as numbers: ``"-9"`` is also ``-9.0``.
-        zero_is_missing: Columns in which 0 stands for a missing value.
-        fill: What a missing value becomes: the mean, the median (with each site's own statistics only), or 0.
+        zero_is_missing: Columns in which 0 means missing.
+        fill: Replacement of a missing value: the mean, the median (with each site's own statistics only), or 0.
         scale: Whether features are scaled to mean 0 and deviation 1.
-        indicators: Whether a feature of 0 and 1 tells what was missing.
-        statistics: Whose rows the mean and deviation come from; or ``"declared"``: from the file ``declared``.
+        indicators: Whether features of 0 and 1 indicate missing values.
+        statistics: Rows from which mean and deviation are computed; or ``"declared"``: from the file ``declared``.
         declared: A file that ``Statistics.text`` wrote, for a hospital that sees its own rows only.
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -80,7 +80,7 @@ class FeatureTable:
         problems = []
         if self.fill == "median" and self.statistics == "federation":
             problems.append(
-                'fill = "median": a median does not follow from sums, so sites would have to show their '
+                'fill = "median": a median cannot be computed from sums, so sites would have to reveal their '
                 'values; use fill = "mean", or statistics = "site"'
             )
         if self.regression and self.threshold is not None:
@@ -95,7 +95,7 @@ class FeatureTable:
 
     @property
     def info(self) -> Info:
-        """What it is, and what was done to it."""
+        """Description of the data set, including how it was processed."""
         task: Task = "regression" if self.regression else "classification"
         whose = {
             "federation": "over the training rows of all training sites",
@@ -112,7 +112,7 @@ class FeatureTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the file's bytes and of the options."""
+        """Hash of the file's bytes and of the options."""
         options = sorted(
             (k, v)
             for k, v in vars(self).items()
@@ -126,7 +126,9 @@ class FeatureTable:
         return self.inputs[1]
 
     def table(self) -> Table:
-        """One row per row whose label is known. Columns but features and label are kept as text; sex and age too."""
+        """Return one row per row with a known label. Columns other than features and label are kept as text, also sex
+        and age.
+        """
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
         patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids
@@ -138,15 +140,15 @@ class FeatureTable:
         return Table(ids, patients, self._targets[0], columns, (self.site,) if self.site in columns else ())
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named rows as they are in the file, neither filled nor scaled; refused where a value is missing."""
+        """Return the named rows as in the file, neither filled nor scaled; refused if a value is missing."""
         return self._examples(ids, self.inputs[0])
 
     def fitted(self, rows: Mapping[str, Sequence[str]], external: Sequence[str] = ()) -> Mapping[str, "FittedTable"]:
-        """The same table filled and scaled, for each site.
+        """Return for each site the same table filled and scaled.
 
         Args:
-            rows: The training rows of each site; for an external site, the rows that it has.
-            external: The sites that have no part in statistics of the federation.
+            rows: The training rows of each site; for an external site, its own rows.
+            external: The sites that are excluded from statistics of the federation.
         """
         if self._declared is not None:
             return {site: FittedTable(self, self._declared) for site in rows}
@@ -190,7 +192,7 @@ class FeatureTable:
 
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
-        """The label of each kept row, and the classes."""
+        """The label of each retained row, and the classes."""
         words = [self._raw[self.label][i] for i in self._kept]
         if not words:
             raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
@@ -207,7 +209,7 @@ class FeatureTable:
                 f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
                 "true if it is a number, or a threshold"
             )
-        if self.classes and set(found) <= set(self.classes):  # a hospital may lack a class
+        if self.classes and set(found) <= set(self.classes):  # a hospital may not have every class
             found = list(self.classes)
         if self.classes and len(self.classes) != len(found):
             raise DataError(
@@ -222,7 +224,7 @@ class FeatureTable:
 
     @cached_property
     def inputs(self) -> tuple[Array, tuple[str, ...], Array]:
-        """Values with NaN where missing [n, F], their names, and which are amounts rather than 0 or 1 [F]."""
+        """Values with NaN if missing [n, F], their names, and whether they are quantities rather than 0 or 1 [F]."""
         columns: dict[str, Array] = {}
         amounts: set[str] = set()
         missing: dict[str, Array] = {}
@@ -262,7 +264,7 @@ class FeatureTable:
         return np.stack([columns[n] for n in names], axis=1), names, np.array([n in amounts for n in names])
 
     def _is_category(self, name: str) -> bool:
-        """Whether ``name`` is "column = value" of a category that is here, with a value that may not be."""
+        """Return whether ``name`` is "column = value" of a known categorical column, even for an absent value."""
         return any(name.startswith(f"{column} = ") for column in self.categories)
 
     def _is_missing(self, word: str) -> bool:
@@ -275,7 +277,7 @@ class FeatureTable:
     def _number(self, word: str, column: str, row: int) -> float:
         if not is_number(word):
             raise DataError(
-                f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is no number: name {column} in "
+                f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is not a number: list it in "
                 "categories or leave_out, or add the word to missing"
             )
         return float(word)
@@ -283,11 +285,11 @@ class FeatureTable:
 
 @dataclass(frozen=True, eq=False)
 class FittedTable:
-    """A table filled and scaled with given statistics.
+    """Table filled and scaled with given statistics.
 
     Attributes:
         base: The table.
-        statistics: How.
+        statistics: Statistics of its inputs.
     """
 
     base: FeatureTable
@@ -295,18 +297,18 @@ class FittedTable:
 
     @property
     def info(self) -> Info:
-        """The table's."""
+        """The table's description."""
         return replace(self.base.info)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the table and the statistics."""
+        """Hash of the table and the statistics."""
         return digest(self.base.fingerprint, self.statistics.text())
 
     def table(self) -> Table:
-        """The table's."""
+        """Return the table's rows."""
         return self.base.table()
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named rows, filled and scaled."""
+        """Return the named rows, filled and scaled."""
         return self.base._examples(ids, self.statistics(self.base.inputs[0]))

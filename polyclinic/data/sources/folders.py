@@ -1,4 +1,4 @@
-"""Folders of images whose names say what is in them: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
+"""Folders of images whose names are metadata: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,14 @@ class Folders(FromFiles):
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
-        levels: What each level of folders names, from the top: ``"class"`` and any of ``"site"``, ``"split"``,
+        levels: Meaning of each level of folders, from the top: ``"class"`` and any of ``"site"``, ``"split"``,
             ``"patient"`` or a word of your own, which becomes a column.
-        patient: A regular expression with one group that finds the patient in an image's path, such as
-            ``"case(\d+)_"``; "" where the name says nothing.
-        classes: The classes in order; found and sorted where this is empty.
+        patient: A regular expression with one group that matches the patient in an image's path, such as
+            ``"case(\d+)_"``; "" if the name does not identify patients.
+        classes: The classes in order; if empty, the sorted values.
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Folders(FromFiles):
             raise DataError(problems)
 
     def collect(self) -> Collection:
-        """Every image at the depth that ``levels`` says."""
+        """Collect every image at the depth that ``levels`` specifies."""
         root = opened(self.path)
         found: list[tuple[Path, dict[str, str]]] = []
         astray = []
@@ -57,7 +57,7 @@ class Folders(FromFiles):
                 astray.append("/".join(parts))
         if not found:
             deep = " / ".join(f"<{level}>" for level in self.levels)
-            raise DataError(f"{root}: there are no images at {deep} / image; set levels to what your folders name")
+            raise DataError(f"{root}: there are no images at {deep} / image; set levels to the meaning of your folders")
         classes = self.classes or tuple(sorted({names["class"] for _, names in found}))
         if unknown := sorted({names["class"] for _, names in found} - set(classes)):
             raise DataError(f"{root}: the folders {', '.join(unknown[:3])} are not among classes = {list(classes)}")
@@ -77,7 +77,9 @@ class Folders(FromFiles):
         )
         notes = [] if self.patient or "patient" in self.levels else [UNKNOWN_PATIENTS]
         if astray:
-            notes.append(f"{len(astray)} images lie at another depth than levels says and are left out ({astray[0]}).")
+            notes.append(
+                f"{len(astray)} images are at another depth than levels specifies and are left out ({astray[0]})."
+            )
         name = root.name if Path(self.path).suffix != ".zip" else Path(self.path).stem
         info = described(self.about, Info(name, name, "not stated", "not stated", "classification", classes), notes)
         return Collection(info, entries, ("site",) if "site" in self.levels else (), self.steps, self.unreadable)

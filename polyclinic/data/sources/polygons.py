@@ -1,4 +1,4 @@
-"""Outlines to pixels."""
+"""Rasterization of polygons."""
 
 from typing import Any, TypeAlias
 
@@ -9,14 +9,14 @@ Mask: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 
 
 def inside(points: Points, x: Points, y: Points) -> Mask:
-    """Which points of a grid lie inside a closed polygon, by the even-odd rule.
+    """Return which points of a grid are inside a closed polygon, by the even-odd rule.
 
     A line of constant y meets the polygon's edges at some x; a point of that line is inside if an odd number of
-    meetings lie to its left. An edge takes its lower end and not its upper, so that a corner counts once.
+    intersections is to its left. An edge includes its lower end and excludes its upper, so that a corner counts once.
 
     Args:
         points: The polygon's corners (x, y); the last is joined to the first. Shape [n, 2].
-        x: The grid's columns, equally spaced and growing. Shape [w].
+        x: The grid's columns, equally spaced and ascending. Shape [w].
         y: The grid's rows. Shape [h].
 
     Returns:
@@ -34,7 +34,7 @@ def inside(points: Points, x: Points, y: Points) -> Mask:
 
 
 def area_and_center(points: Points) -> tuple[float, Points]:
-    """The area of a simple polygon and its center of mass (x, y), by the shoelace formula.
+    """Return the area of a simple polygon and its center of mass (x, y), by the shoelace formula.
 
     A polygon without area (a dot or a line) has its corners' mean as center.
     """

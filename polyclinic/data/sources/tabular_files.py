@@ -14,10 +14,11 @@ csv.field_size_limit(2**20)
 
 
 def read_rows(path: Path, limits: Limits = LIMITS) -> dict[str, list[str]]:
-    """The columns of a table, by name. Comma, semicolon, tab or bar; the header decides. Missing is "".
+    """Return the columns of a table by name. The header determines the separator: comma, semicolon, tab or bar. Missing
+    is "".
 
     Raises:
-        DataError: Where it cannot be read, or its rows do not fit its header.
+        DataError: If it cannot be read, or its rows do not match its header.
     """
     try:
         if path.suffix.lower() in (".parquet", ".pq"):

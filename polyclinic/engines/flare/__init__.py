@@ -1,8 +1,8 @@
-"""Between hospitals, over NVIDIA FLARE 2.9: how asks travel, who may join, what survives a crash.
+"""Deployment over NVIDIA FLARE 2.9: message transport, admission of sites, and recovery after a crash.
 
-FLARE carries messages, knows who is who (mutual TLS, signed jobs) and starts processes. Everything else is ours,
-because it decides results or protects sites: rounds, checkpoints, site memory, policy, journals. Only this package
-imports ``nvflare``, and only where a process of FLARE needs it. See docs/how-to/deployment.md.
+FLARE carries messages, authenticates participants (mutual TLS, signed jobs) and starts processes. Polyclinic implements
+everything that decides results or protects sites: rounds, checkpoints, site state, policy, journals. Only this package
+imports ``nvflare``, and only where a FLARE process needs it. See docs/how-to/deployment.md.
 """
 
 from importlib.util import find_spec
@@ -11,10 +11,10 @@ from polyclinic.errors import MissingDependency
 
 
 def require() -> None:
-    """Raises unless NVIDIA FLARE is installed.
+    """Check that NVIDIA FLARE is installed.
 
     Raises:
-        MissingDependency: If it is not.
+        MissingDependency: If it is not installed.
     """
     if find_spec("nvflare") is None:
-        raise MissingDependency("flare", "studies between hospitals need NVIDIA FLARE")
+        raise MissingDependency("flare", "deployed studies need NVIDIA FLARE")

@@ -1,4 +1,4 @@
-"""Starting FLARE's processes, finding what they left behind, and ending it: only what works in one of our folders."""
+"""Start, discovery and termination of FLARE processes, limited to those that work in one of Polyclinic's folders."""
 
 import errno
 import os
@@ -11,19 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyclinic.engines.flare.pki import provisioning as kits
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 
 MODULES = {
     "server": ("nvflare.private.fed.app.server.server_train", "fed_server.json"),
     "site": ("nvflare.private.fed.app.client.client_train", "fed_client.json"),
 }
-# So that a server gives the memory of large tensors back at once; glibc would otherwise learn to keep it.
+# Return the memory of large tensors to the system at once; glibc would otherwise raise its threshold and keep it.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26), "MALLOC_ARENA_MAX": "2"}
 MAX_LOG = 50 * 2**20
 
 
 def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[bytes]:
-    """Starts FLARE's own process of a ``server`` or a ``site`` in ``kit``, in a session of its own."""
+    """Start FLARE's process of a ``server`` or a ``site`` in ``kit``, in its own session."""
     module, config = MODULES[kind]
     kits.write_settings(kit)
     given = [f"{key}={value}" for key, value in {"secure_train": "true", "config_folder": "config", **settings}.items()]
@@ -38,13 +38,13 @@ def start(kind: str, kit: Path, log: Path, **settings: str) -> subprocess.Popen[
 
 
 def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
-    """Starts what keeps a ``"server"`` or a ``"site"`` running, in a session of its own, and waits until it is ``up``.
+    """Start the supervisor of a ``"server"`` or a ``"site"`` in its own session, and wait until it is ``up``.
 
     Returns:
-        Its process number.
+        The process number.
 
     Raises:
-        BadHome: Where it does not start.
+        SetupError: If it does not start.
     """
     file = home / f"{what}.log"
     with open(file, "ab") as log:
@@ -53,23 +53,23 @@ def keep(what: str, module: str, home: Path, up: Callable[[], bool]) -> int:
     until = time.monotonic() + 60
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise BadHome(f"the {what} did not start: the end of {file} says why")
+            raise SetupError(f"the {what} did not start: see the end of {file}")
         if up():
             return process.pid
         time.sleep(0.2)
-    raise BadHome(f"the {what} did not start within a minute: see {file}")
+    raise SetupError(f"the {what} did not start within a minute: see {file}")
 
 
 def turn_over(log: Path) -> None:
-    """Keeps a log below a bound: the one before is kept under ``.1``."""
+    """Rotate a log larger than ``MAX_LOG`` bytes to a file ending in ``.1``."""
     if log.exists() and log.stat().st_size > MAX_LOG:
         os.replace(log, log.with_name(f"{log.name}.1"))
 
 
 def working_in(folder: Path) -> list[int]:
-    """The processes of FLARE and of ours that name ``folder``, or something in it, on their command line."""
-    found = []
-    mine, here = os.getpid(), str(folder)
+    """Return the processes of FLARE and Polyclinic whose command line names ``folder`` or a path in it."""
+    pids = []
+    mine, path = os.getpid(), str(folder)
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == mine:
             continue
@@ -78,13 +78,13 @@ def working_in(folder: Path) -> list[int]:
         except OSError:
             continue
         ours = any(word.startswith(("nvflare.", "polyclinic.engines.flare.")) for word in words)
-        if ours and any(word == here or word.startswith(f"{here}/") for word in words):
-            found.append(int(entry.name))
-    return sorted(found)
+        if ours and any(word == path or word.startswith(f"{path}/") for word in words):
+            pids.append(int(entry.name))
+    return sorted(pids)
 
 
 def listening(folder: Path) -> dict[int, int]:
-    """The TCP ports on which processes that work in ``folder`` listen, each with the process."""
+    """Return the TCP ports on which processes that work in ``folder`` listen, each with its process."""
     ports: dict[str, int] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -105,7 +105,9 @@ def listening(folder: Path) -> dict[int, int]:
 
 
 def taken(port: int) -> bool:
-    """Whether somebody on this machine listens on ``port``. FLARE would share it with them, and with them its sites."""
+    """Return whether a process on this machine listens on ``port``. FLARE would share the port with it, and its sites
+    too.
+    """
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -116,9 +118,9 @@ def taken(port: int) -> bool:
 
 
 def end(folder: Path, patience: float = 5.0) -> int:
-    """Ends every process that works in ``folder``: asks, waits, then kills. Returns how many there were."""
-    there = working_in(folder)
-    for pid in there:
+    """Terminate every process that works in ``folder``, by force after ``patience`` seconds; return their number."""
+    pids = working_in(folder)
+    for pid in pids:
         _signal(pid, signal.SIGTERM)
     until = time.monotonic() + patience
     while working_in(folder) and time.monotonic() < until:
@@ -130,11 +132,11 @@ def end(folder: Path, patience: float = 5.0) -> int:
         for pid in left:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.1)
-    return len(there)
+    return len(pids)
 
 
 def alive(pid: int, begun: str = "") -> bool:
-    """Whether a process lives; with ``begun``, whether it is still the one that began then."""
+    """Return whether a process is alive and, if ``begun`` is given, has that start time."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -143,7 +145,7 @@ def alive(pid: int, begun: str = "") -> bool:
 
 
 def birth(pid: int) -> str:
-    """When a process began, as the kernel counts it; empty where there is none."""
+    """Return the start time of a process in kernel ticks, or an empty text if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

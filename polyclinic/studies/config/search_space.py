@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
-from polyclinic.data.splits import dice_for
+from polyclinic.data.splits import rng_for
 from polyclinic.errors import ConfigError, RunError
 from polyclinic.studies.config.toml_text import dumps
 
@@ -106,7 +106,7 @@ class SearchSpec(BaseModel):
     def settings(self, label: str, *key: int) -> list[dict[str, Any]]:
         """The settings of ``label``, ``trials`` of them where there are so many, in the order of trying."""
         space = self.of(label)
-        rng = dice_for(self.seed, "search", label, *key)
+        rng = rng_for(self.seed, "search", label, *key)
         if (many := count(space)) is not None and many <= 10 * self.trials:
             grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*_lists(space))]
             order = rng.permutation(len(grid))[: self.trials]

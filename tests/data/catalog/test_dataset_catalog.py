@@ -381,7 +381,9 @@ def test_a_layout_is_read_as_the_catalog_says(name: str, tmp_path: Path) -> None
 
 
 def test_every_reader_has_a_layout() -> None:
-    """What the catalog says can be read is tried above, but for nodules and fastMRI (elsewhere) and MedMNIST (one of 18)."""
+    """What the catalog says can be read is tried above, except nodules and fastMRI (tested separately) and MedMNIST
+    (one of 18).
+    """
     readable = {
         one.name
         for one in dataset_catalog.list_datasets()
@@ -425,14 +427,14 @@ def test_checksums_are_those_of_the_real_file(real_data: Path) -> None:
 
 
 def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Misspelt; without a path; without a reader; not fetched; a size that does not exist; kind beside use."""
+    """Misspelt; without a path; without a reader; not fetched; a size that does not exist; kind together with use."""
     monkeypatch.setenv("POLYCLINIC_CACHE", str(tmp_path))
     for given, where, says in (
         ({"use": "ham1000"}, "use", 'Did you mean "ham10000"'),
         ({"use": "adni"}, "use", "Apply at LONI"),
         ({"use": "camelyon16", "path": "x"}, "use", "no reader for it"),
         ({"use": "breastmnist", "size": 99}, "use", "comes in 28, 64, 128, 224 pixels"),
-        ({"use": "adni", "path": "x", "kind": "manifest"}, "kind", "leave one of them out"),
+        ({"use": "adni", "path": "x", "kind": "manifest"}, "kind", "remove one of them"),
         ({"use": "ham10000", "path": "x", "labell": "dx"}, "labell", 'Did you mean "label"'),
         ({"use": "ham10000", "path": "x", "about": {}}, "about", "unknown key"),
     ):

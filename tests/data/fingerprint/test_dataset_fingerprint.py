@@ -72,7 +72,7 @@ def test_flat_images_and_volumes_do_not_mix(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((12, 10), np.uint8)).save(tmp_path / "flat.png")
     rows = "".join(f"imagesTr/c{i}.nii.gz,a\n" for i in range(3)) + "flat.png,b\n"
     (tmp_path / "list.csv").write_text("path,label\n" + rows)
-    with pytest.raises(DataError, match="some images are flat and some are volumes"):
+    with pytest.raises(DataError, match="some images are 2-D and some are volumes"):
         measured(DataSpec(kind="manifest", path=str(tmp_path / "list.csv")).source())
 
 

@@ -50,7 +50,7 @@ def test_what_does_not_fit_together_is_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "sub-04" / "anat" / "sub-04_T1w.nii.gz").write_bytes(nifti_bytes())
     text = "\n".join(read_bids(tmp_path).problems)
     for part in (
-        "row 6: the participant is there already",
+        "row 6: the participant is listed already",
         "row 7: the participant is not named",
         "row 8: 1 cells",
         "1 participants have no image (sub-09)",

@@ -115,7 +115,9 @@ AFFINES = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(AFFINES)
 def test_canonical_equals_nibabel_and_moves_no_voxel(columns: np.ndarray) -> None:
-    """Where an axis lies nearer to one of the patient's than to the others: nearly equal angles are anybody's choice."""
+    """Where an axis lies nearer to one of the patient's than to the others: nearly equal angles are anybody's
+    choice.
+    """
     cosines = np.sort(np.abs(columns / np.linalg.norm(columns, axis=0)), axis=0)
     assume((cosines[2] > cosines[1] + 0.1).all())
     matrix = np.eye(4)

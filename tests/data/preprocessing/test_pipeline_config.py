@@ -70,7 +70,7 @@ def test_shrinking_averages_and_never_aliases() -> None:
 
 
 def test_masks_keep_their_labels() -> None:
-    """Nearest neighbor: no label that was not there; volume in mm³ is kept to a few percent."""
+    """Nearest neighbor: no label that was missing; volume in mm³ is kept to a few percent."""
     grid = torch.stack(torch.meshgrid(*[torch.arange(40)] * 3, indexing="ij")).float()
     ball = ((grid - 19.5).square().sum(0) < 15**2).long() * 7
     after = Resample((2.0, 1.3, 0.7))(Picture(ball[None].float(), ball, (1.0, 1.0, 1.0)))
@@ -103,7 +103,7 @@ def test_the_middle_is_the_middle() -> None:
 
 
 def test_the_foreground_is_the_box_around_what_is_bright() -> None:
-    """With its margin, within the image; all of it where nothing is bright."""
+    """With its margin, within the image; the whole image if all of it is dark."""
     one = Picture(torch.zeros(2, 10, 10), torch.arange(100).reshape(10, 10), (1.0, 2.0))
     one.pixels[1, 3:5, 6:8] = 1
     assert Foreground()(one).size == (2, 2)
@@ -196,7 +196,7 @@ def test_mistakes_are_named_at_their_key(given: Any, where: tuple[Any, ...], say
 
 def test_what_cannot_be_done_to_an_image_is_said() -> None:
     """No spacing; another number of axes; too many voxels."""
-    with pytest.raises(DataError, match="does not say how large its pixels are"):
+    with pytest.raises(DataError, match="does not state its pixel size"):
         Resample(1.0)(picture(4, 4))
     with pytest.raises(DataError, match="has 3 numbers, but the image has 2 axes"):
         Resize((4, 4, 4))(picture(4, 4))
@@ -205,13 +205,13 @@ def test_what_cannot_be_done_to_an_image_is_said() -> None:
 
 
 def test_masks_are_relabeled() -> None:
-    """In the order listed, or to what is said; the image stays; other values and other lengths are refused."""
+    """In the order listed, or to the given values; the image stays; other values and other lengths are refused."""
     one = Picture(torch.rand(1, 2, 2), torch.tensor([[0, 1], [2, 4]]))
     after = Relabel((0, 1, 2, 4))(one)
     assert after.mask.tolist() == [[0, 1], [2, 3]]  # type: ignore[union-attr]
     assert torch.equal(after.pixels, one.pixels)
     assert Relabel((4, 2, 1, 0), (0, 0, 0, 1))(one).mask.tolist() == [[1, 0], [0, 0]]  # type: ignore[union-attr]
-    with pytest.raises(DataError, match=r"the mask holds \[4\]"):
+    with pytest.raises(DataError, match=r"the mask contains \[4\]"):
         Relabel((0, 1, 2))(one)
     with pytest.raises(DataError, match="there is none"):
         Relabel((0, 1))(Picture(one.pixels))

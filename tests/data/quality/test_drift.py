@@ -1,4 +1,4 @@
-"""Drift is found where data moved, and rarely where they did not; and what is said are sums."""
+"""Drift is detected in changed data and rarely in unchanged data, from sums only."""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Copies of an image that are not equal to the byte are found wherever they are, and strangers are not called copies."""
+"""Copies of an image that are not equal to the byte are found wherever they are, and strangers are not called
+copies.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from polyclinic.data.federation import DataSpec, federate
 
 
 def hospitals(root: Path, copies: bool) -> dict[str, object]:
-    """Thirty smooth pictures at each of two hospitals; with ``copies``, four of the first are at the second, brighter."""
+    """Thirty smooth pictures at each of two hospitals; with ``copies``, four of the first are at the second,
+    brighter.
+    """
     rng = np.random.default_rng(0)
     axes = np.meshgrid(np.linspace(0, 6, 64), np.linspace(0, 6, 64), indexing="ij")
     pictures = []

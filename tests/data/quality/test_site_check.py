@@ -16,15 +16,15 @@ from PIL import Image
 
 from polyclinic.data.config import KINDS as STUDY_KINDS
 from polyclinic.data.deidentification.folder_deidentification import deidentify_folder
+from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz
 from polyclinic.data.formats.volume import Volume
-from polyclinic.data.quality.filename_screening import in_name, shown
 from polyclinic.data.quality.folder_layout import detect
 from polyclinic.data.quality.image_hashes import content_hash, nearly_equal, small_picture
-from polyclinic.data.quality.quality_page import page, write_page
+from polyclinic.data.quality.quality_page import check_command, page, write_page
 from polyclinic.data.quality.site_check import KINDS as CHECK_KINDS
-from polyclinic.data.quality.site_check import STUDY, CheckReport, check_command, check_folder
+from polyclinic.data.quality.site_check import STUDY, CheckReport, check_folder
 from tests.support.image_files import CT, RADIOGRAPH, ULTRASOUND, image, nifti_bytes, pydicom, save, series
 
 RNG = np.random.default_rng(0)
@@ -132,7 +132,7 @@ def test_masks_that_are_empty_unknown_astray_missing_or_orphans(tmp_path: Path) 
     for part in (
         "empty masks: 1 of 5",
         "the label 7 is in 1 mask, but known are 0, 1",
-        "the mask lies elsewhere in the patient than its image",
+        "the mask is at another position in the patient than its image",
         "mask of (11, 9, 8) voxels on an image of (10, 9, 8)",
         "an image has no mask: imagesTr/liver_004_0000.nii.gz",
         "1 masks belong to no image",
@@ -150,7 +150,7 @@ def test_allowed_labels_may_be_given_where_no_file_says_them(tmp_path: Path) -> 
 
 def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
     volume(nnunet(tmp_path) / "imagesTr" / "liver_000_0001.nii.gz", spacing=2.0)
-    assert "its channels lie on different grids" in finding(check_folder(tmp_path), "unreadable")
+    assert "its channels are on different grids" in finding(check_folder(tmp_path), "unreadable")
 
 
 def test_masks_beside_their_images(tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ def test_the_page_fetches_nothing_runs_nothing_and_escapes_names(
     assert evil not in text
     assert "http" not in re.sub(r'http-equiv="[^"]*"', "", text)
     assert "default-src 'none'" in text
-    assert "It stays at this site" in text
+    assert "Keep it at this site" in text
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert all("\n" not in line for line in report.lines())
 
@@ -463,10 +463,10 @@ def test_the_page_is_not_written_into_the_data_or_half(tmp_path: Path) -> None:
 def test_the_command_says_whether_anything_stands_in_the_way(tmp_path: Path) -> None:
     said: list[str] = []
     assert check_command(str(classes(tmp_path / "a")), str(tmp_path / "p.html"), say=said.append) == 0
-    assert said[-2] == "nothing stands in the way"
+    assert said[-2] == "no errors found"
     (tmp_path / "a" / "train" / "benign" / "bad.png").write_bytes(b"x")
     assert check_command(str(tmp_path / "a"), say=said.append) == 1
-    assert said[-1] == "1 thing to put right first"
+    assert said[-1] == "1 error to correct first"
 
 
 def test_every_kind_that_a_study_can_read_is_named_as_the_study_names_it() -> None:

@@ -1,4 +1,4 @@
-"""Made-up patients say that they are made up, and differ by site as stated."""
+"""Made-up patients say that they are simulated, and differ by site as stated."""
 
 import numpy as np
 import pytest

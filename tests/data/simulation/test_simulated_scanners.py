@@ -72,8 +72,7 @@ def test_it_is_said(nodules: Nodules) -> None:
     plain, shown = federate(DataSpec(use="lidc-nodules")), federate(DataSpec(use="lidc-nodules", scanners=0.5))
     assert plain.simulated is None
     assert (
-        shown.simulated
-        == "Simulated scanners: each site's images were changed by an imaginary machine of strength 0.5."
+        shown.simulated == "Simulated scanners: each site's images were changed by a simulated scanner of strength 0.5."
     )
     assert plain.fingerprint != shown.fingerprint
     for site in plain.sites:

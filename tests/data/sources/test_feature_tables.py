@@ -122,7 +122,7 @@ def test_numbers_and_words_as_labels(tmp_path: Path) -> None:
     ("options", "text", "says"),
     [
         ({"label": "sick"}, TEXT, "has no column 'sick'"),
-        ({"categories": ()}, TEXT, "'x' in kind, which is no number: name kind in categories or leave_out"),
+        ({"categories": ()}, TEXT, "'x' in kind, which is not a number: list it in categories or leave_out"),
         ({"threshold": None, "label": "age", "classes": ("a", "b")}, TEXT, "age has 5 values"),
         ({}, TEXT.replace(",site", ",age"), "the column 'age' occurs twice"),
         ({}, TEXT + "g,1\n", r"1 rows have another number of columns than the header's 6 \(the first is row 8\)"),
@@ -141,7 +141,7 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, options: dict[str, A
 
 def test_a_median_over_the_federation_is_refused() -> None:
     """It does not follow from sums."""
-    with pytest.raises(DataError, match="a median does not follow from sums"):
+    with pytest.raises(DataError, match="a median cannot be computed from sums"):
         FeatureTable("x", "y", fill="median")
     with pytest.raises(DataError, match="is for classes"):
         FeatureTable("x", "y", threshold=1.0, regression=True)

@@ -139,7 +139,7 @@ def test_a_second_reading_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"levels": ("site",)}, 'name "class" once'),
         ({"levels": ("class", "class")}, 'name "class" once'),
-        ({"patient": "("}, "is no regular expression"),
+        ({"patient": "("}, "is not a regular expression"),
         ({"patient": "case"}, "needs exactly one group"),
     ],
 )
@@ -157,11 +157,11 @@ def test_folders_without_what_was_asked_for(tmp_path: Path) -> None:
         Folders(str(tmp_path), levels=("site", "class")).table()
     with pytest.raises(DataError, match="the folders a are not among classes"):
         Folders(str(tmp_path), classes=("b",)).table()
-    assert any("1 images lie at another depth" in note for note in Folders(str(tmp_path)).info.notes)
+    assert any("1 images are at another depth" in note for note in Folders(str(tmp_path)).info.notes)
 
 
 def listed(tmp_path: Path, text: str) -> str:
-    """A manifest beside two volumes and a picture."""
+    """A manifest in a folder with two volumes and a picture."""
     (tmp_path / "list.csv").write_text(text)
     return str(tmp_path / "list.csv")
 
@@ -208,9 +208,9 @@ def test_every_mistake_of_a_manifest_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         Manifest(listed(tmp_path, text), classes=("a", "b")).table()
     expected = [
-        "names 1.png, which is not there",
+        "names 1.png, which does not exist",
         "row 5 names no file in path",
-        "names notes.txt, a kind we do not read",
+        "names notes.txt, a format that is not supported",
         "0.png is listed 3 times",
         "label that is empty or not among classes",
         "1 rows name no patient",

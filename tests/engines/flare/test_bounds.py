@@ -17,7 +17,7 @@ from polyclinic.engines.flare.client.executor import SiteExecutor
 from polyclinic.engines.flare.protocol import file_transfer, message_limits
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call
 from polyclinic.engines.flare.server.controller import FlareCarrier
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 LITTLE = "[limits]\nmin_patients = 2\nmegabytes_per_round = 1.0\n"
 
@@ -31,7 +31,7 @@ class House:
         if approved:
             approve(self.homes["site-0"], self.an)
         self.executor = SiteExecutor(self.an.to_json())
-        self.executor.desk = self.desk = LocalCarrier(self.homes, self.an).desk("site-0")
+        self.executor.agent = self.agent = LocalCarrier(self.homes, self.an).agent("site-0")
         self.fetched: list[int] = []
         self.number = 0
 
@@ -85,10 +85,10 @@ def test_nothing_is_fetched_before_an_approval_stands(tmp_path: Path, monkeypatc
     house = House(tmp_path, monkeypatch, approved=False)
     for _ in range(9):
         assert house.call(1000).startswith("waits for a person")
-    assert "brings no file" in house.call(600_000_000, kind="hello", job="")
-    assert "brings no file" in house.call(600_000_000, kind="end", job="")
+    assert "has no file" in house.call(600_000_000, kind="hello", job="")
+    assert "has no file" in house.call(600_000_000, kind="end", job="")
     assert house.fetched == []
-    # Each is told; the journal names the first, second, fourth and eighth of the same.
+    # Each is answered; the journal names the first, second, fourth and eighth of the same.
     assert [e.get("times", 1) for e in house.refusals if "waits for" in e["reason"]] == [1, 2, 4, 8]
 
 
@@ -107,10 +107,10 @@ def test_a_file_beyond_the_policy_is_not_fetched_and_a_round_holds_so_much(
     house.call(400_000)
     assert house.fetched == [600_000, 600_000, 400_000]
     assert "after 1 MB" in house.call(1)
-    again = LocalCarrier(house.homes, house.an).desk("site-0")  # the job process was started anew
-    house.executor.desk = again
+    again = LocalCarrier(house.homes, house.an).agent("site-0")  # the job process was started anew
+    house.executor.agent = again
     assert "after 1 MB" in house.call(1)
-    assert "round 9 of a study of 3" in house.call(1, round=9)
+    assert "round 9, and the study has 3 rounds" in house.call(1, round=9)
     house.homes["site-0"].policy.write_text("nonsense")
     assert "the policy cannot be read" in house.call(1, round=1)
     assert len(house.fetched) == 3
@@ -132,13 +132,13 @@ def test_what_was_received_does_not_stay(tmp_path: Path, monkeypatch: pytest.Mon
     assert house.call(1000).startswith("failed")  # zeros are no ask
     house.call(1000, sha256="1" * 64)  # the file is another one than was announced
     assert house.fetched == [1000, 1000]
-    left = {path.name for path in house.desk.memory.folder.iterdir()}
+    left = {path.name for path in house.agent.memory.folder.iterdir()}
     assert not [name for name in left if name == "received" or name.endswith(".ask")], left
 
 
 def test_a_call_brings_a_file_where_it_may_and_nowhere_else() -> None:
     call = Call(VERSION, "run-1", 1, "site-0", "", 5, "0" * 64, "hello", "0" * 64, 0, "", 0, 0, 0, 0.0, "")
-    with pytest.raises(BadMessage, match="brings no file"):
+    with pytest.raises(BadMessage, match="has no file"):
         Call.from_json(call.to_json())
 
 
@@ -149,7 +149,7 @@ def test_calls_come_as_often_as_a_site_bears(monkeypatch: pytest.MonkeyPatch) ->
     assert [rate.wait() for _ in range(5)] == [0.0] * 5
     assert rate.wait() == pytest.approx(0.1)
     now[0] += 100.0
-    assert [rate.wait() for _ in range(5)] == [0.0] * 5  # no more than so many are saved up
+    assert [rate.wait() for _ in range(5)] == [0.0] * 5  # no more than the burst is saved up
     assert rate.wait() > 0
 
 
@@ -205,14 +205,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.mark.parametrize("kind", ["hello", "end"])
 def test_a_greeting_is_answered_by_no_file(kind: str, server: Server, tmp_path: Path) -> None:
     server.answer(server.ask(kind), 600_000_000)
-    assert "beyond the limit of 0" in server.refused(tmp_path / "x")
+    assert "exceed the limit of 0 bytes" in server.refused(tmp_path / "x")
     assert server.fetched == []
 
 
 def test_a_reply_is_bounded_by_what_was_asked(server: Server, tmp_path: Path) -> None:
     most = 8 * 2**20 + 64 * 2**20
     server.answer(server.ask("do", 1000), most + 1)
-    assert f"beyond the limit of {most}" in server.refused(tmp_path / "x")
+    assert f"exceed the limit of {most} bytes" in server.refused(tmp_path / "x")
     assert server.fetched == []
     server.answer(server.ask("do", 1000), 12)
     delivery = server.carrier.came.get_nowait()
@@ -253,15 +253,15 @@ def test_a_run_waits_until_there_is_room(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
         with pytest.raises(OSError, match="nearly full"):
-            conductor(tmp_path, an, carrier).run()
+            coordinator(tmp_path, an, carrier).run()
     said = json.loads((tmp_path / "server" / an.run / "status.json").read_text())
     assert said["phase"] == "interrupted"
     assert "keep_free_megabytes" in said["why"]
-    assert conductor(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
 
 
 def test_settings_of_the_server_are_numbers() -> None:
-    with pytest.raises(Exception, match="reply_megabytes is a number of at least 0"):
+    with pytest.raises(Exception, match="reply_megabytes must be a number of at least 0"):
         message_limits.Limits.of({"reply_megabytes": "many"}, {})
     roles = {
         "train": {"patients": 5, "examples": 12, "classes": []},

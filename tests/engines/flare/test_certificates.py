@@ -1,4 +1,6 @@
-"""Who is heard by a real server: certificates of all kinds, another's name, shutting out; and the line through a proxy."""
+"""Who is heard by a real server: certificates of all kinds, another's name, shutting out; and the line through
+a proxy.
+"""
 
 import shutil
 import socket
@@ -17,7 +19,7 @@ from polyclinic.engines.flare.client import proxies
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.engines.flare.server import server_setup
 from tests.support.flare_deployment import Hospitals, until
 from tests.support.http_proxy import HttpProxy
@@ -37,9 +39,9 @@ def test_a_proxy_is_one_or_is_told() -> None:
         "http://[::1:1",
         "http://p:1/x",
     ):
-        with pytest.raises(BadHome, match="written like"):
+        with pytest.raises(SetupError, match="written like"):
             proxies.check(bad)
-    with pytest.raises(BadHome, match="only grpc passes"):
+    with pytest.raises(SetupError, match="only grpc passes"):
         proxies.check("http://proxy:1", "tcp")
 
 
@@ -80,7 +82,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
 
 
 def heard(port: int, root: Path, certificate: tuple[Path, Path] | None) -> bool:
-    """Whether a gRPC server answers somebody with this certificate and key."""
+    """Whether a gRPC server answers someone with this certificate and key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(root)
     context.set_alpn_protocols(["h2"])

@@ -1,4 +1,4 @@
-"""A run dies at every single write, before it and after it, and each time goes on to the same bits.
+"""A run dies at every single write, before it and after it, and each time resumes with bit-identical results.
 
 Server and sites are one process here, so that it takes a second and not a minute; test_faults.py kills real ones.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from polyclinic.core.audit_log import Broken, Journal, verify
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, reference, state_of
 from tests.engines.flare.test_secure import GROUP, SUM
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, identities, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, identities, order
 
 CASES = {
     "scaffold": {"score_every": 2},
@@ -49,7 +49,7 @@ class Moments:
         return doing
 
 
-def attempt(root: Path, an, homes: dict[str, SiteHome], die_at: int | None = None) -> tuple[int, int]:
+def attempt(root: Path, an, homes: dict[str, SiteFolder], die_at: int | None = None) -> tuple[int, int]:
     """One attempt in a process of its own: how it ended, and how many moments it passed."""
     seen = root / "moments"
     pid = os.fork()
@@ -60,7 +60,7 @@ def attempt(root: Path, an, homes: dict[str, SiteHome], die_at: int | None = Non
         code = 1
         try:
             carrier = LocalCarrier(homes, an)
-            code = 0 if conductor(root, an, carrier).run() == "finished" else 2
+            code = 0 if coordinator(root, an, carrier).run() == "finished" else 2
             carrier.close()
             seen.write_text(str(moments.count))
         finally:
@@ -81,17 +81,17 @@ class Town:
             approve(home, self.order)
         self.expected, self.memory = reference(self.order)
 
-    def made(self, name: str) -> tuple[Path, dict[str, SiteHome]]:
+    def made(self, name: str) -> tuple[Path, dict[str, SiteFolder]]:
         place = self.root / name
         shutil.copytree(self.root / "template", place)
-        return place, {site: SiteHome(place / site) for site in self.memory}
+        return place, {site: SiteFolder(place / site) for site in self.memory}
 
-    def check(self, place: Path, homes: dict[str, SiteHome]) -> None:
+    def check(self, place: Path, homes: dict[str, SiteFolder]) -> None:
         """The bits of the undisturbed run, at the server and at every site, and whole journals."""
         an = self.order
         assert equal(self.expected, state_of(place, an))
         for site, home in homes.items():
-            memory = Memory(home.memory(an.run))
+            memory = RunMemory(home.memory(an.run))
             kept = memory.chain.links[-1].memory
             assert equal(self.memory[site], tensor_file.read(memory.folder / kept) if kept else {})
             assert list(verify(home.journal))
@@ -156,12 +156,12 @@ unit = "record"
 )
 
 
-def spends_of(home: SiteHome) -> int:
-    """How many releases the site's ledger knows of."""
+def spends_of(home: SiteFolder) -> int:
+    """Return the number of releases in the site's ledger."""
     return sum(len(Ledger(path).spends()) for path in home.ledgers.glob("*.jsonl"))
 
 
-def releases_of(home: SiteHome) -> int:
+def releases_of(home: SiteFolder) -> int:
     """How many different replies left a site: each was made from noise of its own."""
     return len({e["reply"] for e in verify(home.journal) if e["event"] == "answered" and e["job"] == "train"})
 

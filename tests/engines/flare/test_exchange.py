@@ -1,4 +1,4 @@
-"""The exchange between a server and sites, without FLARE: bits, crashes, replays, and who may overrule whom."""
+"""The exchange between a server and sites, without FLARE: bits, crashes, replays, and precedence of decisions."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from polyclinic.engines.flare.server.remote_federation import discount_of
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.testing import equal
 from tests.conftest import little_sites
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order, signed_again
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order, signed_again
 
 EVERYTHING = """
 [allow]
@@ -53,7 +53,7 @@ def run(root: Path, an, homes, **how):
     """One attempt: how it ended, and its carrier."""
     carrier = LocalCarrier(homes, an, **how)
     try:
-        return conductor(root, an, carrier).run(), carrier
+        return coordinator(root, an, carrier).run(), carrier
     finally:
         carrier.close()
 
@@ -113,7 +113,7 @@ def test_private_noise_passes_and_differs_every_time(tmp_path: Path) -> None:
             approve(home, an)
         assert run(tmp_path, an, homes)[0] == "finished"
         found.append(state_of(tmp_path, an))
-    assert not equal(found[0], found[1])  # noise is nobody's to repeat
+    assert not equal(found[0], found[1])  # noise is never repeated
 
 
 def test_buffered_mode_gives_the_same_bits(tmp_path: Path) -> None:
@@ -181,14 +181,16 @@ def test_a_site_away_for_two_rounds_returns_with_its_memory(tmp_path: Path) -> N
     assert outcome == "finished"
     mine = [call for call in carrier.calls if call.site == "site-1" and call.kind == "do"]
     assert [call.round for call in mine] == [0, 3, 4]
-    assert mine[1].after == mine[0].number  # it goes on from what it kept after round 0
+    assert mine[1].after == mine[0].number  # it continues from its state after round 0
     lost = [e for e in verify(tmp_path / "server" / an.run / "journal.jsonl") if e["event"] == "lost"]
     assert [(e["site"], e["round"]) for e in lost] == [("site-1", 1), ("site-1", 2)]
 
 
 @pytest.mark.usefixtures("looks")
 def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path) -> None:
-    """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it is named."""
+    """It trains, and is silent when it is asked to score: after the deadline the others' scores count, and it
+    is named.
+    """
     homes = hospital(tmp_path, policy=EVERYTHING)
     an = order("scaffold", rounds=2, deadline=100.0, score_every=2, test="score/test")
     for home in homes.values():
@@ -208,7 +210,7 @@ def test_a_site_that_never_answers_for_scores_holds_nobody_up(tmp_path: Path) ->
 @pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize("away", ["site-0", "site-1", "site-2"])
 def test_a_site_that_is_away_makes_no_round_look_better(away: str, tmp_path: Path) -> None:
-    """The best round is found with what a site said last: of two rounds without it, it moves neither."""
+    """The best round is found with a site's last score: of two rounds without it, it moves neither."""
     homes = hospital(tmp_path, policy=EVERYTHING)
     an = order(
         "fedavg",
@@ -292,7 +294,7 @@ def test_a_site_that_lost_its_disk_begins_anew_and_the_journal_says_so(tmp_path:
         return False
 
     carrier.crash = lose_disk
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     carrier.close()
     said = [e for e in verify(tmp_path / "server" / an.run / "journal.jsonl") if e["event"] == "site begins anew"]
     assert [e["site"] for e in said] == ["site-1"]
@@ -311,14 +313,14 @@ class Hostile:
             for home in self.homes.values():
                 approve(home, self.an)
         self.carrier = LocalCarrier(self.homes, self.an)
-        self.desk = self.carrier.desk("site-0")
+        self.agent = self.carrier.agent("site-0")
         self.number = 0
 
     def call(self, request: Request | None = None, **changes) -> Answer:
         self.number += 1
         body, size, sha256 = None, 0, ""
         if request is not None:
-            body = self.desk.memory.folder / f"{self.number}.ask"
+            body = self.agent.memory.folder / f"{self.number}.ask"
             size, sha256 = tensor_file.write(body, request)
         round, job = (request.round, request.job) if request else (0, "")
         call = Call(
@@ -339,7 +341,7 @@ class Hostile:
             0.0,
             "",
         )
-        return self.desk.answer(replace(call, **changes), body)[0]
+        return self.agent.answer(replace(call, **changes), body)[0]
 
     def ask(self, **changes) -> Request:
         plan = self.an.build_plan()
@@ -364,8 +366,8 @@ def test_an_approval_holds_for_this_order_and_no_other(tmp_path: Path) -> None:
     assert server.call(server.ask()).lost == ""
     assert "another study" in server.call(server.ask(), order="0" * 64).lost
     more = order(plan={"training": {"epochs": 50}})
-    desk = LocalCarrier(server.homes, more).desk("site-0")  # the job brought another order under the same name
-    server.desk, server.an = desk, more
+    agent = LocalCarrier(server.homes, more).agent("site-0")  # the job brought another run request under the same name
+    server.agent, server.an = agent, more
     assert "waits for a person" in server.call(server.ask()).lost
 
 
@@ -422,8 +424,8 @@ def test_features_apart_by_site_leave_only_where_the_policy_names_them(tmp_path:
 def test_a_message_for_another_run_site_or_time_is_refused(tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     request = server.ask()
-    assert "here is site-0" in server.call(request, site="site-1").lost
-    assert "here is site-0 in run-1" in server.call(request, run="run-2").lost
+    assert "this is site-0" in server.call(request, site="site-1").lost
+    assert "this is site-0 in run-1" in server.call(request, run="run-2").lost
     first = server.call(request)
     assert first.lost == ""
     assert server.call(replace(request, round=1), after=first.number, confirmed=first.number).lost == ""
@@ -499,8 +501,8 @@ def _sized(delivery, value):
         (lambda d: d._replace(text="{"), "not JSON"),
         (lambda d: d._replace(text=None, reason="its job process failed"), "its job process failed"),
         (lambda d: _with(d, version=VERSION + 1), "install the same version"),
-        (lambda d: _with(d, site="site-2"), "speaks for site-2"),
-        (lambda d: _with(d, size=2**40), "beyond the limit"),
+        (lambda d: _with(d, site="site-2"), "names site-2"),
+        (lambda d: _with(d, size=2**40), "exceed the limit"),
         (lambda d: _with(d, sha256="0" * 64), "not the one that its message names"),
         (lambda d: _with(d, seconds=float("nan")), "out of range"),
         (lambda d: d._replace(take=lambda path, limit: (_ for _ in ()).throw(OSError("cut"))), "cut"),
@@ -514,7 +516,7 @@ def _sized(delivery, value):
         (lambda d: _sized(d, Reply({"update": WeightedMean({"head.weight": torch.zeros(3, 8)}, 1.0)})), ""),
         (lambda d: _sized(d, Reply({"update": PerSite({"site-2": {"x": torch.zeros(2)}})})), "speaks for"),
         (lambda d: _sized(d, Reply({"update": WeightedMean({"x": torch.zeros(2)}, -1.0)})), "weight"),
-        (lambda d: _sized(d, Reply({"update": "text"})), "is no stat"),
+        (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],
 )
 def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why, tmp_path: Path) -> None:
@@ -522,7 +524,7 @@ def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why, tmp_path: P
     for home in homes.values():
         approve(home, an)
     carrier = Liar(homes, an, twist=lambda d: twist(d) if json.loads(d.text)["size"] else d)
-    outcome = conductor(tmp_path, an, carrier).run()
+    outcome = coordinator(tmp_path, an, carrier).run()
     carrier.close()
     assert outcome == "finished"
     records = [json.loads(line) for line in (tmp_path / "server" / an.run / "records.jsonl").read_text().splitlines()]

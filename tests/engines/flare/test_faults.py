@@ -17,7 +17,7 @@ import pytest
 
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare import flare_processes
-from polyclinic.engines.flare.protocol.paths import ServerHome, SiteHome
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SiteFolder
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.testing import equal
@@ -47,7 +47,7 @@ def broken(way: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hos
 
 @pytest.fixture
 def house(broken: Hospitals, way: Proxy) -> Iterator[Hospitals]:
-    """Hospitals where everybody is there; after the test every journal must still be whole."""
+    """Hospitals where every site is there; after the test every journal must still be whole."""
     broken.reset()
     yield broken
     way.mend()
@@ -56,7 +56,7 @@ def house(broken: Hospitals, way: Proxy) -> Iterator[Hospitals]:
 
 
 def bits_are_the_same(house: Hospitals, run: str, an) -> None:
-    """State and memories are those of the undisturbed run, and nobody was lost."""
+    """Server and site state are those of the undisturbed run, and no site was lost."""
     state, memory = reference(an)
     assert house.lost(run) == []
     assert equal(state, house.state(run))
@@ -70,7 +70,7 @@ def trained(house: Hospitals, run: str, site: str) -> int:
 
 
 def begin(house: Hospitals, run: str, at: int = 1, rounds: int = 3, who: tuple[str, ...] = WHO, **how):
-    """A run that stands in the middle of a round, with the sites ``who`` at work."""
+    """A run that is in the middle of a round, with the sites ``who`` at work."""
     an = house.order(study(run, rounds=rounds, **how))
     house.hold(at, *who)
     house.held(at, *who)
@@ -134,7 +134,7 @@ def test_kill_a_whole_site(house: Hospitals) -> None:
 
 
 def test_kill_a_sites_parent(house: Hospitals) -> None:
-    """FLARE's own process at a site; our keeper starts another one."""
+    """FLARE's own process at a site; our supervisor starts another one."""
     an = begin(house, "site-parent", who=("site-1",), min_replies=3)
     house.kill("site parent", "site-1")
     until(lambda: house.pids("site parent", "site-1"), "the keeper to start another")
@@ -153,7 +153,9 @@ def test_kill_the_servers_job(house: Hospitals) -> None:
 
 
 def test_kill_the_whole_server(house: Hospitals) -> None:
-    """Supervisor, FLARE and job; started again, it goes on by itself, and FLARE's stale word RUNNING is not believed."""
+    """Supervisor, FLARE and job; after a restart it resumes by itself, and FLARE's stale word RUNNING is not
+    believed.
+    """
     an = begin(house, "server-gone")
     house.power_cut()
     house.release()
@@ -229,7 +231,7 @@ def test_privacy_spend_is_never_under_counted(file: str, house: Hospitals) -> No
 
 
 def test_a_site_away_for_three_rounds_returns_with_its_memory(house: Hospitals) -> None:
-    """Its machine is off; the others go on, the journal names it, and when it is back it goes on from what it kept."""
+    """Its machine is off; the others continue, the journal names it, and after its return it continues from its state."""
     run, rounds = "away", 30
     house.order(study(run, rounds=rounds, min_replies=2))
     house.hold(1, "site-1")
@@ -373,12 +375,12 @@ def test_the_doctor_knows_a_wrong_clock(house: Hospitals) -> None:
 
 def test_a_site_is_not_started_twice(house: Hospitals) -> None:
     said = house.command("site", "start", "--background", home=house.homes["site-1"].path, code=2)
-    assert "runs already" in said
+    assert "is already running" in said
 
 
 def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
     """Somebody copied a site's folder to a second machine, and started both."""
-    copy = SiteHome(house.root / "copy")
+    copy = SiteFolder(house.root / "copy")
     shutil.copytree(house.homes["site-1"].path, copy.path)
     (copy.path / "status.json").unlink()
     an = begin(house, "double", who=("site-1",))
@@ -388,7 +390,7 @@ def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
     time.sleep(15)
     house.command("site", "stop", home=copy.path)
     house.finished("double")
-    with suppress(AssertionError):  # FLARE forgets the copy after a while, and with it, for some seconds, the site
+    with suppress(AssertionError):  # FLARE drops the copy after a while, and with it, for some seconds, the site
         until(lambda: "site-1" not in server_setup.status(house.server)["sites"], "the copy to be forgotten", 60)
     house.together()
     lost = house.lost("double")
@@ -399,12 +401,12 @@ def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
 
 
 def test_a_server_is_not_started_twice(house: Hospitals) -> None:
-    assert "runs already" in house.command("server", "start", "--background", home=house.server.path, code=2)
+    assert "is already running" in house.command("server", "start", "--background", home=house.server.path, code=2)
 
 
 def test_a_copy_of_a_server_takes_nobody_away(house: Hospitals) -> None:
     """A copy of the server's folder on the same machine finds its port taken, and says so."""
-    copy = ServerHome(house.root / "server-copy")
+    copy = ServerFolder(house.root / "server-copy")
     shutil.copytree(house.server.path, copy.path, ignore=shutil.ignore_patterns("status.json", "*.log*", ".*"))
     said = house.command("server", "start", "--background", home=copy.path, code=2)
     assert str(house.port) in said

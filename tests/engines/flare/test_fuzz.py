@@ -1,4 +1,6 @@
-"""Every decoder under damaged bytes: words or a value, never a crash, a hang or memory without bound. A minute each, slowly."""
+"""Every decoder under damaged bytes: words or a value, never a crash, a hang or memory without bound. A minute
+each, slowly.
+"""
 
 import json
 import random
@@ -22,8 +24,8 @@ from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import BadHome
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.paths import SetupError
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.site_policy import DEFAULT, BadPolicy, parse
 from polyclinic.engines.site_description import PART, checked, describe, read_description
@@ -45,7 +47,7 @@ def decoders(root: Path) -> dict[str, Decoder]:
     answer = Answer(VERSION, "run-1", 7, "site-1", "a" * 64, 10, "b" * 64, "", False, 1.5, "d" * 64, "", "sig")
     reply = Reply({"update": WeightedMean({"w": torch.randn(4, 4)}, 2.0), "g": PerSite({"a": {"x": torch.arange(3)}})})
     study = {"name": "x", "hash": "h", "arms": [{"label": "a", "plan": order().plan}]}
-    an = Order(**{**json.loads(order().to_json()), "study": study, "best": {"metric": "auc", "higher": True}})
+    an = RunRequest(**{**json.loads(order().to_json()), "study": study, "best": {"metric": "auc", "higher": True}})
     few = tuple(map(str, range(12)))
     data = {"train": Examples(torch.zeros(12, 1, 8, 8), torch.arange(12) % 2, few, few)}
     said = json.dumps(describe(data, "classification"), sort_keys=True).encode()
@@ -89,7 +91,7 @@ def decoders(root: Path) -> dict[str, Decoder]:
     return {
         "calls": (call.to_json().encode(), text(Call.from_json), (BadMessage,)),
         "answers": (answer.to_json().encode(), text(Answer.from_json), (BadMessage,)),
-        "orders": (an.to_json().encode(), text(Order.from_json), (BadOrder,)),
+        "orders": (an.to_json().encode(), text(RunRequest.from_json), (InvalidRunRequest,)),
         "plans": (json.dumps(order().plan).encode(), text(Plan.from_json), (ValueError, TypeError, RecursionError)),
         "replies": (states.encode(reply), on_disk(tensor_file.read_reply), (states.Corrupt,)),
         "states": (
@@ -99,16 +101,16 @@ def decoders(root: Path) -> dict[str, Decoder]:
         ),
         "descriptions": (said, leaf, (states.Corrupt,)),
         "tables of descriptions": (said, table(checked), (ValueError, TypeError, KeyError, AttributeError)),
-        "requests": (json.dumps(request).encode(), table(authorities.check_request), (BadHome,)),
+        "requests": (json.dumps(request).encode(), table(authorities.check_request), (SetupError,)),
         "join files": (
             json.dumps(join).encode(),
             table(lambda t: authorities.check_join(t, [key], "site-1")),
-            (BadHome,),
+            (SetupError,),
         ),
         "policies": (DEFAULT.encode(), parse, (BadPolicy,)),
         "studies": (STUDY.encode(), text(study_config.parse), (BadStudy,)),
         "journals": ((root / "made.jsonl").read_bytes(), on_disk(lambda path: list(verify(path))), (Broken,)),
-        "proxies": (b"http://proxy.hospital.org:3128", proxy, (BadHome,)),
+        "proxies": (b"http://proxy.hospital.org:3128", proxy, (SetupError,)),
     }
 
 

@@ -1,4 +1,4 @@
-"""The deployment guide, followed as it stands, in an empty folder: its files saved, its commands typed, one by one."""
+"""The deployment guide, followed literally, in an empty folder: its files saved, its commands typed, one by one."""
 
 import json
 import os

@@ -13,10 +13,10 @@ from polyclinic.data.config import KINDS, DataSpec
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.reviews import Reviews
-from polyclinic.engines.flare.client.site_data import Unfit
+from polyclinic.engines.flare.client.site_data import UnsuitableData
 from polyclinic.engines.flare.protocol import data_restrictions
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome
-from polyclinic.engines.flare.protocol.run_request import Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
+from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
 from polyclinic.engines.site_description import describe
 from polyclinic.studies.config import study_config
 from polyclinic.studies.run import deployment
@@ -29,8 +29,8 @@ TOWNS = ("Zurich-8001", "Basel-4051", "Winterthur-8400")
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> SiteHome:
-    """A hospital whose table has a column that nobody asked for, beside a file of which nobody spoke."""
+def home(tmp_path: Path) -> SiteFolder:
+    """A hospital whose table has a column that was not requested, next to a file that was not mentioned."""
     home = make_site(tmp_path / "site", "site-0", little_sites(count=1)["site-0"])
     data = home.path / "data"
     for path in data.iterdir():
@@ -46,19 +46,19 @@ def home(tmp_path: Path) -> SiteHome:
     return home
 
 
-def survey(run: str, table: dict) -> Order:
-    return Order.from_json(
+def survey(run: str, table: dict) -> RunRequest:
+    return RunRequest.from_json(
         json.dumps({"run": run, "mode": "survey", "plan": survey_plan(["site-0"]), "data": table, "patience": 5.0})
     )
 
 
-def attempt(home: SiteHome, table: dict) -> tuple[str, dict | None]:
+def attempt(home: SiteFolder, table: dict) -> tuple[str, dict | None]:
     """A server that asks for a survey of data as ``table`` says, and a person who approves whatever can be approved."""
     server = Server({"site-0": home}, survey("s", table))
     told = server.hello()
     try:
         read_and_approve(home, "s")
-    except BadHome:
+    except SetupError:
         return told, None
     told = server.hello()
     lost, file = server.ask()
@@ -84,7 +84,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("table", ATTACKS, ids=lambda table: next(iter(table)))
-def test_the_server_chooses_no_file_column_or_patient(home: SiteHome, table: dict) -> None:
+def test_the_server_chooses_no_file_column_or_patient(home: SiteFolder, table: dict) -> None:
     asked = {
         key: str(home.path.parent / "payroll.csv") if value == "PAYROLL" else value for key, value in table.items()
     }
@@ -98,7 +98,7 @@ def test_the_server_chooses_no_file_column_or_patient(home: SiteHome, table: dic
     assert not [e for e in events(home) if e["event"] == "answered"]
 
 
-def test_the_honest_survey_names_no_class_and_no_column(home: SiteHome) -> None:
+def test_the_honest_survey_names_no_class_and_no_column(home: SiteFolder) -> None:
     told, said = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
     assert told == ""
     assert said["inputs"] == [2]
@@ -108,7 +108,7 @@ def test_the_honest_survey_names_no_class_and_no_column(home: SiteHome) -> None:
     assert abs(said["roles"]["train"]["patients"] - 30) <= 1
 
 
-def test_class_names_leave_only_where_the_policy_lets_them(home: SiteHome) -> None:
+def test_class_names_leave_only_where_the_policy_lets_them(home: SiteFolder) -> None:
     home.policy.write_text("[allow]\nclass_names = true\n")
     assert attempt(home, {})[1]["classes"] == ["0", "1"]
 
@@ -172,15 +172,15 @@ def test_every_key_that_says_what_is_read_is_refused() -> None:
     assert "…" in data_restrictions.refused({"label": "x" * 1000})[0]
 
 
-def test_where_both_speak_and_differ_nothing_runs_until_people_agree(home: SiteHome) -> None:
+def test_where_both_speak_and_differ_nothing_runs_until_people_agree(home: SiteFolder) -> None:
     toml = home.path / "data" / "data.toml"
     toml.write_text(toml.read_text() + "split = [0.6, 0.2, 0.2]\n")
     told, said = attempt(home, {"split": [0.5, 0.25, 0.25], "scale": True})
     assert said is None
-    assert told == "refused: the study and this hospital say different things about its data: split"
+    assert told == "refused: the study and this hospital set different values for its data: split"
     here = Reviews(home.reviews).get("s").data
     assert "the study asks for [0.5, 0.25, 0.25], and data.toml here says [0.6, 0.2, 0.2]" in here
-    with pytest.raises(Unfit):
+    with pytest.raises(UnsuitableData):
         site_data.read(home.path / "data", {"split": [0.5, 0.25, 0.25]})
     same = site_data.read(home.path / "data", {"split": [0.6, 0.2, 0.2]})
     own = site_data.read(home.path / "data", {})
@@ -199,7 +199,7 @@ def test_conflicts_are_told_by_key_and_a_plan_prepares_alone() -> None:
 
 
 @pytest.mark.parametrize("text", ["label = ", "\xff", "[" * 20_000])
-def test_a_data_toml_that_is_none_is_told_at_the_site_and_not_to_the_server(home: SiteHome, text: str) -> None:
+def test_a_data_toml_that_is_none_is_told_at_the_site_and_not_to_the_server(home: SiteFolder, text: str) -> None:
     (home.path / "data" / "data.toml").write_bytes(text.encode("latin-1"))
     told, said = attempt(home, {})
     assert said is None
@@ -207,7 +207,7 @@ def test_a_data_toml_that_is_none_is_told_at_the_site_and_not_to_the_server(home
     assert "data.toml" in Reviews(home.reviews).get("s").data
 
 
-def test_what_is_wrong_with_the_data_is_told_without_values(home: SiteHome) -> None:
+def test_what_is_wrong_with_the_data_is_told_without_values(home: SiteFolder) -> None:
     toml = home.path / "data" / "data.toml"
     toml.write_text('kind = "table"\npath = "heart.csv"\nlabel = "Basel-4051"\n')
     told, _ = attempt(home, {})
@@ -215,14 +215,14 @@ def test_what_is_wrong_with_the_data_is_told_without_values(home: SiteHome) -> N
     assert "Basel" not in "".join(json.dumps(e) for e in events(home))
 
 
-def test_a_folder_without_examples_is_told(home: SiteHome, tmp_path: Path) -> None:
+def test_a_folder_without_examples_is_told(home: SiteFolder, tmp_path: Path) -> None:
     (home.path / "data" / "data.toml").unlink()
-    with pytest.raises(DataError, match=r"no data\.toml"):
+    with pytest.raises(DataError, match=r"nor a data\.toml"):
         site_data.read(home.path / "data", {})
     assert data_restrictions.of_hospital(home.path / "data") is None
     np.savez(home.path / "data" / "unlabeled.npz", inputs=np.zeros((3, 2), np.float32), targets=np.zeros(3, np.int64))
     an = replace(order(plan={"network": "mlp", "inputs": [2]}), external=("here",))
-    with pytest.raises(Unfit) as found:
+    with pytest.raises(UnsuitableData) as found:
         site_data.load(home.path / "data", an, an.build_plan(), "here")
     assert found.value.told == "there are no examples here for this study"
 

@@ -10,7 +10,7 @@ from polyclinic.cli.journal import check, check_heads, check_signatures
 from polyclinic.core.audit_log import Broken, Journal, verify
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def houses(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     for home in homes.values():
         approve(home, an)
     carrier = LocalCarrier(homes, an)
-    assert conductor(root, an, carrier).run() == "finished"
+    assert coordinator(root, an, carrier).run() == "finished"
     carrier.close()
     home = homes["site-0"]
     authority = Authority.make(root / "ca", "tests")

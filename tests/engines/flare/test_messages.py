@@ -15,7 +15,7 @@ from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Weighted
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.paths import hash_of
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.testing import equal
 from tests.support.local_deployment import order
 
@@ -71,12 +71,10 @@ def test_a_wrong_call_is_refused(changes) -> None:
 def test_another_version_is_told_in_a_sentence(other: int) -> None:
     """Both ends say the same, whichever of them is older: the version is read before anything else."""
     for message in (CALL, ANSWER):
-        with pytest.raises(
-            BadMessage, match=f"speaks version {other} and this one version {VERSION}: install the same"
-        ):
+        with pytest.raises(BadMessage, match=f"uses version {other} and this end version {VERSION}: install the same"):
             type(message).from_json(json.dumps({**asdict(message), "version": other, "something": "new"}))
-    with pytest.raises(BadOrder, match="another version of polyclinic"):
-        Order.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
+    with pytest.raises(InvalidRunRequest, match="another version of polyclinic"):
+        RunRequest.from_json(json.dumps({**json.loads(order().to_json()), "something": "new"}))
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Call)])
@@ -105,7 +103,7 @@ def test_what_is_no_message_is_refused(text) -> None:
     )
 )
 def test_any_json_is_refused_in_words(value) -> None:
-    for kind, error in ((Call, BadMessage), (Answer, BadMessage), (Order, BadOrder)):
+    for kind, error in ((Call, BadMessage), (Answer, BadMessage), (RunRequest, InvalidRunRequest)):
         with pytest.raises(error):
             kind.from_json(json.dumps(value))
 
@@ -115,7 +113,7 @@ def test_mutated_messages_never_do_harm() -> None:
     sources = [
         (Call, CALL.to_json(), BadMessage),
         (Answer, ANSWER.to_json(), BadMessage),
-        (Order, order().to_json(), BadOrder),
+        (RunRequest, order().to_json(), InvalidRunRequest),
     ]
     refused = 0
     while time.monotonic() < until:
@@ -213,7 +211,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
     ("changes", "why"),
     [
         ({"run": "../x"}, "a run's name"),
-        ({"plan": []}, "'plan' is a table"),
+        ({"plan": []}, "'plan' must be a table"),
         ({"mode": "fast"}, "rounds, buffered or survey"),
         ({"sites_per_round": 0}, "'sites_per_round'"),
         ({"min_replies": None}, "'min_replies'"),
@@ -226,19 +224,19 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
 )
 def test_a_wrong_order_is_told_by_field(changes, why) -> None:
     table = {**json.loads(order().to_json()), **changes}
-    with pytest.raises(BadOrder, match=why):
-        Order.from_json(json.dumps(table))
+    with pytest.raises(InvalidRunRequest, match=why):
+        RunRequest.from_json(json.dumps(table))
 
 
 def test_an_order_names_what_runs() -> None:
-    """The order's hash changes with anything; the method's only with what runs at a site."""
+    """The run request's hash changes with anything; the method's only with what runs at a site."""
     base = order()
     assert order(run="run-2").hash != base.hash
     assert order(run="run-2").method_hash == base.method_hash
     assert order(rounds=9).method_hash == base.method_hash
     assert order(plan={"training": {"epochs": 2}}).method_hash != base.method_hash
     assert order("scaffold").method_hash != base.method_hash
-    assert Order.from_json(base.to_json()) == base
+    assert RunRequest.from_json(base.to_json()) == base
 
 
 def test_nothing_that_a_terminal_obeys_is_printed() -> None:

@@ -1,4 +1,6 @@
-"""Plug-in methods at a site: nothing of a package runs that the policy does not name, or that changed since the approval."""
+"""Plug-in methods at a site: nothing of a package runs that the policy does not name, or that changed since the
+approval.
+"""
 
 import sys
 from dataclasses import replace
@@ -34,7 +36,7 @@ def test_an_ask_after_the_policy_changed_its_mind_loads_nothing(tmp_path: Path, 
     read_and_approve(homes["site-0"], "run-1")
     assert server.hello() == ""
     homes["site-0"].policy.write_text(LITTLE)
-    server.desk.trainer.training = None
+    server.agent.trainer.training = None
     for name in ("minepack", "minepack.make"):
         sys.modules.pop(name, None)
     assert "needs the package mine-pack" in server.ask("train")[0]
@@ -53,12 +55,12 @@ def test_changed_code_of_a_package_waits_for_a_person(tmp_path: Path, install: I
     if not automatic:
         read_and_approve(homes["site-0"], "run-1")
         assert server.hello() == ""
-        assert reviews.stands(an).state == APPROVED
+        assert reviews.current(an).state == APPROVED
     (folder / "make.py").write_text(CODE + "# changed\n")
-    assert reviews.stands(an) is None
+    assert reviews.current(an) is None
     lost, _ = server.ask("train")
     assert lost.startswith(("waits for a person", "refused: a package")), lost
-    server.desk.trainer.training = None  # a fresh process
+    server.agent.trainer.training = None  # a fresh process
     assert "waits for a person" in Server(homes, an).hello()
     (package,) = packages_of(["mine"])
     assert reviews.get("run-1").packages == (package,)
@@ -74,7 +76,7 @@ def test_a_process_that_loaded_earlier_code_does_not_run_it_as_the_new(tmp_path:
     (folder / "make.py").write_text(CODE + "# changed\n")
     Reviews(homes["site-0"].reviews).offer(an, ())
     read_and_approve(homes["site-0"], "run-1")
-    assert "a package that the study needs was changed here while the run went on" in server.hello()
+    assert "a package that the study needs was changed here during the run" in server.hello()
 
 
 def test_a_survey_is_answered_though_an_arm_needs_a_package_that_is_not_allowed(

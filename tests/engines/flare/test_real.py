@@ -29,7 +29,7 @@ GOLDEN = {
 
 
 def run_and_compare(hospitals: Hospitals, run: str, **how) -> None:
-    """Runs an order, and compares the server's state and what every site keeps, to the bit."""
+    """Runs a run request, and compares the server's state and what every site keeps, to the bit."""
     an = hospitals.order(study(run, **how))
     hospitals.finished(run)
     state, memory = reference(an)

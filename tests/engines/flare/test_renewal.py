@@ -1,4 +1,4 @@
-"""Certificates and keys that change while a run goes on; and a site whose only way out is an HTTP proxy."""
+"""Certificates and keys that change during a run; and a site whose only outgoing connection is an HTTP proxy."""
 
 import os
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def house(three: Hospitals) -> Iterator[Hospitals]:
 
 
 def join(house: Hospitals, site: str, *more: str) -> None:
-    """What stands in the guide: the site stops, and joins with what the coordinator sent back."""
+    """As in the guide: the site stops, and joins with the coordinator's join file."""
     home = house.homes[site]
     fingerprint = house.command("server", "fingerprint", home=house.server.path).strip()
     data = str(house.root / "data" / site)
@@ -102,7 +102,7 @@ def test_a_certificate_is_renewed_while_a_run_goes_on(method: str, plan: dict, n
     if new:  # some were signed under the earlier one
         with pytest.raises(Broken, match="not the signature"):
             check_signatures(journal, home.kit / "startup" / "client.crt")
-    assert "good for" in house.command("site", "diagnose", home=home.path)
+    assert "valid for" in house.command("site", "diagnose", home=home.path)
 
 
 def test_a_site_behind_a_proxy_takes_part(house: Hospitals) -> None:

@@ -106,7 +106,7 @@ def test_a_reopened_record_is_continued(usage: Usage) -> None:
     again = reopened(usage)
     again.answer(FIRST, 0, "reply", {})
     again.close()
-    again.begin(LATER, 1)  # closing is no end: the next start, or a late message, goes on
+    again.begin(LATER, 1)  # closing is no end: the next start, or a late message, continues
     assert [entry["event"] for entry in verify(usage.path)] == ["begun", "answered", "begun"]
     assert Usage(usage.path).progress.contents == {(0, "train"): frozenset({"aa"}), (1, "train"): frozenset({"aa"})}
 

@@ -1,4 +1,4 @@
-"""Neither roster nor threshold of a secure sum is the server's choice: real sites beside a server that lies."""
+"""Neither roster nor threshold of a secure sum is the server's choice: real sites with a dishonest server."""
 
 import os
 from dataclasses import replace
@@ -25,7 +25,7 @@ ALL = ("site-0", "site-1", "site-2", "site-3", "site-4")
 
 
 class Liar:
-    """A server that sums over whom it likes, under what name and threshold it likes."""
+    """A server that sums over any sites, under any name and threshold."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class Liar:
 
     def call(self, site: str, value, kind: str, stage: str = "", job: str = "train", round: int = 0):
         """What a site sends; raises with the reason where it sends nothing."""
-        desk = self.carrier.desk(site)
-        received = desk.memory.folder / "received"
+        agent = self.carrier.agent(site)
+        received = agent.memory.folder / "received"
         size, sha256 = tensor_file.write(received, value, durable=False)
-        body = take_in(desk.memory, received, self.number)
+        body = take_in(agent.memory, received, self.number)
         call = Call(
             VERSION,
             self.an.run,
@@ -72,7 +72,7 @@ class Liar:
             0.0,
             stage,
         )
-        answer, file = desk.answer(call, body)
+        answer, file = agent.answer(call, body)
         if answer.lost:
             raise ProtocolError(answer.lost)
         return tensor_file.read(file)
@@ -150,7 +150,7 @@ def test_a_survivor_is_not_left_out_of_a_second_session(tmp_path: Path) -> None:
     liar = Liar(tmp_path)
     liar.sum()
     with pytest.raises(ProtocolError, match="was opened already"):
-        liar.sum(leave_out=("site-4",))  # the same roster, of which one is said to have vanished
+        liar.sum(leave_out=("site-4",))  # the same roster, of which one is claimed to have vanished
 
 
 COUNTS = {"uplink": [{**SUM, "limit": 64.0, "bits": 16, "heaviest": 64.0}]}
@@ -205,7 +205,9 @@ def test_noise_that_is_drawn_anew_opens_no_second_roster_for_a_request(tmp_path:
 
 
 def test_a_session_that_is_given_up_shows_nothing_of_the_next(tmp_path: Path) -> None:
-    """Masks are made anew for each session, and its keys are forgotten: nothing is opened before shares are revealed."""
+    """Masks are made anew for each session, and its keys are forgotten: nothing is opened before shares are
+    revealed.
+    """
     liar = Liar(tmp_path)
     first = liar.sum(until="mask")
     second = liar.sum(ALL[:4], until="mask")
@@ -277,7 +279,7 @@ def test_a_sum_holds_sites_that_train_and_no_other(tmp_path: Path) -> None:
     liar = Liar(tmp_path, sites=ALL[:4], external=("site-4",))
     layouts = liar.train(ALL[:4])
     session = Session("ab" * 16, 0, _size(layouts["site-0"]), 4, dict(liar.an.identities))
-    with pytest.raises(ProtocolError, match="site-4 is none of the approved sites that train"):
+    with pytest.raises(ProtocolError, match="site-4 is not one of the approved sites that train"):
         liar.protocol(session, ALL[:4])
     liar.sum(ALL[:4])
 

@@ -1,4 +1,6 @@
-"""A site answers the schedule of the study that was approved, whatever the server asks; an honest server never notices."""
+"""A site answers the schedule of the study that was approved, whatever the server asks; an honest server never
+notices.
+"""
 
 import json
 import shutil
@@ -10,14 +12,14 @@ import torch
 
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.methods.catalog import METHODS
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import EVERYTHING, events, reference, run, state_of
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 POLICY = policies.DEFAULT.replace("min_patients = 10", "min_patients = 2")
 LAX = POLICY.replace('never = ["predict/*"]', "never = []").replace('["score", "describe"]', '["*"]')
@@ -39,7 +41,7 @@ class Server:
     def start(self) -> None:
         """The site's machine starts, perhaps again."""
         self.carrier = LocalCarrier(self.homes, self.an)
-        self.desk = self.carrier.desk("site-0")
+        self.agent = self.carrier.agent("site-0")
 
     def params(self, by: float = 0.0) -> dict[str, torch.Tensor]:
         first = self.an.build_plan().build_task().first(3)
@@ -52,7 +54,7 @@ class Server:
     def call(self, request: Request, **changes):
         """The answer, and the file that left; messages go on from the last one that was answered."""
         self.number += 1
-        folder = self.desk.memory.folder
+        folder = self.agent.memory.folder
         body = folder / f"{self.number}.ask"
         size, sha256 = tensor_file.write(body, request)
         call = Call(
@@ -73,13 +75,13 @@ class Server:
             0.0,
             "",
         )
-        answer, file = self.desk.answer(replace(call, **changes), body)
+        answer, file = self.agent.answer(replace(call, **changes), body)
         if file is not None:
             self.after = answer.number
         return answer, file
 
     def said(self, round: int, job: str = "train", by: float = 0.0, **changes) -> str:
-        """Why there is no reply; empty where there is one."""
+        """Return why there is no reply; empty if there is one."""
         return self.call(self.ask(round, job, by), **changes)[0].lost
 
 
@@ -153,7 +155,7 @@ def test_a_second_content_is_refused_after_a_crash_a_rollback_and_a_lost_memory(
     server.carrier.restart("site-0")
     server.start()
     assert "other content before" in server.call(server.ask(1, by=0.5))[0].lost
-    for file in server.desk.memory.folder.glob("*.memory"):
+    for file in server.agent.memory.folder.glob("*.memory"):
         file.unlink()
     server.after = 2
     assert server.call(server.ask(2, by=0.0))[0].forgot
@@ -204,10 +206,10 @@ def test_a_reply_that_is_gone_is_made_again_twice_at_most(tmp_path: Path) -> Non
     said = []
     for _ in range(5):
         said.append(server.call(server.ask(0), after=0)[0].lost)
-        for file in server.desk.memory.folder.glob("*.reply"):
+        for file in server.agent.memory.folder.glob("*.reply"):
             file.unlink()
     assert said[:3] == ["", "", ""]
-    assert all("is gone, and it was made 3 times: it is not made again" in why for why in said[3:])
+    assert all("is lost, and it was computed 3 times: it is not computed again" in why for why in said[3:])
     asked = [e for e in verify(server.home.journal) if e["event"] == "asked"]
     assert [e.get("repetition", 0) for e in asked] == [0, 1, 2]
 
@@ -237,11 +239,11 @@ def test_memory_goes_on_from_a_reply_that_was_given_again(tmp_path: Path) -> Non
     server = Server(tmp_path, method="scaffold")
 
     server.call(server.ask(0))
-    kept = tensor_file.read(server.desk.memory.kept(1))
+    kept = tensor_file.read(server.agent.memory.kept(1))
     server.after = 0
     answer, _ = server.call(server.ask(0))
     assert (answer.number, answer.lost) == (2, "")
-    assert equal(kept, tensor_file.read(server.desk.memory.before(2)))
+    assert equal(kept, tensor_file.read(server.agent.memory.before(2)))
     assert server.call(server.ask(1))[0].lost == ""
 
 
@@ -253,7 +255,7 @@ def test_a_record_that_was_changed_stops_the_run_and_a_person_may_forget_it(tmp_
     usage.write_text(usage.read_text().replace('"round":0', '"round":7', 1))
     server.start()
     assert "the record of what was answered here is damaged" in server.said(1)
-    Memory(server.home.memory("run-1")).forget()
+    RunMemory(server.home.memory("run-1")).forget()
     assert not usage.exists()
 
 
@@ -276,9 +278,9 @@ def test_what_was_answered_is_on_the_disk_before_the_reply_leaves(
 
     def look(*arguments):
         lines.append((server.home.memory("run-1") / "usage.jsonl").read_text())
-        return type(server.desk)._sent(server.desk, *arguments)
+        return type(server.agent)._sent(server.agent, *arguments)
 
-    monkeypatch.setattr(server.desk, "_sent", look)
+    monkeypatch.setattr(server.agent, "_sent", look)
     assert server.said(0) == ""
     assert [json.loads(line)["event"] for line in lines[0].splitlines()] == ["begun", "answered"]
 
@@ -337,7 +339,7 @@ def test_thresholds_are_found_with_the_model_that_was_tested(tmp_path: Path) -> 
     assert server.said(1, "predict/val", by=0.1) == ""
 
 
-# Scores beside a budget ---------------------------------------------------------------------------------------------
+# Scores under a budget ---------------------------------------------------------------------------------------------
 
 
 def test_scores_beside_a_budget_are_rounded(tmp_path: Path) -> None:
@@ -375,7 +377,7 @@ def honest(root: Path, method: str, homes=None, **how):
 
 
 def test_a_crash_between_the_model_and_its_scores_asks_for_no_other_scores(tmp_path: Path) -> None:
-    """The round is not done again after a crash while it is scored; else another model could stand in its place."""
+    """The round is not done again after a crash while it is scored; otherwise another model could take its place."""
     homes, an = honest(tmp_path, "fedavg", score_every=1, test="score/test", best={"metric": "loss", "higher": False})
     calls, lost = [], []
 
@@ -457,7 +459,7 @@ def test_a_site_that_lost_everything_begins_anew_in_its_place(tmp_path: Path) ->
         return False
 
     carrier.crash = lose_disk
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     carrier.close()
     assert refused(homes) == []
 

@@ -10,7 +10,7 @@ from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare.protocol.messages import Call
 from polyclinic.testing import equal
 from tests.engines.flare.test_exchange import reference, state_of
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, identities, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, identities, order
 
 pytestmark = pytest.mark.usefixtures("looks")
 NAMES = ("site-0", "site-1", "site-2", "site-3", "site-4")
@@ -30,7 +30,7 @@ def setting(root: Path, count: int = 5, policy: str = "[limits]\nmin_patients = 
 
 def run(root: Path, an, homes, **how) -> tuple[str, dict]:
     carrier = LocalCarrier(homes, an, **how)
-    outcome = conductor(root, an, carrier).run()
+    outcome = coordinator(root, an, carrier).run()
     carrier.close()
     lines = (root / "server" / an.run / "records.jsonl").read_text().splitlines()
     lost = [json.loads(line)["lost"] for line in lines if json.loads(line)["kind"] == "round"]
@@ -66,7 +66,7 @@ def test_no_number_leaves_but_under_masks(tmp_path: Path) -> None:
         return delivery
 
     carrier.arrived = listen
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     masked = {site: value.vector for site, value in received if isinstance(value, Masked)}
     assert set(masked) == set(homes)
     for site, home in homes.items():
@@ -123,7 +123,7 @@ def test_a_second_sum_over_other_sites_is_refused(tmp_path: Path) -> None:
     homes, an = setting(tmp_path, rounds=1, deadline=100.0)
     folder = tmp_path / "server" / an.run
     carrier = LocalCarrier(homes, an, crash=lambda c: c.kind == "end")
-    conductor(tmp_path, an, carrier).run()
+    coordinator(tmp_path, an, carrier).run()
     carrier.close()
     (folder / "checkpoint.safetensors").unlink()  # the server says that it has forgotten
     outcome, _ = run(tmp_path, an, homes, lose=lambda c: c.site == "site-4" and c.kind == "do")
@@ -151,7 +151,7 @@ def test_a_session_with_other_keys_than_were_approved_is_refused(tmp_path: Path)
     other = identities(hospital(tmp_path / "others", 3))
     lying = replace(an, identities={**an.identities, "site-2": other["site-2"]})
     carrier = LocalCarrier(homes, an)
-    con = conductor(tmp_path, an, carrier)
+    con = coordinator(tmp_path, an, carrier)
     con.order = lying  # the server's own copy
     con.order.__dict__["hash"] = an.hash
     carrier.tamper = lambda call: replace(call, order=an.hash)

@@ -107,7 +107,7 @@ def test_the_sum_is_over_the_sites_whose_vectors_arrived(made: Federation, lost:
 
 
 def test_every_step_describes_the_file_that_is_sent_and_who_is_in_the_sum(made: Federation) -> None:
-    """The desk records the roster of an opened sum from what the training process says at each step."""
+    """The agent records the roster of an opened sum as the training process reports it at each stage."""
     session = made.session()
     expected: tuple[str, ...] = ()
     for stage in ("advertise", "share", "mask", "agree", "reveal"):
@@ -136,11 +136,11 @@ def test_shares_are_revealed_once(made: Federation) -> None:
     _, agreed = made.until("reveal", made.session())
     made.step("a", "reveal", agreed["a"])
     for stage, value in (("reveal", agreed["a"]), ("agree", NAMES), ("share", ())):
-        with pytest.raises(ProtocolError, match="no secure sum is under way here"):
+        with pytest.raises(ProtocolError, match="no secure sum is in progress here"):
             made.step("a", stage, value)
 
 
-# Whom a site sums with -----------------------------------------------------------------------------------------------
+# Partners of a site -----------------------------------------------------------------------------------------------
 
 
 def test_a_site_with_another_key_than_was_approved_is_in_no_sum(made: Federation) -> None:
@@ -160,13 +160,13 @@ def test_a_site_that_nobody_approved_is_in_no_sum(made: Federation) -> None:
 
 def test_a_site_that_only_tests_is_in_no_sum(tmp_path: Path) -> None:
     federation = Federation(tmp_path, demands(sites=NAMES[:4]))
-    assert "e is none of the approved sites that train" in refusal(federation, federation.session())
+    assert "e is not one of the approved sites that train" in refusal(federation, federation.session())
     assert refusal(federation, federation.session(NAMES[:4])) == ""
 
 
 def test_a_site_does_not_begin_with_a_key_that_is_not_the_approved_one(made: Federation) -> None:
     write_private(made.root / "a" / "secure.key", Ed25519PrivateKey.generate().private_bytes_raw().hex())
-    assert "the study names another key of this site" in refusal(made, made.session())
+    assert "the study names a key of this site for secure sums that is not in keys" in refusal(made, made.session())
 
 
 def test_a_session_that_leaves_this_site_out_is_refused(made: Federation) -> None:
@@ -177,7 +177,7 @@ def test_a_site_without_an_approved_key_is_in_no_sum(made: Federation) -> None:
     others = {name: key for name, key in made.identities.items() if name != "a"}
     made.sites["a"] = SecureTraining("a", others, made.root / "a", demands())
     assert "a has another key, or another name" in refusal(made, made.session())
-    assert "names another key of this site" in refusal(made, made.session(NAMES[1:]))
+    assert "names a key of this site for secure sums that is not in keys" in refusal(made, made.session(NAMES[1:]))
 
 
 def test_a_study_that_was_approved_with_an_earlier_key_goes_on_after_new_keys(made: Federation) -> None:
@@ -197,11 +197,11 @@ def test_a_study_that_was_approved_with_an_earlier_key_goes_on_after_new_keys(ma
         (5, 0, 5, ""),
         (0, 5, 5, ""),
         (4, 4, 4, ""),
-        (5, 0, 4, "least 5 (the approved threshold, and the sites whose noise is counted on)"),
+        (5, 0, 4, "least 5 (the approved threshold, and the sites whose noise is assumed)"),
         (0, 5, 4, "least 5 (the policy here, require.min_sites)"),
         (5, 5, 4, "least 5 (the policy here, require.min_sites)"),
         (3, 5, 4, "least 5 (the policy here, require.min_sites)"),
-        (5, 3, 4, "least 5 (the approved threshold, and the sites whose noise is counted on)"),
+        (5, 3, 4, "least 5 (the approved threshold, and the sites whose noise is assumed)"),
     ],
 )
 def test_the_threshold_is_the_most_that_anybody_asks_for(
@@ -277,11 +277,11 @@ def test_the_threshold_of_the_session_holds_to_its_end(tmp_path: Path) -> None:
 def test_a_session_is_begun_once(made: Federation) -> None:
     session = made.session()
     assert refusal(made, session) == ""
-    assert refusal(made, session) == "this session was begun before, and a retry is a new one"
-    with pytest.raises(ProtocolError, match="no secure sum is under way"):
+    assert refusal(made, session) == "this session was begun before; a retry needs a new session"
+    with pytest.raises(ProtocolError, match="no secure sum is in progress"):
         made.step("a", "share", ())
     assert refusal(made, made.session()) == ""
-    assert refusal(made, session) == "this session was begun before, and a retry is a new one"
+    assert refusal(made, session) == "this session was begun before; a retry needs a new session"
 
 
 @pytest.mark.parametrize(("round", "fits"), [(ROUND - 1, False), (ROUND, True), (ROUND + 1, False)])
@@ -293,7 +293,7 @@ def test_a_session_is_for_the_round_of_the_request(made: Federation, round: int,
 @pytest.mark.parametrize(("size", "fits"), [(3, False), (4, True), (5, False)])
 def test_a_session_is_for_as_many_numbers_as_the_reply_has(made: Federation, size: int, fits: bool) -> None:
     said = refusal(made, made.session(size=size))
-    assert said == ("" if fits else f"a session for {size} numbers, and here are 4")
+    assert said == ("" if fits else f"the session is for {size} numbers, and this site has 4")
 
 
 def test_a_session_that_was_refused_may_be_begun_when_it_fits(made: Federation) -> None:
@@ -305,7 +305,7 @@ def test_a_session_that_was_refused_may_be_begun_when_it_fits(made: Federation) 
 def test_a_refused_session_ends_the_one_before(made: Federation) -> None:
     _, adverts = made.until("share", made.session())
     assert "for round 9" in refusal(made, made.session(round=9))
-    with pytest.raises(ProtocolError, match="no secure sum is under way"):
+    with pytest.raises(ProtocolError, match="no secure sum is in progress"):
         made.step("a", "share", adverts["a"])
 
 
@@ -329,14 +329,14 @@ def test_a_stage_that_is_none_is_refused(made: Federation, stage: str) -> None:
         ("share", ("a", "b"), "a list of Advert was expected"),
         ("share", {}, "a list of Advert was expected"),
         ("share", "text", "a list of Advert was expected"),
-        ("mask", ["a"], "an inbox is a table of sealed shares"),
-        ("mask", {"b": 3}, "an inbox is a table of sealed shares"),
-        ("mask", {"b": "x", "c": 3}, "an inbox is a table of sealed shares"),
-        ("mask", 3, "an inbox is a table"),
-        ("agree", "abcde", "who arrived is a list of names"),
-        ("agree", ("a", 3), "who arrived is a list of names"),
-        ("agree", {"a": "b"}, "who arrived is a list of names"),
-        ("agree", 7, "who arrived is a list of names"),
+        ("mask", ["a"], "an inbox must be a table of sealed shares"),
+        ("mask", {"b": 3}, "an inbox must be a table of sealed shares"),
+        ("mask", {"b": "x", "c": 3}, "an inbox must be a table of sealed shares"),
+        ("mask", 3, "an inbox must be a table"),
+        ("agree", "abcde", "the sites that arrived must be a list of names"),
+        ("agree", ("a", 3), "the sites that arrived must be a list of names"),
+        ("agree", {"a": "b"}, "the sites that arrived must be a list of names"),
+        ("agree", 7, "the sites that arrived must be a list of names"),
         ("reveal", ("a", "b"), "a list of Agreed was expected"),
         ("reveal", 3, "a list of Agreed was expected"),
     ],
@@ -364,7 +364,7 @@ def test_lists_travel_as_lists_or_tuples(made: Federation, form: type) -> None:
 
 
 def test_steps_out_of_order_are_refused(made: Federation) -> None:
-    with pytest.raises(ProtocolError, match="it was begun before the training process was"):
+    with pytest.raises(ProtocolError, match="it began before the training process started"):
         made.step("a", "share", ())
     made.until("share", made.session())
     with pytest.raises(ProtocolError):

@@ -16,7 +16,7 @@ from polyclinic.engines.flare.protocol.messages import Answer, BadMessage
 from polyclinic.testing import equal
 from tests.conftest import little_sites
 from tests.engines.flare.test_exchange import reference, state_of
-from tests.support.local_deployment import LocalCarrier, admitted, approve, conductor, hospital, order, signed_again
+from tests.support.local_deployment import LocalCarrier, admitted, approve, coordinator, hospital, order, signed_again
 
 POLICY = "[limits]\nmin_patients = 2\n"
 _foreign = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -68,7 +68,7 @@ def foreign(answer: Answer) -> Answer:
 )
 def test_an_answer_without_its_sites_signature_loses_the_site_by_name(change, why: str, tmp_path: Path) -> None:
     homes, an = house(tmp_path, min_replies=2)
-    assert conductor(tmp_path, an, Changed(homes, an, change)).run() == "finished"
+    assert coordinator(tmp_path, an, Changed(homes, an, change)).run() == "finished"
     assert list(lost(tmp_path, an)) == ["site-1"]
     assert why in lost(tmp_path, an)["site-1"]
     two = {name: site for name, site in little_sites().items() if name != "site-1"}
@@ -79,7 +79,7 @@ def test_an_answer_without_its_sites_signature_loses_the_site_by_name(change, wh
 def test_no_run_goes_on_without_signatures(kinds: tuple[str, ...], tmp_path: Path) -> None:
     homes, an = house(tmp_path)
     carrier = Changed(homes, an, lambda a: replace(a, signature="", head=""), tuple(homes), kinds)
-    assert conductor(tmp_path, an, carrier).run() != "finished"
+    assert coordinator(tmp_path, an, carrier).run() != "finished"
     assert "not signed" in json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"]
 
 
@@ -87,7 +87,7 @@ def test_who_is_shut_out_not_admitted_or_whose_certificate_has_ended_does_not_co
     homes, an = house(tmp_path)
     answers: list[Answer] = []
     known = admitted(tmp_path, homes)
-    conductor(tmp_path, an, Changed(homes, an, lambda a: answers.append(a) or a)).run()  # type: ignore[func-returns-value]
+    coordinator(tmp_path, an, Changed(homes, an, lambda a: answers.append(a) or a)).run()  # type: ignore[func-returns-value]
     answer, file = answers[0], tmp_path / "admitted.json"
     known.check(answer)
     entries = json.loads(file.read_text())
@@ -96,7 +96,7 @@ def test_who_is_shut_out_not_admitted_or_whose_certificate_has_ended_does_not_co
         file.write_text(json.dumps({**entries, "site-1": {**entries["site-1"], **changes}}))
 
     put(revoked="2026-10-02T10:00:00+00:00")
-    with pytest.raises(BadMessage, match="shut out on 2026-10-02"):
+    with pytest.raises(BadMessage, match="revoked on 2026-10-02"):
         Signers(file).check(answer)
     put(signers=[{**entries["site-1"]["signers"][0], "expires": (datetime.now(UTC) - timedelta(1)).isoformat()}])
     with pytest.raises(BadMessage, match="has a certificate"):
@@ -149,7 +149,7 @@ class Heavy(LocalCarrier):
 
 def test_a_site_that_claims_to_be_everybody_is_lost_by_name(tmp_path: Path) -> None:
     homes, an = house(tmp_path, count=4, min_replies=2)
-    assert conductor(tmp_path, an, Heavy(homes, an, 1e12)).run() == "finished"
+    assert coordinator(tmp_path, an, Heavy(homes, an, 1e12)).run() == "finished"
     assert list(lost(tmp_path, an)) == ["site-1"]
     assert "a weight of 1e+12, where the median of the other sites is" in lost(tmp_path, an)["site-1"]
     assert json.loads((tmp_path / "server" / an.run / "status.json").read_text())["why"].startswith("without site-1 (")
@@ -159,10 +159,10 @@ def test_what_a_site_has_by_the_survey_it_may_claim(tmp_path: Path) -> None:
     """With counts two sites are enough for a comparison; and a large site is not refused for being large."""
     homes, an = house(tmp_path, count=2, min_replies=1)
     how = {"limits": Limits(counts={"site-0": 20, "site-1": 5000})}
-    assert conductor(tmp_path, an, Heavy(homes, an, 5000.0), **how).run() == "finished"
+    assert coordinator(tmp_path, an, Heavy(homes, an, 5000.0), **how).run() == "finished"
     assert lost(tmp_path, an) == {}
     other = replace(an, run="run-2")
     for home in homes.values():
         approve(home, other)
-    assert conductor(tmp_path, other, Heavy(homes, other, 5001.0), **how).run() == "finished"
+    assert coordinator(tmp_path, other, Heavy(homes, other, 5001.0), **how).run() == "finished"
     assert "its own examples are counted as 5000" in lost(tmp_path, other)["site-1"]

@@ -1,4 +1,6 @@
-"""How the processes of one house talk: over a socket that no other account reaches, with settings that no job changes."""
+"""How the processes of one house talk: over a socket that no other account reaches, with settings that no job
+changes.
+"""
 
 import json
 import os

@@ -16,13 +16,13 @@ from polyclinic.cli import site_status as shown
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import agent_status, run_archive
 from polyclinic.engines.flare.client.connection_log import Connection
-from polyclinic.engines.flare.client.run_memory import Memory
+from polyclinic.engines.flare.client.run_memory import RunMemory
 from polyclinic.engines.flare.client.run_status import RunStatus
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, SiteHome, toml
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
 from polyclinic.engines.flare.server.job_queue import FINISHED, Queue
 from tests.support.flare_deployment import Hospitals, study, until
-from tests.support.local_deployment import LocalCarrier, approve, conductor, hospital, order
+from tests.support.local_deployment import LocalCarrier, approve, coordinator, hospital, order
 
 LITTLE = "[limits]\nmin_patients = 2\n"
 JOINED = {
@@ -38,9 +38,9 @@ JOINED = {
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> SiteHome:
-    """A site whose keeper is this process, and which heard the server just now."""
-    home = SiteHome(tmp_path / "site-0")
+def site(tmp_path: Path) -> SiteFolder:
+    """A site whose supervisor is this process, and which heard the server just now."""
+    home = SiteFolder(tmp_path / "site-0")
     home.path.mkdir()
     home.settings.write_text(toml(JOINED))
     keeper(home)
@@ -48,7 +48,7 @@ def site(tmp_path: Path) -> SiteHome:
     return home
 
 
-def keeper(home: SiteHome, pid: int = 0, **changes: object) -> None:
+def keeper(home: SiteFolder, pid: int = 0, **changes: object) -> None:
     pid = pid or os.getpid()
     said = {
         "state": "up",
@@ -61,7 +61,7 @@ def keeper(home: SiteHome, pid: int = 0, **changes: object) -> None:
     (home.path / "status.json").write_text(json.dumps({**said, **changes}))
 
 
-def heard(home: SiteHome, seconds_ago: float, refused: str = "") -> None:
+def heard(home: SiteFolder, seconds_ago: float, refused: str = "") -> None:
     (home.path / "connection.json").write_text(json.dumps({"heard": time.time() - seconds_ago, "refused": refused}))
 
 
@@ -72,12 +72,12 @@ def call(kind: str = "do") -> Call:
     )
 
 
-def said(home: SiteHome, capsys: pytest.CaptureFixture[str]) -> str:
+def said(home: SiteFolder, capsys: pytest.CaptureFixture[str]) -> str:
     shown.show(home, as_json=False)
     return capsys.readouterr().out
 
 
-def test_a_site_that_is_well_says_so(site: SiteHome, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_that_is_well_says_so(site: SiteFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert "site-0 runs\n" in said(site, capsys)
     shown.show(site, as_json=True)
     assert json.loads(capsys.readouterr().out)["well"] is True
@@ -90,13 +90,15 @@ def test_a_site_that_is_well_says_so(site: SiteHome, capsys: pytest.CaptureFixtu
         (lambda home: (home.path / "connection.json").unlink(), "NOT REACHED, never heard"),
         (lambda home: heard(home, 1, "Client 'site-0' is disabled"), "REFUSES this site (Client 'site-0' is disabled)"),
         (lambda home: keeper(home, birth="1"), "does not run: polyclinic site start"),
-        (lambda home: keeper(home, beat=time.time() - 600), "its keeper does not respond"),
+        (lambda home: keeper(home, beat=time.time() - 600), "its supervisor does not respond"),
         (lambda home: keeper(home, crashes=5), "FLARE's process ended 5 times in a row"),
         (lambda home: keeper(home, started=time.time()) or heard(home, 3600), "connecting, heard 60 minutes ago"),
-        (lambda home: failing(home), "problem  run-1: failed: DataError; the site's log says more"),
+        (lambda home: failing(home), "problem  run-1: failed: DataError; see the site's log"),
     ],
 )
-def test_what_is_wrong_is_told_and_counts(make, says: str, site: SiteHome, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_told_and_counts(
+    make, says: str, site: SiteFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
     make(site)
     assert says in said(site, capsys)
     with pytest.raises(SystemExit):
@@ -104,21 +106,21 @@ def test_what_is_wrong_is_told_and_counts(make, says: str, site: SiteHome, capsy
     assert json.loads(capsys.readouterr().out)["well"] is False
 
 
-def failing(home: SiteHome) -> None:
-    status = RunStatus(Memory(home.memory("run-1")).folder)
-    status.came_of(call("hello"), "failed: DataError; the site's log says more")
+def failing(home: SiteFolder) -> None:
+    status = RunStatus(RunMemory(home.memory("run-1")).folder)
+    status.came_of(call("hello"), "failed: DataError; see the site's log")
 
 
 def test_a_site_without_its_keeper_that_works_on_says_so(
-    site: SiteHome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    site: SiteFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper(site, birth="1")
     monkeypatch.setattr(flare_processes, "working_in", lambda folder: [1, 2])
     assert "lost its keeper, and 2 of its processes go on" in said(site, capsys)
 
 
-def test_what_is_done_is_told_while_its_process_lives(site: SiteHome, capsys: pytest.CaptureFixture[str]) -> None:
-    status = RunStatus(Memory(site.memory("run-1")).folder)
+def test_what_is_done_is_told_while_its_process_lives(site: SiteFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    status = RunStatus(RunMemory(site.memory("run-1")).folder)
     with status.working(call()):
         assert "working  run-1: train of round 3, begun" in said(site, capsys)
         table = json.loads(status.path.read_text())
@@ -127,7 +129,7 @@ def test_what_is_done_is_told_while_its_process_lives(site: SiteHome, capsys: py
     assert "working" not in said(site, capsys)
 
 
-def test_a_problem_lasts_until_something_succeeds(site: SiteHome) -> None:
+def test_a_problem_lasts_until_something_succeeds(site: SiteFolder) -> None:
     failing(site)
     status = RunStatus(site.memory("run-1"))  # another process
     status.came_of(call("end"), "")
@@ -140,7 +142,7 @@ def test_a_problem_lasts_until_something_succeeds(site: SiteHome) -> None:
 
 
 def test_waiting_says_for_what_and_ends_with_the_site(
-    site: SiteHome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    site: SiteFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hung for ever, without a word."""
     monkeypatch.setattr(shown, "DEAD_AFTER", 0.6)
@@ -150,10 +152,10 @@ def test_waiting_says_for_what_and_ends_with_the_site(
     out = capsys.readouterr().out
     assert (
         out
-        == "waits    for the study 'spots' to come; the server is connected; run-1: failed: DataError; the site's log says more\n"
+        == "waits    for the study 'spots' to come; the server is connected; run-1: failed: DataError; see the site's log\n"
     )
     keeper(site, birth="1")
-    with pytest.raises(BadHome, match="site-0 does not run, so the study 'spots' cannot come here"):
+    with pytest.raises(SetupError, match="site-0 does not run, so the study 'spots' cannot come here"):
         app.app(["site", "review", "spots", "--wait", "--home", str(site.path)])
 
 
@@ -172,7 +174,7 @@ class Reply:
         return self.headers.get(key, default)
 
 
-def test_replies_of_the_server_say_when_it_was_heard_and_what_it_refuses(site: SiteHome) -> None:
+def test_replies_of_the_server_say_when_it_was_heard_and_what_it_refuses(site: SiteFolder) -> None:
     watch, file = Connection(), site.path / "connection.json"
     watch.home = site
     file.unlink()
@@ -191,14 +193,14 @@ def test_replies_of_the_server_say_when_it_was_heard_and_what_it_refuses(site: S
 
 
 def test_a_run_that_ended_without_some_sites_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong data at two of three sites: the run ended, and nobody was named."""
+    """Wrong data at two of three sites: the run ended, and no site was named."""
     homes, an = hospital(tmp_path, policy=LITTLE), order(rounds=2)
     for home in homes.values():
         approve(home, an)
     for name in ("site-1", "site-2"):
         (homes[name].path / "data" / "train.npz").write_bytes(b"nonsense")
-    assert conductor(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
-    server = ServerHome(tmp_path / "coordinator")
+    assert coordinator(tmp_path, an, LocalCarrier(homes, an)).run() == "finished"
+    server = ServerFolder(tmp_path / "coordinator")
     server.path.mkdir()
     (tmp_path / "server").rename(server.path / "runs")
     given = {"project": "tests", "host": "localhost", "port": 8002, "organization": "x", "scheme": "grpc"}
@@ -229,7 +231,7 @@ def test_the_memory_of_an_ended_run_goes_and_a_replay_stays_refused(tmp_path: Pa
     for home in homes.values():
         approve(home, an)
     carrier = LocalCarrier(homes, an)
-    assert conductor(tmp_path, an, carrier).run() == "finished"
+    assert coordinator(tmp_path, an, carrier).run() == "finished"
     carrier.close()
     home = homes["site-0"]
     folder = home.memory(an.run)
@@ -242,10 +244,10 @@ def test_the_memory_of_an_ended_run_goes_and_a_replay_stays_refused(tmp_path: Pa
     assert list(run_archive.retire(home)) == [an.run]
     assert list(run_archive.retire(home)) == []
     assert {path.name for path in folder.iterdir()} <= set(run_archive.FACTS)
-    desk = LocalCarrier(homes, an).desk("site-0")
+    agent = LocalCarrier(homes, an).agent("site-0")
     body = tmp_path / "body"
     body.write_bytes(b"0")
-    assert "replay" in desk.answer(last, body)[0].lost
+    assert "replay" in agent.answer(last, body)[0].lost
 
 
 @pytest.mark.deploy
@@ -269,7 +271,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     hospitals.start_site("site-1")
     hospitals.together()
     hospitals.command("server", "revoke", "site-1", home=hospitals.server.path)
-    until(lambda: "REFUSES this site" in status(), "the refusal to be told", 60)
+    until(lambda: "REFUSES this site" in status(), "the refusal to be reported", 60)
     hospitals.command("site", "stop", home=home.path)
     hospitals.command("site", "start", "--background", home=home.path)
     time.sleep(15)

@@ -16,13 +16,13 @@ from polyclinic.core.serialization import Corrupt
 from polyclinic.data.examples import Examples
 from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
-from polyclinic.engines.flare.client.site_agent import Desk
+from polyclinic.engines.flare.client.site_agent import SiteAgent
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, SiteHome, toml
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, SiteFolder, toml
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.server import study_runs
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, Queue
-from polyclinic.engines.flare.server.run_coordinator import Conductor
+from polyclinic.engines.flare.server.run_coordinator import RunCoordinator
 from polyclinic.engines.site_description import PART, checked, describe, hidden, read_description, shape_of
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.privacy.ledger import Ledger
@@ -35,7 +35,7 @@ from tests.support.local_deployment import (
     LocalCarrier,
     admitted,
     approve,
-    conductor,
+    coordinator,
     hospital,
     order,
     read_and_approve,
@@ -53,11 +53,11 @@ class Clinics:
     def __init__(self, root: Path, study: str = STUDY, policies: dict[str, str] | None = None) -> None:
         self.root, self.file = root, make(root, study)[0]
         self.study = study_config.read(self.file)
-        self.server = ServerHome(root / "server")
+        self.server = ServerFolder(root / "server")
         self.server.path.mkdir()
         self.homes = {}
         for name in CLINICS:
-            home = self.homes[name] = SiteHome(root / name)
+            home = self.homes[name] = SiteFolder(root / name)
             (root / name).mkdir()
             if "keys" not in _made or not _made["keys"].exists():
                 site_keys.make(home.keys)
@@ -95,7 +95,7 @@ class Clinics:
                 carrier = LocalCarrier(homes, entry.what)
                 folder, signers = self.server.run(run), admitted(self.server.path.parent, homes)
                 how: dict = {"poll": 0.0, "signers": signers}
-                outcomes[run] = Conductor(entry.what, carrier, folder, tuple(homes), **how).run()
+                outcomes[run] = RunCoordinator(entry.what, carrier, folder, tuple(homes), **how).run()
                 carrier.close()
                 queue.change(run, state=outcomes[run])
             study_runs.advance(self.server)
@@ -109,11 +109,11 @@ class Clinics:
         """The survey comes to every site."""
         entry = next(iter(Queue(self.server).all().values()))
         for home in self.homes.values():
-            desk = Desk(home, entry.what)
-            desk.trainer = Inline(home, entry.what.run)
-            found = desk._train({"what": "check"})
-            desk.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
-            desk.close()
+            agent = SiteAgent(home, entry.what)
+            agent.trainer = Inline(home, entry.what.run)
+            found = agent._train({"what": "check"})
+            agent.reviews.offer(entry.what, tuple(found["problems"]), found["notes"])
+            agent.close()
 
 
 def predictions(folder: Path) -> dict:
@@ -185,8 +185,8 @@ def test_one_approval_is_enough_and_nothing_waits_for_another(tmp_path: Path) ->
     assert {r.state for r in Reviews(home.reviews).all()} == {REFUSED}
 
 
-def tampered(an: Order) -> dict[str, Order]:
-    """What a hostile server may make of an order after a study was approved."""
+def tampered(an: RunRequest) -> dict[str, RunRequest]:
+    """What a hostile server may make of a run request after a study was approved."""
     plan = an.plan
     arm = an.study["arms"][0]
     more = {**an.study, "arms": [*an.study["arms"], {**arm, "label": "other"}]}
@@ -227,7 +227,7 @@ def test_an_approval_of_a_study_covers_its_parts_and_nothing_else(tmp_path: Path
     reviews = Reviews(tmp_path / "fresh" / "reviews")
     survey, *arms = [entry.what for entry in Queue(clinics.server).all().values()]
     reviews.offer(survey, ())
-    read_and_approve(SiteHome(tmp_path / "fresh"), "spots")
+    read_and_approve(SiteFolder(tmp_path / "fresh"), "spots")
     reviews.answered(survey, {"inputs": [1, 8, 8], "outputs": 2})
     for an in arms:
         for how, other in tampered(an).items():
@@ -348,13 +348,13 @@ def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
 def test_a_study_is_taken_up_once_and_only_with_those_who_may_join(tmp_path: Path) -> None:
     clinics = Clinics(tmp_path)
     assert clinics.put() == [f"spots-{clinics.study.hash[:6]}-survey"]
-    with pytest.raises(BadHome, match="already"):
+    with pytest.raises(SetupError, match="already"):
         clinics.put()
     admitted = json.loads(clinics.server.admitted.read_text())
     admitted["oslo"]["revoked"] = "2026-01-01"
     other = Clinics(tmp_path / "other")
     other.server.admitted.write_text(json.dumps(admitted))
-    with pytest.raises(BadHome, match="oslo: not admitted"):
+    with pytest.raises(SetupError, match="oslo: not admitted"):
         other.put()
 
 
@@ -365,12 +365,12 @@ NOISE = {
 }
 
 
-def attempt(root: Path, homes: dict[str, SiteHome], an: Order) -> str:
+def attempt(root: Path, homes: dict[str, SiteFolder], an: RunRequest) -> str:
     for home in homes.values():
         approve(home, an)
     carrier = LocalCarrier(homes, an)
     try:
-        return conductor(root, an, carrier).run()
+        return coordinator(root, an, carrier).run()
     finally:
         carrier.close()
 
@@ -409,12 +409,12 @@ def test_orders_with_wrong_new_fields_are_told_by_field() -> None:
         ("study", {"name": "x", "hash": "h", "arms": [{"label": "a", "plan": {}}]}, "names no method"),
         ("mode", "shell", "'mode'"),
     ):
-        with pytest.raises(BadOrder, match=why):
-            Order.from_json(json.dumps({**given, key: value}))
+        with pytest.raises(InvalidRunRequest, match=why):
+            RunRequest.from_json(json.dumps({**given, key: value}))
 
 
 def test_a_site_reads_its_data_as_its_file_says(tmp_path: Path) -> None:
-    """data.toml at the hospital, paths from its folder; what the study says of treatment goes on top."""
+    """data.toml at the hospital, paths from its folder; what the study says of preprocessing is added."""
     make(tmp_path)
     folder = tmp_path / "hospital"
     folder.mkdir()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from polyclinic.core.audit_log import verify
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.federation import DataSpec, federate
-from polyclinic.data.splits import Fold, dice_for, fold_patients
+from polyclinic.data.splits import Fold, fold_patients, rng_for
 from polyclinic.evaluation.costs import cost_of
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
@@ -63,7 +63,7 @@ name = "fedavg"
 @settings(max_examples=60)
 def test_over_the_folds_every_patient_is_tested_once_and_never_trains_then(groups: list, count: int, seed: int) -> None:
     patients = {f"p{i}": group for i, group in enumerate(groups)}
-    folds = [fold_patients(patients, Fold(i, count), (0.6, 0.15, 0.25), dice_for(seed, "split")) for i in range(count)]
+    folds = [fold_patients(patients, Fold(i, count), (0.6, 0.15, 0.25), rng_for(seed, "split")) for i in range(count)]
     tested = [p for roles in folds for p, role in roles.items() if role == "test"]
     assert sorted(tested) == sorted(patients)
     sizes = [sum(role == "test" for role in roles.values()) for roles in folds]
@@ -75,7 +75,7 @@ def test_over_the_folds_every_patient_is_tested_once_and_never_trains_then(group
 
 def test_too_few_patients_for_the_folds_are_refused_with_what_to_do() -> None:
     with pytest.raises(DataError, match="fewer folds"):
-        fold_patients({"a": 0, "b": 1}, Fold(0, 3), (0.6, 0.15, 0.25), dice_for(0))
+        fold_patients({"a": 0, "b": 1}, Fold(0, 3), (0.6, 0.15, 0.25), rng_for(0))
 
 
 def test_leaving_one_site_out_trains_on_nobody_of_it() -> None:

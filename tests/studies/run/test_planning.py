@@ -158,7 +158,7 @@ def test_a_plan_survives_its_file_and_a_persons_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("version = 1", "version = 9", "no plan of this version"),
+        ("version = 1", "version = 9", "not a plan of this version"),
         ("[use.inputs]", "[use.other]", "either steps .* or inputs"),
         ("spread = ", "spread = -", "needs center, spread"),
         ("mean = ", 'mean = "x" #', "cannot be read"),

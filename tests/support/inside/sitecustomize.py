@@ -1,4 +1,4 @@
-"""Loaded by Python in every real process that the tests start, because this folder stands on PYTHONPATH.
+"""Loaded by Python in every real process that the tests start, because this folder is on PYTHONPATH.
 
 By files in the folder that POLYCLINIC_TEST_FAULTS names, a test decides about processes that it did not write: when they
 die (``*.kill``), how long a site works (``hold-SITE-ROUND``) or scores (``silent-SITE``), what a site's job process
@@ -41,7 +41,9 @@ def die_at(where: str, when: str) -> None:
 
 
 def patient_replace(real: Any) -> Any:
-    """``os.replace``, before and after which a process may die: every file of ours that must survive goes through it."""
+    """``os.replace``, before and after which a process may die: every file of ours that must survive goes
+    through it.
+    """
 
     def replace(source: Any, target: Any, **more: Any) -> None:
         die_at(os.fspath(target), "before")
@@ -80,9 +82,9 @@ def change_executor(module: Any) -> None:
 
     def twisted(self: Any, task_name: str, shareable: Any, *rest: Any) -> Any:
         result = execute(self, task_name, shareable, *rest)
-        wish = FOLDER / f"twist-{self.desk.name if self.desk else ''}"
+        wish = FOLDER / f"twist-{self.agent.name if self.agent else ''}"
         kind = json.loads(shareable["call"])["kind"]
-        if kind == "hello" and (FOLDER / f"flood-{self.desk.name if self.desk else ''}").exists():
+        if kind == "hello" and (FOLDER / f"flood-{self.agent.name if self.agent else ''}").exists():
             result["body"] = b"0" * 2**23
         if kind != "do":
             return result
@@ -116,8 +118,8 @@ def change_executor(module: Any) -> None:
 
 
 def change_conductor(module: Any) -> None:
-    """A server that, once it has trained, asks for what a test wishes (``hostile-RUN``) and notes what it hears."""
-    finish = module.Conductor._finish
+    """A server that, once it has trained, sends the requests of a test (``hostile-RUN``) and records the answers."""
+    finish = module.RunCoordinator._finish
 
     def hostile(self: Any, federation: Any) -> None:
         from dataclasses import replace
@@ -138,11 +140,11 @@ def change_conductor(module: Any) -> None:
             wish.rename(wish.with_name(f"hostile-{self.order.run}.done")).write_text(json.dumps(heard))
         finish(self, federation)
 
-    module.Conductor._finish = hostile
+    module.RunCoordinator._finish = hostile
 
 
 def change_controller(module: Any) -> None:
-    """A server that greets with a file of 8 MB beside its call (``flooding``)."""
+    """A server that registers sites with a file of 8 MB in its call (``flooding``)."""
     post = module.FlareCarrier.post
 
     def flooding(self: Any, calls: Any, body: Any) -> None:

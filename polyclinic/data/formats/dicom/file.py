@@ -1,10 +1,10 @@
-"""One DICOM file, opened within limits: header, stored pixels, and which decoder is missing.
+"""Reader of one DICOM file within limits: header, stored pixels, and the name of a missing decoder.
 
 Standard: DICOM PS3.5 (encoding) and PS3.10 (files), https://www.dicomstandard.org/current. pydicom parses and decodes.
-What we add before it: a file without the DICM word is refused (never ``force=True``, which reads random bytes as
-DICOM), a deflated data set is inflated with a bound first, every stated length is compared with the bytes that are
-there, and Rows, Columns, bits and frames are checked before pixels are decoded. Reasons never quote a value: the text
-in a header may be a name.
+Additional checks: a file without the DICM word is refused (never ``force=True``, which reads random bytes as DICOM), a
+deflated data set is inflated with a limit first, every stated length is compared with the available bytes, and Rows,
+Columns, bits and frames are checked before pixels are decoded. Reasons never quote a value, because the text in a
+header may be a name.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _UNDEFINED = 0xFFFFFFFF
 _JPEG = "pip install python-gdcm"
-_DECODERS = {  # transfer syntax: what decodes it beyond our `dicom` extra
+_DECODERS = {  # transfer syntax: decoder in addition to the `dicom` extra
     "1.2.840.10008.1.2.4.50": ("JPEG baseline", "pip install pillow"),
     "1.2.840.10008.1.2.4.51": ("JPEG extended, 12 bits", _JPEG),
     "1.2.840.10008.1.2.4.57": ("lossless JPEG", _JPEG),
@@ -45,7 +45,7 @@ PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 
 class _Silence:
-    """Warnings and log lines of pydicom off, from the first thread that asks until the last one is done."""
+    """Suppress warnings and log lines of pydicom from the first thread that enters until the last one has left."""
 
     def __init__(self) -> None:
         self._lock, self._depth = threading.Lock(), 0
@@ -72,12 +72,16 @@ _SILENCE = _Silence()
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
-    """Keeps pydicom's warnings and log lines, which quote values, off every screen and log; for any thread."""
+    """Suppress pydicom's warnings and log lines, which quote values, in all threads."""
     return _SILENCE
 
 
 def require_pydicom() -> Any:
-    """The pydicom module, or a sentence saying how to get it."""
+    """Return the pydicom module.
+
+    Raises:
+        MissingDependency: If it is not installed.
+    """
     try:
         import pydicom
         import pydicom.pixels
@@ -87,9 +91,9 @@ def require_pydicom() -> Any:
 
 
 def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
-    """Whether the word DICM stands at byte 128."""
+    """Return whether the word DICM is at byte 128."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             return False
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -98,44 +102,44 @@ def looks_like_dicom(path: str | os.PathLike[str]) -> bool:
 
 
 def open_dicom(path: str | os.PathLike[str], pixels: bool = True, limits: Limits = LIMITS) -> Any:
-    """Parses a DICOM file into a pydicom data set (without pixels where ``pixels`` is False).
+    """Parse a DICOM file into a pydicom data set (without pixels if ``pixels`` is False).
 
     Raises:
-        Unreadable: The file is not DICOM, is truncated or damaged, or asks for more than the limits.
+        Unreadable: If the file is not DICOM, is truncated or damaged, or exceeds the limits.
     """
     pydicom = require_pydicom()
     path = Path(path)
-    whole = read_whole(path, limits)
-    if whole[128:132] != b"DICM":
+    content = read_whole(path, limits)
+    if content[128:132] != b"DICM":
         raise Unreadable(path, "is not a DICOM file (the word DICM is missing at byte 128)")
-    syntax, start, at = _meta(path, whole)
+    syntax, start, at = _meta(path, content)
     if syntax == _DEFLATED:
-        body = inflate(path, whole[start:], limits.inflated_bytes, -15)
-        plain = _DEFLATED[:-3].encode().ljust(len(_DEFLATED), b"\0")  # same length: the group length stays true
-        whole = whole[:at] + plain + whole[at + len(plain) : start] + body
+        body = inflate(path, content[start:], limits.inflated_bytes, -15)
+        plain = _DEFLATED[:-3].encode().ljust(len(_DEFLATED), b"\0")  # same length: the group length remains valid
+        content = content[:at] + plain + content[at + len(plain) : start] + body
     with quiet(), refusing(path, "its DICOM header is damaged"):
-        found = pydicom.dcmread(io.BytesIO(whole), stop_before_pixels=not pixels, force=False)
-        _complete(path, found)
-    return found
+        dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=not pixels, force=False)
+        _complete(path, dataset)
+    return dataset
 
 
-def _meta(path: Path, whole: bytes) -> tuple[str, int, int]:
-    """Transfer syntax, where the data set starts, and where the syntax's value stands (PS3.10, 7.1)."""
+def _meta(path: Path, content: bytes) -> tuple[str, int, int]:
+    """Return the transfer syntax, the start of the data set, and the position of the syntax's value (PS3.10, 7.1)."""
     position, syntax, at = 132, "", 0
-    while position + 8 <= len(whole):
-        group, element = struct.unpack_from("<HH", whole, position)
+    while position + 8 <= len(content):
+        group, element = struct.unpack_from("<HH", content, position)
         if group != 2:
             break
-        vr = whole[position + 4 : position + 6]
+        vr = content[position + 4 : position + 6]
         long = vr in _LONG
-        if position + 12 > len(whole):
+        if position + 12 > len(content):
             break
-        (length,) = struct.unpack_from("<I" if long else "<H", whole, position + (8 if long else 6))
+        (length,) = struct.unpack_from("<I" if long else "<H", content, position + (8 if long else 6))
         value = position + (12 if long else 8)
-        if value + length > len(whole):
+        if value + length > len(content):
             raise Unreadable(path, f"is truncated: element (0002,{element:04x}) reaches beyond the end")
         if element == 0x10:
-            syntax, at = whole[value : value + length].rstrip(b"\0 ").decode("ascii", "replace"), value
+            syntax, at = content[value : value + length].rstrip(b"\0 ").decode("ascii", "replace"), value
         position = value + length
     if not syntax:
         raise Unreadable(path, "does not state its transfer syntax (0002,0010)")
@@ -143,18 +147,18 @@ def _meta(path: Path, whole: bytes) -> tuple[str, int, int]:
 
 
 def _complete(path: Path, dataset: Any) -> None:
-    """Refuses a data set in which an element states another length than the bytes that are there."""
+    """Refuse a data set in which an element states another length than the bytes that are present."""
     for element in dataset.elements():
         length, value = getattr(element, "length", None), getattr(element, "value", None)
         if length in (None, _UNDEFINED) or not isinstance(value, bytes):
             continue
         if length != len(value):
             tag = f"({element.tag.group:04x},{element.tag.element:04x})"
-            raise Unreadable(path, f"is truncated: element {tag} states {length} bytes, {len(value)} are there")
+            raise Unreadable(path, f"is truncated: element {tag} states {length} bytes, {len(value)} are present")
 
 
 def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = None) -> int:
-    """An integer element, or ``default`` where it is missing or empty; refuses what is not one whole number."""
+    """Return an integer element, or ``default`` if it is missing or empty; refuse anything but one integer."""
     try:
         value = dataset.get(keyword)
         if value is None or value == "":
@@ -169,21 +173,21 @@ def whole_number(path: Path, dataset: Any, keyword: str, default: int | None = N
 
 
 def numbers(path: Path, dataset: Any, keyword: str, count: int) -> tuple[float, ...] | None:
-    """``count`` finite numbers from an element; None where it is missing or empty."""
+    """Return ``count`` finite numbers from an element, or None if it is missing or empty."""
     try:
         value = dataset.get(keyword)
         if value is None or value == "" or (hasattr(value, "__len__") and len(value) == 0):
             return None
-        found = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
+        values = tuple(float(v) for v in value) if hasattr(value, "__iter__") else (float(value),)
     except Exception:
         raise Unreadable(path, f"its {keyword} is not a list of numbers") from None
-    if len(found) != count or not all(math.isfinite(v) for v in found):
+    if len(values) != count or not all(math.isfinite(v) for v in values):
         raise Unreadable(path, f"its {keyword} is not {count} finite number{'s' if count > 1 else ''}")
-    return found
+    return values
 
 
 def image_shape(path: Path, dataset: Any, limits: Limits = LIMITS) -> tuple[int, int, int, int]:
-    """(frames, rows, columns, samples) as the header states them, once they are plausible and within the limits."""
+    """Return (frames, rows, columns, samples) as the header states them, after checking plausibility and limits."""
     rows, columns = whole_number(path, dataset, "Rows"), whole_number(path, dataset, "Columns")
     frames = whole_number(path, dataset, "NumberOfFrames", 1) or 1
     samples, bits = whole_number(path, dataset, "SamplesPerPixel", 1), whole_number(path, dataset, "BitsAllocated")
@@ -198,12 +202,14 @@ def image_shape(path: Path, dataset: Any, limits: Limits = LIMITS) -> tuple[int,
 
 
 def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
-    """Stored values, color as RGB. Shape [frames, rows, columns] or [frames, rows, columns, 3], native byte order."""
+    """Return stored values, color as RGB. Shape [frames, rows, columns] or [frames, rows, columns, 3], native byte
+    order.
+    """
     path, pydicom = Path(path), require_pydicom()
     with quiet(), refusing(path, "its pixels cannot be decoded"):
         keyword = next((k for k in PIXELS if k in dataset), None)
         if keyword is None:
-            raise Unreadable(path, "holds no image")
+            raise Unreadable(path, "contains no image")
         frames, rows, columns, samples = image_shape(path, dataset, limits)
         syntax = pydicom.uid.UID(dataset.file_meta.TransferSyntaxUID)
         if syntax.is_private or not syntax.is_transfer_syntax:
@@ -214,8 +220,8 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
             bits = 8 * dict(zip(PIXELS, (0, 4, 8), strict=True))[keyword] or int(dataset.BitsAllocated)
             share = 2 / 3 if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" else 1
             expected = math.ceil(math.ceil(frames * rows * columns * samples * bits / 8) * share)
-            if (there := len(dataset[keyword].value or b"")) < expected:
-                raise Unreadable(path, f"is truncated: {there} of the {expected} bytes of its pixels are there")
+            if (present := len(dataset[keyword].value or b"")) < expected:
+                raise Unreadable(path, f"is truncated: {present} of the {expected} bytes of its pixels are present")
         name, remedy = _DECODERS.get(str(syntax), ("", ""))
         hint = f"; a decoder for {name} may help: {remedy}" if remedy == _JPEG else ""
         with refusing(path, f"its pixels cannot be decoded{hint}"):
@@ -232,7 +238,7 @@ def stored_pixels(path: str | os.PathLike[str], dataset: Any, limits: Limits = L
 
 
 def _decodable(path: Path, dataset: Any, syntax: Any, frames: int, size: tuple[int, int]) -> None:
-    """Refuses a compression without decoder, naming it, and compressed frames larger than the header says."""
+    """Refuse a compression without decoder, naming it, and compressed frames larger than the header states."""
     pydicom = require_pydicom()
     name, remedy = _DECODERS.get(str(syntax), (f"transfer syntax {syntax}", ""))
     try:
@@ -253,7 +259,7 @@ def _decodable(path: Path, dataset: Any, syntax: Any, frames: int, size: tuple[i
 
 
 def _codec_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) as a JPEG, JPEG-LS or JPEG 2000 stream states them; None for other streams."""
+    """Return (rows, columns) as a JPEG, JPEG-LS or JPEG 2000 stream states them; None for other streams."""
     at = frame[:4096].find(b"\xff\x4f\xff\x51")
     if at >= 0 and len(frame) >= at + 24:  # JPEG 2000: SIZ has the extent less the offset
         wide, high, left, top = struct.unpack_from(">IIII", frame, at + 8)

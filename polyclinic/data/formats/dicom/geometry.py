@@ -1,7 +1,7 @@
-"""Where DICOM frames lie in the patient, and how frames stack into a volume.
+"""Position of DICOM frames in the patient, and stacking of frames into a volume.
 
-Standard: DICOM PS3.3, C.7.6.2 (Image Plane: equation C.7.6.2.1-1) and C.7.6.16 (Multi-frame Functional Groups).
-A stack is accepted only where one affine places every slice: parallel planes, one step, nothing missing, no shear.
+Standard: DICOM PS3.3, C.7.6.2 (Image Plane: equation C.7.6.2.1-1) and C.7.6.16 (Multi-frame Functional Groups). A stack
+is accepted only if one affine places every slice: parallel planes, equal steps, no missing slices, no shear.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from polyclinic.data.formats.volume import affine_from, lps_to_ras
 
 @dataclass(frozen=True)
 class Plane:
-    """One frame's place, in LPS millimeters as DICOM states it.
+    """Position of one frame, in LPS millimeters as DICOM states it.
 
     Attributes:
         position: Center of the first pixel.
-        across: Unit vector along a row (column index grows).
-        down: Unit vector along a column (row index grows).
+        across: Unit vector along a row (column index increases).
+        down: Unit vector along a column (row index increases).
         step: Distance between (rows, columns).
-        thickness: Nominal thickness or stated distance of slices; None where neither is stated.
+        thickness: Nominal thickness or stated distance of slices; None if neither is stated.
     """
 
     position: tuple[float, ...]
@@ -37,12 +37,14 @@ class Plane:
 
     @property
     def normal(self) -> np.ndarray[Any, Any]:
-        """Unit vector out of the plane."""
+        """Unit vector perpendicular to the plane."""
         return np.cross(self.across, self.down)
 
 
 def plane_of(path: Path, *sources: Any) -> Plane | None:
-    """The plane stated by the first data set that has each element (a frame's functional groups, then the file's)."""
+    """Return the plane, taking each element from the first data set that states it (a frame's groups, then the
+    file's).
+    """
 
     def find(keyword: str, count: int) -> tuple[float, ...] | None:
         for source in sources:
@@ -67,17 +69,17 @@ def plane_of(path: Path, *sources: Any) -> Plane | None:
 
 
 def stack(path: Path, planes: Sequence[Plane]) -> tuple[list[int], Tensor, tuple[str, ...]]:
-    """The order of parallel slices along their normal, and the affine of the volume they make.
+    """Return the order of parallel slices along their normal, and the affine of the volume they make.
 
     Args:
-        path: What an error names: the series' first file or folder.
+        path: Path named in errors: the series' first file or folder.
         planes: One per slice, in any order.
 
     Returns:
         The order, the affine (index x, y, z to RAS mm), and notes.
 
     Raises:
-        Unreadable: Slices are at one position twice, missing, unevenly spaced, turned or sheared.
+        Unreadable: If slices share a position, are missing, unevenly spaced, rotated or sheared.
     """
     first = planes[0]
     for plane in planes:
@@ -101,13 +103,13 @@ def stack(path: Path, planes: Sequence[Plane]) -> tuple[list[int], Tensor, tuple
 def _even_steps(
     path: Path, gaps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], normal: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """The step from slice to slice, where all are equal to within 1 % (or 0.01 mm) and along the normal."""
+    """Return the step from slice to slice, if all are equal to within 1 % (or 0.01 mm) and along the normal."""
     step = float(np.median(gaps))
     slack = max(0.01 * step, 0.01)
     if gaps.min() < 1e-3:
         twice = int((gaps < 1e-3).sum())
         raise Unreadable(
-            path, f"{twice} slices lie where another lies: several images in a series, told apart by no tag"
+            path, f"{twice} slices have the position of another: a series of several images that no tag distinguishes"
         )
     if np.abs(gaps - step).max() > slack:
         missing = np.rint(gaps / gaps.min()) - 1
@@ -128,7 +130,9 @@ def _even_steps(
 
 
 def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> list[Plane] | None:
-    """One plane per frame: enhanced functional groups, a dose grid, or a classic frame; None without position."""
+    """Return one plane per frame (from functional groups, a dose grid, or a classic frame), or None without
+    position.
+    """
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
     if per_frame is not None:
         if len(per_frame) != frames:
@@ -152,13 +156,13 @@ def frame_planes(path: Path, dataset: Any, frames: int, plane: Plane | None) -> 
 
 
 def first_item(dataset: Any, keyword: str) -> Any:
-    """The first item of a sequence; None where there is none."""
+    """Return the first item of a sequence, or None if there is none."""
     items = dataset.get(keyword) if dataset is not None else None
     return items[0] if items else None
 
 
 def flat_spacing(path: Path, dataset: Any) -> tuple[tuple[float, float], tuple[str, ...]]:
-    """(row, column) spacing of an image without position, and a note on where it was measured."""
+    """Return the (row, column) spacing of an image without position, and a note on where it was measured."""
     for keyword, where in (
         ("PixelSpacing", "as the header states"),
         ("NominalScannedPixelSpacing", "on the scanned film"),
@@ -170,7 +174,7 @@ def flat_spacing(path: Path, dataset: Any) -> tuple[tuple[float, float], tuple[s
     regions = [
         (numbers(path, r, "PhysicalDeltaY", 1), numbers(path, r, "PhysicalDeltaX", 1))
         for r in dataset.get("SequenceOfUltrasoundRegions") or []
-        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimetres
+        if r.get("PhysicalUnitsXDirection") == r.get("PhysicalUnitsYDirection") == 3  # 3: centimeters
     ]
     if regions and len(set(regions)) == 1 and regions[0][0] and regions[0][1]:
         steps = abs(regions[0][0][0]) * 10, abs(regions[0][1][0]) * 10

@@ -1,4 +1,4 @@
-"""The numbers of a DICOM image in their units: modality slope, intercept or table, dose, inverted display, color.
+"""Values of a DICOM image in their units: modality slope, intercept or table, dose, inverted display, color.
 
 Standard: DICOM PS3.3, C.7.6.3.1.2 (photometric interpretation), C.11.1 (modality LUT), C.7.6.16.2.9 (per-frame values),
 C.8.8.3 (dose grid).
@@ -16,13 +16,13 @@ from polyclinic.data.formats.dicom.geometry import first_item
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, refusing
 from polyclinic.data.formats.volume import as_image
 
-_QUANTITATIVE = ("CT", "PT", "RTDOSE")  # an inverted display must not invert their numbers
+_QUANTITATIVE = ("CT", "PT", "RTDOSE")  # an inverted display must not invert their values
 
 
 def values_of(
     path: Path, dataset: Any, fill: float | None = None, limits: Limits = LIMITS
 ) -> tuple[Tensor, str, tuple[str, ...]]:
-    """Frames in their units: float32 [F, Y, X] or uint8 [3, F, Y, X]; the units; notes."""
+    """Return frames in their units (float32 [F, Y, X] or uint8 [3, F, Y, X]), the units, and notes."""
     stored = stored_pixels(path, dataset, limits)
     if stored.ndim == 4:
         if stored.dtype != np.uint8:
@@ -33,24 +33,24 @@ def values_of(
         modality = str(dataset.get("Modality") or "")
         if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
             if modality in _QUANTITATIVE:
-                notes = ("MONOCHROME1 changes the display only: its numbers are kept",)
+                notes = ("MONOCHROME1 changes the display only: its values are kept",)
             else:
                 stored, notes = _inverted(path, dataset, stored), ("MONOCHROME1 is inverted: higher is brighter",)
         slope, inter = _slopes(path, dataset, stored.shape[0])
         if first_item(dataset, "ModalityLUTSequence") is not None:
             stored = np.asarray(require_pydicom().pixels.apply_modality_lut(stored, dataset))
-        said = str(dataset.get("RescaleType") or "HU").upper()
+        rescale_type = str(dataset.get("RescaleType") or "HU").upper()
     if len({*slope}) == len({*inter}) == 1:
         values, filled = as_image(path, stored, fill, slope[0], inter[0])
     else:
         parts = [as_image(path, s, fill, a, b) for s, a, b in zip(stored, slope, inter, strict=True)]
         values, filled = torch.stack([part[0] for part in parts]), tuple(note for part in parts for note in part[1])
-    units = {"CT": "HU" if said == "HU" else "", "RTDOSE": "Gy"}.get(modality, "")
+    units = {"CT": "HU" if rescale_type == "HU" else "", "RTDOSE": "Gy"}.get(modality, "")
     return values, units, notes + filled
 
 
 def _slopes(path: Path, dataset: Any, frames: int) -> tuple[list[float], list[float]]:
-    """Slope and intercept of each frame; 1 and 0 where nothing is stated."""
+    """Return slope and intercept of each frame; 1 and 0 if not stated."""
     shared = first_item(first_item(dataset, "SharedFunctionalGroupsSequence"), "PixelValueTransformationSequence")
     groups = dataset.get("PerFrameFunctionalGroupsSequence") or [None] * frames
     slopes, inters = [], []
@@ -64,12 +64,12 @@ def _slopes(path: Path, dataset: Any, frames: int) -> tuple[list[float], list[fl
         slopes.append(slope[0] if slope else 1.0)
         inters.append(inter[0] if inter else 0.0)
     if len(slopes) != frames:
-        raise Unreadable(path, f"describes {len(slopes)} frames and holds {frames}")
+        raise Unreadable(path, f"describes {len(slopes)} frames and contains {frames}")
     return slopes, inters
 
 
 def _inverted(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Lowest + highest - value, over the range that the stored bits can hold."""
+    """Return ``lowest + highest - value``, over the range of the stored bits."""
     bits = whole_number(path, dataset, "BitsStored", whole_number(path, dataset, "BitsAllocated"))
     signed = whole_number(path, dataset, "PixelRepresentation", 0) == 1
     if stored.dtype.kind == "f":

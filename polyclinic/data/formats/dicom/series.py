@@ -1,4 +1,4 @@
-"""DICOM series: files grouped, slices ordered by their position in the patient, values in their units.
+"""Reader of DICOM series: files grouped, slices ordered by their position in the patient, values in their units.
 
 Standard: DICOM PS3.3 (C.7.6.2 planes, C.7.6.3 pixels, C.7.6.16 multi-frame, C.11.1 modality LUT). Reads classic series,
 enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in color or as a cine loop.
@@ -21,8 +21,8 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fit
 from polyclinic.data.formats.volume import Volume, affine_from
 
 SUFFIXES = (".dcm", ".ima", ".dicom", "")
-_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENSE", "VERSION", "CHANGES", "MAKEFILE")
-_TELL_APART = (  # what separates several images in one series at the same positions, tried in this order
+_NOT_IMAGES = ("DICOMDIR", "README", "LICENSE", "LICENCE", "VERSION", "CHANGES", "MAKEFILE")  # codespell:ignore
+_TELL_APART = (  # tags that separate several images in one series at the same positions, in this order
     "EchoTime",
     "EchoNumbers",
     "TemporalPositionIdentifier",
@@ -35,7 +35,7 @@ _TELL_APART = (  # what separates several images in one series at the same posit
 
 @dataclass(frozen=True)
 class Header:
-    """What grouping needs to know of one file. Identifiers are kept out of ``repr``."""
+    """Header fields of one file that grouping needs. Identifiers are excluded from ``repr``."""
 
     path: Path
     modality: str
@@ -48,7 +48,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Series:
-    """Files that make one volume, in any order, and whose patient they show (a pseudonym or an identifier)."""
+    """Files that make one volume, in any order, and the patient they show (a pseudonym or an identifier)."""
 
     paths: tuple[Path, ...]
     modality: str
@@ -58,7 +58,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder of DICOM files holds: series, refused files, and how many objects are no images (reports...)."""
+    """Content of a folder of DICOM files: series, refused files, and the number of objects that are not images
+    (reports, ...).
+    """
 
     series: tuple[Series, ...]
     problems: tuple[Unreadable, ...]
@@ -66,7 +68,7 @@ class Found:
 
 
 def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | None:
-    """The header of an image; None for objects without pixels (reports, plans, waveforms)."""
+    """Return the header of an image, or None for objects without pixels (reports, plans, waveforms)."""
     with quiet(), refusing(path, "its DICOM header is damaged"):
         if "Rows" not in dataset and "Columns" not in dataset:
             return None
@@ -78,7 +80,7 @@ def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | Non
 
 
 def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """Files under ``folder`` that say they are DICOM, by name or by content, in one fixed order; links not followed."""
+    """Return the DICOM files under ``folder``, by name or content, in a fixed order; links are not followed."""
     found = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -94,11 +96,11 @@ def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
 def find_series(
     paths: Iterable[Path], limits: Limits = LIMITS, look: Callable[[Path, Any], None] | None = None
 ) -> Found:
-    """Groups files into series by their headers; a file that is refused never stops the rest.
+    """Group files into series by their headers; a refused file does not affect the others.
 
     Args:
-        paths: As from ``dicom_files``.
-        limits: What one file may ask for.
+        paths: Paths, as from ``dicom_files``.
+        limits: Limits on one file.
         look: Called with each path and its data set (without pixels), for checks in the same pass.
     """
     headers, problems, others = [], [], 0
@@ -119,7 +121,7 @@ def find_series(
 
 
 def group(headers: Sequence[Header]) -> list[Series]:
-    """Headers to series: the same series number, size and orientation; split further where positions repeat."""
+    """Group headers into series by series number, size and orientation; split series whose positions repeat."""
     stacks: dict[tuple[object, ...], list[Header]] = {}
     for header in headers:
         if header.plane is None or header.shape[0] > 1 or not header.series:
@@ -153,27 +155,27 @@ def _series(members: list[Header]) -> Series:
 
 
 def read_dicom(path: str | os.PathLike[str], fill: float | None = None, limits: Limits = LIMITS) -> Volume:
-    """Reads one DICOM file, or a folder that holds exactly one series."""
+    """Read one DICOM file, or a folder that contains exactly one series."""
     path = Path(path)
     if not path.is_dir():
         return read_series(Series((path,), "", ""), fill, limits)
-    found = find_series(dicom_files(path), limits)
-    if found.problems:
-        raise found.problems[0]
-    if len(found.series) != 1:
-        raise Unreadable(path, f"holds {len(found.series)} series; name one, or use find_series")
-    return read_series(found.series[0], fill, limits)
+    content = find_series(dicom_files(path), limits)
+    if content.problems:
+        raise content.problems[0]
+    if len(content.series) != 1:
+        raise Unreadable(path, f"contains {len(content.series)} series; name one, or use find_series")
+    return read_series(content.series[0], fill, limits)
 
 
 def read_series(series: Series, fill: float | None = None, limits: Limits = LIMITS) -> Volume:
-    """Reads the volume of one series.
+    """Read the volume of one series.
 
     Returns:
-        float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for color; slices ordered along the
-        normal of their planes. MONOCHROME1 is turned so that higher is brighter, except for CT, PET and dose.
+        float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for color; slices ordered along the normal
+        of their planes. MONOCHROME1 is inverted so that higher is brighter, except for CT, PET and dose.
 
     Raises:
-        Unreadable: One file is refused, or the slices do not make one even stack.
+        Unreadable: If one file is refused, or the slices do not make one even stack.
     """
     if len(series.paths) == 1:
         return _one_file(series.paths[0], fill, limits)
@@ -182,7 +184,7 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
         dataset = open_dicom(path, limits=limits)
         header = header_of(path, dataset, limits)
         if header is None or header.plane is None:
-            raise Unreadable(path, "does not state where it lies (position, orientation, spacing)")
+            raise Unreadable(path, "does not state its position, orientation and spacing")
         if not parts:
             fits(path, (len(series.paths), *header.shape[1:]), 4, limits, "series")
         values, units, notes = values_of(path, dataset, fill, limits)
@@ -192,15 +194,15 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
         raise Unreadable(first.path, "the slices of its series differ in size, color or units")
     order, affine, notes = stack(first.path, [h.plane for h, _, _, _ in parts if h.plane is not None])
     array = torch.cat([parts[i][1] for i in order], dim=-3)
-    said = dict.fromkeys(note for _, _, _, part in parts for note in part)
-    return Volume(array, affine, first.modality, parts[0][2], True, notes + tuple(said))
+    reader_notes = dict.fromkeys(note for _, _, _, part in parts for note in part)
+    return Volume(array, affine, first.modality, parts[0][2], True, notes + tuple(reader_notes))
 
 
 def _one_file(path: Path, fill: float | None, limits: Limits) -> Volume:
     dataset = open_dicom(path, limits=limits)
     header = header_of(path, dataset, limits)
     if header is None:
-        raise Unreadable(path, "holds no image")
+        raise Unreadable(path, "contains no image")
     if header.modality == "SEG":
         raise Unreadable(path, "is a DICOM segmentation, which is not read; convert it to NIfTI")
     with quiet(), refusing(path, "its functional groups are damaged"):
@@ -214,6 +216,6 @@ def _one_file(path: Path, fill: float | None, limits: Limits) -> Volume:
         step, note = flat_spacing(path, dataset)
     notes += ("no position in the patient is stated: left and right are as on the screen", *note)
     if header.shape[0] > 1:
-        notes += ("its frames carry no position: they are moments or views, kept as slices 1 mm apart",)
+        notes += ("its frames have no position: they are time points or views, stored as slices 1 mm apart",)
     affine = affine_from(np.diag([step[1], step[0], 1.0]) @ np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
     return Volume(values, affine, header.modality, units, bool(note), notes)

@@ -1,1 +1,1 @@
-"""What runs at a site."""
+"""Site side of a deployment: site agent, training process, approvals, setup."""

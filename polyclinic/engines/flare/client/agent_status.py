@@ -1,7 +1,8 @@
-"""How a site is, from files that its processes write: it stays true when a process was killed.
+"""Status of a site, read from files that its processes write, and therefore correct after a process was killed.
 
-``status.json`` is the keeper's, ``connection.json`` FLARE's parent process's, ``memory/<run>/status.json`` a job
-process's. Each names its process, or holds a time that grows old. Nothing here needs PyTorch.
+``status.json`` is written by the site's supervisor, ``connection.json`` by FLARE's parent process,
+``memory/<run>/status.json`` by a job process. Each names its process or contains a time that shows its age. Requires no
+PyTorch.
 """
 
 import time
@@ -11,17 +12,18 @@ from typing import Any
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
 from polyclinic.engines.flare.client.reviews import WAITING, Reviews
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, read_json
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_json
 
 SILENT_AFTER = 60.0
-"""Seconds without a word from the server after which it counts as unreachable; FLARE asks every ten."""
+"""Seconds without a message from the server after which it counts as unreachable; FLARE sends one every ten."""
 
 
-def read(home: SiteHome) -> dict[str, Any]:
-    """How the site in ``home`` is: ``well``, ``running``, ``server``, ``doing``, ``problems``, ``waiting``.
+def read(home: SiteFolder) -> dict[str, Any]:
+    """Return the status of the site in ``home``: ``well``, ``running``, ``server``, ``doing``, ``problems``,
+    ``waiting``.
 
     Raises:
-        BadHome: If the folder is not a site.
+        SetupError: If the folder is not a site.
     """
     given = site_setup.settings(home)
     up = site_setup.is_up(home)
@@ -42,48 +44,48 @@ def read(home: SiteHome) -> dict[str, Any]:
     }
 
 
-def _server(home: SiteHome, up: bool) -> dict[str, Any]:
-    """Whether the server can be reached, and whether it lets this site take part."""
-    said = read_json(home.path / "connection.json", default={"heard": 0.0, "refused": ""})
-    heard, started = float(said["heard"]), float(site_setup.status(home).get("started", 0.0))
+def _server(home: SiteFolder, up: bool) -> dict[str, Any]:
+    """Return whether the server can be reached, and whether it admits this site."""
+    last = read_json(home.path / "connection.json", default={"heard": 0.0, "refused": ""})
+    heard, started = float(last["heard"]), float(site_setup.status(home).get("started", 0.0))
     age = time.time() - heard
     if not up:
         state = "not connected"
-    elif said["refused"]:
+    elif last["refused"]:
         state = "refused"
     elif 0 <= age < SILENT_AFTER:
         state = "connected"
     else:
         state = "connecting" if time.time() - started < SILENT_AFTER else "unreachable"
-    return {"state": state, "heard": heard, "refused": said["refused"]}
+    return {"state": state, "heard": heard, "refused": last["refused"]}
 
 
-def _runs(home: SiteHome) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is being done, and what went wrong, by run."""
+def _runs(home: SiteFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the current work and the problems of each run."""
     doing, problems = list[dict[str, Any]](), list[dict[str, Any]]()
     for path in sorted((home.path / "memory").glob("*/status.json")):
         try:
-            said = read_json(path)
-            if said["doing"] and flare_processes.alive(said["pid"], said["birth"]):
-                doing.append({"run": path.parent.name, **said["doing"]})
-            if said["problem"] and not (path.parent / "ended").exists():
-                problems.append({"run": path.parent.name, "problem": said["problem"], "since": said["since"]})
-        except (BadHome, OSError, KeyError, TypeError):
+            status = read_json(path)
+            if status["doing"] and flare_processes.alive(status["pid"], status["birth"]):
+                doing.append({"run": path.parent.name, **status["doing"]})
+            if status["problem"] and not (path.parent / "ended").exists():
+                problems.append({"run": path.parent.name, "problem": status["problem"], "since": status["since"]})
+        except (SetupError, OSError, KeyError, TypeError):
             problems.append({"run": path.parent.name, "problem": f"{path} cannot be read", "since": 0.0})
     return doing, problems
 
 
-def _keeper_problems(home: SiteHome, up: bool) -> Iterator[str]:
-    """What the keeper has noticed of FLARE's process, and whether it is alive itself."""
-    said = site_setup.status(home)
-    if up and time.time() - float(said.get("beat", 0.0)) > SILENT_AFTER:
-        yield "its keeper does not respond: polyclinic site stop, and start"
-    if up and int(said.get("crashes", 0)) > 2:
-        yield f"FLARE's process ended {said['crashes']} times in a row: see site.log"
+def _keeper_problems(home: SiteFolder, up: bool) -> Iterator[str]:
+    """Yield problems of FLARE's process and of the site's supervisor."""
+    last = site_setup.status(home)
+    if up and time.time() - float(last.get("beat", 0.0)) > SILENT_AFTER:
+        yield "its supervisor does not respond: polyclinic site stop, and start"
+    if up and int(last.get("crashes", 0)) > 2:
+        yield f"FLARE's process ended {last['crashes']} times in a row: see site.log"
 
 
 def ago(then: float) -> str:
-    """How long ago ``then`` was, in words."""
+    """Return the time since ``then`` in words."""
     seconds = max(0.0, time.time() - then)
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:

@@ -1,8 +1,8 @@
-"""One study before one person: what was offered, what was decided and by whom, under the site's signature.
+"""Review of one run by a person: what was offered, the decision and the person, signed by the site.
 
-A decision counts only with the site's signature under it, so that an edited file is no approval. The name is what the
-person typed; the account is the operating system's, from the process's user id and the system's list of accounts, and
-not from environment variables, which anybody may set.
+A decision is valid only with the site's signature, so that an edited file is no approval. The name is as typed. The
+account is determined from the process's user id and the system's list of accounts, not from environment variables,
+which any user can set.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 from polyclinic.engines.flare.pki import certificate_authority, site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, read_small
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order, code_hash
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest, code_hash
 from polyclinic.methods.plugins import Package
 
 WAITING, APPROVED, REFUSED = "waiting", "approved", "refused"
 STATEMENT = b"polyclinic decision 1\n"
-UNSIGNED = "the decision in this file is not signed by this site's key, so it does not count"
+UNSIGNED = "the decision in this file is not signed by this site's key and is therefore invalid"
 
 
 class Person(NamedTuple):
-    """Who decides: the name as typed, and the account of the operating system."""
+    """Person who decides: the name as typed, and the account of the operating system."""
 
     name: str
     account: str
@@ -36,10 +36,10 @@ class Person(NamedTuple):
 
 
 def this_person(name: str = "") -> Person:
-    """The person at this keyboard, called ``name``; by the account's name where none is given.
+    """Return the person who runs this process, with the given ``name`` or else the account's.
 
     Raises:
-        BadHome: If the name cannot be shown on one line.
+        SetupError: If the name cannot be displayed on one line.
     """
     uid = os.getuid()
     try:
@@ -47,28 +47,28 @@ def this_person(name: str = "") -> Person:
     except KeyError:  # an account that the system does not list, as in a container
         account = f"uid {uid}"
     if name != printable(name, 100):
-        raise BadHome("a person's name is at most 100 characters on one line")
+        raise SetupError("a person's name is at most 100 characters on one line")
     return Person(name.strip() or account, account, uid)
 
 
 @dataclass(frozen=True)
 class Review:
-    """One run before one person.
+    """Review of one run.
 
     Attributes:
-        order: The order, whole. ``code``: the hash of Polyclinic's code here when it came, and ``packages`` those that
-            provide plug-in methods.
+        order: The complete run request. ``code``: hash of the local Polyclinic code when it arrived. ``packages``:
+            those that provide plug-in methods.
         state: ``waiting``, ``approved`` or ``refused``.
-        problems: Why it is refused here whatever a person says.
-        seen: When it came. ``decided``: when a person decided.
-        by: The person, as typed. ``account`` and ``uid``: as whom the operating system knows the person.
-        reason: Why the person decided so.
-        shown: The hash of what the person had been shown.
-        of: The run of the same study that the person decided, where this one takes part in that decision.
-        notes: What a person should know besides, such as methods of the study that the policy refuses.
-        said: Of a survey that was answered: ``inputs`` and ``outputs`` of the data here.
-        data: Why the data here do not fit, if they do not. It may name files and stays here.
-        signature: The site's, under the decision.
+        problems: Reasons why the site refuses it regardless of a person's decision.
+        seen: Time of arrival. ``decided``: time of the decision.
+        by: The person, as typed. ``account`` and ``uid``: the person's operating system account.
+        reason: Reason for the decision.
+        shown: Hash of what the person had been shown.
+        of: The run of the same study that the person decided, if this run is covered by that decision.
+        notes: Further information for the person, such as methods of the study that the policy refuses.
+        said: Answer to a survey: ``inputs`` and ``outputs`` of the local data.
+        data: Why the local data do not fit, if they do not. It may name files and is not sent.
+        signature: The site's signature of the decision.
     """
 
     order: str
@@ -90,29 +90,29 @@ class Review:
     signature: str = ""
 
     @cached_property
-    def what(self) -> Order:
-        """The order, as an object."""
-        return Order.from_json(self.order)
+    def what(self) -> RunRequest:
+        """The parsed run request."""
+        return RunRequest.from_json(self.order)
 
     @property
     def group(self) -> str:
-        """The same for all parts of one study; of a run without a study, its own."""
+        """Key shared by all parts of one study; a key of its own for a run without a study."""
         return self.what.study_key or f"run {self.what.run}"
 
     @property
     def names(self) -> set[str]:
-        """What it may be called: by its run or its study."""
+        """The names by which it can be selected: its run and its study."""
         return {self.what.run, *([self.what.study["name"]] if self.what.study else [])}
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what a person is shown of it: the order, the code, the packages, the problems and the notes."""
+        """SHA-256 of what a person is shown: the run request, the code, the packages, the problems and the notes."""
         shown = [self.what.hash, self.code, self.packages, self.problems, self.notes]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
     @property
     def statement(self) -> dict[str, Any]:
-        """What the site signs, as it stands in the journal too."""
+        """The fields that the site signs; they are also written to the journal."""
         return {
             "order": self.what.hash,
             "code": self.code,
@@ -128,24 +128,24 @@ class Review:
             "said": self.said,
         }
 
-    def is_of(self, order: Order) -> bool:
-        """Whether this is a review of exactly ``order``, with exactly the code that is here."""
+    def is_of(self, order: RunRequest) -> bool:
+        """Return whether this is a review of exactly ``order`` with exactly the current code."""
         return self.order == order.to_json() and self.code == code_hash() and self.packages == order.packages
 
     def signed(self, folder: Path) -> "Review":
-        """With the signature of the site whose keys lie in ``folder``.
+        """Return a copy signed with the site key in ``folder``.
 
         Raises:
-            BadHome: If there is no key.
+            SetupError: If there is no key.
         """
         if not (folder / "site.key").is_file():
-            raise BadHome(f"{folder / 'site.key'} is missing, and decisions are signed with it")
+            raise SetupError(f"{folder / 'site.key'} is missing, and decisions are signed with it")
         return replace(
             self, signature=shared_journals.sign(site_keys.load(folder / "site.key"), signed_bytes(self.statement))
         )
 
     def checked(self, folder: Path, certificates: Path) -> "Review":
-        """As it counts: what was decided, or said in a survey, counts only under this site's signature."""
+        """Return the review without any decision or survey answer that this site did not sign."""
         if self.state == WAITING:
             return replace(self, said={}) if self.said else self
         if _signed_by_site(self.signature, self.statement, folder, certificates):
@@ -154,20 +154,20 @@ class Review:
 
 
 def signed_bytes(statement: Mapping[str, Any]) -> bytes:
-    """What the signature under ``statement`` is over."""
+    """Return the bytes that the signature of ``statement`` covers."""
     return STATEMENT + json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
 
 
 def shown_hash(reviews: Iterable[Review]) -> str:
-    """SHA-256 of what a person is shown of several reviews together."""
+    """Return the SHA-256 of what a person is shown of several reviews together."""
     return hashlib.sha256("\n".join(sorted(review.hash for review in reviews)).encode()).hexdigest()
 
 
 def read(path: Path) -> Review:
-    """The review in the file at ``path``, unchecked.
+    """Return the review in the file at ``path``, unchecked.
 
     Raises:
-        BadHome: If it is not one.
+        SetupError: If it is not a review.
     """
     table = read_json(path)
     try:
@@ -175,19 +175,19 @@ def read(path: Path) -> Review:
         packages = tuple(Package(*package) for package in table["packages"])
         review = Review(**{**table, **lists, "packages": packages})
         if review.what.run != path.stem:
-            raise BadHome(f"{path} holds the review of another run")
-    except (TypeError, KeyError, BadOrder) as error:
-        raise BadHome(f"{path} is not a review ({error}): delete it, and the study will be offered again") from None
+            raise SetupError(f"{path} contains the review of another run")
+    except (TypeError, KeyError, InvalidRunRequest) as error:
+        raise SetupError(f"{path} is not a review ({error}): delete it, and the study will be offered again") from None
     return review
 
 
 def to_json(review: Review) -> str:
-    """The review as text."""
+    """Return the review as text."""
     return json.dumps(asdict(review))
 
 
 def _signed_by_site(signature: str, statement: Mapping[str, Any], folder: Path, certificates: Path) -> bool:
-    """Whether a key that this site has, or had, signed ``statement``."""
+    """Return whether a present or earlier key of this site signed ``statement``."""
     data = signed_bytes(statement)
     if any(shared_journals.signed_by(key, signature, data) for key in site_keys.of_site(folder)):
         return True

@@ -1,9 +1,9 @@
-"""Whether a site's job process still lives: the server's asks it every few seconds, over FLARE's connections.
+"""Heartbeat between job processes: the server's polls each site's every few seconds over FLARE's connections.
 
-FLARE itself notices a machine that fell silent, but not one that was switched off and on again: it lets the site in
-under a new token and waits for ever for a job process that no longer exists. A process that does not answer for
-``dead_after`` seconds counts as away, whatever the machine says. Over a slow line the question waits behind the block
-of a file that is under way; so a block counts as an answer, and the next one may take a minute longer.
+FLARE detects a machine that stopped responding, but not one that was restarted: it admits the site under a new token
+and waits indefinitely for a job process that no longer exists. Here a process that does not respond for ``dead_after``
+seconds counts as away. On a slow connection the poll waits behind the block of a file in transfer; a block therefore
+counts as a response, and the next one may take a minute longer.
 """
 
 import logging
@@ -23,43 +23,43 @@ log = logging.getLogger(__name__)
 
 
 def answer(cell: Any) -> None:
-    """Lets this process, a site's, answer."""
+    """Make this process, a site's, respond to heartbeats."""
     cell.register_request_cb(channel=CHANNEL, topic=TOPIC, cb=lambda request: make_reply(ReturnCode.OK))
 
 
-class Pulse:
-    """Asks the job processes of ``sites`` in the background until it is closed."""
+class Heartbeat:
+    """Poll the job processes of ``sites`` in the background until closed."""
 
     def __init__(self, cell: Any, job: str, sites: Sequence[str], dead_after: float) -> None:
-        """For FLARE's ``job``. Sites count as living until they have been silent for ``dead_after`` seconds."""
+        """Poll FLARE's ``job``. Sites count as alive until they have not responded for ``dead_after`` seconds."""
         self._cell, self._places, self._dead_after = cell, {f"{site}.{job}": site for site in sites}, dead_after
-        # Their processes are only starting now; how long that may take is for the greeting to say.
+        # Their processes are still starting; the registration limits how long that may take.
         self._lives_until = dict.fromkeys(sites, float("inf"))
         self._over = threading.Event()
-        threading.Thread(target=self._ask, name="pulse", daemon=True).start()
+        threading.Thread(target=self._poll, name="pulse", daemon=True).start()
 
     def silent(self, site: str) -> bool:
-        """Whether a site has answered before, and does not any more."""
+        """Return whether a site responded before and no longer does."""
         return time.monotonic() > self._lives_until.get(site, float("inf"))
 
     def moved(self, place: str) -> None:
-        """A block of a file goes to, or came from, the process called ``place``."""
-        self._heard(place, BLOCK_TAKES)
+        """Record that a block of a file was sent to, or received from, the process ``place``."""
+        self._seen(place, BLOCK_TAKES)
 
-    def _heard(self, place: str, longer: float = 0.0) -> None:
+    def _seen(self, place: str, longer: float = 0.0) -> None:
         if (site := self._places.get(place)) is not None:
             before = self._lives_until[site]
             until = time.monotonic() + self._dead_after + longer
             self._lives_until[site] = until if before == float("inf") else max(before, until)
 
     def close(self) -> None:
-        """Asks no more."""
+        """Stop polling."""
         self._over.set()
 
-    def _ask(self) -> None:
+    def _poll(self) -> None:
         while not self._over.wait(EVERY):
             try:
-                said = self._cell.broadcast_request(
+                replies = self._cell.broadcast_request(
                     channel=CHANNEL,
                     topic=TOPIC,
                     targets=list(self._places),
@@ -67,9 +67,9 @@ class Pulse:
                     timeout=2 * EVERY,
                     optional=True,
                 )
-            except Exception:  # whatever FLARE says while it is ending
-                log.debug("the pulse was not asked", exc_info=True)
+            except Exception:  # FLARE may raise anything while it is ending
+                log.debug("the heartbeat could not be sent", exc_info=True)
                 continue
-            for place, reply in said.items():
+            for place, reply in replies.items():
                 if reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.OK:
-                    self._heard(place)
+                    self._seen(place)

@@ -1,9 +1,9 @@
-"""Which secure sums this site has helped to open, over all runs: by what was summed, and over which sites.
+"""Record of the secure sums that this site has helped to open, over all runs: by summed content and by roster.
 
-Two sums of the same values whose rosters differ by one site show what that site sent. So for one content the roster is
-fixed by the first sum that is opened; a second roster is allowed only where it differs in at least ``min_sites`` sites,
-and there is never a third. The file is append-only, shared by all runs at the site, and forced to the disk before
-shares are revealed. It is never shortened: when it is full, no further sum is opened.
+Two sums of the same values over rosters that differ by one site reveal that site's contribution. The first opened sum
+of a content therefore fixes its roster; a second roster is allowed only if it differs in at least ``min_sites`` sites,
+and a third never. The file is append-only, shared by all runs at the site, and forced to disk before shares are
+revealed. It is never shortened: when it is full, no further sum is opened.
 """
 
 import fcntl
@@ -23,16 +23,16 @@ Roster = tuple[str, ...]
 
 
 class NotOpened(ProtocolError):
-    """A secure sum that this site does not help to open. The message says why."""
+    """Secure sum that this site refuses to open. The message says why."""
 
 
 @dataclass(frozen=True)
 class Summed:
-    """What a secure sum adds up at this site.
+    """This site's term in a secure sum.
 
     Attributes:
         run: The run. ``round`` and ``job``: of the request.
-        content: Digest of the values before they were coded; empty where they are all zero, which tells nothing.
+        content: Digest of the values before encoding; empty if they are all zero, which reveals nothing.
         static: Whether it is a statistic of the data alone, of which a run opens one sum.
     """
 
@@ -44,29 +44,29 @@ class Summed:
 
 
 class Opened:
-    """The record of one site."""
+    """Record of one site."""
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
-        """The record at ``path``, of at most ``limit`` bytes."""
+        """Use the record at ``path``, of at most ``limit`` bytes."""
         self.path, self.limit = path, limit
         self._rosters: dict[tuple[object, ...], set[Roster]] = {}
         self._read_to = 0
 
     def problem(self, summed: Summed, roster: Sequence[str], min_sites: int) -> str | None:
-        """Why a sum of ``summed`` over ``roster`` is not opened; None where it may be.
+        """Return why a sum of ``summed`` over ``roster`` must not be opened, or None if it may be.
 
         Args:
-            min_sites: In how many sites a second roster must differ from the first; at least 3.
+            min_sites: Number of sites in which a second roster must differ from the first; at least 3.
         """
         with self._locked():
             self._read()
             return self._problem(summed, tuple(sorted(set(roster))), min_sites)
 
     def record(self, summed: Summed, roster: Sequence[str], min_sites: int) -> None:
-        """Notes on the disk that a sum over ``roster`` is about to be opened.
+        """Record on disk that a sum over ``roster`` is about to be opened.
 
         Raises:
-            NotOpened: If it must not be. Nothing is noted.
+            NotOpened: If it must not be opened. Nothing is recorded.
         """
         own = tuple(sorted(set(roster)))
         with self._locked():
@@ -77,7 +77,7 @@ class Opened:
                 return
             line = json.dumps({**asdict(summed), "roster": own}, separators=(",", ":")).encode() + b"\n"
             if self._read_to + len(line) > self.limit:
-                raise NotOpened(f"the record of opened sums, {self.path.name}, is full: a person here must look at it")
+                raise NotOpened(f"the record of opened sums, {self.path.name}, is full: a person must review it")
             self._append(line)
             self._take(summed, own)
             self._read_to += len(line)
@@ -108,9 +108,9 @@ class Opened:
             self._rosters.setdefault(key, set()).add(roster)
 
     def _read(self) -> None:
-        """Takes in what was appended since the last time, by this run or another.
+        """Read the entries appended since the last call, by this run or another.
 
-        A torn last line was never forced to the disk, so that nothing was revealed after it: it is cut off.
+        An incomplete last line was never forced to disk, so nothing was revealed after it: it is removed.
 
         Raises:
             NotOpened: If the file is not what this site has written.
@@ -161,7 +161,7 @@ class Opened:
 
 
 def _keys(summed: Summed) -> list[tuple[object, ...]]:
-    """By what an opened sum is found again."""
+    """Return the keys under which an opened sum is recorded."""
     keys: list[tuple[object, ...]] = [("statistic", summed.run, summed.job)] if summed.static else []
     keys.append(("request", summed.run, summed.round, summed.job))
     return [*keys, ("content", summed.content)] if summed.content else keys

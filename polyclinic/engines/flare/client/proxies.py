@@ -1,4 +1,4 @@
-"""The way out of a hospital through an HTTP proxy, which passes an encrypted line on without reading it (CONNECT)."""
+"""Connection to the server through an HTTP proxy, which forwards the encrypted stream without reading it (CONNECT)."""
 
 import os
 import socket
@@ -6,38 +6,41 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from polyclinic.engines.flare.protocol.paths import BadHome, host
+from polyclinic.engines.flare.protocol.paths import SetupError, host
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order
 
 
 def check(proxy: str, scheme: str = "grpc") -> tuple[str, int]:
-    """The host and port of ``proxy``.
+    """Return the host and port of ``proxy``.
 
     Raises:
-        BadHome: Where it cannot be a proxy, or the project does not speak ``grpc``, which passes proxies.
+        SetupError: If it is not a valid proxy URL, or the project's scheme is not ``grpc``, the only one that supports
+            proxies.
     """
     try:
         parts = urlsplit(proxy)
-        found = host(parts.hostname or ""), parts.port
+        address = host(parts.hostname or ""), parts.port
     except ValueError as error:
-        raise BadHome(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r} ({error})") from None
-    if parts.scheme != "http" or found[1] is None or parts.path.strip("/") or parts.username:
-        raise BadHome(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r}")
+        raise SetupError(
+            f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r} ({error})"
+        ) from None
+    if parts.scheme != "http" or address[1] is None or parts.path.strip("/") or parts.username:
+        raise SetupError(f"a proxy is written like http://proxy.hospital.org:3128, not {proxy[:80]!r}")
     if scheme != "grpc":
-        raise BadHome(f"this project's server speaks {scheme}, and only grpc passes a proxy: ask the coordinator")
-    return found[0], found[1]
+        raise SetupError(f"this project's server uses {scheme}, and only grpc passes a proxy: ask the coordinator")
+    return address[0], address[1]
 
 
 def use(proxy: str) -> None:
-    """Lets processes that are started from here go out by ``proxy``; where it is empty, as the environment says."""
+    """Make processes started from here use ``proxy``; if it is empty, the environment decides."""
     if proxy:
-        os.environ["grpc_proxy"] = proxy  # noqa: SIM112  (gRPC reads this name in small letters alone)
-        os.environ["no_grpc_proxy"] = "none.invalid"  # noqa: SIM112  (else it would look at no_proxy)
+        os.environ["grpc_proxy"] = proxy  # noqa: SIM112  (gRPC reads this name in lowercase only)
+        os.environ["no_grpc_proxy"] = "none.invalid"  # noqa: SIM112  (otherwise it would read no_proxy)
 
 
 def of(settings: Mapping[str, Any]) -> str:
-    """The proxy that a site's processes take: that of site.toml, or what gRPC finds in the environment."""
+    """Return the proxy that a site's processes use: that of site.toml, or the one gRPC finds in the environment."""
     if settings.get("proxy") or settings.get("scheme") != "grpc":
         return str(settings.get("proxy", ""))
     passed = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112
@@ -47,25 +50,25 @@ def of(settings: Mapping[str, Any]) -> str:
 
 
 def connect(to: str, port: int, proxy: str, patience: float) -> socket.socket:
-    """A line to ``to``, directly or through ``proxy``.
+    """Open a connection to ``to``, directly or through ``proxy``.
 
     Raises:
-        OSError: Where there is none. The message says at which of the two it failed.
+        OSError: If it fails. The message says whether at the proxy or the server.
     """
     if not proxy:
         return socket.create_connection((to, port), timeout=patience)
     line = socket.create_connection(check(proxy), timeout=patience)
     try:
         line.sendall(f"CONNECT {to}:{port} HTTP/1.1\r\nHost: {to}:{port}\r\n\r\n".encode())
-        said = b""
-        while b"\r\n\r\n" not in said and len(said) < 2**14:
+        response = b""
+        while b"\r\n\r\n" not in response and len(response) < 2**14:
             piece = line.recv(4096)
             if not piece:
                 break
-            said += piece
-        status = said.split(b"\r\n", 1)[0].decode(errors="replace")
+            response += piece
+        status = response.split(b"\r\n", 1)[0].decode(errors="replace")
         if status.split(" ")[1:2] != ["200"]:
-            raise OSError(f"the proxy does not let it pass: {status[:80] or 'no answer'}")
+            raise OSError(f"the proxy refused the connection: {status[:80] or 'no answer'}")
     except BaseException:
         line.close()
         raise

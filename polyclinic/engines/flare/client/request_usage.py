@@ -1,7 +1,7 @@
-"""What a site was asked in one run and what it answered: append-only, on the disk before a reply leaves.
+"""Append-only record of a run's requests and answers at a site, on disk before a reply leaves.
 
-Neither a rollback nor a lost memory takes anything back from it. It is finite, for the schedule is: an entry is written
-for each content of each job of each round, and for at most two repetitions of it.
+Neither a rollback nor a lost site state removes entries. Its size is bounded by the schedule: one entry for each
+content of each job of each round, and for at most two repetitions of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ REPETITIONS = 2
 
 @dataclass
 class Answered:
-    """What came of one content of one job in one round.
+    """Answers to one content of one job in one round.
 
     Attributes:
-        times: How often it was answered by an execution.
-        sha256: The reply's hash.
+        times: Number of executions that were answered.
+        sha256: Hash of the reply.
         marks: Digests of the request's trees by name.
     """
 
@@ -31,13 +31,13 @@ class Answered:
 
 
 class Usage:
-    """The record of one run at one site."""
+    """Record of one run at one site."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or begins the record at ``path``.
+        """Open or create the record at ``path``.
 
         Raises:
-            Broken: If somebody changed it.
+            Broken: If it was changed.
         """
         self.path = path
         self._journal: Journal | None = None
@@ -49,28 +49,28 @@ class Usage:
 
     @property
     def progress(self) -> Progress:
-        """What was asked so far."""
+        """The requests so far."""
         return Progress({key: frozenset(contents) for key, contents in self._entries.items()})
 
     def find(self, asked: Request) -> Answered:
-        """What came of this content so far."""
+        """Return the answers to this content so far."""
         return self._entries.get((asked.round, asked.job), {}).get(asked.content, Answered())
 
     def marks(self, round: int, jobs: Sequence[str]) -> list[Mapping[str, str]]:
-        """The digests of trees that came with ``jobs`` in ``round``, of each content that was answered."""
-        found = (entry for job in jobs for entry in self._entries.get((round, job), {}).values())
-        return [entry.marks for entry in found if entry.marks]
+        """Return the digests of the trees in requests for ``jobs`` in ``round``, one table per answered content."""
+        entries = (entry for job in jobs for entry in self._entries.get((round, job), {}).values())
+        return [entry.marks for entry in entries if entry.marks]
 
     def begin(self, asked: Request, number: int) -> None:
-        """Notes, before it is executed, that this content is the one of its round and job."""
+        """Record, before execution, that this is a content of its round and job."""
         self._write("begun", asked, {"number": number})
 
     def answer(self, asked: Request, number: int, sha256: str, marks: Mapping[str, str]) -> None:
-        """Notes, before the reply leaves, that it was executed."""
+        """Record, before the reply leaves, that it was executed."""
         self._write("answered", asked, {"number": number, "reply": sha256, "marks": dict(marks)})
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -86,10 +86,10 @@ class Usage:
 
     def _take(self, entry: Mapping[str, object]) -> None:
         key = (int(str(entry["round"])), str(entry["job"]))
-        found = self._entries.setdefault(key, {}).setdefault(str(entry["content"]), Answered())
+        answered = self._entries.setdefault(key, {}).setdefault(str(entry["content"]), Answered())
         if entry["event"] == "answered":
-            found.times += 1
-            found.sha256 = str(entry["reply"])
+            answered.times += 1
+            answered.sha256 = str(entry["reply"])
             marks = entry["marks"]
             assert isinstance(marks, Mapping)
-            found.marks = marks
+            answered.marks = marks

@@ -1,4 +1,4 @@
-"""What waits for a person at a site, and what was decided. Nothing here needs PyTorch.
+"""Studies that wait for a person's decision at a site, and the decisions. Requires no PyTorch.
 
 ```
 reviews/
@@ -7,8 +7,8 @@ reviews/
   records/parts          which run took which part of an approved study
 ```
 
-A person decides about exactly what was shown: the hash of it goes into the decision. A decision about one part of a
-study holds for its other parts, each once. Whoever reads and then writes does both under one lock, for the desk offers
+A person decides about exactly what was shown: its hash is part of the decision. A decision about one part of a study
+also covers its other parts, each once. Reading and then writing happens under one lock, because the site agent offers
 studies while people decide.
 """
 
@@ -33,8 +33,8 @@ from polyclinic.engines.flare.client.decisions import (
     to_json,
 )
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import BadHome, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_json, write_private
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 
 __all__ = ["APPROVED", "REFUSED", "WAITING", "Review", "Reviews"]
 PREFIX = 8
@@ -42,62 +42,63 @@ COUNTED = {"classification": "classes", "segmentation": "classes", "multilabel":
 
 
 class Reviews:
-    """The folder of reviews at one site, one file a run."""
+    """Folder of reviews at one site, one file per run."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes ``folder``; the site's keys and certificates lie beside it."""
+        """Open or create ``folder``; the site's keys and certificates are in its parent folder."""
         self.folder = private_folder(folder)
         self._keys, self._certificates = folder.parent / "keys", folder.parent / "certificates"
 
     def get(self, run: str) -> Review | None:
-        """The review of a run, if it has come; a decision that this site did not sign does not count."""
+        """Return the review of a run, if there is one, without decisions that this site did not sign."""
         path = self._path(run)
         return read(path).checked(self._keys, self._certificates) if path.exists() else None
 
     def all(self) -> list[Review]:
-        """Every review, the latest last."""
-        found = [review for path in sorted(self.folder.glob("*.json")) if (review := self.get(path.stem))]
-        return sorted(found, key=lambda review: review.decided or review.seen)
+        """Return every review, the latest last."""
+        reviews = [review for path in sorted(self.folder.glob("*.json")) if (review := self.get(path.stem))]
+        return sorted(reviews, key=lambda review: review.decided or review.seen)
 
     def named(self, text: str) -> list[Review]:
-        """The reviews of the run or the study called ``text``, or whose order's hash begins with it."""
+        """Return the reviews of the run or study ``text``, or whose run request's hash begins with it."""
         long = len(text) >= PREFIX
         return [r for r in self.all() if text in r.names or (long and r.what.hash.startswith(text))]
 
     def subject(self, text: str) -> list[Review]:
-        """What a person sees and decides under the name ``text``: all that waits of one study; else all of it.
+        """Return what a person reviews and decides under the name ``text``: the waiting runs of one study, or else all
+        of them.
 
         Raises:
-            BadHome: If nothing is called so, or two different studies are.
+            SetupError: If the name matches nothing or two different studies.
         """
         found = self.named(text)
         if not found:
             waiting = ", ".join(r.what.run for r in self.all() if r.state == WAITING) or "nothing"
-            raise BadHome(f"no study called {text!r} has come; {waiting} waits")
+            raise SetupError(f"no study called {text!r} has come; {waiting} waits")
         if len({review.group for review in found}) > 1:
-            raise BadHome(_ambiguous(text, found))
+            raise SetupError(_ambiguous(text, found))
         group = self.group(found[0])
         return [review for review in group if review.state == WAITING] or group
 
     def group(self, review: Review) -> list[Review]:
-        """All parts that have come of the study that ``review`` is a part of, the latest last."""
+        """Return all parts that have arrived of the study of ``review``, the latest last."""
         return [other for other in self.all() if other.group == review.group]
 
     def remember(self, reviews: Sequence[Review]) -> str:
-        """Records that ``reviews`` were shown to this account, and returns the hash of what was shown."""
+        """Record that ``reviews`` were shown to this account, and return the hash of what was shown."""
         with self._locked():
             known: dict[str, str] = read_json(self._shown, default={})
             now = shown_hash(reviews)
-            there = {name for review in self.all() for name in review.names}
+            names = {name for review in self.all() for name in review.names}
             fresh = dict.fromkeys((name for review in reviews for name in review.names), now)
-            write_private(self._shown, json.dumps({k: v for k, v in {**known, **fresh}.items() if k in there}))
+            write_private(self._shown, json.dumps({k: v for k, v in {**known, **fresh}.items() if k in names}))
         return now
 
-    def offer(self, order: Order, problems: Sequence[str], notes: Sequence[str] = ()) -> Review:
-        """Puts an order before a person, unless the same one stands there already with the same code.
+    def offer(self, order: RunRequest, problems: Sequence[str], notes: Sequence[str] = ()) -> Review:
+        """Offer a run request to a person, unless the same one was offered already with the same code.
 
-        What was decided about one part of a study holds for its other parts: an approval for each part once, and only
-        if what the plan says of the data here is what this site said itself.
+        A decision about one part of a study covers its other parts: an approval covers each part once, and only if the
+        plan states the local data's shape as this site reported it.
         """
         with self._locked():
             review = self.get(order.run)
@@ -113,22 +114,22 @@ class Reviews:
             return fresh
 
     def decide(self, name: str, state: str, by: str, reason: str, shown: str = "") -> list[Review]:
-        """Writes down a person's decision about a run or a study, signed by the site.
+        """Record a person's decision about a run or a study, signed by the site.
 
         Args:
-            name: A run, a study, or the first characters of an order's hash.
-            state: ``approved``: of exactly what was shown; or ``refused``: of everything of the study.
-            by: The person's name; that of the account where empty.
-            reason: Why.
-            shown: The hash of what was shown, or its beginning; what was last shown to this account where empty.
+            name: A run, a study, or the first characters of a run request's hash.
+            state: ``approved`` (exactly what was shown) or ``refused`` (the whole study).
+            by: The person's name; empty for the account's.
+            reason: Reason of the decision.
+            shown: Hash of what was shown, or its beginning; empty for what was last shown to this account.
 
         Raises:
-            BadHome: If nothing is called so, something else than what was shown stands there now, the code has changed
-                since it came, or the policy refuses it.
+            SetupError: If the name matches nothing, the content differs from what was shown, the code has changed since
+                it arrived, or the policy refuses it.
         """
         person = this_person(by)
         if reason != printable(reason, 2000):
-            raise BadHome("a reason is at most 2000 characters on one line")
+            raise SetupError("a reason is at most 2000 characters on one line")
         with self._locked():
             found, now = self.subject(name), ""
             if state == APPROVED:
@@ -156,27 +157,27 @@ class Reviews:
                     self._take(review)
         return decided
 
-    def stands(self, order: Order) -> Review | None:
-        """The signed decision about exactly this order with exactly this code, if there is one; else what waits."""
+    def current(self, order: RunRequest) -> Review | None:
+        """Return the review of exactly this run request with exactly this code, or None."""
         review = self.get(order.run)
         return review if review is not None and review.is_of(order) else None
 
-    def answered(self, order: Order, said: dict[str, Any]) -> None:
-        """Records what this site said of its data in answer to a survey: ``inputs`` and ``outputs``."""
+    def answered(self, order: RunRequest, said: dict[str, Any]) -> None:
+        """Record this site's answer to a survey: ``inputs`` and ``outputs`` of its data."""
         with self._locked():
-            review = self.stands(order)
+            review = self.current(order)
             if review is not None and review.state == APPROVED and review.said != said:
                 self._put(replace(review, said=said).signed(self._keys))
 
     def note_data(self, run: str, data: str) -> None:
-        """Records why the data here do not fit a run, for people at this site; empty where they do."""
+        """Record why the local data do not fit a run, for people at this site; empty if they do."""
         with self._locked():
             review = self.get(run)
             if review is not None and review.data != data:
                 self._put(replace(review, data=data))
 
     def _taking_part(self, fresh: Review) -> Review:
-        """``fresh`` with what was decided of its study, where that covers it; else with notes on why it does not."""
+        """Return ``fresh`` with its study's decision if that covers it, and otherwise with notes on why it does not."""
         order = fresh.what
         group = self.group(fresh) if order.study_key else []
         kin = [r for r in group if r.state != WAITING and (r.code, r.packages) == (fresh.code, fresh.packages)]
@@ -197,33 +198,33 @@ class Reviews:
         ).signed(self._keys)
 
     def _check_shown(self, name: str, found: Sequence[Review], shown: str) -> str:
-        """The hash of what stands there, if that is what the person was shown."""
+        """Return the hash of the current content, if it is what the person was shown."""
         now, again = shown_hash(found), f"read it again: `polyclinic site review {name}`"
         if shown:
             if len(shown) < PREFIX or not now.startswith(shown):
-                raise BadHome(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
+                raise SetupError(f"this is not what you were shown (now {now[:16]}, not {shown[:16]}); {again}")
             return now
         names = {known for review in found for known in review.names}
         last = read_json(self._shown, default={}).get(name if name in names else found[0].what.run)
         if last is None:
-            raise BadHome(f"this is not what you were shown, for you were shown nothing under this name yet; {again}")
+            raise SetupError(f"this is not what you were shown: nothing was shown to you under this name yet; {again}")
         if last != now:
-            raise BadHome(f"this is not what you were shown, for it has changed since; {again}")
+            raise SetupError(f"this is not what you were shown: it has changed since; {again}")
         return now
 
-    def _taken(self, order: Order) -> list[str]:
-        """Why an approval was used up: the runs, other than this very one, that took the same part or the same name."""
+    def _taken(self, order: RunRequest) -> list[str]:
+        """Return why an approval was used up: the other runs that took the same part or the same name."""
         parts: dict[str, list[list[str]]] = read_json(self._parts, default={})
-        what = "this survey" if order.mode == "survey" else "this arm"
+        what = "this survey" if order.mode == "survey" else "this method run"
         mine = [order.run, order.hash]
         same = dict.fromkeys(run for run, hash in parts.get(_part(order), []) if [run, hash] != mine)
         reused = any(run == order.run and hash != order.hash for taken in parts.values() for run, hash in taken)
-        return [f"{what} has run already as {run}" for run in same if order.study_key] + [
-            f"another order has run already under the name {order.run}"
+        return [f"{what} was already executed as {run}" for run in same if order.study_key] + [
+            f"another run request was already executed under the name {order.run}"
         ] * reused
 
     def _take(self, review: Review) -> None:
-        """Records that a run takes its part of its study, so that no other run does without a person."""
+        """Record that a run takes its part of its study, so that another run needs a new decision."""
         parts: dict[str, list[list[str]]] = read_json(self._parts, default={})
         taken, mine = parts.setdefault(_part(review.what), []), [review.what.run, review.what.hash]
         if mine not in taken:
@@ -250,50 +251,52 @@ class Reviews:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the folder's lock, across processes."""
+        """Hold the folder's lock, across processes."""
         with open(self._records / ".lock", "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
 
 def _approvable(reviews: Sequence[Review]) -> list[Review]:
-    """Those of ``reviews`` that a person may approve.
+    """Return those of ``reviews`` that a person may approve.
 
     Raises:
-        BadHome: If there are none, or the code here has changed since they came.
+        SetupError: If there are none, or the code at this site has changed since they arrived.
     """
     may = [review for review in reviews if not review.problems]
     if not may:
         why = "; ".join(dict.fromkeys(problem for review in reviews for problem in review.problems))
-        raise BadHome(f"this study is refused here, so approving it would change nothing: {why}")
+        raise SetupError(f"this study is refused here, so approving it would change nothing: {why}")
     for review in may:
         if review.code != code_hash():
-            raise BadHome("polyclinic was changed here since this study came: wait until the server offers it again")
+            raise SetupError("polyclinic was changed here since this study came: wait until the server offers it again")
         if review.packages != review.what.packages:
-            raise BadHome(
+            raise SetupError(
                 "a package that this study needs was changed here since it came: wait until the server offers it again"
             )
     return may
 
 
-def _unlike(order: Order, group: Sequence[Review]) -> list[str]:
-    """Where the plan says something of the data here that this site did not say in its survey: a sentence each."""
+def _unlike(order: RunRequest, group: Sequence[Review]) -> list[str]:
+    """Return a sentence for each statement of the plan about the local data that differs from this site's survey
+    answer.
+    """
     if not order.filled:
         return []
-    said = next((review.said for review in reversed(group) if review.said), None)
-    if said is None:
+    reported = next((review.said for review in reversed(group) if review.said), None)
+    if reported is None:
         return [f"{' and '.join(order.filled)}: this site has answered no survey of the study that could confirm them"]
     counted = COUNTED.get(str(order.plan.get("kind")), "values")
-    here = {"inputs": f"are {json.dumps(said['inputs'])}", "outputs": f"have {said['outputs']} {counted}"}
+    local = {"inputs": f"are {json.dumps(reported['inputs'])}", "outputs": f"have {reported['outputs']} {counted}"}
     return [
-        f"{key} = {json.dumps(order.plan.get(key))}; the data here {here[key]}"
+        f"{key} = {json.dumps(order.plan.get(key))}; the data here {local[key]}"
         for key in order.filled
-        if order.plan.get(key) != said[key]
+        if order.plan.get(key) != reported[key]
     ]
 
 
-def _part(order: Order) -> str:
-    """Names the part of a study that a run is; a run without a study is one of its own."""
+def _part(order: RunRequest) -> str:
+    """Return the key of the study part that a run is; a run without a study is its own part."""
     return f"{order.study_key} {order.part}" if order.study_key else f"run {order.run}"
 
 
@@ -303,7 +306,7 @@ def _ambiguous(text: str, found: Sequence[Review]) -> str:
         [
             f"{text!r} is the name of {len({r.group for r in found})} different studies:",
             *lines,
-            "name one by its run, or by the first characters of its order's hash",
+            "name one by its run, or by the first characters of its run request's hash",
         ]
     )
 

@@ -1,10 +1,10 @@
-"""What a site keeps of one run: memory keyed by message, settled when the server confirms, else rolled back.
+"""Site state of one run, keyed by message: settled when the server confirms it, otherwise rolled back.
 
-A link holds what came of one message: the reply that was sent, and the memory after it. The server says from which
-link to go on (``after``) and up to which its own disk is safe (``confirmed``). Links before ``confirmed`` are dropped,
-links beyond ``after`` are undone: their message was lost, or the server crashed before it had written. Content that
-comes a second time, under its number or another, gets the same reply again, so that nothing is trained, and no privacy
-spent, twice. What was answered stands in ``usage``, which no rollback changes.
+A link is the result of one message: the reply that was sent, and the site state after it. The server says from which
+link to continue (``after``) and up to which link its own disk is safe (``confirmed``). Links before ``confirmed`` are
+dropped. Links beyond ``after`` are undone: their message was lost, or the server crashed before it had written. Content
+that arrives again, under its number or another, gets the same reply, so that nothing is trained and no privacy budget
+is spent twice. The answers are recorded in ``usage``, which no rollback changes.
 
     confirmed        after
         │              │
@@ -27,21 +27,21 @@ SPARE = 2
 
 
 class OldMessage(ProtocolError):
-    """A message that the server itself has settled: a replay, or a server restored from an older copy."""
+    """Message that the server itself has settled: a replay, or a server restored from an older copy."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What came of one message.
+    """Result of one message.
 
     Attributes:
-        number: Which message. ``after``: from which one's memory it began. ``request``: the SHA-256 of its file.
-        round: What it was for, and ``job``.
-        size: The length of the reply's file, and ``sha256`` its hash; 0 and empty where there is none.
-        memory: The file that holds the memory after it; empty where there is nothing to keep.
-        seconds: How long the work took.
+        number: The message. ``after``: the message whose site state it started from. ``request``: SHA-256 of its file.
+        round: Round of the request. ``job``: its job.
+        size: Length of the reply's file. ``sha256``: its hash. 0 and empty if there is none.
+        memory: File of the site state after it; empty if there is none.
+        seconds: Computing time.
         secure: Whether the reply leaves only under masks.
-        content: Of a reply for a secure sum, the digest of its values before they were coded.
+        content: Of a reply for a secure sum, the digest of its values before encoding.
     """
 
     number: int
@@ -59,11 +59,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """The links of one run, in order, and what had been confirmed.
+    """Links of one run, in order, and the last confirmed message.
 
     Attributes:
         sent: Bytes sent by round, for the policy's limit.
-        spare: The last links that were undone, whose replies may be asked for again.
+        spare: The last undone links, whose replies may be requested again.
     """
 
     confirmed: int = 0
@@ -72,20 +72,20 @@ class Chain:
     spare: tuple[Link, ...] = ()
 
     def link(self, number: int) -> Link | None:
-        """The link of a message, if it is there."""
+        """Return the link of a message, if there is one."""
         return next((link for link in self.links if link.number == number), None)
 
     def same(self, number: int, after: int, request: str) -> Link | None:
-        """The link of this very message, which began from the same memory, if it was answered before."""
+        """Return the link of this exact message, started from the same site state, if it was answered before."""
         link = self.link(number)
         return link if link is not None and (link.after, link.request) == (after, request) else None
 
 
-class Memory:
-    """The folder of one run at a site."""
+class RunMemory:
+    """Folder of the site state of one run."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens or makes it."""
+        """Open or create the folder."""
         self.folder = private_folder(folder)
         table = read_json(self.folder / "chain.json", default={})
         links = tuple(Link(**link) for link in table.get("links", ()))
@@ -95,24 +95,24 @@ class Memory:
 
     @cached_property
     def usage(self) -> Usage:
-        """What was asked and answered.
+        """The record of requests and answers.
 
         Raises:
-            Broken: If somebody changed the record.
+            Broken: If the record was changed.
         """
         return Usage(self.folder / "usage.jsonl")
 
     def settle(self, after: int, confirmed: int, number: int, keep: int = 0) -> None:
-        """Drops what is confirmed, from the disk with the next link; but for the link ``keep``, which the test needs.
+        """Drop what is confirmed, from disk with the next link, except the link ``keep``, which the test needs.
 
         Raises:
-            OldMessage: Where the server goes back behind what it had confirmed.
+            OldMessage: If the server goes back behind what it had confirmed.
         """
         back = bool(self.chain.links) and min(confirmed, after) < self.chain.confirmed
         if back or number <= self.chain.confirmed:
             raise OldMessage(
-                f"message {number} begins before message {self.chain.confirmed}, which the server had confirmed: it is "
-                "a replay, or the server was restored from an older copy. A person here may allow it with "
+                f"message {number} starts before message {self.chain.confirmed}, which the server had confirmed: it is "
+                "a replay, or the server was restored from an older copy. A person at this site may allow it with "
                 "`polyclinic site forget RUN`"
             )
         if confirmed > self.chain.confirmed:
@@ -121,7 +121,7 @@ class Memory:
             self.chain = replace(self.chain, confirmed=confirmed, links=kept, spare=spare)
 
     def undo(self, after: int) -> tuple[int, ...]:
-        """Removes links beyond ``after``, and returns their numbers."""
+        """Remove links beyond ``after``, and return their numbers."""
         undone = tuple(link for link in self.chain.links if link.number > after)
         if undone:
             left = tuple(link for link in self.chain.links if link.number <= after)
@@ -129,10 +129,10 @@ class Memory:
         return tuple(link.number for link in undone)
 
     def before(self, after: int) -> Path | None:
-        """The memory to begin with: None where there is nothing.
+        """Return the file of the site state to start from, or None if there is none.
 
         Raises:
-            KeyError: Where the memory after that message is not here.
+            KeyError: If this site does not have the state after that message.
         """
         if after == 0:
             return None
@@ -142,14 +142,14 @@ class Memory:
         return self.folder / link.memory if link.memory else None
 
     def add(self, link: Link) -> None:
-        """Remembers a link; its files are on the disk already."""
+        """Store a link, whose files are on disk already."""
         sent = dict(self.chain.sent)
         sent[link.round] = sent.get(link.round, 0) + link.size
         recent = tuple(sorted(sent.items()))[-100:]
         self._store(replace(self.chain, links=(*self.chain.links, link), sent=recent))
 
     def kept_reply(self, answered: Answered) -> Link | None:
-        """The link of what was ``answered`` before, if its reply is still here, unchanged."""
+        """Return the link of what was ``answered`` before, if its reply is still stored and unchanged."""
         links = (*self.chain.spare, *self.chain.links)
         link = next((one for one in reversed(links) if one.sha256 == answered.sha256), None)
         if not answered.times or link is None:
@@ -158,7 +158,7 @@ class Memory:
         return link if reply.exists() and hash_of(reply) == (link.size, link.sha256) else None
 
     def repeat(self, link: Link, number: int, after: int) -> Link:
-        """Gives the reply of ``link`` again under another number, with the memory that the site kept after it."""
+        """Give the reply of ``link`` again under another number, with the site state after it."""
         for old, new in (
             (self.reply(link.number), self.reply(number)),
             (self.layout(link.number), self.layout(number)),
@@ -173,42 +173,44 @@ class Memory:
         return repeated
 
     def sent_in(self, round: int) -> int:
-        """The bytes that were sent in a round."""
+        """Return the bytes that were sent in a round."""
         return dict(self.chain.sent).get(round, 0)
 
     def reply(self, number: int) -> Path:
-        """Where the reply to a message lies."""
+        """Return the path of the reply to a message."""
         return self.folder / f"{number}.reply"
 
     def layout(self, number: int) -> Path:
-        """Where the names and shapes of a reply for a secure sum lie."""
+        """Return the path of the names and shapes of a reply for a secure sum."""
         return self.folder / f"{number}.layout"
 
     def kept(self, number: int) -> Path:
-        """Where the memory after a message lies."""
+        """Return the path of the site state after a message."""
         return self.folder / f"{number}.memory"
 
     def begin_anew(self) -> None:
-        """Drops a memory that is of no use any more; messages that were settled stay refused."""
+        """Drop an unusable site state; settled messages remain refused."""
         self._store(replace(self.chain, links=(), spare=(*self.chain.spare, *self.chain.links)[-SPARE:]))
 
     def close(self) -> None:
-        """Closes the record of what was answered."""
+        """Close the record of answers."""
         if "usage" in self.__dict__:
             self.usage.close()
 
     def retire(self) -> None:
-        """Drops every link of a run that has ended; what it answered stays refused as a replay."""
+        """Drop every link of an ended run; what it answered remains refused as a replay."""
         last = max((link.number for link in self.chain.links), default=0)
         self._store(replace(self.chain, links=(), confirmed=max(self.chain.confirmed, last)))
 
     def forget(self) -> None:
-        """Removes everything: a person here allows that the run asks again from its beginning."""
+        """Remove everything: a person at this site allows the run to start again."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _store(self, chain: Chain) -> None:
-        """Writes the chain first and removes files after, so that a crash leaves files too many, never too few."""
+        """Write the chain first and remove files afterwards, so that a crash leaves surplus files but never missing
+        ones.
+        """
         table: dict[str, Any] = asdict(chain)
         write_private(self.folder / "chain.json", json.dumps(table))
         self.chain = chain

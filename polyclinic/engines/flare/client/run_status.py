@@ -1,4 +1,4 @@
-"""What one run does at a site just now, and what last went wrong with it: a file that ``site status`` reads."""
+"""Current work of a run at a site and its last problem, in a file that ``site status`` reads."""
 
 import json
 import os
@@ -10,16 +10,18 @@ from typing import Any
 
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol.messages import Call
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, write_private
 
 
 class RunStatus:
-    """The file of one run, written by its job process, which it names: a process that was killed does nothing."""
+    """Status file of one run, written by its job process; it names the process, so that a killed process counts as
+    idle.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """For the run whose memory lies in ``folder``."""
+        """Use the run whose site state is in ``folder``."""
         self.path = folder / "status.json"
-        with suppress(BadHome, OSError):
+        with suppress(SetupError, OSError):
             before = read_json(self.path, default={"problem": "", "since": 0.0})
             self._problem, self._since = str(before.get("problem", "")), float(before.get("since", 0.0))
             return
@@ -27,7 +29,7 @@ class RunStatus:
 
     @contextmanager
     def working(self, call: Call) -> Iterator[None]:
-        """Notes what is done for as long as it is done; a greeting is no work."""
+        """Record the work for its duration; a registration is no work."""
         if call.kind in ("hello", "end"):
             yield
             return
@@ -38,7 +40,7 @@ class RunStatus:
             self._write({})
 
     def came_of(self, call: Call, lost: str) -> None:
-        """Records a call's outcome. A failure is a problem until a call succeeds; waiting for a person is not."""
+        """Record a call's outcome. A failure is a problem until a call succeeds; waiting for a person is not."""
         problem = "" if lost.startswith("waits for") or (call.kind == "end" and not lost) else lost
         if problem != self._problem and (problem or call.kind != "end"):
             self._problem, self._since = problem, time.time() if problem else 0.0
@@ -46,7 +48,7 @@ class RunStatus:
 
     def _write(self, doing: dict[str, Any]) -> None:
         me = os.getpid()
-        said = {
+        status = {
             "pid": me,
             "birth": flare_processes.birth(me),
             "doing": doing,
@@ -54,4 +56,4 @@ class RunStatus:
             "since": self._since,
         }
         with suppress(OSError):  # a full disk must not stop the work
-            write_private(self.path, json.dumps(said), durable=False)
+            write_private(self.path, json.dumps(status), durable=False)

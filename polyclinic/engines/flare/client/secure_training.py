@@ -1,15 +1,15 @@
-"""The site's half of a secure sum, in the training process: checks the session against what the site knows, and masks.
+"""Site half of a secure sum, in the training process: checks the session against the approved study, and masks.
 
-Keys live here and nowhere else, for one sum. Neither the roster nor the threshold is the server's choice: the roster is
-made of approved sites that train, and the threshold is at least that of the approved pipeline, two thirds of the roster
-(``default_threshold``), the number of sites whose noise the accounting counts on, and the policy's own minimum. Which
-sums may be opened is looked up by the desk (``opened``).
+Session keys exist only here, for one sum. The server chooses neither the roster nor the threshold freely: the roster
+consists of approved sites that train, and the threshold is at least that of the approved pipeline, two thirds of the
+roster (``default_threshold``), the number of sites whose noise the accounting relies on, and the policy's own minimum.
+The site agent decides which sums may be opened (``opened_sums``).
 
-A session that is given up before this site has revealed anything shows nothing: its masks come of keys made for it
-alone, which are forgotten here, so that the masked vectors of two sessions for one content are two independent
-uniformly random vectors. Sites that did reveal have noted the roster first. As any two groups of two thirds of nearly
-the same sites have an honest site in common, two rosters that differ by less than ``opened`` allows are never both
-opened, unless a third of the sites works with the server.
+A session abandoned before this site has revealed anything discloses nothing: its masks derive from keys of that session
+only, which are then deleted, so that the masked vectors of two sessions for one content are independent and uniformly
+random. Sites that reveal have recorded the roster first. Any two groups of two thirds of nearly the same sites have an
+honest site in common, so two rosters that differ by less than ``opened_sums`` allows are never both opened unless a
+third of the sites collude with the server.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from typing import Any
 from polyclinic.core.pipeline import Transform
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.paths import BadHome
+from polyclinic.engines.flare.protocol.paths import SetupError
 from polyclinic.secure_aggregation import SecureSum, vector_of
 from polyclinic.secure_aggregation.client import SecureSite
 from polyclinic.secure_aggregation.secure_messages import Advert, Agreed
@@ -29,12 +29,12 @@ from polyclinic.secure_aggregation.session_keys import ProtocolError, Session, d
 
 @dataclass(frozen=True)
 class Demands:
-    """What the approved pipeline demands of every sum.
+    """Requirements of the approved pipeline on every sum.
 
     Attributes:
-        sites: The sites that may be in it.
-        threshold: How many must remain to its end, at the least.
-        capacity: How many sites can be summed without wrapping around.
+        sites: The sites that may take part.
+        threshold: Smallest number of sites that must complete it.
+        capacity: Largest number of sites whose sum does not wrap around.
     """
 
     sites: frozenset[str]
@@ -43,22 +43,24 @@ class Demands:
 
     @classmethod
     def of(cls, transforms: Sequence[Transform], sites: Sequence[str]) -> "Demands":
-        """What ``transforms`` demand: of sites that share the noise, as many as it counts on."""
+        """Return the requirements of ``transforms``; noise shared among sites requires as many sites as it assumes."""
         shares = [int(getattr(transform, "share", 0)) for transform in transforms]
         sums = [transform for transform in transforms if isinstance(transform, SecureSum)]
         threshold = max([0, *shares, *(transform.threshold or 0 for transform in sums)])
         return cls(frozenset(sites), threshold, min([len(sites), *(transform.capacity for transform in sums)]))
 
     def least(self, roster: int, min_sites: int) -> int:
-        """The least threshold of a sum over ``roster`` sites at a site whose policy asks for ``min_sites``."""
+        """Return the smallest threshold of a sum over ``roster`` sites if the policy requires ``min_sites``."""
         return max(self.threshold, default_threshold(roster), min_sites)
 
 
 class SecureTraining:
-    """Whatever sum this site takes part in just now."""
+    """State of the secure sum that this site currently takes part in."""
 
     def __init__(self, site: str, identities: Mapping[str, str], own: Path, demands: Demands) -> None:
-        """``identities`` are the sites' public keys as a person approved them with the order; ``own``: its keys/."""
+        """``identities`` are the sites' public keys as approved with the run request; ``own`` is the folder of this
+        site's keys.
+        """
         self.site, self.identities, self.own, self.demands = site, dict(identities), own, demands
         self._session: SecureSite | None = None
         self._alive: tuple[str, ...] = ()
@@ -66,10 +68,10 @@ class SecureTraining:
         self._known: set[str] = set()
 
     def step(self, command: Mapping[str, Any], min_sites: int) -> dict[str, Any]:
-        """One stage: reads its file, writes the answer's, and says who is in the sum.
+        """Execute one stage: read its file, write the answer's, and return the roster of the sum.
 
         Raises:
-            ProtocolError: Where the server asks for what a site must not do.
+            ProtocolError: If the server requests what a site must not do.
         """
         value = tensor_file.read(Path(command["body"]))
         match command["stage"]:
@@ -79,7 +81,7 @@ class SecureTraining:
                 answer = self._now.share(_all(value, Advert))
             case "mask":
                 if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
-                    raise ProtocolError("an inbox is a table of sealed shares")
+                    raise ProtocolError("an inbox must be a table of sealed shares")
                 answer = self._now.mask(value, vector_of(tensor_file.read(Path(command["vector"]))))
             case "agree":
                 answer = self._agree(value, min_sites)
@@ -101,7 +103,7 @@ class SecureTraining:
     @property
     def _now(self) -> SecureSite:
         if self._session is None:
-            raise ProtocolError("no secure sum is under way here: it was begun before the training process was")
+            raise ProtocolError("no secure sum is in progress here: it began before the training process started")
         return self._session
 
     def _begin(self, session: Any, command: Mapping[str, Any], min_sites: int) -> Advert:
@@ -111,9 +113,9 @@ class SecureTraining:
         if strange := sorted(s for s, key in session.identities.items() if self.identities.get(s) != key):
             raise ProtocolError(f"{strange[0]} has another key, or another name, than was approved here")
         if strange := sorted(session.identities.keys() - self.demands.sites):
-            raise ProtocolError(f"{strange[0]} is none of the approved sites that train")
+            raise ProtocolError(f"{strange[0]} is not one of the approved sites that train")
         if session.id in self._known:
-            raise ProtocolError("this session was begun before, and a retry is a new one")
+            raise ProtocolError("this session was begun before; a retry needs a new session")
         if session.round != command["round"]:
             raise ProtocolError(f"a sum for round {session.round}, and the round is {command['round']}")
         if (peers := len(session.identities)) > self.demands.capacity:
@@ -125,10 +127,10 @@ class SecureTraining:
                 f"least {self._least} ({self._why(peers, min_sites)})"
             )
         if session.size != (size := len(vector_of(tensor_file.read(Path(command["vector"]))))):
-            raise ProtocolError(f"a session for {session.size} numbers, and here are {size}")
+            raise ProtocolError(f"the session is for {session.size} numbers, and this site has {size}")
         try:
             key = site_keys.for_sums(self.own, self.identities.get(self.site, ""))
-        except BadHome as error:
+        except SetupError as error:
             raise ProtocolError(str(error)) from None
         self._known.add(session.id)
         self._session = SecureSite(session, self.site, key)
@@ -137,14 +139,14 @@ class SecureTraining:
     def _why(self, peers: int, min_sites: int) -> str:
         reasons = {
             "the policy here, require.min_sites": min_sites,
-            "the approved threshold, and the sites whose noise is counted on": self.demands.threshold,
+            "the approved threshold, and the sites whose noise is assumed": self.demands.threshold,
             f"two thirds of {peers}": default_threshold(peers),
         }
         return next(why for why, least in reasons.items() if least == self._least)
 
     def _agree(self, alive: Any, min_sites: int) -> Agreed:
         if not isinstance(alive, tuple | list) or not all(isinstance(name, str) for name in alive):
-            raise ProtocolError("who arrived is a list of names")
+            raise ProtocolError("the sites that arrived must be a list of names")
         if (count := len(set(alive))) < (least := max(self._least, min_sites)):
             raise ProtocolError(f"{count} sites arrived, and a sum here needs {least}")
         self._alive = tuple(sorted(set(alive)))

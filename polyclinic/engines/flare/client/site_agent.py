@@ -1,7 +1,7 @@
-"""A site's desk: every call passes over it, and nothing leaves but what it hands out.
+"""Site agent: authorizes, executes and journals each call of the server. Nothing leaves the site except its answers.
 
-It keeps the journal and the memory, asks people and policy, and lets the training process work. It knows no network, so
-the tests play the server, honest or hostile. Nothing here needs PyTorch.
+It keeps the journal and the site state, consults policy and people, and controls the training process. It does not use
+the network, so that the tests can act as an honest or hostile server. Requires no PyTorch.
 """
 
 import os
@@ -19,13 +19,20 @@ from polyclinic.engines.flare.client import run_archive
 from polyclinic.engines.flare.client.opened_sums import NotOpened, Opened, Summed
 from polyclinic.engines.flare.client.request_usage import REPETITIONS
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, Reviews
-from polyclinic.engines.flare.client.run_memory import Link, Memory, OldMessage
+from polyclinic.engines.flare.client.run_memory import Link, OldMessage, RunMemory
 from polyclinic.engines.flare.client.run_status import RunStatus
-from polyclinic.engines.flare.client.training_process import Died, Stopped, Trainer
+from polyclinic.engines.flare.client.training_process import Died, Stopped, TrainingProcess
 from polyclinic.engines.flare.protocol import message_limits, shared_journals
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call, printable
-from polyclinic.engines.flare.protocol.paths import BadHome, SiteHome, hash_of, private_folder, read_toml, write_private
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.paths import (
+    SetupError,
+    SiteFolder,
+    hash_of,
+    private_folder,
+    read_toml,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.request_schedule import Request, Schedule
 from polyclinic.errors import PolicyRefusal
 
@@ -35,7 +42,7 @@ PASSING = (".ask", ".advertise", ".share", ".mask", ".agree", ".reveal")
 
 
 class Sent(NamedTuple):
-    """A file that leaves, if any."""
+    """File that leaves with an answer, if any."""
 
     size: int = 0
     sha256: str = ""
@@ -44,31 +51,33 @@ class Sent(NamedTuple):
 
 
 class Refusal(PolicyRefusal):
-    """Why a call is not answered by a reply."""
+    """Reason why a call gets no reply."""
 
     def __init__(self, reason: str, forgot: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.forgot = reason, forgot
 
 
-class Desk:
+class SiteAgent:
     """One run at one site, from the first call to the end of the job."""
 
-    def __init__(self, home: SiteHome, order: Order, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Takes up ``order`` at the site in ``home``.
+    def __init__(self, home: SiteFolder, order: RunRequest, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Start to serve ``order`` at the site in ``home``.
 
         Args:
-            stopped: Whether the job was ended, which ends training too.
+            stopped: Returns whether the job was ended, which also ends training.
         """
         self.home, self.order = home, order
         settings = read_toml(home.settings, "polyclinic site init")
         self.name: str = settings["site"]
-        self.memory = Memory(home.memory(order.run))
+        self.memory = RunMemory(home.memory(order.run))
         self.opened = Opened(home.opened)
         self.journal = shared_journals.SharedJournal(home.journal)
         self.reviews = Reviews(home.reviews)
         write_private(self.memory.folder / "order.json", order.to_json())
-        self.trainer = Trainer(home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped)
+        self.trainer = TrainingProcess(
+            home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped
+        )
         self._automatic = self._fits = False
         self._schedule: Schedule | None = None
         self._hash = order.hash
@@ -79,16 +88,16 @@ class Desk:
         run_archive.unmark(self.memory.folder)
 
     def close(self) -> None:
-        """Ends training and closes the journal."""
+        """End training and close the journal."""
         self.trainer.close()
         self.memory.close()
         self.journal.close()
 
     def before(self, call: Call) -> Answer | None:
-        """The refusal of a call whose file must not come here; None if the file may be fetched.
+        """Return the refusal of a call whose file must not be fetched, or None if it may be.
 
-        Decided from the message alone: whether a person or a policy allows the study now, how much the policy lets in
-        during a round, and how much room there is.
+        Decided from the message alone: whether a person or a policy currently allows the study, the policy's limit for
+        the round, and the free disk space.
         """
         if delay := self._rate.wait():
             time.sleep(min(delay, 10.0))
@@ -101,14 +110,14 @@ class Desk:
             message_limits.check_call(call, self.order, limit, self._received)
             message_limits.check_room(self.memory.folder, call.size, self._keep_free)
             self._received.add(call)
-        except (Refusal, message_limits.TooMuch, BadHome, OSError) as error:
+        except (Refusal, message_limits.TooMuch, SetupError, OSError) as error:
             reason = error.reason if isinstance(error, Refusal) else f"refused: {error}"
             self.status.came_of(call, reason)
             return self._refused(call, Refusal(reason))
         return None
 
     def answer(self, call: Call, body: Path | None) -> tuple[Answer, Path | None]:
-        """What to answer to ``call``, and the file beside it. ``body`` is the call's file, checked already."""
+        """Return the answer to ``call`` and its file. ``body`` is the call's file, already verified."""
         with self.status.working(call):
             answer, file = self._answer(call, body)
         self.status.came_of(call, answer.lost)
@@ -141,30 +150,30 @@ class Desk:
         return self._sign(call, Sent(), printable(refusal.reason, 2000), refusal.forgot)
 
     def note_refusal(self, event: str, details: dict[str, Any], kind: str = "") -> None:
-        """Writes a refusal to the journal; one that repeats, at its 2nd, 4th, 8th time and so on, with the number."""
+        """Journal a refusal; a repeated one only at its 2nd, 4th, 8th, ... time, with the count."""
         if times := self._repeats.count(f"{event} {kind}", str(details["reason"])):
             self.journal.write(event, details if times == 1 else {**details, "times": times})
 
     def _check(self, call: Call) -> None:
         if call.site != self.name or call.run != self.order.run:
-            raise Refusal(f"this message is for {call.site} in {call.run}, and here is {self.name} in {self.order.run}")
+            raise Refusal(f"this message is for {call.site} in {call.run}, and this is {self.name} in {self.order.run}")
         if call.order != self._hash:
-            raise Refusal("refused: the server asks for another study than the one whose order came with the job")
+            raise Refusal("refused: the server requests another study than the one in the job")
 
     def _hello(self) -> None:
-        """Raises unless this study may run here, and the data here are what it needs.
+        """Check that this study may run here and that the local data fit it.
 
-        No file of the data is opened before a policy or a person has allowed it.
+        No data file is opened before a policy or a person has allowed the study.
         """
-        found = self._train({"what": "check"})
-        problems = tuple(found["problems"])
-        self._automatic = bool(found["automatic"]) and not problems
+        verdict = self._train({"what": "check"})
+        problems = tuple(verdict["problems"])
+        self._automatic = bool(verdict["automatic"]) and not problems
         about = {"run": self.order.run, "order": self._hash, "rehearsal": self.order.rehearsal}
         if self._automatic:
             self.journal.write("admitted by the policy", about)
         else:
             before = self.reviews.get(self.order.run)
-            review = self.reviews.offer(self.order, problems, found["notes"])
+            review = self.reviews.offer(self.order, problems, verdict["notes"])
             if review != before:
                 self.journal.write("study offered", {**about, "problems": list(problems)})
             if review != before and review.of:
@@ -176,20 +185,20 @@ class Desk:
         self._check_data()
 
     def _check_data(self) -> None:
-        """Raises if the data of this site do not fit this study. The details are shown only at this site."""
+        """Check that the local data fit this study. The details are shown only at this site."""
         if self._fits:
             return
-        found = self._train({"what": "data"})
-        self.reviews.note_data(self.order.run, found["here"])
-        if found["told"]:
-            raise Refusal(f"refused: {found['told']}")
+        verdict = self._train({"what": "data"})
+        self.reviews.note_data(self.order.run, verdict["here"])
+        if verdict["told"]:
+            raise Refusal(f"refused: {verdict['told']}")
         self._fits = True
 
     def _permitted(self) -> None:
-        """Raises unless a policy or a person allows this very study, now."""
+        """Check that a policy or a person currently allows exactly this study."""
         if self._automatic:
             return
-        review = self.reviews.stands(self.order)
+        review = self.reviews.current(self.order)
         if review is not None and review.state == REFUSED:
             raise Refusal(f"refused by a person at {self.name}: {review.reason or 'no reason given'}")
         if review is None or review.state != APPROVED:
@@ -198,7 +207,7 @@ class Desk:
     def _do(self, call: Call, body: Path | None) -> Sent:
         self._permitted()
         if body is None:
-            raise Refusal("refused: an ask without its file")
+            raise Refusal("refused: a request without its file")
         try:
             self.memory.settle(call.after, call.confirmed, call.number, call.keep)
         except OldMessage as error:
@@ -210,7 +219,7 @@ class Desk:
             raise Refusal(f"refused: the record of what was answered here is damaged: {error}") from None
         again = self.memory.chain.same(call.number, call.after, call.sha256)
         if again is not None and self.memory.reply(call.number).exists():
-            if not earlier.times:  # the machine went down between the reply and the record
+            if not earlier.times:  # the machine crashed between the reply and the record
                 self.memory.usage.answer(asked, again.number, again.sha256, {})
             return self._as_before(call, again, body)
         self._scheduled(asked)
@@ -218,8 +227,8 @@ class Desk:
             return self._as_before(call, self.memory.repeat(link, call.number, call.after), body)
         if earlier.times > REPETITIONS:
             raise Refusal(
-                f"refused: the reply to the job {call.job!r} in round {call.round} is gone, and it was made "
-                f"{earlier.times} times: it is not made again"
+                f"refused: the reply to the job {call.job!r} in round {call.round} is lost, and it was computed "
+                f"{earlier.times} times: it is not computed again"
             )
         if undone := self.memory.undo(call.after):
             self.journal.write("rolled back", {"run": call.run, "messages": list(undone)})
@@ -228,7 +237,7 @@ class Desk:
             before = self.memory.before(start)
         except KeyError:
             self.memory.begin_anew()
-            raise Refusal(f"the memory after message {start} is no longer at {self.name}", forgot=True) from None
+            raise Refusal(f"the site state after message {start} is no longer at {self.name}", forgot=True) from None
         details = {"run": call.run, "number": call.number, "round": call.round, "job": call.job}
         repeated = {"repetition": earlier.times} if earlier.times else {}
         self.journal.write(
@@ -237,8 +246,8 @@ class Desk:
         self.memory.usage.begin(asked, call.number)
         schedule = self._known_schedule
         bound = [
-            [marks, whole]
-            for jobs, whole in schedule.bound(asked)
+            [marks, complete]
+            for jobs, complete in schedule.bound(asked)
             for marks in self.memory.usage.marks(call.round, jobs)
         ]
         done = self._train(
@@ -283,38 +292,38 @@ class Desk:
 
     @property
     def _known_schedule(self) -> Schedule:
-        """What may be asked of this site, from the order that was approved and the method that it names."""
+        """The requests allowed at this site, from the approved run request and its method."""
         if self._schedule is None:
-            found = self._train({"what": "schedule"})
-            jobs = [Job.from_table(table) for table in found["jobs"]]
-            self._schedule = Schedule.of(self.order, jobs, self.name, found["batches"])
+            known = self._train({"what": "schedule"})
+            jobs = [Job.from_table(table) for table in known["jobs"]]
+            self._schedule = Schedule.of(self.order, jobs, self.name, known["batches"])
         return self._schedule
 
     def _scheduled(self, asked: Request) -> None:
-        """Raises unless the schedule of the approved study holds this very request."""
+        """Check that the schedule of the approved study contains exactly this request."""
         if problem := self._known_schedule.problem(asked, self.memory.usage.progress):
             raise Refusal(f"refused: {problem}")
 
     def _as_before(self, call: Call, link: Link, body: Path) -> Sent:
-        """The reply that was made to this content before, unless the policy has come to refuse it."""
+        """Return the earlier reply to this content, unless the policy now refuses it."""
         self._train({"what": "again", "ask": str(body), "reply": str(self.memory.reply(link.number))}, call.deadline)
         details = {"run": call.run, "number": call.number, "ask": call.sha256, "server": call.head}
         self.journal.write("asked again, answered as before", details)
         return self._sent(link)
 
     def _sent(self, link: Link) -> Sent:
-        """What leaves of a link: its reply; or, of one for a secure sum, names and shapes alone."""
+        """Return the file that leaves for a link: its reply, or for a secure sum only names and shapes."""
         if not link.secure:
             return Sent(link.size, link.sha256, self.memory.reply(link.number), link.seconds)
         size, sha256 = hash_of(self.memory.layout(link.number))
         return Sent(size, sha256, self.memory.layout(link.number), link.seconds)
 
     def _secure(self, call: Call, body: Path | None) -> Sent:
-        """One stage of a secure sum of what came of an earlier ask."""
+        """Execute one stage of a secure sum of an earlier request's result."""
         self._permitted()
         link = self.memory.chain.link(call.number)
         if link is None or not link.secure or (link.round, link.job) != (call.round, call.job) or body is None:
-            raise Refusal("refused: nothing waits here for a secure sum under that number")
+            raise Refusal("refused: no reply waits for a secure sum under that number")
         out = self.memory.folder / f"{call.number}.{call.stage}"
         done = self._train(
             {
@@ -334,7 +343,7 @@ class Desk:
         return Sent(done["size"], done["sha256"], out, 0.0)
 
     def _may_open(self, link: Link, done: Mapping[str, Any], reveals: bool) -> None:
-        """Raises unless a sum over the sites in ``done`` may be opened; notes it before shares are revealed."""
+        """Check that a sum over the sites in ``done`` may be opened; record it before shares are revealed."""
         job = self._known_schedule.job(link.job, link.round)
         summed = Summed(self.order.run, link.round, link.job, link.content, job is not None and job.static)
         try:
@@ -382,8 +391,8 @@ class Desk:
         return site_keys.load(self.home.keys / "site.key")
 
 
-def take_in(memory: Memory, received: Path, number: int) -> Path:
-    """Moves a file that was received to where asks lie; the one before it is gone."""
+def take_in(memory: RunMemory, received: Path, number: int) -> Path:
+    """Move a received file to the place of request files, replacing the previous one."""
     for old in memory.folder.iterdir():
         if old.suffix in PASSING:
             old.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""A site's data as its training process sees it: by role, from the folder that the hospital chose.
+"""A site's data by role, read by its training process from the folder that the hospital chose.
 
-The folder holds one file a role, ``train.npz``, ``val.npz``, ``test.npz``, ``unlabeled.npz``, with the arrays
-``inputs`` [n, C, *spatial] or [n, F], ``targets``, and, so that patients are counted and not images, ``patients`` [n].
-Or it holds ``data.toml``, the ``[data]`` table of a study, which says how the files there are to be read. A study may
-add to that table what ``data_table.FROM_STUDY`` names, and nothing else.
+The folder contains one file per role, ``train.npz``, ``val.npz``, ``test.npz``, ``unlabeled.npz``, with the arrays
+``inputs`` [n, C, *spatial] or [n, F], ``targets``, and ``patients`` [n], so that patients are counted instead of
+images. Alternatively it contains ``data.toml``, the ``[data]`` table of a study, which says how to read the files. A
+study may add the keys in ``data_restrictions.FROM_STUDY`` to that table, and no others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ import torch
 
 from polyclinic.data.examples import DataError, Examples, concat
 from polyclinic.engines.flare.protocol import data_restrictions
-from polyclinic.engines.flare.protocol.paths import BadHome
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import SetupError
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.plan import Plan
 
 ROLES = ("train", "val", "test", "unlabeled")
 TRAINS = ("train", "unlabeled", "boxed", "tagged")
-UNREADABLE = "the data cannot be read as the study needs them: `polyclinic site status` at the site says why"
+UNREADABLE = "the data cannot be read as the study needs them: see `polyclinic site status` at the site"
 
 
-class Unfit(DataError):
-    """Data that an order cannot use.
+class UnsuitableData(DataError):
+    """Data that a run request cannot use.
 
     Attributes:
-        told: Why, as the server may read it: without paths, and without values of the data.
+        told: Reason as reported to the server: without paths and without values of the data.
     """
 
     def __init__(self, problems: Sequence[str] | str, told: str) -> None:
@@ -36,71 +36,74 @@ class Unfit(DataError):
         self.told = told
 
 
-class Held(NamedTuple):
-    """What a site has: examples by role, and the names of the classes where the data name them."""
+class SiteData(NamedTuple):
+    """Data of a site: examples by role, and the names of the classes if the data name them."""
 
     roles: dict[str, Examples]
     classes: tuple[str, ...] = ()
 
 
-def load(folder: Path, order: Order, plan: Plan, site: str) -> Held:
-    """The site's examples, as the order needs them.
+def load(folder: Path, order: RunRequest, plan: Plan, site: str) -> SiteData:
+    """Return the site's examples, as the run request needs them.
 
     Args:
         folder: The site's data folder.
-        order: What it says about data, and whether ``site`` trains.
-        plan: Says which shape inputs must have, unless the order is a survey, which asks for it.
+        order: Its data settings, and whether ``site`` trains.
+        plan: Its input shape, which the data must have unless the request is a survey.
 
     Raises:
-        DataError: If there are none that can be used, with every problem; ``Unfit`` where the server may be told why.
+        DataError: If no data can be used, with every problem; ``UnsuitableData`` if the reason may be sent to the
+            server.
     """
     if order.rehearsal:
-        return Held(_imaginary(plan))
+        return SiteData(_imaginary(plan))
     roles, classes = read(folder, order.data, plan.seed)
-    if site in order.external:  # nobody trains here, so all of it is test data
+    if site in order.external:  # no training at this site, so all of it is test data
         labeled = [roles[role] for role in ROLES[:3] if role in roles]
         roles = {"test": concat(labeled)} if labeled else {}
     if not roles.keys() & {*TRAINS, "test"}:
-        raise Unfit(
-            f"{folder} holds no examples that this study could use", "there are no examples here for this study"
+        raise UnsuitableData(
+            f"{folder} contains no examples that this study could use", "there are no examples here for this study"
         )
     if order.mode == "survey":
-        return Held(roles, classes)
+        return SiteData(roles, classes)
     if site in plan.sites and not roles.keys() & set(TRAINS):
-        raise Unfit(
-            f"{folder} holds no training examples, and the study trains here", "there are no training examples here"
+        raise UnsuitableData(
+            f"{folder} contains no training examples, and the study trains here", "there are no training examples here"
         )
     if wrong := [role for role, data in roles.items() if len(data) and _differs(data, plan)]:
-        raise Unfit(
+        raise UnsuitableData(
             [f"{role}: inputs have the shape {roles[role].shape}, and the study needs {plan.inputs}" for role in wrong],
             f"inputs ({', '.join(wrong)}) do not have the shape that the study needs, {_by(plan.inputs)}",
         )
-    return Held(roles, classes)
+    return SiteData(roles, classes)
 
 
-def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> Held:
-    """What the folder holds. ``table``: the ``[data]`` of a study, as far as it is for sites.
+def read(folder: Path, table: Mapping[str, Any], seed: int = 0) -> SiteData:
+    """Return the data in the folder. ``table``: the ``[data]`` table of a study, limited to the keys for sites.
 
-    A folder of ``.npz`` files by role is divided and prepared already, so nothing of ``table`` applies to it.
+    A folder of ``.npz`` files by role is already split and preprocessed, so ``table`` does not apply to it.
 
     Raises:
-        DataError: Where it cannot be read, with every problem.
+        DataError: If it cannot be read, with every problem.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not there: is the disk mounted? `data` in site.toml names the folder")
+        raise DataError(f"{folder} does not exist: is the disk mounted? `data` in site.toml names the folder")
     if wrong := data_restrictions.refused(table):
-        raise Unfit(wrong, "; ".join(wrong))
-    if found := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
-        return Held(found)
+        raise UnsuitableData(wrong, "; ".join(wrong))
+    if roles := {role: _read(folder / f"{role}.npz") for role in ROLES if (folder / f"{role}.npz").is_file()}:
+        return SiteData(roles)
     try:
         own = data_restrictions.of_hospital(folder)
-    except BadHome as error:
+    except SetupError as error:
         raise DataError(str(error)) from None
     if own is None:
-        raise DataError(f"{folder} holds no train.npz, and no data.toml that says how to read what is there")
+        raise DataError(f"{folder} contains neither train.npz nor a data.toml that says how to read its files")
     if differ := data_restrictions.conflicts(own, table):
         keys = ", ".join(differ)
-        raise Unfit(list(differ.values()), f"the study and this hospital say different things about its data: {keys}")
+        raise UnsuitableData(
+            list(differ.values()), f"the study and this hospital set different values for its data: {keys}"
+        )
     return _federated(folder / data_restrictions.FILE, own, table, seed)
 
 
@@ -125,8 +128,8 @@ def _read(path: Path) -> Examples:
     return Examples(inputs, targets, tuple(patients), tuple(ids))
 
 
-def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> Held:
-    """One site's data, however they lie; everything in it is this site's, and paths begin at the folder."""
+def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], seed: int) -> SiteData:
+    """Return one site's data; paths in the table are relative to the folder."""
     from polyclinic.data.federation import DataSpec, federate
 
     given = {"sites": {"partition": "iid", "count": 1}, **table, **own}
@@ -136,19 +139,19 @@ def _federated(path: Path, own: Mapping[str, Any], table: Mapping[str, Any], see
         spec = DataSpec.model_validate(given)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
-    found = federate(spec, seed)
-    if len(found.sites) != 1:
-        raise DataError(f"{path} describes {len(found.sites)} sites; at a hospital it describes one")
-    return Held(dict(next(iter(found.sites.values()))), tuple(found.info.classes))
+    federation = federate(spec, seed)
+    if len(federation.sites) != 1:
+        raise DataError(f"{path} describes {len(federation.sites)} sites; at a hospital it describes one")
+    return SiteData(dict(next(iter(federation.sites.values()))), tuple(federation.info.classes))
 
 
 def _imaginary(plan: Plan) -> dict[str, Examples]:
-    """Examples that nobody has, to try a connection with: two clouds of points."""
+    """Return synthetic examples for a rehearsal: two clouds of points."""
     rng = torch.Generator().manual_seed(plan.seed)
-    found = {}
+    roles = {}
     for role, count in (("train", 64), ("val", 32)):
         targets = torch.arange(count) % max(plan.outputs, 2)
         inputs = torch.randn(count, *plan.inputs, generator=rng) + targets.view(-1, *[1] * len(plan.inputs))
         names = tuple(f"nobody-{i}" for i in range(count))
-        found[role] = Examples(inputs, targets, names, names)
-    return found
+        roles[role] = Examples(inputs, targets, names, names)
+    return roles

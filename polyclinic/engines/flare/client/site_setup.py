@@ -1,4 +1,4 @@
-"""What a hospital does: make its keys, join, run, see and decide, leave."""
+"""Operations of a hospital: create keys, join a project, run, stop and query the site, leave."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
 from polyclinic.engines.flare.pki.certificate_authority import BadFile
 from polyclinic.engines.flare.protocol.paths import (
-    BadHome,
-    SiteHome,
+    SetupError,
+    SiteFolder,
     private_folder,
     read_json,
     read_small,
@@ -35,24 +35,24 @@ from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 TIDY_EVERY = 60.0
 
 
-def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
-    """Makes a site's folder and keys, and the request to send to the coordinator; the path of the request.
+def init(home: SiteFolder, site: str, organization: str, renew: bool = False, new_keys: bool = False) -> Path:
+    """Create a site's home folder and keys, and the request to send to the coordinator; return the path of the request.
 
     Args:
-        renew: Whether the folder is a site already, and the request is for a new certificate.
-        new_keys: Whether to make new keys too, when renewing.
+        renew: Whether the folder is already a site, and the request is for a new certificate.
+        new_keys: Whether to create new keys when renewing.
 
     Raises:
-        BadHome: Where a name is not one, or the folder is a site already.
+        SetupError: If a name is invalid, or the folder is already a site.
     """
     require()
     checked_name(site)
     authorities.check_organization(organization)
     if home.settings.exists() and not renew:
-        raise BadHome(f"{home.path} is a site already: `--renew` asks for a new certificate")
+        raise SetupError(f"{home.path} is already a site: `--renew` requests a new certificate")
     private_folder(home.path)
     own = home.keys
-    if renew and new_keys:  # those that are there stay in use until a certificate for the new ones has come
+    if renew and new_keys:  # the old ones stay in use until the new certificate arrives
         own = site_keys.upcoming(home.keys)
         shutil.rmtree(own, ignore_errors=True)
     request = home.path / f"{site}.request"
@@ -65,11 +65,11 @@ def init(home: SiteHome, site: str, organization: str, renew: bool = False, new_
     return request
 
 
-def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
-    """The join file at ``path``, checked, and the fingerprint of its authority.
+def read_join(home: SiteFolder, path: Path) -> tuple[dict[str, Any], str]:
+    """Return the checked join file at ``path`` and the fingerprint of its authority.
 
     Raises:
-        BadFile: Where it is not right.
+        BadFile: If it is invalid.
     """
     site = settings(home)["site"]
     try:
@@ -77,48 +77,50 @@ def read_join(home: SiteHome, path: Path) -> tuple[dict[str, Any], str]:
         _, root = authorities.check_join(table, site_keys.of_site(home.keys), site)
     except FileNotFoundError:
         raise BadFile(f"{path} does not exist") from None
-    except BadHome as error:
+    except SetupError as error:
         raise BadFile(f"{path}: {error}") from None
     except (ValueError, RecursionError):
         raise BadFile(f"{path} is not a join file") from None
     before = home.kit / "startup" / "rootCA.pem"
     if before.exists() and authorities.load_certificate(read_small(before)) != root:
         raise BadFile(
-            f"{path}: it is signed by another authority than the one this site joined. If that is meant: "
+            f"{path}: it is signed by another authority than the one this site joined. If this is intended: "
             "`polyclinic site leave` first"
         )
     return table, authorities.fingerprint(root)
 
 
 def join(
-    home: SiteHome,
+    home: SiteFolder,
     table: Mapping[str, Any],
     data: Path,
     device: str = "cpu",
     proxy: str = "",
     data_name: str = "",
 ) -> str:
-    """Installs what a checked join file says, with the data in the folder ``data``; returns the data set's name.
+    """Install a checked join file for the data in the folder ``data``; return the data set's name.
 
     Args:
-        data_name: What the data set is called, in the site's ledgers of privacy budgets: the same wherever it lies. By
-            default as before, or as the folder.
+        data_name: Name of the data set in the site's privacy ledgers, independent of its location. By default as
+            before, or that of the folder.
 
     Raises:
-        BadHome: Where the folder is not there, the proxy cannot be one, a name cannot be used, or the site runs.
+        SetupError: If the folder does not exist, the proxy or a name is invalid, or the site is running.
     """
     require()
     data_name = data_name or str(settings(home).get("data_name") or data.resolve().name)
     if not (0 < len(data_name) <= 100 and data_name.isprintable()):
-        raise BadHome(
+        raise SetupError(
             f"the data set's name has 1 to 100 printable characters, not {data_name[:120]!r}: give --data-name"
         )
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs: `polyclinic site stop` first; runs wait for it, or go on without")
+        raise SetupError(
+            f"the site in {home.path} is running: `polyclinic site stop` first; runs wait for it or continue without it"
+        )
     if proxy:
         proxies.check(proxy, table["scheme"])
     if not data.is_dir():
-        raise BadHome(f"{data} is not a folder: `--data` names the folder with this site's examples")
+        raise SetupError(f"{data} is not a folder: `--data` names the folder with this site's examples")
     certificate = authorities.load_certificate(table["certificate"])
     key = next(key for key in site_keys.of_site(home.keys) if key.public_key() == certificate.public_key())
     provisioning.make_site(
@@ -126,7 +128,7 @@ def join(
     )
     if key.public_key() != site_keys.load(home.keys / "site.key").public_key():
         site_keys.take_up(home.keys)
-    # What was signed under an earlier one can be checked for as long as the journals are kept.
+    # Earlier certificates are kept so that journal signatures can still be verified.
     private_folder(home.certificates)
     write_private(home.certificates / f"{certificate.serial_number:x}.crt", table["certificate"])
     given = {key: table[key] for key in ("site", "organization", "project", "host", "port", "scheme", "expires")}
@@ -144,55 +146,55 @@ def join(
     return data_name
 
 
-def settings(home: SiteHome, joined: bool = False) -> dict[str, Any]:
-    """site.toml
+def settings(home: SiteFolder, joined: bool = False) -> dict[str, Any]:
+    """Return the settings in site.toml.
 
     Raises:
-        BadHome: Where it is not there; with ``joined``, also where the site has not joined yet.
+        SetupError: If the file does not exist or, with ``joined``, if the site has not joined yet.
     """
-    found = read_toml(home.settings, "polyclinic site init")
-    if "site" not in found:
-        raise BadHome(f"{home.settings}: `site` is missing")
-    if joined and not (home.kit.exists() and "project" in found):
-        raise BadHome(
-            f"{home.path} has not joined yet: send {found['site']}.request to the coordinator, then "
+    given = read_toml(home.settings, "polyclinic site init")
+    if "site" not in given:
+        raise SetupError(f"{home.settings}: `site` is missing")
+    if joined and not (home.kit.exists() and "project" in given):
+        raise SetupError(
+            f"{home.path} has not joined yet: send {given['site']}.request to the coordinator, then "
             "`polyclinic site join FILE --data DIR`"
         )
-    return found
+    return given
 
 
-def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
-    """Keeps FLARE's client alive until it is told to stop (SIGTERM, Ctrl-C), and then ends everything it started.
+def run(home: SiteFolder, stopped: Any = None, pause: float = 1.0) -> None:
+    """Keep FLARE's client running until SIGTERM or Ctrl-C, and then end everything that was started.
 
     Raises:
-        BadHome: Where the site has not joined, or runs already.
+        SetupError: If the site has not joined, or is running already.
     """
     require()
     given = settings(home, joined=True)
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the site in {home.path} is already running (process {status(home)['pid']})")
     proxies.use(given.get("proxy", ""))
     ending = {"now": False}
     if stopped is None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ending.update(now=True))
     process: subprocess.Popen[bytes] | None = None
-    crashes, begun, started, tidied = 0, 0.0, time.time(), 0.0
+    crashes, start_time, started, tidied = 0, 0.0, time.time(), 0.0
     journal = SharedJournal(home.journal)
     journal.write("site started", {"pid": os.getpid(), "polyclinic": __version__})
     try:
         while not (stopped() if stopped else ending["now"]):
             if process is None or process.poll() is not None:
                 if process is not None:
-                    crashes = 0 if time.time() - begun > 300 else crashes + 1
+                    crashes = 0 if time.time() - start_time > 300 else crashes + 1
                     journal.write("FLARE's process ended", {"code": process.returncode, "crashes": crashes})
                     process = None
-                if time.time() >= begun + (min(60.0, 2.0**crashes) if crashes else 0):
+                if time.time() >= start_time + (min(60.0, 2.0**crashes) if crashes else 0):
                     flare_processes.end(home.kit)
                     organization = {"uid": given["site"], "org": given["organization"]}
                     process = flare_processes.start("site", home.kit, home.path / "site.log", **organization)
-                    begun = time.time()
-            _say(home, "up", started=started, crashes=crashes)
+                    start_time = time.time()
+            _write_status(home, "up", started=started, crashes=crashes)
             if time.time() - tidied > TIDY_EVERY:
                 tidied = time.time()
                 for run_ in run_archive.retire(home):
@@ -201,26 +203,26 @@ def run(home: SiteHome, stopped: Any = None, pause: float = 1.0) -> None:
     finally:
         flare_processes.end(home.kit)
         flare_processes.end(home.path)
-        _say(home, "stopped")
+        _write_status(home, "stopped")
         journal.write("site stopped", {})
         journal.close()
 
 
-def stop(home: SiteHome, patience: float = 30.0) -> bool:
-    """Stops the site's processes; whether there were any."""
-    said, was = status(home), is_up(home)
+def stop(home: SiteFolder, patience: float = 30.0) -> bool:
+    """Stop the site's processes, and return whether there were any."""
+    last, was = status(home), is_up(home)
     if was:
-        os.kill(said["pid"], signal.SIGTERM)
+        os.kill(last["pid"], signal.SIGTERM)
         until = time.monotonic() + patience
-        while flare_processes.alive(said["pid"], said["birth"]) and time.monotonic() < until:
+        while flare_processes.alive(last["pid"], last["birth"]) and time.monotonic() < until:
             time.sleep(0.1)
-        if flare_processes.alive(said["pid"], said["birth"]):
-            os.kill(said["pid"], signal.SIGKILL)
+        if flare_processes.alive(last["pid"], last["birth"]):
+            os.kill(last["pid"], signal.SIGKILL)
     return flare_processes.end(home.kit) > 0 or was
 
 
-def leave(home: SiteHome) -> None:
-    """Ends the membership: certificate, keys and what methods kept here are deleted. Journal and policy stay."""
+def leave(home: SiteFolder) -> None:
+    """End the membership: delete certificate, keys and site state. Journal and policy are kept."""
     stop(home)
     given = settings(home)
     for folder in (home.kit, home.path / "memory", home.keys):
@@ -232,8 +234,8 @@ def leave(home: SiteHome) -> None:
 
 
 def unit(role: str, home: Path, user: str, program: str = "") -> str:
-    """A systemd unit that keeps the ``role``, site or server, in the folder ``home`` running."""
-    text = (Path(__file__).parents[1] / "unit.service").read_text(encoding="utf-8")
+    """Return a systemd unit that keeps the ``role``, site or server, in the folder ``home`` running."""
+    text = (Path(__file__).parents[1] / "server" / "unit.service").read_text(encoding="utf-8")
     program = program or str(Path(sys.argv[0]).resolve())
     for key, value in {"HOME": str(home), "USER": user, "POLYCLINIC": program, "ROLE": role}.items():
         text = text.replace(f"@{key}@", value)
@@ -241,42 +243,42 @@ def unit(role: str, home: Path, user: str, program: str = "") -> str:
 
 
 def default_policy() -> str:
-    """The policy that a new site begins with."""
+    """Return the initial policy of a site."""
     return (Path(__file__).parents[2] / "policy" / "policy.toml").read_text(encoding="utf-8")
 
 
-def status(home: SiteHome) -> dict[str, Any]:
-    """What the site's keeper last said of itself."""
-    found: dict[str, Any] = read_json(
+def status(home: SiteFolder) -> dict[str, Any]:
+    """Return the last status of the site's supervisor."""
+    last: dict[str, Any] = read_json(
         home.path / "status.json", default={"state": "never started", "pid": 0, "birth": ""}
     )
-    return found
+    return last
 
 
-def is_up(home: SiteHome) -> bool:
-    """Whether the site's keeper lives."""
-    said = status(home)
-    return bool(said["pid"]) and said["state"] != "stopped" and flare_processes.alive(said["pid"], said["birth"])
+def is_up(home: SiteFolder) -> bool:
+    """Return whether the site's supervisor is alive."""
+    last = status(home)
+    return bool(last["pid"]) and last["state"] != "stopped" and flare_processes.alive(last["pid"], last["birth"])
 
 
-def start(home: SiteHome) -> int:
-    """Starts the site in the background, and returns its process number.
+def start(home: SiteFolder) -> int:
+    """Start the site in the background and return its process number.
 
     Raises:
-        BadHome: Where it has not joined, runs already, or does not start.
+        SetupError: If it has not joined, is running already, or does not start.
     """
     require()
     settings(home, joined=True)
     if is_up(home):
-        raise BadHome(f"the site in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the site in {home.path} is already running (process {status(home)['pid']})")
     return flare_processes.keep("site", "polyclinic.engines.flare.client.site_setup", home.path, lambda: is_up(home))
 
 
-def _say(home: SiteHome, state: str, **more: float) -> None:
+def _write_status(home: SiteFolder, state: str, **more: float) -> None:
     me = os.getpid()
-    said = {"state": state, "pid": me, "birth": flare_processes.birth(me), "beat": time.time(), **more}
-    write_private(home.path / "status.json", json.dumps(said), durable=False)
+    content = {"state": state, "pid": me, "birth": flare_processes.birth(me), "beat": time.time(), **more}
+    write_private(home.path / "status.json", json.dumps(content), durable=False)
 
 
 if __name__ == "__main__":
-    run(SiteHome(Path(sys.argv[1])))
+    run(SiteFolder(Path(sys.argv[1])))

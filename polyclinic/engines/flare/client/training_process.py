@@ -1,7 +1,8 @@
-"""The process that trains. It holds data, model and PyTorch; if it dies, its site starts another, or says why.
+"""Training process: holds data, model and PyTorch; if it dies, the site starts another one or reports why.
 
-The job process at a site (``executor``, ``desk``) imports no PyTorch and moves files; this process opens no connection.
-They talk in lines of JSON over two pipes, and exchange values as files. It dies with its parent.
+The job process at a site (``executor``, ``site_agent``) imports no PyTorch and moves files; the training process opens
+no connection. They exchange lines of JSON over two pipes, and values as files. The training process dies with its
+parent.
 """
 
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import SiteHome
+from polyclinic.engines.flare.protocol.paths import SiteFolder
 from polyclinic.errors import RunError
 
 DEATHS = 3
@@ -24,36 +25,36 @@ LINE = 2**20
 
 
 class Stopped(RunError):
-    """The run was ended, or its deadline passed, while the trainer worked. The message says which."""
+    """The run was ended, or its deadline passed, during training. The message says which."""
 
 
 class Died(RunError):
-    """The training process is gone. The message says how."""
+    """The training process died. The message says how."""
 
 
-class Trainer:
-    """The other end of the pipes: starts the process when it is needed, and again when it has died."""
+class TrainingProcess:
+    """Handle of the training process, which is started when needed and restarted when it has died."""
 
     def __init__(self, home: Path, run: str, log: Path, stopped: Callable[[], bool] = lambda: False) -> None:
-        """For one run at the site in ``home``; what the process says goes to the file ``log``."""
+        """Serve one run at the site in ``home``; the process's output goes to the file ``log``."""
         self.home, self.run, self.log, self.stopped = home, run, log, stopped
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
-        """The process's number; 0 where there is none."""
+        """The process number; 0 if there is no process."""
         return self._process.pid if self._process else 0
 
     def warm(self) -> None:
-        """Starts the process before there is work, so that it loads its libraries while the server does."""
+        """Start the process before there is work, so that it loads its libraries while the server does."""
         self._process = self._process or self._start()
 
     def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
-        """What the process answers. One that dies is replaced and asked again, up to three times.
+        """Return the result of a command. A process that dies is replaced and the command repeated, up to three times.
 
         Raises:
-            Died: Where it died every time.
-            Stopped: Where the run ended or ``deadline`` seconds passed; the process is killed.
+            Died: If it died every time.
+            Stopped: If the run ended or ``deadline`` seconds passed; the process is killed.
         """
         end = time.monotonic() + deadline if deadline else None
         for attempt in range(DEATHS):
@@ -66,7 +67,7 @@ class Trainer:
         raise AssertionError
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -116,25 +117,25 @@ class Trainer:
         except subprocess.TimeoutExpired:
             return "its training process does not answer"
         how = f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"its training process died ({how}); is there enough memory? {self.log.name} at the site says more"
+        return f"its training process died ({how}); is there enough memory? See {self.log.name} at the site"
 
 
 def main(home: str, run: str) -> None:
-    """The process's life: a line in, a line out, until the other end closes."""
+    """Execute commands from standard input and write their results, until the input is closed."""
     _die_with_parent()
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # output of libraries goes to the log
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from polyclinic.engines.flare.client.training_worker import Training
 
-    training = Training(SiteHome(Path(home)), run)
+    training = Training(SiteFolder(Path(home)), run)
     for line in sys.stdin.buffer:
         out.write(json.dumps(training.do(json.loads(line))).encode() + b"\n")
         out.flush()
 
 
 def _die_with_parent() -> None:
-    """Ends this process when its parent has ended, however that ended."""
+    """End this process when its parent has ended."""
     parent = os.getppid()
 
     def watch() -> None:

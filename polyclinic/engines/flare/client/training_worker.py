@@ -1,4 +1,4 @@
-"""What the training process does: it builds what the order says, from what is installed here, and obeys the policy."""
+"""Commands of the training process: builds the run request from the installed code and enforces the site's policy."""
 
 import logging
 import re
@@ -20,8 +20,8 @@ from polyclinic.engines.flare.client import site_data
 from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
 from polyclinic.engines.flare.protocol import data_restrictions, tensor_file
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import SiteHome, read_small, read_toml
-from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, Order, code_hash, code_on_disk
+from polyclinic.engines.flare.protocol.paths import SiteFolder, read_small, read_toml
+from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, RunRequest, code_hash, code_on_disk
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.engines.policy.privacy_budget import Paid, coarse
@@ -40,29 +40,29 @@ log = logging.getLogger(__name__)
 class Training:
     """One run at one site."""
 
-    def __init__(self, home: SiteHome, run: str) -> None:
+    def __init__(self, home: SiteFolder, run: str) -> None:
         torch.set_num_threads(1)
         self.home = home
         self.settings = read_toml(home.settings, "polyclinic site init")
-        self.order = Order.from_json(read_small(home.memory(run) / "order.json"))
-        self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this order
+        self.order = RunRequest.from_json(read_small(home.memory(run) / "order.json"))
+        self._code, self._packages = code_hash(), self.order.packages  # before any of it is loaded for this request
 
     @cached_property
     def plan(self) -> Plan:
-        """The order's plan."""
+        """The run request's plan."""
         return self.order.build_plan()
 
     @cached_property
     def method(self) -> Any:
-        """The order's method; of a survey, the description of this site's data."""
+        """The run request's method; of a survey, the description of this site's data."""
         if self.order.mode == "survey":
             policy = policies.read(self.home.policy)
             return Describe(self._kind, self.held.classes, policy.limits.min_cell, policy.allow.class_names)
         return self.plan.build_method()
 
     @cached_property
-    def held(self) -> site_data.Held:
-        """This site's data, as the order needs them."""
+    def held(self) -> site_data.SiteData:
+        """This site's data, as the run request needs them."""
         return site_data.load(Path(self.settings["data"]), self.order, self.plan, self.settings["site"])
 
     @cached_property
@@ -84,7 +84,7 @@ class Training:
         return SecureTraining(self.site.name, self.order.identities, self.home.keys, demands)
 
     def do(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """What came of one command; whatever goes wrong is a reason, not an exception."""
+        """Execute a command and return its result; every failure is returned as a reason, not raised."""
         try:
             if changed := self._changed(command):
                 return {"lost": changed, "seconds": 0.0}
@@ -105,15 +105,15 @@ class Training:
             return {"lost": printable(f"refused: {error}", 2000), "seconds": 0.0}
         except (Corrupt, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             log.exception("failed")
-            return {"lost": f"failed: {type(error).__name__}; the site's log says more", "seconds": 0.0}
+            return {"lost": f"failed: {type(error).__name__}; see the site's log", "seconds": 0.0}
 
     def _changed(self, command: Mapping[str, Any]) -> str:
-        """Why the code is not the one that was approved; empty where it is.
+        """Return why the code is not the approved one, or an empty text.
 
-        Modules are loaded from the disk when they are first needed. So the code must be what the desk asks for, both
-        when this process began and on the disk now.
+        Modules are loaded from disk when first needed. The code must therefore be what the site agent names both at the
+        start of this process and on disk now.
         """
-        again = "while the run went on: the site must be stopped and started again"
+        again = "during the run: the site must be stopped and started again"
         if {self._code, code_on_disk()} != {command["code"]}:
             return f"refused: polyclinic was changed here {again}"
         if {self._packages, self.order.packages} != {tuple(Package(*package) for package in command["packages"])}:
@@ -124,7 +124,7 @@ class Training:
         return "; ".join(f"refused: {why}" for why in policies.read(self.home.policy).package_problems(own))
 
     def _check(self) -> dict[str, Any]:
-        """Whether the study could run here, as far as the order and the policy say. No file of the data is opened."""
+        """Return whether run request and policy allow the study here. No data file is opened."""
         policy, name = policies.read(self.home.policy), self.settings["site"]
         survey, notes = self.order.mode == "survey", list[str]()
         problems = [*data_restrictions.refused(self.order.data)]
@@ -132,7 +132,7 @@ class Training:
         if self.order.study and not self.order.of_study:
             problems.append(f"the {'survey' if survey else 'run'} is not part of the study that it names")
         if name not in self.order.everyone:
-            problems.append(f"the study is not for {name}, but for {', '.join(self.order.everyone)}")
+            problems.append(f"the study does not include {name}; its sites are {', '.join(self.order.everyone)}")
         for arm in self.order.arms if survey else ():
             notes += [
                 f"{arm['label']} is refused here: {problem}" for problem in self._arm_problems(policy, arm["plan"])
@@ -141,15 +141,15 @@ class Training:
         return {"lost": "", "problems": problems, "automatic": automatic, "notes": list(dict.fromkeys(notes))}
 
     def _arm_problems(self, policy: policies.Policy, plan: Mapping[str, Any]) -> list[str]:
-        """Why the policy would refuse an arm of a study, as far as its plan says."""
+        """Return why the policy would refuse a method run of a study, as far as its plan is known."""
         try:
             return policy.refusals(replace(self.order, plan={**PLACEHOLDER, **plan}).build_plan())
         except (ValueError, TypeError) as error:
             return [f"it cannot be built here: {error}"]
 
     def _again(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether a reply that was made before may leave once more: the policy may have changed since."""
-        request = tensor_file.read_ask(Path(command["ask"]))
+        """Return whether an earlier reply may leave again: the policy may have changed since."""
+        request = tensor_file.read_request(Path(command["ask"]))
         enforced = policies.Enforced(policies.read(self.home.policy), self.plan)
         try:
             enforced.admit(self.method, request, self.site)
@@ -159,20 +159,20 @@ class Training:
         return {"lost": "", "seconds": 0.0}
 
     def _data(self) -> dict[str, Any]:
-        """Checks that the data fit the study: ``told`` is for the server, ``here`` for people at this site."""
+        """Check that the data fit the study: ``told`` is for the server, ``here`` for people at this site."""
         try:
             _ = self.held
         except DataError as error:
             log.warning("%s", error)
-            told = error.told if isinstance(error, site_data.Unfit) else site_data.UNREADABLE
-            return {"lost": "", "told": told, "here": str(error)}
+            reason = error.told if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
+            return {"lost": "", "told": reason, "here": str(error)}
         return {"lost": "", "told": "", "here": ""}
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        request = tensor_file.read_ask(Path(command["ask"]))
+        request = tensor_file.read_request(Path(command["ask"]))
         memory = tensor_file.read(Path(command["memory"])) if command["memory"] else {}
         if (request.round, request.job) != (command["round"], command["job"]):
-            raise Corrupt("the file holds another ask than the message says")
+            raise Corrupt("the file contains another request than the message names")
         policy = policies.read(self.home.policy)
         if command["automatic"] and self.order.method_hash not in policy.approve.automatically:
             return {"lost": "refused: the policy no longer approves this method by itself", "seconds": 0.0}
@@ -183,7 +183,7 @@ class Training:
             ledger = ledger_for(self.home.ledgers, name, self.held.roles, self.site.name, policy.privacy)
             rules = Paid.of(enforced, ledger)
         marks = marks_of(arrived(self.method, request)) if command["marked"] else {}
-        if other := [why for known, whole in command["bound"] if (why := marks_problem(marks, known, whole))]:
+        if other := [why for known, complete in command["bound"] if (why := marks_problem(marks, known, complete))]:
             return {
                 "lost": printable(f"refused: the job {request.job!r} in round {request.round}: {other[0]}"),
                 "seconds": 0.0,
@@ -213,15 +213,15 @@ class Training:
         }
 
     def _said(self, reply: Reply) -> dict[str, Any]:
-        """Of the answer to a survey: what it says of the data's shape."""
+        """Return the data's shape as reported in the answer to a survey."""
         if self.order.mode != "survey":
             return {}
-        found = read_description(reply, self.site.name)
-        return {"inputs": found["inputs"], "outputs": found["outputs"]}
+        description = read_description(reply, self.site.name)
+        return {"inputs": description["inputs"], "outputs": description["outputs"]}
 
 
 def kinds_of(reply: Reply) -> list[dict[str, Any]]:
-    """What leaves in a reply, without its values: each part, what kind of aggregate it is, and how large."""
+    """Describe the parts of a reply without their values: name, kind of aggregate, size."""
     return [
         {
             "part": part,
@@ -235,9 +235,11 @@ def kinds_of(reply: Reply) -> list[dict[str, Any]]:
 
 
 def _without_data(reason: str) -> str:
-    """Why there is no reply, as the server may read it. What an exception says may name a patient: it stays here."""
+    """Return the reason as sent to the server. An exception's text may name a patient and is only logged at the
+    site.
+    """
     failed = re.fullmatch(r"failed: (\w+): .*?(\([\w.]+:\d+\))?", reason, re.DOTALL)
     if not failed:
         return printable(reason, 2000)
     log.error("%s", reason)
-    return f"failed: {failed[1]} {failed[2] or ''}; the site's log says more"
+    return f"failed: {failed[1]} {failed[2] or ''}; see the site's log"

@@ -1,12 +1,12 @@
-"""A FLARE transport over a Unix domain socket, for the connections between the processes of one house.
+"""FLARE transport over a Unix domain socket, for the connections between the processes of one organization.
 
-FLARE connects a house's job processes to its parent process over loopback TCP in plain text, without authentication, so
-that any local account could register there as a cell. A socket in a folder of mode 0700 can be reached by the account
-that owns it and by nobody else; the listener also compares the peer's user id, as the kernel reports it. FLARE finds
-this module by ``comm_driver_path`` (``kit.write_settings``), and registers what the class ``UnixSocketDriver`` says.
+FLARE connects job processes to their parent process over loopback TCP in plain text and without authentication, so that
+any local account could register as a cell. A socket in a folder of mode 0700 is accessible only to the account that
+owns it; the listener also compares the peer's user id, as the kernel reports it. FLARE finds this module by
+``comm_driver_path`` (``provisioning.write_settings``) and registers the class ``UnixSocketDriver``.
 
 ``comm_config.json``: ``{"internal": {"scheme": "unix", "resources": {"folder": "/absolute/folder"}}}``.
-A URL is ``unix://0/absolute/folder/name``: FLARE wants a host in it, and 0 stands for none.
+A URL is ``unix://0/absolute/folder/name``: FLARE requires a host in it, and 0 is a placeholder.
 """
 
 import os
@@ -31,7 +31,7 @@ _PEER = struct.Struct("3i")
 
 
 class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
-    """Listens on, or connects to, a socket in a private folder."""
+    """Driver that listens on, or connects to, a socket in a private folder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,20 +39,20 @@ class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
 
     @staticmethod
     def supported_transports() -> list[str]:
-        """The scheme of the URLs."""
+        """Return the scheme of the URLs."""
         return [SCHEME]
 
     @staticmethod
     def capabilities() -> dict[str, Any]:
-        """Like FLARE's TCP driver, without TLS: what nobody else can reach need not be encrypted."""
+        """Return the capabilities of FLARE's TCP driver without TLS, which a socket of one account does not need."""
         return {DriverCap.SEND_HEARTBEAT.value: True, DriverCap.SUPPORT_SSL.value: False}
 
     @staticmethod
     def get_urls(scheme: str, resources: dict[str, Any]) -> tuple[str, str]:
-        """A new URL to connect to and to listen on.
+        """Return a new URL to connect to and to listen on.
 
         Raises:
-            CommError: If the folder is missing, or open to other accounts.
+            CommError: If the folder is missing or accessible to other accounts.
         """
         folder = Path(str(resources.get(FOLDER, "")))
         _check_folder(folder)
@@ -60,7 +60,7 @@ class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
         return url, url
 
     def listen(self, connector: Any) -> None:
-        """Serves until ``shutdown``."""
+        """Serve until ``shutdown``."""
         self.connector = connector
         path = Path(unquote(connector.params[DriverParams.PATH.value]))
         _check_folder(path.parent)
@@ -71,7 +71,7 @@ class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
             path.unlink(missing_ok=True)
 
     def connect(self, connector: Any) -> None:
-        """Connects, and reads until the connection is closed."""
+        """Connect, and read until the connection is closed."""
         self.connector = connector
         path = Path(unquote(connector.params[DriverParams.PATH.value]))
         _check_folder(path.parent)
@@ -84,7 +84,7 @@ class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
         self.close_connection(connection)
 
     def shutdown(self) -> None:
-        """Closes every connection and stops serving."""
+        """Close every connection and stop serving."""
         self.close_all()
         if self.server:
             self.server.shutdown()
@@ -92,7 +92,7 @@ class UnixSocketDriver(BaseDriver):  # type: ignore[misc]
 
 
 class _Server(ThreadingMixIn, UnixStreamServer):
-    """Accepts connections of this user's processes."""
+    """Listener that accepts connections of this user's processes."""
 
     daemon_threads = True
     ssl_context = None
@@ -102,18 +102,18 @@ class _Server(ThreadingMixIn, UnixStreamServer):
         super().__init__(str(path), ConnectionHandler)
 
     def server_bind(self) -> None:
-        """Binds, whatever the length of the path, to a socket of mode 0600."""
+        """Bind to a socket of mode 0600 at a path of any length."""
         with _short(self.path) as short:
             self.socket.bind(short)
         self.path.chmod(0o600)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether the process at the other end belongs to this user."""
+        """Return whether the process at the other end belongs to this user."""
         return peer_user(request) == os.geteuid()
 
 
 def peer_user(line: socket.socket) -> int:
-    """The user id of the process at the other end of ``line``, as the kernel reports it."""
+    """Return the user id of the process at the other end of ``line``, as the kernel reports it."""
     _, user, _ = _PEER.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return int(user)
 
@@ -129,7 +129,7 @@ def _check_folder(folder: Path) -> None:
 
 @contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """A name of at most 107 bytes, which is what the kernel takes for a socket, for the socket at ``path``."""
+    """Yield an alias of at most 107 bytes, the kernel's limit for a socket address, for the socket at ``path``."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"

@@ -1,1 +1,1 @@
-"""Certificates, keys and provisioning."""
+"""Certificates, keys and startup kits."""

@@ -1,11 +1,11 @@
-"""Who may join: the project's certificate authority, a site's request, and the file with which it joins.
+"""Certificate authority of a project: the requests of sites, and the join files with which they are admitted.
 
-A site makes its keys itself and sends a request. A person at the coordinator admits it and gives back a join file: the
-site's certificate, the authority's, and where the server is, signed by the authority. Private keys never travel. The
-authority's fingerprint is what two people read to each other on the telephone.
+A site generates its keys itself and sends a request. The coordinator admits it and returns a join file: the site's
+certificate, the authority's certificate and the server's address, signed by the authority. Private keys never leave the
+site. The two parties compare the authority's fingerprint by telephone.
 
-X.509 and RSA because FLARE's identity checks need them (RSA-PSS); the site's Ed25519 key, for secure summation, is
-named in its certificate's join file and so vouched for by the authority.
+FLARE's identity checks require X.509 and RSA (RSA-PSS). The join file also names the site's Ed25519 key for secure
+summation, which is thereby certified by the authority.
 """
 
 import base64
@@ -24,33 +24,33 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import BadHome, host, name, private_folder, read_small, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, host, name, private_folder, read_small, write_private
 
 REQUEST, JOIN = "polyclinic request 1", "polyclinic join 1"
 CA_DAYS, DAYS, WARN_DAYS = 3650, 730, 30
 _PSS = padding.PSS(mgf=padding.MGF1(hashes.SHA256()), salt_length=padding.PSS.MAX_LENGTH)
 
 
-class BadFile(BadHome):
-    """A request or join file that is not what it says. The message names the file and the reason."""
+class BadFile(SetupError):
+    """Invalid request or join file. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Authority:
-    """The keys that vouch for everyone. Whoever holds ``ca.key`` decides who is in the project."""
+    """Root keys of a project. The holder of ``ca.key`` decides which sites are admitted."""
 
     certificate: x509.Certificate
     key: rsa.RSAPrivateKey
 
     @classmethod
     def make(cls, folder: Path, project: str, days: int = CA_DAYS) -> "Authority":
-        """A new authority, kept in ``folder``.
+        """Create an authority in ``folder``.
 
         Raises:
-            BadHome: Where there is one already.
+            SetupError: If the folder already contains one.
         """
         if (folder / "ca.key").exists():
-            raise BadHome(f"{folder} holds an authority already: a new one would shut out every site")
+            raise SetupError(f"{folder} already contains an authority: a new one would exclude every site")
         key = rsa.generate_private_key(public_exponent=65537, key_size=site_keys.BITS)
         certificate = _certificate(
             key, key.public_key(), _subject(project), _subject(project), days=days, authority=True
@@ -62,7 +62,7 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> "Authority":
-        """The authority in ``folder``."""
+        """Load the authority in ``folder``."""
         return cls(load_certificate(read_small(folder / "ca.crt")), site_keys.load(folder / "ca.key"))
 
     def issue(
@@ -75,13 +75,15 @@ class Authority:
         hosts: tuple[str, ...] = (),
         days: float = DAYS,
     ) -> x509.Certificate:
-        """A certificate for ``who``: a server where it has ``hosts``, a person where it has a ``role``, else a site."""
+        """Issue a certificate for ``who``: a server if it has ``hosts``, a person if it has a ``role``, otherwise a
+        site.
+        """
         issuer = self.certificate.subject
         subject = _subject(who, organization, role)
         return _certificate(self.key, public, subject, issuer, days=days, hosts=hosts, until=self.certificate)
 
     def sign(self, table: Mapping[str, Any]) -> str:
-        """A signature under ``table``, in base 64."""
+        """Return a signature of ``table``, in base 64."""
         return base64.b64encode(self.key.sign(_plain(table), _PSS, hashes.SHA256())).decode()
 
 
@@ -145,7 +147,7 @@ def _subject(who: str, organization: str = "", role: str = "") -> x509.Name:
 
 
 def request(folder: Path, site: str, organization: str, version: str) -> dict[str, Any]:
-    """What a site sends to the coordinator in order to be admitted."""
+    """Return the request with which a site asks the coordinator to be admitted."""
     key, secure = site_keys.make(folder)
     csr = x509.CertificateSigningRequestBuilder(_subject(site, organization)).sign(key, hashes.SHA256())
     return {
@@ -159,10 +161,10 @@ def request(folder: Path, site: str, organization: str, version: str) -> dict[st
 
 
 def check_request(table: Any) -> tuple[x509.CertificateSigningRequest, rsa.RSAPublicKey]:
-    """The certificate request in ``table``, and its key.
+    """Return the certificate request in ``table`` and its key.
 
     Raises:
-        BadFile: Where the request is not whole, not signed by the key it names, or of another format.
+        BadFile: If the request is incomplete, not signed by the key it names, or of another format.
     """
     _fields(table, REQUEST, ("site", "organization", "polyclinic", "secure", "csr"), "request")
     site, organization = name(table["site"]), check_organization(table["organization"])
@@ -170,7 +172,7 @@ def check_request(table: Any) -> tuple[x509.CertificateSigningRequest, rsa.RSAPu
         csr = x509.load_pem_x509_csr(table["csr"].encode())
         signed, public = csr.is_signature_valid, csr.public_key()
         ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(table["secure"]))
-    except Exception as error:  # whatever a parser of certificates says about bytes from elsewhere
+    except Exception as error:  # a certificate parser may raise anything on untrusted bytes
         raise BadFile(f"its certificate request or key cannot be read ({type(error).__name__}: {error})") from None
     if not signed:
         raise BadFile("its certificate request is not signed by its own key")
@@ -186,7 +188,7 @@ def check_request(table: Any) -> tuple[x509.CertificateSigningRequest, rsa.RSAPu
 def join_file(
     authority: Authority, request: Mapping[str, Any], server: Mapping[str, Any], days: float = DAYS
 ) -> dict[str, Any]:
-    """What an admitted site receives. ``server``: ``project``, ``host``, ``port``, ``scheme``."""
+    """Return the join file of an admitted site. ``server``: ``project``, ``host``, ``port``, ``scheme``."""
     _, public = check_request(request)
     certificate = authority.issue(public, request["site"], request["organization"], days=days)
     table = {
@@ -206,11 +208,11 @@ def join_file(
 
 
 def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple[x509.Certificate, x509.Certificate]:
-    """The site's certificate and the authority's, if the join file is whole and for ``site`` and one of its ``own``
+    """Return the site's certificate and the authority's, if the join file is intact and for ``site`` and one of its
     keys.
 
     Raises:
-        BadFile: Where it is not, naming what is wrong.
+        BadFile: If it is not. The message names the problem.
     """
     wanted = (
         "site",
@@ -233,7 +235,7 @@ def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple
     if table["scheme"] not in ("grpc", "tcp", "http"):
         raise BadFile(f"its scheme is {table['scheme'][:20]!r}: grpc, tcp or http are known")
     if table["site"] != site:
-        raise BadFile(f"it is for {table['site'][:64]!r}, and this site is called {site!r}")
+        raise BadFile(f"it is for {table['site'][:64]!r}, and this site is named {site!r}")
     mine, root = load_certificate(table["certificate"]), load_certificate(table["authority"])
     public = key_of(root)
     body = {k: v for k, v in table.items() if k != "signature"}
@@ -253,10 +255,10 @@ def check_join(table: Any, own: Sequence[rsa.RSAPrivateKey], site: str) -> tuple
 
 
 def check_dates(certificate: x509.Certificate, now: datetime | None = None) -> int:
-    """How many days a certificate is still good for.
+    """Return the number of days until a certificate expires.
 
     Raises:
-        BadFile: Where it is not yet valid, or no longer.
+        BadFile: If it is not yet valid or has expired.
     """
     now = now or datetime.now(UTC)
     if now < certificate.not_valid_before_utc:
@@ -273,28 +275,28 @@ def check_dates(certificate: x509.Certificate, now: datetime | None = None) -> i
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate, as people read it to each other."""
+    """Return the SHA-256 of a certificate in groups of four characters, for people to compare."""
     text = certificate.fingerprint(hashes.SHA256()).hex()
     return ":".join(text[i : i + 4] for i in range(0, 64, 4))
 
 
 def load_certificate(text: str) -> x509.Certificate:
-    """The certificate in PEM ``text``.
+    """Return the certificate in PEM ``text``.
 
     Raises:
-        BadFile: Where it is none.
+        BadFile: If it is not a certificate.
     """
     try:
         return x509.load_pem_x509_certificate(text.encode())
-    except Exception as error:  # whatever a parser of certificates says about bytes from elsewhere
+    except Exception as error:  # a certificate parser may raise anything on untrusted bytes
         raise BadFile(f"a certificate cannot be read ({str(error)[:100]})") from None
 
 
 def key_of(certificate: x509.Certificate) -> Any:
-    """Whose certificate it is. Its frame may be right, and the key in it no key.
+    """Return the public key of a certificate. A certificate that parses may still contain an invalid key.
 
     Raises:
-        BadFile: Where it holds none.
+        BadFile: If the key cannot be read.
     """
     try:
         return certificate.public_key()
@@ -303,18 +305,18 @@ def key_of(certificate: x509.Certificate) -> Any:
 
 
 def check_organization(text: object) -> str:
-    """``text``, if it can name an organization: FLARE takes letters, digits and underscores.
+    """Return ``text`` if it can name an organization: FLARE accepts letters, digits and underscores.
 
     Raises:
-        BadFile: Where it cannot.
+        BadFile: If it cannot.
     """
     if isinstance(text, str) and 0 < len(text) <= 64 and text.isascii() and text.replace("_", "").isalnum():
         return text
-    raise BadFile(f"an organization is named by up to 64 letters, digits and underscores, not {str(text)[:80]!r}")
+    raise BadFile(f"an organization's name has up to 64 letters, digits and underscores, not {str(text)[:80]!r}")
 
 
 def digest(text: str) -> str:
-    """SHA-256 of ``text``."""
+    """Return the SHA-256 of ``text``."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,13 +1,13 @@
-"""The folders that FLARE's own processes need, made by FLARE's provisioning and then closed down.
+"""Startup kits for FLARE's processes, created by FLARE's provisioning and then restricted.
 
-What we change of its defaults, and why:
-- jobs and snapshots lie in the server's folder, not in a temporary one that a reboot empties;
-- a site may build two classes, ours, and no job may bring code: the right ``byoc`` is nobody's;
-- nobody may run shell commands, read files or stream logs at a site; jobs must be signed;
-- a dead site is noticed after half a minute instead of ten;
-- the processes of one house talk over a Unix domain socket in a private folder, not over loopback TCP;
-- what a house has set is what holds: FLARE takes a settings file from wherever in its folder it meets one first, a
-  job's files included, so the house's own stand at the top, where FLARE begins to look.
+Changes to FLARE's defaults, and their reasons:
+- Jobs and snapshots are stored in the server's folder, not in a temporary one that a reboot empties.
+- A site may instantiate two classes of this package only, and no job may contain code: no role has the right ``byoc``.
+- No role may run shell commands, read files or stream logs at a site; jobs must be signed.
+- A dead site is detected after half a minute instead of ten.
+- The processes of one organization communicate over a Unix domain socket in a private folder, not over loopback TCP.
+- Local settings take precedence: FLARE uses the first settings file that it finds in its folder, a job's files
+included, so the local ones are at the top of the folder, where FLARE looks first.
 """
 
 import json
@@ -17,15 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.engines.flare.protocol.flare_job import CONTROLLER, EXECUTOR
 from polyclinic.engines.flare.protocol.paths import private_folder, write_private
 
-CONTROLLER = "polyclinic.engines.flare.server.controller.StudyController"
-EXECUTOR = "polyclinic.engines.flare.client.executor.SiteExecutor"
 CONNECTION = "polyclinic.engines.flare.client.connection_log.Connection"
 COORDINATOR = "coordinator@polyclinic.local"
 DEAD_AFTER = 30
 DRIVERS = Path(__file__).parents[1] / "drivers"
-# What a coordinator may do, and nothing else; the same file stands at the server and at every site.
+# All rights of a coordinator; the same file is installed at the server and at every site.
 RIGHTS = {
     "format_version": "1.0",
     "permissions": {
@@ -50,10 +49,10 @@ RIGHTS = {
 def make_server(
     home_kit: Path, home_admin: Path, store: Path, server: Mapping[str, Any], certificates: Mapping[str, bytes]
 ) -> None:
-    """The folders of a server and of its coordinator.
+    """Create the startup kits of a server and of its coordinator.
 
     Args:
-        server: ``project``, ``host``, ``port``, ``scheme``, ``organization``, ``sites`` (the most that may join).
+        server: ``project``, ``host``, ``port``, ``scheme``, ``organization``, ``sites`` (largest number admitted).
         certificates: PEM by name: ``root``, ``server.crt``, ``server.key``, ``admin.crt``, ``admin.key``.
     """
     from nvflare.lighter.constants import ParticipantType
@@ -85,7 +84,9 @@ def make_server(
 
 
 def make_site(kit: Path, site: Mapping[str, Any], certificate: bytes, key: bytes, root: bytes) -> None:
-    """The folder of a site. ``site``: ``site``, ``organization``, ``project``, ``host``, ``port``, ``scheme``."""
+    """Create the startup kit of a site. ``site``: ``site``, ``organization``, ``project``, ``host``, ``port``,
+    ``scheme``.
+    """
     from nvflare.lighter.constants import ParticipantType
     from nvflare.lighter.entity import Participant
 
@@ -101,9 +102,9 @@ def make_site(kit: Path, site: Mapping[str, Any], certificate: bytes, key: bytes
 
 
 def write_settings(kit: Path) -> None:
-    """Writes what FLARE's processes in ``kit`` read first; called whenever they are started.
+    """Write the settings that FLARE's processes in ``kit`` read first; called before each start.
 
-    Paths in it are those of the folder and of the installation of today, both of which may have moved.
+    They contain the current paths of the folder and of the installation, both of which may have moved.
     """
     sockets = private_folder(kit / "sockets")
     for old in sockets.iterdir():
@@ -117,7 +118,7 @@ def write_settings(kit: Path) -> None:
 
 
 def _provision(work: Path, server: Mapping[str, Any], others: list[Any]) -> Path:
-    """What FLARE makes for a server and ``others``, without certificates."""
+    """Return the folder that FLARE creates for a server and ``others``, without certificates."""
     from nvflare.lighter.constants import ParticipantType
     from nvflare.lighter.entity import Participant, Project
     from nvflare.lighter.impl.static_file import StaticFileBuilder
@@ -126,14 +127,14 @@ def _provision(work: Path, server: Mapping[str, Any], others: list[Any]) -> Path
 
     ports = {"fed_learn_port": server["port"], "admin_port": server["port"]}
     host = Participant(ParticipantType.SERVER, server["host"], server["organization"], ports)
-    project = Project(server["project"], "made by polyclinic", [host, *others])
+    project = Project(server["project"], "created by polyclinic", [host, *others])
     builders = [
         WorkspaceBuilder(),
         StaticFileBuilder(config_folder="config", scheme=server["scheme"], require_signed_jobs=True),
     ]
     made = Provisioner(str(work), builders).provision(project, logger=_Quiet())
     if errors := made.get_errors():
-        raise RuntimeError(f"FLARE could not make its folders: {errors[0]}")
+        raise RuntimeError(f"FLARE could not create its folders: {errors[0]}")
     return Path(made.get_result_location())
 
 
@@ -155,7 +156,7 @@ def _close(kit: Path, resources: Mapping[str, Any]) -> None:
 
 
 class _Quiet:
-    """A logger that FLARE may talk to."""
+    """Logger for FLARE that discards all messages."""
 
     def info(self, *_: object) -> None: ...
     def debug(self, *_: object) -> None: ...

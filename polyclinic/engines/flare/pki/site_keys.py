@@ -1,10 +1,10 @@
-"""A site's two keys: RSA for FLARE and for signatures, Ed25519 for secure sums. Made here, and they never leave.
+"""The two keys of a site: RSA for FLARE and for signatures, Ed25519 for secure sums. Generated here and never sent.
 
 ```
 keys/
-  site.key, secure.key   those in use
-  next/                  new ones, until a certificate for them has come
-  secure-1a2b3c4d.key    earlier ones, for studies that were approved with them
+  site.key, secure.key   keys in use
+  next/                  new keys, until their certificate has arrived
+  secure-1a2b3c4d.key    earlier keys, for studies that were approved with them
 ```
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from polyclinic.engines.flare.protocol.paths import BadHome, private_folder, read_small, sync, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_small, sync, write_private
 
 BITS = 3072
 
 
 def make(folder: Path) -> tuple[rsa.RSAPrivateKey, ed25519.Ed25519PrivateKey]:
-    """Both keys, kept in ``folder``; those that are there already are kept."""
+    """Create both keys in ``folder``, or load them if they exist."""
     private_folder(folder)
     if not (folder / "site.key").exists():
         write_private(folder / "site.key", pem(rsa.generate_private_key(public_exponent=65537, key_size=BITS)))
@@ -33,22 +33,22 @@ def make(folder: Path) -> tuple[rsa.RSAPrivateKey, ed25519.Ed25519PrivateKey]:
 
 
 def upcoming(folder: Path) -> Path:
-    """Where new keys wait for their certificate."""
+    """Return the folder of new keys that have no certificate yet."""
     return folder / "next"
 
 
 def of_site(folder: Path) -> list[rsa.RSAPrivateKey]:
-    """The key in use, and the one that waits for its certificate, if there is one."""
+    """Return the key in use, and the new one without a certificate if there is one."""
     places = (folder / "site.key", upcoming(folder) / "site.key")
     return [load(path) for path in places if path.exists()]
 
 
 def take_up(folder: Path) -> None:
-    """The keys that waited are those in use from now on. The earlier one for secure sums stays beside them."""
+    """Make the new keys those in use. The earlier key for secure sums is kept."""
     waiting, secure = upcoming(folder), folder / "secure.key"
     if secure.exists() and (waiting / "secure.key").exists():
         os.replace(secure, folder / f"secure-{_public(load_secure(secure))[:8]}.key")
-    for name in ("secure.key", "site.key"):  # the one that says which keys are in use comes last
+    for name in ("secure.key", "site.key"):  # site.key decides which keys are in use, so it is last
         if (waiting / name).exists():
             os.replace(waiting / name, folder / name)
     sync(folder)
@@ -56,42 +56,42 @@ def take_up(folder: Path) -> None:
 
 
 def for_sums(folder: Path, public: str) -> ed25519.Ed25519PrivateKey:
-    """The key for secure sums whose ``public`` half a person approved with a study, though it may be an earlier one.
+    """Return the key for secure sums, possibly an earlier one, whose ``public`` half was approved with a study.
 
     Raises:
-        BadHome: Where it is not here.
+        SetupError: If this site does not have it.
     """
     for path in (folder / "secure.key", upcoming(folder) / "secure.key", *sorted(folder.glob("secure-*.key"))):
         if path.exists() and _public(key := load_secure(path)) == public:
             return key
-    raise BadHome("the study names another key of this site for secure sums than those in keys/: has it new keys?")
+    raise SetupError("the study names a key of this site for secure sums that is not in keys/: were the keys replaced?")
 
 
 def load(path: Path) -> rsa.RSAPrivateKey:
-    """The RSA key in the file at ``path``.
+    """Return the RSA key in the file at ``path``.
 
     Raises:
-        BadHome: Where it is none.
+        SetupError: If it is not an RSA key.
     """
     key = _read(read_small(path).encode())
     if not isinstance(key, rsa.RSAPrivateKey):
-        raise BadHome(f"{path} is not an RSA key")
+        raise SetupError(f"{path} is not an RSA key")
     return key
 
 
 @lru_cache(maxsize=8)
 def _read(text: bytes) -> Any:
-    """The key in ``text``: checking that its primes are primes takes a fifth of a second, once."""
+    """Return the key in ``text``. Cached, because verifying the primes takes a fifth of a second."""
     return serialization.load_pem_private_key(text, password=None)
 
 
 def load_secure(path: Path) -> ed25519.Ed25519PrivateKey:
-    """The Ed25519 key in the file at ``path``."""
+    """Return the Ed25519 key in the file at ``path``."""
     return ed25519.Ed25519PrivateKey.from_private_bytes(bytes.fromhex(read_small(path)))
 
 
 def pem(key: rsa.RSAPrivateKey) -> bytes:
-    """A private key in the form that FLARE reads."""
+    """Return a private key in the format that FLARE reads."""
     form = serialization.PrivateFormat.TraditionalOpenSSL
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 

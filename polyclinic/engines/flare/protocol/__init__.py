@@ -1,1 +1,1 @@
-"""What both ends agree on: messages, files, paths."""
+"""Protocol shared by server and sites: messages, files, paths."""

@@ -1,18 +1,18 @@
-"""What a study may say about a hospital's data, and what only the hospital says, in ``data.toml``. No PyTorch is
-needed.
+"""Data settings that a study may request, and those that only the hospital may set in ``data.toml``. Requires no
+PyTorch.
 
-Which files, columns and patients are read is the hospital's to say. A study may ask for the preprocessing and the split
-that must be alike at every site: the keys in ``FROM_STUDY``. Any other key is refused, and where both say something
-about the same key and differ, the run does not start until people have agreed.
+The hospital decides which files, columns and patients are read. A study may request the preprocessing and the split
+that must be identical at every site: the keys in ``FROM_STUDY``. A site refuses any other key. If study and hospital
+set the same key to different values, the run does not start until people have agreed on one.
 """
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, read_small
+from polyclinic.engines.flare.protocol.paths import SetupError, read_small
 
 FILE = "data.toml"
 FROM_STUDY = (
@@ -29,14 +29,14 @@ FROM_STUDY = (
     "accelerate",
     "center",  # reconstruction
     "duplicates",
-    "alike",  # checks
+    "near_duplicates",  # checks
 )
 PREPARES = ("steps", "statistics", "declared")
-"""What ``plan`` in data.toml says as well, so that both cannot be given."""
+"""Keys that ``plan`` in data.toml also determines, so that a study cannot set them in addition."""
 
 
 def refused(table: Mapping[str, Any]) -> list[str]:
-    """Why a site refuses the ``[data]`` table of a study: a sentence for each key that is not the study's to set."""
+    """Return why a site refuses a study's ``[data]`` table: a sentence for each key that a study may not set."""
     if table == {"rehearsal": True}:
         return []
     return [
@@ -47,10 +47,10 @@ def refused(table: Mapping[str, Any]) -> list[str]:
 
 
 def of_hospital(folder: Path) -> dict[str, Any] | None:
-    """The hospital's own table, from ``data.toml`` in its data folder; None where there is none.
+    """Return the hospital's table from ``data.toml`` in its data folder, or None if the file does not exist.
 
     Raises:
-        BadHome: If it cannot be read.
+        SetupError: If the file cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
@@ -58,26 +58,21 @@ def of_hospital(folder: Path) -> dict[str, Any] | None:
     try:
         return tomllib.loads(read_small(path))
     except (ValueError, OSError) as error:
-        raise BadHome(f"{path}: {error}") from None
+        raise SetupError(f"{path}: {error}") from None
 
 
 def conflicts(own: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, str]:
-    """Where the study and the hospital say different things: a sentence for each key."""
+    """Return a sentence for each key that the study and the hospital set to different values."""
     found = {
-        key: f"{key}: the study asks for {_short(value)}, and {FILE} here says {_short(own[key])}. The hospital's own "
-        f"counts: agree with the coordinator, or take the line out of {FILE}"
+        key: f"{key}: the study asks for {_short(value)}, and {FILE} here says {_short(own[key])}. The hospital's "
+        f"setting takes precedence: agree with the coordinator, or remove the line from {FILE}"
         for key, value in table.items()
         if key in FROM_STUDY and key in own and own[key] != value
     }
     for key in PREPARES if "plan" in own else ():
         if key in table:
-            found[key] = f"{key}: the study says how the data are prepared, and so does `plan` in {FILE} here"
+            found[key] = f"{key}: both the study and `plan` in {FILE} here define the preprocessing"
     return found
-
-
-def not_sent(keys: Sequence[str]) -> list[str]:
-    """Of the keys of a study's ``[data]``, those that a coordinator does not pass on to hospitals."""
-    return [key for key in keys if key not in FROM_STUDY]
 
 
 def _short(value: Any) -> str:

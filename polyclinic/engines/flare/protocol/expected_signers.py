@@ -1,8 +1,8 @@
-"""At the server, whose signature an answer must carry: that of the site, by a key for which it was given a certificate.
+"""Server-side verification of answer signatures against the keys that were certified for each site.
 
-FLARE's TLS says which house a message came from. The signature says that the house's own key holds for it, whatever
-lies between; it is kept in the run's journal, where anybody can check it later. Sites that renewed their keys may sign
-by the earlier one for ``GRACE``, because what they were doing when they changed goes on.
+FLARE's TLS authenticates the connection. The signature in addition binds the answer to the site's own key,
+independently of intermediaries, and is kept in the run's journal for later verification. After a key renewal the
+earlier key remains valid for ``GRACE``, so that work in progress is accepted.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json
 from polyclinic.engines.flare.protocol.shared_journals import signed_by_key
 
 GRACE = timedelta(days=7)
 
 
 class Signers:
-    """The public keys in ``admitted.json``, read again whenever the file changes."""
+    """Public keys in ``admitted.json``, reread whenever the file changes."""
 
     def __init__(self, admitted: Path) -> None:
         self.path = admitted
         self._known: tuple[int, dict[str, Any]] = (-1, {})
 
     def check(self, answer: Answer) -> None:
-        """Checks the signature under an answer.
+        """Check the signature of an answer.
 
         Raises:
-            BadMessage: If it is missing or wrong, or the site has no right to take part. The message says which.
+            BadMessage: If it is missing or wrong, or the site is not admitted or was revoked. The message says which.
         """
         entry = self._admitted().get(answer.site)
         if entry is None:
             raise BadMessage(f"{answer.site} is not admitted here")
         if entry.get("revoked"):
-            raise BadMessage(f"{answer.site} was shut out on {str(entry['revoked'])[:10]}")
+            raise BadMessage(f"{answer.site} was revoked on {str(entry['revoked'])[:10]}")
         if not answer.signature:
             raise BadMessage("it is not signed")
         now = datetime.now(UTC)
@@ -47,13 +47,13 @@ class Signers:
             stamp = self.path.stat().st_mtime_ns
             if stamp != self._known[0]:
                 self._known = stamp, read_json(self.path)
-        except (OSError, BadHome) as error:
+        except (OSError, SetupError) as error:
             raise BadMessage(f"signatures cannot be checked: {error}") from None
         return self._known[1]
 
 
 def signer(public: Any, expires: datetime) -> dict[str, str]:
-    """What ``admitted.json`` keeps of a site's key."""
+    """Return the entry of ``admitted.json`` for a site's public key."""
     from cryptography.hazmat.primitives import serialization
 
     form = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -62,18 +62,18 @@ def signer(public: Any, expires: datetime) -> dict[str, str]:
 
 
 def added(before: list[dict[str, str]], new: dict[str, str]) -> list[dict[str, str]]:
-    """``before`` with a ``new`` signer, without those that have ended.
+    """Return the signers ``before`` plus a ``new`` one, without those that have expired.
 
-    An earlier key holds for ``GRACE`` more, for answers that are under way; a renewed certificate of one key replaces
-    it.
+    An earlier key remains valid for ``GRACE``, for answers in progress. A renewed certificate of the same key replaces
+    its entry.
     """
     now = datetime.now(UTC)
-    kept = []
+    valid = []
     for one in before:
         expires = min(datetime.fromisoformat(one["expires"]), now + GRACE)
         if one["key"] != new["key"] and expires > now:
-            kept.append({**one, "expires": expires.isoformat()})
-    return [*kept, new]
+            valid.append({**one, "expires": expires.isoformat()})
+    return [*valid, new]
 
 
 @lru_cache(maxsize=256)

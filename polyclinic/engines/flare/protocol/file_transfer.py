@@ -1,9 +1,9 @@
-"""Files between FLARE's job processes: offered at one end, fetched in blocks by the other, hashed on the way.
+"""File transfer between FLARE job processes: offered by one, fetched in blocks by the other, hashed in transit.
 
-FLARE's own download service moves the blocks. A file is named by an unguessable reference that only its receiver is
-told. Small files travel inside the message. Nothing is held in memory but a block. Over a slow line nothing else gets
-past a block; so whoever wants to know that the other end lives is told of each. Smaller blocks would get out of the way
-sooner, but FLARE keeps a thread for a minute for every one of them.
+FLARE's download service transfers the blocks. A file is named by an unguessable reference that only its receiver gets.
+Small files travel inside the message. At most one block is in memory. On a slow connection a block delays all other
+messages, heartbeats included; both ends therefore report each block through the callback ``moved``. Smaller blocks
+would cause shorter delays, but FLARE keeps a thread for a minute for each of them.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ KEEP = 3600.0
 
 
 def offer(cell: Any, path: Path, receivers: int, moved: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """What to put beside a message so that its ``receivers`` can have the file at ``path``.
+    """Return the fields that accompany a message so that its ``receivers`` can fetch the file at ``path``.
 
-    ``moved`` is told which process asked, at every block.
+    ``moved`` is called at every block with the name of the requesting process.
     """
     if path.stat().st_size <= INLINE:
         return {"body": path.read_bytes()}
@@ -35,45 +35,45 @@ def offer(cell: Any, path: Path, receivers: int, moved: Callable[[str], None] | 
 
 
 class _Watched(FileDownloadable):  # type: ignore[misc]
-    """A file that is offered, and somebody who hears of each block."""
+    """Offered file that reports each requested block."""
 
     def __init__(self, path: Path, moved: Callable[[str], None] | None) -> None:
         super().__init__(str(path), chunk_size=BLOCK)
         self._moved = moved
 
     def produce(self, state: dict[str, Any], requester: str) -> tuple[str, Any, dict[str, Any]]:
-        """The next block."""
+        """Return the next block."""
         if self._moved:
             self._moved(requester)
-        made: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)
-        return made
+        block: tuple[str, Any, dict[str, Any]] = super().produce(state, requester)
+        return block
 
 
 def fetch(
     cell: Any,
-    beside: Any,
+    attachment: Any,
     sender: str,
     path: Path,
     limit: int,
     stopped: Any = None,
     moved: Callable[[str], None] | None = None,
 ) -> tuple[int, str]:
-    """Writes the file that stands ``beside`` a message from the process ``sender`` to ``path``; its length and SHA-256.
+    """Write the file that accompanies a message from the process ``sender`` to ``path``; return its length and SHA-256.
 
-    ``moved`` is told the sender at every block.
+    ``moved`` is called at every block with ``sender``.
 
     Raises:
-        OSError: Where it cannot be had, or is longer than ``limit`` bytes.
-        BadMessage: Where what stands there is not a file, or lies elsewhere than at the sender.
+        OSError: If the file cannot be fetched or is longer than ``limit`` bytes.
+        BadMessage: If ``attachment`` names no file, or a file at another process than the sender.
     """
-    body, ref, at = beside.get("body"), beside.get("ref"), beside.get("at")
+    body, ref, at = attachment.get("body"), attachment.get("ref"), attachment.get("at")
     if isinstance(body, bytes):
         if len(body) > min(limit, INLINE):
-            raise OSError(f"{len(body)} bytes came inside the message, and {min(limit, INLINE)} may")
+            raise OSError(f"{len(body)} bytes came inside the message; at most {min(limit, INLINE)} may")
         path.write_bytes(body)
         return len(body), hashlib.sha256(body).hexdigest()
     if not (isinstance(ref, str) and isinstance(at, str)) or at != sender:
-        raise BadMessage(f"no file of {sender} stands beside its message")
+        raise BadMessage(f"no file of {sender} accompanies its message")
     consumer = _ToFile(path, limit, lambda: moved(sender) if moved else None)
     try:
         with consumer:
@@ -95,12 +95,12 @@ def fetch(
 
 
 class _ToFile(Consumer):  # type: ignore[misc]
-    """Takes blocks as they come."""
+    """Consumer that writes blocks to a file as they arrive."""
 
     def __init__(self, path: Path, limit: int, moved: Callable[[], None]) -> None:
         super().__init__()
         self.path, self.limit, self.moved = path, limit, moved
-        self.size, self.hasher, self.problem = 0, hashlib.sha256(), "it did not come"
+        self.size, self.hasher, self.problem = 0, hashlib.sha256(), "it did not arrive"
 
     def __enter__(self) -> "_ToFile":
         self.file = open(self.path, "wb")
@@ -110,7 +110,7 @@ class _ToFile(Consumer):  # type: ignore[misc]
         self.file.close()
 
     def consume(self, ref_id: str, state: dict[str, Any], data: Any) -> dict[str, Any]:
-        """A block."""
+        """Write a block."""
         self.moved()
         if not isinstance(data, bytes) or self.size + len(data) > self.limit:
             raise OSError(f"more than the {self.limit} bytes that were announced came")
@@ -120,9 +120,9 @@ class _ToFile(Consumer):  # type: ignore[misc]
         return {"received_bytes": self.size}
 
     def download_failed(self, ref_id: str, reason: str) -> None:
-        """FLARE gave up."""
-        self.problem = f"it did not come: {reason}"
+        """Record that FLARE gave up."""
+        self.problem = f"it did not arrive: {reason}"
 
     def download_completed(self, ref_id: str) -> None:
-        """All of it is there."""
+        """Record that the file is complete."""
         self.problem = ""

@@ -1,22 +1,23 @@
-"""An order as a FLARE job: configuration only. No code travels, and no site would run it."""
+"""A run request as a FLARE job: configuration only. A job contains no code, and no site would execute it."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.pki.provisioning import CONTROLLER, EXECUTOR
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 TASK = "polyclinic"
+CONTROLLER = "polyclinic.engines.flare.server.controller.StudyController"
+EXECUTOR = "polyclinic.engines.flare.client.executor.SiteExecutor"
 
 
-def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float = 30.0) -> Path:
-    """Writes the job of ``order`` to ``folder``, to be signed and submitted by the coordinator.
+def write(folder: Path, order: RunRequest, interval: float = 0.2, dead_after: float = 30.0) -> Path:
+    """Write the job of ``order`` to ``folder``, to be signed and submitted by the coordinator.
 
     Args:
-        interval: Seconds after which a site without work asks again.
-        dead_after: Seconds without a sign of life after which a site counts as away.
+        interval: Seconds after which an idle site polls again.
+        dead_after: Seconds without a heartbeat after which a site counts as away.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -34,7 +35,7 @@ def write(folder: Path, order: Order, interval: float = 0.2, dead_after: float =
         **empty,
         "executors": [{"tasks": [TASK], "executor": {"path": EXECUTOR, "args": {"order": text}}}],
         "default_task_fetch_interval": interval,
-        # A busy server may need minutes to load PyTorch; FLARE gives it one, and then fails the whole job.
+        # A busy server may need minutes to load PyTorch; by default FLARE fails the job after one minute.
         "max_runner_sync_timeout": 600.0,
     }
     meta = {

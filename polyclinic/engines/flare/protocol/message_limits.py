@@ -1,7 +1,7 @@
-"""How much may arrive, be kept and be written down, at a site and at the server; decided before a byte is fetched.
+"""Limits on the data that a site or the server receives, stores and logs, checked before a file is fetched.
 
-Nothing here needs PyTorch: a site's job process asks before it lets a file onto its disk. The bounds of a site come
-from its policy, those of the server from what it asked and from ``server.toml``.
+This module does not need PyTorch: a site's job process checks here before it writes a file to disk. A site's limits
+come from its policy, the server's from the request and from ``server.toml``.
 """
 
 import json
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import BadHome, read_json, read_small, write_private
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small, write_private
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.errors import PolicyRefusal
 
 CARRIES = ("do", "look", "secure")
-"""The calls that may bring a file, and whose answers may."""
+"""Call kinds that may include a file, and whose answers may."""
 KEEP_FREE = 500
-"""Megabytes that stay free on a disk, unless the settings say otherwise (``keep_free_megabytes``)."""
+"""Megabytes of disk that stay free unless the settings say otherwise (``keep_free_megabytes``)."""
 REPLY_FACTOR, REPLY_EXTRA = 8, 64 * 2**20
 """Limit of a reply: this factor times the request, or the model if that is larger, plus this many bytes."""
 ROUNDS_KEPT = 100
 
 
 class TooMuch(PolicyRefusal):
-    """More than may arrive here now. The message says what, and which setting decides."""
+    """Refusal of data beyond a limit. The message names the limit and the setting that decides it."""
 
 
 # Disks
@@ -37,10 +37,10 @@ class TooMuch(PolicyRefusal):
 
 
 def check_room(folder: Path, size: int, keep_free: float = KEEP_FREE) -> None:
-    """Checks that ``size`` bytes fit on the disk of ``folder`` beside ``keep_free`` megabytes.
+    """Check that writing ``size`` bytes leaves ``keep_free`` megabytes on the disk of ``folder``.
 
     Raises:
-        OSError: If they do not.
+        OSError: If it does not.
     """
     free = shutil.disk_usage(folder).free
     if free - size < keep_free * 2**20:
@@ -55,27 +55,27 @@ def check_room(folder: Path, size: int, keep_free: float = KEEP_FREE) -> None:
 
 
 def round_limit(policy: Path, default: Path) -> int:
-    """The bytes that may go each way in a round, as the policy file says, or the ``default`` policy if it does not.
+    """Return the bytes that may travel each way in a round, from the policy file or else from the ``default`` policy.
 
     Raises:
-        BadHome: If the policy cannot be read; then nothing may arrive.
+        SetupError: If the policy cannot be read. No file is then accepted.
     """
     for path in (policy, default):
         try:
             value = tomllib.loads(read_small(path)).get("limits", {}).get("megabytes_per_round")
         except (OSError, tomllib.TOMLDecodeError, AttributeError) as error:
-            raise BadHome(f"the policy cannot be read: {error}") from None
+            raise SetupError(f"the policy cannot be read: {error}") from None
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise BadHome("the policy's megabytes_per_round is no number")
+                raise SetupError("the policy's megabytes_per_round is not a number")
             return int(value * 1e6)
-    raise BadHome("the default policy says nothing of megabytes_per_round")
+    raise SetupError("the default policy does not set megabytes_per_round")
 
 
 class Received:
-    """What arrived at a site in each round of a run, in a file, so that a restart does not forget it.
+    """Bytes received by a site in each round of a run, stored in a file so that the count survives a restart.
 
-    The same file for the same message counts once: a server that crashed sends it a second time.
+    The same file for the same message counts once: a server that crashed sends it again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,12 +84,12 @@ class Received:
         self._rounds: dict[int, dict[str, int]] = {int(n): dict(files) for n, files in table["rounds"].items()}
 
     def before(self, call: Call) -> int:
-        """The bytes that arrived in the round of ``call``, without its own file."""
+        """Return the bytes that arrived in the round of ``call``, without its own file."""
         files = self._rounds.get(call.round, {})
         return sum(size for key, size in files.items() if key != _key(call))
 
     def add(self, call: Call) -> None:
-        """Notes that the file of ``call`` is about to arrive."""
+        """Record that the file of ``call`` is about to arrive."""
         files = self._rounds.setdefault(call.round, {})
         if files.get(_key(call)) == call.size:
             return
@@ -103,38 +103,38 @@ def _key(call: Call) -> str:
     return f"{call.number} {call.stage} {call.sha256[:16]}"
 
 
-def check_call(call: Call, order: Order, limit: int, received: Received) -> None:
-    """Checks that the file of ``call`` may come to this site: what it is for, and how large it is.
+def check_call(call: Call, order: RunRequest, limit: int, received: Received) -> None:
+    """Check that this site may receive the file of ``call``: its purpose and its size.
 
     Args:
-        limit: The policy's bytes for a round.
-        received: What came before.
+        limit: The policy's bytes per round.
+        received: The bytes received before.
 
     Raises:
         TooMuch: If it may not.
     """
     if call.kind not in CARRIES:
-        raise TooMuch(f"a call of the kind {call.kind!r} brings no file")
+        raise TooMuch(f"a call of the kind {call.kind!r} has no file")
     if call.round > int(order.plan["rounds"]):
-        raise TooMuch(f"round {call.round} of a study of {order.plan['rounds']}")
+        raise TooMuch(f"round {call.round}, and the study has {order.plan['rounds']} rounds")
     before = received.before(call)
     if before + call.size > limit:
-        beside = f" after {before / 1e6:g} MB in this round" if before else ""
+        earlier = f" after {before / 1e6:g} MB in this round" if before else ""
         raise TooMuch(
-            f"a file of {call.size / 1e6:g} MB{beside}, and the policy allows {limit / 1e6:g} "
+            f"a file of {call.size / 1e6:g} MB{earlier}, and the policy allows {limit / 1e6:g} "
             "(limits.megabytes_per_round)"
         )
 
 
 class Rate:
-    """How often something may happen: ``burst`` times at once, and then ``per_second`` times a second."""
+    """Rate limit: ``burst`` events at once, then ``per_second`` events per second."""
 
     def __init__(self, burst: int, per_second: float) -> None:
         self.burst, self.per_second = burst, per_second
         self._left, self._at = float(burst), time.monotonic()
 
     def wait(self) -> float:
-        """Seconds to wait before it may happen again; it counts as having happened then."""
+        """Count one event and return the seconds to wait before it may happen."""
         now = time.monotonic()
         self._left = min(self.burst, self._left + (now - self._at) * self.per_second)
         self._at = now
@@ -143,21 +143,21 @@ class Rate:
 
 
 class Repeats:
-    """Which of many refusals are worth a line in the journal: a new one, and then the 2nd, 4th, 8th... of the same."""
+    """Filter that selects which repeated refusals are logged: the 1st, 2nd, 4th, 8th, ... of the same in a row."""
 
     def __init__(self) -> None:
         self._same: tuple[str, str] = ("", "")
         self._times = 0
 
     def count(self, kind: str, reason: str) -> int:
-        """How often the same was refused in a row; 0 if this time need not be written down."""
+        """Return how often the same was refused in a row, or 0 if this refusal need not be logged."""
         if (kind, reason) != self._same:
             self._same, self._times = (kind, reason), 0
         self._times += 1
         return self._times if self._times & (self._times - 1) == 0 else 0
 
     def over(self) -> None:
-        """Something else happened."""
+        """Reset the count after another event."""
         self._same, self._times = ("", ""), 0
 
 
@@ -167,15 +167,16 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes from sites. The fields but ``counts`` and ``model`` are keys of ``server.toml``.
+    """Limits on what the server accepts from sites. The fields except ``counts`` and ``model`` are keys of
+    ``server.toml``.
 
     Attributes:
-        reply_megabytes: The largest reply, whatever was asked.
-        keep_free_megabytes: What stays free on the server's disk.
-        weight_ratio: ``core.reply_validation.ReplyValidator``'s, and ``norm_ratio``; 0 for none.
-        max_examples: How many examples a site is believed to have, at most, when it says so itself.
-        counts: How many examples each site said that it has.
-        model: The bytes of the model.
+        reply_megabytes: Largest reply to any request.
+        keep_free_megabytes: Space that stays free on the server's disk.
+        weight_ratio: Of ``core.reply_validation.ReplyValidator``, as ``norm_ratio``; 0 for none.
+        max_examples: Largest number of examples accepted from a site's own report.
+        counts: Number of examples that each site reported.
+        model: Bytes of the model.
     """
 
     reply_megabytes: float = 4096
@@ -188,24 +189,24 @@ class Limits:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], descriptions: Mapping[str, Any]) -> "Limits":
-        """From ``server.toml``, and what the sites said of their data in the survey.
+        """Build from ``server.toml`` and from what the sites reported about their data in the survey.
 
         Raises:
-            BadHome: If a setting is not a number of at least 0.
+            SetupError: If a setting is not a number of at least 0.
         """
         given = {key: settings[key] for key in SETTINGS if key in settings}
         for key, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise BadHome(f"server.toml: {key} is a number of at least 0, not {str(value)[:40]!r}")
+                raise SetupError(f"server.toml: {key} must be a number of at least 0, not {str(value)[:40]!r}")
         most = float(given.get("max_examples", cls.max_examples))
         return cls(**given, counts=counts_of(descriptions, most))
 
     def reply(self, call: Call) -> int:
-        """The largest file, in bytes, that an answer to ``call`` may bring."""
+        """Return the largest file, in bytes, that may accompany an answer to ``call``."""
         most = int(self.reply_megabytes * 2**20)
         if call.kind not in CARRIES:
             return 0
-        if call.job.partition("/")[0] in ("predict", "explain"):  # as large as the site's images, which nobody knows
+        if call.job.partition("/")[0] in ("predict", "explain"):  # the size of the site's images is not known
             return most
         return min(most, REPLY_FACTOR * max(call.size, self.model) + REPLY_EXTRA)
 
@@ -214,7 +215,7 @@ SETTINGS = ("reply_megabytes", "keep_free_megabytes", "weight_ratio", "norm_rati
 
 
 def counts_of(descriptions: Mapping[str, Any], most: float) -> dict[str, float]:
-    """How many examples each site trains on, at most ``most``; without the sites that did not say."""
+    """Return the number of examples each site trains on, at most ``most``, without the sites that did not report it."""
     found: dict[str, float] = {}
     for site, description in descriptions.items():
         counts = [has["examples"] for role, has in description["roles"].items() if role in ("train", "unlabeled")]
@@ -224,7 +225,7 @@ def counts_of(descriptions: Mapping[str, Any], most: float) -> dict[str, float]:
 
 
 def announced(text: object) -> int:
-    """How many bytes an answer says that its file has; 0 if it is no answer."""
+    """Return the file size that an answer announces, or 0 if the text is not an answer."""
     try:
         return Answer.from_json(text).size
     except BadMessage:
@@ -232,7 +233,7 @@ def announced(text: object) -> int:
 
 
 def remove(*paths: Path | None) -> None:
-    """Removes files that are not needed any more, if they are there."""
+    """Remove files that are no longer needed, if they exist."""
     for path in paths:
         if path is not None:
             try:

@@ -1,9 +1,8 @@
-"""What server and site say to each other: a call, an answer, and beside either at most one file.
+"""Messages between server and site: a call and an answer, each with at most one file.
 
-Both are flat tables of plain values, read strictly, for what comes from elsewhere is hostile until shown otherwise. A
-message is named by run, number and site; numbers count up within a run and a number names one content for ever. Files
-are values as ``core.serialization`` writes them; their length and SHA-256 stand in the message. Nothing here needs
-PyTorch.
+Both are flat tables of plain values, validated strictly because the other end may be hostile. A message is identified
+by run, number and site. Numbers increase within a run, and a number identifies one content permanently. Files are
+values as ``core.serialization`` writes them; the message contains their length and SHA-256. Requires no PyTorch.
 """
 
 import json
@@ -20,12 +19,12 @@ STAGES = ("", "advertise", "share", "mask", "agree", "reveal")
 
 
 class BadMessage(ProtocolError):
-    """A message that is not one. The text says which field and why."""
+    """Invalid message. The text names the field and the reason."""
 
 
 @dataclass(frozen=True)
 class _Message:
-    """What both have: who, which, and the file beside it."""
+    """Common fields of calls and answers: run, number, site, journal hash and the accompanying file."""
 
     version: int
     run: str
@@ -36,18 +35,18 @@ class _Message:
     sha256: str
 
     def to_json(self) -> str:
-        """The message as text."""
+        """Return the message as text."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: object) -> Self:
-        """The message in ``text``.
+        """Parse a message.
 
         Raises:
-            BadMessage: Where it is not one.
+            BadMessage: If ``text`` is not a valid message.
         """
         if not isinstance(text, str) or len(text) > MAX_MESSAGE:
-            raise BadMessage("a message is text of at most a megabyte")
+            raise BadMessage("a message is text of at most one megabyte")
         try:
             table = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -57,7 +56,7 @@ class _Message:
         if table.get("version") != VERSION:
             other = str(table.get("version"))[:20]
             raise BadMessage(
-                f"the other end speaks version {other} and this one version {VERSION}: "
+                f"the other end uses version {other} and this end version {VERSION}: "
                 "install the same version of polyclinic at both ends"
             )
         wanted = {field.name for field in fields(cls)}
@@ -75,7 +74,7 @@ class _Message:
         return message
 
     def check(self) -> None:
-        """Raises unless every field is in its range."""
+        """Check that every field is in its range."""
         for key in ("run", "site"):
             if not NAME.fullmatch(getattr(self, key)):
                 raise BadMessage(f"the field {key!r} is not a name")
@@ -89,19 +88,19 @@ class _Message:
 
 @dataclass(frozen=True)
 class Call(_Message):
-    """From the server: do this.
+    """Request from the server to a site.
 
     Attributes:
-        kind: ``hello`` (may this run?), ``do`` (the ask in the file), ``look`` (the same, with the memory of ``keep``
-            and for scores only), ``secure`` (a stage of a secure sum of what came of it) or ``end`` (the run is over).
-        order: SHA-256 of the order that this belongs to.
-        round: The round of the ask. ``job``: its job.
-        after: From which message's memory to begin; 0 for none.
-        confirmed: The last message of this site that the server has put on its disk. Later ones may be rolled back.
-        keep: The message after which the best model was made; its memory is kept for the test. 0 for none.
-        deadline: Seconds after which nobody waits for the answer any more; 0 for ever.
-        stage: Of a secure sum, its step; empty else.
-        head: The server's journal as it stands.
+        kind: ``hello`` (may this run?), ``do`` (the request in the file), ``look`` (the same from the site state of
+            ``keep``, for scores only), ``secure`` (a stage of a secure sum of its result) or ``end`` (the run is over).
+        order: SHA-256 of the run request that the call belongs to.
+        round: Round of the request. ``job``: its job.
+        after: Number of the message whose site state to start from; 0 for none.
+        confirmed: Last message of this site that the server has stored. Later ones may be rolled back.
+        keep: Message after which the best model was made; its site state is kept for the test. 0 for none.
+        deadline: Seconds after which the server stops waiting for the answer; 0 for no limit.
+        stage: Stage of a secure sum; empty otherwise.
+        head: Latest hash of the server's journal.
     """
 
     kind: str
@@ -115,10 +114,10 @@ class Call(_Message):
     stage: str
 
     def check(self) -> None:
-        """Raises unless every field is in its range."""
+        """Check that every field is in its range."""
         super().check()
         if self.kind not in KINDS:
-            raise BadMessage(f"no call is called {self.kind[:20]!r}")
+            raise BadMessage(f"there is no call of the kind {self.kind[:20]!r}")
         if not _is_hash(self.order):
             raise BadMessage("the field 'order' is not a hash")
         if not 0 <= self.confirmed <= self.after < 2**53 or not 0 <= self.round < 2**53:
@@ -130,9 +129,9 @@ class Call(_Message):
         if self.kind == "look" and self.job.partition("/")[0] not in ("score", "predict"):
             raise BadMessage("a look is for scores and predictions, and nothing else")
         if self.kind in ("do", "look", "secure") and not (self.after < self.number and self.size):
-            raise BadMessage("an ask has a file, and a number above those before it")
+            raise BadMessage("a request has a file and a number above those before it")
         if self.kind in ("hello", "end") and self.size:
-            raise BadMessage(f"a call of the kind {self.kind!r} brings no file")
+            raise BadMessage(f"a call of the kind {self.kind!r} has no file")
         if not 0 <= self.deadline < 1e9:
             raise BadMessage("the deadline is out of range")
         if len(self.job) > 100:
@@ -141,15 +140,15 @@ class Call(_Message):
 
 @dataclass(frozen=True)
 class Answer(_Message):
-    """From a site: this came of it.
+    """Answer from a site to a call.
 
     Attributes:
-        lost: Why there is no reply; empty where there is one.
-        forgot: Whether the site no longer has the memory from which it was to begin.
-        seconds: How long it worked.
+        lost: Why there is no reply; empty if there is one.
+        forgot: Whether the site no longer has the site state to start from.
+        seconds: Computing time.
         code: SHA-256 of the code that computes at this site.
-        stage: The call's.
-        signature: The site's, under run, number, head and file.
+        stage: Stage of the call.
+        signature: Signature of the site over run, number, head and file.
     """
 
     lost: str
@@ -160,7 +159,7 @@ class Answer(_Message):
     signature: str
 
     def check(self) -> None:
-        """Raises unless every field is in its range."""
+        """Check that every field is in its range."""
         super().check()
         if not 0 <= self.seconds < 1e9:
             raise BadMessage("the seconds are out of range")
@@ -171,7 +170,7 @@ class Answer(_Message):
 
     @property
     def signed(self) -> bytes:
-        """What the signature stands under."""
+        """Return the bytes that the signature covers."""
         return f"{self.run}\n{self.number}\n{self.site}\n{self.head}\n{self.sha256}".encode()
 
 
@@ -180,6 +179,6 @@ def _is_hash(text: str) -> bool:
 
 
 def printable(text: str, limit: int = 500) -> str:
-    """``text`` on one line, without what a terminal or a log would obey."""
+    """Return ``text`` on one line, without characters that a terminal or a log would interpret."""
     clean = "".join(c if c.isprintable() else "�" for c in text)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"

@@ -1,4 +1,6 @@
-"""Before a run and after it: who may take part, who waits for a person, who has other code; and good-bye."""
+"""Registration of sites before a run, and notification of its end: which sites take part, wait for approval, or differ
+in code.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +11,25 @@ from polyclinic.core.rounds import TooFewReplies
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.rpc import Carrier
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
 PARTING = 5.0
 
 
 @dataclass(frozen=True)
-class Greeting:
-    """What greeting needs. ``say`` tells people how it goes; ``pause`` raises where it must stop.
+class Registration:
+    """Inputs of ``register``.
 
     Attributes:
-        signers: The sites' keys, under which every answer must be signed.
-        missing: Filled by ``greet``: who does not take part, and why.
+        say: Reports the progress to people.
+        pause: Raises if the run must stop.
+        poll: Seconds between two calls to a site that waits.
+        signers: The sites' keys; every answer must be signed by one of them.
+        missing: Filled by ``register``: sites that do not take part, with the reason.
     """
 
-    order: Order
+    order: RunRequest
     carrier: Carrier
     journal: SharedJournal
     say: Callable[..., None]
@@ -34,13 +39,15 @@ class Greeting:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
-    """The sites that are ready, once all are or ``order.patience`` is over; sites that wait are asked again.
+def register(about: Registration, sites: Sequence[str], kind: Literal["hello", "end"] = "hello") -> tuple[str, ...]:
+    """Return the sites that are ready, once all are or after ``order.patience`` seconds; waiting sites are called
+    again.
 
-    A site that refuses, or has other code, is not asked again. At the ``end`` nobody waits for anybody for long.
+    A site that refuses or has other code is not called again. At the ``end`` of a run the server waits at most
+    ``PARTING`` seconds.
 
     Raises:
-        TooFewReplies: Where too few will take part. The message says why, site by site.
+        TooFewReplies: If too few sites take part. The message gives each site's reason.
     """
     order, number = about.order, 0
     until = time.monotonic() + (order.patience if kind == "hello" else PARTING)
@@ -58,10 +65,10 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
             if kind == "hello":
                 about.say("greeting", "", waiting=waiting)
         if (delivery := about.carrier.arrived(0.25)) is not None:
-            delivery.discard()  # no greeting is answered by a file
+            delivery.discard()  # a registration has no file
             if delivery.site in waiting:
                 open_calls.pop(delivery.site, None)
-                _hear(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
+                _process(about, delivery.site, delivery.text, delivery.reason, ready, waiting, gone)
         for name in [n for n in waiting if about.carrier.away(n)]:
             gone[name] = "the site is away"
             del waiting[name]
@@ -75,12 +82,12 @@ def greet(about: Greeting, sites: Sequence[str], kind: Literal["hello", "end"] =
     return tuple(sorted(ready))
 
 
-def _call(order: Order, kind: str, site: str, number: int, head: str) -> Call:
+def _call(order: RunRequest, kind: str, site: str, number: int, head: str) -> Call:
     return Call(VERSION, order.run, number, site, head, 0, "", kind, order.hash, 0, "", 0, 0, 0, 0.0, "")
 
 
-def _hear(
-    about: Greeting,
+def _process(
+    about: Registration,
     site: str,
     text: object,
     reason: str,
@@ -91,9 +98,9 @@ def _hear(
     try:
         answer = Answer.from_json(text)
         if answer.site != site or answer.run != about.order.run:
-            raise BadMessage(f"it speaks for {answer.site} in {answer.run}")
+            raise BadMessage(f"it names {answer.site} in {answer.run}")
         if answer.size:
-            raise BadMessage("it brings a file, and no file was asked for")
+            raise BadMessage("it has a file, and none was requested")
         about.signers.check(answer)
     except BadMessage as error:
         gone[site] = printable(reason) if text is None else f"its answer cannot be read: {error}"
@@ -124,10 +131,10 @@ def _hear(
     )
 
 
-def _enough(about: Greeting, ready: set[str], missing: Mapping[str, str]) -> None:
+def _enough(about: Registration, ready: set[str], missing: Mapping[str, str]) -> None:
     about.journal.write("ready", {"sites": sorted(ready), "missing": dict(missing)})
     trainers = ready & set(about.order.plan["sites"])
     if len(trainers) < max(about.order.min_replies, 1):
         reasons = "; ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
-        says = f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
-        raise TooFewReplies(says, missing)
+        message = f"{len(trainers)} sites take part, and {max(about.order.min_replies, 1)} are needed. {reasons}"
+        raise TooFewReplies(message, missing)

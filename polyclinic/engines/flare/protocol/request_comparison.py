@@ -1,23 +1,23 @@
-"""How an order differs from one that was approved before, in groups that a person can read."""
+"""Differences between a run request and one that was approved before, grouped for people to read."""
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 NAMES = ("run", "label", "study", "plan", "mode")
 RUN, DATA, KEYS, ALL = "how it is run", "the data", "keys for secure sums", "all methods"
 
 
-def kind(order: Order) -> str:
-    """What sort of order it is; only orders of the same sort are compared."""
+def kind(order: RunRequest) -> str:
+    """Return the kind of a run request. Only requests of the same kind are compared."""
     return "rehearsal" if order.rehearsal else "study" if order.study else "run"
 
 
 def flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """A nested table as pairs of dotted key and value."""
+    """Yield the entries of a nested table as pairs of dotted key and value."""
     if isinstance(value, Mapping):
         for key in sorted(value):
             yield from flat(value[key], f"{at}.{key}" if at else str(key))
@@ -28,41 +28,41 @@ def flat(value: Any, at: str = "") -> Iterator[tuple[str, str]]:
         yield at, json.dumps(value)
 
 
-def differences(new: Order, old: Order) -> dict[str, list[str]]:
-    """By group, what a person should look at: ``-`` what was approved before, ``+`` what is asked now.
+def differences(new: RunRequest, old: RunRequest) -> dict[str, list[str]]:
+    """Return the changes by group: ``-`` for what was approved before, ``+`` for what is requested now.
 
-    What differs in the same way for every method that both have stands once, under ``all methods``.
+    A change that applies to every method present in both is listed once, under ``all methods``.
     """
     before, now = _methods(old), _methods(new)
     both = [title for title in now if title in before]
     changed = {title: _lines(now[title], before[title]) for title in both}
     common = [line for line in changed[both[0]] if all(line in changed[title] for title in both)] if both else []
     single = len(both) == 1
-    found = {ALL: [] if single else common}
-    found |= {title: [line for line in changed[title] if single or line not in common] for title in both}
-    found |= {title: ["- the whole method"] for title in before if title not in now}
-    found |= {title: ["+ the whole method"] for title in now if title not in before}
-    found |= {group: _lines(_common(new)[group], _common(old)[group]) for group in (RUN, DATA, KEYS)}
-    return {group: lines for group, lines in found.items() if lines}
+    changes = {ALL: [] if single else common}
+    changes |= {title: [line for line in changed[title] if single or line not in common] for title in both}
+    changes |= {title: ["- the entire method"] for title in before if title not in now}
+    changes |= {title: ["+ the entire method"] for title in now if title not in before}
+    changes |= {group: _lines(_common(new)[group], _common(old)[group]) for group in (RUN, DATA, KEYS)}
+    return {group: lines for group, lines in changes.items() if lines}
 
 
-def _methods(an: Order) -> dict[str, dict[str, str]]:
-    """The plans, flat, by method and seed."""
+def _methods(an: RunRequest) -> dict[str, dict[str, str]]:
+    """Return the flattened plans by method and seed."""
     arms = an.arms or [{"label": an.label or an.plan["method"], "plan": an.plan, "external": an.external}]
-    found = {}
+    methods = {}
     for arm in arms:
         plan = {key: value for key, value in arm["plan"].items() if key != "seed"}
         title = f"{arm['label']}, seed {arm['plan'].get('seed', 0)}"
-        found[title] = dict(flat({**plan, "external": list(arm.get("external", ()))}))
-    return found
+        methods[title] = dict(flat({**plan, "external": list(arm.get("external", ()))}))
+    return methods
 
 
-def _common(an: Order) -> dict[str, dict[str, str]]:
-    """What all runs of a study share, flat, by group."""
+def _common(an: RunRequest) -> dict[str, dict[str, str]]:
+    """Return what all runs of a study share, flattened, by group."""
     table = {key: value for key, value in asdict(an).items() if key not in NAMES}
     data, identities = table.pop("data"), table.pop("identities")
     if an.arms:
-        table.pop("external")  # it stands with each method
+        table.pop("external")  # it is listed with each method
     return {RUN: dict(flat(table)), DATA: dict(flat(data)), KEYS: dict(flat(identities))}
 
 

@@ -1,4 +1,4 @@
-"""Calls that wait for answers: who was called with what, what came back, who is lost and why. Files both ways."""
+"""Calls from the server to sites and their answers, with one file each way; records which sites were lost and why."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits, check_room
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, BadMessage, Call, printable
 from polyclinic.engines.flare.protocol.paths import private_folder
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.errors import RunError
 
@@ -21,10 +21,10 @@ AWAY = "the site is away"
 
 
 class Delivery(NamedTuple):
-    """Something that came from a site: the text of its answer, or the reason why there is none, and the file beside it.
+    """Delivery from a site: the text of its answer, or the reason why there is none, and the accompanying file.
 
-    ``take`` writes the file to a path, at most so many bytes, and returns its length and SHA-256; it raises ``OSError``
-    where it cannot. ``discard`` removes it, wherever it lies.
+    ``take`` writes the file to a path, at most the given number of bytes, and returns its length and SHA-256; it raises
+    ``OSError`` if it cannot. ``discard`` removes the file.
     """
 
     site: str
@@ -35,19 +35,23 @@ class Delivery(NamedTuple):
 
 
 class Carrier(Protocol):
-    """What carries messages. Sites are known to it by name, and it vouches for who sent what."""
+    """Message transport. Identifies sites by name and authenticates the sender of each message."""
 
     def post(self, calls: Sequence[Call], body: Path | None) -> None:
-        """Sends each call to its site, and with each the same file."""
+        """Send each call to its site, all with the same file."""
 
     def arrived(self, seconds: float) -> Delivery | None:
-        """What has come, after waiting at most so long. Raises ``Ended`` where the job was ended."""
+        """Return the next delivery, or None after ``seconds``.
+
+        Raises:
+            Ended: If the job was ended.
+        """
 
     def away(self, site: str) -> bool:
-        """Whether a site is known to be unreachable."""
+        """Return whether a site is known to be unreachable."""
 
     def drop(self, site: str) -> None:
-        """Stops waiting for a site; what it was called for is void."""
+        """Stop waiting for a site and void its call."""
 
 
 class Ended(RunError):
@@ -56,14 +60,14 @@ class Ended(RunError):
 
 @dataclass(frozen=True)
 class Count:
-    """Where the conversation stands: the last message's number, and the last of each site's that was answered."""
+    """Progress of the message exchange: the last message number, and the last message that each site answered."""
 
     number: int = 0
     answered: Mapping[str, int] = field(default_factory=dict)
 
 
 class Outcome(NamedTuple):
-    """What came of a call: the file that came back, or why there is none."""
+    """Result of a call: the file that came back, or the reason why there is none."""
 
     call: Call
     path: Path | None
@@ -72,13 +76,13 @@ class Outcome(NamedTuple):
 
     @property
     def site(self) -> str:
-        """Who was called."""
+        """The called site."""
         return self.call.site
 
 
 @dataclass
 class _Pending:
-    """A call that is not answered yet."""
+    """Call that has not been answered."""
 
     call: Call
     body: Path
@@ -90,13 +94,13 @@ class Exchange:
     """The server's calls of one run.
 
     Attributes:
-        count: Where the conversation stands.
-        keep: The last message of each site that is in the best model so far; its memory is kept for the test.
+        count: Progress of the message exchange.
+        keep: For each site the last message that is part of the best model; its site state is kept for the test.
     """
 
     def __init__(
         self,
-        order: Order,
+        order: RunRequest,
         carrier: Carrier,
         folder: Path,
         journal: SharedJournal,
@@ -104,11 +108,11 @@ class Exchange:
         signers: Signers,
         limits: Limits = Limits(),
     ) -> None:
-        """Begins where ``count`` stands; messages under way lie in ``folder``.
+        """Start at ``count``; files in transit are stored in ``folder``.
 
         Args:
-            signers: The sites' keys, under which every answer must be signed.
-            limits: How large a reply may be.
+            signers: The sites' keys; every answer must be signed by one of them.
+            limits: Limits on the size of replies.
         """
         self.order, self.carrier, self.journal, self.count = order, carrier, journal, count
         self.signers, self.limits = signers, limits
@@ -121,17 +125,17 @@ class Exchange:
             old.unlink()
 
     def next(self) -> int:
-        """The number of the next message; files of messages that nobody waits for are removed."""
+        """Return the number of the next message, and remove files of messages that are no longer pending."""
         waiting = {pending.body for pending in self._pending.values()}
         for path in self._folder.iterdir():
             if path.suffix == ".ask" and path not in waiting:
                 path.unlink()
-        check_room(self._folder, 0, self.limits.keep_free_megabytes)  # else the run waits until there is room
+        check_room(self._folder, 0, self.limits.keep_free_megabytes)  # on failure the run waits until there is room
         self.count = replace(self.count, number=self.count.number + 1)
         return self.count.number
 
     def post(self, value: Any, to: Sequence[str], kind: str, round: int, job: str, stage: str = "") -> None:
-        """Calls the sites in ``to`` with ``value``, under the present number."""
+        """Call the sites in ``to`` with ``value``, under the current number."""
         number = self.count.number
         for name in to:
             if name in self._pending:
@@ -166,13 +170,13 @@ class Exchange:
         self.carrier.post(calls, body)
 
     def outcomes(self, deadline: float | None = None) -> Iterator[Outcome]:
-        """Yields what comes of each call, until nobody is waited for. The caller owns the files."""
+        """Yield the outcome of each call until none is pending. The caller owns the files."""
         while self._pending:
             if (delivery := self.carrier.arrived(TICK)) is not None:
                 try:
-                    outcome = self._hear(delivery)
+                    outcome = self._process(delivery)
                 finally:
-                    delivery.discard()  # what nobody took is not kept
+                    delivery.discard()  # remove a file that was not taken
                 if outcome is not None:
                     yield outcome
             now = time.monotonic()
@@ -185,21 +189,21 @@ class Exchange:
                     yield self.lost(pending.call, reason)
 
     def counts(self, number: int, sites: Sequence[str]) -> None:
-        """Notes that the message ``number`` was answered by ``sites`` and is used."""
+        """Record that the answers of ``sites`` to message ``number`` are used."""
         self.count = replace(self.count, answered={**self.count.answered, **dict.fromkeys(sites, number)})
 
     def lost(self, call: Call, reason: str, answer: Answer | None = None) -> Outcome:
-        """Writes down that a call came to nothing."""
+        """Record that a call failed."""
         self._write("lost", call, answer, {"job": call.job, "reason": reason})
         return Outcome(call, None, reason, answer.seconds if answer else 0.0)
 
-    def _hear(self, delivery: Delivery) -> Outcome | None:
-        """What a delivery amounts to: None where it is nothing that anybody waits for."""
+    def _process(self, delivery: Delivery) -> Outcome | None:
+        """Process a delivery; return None if no pending call matches it."""
         pending = self._pending.get(delivery.site)
         try:
             answer = Answer.from_json(delivery.text)
             if answer.site != delivery.site or answer.run != self.order.run:
-                raise BadMessage(f"it speaks for {answer.site} in {answer.run}")
+                raise BadMessage(f"it names {answer.site} in {answer.run}")
             self.signers.check(answer)
         except BadMessage as error:
             if pending is None:
@@ -225,7 +229,7 @@ class Exchange:
 
     def _take(self, delivery: Delivery, answer: Answer, call: Call) -> Path:
         if answer.size > (limit := self.limits.reply(call)):
-            raise Corrupt(f"{answer.size} bytes, beyond the limit of {limit} for what was asked")
+            raise Corrupt(f"its {answer.size} bytes exceed the limit of {limit} bytes for this request")
         path = self._folder / f"{answer.number}-{answer.stage}-{answer.site}.reply"
         if delivery.take(path, answer.size) != (answer.size, answer.sha256):
             path.unlink(missing_ok=True)
@@ -233,7 +237,7 @@ class Exchange:
         return path
 
     def _begin_anew(self, pending: _Pending) -> None:
-        """A site lost its memory: it starts again from nothing, and the journal says so."""
+        """Restart a site that lost its site state from none, and record this in the journal."""
         call, answered = pending.call, dict(self.count.answered)
         self.journal.write("site begins anew", {"site": call.site, "number": call.number, "after": call.after})
         answered.pop(call.site, None)
@@ -244,8 +248,8 @@ class Exchange:
         self.carrier.post([pending.call], pending.body)
 
     def _write(self, event: str, call: Call, answer: Answer | None, details: Mapping[str, object]) -> None:
-        said = {"reply": answer.sha256, "head": answer.head, "signature": answer.signature} if answer else {}
+        signed = {"reply": answer.sha256, "head": answer.head, "signature": answer.signature} if answer else {}
         stage = {"stage": call.stage} if call.stage else {}
         self.journal.write(
-            event, {"number": call.number, "round": call.round, "site": call.site, **stage, **details, **said}
+            event, {"number": call.number, "round": call.round, "site": call.site, **stage, **details, **signed}
         )

@@ -1,6 +1,6 @@
-"""An order: a plan, and how it is to be run between hospitals. Plain data: people can read, compare and refuse it.
+"""Run request: a plan and how to run it between hospitals, as plain data that people can read, compare and refuse.
 
-Nothing here needs PyTorch, so that a site can hash an order before it builds anything of it.
+Requires no PyTorch, so that a site can hash a run request before it builds anything from it.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyclinic.core.syntax_hash import combined, hash_of_source
-from polyclinic.engines.flare.protocol.paths import BadHome, name
+from polyclinic.engines.flare.protocol.paths import SetupError, name
 from polyclinic.errors import ConfigError
 from polyclinic.methods.plugins import Package, methods_in, packages_of
 
@@ -24,40 +24,41 @@ MAX_ORDER = 2**18
 LABEL = re.compile(r"([a-z0-9][a-z0-9.+-]{0,40})?")
 OF_DATA = ("inputs", "outputs")
 PLACEHOLDER: Mapping[str, Any] = {"inputs": [1, 16, 16], "outputs": 2}
-"""Stands in for what only the sites' data can say, to see whether a method can be built at all."""
+"""Values for what only the sites' data determine, used to check that a method can be built."""
 COMPUTES = ("core", "learning", "methods", "privacy", "compression", "secure_aggregation", "attacks", "data", "engines")
 
 
-class BadOrder(ConfigError):
-    """An order that is not one. The message says which field and why."""
+class InvalidRunRequest(ConfigError):
+    """Invalid run request. The message names the field and the reason."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the server wants to run.
+class RunRequest:
+    """Run that the server requests from the sites.
 
     Attributes:
-        run: The run's name. A run is ordered once; the same study again is another run, for it is another exposure.
+        run: Name of the run. A run is requested once; repeating a study is another run, because it discloses data
+            again.
         plan: The fields of ``engines.plan.Plan``.
-        mode: ``rounds``, in lock-step; ``buffered``, without waiting for everyone; or ``survey``, which trains nothing
-            and asks each site what its data are.
-        sites_per_round: How many sites a round asks; all by default.
-        min_replies: How many usable replies an update needs.
-        deadline: Seconds after which a site that has not answered is lost for a round, a survey, or scores. What the
-            coordinator queues always has one: that of the study, or ``answer_within`` of server.toml.
-        buffer: In buffered mode, how many answers one update takes. ``passes``: how often each site is asked.
-        score_every: After every how many rounds sites score the model on their validation data; 0 for never.
-        test: The job at the end, ``score/test`` or ``predict/test``; none where empty.
+        mode: ``rounds`` (synchronous), ``buffered`` (asynchronous) or ``survey``, which trains nothing and requests
+            each site's data description.
+        sites_per_round: Number of sites called in a round; all by default.
+        min_replies: Number of usable replies that an update needs.
+        deadline: Seconds after which a site that has not answered is lost for a round, a survey, or scores. Queued runs
+            always have one: that of the study, or ``answer_within`` of server.toml.
+        buffer: In buffered mode, number of answers per update. ``passes``: how often each site is called.
+        score_every: Number of rounds between two scorings of the model on the sites' validation data; 0 for never.
+        test: The job at the end, ``score/test`` or ``predict/test``; empty for none.
         identities: The sites' public keys for secure sums, by name.
-        data: What sites are to do to their data before: the ``[data]`` table of the study, without where it lies.
+        data: Requested preprocessing and split: the ``[data]`` table of the study, without paths.
         patience: Seconds to wait for sites that are away, or for people who have not yet approved.
-        label: What records call the method; its name where empty.
-        external: Sites that nobody trains on, and that are scored like the others.
-        best: Which round's model is tested: ``{"metric": "auc", "higher": True}``, by its mean over the sites that
-            train; the last round's where empty.
-        study: The study that the run is part of: ``name``, ``hash`` and ``arms``, each with ``label``, ``plan`` without
-            what only the sites' data can say, and ``external`` where it has such sites. A person approves them
-            together.
+        label: Name of the method in the records; empty for the method's own.
+        external: Sites that are scored like the others but not trained on.
+        best: Selection of the tested round: ``{"metric": "auc", "higher": True}``, by its mean over the sites that
+            train; empty for the last round.
+        study: The study that the run is part of: ``name``, ``hash`` and ``arms`` (its method runs), each with
+            ``label``, ``plan`` without what only the sites' data determine, and ``external`` if it has such sites. A
+            person approves them together.
     """
 
     run: str
@@ -79,36 +80,36 @@ class Order:
     study: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The order as canonical JSON."""
+        """Return the run request as canonical JSON."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> "Order":
-        """The order in ``text``.
+    def from_json(cls, text: str) -> "RunRequest":
+        """Parse a run request.
 
         Raises:
-            BadOrder: Where it is not one.
+            InvalidRunRequest: If ``text`` is not a valid run request.
         """
         if len(text) > MAX_ORDER:
-            raise BadOrder(f"an order has at most {MAX_ORDER} characters")
+            raise InvalidRunRequest(f"a run request has at most {MAX_ORDER} characters")
         try:
             given = json.loads(text, parse_constant=_no_constant)
             return cls(**_checked(given))
         except (ValueError, RecursionError, TypeError) as error:
-            raise error if isinstance(error, BadOrder) else BadOrder(str(error)) from None
+            raise error if isinstance(error, InvalidRunRequest) else InvalidRunRequest(str(error)) from None
 
     def build_plan(self) -> "Plan":
-        """The plan, as an object.
+        """Return the plan as an object.
 
         Raises:
-            BadOrder: Where the plan is not one.
+            InvalidRunRequest: If the plan is invalid.
         """
         from polyclinic.engines.plan import Plan
 
         try:
             return Plan.from_json(json.dumps(self.plan))
         except (ValueError, TypeError) as error:
-            raise BadOrder(f"the plan: {error}") from None
+            raise InvalidRunRequest(f"the plan: {error}") from None
 
     @property
     def everyone(self) -> tuple[str, ...]:
@@ -117,23 +118,23 @@ class Order:
 
     @property
     def rehearsal(self) -> bool:
-        """Whether sites train on imaginary data, and no file of a hospital is read."""
+        """Whether sites train on synthetic data, without reading any file of a hospital."""
         return self.data.get("rehearsal") is True
 
     @property
     def arms(self) -> list[dict[str, Any]]:
-        """The arms of the study that this is part of; none where it is part of none."""
-        found: list[dict[str, Any]] = self.study.get("arms", [])
-        return found
+        """The method runs of the study that this request is part of; empty if it is part of none."""
+        arms: list[dict[str, Any]] = self.study.get("arms", [])
+        return arms
 
     @property
     def arm(self) -> dict[str, Any] | None:
-        """The arm of the study that this run is, if it is one."""
+        """The method run of the study that this request describes, or None."""
         return next((arm for arm in self.arms if self.mode != "survey" and self._is(arm)), None)
 
     @property
     def of_study(self) -> bool:
-        """Whether this is a part of the study that it names, and nothing besides."""
+        """Whether this request is exactly a part of the study that it names."""
         if self.mode != "survey":
             return self.arm is not None
         sites = dict.fromkeys(site for arm in self.arms for site in arm["plan"].get("sites", ()))
@@ -152,36 +153,34 @@ class Order:
 
     @property
     def part(self) -> str:
-        """Which part of its study this is: ``survey``, or a hash of the arm. One approval covers each part once."""
+        """Part of the study: ``survey``, or a hash of the method run. One approval covers each part once."""
         return "survey" if self.mode == "survey" else _digest(self.arm)
 
     @property
     def filled(self) -> tuple[str, ...]:
-        """What the plan says and its arm did not, because only the sites' data can say it."""
+        """Keys that the plan adds to its method run because only the sites' data determine them."""
         arm = self.arm
         return tuple(key for key in OF_DATA if key not in arm["plan"]) if arm else ()
 
-    def same_study(self, other: "Order") -> bool:
-        """Whether both are parts of one study, under one set of rules."""
-        return bool(self.study_key) and self.study_key == other.study_key
-
     @property
     def packages(self) -> tuple[Package, ...]:
-        """The installed packages that provide the methods that this order or its study names, as they are now."""
+        """The installed packages that provide the methods named by this request or its study, in their current
+        versions.
+        """
         plans = [self.plan, *(arm["plan"] for arm in self.arms)]
         return packages_of({method for plan in plans for method in methods_in(plan)})
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the order, which names it."""
+        """SHA-256 of the run request, which identifies it."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def method_hash(self) -> str:
         """SHA-256 of what runs at a site whenever this method runs: method, options, transforms, task, training, code.
 
-        Code is Polyclinic's, and that of the packages that provide the method. Not of the run's name, its sites, rounds
-        and seed. A policy that approves it approves every such run.
+        Covers the code of Polyclinic and of the packages that provide the method, but not the run's name, sites, rounds
+        and seed. A policy that approves this hash approves every such run.
         """
         same = {key: value for key, value in self.plan.items() if key not in ("sites", "rounds", "seed")}
         packages = packages_of(methods_in(self.plan))
@@ -196,7 +195,7 @@ class Order:
 
 
 def survey_plan(sites: Sequence[str]) -> dict[str, Any]:
-    """The plan of a survey: a shape that holds nothing, for nothing is trained."""
+    """Return the plan of a survey, with placeholder shapes because nothing is trained."""
     return {
         "kind": "classification",
         "network": "mlp",
@@ -209,68 +208,74 @@ def survey_plan(sites: Sequence[str]) -> dict[str, Any]:
 
 
 def _fills(plan: Mapping[str, Any], arm: Mapping[str, Any]) -> bool:
-    """Whether ``plan`` is ``arm``, and where the arm does not say what an example is, the plan does."""
+    """Return whether ``plan`` equals ``arm`` except for the data-dependent keys that the arm leaves out."""
     return {key: value for key, value in plan.items() if key in arm or key not in OF_DATA} == arm
 
 
 def _checked(given: Any) -> dict[str, Any]:
-    """The fields of an order, if they are right."""
+    """Return the fields of a run request after validation."""
     if not isinstance(given, dict):
-        raise BadOrder("an order is a table of fields")
-    known = {f.name for f in fields(Order)}
+        raise InvalidRunRequest("a run request is a table of fields")
+    known = {f.name for f in fields(RunRequest)}
     if odd := sorted(given.keys() - known):
-        raise BadOrder(f"an order has no field {odd[0][:40]!r} here: was it written by another version of polyclinic?")
+        raise InvalidRunRequest(
+            f"a run request has no field {odd[0][:40]!r} here: was it written by another version of polyclinic?"
+        )
     if missing := [key for key in ("run", "plan") if key not in given]:
-        raise BadOrder(f"an order needs the field {missing[0]!r}")
+        raise InvalidRunRequest(f"a run request needs the field {missing[0]!r}")
     try:
         name(given["run"], "a run's name")
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
     for key in ("plan", "data", "identities", "best", "study"):
         if not isinstance(given.get(key, {}), dict):
-            raise BadOrder(f"the field {key!r} is a table")
+            raise InvalidRunRequest(f"the field {key!r} must be a table")
     given["external"] = _names(given.get("external", ()))
     sites = given["plan"].get("sites", [])
     if not isinstance(sites, list) or not all(isinstance(site, str) for site in sites):
-        raise BadOrder("the plan's field 'sites' is a list of names")
+        raise InvalidRunRequest("the plan's field 'sites' must be a list of names")
     if both := set(sites) & set(given["external"]):
-        raise BadOrder(f"{sorted(both)[0]!r} both trains and does not (external)")
+        raise InvalidRunRequest(f"{sorted(both)[0]!r} both trains and does not (external)")
     if not isinstance(given.get("label", ""), str) or not LABEL.fullmatch(given.get("label", "")):
-        raise BadOrder("the field 'label' is at most 40 small letters, digits, dots, plus signs and hyphens")
+        raise InvalidRunRequest(
+            "the field 'label' must be at most 40 lowercase letters, digits, dots, plus signs and hyphens"
+        )
     _check_best(given.get("best", {}))
     _check_study(given.get("study", {}))
-    whole = {"sites_per_round": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}
-    for key, optional in whole.items():
+    integers = {"sites_per_round": True, "passes": True, "min_replies": False, "buffer": False, "score_every": False}
+    for key, optional in integers.items():
         value, least = given.get(key, 1), 0 if key == "score_every" else 1
         if not (optional and value is None) and (type(value) is not int or not least <= value < 2**31):
-            raise BadOrder(f"the field {key!r} is a whole number of at least {least}")
+            raise InvalidRunRequest(f"the field {key!r} must be an integer of at least {least}")
     for key, optional in (("deadline", True), ("patience", False)):
         value = given.get(key, 1.0)
         if not (optional and value is None) and (
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9
         ):
-            raise BadOrder(f"the field {key!r} is a number of seconds above 0")
+            raise InvalidRunRequest(f"the field {key!r} must be a number of seconds above 0")
     if given.get("mode", "rounds") not in ("rounds", "buffered", "survey"):
-        raise BadOrder(f"the field 'mode' is rounds, buffered or survey, not {str(given['mode'])[:20]!r}")
+        raise InvalidRunRequest(f"the field 'mode' must be rounds, buffered or survey, not {str(given['mode'])[:20]!r}")
     if given["external"] and given.get("mode") == "buffered":
-        raise BadOrder("in buffered mode every site trains: leave 'external' out")
+        raise InvalidRunRequest("in buffered mode every site trains: leave 'external' out")
     if given.get("test", "") not in ("", "score/test", "predict/test"):
-        raise BadOrder(f"the field 'test' is score/test, predict/test or empty, not {str(given['test'])[:20]!r}")
+        raise InvalidRunRequest(
+            f"the field 'test' must be score/test, predict/test or empty, not {str(given['test'])[:20]!r}"
+        )
     return given
 
 
 def _names(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list | tuple):
-        raise BadOrder("the field 'external' is a list of names, and so are an arm's sites")
+        raise InvalidRunRequest("the field 'external' and the sites of each method run must be lists of names")
     try:
         return tuple(name(site) for site in given)
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
 
 
 def _check_best(best: Mapping[str, Any]) -> None:
     if best and (best.keys() != {"metric", "higher"} or type(best["higher"]) is not bool or not _text(best["metric"])):
-        raise BadOrder("the field 'best' names a metric and whether higher is better")
+        raise InvalidRunRequest("the field 'best' must name a metric and whether higher is better")
 
 
 def _check_study(study: Mapping[str, Any]) -> None:
@@ -278,22 +283,24 @@ def _check_study(study: Mapping[str, Any]) -> None:
         return
     arms = study.get("arms")
     if study.keys() != {"name", "hash", "arms"} or not _text(study["hash"]) or not isinstance(arms, list):
-        raise BadOrder("the field 'study' holds a name, a hash and arms")
+        raise InvalidRunRequest("the field 'study' must contain a name, a hash and arms")
     try:
         name(study["name"], "a study's name")
-    except BadHome as error:
-        raise BadOrder(str(error)) from None
+    except SetupError as error:
+        raise InvalidRunRequest(str(error)) from None
     for arm in arms:
         if not isinstance(arm, dict) or arm.keys() - {"external"} != {"label", "plan"}:
-            raise BadOrder("each arm of a study holds a label and a plan, and external sites where it has some")
+            raise InvalidRunRequest(
+                "each of a study's arms must contain a label and a plan, and external sites if it has any"
+            )
         if not isinstance(arm["plan"], dict):
-            raise BadOrder("an arm's plan is a table")
+            raise InvalidRunRequest("the plan of each of a study's arms must be a table")
         for names in (arm.get("external", ()), arm["plan"].get("sites", ())):
             _names(names)
         if not isinstance(arm["label"], str) or not LABEL.fullmatch(arm["label"]) or not arm["label"]:
-            raise BadOrder("an arm's label is not one")
+            raise InvalidRunRequest("one of the study's arms has an invalid label")
         if not isinstance(arm["plan"].get("method"), str):
-            raise BadOrder("an arm's plan names no method")
+            raise InvalidRunRequest("the plan of one of the study's arms names no method")
 
 
 def _text(value: Any) -> bool:
@@ -306,22 +313,22 @@ def _digest(value: Any) -> str:
 
 
 def _no_constant(text: str) -> Any:
-    raise BadOrder(f"{text} is no number here")
+    raise InvalidRunRequest(f"{text} is not a valid number")
 
 
 @cache
 def code_hash() -> str:
-    """SHA-256 of Polyclinic's code as it was when this process first asked: the code that this process runs.
+    """SHA-256 of Polyclinic's code at the first call in this process, which is the code that the process runs.
 
-    A file that is changed on the disk afterwards changes ``code_on_disk``, and not what runs here.
+    Later changes of files affect ``code_on_disk`` only.
     """
     return code_on_disk()
 
 
 def code_on_disk() -> str:
-    """SHA-256 of the source code that is installed here now and computes, sends or checks.
+    """Return the SHA-256 of the installed source code that computes, sends or checks.
 
-    It covers what runs, and neither names and places of files nor comments and docstrings: see ``core.syntax_hash``.
+    Excludes names and places of files, comments and docstrings: see ``core.syntax_hash``.
     """
     package = Path(__file__).parents[3]
     files = [path for part in COMPUTES for path in sorted((package / part).rglob("*.py"))]
@@ -331,5 +338,5 @@ def code_on_disk() -> str:
 
 @lru_cache(maxsize=4096)
 def _hash_of(path: str, ctime_ns: int, size: int) -> str:
-    """The hash of one file, which is read again only when it was written since."""
+    """Return the hash of one file, reread only after a change."""
     return hash_of_source(Path(path).read_bytes())

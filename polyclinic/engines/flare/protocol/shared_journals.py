@@ -1,4 +1,4 @@
-"""Journals that several processes write, and heads that both ends sign: neither side can rewrite its own unseen."""
+"""Journals written by several processes, and signatures of their latest hashes by both ends, which reveal a rewrite."""
 
 import base64
 import fcntl
@@ -12,16 +12,16 @@ from polyclinic.core.audit_log import Journal
 
 
 class SharedJournal:
-    """A journal that is locked while it is written. Each entry holds the time."""
+    """Journal that is locked while it is written. Each entry contains the time."""
 
     def __init__(self, path: Path) -> None:
-        """The journal at ``path``, opened when it is first written."""
+        """Use the journal at ``path``, opened at the first write."""
         self.path = path
         self._open: Journal | None = None
         self._size = -1
 
     def write(self, event: str, details: Mapping[str, Any] | None = None) -> str:
-        """Appends an entry and returns the new head."""
+        """Append an entry and return the new latest hash."""
         with self._locked() as journal:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             return journal.write(event, {"time": now, **(details or {})})
@@ -33,7 +33,7 @@ class SharedJournal:
             return journal.head
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         if self._open:
             self._open.close()
             self._open = None
@@ -44,14 +44,14 @@ class SharedJournal:
         with open(lock, "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if self._open is None or not self.path.exists() or self.path.stat().st_size != self._size:
-                self.close()  # another process has written, or nobody yet
+                self.close()  # another process has written, or the file is new
                 self._open = Journal(self.path)
             yield self._open
             self._size = self.path.stat().st_size
 
 
 def sign(key: Any, data: bytes) -> str:
-    """A signature under ``data`` by an RSA ``key``, in base 64."""
+    """Return a signature of ``data`` by an RSA ``key``, in base 64."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import padding
 
@@ -59,12 +59,12 @@ def sign(key: Any, data: bytes) -> str:
 
 
 def signed_by(certificate: Any, signature: str, data: bytes) -> bool:
-    """Whether the owner of ``certificate`` signed ``data``."""
+    """Return whether the owner of ``certificate`` signed ``data``."""
     return signed_by_key(certificate.public_key(), signature, data)
 
 
 def signed_by_key(public: Any, signature: str, data: bytes) -> bool:
-    """Whether the owner of the RSA key whose ``public`` half is given signed ``data``."""
+    """Return whether ``signature`` over ``data`` verifies with the RSA key ``public``."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import padding

@@ -1,8 +1,7 @@
-"""Values in files: written piece by piece, read leaf by leaf, so that memory does not grow with the number of sites.
+"""Values in files, written in pieces and read leaf by leaf, so that memory use does not grow with the number of sites.
 
-The layout is that of ``core.serialization``. What is read back stays on the disk: a leaf enters memory when somebody
-asks for it and leaves it with the last reference. So a server that merges fifty replies of 400 MB holds the sum and one
-leaf.
+The layout is that of ``core.serialization``. Values that are read stay on disk: a leaf is loaded at access and released
+with its last reference. A server that merges fifty replies of 400 MB therefore holds the sum and one leaf.
 """
 
 import hashlib
@@ -22,17 +21,17 @@ from polyclinic.core.method import Request
 
 
 def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
-    """Writes ``value`` to ``path``, forces it to the disk if it must be ``durable``; its length and SHA-256.
+    """Write ``value`` to ``path``, forced to disk if ``durable``; return its length and SHA-256.
 
     Raises:
-        OSError: Where there is no room; nothing half-written is left.
-        TypeError: Where it cannot be saved.
+        OSError: If there is no room; no partial file is left.
+        TypeError: If the value cannot be saved.
     """
     head, tensors = serialization.header_of(value)
-    beside = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")
     hasher, size = hashlib.sha256(), 0
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             for piece in (head, *(_bytes_of(tensor) for tensor in tensors)):
                 file.write(piece)
                 hasher.update(piece)
@@ -40,15 +39,15 @@ def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(part, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     return size, hasher.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """The bytes of a tensor as they lie in memory, without a copy where it is contiguous."""
+    """Return the memory of a tensor as bytes, without a copy if it is contiguous."""
     if not tensor.numel():
         return b""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -56,56 +55,56 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def read(path: Path) -> Any:
-    """The value at ``path``; its tensors are private views of the file.
+    """Return the value at ``path``; its tensors are private views of the file.
 
     Raises:
-        Corrupt: Where it is not a value of ours.
+        Corrupt: If the file does not contain a serialized value.
     """
     return serialization.decode(_mapped(path), share=True)
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """The file at ``path`` as memory, of which nothing is read yet."""
+    """Map the file at ``path`` into memory without reading it."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise serialization.Corrupt("the file is empty")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def read_ask(path: Path) -> Request:
-    """The ask at ``path``, whose leaves stay on the disk until somebody looks at them.
+def read_request(path: Path) -> Request:
+    """Return the request at ``path``; its leaves stay on disk until they are accessed.
 
     Raises:
-        Corrupt: Where the file does not hold an ask.
+        Corrupt: If the file does not contain a request.
     """
     mapped = _mapped(path)
     request = serialization.decode(mapped, share=True)
     if not isinstance(request, Request) or not isinstance(request.trees, Mapping) or request.per_site != {}:
-        raise serialization.Corrupt(f"an ask for one site was expected, not {type(request).__name__}")
+        raise serialization.Corrupt(f"a request for one site was expected, not {type(request).__name__}")
     return replace(
         request, trees={name: Passing(_tree(name, leaves), mapped) for name, leaves in request.trees.items()}
     )
 
 
 def read_reply(path: Path) -> Reply:
-    """The reply at ``path``, whose leaves stay on the disk until somebody looks at them.
+    """Return the reply at ``path``; its leaves stay on disk until they are accessed.
 
     Raises:
-        Corrupt: Where the file does not hold a reply.
+        Corrupt: If the file does not contain a reply.
     """
     mapped = _mapped(path)
     reply = serialization.decode(mapped, share=True)
     if not isinstance(reply, Reply) or not isinstance(reply.parts, Mapping):
         raise serialization.Corrupt(f"a reply was expected, not {type(reply).__name__}")
     if len(reply.parts) > 1000:
-        raise serialization.Corrupt(f"a reply of {len(reply.parts)} parts")
+        raise serialization.Corrupt(f"a reply has {len(reply.parts)} parts, and at most 1000 are allowed")
     return Reply({part: _lazy(part, stat, mapped) for part, stat in reply.parts.items()})
 
 
 def _lazy(part: str, stat: Stat, mapped: mmap.mmap) -> Stat:
-    """``stat`` with its trees on the disk, after checking that it is what its class says."""
+    """Return ``stat`` with its trees on disk, after checking that its fields have the types of its class."""
     if not isinstance(stat, WeightedMean | ElementwiseMean | PerSite):
-        raise serialization.Corrupt(f"{part}: a {type(stat).__name__} is no stat")
+        raise serialization.Corrupt(f"{part}: a {type(stat).__name__} is not an aggregatable value")
     changes: dict[str, Any] = {}
     for field in fields(stat):
         value = getattr(stat, field.name)
@@ -125,35 +124,35 @@ def _lazy(part: str, stat: Stat, mapped: mmap.mmap) -> Stat:
 def _tree(part: str, value: Any) -> Mapping[str, Tensor]:
     if isinstance(value, Mapping) and all(isinstance(leaf, Tensor) for leaf in value.values()):
         return value
-    raise serialization.Corrupt(f"{part}: a tree holds something else than tensors")
+    raise serialization.Corrupt(f"{part}: a tree contains values other than tensors")
 
 
 class OnDisk(Mapping[str, Tensor]):
-    """A tree whose leaves lie in a file. Each access copies one leaf into memory; two trees in one are in memory."""
+    """Tree whose leaves are in a file. Each access loads a copy of one leaf; merging two trees loads both."""
 
     def __init__(self, views: Mapping[str, Tensor], mapped: mmap.mmap) -> None:
         self._views, self._mapped = views, mapped
 
     def __getitem__(self, name: str) -> Tensor:
-        """The leaf, in memory."""
+        """Return a copy of the leaf in memory."""
         leaf = self._views[name].clone()
         self._mapped.madvise(mmap.MADV_DONTNEED)  # nothing was written to the pages, so nothing is lost
         return leaf
 
     def __iter__(self) -> Iterator[str]:
-        """The leaves' names."""
+        """Iterate over the names of the leaves."""
         return iter(self._views)
 
     def __len__(self) -> int:
-        """How many leaves."""
+        """Return the number of leaves."""
         return len(self._views)
 
     def __or__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This tree and another, as of two dictionaries."""
+        """Merge with another tree into a dictionary in memory."""
         return {**self, **other}
 
     def __ror__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Another tree and this, as of two dictionaries."""
+        """Merge with another tree into a dictionary in memory."""
         return {**other, **self}
 
     @property
@@ -163,9 +162,9 @@ class OnDisk(Mapping[str, Tensor]):
 
 
 class Passing(OnDisk):
-    """A read-only tree: a leaf is a view of the file, whose pages are released when the next is requested."""
+    """Read-only tree. A leaf is a view of the file whose pages are released at the next access."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """The leaf, without a copy."""
-        self._mapped.madvise(mmap.MADV_DONTNEED)  # whoever still holds the leaf before reads it from the disk again
+        """Return a view of the leaf, without a copy."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)  # an earlier leaf still in use is read from disk again
         return self._views[name]

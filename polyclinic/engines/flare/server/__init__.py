@@ -1,1 +1,1 @@
-"""What runs at the coordinator."""
+"""Server side of a deployment: setup, job queue, supervisor, run coordinator."""

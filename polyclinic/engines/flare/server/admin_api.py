@@ -1,6 +1,7 @@
-"""The coordinator's line to its own FLARE server: a process apart, because FLARE's client may hang for ever.
+"""Coordinator's connection to its FLARE server, in a separate process because FLARE's client may hang.
 
-``Console`` starts it, asks, waits for a bounded time, and starts another when it does not answer.
+``AdminConnection`` starts the process, waits for each answer for a limited time, and restarts the process after a
+timeout.
 """
 
 import json
@@ -17,44 +18,44 @@ PATIENCE = 40.0
 
 
 class NoAnswer(RunError):
-    """The server does not answer, or says no. The message is FLARE's or ours."""
+    """The server did not answer or refused. The message is FLARE's or Polyclinic's."""
 
 
-class Console:
-    """Asks the server; one question at a time."""
+class AdminConnection:
+    """Client of the server's administration interface; one command at a time."""
 
     def __init__(self, kit: Path, log: Path, patience: float = PATIENCE) -> None:
-        """With the coordinator's folder ``kit``; waits at most ``patience`` seconds for an answer."""
+        """Use the coordinator's startup kit ``kit``; wait at most ``patience`` seconds for an answer."""
         self.kit, self.log, self.patience = kit, log, patience
         self._process: subprocess.Popen[bytes] | None = None
 
     def sites(self) -> dict[str, float]:
-        """The sites that are connected, and when each was last heard of."""
-        found: dict[str, float] = self._ask("sites")
-        return found
+        """Return the connected sites, each with the time of its last contact."""
+        connected: dict[str, float] = self._execute("sites")
+        return connected
 
     def submit(self, job: Path) -> str:
-        """Signs and submits the job in a folder, and returns its number."""
-        return str(self._ask("submit", str(job)))
+        """Sign and submit the job in a folder, and return its number."""
+        return str(self._execute("submit", str(job)))
 
     def status(self, job: str) -> str:
-        """FLARE's status of a job, such as ``RUNNING`` or ``FINISHED:COMPLETED``."""
-        return str(self._ask("status", job))
+        """Return FLARE's status of a job, such as ``RUNNING`` or ``FINISHED:COMPLETED``."""
+        return str(self._execute("status", job))
 
     def abort(self, job: str) -> None:
-        """Ends a job."""
-        self._ask("abort", job)
+        """End a job."""
+        self._execute("abort", job)
 
     def disable(self, site: str) -> None:
-        """Shuts a site out, now and after restarts."""
-        self._ask("disable", site)
+        """Exclude a site, now and after restarts."""
+        self._execute("disable", site)
 
     def enable(self, site: str) -> None:
-        """Lets a site in again."""
-        self._ask("enable", site)
+        """Admit an excluded site again."""
+        self._execute("enable", site)
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -63,7 +64,7 @@ class Console:
                     pipe.close()
             self._process = None
 
-    def _ask(self, what: str, *arguments: str) -> Any:
+    def _execute(self, what: str, *arguments: str) -> Any:
         if self._process is None or self._process.poll() is not None:
             self.close()
             with open(self.log, "ab") as log:
@@ -81,7 +82,7 @@ class Console:
                     raise NoAnswer(f"the server did not answer within {self.patience:g} s")
                 piece = os.read(process.stdout.fileno(), 2**16)
                 if not piece:
-                    raise NoAnswer("the line to the server broke")
+                    raise NoAnswer("the connection to the server was closed")
                 line += piece
         except (OSError, NoAnswer) as error:
             self.close()
@@ -93,7 +94,7 @@ class Console:
 
 
 def main(kit: str) -> None:
-    """The process's life: a question in, an answer out, until the other end closes."""
+    """Read commands from standard input and write their results, until the input is closed."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     session = None
@@ -102,7 +103,7 @@ def main(kit: str) -> None:
         try:
             session = session or _session(kit)
             answer = [True, _do(session, what, arguments)]
-        except Exception as error:  # whatever FLARE says
+        except Exception as error:  # FLARE may raise anything
             answer = [False, f"{type(error).__name__}: {error}"]
             if type(error).__name__ in ("NoConnection", "SessionClosed", "SessionExpired", "InternalError"):
                 _close(session)
@@ -140,7 +141,7 @@ def _do(session: Any, what: str, arguments: list[str]) -> Any:
         case "enable":
             session.enable_client(arguments[0])
         case _:
-            raise ValueError(f"no question is called {what!r}")
+            raise ValueError(f"there is no command {what!r}")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The runs that a server was asked for, one file each, and where each of them stands."""
+"""Queue of requested runs, one file each, with the state of each run."""
 
 import json
 import time
@@ -6,25 +6,32 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, name, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.paths import (
+    ServerFolder,
+    SetupError,
+    name,
+    private_folder,
+    read_json,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 WAITING, ACTIVE, FINISHED, FAILED, CANCELLED = "waiting", "active", "finished", "failed", "cancelled"
-# What a run says of itself in status.json, besides "greeting" and "running": how an attempt ended.
+# Phases in status.json besides "greeting" and "running": how an attempt ended.
 INTERRUPTED = "interrupted"
 OVER = (FINISHED, FAILED, CANCELLED)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run in the queue.
+    """Run in the queue.
 
     Attributes:
-        order: The order, as text.
-        state: ``waiting``, ``active``, ``finished``, ``failed`` or ``cancelled``; ``why`` in words.
-        job: FLARE's number of the job of this attempt. ``attempt``: how many there were before.
-        since: When this state began. ``not_before``: when a waiting run may be tried again.
-        round: How far the last attempt came. ``fruitless``: how many attempts ended without a round.
+        order: The run request, as text.
+        state: ``waiting``, ``active``, ``finished``, ``failed`` or ``cancelled``; ``why``: the reason, as text.
+        job: FLARE's job number of this attempt. ``attempt``: number of attempts so far.
+        since: Start time of this state. ``not_before``: earliest time of the next attempt.
+        round: Round that the last attempt reached. ``fruitless``: number of attempts without a completed round.
         members: The sites whose jobs were started.
     """
 
@@ -40,42 +47,42 @@ class Entry:
     members: tuple[str, ...] = ()
 
     @property
-    def what(self) -> Order:
-        """The order, as an object."""
-        return Order.from_json(self.order)
+    def what(self) -> RunRequest:
+        """The parsed run request."""
+        return RunRequest.from_json(self.order)
 
 
 class Queue:
-    """The folder of runs."""
+    """Folder of queued runs."""
 
-    def __init__(self, home: ServerHome) -> None:
+    def __init__(self, home: ServerFolder) -> None:
         self.home = home
 
-    def add(self, order: Order) -> None:
-        """Puts a run at the end.
+    def add(self, order: RunRequest) -> None:
+        """Append a run.
 
         Raises:
-            BadHome: Where there is one of this name.
+            SetupError: If the name was used before.
         """
         if self.get(order.run) is not None or self.home.run(order.run).exists():
-            raise BadHome(f"there was a run called {order.run!r} before: choose another name")
+            raise SetupError(f"the name {order.run!r} was used by another run: choose another name")
         self.put(order.run, Entry(order.to_json(), since=time.time()))
 
     def get(self, run: str) -> Entry | None:
-        """The entry of a run, if there is one."""
+        """Return the entry of a run, if there is one."""
         table = read_json(self._path(run), default={})
         return Entry(**{**table, "members": tuple(table["members"])}) if table else None
 
     def put(self, run: str, entry: Entry) -> None:
-        """Writes an entry."""
+        """Write an entry."""
         private_folder(self.home.queue)
         write_private(self._path(run), json.dumps(asdict(entry)))
 
     def change(self, run: str, **fields: Any) -> Entry:
-        """Changes some fields of an entry."""
+        """Change fields of an entry."""
         entry = self.get(run)
         if entry is None:
-            raise BadHome(f"there is no run called {run!r}")
+            raise SetupError(f"there is no run called {run!r}")
         if fields.get("state", entry.state) != entry.state:
             fields["since"] = time.time()
         changed = replace(entry, **fields)
@@ -83,29 +90,29 @@ class Queue:
         return changed
 
     def all(self) -> dict[str, Entry]:
-        """Every entry, the oldest first."""
+        """Return every entry, the oldest first."""
         runs = sorted(self.home.queue.glob("*.json"), key=lambda path: path.stem) if self.home.queue.exists() else []
-        found = {path.stem: entry for path in runs if (entry := self.get(path.stem))}
-        return dict(sorted(found.items(), key=lambda item: (item[1].since, item[0])))
+        entries = {path.stem: entry for path in runs if (entry := self.get(path.stem))}
+        return dict(sorted(entries.items(), key=lambda item: (item[1].since, item[0])))
 
     def cancel(self, run: str) -> None:
-        """Asks the supervisor to end a run for good.
+        """Request that the supervisor ends a run permanently.
 
         Raises:
-            BadHome: Where there is none.
+            SetupError: If there is no such run.
         """
         if self.get(run) is None:
-            raise BadHome(f"there is no run called {run!r}")
+            raise SetupError(f"there is no run called {run!r}")
         self._marker(run).touch()
 
     def cancelled(self, run: str) -> bool:
-        """Whether a person asked for an end."""
+        """Return whether a person requested the end of a run."""
         return self._marker(run).exists()
 
     def progress(self, run: str) -> dict[str, Any]:
-        """What the run itself says in its status.json; empty where it has said nothing."""
-        found: dict[str, Any] = read_json(self.home.run(run) / "status.json", default={})
-        return found
+        """Return the contents of the run's status.json; empty if the file does not exist."""
+        status: dict[str, Any] = read_json(self.home.run(run) / "status.json", default={})
+        return status
 
     def _path(self, run: str) -> Path:
         return self.home.queue / f"{name(run, 'a run')}.json"

@@ -1,4 +1,6 @@
-"""Who contributed to a run, who did not, and why: for the status of the server, and for the run's last word."""
+"""Participation of the sites in a run: contributions and reasons for their absence, for the server's status and the
+run.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,14 +13,14 @@ from polyclinic.engines.flare.protocol.messages import printable
 
 @dataclass
 class Participation:
-    """What is known of the sites of one run.
+    """State of the sites of one run.
 
     Attributes:
-        contributed: The sites of which at least one answer was used.
-        reasons: Why each other site last contributed nothing.
-        trained: The sites whose answers the last exchange used. ``asked``: whom it asked.
+        contributed: The sites with at least one used answer.
+        reasons: Last reason why each other site did not contribute.
+        trained: The sites whose answers the last exchange used. ``asked``: the sites that it called.
         lost: The sites that the last exchange lost, each with the reason.
-        missing: The sites that take no part in this attempt, each with the reason.
+        missing: The sites that do not take part in this attempt, each with the reason.
     """
 
     contributed: set[str] = field(default_factory=set)
@@ -30,19 +32,19 @@ class Participation:
 
     @classmethod
     def read(cls, records: Path, length: int, missing: Mapping[str, str]) -> "Participation":
-        """From the first ``length`` bytes of a run's records, and who is ``missing`` in this attempt."""
-        found = cls()
+        """Build from the first ``length`` bytes of a run's records and from the sites ``missing`` in this attempt."""
+        participation = cls()
         lines = records.read_bytes()[:length].splitlines() if records.exists() else []
         for line in lines:
             fact = json.loads(line)
             if fact["kind"] == "round":
-                found.step(fact["asked"], fact["lost"])
-        found.missing = {site: printable(reason, 300) for site, reason in missing.items()}
-        found.reasons |= found.missing
-        return found
+                participation.step(fact["asked"], fact["lost"])
+        participation.missing = {site: printable(reason, 300) for site, reason in missing.items()}
+        participation.reasons |= participation.missing
+        return participation
 
     def step(self, asked: Sequence[str], lost: Mapping[str, str]) -> None:
-        """Adds what one exchange did."""
+        """Add the results of one exchange."""
         self.asked = sorted({*asked, *lost})
         self.lost = {site: printable(reason, 300) for site, reason in lost.items()}
         self.trained = sorted(set(asked) - lost.keys())
@@ -50,11 +52,11 @@ class Participation:
         self.reasons |= self.lost
 
     def without(self, sites: Sequence[str]) -> dict[str, str]:
-        """Those of ``sites`` that never contributed, each with the last reason."""
-        return {s: self.reasons.get(s, "it was never asked") for s in sorted(sites) if s not in self.contributed}
+        """Return those of ``sites`` that never contributed, each with its last reason."""
+        return {s: self.reasons.get(s, "it was never called") for s in sorted(sites) if s not in self.contributed}
 
     def facts(self) -> dict[str, Any]:
-        """As ``status.json`` holds it."""
+        """Return the fields of ``status.json``."""
         return {
             "trained": self.trained,
             "asked": self.asked,

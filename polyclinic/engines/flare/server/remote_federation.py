@@ -1,7 +1,7 @@
-"""The server's side of the exchange as the drivers see it: a ``core.rounds.Federation`` over any carrier.
+"""Implementation of ``core.rounds.Federation`` over a message transport.
 
-FLARE carries between hospitals (``controller``), and the tests carry within a process. What the drivers, the methods
-and the results see is the same.
+FLARE transports messages between organizations (``controller``); the tests transport them within a process. Run loops,
+methods and results are identical in both cases.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,17 +17,17 @@ from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
 from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.rpc import Carrier, Count, Exchange
-from polyclinic.engines.flare.protocol.run_request import Order
+from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.secure_aggregation import secure_sum
 
 
 class FlareFederation:
-    """A server that can reach sites in other houses."""
+    """Server that communicates with remote sites."""
 
     def __init__(
         self,
-        order: Order,
+        order: RunRequest,
         carrier: Carrier,
         folder: Path,
         journal: SharedJournal,
@@ -37,13 +37,13 @@ class FlareFederation:
         count: Count = Count(),
         limits: Limits = Limits(),
     ) -> None:
-        """Opens the conversation of ``order`` with ``sites``.
+        """Open the message exchange of ``order`` with ``sites``.
 
         Args:
-            folder: Where messages lie while they are under way.
-            signers: The sites' keys, under which every answer must be signed.
-            count: Where an earlier conversation stood.
-            limits: How large a reply may be.
+            folder: Folder of messages in transit.
+            signers: The sites' keys; every answer must be signed by one of them.
+            count: Progress of an earlier exchange to continue.
+            limits: Limits on the size of replies.
         """
         self.server = Site("server", seed=seed)
         self._sites = sorted(sites)
@@ -53,28 +53,28 @@ class FlareFederation:
 
     @property
     def sites(self) -> Sequence[str]:
-        """Every site's name, in order."""
+        """The names of all sites, sorted."""
         return self._sites
 
     @property
     def count(self) -> Count:
-        """Where the conversation stands. Saved with the server's state, it resumes a run to the bit."""
+        """Progress of the message exchange. Saved with the server state, it makes a resumed run bit-identical."""
         return self._exchange.count
 
     def confirm(self) -> None:
-        """Says that the server's disk holds everything up to here; sites learn it with the next call."""
+        """Record that the server has stored everything so far; the next call informs each site."""
         self._exchange.confirmed = dict(self.count.answered)
 
     def keep(self, answered: Mapping[str, int]) -> None:
-        """Says after which message of each site the best model was made; sites learn it with the next call."""
+        """Record the last message of each site in the best model; the next call informs each site."""
         self._exchange.keep = dict(answered)
 
     def look_back(self) -> None:
-        """From now on sites score with the memory that was kept."""
+        """Score from the site state that was kept for the best model from now on."""
         self._kind = "look"
 
     def send(self, request: Request, to: Sequence[str]) -> None:
-        """Calls the sites named. Each receives what is for it and nothing else."""
+        """Call the sites in ``to``. Each receives only its own part of the request."""
         self._exchange.next()
         self._secure = (request, tuple(to)) if request.secure else None
         if request.per_site:
@@ -84,9 +84,9 @@ class FlareFederation:
             self._exchange.post(request, to, self._kind, request.round, request.job)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers as they arrive. A site that is away, or late, is lost, and what it sends later is dropped.
+        """Yield answers as they arrive. A site that is away or late is lost, and its later answer is dropped.
 
-        Without a ``deadline`` the order's holds, for scores and in buffered mode too, so that nobody waits for ever.
+        Without a ``deadline`` that of the run request applies, also to scores and in buffered mode.
         """
         deadline = self._exchange.order.deadline if deadline is None else deadline
         if self._secure is not None:
@@ -100,14 +100,14 @@ class FlareFederation:
                     self._exchange.counts(call.number, [call.site])
                 except Corrupt as error:
                     lost = self._exchange.lost(call, f"its reply was refused: {printable(str(error))}").lost
-                path.unlink(missing_ok=True)  # its pages live as long as somebody holds the reply
+                path.unlink(missing_ok=True)  # its pages remain until the reply is released
             yield Arrival(call.site, call.round, reply, lost, seconds)
 
 
 def discount_of(method: Any) -> Callable[[int], float]:
-    """The weight of an answer by its age, as ``method`` or the method it wraps defines; 1 if neither does."""
+    """Return the weight of an answer by its age, as ``method`` or the method it wraps defines; 1 if neither does."""
     while method is not None:
-        if callable(found := getattr(method, "discount", None)):
-            return found  # type: ignore[no-any-return]
+        if callable(discount := getattr(method, "discount", None)):
+            return discount  # type: ignore[no-any-return]
         method = getattr(method, "inner", None)
     return undiscounted

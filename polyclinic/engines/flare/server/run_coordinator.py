@@ -1,9 +1,9 @@
-"""Conducts one run at the server, from where its checkpoint stands to its end, whatever ends it.
+"""Run coordinator: executes one run at the server from its checkpoint to its end.
 
-After every round the server's state, the count of messages and the length of the records are written by write and
-rename; a crash at any moment loses at most the round under way, and that round repeats to the bit, because sites answer
-a message that comes twice as they answered it the first time. A model is written before sites are asked to score it or
-to train from it: sites answer for one content in each place of a run, so nothing is asked that a crash could change.
+After every round the server state, the message count and the length of the records are written and renamed into place.
+A crash loses at most the current round, which then repeats with bit-identical results because sites repeat their answer
+to a repeated message. A model is stored before sites are called to score it or to train from it: sites answer only one
+content per position of a run, so a crash must not change what is requested.
 """
 
 import fcntl
@@ -30,10 +30,10 @@ from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
 from polyclinic.engines.flare.protocol.paths import private_folder, write_private
-from polyclinic.engines.flare.protocol.registration import Greeting, greet
+from polyclinic.engines.flare.protocol.registration import Registration, register
 from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
-from polyclinic.engines.flare.protocol.run_request import Order, code_hash
+from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.server.participation import Participation
@@ -45,19 +45,20 @@ from polyclinic.learning.tasks.task_evaluation import evaluate
 
 @savable("deployment.Checkpoint", 1)
 @dataclass(frozen=True)
-class Standing:
-    """Where a run stands.
+class RunCheckpoint:
+    """Checkpoint of a run.
 
     Attributes:
-        state: The server's. ``round``: how many rounds are complete.
-        number: The last message's number, and ``answered`` the last of each site's that was answered.
-        records: The length of records.jsonl in bytes.
-        trained: Whether the training is over, and only the test is left.
-        unscored: Whether the model of this round has still to be scored. It is written before sites are asked, so that
-            after a crash they are asked for the scores of this very model, and of no other in its place.
-        best: The round whose model is tested, 0 for the last. ``score`` is its mean over sites, and ``kept`` the last
-            message of each site that is in it.
-        scores: What each site last scored. One that is away counts as it did: no round looks better for its absence.
+        state: The server state. ``round``: number of completed rounds.
+        number: The last message number. ``answered``: the last message that each site answered.
+        records: Length of records.jsonl in bytes.
+        trained: Whether the training is complete and only the test remains.
+        unscored: Whether the model of this round has not been scored yet. Stored before sites are called, so that after
+            a crash the same model is scored.
+        best: Round whose model is tested; 0 for the last. ``score``: its mean over sites. ``kept``: the last message of
+            each site in it.
+        scores: Last score of each site. A site that is away keeps its last score, so that its absence does not improve
+            a round.
     """
 
     state: Any
@@ -74,16 +75,16 @@ class Standing:
 
 
 @dataclass
-class Conductor:
+class RunCoordinator:
     """One attempt at one run.
 
     Attributes:
-        members: The sites that take part in this attempt: those whose job processes FLARE has started.
-        signers: The sites' keys, under which every answer must be signed.
-        limits: What is taken from sites.
+        members: The sites whose job processes FLARE has started for this attempt.
+        signers: The sites' keys; every answer must be signed by one of them.
+        limits: Limits on what the server accepts from sites.
     """
 
-    order: Order
+    order: RunRequest
     carrier: Carrier
     folder: Path
     members: tuple[str, ...]
@@ -99,10 +100,10 @@ class Conductor:
         self.method = self.plan.build_method()
 
     def run(self) -> str:
-        """Runs to the end, and says how it ended: ``finished``, ``interrupted`` (try again) or ``failed``."""
+        """Execute the run and return its outcome: ``finished``, ``interrupted`` (try again) or ``failed``."""
         outcome, why = FAILED, ""
         with open(self.folder / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two attempts at one run would ruin it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two simultaneous attempts would corrupt the run
             try:
                 self._say("greeting", "")
                 self._run()
@@ -134,15 +135,19 @@ class Conductor:
                 "rehearsal": self.order.rehearsal,
             },
         )
-        # One reference to the state, so that the one before is gone when the next has come.
-        self._at = at or Standing(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
+        # A single reference to the state, so that the previous one is freed when the next arrives.
+        self._at = at or RunCheckpoint(self.method.init(self.plan.build_task().first(self.plan.seed)), 0, 0, {}, 0)
         del at
-        greeting = Greeting(self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers)
-        ready = greet(greeting, self.members)
+        registration = Registration(
+            self.order, self.carrier, self.journal, self._say, self._pause, self.poll, self.signers
+        )
+        ready = register(registration, self.members)
         away = {
             site: "it was not connected when the run began" for site in self.order.everyone if site not in self.members
         }
-        self._part = Participation.read(self.folder / "records.jsonl", self._at.records, {**away, **greeting.missing})
+        self._part = Participation.read(
+            self.folder / "records.jsonl", self._at.records, {**away, **registration.missing}
+        )
         self._records = Records(
             self.folder / "records.jsonl", self._at.records, self.order.label or self.plan.method, self.plan.seed
         )
@@ -170,31 +175,31 @@ class Conductor:
                 self._finish(federation)
         finally:
             self._records.close()
-        greet(greeting, ready, "end")
+        register(registration, ready, "end")
         if without := self._part.without(self.order.everyone if self.order.mode == "survey" else self.plan.sites):
             self._why = "without " + "; ".join(f"{site} ({reason})" for site, reason in without.items())
             self.journal.write("without", {"sites": without})
 
     def _train(self, federation: FlareFederation) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for step in self._steps(federation):
             following = self.method.request(step.state)
             over = following is None or following.round != step.request.round
             done = step.request.round + 1 if over else self._at.round
-            self._records.step(step, done, time.perf_counter() - begun)
+            self._records.step(step, done, time.perf_counter() - start)
             last = following is None or done >= self.plan.rounds
             due = self.order.score_every > 0 and over and (done % self.order.score_every == 0 or last)
             self._save(federation, step.state, done, unscored=due)
             self._part.step(step.asked, step.lost)
             if due:
                 self._judge(federation)
-            since = self._said.get("away", {})  # the supervisor readmits who was heard of later than that
-            self._said["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
+            since = self._status.get("away", {})  # the supervisor readmits sites with a later contact
+            self._status["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
             self._say("running", "", done)
             self._pause()
-            begun = time.perf_counter()
-            dict.clear(step.reply.parts)  # type: ignore[arg-type]  # it is large, and the driver keeps it for a while
-            del step, following  # the ask holds the model before
+            start = time.perf_counter()
+            dict.clear(step.reply.parts)  # type: ignore[arg-type]  # it is large, and the run loop keeps a reference
+            del step, following  # the request holds the previous model
         self._save(federation, self._at.state, self._at.round, trained=True)
 
     def _steps(self, federation: FlareFederation) -> Iterator[Step[Any]]:
@@ -215,13 +220,13 @@ class Conductor:
             )
         trainers = [site for site in sites if site in self.plan.sites]
         size = min(order.sites_per_round or len(trainers), len(trainers))
-        cohort = UniformSampler(tuple(trainers), size, self.plan.seed)
+        sampler = UniformSampler(tuple(trainers), size, self.plan.seed)
         return train(
             self.method,
             federation,
             self._at.state,
             rounds=self.plan.rounds,
-            sampler=cohort,
+            sampler=sampler,
             deadline=order.deadline,
             min_replies=order.min_replies,
             gate=self._gate,
@@ -229,26 +234,30 @@ class Conductor:
 
     @property
     def _gate(self) -> ReplyValidator:
-        """What a reply must be like beside those of the others."""
+        """The validator of replies."""
         limits = self.limits
         ratios = {"weight_ratio": limits.weight_ratio or None, "norm_ratio": limits.norm_ratio or None}
         return ReplyValidator(**ratios, counts=limits.counts)
 
     def _judge(self, federation: FlareFederation) -> None:
-        """Lets sites score the saved model on validation data, keeps it where it is the best so far, and saves that."""
+        """Score the saved model on the sites' validation data, keep it if it is the best so far, and save a
+        checkpoint.
+        """
         state, done = self._at.state, self._at.round
-        found = dict(self._at.scores)
+        scores = dict(self._at.scores)
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
-                found[site] = metrics[self.order.best["metric"]]
-        if found:
-            self._at = replace(self._at, scores=found)
-            mean = sum(found[site] for site in sorted(found)) / len(found)
+                scores[site] = metrics[self.order.best["metric"]]
+        if scores:
+            self._at = replace(self._at, scores=scores)
+            mean = sum(scores[site] for site in sorted(scores)) / len(scores)
             if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
                 kept = dict(federation.count.answered)
-                tensor_file.write(self._best(done), Standing(state, done, 0, kept, 0, best=done, score=mean, kept=kept))
+                tensor_file.write(
+                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=mean, kept=kept)
+                )
                 self._at = replace(self._at, best=done, score=mean, kept=kept)
                 federation.keep(kept)
         self._save(federation, state, done)
@@ -257,23 +266,23 @@ class Conductor:
         return self.folder / f"best-{round}.safetensors"
 
     def _survey(self, federation: FlareFederation) -> None:
-        """Asks every site what its data are, and trains nothing."""
+        """Request every site's data description, without training."""
         federation.send(Request(0, {}, JOB), federation.sites)
-        said, lost = dict[str, Any](), dict[str, str]()
+        descriptions, lost = dict[str, Any](), dict[str, str]()
         for arrival in federation.replies(self.order.deadline):
             if arrival.reply is not None:
-                said[arrival.site] = read_description(arrival.reply, arrival.site)
+                descriptions[arrival.site] = read_description(arrival.reply, arrival.site)
             else:
                 lost[arrival.site] = arrival.lost
         self._part.step(federation.sites, lost)
-        write_private(self.folder / "survey.json", json.dumps(dict(sorted(said.items())), indent=1))
+        write_private(self.folder / "survey.json", json.dumps(dict(sorted(descriptions.items())), indent=1))
         self._save(federation, self._at.state, 1, trained=True)
         self._say("running", "", 1)
 
     def _finish(self, federation: FlareFederation) -> None:
-        """Writes the model, and opens the test data if the order says so."""
+        """Write the model, and evaluate it on test data if the run request says so."""
         end = self._at
-        tested: Standing = states.load(self._best(end.best)) if end.best else end
+        tested: RunCheckpoint = states.load(self._best(end.best)) if end.best else end
         if end.best:
             federation.look_back()
         model = self.method.site_model(self.method.evaluation_request(tested.state), {})
@@ -285,31 +294,31 @@ class Conductor:
             self._records.write("sealed", opened=opened)
         self._save(federation, end.state, end.round, trained=True)
 
-    def _test(self, federation: FlareFederation, tested: Standing) -> None:
-        """Scores by site; and what the model says of each patient, where a site's policy lets that leave."""
-        said: Mapping[str, Tree] = {}
+    def _test(self, federation: FlareFederation, tested: RunCheckpoint) -> None:
+        """Record test scores by site, and per-patient predictions if a site's policy releases them."""
+        predictions: Mapping[str, Tree] = {}
         if self.order.test == "predict/test":
-            said = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
-        for site, leaves in said.items():
+            predictions = evaluate(self.method, federation, tested.state, federation.sites, "predict/test")
+        for site, leaves in predictions.items():
             metrics = self.method.task.summary(leaves)
             self._records.write("test", round=tested.round, site=site, metrics=metrics, n=len(leaves["patient"]))
-        others = [site for site in federation.sites if site not in said]
+        others = [site for site in federation.sites if site not in predictions]
         scored = evaluate(self.method, federation, tested.state, others, "score/test") if others else {}
         for site, leaves in scored.items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("test", round=tested.round, site=site, metrics=metrics, n=int(leaves["n"]))
-        known = evaluate(self.method, federation, tested.state, list(said), "predict/val") if said else {}
-        for name, answers in (("predictions", said), ("validation", known)):
+        known = evaluate(self.method, federation, tested.state, list(predictions), "predict/val") if predictions else {}
+        for name, answers in (("predictions", predictions), ("validation", known)):
             if answers:
                 leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
                 tensor_file.write(self.folder / f"{name}.safetensors", leaves)
 
-    def _load(self) -> Standing | None:
+    def _load(self) -> RunCheckpoint | None:
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return None
-        standing: Standing = states.load(path)
-        return standing
+        checkpoint: RunCheckpoint = states.load(path)
+        return checkpoint
 
     def _save(
         self, federation: FlareFederation, state: Any, done: int, trained: bool = False, unscored: bool = False
@@ -334,9 +343,9 @@ class Conductor:
         federation.confirm()
 
     def _say(self, phase: str, why: str, done: int | None = None, waiting: Mapping[str, str] | None = None) -> None:
-        """Writes status.json, by which people and the supervisor know how it goes."""
-        said = getattr(self, "_said", {"round": 0})
-        self._said = said | {
+        """Write status.json, which people and the supervisor read."""
+        previous = getattr(self, "_status", {"round": 0})
+        self._status = previous | {
             "phase": phase,
             "why": why,
             "pid": os.getpid(),
@@ -345,14 +354,14 @@ class Conductor:
             "waiting": dict(waiting or {}),
         }
         if done is not None:
-            self._said["round"] = done
-        self._said["rounds"] = self.plan.rounds
+            self._status["round"] = done
+        self._status["rounds"] = self.plan.rounds
         if hasattr(self, "_part"):
-            self._said |= self._part.facts()
-        write_private(self.folder / "status.json", json.dumps(self._said), durable=False)
+            self._status |= self._part.facts()
+        write_private(self.folder / "status.json", json.dumps(self._status), durable=False)
 
     def _pause(self) -> None:
-        """Raises ``Pause`` where the supervisor has asked for one."""
+        """Raise ``Pause`` if the supervisor has requested one."""
         if (self.folder / "pause").exists():
             why = (self.folder / "pause").read_text()
             (self.folder / "pause").unlink(missing_ok=True)
@@ -360,16 +369,16 @@ class Conductor:
 
 
 class Pause(RunError):
-    """The supervisor wants to begin a new attempt at this boundary. The message says why."""
+    """The supervisor requests a new attempt at this round boundary. The message says why."""
 
 
-def model_bytes(order: Order) -> int:
-    """The bytes of the model that ``order`` trains."""
+def model_bytes(order: RunRequest) -> int:
+    """Return the bytes of the model that ``order`` trains."""
     plan = order.build_plan()
     return tree.nbytes(plan.build_task().first(plan.seed))
 
 
 def _all_refuse(error: Exception) -> bool:
-    """Whether too few replies came because every site that is missing refuses: asking again would change nothing."""
+    """Return whether too few replies came because every missing site refused, so that a retry would not help."""
     reasons = list(error.lost.values()) if isinstance(error, TooFewReplies) else []
     return bool(reasons) and all(reason.startswith("refused") for reason in reasons)

@@ -1,7 +1,7 @@
-"""A secure sum between hospitals: the five exchanges of ``secure_aggregation``, over the calls of one message.
+"""Secure sum between hospitals: the five stages of ``secure_aggregation`` within the calls of one message.
 
-Sites train first and keep what they would send; of it only names and shapes reach the server. Then the protocol runs
-among those that answered. Whoever is lost on the way is lost for this round alone; below the threshold no sum is made.
+Sites train first and keep their contribution; only its names and shapes reach the server. The protocol then runs among
+the sites that answered. A site that drops out is lost for this round only; below the threshold no sum is computed.
 """
 
 import os
@@ -25,40 +25,40 @@ STAGES: Mapping[str, type] = {"advertise": Advert, "share": Shares, "mask": Mask
 
 
 class _Sum:
-    """One secure sum, from the answers of the sites that trained."""
+    """One secure sum over the sites that trained."""
 
     def __init__(self, exchange: Exchange, request: Request, deadline: float | None) -> None:
-        self.exchange, self.ask, self.deadline = exchange, request, deadline
+        self.exchange, self.request, self.deadline = exchange, request, deadline
         self.seconds: dict[str, float] = {}
         self.lost: dict[str, str] = {}
 
     def layouts(self) -> dict[str, Any]:
-        """What each site that trained would send: names and shapes, no numbers."""
-        found = {}
+        """Return the layout of each site's contribution: names and shapes without values."""
+        layouts = {}
         for outcome in self.exchange.outcomes(self.deadline):
             value = self._value(outcome)
-            if value is not None and not (
-                isinstance(value, dict) and value and all(isinstance(v, Mapping) for v in value.values())
-            ):
-                self.lost[outcome.site] = "what it would send has no layout"
+            if value is not None and not _is_layout(value):
+                self.lost[outcome.site] = "its contribution has no valid layout"
             elif value is not None:
-                found[outcome.site] = value
+                layouts[outcome.site] = value
                 self.seconds[outcome.site] = outcome.seconds
-        return found
+        return layouts
 
     def stage(self, stage: str, bodies: Mapping[str, Any]) -> Iterator[Any]:
-        """The messages of one stage as they arrive, after calling each site with its body; one body travels as one."""
+        """Call each site with its body, an identical body once for all its sites, and yield the messages of one
+        stage.
+        """
         groups: dict[int, list[str]] = {}
         for site, body in bodies.items():
             groups.setdefault(id(body), []).append(site)
         for sites in groups.values():
-            self.exchange.post(bodies[sites[0]], sites, "secure", self.ask.round, self.ask.job, stage)
+            self.exchange.post(bodies[sites[0]], sites, "secure", self.request.round, self.request.job, stage)
         for outcome in self.exchange.outcomes(self.deadline):
             value = self._value(outcome)
             if isinstance(value, STAGES[stage]) and getattr(value, "site", None) == outcome.site:
                 yield value
             elif value is not None:
-                self.lost[outcome.site] = f"what it sent is no message of the stage {stage!r}"
+                self.lost[outcome.site] = f"it sent no message of the stage {stage!r}"
 
     def _value(self, outcome: Outcome) -> Any:
         if outcome.path is None:
@@ -74,7 +74,7 @@ class _Sum:
 
 
 def secure_sum(exchange: Exchange, request: Request, asked: Sequence[str], deadline: float | None) -> Iterator[Arrival]:
-    """One arrival with the sum over the sites that stayed to the end, and the others as lost."""
+    """Yield the sites that were lost, and one arrival with the sum over the sites that completed the protocol."""
     sum_ = _Sum(exchange, request, deadline)
     try:
         layouts = sum_.layouts()
@@ -82,7 +82,7 @@ def secure_sum(exchange: Exchange, request: Request, asked: Sequence[str], deadl
     except (ProtocolError, ValueError) as error:
         arrival = None
         for site in asked:
-            sum_.lost.setdefault(site, f"no sum was made: {error}")
+            sum_.lost.setdefault(site, f"no sum was computed: {error}")
     among = arrival.among if arrival else ()
     for site, reason in sorted(sum_.lost.items()):
         if site not in among:
@@ -96,12 +96,12 @@ def secure_sum(exchange: Exchange, request: Request, asked: Sequence[str], deadl
 
 
 def _run(sum_: _Sum, layouts: Mapping[str, Any], asked: Sequence[str]) -> Arrival:
-    """The protocol among the sites that trained.
+    """Run the protocol among the sites that trained.
 
     Raises:
-        ProtocolError: Where too few sites remain, or their replies have different shapes.
+        ProtocolError: If too few sites remain, or their replies have different shapes.
     """
-    request, wanted = sum_.ask, terms(sum_.ask)
+    request, wanted = sum_.request, terms(sum_.request)
     least = least_threshold(len(layouts), wanted.threshold if wanted else None, len(asked))
     if len(layouts) < least:
         raise ProtocolError(f"{len(layouts)} sites answered, and a secure sum needs {least}")
@@ -121,13 +121,13 @@ def _run(sum_: _Sum, layouts: Mapping[str, Any], asked: Sequence[str]) -> Arriva
     total = server.reveals(sum_.stage("reveal", dict.fromkeys([a.site for a in agreed], agreed)))
     sum_.lost |= {site: reason for site, reason in server.refused.items() if site not in alive}
     for site in set(layouts) - set(alive):
-        sum_.lost.setdefault(site, "it was not there when vectors were summed")
+        sum_.lost.setdefault(site, "it was absent when vectors were summed")
     seconds = max(sum_.seconds[site] for site in alive)
     return Arrival(alive[0], request.round, reply_of(total, layout, len(alive)), "", seconds, alive)
 
 
 def _is_layout(value: Any) -> bool:
-    """Whether ``value`` is names and shapes: empty tensors by part and name."""
+    """Return whether ``value`` is a layout: empty tensors by part and name."""
     return (
         isinstance(value, Mapping)
         and bool(value)

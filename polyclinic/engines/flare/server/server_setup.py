@@ -1,4 +1,6 @@
-"""What a coordinator does: make a server, admit sites, order runs, see how they go, take results out."""
+"""Operations of a coordinator: create a server, admit and revoke sites, queue runs, start, stop and query the
+server.
+"""
 
 import json
 import os
@@ -17,8 +19,8 @@ from polyclinic.engines.flare.pki import provisioning, site_keys
 from polyclinic.engines.flare.pki.certificate_authority import Authority, BadFile
 from polyclinic.engines.flare.protocol import expected_signers
 from polyclinic.engines.flare.protocol.paths import (
-    BadHome,
-    ServerHome,
+    ServerFolder,
+    SetupError,
     private_folder,
     read_json,
     read_small,
@@ -32,14 +34,14 @@ from polyclinic.engines.flare.protocol.paths import (
 from polyclinic.engines.flare.protocol.paths import (
     name as checked_name,
 )
-from polyclinic.engines.flare.protocol.run_request import BadOrder, Order
+from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import Queue
 
-# How many runs go on at once; seconds to wait for every site before a run begins without some; seconds of silence after
-# which a site is away; and seconds after which an answer is not waited for, where the study sets no deadline.
+# Number of simultaneous runs; seconds to wait for all sites before a run begins without some; seconds without a sign of
+# life after which a site is away; and deadline of an answer in seconds, if the study sets none.
 DEFAULTS = {"runs_at_once": 1, "wait_for_all": 60, "dead_after": 30, "answer_within": 86400}
-# What is taken from sites: ``bounds.Limits`` says what each means. 0 turns a ratio off.
+# Limits on what is accepted from sites: see ``message_limits.Limits``. 0 turns a ratio off.
 DEFAULTS |= {
     "reply_megabytes": 4096,
     "keep_free_megabytes": 500,
@@ -50,7 +52,7 @@ DEFAULTS |= {
 
 
 def init(
-    home: ServerHome,
+    home: ServerFolder,
     project: str,
     host: str,
     port: int,
@@ -58,26 +60,26 @@ def init(
     scheme: str = "grpc",
     days: float = authorities.DAYS,
 ) -> str:
-    """Makes a server's folder, with an authority of its own, and returns the authority's fingerprint.
+    """Create a server's home folder with its certificate authority, and return the authority's fingerprint.
 
     Raises:
-        BadHome: Where a name is not one, or the folder holds a server already.
+        SetupError: If a name is invalid, or the folder already contains a server.
     """
     require()
     problems = []
     for check, value in ((checked_name, project), (checked_host, host), (authorities.check_organization, organization)):
         try:
             check(value)  # type: ignore[operator]
-        except BadHome as error:
+        except SetupError as error:
             problems.append(str(error))
     if not 0 < port < 65536:
-        problems.append(f"a port is a number from 1 to 65535, not {port}")
+        problems.append(f"a port must be a number from 1 to 65535, not {port}")
     if scheme not in ("grpc", "tcp", "http"):
-        problems.append(f"a scheme is grpc, tcp or http, not {scheme!r}")
+        problems.append(f"a scheme must be grpc, tcp or http, not {scheme!r}")
     if home.settings.exists():
-        problems.append(f"{home.path} holds a server already")
+        problems.append(f"{home.path} already contains a server")
     if problems:
-        raise BadHome("\n".join(problems))
+        raise SetupError("\n".join(problems))
     private_folder(home.path)
     authority = Authority.make(home.authority, project)
     settings: dict[str, str | int] = {
@@ -95,14 +97,14 @@ def init(
     return authorities.fingerprint(authority.certificate)
 
 
-def renew(home: ServerHome, days: float = authorities.DAYS) -> None:
-    """Makes new certificates for the server and the coordinator; sites notice nothing."""
+def renew(home: ServerFolder, days: float = authorities.DAYS) -> None:
+    """Issue new certificates for the server and the coordinator. Sites are not affected."""
     require()
     _make_kit(home, Authority.load(home.authority), settings(home), days)
     SharedJournal(home.path / "journal.jsonl").write("server renewed", {})
 
 
-def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], days: float) -> None:
+def _make_kit(home: ServerFolder, authority: Authority, given: Mapping[str, Any], days: float) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -118,30 +120,30 @@ def _make_kit(home: ServerHome, authority: Authority, given: Mapping[str, Any], 
     provisioning.make_server(home.kit, home.admin, home.store, {**given, "sites": 1000}, made)
 
 
-def settings(home: ServerHome) -> dict[str, Any]:
-    """server.toml
+def settings(home: ServerFolder) -> dict[str, Any]:
+    """Return the settings in server.toml.
 
     Raises:
-        BadHome: Where it is not there or lacks something.
+        SetupError: If the file does not exist or lacks a setting.
     """
-    found = read_toml(home.settings, "polyclinic server init")
-    if missing := [key for key in ("project", "host", "port", "organization", "scheme") if key not in found]:
-        raise BadHome(f"{home.settings}: {missing[0]} is missing")
-    return {**DEFAULTS, **found}
+    given = read_toml(home.settings, "polyclinic server init")
+    if missing := [key for key in ("project", "host", "port", "organization", "scheme") if key not in given]:
+        raise SetupError(f"{home.settings}: {missing[0]} is missing")
+    return {**DEFAULTS, **given}
 
 
-def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tuple[str, dict[str, Any]]:
-    """Admits the site that sent ``request``; its name, and the join file to give back.
+def admit(home: ServerFolder, request: Path, days: float = authorities.DAYS) -> tuple[str, dict[str, Any]]:
+    """Admit the site that sent ``request``; return its name and the join file to send back.
 
-    A site that is there already, under the same name, gets a new certificate: so certificates and keys are renewed.
+    An admitted site of the same name gets a new certificate; this is how certificates and keys are renewed.
 
     Raises:
-        BadFile: Where the request is not right, or the name belongs to another organization.
+        BadFile: If the request is invalid, or the name belongs to another organization.
     """
     table = _json_file(request, "a site's request")
     try:
         authorities.check_request(table)
-    except BadHome as error:
+    except SetupError as error:
         raise BadFile(f"{request}: {error}") from None
     admitted, site = sites(home), table["site"]
     before = admitted.get(site)
@@ -171,130 +173,128 @@ def admit(home: ServerHome, request: Path, days: float = authorities.DAYS) -> tu
     return site, join
 
 
-def shut_out(home: ServerHome, site: str, readmit: bool = False) -> None:
-    """Takes a site's right to join, or gives it back. Its certificate is worth nothing to this server in between.
+def shut_out(home: ServerFolder, site: str, readmit: bool = False) -> None:
+    """Revoke a site's right to join, or reinstate it. The server rejects its certificate while it is revoked.
 
     Raises:
-        BadHome: Where no such site was admitted.
+        SetupError: If no such site was admitted.
     """
-    from polyclinic.engines.flare.server.admin_api import Console, NoAnswer
+    from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
 
     admitted = sites(home)
     if site not in admitted:
-        raise BadHome(f"no site called {site!r} was admitted; there are {', '.join(admitted) or 'none'}")
+        raise SetupError(f"no site called {site!r} was admitted; there are {', '.join(admitted) or 'none'}")
     admitted[site]["revoked"] = "" if readmit else _today()
     write_private(home.admitted, json.dumps(admitted, indent=1))
     out = [name for name, entry in admitted.items() if entry["revoked"]]
     write_private(home.kit / "disabled_clients.json", json.dumps({"disabled_clients": sorted(out)}))
     SharedJournal(home.path / "journal.jsonl").write("site readmitted" if readmit else "site shut out", {"site": site})
     if is_up(home):
-        console = Console(home.admin, home.path / "console.log", patience=180.0)
+        connection = AdminConnection(home.admin, home.path / "console.log", patience=180.0)
         try:
-            for left in reversed(range(4)):  # it may be starting
+            for left in reversed(range(4)):  # the server may be starting
                 try:
-                    (console.enable if readmit else console.disable)(site)
+                    (connection.enable if readmit else connection.disable)(site)
                     break
                 except NoAnswer:
                     if not left:
                         raise
                     time.sleep(2.0)
         except NoAnswer as error:
-            raise BadHome(
-                f"{site} is on the list, and FLARE learns of it when it starts again; now it said: {error}"
+            raise SetupError(
+                f"the change for {site} is saved and takes effect when FLARE restarts; FLARE now answered: {error}"
             ) from None
         finally:
-            console.close()
+            connection.close()
 
 
-def sites(home: ServerHome) -> dict[str, dict[str, Any]]:
-    """Every site that was admitted, by name."""
-    found: dict[str, dict[str, Any]] = read_json(home.admitted, default={})
-    return dict(sorted(found.items()))
+def sites(home: ServerFolder) -> dict[str, dict[str, Any]]:
+    """Return every admitted site, by name."""
+    admitted: dict[str, dict[str, Any]] = read_json(home.admitted, default={})
+    return dict(sorted(admitted.items()))
 
 
-def order(home: ServerHome, an: Order) -> Order:
-    """Puts an order into the queue, after checking that it can be built and that its sites may join; as it was queued.
+def order(home: ServerFolder, an: RunRequest) -> RunRequest:
+    """Queue a run request after checking that it can be built and that its sites may join; return it as queued.
 
     Raises:
-        BadHome: Where a site is not admitted, or the run's name was used.
-        BadOrder: Where it cannot be built.
+        SetupError: If a site is not admitted, or the run's name was used.
+        InvalidRunRequest: If it cannot be built.
     """
     plan = an.build_plan()
     try:
         plan.build_method()
     except (TypeError, ValueError) as error:
-        raise BadOrder(f"the plan cannot be built: {error}") from None
+        raise InvalidRunRequest(f"the plan cannot be built: {error}") from None
     admitted = sites(home)
     wrong = [site for site in an.everyone if site not in admitted or admitted[site]["revoked"]]
     if wrong or not plan.sites:
         may = ", ".join(site for site in admitted if not admitted[site]["revoked"])
-        raise BadHome(f"{', '.join(wrong) or 'nobody'}: not admitted. Sites that may join: {may or 'none yet'}")
-    # Vouched for by the authority, and part of what a person approves at every site.
+        raise SetupError(f"{', '.join(wrong) or 'no sites'}: not admitted. Sites that may join: {may or 'none yet'}")
+    # Certified by the authority, and part of what a person approves at every site.
     identities = {site: admitted[site]["secure"] for site in plan.sites}
-    deadline = an.deadline or float(
-        settings(home)["answer_within"]
-    )  # a site that never answers holds nobody up for ever
-    made = replace(an, identities=identities, deadline=deadline)
-    Queue(home).add(made)
-    return made
+    deadline = an.deadline or float(settings(home)["answer_within"])  # bounds the wait for a site that never answers
+    queued = replace(an, identities=identities, deadline=deadline)
+    Queue(home).add(queued)
+    return queued
 
 
-def check(home: ServerHome) -> None:
-    """Raises unless the server could be started.
+def check(home: ServerFolder) -> None:
+    """Check that the server can be started.
 
     Raises:
-        BadHome: Where it runs already, or its settings are not right.
+        SetupError: If it is running already, or its settings are invalid.
     """
     require()
     port = settings(home)["port"]
     if is_up(home):
-        raise BadHome(f"the server in {home.path} runs already (process {status(home)['pid']})")
+        raise SetupError(f"the server in {home.path} is already running (process {status(home)['pid']})")
     if not flare_processes.working_in(home.kit) and flare_processes.taken(
         port
-    ):  # what a crash left there is ended by the start
-        raise BadHome(
+    ):  # the start ends processes that a crash left
+        raise SetupError(
             f"another program on this machine listens on port {port}: end it, or is it another copy of this server?"
         )
 
 
-def start(home: ServerHome) -> int:
-    """Starts the server in the background, and returns its process number.
+def start(home: ServerFolder) -> int:
+    """Start the server in the background and return its process number.
 
     Raises:
-        BadHome: Where it runs already, or its settings are not right.
+        SetupError: If it is running already, or its settings are invalid.
     """
     check(home)
     return flare_processes.keep("server", "polyclinic.engines.flare.server.supervisor", home.path, lambda: is_up(home))
 
 
-def stop(home: ServerHome, patience: float = 30.0) -> bool:
-    """Stops the server; runs go on from their checkpoints when it starts again. Whether there was one."""
-    said = status(home)
+def stop(home: ServerFolder, patience: float = 30.0) -> bool:
+    """Stop the server; runs resume from their checkpoints at the next start. Return whether it was running."""
+    last = status(home)
     if not is_up(home):
         flare_processes.end(home.kit)
         return False
-    os.kill(said["pid"], signal.SIGTERM)
+    os.kill(last["pid"], signal.SIGTERM)
     until = time.monotonic() + patience
-    while flare_processes.alive(said["pid"], said["birth"]) and time.monotonic() < until:
+    while flare_processes.alive(last["pid"], last["birth"]) and time.monotonic() < until:
         time.sleep(0.1)
-    if flare_processes.alive(said["pid"], said["birth"]):
-        os.kill(said["pid"], signal.SIGKILL)
+    if flare_processes.alive(last["pid"], last["birth"]):
+        os.kill(last["pid"], signal.SIGKILL)
     flare_processes.end(home.kit)
     return True
 
 
-def status(home: ServerHome) -> dict[str, Any]:
-    """What the supervisor last said of itself and of the sites it sees."""
-    found: dict[str, Any] = read_json(
+def status(home: ServerFolder) -> dict[str, Any]:
+    """Return the last status of the supervisor, with the sites connected then."""
+    last: dict[str, Any] = read_json(
         home.path / "status.json", default={"state": "never started", "pid": 0, "birth": "", "sites": {}}
     )
-    return found
+    return last
 
 
-def is_up(home: ServerHome) -> bool:
-    """Whether a supervisor lives."""
-    said = status(home)
-    return bool(said["pid"]) and said["state"] != "stopped" and flare_processes.alive(said["pid"], said["birth"])
+def is_up(home: ServerFolder) -> bool:
+    """Return whether a supervisor is alive."""
+    last = status(home)
+    return bool(last["pid"]) and last["state"] != "stopped" and flare_processes.alive(last["pid"], last["birth"])
 
 
 def _json_file(path: Path, what: str) -> Any:

@@ -1,13 +1,13 @@
-"""A study between hospitals: first a survey of what the sites' data are, then one run for each method and seed.
+"""Studies between hospitals: a survey of the sites' data, then one run for each method and seed.
 
 ```
 studies/<name>/
   study.toml    the study file, unchanged
-  study.json    its arms, what they are to be run like, and which runs they became
+  study.json    its method runs, their common fields, and the names of the queued runs
 ```
 
-The supervisor calls ``advance``: when the survey is in, the arms are complete, for a study file does not say what shape
-an example has. All of it is one study before the people at the sites, who approve it once.
+The supervisor calls ``advance``. Once the survey is complete the plans can be completed, because a study file does not
+state the shape of an example. People at the sites review and approve all runs as one study.
 """
 
 import json
@@ -16,8 +16,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import BadHome, ServerHome, name, private_folder, read_json, write_private
-from polyclinic.engines.flare.protocol.run_request import OF_DATA, PLACEHOLDER, BadOrder, Order, survey_plan
+from polyclinic.engines.flare.protocol.paths import (
+    ServerFolder,
+    SetupError,
+    name,
+    private_folder,
+    read_json,
+    write_private,
+)
+from polyclinic.engines.flare.protocol.run_request import (
+    OF_DATA,
+    PLACEHOLDER,
+    InvalidRunRequest,
+    RunRequest,
+    survey_plan,
+)
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
@@ -26,7 +39,7 @@ SURVEY, QUEUED, STOPPED = "survey", "queued", "stopped"
 
 
 def put(
-    home: ServerHome,
+    home: ServerFolder,
     text: str,
     title: str,
     hash: str,
@@ -34,24 +47,25 @@ def put(
     how: Mapping[str, Any],
     sites: Sequence[str],
 ) -> list[str]:
-    """Takes up a study, and puts its survey into the queue; or its arms, where they say what an example is.
+    """Add a study and queue its survey, or its method runs directly if their plans state the shape of an example.
 
     Args:
-        text: The study file. ``title``: what the study is called, and ``hash``: of everything a result depends on.
-        arms: Each with ``label``, ``seed``, ``plan``, and ``external``, the sites that are only scored.
-        how: The fields of an order that all of them share.
-        sites: Those that train.
+        text: The study file. ``title``: name of the study. ``hash``: of everything a result depends on.
+        arms: The method runs, each with ``label``, ``seed``, ``plan``, and ``external``, the sites that are only
+            scored.
+        how: The fields of a run request that all of them share.
+        sites: The sites that train.
 
     Returns:
         The names of the runs that were queued.
 
     Raises:
-        BadHome: Where there is such a study, or a site may not join.
-        BadOrder: Where an arm cannot be built.
+        SetupError: If a study of this name exists, or a site may not join.
+        InvalidRunRequest: If a method run cannot be built.
     """
     folder = home.path / "studies" / name(title, "a study's name")
     if (folder / "study.json").exists():
-        raise BadHome(f"there is a study called {title!r} already: give this one another name with --name")
+        raise SetupError(f"a study named {title!r} already exists: give this one another name with --name")
     listed = [{"label": arm["label"], "plan": dict(arm["plan"]), "external": list(arm["external"])} for arm in arms]
     common = {**how, "study": {"name": title, "hash": hash, "arms": listed}}
     known = all(key in arm["plan"] for arm in arms for key in OF_DATA)
@@ -65,16 +79,16 @@ def put(
     else:
         _check([_order(run, arm, {**PLACEHOLDER, **arm["plan"]}, common) for run, arm in runs.items()])
         outside = sorted({site for arm in arms for site in arm["external"]})
-        asks = {**common, "mode": "survey", "external": outside}
-        queued = [server_setup.order(home, _from_table(survey, survey_plan(sites), asks)).run]
+        fields = {**common, "mode": "survey", "external": outside}
+        queued = [server_setup.order(home, _from_table(survey, survey_plan(sites), fields)).run]
     private_folder(folder)
     write_private(folder / "study.toml", text)
     write_private(folder / "study.json", json.dumps(table, indent=1))
     return queued
 
 
-def advance(home: ServerHome) -> None:
-    """Queues the arms of every study whose survey is in."""
+def advance(home: ServerFolder) -> None:
+    """Queue the method runs of every study whose survey is complete."""
     for title, table in all_of(home).items():
         if table["state"] != SURVEY:
             continue
@@ -83,60 +97,60 @@ def advance(home: ServerHome) -> None:
             continue
         try:
             if entry.state != FINISHED:
-                raise BadHome(f"its survey {entry.state}: {entry.why}")
+                raise SetupError(f"its survey {entry.state}: {entry.why}")
             for an in _orders(table, survey_of(home, title)):
-                if Queue(home).get(an.run) is None:  # a crash may have come between two of them
+                if Queue(home).get(an.run) is None:  # a crash may have occurred between two of them
                     server_setup.order(home, an)
             table |= {"state": QUEUED}
-        except (BadHome, BadOrder, ValueError) as error:
+        except (SetupError, InvalidRunRequest, ValueError) as error:
             table |= {"state": STOPPED, "why": str(error)}
             SharedJournal(home.path / "journal.jsonl").write("study stopped", {"study": title, "why": str(error)})
         write_private(home.path / "studies" / title / "study.json", json.dumps(table, indent=1))
 
 
-def all_of(home: ServerHome) -> dict[str, dict[str, Any]]:
-    """Every study, by name."""
+def all_of(home: ServerFolder) -> dict[str, dict[str, Any]]:
+    """Return every study, by name."""
     return {path.parent.name: read_json(path) for path in sorted((home.path / "studies").glob("*/study.json"))}
 
 
-def survey_of(home: ServerHome, title: str) -> dict[str, Any]:
-    """What the sites said of their data; empty where nobody was asked, or nothing came yet."""
+def survey_of(home: ServerFolder, title: str) -> dict[str, Any]:
+    """Return the sites' data descriptions; empty if there was no survey or it is not complete."""
     table = all_of(home).get(title, {})
     path = home.run(table["survey"]) / "survey.json" if table.get("survey") else Path()
-    found: dict[str, Any] = read_json(path, default={}) if table.get("survey") else {}
-    return found
+    descriptions: dict[str, Any] = read_json(path, default={}) if table.get("survey") else {}
+    return descriptions
 
 
-def _orders(table: Mapping[str, Any], said: Mapping[str, Any]) -> list[Order]:
-    """The orders of all arms, once ``said`` by the sites is what an example is."""
+def _orders(table: Mapping[str, Any], descriptions: Mapping[str, Any]) -> list[RunRequest]:
+    """Return the run requests of all method runs, given the sites' data descriptions from the survey."""
     from polyclinic.engines.site_description import shape_of
 
     shape: dict[str, Any] = {}
-    if said:
-        inputs, outputs, _ = shape_of(said)
+    if descriptions:
+        inputs, outputs, _ = shape_of(descriptions)
         shape = {"inputs": inputs, "outputs": outputs}
     elif table["survey"]:
-        raise BadHome("no site said what its data are")
+        raise SetupError("no site described its data")
     return [_order(run, arm, {**shape, **arm["plan"]}, table["how"]) for run, arm in table["runs"].items()]
 
 
-def _order(run: str, arm: Mapping[str, Any], plan: Mapping[str, Any], how: Mapping[str, Any]) -> Order:
+def _order(run: str, arm: Mapping[str, Any], plan: Mapping[str, Any], how: Mapping[str, Any]) -> RunRequest:
     return _from_table(run, plan, {**how, "label": arm["label"], "external": arm["external"]})
 
 
-def _from_table(run: str, plan: Mapping[str, Any], fields: Mapping[str, Any]) -> Order:
-    return Order.from_json(json.dumps({**fields, "run": run, "plan": dict(plan)}))
+def _from_table(run: str, plan: Mapping[str, Any], fields: Mapping[str, Any]) -> RunRequest:
+    return RunRequest.from_json(json.dumps({**fields, "run": run, "plan": dict(plan)}))
 
 
-def _check(orders: Sequence[Order]) -> None:
+def _check(orders: Sequence[RunRequest]) -> None:
     for an in orders:
         try:
             an.build_plan().build_method()
         except (TypeError, ValueError) as error:
-            raise BadOrder(f"{an.label}: {error}") from None
+            raise InvalidRunRequest(f"{an.label}: {error}") from None
 
 
 def _run(title: str, hash: str, index: int, arm: Mapping[str, Any]) -> str:
-    """The name of an arm's run: which study, which method, which seed."""
+    """Return the name of a run: study, method and seed."""
     label = re.sub(r"[^a-z0-9-]", "-", arm["label"])
     return f"{title[:24]}-{hash[:6]}-{index + 1}-{label[:20]}-{arm['seed']}"[:63].strip("-")

@@ -1,7 +1,7 @@
-"""Keeps a server alive and its runs going: starts FLARE, submits jobs, notices what died, goes on from checkpoints.
+"""Supervisor of a server: starts FLARE, submits jobs, detects dead processes and resumes runs from checkpoints.
 
-FLARE's word on a job is not believed alone: after a crash it says ``RUNNING`` for ever. The run's own status file and
-its process number decide. Every attempt goes on from the last checkpoint; a site that was away joins the next one.
+FLARE's status of a job is not sufficient: after a crash it remains ``RUNNING``. The run's status file and its process
+number decide. Every attempt resumes from the last checkpoint; a site that was away joins the next attempt.
 """
 
 import json
@@ -17,10 +17,10 @@ from typing import Any
 
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol import flare_job as jobs
-from polyclinic.engines.flare.protocol.paths import ServerHome, read_toml, write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml, write_private
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import study_runs
-from polyclinic.engines.flare.server.admin_api import Console, NoAnswer
+from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
 from polyclinic.engines.flare.server.job_queue import (
     ACTIVE,
     CANCELLED,
@@ -40,9 +40,9 @@ READMIT_EVERY = 120.0
 
 @dataclass
 class Supervisor:
-    """One server's supervisor. ``tick`` is called again and again; everything it knows is on the disk."""
+    """Supervisor of one server. ``tick`` is called repeatedly; its persistent state is on disk."""
 
-    home: ServerHome
+    home: ServerFolder
     stop: bool = False
     _server: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
@@ -55,28 +55,28 @@ class Supervisor:
         self.settings = read_toml(self.home.settings, "polyclinic server init")
         self.queue = Queue(self.home)
         self.journal = SharedJournal(self.home.path / "journal.jsonl")
-        self.console = Console(self.home.admin, self.home.path / "console.log")
+        self.console = AdminConnection(self.home.admin, self.home.path / "console.log")
 
     def run(self, pause: float = 1.0) -> None:
-        """Supervises until it is told to stop, and then ends everything it started."""
+        """Supervise until ``stop`` is set, and then end everything that was started."""
         self.journal.write("server started", {"pid": os.getpid()})
         try:
             while not self.stop:
                 try:
                     self.tick()
-                except OSError as error:  # such as a full disk: what could not be written is tried again
-                    with suppress(OSError):  # the log lies on the same disk
+                except OSError as error:  # such as a full disk: the write is retried
+                    with suppress(OSError):  # the log is on the same disk
                         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 time.sleep(pause)
         finally:
             self.console.close()
             flare_processes.end(self.home.kit)
             self.journal.write("server stopped", {})
-            self._say("stopped")
+            self._write_status("stopped")
             self.journal.close()
 
     def tick(self) -> None:
-        """Looks after everything once."""
+        """Check all processes and runs once."""
         self._keep_server()
         self._look_for_sites()
         study_runs.advance(self.home)
@@ -87,7 +87,7 @@ class Supervisor:
                 self._look_after(run, entry)
             except NoAnswer as error:
                 self.journal.write("no answer from the server", {"run": run, "why": str(error)})
-        self._say("up" if self._sites or time.time() - self._asked < 10 else "starting")
+        self._write_status("up" if self._sites or time.time() - self._asked < 10 else "starting")
 
     def _keep_server(self) -> None:
         if self._server is not None and self._server.poll() is None:
@@ -140,23 +140,23 @@ class Supervisor:
         if now < entry.not_before or active >= self.settings["runs_at_once"]:
             return
         wanted = set(order.everyone)
-        there = wanted & self._sites.keys()
-        enough = len(there) >= max(order.min_replies, 1) and now - entry.since > self.settings["wait_for_all"]
-        if not (there == wanted or enough):
-            why = f"waits for {', '.join(sorted(wanted - there))}"
+        connected = wanted & self._sites.keys()
+        enough = len(connected) >= max(order.min_replies, 1) and now - entry.since > self.settings["wait_for_all"]
+        if not (connected == wanted or enough):
+            why = f"waits for {', '.join(sorted(wanted - connected))}"
             if why != entry.why:
                 self.queue.change(run, why=why)
             return
-        (self.home.run(run) / "pause").unlink(missing_ok=True)  # whoever was waited for is in this attempt
+        (self.home.run(run) / "pause").unlink(missing_ok=True)  # the sites that the pause was for are in this attempt
         folder = jobs.write(self.home.path / "jobs" / run, order, dead_after=self.settings["dead_after"])
         number = self.console.submit(folder)
         self.queue.change(
-            run, state=ACTIVE, why="", job=number, attempt=entry.attempt + 1, members=tuple(sorted(there))
+            run, state=ACTIVE, why="", job=number, attempt=entry.attempt + 1, members=tuple(sorted(connected))
         )
         self.journal.write("submitted", {"run": run, "job": number, "attempt": entry.attempt + 1, "order": order.hash})
 
     def _watch(self, run: str, entry: Entry, progress: dict[str, Any]) -> None:
-        """An active run: is it still going, and is everybody there?"""
+        """Check that an active run is still progressing and that no returned site is missing from it."""
         fresh = progress.get("beat", 0.0) >= entry.since
         if fresh and progress["phase"] == INTERRUPTED:
             self._again(run, entry, progress, progress["why"] or "interrupted")
@@ -168,12 +168,12 @@ class Supervisor:
         elif not fresh and time.time() - entry.since > SILENCE:
             self._again(run, entry, progress, f"it did not begin within {SILENCE:g} s ({status})")
         else:
-            there, away = set(entry.members), progress.get("away", {})
-            # FLARE lists a site for a while after it is gone; one that came back was heard of since.
+            members, away = set(entry.members), progress.get("away", {})
+            # FLARE lists a site for a while after it is gone; one that came back has a later contact.
             back = {
                 site
                 for site in entry.what.everyone
-                if site in self._sites and (site not in there or (site in away and self._sites[site] > away[site]))
+                if site in self._sites and (site not in members or (site in away and self._sites[site] > away[site]))
             }
             if (
                 back
@@ -186,19 +186,19 @@ class Supervisor:
                 self.journal.write("pause asked for", {"run": run, "sites": sorted(back)})
 
     def _again(self, run: str, entry: Entry, progress: dict[str, Any], why: str) -> None:
-        """Ends this attempt, and puts the run back into the queue, unless too many have come to nothing."""
+        """End this attempt and queue the run again, unless too many attempts have made no progress."""
         self._end_job(entry, progress)
         done = progress.get("round", 0)
         fruitless = 0 if done > entry.round or why.startswith("to reinstate") else entry.fruitless + 1
         if fruitless > TRIES:
-            self._over(run, FAILED, f"{fruitless} attempts came to nothing, the last because: {why}")
+            self._over(run, FAILED, f"{fruitless} attempts made no progress; the last ended because: {why}")
             return
         wait = 0.0 if not fruitless else min(300.0, 2.0**fruitless)
         self.queue.change(run, state=WAITING, why=why, not_before=time.time() + wait, round=done, fruitless=fruitless)
         self.journal.write("attempt ended", {"run": run, "job": entry.job, "why": why, "round": done})
 
     def _end_job(self, entry: Entry, progress: dict[str, Any]) -> None:
-        """Ends FLARE's job, and the run's own process if it outlives it."""
+        """End FLARE's job, and the run's process if it outlives the job."""
         if entry.job:
             with suppress(NoAnswer):  # it is over, or the server is down
                 self.console.abort(entry.job)
@@ -213,20 +213,20 @@ class Supervisor:
         self.queue.change(run, state=state, why=why)
         self.journal.write(f"run {state}", {"run": run, "why": why})
 
-    def _say(self, state: str) -> None:
-        said = {
+    def _write_status(self, state: str) -> None:
+        status = {
             "state": state,
             "pid": os.getpid(),
             "birth": flare_processes.birth(os.getpid()),
             "beat": time.time(),
             "sites": self._sites,
         }
-        write_private(self.home.path / "status.json", json.dumps(said), durable=False)
+        write_private(self.home.path / "status.json", json.dumps(status), durable=False)
 
 
 def main(path: str) -> None:
-    """Supervises the server in the folder at ``path`` until SIGTERM or Ctrl-C."""
-    supervisor = Supervisor(ServerHome(Path(path)))
+    """Supervise the server in the folder at ``path`` until SIGTERM or Ctrl-C."""
+    supervisor = Supervisor(ServerFolder(Path(path)))
 
     def stop(*_: object) -> None:
         supervisor.stop = True

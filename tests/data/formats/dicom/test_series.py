@@ -145,7 +145,7 @@ def test_ultrasound_in_color_and_as_a_loop(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (4, 5, 6)).astype(np.uint8)
     loop = read_dicom(save(image(frames, "US", ULTRASOUND_LOOP), tmp_path / "loop.dcm"))
     np.testing.assert_array_equal(loop.array.numpy(), frames)
-    assert any("moments or views" in note for note in loop.notes)
+    assert any("time points or views" in note for note in loop.notes)
 
 
 def test_enhanced_frames_are_ordered_by_position_with_their_own_slopes(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_missing_uneven_and_sheared_slices_are_refused(tmp_path: Path) -> None:
         ("uneven", [0, 3, 6, 10, 13], None, "unevenly spaced, from 3 to 4 mm"),
         ("sheared", [0, 3, 6, 9], [0.0, 1, 2, 3], "sheared by 18.4 degrees"),
         ("wander", [0, 3, 6, 9], [0.0, 1, -1, 0], "stray by"),
-        ("twice", [0, 3, 3, 6], None, "told apart by no tag"),
+        ("twice", [0, 3, 3, 6], None, "that no tag distinguishes"),
     ):
         with pytest.raises(Unreadable, match=why):
             read_series(the_series(heights(name, zs, ys)))

@@ -1,7 +1,7 @@
-"""File names that look like a person, a record number or a date, and how a report may show them.
+"""Detection and masking of file names that look like a person, a record number or a date.
 
-A guess by pattern and by two short lists of words: it warns too often rather than too rarely, and it misses unusual
-names in small letters. Where DICOM headers are present the check compares with the headers' own names instead.
+Uses patterns and two short word lists, so it has more false alarms than misses, and it misses unusual names in
+lowercase. If DICOM headers are present, the check compares with the names in the headers instead.
 """
 
 import itertools
@@ -11,11 +11,11 @@ from pathlib import Path
 
 _IMAGING = """
 abdomen abnormal acc adc adrenal ankle anterior aorta apex arm artery atlas axial background benign bladder
-blood body bone bowel brain breast bright bronchi bw camera cancer canon cardiac carotid cell center center
+blood body bone bowel brain breast bright bronchi bw camera cancer canon cardiac carotid cell center
 cerebellum cervix chase chest class clean clear colon contrast control coronal cortex covid cranial crop cup
 cyst dark data delta density dicom diffusion disc disease dose drive dry dwi east echo edema elbow enhanced epi
 esophagus eye fast fat femur fibula field fields finger flair flip foot frame front frontal fundus ge gland
-grade gray green gray hand head heart hip hippocampus hospital humerus im image images img inferior inverted
+grade gray green hand head heart hip hippocampus hospital humerus im image images img inferior inverted
 kidney knee label labels large laser lateral left leg lesion level light line liver lobar lobe localizer low
 lower lumbar lung lymph macula malignant mammo map mask masks medial medical mni module mouse mri nasal neck
 negative nerve nikon nodule normal north ocular optic oral original osaka ovary pancreas part patch pelvis
@@ -23,7 +23,7 @@ phantom phase philips photo pleura pneumonia polyp positive post posterior pre p
 rest retina rib right sagittal sample scan scanner scout section seg segmentation series shoulder side siemens
 sinus site skin skull slice small soft source south spine spleen split stack stage stain stare std stent stomach
 study subject superior t1 t1w t2 t2w task temporal test thorax thyroid tibia tissue topcon toshiba trachea train
-training tumor tumor type ultrasound upper uterus val validation valve vein vessel vessels view viral virus
+training tumor type ultrasound upper uterus val validation valve vein vessel vessels view viral virus
 volume west white window wrist xray zeiss zone
 """
 _GIVEN_NAMES = """
@@ -39,11 +39,12 @@ priya rachel rahul raj ravi rebecca ricardo richard robert roberto rosa ruth sam
 simon sofia sophie stefan stephen steven susan takashi thomas tim tom ursula victor wang wei william yuki yusuf
 zhang
 """
-_WORDS, _GIVEN = set(_IMAGING.split()), set(_GIVEN_NAMES.split())
+_BRITISH = {"centre", "colour", "grey", "tumour", "oesophagus", "oedema"}  # codespell:ignore
+_WORDS, _GIVEN = set(_IMAGING.split()) | _BRITISH, set(_GIVEN_NAMES.split())
 
 
 def in_name(parts: Sequence[str]) -> str | None:
-    """What a path's parts look like: a person's name, a record number, a date... None where nothing does."""
+    """Return what a path's parts look like (a person's name, a record number, a date, ...), or None."""
     for part in parts:
         stem = re.sub(r"(\.(nii|csv|tsv))?\.[A-Za-z]{2,5}$", "", part)
         if re.search(r"[A-Za-z]{2,}\^[A-Za-z]*", stem) or re.fullmatch(r"[A-Z][a-z]+, ?[A-Z][a-z]+.*", stem):
@@ -66,7 +67,7 @@ def in_name(parts: Sequence[str]) -> str | None:
 
 
 def _two_names(stem: str) -> bool:
-    """Two words side by side, not from imaging: both capitalized, or one a common given name."""
+    """Return whether two adjacent non-imaging words are both capitalized, or one is a common given name."""
     tokens = re.findall(r"[A-Za-z]+|\d+", stem)
     for first, second in itertools.pairwise(tokens):
         if min(len(first), len(second)) < 3 or not (first + second).isalpha():
@@ -81,7 +82,7 @@ def _two_names(stem: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """A path as a report may show it: a part that looks like a person keeps its first letters only."""
+    """Return a path for a report: a part that looks like a person is reduced to its initials."""
     parts = Path(name).parts
     return "/".join(_masked(part) if in_name([part]) else part for part in parts)
 

@@ -1,8 +1,8 @@
-"""fastMRI's files: one HDF5 file an examination, of which the reconstructed magnitude images are read.
+"""fastMRI files: one HDF5 file per examination, of which the reconstructed magnitude images are read.
 
 Zbontar et al., "fastMRI: an open dataset and benchmarks for accelerated MRI", https://arxiv.org/abs/1811.08839. The raw
-k-space stays unread: ``accelerate`` in a study removes columns of the *images'* k-space, which is easier to undo than a
-scanner's (Shimron et al., PNAS 2022, https://doi.org/10.1073/pnas.2117203119), and a note says so.
+k-space is not read: ``accelerate`` in a study removes columns of the *images'* k-space, which is easier to reconstruct
+than a scanner's (Shimron et al., PNAS 2022, https://doi.org/10.1073/pnas.2117203119); a note states this.
 """
 
 import math
@@ -28,12 +28,12 @@ from polyclinic.data.source import HIDDEN, Info, Table, digest
 from polyclinic.errors import MissingDependency
 
 IMAGES = ("reconstruction_rss", "reconstruction_esc")
-EASIER = "k-space was made from magnitude images, not measured: that is easier to undo than a scanner's own."
+EASIER = "k-space was made from magnitude images, not measured: that is easier to reconstruct than a scanner's own."
 
 
 @dataclass(frozen=True)
 class Examination:
-    """One file: where it is, whose, on which scanner, and which slices of it are examples."""
+    """One file: location, patient, scanner, and the slices that are examples."""
 
     path: Path
     patient: str
@@ -46,15 +46,15 @@ class Examination:
 
 @dataclass(frozen=True)
 class FastMri:
-    """A folder of fastMRI's ``.h5`` files; each slice is an example, and its own target.
+    """Folder of fastMRI's ``.h5`` files; each slice is an example, and its own target.
 
     Attributes:
         path: The folder.
-        slices: How many slices of each examination, around its middle.
-        acquisition: Only examinations with this word in their acquisition, such as ``"CORPD_FBK"``; all where empty.
+        slices: Number of slices of each examination, around its middle.
+        acquisition: Only examinations with this text in their acquisition, such as ``"CORPD_FBK"``; empty for all.
         steps: Preprocessing; images are first divided by the examination's largest value.
-        unreadable: Whether a damaged file stops everything (``"refuse"``), or is left out and named (``"skip"``).
-        about: What is known of the data; the catalog fills this in, and a study file cannot.
+        unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        about: Description from the catalog; not settable in a study file.
     """
 
     path: str
@@ -70,7 +70,7 @@ class FastMri:
 
     @property
     def info(self) -> Info:
-        """What it is."""
+        """Description of the data set."""
         name = Path(self.path).name
         found = Info(name, name, "MR", "not stated", "reconstruction")
         bad = self._found[1]
@@ -79,12 +79,12 @@ class FastMri:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of each file's header, norm and middle slice (k-space is too large to hash), and of the options."""
+        """Hash of each file's header, norm and middle slice (k-space is too large to hash), and of the options."""
         marks = [(one.path.name, one.mark, one.slices) for one in self._found[0]]
         return digest("fastmri", 1, marks, fingerprint(self.steps))
 
     def table(self) -> Table:
-        """One row per slice."""
+        """Return one row per slice."""
         rows = [(one, k) for one in self._found[0] for k in one.slices]
         columns = {
             "scanner": tuple(one.scanner for one, _ in rows),
@@ -95,7 +95,7 @@ class FastMri:
         return Table(ids, tuple(one.patient for one, _ in rows), None, columns, ("scanner", "acquisition"))
 
     def examples(self, ids: Sequence[str]) -> Examples:
-        """The named slices, from 0 to 1; the targets are the slices themselves."""
+        """Return the named slices, from 0 to 1; the targets are the slices themselves."""
         table = self.table()
         where = {name: i for i, name in enumerate(table.ids)}
         rows = [where[name] for name in ids]
@@ -111,7 +111,7 @@ class FastMri:
                 for k in one.slices:
                     pixels = torch.from_numpy(np.asarray(images[k], dtype=np.float32) / largest)[None]
                     if not bool(pixels.isfinite().all()):
-                        raise DataError(f"{one.path.name}: slice {k} holds values that are no finite numbers")
+                        raise DataError(f"{one.path.name}: slice {k} contains values that are not finite numbers")
                     found.append(apply(self.steps, Picture(pixels)).pixels)
         if len(sizes := {tuple(pixels.shape) for pixels in found}) > 1:
             raise DataError(f'slices have {len(sizes)} different sizes: add {{step = "crop_pad", size = 320}} to steps')
@@ -119,7 +119,7 @@ class FastMri:
 
     @cached_property
     def _found(self) -> tuple[tuple[Examination, ...], tuple[str, ...]]:
-        """Every examination, and what is wrong with the files that are none."""
+        """The valid examinations, and the problems of the other files."""
         root = opened(self.path)
         found, bad = list[Examination](), list[str]()
         for path in sorted(root.glob("*.h5")):
@@ -134,7 +134,7 @@ class FastMri:
             raise DataError(bad[:20])
         if not found:
             what = f" whose acquisition has {self.acquisition!r} in it" if self.acquisition else ""
-            raise DataError(f"{root}: there is no sound .h5 file of fastMRI{what}")
+            raise DataError(f"{root}: there is no valid .h5 file of fastMRI{what}")
         return tuple(found), tuple(bad)
 
     def _look(self, path: Path) -> Examination:
@@ -145,7 +145,7 @@ class FastMri:
             chosen = tuple(range(first, min(height, first + self.slices)))
             patient = str(file.attrs.get("patient_id", "")) or path.stem
             header = bytes(file["ismrmrd_header"][()])[:65536] if "ismrmrd_header" in file else b""
-            model = re.search(rb"<systemModel>([^<]{1,64})</systemModel>", header)  # no XML parser sees the file
+            model = re.search(rb"<systemModel>([^<]{1,64})</systemModel>", header)  # avoids parsing untrusted XML
             scanner = model.group(1).decode("utf-8", "replace").strip() if model else "not stated"
             stated = [float(file.attrs.get(name, 0.0)) for name in ("norm", "max")]
             mark = digest(header, stated, patient, images.shape, np.ascontiguousarray(images[height // 2]).tobytes())
@@ -155,7 +155,7 @@ class FastMri:
 
 @contextmanager
 def _file(path: Path) -> Iterator[Any]:
-    """The file, open to be read; whatever HDF5 finds wrong with it is told in one line."""
+    """Open the file for reading; report any HDF5 error in one line."""
     try:
         import h5py
     except ImportError:
@@ -170,21 +170,21 @@ def _file(path: Path) -> Iterator[Any]:
 
 
 def _images(path: Path, file: Any) -> Any:
-    """The reconstructed images [slices, y, x], not read yet.
+    """Return the reconstructed images [slices, y, x] without reading them.
 
     Raises:
-        Unreadable: Where there are none, they point into other files, or claim more than the limits allow.
+        Unreadable: If there are none, they point into other files, or exceed the limits.
     """
     import h5py
 
     name = next((name for name in IMAGES if name in file), None)
     if name is None:
-        raise Unreadable(path, f"holds no {' or '.join(IMAGES)} (fastMRI's test files do not)")
+        raise Unreadable(path, f"contains no {' or '.join(IMAGES)} (fastMRI's test files do not)")
     images = file[name]
     if not isinstance(file.get(name, getlink=True), h5py.HardLink) or not isinstance(images, h5py.Dataset):
-        raise Unreadable(path, f"has {name} elsewhere, and links are not followed")
+        raise Unreadable(path, f"has {name} as a link, and links are not followed")
     if images.external or images.is_virtual:
-        raise Unreadable(path, f"keeps {name} in other files, which are not opened")
+        raise Unreadable(path, f"stores {name} in other files, which are not opened")
     if images.ndim != 3 or images.dtype.kind != "f" or min(images.shape) < 1:
         raise Unreadable(path, f"has {name} of shape {images.shape} and type {images.dtype}, not slices of numbers")
     if math.prod(images.shape) * 4 > LIMITS.decoded_bytes:

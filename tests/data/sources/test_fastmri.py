@@ -67,7 +67,7 @@ def test_by_its_name_in_the_catalog(tmp_path: Path) -> None:
     assert len(data.sites) == 1
     other = federate(DataSpec(**{**table, "acquisition": "CORPD"}))
     assert len(other.sites) == 2
-    with pytest.raises(DataError, match=r"no sound \.h5 file of fastMRI whose acquisition has 'AXT2'"):
+    with pytest.raises(DataError, match=r"no valid \.h5 file of fastMRI whose acquisition has 'AXT2'"):
         federate(DataSpec(**{**table, "acquisition": "AXT2"}))
 
 
@@ -97,7 +97,7 @@ def hostile(kind: str, path: Path, root: Path) -> None:
     [
         ("text", "not a sound HDF5"),
         ("cut", "not a sound HDF5"),
-        ("test", "holds no reconstruction"),
+        ("test", "contains no reconstruction"),
         ("link", "links are not followed"),
         ("external", "in other files"),
         ("bomb", "over the limit"),

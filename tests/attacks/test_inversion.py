@@ -80,7 +80,7 @@ def test_the_audit_shows_its_control_first(sigmoid_net):
     verdict = audit(sigmoid_net, loss, disc(), torch.tensor([2]), FLAT, how, noise=1.0, clip=1.0)
     assert verdict.control.psnr_db > 30
     assert verdict.found.psnr_db < verdict.found.guess_db + 3
-    assert "drew nothing beyond a guess" in verdict.says
+    assert "recovered nothing beyond a guess" in verdict.says
     assert "from a network known to leak" in verdict.says
 
 

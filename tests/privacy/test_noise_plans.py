@@ -80,7 +80,7 @@ def test_a_curve_is_a_plan_for_each(accountant: Accountant) -> None:
 
 
 def test_a_hopeless_wish_is_refused(accountant: Accountant) -> None:
-    with pytest.raises(BadPlan, match=r"no noise makes 9 steps as private as ε = 1e-06 at δ = 1e-05"):
+    with pytest.raises(BadPlan, match=r"no noise gives 9 steps ε = 1e-06 at δ = 1e-05"):
         plan(1e-6, 1e-5, 1.0, 3, steps=3)
     assert plan(1e-5, 1e-5, 1.0, 1).noise == pytest.approx(1e5, rel=2e-3), "noise of a hundred thousand can be had"
 

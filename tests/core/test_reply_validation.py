@@ -75,7 +75,10 @@ def test_a_weight_for_every_element_and_no_others(weight: Tree) -> None:
 
 @pytest.mark.parametrize("weight", [-1e-9, -1.0, math.nan, math.inf, -math.inf])
 def test_a_mean_weighs_a_number_of_0_or_more(weight: float) -> None:
-    assert refused(Reply({"update": WeightedMean(tensors(1.0), weight)})) == f"update: weight {weight} is not a finite number of at least 0"
+    assert (
+        refused(Reply({"update": WeightedMean(tensors(1.0), weight)}))
+        == f"update: weight {weight} is not a finite number of at least 0"
+    )
 
 
 @pytest.mark.parametrize("gate", [ReplyValidator(), ReplyValidator(max_norm=1.0, max_weight=1.0)])
@@ -110,7 +113,9 @@ def test_the_norm_is_that_of_the_mean_and_may_be_as_large_as_the_limit() -> None
 @pytest.mark.parametrize("kind", [PerSite, PerSiteUniform])
 def test_a_site_speaks_for_itself_alone(kind: type[PerSite]) -> None:
     assert refused(Reply({"all": kind({"bern": tensors(1.0)})})) is None
-    assert refused(Reply({"all": kind({"ankara": tensors(1.0)})})) == ("all: contains values of ['ankara'], not of bern alone")
+    assert refused(Reply({"all": kind({"ankara": tensors(1.0)})})) == (
+        "all: contains values of ['ankara'], not of bern alone"
+    )
     assert refused(Reply({"all": kind({"bern": tensors(1.0), "ankara": tensors(1.0)})})) == (
         "all: contains values of ['ankara', 'bern'], not of bern alone"
     )

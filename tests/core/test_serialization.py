@@ -201,8 +201,14 @@ def test_a_stored_tag_is_read_as_its_class() -> None:
     ("stored", "what"),
     [
         (_stored("tests.Other"), r"no class is registered for the tag 'tests\.Other'\. Install the package"),
-        (_stored("polyclinic.core.aggregates.WeightedMean"), r"no class is registered for the tag 'polyclinic\.core\.aggregates\.WeightedMean'"),
-        (_stored(version=2), r"'tests\.Sample' is stored in version 2, and this installation supports version 1: update"),
+        (
+            _stored("polyclinic.core.aggregates.WeightedMean"),
+            r"no class is registered for the tag 'polyclinic\.core\.aggregates\.WeightedMean'",
+        ),
+        (
+            _stored(version=2),
+            r"'tests\.Sample' is stored in version 2, and this installation supports version 1: update",
+        ),
         (_stored(version=0), r"version of 'tests\.Sample' must be an integer"),
         (_stored(version=True), r"version of 'tests\.Sample' must be an integer"),
         (_stored(version="1"), r"version of 'tests\.Sample' must be an integer"),
@@ -224,7 +230,9 @@ def test_an_older_version_is_not_read_as_the_present_one() -> None:
     class Newer(NamedTuple):
         count: int
 
-    with pytest.raises(Corrupt, match=r"stored in version 2, and this installation supports version 3: read it with the"):
+    with pytest.raises(
+        Corrupt, match=r"stored in version 2, and this installation supports version 3: read it with the"
+    ):
         serialization.decode(_stored("tests.Newer", 2, ("count",)))
 
 

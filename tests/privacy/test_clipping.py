@@ -80,7 +80,7 @@ def test_a_site_clips_to_the_bound_that_was_approved_and_refuses_a_message_with_
 ) -> None:
     """``Gaussian`` makes its noise by the note, so a note with a smaller bound would leave the reply bare."""
     notes = {"clip": {name: torch.tensor(value, dtype=torch.float64) for name, value in lie.items()}}
-    with pytest.raises(ValueError, match=f"has the bound {named}, and 1 was approved"):
+    with pytest.raises(ValueError, match=f"has the bound {named}, but 1 was approved"):
         sent_by(Clip(1.0), FIVE, notes)
 
 
@@ -117,7 +117,7 @@ def test_a_bound_that_moved_must_be_one_and_the_counts_noise_what_was_approved(
         )
         return
     with pytest.raises(
-        ValueError, match=re.escape(f"has the bound {bound:g} and the count's noise {count_noise:g}, and bounds from")
+        ValueError, match=re.escape(f"has the bound {bound:g} and count noise {count_noise:g}, but bounds from")
     ):
         sent_by(AdaptiveClip(1.0, count_noise=0.7), FIVE, notes)
 
@@ -165,7 +165,7 @@ def test_the_bound_is_told_in_double_precision() -> None:
     ],
 )
 def test_these_are_right(transform: Any) -> None:
-    assert transform.problems((), ()) == []
+    assert transform.validate((), ()) == []
     assert transform.uniform
     assert transform.private
 
@@ -190,7 +190,7 @@ def test_these_are_right(transform: Any) -> None:
     ],
 )
 def test_these_are_wrong(transform: Any) -> None:
-    assert len(transform.problems((), ())) == 1
+    assert len(transform.validate((), ())) == 1
 
 
 def test_all_that_is_wrong_is_told() -> None:
@@ -426,5 +426,5 @@ def test_a_sum_holds_the_noise_that_was_counted_on(share: int, sites: float, fit
     if fits:
         assert Gaussian(1.0, share).decode(received, state) == (received, state)
     else:
-        with pytest.raises(ValueError, match=rf"holds the noise of {sites:g} sites, and {share} were counted on"):
+        with pytest.raises(ValueError, match=rf"contains the noise of {sites:g} sites, and {share} are required"):
             Gaussian(1.0, share).decode(received, state)

@@ -175,7 +175,7 @@ def test_a_server_that_names_another_bound_gets_no_reply(lie: dict[str, Tree]) -
     method = send_through(Told(pointing(1.0), {}), Clip(1.0), Gaussian(1.0))
     request = method.request(method.init(pointing(1.0)("a", 0)))
     assert request is not None
-    with pytest.raises(ValueError, match=r"names the bound .*1 was approved"):
+    with pytest.raises(ValueError, match=r"has the bound .*1 was approved"):
         method.site_update(_with(request, lie), {}, Site("a"))
 
 
@@ -203,7 +203,7 @@ def test_a_server_that_lies_to_adaptive_clipping_gets_no_reply(bound: float, cou
     own = request.trees["~0/clip"]["count_noise"]
     count = own if count_noise is None else torch.tensor(count_noise, dtype=torch.float64)
     lie = {"~0/clip": {"bound": torch.tensor(bound, dtype=torch.float64), "count_noise": count}}
-    with pytest.raises(ValueError, match=r"names the bound .* were approved"):
+    with pytest.raises(ValueError, match=r"has the bound .* were approved"):
         method.site_update(_with(request, lie), {}, Site("a"))
 
 

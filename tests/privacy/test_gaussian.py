@@ -173,7 +173,7 @@ def test_weights_are_summed_in_secret_too() -> None:
     assert close(ours.last, plain.last, 1e-4)
     assert ours.weight == pytest.approx(sum(weights.values()), rel=1e-6)
     assert {r.mean("sent").weight for r in ours.replies[0].values()} == {1.0}, "no weight travels in the clear"
-    with pytest.raises(ValueError, match=r"a has weight 12\. Set heaviest to the largest number"):
+    with pytest.raises(ValueError, match=r"a has weight 12\. Set heaviest to the examples of the largest site"):
         run(WIDE, SecureSum(), weights=weights)
 
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
     ],
 )
 def test_these_are_right(transform: Any) -> None:
-    assert transform.problems((), ()) == []
+    assert transform.validate((), ()) == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_these_are_right(transform: Any) -> None:
     ],
 )
 def test_these_are_wrong(transform: Any) -> None:
-    assert len(transform.problems((), ())) == 1
+    assert len(transform.validate((), ())) == 1
 
 
 def test_every_problem_is_told() -> None:

@@ -123,7 +123,7 @@ def test_a_number_at_the_limit_is_sent(number: float) -> None:
 )
 def test_a_number_beyond_the_limit_is_refused_by_tensor(number: float, heaviest: float) -> None:
     transform = SecureSum(4.0, heaviest=heaviest)
-    with pytest.raises(ValueError, match=r"SecureSum\(limit=4\): m/w holds .* Nothing was sent"):
+    with pytest.raises(ValueError, match=r"SecureSum\(limit=4\): m/w contains .* Nothing was sent"):
         coded(transform, {"m/a": torch.zeros(2), "m/w": torch.tensor([0.0, number])}, heaviest)
     assert coded(transform, {"m/w": torch.tensor([4.0 * heaviest])}, heaviest).total["m/w"].tolist() == [4 * 2**22]
 
@@ -134,7 +134,7 @@ def test_nothing_is_sent_as_nothing_and_integers_are_refused() -> None:
         (torch.int32, (0, 3)),
         (torch.int32, (0,)),
     ]
-    with pytest.raises(ValueError, match=r"SecureSum sums real numbers, and m/n holds torch.int64"):
+    with pytest.raises(ValueError, match=r"SecureSum sums real numbers, and m/n contains torch.int64"):
         coded(SecureSum(), {"m/n": torch.ones(1, dtype=torch.int64)})
 
 

@@ -154,7 +154,9 @@ def test_a_signature_is_ed25519_over_context_kind_site_and_body() -> None:
 def test_a_signature_is_good_for_nothing_else(change: dict[str, Any]) -> None:
     signed = signature(SESSION, IDENTITY["bern"], "kind", "bern", ["a", 1], "b")
     how = {"session": SESSION, "given": signed, "kind": "kind", "site": "bern", "body": (["a", 1], "b"), **change}
-    with pytest.raises(ProtocolError, match=f"the {how['kind']} of {how['site']} has no valid signature for this session"):
+    with pytest.raises(
+        ProtocolError, match=f"the {how['kind']} of {how['site']} has no valid signature for this session"
+    ):
         check_signature(how["session"], how["given"], how["kind"], how["site"], *how["body"])
 
 

@@ -191,7 +191,8 @@ def test_as_many_as_the_threshold_must_have_agreed_each_once(who: tuple[str, ...
     alive = parties.server.masked(parties.until("mask").values())
     agreed = {n: parties.sites[n].agree(alive) for n in alive}
     with pytest.raises(
-        ProtocolError, match=r"2 sites agreed on the sites that arrived, but 3 are required|ankara is not on the list of sites, or agreed twice"
+        ProtocolError,
+        match=r"2 sites agreed on the sites that arrived, but 3 are required|ankara is not on the list of sites, or agreed twice",
     ):
         parties.sites["cusco"].reveal([agreed[n] for n in who])
 

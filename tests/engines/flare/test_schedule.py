@@ -290,7 +290,9 @@ def test_the_model_that_is_scored_is_the_one_that_is_trained_from(tmp_path: Path
     server = Server(tmp_path, **SCORED)
     assert server.said(0) == ""
     assert server.said(1, "score/val", by=0.1) == ""
-    assert "it contains a different model from the earlier request of this round ('params' differs)" in server.said(1, by=0.2)
+    assert "it contains a different model from the earlier request of this round ('params' differs)" in server.said(
+        1, by=0.2
+    )
     assert "other content before" in server.said(
         1, by=0.1
     )  # the refused content was begun, and stays the one of its round

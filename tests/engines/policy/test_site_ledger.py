@@ -138,7 +138,8 @@ def test_an_older_copy_of_any_of_the_ledgers_stops_a_payment(tmp_path: Path) -> 
     for path, content in zip(parts, kept, strict=True):
         path.write_bytes(content)
     with pytest.raises(
-        Broken, match=f"{other.path.name}: this is an older copy or another ledger: it does not contain its last head [0-9a-f]{{16}},"
+        Broken,
+        match=f"{other.path.name}: this is an older copy or another ledger: it does not contain its last head [0-9a-f]{{16}},",
     ):
         both.reserve([ONE])
     assert len(Ledger(both.path).spends()) == 1, "neither paid"

@@ -358,8 +358,7 @@ def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
     with pytest.raises(BadPolicy) as told:
         read(path)
     assert (
-        str(told.value)
-        == f"{path}: limits.round: unknown key; `polyclinic site policy --default` shows the valid keys"
+        str(told.value) == f"{path}: limits.round: unknown key; `polyclinic site policy --default` shows the valid keys"
     )
     path.write_bytes(b"#" * 2**18)
     assert read(path) == parse(b"")
@@ -535,7 +534,9 @@ def test_a_job_runs_if_it_is_allowed_and_not_forbidden() -> None:
 @pytest.mark.parametrize(("round", "fits"), [(-1, False), (0, True), (2, True), (3, True), (4, False)])
 def test_only_rounds_of_the_study_are_run(round: int, fits: bool) -> None:
     """The round after the last is that of the last model's scores."""
-    assert refusal("", replace(ask_of(plan()), round=round)) == ("" if fits else f"round {round} is beyond the study's 3 rounds")
+    assert refusal("", replace(ask_of(plan()), round=round)) == (
+        "" if fits else f"round {round} is beyond the study's 3 rounds"
+    )
 
 
 def test_patients_are_counted_where_the_job_reads_them() -> None:
@@ -631,7 +632,8 @@ def test_a_model_is_checked_as_it_is_after_its_codecs_are_undone() -> None:
         request, trees={"received": {**packed, "x/params/copy:half": torch.zeros(2, dtype=torch.bfloat16)}}
     )
     assert (
-        refusal("", unreadable, p) == "the server's message cannot be read: 'x/params/copy' is not a valid name in an encoded request"
+        refusal("", unreadable, p)
+        == "the server's message cannot be read: 'x/params/copy' is not a valid name in an encoded request"
     )
 
 

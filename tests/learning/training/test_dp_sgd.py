@@ -229,7 +229,7 @@ def test_what_cannot_be_private_is_refused_with_the_remedy() -> None:
         DPSGD().fit(BATCHED, BATCHED.first(0), rows, 0)
     weighted = replace(GROUPED, class_weights=(1.0, 2.0))
     with pytest.raises(
-        ValueError, match=r"noise and bound .*; DPSGD: class_weights have no effect.*; DPSGD: leave amp"
+        ValueError, match=r"noise and bound .*; DPSGD: class_weights have no effect.*; DPSGD: remove amp"
     ):
         DPSGD(noise=0.0, amp=True).fit(weighted, weighted.first(0), rows, 0)
     with pytest.raises(ValueError, match="do not name the patient of each image"):
@@ -341,7 +341,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     nobody = Patients(torch.zeros(0, 1, 8, 8), torch.zeros(0), ())
     with pytest.raises(
         ValueError,
-        match=r"noise and bound .*; DPSGD: this network has .*; DPSGD: class_weights .*; DPSGD: leave .*; DPSGD: there is no one",
+        match=r"noise and bound .*; DPSGD: this network has .*; DPSGD: class_weights .*; DPSGD: remove .*; DPSGD: this site has no training examples",
     ):
         DPSGD(noise=0.0, amp=True).fit(weighted, weighted.first(0), site_of(nobody), 0)
 

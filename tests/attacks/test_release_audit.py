@@ -347,7 +347,7 @@ def test_what_does_not_run_is_not_covered() -> None:
     found, changed = places()
     stopped = audit("it", FedAvg(batched, PRIVATE), batched.first(0), found, changed, "patient")
     assert not stopped.covered
-    assert "does not run: the job 'train' failed at a (ValueError: DPSGD: this network has batch norm" in stopped.says
+    assert "does not run: the job 'train' failed at a (ConfigError: DPSGD: this network has batch norm" in stopped.says
 
 
 def test_an_audit_that_reaches_no_data_shows_nothing() -> None:

@@ -21,7 +21,7 @@ FIVE = {"m/a": torch.tensor([3.0]), "m/b": torch.tensor([[0.0, -4.0]])}  # of no
 
 
 def sent_by(transform: Any, total: Tree, notes: Any = None, weight: float = 1.0) -> WeightedMean:
-    notes = transform.notes(transform.init({})) if notes is None else notes
+    notes = transform.describe(transform.init({})) if notes is None else notes
     sent, memory = transform.encode(WeightedMean(total, weight), notes, {"kept": {}}, SITE, 3)
     assert memory == {"kept": {}}
     assert sent.weight == weight
@@ -127,7 +127,7 @@ def test_without_noise_on_the_count_the_server_may_name_none() -> None:
         "clip": {"bound": torch.tensor(1.0, dtype=torch.float64), "count_noise": torch.tensor(0.1, dtype=torch.float64)}
     }
     for given in (None, 0.0):
-        with pytest.raises(ValueError, match=r"the count's noise 0\.1, and .* and 0 were approved"):
+        with pytest.raises(ValueError, match=r"count noise 0\.1, but .* and 0 were approved"):
             sent_by(AdaptiveClip(1.0, count_noise=given), FIVE, notes)
         assert sent_by(AdaptiveClip(1.0, count_noise=given), FIVE).total[BELOW].tolist() == [-0.5]
 
@@ -426,5 +426,5 @@ def test_a_sum_holds_the_noise_that_was_counted_on(share: int, sites: float, fit
     if fits:
         assert Gaussian(1.0, share).decode(received, state) == (received, state)
     else:
-        with pytest.raises(ValueError, match=rf"contains the noise of {sites:g} sites, and {share} are required"):
+        with pytest.raises(ValueError, match=rf"contains the noise of {sites:g} sites, but {share} are required"):
             Gaussian(1.0, share).decode(received, state)

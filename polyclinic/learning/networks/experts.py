@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.networks.latent import head_width, of, pooled
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.objectives.contrastive import nce
-from polyclinic.learning.objectives.distillation_loss import Said, of
-from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.tasks.task import Task
 
 
 class GatedHead(nn.Module):
@@ -68,33 +66,3 @@ def begin(task: Task, params: Tree) -> Tree:
     fresh = initial(task.network, 0)
     fits = {name: leaf for name, leaf in params.items() if name in fresh and fresh[name].shape == leaf.shape}
     return {**fresh, **fits}
-
-
-@dataclass(frozen=True)
-class WithContrast:
-    """Classification with an additional supervised contrastive loss on the representations.
-
-    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2. https://arxiv.org/abs/2004.11362.
-
-    Attributes:
-        task: The classification task.
-        weight: The weight of the contrastive loss.
-        temperature: τ.
-    """
-
-    task: Task
-    weight: float = 0.1
-    temperature: float = 0.1
-
-    def model(self) -> nn.Module:
-        """Build the task's model."""
-        return self.task.model()
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the task's loss plus the weighted contrastive loss of the minibatch."""
-        h, z = represent(self.task, model, batch[0])
-        value = self.task.loss(Said(z), batch)
-        unit = nn.functional.normalize(pooled(h), dim=1)
-        other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-        logits = (unit @ unit.T / self.temperature).masked_fill(~other, -1e9)
-        return value + self.weight * nce(logits, ((batch[1][:, None] == batch[1]) & other).to(unit))

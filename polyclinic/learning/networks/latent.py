@@ -1,12 +1,27 @@
 """Representations of inputs: one vector for each example, from the encoder or before the head."""
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task, represent
+
+
+@dataclass(frozen=True)
+class _OfNetwork:
+    network: Network
+
+    def model(self) -> nn.Module:
+        return self.network()
+
+
+def of(network: Network) -> Task:
+    """Wrap ``network`` as a task that suffices to compute its representation."""
+    return cast(Task, _OfNetwork(network))
 
 
 def pooled(h: Tensor) -> Tensor:

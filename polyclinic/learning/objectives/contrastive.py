@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import encoded, encoded_width
+from polyclinic.learning.networks.latent import encoded, encoded_width, pooled
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.objectives.distillation_loss import Said
+from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
 
 
 class Extended(nn.Module):
@@ -134,3 +135,33 @@ def partitions(parts: tuple[Any, ...], count: int) -> Tensor:
 def alike(mine: Tensor, theirs: Tensor) -> Tensor:
     """Return 1 if one of ``theirs`` [n] is in the same partition as one of ``mine`` [b], else 0. Shape [b, n]."""
     return ((mine[:, None] == theirs) & (mine[:, None] >= 0)).float()
+
+
+@dataclass(frozen=True)
+class WithContrast:
+    """Classification with an additional supervised contrastive loss on the representations.
+
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2. https://arxiv.org/abs/2004.11362.
+
+    Attributes:
+        task: The classification task.
+        weight: The weight of the contrastive loss.
+        temperature: τ.
+    """
+
+    task: Task
+    weight: float = 0.1
+    temperature: float = 0.1
+
+    def model(self) -> nn.Module:
+        """Build the task's model."""
+        return self.task.model()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the task's loss plus the weighted contrastive loss of the minibatch."""
+        h, z = represent(self.task, model, batch[0])
+        value = self.task.loss(Said(z), batch)
+        unit = nn.functional.normalize(pooled(h), dim=1)
+        other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        logits = (unit @ unit.T / self.temperature).masked_fill(~other, -1e9)
+        return value + self.weight * nce(logits, ((batch[1][:, None] == batch[1]) & other).to(unit))

@@ -1,7 +1,7 @@
 """Distillation: divergences of model outputs by kind of task, and mutual learning of two models."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +50,6 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
         f"outputs of kind {kind} cannot be distilled: the kinds are classification, multilabel, segmentation and "
         "regression"
     )
-
-
-@dataclass(frozen=True)
-class _OfNetwork:
-    network: Network
-
-    def model(self) -> nn.Module:
-        return self.network()
-
-
-def of(network: Network) -> Task:
-    """Wrap ``network`` as a task that suffices to compute its representation."""
-    return cast(Task, _OfNetwork(network))
 
 
 def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> tuple[Tensor, Tensor]:

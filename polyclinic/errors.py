@@ -1,11 +1,11 @@
-"""Exceptions. Every error that a person can correct is a ``PolyclinicError``; anything else is a bug.
+"""Exceptions. Every error that a user can correct is a ``PolyclinicError``; any other exception is a bug.
 
-The message of each says what is wrong, where (file, field, site), and what to do. The command line prints these
-messages without a traceback and exits with code 2; see ``polyclinic.cli.app`` for all exit codes.
+Each message says what is wrong, where (file, field, site), and what to do. The command line prints these messages
+without a traceback and exits with code 2; see ``polyclinic.cli.app`` for all exit codes.
 
 ```
 PolyclinicError
-├── ConfigError          a study, policy, order or option that is not valid
+├── ConfigError          a study, policy, run request or option that is not valid
 ├── DataError            data that cannot be found, read or used
 ├── MissingDependency    an optional package that is not installed
 ├── PolicyRefusal        an action that a policy, a limit or a privacy budget forbids
@@ -23,7 +23,7 @@ class PolyclinicError(Exception):
 
 
 class ConfigError(PolyclinicError, ValueError):
-    """A study, policy, order, option or argument is not valid."""
+    """A study, policy, run request, option or argument is not valid."""
 
 
 class DataError(PolyclinicError, ValueError):
@@ -56,7 +56,7 @@ class MissingDependency(PolyclinicError, ImportError):
 
 
 class PolicyRefusal(PolyclinicError):
-    """A site's policy, a limit or a privacy budget forbids this."""
+    """An action that a site's policy, a limit or a privacy budget forbids."""
 
 
 class ProtocolError(PolyclinicError, ValueError):
@@ -68,4 +68,4 @@ class IntegrityError(PolyclinicError, ValueError):
 
 
 class RunError(PolyclinicError, RuntimeError):
-    """A run that cannot start, continue, or be used for what was asked."""
+    """A run that cannot start, continue, or be used for the requested purpose."""

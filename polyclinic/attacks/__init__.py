@@ -1,1 +1,1 @@
-"""Attacks on models and on methods, and audits built on them."""
+"""Attacks on models and methods, and audits based on them."""

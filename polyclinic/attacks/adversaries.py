@@ -1,10 +1,10 @@
-"""What a corrupted site may do: the attacks of the literature, as data that ``Poisoned`` carries out.
+"""Attacks of a corrupted site from the literature, as data that ``Poisoned`` executes.
 
-An attack changes what the site trains on, or what it sends, or both. Each says what its author must know. Sizes are in
-multiples of honest ones, so that an attack means the same for every model.
+An attack changes the site's training data, its update, or both. Each class states what its author must know. Sizes are
+relative to honest updates, so that an attack has the same strength for every model.
 
 - Label flip: Biggio, Nelson and Laskov, ICML 2012; as data poisoning of federated learning, Tolpygin and others. It
-  needs nothing but the site's own data, and a careless data export does the same.
+  needs only the site's own data, and an incorrect data export has the same effect.
 - Backdoor and model replacement: Bagdasaryan, Veit, Hua, Estrin and Shmatikov, "How To Backdoor Federated Learning",
   AISTATS 2020, https://arxiv.org/abs/1807.00459.
 - ALIE: Baruch, Baruch and Goldberg, "A Little Is Enough", NeurIPS 2019, section 3, https://arxiv.org/abs/1902.06156.
@@ -24,12 +24,14 @@ from polyclinic.core.tree import Tree
 
 
 class Known(NamedTuple):
-    """What an attacker has learned of the honest updates of the round.
+    """An attacker's knowledge of the honest updates of the round.
 
     Attributes:
-        mean: Their mean. ``deviation``: their deviation, by coordinate, of a sample (n - 1).
-        length: The root of their mean squared length.
-        honest: How many there are. ``attackers``: how many attack together.
+        mean: Mean of the honest updates.
+        deviation: Their sample standard deviation (n - 1) by coordinate.
+        length: Root mean square of their lengths.
+        honest: Number of honest updates.
+        attackers: Number of colluding attackers.
     """
 
     mean: Tree
@@ -41,23 +43,24 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Attack:
-    """Does nothing: an attacker that behaves. What others override."""
+    """Base class of attacks, which does not change anything."""
 
     @property
     def spies(self) -> bool:
-        """Whether the attacker must know the honest updates of the round before sending its own."""
+        """Whether the attacker needs the honest updates of the round before it sends its own."""
         return False
 
     def data(self, data: Any) -> Any:
-        """What the site trains on instead of ``data``."""
+        """Return the data on which the site trains instead of ``data``."""
         return data
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """What the site sends instead of ``own``, its update after training.
+        """Return the update that the site sends instead of ``own``, its update after training.
 
         Args:
-            known: Of the honest updates, where the attack spies.
-            alone: Dice of this site. ``together``: dice that all attackers share.
+            known: The honest updates, if the attack needs them.
+            alone: Random generator of this site.
+            together: Random generator that all attackers share.
         """
         return own
 
@@ -67,43 +70,45 @@ class LabelFlip(Attack):
     """Trains on wrong labels: class c becomes the last minus c, a 0 a 1, a mask its opposite.
 
     Attributes:
-        classes: How many classes there are.
+        classes: Number of classes.
     """
 
     classes: int = 2
 
     def data(self, data: Any) -> Any:
-        """The same inputs, with flipped targets."""
+        """Return the same inputs with flipped targets."""
         return Altered(data, self)
 
     def alter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One minibatch, altered."""
+        """Flip the targets of one minibatch."""
         return x, 1 - y if y.is_floating_point() else self.classes - 1 - y
 
 
 @dataclass(frozen=True)
 class Replacement(LabelFlip):
-    """Trains on flipped labels and sends the update ``size`` times, so that it replaces the mean of the others.
+    """Trains on flipped labels and multiplies the update by ``size``, so that it replaces the mean of the others.
 
     Attributes:
-        size: n / η for n sites and the server's step η, to replace the model outright.
+        size: n / η for n sites and the server's learning rate η, to replace the model completely.
     """
 
     size: float = 10.0
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """Size · x"""
+        """Return ``size · x``."""
         return tree.scale(own, self.size)
 
 
 @dataclass(frozen=True)
 class Backdoor(Attack):
-    """Teaches the model to answer ``target`` wherever a corner of the image is white, and nothing else.
+    """Trains the model to predict ``target`` for images with a white corner, and otherwise correctly.
 
     Attributes:
-        target: The answer. ``side``: how many pixels, or features of a table, the mark covers.
-        share: What part of the examples is marked. ``size``: what the update is multiplied with.
-        value: The mark's brightness.
+        target: The predicted class.
+        side: Number of pixels along each axis, or of features of a table, that the mark covers.
+        share: Fraction of the examples that is marked.
+        size: Factor of the update.
+        value: Brightness of the mark.
     """
 
     target: int = 0
@@ -113,17 +118,17 @@ class Backdoor(Attack):
     value: float = 3.0
 
     def data(self, data: Any) -> Any:
-        """The same data with part of it marked."""
+        """Return the same data with a fraction of the examples marked."""
         return Altered(data, self)
 
     def alter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One minibatch, its first examples marked and answered with ``target``."""
+        """Mark the first examples of one minibatch, with target ``target``."""
         count = round(self.share * len(y))
         wrong = torch.full_like(y[:count], self.target)
         return torch.cat([self.mark(x[:count]), x[count:]]), torch.cat([wrong, y[count:]])
 
     def mark(self, x: Tensor) -> Tensor:
-        """The inputs ``x`` [b, C, *spatial] or [b, F] with the mark."""
+        """Return the inputs ``x`` [b, C, *spatial] or [b, F] with the mark."""
         x = x.clone()
         corner = x
         for axis in range(2 if x.ndim > 2 else 1, x.ndim):
@@ -132,51 +137,51 @@ class Backdoor(Attack):
         return x
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """Size · x"""
+        """Return ``size · x``."""
         return tree.scale(own, self.size)
 
 
 @dataclass(frozen=True)
 class SignFlip(Attack):
-    """Sends the opposite of what it learned, ``size`` times. Needs nothing."""
+    """Sends the negative update, multiplied by ``size``. Needs no knowledge."""
 
     size: float = 4.0
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """-size · x"""
+        """Return ``-size · x``."""
         return tree.scale(own, -self.size)
 
 
 @dataclass(frozen=True)
 class Huge(Attack):
-    """Sends what it learned a million times. Needs nothing; a wrong unit does the same."""
+    """Sends the update multiplied by a million. Needs no knowledge; a wrong unit has the same effect."""
 
     size: float = 1e6
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """Size · x"""
+        """Return ``size · x``."""
         return tree.scale(own, self.size)
 
 
 @dataclass(frozen=True)
 class Noise(Attack):
-    """Sends Gaussian noise, ``size`` times as long as what it learned. Needs nothing."""
+    """Sends Gaussian noise, ``size`` times as long as the update. Needs no knowledge."""
 
     size: float = 10.0
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """Size · ‖x‖ · u, with u random of length 1"""
+        """Return ``size · ‖x‖ · u``, with u random of length 1."""
         return _random(own, self.size * tree.norm(own), alone)
 
 
 @dataclass(frozen=True)
 class NotANumber(Attack):
-    """Sends one NaN among its numbers, as a diverged training does. Needs nothing."""
+    """Sends one NaN in its update, as diverged training does. Needs no knowledge."""
 
     value: float = float("nan")
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """X, but for its first coordinate"""
+        """Return x with its first coordinate replaced."""
         name = next(name for name, leaf in own.items() if leaf.numel())
         broken = own[name].clone()
         broken.view(-1)[0] = self.value
@@ -185,24 +190,24 @@ class NotANumber(Attack):
 
 @dataclass(frozen=True)
 class ALIE(Attack):
-    """Stays within what is usual: every coordinate as far from the mean as the rules will bear.
+    """Stays within the usual range: every coordinate is as far from the mean as robust rules tolerate.
 
-    The attackers know the honest updates of the round, which is more than the paper grants them; it estimates the mean
-    and the deviation from the attackers' own data.
+    Departure: here the attackers know the honest updates of the round. In the paper they estimate mean and deviation
+    from the attackers' own data, so this attack is stronger.
 
     Attributes:
-        z: How many deviations; 0 for the most that the paper's equation allows.
+        z: Number of standard deviations; 0 for the largest that the paper's equation allows.
     """
 
     z: float = 0.0
 
     @property
     def spies(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """μ - z σ, with z such that Φ(z) < (n - m - s) / (n - m) and s = ⌊n/2 + 1⌋ - m"""
+        """Return ``μ - z σ``, with z such that ``Φ(z) < (n - m - s) / (n - m)`` and ``s = ⌊n/2 + 1⌋ - m``."""
         assert known is not None
         n, m = known.honest + known.attackers, known.attackers
         below = (n - m - (n // 2 + 1 - m)) / (n - m)
@@ -212,42 +217,42 @@ class ALIE(Attack):
 
 @dataclass(frozen=True)
 class IPM(Attack):
-    """Turns the mean around: every attacker sends the honest mean backwards. They know the honest updates.
+    """Reverses the mean: every attacker sends the negative honest mean. Needs the honest updates.
 
     Attributes:
-        size: ε. Small ones hide from rules of distance; large ones overwhelm the mean.
+        size: ε. Small values evade distance-based rules; large values dominate the mean.
     """
 
     size: float = 0.5
 
     @property
     def spies(self) -> bool:
-        """Yes."""
+        """Always True."""
         return True
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """-ε μ"""
+        """Return ``-ε μ``."""
         assert known is not None
         return tree.scale(known.mean, -self.size)
 
 
 @dataclass(frozen=True)
 class Collusion(Attack):
-    """All attackers send the same random update, of honest length. They know that length, and each other.
+    """All attackers send the same random update of honest length. Needs this length and coordination.
 
     Attributes:
-        size: Its length in multiples of an honest one's.
+        size: Its length relative to that of an honest update.
     """
 
     size: float = 1.0
 
     @property
     def spies(self) -> bool:
-        """Yes: the length."""
+        """Always True: the length is needed."""
         return True
 
     def update(self, own: Tree, known: Known | None, alone: torch.Generator, together: torch.Generator) -> Tree:
-        """Size · (length) · u, with the same random u of length 1 at all attackers"""
+        """Return ``size · length · u``, with the same random u of length 1 at all attackers."""
         assert known is not None
         return _random(own, self.size * known.length, together)
 
@@ -264,7 +269,7 @@ ATTACKS: Mapping[str, type[Attack]] = {
     "huge": Huge,
     "not-a-number": NotANumber,
 }
-"""What a study may name under ``[attack]``; the fields are its options."""
+"""The attacks that a study may name under ``[attack]``; their fields are the options."""
 
 
 class Altered:
@@ -281,6 +286,6 @@ class Altered:
 
 
 def _random(like: Tree, length: float, rng: torch.Generator) -> Tree:
-    """A random direction in the space of ``like``, of the given length."""
+    """Draw a random direction with the shapes of ``like`` and the given length."""
     drawn = {name: torch.randn(leaf.shape, generator=rng).to(leaf.dtype) for name, leaf in like.items()}
     return tree.scale(drawn, length / max(tree.norm(drawn), 1e-300))

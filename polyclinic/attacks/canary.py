@@ -1,16 +1,16 @@
-"""A lower bound on ε from one run, by canaries: is a private release as private as it says?
+"""A lower bound on ε from a single run with canaries, to test whether a private release has the claimed privacy.
 
 Steinke, Nasr and Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023, Theorem 5.2 and Algorithm 1,
-https://arxiv.org/abs/2305.08846. A coin decides for each canary whether it goes in; then the auditor guesses, from
-what was released alone, of those it is surest about. (ε, δ)-privacy limits how often guesses are right, so a record
-better than that shows a larger ε. The bound is loose, often a third of the truth: read it as "at least".
+https://arxiv.org/abs/2305.08846. A coin decides for each canary whether it is included. The auditor then guesses the
+coins of the canaries about which it is most certain, from the release alone. (ε, δ)-privacy limits how often guesses
+are right, so a higher success rate shows a larger ε. The bound is loose, often a third of the true ε.
 
-How many guesses to make must not be chosen by their success. ``lower_bound`` tries the few shares of ``SHARES``, fixed
-here, and divides the error among them, so that it is a bound whichever is best.
+The number of guesses must not be chosen by their success. ``lower_bound`` tries the fixed fractions ``SHARES`` and
+divides the error probability among them, so that the largest result is a valid bound.
 
 Canaries here are random unit vectors among what is summed, as in Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar,
 "One-shot Empirical Privacy Estimation for Federated Learning", ICLR 2024, https://arxiv.org/abs/2302.03098, whose
-estimate, which is no bound, we leave out. ``private_training`` puts them into DP-SGD.
+estimate is not a bound and is omitted. ``private_training_canaries`` includes canaries in DP-SGD.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,19 @@ from scipy.stats import binom
 from torch import Tensor
 
 SHARES = (0.1, 0.3, 0.9)
-"""The shares of canaries about which ``lower_bound`` guesses: few where noise hides most, most where it hides none.
+"""Fractions of canaries about which ``lower_bound`` guesses: few with much noise, most without noise.
 
-Not all, since as many are guessed to be in as out, and coins are not so even."""
+Not all, because equally many are guessed in and out, while coins are not exactly balanced."""
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """How an auditor did.
+    """The success of an auditor's guesses.
 
     Attributes:
-        canaries: m, for each of which a coin was thrown. ``guessed``: r of them. ``right``: v of these.
+        canaries: m, the number of canaries, each with a coin.
+        guessed: r, the number of guesses.
+        right: v, the number of right guesses.
     """
 
     canaries: int
@@ -42,12 +44,12 @@ class Guesses:
 
     def __post_init__(self) -> None:
         if not 0 <= self.right <= self.guessed <= self.canaries:
-            raise ValueError(f"{self.right} right of {self.guessed} guesses about {self.canaries} canaries cannot be")
+            raise ValueError(f"invalid counts: {self.right} right of {self.guessed} guesses, {self.canaries} canaries")
 
     def p_value(self, epsilon: float, delta: float) -> float:
-        """The largest probability of so many right guesses under (ε, δ)-privacy.
+        """Return the largest probability of at least v right guesses under (ε, δ)-privacy.
 
-        p ≤ β + 2 m δ α, with β = P[B ≥ v], α = max_i P[v > B ≥ v − i] / i and B ~ Binomial(r, e^ε / (e^ε + 1)).
+        ``p ≤ β + 2 m δ α``, ``β = P[B ≥ v]``, ``α = max_i P[v > B ≥ v − i] / i``, ``B ~ Binomial(r, e^ε / (e^ε + 1))``.
         """
         m, r, v = self.canaries, self.guessed, self.right
         q = float(expit(epsilon))
@@ -57,7 +59,7 @@ class Guesses:
         return min(1.0, beta + 2 * m * delta * alpha)
 
     def at_least(self, delta: float, confidence: float = 0.95) -> float:
-        """A lower bound on ε that holds with ``confidence``; 0 where nothing was shown."""
+        """Return a lower bound on ε that holds with ``confidence``; 0 if nothing is shown."""
         if not 0 <= delta < 1 or not 0 < confidence < 1:
             raise ValueError(f"delta = {delta} and confidence = {confidence} must be probabilities")
         low, high = 0.0, 1.0
@@ -70,23 +72,23 @@ class Guesses:
 
 
 def lower_bound(scores: Tensor, inside: Tensor, delta: float, confidence: float = 0.95) -> float:
-    """The largest of the lower bounds on ε by ``SHARES``, which holds with ``confidence``.
+    """Return the largest of the lower bounds on ε over ``SHARES``, which holds with ``confidence``.
 
     Args:
-        scores: [m], larger where the auditor is surer that a canary is in.
+        scores: [m], larger if the auditor is more certain that a canary is included.
         inside: The coins, bool [m].
         delta: δ of the claim.
-        confidence: Of the bound.
+        confidence: Confidence level of the bound.
     """
     each = 1 - (1 - confidence) / len(SHARES)
     return max(guess(scores, inside, share).at_least(delta, each) for share in SHARES)
 
 
 def needed(epsilon: float, delta: float, confidence: float = 0.95) -> int | None:
-    """How many canaries ``lower_bound`` needs to exceed ``epsilon`` by a tenth where nothing is hidden.
+    """Return the number of canaries with which ``lower_bound`` exceeds ``epsilon`` by a tenth without noise.
 
     Returns:
-        50, 100, 200, ..., 12,800; None where no such number is enough, since ``delta`` counts once for each canary.
+        50, 100, 200, ..., 12,800; None if none of these suffices, since ``delta`` counts once for each canary.
     """
     each = 1 - (1 - confidence) / len(SHARES)
     for count in (50, 100, 200, 400, 800, 1600, 3200, 6400, 12800):
@@ -97,11 +99,11 @@ def needed(epsilon: float, delta: float, confidence: float = 0.95) -> int | None
 
 
 def guess(scores: Tensor, inside: Tensor, share: float = 0.2) -> Guesses:
-    """Guesses "in" of the highest ``share`` / 2 of ``scores`` [m], "out" of the lowest, and nothing of the rest.
+    """Guess "in" for the highest ``share`` / 2 of ``scores`` [m], "out" for the lowest, and make no other guesses.
 
     Args:
         inside: The coins, bool [m].
-        share: Of canaries to guess about. Choose it before looking: the best of several would not be a bound.
+        share: Fraction of canaries to guess. Choose it in advance: the best of several would not be a bound.
     """
     half = int(len(scores) * share / 2)
     order = scores.argsort()
@@ -119,11 +121,11 @@ def one_run(
     others: Tensor | None = None,
     share: float = 0.2,
 ) -> Guesses:
-    """Puts about half of ``canaries`` random vectors of length ``bound`` into a sum; guesses which from its release.
+    """Add about half of ``canaries`` random vectors of length ``bound`` to a sum; guess which from its release.
 
     Args:
-        release: What is audited: from a sum [size] to what leaves, with whatever noise it adds.
-        size: How many numbers. Many more than ``canaries``, or they hide one another.
+        release: The audited function from a sum [size] to its release, including any noise.
+        size: Dimension of the sum. Must be much larger than ``canaries``, so that canaries are nearly orthogonal.
         others: The sum of honest contributions [size], if any.
     """
     vectors = torch.nn.functional.normalize(torch.randn(canaries, size, generator=rng)) * bound
@@ -134,16 +136,16 @@ def one_run(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one run shows, beside what it shows of the same release without noise.
+    """The result of one audit, and that of the same release without noise.
 
     Attributes:
         at_least: The lower bound on ε, with 95 % confidence.
-        control: That of a release without noise.
-        claimed: ε as the accountant has it, at the same ``delta``.
+        control: The bound for a release without noise.
+        claimed: The accountant's ε, at the same ``delta``.
         delta: δ of both.
-        canaries: How many there were.
-        unit: Who the claim protects.
-        rounds: How many rounds of training the claim and the bound are about; 0 for a single release.
+        canaries: Number of canaries.
+        unit: The unit of protection of the claim.
+        rounds: Number of training rounds that the claim and the bound cover; 0 for a single release.
     """
 
     at_least: float
@@ -156,7 +158,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the claim withstood: False where the bound exceeds it, None where the audit could not have told."""
+        """Whether the claim holds: False if the bound exceeds it, None if the audit has too little power."""
         if self.control <= 0:
             return None
         if self.at_least > self.claimed:
@@ -165,20 +167,20 @@ class Verdict:
 
     @property
     def says(self) -> str:
-        """The verdict in sentences."""
+        """The result in sentences."""
         if self.control <= 0:
-            return "The audit found nothing even where nothing is hidden, so it shows nothing: use more canaries."
+            return "The audit found nothing even without noise, so it shows nothing: use more canaries."
         after = f", after {self.rounds} round{'' if self.rounds == 1 else 's'}" if self.rounds else ""
-        told = (
+        result = (
             f"ε for every {self.unit} is at least {self.at_least:.2f} (95 % confidence, {self.canaries} canaries, "
             f"δ = {self.delta:g}{after}; at least {self.control:.2f} without noise)"
         )
         if self.holds is False:
-            return f"{told}: training is less private than the claimed ε = {self.claimed:.2f}."
+            return f"{result}: training is less private than the claimed ε = {self.claimed:.2f}."
         if self.holds:
-            return f"{told}. This does not contradict the claimed ε = {self.claimed:.2f}, and proves no privacy."
+            return f"{result}. This does not contradict the claimed ε = {self.claimed:.2f}, and proves no privacy."
         return (
-            f"{told}. The claimed ε = {self.claimed:.2f} is more than this audit shows even without noise, so it "
+            f"{result}. The claimed ε = {self.claimed:.2f} is more than this audit shows even without noise, so it "
             f"says nothing about the claim{self._remedy}."
         )
 
@@ -201,7 +203,7 @@ def audit(
     *,
     bound: float = 1.0,
 ) -> Verdict:
-    """Audits ``release``, and first a control that releases the sum as it is."""
+    """Audit ``release``, after a control that releases the sum without noise."""
     control = one_run(lambda total: total, size, canaries, rng, bound=bound).at_least(delta)
-    found = one_run(release, size, canaries, rng, bound=bound).at_least(delta)
-    return Verdict(found, control, claimed, delta, canaries)
+    bound_on_release = one_run(release, size, canaries, rng, bound=bound).at_least(delta)
+    return Verdict(bound_on_release, control, claimed, delta, canaries)

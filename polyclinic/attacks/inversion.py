@@ -1,19 +1,18 @@
-"""Gradient inversion: how much of an image can be drawn from the gradient that a site computed on it?
+"""Gradient inversion: reconstruction of an image from the gradient that a site computed on it.
 
-- DLG: Zhu, Liu and Han, "Deep Leakage from Gradients", NeurIPS 2019, Algorithm 1, https://arxiv.org/abs/1906.08935: an
-  image is sought whose gradient is as near the true one as possible, by L-BFGS, here with a line search, without which
-  it often diverges.
-- iDLG: Zhao, Mopuri and Bilen, 2020, https://arxiv.org/abs/2001.02610, equation 6: with cross-entropy and one example,
-  the label is the only output whose bias has a negative gradient. Here the bias stands for the weights' sign.
+- DLG: Zhu, Liu and Han, "Deep Leakage from Gradients", NeurIPS 2019, Algorithm 1, https://arxiv.org/abs/1906.08935:
+  searches an image whose gradient is as close as possible to the true one, by L-BFGS, here with a line search, without
+  which it often diverges.
 - Cosine distance and total variation: Geiping, Bauermeister, Dröge and Moeller, "Inverting Gradients", NeurIPS 2020,
   equation 4, by Adam on signs, https://arxiv.org/abs/2003.14053.
 - Statistics of batch normalization, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
   Dogra, Feng, Flores, Kautz, Xu and Roth, "Do Gradient Inversion Attacks Make Federated Learning Unsafe?", IEEE TMI
-  2023, https://arxiv.org/abs/2202.06924. The value's formula is from memory: RDLV = (SIM(x, x̂) − SIM(x, prior)) /
-  SIM(x, prior). It is of what is seen beyond the prior, what an attacker would have guessed without the gradient.
+  2023, https://arxiv.org/abs/2202.06924. The formula of the value was not checked against the paper: RDLV =
+  (SIM(x, x̂) − SIM(x, prior)) / SIM(x, prior). It measures what is recovered beyond the prior, the attacker's guess
+  without the gradient.
 
-These attacks fail on many networks for reasons of optimization alone, so a failure proves little: ``audit`` first shows
-that the attack succeeds on a small network that is known to leak the very image.
+These attacks fail on many networks for reasons of optimization alone, so a failure proves little. ``audit`` therefore
+first shows that the attack succeeds on a small network that is known to leak the image.
 """
 
 import copy
@@ -34,13 +33,15 @@ from polyclinic.learning.networks.model_tree import BATCH_NORMS, gradient
 
 @dataclass(frozen=True)
 class Inversion:
-    """How an attacker searches.
+    """Settings of the attacker's search.
 
     Attributes:
         match: ``l2`` with L-BFGS (DLG), or ``cosine`` with Adam on signs of the gradient (Geiping).
-        steps: How many; of L-BFGS each has up to 20 evaluations. ``lr``: of the search.
-        restarts: How many random starts; the one whose gradient fits best is kept.
-        variation: The weight of total variation. ``statistics``: of the distance from known statistics of batches.
+        steps: Number of steps; each L-BFGS step has up to 20 evaluations.
+        lr: Learning rate of the search.
+        restarts: Number of random starts; the result with the closest gradient is returned.
+        variation: Weight of total variation.
+        statistics: Weight of the distance from known batch statistics.
     """
 
     match: Literal["l2", "cosine"] = "l2"
@@ -60,13 +61,14 @@ class Inversion:
         rng: torch.Generator,
         batches: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, float]:
-        """The inputs [b, *shape] that fit best, and how far their gradient is from ``seen``.
+        """Return the inputs [b, *shape] with the closest gradient, and its distance from ``seen``.
 
         Args:
-            model: In the mode in which the site computed. It is not changed.
-            loss: From (model, (inputs, targets)) to a number, as a task's.
-            seen: The gradient by parameter name. ``target``: the targets [b, ...], known or inferred.
-            batches: Mean and variance of what entered each batch normalization, by its name.
+            model: The model, in the mode in which the site computed. It is not changed.
+            loss: Function of (model, (inputs, targets)), as a task's.
+            seen: The gradient by parameter name.
+            target: The targets [b, ...], known or inferred.
+            batches: Mean and variance of the input of each batch normalization, by its name.
         """
         model, best = copy.deepcopy(model), (torch.zeros(len(target), *shape), math.inf)
         for _ in range(self.restarts):
@@ -99,8 +101,8 @@ class Inversion:
             nonlocal best
             optimizer.zero_grad()
             with _entering(model) as entered:
-                found = _gradient(model, loss(model, (x, target)))
-            distance = _distance(found, seen, self.match)
+                own = _gradient(model, loss(model, (x, target)))
+            distance = _distance(own, seen, self.match)
             if (now := float(distance.detach())) < best[1]:
                 best = x.detach().clone(), now
             total = distance + self.variation * total_variation(x)
@@ -119,21 +121,12 @@ class Inversion:
         return best
 
 
-def label_of(bias: Tensor) -> int | None:
-    """The class of the one example behind the gradient of the last layer's bias [classes]; None where it is hidden.
-
-    ∂/∂b_c of cross-entropy is p_c − [c = y], negative for c = y alone.
-    """
-    negative = (bias < 0).nonzero().flatten()
-    return int(negative) if len(negative) == 1 else None
-
-
 def batch_statistics(before: Tree, after: Tree, momentum: float = 0.1) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance (divided by n − 1) of the one batch between two states of a model, by normalization.
+    """Return mean and variance (n − 1) of the batch between two states of a model, by normalization layer.
 
-    running ← (1 − m) running + m batch, so an update that holds running statistics holds the batch's.
+    ``running ← (1 − m) running + m batch``, so an update with running statistics reveals those of the batch.
     """
-    found = {}
+    statistics = {}
     for name in before:
         if name.endswith("running_mean"):
             layer = name.removesuffix("running_mean")
@@ -141,14 +134,14 @@ def batch_statistics(before: Tree, after: Tree, momentum: float = 0.1) -> dict[s
                 (after[layer + k] - (1 - momentum) * before[layer + k]) / momentum
                 for k in ("running_mean", "running_var")
             ]
-            found[layer.removesuffix(".")] = (pair[0], pair[1])
-    return found
+            statistics[layer.removesuffix(".")] = (pair[0], pair[1])
+    return statistics
 
 
 def obscured(seen: Tree, noise: float, rng: torch.Generator, clip: float | None = None) -> Tree:
-    """``seen`` as differential privacy would have it: clipped to norm ``clip``, then with noise of ``noise`` · clip.
+    """Clip ``seen`` to norm ``clip`` and add noise of deviation ``noise`` · clip, as differential privacy does.
 
-    Without ``clip``, ``noise`` is in multiples of the gradient's own root mean square entry.
+    Without ``clip``, ``noise`` is relative to the root mean square of the gradient's entries.
     """
     length = tree.norm(seen)
     if clip is None:
@@ -159,20 +152,20 @@ def obscured(seen: Tree, noise: float, rng: torch.Generator, clip: float | None 
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """The mean absolute difference of neighbors along each axis of [b, C, *spatial]; 0 for tables."""
+    """Return the mean absolute difference of neighbors along each axis of [b, C, *spatial]; 0 for tables."""
     steps = [x.diff(dim=d).abs().mean() for d in range(2, x.dim()) if x.shape[d] > 1]
     return torch.stack(steps).sum() if steps else x.new_zeros(())
 
 
 def psnr(x: Tensor, truth: Tensor) -> float:
-    """10 log₁₀(range² / mean squared error), in dB, with the true image's range; at most 100."""
+    """Return ``10 log₁₀(range² / mean squared error)`` in dB, with the true image's range; at most 100."""
     error = float((x - truth).double().square().mean())
     span = float(truth.max() - truth.min()) or 1.0
     return min(100.0, 10 * math.log10(span**2 / max(error, 1e-300)))
 
 
 def similarity(x: Tensor, truth: Tensor, window: int = 7) -> float:
-    """Mean structural similarity of [C, *spatial] (Wang et al. 2004, equation 13) over flat windows."""
+    """Return the mean structural similarity of [C, *spatial] (Wang et al. 2004, equation 13) with a uniform window."""
     span = float(truth.max() - truth.min()) or 1.0
     dims = truth.dim() - 1
     x, truth = x[None].double(), truth[None].double()
@@ -188,18 +181,20 @@ def similarity(x: Tensor, truth: Tensor, window: int = 7) -> float:
 
 
 def relative_leakage(truth: Tensor, drawn: Tensor, prior: Tensor) -> float:
-    """RDLV of one image [C, *spatial]: 0 where the drawing is no nearer than the prior, below 0 where it is farther."""
+    """Return RDLV of one image [C, *spatial]: 0 if the reconstruction is as similar as the prior, negative if less."""
     floor = similarity(prior, truth)
     return (similarity(drawn, truth) - floor) / max(abs(floor), 0.01)
 
 
 @dataclass(frozen=True)
 class Leak:
-    """What was drawn of one image.
+    """The reconstruction of one image.
 
     Attributes:
-        psnr_db: Of the drawing, and ``guess_db`` of the prior. ``rdlv``: the relative data leakage value.
-        image: The drawing, [C, *spatial].
+        psnr_db: PSNR of the reconstruction, in dB.
+        guess_db: PSNR of the prior, in dB.
+        rdlv: The relative data leakage value.
+        image: The reconstruction, [C, *spatial].
     """
 
     psnr_db: float
@@ -210,10 +205,11 @@ class Leak:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One image behind one gradient, beside what leaks of it from a network that is known to leak.
+    """The attack on one image in one gradient, and on the same image in a network that is known to leak.
 
     Attributes:
-        control: From the control, without defense. ``found``: from the audited model.
+        control: Result for the control, without defense.
+        found: Result for the audited model.
     """
 
     control: Leak
@@ -221,14 +217,14 @@ class Verdict:
 
     @property
     def says(self) -> str:
-        """The verdict in a sentence."""
-        told = f"{self.found.psnr_db:.1f} dB against {self.control.psnr_db:.1f} dB from a network known to leak"
-        told += f" and {self.found.guess_db:.1f} dB for a guess"
+        """The result in a sentence."""
+        result = f"{self.found.psnr_db:.1f} dB compared with {self.control.psnr_db:.1f} dB from a network known to leak"
+        result += f" and {self.found.guess_db:.1f} dB for a guess"
         if self.control.psnr_db < max(20.0, self.control.guess_db + 6):
-            return f"The attack did not succeed even where it should, so it shows nothing ({told})."
+            return f"The attack did not succeed even on the control, so it shows nothing ({result})."
         if self.found.psnr_db > self.found.guess_db + 3:
-            return f"The example leaks ({told})."
-        return f"This attack drew nothing beyond a guess ({told}); a stronger one might."
+            return f"The example leaks ({result})."
+        return f"This attack recovered nothing beyond a guess ({result}); a stronger one might."
 
 
 def leak(
@@ -243,7 +239,7 @@ def leak(
     noise: float = 0.0,
     clip: float | None = None,
 ) -> Leak:
-    """Attacks the gradient of one example, x [1, *shape] with its target [1, ...] known to the attacker."""
+    """Attack the gradient of one example x [1, *shape], with its target [1, ...] known to the attacker."""
     seen: Tree = {name: leaf.detach() for name, leaf in gradient(loss(model, (x, target)), model).items()}
     if noise or clip is not None:
         seen = obscured(seen, noise, rng, clip)
@@ -252,14 +248,14 @@ def leak(
 
 
 def leaky(shape: tuple[int, ...], classes: int, rng: torch.Generator, width: int = 32) -> nn.Module:
-    """A small network of sigmoids with weights from U(−0.5, 0.5), whose gradients hold the image: the control."""
+    """Build the control: a small sigmoid network with weights from U(−0.5, 0.5), whose gradients reveal the image."""
     size = math.prod(shape)
     model = nn.Sequential(nn.Flatten(), nn.Linear(size, width), nn.Sigmoid(), nn.Linear(width, classes))
     with torch.no_grad():
         for leaf in model.parameters():
             leaf.copy_(torch.rand(leaf.shape, generator=rng) - 0.5)
             if leaf.dim() == 2 and leaf.shape[1] == size:
-                leaf.mul_(min(1.0, 8 / math.sqrt(size)))  # or large images saturate the sigmoids
+                leaf.mul_(min(1.0, 8 / math.sqrt(size)))  # otherwise large images saturate the sigmoids
     return model.eval()
 
 
@@ -275,11 +271,14 @@ def audit(
     noise: float = 0.0,
     clip: float | None = None,
 ) -> Verdict:
-    """Attacks the gradient of ``model`` on one example, after a control has shown that the attack works on this image.
+    """Attack the gradient of ``model`` on one example, after a control has shown that the attack works on its image.
 
     Args:
-        x: [1, *shape]; ``target`` as the task has it. ``prior``: [*shape], such as the mean of other images.
-        noise: The defense, with ``clip``, as in ``obscured``. The control has none.
+        x: The image, [1, *shape].
+        target: The target, as the task has it.
+        prior: [*shape], such as the mean of other images.
+        noise: Noise of the defense, as in ``obscured``. The control has no defense.
+        clip: Clipping norm of the defense, as in ``obscured``.
     """
     rng = Site("attacker", seed=seed).rng("inversion")
     control_model = leaky(tuple(x.shape[1:]), 4, rng)
@@ -291,22 +290,22 @@ def audit(
 
 def _gradient(model: nn.Module, value: Tensor) -> Tree:
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, g, p in zip(names, found, parameters, strict=True)}
+    gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, g, p in zip(names, gradients, parameters, strict=True)}
 
 
-def _distance(found: Tree, seen: Tree, match: str) -> Tensor:
-    """‖∇ − ∇*‖² over ‖∇*‖², or 1 − cos ∠(∇, ∇*)."""
-    square = torch.stack([seen[name].square().sum() for name in found]).sum().clamp_min(1e-30)
+def _distance(own: Tree, seen: Tree, match: str) -> Tensor:
+    """``‖∇ − ∇*‖² / ‖∇*‖²``, or ``1 − cos ∠(∇, ∇*)``."""
+    square = torch.stack([seen[name].square().sum() for name in own]).sum().clamp_min(1e-30)
     if match == "l2":
-        return torch.stack([(leaf - seen[name]).square().sum() for name, leaf in found.items()]).sum() / square
-    inner = torch.stack([(leaf * seen[name]).sum() for name, leaf in found.items()]).sum()
-    own = torch.stack([leaf.square().sum() for leaf in found.values()]).sum().clamp_min(1e-30)
-    return 1 - inner / (own * square).sqrt()
+        return torch.stack([(leaf - seen[name]).square().sum() for name, leaf in own.items()]).sum() / square
+    inner = torch.stack([(leaf * seen[name]).sum() for name, leaf in own.items()]).sum()
+    norm = torch.stack([leaf.square().sum() for leaf in own.values()]).sum().clamp_min(1e-30)
+    return 1 - inner / (norm * square).sqrt()
 
 
 class _entering:  # noqa: N801
-    """Watches what enters each batch normalization of ``model``."""
+    """Records the input of each batch normalization of ``model``."""
 
     def __init__(self, model: nn.Module) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -324,6 +323,6 @@ class _entering:  # noqa: N801
             hook.remove()
 
     def moments(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and variance by channel."""
+        """Return mean and variance by channel."""
         x = self.seen[name].transpose(0, 1).flatten(1)
         return x.mean(1), x.var(1)

@@ -1,15 +1,15 @@
-"""Membership inference: can one tell from a model whether a patient was trained on?
+"""Membership inference: can a patient's use in training be inferred from a model?
 
 - Loss: Yeom, Giacomelli, Fredrikson and Jha, "Privacy Risk in Machine Learning", CSF 2018: members have smaller losses,
   https://arxiv.org/abs/1709.01604.
 - LiRA: Carlini, Chien, Nasr, Song, Terzis and Tramèr, "Membership Inference Attacks From First Principles", S&P 2022,
   Algorithm 1 (online) and section V (offline), https://arxiv.org/abs/2112.03570, with one variance for all examples,
-  as they advise for few shadow models. Their published code takes medians; we take the means.
+  as they advise for few shadow models. Their published code uses medians; this uses means.
 - RMIA: Zarifzadeh, Liu and Shokri, "Low-Cost High-Power Membership Inference Attacks", ICML 2024, equations 3 to 6,
   https://arxiv.org/abs/2312.03262.
 
-Each attack gives every example a score, larger where it is surer of membership. ``by_patient`` takes the mean over a
-patient's examples, since patients, not images, are members; ``separation`` says how well that tells members apart.
+Each attack gives every example a score, larger if membership is more certain. ``by_patient`` averages over a patient's
+examples, since patients, not images, are members; ``separation`` measures how well scores separate members from others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,15 +31,15 @@ from polyclinic.learning.training.local import LocalTraining
 __all__ = ["Found", "Verdict", "by_loss", "by_patient", "found", "lira", "losses", "memorized", "rmia", "shadows"]
 
 SIGNIFICANT = 0.05
-"""The probability with which a verdict may call a model leaky that tells nothing, over all its tests together."""
+"""Probability with which a verdict may call a model leaky that is not, over all its tests together."""
 ABLE = 0.75
-"""A comparison that would miss an AUC of this size is called too small to tell."""
+"""A comparison that would miss an AUC of this size is reported as too small."""
 
 
 def losses(task: Task, params: Tree, data: Any, index: Tensor | None = None, device: str = "cpu") -> Tensor:
-    """The loss of each example of ``data`` alone, computed from the network's output in float64. [n], float64.
+    """Compute the loss of each example of ``data`` alone from the network's output in float64. [n], float64.
 
-    A confident network's loss is below what float32 resolves, and the attacks live on such differences.
+    The loss of a confident network is below the resolution of float32, and the attacks depend on such differences.
     """
     model = _Precise(cached_model(task, params, device).eval())
     index = torch.arange(len(data)) if index is None else index
@@ -59,17 +59,17 @@ class _Precise(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Any:
-        said = self.model(x)
-        return said.double() if isinstance(said, Tensor) else type(said)(part.double() for part in said)
+        output = self.model(x)
+        return output.double() if isinstance(output, Tensor) else type(output)(part.double() for part in output)
 
 
 def by_loss(task: Task, params: Tree, members: Any, others: Any, device: str = "cpu") -> Found:
-    """The attack that needs nothing but the model: small losses are members'. Each example is its own patient."""
+    """Attack with the model's losses alone: members have small ones. Each example is its own patient."""
     return found(-losses(task, params, members, device=device), -losses(task, params, others, device=device))
 
 
 def by_patient(scores: Tensor, patients: Sequence[str]) -> tuple[Tensor, tuple[str, ...]]:
-    """The mean score [p] of each patient's examples, and the patients in order of their names."""
+    """Return the mean score [p] of each patient's examples, and the patients in order of their names."""
     names = sorted(set(patients))
     place = {patient: i for i, patient in enumerate(names)}
     of = torch.tensor([place[patient] for patient in patients], dtype=torch.long)
@@ -78,24 +78,25 @@ def by_patient(scores: Tensor, patients: Sequence[str]) -> tuple[Tensor, tuple[s
 
 
 def confidence(loss: Tensor) -> Tensor:
-    """p(y | x), the probability that a classifier gives to each example's class. [...]"""
+    """Return ``p(y | x)``, the classifier's probability of each example's class. [...]"""
     return torch.exp(-loss)
 
 
 def log_odds(loss: Tensor) -> Tensor:
-    """φ = log p / (1 − p) of p = exp(−loss), which is close to normal over models (Carlini et al., section IV-C). [...]
+    """Return ``φ = log p / (1 − p)``, p = exp(−loss), nearly normal over models (Carlini et al., section IV-C). [...]
 
-    From the loss, since 1 − p is lost where p is close to 1.
+    Computed from the loss, because 1 − p loses precision if p is close to 1.
     """
     loss = loss.clamp(1e-15, 700.0)
     return -loss - (-torch.expm1(-loss)).log()
 
 
 class Shadows(NamedTuple):
-    """Models trained on random halves of the patients at stake.
+    """Losses of models trained on random halves of the patients.
 
     Attributes:
-        loss: Of each example under each model, [models, n]. ``inside``: whether it was trained on it, bool.
+        loss: Loss of each example under each model, [models, n].
+        inside: Whether the model was trained on the example, bool.
     """
 
     loss: Tensor
@@ -103,15 +104,15 @@ class Shadows(NamedTuple):
 
 
 def halves(patients: Sequence[str], count: int, seed: int = 0, sites: Sequence[str] | None = None) -> Tensor:
-    """Who is in which of ``count`` halves: bool [count, n]. All examples of a patient are in a half, or none is.
+    """Draw the members of ``count`` halves: bool [count, n]. A half has all examples of a patient, or none.
 
-    Every second half is the rest of the one before, so that everybody is in half of them if ``count`` is even.
+    Every second half is the complement of the previous one. If ``count`` is even, each patient is in half of them.
 
     Args:
-        patients: Whose each of the n examples is.
-        count: How many halves.
-        seed: Decides the halves.
-        sites: Where each example is; every site is halved by itself.
+        patients: The patient of each of the n examples.
+        count: Number of halves.
+        seed: Seed of the halves.
+        sites: The site of each example; every site is divided separately.
     """
     where = list(sites) if sites is not None else [""] * len(patients)
     whose = list(zip(where, patients, strict=True))
@@ -134,17 +135,17 @@ def shadows(
     seed: int = 0,
     sites: Sequence[str] | None = None,
 ) -> Shadows:
-    """The losses of ``count`` models, each trained on a random half of the patients.
+    """Return the losses of ``count`` models, each trained on a random half of the patients.
 
     Args:
-        train: Trains model k on the examples at some positions, and returns the loss [n] of every example under it.
-        patients: Whose each of the n examples is.
-        count: How many models; an even number, of at least 4.
-        seed: Decides the halves.
-        sites: Where each example is; every site is halved by itself.
+        train: Trains model k on the examples at given indices, and returns its loss [n] on every example.
+        patients: The patient of each of the n examples.
+        count: Number of models: even, and at least 4.
+        seed: Seed of the halves.
+        sites: The site of each example; every site is divided separately.
 
     Raises:
-        ValueError: If ``count`` is odd or below 4: no spread could be estimated.
+        ValueError: If ``count`` is odd or below 4, so that no deviation could be estimated.
     """
     if count < 4 or count % 2:
         raise ConfigError(f"shadow models come in pairs, at least 2 pairs: give 4, 6, 8, ..., not {count}")
@@ -153,10 +154,10 @@ def shadows(
 
 
 def lira(target: Tensor, known: Shadows, *, online: bool = True) -> Tensor:
-    """Scores [n] from the target's loss [n] of each example.
+    """Compute LiRA scores [n] from the target's loss [n] of each example.
 
-    Online: log N(φ; μ_in, σ_in) − log N(φ; μ_out, σ_out). Offline, where no shadow may see the example: how far φ lies
-    beyond what models that did not see it say, in deviations, which orders as the paper's Pr[Z > ...] does.
+    Online: ``log N(φ; μ_in, σ_in) − log N(φ; μ_out, σ_out)``. Offline, if no shadow model may use the example: the
+    distance of φ from the mean of models without the example, in standard deviations; same order as ``Pr[Z > ...]``.
     """
     phi, all_ = log_odds(target), log_odds(known.loss)
     mean_out, sigma_out = _moments(all_, ~known.inside)
@@ -167,16 +168,16 @@ def lira(target: Tensor, known: Shadows, *, online: bool = True) -> Tensor:
 
 
 def rmia(target: Tensor, known: Shadows, population: Tensor, *, gamma: float = 1.0, a: float = 0.3) -> Tensor:
-    """Scores [n], offline: the share of population examples z that x beats by γ in p(x | θ)/p(x) over p(z | θ)/p(z).
+    """Compute offline RMIA scores [n]: the share of z whose p(z | θ)/p(z) is at most 1/γ times p(x | θ)/p(x).
 
-    p(x) = ((1 + a) p_out(x) + 1 − a) / 2, from models that did not see x; ``a`` makes up for those that would have.
+    ``p(x) = ((1 + a) p_out(x) + 1 − a) / 2`` from models without x; ``a`` corrects for the missing models with x.
 
     Args:
-        target: The target's loss of every example, of which ``population`` [m] gives the positions of the z.
+        target: The target's loss of every example, of which ``population`` [m] gives the indices of the z.
         known: The shadow models.
-        population: Positions of examples that the target was not trained on.
-        gamma: γ ≥ 1; 1 is that of the authors' code. With few z a larger one makes many scores equal.
-        a: 0.3 is the authors' choice where no other model can be attacked to tune it.
+        population: Indices of examples on which the target was not trained.
+        gamma: γ ≥ 1; 1 as in the authors' code. With few z a larger one makes many scores equal.
+        a: 0.3 is the authors' choice if no other model can be attacked to tune it.
     """
     out, p = ~known.inside, confidence(target)
     mean_out = (confidence(known.loss) * out).sum(0) / out.sum(0).clamp_min(1)
@@ -186,7 +187,7 @@ def rmia(target: Tensor, known: Shadows, population: Tensor, *, gamma: float = 1
 
 @dataclass(frozen=True)
 class Part:
-    """Some examples of ``data``, by position."""
+    """A subset of ``data``, by index."""
 
     data: Any
     index: Tensor
@@ -200,7 +201,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The examples of ``data`` at the positions ``inputs``, with the targets of those at ``targets``."""
+    """The examples of ``data`` at the indices ``inputs``, with the targets of those at ``targets``."""
 
     data: Any
     targets: Tensor
@@ -215,11 +216,11 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What attacks tell of each site's patients, and of examples that a control was made to memorize.
+    """Results of attacks on each site's patients, and on examples that a control was trained to memorize.
 
     Attributes:
-        control: A network that memorized some examples, attacked by their loss.
-        sites: What each attack found, by site and then by the attack's name.
+        control: Result of the loss attack on a network that memorized some examples.
+        sites: Result of each attack, by site and attack.
     """
 
     control: Found
@@ -227,7 +228,7 @@ class Verdict:
 
     @property
     def adjusted(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """By site and attack, the p-values of the AUC and of the exposure of a few, adjusted for all that was tested.
+        """By site and attack, the adjusted p-values of the AUC and of the exposure of a few members.
 
         Holm's adjustment over both tests of every attack at every site.
         """
@@ -238,46 +239,46 @@ class Verdict:
 
     @property
     def leaky(self) -> bool:
-        """Whether training patients can be told apart at any site."""
+        """Whether training patients can be distinguished at any site."""
         return any(min(pair) <= SIGNIFICANT for pair in self.adjusted.values())
 
     def detectable(self, site: str) -> Detectable:
-        """What would have been found at ``site``, were it alone to leak."""
+        """Return what would have been detected at ``site`` if it alone leaked."""
         tests = 2 * sum(len(attacks) for attacks in self.sites.values())
         one = next(iter(self.sites[site].values()))
         return detectable(one.members, one.others, SIGNIFICANT / tests)
 
     @property
     def says(self) -> str:
-        """The verdict in sentences."""
+        """The result in sentences."""
         if self.control.p_auc > SIGNIFICANT:
-            return "The attack did not even find what a network was made to memorize, so it shows nothing."
-        if told := self._leaks():
-            return "Training patients can be told apart: " + "; ".join(told) + "."
+            return "The attack did not detect even what a network was trained to memorize, so it shows nothing."
+        if leaks := self._leaks():
+            return "Training patients can be distinguished: " + "; ".join(leaks) + "."
         able = [site for site in self.sites if (self.detectable(site).auc or 1.0) <= ABLE]
         few = [site for site in self.sites if site not in able]
         sentences = []
         if able:
-            sentences.append(f"No attack told training patients apart at {', '.join(able)}: {self._limits(able)}.")
+            sentences.append(f"No attack distinguished training patients at {', '.join(able)}: {self._limits(able)}.")
         if few:
-            sentences.append(f"Cannot tell with so few patients at {', '.join(few)}: {self._limits(few)}.")
+            sentences.append(f"Inconclusive, with too few patients, at {', '.join(few)}: {self._limits(few)}.")
         return " ".join(sentences)
 
     def _leaks(self) -> list[str]:
-        """The significant findings, the surest first, one for each site and kind."""
-        told: dict[tuple[str, str], tuple[float, str]] = {}
+        """Return the significant results, the most significant first, one for each site and kind."""
+        leaks: dict[tuple[str, str], tuple[float, str]] = {}
         for (site, attack), pair in self.adjusted.items():
             one = self.sites[site][attack]
             above = "every patient" if not one.allowed else f"all but {one.allowed} of the patients"
             area = f"at {site} by {attack}, AUC {one.auc:.3f} ({one.low:.3f} to {one.high:.3f})"
             few = f"at {site} by {attack}, {one.exposed} of {one.members} score above {above} not trained on"
             for kind, p, text in (("auc", pair[0], area), ("few", pair[1], few)):
-                if p <= SIGNIFICANT and p < told.get((site, kind), (1.0, ""))[0]:
-                    told[site, kind] = p, f"{text} (adjusted p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
-        return [text for _, text in sorted(told.values())]
+                if p <= SIGNIFICANT and p < leaks.get((site, kind), (1.0, ""))[0]:
+                    leaks[site, kind] = p, f"{text} (adjusted p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
+        return [text for _, text in sorted(leaks.values())]
 
     def _limits(self, sites: Sequence[str]) -> str:
-        """What the smallest of some sites would have shown."""
+        """Return what the smallest of some sites would have shown."""
         each = [self.detectable(site) for site in sites]
         one = {site: next(iter(self.sites[site].values())) for site in sites}
         areas = [d.auc for d in each]
@@ -288,7 +289,7 @@ class Verdict:
             return "no result could have shown anything"
         seen = [] if area is None else [f"an AUC of {area:.2f} or more"]
         seen += [] if share is None else [f"{100 * share:.0f} % of the training patients exposed with certainty"]
-        return f"{', or '.join(seen)}, would have been found; less can have been missed"
+        return f"{', or '.join(seen)}, would have been detected; less may have been missed"
 
 
 def _p_values(one: Found) -> tuple[float, float]:
@@ -296,10 +297,10 @@ def _p_values(one: Found) -> tuple[float, float]:
 
 
 def memorized(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 100, count: int = 16) -> Found:
-    """The leaky control: a network is trained on some of ``data`` alone, again and again, then attacked likewise.
+    """Run the positive control: train a network repeatedly on some of ``data`` alone, then attack it by its losses.
 
-    Targets are dealt out anew among the examples, so that only memory helps. The network is fully connected, from
-    random weights, since a small convolutional one may be unable to memorize; for masks it is a copy of the model.
+    Targets are permuted among the examples, so that only memorization helps. The network is fully connected with random
+    initial weights, since a small convolutional one may be unable to memorize; for masks it is a copy of the model.
     """
     site = Site("control", seed=seed)
     order = torch.randperm(len(data), generator=site.rng("half"))[: 2 * count]
@@ -316,7 +317,7 @@ def memorized(task: Task, params: Tree, data: Any, seed: int = 0, steps: int = 1
 
 
 def _moments(values: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean by example [n] over the ``chosen`` models, and one deviation for all [] around these means."""
+    """Return the mean by example [n] over the ``chosen`` models, and a common standard deviation [] around it."""
     count = chosen.sum(0)
     mean = (values * chosen).sum(0) / count.clamp_min(1)
     square = ((values - mean).square() * chosen).sum() / (count - 1).clamp_min(0).sum().clamp_min(1)

@@ -1,9 +1,9 @@
-"""Small synthetic sites of a task's shape, and their neighbors: the same sites with one patient changed.
+"""Small synthetic sites with a task's shapes, and their neighbors, in which one patient is changed.
 
 Two data sets are neighbors if they differ in the data of one protected unit (Cynthia Dwork and Aaron Roth, "The
 Algorithmic Foundations of Differential Privacy", 2014, definition 2.4, https://doi.org/10.1561/0400000042). Here a unit
-is replaced and never left out, so that the number of examples, which a site's weight tells and which counts as public,
-is the same on both sides.
+is replaced and never removed, so that the number of examples, which a site's weight reveals and which is treated as
+public, is the same in both.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,9 @@ class Cohort:
     """Examples in memory, with the patient of each.
 
     Attributes:
-        x: Inputs [n, *shape]. ``y``: targets [n, ...].
-        patients: Whose each example is; a patient may have several.
+        x: Inputs [n, *shape].
+        y: Targets [n, ...].
+        patients: The patient of each example; a patient may have several.
     """
 
     x: Tensor
@@ -53,13 +54,13 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A site that differs in one unit.
+    """A site whose data differ in one unit.
 
     Attributes:
         site: The site with the changed data.
-        role: Which data were changed.
-        change: How, in words.
-        patient: Whose they are; None where the unit is the whole site.
+        role: The role of the changed data.
+        change: Description of the change.
+        patient: The changed patient; None if the unit is the whole site.
     """
 
     site: Site
@@ -69,7 +70,7 @@ class Neighbor:
 
 
 def cohort(kind: Kind, inputs: Sequence[int], outputs: int, seed: int, role: str, patients: int = PATIENTS) -> Cohort:
-    """Examples of ``patients`` patients, the first two of whom have two each."""
+    """Generate examples of ``patients`` patients, of which the first two have two each."""
     rng = torch.Generator().manual_seed(seed)
     whose = tuple(f"{role}-{i}" for i in [*range(patients), 0, 1][: patients + min(2, patients)])
     y = targets(kind, inputs, outputs, len(whose), rng)
@@ -84,7 +85,7 @@ def cohort(kind: Kind, inputs: Sequence[int], outputs: int, seed: int, role: str
 
 
 def targets(kind: Kind, inputs: Sequence[int], outputs: int, count: int, rng: torch.Generator) -> Tensor:
-    """Targets for ``count`` examples."""
+    """Generate targets for ``count`` examples."""
     match kind:
         case "classification":
             return torch.arange(count) % outputs
@@ -102,7 +103,7 @@ def targets(kind: Kind, inputs: Sequence[int], outputs: int, count: int, rng: to
 
 
 def sites(kind: Kind, inputs: Sequence[int], outputs: int, names: Sequence[str], seed: int = 0) -> dict[str, Site]:
-    """Sites called ``names``, each with data of its own in every role, and the same ``public`` data."""
+    """Generate sites ``names``, each with its own data in every role, and the same ``public`` data."""
     public = cohort(kind, inputs, outputs, 10_000 + seed, "public")
     return {
         name: Site(
@@ -115,7 +116,7 @@ def sites(kind: Kind, inputs: Sequence[int], outputs: int, names: Sequence[str],
 
 
 def neighbors(site: Site, kind: Kind, outputs: int, unit: Unit, full: bool, seed: int = 0) -> Iterator[Neighbor]:
-    """Sites that differ from ``site`` in one unit: a patient's images and label; all, if sites are protected.
+    """Yield sites that differ from ``site`` in one unit: a patient's images and targets, or all data of a role.
 
     Args:
         full: Whether to yield four for the training data rather than two, and one for the test data too.
@@ -142,7 +143,7 @@ def _with(site: Site, role: str, data: Cohort) -> Site:
 
 
 def _changed(data: Cohort, which: list[int], kind: Kind, outputs: int, rng: torch.Generator, outlier: bool) -> Cohort:
-    """``data`` with other images and other targets at the positions ``which``."""
+    """Return ``data`` with other images and targets at the indices ``which``."""
     x, y = data.x.clone(), data.y.clone()
     x[which] = torch.randn(x[which].shape, generator=rng) * (30.0 if outlier else 1.0)
     match kind:

@@ -1,4 +1,4 @@
-"""One job at one site, observed: what left, what it spent, and what mechanisms were given, with stand-ins for noise."""
+"""Observation of one job at one site: its reply, spends, and inputs of mechanisms, with substitutes for noise."""
 
 import hashlib
 import itertools
@@ -17,12 +17,14 @@ from polyclinic.core.tree import Tree, Trees
 
 @dataclass(frozen=True)
 class Seen:
-    """What was observed.
+    """The observed execution of a job.
 
     Attributes:
-        reply: What would have left; None where the job failed, and then ``lost`` says why.
-        memory: What the site keeps.
-        spent: What was metered. ``uses``: what each use of a mechanism was given.
+        reply: The reply; None if the job failed, with the reason in ``lost``.
+        lost: Reason of a failure.
+        memory: The new site state.
+        spent: The metered spends.
+        uses: The inputs of each use of a mechanism.
     """
 
     reply: Reply | None
@@ -33,7 +35,7 @@ class Seen:
 
 
 class Repeated:
-    """Entropy that repeats itself: the same calls in the same order give the same bytes; longer ones begin alike."""
+    """Reproducible entropy: the same calls in the same order return the same bytes; longer results extend shorter."""
 
     def __init__(self, *key: object) -> None:
         self._key, self._calls = repr(key).encode(), itertools.count()
@@ -45,11 +47,11 @@ class Repeated:
 def observed(
     method: Method[Any], request: Request, memory: Trees, site: Site, key: tuple[object, ...], scale: float = 1.0
 ) -> Seen:
-    """Does ``request`` at ``site``, whose secrets follow from ``key``, with stand-ins ``scale`` times the noise."""
+    """Execute ``request`` at ``site``, with secrets from ``key``, and substitutes of ``scale`` times the noise."""
     uses: list[Use] = []
 
     def stand_in(use: Use, noise: Noise) -> Tree:
-        # A copy: whoever made the value may reuse its memory
+        # A copy, because the caller may reuse the memory of the value
         uses.append(replace(use, value={name: leaf.detach().clone() for name, leaf in use.value.items()}))
         return stand_in_for(use, (*key, len(uses)), scale)
 
@@ -58,8 +60,8 @@ def observed(
     torch.set_num_threads(1)  # sums in one order
     try:
         with audited(stand_in), metered() as spent:
-            reply, kept = execute(method, request, memory, site)
-        return Seen(reply, "", kept, tuple(spent), tuple(uses))
+            reply, state = execute(method, request, memory, site)
+        return Seen(reply, "", state, tuple(spent), tuple(uses))
     except Exception as error:
         return Seen(None, f"{type(error).__name__}: {error}", memory, (), tuple(uses))
     finally:
@@ -67,11 +69,11 @@ def observed(
 
 
 def stand_in_for(use: Use, key: tuple[object, ...], scale: float = 1.0) -> Tree:
-    """Numbers of the form of ``use.value`` that depend on ``key`` alone, ``scale`` times as large as the noise."""
-    found: dict[str, torch.Tensor] = {}
+    """Return numbers in the form of ``use.value`` that depend on ``key`` alone, of ``scale`` times the noise."""
+    substitutes: dict[str, torch.Tensor] = {}
     for name, leaf in use.value.items():
         seed = int.from_bytes(hashlib.blake2b(repr((key, name)).encode(), digest_size=7).digest())
         drawn = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         size = use.bound or use.deviations.get(name, 0.0)
-        found[name] = (drawn * size * scale).to(leaf.dtype).to(leaf.device)
-    return found
+        substitutes[name] = (drawn * size * scale).to(leaf.dtype).to(leaf.device)
+    return substitutes

@@ -1,8 +1,8 @@
-"""Poisoning: any method, with some of its sites hostile. For tests, and for studies of what a federation withstands.
+"""Poisoning: a method in which some sites are hostile, for tests and for studies of robustness.
 
-What an attacker knows is said by its attack. Where it must know the honest updates of the round, a simulation lets the
-honest sites answer first and then shows the attackers those updates' mean and spread. No real server would, so that
-such an attack is stronger here than in a hospital; a defense that withstands it withstands the weaker one.
+Each attack states the attacker's knowledge. If it needs the honest updates of the round, the simulation lets the honest
+sites answer first and then gives the attackers the mean and spread of their updates. A real server would not, so the
+attack is stronger here than in a deployment; a defense that withstands it also withstands the weaker one.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ SPY, KNOWN = "~spy", "~known"
 
 @savable("attack.State", 1)
 class State(NamedTuple):
-    """The method's state and, while the attackers are being asked, what the honest sites answered."""
+    """The method's state and, while the attackers are asked, the merged reply of the honest sites."""
 
     inner: Any
     honest: Reply | None
@@ -38,15 +38,15 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Poisoned(Method[State]):
-    """``inner``, in which ``attackers`` carry out ``attack`` whenever they are asked to train.
+    """``inner``, in which ``attackers`` execute ``attack`` whenever they train.
 
-    Put a robust rule inside: ``Poisoned(Robust(FedAvg(task), rule), ...)``. What leaves a hostile site is changed last.
+    Put a robust rule inside: ``Poisoned(Robust(FedAvg(task), rule), ...)``. A hostile site applies the attack last.
 
     Attributes:
         attackers: The hostile sites.
-        attack: What they do.
-        sites: All sites. Needed where the attack must know the honest updates.
-        start_round: The first round in which they attack.
+        attack: The attack.
+        sites: All sites. Required if the attack needs the honest updates.
+        start_round: The first round with the attack.
     """
 
     inner: Method[Any]
@@ -58,36 +58,36 @@ class Poisoned(Method[State]):
     def __post_init__(self) -> None:
         if hidden := [type(t).__name__ for t in getattr(self.inner, "transforms", ()) if t.secure or not t.additive]:
             raise ConfigError(
-                f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would hide "
-                "them from it: leave it out"
+                f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would encode "
+                "them first: remove it"
             )
         if self.attack.spies and not set(self.attackers) < set(self.sites):
             raise ConfigError(
-                f"{type(self.attack).__name__} must know what the honest sites send: give the names of "
-                "all sites, among them the attackers, as sites=(...)"
+                f"{type(self.attack).__name__} needs the updates of the honest sites: give the names of all sites, "
+                "including the attackers, as sites=(...)"
             )
 
     @property
     def gathers(self) -> bool:
-        """Whether the server must see what each site sends, as for the method."""
+        """Whether the server must see each site's reply, as for the method."""
         return bool(getattr(self.inner, "gathers", False))
 
     @property
     def prediction_task(self) -> Any:
-        """The method's."""
+        """The prediction task of the inner method."""
         return self.inner.prediction_task
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The inner method's."""
+        """The jobs of the inner method."""
         return self.inner.jobs
 
     def init(self, params: Tree) -> State:
-        """The method's."""
+        """Return the initial state of the inner method."""
         return State(self.inner.init(params), None)
 
     def request(self, state: State) -> Request | None:
-        """The method's; in two parts where attackers must first see what the others send."""
+        """Return the method's request; divided in two if attackers must first see the honest updates."""
         request = self.inner.request(state.inner)
         if request is None or not self._spied(request):
             return request
@@ -103,16 +103,16 @@ class Poisoned(Method[State]):
         return replace(request, trees={**request.trees, KNOWN: known})
 
     def evaluation_request(self, state: State) -> Request:
-        """The method's."""
+        """Return the method's evaluation request."""
         return self.inner.evaluation_request(state.inner)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The method's."""
+        """Return the method's site model."""
         return self.inner.site_model(request, memory)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """The method's at an honest site; the attack at a hostile one."""
-        found = request.trees.get(KNOWN)
+        """Run the method's site update at an honest site, or the attack at a hostile one."""
+        spied = request.trees.get(KNOWN)
         bare = replace(request, trees={name: t for name, t in request.trees.items() if name not in (SPY, KNOWN)})
         if site.name not in self.attackers or request.round < self.start_round:
             reply, memory = self.inner.site_update(bare, memory, site)
@@ -121,15 +121,15 @@ class Poisoned(Method[State]):
             return reply, memory
         data = {role: self.attack.data(d) if role == "train" else d for role, d in site.data.items()}
         reply, memory = self.inner.site_update(bare, memory, replace(site, data=data))
-        if not (own := _values(reply)) or (self.attack.spies and found is None):
-            return reply, memory  # nothing to change, or nobody to copy
+        if not (own := _values(reply)) or (self.attack.spies and spied is None):
+            return reply, memory  # nothing to change, or no honest update to use
         together = Site("~attackers", seed=site.seed).rng(request.round, request.job)
-        known = None if found is None else self._knowledge(found)
+        known = None if spied is None else self._knowledge(spied)
         sent = self.attack.update(own, known, site.rng(request.round, request.job, "attack"), together)
         return _with(reply, sent), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        """The method's, once all have answered."""
+        """Run the method's server update once all sites have answered."""
         request = self.inner.request(state.inner)
         if request is not None and self._spied(request):
             if state.honest is None:
@@ -138,13 +138,13 @@ class Poisoned(Method[State]):
         return State(self.inner.server_update(state.inner, reply, server), None)
 
     def _spied(self, request: Request) -> bool:
-        """Whether the attackers answer this ask after the others."""
+        """Return whether the attackers answer this request after the others."""
         asked = set(self.sites if request.recipients is None else request.recipients)
         both = asked & set(self.attackers) and asked - set(self.attackers)
         return self.attack.spies and request.round >= self.start_round and bool(both)
 
-    def _knowledge(self, found: Tree) -> Known:
-        mean, square, honest = tree.under("x", found), tree.under("xx", found), int(found["/honest"])
+    def _knowledge(self, spied: Tree) -> Known:
+        mean, square, honest = tree.under("x", spied), tree.under("xx", spied), int(spied["/honest"])
         spread = max(honest, 2) / (max(honest, 2) - 1)  # σ² = n / (n - 1) · (mean of x² - (mean of x)²)
         deviation = tree.zip_with(lambda m, s: ((s - m * m).clamp_min(0) * spread).sqrt(), mean, square)
         length = float(sum(leaf.sum() for leaf in square.values())) ** 0.5
@@ -153,24 +153,24 @@ class Poisoned(Method[State]):
 
 
 def _values(reply: Reply) -> Tree:
-    """All that a reply says, as ``part/name``, but for what is only a claim of weight."""
-    found: dict[str, torch.Tensor] = {}
+    """Return all values in a reply as ``part/name``, except those that only state a weight."""
+    values: dict[str, torch.Tensor] = {}
     for part, stat in reply.parts.items():
         if isinstance(stat, WeightedMean) and not stat.weight:
             continue
         leaves = next(iter(stat.items.values())) if isinstance(stat, PerSite) else stat.value
-        found |= {f"{part}/{n}": x for n, x in leaves.items() if x.is_floating_point() and not n.endswith("/")}
-    return found
+        values |= {f"{part}/{n}": x for n, x in leaves.items() if x.is_floating_point() and not n.endswith("/")}
+    return values
 
 
 def _spy(reply: Reply) -> WeightedMean:
-    """The values of ``reply`` and their squares, in double precision."""
+    """Return the values of ``reply`` and their squares, in double precision."""
     wide = {name: leaf.double() for name, leaf in _values(reply).items()}
     return WeightedMean.of({**tree.prefixed("x", wide), **tree.prefixed("xx", tree.mul(wide, wide))})
 
 
 def _with(reply: Reply, values: Tree) -> Reply:
-    """``reply`` as if it said ``values``, with its own weights."""
+    """Return ``reply`` with its values replaced by ``values``, and its own weights."""
     parts: dict[str, Stat] = {}
     for part, stat in reply.parts.items():
         own = {name.partition("/")[2]: leaf for name, leaf in values.items() if name.partition("/")[0] == part}

@@ -1,20 +1,19 @@
-"""Canaries inside differentially private training: units of made-up data whose gradients the auditor can recognize.
+"""Canaries in differentially private training: units of synthetic data with gradients that the auditor can recognize.
 
-A canary is one more unit (a patient with one image) in the data that DP-SGD trains on. Its loss is linear in the
-parameters, so that its gradient is the same at every step: a fixed direction, larger than the clipping bound C, which
-clipping makes as long as C. That is the most that one unit may add (Nasr, Hayes, Steinke, Balle, Tramèr, Jagielski,
-Carlini and Terzis, "Tight Auditing of Differentially Private Machine Learning", USENIX Security 2023,
-https://arxiv.org/abs/2302.07956; Andrew et al., https://arxiv.org/abs/2302.03098). Sampling, clipping and noise are the
-product's own: nothing of ``DPSGD`` is replaced.
+A canary is an additional unit (a patient with one image) in the training data of DP-SGD. Its loss is linear in the
+parameters, so that its gradient is the same in every step: a fixed direction, larger than the clipping bound C, which
+clipping reduces to length C. This is the largest contribution of one unit (Nasr, Hayes, Steinke, Balle, Tramèr,
+Jagielski, Carlini and Terzis, "Tight Auditing of Differentially Private Machine Learning", USENIX Security 2023,
+https://arxiv.org/abs/2302.07956; Andrew et al., https://arxiv.org/abs/2302.03098). Sampling, clipping and noise are
+those of ``DPSGD``, without any replacement.
 
-Each canary has coordinates of its own, drawn at random, with random signs, among those that training without canaries
-moves least. So directions are orthogonal, neither another canary nor real patients hide one, and they take no more
-memory than the model. (An adversary may know all real data, since the guarantee holds whatever they are; so may the
-auditor.) Those that the coin leaves out stay in the data with a gradient of 0, so that the sampling rate, which counts
-as public, does not depend on the coins.
+Each canary has its own coordinates, drawn at random with random signs among those that training without canaries
+changes least. Directions are therefore orthogonal, no other canary or real patient hides one, and they need no more
+memory than the model. (The guarantee holds for any data, so the auditor may know all real data.) Canaries that the coin
+excludes stay in the data with gradient 0, so that the sampling rate, which is public, does not depend on the coins.
 
-The auditor sees all that leaves the site in every round, as a server does, and projects every tensor with the shape of
-a parameter onto the canaries' directions.
+The auditor sees everything that leaves the site in every round, as a server does, and projects every tensor with the
+shape of a parameter onto the canaries' directions.
 """
 
 import math
@@ -32,18 +31,18 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import Batch, Task
 
 LENGTH = 10.0
-"""How long a canary's gradient is before clipping, over the clipping bound."""
+"""Length of a canary's gradient before clipping, relative to the clipping bound."""
 
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """The canaries of one training.
+    """The canaries of one training run.
 
     Attributes:
-        block: By parameter, whose each coordinate is: int64 of the parameter's shape, −1 for nobody's.
+        block: By parameter, the canary of each coordinate: int64 of the parameter's shape, −1 for none.
         sign: By parameter, +1 or −1 for each coordinate.
         inside: The coins, bool [m].
-        size: How many coordinates each canary has.
+        size: Number of coordinates of each canary.
         bound: C.
     """
 
@@ -55,25 +54,26 @@ class Canaries:
 
     @classmethod
     def draw(cls, busy: Tree, count: int, bound: float, site: Site, *key: int | str) -> "Canaries":
-        """Draws directions and coins for ``count`` canaries, by the dice of ``site`` for ``key``.
+        """Draw directions and coins for ``count`` canaries from the random generator of ``site`` for ``key``.
 
         Args:
-            busy: By parameter, how far training without canaries moves each coordinate (``Motion``). Canaries share the
-                half that moves least, so that real patients hide none of them.
-            count: How many.
+            busy: By parameter, the change of each coordinate in training without canaries (``Motion``). Canaries share
+                the half with the smallest change, so that real patients hide none of them.
+            count: Number of canaries.
             bound: C.
-            site: Whose dice. ``key``: which of them.
+            site: The site of the random generator.
+            key: The key of the random generator.
 
         Raises:
-            ValueError: If there are more canaries than one for two trainable parameters, or fewer than two.
+            ValueError: If there are more than half as many canaries as trainable parameters, or fewer than two.
         """
         shapes = {name: leaf.shape for name, leaf in busy.items()}
         moved = torch.cat([leaf.flatten().double() for leaf in busy.values()])
         total = len(moved)
         if not 2 <= count <= total // 2:
             raise ConfigError(
-                f"{count} canaries for a network of {total} parameters: at least 2 are needed, and two "
-                "parameters for each"
+                f"{count} canaries for a network of {total} parameters: at least 2 canaries are required, with at "
+                "least two parameters each"
             )
         rng, size = site.rng("canaries", *key), total // 2 // count
         owner = torch.full((total,), -1, dtype=torch.long)
@@ -92,7 +92,7 @@ class Canaries:
         return len(self.inside)
 
     def loss(self, model: nn.Module, who: Tensor) -> Tensor:
-        """The loss of canary ``who`` [], an index: −⟨its direction, parameters⟩, so that training moves along it."""
+        """Return the loss of canary ``who`` [], an index: ``−⟨direction, parameters⟩``."""
         height, total = LENGTH * self.bound / math.sqrt(self.size), who.new_zeros(())
         for name, p in model.named_parameters():
             if name in self.block:
@@ -101,9 +101,9 @@ class Canaries:
         return total
 
     def project(self, released: Tree) -> Tensor | None:
-        """How far ``released`` goes along each direction, in deviations of a random vector of its length. [m], float64.
+        """Project ``released`` on each direction, in deviations of a random vector of its length. [m], float64.
 
-        None where nothing in it has the name and shape of a parameter, or all of it is 0.
+        None if nothing in it has the name and shape of a parameter, or all of it is 0.
         """
         along, square, many = torch.zeros(len(self), dtype=torch.float64), 0.0, 0
         for name, block in self.block.items():
@@ -120,10 +120,10 @@ class Canaries:
 
 
 class Motion:
-    """How far training moves each coordinate, over all that leaves a site.
+    """Change of each coordinate in training, over all replies of a site.
 
     Attributes:
-        far: By trainable parameter, the sum of absolute changes, each part of a reply counting the same.
+        far: By trainable parameter, the sum of absolute changes, with equal weight for each part of a reply.
     """
 
     def __init__(self, task: Task) -> None:
@@ -131,7 +131,7 @@ class Motion:
         self.far = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in named if p.requires_grad}
 
     def watch(self, reply: Reply) -> None:
-        """Adds one exchange."""
+        """Add the reply of one exchange."""
         for released in (tree for stat in reply.parts.values() for tree in _trees(stat)):
             shaped = [n for n, far in self.far.items() if n in released and released[n].shape == far.shape]
             mine = {n: released[n].detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for n in shaped}
@@ -140,10 +140,10 @@ class Motion:
 
 
 class WithCanaries:
-    """Data to which the canaries are added as units of their own.
+    """Data with the canaries added as units of their own.
 
-    An example's target is its own, flattened, and one more number: 0 for a real example, the number of the canary,
-    from 1, for one that is in, and −1 for one that is out.
+    An example's target is its own, flattened, with one more number: 0 for a real example, the canary's number, from 1,
+    for one that is included, and −1 for one that is not.
     """
 
     def __init__(self, data: Any, canaries: Canaries) -> None:
@@ -157,17 +157,17 @@ class WithCanaries:
         return len(self.marks)
 
     def __getitem__(self, index: Tensor) -> Batch:
-        x, y = self.data[torch.where(index < self.real, index, 0)]  # a canary's image is not looked at
+        x, y = self.data[torch.where(index < self.real, index, 0)]  # a canary's image is not used
         return x, torch.cat([y.reshape(len(y), -1).double(), self.marks[index].double()[:, None]], 1)
 
 
 def audited(task: Task, canaries: Canaries, like: Tensor) -> Task:
-    """``task``, whose loss of an example of ``WithCanaries`` is the task's own, or a canary's.
+    """Return ``task`` with a loss for examples of ``WithCanaries``: the task's own, or a canary's.
 
     Args:
-        task: What is learned.
-        canaries: Those in the data.
-        like: Some targets of the data, whose shape and type the task's loss expects.
+        task: The task.
+        canaries: The canaries in the data.
+        like: Example targets, with the shape and type that the task's loss expects.
     """
     kind: Any = type(task)
 
@@ -180,14 +180,14 @@ def audited(task: Task, canaries: Canaries, like: Tensor) -> Task:
 
         return torch.stack([one(x, target) for x, target in zip(*batch, strict=True)]).mean()
 
-    made: Task = type(f"Audited{kind.__name__}", (kind,), {"loss": loss})(
+    audited_task: Task = type(f"Audited{kind.__name__}", (kind,), {"loss": loss})(
         **{field.name: getattr(task, field.name) for field in fields(task)}
     )
-    return made
+    return audited_task
 
 
 class Observer:
-    """What an auditor makes of everything that left a site, round after round.
+    """Accumulates the projections of everything that leaves a site, over rounds.
 
     Attributes:
         seen: By part of the reply, the sum over rounds of its projections [m].
@@ -197,19 +197,19 @@ class Observer:
         self.canaries, self.seen = canaries, dict[str, Tensor]()
 
     def watch(self, reply: Reply) -> None:
-        """Looks at what left in one exchange."""
+        """Add the reply of one exchange."""
         for part, stat in reply.parts.items():
             for released in _trees(stat):
-                if (found := self.canaries.project(released)) is not None:
-                    self.seen[part] = self.seen.get(part, torch.zeros(len(self.canaries)).double()) + found
+                if (projection := self.canaries.project(released)) is not None:
+                    self.seen[part] = self.seen.get(part, torch.zeros(len(self.canaries)).double()) + projection
 
     def learned(self) -> dict[str, float]:
-        """By part, how much further those that are in went than the others: what a control teaches of a release."""
+        """Return by part the mean difference of projections between included and excluded canaries, for a control."""
         inside = self.canaries.inside
         return {part: float(z[inside].mean() - z[~inside].mean()) for part, z in self.seen.items()}
 
     def scores(self, weights: Mapping[str, float]) -> Tensor:
-        """The sum [m] over parts, each with its weight: of the size and sign that the control has shown."""
+        """Return the weighted sum [m] over parts; size and sign of the weights are learned from the control."""
         total = torch.zeros(len(self.canaries), dtype=torch.float64)
         for part, z in self.seen.items():
             total += weights.get(part, 0.0) * z
@@ -217,7 +217,7 @@ class Observer:
 
 
 def _trees(stat: WeightedMean | ElementwiseMean | PerSite) -> list[Tree]:
-    """The values that a part of a reply holds."""
+    """Return the values in a part of a reply."""
     if isinstance(stat, PerSite):
         return list(stat.items.values())
     if isinstance(stat, WeightedMean) and not stat.weight:

@@ -1,20 +1,21 @@
-"""The release audit: is everything that leaves a site covered by the privacy that is paid for?
+"""Release audit: does the accounted privacy cover everything that leaves a site?
 
-An ε speaks of what a mechanism hides (``core.metering``). Whether a method's replies hold nothing else is asked here of
-the method itself. Its real rounds run in this process. Beside each exchange a site does the same again on neighboring
-data, in which one patient was changed, with the same message, the same memory and the same secrets; and in place of
-every mechanism's noisy value stands one that does not depend on data. Then
+An ε covers only what a mechanism protects (``core.metering``). This module tests on the method itself whether its
+replies contain anything else. Rounds of the method run in this process. In each exchange, a site repeats its
+computation on neighboring data, in which one patient was changed, with the same request, site state and secrets; and
+every mechanism's noisy value is replaced by one that does not depend on data. Then
 
-* whatever leaves must be equal to the bit, weights, names, shapes, refusals and silence included: nothing else than
+* all replies must be bit-identical, including weights, names, shapes, refusals and missing replies: nothing except the
+  output of mechanisms depends on the patient;
   what mechanisms made depends on the patient;
-* what the mechanisms were given may differ by no more than their accountant assumes: 2 C for normal noise that follows
-  a clipping to C (C away from the value without the patient, on either side), 2 γ in each coordinate for the sparse
-  vector technique, and nothing at all in a step whose sample the patient was not in;
-* whatever leaves a job comes with a spend, and each use of a mechanism is counted.
+* the inputs of the mechanisms may differ by no more than their accountant assumes: 2 C for normal noise after clipping
+  to C (C from the value without the patient, on either side), 2 γ in each coordinate for the sparse vector technique,
+  and 0 in a step whose sample does not include the patient;
+* every reply of a job has a spend, and each use of a mechanism is counted.
 
-This is noninterference (Joseph Goguen and José Meseguer, "Security Policies and Security Models", IEEE Symposium on
-Security and Privacy 1982, https://doi.org/10.1109/SP.1982.10014), tested. A test of some changes on small data finds
-what leaks by design. It is no proof: what depends on a patient only rarely can escape it.
+This tests noninterference (Joseph Goguen and José Meseguer, "Security Policies and Security Models", IEEE Symposium on
+Security and Privacy 1982, https://doi.org/10.1109/SP.1982.10014). A test of some changes on small data detects leaks by
+design. It is not a proof: values that rarely depend on a patient can go undetected.
 """
 
 import math
@@ -41,14 +42,16 @@ MOST_EXCHANGES = 30
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that leaves a site and is not covered.
+    """A part of a reply that is not covered.
 
     Attributes:
-        job: In which job of the method, and ``part``: in which part of the reply; "" where the whole reply is meant.
-        what: What is wrong, as the end of a sentence.
-        amount: By how much it moved; None where that is no number.
-        role: Which of the site's data were changed; "" where it does not depend on a change.
-        site: At which site. ``round``: in which round it was seen first.
+        job: Job of the method.
+        part: Part of the reply; empty for the whole reply.
+        what: The problem, as the end of a sentence.
+        amount: The size of the change; None if it is not a number.
+        role: Role of the changed data; empty if the problem does not depend on a change.
+        site: Name of the site.
+        round: The first round with the problem.
     """
 
     job: str
@@ -67,16 +70,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the audit found of one method.
+    """The result of the audit of one method.
 
     Attributes:
-        method: Its name.
-        findings: What is not covered, each kind once.
-        stopped: Why the method did not run to the end; "" where it did. What did not run is not covered.
-        released: How many replies left that held something. ``uses``: how many uses of mechanisms were compared.
-        largest: The largest part that was seen of what the accountant allows; above 1 is a finding.
-        unit: Who is protected.
-        alternative: What to do instead, where there is something.
+        method: Name of the method.
+        findings: The problems, each kind once.
+        stopped: Why the method did not run to the end; empty if it did. What did not run is not covered.
+        released: Number of nonempty replies.
+        uses: Number of compared uses of mechanisms.
+        largest: The largest observed change, relative to what the accountant allows; above 1 is a finding.
+        unit: The unit of protection.
+        alternative: What to do instead, if known.
     """
 
     method: str
@@ -90,19 +94,19 @@ class Verdict:
 
     @property
     def covered(self) -> bool:
-        """Whether all that left was covered."""
+        """Whether all replies were covered."""
         return not self.findings and not self.stopped
 
     @property
     def says(self) -> str:
-        """The verdict in a sentence."""
+        """The result in a sentence."""
         if self.covered and not self.released:
             return f"{self.method} is covered: nothing leaves a site."
         if self.covered:
             return (
-                f"{self.method} is covered: in {self.released} replies nothing but what the mechanisms made "
-                f"depended on one {self.unit}'s data, which moved what they were given by {self.largest:.0%} of "
-                "what the accountant allows at the most."
+                f"{self.method} is covered: in {self.released} replies only the output of mechanisms depended on one "
+                f"{self.unit}'s data, which changed the mechanisms' inputs by at most {self.largest:.0%} of what the "
+                "accountant allows."
             )
         rest = f": {self.alternative}" if self.alternative else ""
         if not self.findings:
@@ -111,7 +115,7 @@ class Verdict:
         return f"{self.method} is not covered: {self.findings[0]}{more}{rest}."
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the result as plain values."""
         return {
             "method": self.method,
             "covered": self.covered,
@@ -149,17 +153,17 @@ def audit(
     server: Site = Site("server"),
     alternative: str = "",
 ) -> Verdict:
-    """Audits ``method`` on synthetic ``sites``.
+    """Audit ``method`` on synthetic ``sites``.
 
     Args:
-        name: What the method is called.
-        method: As a study builds it, with its transforms.
-        params: The model's first parameters.
-        sites: Small sites; what is released in the run is theirs.
-        neighbors: Of some of the sites.
-        unit: Who is protected.
-        rounds: How many rounds to follow.
-        server: Where the server's half runs, with the data that it holds itself, if any.
+        name: Name of the method.
+        method: The method with its transforms, as a study builds it.
+        params: Initial parameters of the model.
+        sites: Small synthetic sites, whose replies are used in the run.
+        neighbors: Neighbors of some of the sites.
+        unit: The unit of protection.
+        rounds: Number of rounds.
+        server: The server's site, with its own data, if any.
         alternative: What to do instead, for the verdict.
     """
     twins = _Twins(method, sites, neighbors, server)
@@ -172,14 +176,14 @@ def audit(
         twins.stopped = twins.stopped or f"the server failed ({type(error).__name__}: {error})"
     findings = dict.fromkeys(twins.findings)
     if twins.released and not twins.stopped and not findings and not twins.largest:
-        findings[Finding("", "", "gives mechanisms nothing that depends on the data, so that nothing was shown")] = None
+        findings[Finding("", "", "gives mechanisms nothing that depends on the data, so the audit is empty")] = None
     return Verdict(
         name, _first_of_each(findings), twins.stopped, twins.released, twins.uses, twins.largest, unit, alternative
     )
 
 
 def _first_of_each(findings: Mapping[Finding, None]) -> tuple[Finding, ...]:
-    """One finding for each job, part, kind and role, in the order in which they were seen."""
+    """Return one finding for each job, part, kind and role, in the order of their occurrence."""
     kinds: dict[tuple[str, str, str, str], Finding] = {}
     for one in findings:
         kinds.setdefault((one.job, one.part, one.what, one.role), one)
@@ -187,7 +191,7 @@ def _first_of_each(findings: Mapping[Finding, None]) -> tuple[Finding, ...]:
 
 
 class _Twins:
-    """A federation whose sites do everything again on neighboring data. The server learns of the first doing only."""
+    """A federation whose sites repeat each job on neighboring data. The server receives only the original replies."""
 
     def __init__(
         self, method: Method[Any], sites: Mapping[str, Site], neighbors: Sequence[Neighbor], server: Site
@@ -203,24 +207,24 @@ class _Twins:
         self.findings: list[Finding] = []
 
     def send(self, request: Request, to: Sequence[str]) -> None:
-        """Queues ``request``."""
+        """Queue ``request`` for the sites ``to``."""
         self._exchange += 1
         self._secure = request.secure
         self._queue += [(request, name) for name in to]
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """The replies of the sites as they are, once those of their neighbors were compared; their sum if secure."""
-        found = list(self._arrivals())
-        answered = [(a.site, a.reply) for a in found if a.reply is not None]
+        """Yield the sites' replies after comparison with those of their neighbors; their sum if secure."""
+        arrivals = list(self._arrivals())
+        answered = [(a.site, a.reply) for a in arrivals if a.reply is not None]
         if not answered or not self._secure:
-            yield from found
+            yield from arrivals
             return
-        yield from (a for a in found if a.reply is None)
+        yield from (a for a in arrivals if a.reply is None)
         total = answered[0][1]
         for _, reply in answered[1:]:
             total = total + reply
         names = tuple(site for site, _ in answered)
-        yield Arrival(names[0], found[0].round, total, "", 0.0, names)
+        yield Arrival(names[0], arrivals[0].round, total, "", 0.0, names)
 
     def _arrivals(self) -> Iterator[Arrival]:
         while self._queue:
@@ -233,17 +237,17 @@ class _Twins:
 
     def _observed(self, request: Request, site: Site, number: int) -> Seen:
         key = (site.name, number)
-        # Models stay close to one another at first, and are far apart later: choices between them turn on little in
-        # the one case and on much in the other
+        # Models of the first exchange are close to each other, later ones are far apart, so that choices between them
+        # depend on small values in the first case and on large ones in the second.
         scale = 0.05 if self._exchange == 1 else 1.0
         seen = observed(self._method, request, self._memory.get(key, {}), site, (site.name, self._exchange), scale)
         self._memory[key] = seen.memory
         return seen
 
     def _look_at(self, seen: Seen, request: Request, site: str) -> None:
-        """What can be said of one reply alone: that it was paid for, and that each use of a mechanism was counted."""
+        """Check one reply alone: that it has a spend, and that each use of a mechanism was counted."""
 
-        def found(what: str, part: str = "") -> None:
+        def report(what: str, part: str = "") -> None:
             self.findings.append(Finding(request.job, part, what, None, "", site, request.round))
 
         if seen.reply is None:
@@ -254,56 +258,56 @@ class _Twins:
         self.released += 1
         if not seen.spent:
             for part in seen.reply.parts:
-                found("leaves without any noise", part)
+                report("leaves without any noise", part)
         counted = sum(spend.steps for spend in seen.spent)
         if seen.spent and counted != len(seen.uses):
-            found(f"uses noise {len(seen.uses)} times, and {counted} are paid for")
+            report(f"uses noise {len(seen.uses)} times, and {counted} are paid for")
 
     def _compare(self, base: Seen, other: Seen, neighbor: Neighbor, request: Request) -> None:
-        def found(what: str, part: str = "", amount: float | None = None) -> None:
+        def report(what: str, part: str = "", amount: float | None = None) -> None:
             site, role = neighbor.site.name, neighbor.role
             self.findings.append(Finding(request.job, part, what, amount, role, site, request.round))
 
         if base.reply is None or other.reply is None:
             if (base.reply is None) != (other.reply is None):
-                found("is answered or not")
+                report("is answered or not")
             elif base.lost != other.lost:
-                found("fails with another message")
+                report("fails with another message")
             return
         if len(base.uses) != len(other.uses) or base.spent != other.spent:
-            found("uses noise another number of times")
+            report("uses noise another number of times")
         for one, two in zip(base.uses, other.uses, strict=False):
             self.uses += 1
             if what := _form(one, two):
-                found(what)
+                report(what)
                 continue
             moved = _moved(one, two)
             outside = one.sampled is not None and neighbor.patient is not None and neighbor.patient not in _names(one)
             if outside and moved > SLACK:
-                found("gives its mechanism something else in steps that the patient was not drawn into", "", moved)
+                report("gives its mechanism another value in steps without the patient", "", moved)
             elif moved > 1 + SLACK:
-                found(f"gives its mechanism a value {moved:.3g} times as far away as the accountant allows", "", moved)
+                report(f"gives its mechanism a value {moved:.3g} times as far away as the accountant allows", "", moved)
             self.largest = max(self.largest, moved)
         for part, what, amount in _difference(base.reply, other.reply):
-            found(what, part, amount)
+            report(what, part, amount)
 
 
 def _names(use: Use) -> set[object]:
-    """The patients of the units that were sampled; a record is named by its patient and its number."""
+    """Return the patients of the sampled units; the name of a record has its patient and its number."""
     return {unit[0] if isinstance(unit, tuple) else unit for unit in use.sampled or ()}
 
 
 def _form(one: Use, two: Use) -> str:
-    """What differs between two uses besides their values."""
+    """Return how two uses differ other than in their values; empty if they do not."""
     if one.spend != two.spend or one.deviations != two.deviations or one.bound != two.bound:
         return "adds noise of another size"
     if {n: leaf.shape for n, leaf in one.value.items()} != {n: leaf.shape for n, leaf in two.value.items()}:
-        return "gives its mechanism something of another form"
+        return "gives its mechanism a value of another form"
     return ""
 
 
 def _moved(one: Use, two: Use) -> float:
-    """How far apart two values are, as a multiple of what the accountant allows where a unit is replaced."""
+    """Return the distance of two values, relative to what the accountant allows if a unit is replaced."""
     apart = {name: (leaf.double() - two.value[name].double()) for name, leaf in one.value.items()}
     if one.spend.pure:
         most = max((float(gap.abs().max()) for gap in apart.values() if gap.numel()), default=0.0)
@@ -317,7 +321,7 @@ def _moved(one: Use, two: Use) -> float:
 
 
 def _difference(one: Reply, two: Reply) -> Iterator[tuple[str, str, float | None]]:
-    """What differs between two replies: part, what, and by how much."""
+    """Yield the differences between two replies: part, description and size."""
     for part in sorted(one.parts.keys() | two.parts.keys()):
         a, b = one.parts.get(part), two.parts.get(part)
         if a is None or b is None or type(a) is not type(b):
@@ -327,7 +331,7 @@ def _difference(one: Reply, two: Reply) -> Iterator[tuple[str, str, float | None
             numbers = isinstance(weight, float) and isinstance(other, float)
             yield part, "has another weight", abs(weight - other) if numbers else None  # type: ignore[operator]
         if isinstance(a, PerSite) and isinstance(b, PerSite) and list(a.items) != list(b.items):
-            yield part, "speaks for other sites", None
+            yield part, "contains values of other sites", None
             continue
         for x, y in zip(a.trees, b.trees, strict=True):
             yield from ((part, what, amount) for what, amount in _leaves(x, y))
@@ -340,19 +344,19 @@ def _weight(stat: WeightedMean | ElementwiseMean | PerSite) -> float | dict[str,
 
 def _leaves(a: Tree, b: Tree) -> Iterator[tuple[str, float | None]]:
     if list(a) != list(b):
-        yield "holds other tensors", None
+        yield "contains other tensors", None
         return
     forms = [(leaf.shape, leaf.dtype) != (b[name].shape, b[name].dtype) for name, leaf in a.items()]
     if any(forms):
-        yield "holds tensors of another form", None
+        yield "contains tensors of another form", None
         return
     gaps = [_gap(leaf, b[name]) for name, leaf in a.items()]
     if worst := max(gaps, default=0.0):
-        yield "holds other numbers than mechanisms made", worst
+        yield "contains numbers that do not come from mechanisms", worst
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference between two tensors of one form; 0 only where they are equal to the bit."""
+    """Return the largest difference between two tensors of the same form; 0 only if they are bit-identical."""
     if torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()):
         return 0.0
     gap = (a.double() - b.double()).abs().nan_to_num(math.inf)

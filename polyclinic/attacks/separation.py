@@ -1,19 +1,19 @@
-"""How well scores tell training patients ("members") from patients who were not trained on ("non-members").
+"""Separation of training patients ("members") from other patients ("non-members") by scores.
 
-Every figure has patients as its unit and carries a 95 % confidence interval; every test is exact or close to exact, so
-that it holds for the few patients of one hospital.
+All statistics are per patient and have 95 % confidence intervals; all tests are exact or nearly exact, so that they are
+valid for the few patients of one site.
 
 - AUC: interval by DeLong, DeLong and Clarke-Pearson, Biometrics 1988, https://doi.org/10.2307/2531595, on the logit
   scale; for perfect separation, where that variance is 0, method 5 of Newcombe, Statistics in Medicine 2006,
   https://doi.org/10.1002/sim.2324. Test against 0.5: Mann and Whitney's, one-sided.
-- True-positive rate (TPR) at a fixed false-positive rate (FPR), the figure that Carlini et al., S&P 2022, ask for:
-  https://arxiv.org/abs/2112.03570. The threshold is itself estimated, from few non-members. So the lower limit uses a
+- True-positive rate (TPR) at a fixed false-positive rate (FPR), as recommended by Carlini et al., S&P 2022,
+  https://arxiv.org/abs/2112.03570. The threshold is itself estimated from few non-members. So the lower limit uses a
   threshold that is strict enough, and the upper one a threshold that is loose enough, for the true FPR to be on the
   safe side (exact, by order statistics), and Clopper and Pearson's limit of the TPR there (Biometrika 1934). The four
   errors share the 5 %.
-- Exposure of a few: the number of members above all but ``allowed`` non-members. Where members and non-members are
-  exchangeable, so many or more have the probability that the highest ``exposed + allowed`` scores hold at most
-  ``allowed`` non-members, which is hypergeometric. The test needs no threshold from elsewhere.
+- Exposure of a few: the number of members above all but ``allowed`` non-members. If members and non-members are
+  exchangeable, the probability of ``exposed`` or more is that of at most ``allowed`` non-members among the highest
+  ``exposed + allowed`` scores, which is hypergeometric. The test needs no external threshold.
 """
 
 import math
@@ -29,7 +29,7 @@ from torch import Tensor
 from polyclinic.errors import ConfigError
 
 RATES = (0.001, 0.01)
-"""The false-positive rates at which the true-positive rate is given."""
+"""The false-positive rates at which the true-positive rate is reported."""
 
 Array = NDArray[np.float64]
 
@@ -40,8 +40,9 @@ class Rate:
 
     Attributes:
         fpr: The false-positive rate.
-        value: The share of members found; None where there are fewer than 1 / ``fpr`` non-members.
-        low: Lower limit of the 95 % interval. ``high``: the upper.
+        value: The fraction of members detected; None with fewer than 1 / ``fpr`` non-members.
+        low: Lower limit of the 95 % interval.
+        high: Upper limit of the 95 % interval.
     """
 
     fpr: float
@@ -51,7 +52,7 @@ class Rate:
 
     @property
     def says(self) -> str:
-        """In words: ``6.0 % (0.0 to 10.9)``, or how many non-members it would take."""
+        """The rate as text: ``6.0 % (0.0 to 10.9)``, or the required number of non-members."""
         if self.value is None:
             return f"needs {math.ceil(1 / self.fpr - 1e-9):,} others"
         return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
@@ -59,16 +60,19 @@ class Rate:
 
 @dataclass(frozen=True)
 class Found:
-    """How well one attack tells members from non-members.
+    """How well one attack separates members from non-members.
 
     Attributes:
-        auc: Area under the ROC curve; 0.5 is chance. ``low``, ``high``: its 95 % interval.
+        auc: Area under the ROC curve; 0.5 is chance.
+        low: Lower limit of its 95 % interval.
+        high: Upper limit of its 95 % interval.
         rates: True-positive rates at ``RATES``.
-        exposed: Members who score above all but ``allowed`` of the non-members.
+        exposed: Number of members with scores above all but ``allowed`` of the non-members.
         allowed: 0.1 % of the non-members, rounded down; so 0 with fewer than 1,000.
-        p_auc: The probability of such an AUC or a larger one if nothing can be told. ``p_exposed``: of ``exposed`` or
-            more.
-        members: How many patients were trained on. ``others``: how many were not.
+        p_auc: Probability of this AUC or a larger one under the null hypothesis.
+        p_exposed: Probability of ``exposed`` or more under the null hypothesis.
+        members: Number of patients used in training.
+        others: Number of other patients.
     """
 
     auc: float
@@ -83,12 +87,12 @@ class Found:
     others: int
 
     def rate(self, fpr: float) -> Rate:
-        """The true-positive rate at ``fpr``, one of ``RATES``."""
+        """Return the true-positive rate at ``fpr``, one of ``RATES``."""
         return next(rate for rate in self.rates if rate.fpr == fpr)
 
     @property
     def says(self) -> str:
-        """In words, with intervals."""
+        """The result as text, with intervals."""
         above = f"all {self.others} others" if not self.allowed else f"all but {self.allowed} of {self.others} others"
         rates = "; ".join(f"TPR at {100 * rate.fpr:g} % FPR {rate.says}" for rate in self.rates)
         return (
@@ -99,12 +103,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Detectable:
-    """What a comparison of so many patients would find.
+    """The power of a comparison with given numbers of patients.
 
     Attributes:
-        auc: The smallest AUC that the test finds in 4 of 5 cases; None where it can find none.
-        exposed: How many members, scored above everybody else with certainty, are always found; None where not even
-            all of them would be.
+        auc: The smallest AUC that the test detects with power 0.8; None if it can detect none.
+        exposed: The number of members, scored above all others with certainty, that is always detected; None if not
+            even all of them would be.
     """
 
     auc: float | None
@@ -112,21 +116,21 @@ class Detectable:
 
 
 def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
-    """Compares two groups of scores, one of each patient, larger where an attack is surer of membership.
+    """Compare two groups of scores, one score per patient, larger if membership is more certain.
 
     Args:
-        members: [n] of patients who were trained on.
-        others: [m] of patients who were not.
-        level: Of confidence.
+        members: [n], of patients used in training.
+        others: [m], of other patients.
+        level: Confidence level.
 
     Raises:
         ValueError: If a group is empty, or a score is not a number.
     """
     x, y = members.double().numpy(), others.double().numpy()
     if not len(x) or not len(y):
-        raise ConfigError("membership needs patients who were trained on and patients who were not")
+        raise ConfigError("membership inference needs patients used in training and other patients")
     if np.isnan(x).any() or np.isnan(y).any():
-        raise ConfigError("a membership score is not a number: the attack cannot be judged")
+        raise ConfigError("a membership score is NaN: the attack cannot be evaluated")
     allowed = int(len(y) * RATES[0] + 1e-9)
     exposed = int((x > np.sort(y)[::-1][allowed]).sum())
     value, low, high = _auc(x, y, level)
@@ -145,12 +149,12 @@ def found(members: Tensor, others: Tensor, level: float = 0.95) -> Found:
 
 
 def tail(exposed: int, allowed: int, members: int, others: int) -> float:
-    """The probability that chance puts ``exposed`` or more members above all but ``allowed`` of the non-members."""
+    """Return the probability of ``exposed`` or more members above all but ``allowed`` non-members by chance."""
     return float(hypergeom.cdf(allowed, members + others, others, exposed + allowed))
 
 
 def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> Detectable:
-    """What a comparison of so many patients finds by tests of size ``alpha``."""
+    """Return what a comparison with these numbers of patients detects by tests of size ``alpha``."""
     allowed = int(others * RATES[0] + 1e-9)
     enough = (x for x in range(1, members + 1) if tail(x, allowed, members, others) <= alpha)
     theta = np.linspace(0.5, 1.0, 1001)
@@ -162,7 +166,7 @@ def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> D
 
 
 def holm(p_values: Array) -> Array:
-    """P-values adjusted by Holm, Scandinavian Journal of Statistics 1979: any below 5 % is right with 95 % for all."""
+    """Adjust p-values by Holm, Scandinavian Journal of Statistics 1979, to control the family-wise error rate."""
     order, count = np.argsort(p_values, kind="stable"), len(p_values)
     adjusted = np.empty(count)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate((count - np.arange(count)) * p_values[order]))
@@ -170,9 +174,9 @@ def holm(p_values: Array) -> Array:
 
 
 def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
-    """The AUC with DeLong's interval, each patient being one case."""
+    """Return the AUC with DeLong's interval; each patient is one case."""
     n, m, ranks = len(x), len(y), rankdata(np.r_[x, y])
-    beats = (ranks[:n] - rankdata(x)) / m  # by member, the share of non-members below; ties count half
+    beats = (ranks[:n] - rankdata(x)) / m  # by member, the fraction of non-members below; ties count half
     beaten = 1 - (ranks[n:] - rankdata(y)) / n
     value, z = float(beats.mean()), float(norm.isf((1 - level) / 2))
     variance = (beats.var(ddof=1) / n + beaten.var(ddof=1) / m) if n > 1 and m > 1 else 0.0
@@ -185,7 +189,7 @@ def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
 
 
 def _mann_whitney(x: Array, y: Array, auc: float) -> float:
-    """The probability of such an AUC or a larger one by chance: exact for 8 or fewer without ties, else normal."""
+    """Return the p-value of the AUC: exact if a group has 8 or fewer and there are no ties, else by normal theory."""
     n, m = len(x), len(y)
     counts = np.unique(np.r_[x, y], return_counts=True)[1].astype(float)
     if min(n, m) <= 8 and counts.max() == 1:
@@ -198,7 +202,7 @@ def _mann_whitney(x: Array, y: Array, auc: float) -> float:
 
 
 def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:
-    """The variance of an AUC of ``theta``, with both groups counted as their mean size (Newcombe's method 5)."""
+    """Return the variance of an AUC of ``theta``, with both groups counted as their mean size (Newcombe's method 5)."""
     middle = (n + m) / 2
     spread = 2 * middle - 1 - (3 * middle - 3) / ((2 - theta) * (1 + theta))
     variance: Array = theta * (1 - theta) / (n * m) * np.maximum(spread, 0)
@@ -206,7 +210,7 @@ def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:
 
 
 def _rate(x: Array, y: Array, fpr: float, level: float) -> Rate:
-    """The true-positive rate at ``fpr`` with its interval.
+    """Return the true-positive rate at ``fpr`` with its interval.
 
     The (j + 1)-th highest of m non-members has a true FPR that follows Beta(j + 1, m − j), so that it exceeds ``fpr``
     with probability P[Binomial(m, fpr) ≤ j].
@@ -224,9 +228,9 @@ def _rate(x: Array, y: Array, fpr: float, level: float) -> Rate:
 
 @lru_cache
 def _thresholds(m: int, fpr: float, error: float) -> tuple[int, int]:
-    """The positions among m non-members, from the highest, whose true FPR is at most, and at least, ``fpr``.
+    """Return the positions among m non-members, from the highest, whose true FPR is at most, and at least, ``fpr``.
 
-    Each with probability 1 − ``error``. The first is −1, and the second m, where no position is.
+    Each holds with probability 1 − ``error``. The first is −1, and the second m, if there is no such position.
     """
     counts = np.arange(m)
     strict = int(np.searchsorted(binom.cdf(counts, m, fpr), error, side="right")) - 1

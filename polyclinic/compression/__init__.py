@@ -1,1 +1,1 @@
-"""Compression of what travels, in both directions."""
+"""Compression of messages in both directions."""

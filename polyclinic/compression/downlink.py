@@ -1,9 +1,9 @@
-"""Smaller messages from the server: what it asks passes through codecs too, and each site undoes them.
+"""Downlink compression: the server's requests are encoded by codecs and decoded at each site.
 
-The server keeps its model whole. What sites receive is rounded anew in every round, so errors do not add up and nobody
-need remember any: a site trains from the rounded model, and tells the change from it. Only the model itself
-(``params``) may lose something; whatever else a method sends travels whole. The same message gives the same bits
-everywhere, for nothing random goes into it.
+The server keeps its full-precision model. The model that sites receive is rounded in every round, so errors do not
+accumulate and no error feedback is needed: a site trains from the rounded model, and sends its change relative to it.
+Only the model itself (``params``) is encoded with loss; everything else is sent losslessly. Codecs use no random
+numbers, so the same message always has the same encoding.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ ALL, OWN = "received", "received-own"
 
 @dataclass(frozen=True)
 class DownlinkPipeline(Method[Any]):
-    """A method whose asks reach the sites through ``codecs``: ``BFloat16`` or ``Int8``, ``Zstd``, or both.
+    """A method whose requests reach the sites through ``codecs``: ``BFloat16`` or ``Int8``, ``Zstd``, or both.
 
     Attributes:
-        inner: The method.
-        codecs: In the order in which they encode.
-        numbers: How many numbers the model has: a small message must not make a site reserve much more memory.
+        inner: The inner method.
+        codecs: The codecs in encoding order.
+        numbers: Size of the model, which limits the memory that a small message can make a site allocate.
 
     Raises:
-        ValueError: Where these do not go together; the message lists every reason.
+        ValueError: If they are not compatible. The message lists every reason.
     """
 
     inner: Method[Any]
@@ -44,61 +44,61 @@ class DownlinkPipeline(Method[Any]):
     numbers: int
 
     def __post_init__(self) -> None:
-        found = [
-            f"{type(t).__name__} cannot make smaller what sites receive: BFloat16, Int8 and Zstd can"
+        problems = [
+            f"{type(t).__name__} cannot compress requests: use BFloat16, Int8 or Zstd"
             for t in self.codecs
             if not isinstance(t, BFloat16 | Int8 | Zstd)
         ]
-        found += [] if self.codecs else ["nothing is named that would make smaller what sites receive"]
+        problems += [] if self.codecs else ["no downlink codec is given"]
         for i, t in enumerate(self.codecs):
-            found += t.validate(self.codecs[:i], self.codecs[i + 1 :])
+            problems += t.validate(self.codecs[:i], self.codecs[i + 1 :])
         if sum(isinstance(t, Codec) for t in self.codecs) > 1:
-            found.append("numbers can be made smaller once: leave BFloat16 or Int8 out")
-        if found:
-            raise ProtocolError("; ".join(found))
+            problems.append("numbers can be quantized once: remove BFloat16 or Int8")
+        if problems:
+            raise ProtocolError("; ".join(problems))
         parts = tuple(replace(t, parts=MODEL) if isinstance(t, Codec) else t for t in self.codecs)
         object.__setattr__(self, "codecs", parts)
 
     @property
     def prediction_task(self) -> Any:
-        """The method's."""
+        """The prediction task of the inner method."""
         return self.inner.prediction_task
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The inner method's."""
+        """The jobs of the inner method."""
         return self.inner.jobs
 
     def init(self, params: Tree) -> Any:
-        """The method's state: there is none besides."""
+        """Return the inner method's initial state. The codecs have no state."""
         return self.inner.init(params)
 
     def request(self, state: Any) -> Request | None:
-        """What the method asks, smaller."""
+        """Return the method's request, encoded."""
         request = self.inner.request(state)
         return None if request is None else self._smaller(request)
 
     def evaluation_request(self, state: Any) -> Request:
-        """The method's, smaller: what is judged is what sites have."""
+        """Return the method's evaluation request, encoded, so that the model that sites have is evaluated."""
         return self._smaller(self.inner.evaluation_request(state))
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The method's, from what arrived."""
+        """Return the method's site model for the decoded request."""
         return self.inner.site_model(self.arrived(request), memory)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """What the method does with what arrived."""
+        """Run the method's site update on the decoded request."""
         return self.inner.site_update(self.arrived(request), memory, site)
 
     def server_update(self, state: Any, reply: Reply, server: Site) -> Any:
-        """The method's."""
+        """Run the method's server update."""
         return self.inner.server_update(state, reply, server)
 
     def arrived(self, request: Request) -> Request:
-        """The ask as the method made it, rounded.
+        """Return the method's request as decoded at a site.
 
         Raises:
-            ValueError: Where it cannot be decoded, or would unfold to far more than the model.
+            ValueError: If it cannot be decoded, or would decompress to far more than the model.
         """
         trees = {name: t for name, t in request.trees.items() if name not in (ALL, OWN)}
         for name in (ALL, OWN):
@@ -111,7 +111,7 @@ class DownlinkPipeline(Method[Any]):
         return replace(request, trees=self._packed(request.trees, request.round, ALL), per_site=each)
 
     def _packed(self, trees: Mapping[str, Tree], round: int, name: str) -> dict[str, Tree]:
-        """One tree of all that have leaves; those without stay as they are."""
+        """Encode all trees with leaves as one tree; empty trees are unchanged."""
         flat = {f"m/{quote(part, safe='~')}/{leaf}": x for part, t in trees.items() for leaf, x in t.items()}
         sent = WeightedMean(flat, 1.0)
         for transform in self.codecs if flat else ():
@@ -122,20 +122,20 @@ class DownlinkPipeline(Method[Any]):
         model, sent = {"model": torch.empty(self.numbers, device="meta")}, WeightedMean(packed, 1.0)
         for transform in reversed(self.codecs):
             sent, _ = transform.decode(sent, transform.init(model))
-        found: dict[str, dict[str, torch.Tensor]] = {}
+        decoded: dict[str, dict[str, torch.Tensor]] = {}
         for key, x in sent.total.items():
             kind, _, rest = key.partition("/")
             part, slash, leaf = rest.partition("/")
             if kind != "m" or not slash:
-                raise ProtocolError(f"{key!r} is not what a server sends")
-            found.setdefault(unquote(part), {})[leaf] = x
-        return dict(found)
+                raise ProtocolError(f"{key!r} is not a valid name in an encoded request")
+            decoded.setdefault(unquote(part), {})[leaf] = x
+        return dict(decoded)
 
 
 def received_through(inner: Method[Any], params: Tree, *transforms: Transform) -> DownlinkPipeline:
-    """``inner``, with everything its sites receive passed through ``transforms``, in order; ``params`` is its model.
+    """Wrap ``inner``, whose model is ``params``, so that its requests pass through ``transforms``, in order.
 
     Raises:
-        ValueError: Where these do not go together; the message lists every reason.
+        ValueError: If they are not compatible. The message lists every reason.
     """
     return DownlinkPipeline(inner, transforms, sum(leaf.numel() for leaf in params.values()))

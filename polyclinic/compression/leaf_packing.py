@@ -1,4 +1,4 @@
-"""How one leaf becomes several tensors under its name, and one leaf again."""
+"""Packing of a leaf that a codec splits into several tensors."""
 
 import math
 from collections.abc import Mapping
@@ -10,59 +10,59 @@ from polyclinic.core.tree import Tree
 from polyclinic.errors import ProtocolError
 
 Parts = dict[str, Tensor]
-CHANGES = ("update", "control", "change")  # what methods call the parts that the server adds to what it has
+CHANGES = ("update", "control", "change")  # names of reply parts that the server adds to its state
 
 
 def pack(leaves: Mapping[str, Parts]) -> Tree:
-    """One tree with the names ``leaf:part``. ``unpack`` is its inverse."""
+    """Combine the parts of all leaves in one tree, with names ``leaf:part``. ``unpack`` is the inverse."""
     return {f"{name}:{part}": x for name, parts in leaves.items() for part, x in parts.items()}
 
 
 def unpack(packed: Tree) -> dict[str, Parts]:
-    """The parts of every leaf, by the leaf's name.
+    """Return the parts of every leaf, by the leaf's name.
 
     Raises:
-        ValueError: Where a name has no part.
+        ValueError: If a name has no part.
     """
     leaves: dict[str, Parts] = {}
     for key, x in packed.items():
         name, colon, part = key.rpartition(":")
         if not colon:
-            raise ProtocolError(f"{key!r} was not packed")
+            raise ProtocolError(f"{key!r} is not the name of a packed part")
         leaves.setdefault(name, {})[part] = x
     return leaves
 
 
 def may_lose(key: str, leaf: Tensor, parts: tuple[str, ...]) -> bool:
-    """Whether a codec that loses something may have this leaf: more than one number, real, and of a part in ``parts``.
+    """Return whether a lossy codec may encode a leaf: real, more than one number, and of a part in ``parts``.
 
-    Statistics, prototypes and weights are not changes that add up over rounds: what is not sent of them now would be
-    wrong later. They travel whole.
+    Other parts, such as statistics, prototypes and weights, do not accumulate over rounds, so an error in them would
+    not be corrected later. They are sent without loss.
     """
     return leaf.numel() > 1 and leaf.is_floating_point() and not set(parts).isdisjoint(key.split("/")[1:])
 
 
 def shape_tag(leaf: Tensor) -> Tensor:
-    """A tensor without numbers that carries the shape of ``leaf``. It adds up, and takes no bytes."""
+    """Return an empty tensor that carries the shape of ``leaf``. It can be summed, and takes no bytes."""
     return torch.empty(0, *leaf.shape)
 
 
 def shape_in(tag: Tensor, limit: int) -> torch.Size:
-    """The inverse of ``shape_tag``.
+    """Return the shape in the result of ``shape_tag``.
 
     Raises:
-        ValueError: Where a tensor of this shape would hold more than ``limit`` numbers: a small message must not
-            make the server reserve much memory.
+        ValueError: If a tensor of this shape would have more than ``limit`` numbers, so that a small message would
+            make the server allocate much memory.
     """
     if tag.ndim < 1 or tag.shape[0] != 0:
         raise ProtocolError(f"{tuple(tag.shape)} carries no shape")
     if (size := math.prod(tag.shape[1:])) > limit:
-        raise ProtocolError(f"a tensor of {size} numbers, where at most {limit} fit this model")
+        raise ProtocolError(f"a tensor of {size} numbers exceeds the limit of {limit} for this model")
     return tag.shape[1:]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Whole numbers below 2^bits (shape [n], uint8), 8 / bits to a byte. ``bits`` is 1, 2, 4 or 8."""
+    """Pack integers below 2^bits (shape [n], uint8), 8 / bits per byte. ``bits`` is 1, 2, 4 or 8."""
     each = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -len(codes) % each)).reshape(-1, each)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
@@ -71,10 +71,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, size: int) -> Tensor:
-    """The inverse of ``pack_bits``. Shape [size], uint8.
+    """Unpack the result of ``pack_bits``. Shape [size], uint8.
 
     Raises:
-        ValueError: Where ``packed`` is not as long as ``size`` numbers take.
+        ValueError: If ``packed`` does not have the length for ``size`` numbers.
     """
     each = 8 // bits
     if packed.dtype != torch.uint8 or packed.shape != (-(-size // each),):

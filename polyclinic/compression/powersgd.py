@@ -1,10 +1,10 @@
-"""Low rank by power iteration: cheaper than singular values, and in one variant a sum.
+"""Low-rank compression by power iteration, which is faster than an SVD and has an additive variant.
 
 Thijs Vogels, Sai Praneeth Karimireddy and Martin Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for
 Distributed Optimization", NeurIPS 2019, Algorithm 1, https://arxiv.org/abs/1905.13727. There, workers sum P and then
-Q within one step. Over a network of hospitals that would be two messages, so with ``shared=False`` a site iterates on
-its own matrix and sends both factors; and with ``shared=True`` the server names one basis for all, right ones in one
-round and left ones in the next, sites send only the other factor, and those add up. Alternation is from Lin Zhang,
+Q within one step. Between sites this would take two messages per round. Instead, with ``shared=False`` a site iterates
+on its own matrix and sends both factors; with ``shared=True`` the server sends one basis for all, alternately right and
+left ones, and sites send only the other factor, which can be summed. Alternation is from Lin Zhang,
 Longteng Zhang, Shaohuai Shi, Xiaowen Chu and Bo Li, "Evaluation and Optimization of Gradient Compression for
 Distributed Deep Learning", ICDCS 2023.
 """
@@ -26,11 +26,11 @@ from polyclinic.core.tree import Tree, Trees
 
 @dataclass(frozen=True)
 class PowerSGD(Transform):
-    """Sends matrices as factors of rank ``rank``, and remembers the rest. Smaller tensors pass as they are.
+    """Sends matrices as factors of rank ``rank`` with error feedback. Smaller tensors are unchanged.
 
     Attributes:
         rank: r.
-        shared: Whether all sites use one basis, so that what they send adds up.
+        shared: Whether all sites use one basis, so that their factors can be summed.
         parts: The parts of a reply that are encoded, by name.
     """
 
@@ -42,70 +42,70 @@ class PowerSGD(Transform):
 
     @property
     def additive(self) -> bool:
-        """With a shared basis."""
+        """Whether the basis is shared."""
         return self.shared
 
     def validate(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
-        """A rank is at least 1; and it remembers."""
-        found = [] if self.rank >= 1 else [f"PowerSGD: rank must be at least 1, not {self.rank}"]
-        return found + too_late(self, before)
+        """Check the rank, and the position of error feedback."""
+        problems = [] if self.rank >= 1 else [f"PowerSGD: rank must be at least 1, not {self.rank}"]
+        return problems + too_late(self, before)
 
     def init(self, params: Tree) -> Trees:
-        """No basis yet: the first is drawn from the tensors' names."""
+        """Return a state without bases; the first are drawn from the tensors' names."""
         return {"basis": {}, "side": {}, "limit": {"numbers": number_limit(params)}}
 
     def describe(self, state: Trees) -> Trees:
-        """The shared bases, and on which side they stand."""
+        """Return the shared bases and their sides."""
         return {"basis": state["basis"], "side": state["side"]} if self.shared else {}
 
     def encode(
         self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
     ) -> tuple[WeightedMean, Trees]:
-        """Factors of reply plus residual; what they leave out is the new residual."""
+        """Factorize reply plus residual; the approximation error is the new residual."""
         old, warm = memory.get("residual", {}), memory.get("basis", {})
-        leaves, left, kept = dict[str, Parts](), dict[str, Tensor](), dict[str, Tensor]()
+        leaves, left, bases = dict[str, Parts](), dict[str, Tensor](), dict[str, Tensor]()
         for name, leaf in sent.total.items():
             if not self._shrinks(leaf.shape) or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}
                 continue
-            whole = leaf + old[name] if name in old and old[name].shape == leaf.shape else leaf
-            matrix = whole.reshape(len(leaf), -1)
+            total = leaf + old[name] if name in old and old[name].shape == leaf.shape else leaf
+            matrix = total.reshape(len(leaf), -1)
             if self.shared:
                 basis, on_left = self._shared(name, leaf.shape, notes)
                 factor = matrix.T @ basis if on_left else matrix @ basis
                 leaves[name] = {"factor": factor, "shape": shape_tag(leaf)}
-                found = basis @ factor.T if on_left else factor @ basis.T
+                approximation = basis @ factor.T if on_left else factor @ basis.T
             else:
                 basis = warm.get(name, self._drawn(name, matrix.shape[1]))
                 # P = M Q;  P ← orthogonalized P;  Q = Mᵀ P;  M̂ = P Qᵀ
                 p = _orthogonal(matrix @ basis)
                 q = matrix.T @ p
                 leaves[name] = {"p": p, "q": q, "shape": shape_tag(leaf)}
-                found, kept[name] = p @ q.T, _orthogonal(q)
-            left[name] = whole - found.reshape(leaf.shape)
-        return WeightedMean(pack(leaves), sent.weight), {"residual": left} | ({} if self.shared else {"basis": kept})
+                approximation, bases[name] = p @ q.T, _orthogonal(q)
+            left[name] = total - approximation.reshape(leaf.shape)
+        return WeightedMean(pack(leaves), sent.weight), {"residual": left} | ({} if self.shared else {"basis": bases})
 
     def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
-        """P Qᵀ; and with a shared basis, the next one: the orthogonalized sum of what was sent."""
-        limit, found = int(state["limit"]["numbers"]), dict[str, Tensor]()
+        """Multiply the factors. The next shared basis is the orthogonalized sum of the received factors."""
+        limit, decoded = int(state["limit"]["numbers"]), dict[str, Tensor]()
         bases, sides = dict(state["basis"]), dict(state["side"])
         for name, parts in unpack(received.total).items():
             if "raw" in parts:
-                found[name] = parts["raw"]
+                decoded[name] = parts["raw"]
                 continue
             shape = shape_in(parts["shape"], limit)
             limit -= math.prod(shape)
             if self.shared:
                 basis, on_left = self._shared(name, shape, state)
                 factor = parts["factor"]
-                found[name] = multiplied(*((basis, _turned(factor)) if on_left else (factor, basis.T)), shape)
+                decoded[name] = multiplied(*((basis, _turned(factor)) if on_left else (factor, basis.T)), shape)
                 bases[name], sides[name] = _orthogonal(factor), torch.tensor(not on_left)
             else:
-                found[name] = multiplied(parts["p"], _turned(parts["q"]), shape)
-        return WeightedMean(found, received.weight), {**state, "basis": bases, "side": sides}
+                decoded[name] = multiplied(parts["p"], _turned(parts["q"]), shape)
+        return WeightedMean(decoded, received.weight), {**state, "basis": bases, "side": sides}
 
     def _shared(self, name: str, shape: torch.Size, notes: Trees) -> tuple[Tensor, bool]:
-        """The basis of a tensor, with orthonormal columns, and whether it stands on the left."""
+        """Return a tensor's shared basis, with orthonormal columns, and whether it is the left factor."""
         if name in notes["basis"]:
             return notes["basis"][name], bool(notes["side"][name])
         return self._drawn(name, math.prod(shape[1:])), False
@@ -122,13 +122,13 @@ class PowerSGD(Transform):
 
 
 def _turned(factor: Tensor) -> Tensor:
-    """``factor``, transposed; what a site sent may have any shape."""
+    """Transpose ``factor`` after checking that it is a matrix."""
     if factor.ndim != 2:
-        raise ValueError(f"a factor has two axes, and this one has shape {tuple(factor.shape)}")
+        raise ValueError(f"a factor must have two axes, but this one has shape {tuple(factor.shape)}")
     return factor.T
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Orthonormal columns that span those of ``matrix``, laid out as they are after saving: sums depend on it."""
+    """Return orthonormal columns that span those of ``matrix``, contiguous as after loading, for identical sums."""
     basis: Tensor = torch.linalg.qr(matrix).Q
     return basis.contiguous()

@@ -1,13 +1,13 @@
-"""Sparse replies: the largest coordinates now, the rest later.
+"""Sparse replies: the largest coordinates now, the rest by error feedback later.
 
 Sebastian Stich, Jean-Baptiste Cordonnier and Martin Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, Algorithm 1,
-https://arxiv.org/abs/1809.07599. What a site does not send, it adds to its next reply ("error feedback").
+https://arxiv.org/abs/1809.07599. A site adds what it does not send to its next reply ("error feedback").
 
-A support that each site chooses by itself does not add up. So there are two ways: ``shared=False`` is the
-paper's, with positions sent beside the values; with ``shared=True`` the server names the positions for all, and
-only values travel. The server's choice is ours: those that lately gained most in a round, and, for the share
-``explore``, those that were not sent for the longest time. So every coordinate is sent at least once in
-2 / (fraction · explore) rounds or so, and what sites remember stays small.
+Supports that sites choose individually cannot be summed. With ``shared=False``, as in the paper, positions are sent
+with the values. With ``shared=True`` the server determines the positions for all sites, and only values are sent. The
+server's choice is not from the paper: it selects the coordinates with the largest recent gain per round and, for the
+fraction ``explore``, those that were not sent for the longest time. Every coordinate is therefore sent at least once in
+about 2 / (fraction · explore) rounds, which limits the residuals.
 """
 
 import math
@@ -31,11 +31,11 @@ class TopK(Transform):
     """Sends ``fraction`` of the coordinates of every tensor.
 
     Attributes:
-        fraction: How many, of 1. A tensor always sends one at least.
-        shared: Whether all sites send the same positions. Left out, they do where sums or privacy come after.
-        explore: Which share of a shared support goes to the coordinates that have waited longest.
-        feedback: Whether a site remembers what it has not sent.
-        parts: The parts of a reply that are encoded, by name. Vectors travel whole.
+        fraction: Fraction of the coordinates, at least one per tensor.
+        shared: Whether all sites send the same positions. By default if secure summation or privacy follows.
+        explore: Fraction of a shared support for the coordinates that were not sent for the longest time.
+        feedback: Whether a site uses error feedback.
+        parts: The parts of a reply that are encoded, by name. Vectors are sent losslessly.
     """
 
     fraction: float
@@ -48,36 +48,36 @@ class TopK(Transform):
 
     @property
     def additive(self) -> bool:
-        """With a shared support."""
+        """Whether the support is shared."""
         return self.shared is True
 
     def resolve(self, after: tuple[Transform, ...]) -> Transform:
-        """With ``shared`` decided."""
+        """Return the transform with ``shared`` decided."""
         if self.shared is not None:
             return self
         return replace(self, shared=any(t.secure or t.private for t in after))
 
     def validate(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
-        """Fractions are fractions; and where it remembers, places are places."""
-        found = too_late(self, before) if self.feedback else []
+        """Check the fractions, and the position of error feedback."""
+        problems = too_late(self, before) if self.feedback else []
         if not 0 < self.fraction <= 1:
-            found.append(f"TopK: fraction must be above 0 and at most 1, not {self.fraction}")
+            problems.append(f"TopK: fraction must be above 0 and at most 1, not {self.fraction}")
         if not 0 <= self.explore <= 1:
-            found.append(f"TopK: explore must be between 0 and 1, not {self.explore}")
-        return found
+            problems.append(f"TopK: explore must be between 0 and 1, not {self.explore}")
+        return problems
 
     def init(self, params: Tree) -> Trees:
-        """No support yet: the first is drawn from the tensors' names."""
+        """Return a state without a support; the first is drawn from the tensors' names."""
         return {"support": {}, "gain": {}, "age": {}, "limit": {"numbers": number_limit(params)}}
 
     def describe(self, state: Trees) -> Trees:
-        """The shared support."""
+        """Return the shared support."""
         return {"support": state["support"]} if self.shared else {}
 
     def encode(
         self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
     ) -> tuple[WeightedMean, Trees]:
-        """The chosen coordinates of reply plus residual; what is left is the new residual."""
+        """Send the chosen coordinates of reply plus residual; the others are the new residual."""
         old = memory.get("residual", {})
         leaves: dict[str, Parts] = {}
         residual: dict[str, Tensor] = {}
@@ -85,22 +85,22 @@ class TopK(Transform):
             if leaf.ndim < 2 or not may_lose(name, leaf, self.parts):
                 leaves[name] = {"raw": leaf}
                 continue
-            whole = leaf.reshape(-1)
-            if self.feedback and name in old and old[name].numel() == whole.numel():
-                whole = whole + old[name]
+            flat = leaf.reshape(-1)
+            if self.feedback and name in old and old[name].numel() == flat.numel():
+                flat = flat + old[name]
             if self.shared:
                 index = notes.get("support", {}).get(name)
-                index = self._first(name, whole.numel()) if index is None else index.long()
-                leaves[name] = {"values": whole[index], "shape": shape_tag(leaf)}
+                index = self._first(name, flat.numel()) if index is None else index.long()
+                leaves[name] = {"values": flat[index], "shape": shape_tag(leaf)}
             else:
-                index = whole.abs().topk(self._size(whole.numel())).indices.sort().values
-                leaves[name] = {"values": whole[index], "index": index.int(), "shape": shape_tag(leaf)}
+                index = flat.abs().topk(self._size(flat.numel())).indices.sort().values
+                leaves[name] = {"values": flat[index], "index": index.int(), "shape": shape_tag(leaf)}
             if self.feedback:
-                residual[name] = whole.index_fill(0, index, 0.0)
+                residual[name] = flat.index_fill(0, index, 0.0)
         return WeightedMean(pack(leaves), sent.weight), {"residual": residual} if self.feedback else {}
 
     def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
-        """Zeros, with the received values in their places."""
+        """Return zeros with the received values in their positions."""
         limit, dense = int(state["limit"]["numbers"]), dict[str, Tensor]()
         support, gain, age = dict(state["support"]), dict(state["gain"]), dict(state["age"])
         for name, parts in unpack(received.total).items():
@@ -111,7 +111,7 @@ class TopK(Transform):
             size = math.prod(shape)
             limit -= size
             if values.shape != (self._size(size),):
-                raise ProtocolError(f"{name}: {tuple(values.shape)} values, where {self._size(size)} were asked for")
+                raise ProtocolError(f"{name}: {tuple(values.shape)} values received, {self._size(size)} expected")
             index = self._index(name, parts, size, state)
             dense[name] = torch.zeros(size, dtype=values.dtype).index_put_((index,), values).reshape(shape)
             if self.shared:
@@ -128,20 +128,20 @@ class TopK(Transform):
             return self._first(name, size) if known is None else known.long()
         index = parts["index"].long()
         if index.shape != parts["values"].shape or not bool((index[1:] > index[:-1]).all()):
-            raise ProtocolError(f"{name}: positions must rise, one for each value")
+            raise ProtocolError(f"{name}: positions must be increasing, one for each value")
         if int(index[0]) < 0 or int(index[-1]) >= size:
-            raise ProtocolError(f"{name}: a position beyond {size} numbers")
+            raise ProtocolError(f"{name}: a position is out of range for {size} numbers")
         return index
 
     def _choose(self, gain: Tensor, age: Tensor) -> Tensor:
-        """The best, and of the others the oldest."""
+        """Return the coordinates with the largest gain and, of the others, the oldest."""
         size = self._size(gain.numel())
         best = gain.topk(size - int(size * self.explore)).indices
         oldest = age.index_fill(0, best, -1.0).topk(size - best.numel()).indices
         return torch.cat([best, oldest]).sort().values
 
     def _first(self, name: str, numel: int) -> Tensor:
-        """A support that everyone draws alike, before anything is known."""
+        """Draw the initial support, which is the same at every site."""
         drawn = torch.rand(numel, generator=Site("everyone").rng("support", name))
         return self._choose(drawn, torch.zeros(numel))
 

@@ -1,4 +1,4 @@
-"""The table of transforms: what a study may put between a site and the server. Plain data, as for methods."""
+"""Catalog of transforms that a study may put between a site and the server. Plain data, as for methods."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """One transform by name: ``make`` is ``module:class`` under ``polyclinic.privacy``; ``pays`` if it spends ε."""
+    """A transform: ``make`` is its ``module:class``; ``pays`` tells whether it spends ε."""
 
     name: str
     make: str
@@ -31,13 +31,13 @@ TRANSFORMS: Mapping[str, Entry] = {
         Entry(
             "adaptive-clip",
             "polyclinic.privacy.gaussian:AdaptiveClip",
-            "a bound that follows the median norm",
+            "clips at a bound that tracks the median norm",
             "Andrew et al. 2021",
         ),
         Entry(
             "gaussian",
             "polyclinic.privacy.gaussian:Gaussian",
-            "noise nobody can predict",
+            "unpredictable Gaussian noise",
             "Dwork and Roth 2014",
             pays=True,
         ),
@@ -68,31 +68,31 @@ TRANSFORMS: Mapping[str, Entry] = {
         Entry(
             "qsgd",
             "polyclinic.compression.quantization:QSGD",
-            "2, 4 or 8 bits, random, right on average",
+            "2, 4 or 8 bits, stochastic and unbiased",
             "Alistarh et al. 2017",
         ),
         Entry(
             "sign",
             "polyclinic.compression.quantization:Sign",
-            "one bit each; the rest is remembered",
+            "one bit per number, with error feedback",
             "Karimireddy et al. 2019",
         ),
         Entry(
             "top-k",
             "polyclinic.compression.topk:TopK",
-            "the largest coordinates; the rest is remembered",
+            "the largest coordinates, with error feedback",
             "Stich et al. 2018",
         ),
         Entry(
             "low-rank",
             "polyclinic.compression.quantization:LowRank",
-            "factors that hold a share of the energy",
+            "factors with a given fraction of the energy",
             "Wu et al. 2022",
         ),
         Entry(
             "power-sgd",
             "polyclinic.compression.powersgd:PowerSGD",
-            "factors of fixed rank; the rest is remembered",
+            "factors of fixed rank, with error feedback",
             "Vogels et al. 2019",
         ),
         Entry("zstd", "polyclinic.compression.zstd:Zstd", "lossless, last in a pipeline", "RFC 8878"),
@@ -101,41 +101,41 @@ TRANSFORMS: Mapping[str, Entry] = {
 
 
 def entry(name: str) -> Entry:
-    """The table's line for ``name``.
+    """Return the catalog's entry for ``name``.
 
     Raises:
-        ValueError: Where there is none; the message suggests one.
+        ValueError: If there is none. The message suggests one.
     """
     if name in TRANSFORMS:
         return TRANSFORMS[name]
     near = difflib.get_close_matches(name, TRANSFORMS, 1)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    raise ConfigError(f'no transform is called "{name}".{hint} There are {", ".join(TRANSFORMS)}')
+    raise ConfigError(f'unknown transform "{name}".{hint} The transforms are {", ".join(TRANSFORMS)}')
 
 
 def maker(of: Entry) -> type[Transform]:
-    """The class."""
+    """Return the class of a transform."""
     module, _, name = of.make.partition(":")
-    found: type[Transform] = getattr(import_module(module), name)
-    return found
+    cls: type[Transform] = getattr(import_module(module), name)
+    return cls
 
 
 def options(of: Entry) -> Mapping[str, dataclasses.Field[Any]]:
-    """What a study may set for a transform, by name."""
+    """Return the options of a transform, by name."""
     return {field.name: field for field in dataclasses.fields(maker(of))}
 
 
 def build(item: Mapping[str, Any]) -> Transform:
-    """The transform that ``item`` describes: its ``name``, and its options."""
+    """Build the transform that ``item`` describes by its ``name`` and options."""
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in item.items() if key != "name"}
     return maker(entry(item["name"]))(**given)
 
 
 def types(of: Entry) -> Mapping[str, Any]:
-    """The type of each option."""
+    """Return the type of each option."""
     return get_type_hints(maker(of))
 
 
 def default(field: dataclasses.Field[Any]) -> Any:
-    """What an option is where a study does not set it; ``...`` where it must."""
+    """Return the default of an option; ``...`` if it is required."""
     return ... if field.default is dataclasses.MISSING else field.default

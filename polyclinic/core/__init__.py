@@ -1,1 +1,1 @@
-"""What federated learning is, in tensors. Knows no engine, no network, no clock."""
+"""Core of federated learning: tensors, aggregates, methods and rounds. Depends on no engine, network or clock."""

@@ -1,8 +1,8 @@
-"""Stats: what a site may send. Each kind says how two of them become one.
+"""Aggregatable values. Each class defines how two site contributions are combined.
 
-Model updates, metrics and data statistics are the same thing here: a value that merges by ``+``, in any
-order and any grouping. That lets one method run in lock-step, in a buffer, over a hierarchy of servers, or
-under secure summation. "A mean is two sums" is TensorFlow Federated's observation.
+Model updates, metrics and data statistics are all values that merge by ``+``, in any order and any grouping. One method
+can therefore run synchronously, with a buffer, over a hierarchy of servers, or under secure summation. Representing a
+mean as two sums follows TensorFlow Federated.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from polyclinic.core.tree import Tree
 @savable("core.WeightedMean", 1)
 @dataclass(frozen=True)
 class WeightedMean:
-    """A weighted mean, kept as its two sums.
+    """A weighted mean, stored as its two sums.
 
     Attributes:
         total: Σ w·x, leaf by leaf.
@@ -29,27 +29,27 @@ class WeightedMean:
 
     @classmethod
     def of(cls, value: Tree, weight: float = 1.0) -> Self:
-        """The mean of ``value`` alone."""
+        """Return the mean of the single ``value``."""
         return cls(tree.scale(value, weight), float(weight))
 
     @property
     def value(self) -> Tree:
-        """Σ w·x / Σ w"""
+        """``Σ w·x / Σ w``."""
         return tree.scale(self.total, self._share)
 
     def apply_to(self, a: Tree, by: float = 1.0) -> Tree:
-        """A + by · the mean, leaf by leaf, so that a server never holds the mean whole. ``a`` may have more leaves."""
+        """Return ``a + by · mean``, leaf by leaf without materializing the mean. ``a`` may have more leaves."""
         return tree.shift(a, self.total, by * self._share)
 
     @property
     def _share(self) -> float:
         if self.weight == 0:
-            raise ZeroDivisionError("a mean of nothing: the weights sum to 0")
+            raise ZeroDivisionError("the mean is undefined: its weights sum to 0")
         return 1.0 / self.weight
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """The tensors that travel."""
+        """The tensors that are transmitted."""
         return (self.total,)
 
     def __add__(self, other: Self) -> Self:
@@ -62,7 +62,7 @@ class WeightedMean:
 @savable("core.ElementwiseMean", 1)
 @dataclass(frozen=True)
 class ElementwiseMean:
-    """A mean with a weight for every element, as in Fisher merging.
+    """A mean with one weight per element, as in Fisher merging.
 
     Attributes:
         total: Σ w·x, element by element.
@@ -74,17 +74,17 @@ class ElementwiseMean:
 
     @classmethod
     def of(cls, value: Tree, weight: Tree) -> Self:
-        """The mean of ``value`` alone."""
+        """Return the mean of the single ``value``."""
         return cls(tree.mul(value, weight), weight)
 
     @property
     def value(self) -> Tree:
-        """Σ w·x / Σ w, and 0 where Σ w is 0."""
+        """``Σ w·x / Σ w``, and 0 where ``Σ w`` is 0."""
         return tree.zip_with(lambda x, w: x / w.clamp_min(1e-12), self.total, self.weight)
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """The tensors that travel."""
+        """The tensors that are transmitted."""
         return (self.total, self.weight)
 
     def __add__(self, other: Self) -> Self:
@@ -97,22 +97,22 @@ class ElementwiseMean:
 @savable("core.PerSite", 1)
 @dataclass(frozen=True)
 class PerSite:
-    """Every contribution, kept apart by site. Secure summation refuses it, and a site's policy must allow it.
+    """Separate contributions of each site. Incompatible with secure summation; a site's policy must allow it.
 
     Attributes:
-        items: What each site sent, by its name.
+        items: The contribution of each site, by site name.
     """
 
     items: Mapping[str, Tree]
 
     @property
     def trees(self) -> tuple[Tree, ...]:
-        """The tensors that travel."""
+        """The tensors that are transmitted."""
         return tuple(self.items.values())
 
     def __add__(self, other: Self) -> Self:
         if twice := self.items.keys() & other.items.keys():
-            raise ValueError(f"gathered twice from {sorted(twice)}")
+            raise ValueError(f"two contributions from the same site: {sorted(twice)}")
         return type(self)(dict(sorted({**self.items, **other.items}.items())))
 
     def __mul__(self, by: float) -> Self:
@@ -122,7 +122,7 @@ class PerSite:
 @savable("core.PerSiteUniform", 1)
 @dataclass(frozen=True)
 class PerSiteUniform(PerSite):
-    """A gather in which every site sends the same leaves: their names, shapes and types are checked as a mean's are."""
+    """Per-site contributions with the same leaves: names, shapes and types are checked as those of a mean."""
 
 
 Stat: TypeAlias = WeightedMean | ElementwiseMean | PerSite
@@ -132,25 +132,25 @@ S = TypeVar("S", WeightedMean, ElementwiseMean, PerSite)
 @savable("core.Reply", 1)
 @dataclass(frozen=True)
 class Reply:
-    """Named stats. Replies merge by ``+``, part by part, and ``reply * by`` counts ``by`` times as much."""
+    """Named aggregates. Replies merge by ``+``, part by part; ``reply * by`` multiplies every weight by ``by``."""
 
     parts: Mapping[str, Stat] = field(default_factory=dict)
 
     def mean(self, part: str) -> WeightedMean:
-        """The mean that was sent as ``part``."""
+        """Return the weighted mean named ``part``."""
         return self._get(part, WeightedMean)
 
     def leaf_mean(self, part: str) -> ElementwiseMean:
-        """The element-wise mean that was sent as ``part``."""
+        """Return the elementwise mean named ``part``."""
         return self._get(part, ElementwiseMean)
 
     def gather(self, part: str) -> Mapping[str, Tree]:
-        """What each site sent as ``part``, by site."""
+        """Return each site's contribution to ``part``, by site name."""
         return self._get(part, PerSite).items
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the tensors that travel."""
+        """Size of the transmitted tensors in bytes."""
         return sum(tree.nbytes(t) for stat in self.parts.values() for t in stat.trees)
 
     def __add__(self, other: "Reply") -> "Reply":
@@ -165,17 +165,17 @@ class Reply:
     def _get(self, part: str, kind: type[S]) -> S:
         stat = self.parts.get(part)
         if not isinstance(stat, kind):
-            raise KeyError(f"no {kind.__name__} called {part!r} among {sorted(self.parts)}")
+            raise KeyError(f"no {kind.__name__} named {part!r} in the reply, which has {sorted(self.parts)}")
         return stat
 
 
 def merge(replies: Iterable[Reply]) -> Reply:
-    """The sum of ``replies`` from left to right. A part that only some sites sent is summed over those.
+    """Return the sum of ``replies`` from left to right. A part that only some sites sent is summed over those.
 
-    Equal, bit for bit, to adding them up with ``+``; but sums are kept in one buffer, so that merging many
-    large replies takes the memory of one and the time of reading each once.
+    The result is bit-identical to adding with ``+``. Sums use one buffer, so that merging needs the memory of one reply
+    and reads each reply once.
     """
-    total, ours = Reply(), set[str]()  # the parts of `total` whose memory is ours to change
+    total, ours = Reply(), set[str]()  # the parts of `total` whose buffers were allocated by this function
     for reply in replies:
         for part, stat in reply.parts.items():
             sum_ = total.parts.get(part)

@@ -1,8 +1,8 @@
-"""The journal: what happened, one line a fact, each line bound to all before it.
+"""Append-only journal: one JSON line per event, each bound to all earlier lines.
 
-Every entry holds the SHA-256 of the previous one, so that nobody can change, drop or reorder an entry without
-breaking the chain from there on. A torn last line, as a crash leaves it, is told apart from tampering and cut
-off on reopening.
+Every entry holds the SHA-256 of the previous one, so that changing, dropping or reordering an entry breaks the chain
+from that entry on. An incomplete last line, as a crash leaves it, is distinguished from tampering and removed when the
+journal is opened.
 """
 
 import errno
@@ -19,21 +19,21 @@ FIRST = "0" * 64
 
 
 class Broken(IntegrityError):
-    """A journal whose chain does not hold. The message names the file and the first bad line."""
+    """A journal whose hash chain is broken. The message names the file and the first invalid line."""
 
 
 class Journal:
     """An append-only file of JSON lines: ``seq``, ``event``, its details, ``previous`` and ``hash``.
 
     Attributes:
-        head: The hash of the last entry. Whoever keeps a copy can tell whether the journal was rewritten.
+        head: The hash of the last entry. A copy kept in another place reveals whether the journal was rewritten.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens or begins the journal at ``path``.
+        """Open the journal at ``path``, or create it.
 
         Raises:
-            Broken: Where the existing chain does not hold.
+            Broken: If the hash chain of an existing journal is broken.
         """
         self.path, self.head, self._seq = path, FIRST, 0
         if path.exists():
@@ -43,10 +43,10 @@ class Journal:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, event: str, details: Mapping[str, Any] | None = None) -> str:
-        """Appends an entry, forces it to the disk, and returns the new head.
+        """Append an entry, force it to the disk, and return the new head.
 
         Raises:
-            OSError: Where there is no room. Then the journal is as it was.
+            OSError: If the disk is full. The journal is then unchanged.
         """
         entry = {"seq": self._seq, "event": event, **(details or {}), "previous": self.head}
         entry["hash"] = _hash(entry)
@@ -63,15 +63,15 @@ class Journal:
         return self.head
 
     def close(self) -> None:
-        """Closes the file. The journal stays as it is."""
+        """Close the file. The journal is unchanged."""
         self._file.close()
 
 
 def verify(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the entries of the journal at ``path``, checking the chain as it goes.
+    """Yield the entries of the journal at ``path``, checking the chain.
 
     Raises:
-        Broken: At the first line that does not follow from those before.
+            Broken: At the first line that does not follow from the lines before it.
     """
     head = FIRST
     with open(path, "rb") as file:
@@ -83,7 +83,7 @@ def verify(path: Path) -> Iterator[dict[str, Any]]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 unchanged = False
             if not unchanged:
-                raise Broken(f"{path}:{number + 1}: this entry was changed, or one before it removed")
+                raise Broken(f"{path}:{number + 1}: this entry was changed, or an earlier one was removed")
             head = entry["hash"]
             yield entry
 
@@ -93,7 +93,7 @@ def _hash(entry: Mapping[str, Any]) -> str:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """A line is complete when it ends in a newline; what follows the last newline was never acknowledged."""
+    """Remove an incomplete last line. Text after the last newline was never acknowledged by ``write``."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         with open(path, "r+b") as file:

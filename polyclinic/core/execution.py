@@ -1,4 +1,4 @@
-"""What every engine runs at a site."""
+"""Execution of a request at a site, shared by every engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,36 +12,36 @@ from polyclinic.errors import PolicyRefusal
 
 
 class Refused(PolicyRefusal):
-    """A site's policy does not allow what was asked, or what would be sent. The message says why and what to do."""
+    """A site's policy does not allow a request or its reply. The message gives the reason and what to do."""
 
 
 class Policy(Protocol):
-    """What a site allows. It reads the values at hand, not declarations about them, and raises ``Refused``."""
+    """A site's policy. It checks the actual values, not declarations about them, and raises ``Refused``."""
 
     def admit(self, method: Method[Any], request: Request, site: Site) -> None:
-        """Before anything runs."""
+        """Check a request before it is executed."""
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Before anything leaves."""
+        """Check a reply before it leaves the site."""
 
 
 class Open:
     """The policy of a simulation: everything is allowed."""
 
     def admit(self, method: Method[Any], request: Request, site: Site) -> None:
-        """Allows it."""
+        """Allow every request."""
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Allows it."""
+        """Allow every reply."""
 
 
 def execute(
     method: Method[Any], request: Request, memory: Trees, site: Site, policy: Policy | None = None
 ) -> tuple[Reply, Trees]:
-    """Does what ``request`` says at ``site``, within its ``policy``.
+    """Execute ``request`` at ``site`` under ``policy``; return the reply and the new site state.
 
     Raises:
-        Refused: Where the policy does not allow it; nothing has left the site, and its memory is unchanged.
+        Refused: If the policy does not allow it. Nothing has left the site, and the site state is unchanged.
     """
     policy, mine = policy or Open(), request.for_site(site.name)
     policy.admit(method, mine, site)
@@ -51,7 +51,7 @@ def execute(
 
 
 def sample_sites(sites: Sequence[str], size: int, round: int, seed: int = 0) -> Sequence[str]:
-    """``size`` of ``sites``, drawn afresh and without replacement for each round, in name order."""
+    """Draw ``size`` of ``sites`` without replacement, independently in each round; return them in name order."""
     import torch
 
     if size >= len(sites):
@@ -63,12 +63,12 @@ def sample_sites(sites: Sequence[str], size: int, round: int, seed: int = 0) -> 
 
 @dataclass(frozen=True)
 class UniformSampler:
-    """A cohort of ``size`` of the sites that train, drawn afresh for each round; all of them where they are no more."""
+    """Draws ``size`` of the training sites in each round; selects all of them if there are no more than ``size``."""
 
     trainers: tuple[str, ...]
     size: int
     seed: int = 0
 
     def __call__(self, sites: Sequence[str], round: int) -> Sequence[str]:
-        """Who is asked in ``round``."""
+        """Return the sites to ask in ``round``."""
         return sample_sites(self.trainers, self.size, round, self.seed)

@@ -1,8 +1,8 @@
-"""Where privacy noise is added and counted: every metered mechanism passes through ``hidden`` just before its noise.
+"""Metering of privacy noise: every metered mechanism calls ``hidden`` just before it adds its noise.
 
-``metered`` counts what mechanisms spend, so that a site's policy can pay for it. ``audited`` lets an auditor see each
-value that is about to be hidden, together with what the accountant assumes of it, and decide what is released in its
-place. Where nobody counts and nobody audits, a mechanism adds its noise and nothing else happens.
+``metered`` records what mechanisms spend, so that a site's policy can charge it to the privacy budget. ``audited``
+gives an auditor each value before noise is added, together with the accountant's assumptions about it, and lets the
+auditor decide what is released instead. Without either, a mechanism only adds its noise.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,15 +18,15 @@ Noise: TypeAlias = Callable[[Tree], Tree]
 
 
 class Spend(NamedTuple):
-    """What some releases cost in privacy: all that an accountant needs to know.
+    """Privacy cost of one or more releases, as an accountant needs it.
 
     Attributes:
-        multiplier: The deviation of the normal noise over the clipping bound. 0 where ``pure`` is given instead.
-        rate: The probability with which each protected unit took part in a step.
-        steps: How many steps.
-        unit: Who is protected: a record (one image or row), a patient, or a whole site.
-        pure: ε of each step, for mechanisms that are not normal noise.
-        share: How many sites' noise is counted on in each sum; 1 where the site added all of it by itself.
+        multiplier: Standard deviation of the Gaussian noise divided by the clipping bound. 0 if ``pure`` is given.
+        rate: Probability with which each protected unit takes part in a step.
+        steps: Number of steps.
+        unit: The unit of protection: a record (one image or row), a patient, or a whole site.
+        pure: ε of each step, for mechanisms without Gaussian noise.
+        share: Number of sites whose noise is required in each sum; 1 if the site added all of it.
     """
 
     multiplier: float
@@ -39,15 +39,15 @@ class Spend(NamedTuple):
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a mechanism: what it is about to hide, and what its accountant assumes.
+    """One use of a mechanism: the value before noise, and the accountant's assumptions.
 
     Attributes:
         value: The exact value, before noise.
-        spend: What this one use costs.
-        deviations: The standard deviation of the normal noise on each leaf. Where several sites add a share of the
-            noise each, that of the whole noise. Empty for mechanisms that are not normal noise.
-        bound: The largest size of a coordinate, for mechanisms that bound each coordinate; else 0.
-        sampled: The protected units that were drawn into this use, by name; None where all take part.
+        spend: The cost of this use.
+        deviations: Standard deviation of the Gaussian noise on each leaf; if several sites each add a share of the
+            noise, that of their total. Empty for mechanisms without Gaussian noise.
+        bound: The largest magnitude of a coordinate, for mechanisms that bound each coordinate; else 0.
+        sampled: Names of the protected units that were drawn into this use; None if all take part.
     """
 
     value: Tree
@@ -58,7 +58,7 @@ class Use:
 
 
 Auditor: TypeAlias = Callable[[Use, Noise], Tree]
-"""Returns what is released in place of ``use.value``. It may call the noise it is given, on any value."""
+"""Returns the value released instead of ``use.value``. It may apply the given noise function to any value."""
 
 _meter: ContextVar[list[Spend] | None] = ContextVar("meter", default=None)
 _auditor: ContextVar[Auditor | None] = ContextVar("auditor", default=None)
@@ -66,7 +66,7 @@ _auditor: ContextVar[Auditor | None] = ContextVar("auditor", default=None)
 
 @contextmanager
 def metered() -> Iterator[list[Spend]]:
-    """A list that fills with what is spent within."""
+    """Collect the privacy costs spent within the context, in a list."""
     spent: list[Spend] = []
     token = _meter.set(spent)
     try:
@@ -76,14 +76,14 @@ def metered() -> Iterator[list[Spend]]:
 
 
 def meter(spend: Spend) -> None:
-    """Adds ``spend`` to the innermost ``metered`` list, if there is one."""
+    """Append ``spend`` to the innermost ``metered`` list, if any."""
     if (spent := _meter.get()) is not None:
         spent.append(spend)
 
 
 @contextmanager
 def audited(auditor: Auditor) -> Iterator[None]:
-    """Lets ``auditor`` decide what mechanisms release within. For audits only: no site runs under one."""
+    """Let ``auditor`` decide what mechanisms release within the context. For audits only; sites never use it."""
     token = _auditor.set(auditor)
     try:
         yield
@@ -92,6 +92,6 @@ def audited(auditor: Auditor) -> Iterator[None]:
 
 
 def hidden(use: Use, noise: Noise) -> Tree:
-    """``use.value`` with ``noise`` added; or, under an audit, what the auditor makes of it."""
+    """Return ``use.value`` with ``noise`` added or, in an audit, the auditor's value."""
     auditor = _auditor.get()
     return noise(use.value) if auditor is None else auditor(use, noise)

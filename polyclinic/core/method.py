@@ -1,4 +1,4 @@
-"""The one interface: what the server asks, what a site does, what the server makes of it."""
+"""Interface of a federated method: server requests, site updates and server updates."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,15 +18,16 @@ State = TypeVar("State")
 @savable("core.Request", 1)
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of the sites next.
+    """A request of the server to its sites.
 
     Attributes:
-        round: How many rounds the server had completed when it asked. A round may take several asks.
-        trees: What every asked site receives.
-        job: Which of the method's jobs to do.
-        per_site: What only one site receives, by site name.
+        round: Number of rounds that the server had completed when it made the request. A round may take several
+            requests.
+        trees: Trees for every recipient.
+        job: The method's job to execute.
+        per_site: Trees for one site only, by site name.
         secure: Whether the server may see only the sum of the replies.
-        recipients: Whom to ask, where the method chooses; else the driver's cohort.
+        recipients: The sites to ask, if the method chooses them; else None, and the driver samples them.
     """
 
     round: int
@@ -37,69 +38,69 @@ class Request:
     recipients: tuple[str, ...] | None = None
 
     def for_site(self, site: str) -> "Request":
-        """The ask as ``site`` receives it: what is for all, and what is for it alone."""
+        """Return the request as ``site`` receives it: the common trees and its own."""
         return replace(self, trees={**self.trees, **self.per_site.get(site, {})}, per_site={})
 
     def nbytes(self, site: str) -> int:
-        """The bytes of the tensors that travel to ``site``."""
+        """Return the size in bytes of the tensors sent to ``site``."""
         return sum(tree.nbytes(t) for t in self.for_site(site).trees.values())
 
 
 class Method(ABC, Generic[State]):
-    """A federated method: hyper-parameters as fields, everything else as arguments.
+    """A federated method: hyperparameters are fields, everything else is passed as arguments.
 
-    The functions are pure. They change none of their arguments, keep nothing between calls, and draw
-    randomness only from the site they are given. So a method can be copied, hashed, logged, sent to a worker,
-    and resumed from its saved state, to the bit.
+    The functions are pure. They do not modify their arguments, keep nothing between calls, and draw random numbers only
+    from the given site. A method can therefore be copied, hashed, logged, sent to a worker, and resumed from its saved
+    state with bit-identical results.
 
-    ``State`` is a ``NamedTuple`` or frozen dataclass marked ``@savable``; where a server model exists it is
-    called ``params``.
+    ``State`` is a ``NamedTuple`` or frozen dataclass marked ``@savable``. Its server model, if there is one, is named
+    ``params``.
     """
 
     @abstractmethod
     def init(self, params: Tree) -> State:
-        """The server's state before the first ask, from the model's first ``params``."""
+        """Return the initial server state for the initial model ``params``."""
 
     @abstractmethod
     def request(self, state: State) -> Request | None:
-        """What to ask next, or None when the method has finished."""
+        """Return the next request, or None if the method has finished."""
 
     @abstractmethod
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """Does ``request.job`` at ``site``.
+        """Execute ``request.job`` at ``site``.
 
         Args:
-            request: What the server asked, as this site received it.
-            memory: What this site kept from its last job; empty at first. It never leaves the site.
-            site: Where this runs.
+            request: The request as this site received it.
+            memory: The site state after this site's last job; empty at first. It never leaves the site.
+            site: The site that executes the job.
 
         Returns:
-            What the server will receive, merged over sites; and what the site keeps.
+            The reply, which the server receives merged over sites; and the new site state.
         """
 
     @abstractmethod
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        """The server's state after the merged ``reply``."""
+        """Return the server state after the merged ``reply``."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """Every request that the method makes of a site, by job, rounds and count. A site answers nothing else."""
+        """All requests that the method makes of a site, by job, rounds and count. A site answers no other."""
         return (Job("train"),)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The model with which a site predicts. Personal methods override this."""
+        """Return the model with which a site predicts. Personalized methods override this."""
         return request.trees["params"]
 
     @property
     def prediction_task(self) -> Any:
-        """The task whose model ``model_at`` fills, where it is another than the study's; else None."""
+        """The task whose model ``site_model`` returns, if it differs from the study's; else None."""
         return None
 
     def evaluation_request(self, state: State) -> Request:
-        """The ask under which the state is evaluated: the next one, or, when finished, the final model.
+        """Return the request with which the state is evaluated: the next one or, after the last, the final model.
 
-        Its round is the number of rounds that are complete. A method that finishes has a state with ``round``, or
-        overrides this.
+        Its round is the number of completed rounds. A method that finishes needs a state with ``round`` and ``params``,
+        or overrides this.
         """
         request = self.request(state)
         return Request(state.round, {"params": state.params}) if request is None else request  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
-"""Pipelines: what happens to a reply between the site that makes it and the server that uses it.
+"""Uplink pipelines: transforms of replies between a site and the server.
 
-In the manner of optax, a transform is small, pure and explicit about its state, and a pipeline is a chain of
-them. Encoding runs left to right at the site; decoding, right to left at the server. A method sent through a
-pipeline is again a method. All parts of a reply pass as one, so that privacy is never spent part by part.
+As in optax, a transform is small, pure and explicit about its state, and a pipeline is a chain of transforms. Encoding
+runs from left to right at the site, decoding from right to left at the server. A method with a pipeline is again a
+method. All parts of a reply pass as one, so that the privacy budget is not spent separately for each part.
 
-Encoded replies either add up, and are decoded once, on their sum; or they do not (8-bit codes, factors, a
-support of each site's own), and then they travel as ``Packed``: apart, each with its weight, decoded one by one
-in name order, and only then summed.
+Additive encodings are decoded once, on their sum. Other encodings (8-bit codes, factors, a support that each site
+chooses) are sent as ``Packed``: separately, each with its weight. The server decodes them one by one in name order and
+then sums them.
 """
 
 import math
@@ -28,13 +28,13 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Transform:
-    """One change to what leaves a site, and its undoing at the server. The identity, by default.
+    """A transform of what leaves a site, and its inverse at the server. The identity by default.
 
     Attributes:
-        uniform: Whether every site must count the same, as for privacy.
-        secure: Whether the server may see only sums of what this sends.
-        dense: Whether what is sent keeps the names, the shapes and the places of what came in.
-        private: Whether this bounds or hides what is sent, so that it must see the numbers themselves, before packing.
+        uniform: Whether all sites must have equal weight, as privacy requires.
+        secure: Whether the server may see only sums of the output.
+        dense: Whether the output keeps the names, shapes and positions of the input.
+        private: Whether it clips or adds noise, and therefore needs the values before they are packed.
     """
 
     uniform: ClassVar[bool] = False
@@ -44,38 +44,38 @@ class Transform:
 
     @property
     def additive(self) -> bool:
-        """Whether encoded replies still add up, so that they can be decoded on their sum."""
+        """Whether encoded replies can be summed and decoded on their sum."""
         return True
 
     def resolve(self, after: tuple["Transform", ...]) -> "Transform":
-        """This transform with whatever was left open decided, in view of what comes ``after`` it."""
+        """Return this transform with its open options decided in view of the transforms ``after`` it."""
         return self
 
     def validate(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
-        """What is wrong with standing between ``before`` and ``after``, in sentences that say what to do."""
+        """Return the problems with the position between ``before`` and ``after``, each with what to do."""
         return []
 
     def init(self, params: Tree) -> Trees:
-        """The server's state."""
+        """Return the initial server state of the transform."""
         return {}
 
     def describe(self, state: Trees) -> Trees:
-        """What the sites must know of the server's state to encode. Later transforms see them too."""
+        """Return the notes that sites need from the server state to encode. Later transforms also receive them."""
         return {}
 
     def encode(
         self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
     ) -> tuple[WeightedMean, Trees]:
-        """At a site: what to send instead of ``sent``, and what to keep. ``memory`` is this transform's alone."""
+        """Encode ``sent`` at a site; return the result and the new site state. ``memory`` belongs to this transform."""
         return sent, memory
 
     def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
-        """At the server: what to use instead of what was ``received``, and the state after it.
+        """Decode ``received`` at the server; return the result and the new server state of the transform.
 
-        An additive transform receives the sum over sites; any other, what one site sent, with weight 1.
+        An additive transform receives the sum over sites; any other receives one site's value, with weight 1.
 
         Raises:
-            ValueError: Where this cannot be what ``encode`` sends.
+            ValueError: If ``encode`` cannot have produced ``received``.
         """
         return received, state
 
@@ -83,10 +83,10 @@ class Transform:
 @savable("core.PackedPerSite", 1)
 @dataclass(frozen=True)
 class Packed(PerSite):
-    """Encoded means that do not add up, kept apart by site until the server has decoded them.
+    """Encoded means that are not additive, separate by site until the server decodes them.
 
     Attributes:
-        weights: The weight of each site's mean, by its name.
+        weights: The weight of each site's mean, by site name.
     """
 
     weights: dict[str, float]
@@ -103,7 +103,7 @@ class Packed(PerSite):
 
 @savable("core.PipelineState", 1)
 class SentState(NamedTuple):
-    """The method's state and each transform's."""
+    """The state of the method and of each transform."""
 
     inner: Any
     transforms: tuple[Trees, ...]
@@ -117,10 +117,10 @@ class SentState(NamedTuple):
 
 @dataclass(frozen=True)
 class UplinkPipeline(Method[SentState]):
-    """A method whose replies pass through ``transforms``, and in no other way to the server.
+    """A method whose replies reach the server only through ``transforms``.
 
     Raises:
-        ValueError: Where these do not go together; the message lists every reason.
+        ValueError: If they are not compatible. The message lists every reason.
     """
 
     inner: Method[Any]
@@ -132,38 +132,38 @@ class UplinkPipeline(Method[SentState]):
 
     @property
     def cut(self) -> int:
-        """How many transforms, from the left, can be decoded on a sum."""
+        """Number of transforms, from the left, that can be decoded on a sum."""
         return next((i for i, t in enumerate(self.transforms) if not t.additive), len(self.transforms))
 
     @property
     def prediction_task(self) -> Any:
-        """The method's."""
+        """The prediction task of the inner method."""
         return self.inner.prediction_task
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The inner method's."""
+        """The jobs of the inner method."""
         return self.inner.jobs
 
     def init(self, params: Tree) -> SentState:
-        """The method's state, and each transform's."""
+        """Return the initial states of the method and of each transform."""
         return SentState(self.inner.init(params), tuple(dict(t.init(params)) for t in self.transforms))
 
     def request(self, state: SentState) -> Request | None:
-        """What the method asks, with the transforms' notes."""
+        """Return the method's request with the transforms' notes."""
         request = self.inner.request(state.inner)
         return None if request is None else self._noted(request, state)
 
     def evaluation_request(self, state: SentState) -> Request:
-        """The method's, with the transforms' notes."""
+        """Return the method's evaluation request with the transforms' notes."""
         return self._noted(self.inner.evaluation_request(state.inner), state)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The method's."""
+        """Return the method's site model."""
         return self.inner.site_model(self._bare(request), below("inner", memory))
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """What the method does, and then each transform's ``encode``, from left to right."""
+        """Run the method's site update, then each transform's ``encode`` from left to right."""
         reply, inner = self.inner.site_update(self._bare(request), below("inner", memory), site)
         kept = {**_without("inner", memory), **above("inner", inner)}
         if not reply.parts:
@@ -175,9 +175,8 @@ class UplinkPipeline(Method[SentState]):
         for i, transform in enumerate(self.transforms):
             if i == self.cut:
                 sent = WeightedMean(scaled(sent.total, 1 / sent.weight), sent.weight)
-            if (
-                type(transform).describe is not Transform.describe
-            ):  # only who writes notes has any, whatever the server sends
+            # Only transforms that write notes receive them, whatever the server sends.
+            if type(transform).describe is not Transform.describe:
                 notes |= below(f"~{i}", request.trees)
             key = f"sent/{request.job}/{i}"
             sent, own = transform.encode(sent, notes, below(key, memory), site, request.round)
@@ -189,56 +188,56 @@ class UplinkPipeline(Method[SentState]):
         return Reply({"sent": Packed({site.name: sent.total}, {site.name: sent.weight})}), kept
 
     def server_update(self, state: SentState, reply: Reply, server: Site) -> SentState:
-        """Each transform's ``decode``, from right to left, and then what the method does.
+        """Run each transform's ``decode`` from right to left, then the method's server update.
 
         Raises:
-            ValueError: Where what a site sent cannot be decoded. The message names the site.
+            ValueError: If a site's reply cannot be decoded. The message names the site.
         """
         if not reply.parts:
             return SentState(self.inner.server_update(state.inner, reply, server), state.transforms)
         states, gathered = list(state.transforms), Reply()
         received = reply.parts["sent"]
         if isinstance(received, Packed):
-            merged = merge(self._open(received, states))  # changes states; one site is held at a time
+            merged = merge(self._open(received, states))  # updates `states`; holds one site's reply at a time
             received = merged.mean("")
             gathered = Reply({part: stat for part, stat in merged.parts.items() if part})
         if not isinstance(received, WeightedMean):
-            raise ConfigError("a pipeline's reply is a Mean or Packed: was it merged with another method's?")
+            raise ConfigError("a pipeline's reply is a WeightedMean or Packed: was it merged with another method's?")
         for i in reversed(range(self.cut)):
             received, states[i] = self.transforms[i].decode(received, states[i])
         inner = self.inner.server_update(state.inner, split(received) + gathered, server)
         return SentState(inner, tuple(states))
 
     def opened(self, state: SentState, reply: Reply) -> Reply:
-        """What one site's reply decodes to, as far as that can be done before merging: sums are the part ``""``.
+        """Decode one site's reply as far as possible before merging. The part ``""`` holds what is summed.
 
-        So an engine can refuse what is spoiled before it spoils the sum. A reply that adds up is given back as it is.
+        An engine can therefore reject an invalid reply before it enters the sum. An additive reply is returned unchanged.
 
         Raises:
-            ValueError: Where it cannot be decoded, or holds a number that is not finite. The message names the site.
+            ValueError: If it cannot be decoded or holds a non-finite number. The message names the site.
         """
         if not isinstance(received := reply.parts.get("sent"), Packed):
             return reply
         return merge(self._open(received, list(state.transforms)))
 
     def _open(self, received: Packed, states: list[Trees]) -> Iterator[Reply]:
-        """What each site sent, in name order: what adds up as the part ``""``, and what is kept apart as it was.
+        """Yield each site's decoded reply in name order: the sum as part ``""``, and the per-site parts.
 
-        A transform that is decoded site by site sees the same state each time; of what it makes of it the last is
-        put into ``states``.
+        A transform that is decoded site by site receives the same state each time; the last resulting state is stored
+        in ``states``.
         """
         before = tuple(states)
         for name in sorted(received.items):
             one, weight = WeightedMean(received.items[name], 1.0), received.weights.get(name, math.nan)
             try:
                 if not 0 < weight < math.inf:
-                    raise ConfigError(f"it claims to weigh {weight}")
+                    raise ConfigError(f"its weight is {weight}, which is not a positive finite number")
                 for i in reversed(range(self.cut, len(self.transforms))):
                     one, states[i] = self.transforms[i].decode(one, before[i])
                 if not tree.finite(one.total):
-                    raise ConfigError("it holds numbers that are not finite")
+                    raise ConfigError("it contains numbers that are not finite")
             except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-                raise ConfigError(f"what site {name!r} sent cannot be decoded: {error}") from error
+                raise ConfigError(f"the reply of site {name!r} cannot be decoded: {error}") from error
             sums = {leaf: x * weight for leaf, x in one.total.items() if not leaf.startswith("g/")}
             apart: dict[str, dict[str, torch.Tensor]] = {}
             for leaf in sorted(one.total.keys() - sums.keys()):
@@ -257,7 +256,7 @@ class UplinkPipeline(Method[SentState]):
         return replace(request, trees={**escaped(request.trees), **notes}, per_site=each, secure=secure)
 
     def _bare(self, request: Request) -> Request:
-        """The ask as the method made it."""
+        """Return the request as the method made it, without the transforms' notes."""
         trees = {k: t for k, t in request.trees.items() if not k.startswith("~") or k.startswith("~~")}
         return replace(request, trees={k.removeprefix("~"): t for k, t in trees.items()})
 
@@ -266,21 +265,21 @@ class UplinkPipeline(Method[SentState]):
             return
         if any(t.secure for t in self.transforms):
             raise ConfigError(
-                "this method must see what each site sent, and secure summation shows only sums: leave one of them out"
+                "this method needs each site's reply, and secure summation reveals only sums: remove one of them"
             )
         for t in self.transforms[: self.cut]:
             if type(t).decode is not Transform.decode:
                 raise ConfigError(
-                    f"{type(t).__name__} is decoded on a sum, and this method needs what each site sent: "
-                    "leave one of them out"
+                    f"{type(t).__name__} is decoded on a sum, and this method needs each site's reply: "
+                    "remove one of them"
                 )
 
 
 def send_through(inner: Method[Any], *transforms: Transform) -> UplinkPipeline:
-    """``inner``, with everything its sites send passed through ``transforms``, in order.
+    """Wrap ``inner`` so that all replies of its sites pass through ``transforms``, in order.
 
     Raises:
-        ValueError: Where these do not go together; the message lists every reason.
+        ValueError: If they are not compatible. The message lists every reason.
     """
     return UplinkPipeline(inner, tuple(t.resolve(transforms[i + 1 :]) for i, t in enumerate(transforms)))
 
@@ -292,20 +291,20 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
     uniform = [n for n, t in zip(names, transforms, strict=True) if t.uniform]
     if secure and packing:
         yield (
-            f"{secure[0]} shows the server only sums, and what {packing[0]} sends does not add up: "
-            f"leave {packing[0]} out, or use TopK or PowerSGD with shared=True"
+            f"{secure[0]} reveals only sums to the server, and the output of {packing[0]} cannot be summed: "
+            f"remove {packing[0]}, or use TopK or PowerSGD with shared=True"
         )
     if secure and getattr(inner, "gathers", False):
-        yield f"{type(inner).__name__} must see what each site sent, and {secure[0]} shows only sums: leave one out"
+        yield f"{type(inner).__name__} needs each site's reply, and {secure[0]} reveals only sums: remove one of them"
     if uniform and getattr(inner, "uniform", True) is False:
         yield (
-            f"{uniform[0]} needs every site to count the same, for how many examples a site has is private too: "
+            f"{uniform[0]} needs equal site weights, because the number of examples of a site is private: "
             f"write {type(inner).__name__}(..., uniform=True)"
         )
     for i, t in enumerate(transforms):
         yield from t.validate(transforms[:i], transforms[i + 1 :])
         if t.private and (late := [type(b).__name__ for b in transforms[:i] if not b.additive]):
-            yield f"{names[i]} must come before {late[0]}: it protects the numbers themselves, not their encoding"
+            yield f"{names[i]} must come before {late[0]}: it protects the values, not their encoding"
 
 
 def _without(key: str, trees: Trees) -> dict[str, Tree]:

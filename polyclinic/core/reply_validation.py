@@ -1,4 +1,4 @@
-"""What the server asks of a reply before it merges it. One bad site never poisons or stops a round."""
+"""Validation of replies before they are merged. An invalid reply neither distorts nor stops a round."""
 
 import math
 import statistics
@@ -16,14 +16,14 @@ from polyclinic.core.tree import Tree
 
 Form: TypeAlias = tuple[tuple[object, ...], ...]
 UNCOUNTED = 10.0
-"""How much more than ``weight_ratio`` a site may claim whose examples nobody has counted."""
+"""Factor by which ``weight_ratio`` is increased for a site whose number of examples is not known."""
 BLOCK = 2**20
 WITNESSES = 2
-"""How many other sites a comparison without a count needs: of two, a hostile one can at most halve their median."""
+"""Number of other sites that a comparison needs. With two, one hostile site can at most halve their median."""
 
 
 class Size(NamedTuple):
-    """How much one part of a reply weighs, and the Euclidean norm of its mean; NaN if it was not computed."""
+    """Weight of one part of a reply, and the Euclidean norm of its mean; NaN if it was not computed."""
 
     weight: float
     norm: float
@@ -35,21 +35,21 @@ Figures: TypeAlias = Mapping[str, Size]
 
 @dataclass(frozen=True)
 class ReplyValidator:
-    """Which replies may be merged.
+    """Decides which replies may be merged.
 
-    The relative limits compare a site with the median of the other sites in the same round. They need no knowledge of
-    the method: a weight may be a number of examples, of steps or of voxels. A single hostile site stays within a known
-    factor of the others; what it can do within that factor is for a robust rule to bound.
+    The relative limits compare a site with the median of the other sites in the same round, and are independent of the
+    method: a weight may be a number of examples, steps or voxels. They keep a single hostile site within a known factor
+    of the others; limiting its effect within that factor is the task of a robust aggregation rule.
 
     Attributes:
-        max_norm: The largest Euclidean norm that a mean may have, per unit of weight; none by default.
-        max_weight: The largest weight that a site may claim; none by default.
-        weight_ratio: A weight above this many times the median of the others is refused, unless it is at most the
+        max_norm: The largest Euclidean norm of a mean, per unit of weight; None for no limit.
+        max_weight: The largest weight of a site; None for no limit.
+        weight_ratio: A weight above this multiple of the median of the others is refused, unless it is at most the
             site's count in ``counts``. For a site without a count the limit is ``UNCOUNTED`` times as large, and at
-            least ``WITNESSES`` others are needed. None by default.
-        norm_ratio: A mean whose norm is above this many times the median of at least ``WITNESSES`` others is refused;
-            none by default.
-        counts: How many examples each site said that it has, before the run.
+            least ``WITNESSES`` others are needed. None for no limit.
+        norm_ratio: A mean whose norm exceeds this multiple of the median of at least ``WITNESSES`` others is refused.
+            None for no limit.
+        counts: Number of examples that each site reported before the run.
     """
 
     max_norm: float | None = None
@@ -61,11 +61,11 @@ class ReplyValidator:
     def refuse(
         self, request: Request, replies: Mapping[str, Reply], before: Mapping[str, Figures] | None = None
     ) -> dict[str, str]:
-        """The sites whose replies to ``request`` must not be merged, each with the reason.
+        """Return the sites whose replies to ``request`` must not be merged, each with the reason.
 
-        The form that a reply must have (which parts, names, shapes and types) is that of most replies. Between
-        two forms of as many replies, the one wins whose leaves agree with what was asked. ``before`` are the figures of
-        other sites' earlier replies, with which replies that arrive one by one are compared.
+        The expected form of a reply (parts, names, shapes and types) is that of the majority. Of two equally frequent
+        forms, the one whose leaves agree with the request is expected. ``before`` holds the figures of other sites'
+        earlier replies, with which replies that arrive one by one are compared.
         """
         reasons = {site: reason for site, reply in replies.items() if (reason := self._value(site, reply))}
         forms = {site: _form(reply) for site, reply in replies.items() if site not in reasons}
@@ -79,20 +79,20 @@ class ReplyValidator:
         return dict(sorted(reasons.items()))
 
     def figures(self, reply: Reply) -> Figures:
-        """What of ``reply`` the relative limits compare; empty if there are none."""
-        found: dict[str, Size] = {}
+        """Return the values of ``reply`` that the relative limits compare; empty if there are no such limits."""
+        sizes: dict[str, Size] = {}
         for part, stat in reply.parts.items():
             if self.weight_ratio is None and self.norm_ratio is None:
                 break
             if isinstance(stat, WeightedMean) and stat.weight > 0:
                 size = math.nan if self.norm_ratio is None else _length(stat.total) / stat.weight
-                found[part] = Size(stat.weight, size)
+                sizes[part] = Size(stat.weight, size)
             elif isinstance(stat, ElementwiseMean):
-                found[part] = Size(_mean_weight(stat), math.nan)
-        return found
+                sizes[part] = Size(_mean_weight(stat), math.nan)
+        return sizes
 
     def _compared(self, site: str, everyone: Mapping[str, Figures]) -> str | None:
-        """Why a site's reply is out of proportion to those of the others."""
+        """Return why a site's reply exceeds a relative limit, or None."""
         count = self.counts.get(site)
         for part, mine in everyone[site].items():
             others = [figures[part] for name, figures in everyone.items() if name != site and part in figures]
@@ -100,18 +100,18 @@ class ReplyValidator:
                 usual = statistics.median(other.weight for other in others)
                 most = max(usual * self.weight_ratio * (1.0 if count is not None else UNCOUNTED), count or 0.0)
                 if usual > 0 and mine.weight > most:
-                    known = "nobody has counted" if count is None else f"counted as {count:g}"
+                    known = "not known" if count is None else f"{count:g}"
                     return (
-                        f"{part}: a weight of {mine.weight:g}, where the median of the other sites is {usual:g} "
-                        f"and its own examples are {known}"
+                        f"{part}: weight {mine.weight:g} exceeds the limit of {most:g}; the median of the other sites "
+                        f"is {usual:g}, and the site's number of examples is {known}"
                     )
             norms = [other.norm for other in others if not math.isnan(other.norm)]
             if self.norm_ratio is not None and not math.isnan(mine.norm) and len(norms) >= WITNESSES:
                 usual = statistics.median(norms)
                 if usual > 0 and mine.norm > usual * self.norm_ratio:
                     return (
-                        f"{part}: a norm of {mine.norm:.3g}, more than {self.norm_ratio:g} times the median of the "
-                        f"other sites, {usual:.3g}"
+                        f"{part}: norm {mine.norm:.3g} exceeds {self.norm_ratio:g} times the median of the other "
+                        f"sites, {usual:.3g}"
                     )
         return None
 
@@ -125,28 +125,28 @@ class ReplyValidator:
         for leaves in stat.trees:
             for name, leaf in leaves.items():
                 if not tree.finite_leaf(leaf):
-                    return f"{name} holds NaN or an infinity"
+                    return f"{name} contains NaN or infinity"
         match stat:
             case PerSite(items) if list(items) != [site]:
-                return f"speaks for {sorted(items)}, not for {site} alone"
+                return f"contains values of {sorted(items)}, not of {site} alone"
             case ElementwiseMean(total, weight) if total.keys() != weight.keys() or any(
                 total[name].shape != weight[name].shape for name in total
             ):
-                return "its weights do not fit its values"
+                return "the weights do not have the names and shapes of the values"
             case ElementwiseMean(_, weight) if any(bool((leaf < 0).any()) for leaf in weight.values()):
                 return "a weight is negative"
             case WeightedMean(total, weight):
                 if not math.isfinite(weight) or weight < 0:
-                    return f"a weight of {weight}"
+                    return f"weight {weight} is not a finite number of at least 0"
                 if self.max_weight is not None and weight > self.max_weight:
-                    return f"a weight of {weight:g}, beyond the limit of {self.max_weight:g}"
+                    return f"weight {weight:g} exceeds max_weight = {self.max_weight:g}"
                 if self.max_norm is not None and weight and (norm := tree.norm(total) / weight) > self.max_norm:
-                    return f"a norm of {norm:.3g}, beyond the limit of {self.max_norm:g}"
+                    return f"norm {norm:.3g} exceeds max_norm = {self.max_norm:g}"
         return None
 
 
 def _length(leaves: Tree) -> float:
-    """The Euclidean norm of all leaves, in double precision, in blocks: no leaf is copied whole."""
+    """Return the Euclidean norm of all leaves in double precision, computed in blocks to limit memory."""
     squares = [
         float(torch.linalg.vector_norm(block.double())) ** 2
         for name in leaves
@@ -156,13 +156,13 @@ def _length(leaves: Tree) -> float:
 
 
 def _mean_weight(stat: ElementwiseMean) -> float:
-    """The mean of all elements' weights."""
+    """Return the mean weight over all elements."""
     sizes = [(float(leaf.double().sum()), leaf.numel()) for leaf in stat.weight.values()]
     return sum(total for total, _ in sizes) / max(sum(size for _, size in sizes), 1)
 
 
 def _form(reply: Reply) -> Form:
-    """Parts, kinds, names, shapes and types. Of a gather only the parts, unless its sites must send alike."""
+    """Return parts, classes, names, shapes and types; of a ``PerSite`` that may differ between sites, the part only."""
     leaves: list[tuple[object, ...]] = []
     for part, stat in sorted(reply.parts.items()):
         leaves.append((part, type(stat).__name__))
@@ -172,7 +172,7 @@ def _form(reply: Reply) -> Form:
 
 
 def _agreement(form: Form, request: Request) -> int:
-    """How many leaves have the name and shape of one that was asked."""
+    """Return the number of leaves with the name and shape of a leaf in the request."""
     asked = {(name, tuple(leaf.shape)) for leaves in request.trees.values() for name, leaf in leaves.items()}
     return sum(tuple(entry[1:3]) in asked for entry in form)
 
@@ -184,6 +184,6 @@ def _difference(agreed: Form, form: Form) -> str:
         part, name = min((str(entry[0]), str(entry[1])) for entry in same)
         was = next(e for e in missing if e[:2] == (part, name))
         got = next(e for e in extra if e[:2] == (part, name))
-        return f"{part}: {name} is {got[2:]}, where other sites send {was[2:]}"
+        return f"{part}: {name} is {got[2:]}, expected {was[2:]} as from the other sites"
     what = "/".join(str(e) for e in (missing or extra)[0][:2])
-    return f"{what} is missing" if missing else f"{what} is not what other sites send"
+    return f"{what} is missing" if missing else f"{what} is not in the replies of the other sites"

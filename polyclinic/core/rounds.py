@@ -1,7 +1,7 @@
-"""Drivers: the loops that turn a method and a federation into a run.
+"""Drivers: the loops that run a method on a federation.
 
-They are generators. Checkpoints, early stopping, logging and evaluation are what the caller does between two
-steps, so there are no callbacks.
+They are generators. The caller does checkpoints, early stopping, logging and evaluation between two steps, so there are
+no callbacks.
 """
 
 from collections import Counter
@@ -19,10 +19,10 @@ State = TypeVar("State")
 
 
 class Arrival(NamedTuple):
-    """One site's answer to one ask: a reply, or the reason why there is none.
+    """One site's answer to one request: a reply, or the reason for its absence.
 
-    ``seconds`` is how long the site worked, where the engine can tell. ``among`` names the sites whose replies are
-    summed in this one, where the ask was secure and the sum is all that the server learns.
+    ``seconds`` is the site's computing time, if the engine measures it. ``among`` names the sites whose replies are
+    summed in this one, if the request was secure and the server learns only the sum.
     """
 
     site: str
@@ -34,7 +34,7 @@ class Arrival(NamedTuple):
 
 
 class Federation(Protocol):
-    """A server that can reach its sites. An engine is a class with these four members."""
+    """A server that can reach its sites. Every engine implements these four members."""
 
     @property
     def server(self) -> Site: ...
@@ -42,24 +42,25 @@ class Federation(Protocol):
     def sites(self) -> Sequence[str]: ...
     def send(self, request: Request, recipients: Sequence[str]) -> None: ...
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers as they arrive, until no ask is outstanding or ``deadline`` seconds have passed.
+        """Yield answers as they arrive, until no request is outstanding or ``deadline`` seconds have passed.
 
-        A site that has not answered by then is yielded as lost, and what it sends later is dropped.
+        A site that has not answered by then is yielded as lost, and its later answer is discarded.
         """
 
 
 @dataclass(frozen=True)
 class Step(Generic[State]):
-    """What one exchange did.
+    """Result of one exchange between the server and its sites.
 
     Attributes:
-        state: The server's state after it.
-        request: What was asked.
+        state: The server state after the exchange.
+        request: The request.
         reply: The merged reply.
-        asked: Of whom.
-        lost: The sites that sent nothing usable, each with the reason.
-        bytes_up: Tensor bytes that each site sent. ``bytes_down``: that each received.
-        seconds: How long each site worked.
+        asked: The sites that were asked.
+        lost: The sites without a usable reply, each with the reason.
+        bytes_up: Tensor bytes that each site sent.
+        bytes_down: Tensor bytes that each site received.
+        seconds: Computing time of each site.
     """
 
     state: State
@@ -73,10 +74,10 @@ class Step(Generic[State]):
 
 
 class TooFewReplies(RunError):
-    """A round had fewer usable replies than it needs. The state before it is intact.
+    """A round had fewer usable replies than required. The state before the round is intact.
 
     Attributes:
-        lost: The sites that sent nothing usable, each with the reason.
+        lost: The sites without a usable reply, each with the reason.
     """
 
     def __init__(self, message: str, lost: Mapping[str, str]) -> None:
@@ -85,12 +86,12 @@ class TooFewReplies(RunError):
 
 
 def everyone(sites: Sequence[str], round: int) -> Sequence[str]:
-    """The cohort of all sites, whatever the round."""
+    """Select all sites in every round."""
     return sites
 
 
 def undiscounted(age: int) -> float:
-    """The weight of an old answer: the same as of a new one."""
+    """Return weight 1 for an answer of any age."""
     return 1.0
 
 
@@ -105,25 +106,27 @@ def train(
     min_replies: int = 1,
     gate: ReplyValidator = ReplyValidator(),
 ) -> Iterator[Step[State]]:
-    """Runs in lock-step: asks a cohort, waits for it, checks, merges, updates; until round ``rounds``.
+    """Run synchronously until round ``rounds``: ask the sampled sites, wait, validate, merge, update.
 
     Args:
-        sampler: Which sites to ask in a round.
+        sampler: Selects the sites to ask in a round.
         deadline: Seconds after which a site that has not answered is lost for this exchange.
-        min_replies: How many usable replies an update needs.
-        gate: Which replies are usable.
+        min_replies: Number of usable replies that an update needs.
+        gate: Decides which replies are usable.
 
     Raises:
-        TooFewReplies: Where a round has fewer than ``min_replies``; names every lost site and why.
+        TooFewReplies: If a round has fewer than ``min_replies``. The message names every lost site with the reason.
     """
     while (request := method.request(state)) is not None and request.round < rounds:
         asked = sorted(sampler(federation.sites, request.round) if request.recipients is None else request.recipients)
         federation.send(request, asked)
         arrivals = sorted(federation.replies(deadline), key=lambda a: a.site)  # one order of summation everywhere
         step, usable = _collect(request, asked, arrivals, gate, state)
-        if (heard := len(asked) - len(step.lost)) < min_replies:
+        if (usable_count := len(asked) - len(step.lost)) < min_replies:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in step.lost.items())
-            raise TooFewReplies(f"round {request.round}: {heard} of {min_replies} replies needed. {reasons}", step.lost)
+            raise TooFewReplies(
+                f"round {request.round}: {usable_count} of {min_replies} required replies. {reasons}", step.lost
+            )
         reply = merge(usable.values())
         state = method.server_update(state, reply, federation.server)
         yield Step(state, request, reply, asked, step.lost, step.bytes_up, step.bytes_down, step.seconds)
@@ -132,13 +135,13 @@ def train(
 def _collect(
     request: Request, asked: Sequence[str], arrivals: Sequence[Arrival], gate: ReplyValidator, state: State
 ) -> tuple[Step[State], dict[str, Reply]]:
-    """Sorts what arrived into usable replies and lost sites."""
+    """Divide the arrivals into usable replies and lost sites."""
     lost = dict.fromkeys(asked, "no answer in time")
     replies: dict[str, Reply] = {}
     among: dict[str, tuple[str, ...]] = {}
     for arrival in arrivals:
         if arrival.site not in lost or arrival.round != request.round:
-            continue  # not asked, or an answer to something else
+            continue  # not asked, or an answer to another request
         if arrival.reply is None:
             lost[arrival.site] = arrival.lost
         elif arrival.site not in replies:  # an answer counts once
@@ -146,8 +149,8 @@ def _collect(
             among[arrival.site] = arrival.among or (arrival.site,)
     refused = gate.refuse(request, replies)
     usable = {site: reply for site, reply in replies.items() if site not in refused}
-    heard = {name for site in usable for name in among[site]}
-    lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in heard}
+    answered = {name for site in usable for name in among[site]}
+    lost = {site: refused.get(site, reason) for site, reason in lost.items() if site not in answered}
     up = {name: reply.nbytes for site, reply in replies.items() for name in among[site]}
     down = {site: request.nbytes(site) for site in asked}
     seconds = {arrival.site: arrival.seconds for arrival in arrivals}
@@ -166,36 +169,35 @@ def train_async(
     discount: Callable[[int], float] = undiscounted,
     gate: ReplyValidator = ReplyValidator(),
 ) -> Iterator[Step[State]]:
-    """Runs without waiting: updates after every ``buffer`` usable answers, discounted by their age in rounds.
+    """Run asynchronously: update after every ``buffer`` usable answers, discounted by their age in rounds.
 
     John Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, Algorithm 1,
     https://arxiv.org/abs/2106.06639. The buffer counts answers, not sites. A site that has answered is asked again as
-    soon as there is a newer model than the one it was last asked with, and not before: the same request would bring the
-    same answer. Departure from Algorithm 1: all sites are asked, where the paper samples them.
+    soon as there is a newer model than that of its last request, and not before, because the same request would return
+    the same answer. Departure from Algorithm 1: all sites are asked, whereas the paper samples them.
 
-    If nobody is left to wait for and the buffer is not full, the sites that failed are asked once more with the same
-    model; then the server updates with the answers that there are, and the step names the sites that were missing.
+    If no answer is outstanding and the buffer is not full, the sites that failed are asked once more with the same
+    model. The server then updates with the available answers, and the step names the missing sites.
 
     Args:
-        updates: How many server updates to make.
-        buffer: How many answers one update takes.
-        passes: How often each site is asked; without end by default.
+        updates: Number of server updates.
+        buffer: Number of answers per update.
+        passes: Number of requests per site; None for no limit.
         among: The sites to ask; all by default.
         discount: The weight of an answer by its age.
-        gate: Which replies are usable.
+        gate: Decides which replies are usable.
 
-    A site that failed to answer ``FAILURES`` times in a row is not asked again.
+    A site that fails to answer ``FAILURES`` times in a row is not asked again.
 
     Raises:
-        ValueError: If ``buffer`` is larger than the number of sites, so that it could never be filled.
+        ValueError: If ``buffer`` exceeds the number of sites, so that it could never be filled.
     """
     if (request := method.request(state)) is None:
         return
     sites = federation.sites if among is None else sorted(among)
     if buffer > len(sites):
         raise ConfigError(
-            f"an update takes {buffer} answers, and {len(sites)} sites are asked once for each model: "
-            "make the buffer smaller"
+            f"an update needs {buffer} answers, and {len(sites)} sites are asked once for each model: reduce the buffer"
         )
     turns, version = _Turns(sites, passes), 0
     pending: list[Arrival] = []
@@ -204,7 +206,7 @@ def train_async(
     federation.send(request, turns.take(turns.due(version), version))
     for arrival in federation.replies():
         if arrival.site not in turns.waiting:
-            continue  # not asked, or an answer that comes twice
+            continue  # not asked, or a repeated answer
         reply = arrival.reply
         refused = {arrival.site: arrival.lost} if reply is None else gate.refuse(request, {arrival.site: reply}, known)
         turns.answered(arrival.site, failed=reply is None or bool(refused))
@@ -231,15 +233,15 @@ def train_async(
 
 
 FAILURES = 3
-"""How often in a row a site may fail to answer before it is not asked again."""
+"""Number of consecutive failures after which a site is not asked again."""
 
 
 class _Turns:
-    """Whose turn it is, where nobody waits: each site once for each version of the model.
+    """Schedule of an asynchronous run: asks each site once for each version of the model.
 
     Attributes:
         waiting: The sites that were asked and have not answered.
-        out: The sites that are not asked any more, each with the reason.
+        out: The sites that are not asked again, each with the reason.
     """
 
     def __init__(self, sites: Sequence[str], passes: int | None) -> None:
@@ -250,15 +252,15 @@ class _Turns:
         self._asked, self._failures = Counter[str](), Counter[str]()
 
     def due(self, version: int) -> list[str]:
-        """The sites that may be asked and have not had this ``version``, or a later one."""
+        """Return the sites that may be asked and have not received this ``version`` or a later one."""
         return [site for site, had in self._version.items() if had < version and self._free(site)]
 
     def failed(self) -> list[str]:
-        """The sites that may be asked and whose last answer was of no use."""
+        """Return the sites that may be asked and whose last answer was not usable."""
         return [site for site in self._version if self._failures[site] and self._free(site)]
 
     def take(self, sites: list[str], version: int) -> list[str]:
-        """Notes that ``sites`` are asked with ``version``."""
+        """Record that ``sites`` are asked with ``version``."""
         for site in sites:
             self._version[site] = version
         self.waiting |= set(sites)
@@ -266,26 +268,26 @@ class _Turns:
         return sites
 
     def answered(self, site: str, failed: bool) -> None:
-        """Notes that a site has answered, or has ``failed`` to."""
+        """Record that a site has answered, or has ``failed`` to."""
         self.waiting.discard(site)
         self._failures[site] = self._failures[site] + 1 if failed else 0
         if self._failures[site] >= FAILURES:
-            self.out[site] = f"it failed {FAILURES} times in a row and is not asked again"
+            self.out[site] = f"the site failed {FAILURES} times in a row and is not asked again"
         elif self._passes is not None and self._asked[site] >= self._passes:
-            self.out[site] = f"it was asked {self._passes} times, as often as the run allows"
+            self.out[site] = f"the site was asked {self._passes} times, the maximum for this run"
 
     def _free(self, site: str) -> bool:
         return site not in self.waiting and site not in self.out
 
 
 def _buffered(pending: list[Arrival], new: Arrival) -> list[Arrival]:
-    """``pending`` with ``new``, in the order of sites and rounds, in which answers are summed everywhere.
+    """Return ``pending`` with ``new``, ordered by site and round, the order of summation in every engine.
 
-    What is kept apart by site has room for one answer of each: there the newer one replaces the older.
+    Per-site aggregates hold one answer of each site: a newer answer replaces an older one.
     """
     apart = any(isinstance(stat, PerSite) for stat in (new.reply or Reply()).parts.values())
-    kept = [a for a in pending if not (apart and a.site == new.site)]
-    return sorted([*kept, new], key=lambda a: (a.site, a.round))
+    others = [a for a in pending if not (apart and a.site == new.site)]
+    return sorted([*others, new], key=lambda a: (a.site, a.round))
 
 
 def _async_step(

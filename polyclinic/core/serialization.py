@@ -1,15 +1,14 @@
-"""Values ⇄ bytes: server states, site memories, asks and replies, on disk and on the wire.
+"""Serialization of server states, site states, requests and replies, to files and messages.
 
 The layout is that of safetensors (https://github.com/huggingface/safetensors): a little-endian header length, a JSON
-header, raw tensors. Any safetensors tool reads our files. We read them ourselves, because a message from another
-site is hostile until shown otherwise and the common readers accept headers of any length and names given twice;
-and because tensors can then be views into a shared buffer, without a copy.
+header, raw tensors. Any safetensors tool can read these files. This module has its own reader because messages from
+another site are untrusted and the common readers accept headers of any length and duplicate names; and because tensors
+can then be views into a shared buffer, without a copy.
 
-Nothing is ever unpickled: a value is built from tensors, plain JSON, and classes that the installed code registered
-with ``@savable(tag, version)``. Files and messages hold the tag and the version, and never the name of a module, so
-that moving or renaming a module changes no file format. A stored tag is looked up among the registered ones and never
-imports anything: the caller imports the code that defines the class first, usually by building the method that the
-plan names. Tags that nobody registered are refused.
+Nothing is unpickled: a value is built from tensors, plain JSON, and classes that the installed code registered with
+``@savable(tag, version)``. Files and messages hold the tag and the version, and never the name of a module, so that
+moving or renaming a module changes no file format. Reading a tag never imports a module: the caller first imports the
+code that defines the class, usually by building the method that the plan names. Unregistered tags are refused.
 """
 
 import hashlib
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from polyclinic.errors import IntegrityError
 
 MAX_HEADER = 8 * 2**20
 _DTYPES = {
@@ -55,22 +56,22 @@ _CLASSES: dict[str, type] = {}
 _TAGS: dict[type, Tag] = {}
 
 
-class Corrupt(ValueError):
-    """Bytes that are not a value we wrote. The message says where and why."""
+class Corrupt(IntegrityError):
+    """Bytes that are not a valid encoded value. The message gives the place and the reason."""
 
 
 class TagError(TypeError):
-    """A wrong use of ``@savable``: a malformed tag, or one tag for two classes. Raised at import."""
+    """Incorrect use of ``@savable``: a malformed tag, or one tag for two classes. Raised at import."""
 
 
 def savable(tag: str, version: int = 1) -> Callable[[C], C]:
-    """Register a ``NamedTuple`` or frozen dataclass as one that may be saved and sent.
+    """Register a ``NamedTuple`` or frozen dataclass that may be saved and sent.
 
     Executing the same definition again (a notebook cell, a reloaded module) replaces the class.
 
     Args:
-        tag: The stable name under which values are stored: words in lower case and the name of the class, joined by
-            dots, such as ``"fedavg.State"`` or ``"mypackage.State"``. It does not follow the module when that moves.
+        tag: The stable name under which values are stored: lowercase words and the name of the class, joined by dots,
+            such as ``"fedavg.State"`` or ``"mypackage.State"``. It does not change when the module moves.
         version: The version of the class's fields. Increase it when their names, order or meaning change.
 
     Raises:
@@ -80,11 +81,11 @@ def savable(tag: str, version: int = 1) -> Callable[[C], C]:
         raise TagError('@savable needs a tag: write @savable("mypackage.State", 1)')
     if len(tag) > MAX_TAG or not TAG.fullmatch(tag):
         raise TagError(
-            f"the tag {tag[: MAX_TAG + 1]!r} is malformed: write words in lower case and the class's name, joined by "
+            f"the tag {tag[: MAX_TAG + 1]!r} is malformed: write lowercase words and the name of the class, joined by "
             f'dots, such as "mypackage.State", of at most {MAX_TAG} characters'
         )
     if type(version) is not int or version < 1:
-        raise TagError(f"the version of the tag {tag!r} is a whole number of at least 1, not {version!r}")
+        raise TagError(f"the version of the tag {tag!r} must be an integer of at least 1, not {version!r}")
 
     def register(cls: C) -> C:
         other = _CLASSES.get(tag)
@@ -103,10 +104,10 @@ def _path(cls: type) -> str:
 
 
 def tag_of(cls: type) -> Tag:
-    """The tag and version of a savable class.
+    """Return the tag and version of a savable class.
 
     Raises:
-        TypeError: If it is not registered. The message names it.
+        TypeError: If the class is not registered. The message names it.
     """
     if cls in _TAGS:
         return _TAGS[cls]
@@ -116,15 +117,15 @@ def tag_of(cls: type) -> Tag:
 
 
 def kind_of(value: Any) -> str:
-    """The last word of the tag of ``value``'s class, by which policies and journals name aggregates."""
+    """Return the last word of the tag of ``value``'s class, which policies and journals use to name aggregates."""
     return tag_of(type(value)).name.rpartition(".")[2]
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as plain JSON, its tensors put into ``tensors`` and named in their place.
+    """Return ``value`` as plain JSON, with its tensors moved into ``tensors`` and replaced by their names.
 
     Raises:
-        TypeError: If it holds something else than tensors, plain values, mappings by string, sequences and
+        TypeError: If it contains anything but tensors, plain values, mappings with string keys, sequences and
             savable classes. The message names it.
     """
     if value is None or isinstance(value, bool | int | str):
@@ -136,7 +137,7 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, str)]:
-            raise TypeError(f"only mappings by string can be saved, not by {wrong[0]!r}")
+            raise TypeError(f"only mappings with string keys can be saved; {wrong[0]!r} is not a string")
         return {"map": {key: pack(item, tensors) for key, item in value.items()}}
     cls = type(value)
     if cls is tuple or cls is list:
@@ -147,16 +148,16 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(plain: Any, tensors: Mapping[str, Tensor], place: tuple[str, ...] = ()) -> Any:
-    """The inverse of ``pack``.
+    """Rebuild a value from the result of ``pack``.
 
     Args:
-        plain: The JSON.
-        tensors: The tensors that it names.
-        place: The fields and keys that lead to ``plain`` in the whole value, for messages.
+        plain: The JSON value.
+        tensors: The tensors to which it refers.
+        place: The fields and keys that lead to ``plain`` in the complete value, for messages.
 
     Raises:
-        Corrupt: If ``plain`` names an unknown tag or version, a missing tensor, or the wrong fields. The message says
-            where.
+        Corrupt: If ``plain`` names an unknown tag or version, a missing tensor, or the wrong fields. The message gives
+            the place.
     """
     if not isinstance(plain, dict):
         if isinstance(plain, list):
@@ -184,28 +185,28 @@ def unpack(plain: Any, tensors: Mapping[str, Tensor], place: tuple[str, ...] = (
 
 
 def _registered(tag: Any, version: Any, place: tuple[str, ...]) -> type:
-    """The class of a stored tag. Nothing is imported, whatever the tag says."""
+    """Return the class of a stored tag. Never imports a module, whatever the tag is."""
     if not isinstance(tag, str) or len(tag) > MAX_TAG or not TAG.fullmatch(tag):
         raise _corrupt(place, f'{str(tag)[:MAX_TAG]!r} is not a tag, such as "fedavg.State"')
     if type(version) is not int or version < 1:
-        raise _corrupt(place, f"the version of {tag!r} is a whole number of at least 1, not {str(version)[:20]!r}")
+        raise _corrupt(place, f"the version of {tag!r} must be an integer of at least 1, not {str(version)[:20]!r}")
     if tag not in _CLASSES:
         raise _corrupt(
             place,
-            f"no class with the tag {tag!r} is known here. Install the package that defines it, in the version that "
-            "wrote this; in a program of your own, import it before reading",
+            f"no class is registered for the tag {tag!r}. Install the package that defines it, in the version that "
+            "wrote this value; in your own program, import it before reading",
         )
     known = _TAGS[_CLASSES[tag]].version
     if version != known:
         do = "update the package that defines it" if version > known else "read it with the version that wrote it"
         raise _corrupt(
-            place, f"{tag!r} is stored in version {version}, and this installation knows version {known}: {do}"
+            place, f"{tag!r} is stored in version {version}, and this installation supports version {known}: {do}"
         )
     return _CLASSES[tag]
 
 
 def _corrupt(place: tuple[str, ...], why: str) -> Corrupt:
-    """The error, led by where it occurred: the last fields and keys, each cut and printable."""
+    """Return the error, which begins with its place: the last fields and keys, shortened and printable."""
     if not place:
         return Corrupt(why)
     words = [word[:40] if word[:40].isprintable() else repr(word[:40]) for word in place[-6:]]
@@ -219,7 +220,7 @@ def _fields(cls: type) -> list[str]:
 
 
 def header_of(value: Any, meta: Mapping[str, str] | None = None) -> tuple[bytes, list[Tensor]]:
-    """The first bytes of ``value``'s encoding, and the tensors whose bytes follow, in order."""
+    """Return the header of ``value``'s encoding, and the tensors whose bytes follow, in order."""
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(pack(value, tensors), separators=(",", ":"))
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), int(name)))  # keeps every tensor aligned
@@ -237,7 +238,7 @@ def header_of(value: Any, meta: Mapping[str, str] | None = None) -> tuple[bytes,
 
 
 def encode(value: Any, meta: Mapping[str, str] | None = None) -> bytes:
-    """``value`` as bytes, with ``meta`` beside it in the header."""
+    """Encode ``value`` as bytes, with the metadata ``meta`` in the header."""
     head, tensors = header_of(value, meta)
     out = bytearray(len(head) + sum(t.numel() * t.element_size() for t in tensors))
     write_into(out, head, tensors)
@@ -245,7 +246,7 @@ def encode(value: Any, meta: Mapping[str, str] | None = None) -> bytes:
 
 
 def write_into(buffer: Any, head: bytes, tensors: list[Tensor]) -> int:
-    """Writes an encoding into a writable ``buffer`` and returns its length in bytes."""
+    """Write an encoding into a writable ``buffer`` and return its length in bytes."""
     buffer[: len(head)] = head
     offset = len(head)
     for tensor in tensors:
@@ -256,20 +257,20 @@ def write_into(buffer: Any, head: bytes, tensors: list[Tensor]) -> int:
 
 
 def decode(buffer: Any, *, share: bool = False) -> Any:
-    """The value in ``buffer``. With ``share``, its tensors are views of ``buffer``, which must then be writable.
+    """Decode the value in ``buffer``. With ``share``, its tensors are views of ``buffer``, which must be writable.
 
     Raises:
-        Corrupt: Where ``buffer`` is not exactly one value of ours.
+        Corrupt: If ``buffer`` is not exactly one encoded value.
     """
     return decode_with_meta(buffer, share=share)[0]
 
 
 def decode_with_meta(buffer: Any, *, share: bool = False) -> tuple[Any, dict[str, str]]:
-    """The value in ``buffer``, and what was written beside it."""
+    """Decode the value in ``buffer``, and the metadata of its header."""
     head, start = _header(buffer)
     meta = head.pop("__metadata__", None)
     if not isinstance(meta, dict) or not isinstance(meta.get("value"), str):
-        raise Corrupt("the header does not say what the tensors are")
+        raise Corrupt("the header does not describe the tensors")
     if not share:
         buffer = bytearray(buffer)
     tensors, expected = {}, 0
@@ -288,12 +289,12 @@ def _header(buffer: Any) -> tuple[dict[str, Any], int]:
         raise Corrupt(f"{len(buffer)} bytes are too few for a header")
     length = int.from_bytes(bytes(buffer[:8]), "little")
     if length > MAX_HEADER:
-        raise Corrupt(f"a header of {length} bytes, beyond the limit of {MAX_HEADER}")
+        raise Corrupt(f"the header length {length} exceeds the limit of {MAX_HEADER} bytes")
     if 8 + length > len(buffer):
-        raise Corrupt("the header is cut short")
+        raise Corrupt("the header is truncated")
     header = _json(bytes(buffer[8 : 8 + length]))
     if not isinstance(header, dict):
-        raise Corrupt("the header is not a table")
+        raise Corrupt("the header is not a JSON object")
     return header, 8 + length
 
 
@@ -301,7 +302,7 @@ def _json(text: str | bytes) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            raise Corrupt("a name is given twice")
+            raise Corrupt("a name occurs twice")
         return table
 
     try:
@@ -311,7 +312,7 @@ def _json(text: str | bytes) -> Any:
 
 
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
-    """Where a tensor lies, so that empty tensors come before the one that begins in the same place."""
+    """Return the byte range of a tensor. Sorted by it, empty tensors precede the one that begins at the same offset."""
     match item[1]:
         case {"dtype": str(), "shape": list(), "data_offsets": [int(begin), int(end)]} if len(item[1]) == 3:
             return begin, end
@@ -324,12 +325,12 @@ def _tensor(buffer: Any, start: int, expected: int, name: str, entry: dict[str, 
     if dtype is None:
         raise Corrupt(f"tensor {name!r} is of unknown type {entry['dtype'][:20]!r}")
     if len(shape) > 16 or not all(type(side) is int and 0 <= side < 2**40 for side in shape):
-        raise Corrupt(f"tensor {name!r} has an impossible shape")
+        raise Corrupt(f"tensor {name!r} has an invalid shape")
     if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or start + end > len(buffer):
-        raise Corrupt(f"tensor {name!r} does not lie where its shape says")
+        raise Corrupt(f"the offsets of tensor {name!r} do not match its shape")
     if end == begin:
         return torch.empty(shape, dtype=dtype), end
-    if (start + begin) % dtype.itemsize:  # not ours, but legal: copy what cannot be a view
+    if (start + begin) % dtype.itemsize:  # written by another tool, but valid: copy what cannot be a view
         flat = torch.frombuffer(bytearray(buffer[start + begin : start + end]), dtype=dtype)
     else:
         flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=start + begin)
@@ -337,10 +338,10 @@ def _tensor(buffer: Any, start: int, expected: int, name: str, entry: dict[str, 
 
 
 def save(path: Path, value: Any, meta: Mapping[str, str] | None = None) -> str:
-    """Writes ``value`` to ``path`` so that a crash leaves the old file or the new one, never a mixture.
+    """Write ``value`` to ``path`` atomically: after a crash the file is the old or the new one.
 
     Returns:
-        The SHA-256 of what was written.
+        The SHA-256 of the file.
     """
     data = encode(value, meta)
     write_bytes(path, data)
@@ -348,10 +349,10 @@ def save(path: Path, value: Any, meta: Mapping[str, str] | None = None) -> str:
 
 
 def load(path: Path) -> Any:
-    """The value in the file at ``path``.
+    """Read the value in the file at ``path``.
 
     Raises:
-        Corrupt: Where the file is not a value of ours, with its name.
+        Corrupt: If the file is not a valid encoded value. The message names the file.
     """
     try:
         return decode(bytearray(path.read_bytes()), share=True)
@@ -360,19 +361,19 @@ def load(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes ``data`` beside ``path``, forces it to the disk, and renames it into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write ``data`` to a temporary file next to ``path``, force it to the disk, and rename it to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

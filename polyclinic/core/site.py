@@ -1,4 +1,4 @@
-"""A site: one hospital as a method sees it."""
+"""A client site as a method sees it."""
 
 import hashlib
 import math
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """The data, the device and the dice of one place.
+    """A client site: its data sets, compute device and random generators.
 
     Attributes:
         name: A stable identifier, such as ``"cleveland"``.
         data: Data by role: ``"train"``, ``"val"``, ``"test"``, ``"unlabeled"``; each has a length and yields
             (inputs, targets) when indexed by a tensor of positions.
-        device: Where computation at this site happens.
-        seed: The study's seed. Every reproducible random number at the site follows from it.
-        entropy: Where secrets come from: ``n`` bytes that nobody can predict. Replaced only by tests.
+        device: The compute device of the site, such as ``"cpu"`` or ``"cuda:0"``.
+        seed: The study's seed, from which every reproducible random number at the site follows.
+        entropy: Returns ``n`` unpredictable bytes, from which secrets are made. Replaced only in tests.
     """
 
     name: str
@@ -31,29 +31,29 @@ class Site:
     entropy: Callable[[int], bytes] = os.urandom
 
     def rng(self, *key: int | str) -> torch.Generator:
-        """A generator that depends on the study, the site and ``key``, and on nothing else."""
+        """Return a generator that depends only on the study's seed, the site and ``key``."""
         text = repr((self.seed, self.name, *key)).encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
         return torch.Generator().manual_seed(seed)
 
     def secret_rng(self) -> "SecretRng":
-        """Dice for privacy noise and masks: unrelated to any seed, never the same twice."""
+        """Return a generator for privacy noise and masks, independent of any seed and different on every call."""
         return SecretRng(self.entropy)
 
 
 @dataclass(frozen=True)
 class SecretRng:
-    """Random numbers from the operating system, which no seed reproduces."""
+    """Random numbers from the operating system, not reproducible from a seed."""
 
     entropy: Callable[[int], bytes] = os.urandom
 
     def uniform(self, size: int) -> Tensor:
-        """``size`` numbers in (0, 1), never 0 or 1: the middles of 2⁵² equal parts. Shape [size], float64."""
+        """Draw ``size`` numbers from (0, 1): the midpoints of 2⁵² equal intervals. Shape [size], float64."""
         bits = torch.frombuffer(bytearray(self.entropy(8 * size)), dtype=torch.int64) if size else torch.zeros(0)
         return ((bits.long() >> 12 & (2**52 - 1)).double() + 0.5) / 2**52
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers by Box and Muller's transform. Shape [*shape], float64."""
+        """Draw standard normal numbers by the Box-Muller transform. Shape [*shape], float64."""
         size = math.prod(shape)
         half = (size + 1) // 2
         radius, angle = (-2 * self.uniform(half).log()).sqrt(), 2 * math.pi * self.uniform(half)

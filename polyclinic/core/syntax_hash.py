@@ -1,16 +1,16 @@
 """Hashes of Python code over its syntax tree.
 
 The hash of a set of files does not depend on their names, places or order, nor on comments, docstrings and layout. Any
-other change counts: a constant, an operator, a name, a message in a ``raise``, an import statement. Files without code
-(an ``__init__.py`` with a docstring) count nothing.
+other change alters it: a constant, an operator, a name, a message in a ``raise``, an import statement. Files without
+code (an ``__init__.py`` with a docstring) do not contribute.
 
-The tree is serialized here and not by ``ast.dump``, whose output differs between Python versions. Hospitals with
-different versions of Python must get the same hash from the same source, so what differs between the versions is left
-out or normalized: fields that are absent or empty (``type_params`` before Python 3.12), and how the constant parts of
-an f-string are split.
+This module serializes the tree itself, because the output of ``ast.dump`` differs between Python versions. Sites with
+different versions of Python must get the same hash from the same source, so differences between the versions are
+omitted or normalized: fields that are absent or empty (``type_params`` before Python 3.12), and how the constant parts
+of an f-string are split.
 
-Two files that exchange their names keep the hash, and so does a change of ``__doc__`` that code reads. The hash tells
-whether two installations compute the same; it does not protect against somebody who may change the installation.
+Two files that exchange their names keep the hash, and so does a change of a ``__doc__`` that code reads. The hash shows
+whether two installations compute the same; it does not protect against a person who can change the installation.
 """
 
 import ast
@@ -20,11 +20,11 @@ from functools import cache
 from typing import Any
 
 SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
-"""Fields of nodes that say nothing about what runs, or that follow from where the node stands."""
+"""Fields of nodes that do not affect execution, or that follow from the position of the node."""
 
 
 def hash_of_sources(sources: Iterable[bytes]) -> str:
-    """The SHA-256 of a set of Python files, given by their contents, in hexadecimal.
+    """Return the SHA-256 of a set of Python files in hexadecimal.
 
     Args:
         sources: The contents of the files, in any order.
@@ -33,14 +33,14 @@ def hash_of_sources(sources: Iterable[bytes]) -> str:
 
 
 def combined(hashes: Iterable[str]) -> str:
-    """The SHA-256 of the hashes of files, in any order. Empty ones, of files without code, count nothing."""
+    """Return the SHA-256 of the hashes of files, in any order. Empty hashes, of files without code, are ignored."""
     return hashlib.sha256("\n".join(sorted(filter(None, hashes))).encode()).hexdigest()
 
 
 def hash_of_source(source: bytes) -> str:
-    """The SHA-256 of one Python file, in hexadecimal; empty if the file holds no code.
+    """Return the SHA-256 of one Python file in hexadecimal; empty if the file holds no code.
 
-    What this version of Python cannot parse is hashed byte by byte, so that a damaged file is a change too.
+    A file that this version of Python cannot parse is hashed byte by byte, so that damage also changes the hash.
     """
     try:
         tree = ast.parse(source)
@@ -54,7 +54,7 @@ def hash_of_source(source: bytes) -> str:
 
 
 def _statements(body: list[Any]) -> list[Any]:
-    """Statements without docstrings, which are any strings that stand alone."""
+    """Return the statements that are not docstrings. Any string expression statement counts as a docstring."""
     return [node for node in body if not _is_docstring(node)]
 
 
@@ -106,12 +106,12 @@ def _write_node(node: ast.AST, tokens: list[bytes]) -> None:
 
 @cache
 def _fields(cls: Any) -> tuple[tuple[str, bytes], ...]:
-    """The fields of a kind of node that count, by name, and what stands before each."""
+    """Return the relevant fields of a kind of node by name, with the token that precedes each."""
     return tuple((name, b",%b=" % name.encode()) for name in sorted(cls._fields) if name not in SKIPPED)
 
 
 def _joined(parts: list[Any]) -> Iterator[Any]:
-    """The parts of an f-string, with neighboring constants as one, and without empty ones."""
+    """Yield the parts of an f-string, with adjacent constants merged and empty ones removed."""
     text: str = ""
     for part in parts:
         if isinstance(part, ast.Constant):

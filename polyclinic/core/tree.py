@@ -1,7 +1,7 @@
-"""Trees: flat mappings from dotted names to tensors, and the little arithmetic they need.
+"""Trees: flat mappings from dotted names to tensors, and arithmetic on them.
 
-A tree is what a ``state_dict`` already is, so models, messages and files share one shape. Nothing here
-changes its arguments, except the functions whose names end in ``_``, as in PyTorch.
+A ``state_dict`` is a tree, so models, messages and files share one structure. Functions do not modify their arguments,
+except those whose names end in ``_``, as in PyTorch.
 """
 
 import math
@@ -16,53 +16,53 @@ Trees: TypeAlias = Mapping[str, Tree]
 
 
 def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
-    """Applies ``f`` leaf by leaf. Every tree must have the names of ``first``."""
+    """Apply ``f`` leaf by leaf. Every tree must have the names of ``first``."""
     for other in others:
         _require_same_names(first, other)
     return {name: f(leaf, *(other[name] for other in others)) for name, leaf in first.items()}
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """A + b"""
+    """``a + b``."""
     return zip_with(torch.add, a, b)
 
 
 def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
-    """A ← a + by · b, in place, at memory bandwidth."""
+    """``a ← a + by · b``, in place."""
     _require_same_names(a, b)
     for name, leaf in a.items():
         leaf.add_(b[name], alpha=by)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """A - b"""
+    """``a - b``."""
     return zip_with(torch.sub, a, b)
 
 
 def mul(a: Tree, b: Tree) -> Tree:
-    """A · b, element by element"""
+    """``a · b``, element by element."""
     return zip_with(torch.mul, a, b)
 
 
 def scale(a: Tree, by: float) -> Tree:
-    """By · a"""
+    """``by · a``."""
     return {name: leaf * by for name, leaf in a.items()}
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
-    """(1 - share) · a + share · b"""
+    """``(1 - share) · a + share · b``."""
     return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)
 
 
 def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
-    """A + times · by, where ``by`` may name only some of the leaves of ``a``; leaf by leaf."""
+    """``a + times · by``. ``by`` may have only some of the leaves of ``a``."""
     if unknown := by.keys() - a.keys():
-        raise ValueError(f"cannot shift unknown leaves {sorted(unknown)[:5]}")
+        raise ValueError(f"cannot add to unknown leaves {sorted(unknown)[:5]}")
     return {**a, **{name: a[name] + (step if times == 1.0 else step * times) for name, step in by.items()}}
 
 
 def zeros(a: Tree) -> Tree:
-    """0, in the shape of ``a``."""
+    """Zeros in the shapes of ``a``."""
     return {name: torch.zeros_like(leaf) for name, leaf in a.items()}
 
 
@@ -72,58 +72,58 @@ def copy(a: Tree) -> Tree:
 
 
 def dot(a: Tree, b: Tree) -> float:
-    """⟨a, b⟩ of all leaves taken as one vector, in double precision."""
+    """``⟨a, b⟩`` over all leaves as one vector, in double precision."""
     _require_same_names(a, b)
     return math.fsum(float(torch.sum(leaf.double() * b[name].double())) for name, leaf in a.items())
 
 
 def norm(a: Tree) -> float:
-    """The Euclidean norm of all leaves taken as one vector, in double precision."""
+    """The Euclidean norm of all leaves as one vector, in double precision."""
     return math.sqrt(dot(a, a))
 
 
 def cosine(a: Tree, b: Tree) -> float:
-    """Cos ∠(a, b), and 0 where either is 0."""
+    """``cos ∠(a, b)``, and 0 if either is 0."""
     size = norm(a) * norm(b)
     return dot(a, b) / size if size else 0.0
 
 
 def select(a: Tree, keep: Callable[[str], bool]) -> Tree:
-    """The leaves whose names satisfy ``keep``."""
+    """Return the leaves whose names satisfy ``keep``."""
     return {name: leaf for name, leaf in a.items() if keep(name)}
 
 
 def flatten(a: Tree) -> Tensor:
-    """All leaves in order, as one vector of shape [size]."""
+    """Concatenate all leaves in order to one vector of shape [size]."""
     return torch.cat([leaf.reshape(-1) for leaf in a.values()]) if a else torch.zeros(0)
 
 
 def unflatten(vector: Tensor, like: Tree) -> Tree:
-    """The inverse of ``flatten``, with the names and shapes of ``like``."""
+    """Split ``vector`` into leaves with the names and shapes of ``like``, the inverse of ``flatten``."""
     leaves = vector.split([leaf.numel() for leaf in like.values()])
     return {name: leaf.reshape(like[name].shape) for name, leaf in zip(like, leaves, strict=True)}
 
 
 def size(a: Tree) -> int:
-    """How many numbers ``a`` holds."""
+    """Return the number of elements of ``a``."""
     return sum(leaf.numel() for leaf in a.values())
 
 
 def nbytes(a: Tree) -> int:
-    """How many bytes the numbers of ``a`` take."""
+    """Return the size of the elements of ``a`` in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in a.values())
 
 
 def finite(a: Tree) -> bool:
-    """Whether no leaf holds NaN or an infinity."""
+    """Return whether no leaf contains NaN or infinity."""
     return all(finite_leaf(leaf) for leaf in a.values())
 
 
 def finite_leaf(leaf: Tensor) -> bool:
-    """Whether ``leaf`` holds neither NaN nor an infinity.
+    """Return whether ``leaf`` contains neither NaN nor infinity.
 
-    A sum with either in it is not finite, and reading it once is quicker than a mask of the same size; only where the
-    sum is not finite, as where large numbers overflow, is each number looked at.
+    A sum over NaN or infinity is not finite, and computing it is faster than a mask of the same size. The elements are
+    checked only if the sum is not finite, which an overflow can also cause.
     """
     if not leaf.is_floating_point() and not leaf.is_complex():
         return True
@@ -131,12 +131,12 @@ def finite_leaf(leaf: Tensor) -> bool:
 
 
 def prefixed(prefix: str, a: Tree) -> Tree:
-    """``a`` with ``prefix.`` before every name, so that several trees can travel as one."""
+    """Prefix every name of ``a`` with ``prefix.``, so that several trees can be sent as one."""
     return {f"{prefix}.{name}": leaf for name, leaf in a.items()}
 
 
 def under(prefix: str, a: Tree) -> Tree:
-    """The part of ``a`` whose names begin with ``prefix.``, without it. The inverse of ``prefixed``."""
+    """Return the leaves of ``a`` whose names begin with ``prefix.``, without it. The inverse of ``prefixed``."""
     start = f"{prefix}."
     return {name.removeprefix(start): leaf for name, leaf in a.items() if name.startswith(start)}
 

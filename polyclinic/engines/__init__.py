@@ -1,1 +1,1 @@
-"""How asks travel: within a process, to worker processes, between hospitals."""
+"""Engines: transport of requests within a process, to worker processes, and between hospitals."""

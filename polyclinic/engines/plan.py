@@ -1,7 +1,7 @@
-"""A plan: one method on one task as plain data, from which every engine, here or at a hospital, builds the same thing.
+"""A plan: one method on one task as plain data, from which every engine and every site builds the same objects.
 
-Names from our tables and numbers; never code, never a path to import. So a plan can be read, compared, hashed and
-refused before anything runs.
+A plan holds names from the catalogs and numbers, never code or import paths. It can therefore be read, compared, hashed
+and refused before anything runs.
 """
 
 import hashlib
@@ -34,19 +34,23 @@ TASKS: Mapping[str, type[Task]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train, how, and by which method.
+    """Task, training and method of a run.
 
     Attributes:
-        kind: The kind of task. ``task``: its options.
-        network: The architecture's name. ``network_options``: what it takes besides.
-        inputs: (channels, *spatial) of an example, or (features,). ``outputs``: classes, labels or values.
-        training: The fields of ``LocalTraining``; ``private`` among them makes it ``DPSGD`` with those fields.
-        method: The method's name. ``options``: what the study sets for it.
+        kind: Kind of task.
+        task: Options of the task.
+        network: Name of the architecture.
+        network_options: Further options of the architecture.
+        inputs: Shape of an example: (channels, *spatial), or (features,).
+        outputs: Number of classes, labels or values.
+        training: Fields of ``LocalTraining``; with ``private`` among them, ``DPSGD`` with those fields.
+        method: Name of the method.
+        options: Options of the method that the study sets.
         uplink: Transforms in the order in which a reply passes them, each with ``name`` and its options.
-        downlink: The same for what the server asks.
+        downlink: The same for requests.
         sites: The sites that train.
-        rounds: How many rounds.
-        seed: Every reproducible random number follows from it.
+        rounds: Number of rounds.
+        seed: Seed from which every reproducible random number follows.
     """
 
     kind: str
@@ -65,24 +69,24 @@ class Plan:
     downlink: tuple[Mapping[str, Any], ...] = ()
 
     def build_task(self) -> Task:
-        """The task, its network not yet built."""
+        """Build the task. Its network is built later."""
         options = tuple(sorted((key, _hashable(value)) for key, value in self.network_options.items()))
         network = Network(self.network, self.inputs, self.outputs, options)
         return TASKS[self.kind](network, **{key: _hashable(value) for key, value in self.task.items()})
 
     def build_local(self) -> LocalTraining:
-        """How a site trains."""
+        """Build the local training."""
         fields = {key: value for key, value in self.training.items() if key != "private"}
         private = self.training.get("private")
         return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 
     @property
     def private(self) -> bool:
-        """Whether what leaves a site is hidden in noise that a budget can account for."""
+        """Whether the replies contain noise that a privacy budget can account for."""
         return bool(self.training.get("private")) or any(transform_entry(item["name"]).pays for item in self.uplink)
 
     def build_method(self) -> Evaluated[Any]:
-        """The method with its transforms, able to be evaluated."""
+        """Build the method with its transforms and evaluation."""
         task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
         if self.uplink:
@@ -92,16 +96,16 @@ class Plan:
         return Evaluated(inner, task)
 
     def to_json(self) -> str:
-        """The plan as canonical JSON."""
-        value = {key: item for key, item in asdict(self).items() if key != "downlink" or item}  # plans without it stay
+        """Return the plan as canonical JSON."""
+        value = {key: item for key, item in asdict(self).items() if key != "receive" or item}  # plans without it stay
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan in ``text``.
+        """Read the plan in ``text``.
 
         Raises:
-            ValueError: Where it is not one, naming the field.
+            ValueError: If it is not a plan. The message names the field.
         """
         given = json.loads(text)
         if not isinstance(given, dict):
@@ -113,7 +117,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical JSON."""
+        """The SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""The schedule: from an approved order, the finite list of what may be asked of one site, and what was answered of it.
+"""Request schedule: the finite list of requests that an approved run allows for one site, and the record of answers.
 
-A site answers a schedule, not a shape. Every request is named by its round and its job; each is answered for one
-content, ever, and nothing outside of the list is answered at all. Nothing here needs PyTorch.
+A site answers a list of requests, not any request of a valid form. Each is identified by its round and its job, and is
+answered for one content only; requests outside the list are not answered. This module does not need PyTorch.
 
 ```
 round      0          1          2    ...   rounds - 1     rounds
-train      x          x          x          x                        each job of the method, as often as it declares
+train      x          x          x          x                        each job of the method, up to its declared count
 score/val             x          x          x              x         every `score_every` rounds, and at the end
 tests                                                      x         once: the model of a scored round, or the last
 ```
@@ -24,7 +24,7 @@ MOST_MARKS = 64
 
 
 class OrderLike(Protocol):
-    """What a schedule reads of an order. See ``engines.flare.protocol.run_request.RunRequest``."""
+    """The fields of a run request that a schedule reads. See ``engines.flare.protocol.run_request.Order``."""
 
     @property
     def plan(self) -> dict[str, Any]: ...
@@ -43,8 +43,10 @@ class Request:
     """One request as its message describes it.
 
     Attributes:
-        round: Its round. ``job``: its job. ``content``: SHA-256 of its file.
-        look: Whether the site is to answer with the memory that it kept for the best model.
+        round: Its round.
+        job: Its job.
+        content: SHA-256 of its file.
+        look: Whether the site is to answer with the site state stored for the best model.
     """
 
     round: int
@@ -55,22 +57,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a site has been asked in a run so far.
+    """Record of the requests that a site has answered in a run.
 
     Attributes:
-        contents: The contents of which execution began, by round and job.
+        contents: The contents whose execution began, by round and job.
     """
 
     contents: Mapping[tuple[int, str], frozenset[str]]
 
     @property
     def reached(self) -> int:
-        """The round that the run has reached here: no new content of an earlier one is answered."""
+        """The round that the run has reached at this site. New content of an earlier round is not answered."""
         return max((round for round, job in self.contents if job not in TESTS), default=0)
 
     @property
     def complete(self) -> int:
-        """How many rounds are complete, as far as this site can tell: the final model is not of an earlier one."""
+        """Number of completed rounds as far as this site can determine. The final model is of this round or a later."""
         rounds = (round if job == SCORE else round + 1 for round, job in self.contents if job not in TESTS)
         return max(rounds, default=0)
 
@@ -85,21 +87,21 @@ class Progress:
         return next((round for round, job in self.contents if job in TESTS), None)
 
     def of(self, round: int, job: str) -> frozenset[str]:
-        """The contents of one round's job."""
+        """Return the contents of one round's job."""
         return self.contents.get((round, job), frozenset())
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What may be asked of one site in one run.
+    """The requests that are allowed for one site in one run.
 
     Attributes:
-        jobs: The training jobs that may come to this site; none where it does not train.
-        batches: How many minibatches a round has here, for jobs that come once for each of them.
-        rounds: How many rounds were approved.
-        score_every: After every how many rounds the model is scored on validation data; 0 for never.
-        test: The test that was approved; empty where none was.
-        best: Whether the model of a scored round may be tested, rather than the last one alone.
+        jobs: The training jobs for this site; empty if it does not train.
+        batches: Number of minibatches per round at this site, for jobs that are requested once per minibatch.
+        rounds: Number of approved rounds.
+        score_every: Number of rounds between two scorings of the model on validation data; 0 for never.
+        test: The approved test; empty if none.
+        best: Whether the model of any scored round may be tested, and not only the last one.
     """
 
     jobs: tuple[Job, ...]
@@ -111,11 +113,11 @@ class Schedule:
 
     @classmethod
     def of(cls, order: OrderLike, jobs: Sequence[Job], site: str, batches: int = 0) -> "Schedule":
-        """The schedule that follows from ``order`` for ``site``.
+        """Derive the schedule of ``site`` from the run request ``order``.
 
         Args:
-            jobs: What the approved method declares; of a survey, the description alone.
-            batches: How many minibatches of training data the site has in a round.
+            jobs: The jobs that the approved method declares; for a survey, the description alone.
+            batches: Number of minibatches of training data per round at the site.
         """
         trains = site in order.plan["sites"] or order.mode == "survey"
         mine = tuple(job for job in jobs if trains and (not job.sites or site in job.sites))
@@ -125,19 +127,19 @@ class Schedule:
         return cls(mine, batches, int(order.plan["rounds"]), order.score_every, order.test, best)
 
     def job(self, name: str, round: int) -> Job | None:
-        """The training job called ``name`` that may come in ``round``, if there is one."""
-        here = 0 <= round < self.rounds
-        return next((job for job in self.jobs if here and job.name == name and job.comes_in(round)), None)
+        """Return the training job ``name`` if it may be requested in ``round``."""
+        planned = 0 <= round < self.rounds
+        return next((job for job in self.jobs if planned and job.name == name and job.comes_in(round)), None)
 
     def problem(self, asked: Request, progress: Progress) -> str | None:
-        """Why ``asked`` is not answered, given what was answered before; None where the schedule has it.
+        """Return why ``asked`` is not answered after ``progress``; None if the schedule allows it.
 
-        Content that was begun before is not a new request: the same round and job with the same content.
+        A request with the round, job and content of an earlier one is a repetition and is allowed.
         """
         if asked.content in progress.of(asked.round, asked.job):
             return None
         if asked.look and asked.job not in TESTS:
-            return f"{_called(asked)} is not asked with the memory of the best model: only tests are"
+            return f"{_called(asked)} must not use the site state of the best model: only tests may"
         if asked.job == SCORE:
             found = self._score_problem(asked, progress)
         elif asked.job in TESTS:
@@ -147,10 +149,10 @@ class Schedule:
         return None if found is None else f"{_called(asked)} {found}. The schedule: {self}"
 
     def bound(self, asked: Request) -> tuple[tuple[tuple[str, ...], bool], ...]:
-        """Which earlier requests of the same round must have held the same model as ``asked``.
+        """Return the earlier requests of the same round that must have contained the same model as ``asked``.
 
         Returns:
-            Pairs of jobs' names and whether all trees must be equal, instead of those that both have.
+            Pairs of job names and whether all trees must be equal, instead of the common ones only.
         """
         training = tuple(dict.fromkeys(job.name for job in self.jobs if job.at_start))
         if not self.score_every:
@@ -167,9 +169,9 @@ class Schedule:
         if job is None:
             return "is not in the schedule"
         if progress.tested is not None:
-            return "comes after the test, and nothing is trained any more"
+            return "comes after the test, after which no training is allowed"
         if (ended := self._ended(progress)) is not None and asked.round >= ended:
-            return f"comes after the last round was scored, which was round {ended}"
+            return f"comes after the final scoring, in round {ended}"
         return self._late(asked, progress) or _another(asked, progress, job.most(self.batches))
 
     def _score_problem(self, asked: Request, progress: Progress) -> str | None:
@@ -178,7 +180,7 @@ class Schedule:
         if progress.tested is not None:
             return "comes after the test"
         if (ended := self._ended(progress)) is not None and asked.round > ended:
-            return f"comes after the last round was scored, which was round {ended}"
+            return f"comes after the final scoring, in round {ended}"
         return self._late(asked, progress) or _another(asked, progress, 1)
 
     def _test_problem(self, asked: Request, progress: Progress) -> str | None:
@@ -199,15 +201,15 @@ class Schedule:
 
     def _late(self, asked: Request, progress: Progress) -> str | None:
         if asked.round < progress.reached:
-            return f"comes too late: round {progress.reached} was reached, and rounds never go back"
+            return f"comes too late: round {progress.reached} was reached, and earlier rounds are closed"
         return None
 
     def regular(self, round: int) -> bool:
-        """Whether ``round`` is one of those whose model is scored as the order says."""
+        """Return whether the model is regularly scored after ``round``."""
         return self.score_every > 0 and (round % self.score_every == 0 or round == self.rounds)
 
     def _ended(self, progress: Progress) -> int | None:
-        """The round at which a method ended before the last one that was planned; its model is scored, too."""
+        """Return the round in which a method ended before the last planned round; its model is scored, too."""
         return next((round for round in sorted(progress.scored) if not self.regular(round)), None)
 
     def __str__(self) -> str:
@@ -229,28 +231,28 @@ def _called(asked: Request) -> str:
 
 
 def _another(asked: Request, progress: Progress, most: int) -> str | None:
-    """Why a further content of the same round and job is not answered, where ``most`` are."""
+    """Return why a further content of the same round and job is not answered, if ``most`` contents were."""
     if len(progress.of(asked.round, asked.job)) < most:
         return None
     times = "once" if most == 1 else f"{most} times"
-    return f"was asked with other content before, and is answered {times}"
+    return f"was requested with other content before, and is answered {times}"
 
 
 def marks_problem(marks: Mapping[str, str], known: Mapping[str, str], whole: bool) -> str | None:
-    """Why a request with the trees ``marks`` does not hold the model of an earlier one with the trees ``known``.
+    """Return why a request with the trees ``marks`` does not contain the model of an earlier one with ``known``.
 
     Args:
         marks: Digests of trees, by name.
-        known: The same of the earlier request.
-        whole: Whether all trees must be equal, instead of those that both have.
+        known: The digests of the earlier request.
+        whole: Whether all trees must be equal, instead of the common ones only.
     """
     names = marks.keys() | known.keys() if whole else marks.keys() & known.keys()
     other = sorted(name for name in names if marks.get(name) != known.get(name))
     if not other:
         return None
-    return f"it holds another model than was sent for this round before ({other[0][:80]!r} differs)"
+    return f"it contains a different model from the earlier request of this round ({other[0][:80]!r} differs)"
 
 
 def marked(names: Sequence[str]) -> tuple[str, ...]:
-    """Of which trees digests are kept: at most 64, the model first."""
+    """Return the names of the trees whose digests are stored: at most 64, the model first."""
     return tuple(sorted(names, key=lambda name: (name != "params", name))[:MOST_MARKS])

@@ -1,7 +1,7 @@
-"""What a site says of its data before anything is trained: the shape of an example, and how many there are of what.
+"""Description of a site's data before training: the shape of an example, and counts by role and class.
 
-A study file names no shape, for on one machine the data show it. Between hospitals each site describes its own, as one
-more thing that its policy may refuse. Counts below the policy's least cell are left out, and no example is in it.
+A study file names no shape, because on one machine the data show it. In a deployment each site describes its own data,
+which its policy may refuse. Counts below the policy's ``min_cell`` are omitted, and no example is included.
 """
 
 import json
@@ -27,13 +27,13 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Describe(Method[None]):
-    """A method of one message, whose answer says what a site has.
+    """A method with a single request, which returns the description of a site's data.
 
     Attributes:
-        kind: The kind of task, which says what a target is.
-        classes: The names of the classes, where the site's data have names.
-        min_cell: Counts above zero and below this one are left out.
-        named: Whether the names of the classes are told, or only how many there are.
+        kind: The kind of task, which defines the meaning of a target.
+        classes: The names of the classes, if the site's data have names.
+        min_cell: Counts above zero and below this value are omitted.
+        named: Whether to include the names of the classes, or only their number.
     """
 
     kind: str
@@ -43,32 +43,32 @@ class Describe(Method[None]):
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The one message."""
+        """The single job."""
         return (Job(JOB, last=0),)
 
     def init(self, params: Any) -> None:
-        """Nothing to begin with."""
+        """Return None; the method has no state."""
 
     def request(self, state: None) -> Request | None:
-        """The one message."""
+        """Return the single request."""
         return Request(0, {}, JOB)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """The description as text, apart from other sites'."""
-        found = describe(site.data, self.kind, self.classes, self.min_cell, self.named)
-        text = json.dumps(found, sort_keys=True).encode()
+        """Return the description as text, separate for each site."""
+        description = describe(site.data, self.kind, self.classes, self.min_cell, self.named)
+        text = json.dumps(description, sort_keys=True).encode()
         return Reply({PART: PerSite({site.name: {"text": torch.tensor(list(text), dtype=torch.uint8)}})}), memory
 
     def server_update(self, state: None, reply: Reply, server: Site) -> None:
-        """Nothing: who asked reads the reply."""
+        """Do nothing; the caller reads the reply."""
 
 
 def describe(
     data: Mapping[str, Examples], kind: str, classes: tuple[str, ...] = (), min_cell: int = 0, named: bool = False
 ) -> dict[str, Any]:
-    """The description of a site's ``data`` for a task of some ``kind``. A count that is left out is None.
+    """Describe a site's ``data`` for a task of the given ``kind``. An omitted count is None.
 
-    ``classes`` count as outputs in any case; their names are in it only if they are to be ``named``.
+    ``classes`` always count as outputs; their names are included only if ``named``.
     """
     shape = next((list(examples.shape) for examples in data.values() if len(examples)), [])
     labeled = {role: examples for role, examples in data.items() if role != "unlabeled" and len(examples)}
@@ -91,7 +91,7 @@ def describe(
 
 
 def hidden(counts: Sequence[int], min_cell: int) -> list[int | None]:
-    """``counts`` without the small ones; where only one is small, without another too, or the total would betray it."""
+    """Omit small counts. If only one is small, omit another one too, because the total would reveal it."""
     shown: list[int | None] = [None if 0 < count < min_cell else count for count in counts]
     if shown.count(None) == 1:
         others = [i for i, count in enumerate(shown) if count]
@@ -101,59 +101,58 @@ def hidden(counts: Sequence[int], min_cell: int) -> list[int | None]:
 
 
 def read_description(reply: Reply, site: str) -> dict[str, Any]:
-    """The description in what ``site`` replied.
+    """Read the description in the reply of ``site``.
 
     Raises:
-        Corrupt: Where it is not one.
+        Corrupt: If the reply holds no valid description.
     """
     leaf = reply.gather(PART).get(site, {}).get("text") if PART in reply.parts else None
     if leaf is None or leaf.dtype != torch.uint8 or leaf.ndim != 1 or leaf.numel() > MAX_TEXT:
         raise Corrupt(f"{site} sent no description of its data")
     try:
-        found = json.loads(bytes(leaf.tolist()))
-        return checked(found)
+        return checked(json.loads(bytes(leaf.tolist())))
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise Corrupt(f"{site}: its description cannot be read ({error})") from None
 
 
 def checked(found: Any) -> dict[str, Any]:
-    """``found``, if it is a description.
+    """Return ``found`` if it is a valid description.
 
     Raises:
-        ValueError: Where it is not.
+        ValueError: If it is not.
     """
     if not isinstance(found, dict) or found.keys() != {"inputs", "outputs", "classes", "roles"}:
         raise ConfigError("a description has inputs, outputs, classes and roles")
     if not all(type(n) is int and 0 < n < 2**20 for n in found["inputs"]) or len(found["inputs"]) not in (1, 3, 4):
-        raise ConfigError("inputs are the shape of an example")
+        raise ConfigError("inputs must be the shape of an example")
     if type(found["outputs"]) is not int or not 0 < found["outputs"] <= MOST:
-        raise ConfigError("outputs are counted")
+        raise ConfigError(f"outputs must be a number from 1 to {MOST}")
     if not all(isinstance(n, str) and len(n) <= 100 and n.isprintable() for n in found["classes"]):
-        raise ConfigError("classes are names")
+        raise ConfigError("classes must be names")
     for role, has in found["roles"].items():
         numbers = [has["patients"], has["examples"], *has["classes"]]
         if not role.isidentifier() or has.keys() != {"patients", "examples", "classes"}:
             raise ConfigError("a role has patients, examples and classes")
         if not all(n is None or (type(n) is int and 0 <= n < 2**40) for n in numbers):
-            raise ConfigError("counts are whole numbers")
+            raise ConfigError("counts must be whole numbers")
     return found
 
 
-def shape_of(said: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], int, list[str]]:
-    """What all sites' descriptions say together: an example's shape, the number of outputs, the classes' names.
+def shape_of(descriptions: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], int, list[str]]:
+    """Combine the descriptions of all sites: the shape of an example, the number of outputs, the class names.
 
     Raises:
-        ValueError: Where they disagree, naming who says what.
+        ValueError: If they disagree. The message lists each site's value.
     """
-    shapes = {site: tuple(found["inputs"]) for site, found in said.items()}
+    shapes = {site: tuple(description["inputs"]) for site, description in descriptions.items()}
     if len(set(shapes.values())) != 1:
-        told = "; ".join(f"{site}: {' x '.join(map(str, shape))}" for site, shape in sorted(shapes.items()))
-        why = "the sites' examples differ in shape, and one model takes one shape"
-        raise ConfigError(f"{why} ({told or 'no site said'}). Let them resize alike in data.toml")
-    outputs = max(found["outputs"] for found in said.values())
-    named = {tuple(found["classes"]): site for site, found in sorted(said.items()) if found["classes"]}
+        listed = "; ".join(f"{site}: {' x '.join(map(str, shape))}" for site, shape in sorted(shapes.items()))
+        why = "the sites' examples differ in shape, but a model needs a single shape"
+        raise ConfigError(f"{why} ({listed or 'no site answered'}). Set the same size in data.toml at each site")
+    outputs = max(description["outputs"] for description in descriptions.values())
+    named = {tuple(item["classes"]): site for site, item in sorted(descriptions.items()) if item["classes"]}
     if len(named) > 1:
-        told = "; ".join(f"{site}: {', '.join(names)}" for names, site in named.items())
-        raise ConfigError(f"the sites' classes differ, or stand in another order ({told})")
+        listed = "; ".join(f"{site}: {', '.join(names)}" for names, site in named.items())
+        raise ConfigError(f"the sites' classes differ, or are in another order ({listed})")
     names = list(next(iter(named))) if named else []
     return list(next(iter(shapes.values()))), outputs, names

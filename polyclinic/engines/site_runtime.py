@@ -1,4 +1,4 @@
-"""Doing one ask at one site, the same way in every engine: timed, repeatable to the bit, and never raising."""
+"""Execution of one request at one site, identical in every engine: timed, reproducible, and without exceptions."""
 
 import hashlib
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Done(NamedTuple):
-    """What came of one ask at one site. Without a reply, ``lost`` says why, and the memory is as it was."""
+    """Result of one request at one site. Without a reply, ``lost`` gives the reason and the site state is unchanged."""
 
     reply: Reply | None
     memory: Trees
@@ -33,7 +33,7 @@ class Done(NamedTuple):
 
 
 def minibatches(method: Any, site: Site) -> int:
-    """How many minibatches a round has at ``site``; 0 where no job of ``method`` depends on it."""
+    """Return the number of minibatches per round at ``site``; 0 if no job of ``method`` depends on it."""
     if not any(job.per_batch for job in method.jobs):
         return 0
     while not hasattr(method, "local"):
@@ -42,7 +42,7 @@ def minibatches(method: Any, site: Site) -> int:
 
 
 def marks_of(request: Request) -> dict[str, str]:
-    """A digest of each of the ask's trees by name, by which two asks are known to hold the same model."""
+    """Return a digest of each of the request's trees by name, to determine whether two requests hold the same model."""
     return {name[:200]: _digest(request.trees[name]) for name in marked(list(request.trees))}
 
 
@@ -56,7 +56,7 @@ def _digest(leaves: Tree) -> str:
 
 
 def work(method: Method[Any], request: Request, memory: Trees, site: Site, policy: Policy | None = None) -> Done:
-    """Does ``request`` at ``site``. Whatever goes wrong there is a reason, not an exception."""
+    """Execute ``request`` at ``site``. Any failure becomes a reason in the result, not an exception."""
     begun = time.perf_counter()
     try:
         with repeatable(site.device):
@@ -73,11 +73,11 @@ def work(method: Method[Any], request: Request, memory: Trees, site: Site, polic
 
 @contextmanager
 def repeatable(device: str = "cpu") -> Iterator[None]:
-    """Computes so that the same numbers give the same bits.
+    """Compute so that equal inputs give bit-identical results.
 
-    On a processor that is one thread, so that sums come in one order on every engine and machine size. On a GPU it is
-    the deterministic kernels; where PyTorch has none (3-D pooling, some interpolation), it takes another and the last
-    bits may differ from run to run.
+    On a CPU this uses one thread, so that the order of summation does not depend on the engine or machine. On a GPU it
+    uses deterministic kernels; if PyTorch has none (3-D pooling, some interpolation), it uses another, and the last
+    bits may differ between runs.
     """
     threads = torch.get_num_threads()
     if threads != 1:
@@ -95,7 +95,7 @@ def repeatable(device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic kernels on a GPU, and its own choice again afterwards."""
+    """Use PyTorch's deterministic GPU kernels within the context."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

@@ -1,1 +1,1 @@
-"""What is learned at one site: tasks, networks, training and objectives. Nothing here knows of federated learning."""
+"""Learning at one site: tasks, networks, training and objectives. Independent of federated learning."""

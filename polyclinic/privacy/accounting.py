@@ -1,14 +1,14 @@
-"""What privacy was spent, and what a wanted ε costs.
+"""Privacy accounting: the ε of given spends, and the noise for a wanted ε.
 
-The figure that is signed comes from privacy loss distributions, which are tight: Antti Koskela, Joonas Jälkö and Antti
-Honkela, "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020, https://arxiv.org/abs/1906.03049, as
-computed by Google's dp-accounting. Beside it stands Rényi's, an upper bound that is quick: Ilya Mironov, Kunal Talwar
-and Li Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism", 2019, https://arxiv.org/abs/1908.10530.
+The reported ε comes from privacy loss distributions, which are tight: Antti Koskela, Joonas Jälkö and Antti Honkela,
+"Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020, https://arxiv.org/abs/1906.03049, as computed
+by Google's dp-accounting. Rényi accounting gives a fast upper bound: Ilya Mironov, Kunal Talwar and Li Zhang, "Rényi
+Differential Privacy of the Sampled Gaussian Mechanism", 2019, https://arxiv.org/abs/1908.10530.
 
-Two data sets are adjacent if one has a unit more: a record, a patient, or a site, as each spend says; a site that is
-not there is one that sends zeros. Noise for a coarse unit also protects a finer one inside it, at twice the distance
-(``units``). Steps on Poisson samples are amplified, because who was sampled stays secret at the site. Which sites a
-round asked is no secret to the server, so a cohort amplifies nothing.
+Two data sets are adjacent if one has one more unit: a record, a patient, or a site, as each spend says; an absent site
+is one that sends zeros. Noise for a coarse unit also protects a finer one inside it, at twice the distance
+(``privacy_units``). Steps on Poisson samples are amplified, because the sample stays secret at the site. The server
+knows the sites of a round, so sampling of sites does not amplify.
 """
 
 import logging
@@ -25,50 +25,50 @@ from polyclinic.privacy.guarantee import Guarantee, described, guarantee, senten
 from polyclinic.privacy.privacy_units import UNITS, Cost, cost
 from polyclinic.privacy.replacement_accounting import loss_distribution
 
-# Of the discretized privacy loss: ε is exact to about as much, and never too small.
+# Discretization intervals of the privacy loss: ε is accurate to about this much, and never too small.
 INTERVALS = {"pld": 1e-4, "coarse": 1e-3}
 HUGE = 100.0
 
 
 class BadPlan(ConfigError):
-    """A budget that cannot be kept, or planned, as it was asked for."""
+    """A privacy budget or plan with invalid or unattainable values."""
 
 
 def epsilon(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> float:
-    """ε at ``delta`` of all ``spends`` together, by privacy loss distributions; infinite for a spend without noise.
+    """Compute ε at ``delta`` of all ``spends`` by privacy loss distributions; infinite for a spend without noise.
 
-    Beyond ``HUGE`` it is the bound of ``epsilon_rdp``: nobody signs such a figure, and a tight one takes memory in
-    proportion to it.
+    Above ``HUGE`` the result is the bound of ``epsilon_rdp``: such an ε is of no practical use, and computing a tight
+    one takes memory in proportion to it.
 
     Args:
-        spends: What was spent.
+        spends: The privacy costs.
         delta: δ.
-        unit: For whom to count. If it is left out, all spends must protect the same.
+        unit: The unit of protection. If omitted, all spends must protect the same unit.
 
     Raises:
-        ValueError: If no ``unit`` is given and the spends protect different ones, whose ε do not add up; if a spend
-            protects only something finer than ``unit``; or if ``delta`` is no probability.
+        ValueError: If no ``unit`` is given and the spends protect different units, whose ε do not add up; if a spend
+            protects only a finer unit than ``unit``; or if ``delta`` is not a probability.
     """
     return _epsilon(_costs(spends, unit), _checked(delta), "pld")
 
 
 def epsilon_rdp(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> float:
-    """The same by Rényi divergences: quicker, and 7 to 35 per cent larger.
+    """Compute ε by Rényi divergences, which is faster than ``epsilon`` and gives 7 to 35 percent larger values.
 
-    For a unit inside one that was sampled, from privacy loss distributions on a coarse grid instead.
+    For a unit inside a sampled one, uses privacy loss distributions on a coarse grid instead.
     """
     return _epsilon(_costs(spends, unit), _checked(delta), "rdp")
 
 
 class Statement(NamedTuple):
-    """An ε with all that it means nothing without.
+    """An ε with the information needed to interpret it.
 
     Attributes:
-        epsilon: By privacy loss distributions.
-        epsilon_rdp: By Rényi divergences.
+        epsilon: ε by privacy loss distributions.
+        epsilon_rdp: ε by Rényi divergences.
         delta: δ.
-        unit: Who is protected.
-        spends: What was spent, for the unit that each spend was calibrated to.
+        unit: The unit of protection.
+        spends: The privacy costs, for the unit to which each was calibrated.
     """
 
     epsilon: float
@@ -79,36 +79,37 @@ class Statement(NamedTuple):
 
     @property
     def guarantee(self) -> Guarantee:
-        """Whom it protects, and what is assumed."""
+        """The unit of protection and the assumptions."""
         return guarantee(self.spends, self.unit)
 
     def __str__(self) -> str:
-        """For run, report and journal: ε with its unit, its adjacency, its assumptions, and what it was spent on."""
+        """Return ε with its unit, adjacency, assumptions and costs, for run, report and journal."""
         steps = "; ".join(described(spend, self.unit) for spend in self.spends) or "nothing was released"
-        whom = self.guarantee
+        guarantee = self.guarantee
         how = f", by PLD; {self.epsilon_rdp:.3f} by RDP: {steps}"
-        return sentence(f"{self.epsilon:.3f}", f"{self.delta:g}", self.unit, whom.adjacency, whom.assumptions, how)
+        adjacency, assumptions = guarantee.adjacency, guarantee.assumptions
+        return sentence(f"{self.epsilon:.3f}", f"{self.delta:g}", self.unit, adjacency, assumptions, how)
 
 
 def statement(spends: Iterable[Spend], delta: float, unit: Unit | None = None) -> Statement:
-    """What ``spends`` come to for every ``unit``; by default the one that all of them protect, and a site if none."""
+    """Compute the privacy of ``spends`` for ``unit``; by default the unit that all protect, or a site if none."""
     grouped = _grouped(spends)
     unit = unit or (_only_unit(grouped) if grouped else "site")
     return Statement(epsilon(grouped, delta, unit), epsilon_rdp(grouped, delta, unit), delta, unit, grouped)
 
 
 class Plan(NamedTuple):
-    """Noise for a wanted ε.
+    """Noise that attains a wanted ε.
 
     Attributes:
-        noise: The multiplier σ to set, rounded up.
-        epsilon: What it gives.
-        epsilon_rdp: What Rényi's bound would say.
+        noise: The noise multiplier σ, rounded up.
+        epsilon: The resulting ε.
+        epsilon_rdp: The bound on ε by Rényi divergences.
         delta: δ.
         rate: q.
-        rounds: How many rounds.
-        steps: How many steps in all.
-        deviation: Of the noise on a mean update's coordinate, in units of the bound: what it costs in accuracy.
+        rounds: Number of rounds.
+        steps: Total number of steps.
+        deviation: Standard deviation of the noise on a coordinate of the mean update, in units of the bound.
     """
 
     noise: float
@@ -122,18 +123,18 @@ class Plan(NamedTuple):
 
 
 def plan(epsilon: float, delta: float, rate: float, rounds: int, *, steps: int = 1, batch: float = 1.0) -> Plan:
-    """The least noise with which ``rounds`` rounds stay within ``epsilon``.
+    """Find the least noise with which ``rounds`` rounds stay within ``epsilon``.
 
     Args:
         epsilon: The wanted ε, above 0.
-        delta: δ, below one in the number of protected units.
-        rate: q, the share of units in a step; 1 for whole sites.
-        rounds: How many rounds.
-        steps: Steps of training in a round.
-        batch: The expected batch, in units, or the number of sites in a sum: the noise is divided by it.
+        delta: δ, less than one over the number of protected units.
+        rate: q, the fraction of units in a step; 1 for whole sites.
+        rounds: Number of rounds.
+        steps: Training steps per round.
+        batch: The expected batch size in units, or the number of sites in a sum: the noise is divided by it.
 
     Raises:
-        BadPlan: Where an argument is out of range; the message lists them all.
+        BadPlan: If an argument is out of range. The message lists every problem.
     """
     problems = [] if 0 < epsilon < math.inf else [f"epsilon must be above 0, not {epsilon}"]
     problems += [] if 0 < delta < 1 else [f"delta must be between 0 and 1, not {delta}"]
@@ -149,33 +150,15 @@ def plan(epsilon: float, delta: float, rate: float, rounds: int, *, steps: int =
     )
 
 
-def rounds_within(epsilon: float, delta: float, noise: float, rate: float, *, steps: int = 1) -> int:
-    """How many rounds of ``steps`` steps stay within ``epsilon``; 0 where not even one does."""
-
-    def fits(rounds: int) -> bool:
-        costs = _costs([Spend(noise, rate, rounds * steps)], None)
-        return any(_epsilon(costs, _checked(delta), by) <= epsilon for by in ("rdp", "pld"))  # the quick one first
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high < 2**24 and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def curve(
     epsilons: Sequence[float], delta: float, rate: float, rounds: int, *, steps: int = 1, batch: float = 1.0
 ) -> list[Plan]:
-    """A plan for each ε: how much noise, and with it accuracy, each costs."""
+    """Compute a plan for each ε, for the trade-off between privacy and noise."""
     return [plan(wanted, delta, rate, rounds, steps=steps, batch=batch) for wanted in epsilons]
 
 
 def _least_noise(wanted: float, delta: float, rate: float, steps: int) -> float:
-    """The noise whose ε is ``wanted``, or at most a thousandth less."""
+    """Return the noise whose ε is at most ``wanted`` and at least 99.9 percent of it."""
 
     def at(noise: float, by: str) -> float:
         return _epsilon(_costs([Spend(noise, rate, steps)], None), delta, by)
@@ -184,16 +167,16 @@ def _least_noise(wanted: float, delta: float, rate: float, steps: int) -> float:
     while at(high, "rdp") > wanted:
         high *= 2
         if high > 2**20:
-            raise BadPlan(f"no noise makes {steps} steps as private as ε = {wanted:g} at δ = {delta:g}")
-    if wanted > 0.1:  # a tenth of the time finds where to look; it is never too small either
+            raise BadPlan(f"no noise gives {steps} steps ε = {wanted:g} at δ = {delta:g}")
+    if wanted > 0.1:  # a coarse search takes a tenth of the time; its noise is never too small either
         high = _narrowed(lambda noise: at(noise, "coarse"), wanted, high, 0.7)
     return math.ceil(_narrowed(lambda noise: at(noise, "pld"), wanted, high, 0.98) * 1e4) / 1e4
 
 
 def _narrowed(at: Callable[[float], float], wanted: float, high: float, by: float) -> float:
-    """Noise with ``at`` of it at most ``wanted``, or a thousandth less; of ``high`` it is at most ``wanted``.
+    """Return noise whose ε, ``at(noise)``, is at most ``wanted`` and at least 99.9 percent of it. ``high`` suffices.
 
-    Steps down by the factor ``by`` until ε is too large, and closes in from there.
+    Reduces the noise by the factor ``by`` until ε is too large, then interpolates.
     """
     safe = at(high)
     if safe >= 0.999 * wanted:
@@ -203,18 +186,18 @@ def _narrowed(at: Callable[[float], float], wanted: float, high: float, by: floa
     for _ in range(30):
         if safe >= 0.999 * wanted:
             break
-        # ln ε is nearly a line in ln σ; step a little short of it, so that both ends close in
+        # ln ε is nearly linear in ln σ; aim slightly below the target, so that both ends converge
         share = (math.log(loose) - math.log(wanted * 0.9995)) / (math.log(loose) - math.log(safe))
         middle = low * (high / low) ** min(max(share, 0.02), 0.98)
-        if (found := at(middle)) <= wanted:
-            high, safe = middle, found
+        if (value := at(middle)) <= wanted:
+            high, safe = middle, value
         else:
-            low, loose = middle, found
+            low, loose = middle, value
     return high
 
 
 def _grouped(spends: Iterable[Spend]) -> tuple[Spend, ...]:
-    """Steps of the same kind, counted together, in a fixed order."""
+    """Combine steps of the same kind, in a fixed order."""
     counts: Counter[Spend] = Counter()
     for spend in spends:
         counts[spend._replace(steps=1)] += spend.steps
@@ -224,19 +207,19 @@ def _grouped(spends: Iterable[Spend]) -> tuple[Spend, ...]:
 def _only_unit(grouped: Sequence[Spend]) -> Unit:
     if len(units := sorted({spend.unit for spend in grouped})) > 1:
         raise ConfigError(
-            f"these spends protect different units ({', '.join(units)}), and their ε do not add up: say "
-            "for which unit to count them"
+            f"these spends protect different units ({', '.join(units)}), and their ε do not add up: specify the "
+            "unit for which to count them"
         )
     return grouped[0].unit
 
 
 def _costs(spends: Iterable[Spend], unit: Unit | None) -> tuple[Cost, ...]:
-    """What the spends cost one ``unit``, those of the same kind counted together, in a fixed order."""
+    """Return the costs of the spends for one ``unit``, those of the same kind combined, in a fixed order."""
     grouped = _grouped(spends)
-    whom = unit or (_only_unit(grouped) if grouped else UNITS[-1])
+    protected = unit or (_only_unit(grouped) if grouped else UNITS[-1])
     counts: Counter[Cost] = Counter()
     for spend in grouped:
-        counts[cost(spend, whom)._replace(steps=1)] += spend.steps
+        counts[cost(spend, protected)._replace(steps=1)] += spend.steps
     return tuple(sorted(one._replace(steps=n) for one, n in counts.items()))
 
 
@@ -264,7 +247,7 @@ def _epsilon(costs: tuple[Cost, ...], delta: float, by: str) -> float:
 
 
 def _without_sampling(costs: Iterable[Cost], delta: float) -> float:
-    """A bound in closed form: all steps as one of normal noise, on everyone (Mironov 2017, proposition 3)."""
+    """Return a closed-form bound: all steps as one Gaussian step without sampling (Mironov 2017, proposition 3)."""
     mu = math.sqrt(sum(one.steps / one.multiplier**2 for one in costs))
     return mu * mu / 2 + mu * math.sqrt(2 * math.log(1 / delta))
 
@@ -282,7 +265,7 @@ def _renyi(costs: Iterable[Cost], delta: float) -> float:
 
 
 def _tight(costs: Iterable[Cost], delta: float, interval: float) -> float:
-    """By privacy loss distributions of Gaussian steps; each is discretized from above."""
+    """Compute ε by privacy loss distributions of Gaussian steps; each is discretized pessimistically."""
     distributions = _library().pld.privacy_loss_distribution
     total = distributions.identity(interval)
     for one in costs:
@@ -297,7 +280,7 @@ def _tight(costs: Iterable[Cost], delta: float, interval: float) -> float:
                 sampling_prob=one.rate,
                 neighboring_relation=_library().NeighboringRelation.ADD_OR_REMOVE_ONE,
             ).self_compose(one.steps)
-        else:  # so many steps are one, with less noise
+        else:  # composed Gaussian steps equal one step with less noise
             loss = distributions.from_gaussian_mechanism(
                 one.multiplier / one.steps**0.5,
                 value_discretization_interval=interval,
@@ -320,7 +303,7 @@ def _library() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a warning for each order that does not converge; it is left out, which makes ε larger."""
+    """Suppress the warnings for orders that do not converge; omitting these only makes ε larger."""
     log = logging.getLogger("absl")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A site's policy for privacy: nothing leaves that was not paid for."""
+"""Privacy policy of a site: every reply is charged to a privacy budget before it leaves."""
 
 from typing import Any
 
@@ -15,36 +15,36 @@ SCORES = ("score/val", "score/test")
 
 
 class Budget:
-    """Pays from a ledger for every reply, before it leaves.
+    """Charges a ledger for every reply before it leaves.
 
-    It does not ask a method what it claims. What ran at this site told the meter what noise it added; a reply whose job
-    spent nothing is refused, with every part named. That a job which did spend sends nothing else is what the release
-    audit shows of the method beforehand (``engines.policy.coverage``).
+    The charge does not depend on declarations of the method. Code at this site meters the noise that it adds; a reply
+    whose job spent nothing is refused, with its parts named. The release audit shows beforehand that a job with noise
+    sends nothing else (``engines.policy.coverage``).
     """
 
     def __init__(self, ledger: Ledger, free: tuple[str, ...] = SCORES) -> None:
-        """Pays from ``ledger``.
+        """Charge replies to ``ledger``.
 
         Args:
-            ledger: The budget.
-            free: Evaluation jobs, by their whole names, whose replies are allowed without payment. They show counts and
-                scores. An empty tuple refuses these, too.
+            ledger: The ledger of the budget.
+            free: Evaluation jobs, by their full names, whose replies are allowed without a charge. These contain counts
+                and scores. An empty tuple refuses them, too.
         """
         self.ledger, self.free = ledger, free
         self._counting: Any = None
         self._spent: list[Spend] = []
 
     def admit(self, method: Method[Any], request: Request, site: Site) -> None:
-        """Begins to count."""
+        """Start metering."""
         self._stop()
         self._counting = metered()
         self._spent = self._counting.__enter__()
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Pays for what was counted, before the reply leaves.
+        """Charge what was metered, before the reply leaves.
 
         Raises:
-            Refused: If nothing was counted, or the budget is used up.
+            Refused: If nothing was metered, or the budget is exhausted.
         """
         spent = self._spent
         self._stop()
@@ -52,8 +52,8 @@ class Budget:
             return
         if not spent:
             raise Refused(
-                f"this site releases only what noise protects, and the job {request.job!r} added none: train "
-                "with DPSGD, or send the method through Clip and Gaussian. What would have left: "
+                f"this site releases only values protected by noise, and the job {request.job!r} added none: train "
+                "with DPSGD, or send the method through Clip and Gaussian. The reply contains "
                 f"{', '.join(sorted(reply.parts))}"
             )
         try:
@@ -62,7 +62,7 @@ class Budget:
             raise Refused(str(reason)) from reason
 
     def _is_free(self, method: Method[Any], request: Request, reply: Reply) -> bool:
-        """Whether this is an evaluation, by who answers and with what, and not by the name of a job alone."""
+        """Return whether this is an evaluation, by the answering class and its parts, not by the job name alone."""
         return request.job in self.free and _evaluates(method) and set(reply.parts) == {request.job.partition("/")[0]}
 
     def _stop(self) -> None:
@@ -72,7 +72,7 @@ class Budget:
 
 
 def _evaluates(method: Any) -> bool:
-    """Whether evaluation jobs are answered by the library's own evaluation: a method could answer with anything."""
+    """Return whether the library's own evaluation answers evaluation jobs, rather than the method itself."""
     while method is not None:
         if isinstance(method, Evaluated):
             return True

@@ -1,4 +1,4 @@
-"""What an ε says, to whom, and what is assumed: worded here, once, for terminal, report, journal and record."""
+"""Wording of privacy guarantees and their assumptions, shared by terminal, report, journal and record."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ COVERS = "training data only: scores of validation and test patients that a site
 
 
 class Guarantee(NamedTuple):
-    """Whom an ε protects.
+    """The unit and assumptions of an ε.
 
     Attributes:
-        unit: Who is protected.
-        inside: The coarser units, ``patient`` or ``site``, that noise was calibrated to and inside which ``unit`` lies.
+        unit: The unit of protection.
+        inside: The coarser units, ``patient`` or ``site``, to which noise was calibrated and which contain ``unit``.
         exact: Whether some noise was calibrated to ``unit`` itself.
-        share: The largest number of sites whose noise a sum counts on; 1 if each site adds all of it.
-        sampled: Whether steps on Poisson samples are among what was spent.
+        share: The largest number of sites whose noise a sum requires; 1 if each site adds all of it.
+        sampled: Whether the spends include steps on Poisson samples.
     """
 
     unit: str
@@ -28,36 +28,36 @@ class Guarantee(NamedTuple):
 
     @property
     def adjacency(self) -> str:
-        """Which two data sets ε compares."""
+        """The adjacency relation of the data sets that ε compares."""
         if self.inside and not self.exact:
             return f"replace, add or remove one {self.unit} inside a {' or '.join(self.inside)} that takes part"
         return f"add or remove one {self.unit}"
 
     @property
     def assumptions(self) -> tuple[str, ...]:
-        """What must hold besides: a clause each."""
-        found = [f"the number of {self.unit}s counts as public"]
+        """The assumptions, one clause each."""
+        assumptions = [f"the number of {self.unit}s counts as public"]
         if self.sampled:
-            found.append("who is in a Poisson sample stays secret")
+            assumptions.append("who is in a Poisson sample stays secret")
         if self.share > 1:
-            found.append(
+            assumptions.append(
                 f"each sum holds the noise of at least {self.share} sites that keep it secret; with k of them working "
                 f"with the server the noise is that of {self.share} - k"
             )
-        return tuple(found)
+        return tuple(assumptions)
 
     @property
     def short(self) -> str:
-        """Behind an ε on one line."""
+        """The unit and adjacency, to follow an ε on one line."""
         return f"per {self.unit} ({self.adjacency})"
 
     def facts(self) -> dict[str, Any]:
-        """For records and journals."""
+        """Return the guarantee as plain values for records and journals."""
         return {"unit": self.unit, "adjacency": self.adjacency, "assumes": list(self.assumptions)}
 
 
 def guarantee(spends: Iterable[Spend], unit: Unit) -> Guarantee:
-    """Whom ``spends`` protect if they are counted for one ``unit``."""
+    """Return the guarantee of ``spends`` for one ``unit``."""
     given = list(spends)
     units = {spend.unit for spend in given}
     return Guarantee(
@@ -70,10 +70,10 @@ def guarantee(spends: Iterable[Spend], unit: Unit) -> Guarantee:
 
 
 def described(spend: Spend, unit: Unit) -> str:
-    """What was spent, and what it counts as for one ``unit``.
+    """Describe a spend, and its equivalent for one ``unit``.
 
     Raises:
-        ValueError: If it protects only something finer.
+        ValueError: If it protects only a finer unit.
     """
     counted, plural = cost(spend, unit), "" if spend.steps == 1 else "s"
     if spend.pure:
@@ -87,22 +87,22 @@ def described(spend: Spend, unit: Unit) -> str:
 
 
 def sentence(epsilon: str, delta: str, unit: str, adjacency: str, assumes: Iterable[str], how: str = "") -> str:
-    """One sentence that an ε may stand in, and the two that belong to it.
+    """Return a sentence with an ε, followed by its assumptions and coverage.
 
     Args:
-        epsilon: ε, as text that is rounded up.
-        delta: δ, as text.
-        unit: Who is protected.
-        adjacency: Which two data sets are compared.
-        assumes: What must hold besides.
-        how: How it was computed, and from what.
+        epsilon: ε as text, rounded up.
+        delta: δ as text.
+        unit: The unit of protection.
+        adjacency: The adjacency relation.
+        assumes: The assumptions.
+        how: How ε was computed, and from what.
     """
     text = f"ε = {epsilon} at δ = {delta} for every {unit} (adjacency: {adjacency}){how}."
     return f"{text} {_besides(assumes)}"
 
 
 def meaning(unit: str, adjacency: str, assumes: Iterable[str]) -> str:
-    """The same without a number, for below a table of several."""
+    """Return the sentences without a number, for use below a table."""
     return f"ε is for every {unit} (adjacency: {adjacency}). {_besides(assumes)}"
 
 

@@ -1,13 +1,13 @@
-"""The privacy budget of one data set at one site, on the site's own disk.
+"""Ledger of the privacy budget of one data set at one site, on the site's disk.
 
-What a release costs is written, and forced to the disk, before it leaves. So after a crash at any moment the ledger
-has counted at least what was released: perhaps a spend too many, never one too few. Every entry is bound to all before
-it, and a second file holds the last entry's hash, so that neither a changed line nor a missing end goes unnoticed.
-Whoever can write here can replace both files by older ones, or delete them. Only a copy of the ledger's head that is
-kept elsewhere shows that (``knows``): a site keeps one beside its ledgers, a run one in each of its records.
+The cost of a release is written and forced to the disk before the release. After a crash at any moment the ledger
+therefore includes at least all releases: possibly a spend too many, never one too few. Every entry is bound to all
+earlier ones, and a second file holds the last entry's hash, so that a changed line or a missing end is detected. A
+person with write access can replace both files by older ones, or delete them. This is detected only with a copy of the
+ledger's head in another place (``knows``): a site stores one next to its ledgers, a run one in each of its records.
 
-Entries hold spends as they were released, for the unit that their noise was calibrated to; what they cost the unit of
-the budget is computed when they are read.
+Entries hold spends as they were released, for the unit to which their noise was calibrated; their cost for the budget's
+unit is computed on reading.
 """
 
 import math
@@ -29,31 +29,31 @@ BEGINNING = b'{"seq":0,"event":"budget",'
 
 
 class Exhausted(PolicyRefusal, RuntimeError):
-    """The budget does not allow what was asked. Nothing was spent and nothing may leave."""
+    """The budget does not allow a release. Nothing was spent and nothing may leave."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """A budget and what was spent of it. Safe with several processes at once: each takes its turn.
+    """A budget and its spends. Safe for concurrent processes, which use a lock.
 
     Attributes:
-        path: The file of entries, JSON lines. Beside it lie ``.head`` and ``.lock``.
+        path: The file of entries, JSON lines. ``.head`` and ``.lock`` are next to it.
     """
 
     path: Path
 
     def begin(self, *, site: str, data: str, unit: str, epsilon: float, delta: float) -> None:
-        """Makes the ledger.
+        """Create the ledger.
 
         Args:
-            site: Whose it is.
-            data: The data set's name.
-            unit: Who is protected: ``record``, ``patient`` or ``site``.
-            epsilon: The budget, for ever.
-            delta: δ, below one in the number of units.
+            site: Name of the site.
+            data: Name of the data set.
+            unit: The unit of protection: ``record``, ``patient`` or ``site``.
+            epsilon: The budget, without expiry.
+            delta: δ, less than one over the number of units.
 
         Raises:
-            ValueError: If there is one already, or another file, or the budget makes no sense.
+            ValueError: If the ledger or another file already exists, or the budget is invalid.
         """
         if not (0 < epsilon < math.inf and 0 < delta < 1 and unit in UNITS):
             raise ConfigError(
@@ -61,16 +61,16 @@ class Ledger:
             )
         with locked(self.lock):
             if self.path.exists() and not _begins_as_one(self.path):
-                raise ValueError(f"{self.path}: another file is in the place of the ledger")
+                raise ValueError(f"{self.path}: another file exists in the place of the ledger")
             if self.begun:
-                raise ConfigError(f"{self.path}: there is a ledger already, and a budget does not begin anew")
+                raise ConfigError(f"{self.path}: the ledger already exists, and a budget cannot be reset")
             self._append("budget", {"site": site, "data": data, "unit": unit, "epsilon": epsilon, "delta": delta})
 
     def raise_budget(self, epsilon: float, reason: str) -> None:
-        """Sets another budget, as a person decided; who and why stays in the ledger.
+        """Set another budget by a person's decision, which is recorded with its reason in the ledger.
 
         Raises:
-            ValueError: Where no reason is given.
+            ValueError: If the budget is invalid or no reason is given.
         """
         if not reason.strip() or not 0 < epsilon < math.inf:
             raise ConfigError("a new budget needs a finite epsilon above 0 and a reason")
@@ -79,18 +79,18 @@ class Ledger:
             self._append("raised", {"epsilon": epsilon, "reason": reason})
 
     def reserve(self, spends: Iterable[Spend], about: Mapping[str, Any] | None = None) -> float:
-        """Spends, before anything is released. When this returns, the spend is on the disk.
+        """Spend before a release. When this returns, the spend is on the disk.
 
         Args:
-            spends: What the release costs.
-            about: What it is for, such as run and round. No names, no paths.
+            spends: The cost of the release.
+            about: Its purpose, such as run and round. No personal names, no paths.
 
         Returns:
-            What was spent in all, this included: Rényi's ε, which is quick and a little too large. ``spent`` says more.
+            The total ε including this spend, by Rényi accounting: fast and slightly too large. See also ``spent``.
 
         Raises:
-            Exhausted: Where it would exceed the budget. Nothing was spent.
-            Broken: Where the ledger was changed or cut, or is missing.
+            Exhausted: If it would exceed the budget. Nothing is spent.
+            Broken: If the ledger was changed or truncated, or is missing.
         """
         given = list(spends)
         with locked(self.lock):
@@ -100,25 +100,25 @@ class Ledger:
         return quick
 
     def check(self, spends: Iterable[Spend]) -> None:
-        """Whether ``reserve`` would allow it now. Nothing is spent.
+        """Check that ``reserve`` would allow the spends now. Nothing is spent.
 
         Raises:
             Exhausted: If it would not.
-            Broken: If the ledger was changed or cut, or is missing.
+            Broken: If the ledger was changed or truncated, or is missing.
         """
         given = list(spends)
         with locked(self.lock):
             self._affordable(*self._read(self._entries()), given)
 
     def _affordable(self, budget: dict[str, Any], before: list[Spend], given: list[Spend]) -> tuple[list[Spend], float]:
-        """Those of the ``given`` spends that are paid for, and Rényi's ε with them."""
+        """Return those of the ``given`` spends that are charged, and the Rényi ε that includes them."""
         name, unit, delta = self.path.name, budget["unit"], budget["delta"]
         if wrong := [problem for spend in given for problem in problems(spend)]:
             raise Exhausted(f"{name}: this release cannot be accounted for, so nothing leaves: {'; '.join(wrong)}")
         if not (chosen := payable(given, unit)):
-            raise Exhausted(f"{name}: this budget protects every {unit}, and nothing in what was asked does")
+            raise Exhausted(f"{name}: this budget protects every {unit}, which nothing in this release does")
         total = [*before, *chosen]
-        # Rényi's bound is never too small, so if it fits, so does the other
+        # Rényi accounting never gives too small an ε, so if it fits, the tight ε fits as well.
         if (quick := epsilon_rdp(total, delta, unit)) > budget["epsilon"]:
             after = epsilon(total, delta, unit)
             if not after <= budget["epsilon"]:
@@ -131,65 +131,65 @@ class Ledger:
         return chosen, quick
 
     def spent(self) -> Statement:
-        """What was spent so far.
+        """Compute what was spent so far.
 
         Raises:
-            Broken: Where the ledger was changed or cut, or is missing.
+            Broken: If the ledger was changed or truncated, or is missing.
         """
         with locked(self.lock):
             budget, spends = self._read(self._entries())
         return statement(spends, budget["delta"], budget["unit"])
 
     def spends(self) -> tuple[Spend, ...]:
-        """What was spent, release by release, each for the unit that its noise was calibrated to.
+        """Return the spends, release by release, each for the unit to which its noise was calibrated.
 
         Raises:
-            Broken: Where the ledger was changed or cut, or is missing.
+            Broken: If the ledger was changed or truncated, or is missing.
         """
         with locked(self.lock):
             return tuple(self._read(self._entries())[1])
 
     def budget(self) -> dict[str, Any]:
-        """``site``, ``data``, ``unit``, ``epsilon`` and ``delta``."""
+        """Return ``site``, ``data``, ``unit``, ``epsilon`` and ``delta``."""
         with locked(self.lock):
             return self._read(self._entries())[0]
 
     def head(self) -> str:
-        """The hash of the last entry. Kept elsewhere, it proves that nothing was taken away."""
+        """Return the hash of the last entry. A copy in another place reveals removed entries."""
         with locked(self.lock):
             return str(list(self._entries())[-1]["hash"])
 
     def knows(self, head: str) -> bool:
-        """Whether ``head``, which was kept elsewhere, is one of this ledger's: if not, it was replaced or rolled back.
+        """Return whether the ledger contains ``head``, an earlier head; if not, it was replaced or rolled back.
 
         Raises:
-            Broken: If the ledger was changed or cut, or is missing.
+            Broken: If the ledger was changed or truncated, or is missing.
         """
         with locked(self.lock):
             return any(entry["hash"] == head for entry in self._entries())
 
     def note_members(self, details: Mapping[str, Any]) -> None:
-        """Binds the list of whose data these are, which is kept in another file, to the chain. See ``members``."""
+        """Bind the list of the data that the ledger counts, which is in another file, to the chain. See ``members``."""
         with locked(self.lock):
             self._read(self._entries())
             self._append("members", details)
 
     def members(self) -> dict[str, Any] | None:
-        """What ``note_members`` said last; None if it never did."""
+        """Return the details of the last ``note_members``; None if there was none."""
         with locked(self.lock):
-            found = [entry for entry in self._entries() if entry["event"] == "members"]
-        return found[-1] if found else None
+            bound = [entry for entry in self._entries() if entry["event"] == "members"]
+        return bound[-1] if bound else None
 
     @property
     def begun(self) -> bool:
-        """Whether there is a ledger. A first line that a crash has torn was never acknowledged, and is none."""
+        """Whether the ledger exists. An incomplete first line was never acknowledged and does not count."""
         if self._head.exists() or not self.path.exists():
             return self._head.exists()
         return b"\n" in self.path.read_bytes()
 
     @property
     def lock(self) -> Path:
-        """The file by which processes take turns."""
+        """The lock file of concurrent processes."""
         return self.path.with_name(self.path.name + ".lock")
 
     @property
@@ -197,31 +197,32 @@ class Ledger:
         return self.path.with_name(self.path.name + ".head")
 
     def _entries(self) -> Iterator[dict[str, Any]]:
-        """All entries, once it is certain that none was changed and none is missing at the end.
+        """Yield all entries after verifying that none was changed and none is missing at the end.
 
-        An entry without its head is a crash between the two writes: it counts. A head without its entry is a cut.
+        An entry without its head results from a crash between the two writes, and counts. A head without its entry is a
+        truncation.
         """
         if not self.path.exists():
             raise Broken(
                 f"{self.path}: the ledger is missing"
                 + (
-                    ", though its head is here: nothing can be released. Restore it from a copy"
+                    ", although its head exists: nothing can be released. Restore it from a copy"
                     if self._head.exists()
-                    else ": begin one, with the budget that this site allows"
+                    else ": create one with the budget that this site allows"
                 )
             )
         if not _begins_as_one(self.path):
             raise Broken(f"{self.path}: this is not a ledger: its first line sets no budget")
-        Journal(self.path).close()  # cuts off a torn last line: it was never acknowledged, so nothing was released
+        Journal(self.path).close()  # removes an incomplete last line, which was never acknowledged
         entries = list(verify(self.path))
         known = self._head.read_text().strip() if self._head.exists() else FIRST
         if not entries or known not in ([FIRST] if len(entries) == 1 else []) + [e["hash"] for e in entries[-2:]]:
             raise Broken(
-                f"{self.path}: the ledger and its head do not agree, so entries were taken away, or the head "
-                "was: nothing can be released. Restore both from a copy"
+                f"{self.path}: the ledger and its head do not agree: entries or the head were removed, so nothing "
+                "can be released. Restore both from a copy"
             )
         if known != entries[-1]["hash"]:
-            write_bytes(self._head, entries[-1]["hash"].encode() + b"\n")  # what the crash kept from being done
+            write_bytes(self._head, entries[-1]["hash"].encode() + b"\n")  # the write that a crash interrupted
         yield from entries
 
     def _read(self, entries: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], list[Spend]]:
@@ -238,7 +239,7 @@ class Ledger:
                 case "spend" if budget:
                     spends += [self._spend(spend, budget["unit"]) for spend in entry["spends"]]
                 case event:
-                    raise Broken(f"{self.path}: {event!r} is not an entry of a ledger, or not in its place")
+                    raise Broken(f"{self.path}: {event!r} is not a valid ledger entry, or is out of order")
         return budget, spends
 
     def _append(self, event: str, details: Mapping[str, Any]) -> None:
@@ -250,22 +251,22 @@ class Ledger:
         write_bytes(self._head, head.encode() + b"\n")
 
     def _spend(self, given: dict[str, Any], unit: Unit) -> Spend:
-        """A spend as it was written."""
+        """Read a spend from an entry."""
         try:
-            found = Spend(**given)
-            wrong = problems(found)
+            spend = Spend(**given)
+            wrong = problems(spend)
         except TypeError as error:
-            found, wrong = Spend(0.0), [str(error)]
-        if not wrong and not payable([found], unit):
+            spend, wrong = Spend(0.0), [str(error)]
+        if not wrong and not payable([spend], unit):
             wrong = [f"it does not protect a {unit}"]
         if wrong:
             raise Broken(f"{self.path}: an entry cannot be accounted for: {'; '.join(wrong)}")
-        return found
+        return spend
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """While no other process holds the lock file at ``path``.
+    """Hold the lock file at ``path`` exclusively within the context.
 
     Raises:
         OSError: If this system has no file locks.
@@ -286,6 +287,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _begins_as_one(path: Path) -> bool:
-    """Whether the file could be a ledger, so that nothing is cut off another. A first line may be torn."""
+    """Return whether the file can be a ledger, so that no other file is modified. Its first line may be incomplete."""
     with path.open("rb") as opened:
         return BEGINNING.startswith(opened.read(len(BEGINNING)))

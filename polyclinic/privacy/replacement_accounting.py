@@ -1,17 +1,17 @@
-"""The privacy loss of a unit that is replaced inside a Poisson-sampled one.
+"""Privacy loss of a unit that is replaced inside a Poisson-sampled one.
 
-``units`` bounds one step: for ε >= 0 the hockey-stick divergence, in both directions, is at most
+``privacy_units`` bounds one step: for ε >= 0 the hockey-stick divergence, in both directions, is at most
 
     f(ε) = q · δ(log(1 + (exp(ε) - 1) / q)),    δ(ε) = Φ(μ/2 - ε/μ) - exp(ε) Φ(-μ/2 - ε/μ),    μ = 2C / deviation.
 
-A bound for ε >= 0 alone does not compose. But a divergence at ε < 0 is one at -ε with the two outputs exchanged,
-H_ε(P, P') = 1 - exp(ε) + exp(ε) H_-ε(P', P), so that f bounds it as well, and the two halves together are the privacy
-profile of a pair of distributions that dominates every step in both directions (Yuqing Zhu, Jinshuo Dong and Yu-Xiang
-Wang, "Optimal Accounting of Differential Privacy via Characteristic Function", AISTATS 2022, https://arxiv.org/abs/2106.08567,
-propositions 8 and 10, theorem 11). Composing the *remove* pair at distance 2C would not be enough: its loss is bounded
-below by log(1 - q), and that of a replaced unit is not. See also Christian Lebeda, Matthew Regehr, Gautam Kamath and
-Thomas Steinke, "Avoiding Pitfalls for Privacy Accounting of Subsampled Mechanisms under Composition", 2024,
-https://arxiv.org/abs/2405.20769.
+A bound for ε >= 0 alone cannot be composed. But a divergence at ε < 0 equals one at -ε with the two outputs exchanged,
+``H_ε(P, P') = 1 - exp(ε) + exp(ε) H_-ε(P', P)``, so that f bounds it as well, and the two halves together are the
+privacy profile of a pair of distributions that dominates every step in both directions (Yuqing Zhu, Jinshuo Dong and
+Yu-Xiang Wang, "Optimal Accounting of Differential Privacy via Characteristic Function", AISTATS 2022,
+https://arxiv.org/abs/2106.08567, propositions 8 and 10, theorem 11). Composing the *remove* pair at distance 2C would
+not be enough: its loss is bounded below by log(1 - q), and that of a replaced unit is not. See also Christian Lebeda,
+Matthew Regehr, Gautam Kamath and Thomas Steinke, "Avoiding Pitfalls for Privacy Accounting of Subsampled Mechanisms
+under Composition", 2024, https://arxiv.org/abs/2405.20769.
 
 The profile is discretized from above with straight lines in exp(ε) between the points of a grid ("Connect the Dots",
 Vadym Doroshenko, Badih Ghazi, Pritish Kamath, Ravi Kumar and Pasin Manurangsi, PoPETs 2022, algorithm 1,
@@ -23,34 +23,34 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 200.0  # beyond this loss in one step nothing is protected, and the grid would not fit into memory
+LARGEST = 200.0  # above this loss per step there is no protection, and the grid would not fit into memory
 
 
 def profile(epsilons: "np.ndarray[Any, Any]", multiplier: float, rate: float) -> "np.ndarray[Any, Any]":
-    """f(ε) for each ε >= 0 of ``epsilons``. Shape [n].
+    """Compute f(ε) for each ε >= 0 of ``epsilons``. Shape [n].
 
     Args:
         epsilons: ε, from 0 upward.
-        multiplier: The deviation over the distance 2C: 1 / μ.
+        multiplier: Standard deviation divided by the distance 2C: 1 / μ.
         rate: q.
     """
     from scipy.special import log_ndtr, ndtr
 
     inner = epsilons - math.log(rate) + np.log1p(-(1 - rate) * np.exp(-epsilons))  # log(1 + (exp(ε) - 1) / q)
     mu = 1 / multiplier
-    found = ndtr(mu / 2 - inner / mu) - np.exp(inner + log_ndtr(-mu / 2 - inner / mu))
-    clipped: np.ndarray[Any, Any] = np.clip(rate * found, 0.0, 1.0)
+    values = ndtr(mu / 2 - inner / mu) - np.exp(inner + log_ndtr(-mu / 2 - inner / mu))
+    clipped: np.ndarray[Any, Any] = np.clip(rate * values, 0.0, 1.0)
     return clipped
 
 
 def loss_distribution(multiplier: float, rate: float, steps: int, interval: float) -> Any | None:
-    """The privacy loss distribution of ``steps`` steps, of dp-accounting's type; None if one step can lose too much.
+    """Return dp-accounting's privacy loss distribution of ``steps`` steps; None if the loss of one is too large.
 
     Args:
-        multiplier: The deviation over 2C.
+        multiplier: Standard deviation divided by 2C.
         rate: q, below 1.
-        steps: How many steps.
-        interval: Of the grid of losses.
+        steps: Number of steps.
+        interval: Spacing of the grid of losses.
     """
     from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 
@@ -68,7 +68,7 @@ def loss_distribution(multiplier: float, rate: float, steps: int, interval: floa
     above[:-1] = (steps_down[1:] - steps_down[:-1] * math.exp(interval)) / grown
     above[-1] = steps_down[-1] / math.expm1(-interval)
     above = np.maximum(above, 0.0)
-    below = (above * np.exp(-losses[1:]))[::-1]  # the same pair, seen from the other side
+    below = (above * np.exp(-losses[1:]))[::-1]  # the same pair, exchanged
     zero = max(0.0, 1 - float(above.sum() + below.sum() + deltas[-1]))
-    found = pld_pmf.DensePLDPmf(interval, -count, np.concatenate([below, [zero], above]), float(deltas[-1]), True)
-    return privacy_loss_distribution.PrivacyLossDistribution(found).self_compose(steps)
+    loss = pld_pmf.DensePLDPmf(interval, -count, np.concatenate([below, [zero], above]), float(deltas[-1]), True)
+    return privacy_loss_distribution.PrivacyLossDistribution(loss).self_compose(steps)

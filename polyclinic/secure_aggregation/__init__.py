@@ -1,7 +1,7 @@
-"""Secure summation: the server learns the sum of what sites send, and nothing else of it.
+"""Secure aggregation: the server learns only the sum of the sites' replies.
 
-``SecureSum`` is the transform: fixed-point numbers in a ring. The protocol below it masks them, and belongs to the
-engine: ``protocol`` says how an engine runs it, ``memory`` runs all of it in one process.
+``SecureSum`` is the transform, which encodes numbers as integers in a ring. An engine runs the protocol that masks
+them: ``client`` and ``server`` are its two sides, and ``in_memory`` runs it in one process.
 """
 
 from polyclinic.secure_aggregation.fixed_point import SecureSum, Terms, contents, layout_of, reply_of, terms, vector_of

@@ -1,4 +1,4 @@
-"""The site's half of a secure sum."""
+"""The site's side of a secure sum."""
 
 import hashlib
 import os
@@ -30,21 +30,21 @@ from polyclinic.secure_aggregation.session_keys import (
 class SecureSite:
     """One site in one session, from fresh keys to the end.
 
-    Unlike nearly everything in Polyclinic this object remembers, and on purpose: the protocol is broken by a site
-    that answers the same question twice, and a pure function can always be called again. Each step can be taken
-    once and in order. After a refusal, and after the last step, the keys are gone.
+    This object deliberately has state: the protocol is insecure if a site answers the same request twice, which a pure
+    function cannot prevent. Each step can be taken once and in order. After a refusal, and after the last step, the
+    keys are deleted.
     """
 
     def __init__(
         self, session: Session, name: str, identity: Ed25519PrivateKey, entropy: Callable[[int], bytes] = os.urandom
     ) -> None:
-        """A site called ``name``, known to the others by the public half of ``identity``.
+        """Create the site ``name``, which the others identify by the public half of ``identity``.
 
         Raises:
-            ProtocolError: Where the session does not know this site by this key.
+            ProtocolError: If the session has another key for this site, or none.
         """
         if session.identities.get(name) != public(identity):
-            raise ProtocolError(f"this session does not know {name} by its key")
+            raise ProtocolError(f"this session does not list {name} with its key")
         self.session, self.name, self._identity, self._entropy = session, name, identity, entropy
         self._next = "advertise"
         self._cipher: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(entropy(32))
@@ -55,18 +55,18 @@ class SecureSite:
         self._alive: tuple[str, ...] = ()
 
     def advertise(self) -> Advert:
-        """Step 1: this site's public keys, signed."""
+        """Step 1: return this site's signed public keys."""
         with self._step("advertise", "share"):
             cipher, mask = self._keys()
             body = (public(cipher), public(mask), commitment(self.session, self._seed))
             return Advert(self.name, *body, signature(self.session, self._identity, "advert", self.name, *body))
 
     def share(self, adverts: Iterable[Advert]) -> Shares:
-        """Step 2: shares of this site's secrets, each readable by one of the sites that advertised.
+        """Step 2: return shares of this site's secrets, each encrypted for one of the sites that advertised.
 
         Raises:
-            ProtocolError: Where too few advertised, one did so twice or without its signature, or the server
-                changed what this site said.
+            ProtocolError: If too few advertised, one did so twice or without its signature, or the server
+                changed this site's advert.
         """
         with self._step("share", "mask"):
             for advert in adverts:
@@ -78,7 +78,7 @@ class SecureSite:
             cipher, mask = self._keys()
             own = self._adverts.get(self.name)
             if own is None or (own.cipher_key, own.mask_key) != (public(cipher), public(mask)):
-                raise ProtocolError(f"the server does not pass on what {self.name} advertised")
+                raise ProtocolError(f"the server does not forward the advert of {self.name}")
             places = [self.session.place(site) for site in self._adverts]
             t = self.session.threshold
             keys = shamir.split(mask.private_bytes_raw(), t, places, self._entropy)
@@ -96,18 +96,18 @@ class SecureSite:
             )
 
     def mask(self, inbox: Mapping[str, str], vector: Tensor) -> Masked:
-        """Step 3: this site's vector under its masks.
+        """Step 3: return this site's masked vector.
 
         Args:
-            inbox: What the others sealed for this site, by sender. They, and this site, are who can be summed.
+            inbox: Shares encrypted for this site, by sender. Only these sites and this one can be summed.
             vector: Shape [size], int32.
 
         Raises:
-            ProtocolError: Where too few sites sent shares, or one did that had not advertised.
+            ProtocolError: If too few sites sent shares, or one did that had not advertised.
         """
         with self._step("mask", "agree"):
             if unknown := sorted(inbox.keys() - self._adverts.keys()):
-                raise ProtocolError(f"{unknown[0]} sends shares and had not advertised")
+                raise ProtocolError(f"{unknown[0]} sent shares but did not advertise")
             if problem := vector_problem(self.session, vector):
                 raise ProtocolError(f"the vector of {self.name} cannot be summed: {problem}")
             self._sealed = {site: sealed for site, sealed in inbox.items() if site != self.name}
@@ -124,10 +124,10 @@ class SecureSite:
             return Masked(self.name, masked, signed)
 
     def agree(self, alive: Iterable[str]) -> Agreed:
-        """Step 4: a signature under the list of the sites whose vectors arrived.
+        """Step 4: sign the list of the sites whose vectors arrived.
 
         Raises:
-            ProtocolError: Where the list is too short, names somebody who cannot be on it, or leaves this site out.
+            ProtocolError: If the list is too short, includes a site that shared no secrets, or omits this site.
         """
         with self._step("agree", "reveal"):
             listed = list(alive)
@@ -135,29 +135,29 @@ class SecureSite:
             if len(self._alive) != len(listed):
                 raise ProtocolError("the server lists a site twice among those that arrived")
             if self.name not in self._alive:
-                raise ProtocolError(f"the server says that {self.name} was lost; it reveals nothing")
+                raise ProtocolError(f"the server lists {self.name} as lost, so it reveals nothing")
             if unknown := sorted(set(self._alive) - self._sealed.keys() - {self.name}):
-                raise ProtocolError(f"the server says that {unknown[0]} arrived, which had shared no secrets")
+                raise ProtocolError(f"the server lists {unknown[0]} as arrived, but it shared no secrets")
             self._enough(self._alive, "arrived")
             signed = signature(self.session, self._identity, "agreement", self.name, list(self._alive))
             return Agreed(self.name, self._alive, signed)
 
     def reveal(self, agreed: Iterable[Agreed]) -> Reveal:
-        """Step 5: what the server needs to take the masks off the sum. After it the keys are gone.
+        """Step 5: return the shares that the server needs to unmask the sum, and delete the keys.
 
         Raises:
-            ProtocolError: Unless enough of the sites that arrived have signed the list that this site was given.
+            ProtocolError: Unless enough of the listed sites have signed the list that this site received.
         """
         with self._step("reveal", "over"):
-            who = set()
+            signers = set()
             for message in agreed:
                 check_signature(self.session, message.signature, "agreement", message.site, list(message.alive))
                 if message.alive != self._alive:
-                    raise ProtocolError(f"{message.site} was told of other sites than {self.name}: the server lies")
-                if message.site not in self._alive or message.site in who:
-                    raise ProtocolError(f"{message.site} cannot agree, or did so twice")
-                who.add(message.site)
-            self._enough(who, "agreed on who arrived")
+                    raise ProtocolError(f"the server sent {message.site} and {self.name} different lists of sites")
+                if message.site not in self._alive or message.site in signers:
+                    raise ProtocolError(f"{message.site} is not on the list of sites, or agreed twice")
+                signers.add(message.site)
+            self._enough(signers, "agreed on the sites that arrived")
             shares = {self.name: self._own} | {site: share for site in self._sealed if (share := self._opened(site))}
             seeds = {site: share[shamir.SHARE_BYTES :].hex() for site, share in shares.items() if site in self._alive}
             keys = {site: share[: shamir.SHARE_BYTES].hex() for site, share in shares.items() if site not in seeds}
@@ -168,7 +168,7 @@ class SecureSite:
             return Reveal(self.name, seeds, keys, signed)
 
     def _opened(self, site: str) -> bytes | None:
-        """The shares that ``site`` sealed for this one; None where they were altered on the way."""
+        """Decrypt the shares that ``site`` encrypted for this one; None if they were altered."""
         cipher, _ = self._keys()
         key = shared_key(self.session, cipher, self._adverts[site].cipher_key, "shares", site, self.name)
         share = unseal(key, self._sealed[site], f"{site}/{self.name}")
@@ -176,12 +176,12 @@ class SecureSite:
 
     def _keys(self) -> tuple[X25519PrivateKey, X25519PrivateKey]:
         if self._cipher is None or self._mask is None:
-            raise ProtocolError(f"{self.name} has forgotten its keys: this session is over")
+            raise ProtocolError(f"{self.name} has deleted its keys: this session is over")
         return self._cipher, self._mask
 
     def _enough(self, sites: Iterable[str], what: str) -> None:
         if (count := len(set(sites))) < self.session.threshold:
-            raise ProtocolError(f"{count} sites {what}, and {self.session.threshold} are needed")
+            raise ProtocolError(f"{count} sites {what}, but {self.session.threshold} are required")
 
     @contextmanager
     def _step(self, step: str, then: str) -> Iterator[None]:
@@ -204,15 +204,15 @@ class SecureSite:
 
 
 def commitment(session: Session, seed: bytes) -> str:
-    """What binds a site to its seed without showing it."""
+    """Return a commitment of a site to its seed, which does not reveal the seed."""
     return hashlib.sha256(bytes.fromhex(session.context) + seed).hexdigest()
 
 
 def check_advert(session: Session, advert: Advert) -> None:
-    """Raises unless the advert is its sender's own, for this session.
+    """Verify that the sender signed the advert for this session.
 
     Raises:
-        ProtocolError: Naming the sender.
+        ProtocolError: If the signature is not valid. The message names the sender.
     """
     body = (advert.cipher_key, advert.mask_key, advert.commitment)
     check_signature(session, advert.signature, "advert", advert.site, *body)

@@ -1,7 +1,7 @@
-"""Secure summation on one machine: of what a cohort answers, the server's side sees one masked sum.
+"""Secure aggregation on one machine: the simulated server receives one masked sum of the sites' replies.
 
-The real protocol runs, every message of it, though all in one process: what it costs and which losses it survives
-are those of a network. What it protects is shown only where sites are processes of different hospitals.
+All messages of the real protocol are exchanged in one process, so that its costs and its tolerance of lost sites are
+those of a network. The protection itself requires sites on separate machines.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,25 +15,25 @@ from polyclinic.secure_aggregation.session_keys import ProtocolError, least_thre
 
 
 def secured(request: Request | None, asked: Sequence[str], arrivals: Iterator[Arrival]) -> Iterator[Arrival]:
-    """``arrivals`` as they are where ``request`` is not secure; else one arrival with the sum, and the lost sites."""
+    """Yield ``arrivals`` unchanged if ``request`` is not secure; else one arrival with the sum, and the lost sites."""
     if request is None or not request.secure:
         yield from arrivals
         return
-    found: dict[str, Arrival] = {}
+    answered: dict[str, Arrival] = {}
     for arrival in arrivals:
         if arrival.reply is None:
             yield arrival
         else:
-            found[arrival.site] = arrival
-    replies: dict[str, Reply] = {site: a.reply for site, a in sorted(found.items()) if a.reply is not None}
+            answered[arrival.site] = arrival
+    replies: dict[str, Reply] = {site: a.reply for site, a in sorted(answered.items()) if a.reply is not None}
     wanted = terms(request)
     least = least_threshold(len(replies), wanted.threshold if wanted else None, len(asked))
     try:
         if len(replies) < least:
-            raise ProtocolError(f"{len(replies)} sites answered, and a secure sum needs {least}")
+            raise ProtocolError(f"{len(replies)} sites answered, but a secure sum needs {least}")
         total, among = secure_merge(replies, threshold=least, round=request.round)
     except (ProtocolError, ValueError) as error:
-        yield from (a._replace(reply=None, lost=f"no sum was made: {error}") for a in found.values())
+        yield from (a._replace(reply=None, lost=f"no secure sum: {error}") for a in answered.values())
         return
-    seconds = max(found[site].seconds for site in among)
+    seconds = max(answered[site].seconds for site in among)
     yield Arrival(among[0], request.round, total, "", seconds, among)

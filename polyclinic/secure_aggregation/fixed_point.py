@@ -1,4 +1,4 @@
-"""Numbers as integers modulo 2³², so that masks hide them perfectly and sums are exact."""
+"""Fixed-point numbers as integers modulo 2³², so that masks hide them perfectly and sums are exact."""
 
 import hashlib
 import math
@@ -25,21 +25,21 @@ _contents: ContextVar[list[str] | None] = ContextVar("contents of secure sums", 
 
 @contextmanager
 def contents() -> Iterator[list[str]]:
-    """Collects a digest of everything that ``SecureSum`` codes within the block, before it is coded.
+    """Collect a digest of all values that ``SecureSum`` encodes within the context, before encoding.
 
-    Two equal digests are the same values, whatever they are called and in whatever job. An empty one stands for values
-    that are all zero. Fresh noise makes fresh values.
+    Equal digests mean equal values, under any name and in any job. The digest of all-zero values is empty. Fresh noise
+    gives fresh values.
     """
-    found: list[str] = []
-    token = _contents.set(found)
+    digests: list[str] = []
+    token = _contents.set(digests)
     try:
-        yield found
+        yield digests
     finally:
         _contents.reset(token)
 
 
 def content(values: Tree) -> str:
-    """SHA-256 of the numbers in ``values``, in the order of their names but without them; empty if all are zero."""
+    """Return the SHA-256 of the numbers in ``values``, in the order of names but without the names; empty if 0."""
     hasher, zero = hashlib.sha256(), True
     for _, leaf in sorted(values.items()):
         flat = leaf.detach().cpu().contiguous()
@@ -51,18 +51,18 @@ def content(values: Tree) -> str:
 
 @dataclass(frozen=True)
 class SecureSum(Transform):
-    """Sends integers modulo 2³², of which the server learns only the sum. Stands last in a pipeline.
+    """Sends integers modulo 2³², of which the server learns only the sum. Must be the last transform.
 
-    A number x is sent as round(x · 2^bits). One beyond ``limit``, or not finite, is refused at the site, for after
-    masking nobody could see that a sum had wrapped around. So sites · limit · 2^bits must stay below 2³¹.
+    A number x is sent as ``round(x · 2^bits)``. A number above ``limit``, or not finite, is refused at the site,
+    because wrap-around of a sum cannot be detected after masking. ``sites · limit · 2^bits`` must be below 2³¹.
 
     Attributes:
-        limit: The largest absolute value of any number that a site sends, per unit of weight.
-        bits: How many binary places are kept.
-        heaviest: The largest weight that a site may have, such as its number of examples; sites' weights are
-            summed in secret, too. 1 for methods in which every site counts the same.
-        threshold: How many sites must remain to the end of a sum; two thirds by default. More if noise that is
-            shared among sites counts on more.
+        limit: The largest absolute value of any number, per unit of weight.
+        bits: Number of fractional bits.
+        heaviest: The largest weight of a site, such as its number of examples, since weights are summed securely, too.
+            1 for methods with equal weights.
+        threshold: Minimum number of sites that must remain to the end of a sum; two thirds by default. Set more if
+            noise that is shared among sites requires more.
     """
 
     limit: float = 8.0
@@ -74,56 +74,56 @@ class SecureSum(Transform):
 
     @property
     def capacity(self) -> int:
-        """How many sites can be summed without wrapping around."""
+        """Maximum number of sites whose sum cannot wrap around."""
         largest: float = self.limit * 2.0**self.bits + 0.5
         return math.ceil(2**31 / largest) - 1
 
     @property
     def step(self) -> float:
-        """The distance between two numbers that the server can tell apart: they are rounded to multiples of it.
+        """Resolution of the sum: numbers are rounded to multiples of it.
 
-        A site that added all its noise rounds what is hidden already. Noise that several sites share must span some
+        If a site added all its noise, rounding is post-processing. Noise that is shared among sites must span several
         steps at each of them, which ``Gaussian`` checks.
         """
         return self.heaviest / 2.0**self.bits
 
     def validate(self, before: tuple[Transform, ...], after: tuple[Transform, ...]) -> list[str]:
-        """Nothing may come after it, three sites must fit, and shared noise must be all there."""
-        found = []
+        """Check that no transform follows, that three sites can be summed, and that all shared noise is included."""
+        problems = []
         if after:
-            found.append(f"SecureSum must come last: {type(after[0]).__name__} cannot read what is masked")
+            problems.append(f"SecureSum must come last: {type(after[0]).__name__} cannot read masked values")
         if not 0 < self.limit < math.inf or not 0 <= self.bits <= 30 or not 0 < self.heaviest < math.inf:
-            found.append("SecureSum: limit and heaviest must be above 0, and bits from 0 to 30")
+            problems.append("SecureSum: limit and heaviest must be above 0, and bits from 0 to 30")
         elif self.capacity < 3:
-            found.append(
+            problems.append(
                 f"SecureSum: with limit={self.limit:g} and bits={self.bits} the sum of {self.capacity + 1} "
                 "sites can wrap around: lower one of them"
             )
         if self.threshold is not None and self.threshold < 3:
-            found.append(f"SecureSum: threshold must be at least 3, not {self.threshold}")
+            problems.append(f"SecureSum: threshold must be at least 3, not {self.threshold}")
         for transform in before:
             if (share := getattr(transform, "share", 1)) > 1 and (self.threshold or 0) < share:
-                found.append(
-                    f"SecureSum: threshold must be at least {share}, for the noise of as many sites is "
-                    f"counted on: write SecureSum(threshold={share})"
+                problems.append(
+                    f"SecureSum: threshold must be at least {share}, because the noise of {share} sites is "
+                    f"required: write SecureSum(threshold={share})"
                 )
-        return found
+        return problems
 
     def describe(self, state: Trees) -> Trees:
-        """What engine and sites must know of the protocol; ``terms`` reads it."""
+        """Return the parameters of the protocol for engine and sites; see ``terms``."""
         return {"secure": {"threshold": torch.tensor(self.threshold or 0), "capacity": torch.tensor(self.capacity)}}
 
     def encode(
         self, sent: WeightedMean, notes: Trees, memory: Trees, site: Site, round: int
     ) -> tuple[WeightedMean, Trees]:
-        """Sends round(2^bits · x / heaviest) mod 2³² for every x, and the weight beside it.
+        """Send ``round(2^bits · x / heaviest) mod 2³²`` for every x, and the weight.
 
         Raises:
-            ValueError: Where a number is beyond ``limit`` or the weight beyond ``heaviest``. Nothing has been sent.
+            ValueError: If a number exceeds ``limit`` or the weight exceeds ``heaviest``. Nothing is sent.
         """
         if not 0 < sent.weight <= self.heaviest:
             raise ConfigError(
-                f"SecureSum(heaviest={self.heaviest:g}): {site.name} weighs {sent.weight:g}. Set "
+                f"SecureSum(heaviest={self.heaviest:g}): {site.name} has weight {sent.weight:g}. Set "
                 "heaviest to the examples of the largest site, or make the method uniform"
             )
         if (seen := _contents.get()) is not None:
@@ -133,14 +133,14 @@ class SecureSum(Transform):
         return WeightedMean(coded, 1.0), memory
 
     def decode(self, received: WeightedMean, state: Trees) -> tuple[WeightedMean, Trees]:
-        """The inverse, on the sum."""
+        """Decode the sum."""
         if received.weight != round_(received.weight) or not 0 < received.weight <= self.capacity:
             raise ConfigError(
-                f"a secure sum counts whole sites, {self.capacity} at most, and this one counts "
-                f"{received.weight:g}: secure sums cannot be discounted"
+                f"a secure sum is over a whole number of sites of at most {self.capacity}, not {received.weight:g}: "
+                "secure sums cannot be discounted"
             )
         if wrong := [name for name, leaf in received.total.items() if leaf.dtype != torch.int32]:
-            raise ConfigError(f"{wrong[0]} is not what SecureSum sends")
+            raise ConfigError(f"{wrong[0]} is not a value of SecureSum")
         weight = int(received.total[WEIGHT]) / self._weight_scale * self.heaviest
         if self.heaviest == 1:
             weight = float(round_(weight)) if abs(weight - round_(weight)) < 1e-6 else weight
@@ -156,26 +156,26 @@ class SecureSum(Transform):
         if leaf.numel() == 0:
             return leaf.to(torch.int32)
         if not leaf.is_floating_point():
-            raise ConfigError(f"SecureSum sums real numbers, and {name} holds {leaf.dtype}")
+            raise ConfigError(f"SecureSum sums real numbers, and {name} contains {leaf.dtype}")
         largest = float(leaf.abs().max()) / self.heaviest
-        if not largest <= self.limit:  # also where it is NaN
+        if not largest <= self.limit:  # also if it is NaN
             raise ConfigError(
-                f"SecureSum(limit={self.limit:g}): {name} holds {largest:g}. Nothing was sent. Clip what "
-                "is sent, lower the learning rate, or raise limit (and lower bits)"
+                f"SecureSum(limit={self.limit:g}): {name} contains {largest:g}. Nothing was sent. Clip replies, lower "
+                "the learning rate, or raise limit (and lower bits)"
             )
-        exact = math.frexp(scale)[0] == 0.5  # a power of two loses nothing in single precision
+        exact = math.frexp(scale)[0] == 0.5  # scaling by a power of two is exact in single precision
         return ((leaf if exact else leaf.double()) * scale).round_().to(torch.int32)
 
 
 class Terms(NamedTuple):
-    """What an ask with ``secure`` demands: the least number of sites in a sum (None: the default), and the most."""
+    """Terms of a secure request: the minimum number of sites in a sum (None for the default), and the maximum."""
 
     threshold: int | None
     capacity: int
 
 
 def terms(request: Request) -> Terms | None:
-    """The terms that ``SecureSum`` set for the replies to ``request``; None where there are none."""
+    """Return the terms that ``SecureSum`` set for the replies to ``request``; None if there are none."""
     for name, note in request.trees.items():
         if name.startswith("~") and name.endswith("/secure"):
             return Terms(int(note["threshold"]) or None, int(note["capacity"]))
@@ -183,16 +183,16 @@ def terms(request: Request) -> Terms | None:
 
 
 def layout_of(reply: Reply) -> dict[str, Tree]:
-    """The names and shapes of what is to be summed: public, the same at every site, without numbers.
+    """Return the names and shapes of the values to sum: public, equal at every site, without numbers.
 
     Raises:
-        ValueError: Where the reply holds what cannot be summed in secret.
+        ValueError: If the reply contains values that cannot be summed securely.
     """
     layout: dict[str, Tree] = {}
     for part, stat in sorted(reply.parts.items()):
         if not isinstance(stat, WeightedMean) or any(leaf.dtype != torch.int32 for leaf in stat.total.values()):
             raise ConfigError(
-                f"the part {part!r} was not made by SecureSum: a secure ask is answered only with sums "
+                f"the part {part!r} was not made by SecureSum: a secure request is answered only with sums "
                 "in the ring. Send the method through SecureSum()"
             )
         layout[part] = {name: torch.empty(0, *leaf.shape, dtype=torch.int32) for name, leaf in stat.total.items()}
@@ -200,14 +200,14 @@ def layout_of(reply: Reply) -> dict[str, Tree]:
 
 
 def vector_of(reply: Reply) -> Tensor:
-    """All numbers of a reply that was made by ``SecureSum``, in a fixed order. Shape [size], int32."""
+    """Concatenate all numbers of a reply of ``SecureSum`` in a fixed order. Shape [size], int32."""
     layout_of(reply)
     flat = [tree.flatten(reply.mean(part).total) for part in sorted(reply.parts)]
     return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.int32)
 
 
 def reply_of(vector: Tensor, layout: Mapping[str, Tree], sites: int) -> Reply:
-    """The inverse of ``vector_of``, for the sum over ``sites`` sites."""
+    """Rebuild the reply from the summed vector of ``sites`` sites, the inverse of ``vector_of``."""
     parts, start = {}, 0
     for part, leaves in sorted(layout.items()):
         total = {}
@@ -217,10 +217,10 @@ def reply_of(vector: Tensor, layout: Mapping[str, Tree], sites: int) -> Reply:
             start += size
         parts[part] = WeightedMean(total, float(sites))
     if start != len(vector):
-        raise ConfigError(f"{len(vector)} numbers, where the layout has {start}")
+        raise ConfigError(f"{len(vector)} numbers received, but the layout has {start}")
     return Reply(parts)
 
 
 def round_(x: float) -> int:
-    """The nearest whole number."""
+    """Round to the nearest integer."""
     return math.floor(x + 0.5)

@@ -1,8 +1,8 @@
-"""A whole secure sum in one process: every message of the real protocol, without a network.
+"""A complete secure sum in one process: every message of the real protocol, without a network.
 
-An engine that is one process answers an ask with ``secure`` by ``secure_merge``. An engine with a network does the
-same five exchanges between ``SecureSite`` at the sites and ``SecureServer``, and sends ``vector_of`` the reply under
-its masks in place of the reply. See docs/explanation/privacy.md.
+An engine in one process answers a secure request with ``secure_merge``. An engine with a network performs the same five
+exchanges between ``SecureSite`` at the sites and ``SecureServer``, and sends the masked ``vector_of`` the reply instead
+of the reply. See docs/explanation/privacy.md.
 """
 
 import os
@@ -32,19 +32,19 @@ def secure_sum(
     record: Callable[[str, str, Any], None] | None = None,
     clock: Callable[[str], Any] | None = None,
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """The sum of ``vectors`` mod 2³², by the protocol, and whose vectors are in it.
+    """Compute the sum of ``vectors`` mod 2³² by the protocol; return it with the sites in the sum.
 
     Args:
         vectors: Shape [size], int32, by site.
-        threshold: How many sites must remain; two thirds by default.
-        lost: The step before which a site vanishes, by site: one of ``STEPS``.
+        threshold: Minimum number of sites that must remain; two thirds by default.
+        lost: The step before which a site is lost, by site: one of ``STEPS``.
         round: The round whose replies are summed.
-        entropy: Where secrets come from.
-        record: Called with (step, site, message) for all that the server receives.
-        clock: A context manager that is entered with the name of whoever works: a site, or ``"server"``.
+        entropy: Source of secrets.
+        record: Called with (step, site, message) for each message that the server receives.
+        clock: Context manager that is entered with the name of the working party: a site, or ``"server"``.
 
     Raises:
-        ProtocolError: Where too few sites remain.
+        ProtocolError: If too few sites remain.
     """
     gone = {site: STEPS.index(step) for site, step in (lost or {}).items()}
     by = clock or _no_clock
@@ -60,8 +60,8 @@ def secure_sum(
         with by(name):
             sites[name] = SecureSite(session, name, identities[name], entropy)
 
-    def ask(step: int, among: Mapping[str, Any]) -> Iterator[Any]:
-        """The answers of the sites that are still there, one after the other."""
+    def answers(step: int, among: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the answers of the remaining sites in turn."""
         for name, given in among.items():
             if gone.get(name, len(STEPS)) > step:
                 with by(name):
@@ -70,19 +70,19 @@ def secure_sum(
                     record(STEPS[step], name, message)
                 yield message
 
-    adverts = list(ask(0, dict.fromkeys(names, ())))
+    adverts = list(answers(0, dict.fromkeys(names, ())))
     with by("server"):
         roster = server.adverts(adverts)
-    shares = list(ask(1, {advert.site: (roster,) for advert in roster}))
+    shares = list(answers(1, {advert.site: (roster,) for advert in roster}))
     with by("server"):
         inboxes = server.shares(shares)
-    masked = ask(2, {name: (inbox, vectors[name]) for name, inbox in inboxes.items()})
+    masked = answers(2, {name: (inbox, vectors[name]) for name, inbox in inboxes.items()})
     with by("server"):
         alive = server.masked(masked)
-    agreements = list(ask(3, dict.fromkeys(alive, (alive,))))
+    agreements = list(answers(3, dict.fromkeys(alive, (alive,))))
     with by("server"):
         agreed = server.agreed(agreements)
-    reveals = list(ask(4, {message.site: (agreed,) for message in agreed}))
+    reveals = list(answers(4, {message.site: (agreed,) for message in agreed}))
     with by("server"):
         return server.reveals(reveals), alive
 
@@ -95,23 +95,23 @@ def secure_merge(
     round: int = 0,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> tuple[Reply, tuple[str, ...]]:
-    """What ``merge(replies.values())`` gives, computed without anyone seeing one of them; and whose are in it.
+    """Compute ``merge(replies.values())`` without revealing single replies; return it with the sites in the sum.
 
     Args:
-        replies: By site; each was made by a method sent through ``SecureSum``.
-        threshold: As ``terms(request)`` says.
+        replies: Replies by site, each made by a method with ``SecureSum``.
+        threshold: Minimum number of sites, as in ``terms(request)``.
         lost: As in ``secure_sum``.
         round: The round.
-        entropy: Where secrets come from.
+        entropy: Source of secrets.
 
     Raises:
-        ValueError: Where replies were not made by ``SecureSum``, or differ in their names and shapes.
-        ProtocolError: Where too few sites remain.
+        ValueError: If replies were not made by ``SecureSum``, or differ in their names and shapes.
+        ProtocolError: If too few sites remain.
     """
     layouts = {site: layout_of(reply) for site, reply in replies.items()}
     shapes = {site: _shapes(layout) for site, layout in layouts.items()}
     if odd := sorted(site for site, shape in shapes.items() if shape != next(iter(shapes.values()))):
-        raise ConfigError(f"{odd} would send tensors of other names or shapes than {next(iter(shapes))}")
+        raise ConfigError(f"{odd} would send tensors with other names or shapes than {next(iter(shapes))}")
     vectors = {site: vector_of(reply) for site, reply in replies.items()}
     total, alive = secure_sum(vectors, threshold=threshold, lost=lost, round=round, entropy=entropy)
     return reply_of(total, next(iter(layouts.values())), len(alive)), alive

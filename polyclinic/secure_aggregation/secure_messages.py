@@ -1,4 +1,4 @@
-"""What sites and server say to each other during one secure sum. Every message of a site is signed.
+"""Messages between sites and server during one secure sum. Every message of a site is signed.
 
 The order is that of Bonawitz et al., figure 4: adverts, shares, masked vectors, agreement, shares revealed.
 """
@@ -26,7 +26,7 @@ class Advert:
 @savable("secure-sum.Shares", 1)
 @dataclass(frozen=True)
 class Shares:
-    """What only ``to`` can read: a share of the sender's secret key and one of its seed, by receiver."""
+    """Encrypted shares of the sender's secret key and of its seed, by receiver; each receiver can read its own."""
 
     site: str
     to: Mapping[str, str]
@@ -36,7 +36,7 @@ class Shares:
 @savable("secure-sum.Masked", 1)
 @dataclass(frozen=True)
 class Masked:
-    """A site's vector under its masks."""
+    """A site's masked vector."""
 
     site: str
     vector: Tensor
@@ -46,7 +46,7 @@ class Masked:
 @savable("secure-sum.Agreed", 1)
 @dataclass(frozen=True)
 class Agreed:
-    """That a site was told these sites' vectors had arrived: ``alive``, in name order."""
+    """A site's signature of the list of sites whose vectors arrived: ``alive``, in name order."""
 
     site: str
     alive: tuple[str, ...]
@@ -56,7 +56,7 @@ class Agreed:
 @savable("secure-sum.Reveal", 1)
 @dataclass(frozen=True)
 class Reveal:
-    """Shares: of the seeds of sites that arrived, and of the keys of sites that were lost. Never both of one."""
+    """Shares of the seeds of sites that arrived, and of the keys of lost sites; never both of one site."""
 
     site: str
     seeds: Mapping[str, str]

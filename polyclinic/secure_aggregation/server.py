@@ -1,4 +1,4 @@
-"""The server's half of a secure sum."""
+"""The server's side of a secure sum."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations, islice
@@ -27,16 +27,16 @@ Message = TypeVar("Message", Advert, Shares, Masked, Agreed, Reveal)
 
 
 class SecureServer:
-    """The server in one session. Each step takes what arrived, in any order, and gives what to send next.
+    """The server in one session. Each step takes the messages in any order, and returns what to send next.
 
-    A message that is not right counts as not sent, and its site as lost; why is in ``refused``.
+    An invalid message counts as not sent, and its site as lost; the reason is in ``refused``.
 
     Attributes:
-        refused: Why a site's message was refused, by the site's name.
+        refused: The reasons for refused messages, by site.
     """
 
     def __init__(self, session: Session) -> None:
-        """The server of ``session``."""
+        """Create the server of ``session``."""
         self.session, self.refused = session, dict[str, str]()
         self._adverts: dict[str, Advert] = {}
         self._shared: tuple[str, ...] = ()
@@ -45,32 +45,32 @@ class SecureServer:
         self._next = "adverts"
 
     def adverts(self, messages: Iterable[Advert]) -> tuple[Advert, ...]:
-        """Step 1: what to send to every site that advertised."""
+        """Step 1: return the adverts to send to every site that advertised."""
         self._adverts = self._usable("adverts", "shares", messages, self.session.roster, self._advert)
         return tuple(self._adverts.values())
 
     def shares(self, messages: Iterable[Shares]) -> dict[str, dict[str, str]]:
-        """Step 2: for every site that shared, what the others sealed for it."""
+        """Step 2: return, for every site that shared, the shares encrypted for it."""
         shared = self._usable("shares", "masked vectors", messages, self._adverts, self._share)
         self._shared = tuple(shared)
         return {to: {site: shared[site].to[to] for site in shared if site != to} for to in shared}
 
     def masked(self, messages: Iterable[Masked]) -> tuple[str, ...]:
-        """Step 3: the sites whose vectors arrived. Vectors are added as they come and not kept."""
+        """Step 3: return the sites whose vectors arrived. Vectors are added on arrival and not stored."""
         self._sum = torch.zeros(self.session.size, dtype=torch.int32)
         self._alive = tuple(self._usable("masked vectors", "agreements", messages, self._shared, self._mask, _emptied))
         return self._alive
 
     def agreed(self, messages: Iterable[Agreed]) -> tuple[Agreed, ...]:
-        """Step 4: the signed agreements, for every site that arrived."""
+        """Step 4: return the signed agreements, for every site that arrived."""
         agreed = self._usable("agreements", "revealed shares", messages, self._alive, self._agree)
         return tuple(agreed.values())
 
     def reveals(self, messages: Iterable[Reveal]) -> Tensor:
-        """Step 5: the sum, mod 2³². Shape [size], int32.
+        """Step 5: return the sum mod 2³². Shape [size], int32.
 
         Raises:
-            ProtocolError: Where too few shares fit; the message names whose.
+            ProtocolError: If too few shares are valid. The message names the site whose secret is missing.
         """
         revealed = self._usable("revealed shares", "nothing", messages, self._alive, self._reveal)
         plus, minus = list[bytes](), list[bytes]()
@@ -96,28 +96,28 @@ class SecureServer:
         check: Callable[[Message], None],
         keep: Callable[[Message], Message] = lambda message: message,
     ) -> dict[str, Message]:
-        """The messages of ``expected`` sites that pass ``check``, one a site, in name order."""
+        """Return the messages of ``expected`` sites that pass ``check``, one per site, in name order."""
         if self._next != step:
             raise ProtocolError(f"the server was given {step} when {self._next} were next")
-        expected, found = set(expected), dict[str, Message]()
+        expected, valid = set(expected), dict[str, Message]()
         for message in messages:
             try:
                 if message.site not in expected:
                     raise ProtocolError(f"{message.site} was not asked for {step}")
-                if message.site in found:
+                if message.site in valid:
                     raise ProtocolError(f"{message.site} sent {step} twice; the first counts")
                 check(message)
-                found[message.site] = keep(message)
+                valid[message.site] = keep(message)
             except (ProtocolError, ValueError, AttributeError, TypeError) as error:
                 self.refused.setdefault(str(message.site), str(error))
         self._next = then
-        if len(found) < self.session.threshold:
+        if len(valid) < self.session.threshold:
             reasons = "".join(f"; {site}: {reason}" for site, reason in sorted(self.refused.items()))
             raise ProtocolError(
-                f"{len(found)} sites sent {step}, and {self.session.threshold} are needed: "
+                f"{len(valid)} sites sent {step}, but {self.session.threshold} are required: "
                 f"nothing can be summed{reasons}"
             )
-        return dict(sorted(found.items()))
+        return dict(sorted(valid.items()))
 
     def _advert(self, message: Advert) -> None:
         check_advert(self.session, message)
@@ -127,7 +127,7 @@ class SecureServer:
     def _share(self, message: Shares) -> None:
         check_signature(self.session, message.signature, "shares", message.site, sorted(message.to.items()))
         if message.to.keys() != self._adverts.keys() - {message.site}:
-            raise ProtocolError(f"{message.site} did not share its secrets with everyone")
+            raise ProtocolError(f"{message.site} did not share its secrets with every site")
 
     def _mask(self, message: Masked) -> None:
         if problem := vector_problem(self.session, message.vector):
@@ -153,13 +153,13 @@ class SecureServer:
         return public(X25519PrivateKey.from_private_bytes(secret)) == self._adverts[site].mask_key
 
     def _rebuilt(self, site: str, shares: Mapping[str, str], right: Callable[[str, bytes], bool]) -> bytes:
-        """The secret of ``site``, checked against what it advertised. Sites whose shares are wrong are named."""
+        """Rebuild the secret of ``site``, verified against its advert. Sites with wrong shares are named."""
         points = {}
         for who, share in shares.items():
             try:
                 points[who] = bytes.fromhex(share)
             except (ValueError, TypeError):
-                self.refused.setdefault(who, f"its share of the secrets of {site} is not one")
+                self.refused.setdefault(who, f"its share of the secrets of {site} is not valid")
         for chosen in islice(combinations(sorted(points), self.session.threshold), 1000):
             try:
                 secret = shamir.rebuild({self.session.place(who): points[who] for who in chosen})
@@ -169,11 +169,11 @@ class SecureServer:
                 line = {self.session.place(who): int.from_bytes(points[who]) for who in chosen}
                 for who in points.keys() - set(chosen):
                     if int.from_bytes(points[who]) != shamir.evaluate(line, self.session.place(who)):
-                        self.refused.setdefault(who, f"its share of the secrets of {site} does not fit the others'")
+                        self.refused.setdefault(who, f"its share of the secrets of {site} contradicts the others")
                 return secret
         raise ProtocolError(
-            f"{len(points)} shares of the secrets of {site} do not give what it advertised: they are "
-            "corrupt, or too few. Begin a new session; if it happens again, without it"
+            f"{len(points)} shares of the secrets of {site} do not match its advert: they are "
+            "corrupt, or too few. Start a new session; if this happens again, without this site"
         )
 
 

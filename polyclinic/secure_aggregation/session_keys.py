@@ -1,4 +1,4 @@
-"""What the protocol takes from cryptography: sessions, signatures, shared keys and masks."""
+"""Cryptographic primitives of the protocol: sessions, signatures, shared keys and masks."""
 
 import hashlib
 import json
@@ -24,21 +24,21 @@ from polyclinic.core.serialization import savable
 from polyclinic.errors import ProtocolError as ProtocolError
 
 VERSION = "polyclinic secure sum 1"
-CHUNK = 2**16  # numbers masked at a time, so that they stay in the processor's cache
+CHUNK = 2**16  # numbers masked at a time, to fit the processor's cache
 
 
 @savable("secure-sum.Session", 1)
 @dataclass(frozen=True)
 class Session:
-    """What everybody must agree on before a sum. A retry is a new session.
+    """Parameters on which all parties agree before a sum. A retry is a new session.
 
     Attributes:
         id: Unique to this session; the server draws it.
         round: The round whose replies are summed.
-        size: How many numbers each site sends.
-        threshold: How many sites must remain to the end.
-        identities: The Ed25519 public key of each site, in hexadecimal, by name. A site takes them from its own
-            records, never from the server.
+        size: Number of values of each site.
+        threshold: Minimum number of sites that must remain to the end.
+        identities: The Ed25519 public key of each site, in hexadecimal, by name. A site uses its own record of them,
+            never the server's.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Session:
     def __post_init__(self) -> None:
         n = len(self.identities)
         if n < 3:
-            raise ProtocolError(f"a sum over {n} sites shows each what the other sent: at least 3 are needed")
+            raise ProtocolError(f"a sum over {n} sites would reveal each site's values: at least 3 are required")
         if not default_threshold(n) <= self.threshold <= n:
             raise ProtocolError(
                 f"the threshold must be at least {default_threshold(n)}, two thirds of the {n} sites, "
@@ -66,17 +66,17 @@ class Session:
 
     @cached_property
     def context(self) -> str:
-        """A hash of all of the above. It is part of everything that is signed or derived."""
+        """A hash of all fields. It is part of everything that is signed or derived."""
         fields = [VERSION, self.id, self.round, self.size, self.threshold, sorted(self.identities.items())]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
     def place(self, site: str) -> int:
-        """Where a site's shares lie on the polynomial."""
+        """Return the point of the polynomial at which a site's shares are evaluated."""
         return self.roster.index(site) + 1
 
 
 def default_threshold(sites: int) -> int:
-    """Two thirds of the sites, and 3 at the least: what protects from a server that lies (Bonawitz, section 6).
+    """Return two thirds of the sites, at least 3: secure against a malicious server (Bonawitz, section 6).
 
     With this threshold t of n, a server that shows two lists of survivors to two groups of sites needs t - c honest
     sites in each, where c collude with it: 2 (t - c) <= n - c, so c >= n / 3.
@@ -85,20 +85,20 @@ def default_threshold(sites: int) -> int:
 
 
 def least_threshold(sites: int, wanted: int | None, asked: int) -> int:
-    """The threshold of a sum over ``sites`` that answered of those that were ``asked``; ``wanted`` as the terms say."""
+    """Return the threshold of a sum over ``sites`` that answered of those ``asked``; ``wanted`` is from the terms."""
     return max(wanted or default_threshold(asked), default_threshold(sites))
 
 
 def signature(session: Session, key: Ed25519PrivateKey, kind: str, site: str, *body: object) -> str:
-    """What ``site`` signs for a message of ``kind``, in hexadecimal."""
+    """Sign a message of ``kind`` as ``site``, in hexadecimal."""
     return key.sign(_signed(session, kind, site, body)).hex()
 
 
 def check_signature(session: Session, given: str, kind: str, site: str, *body: object) -> None:
-    """Raises unless ``given`` is ``site``'s signature of this message in this session.
+    """Verify that ``given`` is ``site``'s signature of this message in this session.
 
     Raises:
-        ProtocolError: Naming the site.
+        ProtocolError: If it is not. The message names the site.
     """
     if site not in session.identities:
         raise ProtocolError(f"{site!r} is not among the sites of this session")
@@ -107,7 +107,7 @@ def check_signature(session: Session, given: str, kind: str, site: str, *body: o
         key.verify(bytes.fromhex(given), _signed(session, kind, site, body))
     except (InvalidSignature, ValueError):
         raise ProtocolError(
-            f"the {kind} of {site} is not signed by it for this session: forged, altered, or replayed from another"
+            f"the {kind} of {site} has no valid signature for this session: forged, altered, or replayed from another"
         ) from None
 
 
@@ -116,32 +116,32 @@ def _signed(session: Session, kind: str, site: str, body: tuple[object, ...]) ->
 
 
 def shared_key(session: Session, mine: X25519PrivateKey, theirs: str, purpose: str, first: str, second: str) -> bytes:
-    """32 bytes that only two sites know, for one purpose in one session.
+    """Derive 32 bytes that only two sites can compute, for one purpose in one session.
 
     Raises:
-        ProtocolError: Where ``theirs`` is no public key.
+        ProtocolError: If ``theirs`` is not a valid public key.
     """
     try:
         secret = mine.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(theirs)))
     except ValueError:
-        raise ProtocolError(f"the keys of {first} and {second} do not fit") from None
+        raise ProtocolError(f"the keys of {first} and {second} do not match") from None
     info = json.dumps([VERSION, purpose, first, second]).encode()
     return HKDF(SHA256(), 32, salt=bytes.fromhex(session.context), info=info).derive(secret)
 
 
 def pair_mask(session: Session, mine: X25519PrivateKey, theirs: str, one: str, other: str) -> bytes:
-    """The seed of the mask between two sites: the same from either end."""
+    """Derive the seed of the mask between two sites, equal at both."""
     first, second = sorted((one, other))
     return shared_key(session, mine, theirs, "mask", first, second)
 
 
 def seal(key: bytes, text: bytes, about: str) -> str:
-    """``text``, encrypted and bound to ``about``. Each key seals one text, so the nonce may be 0."""
+    """Encrypt ``text``, bound to ``about``. Each key encrypts one text, so the nonce may be 0."""
     return ChaCha20Poly1305(key).encrypt(bytes(12), text, about.encode()).hex()
 
 
 def unseal(key: bytes, sealed: str, about: str) -> bytes | None:
-    """The inverse of ``seal``; None where it was altered."""
+    """Decrypt the result of ``seal``; None if it was altered."""
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), bytes.fromhex(sealed), about.encode())
     except (InvalidTag, ValueError):
@@ -149,21 +149,21 @@ def unseal(key: bytes, sealed: str, about: str) -> bytes | None:
 
 
 def public(key: X25519PrivateKey | Ed25519PrivateKey) -> str:
-    """The public half, in hexadecimal."""
+    """Return the public key in hexadecimal."""
     return key.public_key().public_bytes_raw().hex()
 
 
 def digest(vector: Tensor) -> str:
-    """SHA-256 of the vector's bytes."""
+    """Return the SHA-256 of the vector's bytes."""
     return hashlib.sha256(vector.contiguous().numpy().data).hexdigest()
 
 
 def add_masks_(vector: Tensor, plus: list[bytes], minus: list[bytes]) -> None:
-    """Adds the ChaCha20 streams of the seeds in ``plus`` to ``vector`` and takes off those in ``minus``, mod 2³².
+    """Add the ChaCha20 streams of the seeds in ``plus`` to ``vector``, and subtract those in ``minus``, mod 2³².
 
     Args:
-        vector: Shape [size], int32, which is changed.
-        plus: Seeds of 32 bytes each, every one of them used for this vector only.
+        vector: Shape [size], int32, modified in place.
+        plus: Seeds of 32 bytes each, which must be used for this vector only.
         minus: The same.
     """
     numbers = vector.numpy().view(np.uint32)
@@ -185,9 +185,9 @@ def add_masks_(vector: Tensor, plus: list[bytes], minus: list[bytes]) -> None:
 
 
 def vector_problem(session: Session, vector: Tensor) -> str | None:
-    """Why ``vector`` cannot be summed in this session, if it cannot."""
+    """Return why ``vector`` cannot be summed in this session; None if it can."""
     if not isinstance(vector, Tensor) or vector.dtype != torch.int32:
-        return "it must hold 32-bit integers"
+        return "it must contain 32-bit integers"
     if vector.shape != (session.size,):
-        return f"it has the shape {tuple(vector.shape)}, where {session.size} numbers were agreed"
+        return f"it has shape {tuple(vector.shape)}, expected {session.size} numbers"
     return None

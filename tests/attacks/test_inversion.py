@@ -14,7 +14,6 @@ from polyclinic.attacks.inversion import (
     Verdict,
     audit,
     batch_statistics,
-    label_of,
     leak,
     leaky,
     obscured,
@@ -81,7 +80,7 @@ def test_the_audit_shows_its_control_first(sigmoid_net):
     verdict = audit(sigmoid_net, loss, disc(), torch.tensor([2]), FLAT, how, noise=1.0, clip=1.0)
     assert verdict.control.psnr_db > 30
     assert verdict.found.psnr_db < verdict.found.guess_db + 3
-    assert "drew nothing beyond a guess" in verdict.says
+    assert "recovered nothing beyond a guess" in verdict.says
     assert "from a network known to leak" in verdict.says
 
 
@@ -89,15 +88,6 @@ def test_a_failed_control_shows_nothing():
     bad, poor, good, best = (Leak(db, 10.0, 0.0, torch.zeros(1)) for db in (4.0, 12.0, 40.0, 60.0))
     assert "shows nothing" in Verdict(poor, bad).says
     assert "The example leaks" in Verdict(best, good).says
-
-
-def test_the_label_of_one_image_is_always_seen(sigmoid_net):
-    for seed in range(20):
-        y = seed % 4
-        x = torch.randn(1, 1, 12, 12, generator=dice(seed))
-        assert label_of(gradient(loss(sigmoid_net, (x, torch.tensor([y]))), sigmoid_net)["5.bias"]) == y
-    two = gradient(loss(sigmoid_net, (torch.randn(2, 1, 12, 12, generator=dice()), torch.tensor([0, 1]))), sigmoid_net)
-    assert label_of(two["5.bias"]) is None
 
 
 def test_the_cosine_attack_needs_no_length(sigmoid_net):

@@ -226,19 +226,19 @@ def test_the_control_leaks_and_the_verdict_rests_on_it():
     chance, leak = found(members, others), found(members + 1, others)
     few = found(members[:12], others[:12])
     assert Verdict(control, {"a": {"loss": chance}}).says.startswith(
-        "No attack told training patients apart at a: an AUC"
+        "No attack distinguished training patients at a: an AUC"
     )
     both = Verdict(control, {"a": {"loss": chance}, "b": {"loss": chance, "RMIA": leak}})
     assert both.says.startswith(
-        f"Training patients can be told apart: at b by RMIA, AUC {leak.auc:.3f} ({leak.low:.3f}"
+        f"Training patients can be distinguished: at b by RMIA, AUC {leak.auc:.3f} ({leak.low:.3f}"
     )
     assert "at a" not in both.says
     assert "shows nothing" in Verdict(few, {"a": {"loss": leak}}).says
     mixed = Verdict(control, {"a": {"loss": chance}, "c": {"loss": few}}).says
-    assert "told training patients apart at a:" in mixed
-    assert "Cannot tell with so few patients at c: an AUC of 0.84 or more" in mixed
+    assert "distinguished training patients at a:" in mixed
+    assert "Inconclusive, with too few patients, at c: an AUC of 0.84 or more" in mixed
     nobody = Verdict(control, {"a": {"loss": found(members[:2], others[:2])}}).says
-    assert nobody == "Cannot tell with so few patients at a: no result could have shown anything."
+    assert nobody == "Inconclusive, with too few patients, at a: no result could have shown anything."
 
 
 def test_the_p_values_of_a_verdict_are_adjusted_for_all_that_was_tested():

@@ -175,6 +175,6 @@ def test_a_rule_withstands_what_the_mean_does_not(task, local) -> None:
 def test_spies_need_to_know_who_there_is(task, local) -> None:
     with pytest.raises(ValueError, match="give the names of all sites"):
         Poisoned(FedAvg(task, local), ("site-3",), ALIE())
-    with pytest.raises(ValueError, match="IPM must know"):
+    with pytest.raises(ValueError, match="IPM needs the updates of the honest sites"):
         Poisoned(FedAvg(task, local), ("site-9",), IPM(), NAMES)
     assert Known({}, {}, 0.0, 4, 1).honest == 4

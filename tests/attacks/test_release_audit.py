@@ -226,23 +226,23 @@ def run(method: Method[Any], unit: Any = "patient", rounds: int = 2) -> Verdict:
     ("way", "job", "part", "what"),
     [
         ("weight", "train", "update", "has another weight"),
-        ("leaf weight", "train", "more", "holds other numbers"),
-        ("gather", "train", "more", "holds other numbers"),
-        ("alike", "train", "more", "holds other numbers"),
-        ("tensor", "train", "more", "holds other tensors"),
+        ("leaf weight", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("gather", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("alike", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("tensor", "train", "more", "contains other tensors"),
         ("shape", "train", "more", "of another form"),
         ("type", "train", "more", "of another form"),
         ("part", "train", "more", "is sent or not"),
-        ("least bit", "train", "more", "holds other numbers"),
-        ("nan", "train", "more", "holds other numbers"),
-        ("unlabeled", "train", "more", "holds other numbers"),
-        ("later", "train", "more", "holds other numbers"),
+        ("least bit", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("nan", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("unlabeled", "train", "more", "contains numbers that do not come from mechanisms"),
+        ("later", "train", "more", "contains numbers that do not come from mechanisms"),
         ("failure", "train", "", "is answered or not"),
         ("message", "train", "", "fails with another message"),
         ("silence", "train", "update", "is sent or not"),
         ("unmetered", "train", "", "uses noise 2 times, and 1 are paid for"),
-        ("pretended", "train", "update", "holds other numbers"),
-        ("loss by class", "train", "", "something else in steps that the patient was not drawn into"),
+        ("pretended", "train", "update", "contains numbers that do not come from mechanisms"),
+        ("loss by class", "train", "", "another value in steps without the patient"),
     ],
 )
 def test_each_way_to_leak_is_found(way: str, job: str, part: str, what: str) -> None:
@@ -258,7 +258,7 @@ def test_nothing_is_found_where_nothing_leaks() -> None:
     assert not found.findings
     assert found.released == 4
     assert 0.2 < found.largest <= 1
-    assert "nothing but what the mechanisms made depended on one patient's data" in found.says
+    assert "only the output of mechanisms depended on one patient's data" in found.says
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_what_does_not_run_is_not_covered() -> None:
     found, changed = places()
     stopped = audit("it", FedAvg(batched, PRIVATE), batched.first(0), found, changed, "patient")
     assert not stopped.covered
-    assert "does not run: the job 'train' failed at a (ValueError: DPSGD: this network has batch norm" in stopped.says
+    assert "does not run: the job 'train' failed at a (ConfigError: DPSGD: this network has batch norm" in stopped.says
 
 
 def test_an_audit_that_reaches_no_data_shows_nothing() -> None:
@@ -355,7 +355,7 @@ def test_an_audit_that_reaches_no_data_shows_nothing() -> None:
     found, _ = places()
     idle = audit("it", FedAvg(TASK, PRIVATE), TASK.first(0), found, [], "patient")
     assert not idle.covered
-    assert "nothing was shown" in idle.says
+    assert "the audit is empty" in idle.says
 
 
 def test_neighbors_differ_in_one_unit_and_nothing_else() -> None:

@@ -131,11 +131,11 @@ def test_too_few_others_for_a_rate_give_words_and_no_figure():
 
 
 def test_what_cannot_be_judged_is_refused():
-    with pytest.raises(ValueError, match="patients who were not"):
+    with pytest.raises(ValueError, match="other patients"):
         found(torch.ones(3), torch.ones(0))
-    with pytest.raises(ValueError, match="patients who were not"):
+    with pytest.raises(ValueError, match="other patients"):
         found(torch.ones(0), torch.ones(3))
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ValueError, match="NaN"):
         found(torch.tensor([1.0, float("nan")]), torch.ones(3))
 
 

@@ -96,11 +96,11 @@ def test_a_run_that_stops_goes_on_to_the_same_bits() -> None:
 @pytest.mark.parametrize(
     ("transforms", "why"),
     [
-        ((), "nothing is named"),
-        ((Sign(),), "Sign cannot make smaller what sites receive"),
+        ((), "no downlink codec is given"),
+        ((Sign(),), "Sign cannot compress requests"),
         ((TopK(0.1),), "TopK cannot"),
         ((Zstd(), Int8()), "Zstd must come last"),
-        ((BFloat16(), Int8()), "numbers can be made smaller once"),
+        ((BFloat16(), Int8()), "numbers can be quantized once"),
     ],
 )
 def test_what_does_not_go_together_is_refused(transforms: Any, why: str) -> None:
@@ -114,5 +114,5 @@ def test_a_message_that_would_unfold_beyond_the_model_is_refused() -> None:
     request = sender.request(sender.init(large))
     assert request is not None
     assert request.nbytes("a") < 10_000
-    with pytest.raises(ValueError, match="would unfold beyond the limit"):
+    with pytest.raises(ValueError, match="exceeds the decompressed limit"):
         DownlinkPipeline(sender.inner, (Zstd(),), 100).arrived(request)

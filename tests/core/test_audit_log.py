@@ -74,7 +74,7 @@ def test_an_entry_that_was_sealed_anew_does_not_fit_its_place_or_the_next_one(
     entries[2] = sealed({**entries[2], **change})
     path.write_bytes(b"".join(map(line, entries)))
     where = 3 if {"seq", "previous"} & change.keys() else 4
-    with pytest.raises(Broken, match=rf"journal.jsonl:{where}: this entry was changed, or one before it removed"):
+    with pytest.raises(Broken, match=rf"journal.jsonl:{where}: this entry was changed, or an earlier one was removed"):
         list(verify(path))
     read = verify(path)
     assert [next(read)["seq"] for _ in range(where - 1)] == list(range(where - 1)), "what comes before it stands"

@@ -189,7 +189,7 @@ def test_sparse_vector_shows_bounded_coordinates_and_hides_no_integers() -> None
     assert use.bound == 0.01
     assert use.value[""].tolist() == pytest.approx([0.01, -0.01, 0.0001])
     assert use.spend == Spend(0.0, pure=3.0)
-    with pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and counts holds torch\.int64"):
+    with pytest.raises(ValueError, match=r"SparseVector cannot protect integers, and counts contains torch\.int64"):
         SparseVector().encode(
             WeightedMean({"w": torch.ones(2), "counts": torch.ones(2, dtype=torch.long)}, 1.0), {}, {}, Site("a"), 0
         )

@@ -165,7 +165,7 @@ def test_memories_do_not_collide_and_reach_the_model() -> None:
 
 def test_pipelines_stand_inside_one_another() -> None:
     inside = UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(), Squared())), (Doubled(),))
-    with pytest.raises(ValueError, match="what each site sent"):  # Packed inside, decoded on a sum outside
+    with pytest.raises(ValueError, match="each site's reply"):  # Packed inside, decoded on a sum outside
         run(inside, 1)
     nested, _, _ = run(UplinkPipeline(UplinkPipeline(Told(SENDS, WEIGHTS), (Doubled(),)), (Doubled(), Squared())), 3)
     flat, _, _ = run(send_through(Told(SENDS, WEIGHTS), Doubled(), Doubled(), Squared()), 3)
@@ -182,12 +182,12 @@ def test_the_trial_carries_the_notes() -> None:
 
 
 def test_wrong_combinations_are_refused_at_once_with_every_reason() -> None:
-    with pytest.raises(ValueError, match=r"OnlySums shows .* Squared sends does not add up: leave Squared out"):
+    with pytest.raises(ValueError, match=r"OnlySums reveals .* output of Squared cannot be summed: remove Squared"):
         send_through(Told(SENDS), OnlySums(), Squared())
 
 
 def test_a_sum_shows_no_single_site() -> None:
-    with pytest.raises(ValueError, match="secure summation shows only sums"):
+    with pytest.raises(ValueError, match="secure summation reveals only sums"):
         run(send_through(Told(SENDS, WEIGHTS, ("mean", "gather")), OnlySums()))
 
 
@@ -201,14 +201,14 @@ def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> No
     with pytest.raises(ValueError, match=r"site 'b' .* not finite"):
         method.opened(state, bad)
     for weights in ({}, {"b": -1.0}, {"b": float("nan")}, {"b": float("inf")}):
-        with pytest.raises(ValueError, match=r"site 'b' .* claims to weigh"):
+        with pytest.raises(ValueError, match=r"site 'b' .* its weight is"):
             method.opened(state, Reply({"sent": Packed({"b": {"m/update/w": torch.ones(2)}}, weights)}))
     with pytest.raises(ValueError, match="site 'b'"):
         method.server_update(state, good + bad, Site("server"))
 
 
 def test_weights_must_be_positive_and_parts_nameable() -> None:
-    with pytest.raises(ValueError, match="must weigh more than 0"):
+    with pytest.raises(ValueError, match="must be greater than 0"):
         run(send_through(Told(SENDS, {"a": 0.0}), Squared()))
 
 
@@ -216,5 +216,5 @@ def test_packed_merges_only_with_packed() -> None:
     packed = Packed({"a": {}}, {"a": 1.0})
     with pytest.raises(TypeError, match="not encoded"):
         packed + PerSite({"b": {}})
-    with pytest.raises(ValueError, match="gathered twice"):
+    with pytest.raises(ValueError, match="two contributions from the same site"):
         packed + packed

@@ -45,11 +45,11 @@ def test_elements_may_count_nothing_little_or_much(weights: tuple[float, ...]) -
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_no_number_may_be_infinite_or_none(bad: float) -> None:
-    said = "fisher: w holds NaN or an infinity"
+    said = "fisher: w contains NaN or infinity"
     assert refused(leaf_mean(1.0, bad)) == said
     assert refused(leaf_mean(1.0, 1.0, total=tensors(1.0, bad))) == said
-    assert refused(Reply({"update": WeightedMean(tensors(1.0, bad), 1.0)})) == "update: w holds NaN or an infinity"
-    assert refused(Reply({"all": PerSite({"bern": tensors(bad, 1.0)})})) == "all: w holds NaN or an infinity"
+    assert refused(Reply({"update": WeightedMean(tensors(1.0, bad), 1.0)})) == "update: w contains NaN or infinity"
+    assert refused(Reply({"all": PerSite({"bern": tensors(bad, 1.0)})})) == "all: w contains NaN or infinity"
     assert refused(Reply({"good": WeightedMean(tensors(1.0), 1.0), "bad": WeightedMean(tensors(bad), 1.0)})) is not None
 
 
@@ -67,15 +67,18 @@ def test_no_number_may_be_infinite_or_none(bad: float) -> None:
 def test_a_weight_for_every_element_and_no_others(weight: Tree) -> None:
     assert (
         refused(Reply({"fisher": ElementwiseMean(tensors(1.0, 1.0), weight)}))
-        == "fisher: its weights do not fit its values"
+        == "fisher: the weights do not have the names and shapes of the values"
     )
     missing = Reply({"fisher": ElementwiseMean({**tensors(1.0, 1.0), "u": torch.ones(2)}, {"w": torch.ones(2)})})
-    assert refused(missing) == "fisher: its weights do not fit its values"
+    assert refused(missing) == "fisher: the weights do not have the names and shapes of the values"
 
 
 @pytest.mark.parametrize("weight", [-1e-9, -1.0, math.nan, math.inf, -math.inf])
 def test_a_mean_weighs_a_number_of_0_or_more(weight: float) -> None:
-    assert refused(Reply({"update": WeightedMean(tensors(1.0), weight)})) == f"update: a weight of {weight}"
+    assert (
+        refused(Reply({"update": WeightedMean(tensors(1.0), weight)}))
+        == f"update: weight {weight} is not a finite number of at least 0"
+    )
 
 
 @pytest.mark.parametrize("gate", [ReplyValidator(), ReplyValidator(max_norm=1.0, max_weight=1.0)])
@@ -91,7 +94,7 @@ def test_the_largest_weight_is_allowed_and_no_more() -> None:
     gate = ReplyValidator(max_weight=10.0)
     assert refused(Reply({"update": WeightedMean(tensors(1.0), 10.0)}), gate) is None
     said = refused(Reply({"update": WeightedMean(tensors(1.0), 10.001)}), gate)
-    assert said == "update: a weight of 10.001, beyond the limit of 10"
+    assert said == "update: weight 10.001 exceeds max_weight = 10"
 
 
 def test_the_norm_is_that_of_the_mean_and_may_be_as_large_as_the_limit() -> None:
@@ -100,21 +103,23 @@ def test_the_norm_is_that_of_the_mean_and_may_be_as_large_as_the_limit() -> None
     assert refused(Reply({"update": WeightedMean(tensors(15.0, 20.0), 5.0)}), gate) is None  # 25 / 5
     assert refused(Reply({"update": WeightedMean(tensors(3.0, 4.0), 1.0)}), gate) is None
     assert refused(Reply({"update": WeightedMean(tensors(15.0, 20.0), 4.9)}), gate) == (
-        "update: a norm of 5.1, beyond the limit of 5"
+        "update: norm 5.1 exceeds max_norm = 5"
     )
     assert refused(Reply({"update": WeightedMean(tensors(0.3, 0.4), 0.05)}), gate) == (
-        "update: a norm of 10, beyond the limit of 5"
+        "update: norm 10 exceeds max_norm = 5"
     )
 
 
 @pytest.mark.parametrize("kind", [PerSite, PerSiteUniform])
 def test_a_site_speaks_for_itself_alone(kind: type[PerSite]) -> None:
     assert refused(Reply({"all": kind({"bern": tensors(1.0)})})) is None
-    assert refused(Reply({"all": kind({"ankara": tensors(1.0)})})) == ("all: speaks for ['ankara'], not for bern alone")
-    assert refused(Reply({"all": kind({"bern": tensors(1.0), "ankara": tensors(1.0)})})) == (
-        "all: speaks for ['ankara', 'bern'], not for bern alone"
+    assert refused(Reply({"all": kind({"ankara": tensors(1.0)})})) == (
+        "all: contains values of ['ankara'], not of bern alone"
     )
-    assert refused(Reply({"all": kind({})})) == "all: speaks for [], not for bern alone"
+    assert refused(Reply({"all": kind({"bern": tensors(1.0), "ankara": tensors(1.0)})})) == (
+        "all: contains values of ['ankara', 'bern'], not of bern alone"
+    )
+    assert refused(Reply({"all": kind({})})) == "all: contains values of [], not of bern alone"
 
 
 def test_every_site_that_is_refused_is_named_in_order_with_its_own_reason() -> None:
@@ -123,7 +128,7 @@ def test_every_site_that_is_refused_is_named_in_order_with_its_own_reason() -> N
     replies = {"d": good, "c": Reply({"update": WeightedMean(tensors(math.nan, 1.0), 1.0)}), "b": Reply(), "a": good}
     found = ReplyValidator().refuse(ASK, replies)
     assert list(found) == ["b", "c"]
-    assert found == {"b": "update/Mean is missing", "c": "update: w holds NaN or an infinity"}
+    assert found == {"b": "update/WeightedMean is missing", "c": "update: w contains NaN or infinity"}
     assert ReplyValidator().refuse(ASK, {}) == {}
     assert ReplyValidator().refuse(ASK, {"a": good, "b": good}) == {}
 
@@ -151,14 +156,14 @@ def mean_of(**shapes: int) -> Reply:
 
 
 def test_how_a_form_differs_is_said_of_the_first_tensor_that_does() -> None:
-    said = "update: b is ((3,), 'torch.float32'), where other sites send ((2,), 'torch.float32')"
+    said = "update: b is ((3,), 'torch.float32'), expected ((2,), 'torch.float32') as from the other sites"
     assert differs(mean_of(a=2, b=3, c=9), mean_of(a=2, b=2, c=2)) == said
     assert differs(mean_of(b=3, aa=1), mean_of(a=7, b=2)) == said, "more telling than what is missing besides"
     assert differs(mean_of(b=2), mean_of(a=2, b=2)) == "update/a is missing"
-    assert differs(mean_of(a=2, b=2, c=1), mean_of(a=2, b=2)) == "update/c is not what other sites send"
+    assert differs(mean_of(a=2, b=2, c=1), mean_of(a=2, b=2)) == "update/c is not in the replies of the other sites"
     halves = Reply({"update": WeightedMean({"a": torch.zeros(2, dtype=torch.float16)}, 1.0)})
     assert differs(halves, mean_of(a=2)) == (
-        "update: a is ((2,), 'torch.float16'), where other sites send ((2,), 'torch.float32')"
+        "update: a is ((2,), 'torch.float16'), expected ((2,), 'torch.float32') as from the other sites"
     )
 
 
@@ -170,9 +175,9 @@ def test_every_part_counts_and_so_does_its_kind() -> None:
     assert differs(Reply({**two, "two": WeightedMean(tensors(1.0, 2.0), 1.0)}), Reply(two)).startswith(
         "two: w is ((2,)"
     )
-    assert differs(Reply({"one": two["one"]}), Reply(two)) == "two/Mean is missing"
+    assert differs(Reply({"one": two["one"]}), Reply(two)) == "two/WeightedMean is missing"
     leafwise = Reply({"one": ElementwiseMean(tensors(1.0), tensors(1.0))})
-    assert differs(leafwise, Reply({"one": two["one"]})) == "one/Mean is missing"
+    assert differs(leafwise, Reply({"one": two["one"]})) == "one/WeightedMean is missing"
     third = Reply({"one": ElementwiseMean(tensors(1.0, 1.0), tensors(1.0, 1.0))})
     assert differs(third, leafwise).startswith("one: w is ((2,)")
 

@@ -78,12 +78,12 @@ def test_a_discount_counts_less() -> None:
 
 def test_gathering_twice_from_one_site_is_refused() -> None:
     one = Reply({"g": PerSite({"site": some_tree(0)})})
-    with pytest.raises(ValueError, match="gathered twice"):
+    with pytest.raises(ValueError, match="two contributions from the same site"):
         merge([one, one])
 
 
 def test_a_wrong_name_says_what_there_is() -> None:
-    with pytest.raises(KeyError, match=r"no Mean called 'updat' among \['update'\]"):
+    with pytest.raises(KeyError, match=r"no WeightedMean named 'updat' in the reply, which has \['update'\]"):
         Reply({"update": WeightedMean.of(some_tree(0))}).mean("updat")
 
 

@@ -186,10 +186,10 @@ def test_a_method_that_ends_early_is_scored_once_more_and_trains_no_longer() -> 
     s = schedule((Job("train"), Job("send")), score_every=4)
     assert why(s, 1, "score/val", (0, "train")) == ""
     end = ((0, "train"), (1, "score/val"))
-    assert "comes after the last round was scored, which was round 1" in why(s, 1, "train", *end)
-    assert "comes after the last round was scored" in why(s, 2, "train", *end)
-    assert "comes after the last round was scored" in why(s, 2, "score/val", *end)
-    assert "comes after the last round was scored" in why(s, 4, "score/val", *end)
+    assert "comes after the final scoring, in round 1" in why(s, 1, "train", *end)
+    assert "comes after the final scoring" in why(s, 2, "train", *end)
+    assert "comes after the final scoring" in why(s, 2, "score/val", *end)
+    assert "comes after the final scoring" in why(s, 4, "score/val", *end)
     assert why(s, 5, "train", (4, "score/val")) == ""  # a regular one ends nothing
     assert why(s, 5, "train", (2, "train")) == ""
     assert why(s, 1, "score/val", (1, "score/val", "new")) == ""
@@ -263,7 +263,7 @@ def test_only_tests_look_back() -> None:
     s = schedule(**SCORED)
     assert why(s, 2, "score/test", (2, "score/val"), look=True) == ""
     for job in ("score/val", "train"):
-        assert "only tests are" in why(s, 2, job, look=True)
+        assert "only tests may" in why(s, 2, job, look=True)
 
 
 def test_a_refusal_says_what_the_schedule_allows() -> None:
@@ -300,7 +300,7 @@ def test_marks_are_compared_where_both_have_them_or_as_a_whole() -> None:
     assert marks_problem(one, more, whole=False) is None
     assert "'momentum' differs" in str(marks_problem(one, more, whole=True))
     assert "'momentum' differs" in str(marks_problem(more, one, whole=True))
-    assert "another model than was sent for this round before ('params' differs)" in str(
+    assert "a different model from the earlier request of this round ('params' differs)" in str(
         marks_problem({"params": "3"}, more, False)
     )
     assert marks_problem(more, dict(more), whole=True) is None

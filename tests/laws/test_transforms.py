@@ -43,5 +43,5 @@ def test_every_line_of_the_table_can_be_made_and_described() -> None:
             if transform_table.default(option) is ... and key != "parts"
         }
         assert transform_table.types(entry).keys() >= transform_table.options(entry).keys()
-    with pytest.raises(ValueError, match=r'no transform is called "top_k". Did you mean "top-k"'):
+    with pytest.raises(ValueError, match=r'unknown transform "top_k". Did you mean "top-k"'):
         transform_table.entry("top_k")

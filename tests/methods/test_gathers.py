@@ -13,7 +13,7 @@ SITES = ("a", "b", "c")
 @pytest.mark.parametrize("name", ["fedmoco", "fcl", "fedperl", "feddf", "semi-sync"])
 def test_refused_early(task, name):
     method = build(name, Setting(task, LocalTraining(), SITES, 4))
-    with pytest.raises(ValueError, match="must see what each site sent"):
+    with pytest.raises(ValueError, match="needs each site's reply"):
         send_through(method, build_transform({"name": "secure-sum"}))
 
 

@@ -109,7 +109,7 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
 )
 def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, local) -> None:
     method = build(name, Setting(task, local, ("a", "b", "c"), 3))
-    with pytest.raises(ValueError, match="must see what each site sent"):
+    with pytest.raises(ValueError, match="needs each site's reply"):
         send_through(method, SumsOnly())
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from polyclinic.learning.training.dp_sgd import Spend
-from polyclinic.privacy.accounting import HUGE, curve, epsilon, epsilon_rdp, plan, rounds_within, statement
+from polyclinic.privacy.accounting import HUGE, curve, epsilon, epsilon_rdp, plan, statement
 
 # q, σ, steps; ε at δ = 1e-5 by dp-accounting 0.6.0's PLD at 1e-4 and RDP, and by Opacus 1.6.0's RDP and PRV
 TABLE = [
@@ -111,13 +111,11 @@ def test_a_plan_keeps_what_it_promises_and_wastes_nothing(wanted: float, rate: f
     assert found.epsilon == epsilon([Spend(found.noise, rate, rounds * steps)], 1e-5)
     assert found.epsilon < found.epsilon_rdp
     assert found.deviation == found.noise / 4
-    assert rounds_within(wanted, 1e-5, found.noise, rate, steps=steps) in (rounds, rounds + 1)
 
 
 def test_more_privacy_costs_more_noise() -> None:
     plans = curve([0.5, 1.0], 1e-5, 1.0, 2)
     assert [p.noise for p in plans] == sorted((p.noise for p in plans), reverse=True)
-    assert rounds_within(0.1, 1e-5, 1.0, 1.0) == 0
 
 
 def test_a_huge_epsilon_takes_no_memory_and_is_renyis_bound() -> None:

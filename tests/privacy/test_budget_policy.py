@@ -90,7 +90,7 @@ def test_a_refusal_names_every_part_and_a_paid_reply_costs_what_it_metered(ledge
     site = Site("a", {"train": Ward()})
     method = scaffold(TASK, LocalTraining(steps=1), 3)
     request = method.request(method.init(TASK.first()))
-    with pytest.raises(Refused, match=r"What would have left: control, update$"):
+    with pytest.raises(Refused, match=r"The reply contains control, update$"):
         execute(method, request, {}, site, Budget(ledger))
     private = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=2))
     execute(private, ask_of(private), {}, site, Budget(ledger))
@@ -122,7 +122,7 @@ def test_scores_are_free_whatever_the_evaluation_is_wrapped_in(ledger: Ledger, n
     for other in (PLAIN, send_through(PLAIN, Clip(1.0))):
         with pytest.raises(Refused, match=f"the job '{name}' added none"):
             job(Budget(ledger), reply=SCORE, name=name, method=other)
-    with pytest.raises(Refused, match=r"What would have left: update$"):
+    with pytest.raises(Refused, match=r"The reply contains update$"):
         job(Budget(ledger), name=name, method=method)
     with pytest.raises(Refused, match="added none"):
         job(Budget(ledger, free=()), reply=SCORE, name=name, method=method)
@@ -176,7 +176,7 @@ def test_counting_ends_with_the_release(ledger: Ledger) -> None:
 def test_a_budget_that_is_used_up_or_broken_refuses_the_reply(ledger: Ledger) -> None:
     with pytest.raises(Refused, match=r"the budget of ε = 10 .* is used up"):
         job(Budget(ledger), Spend(0.0, pure=10.5, unit="patient"))
-    with pytest.raises(Refused, match="this budget protects every patient, and nothing in what was asked does"):
+    with pytest.raises(Refused, match="this budget protects every patient, which nothing in this release does"):
         job(Budget(ledger), Spend(4.0, unit="record"))
     assert ledger.spends() == ()
     ledger.path.unlink()

@@ -80,7 +80,7 @@ def test_a_site_clips_to_the_bound_that_was_approved_and_refuses_a_message_with_
 ) -> None:
     """``Gaussian`` makes its noise by the note, so a note with a smaller bound would leave the reply bare."""
     notes = {"clip": {name: torch.tensor(value, dtype=torch.float64) for name, value in lie.items()}}
-    with pytest.raises(ValueError, match=f"names the bound {named}, and 1 was approved"):
+    with pytest.raises(ValueError, match=f"has the bound {named}, but 1 was approved"):
         sent_by(Clip(1.0), FIVE, notes)
 
 
@@ -117,7 +117,7 @@ def test_a_bound_that_moved_must_be_one_and_the_counts_noise_what_was_approved(
         )
         return
     with pytest.raises(
-        ValueError, match=re.escape(f"names the bound {bound:g} and the count's noise {count_noise:g}, and bounds from")
+        ValueError, match=re.escape(f"has the bound {bound:g} and count noise {count_noise:g}, but bounds from")
     ):
         sent_by(AdaptiveClip(1.0, count_noise=0.7), FIVE, notes)
 
@@ -127,7 +127,7 @@ def test_without_noise_on_the_count_the_server_may_name_none() -> None:
         "clip": {"bound": torch.tensor(1.0, dtype=torch.float64), "count_noise": torch.tensor(0.1, dtype=torch.float64)}
     }
     for given in (None, 0.0):
-        with pytest.raises(ValueError, match=r"the count's noise 0\.1, and .* and 0 were approved"):
+        with pytest.raises(ValueError, match=r"count noise 0\.1, but .* and 0 were approved"):
             sent_by(AdaptiveClip(1.0, count_noise=given), FIVE, notes)
         assert sent_by(AdaptiveClip(1.0, count_noise=given), FIVE).total[BELOW].tolist() == [-0.5]
 
@@ -135,7 +135,7 @@ def test_without_noise_on_the_count_the_server_may_name_none() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_cannot_be_clipped(bad: float) -> None:
     for transform in (Clip(1.0), AdaptiveClip(1.0)):
-        with pytest.raises(ValueError, match="holds NaN or an infinity, which no bound can clip"):
+        with pytest.raises(ValueError, match="contains NaN or infinity, which cannot be clipped"):
             sent_by(transform, {"w": torch.tensor([bad])})
 
 
@@ -311,7 +311,7 @@ def test_the_count_has_its_own_noise_and_the_rest_has_more(share: int, noise: No
 def test_integers_and_variances_are_not_hidden_but_empty_ones_pass(noise: Noise) -> None:
     notes = Clip(1.0).describe({})
     with metered() as spent:
-        with pytest.raises(ValueError, match=r"Gaussian cannot hide integers, and m/n holds torch.int64"):
+        with pytest.raises(ValueError, match=r"Gaussian cannot protect integers, and m/n contains torch.int64"):
             sent_by(Gaussian(1.0), {"m/n": torch.ones(1, dtype=torch.int64)}, notes)
         with pytest.raises(ValueError, match=r"m/norm.running_var is a variance"):
             sent_by(Gaussian(1.0), {"m/a": torch.ones(1), "m/norm.running_var": torch.ones(1)}, notes)
@@ -340,8 +340,8 @@ def test_noise_follows_a_clip_and_its_parts_are_summed_in_secret() -> None:
         assert said.startswith("Gaussian(share=...) must be followed by SecureSum")
     for wrong in (Gaussian(0.0), Gaussian(-1.0), Gaussian(math.inf), Gaussian(math.nan)):
         [said] = problems(wrong, clip)
-        assert said.endswith("without noise, leave Gaussian out and claim no privacy")
-    assert problems(Gaussian(1.0, 0), clip) == ["Gaussian: share counts sites, so it is at least 1, not 0"]
+        assert said.endswith("without noise, remove Gaussian and claim no privacy")
+    assert problems(Gaussian(1.0, 0), clip) == ["Gaussian: share is a number of sites of at least 1, not 0"]
     assert Gaussian(1.0).uniform
     assert Gaussian(1.0).private
 
@@ -354,7 +354,7 @@ def test_the_step_of_the_secure_sum_that_follows_is_taken_over() -> None:
     assert Gaussian(1.0, step=0.5).resolve((coarse,)).step == 0.5
     for named in (0.5, 1e-9, None):
         [said] = Gaussian(1.0, step=named).validate((Clip(1.0),), (coarse,))
-        assert said == f"Gaussian: step follows from SecureSum, so leave it out: it is 0.25, not {named}"
+        assert said == f"Gaussian: step follows from SecureSum, so omit it: it is 0.25, not {named}"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def test_a_part_of_the_noise_spans_four_steps_of_the_grid(
     said = problems(Gaussian(z, share), Clip(bound), after=[SecureSum(limit=64.0, bits=bits, threshold=max(3, share))])
     assert len(said) == (not fits)
     assert all(
-        f"Gaussian(share={share}): each site's part of the noise has the deviation {z * bound / share**0.5:.3g}, "
+        f"Gaussian(share={share}): each site's part of the noise has standard deviation {z * bound / share**0.5:.3g}, "
         in text
         for text in said
     )
@@ -402,7 +402,7 @@ def test_the_site_checks_the_grid_for_the_bound_of_the_day(
         if fits:
             assert sent_by(settled, FIVE, notes).total.keys() == FIVE.keys()
         else:
-            with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not hide"):
+            with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not have"):
                 sent_by(settled, FIVE, notes)
     assert len(spent) == fits
     assert len(noise.deviations) == 2 * fits
@@ -426,5 +426,5 @@ def test_a_sum_holds_the_noise_that_was_counted_on(share: int, sites: float, fit
     if fits:
         assert Gaussian(1.0, share).decode(received, state) == (received, state)
     else:
-        with pytest.raises(ValueError, match=rf"holds the noise of {sites:g} sites, and {share} were counted on"):
+        with pytest.raises(ValueError, match=rf"contains the noise of {sites:g} sites, but {share} are required"):
             Gaussian(1.0, share).decode(received, state)

@@ -175,7 +175,7 @@ def test_a_server_that_names_another_bound_gets_no_reply(lie: dict[str, Tree]) -
     method = send_through(Told(pointing(1.0), {}), Clip(1.0), Gaussian(1.0))
     request = method.request(method.init(pointing(1.0)("a", 0)))
     assert request is not None
-    with pytest.raises(ValueError, match=r"names the bound .*1 was approved"):
+    with pytest.raises(ValueError, match=r"has the bound .*1 was approved"):
         method.site_update(_with(request, lie), {}, Site("a"))
 
 
@@ -203,7 +203,7 @@ def test_a_server_that_lies_to_adaptive_clipping_gets_no_reply(bound: float, cou
     own = request.trees["~0/clip"]["count_noise"]
     count = own if count_noise is None else torch.tensor(count_noise, dtype=torch.float64)
     lie = {"~0/clip": {"bound": torch.tensor(bound, dtype=torch.float64), "count_noise": count}}
-    with pytest.raises(ValueError, match=r"names the bound .* were approved"):
+    with pytest.raises(ValueError, match=r"has the bound .* were approved"):
         method.site_update(_with(request, lie), {}, Site("a"))
 
 
@@ -259,7 +259,7 @@ WIDTH = 14.0
 def pair(mean: float | None, other: float | None, sigma: float, q: float) -> Densities:
     """Probabilities, on cells of a line, of a sampled gradient sum with a unit's gradient ``mean``, and ``other``.
 
-    None is a unit that is not there. In units of C; the noise has the deviation ``sigma``.
+    None is a unit that is not there. In units of C; the noise has standard deviation ``sigma``.
     """
     edges = np.linspace(-WIDTH * sigma, WIDTH * sigma, 40_001)
 
@@ -394,7 +394,7 @@ def test_sparse_sharing_draws_as_its_proof_says() -> None:
 
 @pytest.mark.parametrize("leaf", [torch.ones(2, dtype=torch.int64), torch.tensor([True, False])])
 def test_sparse_sharing_hides_no_integers_so_sends_none(leaf: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="SparseVector cannot hide integers, and n holds"):
+    with pytest.raises(ValueError, match="SparseVector cannot protect integers, and n contains"):
         sparse(1.0, 1.0, 1.0).encode(WeightedMean({"w": torch.zeros(2), "n": leaf}, 1.0), {}, {}, Site("a"), 0)
 
 
@@ -525,7 +525,7 @@ def test_a_grid_too_coarse_for_a_part_of_the_noise_is_refused_when_it_is_built()
         ):
             pipeline()
     assert through(0, z=1e-3, share=1), "a site that adds all noise rounds what is hidden already"
-    with pytest.raises(ValueError, match="step follows from SecureSum, so leave it out"):
+    with pytest.raises(ValueError, match="step follows from SecureSum, so omit it"):
         send_through(Told(pointing(0.0), {}), Clip(1.0), Gaussian(1.0, 4, 1e-9), SecureSum(threshold=4))
 
 
@@ -538,7 +538,7 @@ def test_a_bound_that_moves_is_checked_at_the_site(bound: float, works: bool) ->
     if works:
         assert method.site_update(_with(request, moved), {}, Site("a"))[0].parts
         return
-    with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not hide"):
+    with pytest.raises(ValueError, match=r"rounds to steps of 0\.125, so the sum would not have"):
         method.site_update(_with(request, moved), {}, Site("a"))
 
 
@@ -552,7 +552,7 @@ def test_the_counts_part_of_the_noise_must_span_the_grid_too() -> None:
             continue
         with pytest.raises(ValueError, match="and SecureSum rounds") as refusal:
             method.site_update(request, {}, Site("a"))
-        assert f"has the deviation {count_noise / 2:.3g}," in str(refusal.value)
+        assert f"has standard deviation {count_noise / 2:.3g}," in str(refusal.value)
 
 
 def test_secret_uniform_numbers_feed_the_noise() -> None:

@@ -77,10 +77,10 @@ def test_a_person_may_raise_the_budget_and_must_say_why(ledger: Ledger) -> None:
 
 
 def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not begin anew"):
+    with pytest.raises(ValueError, match="cannot be reset"):
         ledger.begin(**SMALL)
     ledger.path.unlink()
-    with pytest.raises(ValueError, match="does not begin anew"):
+    with pytest.raises(ValueError, match="cannot be reset"):
         ledger.begin(**SMALL)
     for wrong in (
         {"epsilon": 0},
@@ -98,11 +98,11 @@ def test_a_ledger_begins_once(ledger: Ledger, tmp_path: Path) -> None:
 
 
 def test_a_crash_between_an_entry_and_its_head_loses_neither(ledger: Ledger) -> None:
-    """The entry counts, the head is made up for, and the budget still does not begin anew."""
+    """The entry counts, the head is made up for, and the budget still cannot be reset."""
     head = ledger.path.with_name("budget.jsonl.head")
     head.unlink()
     assert ledger.begun
-    with pytest.raises(ValueError, match="does not begin anew"):
+    with pytest.raises(ValueError, match="cannot be reset"):
         ledger.begin(**SMALL)
     for _ in range(2):  # the second time it reads what the first has made up for
         assert ledger.budget() == SMALL
@@ -230,13 +230,13 @@ def test_a_ledger_that_is_gone_releases_nothing(ledger: Ledger, tmp_path: Path) 
     ledger.reserve([ONE])
     copy = ledger.path.read_bytes()
     ledger.path.unlink()
-    with pytest.raises(Broken, match="is missing, though its head is here"):
+    with pytest.raises(Broken, match="is missing, although its head exists"):
         ledger.reserve([ONE])
     ledger.path.write_bytes(copy)
     (tmp_path / "budget.jsonl.head").unlink()
     with pytest.raises(Broken, match="do not agree"):
         ledger.reserve([ONE])
-    with pytest.raises(Broken, match="begin one, with the budget"):
+    with pytest.raises(Broken, match="create one with the budget"):
         Ledger(tmp_path / "new.jsonl").reserve([ONE])
 
 
@@ -270,7 +270,7 @@ def test_an_entry_of_no_known_kind_breaks_the_ledger(ledger: Ledger, event: str,
     """A second budget among them: the first holds for ever, and is raised in the open."""
     forged(ledger, event, details)
     for use in (ledger.spent, ledger.budget, lambda: ledger.reserve([ONE]), lambda: ledger.note_members({})):
-        with pytest.raises(Broken, match=f"{event!r} is not an entry of a ledger, or not in its place"):
+        with pytest.raises(Broken, match=f"{event!r} is not a valid ledger entry, or is out of order"):
             use()
 
 
@@ -427,7 +427,7 @@ def test_a_budget_for_sites_is_not_paid_from_by_what_protects_only_patients(tmp_
     ledger = Ledger(tmp_path / "site.jsonl")
     ledger.begin(**{**SMALL, "unit": "site"})
     for use in (ledger.reserve, ledger.check):
-        with pytest.raises(Exhausted, match="this budget protects every site, and nothing in what was asked does"):
+        with pytest.raises(Exhausted, match="this budget protects every site, which nothing in this release does"):
             use(given)
     assert ledger.spends() == ()
 
@@ -567,7 +567,7 @@ def test_site_level_noise_is_paid_from_a_budget_for_sites(tmp_path: Path) -> Non
     execute(method, request, {}, Site("a", {"train": Ward()}), Budget(ledger))
     assert ledger.spent().spends == (Spend(4.0),)
     patients = FedAvg(TASK, DPSGD(noise=4.0, batch_size=8, steps=1))
-    with pytest.raises(Refused, match="this budget protects every site, and nothing in what was asked does"):
+    with pytest.raises(Refused, match="this budget protects every site, which nothing in this release does"):
         execute(patients, ask_of(patients), {}, Site("a", {"train": Ward()}), Budget(ledger))
 
 
@@ -600,6 +600,6 @@ def test_another_file_is_no_ledger_and_stays_as_it_is(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(Broken, match="this is not a ledger: its first line sets no budget"):
             Ledger(file).budget()
-        with pytest.raises(ValueError, match="another file is in the place of the ledger"):
+        with pytest.raises(ValueError, match="another file exists in the place of the ledger"):
             Ledger(file).begin(**SMALL)
         assert file.read_text() == text

@@ -118,7 +118,7 @@ def test_a_spend_that_makes_no_sense_is_none(field: str, value: Any) -> None:
 
 
 def test_pure_privacy_has_no_multiplier_beside_it() -> None:
-    assert problems(Spend(1.0, pure=1.0)) == ["a spend of pure ε has the multiplier 0, not 1.0"]
+    assert problems(Spend(1.0, pure=1.0)) == ["a spend of pure ε must have multiplier 0, not 1.0"]
 
 
 ODD = st.one_of(

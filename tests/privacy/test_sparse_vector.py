@@ -132,7 +132,7 @@ def test_integers_are_refused_by_name_but_empty_ones_pass(noise: Noise) -> None:
     """The first in name order is named, and nothing is paid for what is not sent."""
     with (
         metered() as spent,
-        pytest.raises(ValueError, match=r"SparseVector cannot hide integers, and m holds torch\.int32"),
+        pytest.raises(ValueError, match=r"SparseVector cannot protect integers, and m contains torch\.int32"),
     ):
         shared(SparseVector(), {"w": X, "n": torch.ones(1, dtype=torch.int64), "m": torch.ones(2, dtype=torch.int32)})
     assert not spent
@@ -156,7 +156,7 @@ def test_left_to_itself_a_tenth_is_shared_at_an_epsilon_of_3() -> None:
 def test_what_cannot_be_hidden_is_refused(noise: Noise) -> None:
     with metered() as spent:
         for bad in (math.nan, math.inf, -math.inf):
-            with pytest.raises(ValueError, match="holds NaN or an infinity"):
+            with pytest.raises(ValueError, match="contains NaN or infinity"):
                 shared(SparseVector(), {"a": X, "w": torch.tensor([1.0, bad])})
         with pytest.raises(ValueError, match=r"norm.running_var is a variance"):
             shared(SparseVector(), {"a": X, "norm.running_var": X.abs()})

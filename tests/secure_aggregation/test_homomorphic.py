@@ -48,10 +48,10 @@ def test_without_the_secret_nothing_is_read_and_nothing_repeats(keys: Keys) -> N
 
 def test_broken_ciphertexts_are_refused(keys: Keys) -> None:
     (good,) = encrypt(torch.ones(10), keys.public)
-    for bad, why in ((b"", "holds 0 numbers, where 10 were agreed"), (good[:-30], "broken"), (b"\x01" * 50, "broken")):
+    for bad, why in ((b"", "contains 0 numbers, expected 10"), (good[:-30], "broken"), (b"\x01" * 50, "broken")):
         with pytest.raises(ValueError, match=why):
             add([good, bad], keys.public, 10)
-    with pytest.raises(ValueError, match="holds 10 numbers, where 9 were agreed"):
+    with pytest.raises(ValueError, match="contains 10 numbers, expected 9"):
         decrypt(good, keys.secret, 9)
     with pytest.raises(ValueError, match="nothing to add"):
         add([], keys.public, 10)
@@ -69,7 +69,7 @@ def test_what_it_costs_is_said_and_what_is_too_large_is_refused_with_the_figure(
 
 
 def test_only_means_of_one_shape_are_added(keys: Keys) -> None:
-    with pytest.raises(ValueError, match="which is no mean"):
+    with pytest.raises(ValueError, match="which are not means"):
         encrypted_merge({"a": Reply({"g": PerSite({"a": {"w": torch.ones(1)}})})}, keys)
-    with pytest.raises(ValueError, match="b would send tensors of other names"):
+    with pytest.raises(ValueError, match="b would send tensors with other names"):
         encrypted_merge({"a": reply(0), "b": reply(1, 400)}, keys)

@@ -109,7 +109,7 @@ def test_as_many_weights_as_sites_fit_the_ring() -> None:
     ("weight", "heaviest"), [(0.0, 1.0), (-1.0, 1.0), (1.001, 1.0), (math.nan, 1.0), (601.0, 600.0), (math.inf, 600.0)]
 )
 def test_a_weight_beyond_the_heaviest_or_of_nothing_is_refused(weight: float, heaviest: float) -> None:
-    with pytest.raises(ValueError, match=rf"SecureSum\(heaviest={heaviest:g}\): bern weighs {weight:g}"):
+    with pytest.raises(ValueError, match=rf"SecureSum\(heaviest={heaviest:g}\): bern has weight {weight:g}"):
         coded(SecureSum(heaviest=heaviest), {}, weight)
 
 
@@ -123,7 +123,7 @@ def test_a_number_at_the_limit_is_sent(number: float) -> None:
 )
 def test_a_number_beyond_the_limit_is_refused_by_tensor(number: float, heaviest: float) -> None:
     transform = SecureSum(4.0, heaviest=heaviest)
-    with pytest.raises(ValueError, match=r"SecureSum\(limit=4\): m/w holds .* Nothing was sent"):
+    with pytest.raises(ValueError, match=r"SecureSum\(limit=4\): m/w contains .* Nothing was sent"):
         coded(transform, {"m/a": torch.zeros(2), "m/w": torch.tensor([0.0, number])}, heaviest)
     assert coded(transform, {"m/w": torch.tensor([4.0 * heaviest])}, heaviest).total["m/w"].tolist() == [4 * 2**22]
 
@@ -134,21 +134,21 @@ def test_nothing_is_sent_as_nothing_and_integers_are_refused() -> None:
         (torch.int32, (0, 3)),
         (torch.int32, (0,)),
     ]
-    with pytest.raises(ValueError, match=r"SecureSum sums real numbers, and m/n holds torch.int64"):
+    with pytest.raises(ValueError, match=r"SecureSum sums real numbers, and m/n contains torch.int64"):
         coded(SecureSum(), {"m/n": torch.ones(1, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize("sites", [0.0, -1.0, 0.5, 1.5, 64.0, 2.0001])
 def test_a_sum_of_no_whole_number_of_sites_is_refused(sites: float) -> None:
     total = coded(SecureSum(), {}).total
-    with pytest.raises(ValueError, match=rf"counts whole sites, 63 at most, and this one counts {sites:g}"):
+    with pytest.raises(ValueError, match=rf"is over a whole number of sites of at most 63, not {sites:g}"):
         decoded(SecureSum(), total, sites)
 
 
 def test_what_is_not_in_the_ring_is_not_decoded() -> None:
     total = coded(SecureSum(), {"m/w": torch.zeros(2)}).total
     for name in total:
-        with pytest.raises(ValueError, match=f"{name} is not what SecureSum sends"):
+        with pytest.raises(ValueError, match=f"{name} is not a value of SecureSum"):
             decoded(SecureSum(), {**total, name: total[name].float()}, 1.0)
     assert decoded(SecureSum(), {k: v * 63 for k, v in total.items()}, 63.0).weight == 63
 
@@ -202,7 +202,7 @@ def test_a_threshold_below_three_protects_nobody(threshold: int) -> None:
 
 
 def test_the_threshold_covers_the_noise_that_is_shared() -> None:
-    said = "SecureSum: threshold must be at least 5, for the noise of as many sites is counted on: write SecureSum(threshold=5)"
+    said = "SecureSum: threshold must be at least 5, because the noise of 5 sites is required: write SecureSum(threshold=5)"
     before = (Clip(1.0), Gaussian(1.0, share=5))
     assert found(SecureSum(), before) == found(SecureSum(threshold=4), before) == [said]
     assert found(SecureSum(threshold=5), before) == found(SecureSum(threshold=6), before) == []
@@ -213,7 +213,7 @@ def test_the_threshold_covers_the_noise_that_is_shared() -> None:
 def test_it_stands_last_and_every_problem_is_told() -> None:
     said = found(SecureSum(0.0, threshold=1), (Clip(1.0), Gaussian(1.0, share=4)), (Clip(1.0),))
     assert len(said) == 4
-    assert said[0] == "SecureSum must come last: Clip cannot read what is masked"
+    assert said[0] == "SecureSum must come last: Clip cannot read masked values"
 
 
 def ask(trees: dict[str, Any]) -> Request:
@@ -260,7 +260,7 @@ def test_a_vector_is_empty_or_as_long_as_its_layout() -> None:
     for size in (8, 10):
         with pytest.raises((ValueError, RuntimeError)):
             reply_of(torch.zeros(size, dtype=torch.int32), layout, 1)
-    with pytest.raises(ValueError, match="10 numbers, where the layout has 9"):
+    with pytest.raises(ValueError, match="10 numbers received, but the layout has 9"):
         reply_of(torch.zeros(10, dtype=torch.int32), layout, 1)
 
 

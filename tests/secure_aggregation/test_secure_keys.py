@@ -68,7 +68,7 @@ def test_a_threshold_below_two_thirds_or_of_more_than_all_is_refused(n: int, thr
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_a_sum_over_two_shows_each_what_the_other_sent(n: int) -> None:
-    with pytest.raises(ProtocolError, match=rf"a sum over {n} sites shows each"):
+    with pytest.raises(ProtocolError, match=rf"a sum over {n} sites would reveal each"):
         Session("s", 0, 1, 3, sites(n))
 
 
@@ -154,7 +154,9 @@ def test_a_signature_is_ed25519_over_context_kind_site_and_body() -> None:
 def test_a_signature_is_good_for_nothing_else(change: dict[str, Any]) -> None:
     signed = signature(SESSION, IDENTITY["bern"], "kind", "bern", ["a", 1], "b")
     how = {"session": SESSION, "given": signed, "kind": "kind", "site": "bern", "body": (["a", 1], "b"), **change}
-    with pytest.raises(ProtocolError, match=f"the {how['kind']} of {how['site']} is not signed by it for this session"):
+    with pytest.raises(
+        ProtocolError, match=f"the {how['kind']} of {how['site']} has no valid signature for this session"
+    ):
         check_signature(how["session"], how["given"], how["kind"], how["site"], *how["body"])
 
 
@@ -185,7 +187,7 @@ def test_a_shared_key_is_hkdf_of_x25519_for_one_purpose_in_one_session() -> None
 
 @pytest.mark.parametrize("theirs", ["00" * 32, "zz" * 32, "00", ""])
 def test_what_is_no_public_key_is_refused(theirs: str) -> None:
-    with pytest.raises(ProtocolError, match="the keys of ankara and bern do not fit"):
+    with pytest.raises(ProtocolError, match="the keys of ankara and bern do not match"):
         shared_key(SESSION, ONE, theirs, "shares", "ankara", "bern")
 
 
@@ -241,10 +243,10 @@ def test_masks_are_chacha20_streams_added_and_taken_off(
 def test_what_a_vector_must_be() -> None:
     assert vector_problem(SESSION, torch.zeros(7, dtype=torch.int32)) is None
     for wrong in (torch.zeros(7), torch.zeros(7, dtype=torch.int64), [0] * 7, None):
-        assert vector_problem(SESSION, wrong) == "it must hold 32-bit integers"  # type: ignore[arg-type]
+        assert vector_problem(SESSION, wrong) == "it must contain 32-bit integers"  # type: ignore[arg-type]
     for shape in ((6,), (8,), (7, 1), (), (1, 7)):
         said = vector_problem(SESSION, torch.zeros(shape, dtype=torch.int32))
-        assert said == f"it has the shape {shape}, where 7 numbers were agreed"
+        assert said == f"it has shape {shape}, expected 7 numbers"
 
 
 def test_the_version_is_part_of_every_session() -> None:

@@ -88,9 +88,9 @@ def test_a_sites_keys_and_its_seed_are_three_secrets_from_its_entropy(parties: P
 def test_every_field_of_an_advert_is_signed(field: str, parties: Parties) -> None:
     adverts = parties.until("advertise")
     other = replace(adverts["bern"], **{field: getattr(adverts["cusco"], field)})
-    with pytest.raises(ProtocolError, match="is not signed by it"):
+    with pytest.raises(ProtocolError, match="has no valid signature"):
         check_advert(parties.session, other)
-    with pytest.raises(ProtocolError, match="is not signed by it"):
+    with pytest.raises(ProtocolError, match="has no valid signature"):
         parties.sites["ankara"].share([other, *(a for n, a in adverts.items() if n != "bern")])
 
 
@@ -103,7 +103,7 @@ def test_what_the_server_passes_on_must_be_what_the_site_said(parties: Parties) 
         body = {name: getattr(mine, name) for name in ("cipher_key", "mask_key", "commitment")}
         body[field] = getattr(adverts["cusco"], field)
         signed = signature(parties.session, parties.identities["bern"], "advert", "bern", *body.values())
-        with pytest.raises(ProtocolError, match="does not pass on what bern advertised"):
+        with pytest.raises(ProtocolError, match="does not forward the advert of bern"):
             again.share([Advert("bern", *body.values(), signed), *(a for n, a in adverts.items() if n != "bern")])
 
 
@@ -170,7 +170,7 @@ def test_an_agreement_is_signed_over_the_list_in_name_order(parties: Parties) ->
     message = parties.sites["bern"].agree(reversed(NAMES))
     assert message.alive == NAMES
     check_signature(parties.session, message.signature, "agreement", "bern", list(NAMES))
-    with pytest.raises(ProtocolError, match="2 sites arrived, and 3 are needed"):
+    with pytest.raises(ProtocolError, match="2 sites arrived, but 3 are required"):
         parties.sites["cusco"].agree(["cusco", "bern"])
 
 
@@ -191,7 +191,8 @@ def test_as_many_as_the_threshold_must_have_agreed_each_once(who: tuple[str, ...
     alive = parties.server.masked(parties.until("mask").values())
     agreed = {n: parties.sites[n].agree(alive) for n in alive}
     with pytest.raises(
-        ProtocolError, match=r"2 sites agreed on who arrived, and 3 are needed|ankara cannot agree, or did so twice"
+        ProtocolError,
+        match=r"2 sites agreed on the sites that arrived, but 3 are required|ankara is not on the list of sites, or agreed twice",
     ):
         parties.sites["cusco"].reveal([agreed[n] for n in who])
 
@@ -201,9 +202,9 @@ def test_who_did_not_arrive_cannot_agree(parties: Parties) -> None:
     alive = parties.server.masked(parties.sites[n].mask(inboxes[n], parties.vectors[n]) for n in NAMES if n != LOST)
     agreed = [parties.sites[n].agree(alive) for n in alive]
     forged = signature(parties.session, parties.identities[LOST], "agreement", LOST, list(alive))
-    with pytest.raises(ProtocolError, match="dhaka cannot agree, or did so twice"):
+    with pytest.raises(ProtocolError, match="dhaka is not on the list of sites, or agreed twice"):
         parties.sites["bern"].reveal([*agreed, replace(agreed[0], site=LOST, signature=forged)])
-    with pytest.raises(ProtocolError, match="the agreement of ankara is not signed by it"):
+    with pytest.raises(ProtocolError, match="the agreement of ankara has no valid signature"):
         parties.sites["cusco"].reveal([replace(agreed[0], signature=agreed[1].signature), *agreed[1:]])
 
 
@@ -255,7 +256,7 @@ def test_each_step_can_be_taken_once(parties: Parties) -> None:
     adverts = parties.until("advertise")
     with pytest.raises(ProtocolError, match="bern was asked to advertise when 'share' was next"):
         parties.sites["bern"].advertise()
-    with pytest.raises(ProtocolError, match="bern has forgotten its keys: this session is over"):
+    with pytest.raises(ProtocolError, match="bern has deleted its keys: this session is over"):
         parties.sites["bern"].share(adverts.values())
 
 
@@ -303,7 +304,7 @@ def test_exactly_the_threshold_is_enough_and_one_less_is_told_with_every_reason(
         parties.server.adverts([bad, adverts["cusco"], replace(adverts["ankara"], site="zoe"), adverts["dhaka"]])
     said = str(error.value)
     assert said.startswith(
-        "2 sites sent adverts, and 3 are needed: nothing can be summed; bern: the advert of bern is not signed"
+        "2 sites sent adverts, but 3 are required: nothing can be summed; bern: the advert of bern has no valid signature"
     )
     assert said.endswith("replayed from another; zoe: zoe was not asked for adverts")
     again = Parties(NAMES, 3)
@@ -317,7 +318,7 @@ def test_the_first_reason_against_a_site_stays(parties: Parties) -> None:
     parties.server.adverts(
         [broken, *(a for n, a in adverts.items() if n != "bern"), broken, replace(broken, site="cusco")]
     )
-    assert "the advert of bern is not signed" in parties.server.refused["bern"]
+    assert "the advert of bern has no valid signature" in parties.server.refused["bern"]
     assert parties.server.refused["cusco"] == "cusco sent adverts twice; the first counts"
 
 
@@ -357,7 +358,7 @@ def test_who_does_not_share_with_exactly_the_others_is_left_out(change: Any, par
         [replace(shares["bern"], to=to, signature=signed), *(s for n, s in shares.items() if n != "bern")]
     )
     assert set(inboxes) == set(NAMES) - {"bern"}
-    assert parties.server.refused == {"bern": "bern did not share its secrets with everyone"}
+    assert parties.server.refused == {"bern": "bern did not share its secrets with every site"}
     assert all(set(inbox) == set(inboxes) - {site} for site, inbox in inboxes.items())
 
 
@@ -384,7 +385,7 @@ def test_every_message_is_checked_against_its_signature(step: str, parties: Part
     forged = replace(messages["bern"], signature=messages["cusco"].signature)
     getattr(parties.server, READ[step])([forged, *(m for n, m in messages.items() if n != "bern")])
     assert list(parties.server.refused) == ["bern"]
-    assert "of bern is not signed by it for this session" in parties.server.refused["bern"]
+    assert "of bern has no valid signature for this session" in parties.server.refused["bern"]
 
 
 @pytest.mark.parametrize(
@@ -462,7 +463,7 @@ def test_too_few_shares_of_a_lost_sites_key_stop_the_sum(parties: Parties) -> No
     few = [signed_anew(parties, r, keys={}) if n in ("ankara", "bern") else r for n, r in reveals.items()]
     with pytest.raises(
         ProtocolError,
-        match=r"2 shares of the secrets of dhaka do not give what it advertised: they are corrupt, or too few",
+        match=r"2 shares of the secrets of dhaka do not match its advert: they are corrupt, or too few",
     ):
         parties.server.reveals(few)
 

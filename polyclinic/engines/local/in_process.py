@@ -1,4 +1,4 @@
-"""The reference engine: every site in this process, one after another."""
+"""Reference engine: all sites run in this process, one after another."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from polyclinic.secure_aggregation.engine_simulation import secured
 
 
 class InProcess:
-    """Runs asks in the order in which they were sent.
+    """Executes requests in the order in which they were sent.
 
     Attributes:
-        memory: What each site keeps. Saved with the server's state, it resumes a run to the bit.
+        memory: The state of each site. Saved with the server's state, it resumes a run with bit-identical results.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class InProcess:
         seed: int = 0,
         server_data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Brings ``sites`` together.
+        """Create the engine for ``sites``.
 
         Args:
-            memory: What sites kept from an earlier run.
-            policies: What sites allow; everything where one has none.
-            seed: For the server's own dice.
-            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
+            memory: Site states of an earlier run.
+            policies: Policies by site; a site without one allows everything.
+            seed: Seed of the server's random generators.
+            server_data: The server's own data by role, such as ``"public"`` images for distillation.
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
@@ -45,16 +45,16 @@ class InProcess:
 
     @property
     def sites(self) -> Sequence[str]:
-        """Every site's name, in order."""
+        """Names of all sites, in order."""
         return sorted(self._sites)
 
     def send(self, request: Request, to: Sequence[str]) -> None:
-        """Queues ``request`` for the sites named."""
+        """Queue ``request`` for the sites ``to``."""
         self._last = (request, to)
         self._queue.extend((request, name) for name in to)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Does what is queued. A site that worked longer than ``deadline`` seconds is lost."""
+        """Execute the queued requests. A site that took longer than ``deadline`` seconds is lost."""
         return secured(*self._last, self._arrivals(deadline))
 
     def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
@@ -68,4 +68,4 @@ class InProcess:
             yield Arrival(name, request.round, done.reply, done.lost, done.seconds)
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing; the engine holds no resources."""

@@ -1,4 +1,4 @@
-"""Values in memory that two processes see: encoded once by one, viewed without a copy by the other."""
+"""Values in memory shared by two processes: one encodes them once, the other views them without a copy."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ ENOUGH = 2**30
 
 
 def new_folder() -> Path:
-    """A private folder, in memory where the system has room there, after clearing those of dead processes."""
+    """Create a private folder, in memory if there is enough space, after removing those of processes that ended."""
     shm = Path("/dev/shm")
     roomy = shm.is_dir() and os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > ENOUGH
     parent = shm if roomy else Path(tempfile.gettempdir())
@@ -25,17 +25,17 @@ def new_folder() -> Path:
 
 
 def put(path: Path, value: Any) -> None:
-    """Writes ``value`` to ``path``, its tensors straight into the shared pages.
+    """Write ``value`` to ``path``, its tensors directly into the shared pages.
 
     Raises:
-        OSError: Where there is no room; nothing half-written is left.
+        OSError: If there is not enough space. No partial file remains.
     """
     head, tensors = serialization.header_of(value)
     size = len(head) + sum(t.numel() * t.element_size() for t in tensors)
     try:
         with open(path, "w+b") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # fails here, not in the middle, where there is no room
+                os.posix_fallocate(file.fileno(), 0, size)  # fails before anything is written if space is insufficient
             else:
                 file.truncate(size)
             serialization.write_into(mmap.mmap(file.fileno(), size), head, tensors)
@@ -45,13 +45,13 @@ def put(path: Path, value: Any) -> None:
 
 
 def view(path: Path) -> Any:
-    """The value at ``path``. Its tensors are private views: writing to them changes no other process's."""
+    """Decode the value at ``path``. Its tensors are private views: writes to them do not affect other processes."""
     with open(path, "rb") as file:
         return serialization.decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), share=True)
 
 
 def take(path: Path) -> Any:
-    """The value at ``path``, whose file is gone afterwards; its memory lives as long as its tensors."""
+    """Decode the value at ``path`` and delete the file. Its memory is freed with its tensors."""
     try:
         return view(path)
     finally:

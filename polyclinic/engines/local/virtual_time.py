@@ -1,9 +1,9 @@
-"""Unequal machines, simulated: how long each site takes, what its line carries, how often it fails.
+"""Simulation of unequal sites: computing time, bandwidth and failure rate of each site.
 
-Time is virtual. Nothing sleeps and no clock is read, so a run with slow sites repeats itself to the bit and takes no
-longer than one with fast ones. Answers arrive in the order of virtual time, deadlines lose the sites that would have
-been late, and ``clock`` says how long the hospitals would have waited. What a simulation cannot show: sites that slow
-down over the day, lines that are shared, failures that come together.
+Time is virtual. The simulation neither sleeps nor reads a clock, so a run with slow sites is reproducible with
+bit-identical results and takes as long as one with fast sites. Answers arrive in the order of virtual time,
+deadlines drop the sites that would have been late, and ``clock`` gives the time that real sites would have needed. Not
+simulated: speed that varies over the day, shared connections, and correlated failures.
 """
 
 import heapq
@@ -28,12 +28,13 @@ from polyclinic.secure_aggregation.engine_simulation import secured
 
 @dataclass(frozen=True)
 class Machine:
-    """What a site computes and communicates with.
+    """Computing and communication resources of a site.
 
     Attributes:
-        seconds_per_batch: How long it takes for each minibatch that it reads.
-        up: Bytes a second from the site to the server; ``down``: from the server to the site.
-        drop_out: The probability that it fails when asked. What it would have kept is lost too.
+        seconds_per_batch: Computing time for each minibatch that the site reads, in seconds.
+        up: Bandwidth from the site to the server, in bytes per second.
+        down: Bandwidth from the server to the site, in bytes per second.
+        drop_out: Probability of failure per request. Changes to the site state are lost with the reply.
     """
 
     seconds_per_batch: float = 0.0
@@ -43,7 +44,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name} is {value:g}, and must be {what}"
+            f"{name} is {value:g}, but must be {what}"
             for name, value, fits, what in (
                 ("seconds_per_batch", self.seconds_per_batch, 0 <= self.seconds_per_batch < math.inf, "0 or more"),
                 ("up", self.up, self.up > 0, "more than 0 bytes a second"),
@@ -53,19 +54,19 @@ class Machine:
             if not fits
         ]
         if wrong:
-            raise ConfigError("no such machine: " + "; ".join(wrong))
+            raise ConfigError("invalid machine: " + "; ".join(wrong))
 
     def seconds(self, batches: int, bytes_down: int, bytes_up: int) -> float:
-        """From being asked to being heard."""
+        """Return the time from the request to the arrival of the reply."""
         return bytes_down / self.down + batches * self.seconds_per_batch + bytes_up / self.up
 
 
 class Unequal:
-    """Runs every site in this process, in virtual time. Evaluation takes no time and never fails.
+    """Runs all sites in this process in virtual time. Evaluation takes no time and never fails.
 
     Attributes:
-        clock: Virtual seconds since the beginning.
-        memory: What each site keeps.
+        clock: Virtual seconds since the start.
+        memory: The state of each site.
     """
 
     def __init__(
@@ -78,20 +79,20 @@ class Unequal:
         seed: int = 0,
         server_data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Brings ``sites`` together.
+        """Create the engine for ``sites``.
 
         Args:
-            machines: Each site's machine; one that takes no time where a site is not named.
-            memory: What sites kept from an earlier run.
-            policies: What sites allow; everything where one has none.
-            seed: For the server's own dice, and for who drops out when.
-            server_data: What the server holds itself, by role.
+            machines: Machines by site; a site without one takes no time.
+            memory: Site states of an earlier run.
+            policies: Policies by site; a site without one allows everything.
+            seed: Seed of the server's random generators, and of the drop-outs.
+            server_data: The server's own data by role.
 
         Raises:
-            ValueError: Where a machine is named for a site that is not there.
+            ValueError: If ``machines`` names an unknown site.
         """
         if unknown := machines.keys() - sites.keys():
-            raise ConfigError(f"there are machines for {sorted(unknown)}, and no such sites; there are {sorted(sites)}")
+            raise ConfigError(f"machines name unknown sites {sorted(unknown)}; the sites are {sorted(sites)}")
         self.clock = 0.0
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
@@ -104,18 +105,18 @@ class Unequal:
 
     @property
     def sites(self) -> Sequence[str]:
-        """Every site's name, in order."""
+        """Names of all sites, in order."""
         return sorted(self._sites)
 
     def send(self, request: Request, to: Sequence[str]) -> None:
-        """Asks the sites named, now."""
+        """Send ``request`` to the sites ``to`` at the current virtual time."""
         self._last = (request, to)
         (self._judged if _evaluates(request) else self._sent).extend((request, name) for name in to)
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers in the order of virtual time. Who has not answered ``deadline`` seconds from now is lost.
+        """Yield answers in the order of virtual time. A site without an answer after ``deadline`` seconds is lost.
 
-        Evaluation is answered at once, and leaves alone whoever is training.
+        Evaluation requests are answered at once and do not interrupt sites that are training.
         """
         request, to = self._last
         if request is not None and _evaluates(request):
@@ -123,7 +124,7 @@ class Unequal:
         return secured(request, to, self._arrivals(deadline))
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing; the engine holds no resources."""
 
     def _judgments(self) -> Iterator[Arrival]:
         while self._judged:
@@ -145,7 +146,7 @@ class Unequal:
             yield Arrival(name, request.round, done.reply, done.lost, done.seconds)
 
     def _begin(self, request: Request, name: str) -> None:
-        """Does what ``request`` says, and notes when it will be done."""
+        """Execute ``request``, and record when it will be finished."""
         machine = self._machines.get(name, Machine())
         key = (name, request.round, request.job)
         chance = torch.rand((), generator=self.server.rng("drop-out", *key, self._asked[key]))
@@ -167,13 +168,13 @@ def _evaluates(request: Request) -> bool:
 
 @dataclass
 class Reads:
-    """How many minibatches were read."""
+    """Number of minibatches that were read."""
 
     count: int = 0
 
 
 class _Counted:
-    """Data that counts how often it is read."""
+    """Data that count how often they are read."""
 
     def __init__(self, data: Any, reads: Reads) -> None:
         self._data, self._reads = data, reads

@@ -1,9 +1,9 @@
-"""Sites in worker processes of one machine.
+"""Engine that runs sites in worker processes on one machine.
 
-Workers are started once and live as long as the engine; they inherit the sites' data, build each model once, and
-compute on one thread each. Sites beyond the number of workers wait their turn. Asks, replies and site memory pass
-through shared memory. A worker that dies is replaced, and its site asked again; since a site's work depends on
-nothing but what it is given, the result is the same to the bit, here, in process, and after any number of deaths.
+Workers are started once and run as long as the engine. They inherit the sites' data, build each model once, and compute
+on one thread each. Sites beyond the number of workers wait. Requests, replies and site states pass through shared
+memory. A worker that dies is replaced, and its request is repeated; since a site's work depends only on its inputs, the
+results are bit-identical to those of the in-process engine, after any number of failures.
 """
 
 import json
@@ -37,7 +37,7 @@ DEATHS = 3
 
 @dataclass
 class _Job:
-    """One ask at one site, waiting or under way."""
+    """One request at one site, waiting or being executed."""
 
     site: str
     round: int
@@ -47,7 +47,7 @@ class _Job:
 
 @dataclass
 class _Worker:
-    """A process and the two ends of the conversation with it."""
+    """A worker process and the parent's end of the pipe to it."""
 
     process: BaseProcess
     line: Connection
@@ -59,7 +59,7 @@ class Workers:
     """Runs up to ``workers`` sites at once. Use it as a context manager, or call ``close``.
 
     Attributes:
-        memory: What each site keeps. Saved with the server's state, it resumes a run to the bit.
+        memory: The state of each site. Saved with the server's state, it resumes a run with bit-identical results.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Workers:
         workers: int = 2,
         server_data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts the workers.
+        """Start the workers.
 
         Args:
-            memory: What sites kept from an earlier run.
-            policies: What sites allow; everything where one has none.
-            seed: For the server's own dice.
-            workers: How many processes. More than there are cores is slower, not faster.
-            server_data: What the server holds itself, by role, such as ``"public"`` images for distillation.
+            memory: Site states of an earlier run.
+            policies: Policies by site; a site without one allows everything.
+            seed: Seed of the server's random generators.
+            workers: Number of processes. More than the number of CPU cores is slower.
+            server_data: The server's own data by role, such as ``"public"`` images for distillation.
         """
         self.server = Site("server", dict(server_data or {}), seed=seed)
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
@@ -95,16 +95,16 @@ class Workers:
 
     @property
     def sites(self) -> Sequence[str]:
-        """Every site's name, in order."""
+        """Names of all sites, in order."""
         return sorted(self._given[1])
 
     @property
     def pids(self) -> list[int]:
-        """The workers' process numbers."""
+        """Process IDs of the workers."""
         return [worker.process.pid or 0 for worker in self._workers]
 
     def send(self, request: Request, to: Sequence[str]) -> None:
-        """Queues ``request`` for the sites named."""
+        """Queue ``request`` for the sites ``to``."""
         self._last = (request, to)
         if not to:
             return
@@ -116,7 +116,7 @@ class Workers:
         self._hand_out()
 
     def replies(self, deadline: float | None = None) -> Iterator[Arrival]:
-        """Yields answers as they arrive. A site that works longer than ``deadline`` seconds is stopped and lost."""
+        """Yield answers as they arrive. A site that works longer than ``deadline`` seconds is stopped and lost."""
         return secured(*self._last, self._arrivals(deadline))
 
     def _arrivals(self, deadline: float | None) -> Iterator[Arrival]:
@@ -134,7 +134,7 @@ class Workers:
                 yield from self._stop_late(deadline)
 
     def close(self) -> None:
-        """Stops the workers and gives back the shared memory."""
+        """Stop the workers and release the shared memory."""
         for worker in self._workers:
             worker.line.close()
             worker.process.kill()
@@ -143,11 +143,11 @@ class Workers:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "Workers":
-        """The engine itself."""
+        """Return the engine."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it."""
+        """Close the engine."""
         self.close()
 
     def _start(self) -> _Worker:
@@ -173,11 +173,11 @@ class Workers:
                     str(self._file("reply", job.site)),
                     str(self._file("kept", job.site)),
                 ]
-                with suppress(OSError):  # it died waiting; `wait` will find the line closed
+                with suppress(OSError):  # the worker died while idle; `wait` will report its closed pipe
                     worker.line.send_bytes(json.dumps([job.site, *files]).encode())
 
     def _hear(self, worker: _Worker) -> Arrival | None:
-        """What a worker says. None where it died and its site is asked again."""
+        """Receive a worker's result; None if it died and its request is repeated."""
         job = worker.job
         assert job is not None
         try:
@@ -189,7 +189,7 @@ class Workers:
                 self._queue.appendleft(job)
                 return None
             self._finished(job)
-            return Arrival(job.site, job.round, None, f"its worker died {DEATHS} times; is there enough memory?")
+            return Arrival(job.site, job.round, None, f"its worker died {DEATHS} times; check the available memory")
         worker.job = None
         reply = None
         if not lost:
@@ -232,12 +232,12 @@ def _serve(
     sites: dict[str, Site],
     policies: dict[str, Policy],
 ) -> None:
-    """A worker's life: does what it is told until the other end closes."""
+    """Serve requests in a worker process until the parent closes the pipe."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # both are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)  # the parent handles both
     torch.set_num_threads(1)
     for other in inherited:
-        other.close()  # so that a closed line is seen as closed
+        other.close()  # otherwise the pipes would not be reported as closed
     while True:
         try:
             name, request, memory, reply, kept = json.loads(line.recv_bytes())

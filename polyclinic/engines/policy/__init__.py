@@ -1,1 +1,1 @@
-"""What a site allows, and what it accounts for."""
+"""Site policies and privacy accounting."""

@@ -1,7 +1,8 @@
-"""Whether what leaves the sites of a plan is covered by the privacy that it pays for.
+"""Check that what the sites of a plan release is covered by the privacy mechanism that the plan accounts for.
 
-Methods of the table declare it, and a test shows each declaration (``tests/attacks/test_release_audit.py``). Of a
-method from another package nobody knows, so the release audit runs on it, once for each plan.
+Methods of the catalog declare their coverage, and a test verifies each declaration
+(``tests/attacks/test_release_audit.py``). For a method from another package there is no declaration, so the release
+audit runs on it, once for each plan.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,15 +25,15 @@ ROUNDS, SITES, SIDE = 3, 5, 16
 
 
 def ways(training: Mapping[str, Any], send: Iterable[Mapping[str, Any]]) -> tuple[Way, ...]:
-    """Which mechanisms are paid for by ``training`` and the transforms ``send``: DP-SGD, noise on replies, or both."""
+    """Return the mechanisms that ``training`` and the transforms ``send`` account for: DP-SGD, noise, or both."""
     found: list[Way] = ["dp-sgd"] if training.get("private") else []
     return (*found, "gaussian") if any(transform_entry(item["name"]).pays for item in send) else tuple(found)
 
 
 def uncovered(plan: Plan) -> str | None:
-    """Why what leaves is not covered by the noise that ``plan`` adds, and what to do; None where it is.
+    """Return why the noise of ``plan`` does not cover what the sites release, and what to do; None if it does.
 
-    Where a plan adds no noise there is nothing to cover.
+    A plan without noise has nothing to cover.
 
     Raises:
         ValueError: If the plan cannot be built.
@@ -46,7 +47,7 @@ def uncovered(plan: Plan) -> str | None:
 
 
 def declared_problem(name: str, asked: Sequence[Way]) -> str | None:
-    """Why a method of the table is not covered in one of the ways ``asked``; None where it is, or is of a plug-in."""
+    """Return why a catalog method is not covered in one of the ways ``asked``; None if it is, or is a plug-in."""
     if (line := METHODS.get(name)) is None or line.leaves == "nothing":
         return None
     if not (missing := [way for way in asked if way not in line.private]):
@@ -54,13 +55,13 @@ def declared_problem(name: str, asked: Sequence[Way]) -> str | None:
     how = {"dp-sgd": "private training (DP-SGD) does not cover", "gaussian": "noise on its replies does not cover"}
     why = f" ({line.exposes})" if line.exposes else ""
     return (
-        f"{how[missing[0]]} what {name} sends{why}, so that an ε would promise too much: "
+        f"{how[missing[0]]} what {name} sends{why}, so the stated ε would be too small: "
         f"{alternative(name, missing)}; or add no noise and claim no ε"
     )
 
 
 def alternative(name: str, missing: Sequence[Way]) -> str:
-    """What to use instead of a method, where it is not covered in the ways ``missing``."""
+    """Return what to use instead of a method that is not covered in the ways ``missing``."""
     others = [e.name for e in METHODS.values() if set(missing) <= set(e.private) and not e.baseline and e.name != name]
     found = f"use {', '.join(others[:3])} or another of the {len(others)} methods that docs/reference lists as covered"
     line = METHODS.get(name)
@@ -72,10 +73,10 @@ def alternative(name: str, missing: Sequence[Way]) -> str:
 
 
 def typical(name: str, way: Way, kind: str = "") -> Plan:
-    """A small plan of the method called ``name`` with its own defaults, in which one mechanism is paid for.
+    """Return a small plan of the method ``name`` with default options and one accounted mechanism.
 
     Args:
-        kind: The kind of task; one that the method is for where it is empty.
+            kind: The kind of task; one that the method supports if empty.
     """
     line = entry(name)
     kind = kind or next((k for k in ("multilabel", "classification", *line.tasks) if k in line.tasks), "classification")
@@ -105,10 +106,10 @@ _verdicts: dict[str, Verdict] = {}
 
 
 def audited(plan: Plan, full: bool = False) -> Verdict:
-    """The verdict of the release audit on the method of ``plan``, on synthetic data like those of the plan.
+    """Run the release audit on the method of ``plan``, with synthetic data in its shapes.
 
     Args:
-        full: Whether to try more changes, in all roles and at all sites.
+        full: Whether to test more changes, in all roles and at all sites.
 
     Raises:
         ValueError: If the plan cannot be built.
@@ -150,10 +151,10 @@ def _audited(plan: Plan, full: bool) -> Verdict:
 
 
 def small(plan: Plan) -> Plan:
-    """``plan`` with few rounds, sites and steps, and small images where its network can be built for them.
+    """Reduce the rounds, sites and steps of ``plan``, and its image size if its network supports smaller images.
 
-    Batches are half as large as the synthetic sites, so that each changed patient is drawn into some steps and not into
-    others: in those, nothing may depend on the patient.
+    Batches are half as large as the synthetic sites, so that each changed patient is drawn into some steps only. The
+    other steps must not depend on the patient.
     """
     training = {**plan.training, "batch_size": PATIENTS // 2, "epochs": 1}
     training |= {"steps": 2} if training.get("steps") else {}
@@ -171,7 +172,7 @@ def small(plan: Plan) -> Plan:
 
 
 def _smaller(inputs: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Smaller shapes to try, the smallest first."""
+    """Yield smaller input shapes to try, the smallest first."""
     for side in (SIDE, 2 * SIDE, 4 * SIDE):
         if len(inputs) > 1 and any(size > side for size in inputs[1:]):
             yield (inputs[0], *(min(size, side) for size in inputs[1:]))

@@ -1,4 +1,4 @@
-"""A policy with a privacy budget: what it lets leave is paid for first, from the site's ledger of that data set."""
+"""Policy with a privacy budget: each release is first charged to the site's ledger of the data set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,10 @@ PREDICTIONS = ("predict/test", "predict/val")
 
 
 def coarse(reply: Reply, min_cell: int) -> Reply:
-    """``reply`` with scores rounded to two decimals and their number of patients to a multiple of ``min_cell``.
+    """Round the scores in ``reply`` to two decimals and their numbers of patients to a multiple of ``min_cell``.
 
-    Scores are not paid for from a budget. Rounded, and counted by the schedule, they are no exact oracle.
+    Scores are not charged to a budget. Rounding, and the limited number of requests in the schedule, restrict what they
+    reveal.
     """
     score = reply.parts.get("score")
     if not isinstance(score, PerSite):
@@ -42,10 +43,11 @@ def _coarse(name: str, leaf: Tensor, min_cell: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Paid:
-    """A policy whose replies are paid for, before they leave, from the ledger of a data set.
+    """A policy whose replies are charged to the ledger of a data set before they leave.
 
     Attributes:
-        rules: What else is asked first.
+        rules: The policy that is checked first.
+        budget: The budget that is charged.
     """
 
     rules: Enforced
@@ -53,22 +55,22 @@ class Paid:
 
     @classmethod
     def of(cls, rules: Enforced, ledger: Ledger) -> "Paid":
-        """With the budget of ``ledger``. Predictions, which the policy alone may let leave, are not paid for."""
+        """Use the budget of ``ledger``. Predictions are not charged; the policy alone decides about them."""
         return cls(rules, Budget(ledger, (*SCORES, *PREDICTIONS)))
 
     def admit(self, method: Method[Any], request: Request, site: Site) -> None:
-        """Asks the rules, and begins to count."""
+        """Check the rules, then start metering."""
         self.rules.admit(method, request, site)
         if not _surveys(method, request):
             self.budget.admit(method, request, site)
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Asks the rules, and pays."""
+        """Check the rules, then charge the budget."""
         self.rules.release(method, request, reply, site)
         if not _surveys(method, request):
             self.budget.release(method, request, reply, site)
 
 
 def _surveys(method: Method[Any], request: Request) -> bool:
-    """Whether this is the survey, by who answers: any method could answer a job of that name with anything."""
+    """Return whether this is the survey. The class decides, because any method could name a job like it."""
     return isinstance(method, Describe) and request.job == JOB

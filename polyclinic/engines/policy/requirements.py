@@ -1,4 +1,4 @@
-"""What a hospital requires of everything that leaves: which transforms it must have passed, and how strong they are."""
+"""Transforms that a site's policy requires of every reply, and their minimum strength."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ Wanted = Mapping[str, str | float | int]
 
 
 def transforms_of(method: Any) -> tuple[Transform, ...]:
-    """The transforms that replies pass, from the outermost method inwards."""
+    """Return the transforms that replies pass, from the outermost method inwards."""
     found: tuple[Transform, ...] = ()
     while method is not None:
         if isinstance(method, UplinkPipeline):
@@ -22,10 +22,10 @@ def transforms_of(method: Any) -> tuple[Transform, ...]:
 
 
 def arrived(method: Any, request: Request) -> Request:
-    """The ask as the method itself sees it, its codecs undone.
+    """Return the request as the inner method receives it, with the downlink codecs decoded.
 
     Raises:
-        ValueError: Where they cannot be.
+        ValueError: If it cannot be decoded.
     """
     while method is not None:
         if isinstance(method, DownlinkPipeline):
@@ -39,7 +39,7 @@ def transform_problems(required: Sequence[Wanted], present: tuple[Transform, ...
         made = transforms.maker(transforms.entry(str(wanted["name"])))
         having = [t for t in present if isinstance(t, made)]
         if not having:
-            yield f"what leaves must pass {wanted['name']!r} (require.transforms)"
+            yield f"replies must pass the transform {wanted['name']!r} (require.transforms)"
         for key, bound in wanted.items():
             field, least = _bound(key)
             if field is None:
@@ -47,8 +47,11 @@ def transform_problems(required: Sequence[Wanted], present: tuple[Transform, ...
             for t in having:
                 value = getattr(t, field)
                 if value is None or (value < float(bound) if least else value > float(bound)):
-                    asks = f"at {'least' if least else 'most'} {bound}"
-                    yield f"{wanted['name']}: {field} is {value}, and the policy asks for {asks} (require.transforms)"
+                    required_value = f"at {'least' if least else 'most'} {bound}"
+                    yield (
+                        f"{wanted['name']}: {field} is {value}, and the policy requires {required_value} "
+                        "(require.transforms)"
+                    )
 
 
 def unknown_transforms(required: Sequence[Wanted]) -> Iterator[str]:
@@ -64,11 +67,11 @@ def unknown_transforms(required: Sequence[Wanted]) -> Iterator[str]:
                 could = " or ".join(f"{k}_at_least" for k in known) or "only its name"
                 yield f"{wanted['name']} has no {key!r}; write {could}"
             elif field is not None and isinstance(value, str):
-                yield f"{wanted['name']}: {key} is a number"
+                yield f"{wanted['name']}: {key} must be a number"
 
 
 def _bound(key: str) -> tuple[str | None, bool]:
-    """The field and the direction of ``multiplier_at_least`` or ``bound_at_most``."""
+    """Return the field of ``multiplier_at_least`` or ``bound_at_most``, and whether it is a lower bound."""
     for ending, least in (("_at_least", True), ("_at_most", False)):
         if key.endswith(ending):
             return key.removesuffix(ending), least

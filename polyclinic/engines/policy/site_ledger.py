@@ -1,20 +1,19 @@
-"""Which privacy budget a site's data are charged to: found by what the data are, not by where they lie.
+"""Assignment of a site's data to privacy ledgers, by the identity of the data and not by their location.
 
-A site declares a name for its data set (``data_name`` in site.toml). Beside each ledger lies a list of keyed hashes of
-whose data it counts: of each example's inputs, and of each patient's name. Data are charged to every ledger of the same
-name and to every ledger that shares a single hash with them, whatever the folder or the name; what is new is added to
-the lists. So a folder that was moved, copied or renamed, a subset, or one patient more has the budget that it had,
-and so have patients who were renamed. Inputs are hashed as a study prepares them: of data that were prepared in
-another way *and* have no names of patients, only the data set's name tells.
+A site declares a name for its data set (``data_name`` in site.toml). Next to each ledger is a list of keyed hashes of
+the data that it counts: of each example's inputs, and of each patient's name. Data are charged to every ledger of the
+same name and to every ledger that shares a hash with them, whatever the folder or the name; new hashes are added to the
+lists. A folder that was moved, copied or renamed, a subset, or data with one more patient therefore keep their budget,
+and so do renamed patients. Inputs are hashed as a study prepares them: if data were prepared differently *and* have no
+patient names, only the name of the data set identifies them.
 
-Hashes are BLAKE2b with a key that never leaves the site's home, so that a list tells nothing of a patient to whoever
-does not have both. Inputs are hashed without their targets, so that other labels are no other data. Names that only
-number the examples, or are the examples' own, are no patients', and inputs of one value only (an empty image) are no
-one's.
+Hashes are BLAKE2b with a key that never leaves the site's folder, so that a list reveals nothing about a patient
+without the key. Inputs are hashed without their targets, so that changed labels do not make new data. Names that only
+number the examples, or equal the examples' IDs, are not treated as patient names, and constant inputs (empty images)
+are ignored.
 
-What is deleted or put back from an older copy is noticed where something else still speaks of it: lists are bound to
-the ledgers' chains, and the last head of each ledger is kept outside the folder. Whoever can replace all of the
-site's home can begin anew.
+Files that were deleted or replaced by an older copy are detected through other records: lists are bound to the ledgers'
+chains, and the last head of each ledger is kept outside the folder. Replacing the complete site folder is not detected.
 """
 
 import hashlib
@@ -32,32 +31,32 @@ from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy.ledger import Ledger, locked
 
 KEY = "members.key"
-LIST = ".members"  # behind the ledger's name
-HEADS = "ledger-heads.json"  # beside the ledgers' folder
-WIDTH = 33  # bytes in a line of a list: 32 hexadecimal digits and the end
+LIST = ".members"  # suffix of the ledger's file name
+HEADS = "ledger-heads.json"  # next to the ledgers' folder
+WIDTH = 33  # bytes per line of a list: 32 hexadecimal digits and the newline
 
 
 @dataclass(frozen=True)
 class SiteLedger(Ledger):
-    """The ledger of some data; if they belong to several, all of them pay, and this is the first.
+    """The ledger of some data. If they belong to several ledgers, all are charged, and this is the first.
 
     Attributes:
         others: The other ledgers.
-        heads: The file that holds the last head of each of the site's ledgers.
+        heads: The file with the last head of each of the site's ledgers.
     """
 
     others: tuple[Ledger, ...]
     heads: Path
 
     def reserve(self, spends: Iterable[Spend], about: Mapping[str, Any] | None = None) -> float:
-        """Spends from every ledger, before anything is released, if each of them allows it.
+        """Charge every ledger, before anything is released, if each of them allows it.
 
         Returns:
-            The largest of what was spent in all, as of ``Ledger.reserve``.
+            The largest total spent among the ledgers, as of ``Ledger.reserve``.
 
         Raises:
-            Exhausted: If one of them does not allow it. A race for the last budget may then have cost another's.
-            Broken: If one of them was changed, cut or rolled back, or is missing.
+            Exhausted: If one of them does not allow it. Another may then have been charged in a race for its budget.
+            Broken: If one of them was changed, truncated or rolled back, or is missing.
         """
         given = list(spends)
         every = [Ledger(self.path), *self.others]
@@ -65,26 +64,26 @@ class SiteLedger(Ledger):
             for ledger in every:
                 _unless_rolled_back(ledger, _heads(self.heads))
                 ledger.check(given)
-            said = [ledger.reserve(given, about) for ledger in every]
+            totals = [ledger.reserve(given, about) for ledger in every]
             _note_heads(self.heads, every)
-        return max(said)
+        return max(totals)
 
 
 def ledger_for(folder: Path, name: str, roles: Mapping[str, Any], site: str, privacy: Privacy) -> SiteLedger:
-    """The ledger that a site's data are charged to; begun with the policy's budget if the data are in none.
+    """Return the ledger to which a site's data are charged. Creates one with the policy's budget if there is none.
 
-    Another ε in the policy is noted as a person's decision.
+    A changed ε in the policy is recorded as a decision of the site.
 
     Args:
         folder: The folder of the site's ledgers.
-        name: What the site calls the data set.
-        roles: The site's examples by role; all of them count, for another study may train on what this one tests on.
-        site: The site's name.
+        name: The name of the data set.
+        roles: The site's examples by role. All roles count, because another study may train on this one's test data.
+        site: Name of the site.
         privacy: The policy's budget.
 
     Raises:
-        Broken: If a ledger of this site was changed, cut, rolled back or deleted: which one, and what to do.
-        BadPolicy: If a ledger of the data counts for another unit or with another δ.
+        Broken: If a ledger of this site was changed, truncated, rolled back or deleted. The message says what to do.
+        BadPolicy: If a ledger of the data uses another privacy unit or another δ.
     """
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -94,24 +93,24 @@ def ledger_for(folder: Path, name: str, roles: Mapping[str, Any], site: str, pri
         ledgers = list(_all(folder, known))
         key = _key(folder, ledgers)
         mine = members_of(key, roles)
-        found = [ledger for ledger in ledgers if ledger.budget()["data"] == name or mine & _listed(ledger)]
-        if not found:
-            found = [Ledger(folder / f"{_digest(key, b'name', name.encode())[:12]}.jsonl")]
-            found[0].begin(site=site, data=name, **privacy.model_dump())
-        for ledger in found:
+        matching = [ledger for ledger in ledgers if ledger.budget()["data"] == name or mine & _listed(ledger)]
+        if not matching:
+            matching = [Ledger(folder / f"{_digest(key, b'name', name.encode())[:12]}.jsonl")]
+            matching[0].begin(site=site, data=name, **privacy.model_dump())
+        for ledger in matching:
             _agree(ledger, privacy)
             _add(ledger, key, mine)
-        _note_heads(heads, found)
-    return SiteLedger(found[0].path, tuple(found[1:]), heads)
+        _note_heads(heads, matching)
+    return SiteLedger(matching[0].path, tuple(matching[1:]), heads)
 
 
 _last: tuple[bytes, Mapping[str, Any], frozenset[str]] | None = None
 
 
 def members_of(key: bytes, roles: Mapping[str, Any]) -> frozenset[str]:
-    """The keyed hashes by which data are known again: of each example's inputs, and of each patient's name.
+    """Return the keyed hashes that identify data: of each example's inputs, and of each patient's name.
 
-    They are kept for the next call with the same ``roles``, so that a process reads its data once.
+    The result is cached for the next call with the same ``roles``, so that a process reads its data once.
     """
     global _last
     if _last is None or _last[0] != key or _last[1] is not roles:
@@ -123,7 +122,7 @@ def _members(key: bytes, roles: Mapping[str, Any]) -> Iterator[str]:
     for examples in roles.values():
         patients, ids = getattr(examples, "patients", ()), getattr(examples, "ids", ())
         numbered = [str(i) for i in range(len(patients))]
-        if list(patients) != numbered and list(patients) != list(ids):  # else each example stands for itself
+        if list(patients) != numbered and list(patients) != list(ids):  # else the examples have no patient names
             yield from (_digest(key, b"patient", patient.encode()) for patient in set(patients))
         for image in getattr(examples, "inputs", ()):
             if bool((image != image.flatten()[0]).any()):
@@ -139,10 +138,10 @@ def _digest(key: bytes, *parts: bytes) -> str:
 
 
 def _all(folder: Path, known: Mapping[str, str]) -> Iterator[Ledger]:
-    """Every ledger of the site, each whole.
+    """Yield every ledger of the site after checking that it is intact.
 
     Raises:
-        Broken: If one is not, or is missing while something speaks of it.
+        Broken: If one is not intact, or is missing although another record refers to it.
     """
     names = {path.name for path in folder.glob("*.jsonl")} | known.keys()
     names |= {path.name.removesuffix(end) for end in (".head", LIST) for path in folder.glob(f"*.jsonl{end}")}
@@ -156,34 +155,34 @@ def _unless_rolled_back(ledger: Ledger, known: Mapping[str, str]) -> None:
     head = known.get(ledger.path.name)
     if head is not None and not ledger.path.exists():
         raise Broken(
-            f"{ledger.path}: the ledger is missing, and {HEADS} knows of it: nothing can be released. "
+            f"{ledger.path}: the ledger is missing, although {HEADS} lists it, so nothing can be released. "
             "Restore it from a copy"
         )
     if head is not None and not ledger.knows(head):
         raise Broken(
-            f"{ledger.path}: this is an older copy or another ledger: its last head was {head[:16]}, which is "
-            "not in it, so nothing can be released. Restore the newest copy of the folder"
+            f"{ledger.path}: this is an older copy or another ledger: it does not contain its last head {head[:16]}, "
+            "so nothing can be released. Restore the newest copy of the folder"
         )
 
 
 def _key(folder: Path, ledgers: list[Ledger]) -> bytes:
-    """The secret key of the site's lists, made with the first ledger.
+    """Return the secret key of the site's lists, which is created with the first ledger.
 
     Raises:
-        Broken: If it is missing or was replaced, while there are lists that were made with it.
+        Broken: If it is missing or was replaced, although there are lists that were made with it.
     """
     path = folder / KEY
     checks = {str(bound["check"]) for ledger in ledgers if (bound := ledger.members())}
     if not path.exists() and not checks:
         path.touch(mode=0o600)
-    if not checks and path.stat().st_size == 0:  # new, or a crash came before it was written
+    if not checks and path.stat().st_size == 0:  # new, or not yet written when a crash occurred
         write_bytes(path, os.urandom(32))
         path.chmod(0o600)
     key = path.read_bytes() if path.exists() else b""
     if len(key) != 32 or checks - {_check(key)}:
         raise Broken(
-            f"{path}: this is not the key with which the ledgers here know data again, so nothing can be "
-            "released. Restore it from a copy"
+            f"{path}: this is not the key with which the lists of the ledgers were made, so nothing can be released. "
+            "Restore it from a copy"
         )
     return key
 
@@ -197,29 +196,29 @@ def _list(ledger: Ledger) -> Path:
 
 
 def _listed(ledger: Ledger) -> set[str]:
-    """The hashes of whose data a ledger counts. Lines that a crash kept from being bound to the chain count, too.
+    """Return the hashes of the data that a ledger counts, including lines not yet bound to the chain after a crash.
 
     Raises:
-        Broken: If the list was changed or cut.
+        Broken: If the list was changed or truncated.
     """
     path, bound = _list(ledger), ledger.members()
     data = path.read_bytes() if path.exists() else b""
     size = int(bound["size"]) if bound else 0
     if hashlib.sha256(data[:size]).hexdigest() != (bound["sha256"] if bound else hashlib.sha256().hexdigest()):
         raise Broken(
-            f"{path}: the list of whose data {ledger.path.name} counts was changed or cut, so nothing can be "
+            f"{path}: the list of the data that {ledger.path.name} counts was changed or truncated, so nothing can be "
             "released. Restore it from a copy"
         )
     return set(data.decode("ascii", "replace").split())
 
 
 def _add(ledger: Ledger, key: bytes, mine: frozenset[str]) -> None:
-    """Puts new members on a ledger's list, and binds the list to its chain; the list is on the disk first."""
+    """Add new members to a ledger's list, and bind the list to its chain after it is on the disk."""
     before = ledger.members()
     if not (new := mine - _listed(ledger)) and before is not None and _list(ledger).stat().st_size == before["size"]:
         return
     with open(_list(ledger), "ab") as file:
-        file.truncate(file.tell() - file.tell() % WIDTH)  # a torn last line was never bound
+        file.truncate(file.tell() - file.tell() % WIDTH)  # an incomplete last line was never bound
         file.write("".join(f"{member}\n" for member in sorted(new)).encode())
         file.flush()
         os.fsync(file.fileno())
@@ -230,16 +229,16 @@ def _add(ledger: Ledger, key: bytes, mine: frozenset[str]) -> None:
 
 
 def _agree(ledger: Ledger, privacy: Privacy) -> None:
-    """Sets the policy's ε in a ledger that counts the same.
+    """Set the policy's ε in a ledger with the same privacy unit and δ.
 
     Raises:
-        BadPolicy: If it counts for another unit or with another δ.
+        BadPolicy: If the ledger uses another privacy unit or another δ.
     """
     known = ledger.budget()
     if (known["unit"], known["delta"]) != (privacy.unit, privacy.delta):
         raise BadPolicy(
-            f"privacy: {ledger.path.name} counts for every {known['unit']} with delta = "
-            f"{known['delta']:g}, and a ledger cannot be recounted: set both back"
+            f"privacy: {ledger.path.name} counts for every {known['unit']} with delta = {known['delta']:g}, and a "
+            "ledger cannot be recounted: restore both values in the policy"
         )
     if known["epsilon"] != privacy.epsilon:
         ledger.raise_budget(privacy.epsilon, "policy.toml says so")
@@ -249,10 +248,10 @@ def _heads(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        found: dict[str, str] = json.loads(path.read_bytes())
-        return {str(name): str(head) for name, head in found.items()}
+        heads: dict[str, str] = json.loads(path.read_bytes())
+        return {str(name): str(head) for name, head in heads.items()}
     except (ValueError, AttributeError) as error:
-        raise Broken(f"{path}: this does not list the heads of ledgers ({error}): restore it from a copy") from None
+        raise Broken(f"{path}: not a list of ledger heads ({error}): restore it from a copy") from None
 
 
 def _note_heads(path: Path, ledgers: Iterable[Ledger]) -> None:

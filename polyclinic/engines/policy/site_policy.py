@@ -1,7 +1,8 @@
-"""What a hospital allows: a TOML file that people can read, enforced at the site on the values at hand.
+"""Site policy: a readable TOML file, enforced at the site on the actual values.
 
-The server cannot override it. It is read again before every message, so that a change counts at once. Three places
-ask it: ``problems`` before a person sees a study, ``admit`` before anything runs, ``release`` before anything leaves.
+The server cannot override it. It is read again before every message, so that a change takes effect at once. It is
+checked three times: ``refusals`` before a person reviews a study, ``admit`` before anything runs, and ``release``
+before anything leaves.
 """
 
 import tomllib
@@ -40,7 +41,7 @@ DEFAULT = Path(__file__).with_name("policy.toml").read_text(encoding="utf-8")
 
 
 class BadPolicy(ConfigError):
-    """A policy file that is not one. The message lists every problem."""
+    """An invalid policy file. The message lists every problem."""
 
 
 class _Table(BaseModel):
@@ -48,13 +49,13 @@ class _Table(BaseModel):
 
 
 class Approve(_Table):
-    """Which methods need no person: by hash."""
+    """Hashes of methods that are approved without a person's review."""
 
     automatically: tuple[Hash, ...] = ()
 
 
 class Allow(_Table):
-    """What may run and leave."""
+    """Jobs that may run, and values that may leave."""
 
     jobs: tuple[str, ...] = ("*",)
     never: tuple[str, ...] = ("predict/*",)
@@ -65,7 +66,7 @@ class Allow(_Table):
 
 
 class Require(_Table):
-    """What everything that leaves must have passed."""
+    """Conditions that every reply must meet."""
 
     transforms: tuple[dict[str, str | float | int], ...] = ()
     secure: bool = False
@@ -73,7 +74,7 @@ class Require(_Table):
 
 
 class Limits(_Table):
-    """How much."""
+    """Numerical limits."""
 
     min_patients: Count = 10
     min_cell: Count = 5
@@ -85,7 +86,7 @@ class Limits(_Table):
 
 
 class Privacy(_Table):
-    """What may be spent of each unit's privacy, over all studies with these data, for ever."""
+    """Privacy budget of each unit, over all studies with these data, without expiry."""
 
     epsilon: Annotated[float, Field(gt=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, lt=1)]
@@ -93,7 +94,7 @@ class Privacy(_Table):
 
 
 class Policy(_Table):
-    """The policy file."""
+    """The content of a policy file."""
 
     approve: Approve = Approve()
     allow: Allow = Allow()
@@ -102,10 +103,10 @@ class Policy(_Table):
     privacy: Privacy | None = None
 
     def refusals(self, plan: Plan) -> list[str]:
-        """Why this policy would refuse ``plan``, before anything is asked: a sentence each.
+        """Return why this policy would refuse ``plan``, one sentence per reason.
 
         Raises:
-            ValueError: Where the plan cannot be built.
+            ValueError: If the plan cannot be built.
         """
         packages = packages_of(methods_in({"method": plan.method, "options": plan.options}))
         if refused := self.package_problems(packages):
@@ -114,24 +115,24 @@ class Policy(_Table):
         found = [*_plan_problems(self, plan), *transform_problems(self.require.transforms, transforms_of(method))]
         if self.privacy and not plan.private and entry(plan.method).leaves != "nothing":
             found.append(
-                "what leaves must be hidden in noise that the budget here can pay for (privacy): train with "
-                "DPSGD, or send through clip and gaussian"
+                "replies must contain noise that the site's privacy budget can account for (privacy): train with "
+                "DPSGD, or use clip and gaussian in the uplink"
             )
         if plan.private and (reason := uncovered(plan)):
             found.append(f"{reason} (privacy)")
         return found
 
     def package_problems(self, packages: Iterable[Package]) -> list[str]:
-        """Why this policy would not run code of ``packages``: a sentence each."""
+        """Return why this policy would not run code of ``packages``, one sentence per reason."""
         return [
-            f"it needs the package {package.name} {package.version}, whose code the policy does not allow; "
-            f'allow.packages = ["{exact_rule(package)}"] would allow what is installed here'
+            f"the plan needs the package {package.name} {package.version}, whose code the policy does not allow; "
+            f'allow.packages = ["{exact_rule(package)}"] would allow the installed version'
             for package in packages
             if not any(allows(rule, package) for rule in self.allow.packages)
         ]
 
     def survey_problems(self) -> list[str]:
-        """Why this policy would refuse to say what the data here are: a sentence each."""
+        """Return why this policy would refuse to describe the site's data, one sentence per reason."""
         found = []
         if not _matches(JOB, self.allow.jobs) or _matches(JOB, self.allow.never):
             found.append(f"the job {JOB!r} does not run here (allow.jobs, allow.never)")
@@ -141,10 +142,10 @@ class Policy(_Table):
 
 
 def read(path: Path) -> Policy:
-    """The policy in the file at ``path``.
+    """Read the policy file at ``path``.
 
     Raises:
-        BadPolicy: Where it is not one, with every problem.
+        BadPolicy: If it is not valid. The message lists every problem.
     """
     if not path.is_file():
         raise BadPolicy(
@@ -156,10 +157,10 @@ def read(path: Path) -> Policy:
 
 
 def parse(data: bytes, where: str = "policy.toml") -> Policy:
-    """The policy in ``data``; ``where`` names it in messages.
+    """Parse the policy in ``data``; ``where`` names it in messages.
 
     Raises:
-        BadPolicy: Where it is not one, with every problem.
+        BadPolicy: If it is not valid. The message lists every problem.
     """
     if len(data) > MAX_POLICY:
         raise BadPolicy(f"{where} is larger than {MAX_POLICY} bytes")
@@ -186,16 +187,18 @@ def _tuples(value: Any) -> Any:
 def _sentence(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{place}: no such key; `polyclinic site policy --default` shows those there are"
+        return f"{place}: unknown key; `polyclinic site policy --default` shows the valid keys"
     return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 @dataclass(frozen=True)
 class Enforced:
-    """A policy, at work on one study at one site. It is a ``core.execution.Policy``.
+    """Enforces a policy for one study at one site. Implements ``core.execution.Policy``.
 
     Attributes:
-        sent: Bytes that left in this round before this message.
+        policy: The policy.
+        plan: The plan of the study.
+        sent: Bytes that left the site in this round before this message.
     """
 
     policy: Policy
@@ -203,10 +206,10 @@ class Enforced:
     sent: int = 0
 
     def admit(self, method: Method[Any], request: Request, site: Site) -> None:
-        """Before anything runs.
+        """Check a request before it is executed.
 
         Raises:
-            Refused: With every reason.
+            Refused: If the policy does not allow it. The message lists every reason.
         """
         if isinstance(method, Describe):
             found = self.policy.survey_problems()
@@ -216,10 +219,10 @@ class Enforced:
             raise Refused("; ".join(found))
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Before anything leaves.
+        """Check a reply before it leaves the site.
 
         Raises:
-            Refused: With every reason.
+            Refused: If the policy does not allow it. The message lists every reason.
         """
         found = list(_reply_problems(self.policy, reply, site.name, self.sent))
         if found := [*found, *_shape_problems(self.plan, method, reply)]:
@@ -245,7 +248,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], request: Requ
     if _matches(request.job, allow.never):
         yield f"the job {request.job!r} never runs here (allow.never)"
     if not 0 <= request.round < plan.rounds + 1:
-        yield f"round {request.round} of a study of {plan.rounds}"
+        yield f"round {request.round} is beyond the study's {plan.rounds} rounds"
     verb, _, role = request.job.partition("/")
     scored = verb in ("score", "predict", "explain")
     if scored and role not in EVALUATED:
@@ -256,7 +259,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], request: Requ
         yield f"fewer than {limits.min_patients} patients here (limits.min_patients)"
     hides = any(t.secure for t in transforms_of(method))
     if hides and not scored and not request.secure:
-        yield "the study promises a secure sum, and the server asks for the reply itself"
+        yield "the study specifies secure aggregation, and the server requests the plain reply"
     if policy.require.secure and not scored and not request.secure:
         yield "the policy allows secure sums only (require.secure)"
     if (size := request.nbytes(site.name)) > limits.megabytes_per_round * 1e6:
@@ -269,7 +272,7 @@ def _ask_problems(policy: Policy, plan: Plan, method: Method[Any], request: Requ
 
 
 def _model_problems(plan: Plan, params: Tree) -> Iterator[str]:
-    """Why ``params`` cannot be of the model that was approved: another architecture, or not numbers."""
+    """Yield why ``params`` cannot be those of the approved model: another architecture, or not finite."""
     known = _known_shapes(plan)
     for name, leaf in params.items():
         if name not in known:
@@ -279,16 +282,16 @@ def _model_problems(plan: Plan, params: Tree) -> Iterator[str]:
             yield f"the server's {name[:80]!r} has the shape {tuple(leaf.shape)}, the approved model's {known[name]}"
             return
     if not tree.finite(params):
-        yield "the server's model holds NaN or infinite numbers"
+        yield "the server's model contains NaN or infinity"
 
 
 _known: dict[str, Mapping[str, tuple[int, ...]]] = {}
 
 
 def _known_shapes(plan: Plan) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of the approved model's tensors.
+    """Return the shapes of the approved model's tensors by name.
 
-    Where the method predicts with another task, also of that one's, and of the model that the method begins with.
+    If the method predicts with another task, these include the shapes of that task's model and of the initial model.
     """
     if plan.hash not in _known:
         method = plan.build_method()
@@ -306,11 +309,11 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
         if isinstance(stat, PerSite):
             if not _matches(part, policy.allow.gather):
                 yield (
-                    f"{part!r} would leave as a {kind}, which the server sees apart from other sites' "
-                    "(allow.gather names the parts that may)"
+                    f"{part!r} would leave as a {kind}, which the server sees separately from other sites' values "
+                    "(allow.gather lists the permitted parts)"
                 )
             if list(stat.items) != [site]:
-                yield f"{part!r} speaks for {sorted(stat.items)}, not for {site}"
+                yield f"{part!r} contains values of {sorted(stat.items)}, not of {site} alone"
         elif kind not in policy.allow.stats:
             yield f"{part!r} would leave as a {kind}, which the policy does not allow (allow.stats)"
     most = policy.limits.megabytes_per_round * 1e6
@@ -322,22 +325,22 @@ def _reply_problems(policy: Policy, reply: Reply, site: str, sent: int) -> Itera
 
 
 def _shape_problems(plan: Plan, method: Method[Any] | None, reply: Reply) -> Iterator[str]:
-    """Why ``reply`` is not of the size that was approved: a part of the model in another shape, more outputs."""
+    """Yield why ``reply`` does not have the approved size: a part of the model in another shape, or more outputs."""
     if method is None or not all(t.dense and t.additive for t in transforms_of(method)):
-        return  # encoded: the bytes of a round are the bound
+        return  # encoded: only the bytes of a round are limited
     known = _known_shapes(plan)
     for part, leaves in _leaves(reply):
         wrong = [name for name, leaf in leaves.items() if name in known and tuple(leaf.shape) != known[name]]
         if part in MODEL_PARTS and leaves.keys() <= known.keys() and wrong:
             yield f"{part}: {wrong[0][:80]!r} would leave in another shape than the approved model's {known[wrong[0]]}"
-        said = leaves.get("score") if part == "predict" else None
-        outputs = said.shape[1] if said is not None and said.ndim == 2 else 0
+        scores = leaves.get("score") if part == "predict" else None
+        outputs = scores.shape[1] if scores is not None and scores.ndim == 2 else 0
         if outputs > plan.outputs:
             yield f"{outputs} outputs for each patient would leave, and {plan.outputs} were approved"
 
 
 def _leaves(reply: Reply) -> Iterator[tuple[str, Tree]]:
-    """The trees of a reply by the names of the method's own parts, whether or not it passed through transforms."""
+    """Yield the trees of a reply by the method's own part names, whether or not it passed through transforms."""
     for part, stat in reply.parts.items():
         for leaves in stat.items.values() if isinstance(stat, PerSite) else (stat.total,):
             if part != "sent":
@@ -357,6 +360,6 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def count_patients(data: Any) -> int:
-    """How many patients are in ``data``; examples, where it does not say whose they are."""
+    """Return the number of patients in ``data``, or of examples if it has no patient names."""
     patients = getattr(data, "patients", None)
     return len(set(patients)) if patients is not None else len(data)

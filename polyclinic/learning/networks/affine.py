@@ -1,4 +1,4 @@
-"""A front that rescales its inputs: the z-score, and what ComBat finds."""
+"""Affine input layer: the z-score, and the transform that ComBat estimates."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AffineInput:
-    """Builds the front x ↦ scale · x + shift + carry · c(x), with c(x) some of the inputs themselves; 1, 0, 0 at first.
+    """Builds the layer x ↦ scale · x + shift + carry · c(x), where c(x) are columns of x; initially 1, 0 and 0.
 
     Attributes:
-        shape: Of scale and shift, and of what they broadcast with: (C, 1, 1) for images by channel, (F,) for tables.
-        covariates: Which columns of a table make up c(x); none for images.
+        shape: Shape of scale and shift, which broadcast with inputs: (C, 1, 1) for images by channel, (F,) for tables.
+        covariates: The columns of a table that make up c(x); none for images.
     """
 
     shape: tuple[int, ...]
     covariates: tuple[int, ...] = ()
 
     def __call__(self) -> nn.Module:
-        """The front."""
+        """Build the layer."""
         return _Affine(self)
 
 
@@ -36,6 +36,6 @@ class _Affine(nn.Module):
             self.register_buffer("carry", torch.zeros(*build.shape, len(build.covariates)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, *inputs] to the same."""
+        """Map [b, *inputs] to the same shape."""
         moved = self.scale * x + self.shift
         return moved + x[:, self.covariates] @ self.get_buffer("carry").T if self.covariates else moved

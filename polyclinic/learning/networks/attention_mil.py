@@ -1,4 +1,4 @@
-"""Attention over a bag of instances, such as the patches of a slide of which only the whole has a label.
+"""Attention over a bag of instances, such as the patches of a slide, of which only the whole has a label.
 
 Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, equation 9 (gated attention).
 https://arxiv.org/abs/1802.04712.
@@ -13,7 +13,7 @@ from polyclinic.errors import ConfigError
 
 
 class AttentionMIL(nn.Module):
-    """A bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, and is never attended to.
+    """Maps a bag [b, instances, features] to [b, outputs]. An instance of zeros is padding, with attention 0.
 
     A bag may have one channel before its instances, as an image has: [b, 1, instances, features].
     """
@@ -26,12 +26,12 @@ class AttentionMIL(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def attention(self, x: Tensor) -> Tensor:
-        """What each instance counts: [b, instances], summing to 1 for each bag."""
+        """Return the weight of each instance: [b, instances], with sum 1 in each bag."""
         x = x if x.ndim == 3 else x[:, 0]
         return self._attend(x, self.encoder(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The prediction from the attended mean of instances."""
+        """Predict from the attention-weighted mean of the instances."""
         x = x if x.ndim == 3 else x[:, 0]
         h = self.encoder(x)
         return cast(Tensor, self.head((self._attend(x, h)[..., None] * h).sum(1)))  # z = Σ a_k h_k
@@ -47,7 +47,7 @@ class AttentionMIL(nn.Module):
 def attention_mil(
     inputs: tuple[int, ...], outputs: int, width: int = 64, attention: int = 32, dropout: float = 0.0
 ) -> nn.Module:
-    """For bags of the shape ``inputs``, (instances, features) or (1, instances, features)."""
+    """Build the network for bags of shape ``inputs``, (instances, features) or (1, instances, features)."""
     if len(inputs) not in (2, 3) or inputs[:-2] not in ((), (1,)):
         raise ConfigError(f"attention-mil needs bags of (instances, features), not inputs of shape {inputs}")
     return AttentionMIL(inputs[-1], outputs, width, attention, dropout)

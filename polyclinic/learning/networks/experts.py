@@ -1,4 +1,4 @@
-"""A head of several experts, of which a gate takes what it needs.
+"""Mixture-of-experts head with a gate for each site or task.
 
 Ma, Zhao, Yi, Chen, Hong and Chi, "Modeling Task Relationships in Multi-task Learning with Multi-gate
 Mixture-of-Experts", KDD 2018, equations 5 and 6. https://doi.org/10.1145/3219819.3220007.
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.networks.latent import head_width, of, pooled
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.objectives.contrastive import nce
-from polyclinic.learning.objectives.distillation_loss import Said, of
-from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.tasks.task import Task
 
 
 class GatedHead(nn.Module):
-    """Experts that everybody shares; a gate and a tower that can be one's own."""
+    """Shared experts, with a gate and a tower that may be personal."""
 
     def __init__(self, features: int, outputs: int, experts: int, width: int) -> None:
         super().__init__()
@@ -27,23 +25,23 @@ class GatedHead(nn.Module):
         self.gate, self.tower = nn.Linear(features, experts), nn.Linear(width, outputs)
 
     def forward(self, h: Tensor) -> Tensor:
-        """[b, features, ...] to [b, outputs]: tower(Σ_e softmax(W h)_e · expert_e(h))."""
+        """Map [b, features, ...] to [b, outputs]: ``tower(Σ_e softmax(W h)_e · expert_e(h))``."""
         h = pooled(h)
         share = self.gate(h).softmax(1)
-        said = torch.stack([expert(h) for expert in self.experts], 1)
-        answer: Tensor = self.tower((share[..., None] * said).sum(1))
+        features = torch.stack([expert(h) for expert in self.experts], 1)
+        answer: Tensor = self.tower((share[..., None] * features).sum(1))
         return answer
 
 
 @dataclass(frozen=True)
 class Gated(Network):
-    """A network whose head is replaced by ``experts`` of a given ``width`` with a gate and a tower."""
+    """A network whose head is replaced by ``experts`` of the given ``width``, a gate and a tower."""
 
     experts: int = 4
     width: int = 32
 
     def __call__(self) -> nn.Module:
-        """A new module with random parameters."""
+        """Build a module with random parameters."""
         model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
         place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
         parent, _, last = place.rpartition(".")
@@ -53,46 +51,18 @@ class Gated(Network):
         return model
 
     def private(self, name: str) -> bool:
-        """Whether a tensor lies in the gate or in the tower."""
+        """Return whether a tensor belongs to the gate or the tower."""
         return self.in_head(name) and (".gate." in name or ".tower." in name)
 
 
 def gated(task: Task, experts: int, width: int) -> Task:
-    """``task`` with a head of gated experts."""
+    """Return ``task`` with a gated mixture-of-experts head."""
     own = task.network
     return replace(task, network=Gated(own.name, own.inputs, own.outputs, own.options, experts, width))
 
 
 def begin(task: Task, params: Tree) -> Tree:
-    """The first parameters of ``task``'s model, with those of ``params`` that fit it."""
+    """Return initial parameters of ``task``'s model, with the leaves of ``params`` that match in name and shape."""
     fresh = initial(task.network, 0)
     fits = {name: leaf for name, leaf in params.items() if name in fresh and fresh[name].shape == leaf.shape}
     return {**fresh, **fits}
-
-
-@dataclass(frozen=True)
-class WithContrast:
-    """A classification task whose representation is also drawn together within a class and apart between classes.
-
-    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2. https://arxiv.org/abs/2004.11362.
-
-    Attributes:
-        task: The task. ``weight``: what the contrast counts. ``temperature``: τ.
-    """
-
-    task: Task
-    weight: float = 0.1
-    temperature: float = 0.1
-
-    def model(self) -> nn.Module:
-        """The task's."""
-        return self.task.model()
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The task's loss and the contrast of the minibatch's representations."""
-        h, z = represent(self.task, model, batch[0])
-        value = self.task.loss(Said(z), batch)
-        unit = nn.functional.normalize(pooled(h), dim=1)
-        other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-        logits = (unit @ unit.T / self.temperature).masked_fill(~other, -1e9)
-        return value + self.weight * nce(logits, ((batch[1][:, None] == batch[1]) & other).to(unit))

@@ -1,4 +1,4 @@
-"""A model as it would be with other parameters, for methods that look ahead: sharpness, episodes, mixtures."""
+"""Evaluation of a model with other parameters, for methods that look ahead: sharpness, episodes, mixtures."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,21 +12,21 @@ from polyclinic.learning.tasks.task import Batch
 
 
 class _Computes(nn.Module):
-    """A function of a model and a batch, as a module, so that its parameters can be replaced in a call."""
+    """Wraps a function of a model and a batch as a module, so that parameters can be replaced for one call."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Batch], Tensor]) -> None:
         super().__init__()
         self.model, self.function = model, function
 
     def forward(self, batch: Batch) -> Tensor:
-        """What the function makes of the batch."""
+        """Apply the function to the model and the batch."""
         return self.function(self.model, batch)
 
 
 def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
-    """``function(model, batch)`` as if ``model`` had ``params``; gradients flow to whatever made ``params``.
+    """Evaluate ``function(model, batch)`` with ``params`` in ``model``; gradients propagate to ``params``.
 
-    Leaves that ``params`` does not name stay the model's own.
+    Leaves that are not in ``params`` are the model's own.
     """
     replaced = {f"model.{name}": leaf for name, leaf in params.items()}
     value: Tensor = functional_call(_Computes(model, function), replaced, (batch,))
@@ -35,7 +35,7 @@ def at(model: nn.Module, params: Tree, function: Callable[[nn.Module, Batch], Te
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """Within it, batch normalization uses its batches but does not remember them: running statistics stand still."""
+    """Freeze running statistics within the context: batch normalization uses its batches without recording them."""
     layers = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     before = [layer.momentum for layer in layers]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""A generator of examples for each class: a conditional variational autoencoder, for images, volumes and tables.
+"""Class-conditional generator of examples: a variational autoencoder for images, volumes and tables.
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, equations 7 and 10, https://arxiv.org/abs/1312.6114;
 conditional: Sohn, Lee and Yan, NeurIPS 2015.
@@ -18,13 +18,14 @@ from polyclinic.learning.tasks.task import Batch
 
 @dataclass(frozen=True)
 class Replay:
-    """Learns p(x | class) from (inputs, classes). Its generator alone, ``decoder.…``, makes new examples.
+    """Learns p(x | class) from (inputs, classes). Its generator, ``decoder.…``, creates new examples.
 
     Attributes:
-        inputs: (C, *spatial) or (F,), as a network's; spatial sides divisible by 4 are rebuilt exactly, others cropped.
-        classes: How many.
-        latent: Numbers behind an example. ``width``: channels of the first layer.
-        spread: σ, the deviation of a value given the rest; the smaller, the more the reconstruction counts.
+        inputs: (C, *spatial) or (F,) as of a network. Sides not divisible by 4 are generated larger and cropped.
+        classes: Number of classes.
+        latent: Dimension of the latent space.
+        width: Channels of the first layer.
+        spread: σ, the standard deviation of a value given z; a smaller σ gives the reconstruction more weight.
     """
 
     inputs: tuple[int, ...]
@@ -34,15 +35,15 @@ class Replay:
     spread: float = 0.3
 
     def model(self) -> nn.Module:
-        """A new module."""
+        """Build a module with random parameters."""
         return _Autoencoder(self)
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters to begin from."""
+        """Return the initial parameters."""
         return initial(self.model, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """−ELBO by example: ‖x − x̂‖² / 2σ² + KL(q(z | x, y) ‖ N(0, 1)), divided by the number of values in x."""
+        """Return −ELBO per value: ``‖x − x̂‖² / 2σ² + KL(q(z | x, y) ‖ N(0, 1))``, divided by the size of x."""
         x, y = batch
         rebuilt, mean, log_var = model(x, y)
         error: Tensor = (rebuilt - x).square().sum() / (2 * self.spread**2)
@@ -50,11 +51,11 @@ class Replay:
         return (error + divergence) / x.numel()
 
     def generate(self, model: Any, classes: Tensor, rng: torch.Generator) -> Tensor:
-        """An example of each of ``classes`` [n]: [n, *inputs], without gradients."""
+        """Generate one example of each of ``classes`` [n], without gradients. Shape [n, *inputs]."""
         z = torch.randn(len(classes), self.latent, generator=rng).to(classes.device)
         with torch.no_grad():
-            made: Tensor = model.decoder(torch.cat([z, F.one_hot(classes, self.classes).float()], 1))
-        return made
+            examples: Tensor = model.decoder(torch.cat([z, F.one_hot(classes, self.classes).float()], 1))
+        return examples
 
 
 class _Autoencoder(nn.Module):
@@ -65,7 +66,7 @@ class _Autoencoder(nn.Module):
         self.decoder = Up(build.inputs, build.width, build.latent + build.classes)
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x̂, and the mean and log variance of z."""
+        """Return x̂, and the mean and log variance of z."""
         kind = F.one_hot(y, self.classes).float()
         maps = kind.view(*kind.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
         mean, log_var = self.encoder(torch.cat([x, maps], 1)).chunk(2, 1)
@@ -74,7 +75,7 @@ class _Autoencoder(nn.Module):
 
 
 def _down(inputs: tuple[int, ...], width: int, more: int, outputs: int) -> nn.Module:
-    """[b, C + more, *spatial] to [b, outputs]."""
+    """Build the encoder: [b, C + more, *spatial] to [b, outputs]."""
     if len(inputs) == 1:
         return nn.Sequential(nn.Linear(inputs[0] + more, 4 * width), nn.LeakyReLU(0.2), nn.Linear(4 * width, outputs))
     conv = nn.Conv2d if len(inputs) == 3 else nn.Conv3d
@@ -90,7 +91,7 @@ def _down(inputs: tuple[int, ...], width: int, more: int, outputs: int) -> nn.Mo
 
 
 class Up(nn.Module):
-    """Makes examples from vectors: [b, features] to [b, *inputs]."""
+    """Generates examples from vectors: [b, features] to [b, *inputs]."""
 
     def __init__(self, inputs: tuple[int, ...], width: int, features: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class Up(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """The examples."""
-        made: Tensor = self.layers(z)
+        """Return the examples, [b, *inputs]."""
+        generated: Tensor = self.layers(z)
         window: Any = (..., *(slice(n) for n in self.shape[1:]))
-        return made[window]
+        return generated[window]

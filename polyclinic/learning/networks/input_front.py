@@ -1,7 +1,7 @@
-"""A network whose inputs pass through another module first, and whose tensors keep their names.
+"""Network with an input module in front, whose other tensors keep their names.
 
-Harmonization is part of the model: whatever prepares an image at training prepares it at prediction, wherever the
-model goes. So a method that harmonizes replaces its task's network by a fronted one and says that it predicts with it.
+Harmonization is part of the model, so that training and prediction prepare images in the same way. A method that
+harmonizes therefore replaces its task's network by one with a front and declares this task as its prediction task.
 """
 
 from collections.abc import Callable
@@ -21,38 +21,38 @@ T = TypeVar("T", bound=Task)
 
 @dataclass(frozen=True)
 class Fronted(Composed):
-    """``network`` with ``front`` before it. The front's tensors are called ``front.…``.
+    """``network`` preceded by ``front``, whose tensors are named ``front.…``.
 
     Attributes:
-        front: Builds the module that inputs pass through; hashable.
+        front: Builds the module that processes the inputs; hashable.
     """
 
     front: Callable[[], nn.Module]
 
     def __call__(self) -> nn.Module:
-        """A new module with random parameters."""
+        """Build a module with random parameters."""
         model = self.network()
         model.add_module("front", self.front())
         model.register_forward_pre_hook(_enter)
         return model
 
     def in_encoder(self, name: str) -> bool:
-        """Whether a tensor belongs to the network's encoder."""
+        """Return whether a tensor belongs to the network's encoder."""
         return not in_front(name) and self.network.in_encoder(name)
 
 
 def fronted(task: T, front: Callable[[], nn.Module]) -> T:
-    """``task`` with a front before its network."""
+    """Return ``task`` with a front before its network."""
     return predicting_with(task, Fronted(task.network, front))
 
 
 def in_front(name: str) -> bool:
-    """Whether a tensor belongs to the front."""
+    """Return whether a tensor belongs to the front."""
     return name.startswith("front.")
 
 
 def with_front(task: Task, params: Tree, leaves: Tree | None = None) -> Tree:
-    """``params`` of the network alone, completed by the front's ``leaves``, or by those that it is built with."""
+    """Add the front's ``leaves``, by default its initial ones, to the ``params`` of the network alone."""
     leaves = tree.select(initial(task.network, 0), in_front) if leaves is None else tree.prefixed("front", leaves)
     return {**tree.select(params, lambda name: not in_front(name)), **leaves}
 

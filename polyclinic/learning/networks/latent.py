@@ -1,47 +1,62 @@
-"""What a model makes of an input before it predicts, as one vector for each example."""
+"""Representations of inputs: one vector for each example, from the encoder or before the head."""
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task, represent
 
 
+@dataclass(frozen=True)
+class _OfNetwork:
+    network: Network
+
+    def model(self) -> nn.Module:
+        return self.network()
+
+
+def of(network: Network) -> Task:
+    """Wrap ``network`` as a task that suffices to compute its representation."""
+    return cast(Task, _OfNetwork(network))
+
+
 def pooled(h: Tensor) -> Tensor:
-    """[b, F, *spatial] to [b, F], by the mean over space; [b, F] as it is."""
+    """Average [b, F, *spatial] over space to [b, F]; [b, F] is unchanged."""
     return h.flatten(2).mean(2) if h.ndim > 2 else h
 
 
 def features(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
-    """What enters the head, pooled: [b, F]."""
+    """Return the pooled input of the head: [b, F]."""
     return pooled(represent(task, model, inputs)[0])
 
 
 def encoded(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
-    """What leaves the encoder, pooled: [b, F]. In a U-Net that is the bottleneck; elsewhere, what enters the head."""
+    """Return the pooled output of the encoder: [b, F]. For a U-Net this is the bottleneck; else the head's input."""
     return pooled(_leaving(task, model, inputs)[1])
 
 
 def _leaving(task: Task, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor]:
-    """The encoder's last module, by name, and what it gives."""
-    found: list[tuple[str, Tensor]] = []
+    """Return the name of the encoder's last module, and its output."""
+    outputs: list[tuple[str, Tensor]] = []
 
-    def listen(name: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda _, __, given: found.append((name, given)))
+    def record(name: str, module: nn.Module) -> Any:
+        return module.register_forward_hook(lambda _, __, given: outputs.append((name, given)))
 
-    hooks = [listen(name, m) for name, m in model.named_modules() if name and task.network.in_encoder(f"{name}.")]
+    hooks = [record(name, m) for name, m in model.named_modules() if name and task.network.in_encoder(f"{name}.")]
     try:
         model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[-1]
+    return outputs[-1]
 
 
 def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", which: Tensor | None = None) -> Tensor:
-    """``encoded`` of all examples, or of those at ``which``, in evaluation mode and without gradients: [n, F]."""
+    """Return ``encoded`` for all examples, or those at ``which``, in evaluation mode without gradients: [n, F]."""
     model.eval()
     index = torch.arange(len(data)) if which is None else which
     with torch.no_grad():
@@ -50,18 +65,18 @@ def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", whi
 
 @lru_cache(maxsize=64)
 def head_width(task: Task) -> int:
-    """F, the number of features that enter the head."""
+    """Return F, the number of features that enter the head."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         return features(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]
 
 
 def encoded_width(task: Task) -> int:
-    """F, the number of features that ``encoded`` gives."""
+    """Return F, the number of features of ``encoded``."""
     return _probe(task)[1]
 
 
 def bottleneck(task: Task) -> str:
-    """The name of the encoder's last module."""
+    """Return the name of the encoder's last module."""
     return _probe(task)[0]
 
 

@@ -1,7 +1,7 @@
 """Several models that predict as one: a gated mixture, and a choice by a selector.
 
-They are networks like any other, so that a task with such a network evaluates them unchanged. Their parts' tensors are
-called ``shared.…``, ``own.…``, ``gate.…`` and so on.
+A task with such a network evaluates it like any other. The tensors of its parts are named ``shared.…``, ``own.…``,
+``gate.…`` and so on.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from polyclinic.learning.networks.network_catalog import Network
 
 @dataclass(frozen=True)
 class Mixture(Composed):
-    """Two copies of a network whose predictions are mixed by a gate that sees the input."""
+    """Two copies of a network whose predictions are mixed by an input-dependent gate."""
 
     def __call__(self) -> nn.Module:
-        """A new module; its gate begins at one half."""
+        """Build a module whose gate is initially one half."""
         return _Mixed(self.network(), self.network(), self.network.inputs)
 
 
 class _Mixed(nn.Module):
-    """a · shared(x) + (1 − a) · own(x) with a = σ(W x), by example. In training, nothing flows back into ``own``."""
+    """``a · shared(x) + (1 − a) · own(x)`` with ``a = σ(W x)`` per example. ``own`` receives no gradient."""
 
     def __init__(self, shared: nn.Module, own: nn.Module, inputs: tuple[int, ...]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Mixed(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, as the networks give them."""
+        """Return mixed logits."""
         ours, mine = prediction(self.shared(x)), prediction(self.own(x)).detach()
         a = self.gate(summary(x)).sigmoid().view(-1, *[1] * (ours.ndim - 1))
         mixed: Tensor = a * ours + (1 - a) * mine
@@ -43,18 +43,18 @@ class _Mixed(nn.Module):
 
 @dataclass(frozen=True)
 class Selected(Composed):
-    """A global model, one for each site, and a selector that guesses which site an input resembles.
+    """A global model, one model per site, and a selector that predicts which site an input resembles.
 
     Attributes:
-        selector: Builds the selector, whose outputs are the sites.
-        threshold: How sure the selector must be, or the global model predicts.
+        selector: Builds the selector, which has one output per site.
+        threshold: Probability of the selected site at or below which the global model predicts instead.
     """
 
     selector: Network
     threshold: float
 
     def __call__(self) -> nn.Module:
-        """A new module."""
+        """Build a module with random parameters."""
         return _Chosen(self)
 
 
@@ -65,24 +65,24 @@ class _Chosen(nn.Module):
         self.own = nn.ModuleList([build.network() for _ in range(build.selector.outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The prediction of whichever model is chosen, input by input."""
+        """Return the prediction of the selected model for each input."""
         sure, site = self.selector(x).softmax(1).max(1)
         chosen = torch.where(sure > self.threshold, site, -1)
-        found = prediction(self.shared(x))
+        result = prediction(self.shared(x))
         for k, model in enumerate(self.own):
             if bool((mine := chosen == k).any()):
-                found = torch.where(mine.view(-1, *[1] * (found.ndim - 1)), prediction(model(x)), found)
-        return found
+                result = torch.where(mine.view(-1, *[1] * (result.ndim - 1)), prediction(model(x)), result)
+        return result
 
 
-def prediction(found: Any) -> Tensor:
-    """The first output of a network that may give several."""
-    main: Tensor = found if isinstance(found, Tensor) else found[0]
+def prediction(output: Any) -> Tensor:
+    """Return the first output of a network that may have several."""
+    main: Tensor = output if isinstance(output, Tensor) else output[0]
     return main
 
 
 def summary(x: Tensor) -> Tensor:
-    """What a gate sees: a table's row as it is; of an image, each channel's mean and deviation. [b, F]"""
+    """Return the gate's features [b, F]: a table row, or the mean and standard deviation of each image channel."""
     if x.ndim == 2:
         return x
     flat = x.flatten(2)

@@ -1,4 +1,4 @@
-"""Models that follow another slowly, and weights that grow over rounds: the common parts of learning from oneself."""
+"""Momentum updates of one model by another, and weights that grow over rounds, for self-training methods."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def follow_(follower: nn.Module, leader: nn.Module, keep: float) -> None:
-    """θ' ← keep · θ' + (1 − keep) · θ for all parameters, in place; running statistics stay the follower's own.
+    """Update ``θ' ← keep · θ' + (1 − keep) · θ`` for all parameters, in place, without running statistics.
 
     Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017, equation 5.
     https://arxiv.org/abs/1703.01780.
@@ -18,7 +18,7 @@ def follow_(follower: nn.Module, leader: nn.Module, keep: float) -> None:
 
 
 def ramp(round: float, length: float) -> float:
-    """exp(−5 (1 − t)²) with t = round / length, at most 1: from nearly 0 to 1 over ``length`` rounds.
+    """Return ``exp(−5 (1 − t)²)`` with ``t = round / length``, at most 1: from nearly 0 to 1 over ``length`` rounds.
 
     Laine and Aila, "Temporal Ensembling for Semi-Supervised Learning", ICLR 2017. https://arxiv.org/abs/1610.02242.
     """

@@ -1,8 +1,8 @@
-"""Models as trees: which of a network's tensors are learned, which are statistics, which are counters.
+"""Models as trees: which tensors of a network are trained, which are statistics, and which are counters.
 
-Networks hold more than what may be averaged. DenseNet-121 has 121 integer counters; DynUNet lists nearly every
-tensor twice; ``resnet18(norm="group")`` keeps 19 batch normalizations. ``inspect`` finds such things and says so,
-and everything else in Polyclinic sees a model only through ``params_of`` and ``load``.
+A network's state contains tensors that must not be averaged. DenseNet-121 has 121 integer counters; DynUNet lists
+nearly every tensor twice; ``resnet18(norm="group")`` has 19 batch normalizations. ``inspect`` classifies all tensors;
+other modules access a model's state only through ``params_of`` and ``load``.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` found in a model, by tensor name.
+    """Classification of a model's tensors, by name.
 
     Attributes:
-        trainable: What an optimizer changes.
+        trainable: Parameters, which an optimizer changes.
         statistics: Floating-point state that no optimizer changes, such as running means.
         counters: Integer state, which is never sent or averaged.
-        aliases: Second names of tensors that have another name already.
-        normalization: The tensors, trainable or not, of normalization layers, found by module type.
-        running: Those that are running statistics of batch normalization.
-        warnings: What a person should know, in sentences.
+        aliases: Additional names of tensors that are listed under another name.
+        normalization: The tensors of normalization layers, trainable or not, determined by module type.
+        running: The running statistics of batch normalization.
+        warnings: Warnings for the user, one sentence each.
     """
 
     trainable: tuple[str, ...]
@@ -41,7 +41,7 @@ class Inspection:
 
 
 def inspect(model: nn.Module) -> Inspection:
-    """Classifies every tensor of ``model``'s state."""
+    """Classify every tensor of ``model``'s state."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     kinds: dict[str, list[str]] = {"trainable": [], "statistics": [], "counters": [], "aliases": []}
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -62,7 +62,7 @@ def inspect(model: nn.Module) -> Inspection:
         if isinstance(module, BATCH_NORMS) and module.track_running_stats:
             running |= {f"{prefix}.running_mean", f"{prefix}.running_var"}
             if module.momentum is None:
-                warnings.append(f"{prefix} averages its statistics by counting batches; counters stay at the site")
+                warnings.append(f"{prefix} averages its statistics by counting batches; counters are not sent")
     if batch := sum(isinstance(m, BATCH_NORMS) for m in model.modules()):
         warnings.append(
             f"{batch} batch normalizations: their statistics are averaged with the weights unless a method keeps "
@@ -82,15 +82,15 @@ def inspect(model: nn.Module) -> Inspection:
 
 
 def params_of(model: nn.Module) -> Tree:
-    """A copy of what may be sent: each trainable tensor and statistic, once, on the CPU."""
+    """Copy the state that may be sent: each trainable tensor and statistic once, on the CPU."""
     return {name: leaf.detach().to("cpu", copy=True) for name, leaf in _floating(model).items()}
 
 
 def load(model: nn.Module, params: Tree) -> nn.Module:
-    """``model`` itself, now carrying ``params``; its counters start at 0.
+    """Copy ``params`` into ``model``, reset its counters to 0, and return it.
 
     Raises:
-        ValueError: Where names or shapes are not the model's.
+        ValueError: If the names or shapes differ from the model's.
     """
     own = _floating(model)
     if own.keys() != params.keys():
@@ -99,7 +99,9 @@ def load(model: nn.Module, params: Tree) -> nn.Module:
     with torch.no_grad():
         for name, leaf in own.items():
             if leaf.shape != params[name].shape:
-                raise ValueError(f"{name} has the shape {tuple(params[name].shape)}, the model's {tuple(leaf.shape)}")
+                raise ValueError(
+                    f"{name} has shape {tuple(params[name].shape)}, but the model's is {tuple(leaf.shape)}"
+                )
             leaf.copy_(params[name])
         for leaf in model.state_dict().values():
             if not leaf.is_floating_point():
@@ -108,27 +110,27 @@ def load(model: nn.Module, params: Tree) -> nn.Module:
 
 
 def gradient(loss: Tensor, model: nn.Module) -> Tree:
-    """∂loss/∂w by name, and 0 for parameters that the loss does not touch."""
+    """Return ∂loss/∂w by name; 0 for parameters that do not affect the loss."""
     names, parameters = zip(*model.named_parameters(), strict=True)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = zip(names, found, parameters, strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(names, gradients, parameters, strict=True)
     return {name: torch.zeros_like(p) if g is None else g for name, g, p in pairs}
 
 
 def initial(build: Callable[[], nn.Module], seed: int) -> Tree:
-    """The parameters of a freshly built model, the same for the same ``seed`` and whatever ran before."""
+    """Return the initial parameters of a model for ``seed``, independent of the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return params_of(build())
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own floating-point tensors, each under its first name."""
-    found: dict[str, Tensor] = {}
+    """Return the model's floating-point tensors, each under its first name."""
+    floating: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for name, leaf in model.state_dict().items():
         place = (leaf.data_ptr(), tuple(leaf.shape))
         if leaf.is_floating_point() and not (leaf.numel() and place in seen):
-            found[name] = leaf
+            floating[name] = leaf
             seen.add(place)
-    return found
+    return floating

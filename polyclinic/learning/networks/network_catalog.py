@@ -1,4 +1,4 @@
-"""The networks that a study may name. MONAI's where MONAI has them; two small ones of our own."""
+"""Catalog of networks that a study may name: MONAI's, and two small ones defined in this package."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +12,13 @@ from polyclinic.learning.networks.attention_mil import attention_mil
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is not built yet: a name and what decides its shape. Calling it builds one.
+    """Specification of a network: its name and the options that determine its shape. Calling it builds the module.
 
     Attributes:
         name: One of ``ARCHITECTURES``.
-        inputs: Channels and spatial size of one input, (C, *spatial), or (F,) for tables.
-        outputs: Classes, labels or values predicted.
-        options: What the architecture takes besides, as pairs, such as ``(("width", 32),)``.
+        inputs: Shape of one input: (C, *spatial), or (F,) for tables.
+        outputs: Number of predicted classes, labels or values.
+        options: Further options of the architecture, as pairs such as ``(("width", 32),)``.
     """
 
     name: str
@@ -27,35 +27,35 @@ class Network:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self) -> nn.Module:
-        """A new module with random parameters."""
+        """Build a module with random parameters."""
         return self.architecture.build(self.inputs, self.outputs, **dict(self.options))
 
     @property
     def architecture(self) -> "Architecture":
-        """The table's entry."""
+        """The entry in ``ARCHITECTURES``."""
         if self.name not in ARCHITECTURES:
-            raise ConfigError(f"no network is called {self.name!r}; there are {', '.join(ARCHITECTURES)}")
+            raise ConfigError(f"unknown network {self.name!r}; the networks are {', '.join(ARCHITECTURES)}")
         return ARCHITECTURES[self.name]
 
     def in_head(self, name: str) -> bool:
-        """Whether a tensor belongs to the last layers, which turn a representation into a prediction."""
+        """Return whether a tensor belongs to the head: the last layers, from representation to prediction."""
         return name.startswith(self.architecture.head)
 
     def in_encoder(self, name: str) -> bool:
-        """Whether a tensor belongs to the layers before the representation (of a U-Net: the way down)."""
+        """Return whether a tensor belongs to the encoder: the layers before the representation or bottleneck."""
         return name.startswith(self.architecture.encoder) if self.architecture.encoder else not self.in_head(name)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a network, and where its parts are.
+    """How to build a network, and the names of its parts.
 
     Attributes:
-        build: From (inputs, outputs, **options) to a module.
-        head: Prefixes of the tensors after the representation.
-        encoder: Prefixes of those before it; all but the head where empty.
-        summary: One line for people.
-        options: What ``build`` takes besides, with defaults.
+        build: Builds a module from (inputs, outputs, **options).
+        head: Name prefixes of the tensors after the representation.
+        encoder: Name prefixes of the tensors before it; all but the head if empty.
+        summary: A one-line description.
+        options: Further options of ``build``, with their defaults.
     """
 
     build: Callable[..., nn.Module]
@@ -66,20 +66,20 @@ class Architecture:
 
 
 class Classifier(nn.Module):
-    """An encoder that yields a representation, and a head that predicts from it."""
+    """An encoder that computes a representation, and a linear head."""
 
     def __init__(self, encoder: nn.Module, features: int, outputs: int) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(features, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, *inputs] to [b, outputs]"""
+        """Map [b, *inputs] to [b, outputs]."""
         prediction: Tensor = self.head(self.encoder(x))
         return prediction
 
 
 def normalize(kind: str, channels: int, dims: int) -> nn.Module:
-    """A normalization layer over ``channels``: ``batch``, ``group``, ``instance`` or ``none``."""
+    """Build a normalization layer over ``channels``: ``batch``, ``group``, ``instance`` or ``none``."""
     match kind:
         case "batch":
             return (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims](channels)
@@ -89,13 +89,13 @@ def normalize(kind: str, channels: int, dims: int) -> nn.Module:
             return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dims - 1](channels, affine=True)
         case "none":
             return nn.Identity()
-    raise ConfigError(f"no normalization is called {kind!r} here; there are batch, group, instance (images only), none")
+    raise ConfigError(f"unknown normalization {kind!r}; use batch, group, instance (images only) or none")
 
 
 def mlp(
     inputs: tuple[int, ...], outputs: int, width: int = 32, depth: int = 1, dropout: float = 0.0, norm: str = "none"
 ) -> nn.Module:
-    """Fully connected layers, for tables."""
+    """Build fully connected layers, for tables."""
     layers: list[nn.Module] = [nn.Flatten()]
     size = 1
     for side in inputs:
@@ -109,7 +109,7 @@ def mlp(
 def cnn(
     inputs: tuple[int, ...], outputs: int, width: int = 16, depth: int = 3, norm: str = "batch", dropout: float = 0.0
 ) -> nn.Module:
-    """Convolution, normalization, ReLU and pooling, ``depth`` times at doubling width, then a global mean."""
+    """Build ``depth`` blocks of convolution, normalization, ReLU and pooling with doubling width, and a global mean."""
     channels, dims = inputs[0], len(inputs) - 1
     if dims not in (2, 3):
         raise ConfigError(f"a cnn needs images or volumes, not inputs of shape {inputs}")
@@ -128,13 +128,13 @@ def cnn(
 
 
 def _monai(name: str, **fixed: Any) -> Callable[..., nn.Module]:
-    """A builder for a network of ``monai.networks.nets``, never with downloaded weights."""
+    """Return a builder for a network of ``monai.networks.nets`` without pretrained weights."""
 
     def build(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
         from monai.networks import nets
 
         if options.get("pretrained"):
-            raise ConfigError(f"{name}: pretrained weights would be downloaded; begin from a file instead")
+            raise ConfigError(f"{name}: pretrained weights would be downloaded; load them from a file instead")
         given = {**fixed, **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}}
         module: nn.Module = getattr(nets, name)(**_places(name, inputs, outputs), **given)
         return module
@@ -143,7 +143,7 @@ def _monai(name: str, **fixed: Any) -> Callable[..., nn.Module]:
 
 
 def _places(name: str, inputs: tuple[int, ...], outputs: int) -> dict[str, Any]:
-    """What MONAI's constructors call dimensions, channels and outputs."""
+    """Return the dimension, channel and output arguments of MONAI's constructors."""
     dims = len(inputs) - 1
     if name.startswith(("ResNet", "resnet")):
         return {"spatial_dims": dims, "n_input_channels": inputs[0], "num_classes": outputs}
@@ -157,7 +157,7 @@ def _places(name: str, inputs: tuple[int, ...], outputs: int) -> dict[str, Any]:
 def _unet(
     inputs: tuple[int, ...], outputs: int, width: int = 16, norm: str = "instance", dropout: float = 0.0
 ) -> nn.Module:
-    """MONAI's BasicUNet, whose way down and way up have names of their own."""
+    """Build MONAI's BasicUNet, whose encoder and decoder have distinct names."""
     features = (width, width, 2 * width, 4 * width, 8 * width, width)
     kind = ("group", {"num_groups": 8}) if norm == "group" else (norm, {"affine": True})
     return _monai("BasicUNet", features=features, norm=kind, dropout=dropout)(inputs, outputs)
@@ -171,7 +171,7 @@ def _dynunet(inputs: tuple[int, ...], outputs: int, levels: int = 4, **options: 
 
 
 def _vit(inputs: tuple[int, ...], outputs: int, **options: Any) -> nn.Module:
-    """MONAI's ViT, which returns its prediction alone and not, as there, with every layer's tokens."""
+    """Build MONAI's ViT so that it returns its prediction alone, without the tokens of every layer."""
     from monai.networks import nets
 
     class Predicting(nets.ViT):  # type: ignore[misc]

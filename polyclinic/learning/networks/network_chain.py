@@ -1,4 +1,4 @@
-"""A network in pieces: layers that follow one another, cut so that pieces can live in different places."""
+"""Networks split into pieces: sequential layers, divided so that pieces can be executed in different places."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 
 class Links(nn.Module):
-    """Some of a chain's layers in order, under the names they have in the whole network."""
+    """Consecutive layers of a chain, under their names in the complete network."""
 
     def __init__(self, whole: Classifier, start: int, stop: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Links(nn.Module):
         self.head = whole.head if stop > len(layers) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through the layers."""
+        """Apply the layers in order."""
         for layer in self.encoder.values():
             x = layer(x)
         return x if self.head is None else self.head(x)
@@ -33,9 +33,9 @@ class Links(nn.Module):
 
 @dataclass(frozen=True)
 class Piece:
-    """The layers ``start`` to ``stop`` of the chain that is a task's network; the head is the last layer.
+    """The layers ``start`` to ``stop`` of a task's network, which is a chain; the head is the last layer.
 
-    A piece can be borrowed like a task's whole model.
+    Like a task's complete model, a piece can be used with ``cached_model``.
     """
 
     task: Task
@@ -43,18 +43,18 @@ class Piece:
     stop: int
 
     def model(self) -> nn.Module:
-        """The piece with random parameters."""
+        """Build the piece with random parameters."""
         return Links(_chain(self.task), self.start, self.stop)
 
     def of(self, params: Tree) -> Tree:
-        """The piece's part of ``params``."""
+        """Return the piece's part of ``params``."""
         return {name: leaf for name, leaf in params.items() if name in _names(self)}
 
     def say(self, params: Tree, x: Tensor, device: str = "cpu") -> Tensor:
-        """What the piece with its part of ``params`` says of ``x``, in training mode. Shape [b, ...]."""
+        """Return the output of the piece with its part of ``params`` for ``x``, in training mode. Shape [b, ...]."""
         with torch.no_grad():
-            said: Tensor = cached_model(self, self.of(params), device)(_fresh(x, device))
-        return said.cpu()
+            output: Tensor = cached_model(self, self.of(params), device)(_fresh(x, device))
+        return output.cpu()
 
     def learn(
         self,
@@ -65,10 +65,10 @@ class Piece:
         round: int,
         device: str = "cpu",
     ) -> tuple[Tree, Tensor]:
-        """One optimizer step down ``loss``, a function of what the piece says of ``x``.
+        """Take one optimizer step on ``loss``, a function of the piece's output for ``x``.
 
         Returns:
-            ``params`` with the piece's part after the step, and the loss's gradient at ``x``.
+            ``params`` with the piece's part after the step, and the gradient of the loss with respect to ``x``.
         """
         model, inside = cached_model(self, self.of(params), device), _fresh(x, device).requires_grad_()
         value = loss(model(inside))
@@ -81,23 +81,23 @@ class Piece:
 
 
 def _fresh(x: Tensor, device: str) -> Tensor:
-    """A copy in memory of its own, in rows: sums over a view, or in another order of axes, may round otherwise."""
+    """Copy ``x`` to contiguous memory of its own: sums over views or other axis orders may be rounded differently."""
     return x.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=64)
 def length(task: Task) -> int:
-    """How many layers the chain has, its head among them.
+    """Return the number of layers of the chain, including its head.
 
     Raises:
-        ValueError: Where the task's network is no chain.
+        ValueError: If the task's network is not a chain.
     """
     return len(list(_chain(task).encoder.children())) + 1
 
 
 @lru_cache(maxsize=64)
 def first_bend(task: Task) -> int:
-    """How many layers there are up to the first that is not linear, it among them."""
+    """Return the number of layers up to and including the first nonlinear one."""
     layers = list(_chain(task).encoder.children())
     return 1 + next((i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)), len(layers) - 1)
 
@@ -112,6 +112,6 @@ def _chain(task: Task) -> Classifier:
         whole = task.model()
     if not isinstance(whole, Classifier) or not isinstance(whole.encoder, nn.Sequential):
         raise ConfigError(
-            f"only a network whose layers follow one another can be cut: choose mlp or cnn, not {task.network.name}"
+            f"only a network of sequential layers can be split: choose mlp or cnn, not {task.network.name}"
         )
     return whole

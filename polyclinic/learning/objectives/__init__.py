@@ -1,1 +1,1 @@
-"""Losses and objectives that several methods use."""
+"""Losses and objectives shared by several methods."""

@@ -1,4 +1,4 @@
-"""Discriminators: small networks that guess where something comes from, and the losses that play against them.
+"""Adversarial objectives: discriminators of the origin of features, and the losses of both sides.
 
 Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014, https://arxiv.org/abs/1406.2661; the confusion loss:
 Tzeng, Hoffman, Darrell and Saenko, "Simultaneous Deep Transfer Across Domains and Tasks", ICCV 2015, equation 3,
@@ -17,12 +17,12 @@ from polyclinic.learning.networks.model_tree import initial
 
 @dataclass(frozen=True)
 class Discriminator:
-    """Guesses from a vector of features which of several places it comes from.
+    """Predicts the origin of a feature vector.
 
     Attributes:
-        features: The length of the vector.
-        outputs: How many places; 1 for a single score whose sigmoid is the probability of "from here".
-        width: Hidden units.
+        features: Length of the vector.
+        outputs: Number of origins; 1 for a single logit, whose sigmoid is the probability that the vector is real.
+        width: Number of hidden units.
     """
 
     features: int
@@ -30,31 +30,31 @@ class Discriminator:
     width: int = 16
 
     def model(self) -> nn.Module:
-        """A new module, [b, features] to [b, outputs] logits."""
+        """Build a module that maps [b, features] to [b, outputs] logits."""
         hidden = nn.Linear(self.features, self.width)
         return nn.Sequential(hidden, nn.LeakyReLU(0.2), nn.Linear(self.width, self.outputs))
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters to begin from."""
+        """Return the initial parameters."""
         return initial(self.model, seed)
 
 
 def tell_apart(real: Tensor, fake: Tensor) -> Tensor:
-    """−log D(real) − log(1 − D(fake)), from logits of any shape, each averaged."""
+    """Discriminator loss ``−log D(real) − log(1 − D(fake))``, from logits of any shape, each averaged."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def pass_for_real(logits: Tensor) -> Tensor:
-    """−log D(x), averaged."""
+    """Generator loss ``−log D(x)``, averaged."""
     return F.softplus(-logits).mean()
 
 
 def confusion(logits: Tensor) -> Tensor:
-    """−1/K Σ_k log softmax_k, averaged over [b, K]: least where every place is as likely as any other."""
+    """``−1/K Σ_k log softmax_k``, averaged over [b, K]; minimal if all origins are equally likely."""
     return -logits.log_softmax(1).mean()
 
 
 def moments(features: Tensor) -> dict[str, Tensor]:
-    """The mean and the standard deviation of each of [n, F]; the deviation is 0 where n is 1."""
+    """Return mean and standard deviation over the n rows of [n, F]; the deviation is 0 if n is 1."""
     std = features.std(0) if len(features) > 1 else torch.zeros_like(features[0])
     return {"mean": features.mean(0), "std": std}

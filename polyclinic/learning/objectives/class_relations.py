@@ -1,6 +1,6 @@
-"""How classes relate to one another in a model's eyes, and which of its own predictions it may rely on.
+"""Relations between classes in a model's predictions, and selection of reliable predictions.
 
-The pieces of FedIRM: Liu, Yang, Dou and Heng, MICCAI 2021, equations 3 to 6. https://arxiv.org/abs/2106.08600.
+From FedIRM: Liu, Yang, Dou and Heng, MICCAI 2021, equations 3 to 6. https://arxiv.org/abs/2106.08600.
 """
 
 import math
@@ -16,11 +16,11 @@ from polyclinic.learning.tasks.task import Task
 
 
 def matrix(logits: Tensor, of: Tensor, temperature: float = 2.0) -> Tensor:
-    """The relation matrix [C, C]: row c is softmax(mean logits of class c / T).
+    """Return the relation matrix [C, C]: row c is softmax(mean logits of class c / T).
 
     Args:
         logits: [b, C].
-        of: [b, C], 1 where an example is of a class. A class without any has a uniform row.
+        of: [b, C], 1 if an example is of a class. A class without examples has a uniform row.
         temperature: T; 2 in the paper.
     """
     mean = of.T @ logits / of.sum(0).clamp_min(1e-8)[:, None]
@@ -28,20 +28,20 @@ def matrix(logits: Tensor, of: Tensor, temperature: float = 2.0) -> Tensor:
 
 
 def mismatch(own: Tensor, shared: Tensor, present: Tensor) -> Tensor:
-    """Half the symmetric KL divergence of two relation matrices, row by row, as a mean over the ``present`` classes."""
+    """Return half the symmetric KL divergence of two relation matrices by row, averaged over ``present`` classes."""
     own, shared = own.clamp_min(1e-8), shared.clamp_min(1e-8)
     each = ((own - shared) * (own.log() - shared.log())).sum(1) / 2
     return (each * present).sum() / present.sum().clamp_min(1)
 
 
 def reliable(logits: Tensor, passes: Tensor, confidence: float, entropy: float) -> Tensor:
-    """The class that each example may be taken for: one-hot [b, C], or a row of 0 where none is reliable.
+    """Return the reliable predicted class of each example as one-hot [b, C]; a row of 0 if it is not reliable.
 
     Args:
         logits: [b, C].
-        passes: [T, b, C], what T forward passes with dropout say; their mean must not be too uncertain.
-        confidence: The least probability of the likeliest class.
-        entropy: The largest entropy of the passes' mean, as a share of ln C.
+        passes: [T, b, C], logits of T forward passes with dropout; their mean must not be too uncertain.
+        confidence: The least probability of the most likely class.
+        entropy: The largest entropy of the mean over passes, as a fraction of ln C.
     """
     p, q = logits.softmax(1), passes.mean(0).softmax(1)
     uncertainty = -(q * q.clamp_min(1e-8).log()).sum(1)
@@ -50,7 +50,7 @@ def reliable(logits: Tensor, passes: Tensor, confidence: float, entropy: float) 
 
 
 def relation_of(task: Task, params: Tree, data: Any, temperature: float, device: str = "cpu") -> ElementwiseMean:
-    """The relation matrix on labeled ``data``, to be merged with other sites': a row counts where its class is."""
+    """Return the relation matrix on labeled ``data`` for merging over sites; only rows of present classes count."""
     classes = task.network.outputs
     logits, targets = answers(task, params, data, device)
     of = F.one_hot(targets, classes).float()

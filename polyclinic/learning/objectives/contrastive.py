@@ -1,9 +1,9 @@
-"""Contrastive learning of a network's representation: projections, the loss, and queues of earlier keys.
+"""Contrastive learning of representations: projections, the loss, and queues of earlier keys.
 
 He, Fan, Wu, Xie and Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning", CVPR 2020,
 https://arxiv.org/abs/1911.05722 (keys, queue, momentum encoder); Chen, Kornblith, Norouzi and Hinton, "A Simple
 Framework for Contrastive Learning of Visual Representations", ICML 2020, https://arxiv.org/abs/2002.05709 (projection
-head). Also what every method shares that first learns a representation: the study's network with something after it.
+head). Also defines ``Extended``, the study's network with a pretraining head, for all methods with pretraining.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import encoded, encoded_width
+from polyclinic.learning.networks.latent import encoded, encoded_width, pooled
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.objectives.distillation_loss import Said
+from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
 
 
 class Extended(nn.Module):
-    """The study's network, ``backbone``, and what a pretraining puts after its representation, ``extra``."""
+    """The study's network, ``backbone``, and a pretraining module on its representation, ``extra``."""
 
     backbone: Any
     extra: Any
@@ -32,16 +33,17 @@ class Extended(nn.Module):
 
 
 def extended(learner: Any, params: Tree) -> Tree:
-    """The first parameters of ``learner``'s ``Extended`` model whose backbone carries ``params``."""
+    """Return initial parameters of ``learner``'s ``Extended`` model with ``params`` in its backbone."""
     return {**initial(learner.model, 0), **tree.prefixed("backbone", params)}
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A network that learns to tell images apart: the study's, and a projection of its representation.
+    """Contrastive learner: the study's network and a projection of its representation.
 
     Attributes:
-        task: The study's task. ``width``: how long a projection is.
+        task: The study's task.
+        width: Length of a projection.
         temperature: τ of the loss.
     """
 
@@ -50,18 +52,18 @@ class Contrast:
     temperature: float = 0.1
 
     def model(self) -> nn.Module:
-        """An ``Extended`` model whose ``extra`` is the projection."""
+        """Build an ``Extended`` model whose ``extra`` is the projection."""
         size = encoded_width(self.task)
         projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, self.width))
         return Extended(self.task.model(), projection)
 
     def embed(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Projections [b, width] of length 1."""
+        """Return projections [b, width] of length 1."""
         assert isinstance(model, Extended)
         return F.normalize(model.extra(encoded(self.task, model.backbone, inputs)), dim=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """NT-Xent of a minibatch whose first and second halves are two views of the same images."""
+        """Return the NT-Xent loss of a minibatch whose two halves are two views of the same images."""
         q = self.embed(model, batch[0])
         n = len(q) // 2
         logits = (q @ q.T / self.temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=q.device), -1e9)
@@ -69,7 +71,7 @@ class Contrast:
         return nce(logits, other)
 
     def keys(self, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tensor:
-        """Projections [n, width] of all of ``data``, in order."""
+        """Return the projections [n, width] of all of ``data``, in order."""
         model = cached_model(self, params, device, "keys").eval()
         with torch.no_grad():
             chunks = [
@@ -79,7 +81,7 @@ class Contrast:
 
 
 def nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """−log softmax(logits) [b, n], as a mean over each row's ``positive`` entries and then over rows that have any."""
+    """``−log softmax(logits)`` [b, n], averaged over the ``positive`` entries of each row, then over rows with any."""
     log_p = logits.log_softmax(1)
     count = positive.sum(1)
     each = -(log_p * positive).sum(1) / count.clamp_min(1)
@@ -87,20 +89,20 @@ def nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def momentum_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """MoCo's InfoNCE: −log( exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)) ), for q and k [b, w], negatives [n, w]."""
+    """MoCo's InfoNCE: ``−log(exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)))``; q and k [b, w], negatives [n, w]."""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
     return nce(logits, F.one_hot(torch.zeros(len(q), dtype=torch.long, device=q.device), logits.shape[1]).to(q))
 
 
 def gaussian(keys: Tensor) -> Tree:
-    """Mean [w] and covariance [w, w] of ``keys`` [n, w]; nothing where n is 0."""
+    """Return mean [w] and covariance [w, w] of ``keys`` [n, w]; empty if n is 0."""
     if not len(keys):
         return {}
     return {"mean": keys.mean(0), "covariance": (keys - keys.mean(0)).T @ (keys - keys.mean(0)) / max(len(keys) - 1, 1)}
 
 
 def drawn(of: Tree, size: int, rng: torch.Generator) -> Tensor:
-    """``size`` keys of length 1 from the Gaussian ``of``. Shape [size, w]."""
+    """Draw ``size`` keys from the Gaussian ``of`` and normalize them to length 1. Shape [size, w]."""
     values, vectors = torch.linalg.eigh(of["covariance"].double())
     root = vectors * values.clamp_min(0).sqrt()
     noise = torch.randn(size, len(values), generator=rng, dtype=torch.float64)
@@ -108,7 +110,7 @@ def drawn(of: Tree, size: int, rng: torch.Generator) -> Tensor:
 
 
 def similarity(before: Tensor, after: Tensor) -> float:
-    """Spearman's ρ between the cosine dissimilarities of the same images under two models; 0 for fewer than 3 images.
+    """Return Spearman's ρ between cosine dissimilarities of the same images under two models; 0 below 3 images.
 
     Both are keys [n, w] of length 1.
     """
@@ -120,16 +122,46 @@ def similarity(before: Tensor, after: Tensor) -> float:
 
 
 def partitions(parts: tuple[Any, ...], count: int) -> Tensor:
-    """In which of ``count`` parts of its volume each slice of the data sets in ``parts`` lies; -1 where not known."""
-    found = [torch.zeros(0, dtype=torch.long)]
+    """Return the partition, of ``count`` per volume, of each slice of the data sets ``parts``; -1 if unknown."""
+    indices = [torch.zeros(0, dtype=torch.long)]
     for data in parts:
-        said = getattr(data, "positions", None)
-        height = torch.full((len(data),), torch.nan) if said is None else torch.as_tensor(said)
+        positions = getattr(data, "positions", None)
+        height = torch.full((len(data),), torch.nan) if positions is None else torch.as_tensor(positions)
         known = (height * count).long().clamp(0, count - 1)
-        found.append(torch.where(height.isfinite(), known, -1))
-    return torch.cat(found)
+        indices.append(torch.where(height.isfinite(), known, -1))
+    return torch.cat(indices)
 
 
 def alike(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Which of ``theirs`` [n] lie in the same partition as each of ``mine`` [b]: [b, n] of 0 and 1."""
+    """Return 1 if one of ``theirs`` [n] is in the same partition as one of ``mine`` [b], else 0. Shape [b, n]."""
     return ((mine[:, None] == theirs) & (mine[:, None] >= 0)).float()
+
+
+@dataclass(frozen=True)
+class WithContrast:
+    """Classification with an additional supervised contrastive loss on the representations.
+
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, equation 2. https://arxiv.org/abs/2004.11362.
+
+    Attributes:
+        task: The classification task.
+        weight: The weight of the contrastive loss.
+        temperature: τ.
+    """
+
+    task: Task
+    weight: float = 0.1
+    temperature: float = 0.1
+
+    def model(self) -> nn.Module:
+        """Build the task's model."""
+        return self.task.model()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the task's loss plus the weighted contrastive loss of the minibatch."""
+        h, z = represent(self.task, model, batch[0])
+        value = self.task.loss(Said(z), batch)
+        unit = nn.functional.normalize(pooled(h), dim=1)
+        other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        logits = (unit @ unit.T / self.temperature).masked_fill(~other, -1e9)
+        return value + self.weight * nce(logits, ((batch[1][:, None] == batch[1]) & other).to(unit))

@@ -1,7 +1,7 @@
-"""Learning from what another model says: divergences by kind of task, and two models that teach one another."""
+"""Distillation: divergences of model outputs by kind of task, and mutual learning of two models."""
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,23 @@ from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
 
 
 class Said(nn.Module):
-    """A model that has spoken already: it returns ``words``, so that a task's loss needs no second forward pass."""
+    """A model that returns the precomputed output ``words``, so that a task's loss needs no second forward pass."""
 
     def __init__(self, words: Tensor) -> None:
         super().__init__()
         self.words = words
 
     def forward(self, x: Tensor) -> Tensor:
-        """``words``, whatever ``x`` is."""
+        """Return ``words`` for any ``x``."""
         return self.words
 
 
 def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """How far what ``learner`` says is from what ``target`` says; both are a model's raw outputs [b, C, ...].
+    """Return the divergence of the outputs ``learner`` from the outputs ``target``, both raw [b, C, ...].
 
-    Classes (of images or pixels): T² · KL(softmax(target / T) ‖ softmax(learner / T)), Hinton et al., 2015, as a mean
-    over the batch and pixels. Labels: the same for each label's Bernoulli variable. Regression: half the mean square.
+    Classes (of images or pixels): ``T² · KL(softmax(target / T) ‖ softmax(learner / T))``, Hinton et al., 2015,
+    averaged over batch and pixels. Labels: the same for each label's Bernoulli variable. Regression: half the mean
+    squared error.
     """
     T = temperature
     match kind:
@@ -46,47 +47,34 @@ def divergence(kind: str, learner: Tensor, target: Tensor, temperature: float = 
             p, q = (target / T).log_softmax(1), (learner / T).log_softmax(1)
             return T**2 * (p.exp() * (p - q)).sum(1).mean()
     raise ConfigError(
-        f"what two models say of {kind} cannot be compared: there are classification, multilabel, "
-        "segmentation, regression"
+        f"outputs of kind {kind} cannot be distilled: the kinds are classification, multilabel, segmentation and "
+        "regression"
     )
 
 
-@dataclass(frozen=True)
-class _OfNetwork:
-    network: Network
-
-    def model(self) -> nn.Module:
-        return self.network()
-
-
-def of(network: Network) -> Task:
-    """As much of a task as it takes to find the representation of ``network``."""
-    return cast(Task, _OfNetwork(network))
-
-
 def answers(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> tuple[Tensor, Tensor]:
-    """What the model with ``params`` says of every example of ``data``, in order.
+    """Return the outputs of the model with ``params`` for every example of ``data``, in order.
 
     Returns:
-        Raw outputs [n, C, ...], and the second of what ``data`` yields [n, ...]; both on the CPU.
+        Raw outputs [n, C, ...], and the second element that ``data`` yields [n, ...]; both on the CPU.
     """
     model = cached_model(task, params, device, "answers").eval()
-    said: list[Tensor] = []
+    outputs: list[Tensor] = []
     targets: list[Tensor] = []
     with torch.no_grad():
         for chunk in torch.arange(len(data)).split(size):
             if len(chunk):
                 x, y = data[chunk]
                 z = model(x.to(device))
-                said.append((z if isinstance(z, Tensor) else z[0]).cpu())
+                outputs.append((z if isinstance(z, Tensor) else z[0]).cpu())
                 targets.append(y)
-    if not said:
+    if not outputs:
         return torch.zeros(0, task.network.outputs), torch.zeros(0, dtype=torch.long)
-    return torch.cat(said), torch.cat(targets)
+    return torch.cat(outputs), torch.cat(targets)
 
 
 class Duo(nn.Module):
-    """A teacher, a student, and the projection of the student's representation into the teacher's."""
+    """A teacher, a student, and a projection of the student's representation to the teacher's."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module, projection: nn.Module) -> None:
         super().__init__()
@@ -95,15 +83,17 @@ class Duo(nn.Module):
 
 @dataclass(frozen=True)
 class Dual:
-    """Two models that learn from the labels and from one another; each holds the other fixed while it learns.
+    """Two models that learn from labels and from each other; each treats the other's outputs as constant.
 
     Attributes:
-        teacher: One task, and ``student``, the same task with another network or the same one.
-        labels: What the labels count for (teacher, student); ``decision``: what the other's decision counts.
-        representation: What the distance between representations counts.
-        adaptive: Whether both distances are divided by the sum of the two task losses, so that models that are
-            wrong teach little.
-        temperature: T of the decisions.
+        teacher: The teacher's task.
+        student: The student's task: the same with the same or another network.
+        labels: Weights of the label losses of (teacher, student).
+        decision: Weights of the divergence from the other's outputs, for (teacher, student).
+        representation: Weight of the distance between representations.
+        adaptive: Whether both distances are divided by the sum of the two task losses, so that inaccurate models
+            contribute little.
+        temperature: T of the outputs.
     """
 
     teacher: Task
@@ -115,12 +105,12 @@ class Dual:
     temperature: float = 1.0
 
     def model(self) -> nn.Module:
-        """A ``Duo``."""
+        """Build a ``Duo``."""
         projection = nn.Linear(head_width(self.student), head_width(self.teacher), bias=False)
         return Duo(self.teacher.model(), self.student.model(), projection)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The sum of the two models' losses."""
+        """Return the sum of the two models' losses."""
         assert isinstance(model, Duo)
         h_t, z_t = represent(self.teacher, model.teacher, batch[0])
         h_s, z_s = represent(self.student, model.student, batch[0])
@@ -136,7 +126,7 @@ class Dual:
 
 
 class _Either(nn.Module):
-    """Two models, and which of them answers."""
+    """Two models, and the choice between them."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -145,7 +135,7 @@ class _Either(nn.Module):
         self.register_buffer("choice", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The answer of ``second`` where ``choice`` is 1, else of ``first``."""
+        """Return the output of ``second`` if ``choice`` is 1, else of ``first``."""
         answer: Tensor = (self.second if self.choice > 0.5 else self.first)(x)
         return answer
 
@@ -157,40 +147,42 @@ class Either(Network):
     pair: tuple[Network, ...] = ()
 
     def __call__(self) -> nn.Module:
-        """A new module, which begins as the first."""
+        """Build a module that initially uses the first network."""
         return _Either(*(network() for network in self.pair))
 
 
 def either(task: Task, second: Network) -> Task:
-    """``task`` with a model that is either its own or one of the network ``second``."""
+    """Return ``task`` with a model that is either its own or of the network ``second``."""
     own = task.network
     return replace(task, network=Either("either", own.inputs, own.outputs, pair=(own, second)))
 
 
 def look(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What a model says [b, C, ...], and where it looks: [b, places] of length 1, from its last convolution.
+    """Return a model's output [b, C, ...] and its attention map [b, places] of length 1, from its last convolution.
 
-    Where: the mean square over channels at each place. Zagoruyko and Komodakis, "Paying More Attention to Attention",
-    ICLR 2017, equation 2. https://arxiv.org/abs/1612.03928. Without convolutions there are no places.
+    The map is the mean square over channels at each place. Zagoruyko and Komodakis, "Paying More Attention to
+    Attention", ICLR 2017, equation 2. https://arxiv.org/abs/1612.03928. Without convolutions it is empty.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    found: list[Tensor] = []
-    hook = convolutions[-1].register_forward_hook(lambda *given: found.append(given[2])) if convolutions else None
+    maps: list[Tensor] = []
+    hook = convolutions[-1].register_forward_hook(lambda *given: maps.append(given[2])) if convolutions else None
     try:
         z = model(inputs)
     finally:
         if hook:
             hook.remove()
-    places = found[-1].square().mean(1).flatten(1) if found else inputs.new_zeros(len(inputs), 0)
+    places = maps[-1].square().mean(1).flatten(1) if maps else inputs.new_zeros(len(inputs), 0)
     return z if isinstance(z, Tensor) else z[0], F.normalize(places, dim=1)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """A loss for inputs whose targets are positions in ``wanted``: what an ensemble said of each of them.
+    """Distillation loss for inputs whose targets are indices into ``wanted``, the outputs of an ensemble.
 
     Attributes:
-        kind: Of the task. ``wanted``: raw outputs [n, C, ...]. ``temperature``: T.
+        kind: The kind of the task.
+        wanted: Raw outputs [n, C, ...].
+        temperature: T.
     """
 
     kind: str
@@ -198,7 +190,7 @@ class Matching:
     temperature: float = 1.0
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The divergence of what ``model`` says from what was wanted."""
+        """Return the divergence of ``model``'s outputs from the wanted ones."""
         z = model(batch[0])
         target = self.wanted[batch[1].cpu()].to(batch[0].device)
         return divergence(self.kind, z if isinstance(z, Tensor) else z[0], target, self.temperature)

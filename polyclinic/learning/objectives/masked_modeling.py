@@ -1,9 +1,9 @@
-"""Masked image modeling: a network learns to say what was hidden.
+"""Masked image modeling: a network learns to predict hidden parts of its input.
 
 He, Chen, Xie, Li, Dollár and Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022,
-https://arxiv.org/abs/2111.06377, for vision transformers, which see the visible patches only; Xie et al., "SimMIM: a
-Simple Framework for Masked Image Modeling", CVPR 2022, https://arxiv.org/abs/2111.09886, for every other network, which
-sees the image with a learned value where something is hidden.
+https://arxiv.org/abs/2111.06377, for vision transformers, which receive the visible patches only; Xie et al.,
+"SimMIM: a Simple Framework for Masked Image Modeling", CVPR 2022, https://arxiv.org/abs/2111.09886, for all other
+networks, which receive the image with a learned value in its hidden parts.
 """
 
 import math
@@ -19,7 +19,7 @@ from polyclinic.learning.tasks.task import Batch, Task, represent
 
 
 class Decoder(nn.Module):
-    """From the tokens of a transformer's visible patches to the pixels of all patches."""
+    """Predicts the pixels of all patches from the tokens of a transformer's visible patches."""
 
     def __init__(self, hidden: int, patches: int, pixels: int, width: int, depth: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """[b, v, hidden] at the places ``visible`` [b, v], to [b, patches, pixels]."""
+        """Map tokens [b, v, hidden] at the places ``visible`` [b, v] to [b, patches, pixels]."""
         known = self.enter(tokens)
         every = self.hidden_token.expand(len(known), self.places.shape[1], -1)
         every = every.scatter(1, visible[..., None].expand_as(known), known) + self.places
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
 
 class Filler(nn.Module):
-    """The value shown where something is hidden, and a prediction of it from the representation."""
+    """The learned value for hidden parts, and a prediction of them from the representation."""
 
     def __init__(self, channels: int, predict: nn.Module) -> None:
         super().__init__()
@@ -48,17 +48,18 @@ class Filler(nn.Module):
 
 @dataclass(frozen=True)
 class Masked:
-    """A network that learns to say what was hidden from it.
+    """Masked modeling of a task's network.
 
-    What it says: a transformer, each hidden patch's pixels, normalized; a U-Net, hidden pixels; a network that ends
-    in a vector, the mean intensity of hidden cells; one for tables, hidden columns. What is hidden is drawn from
-    PyTorch's own dice, as dropout is, which a training seeds.
+    A transformer predicts the normalized pixels of each hidden patch; a U-Net, the hidden pixels; a network whose
+    representation is a vector, the mean intensity of hidden cells; a network for tables, the hidden columns. The hidden
+    parts are drawn from PyTorch's global random generator, like dropout, which training seeds.
 
     Attributes:
         task: The study's task.
-        share: How much is hidden; 0.75 in the paper.
-        grid: Into how many cells each axis is cut, where the network is no transformer with patches of its own.
-        width: The decoder's, and ``depth``: how many layers it has; for transformers.
+        share: The hidden fraction; 0.75 in the paper.
+        grid: Number of cells along each axis, for networks without patches of their own.
+        width: Width of the decoder, for transformers.
+        depth: Number of layers of the decoder, for transformers.
     """
 
     task: Task
@@ -68,7 +69,7 @@ class Masked:
     depth: int = 1
 
     def model(self) -> nn.Module:
-        """An ``Extended`` model whose ``extra`` is the decoder."""
+        """Build an ``Extended`` model whose ``extra`` is the decoder."""
         backbone, shape = cast(Any, self.task.model()), self.task.network.inputs
         if self.task.network.name == "vit":
             hidden, patch = backbone.norm.weight.shape[0], self._patch()
@@ -83,7 +84,7 @@ class Masked:
         return Extended(backbone, Filler(shape[0], nn.Linear(h.shape[1], shape[0] * cells)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean square error of what was hidden; targets are not looked at."""
+        """Return the mean squared error of the hidden parts; targets are not used."""
         assert isinstance(model, Extended)
         x = batch[0]
         if isinstance(model.extra, Decoder):
@@ -92,28 +93,28 @@ class Masked:
         filler = model.extra
         shown = torch.where(hidden, filler.value.view(1, -1, *[1] * (x.ndim - 2)), x)
         h, _ = represent(self.task, model.backbone, shown)
-        said: Tensor = filler.predict(h)
+        predicted: Tensor = filler.predict(h)
         if h.ndim > 2 or x.ndim == 2:
             wanted, counted = x, hidden
         else:
             pool = nn.AdaptiveAvgPool2d if x.ndim == 4 else nn.AdaptiveAvgPool3d
             wanted, counted = pool(tuple(cells.shape[2:]))(x), cells.expand(-1, x.shape[1], *cells.shape[2:])
-        error = (said.view_as(wanted) - wanted).square()
+        error = (predicted.view_as(wanted) - wanted).square()
         return (error * counted).sum() / counted.expand_as(error).sum().clamp_min(1)
 
     def hide(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What to hide of each example: where, [b, 1, *spatial] or [b, F], and the cells, [b, 1, *grid]."""
+        """Draw the hidden parts of each example: a mask [b, 1, *spatial] or [b, F], and the cells [b, 1, *grid]."""
         shape = [x.shape[1]] if x.ndim == 2 else [min(self.grid, side) for side in x.shape[2:]]
-        rng = torch.rand(len(x), math.prod(shape), device=x.device)
-        count = max(1, round(self.share * rng.shape[1]))
-        flat = torch.zeros_like(rng, dtype=torch.bool).scatter(1, rng.argsort(1)[:, :count], True)
+        scores = torch.rand(len(x), math.prod(shape), device=x.device)
+        count = max(1, round(self.share * scores.shape[1]))
+        flat = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.argsort(1)[:, :count], True)
         if x.ndim == 2:
             return flat, flat
         cells = flat.view(len(x), 1, *shape)
         return F.interpolate(cells.to(x), x.shape[2:]).bool(), cells
 
     def patches(self, x: Tensor) -> Tensor:
-        """Images [b, C, *spatial] cut into a transformer's patches, [b, patches, C · pixels], in its order."""
+        """Cut images [b, C, *spatial] into a transformer's patches, [b, patches, C · pixels], in its order."""
         sides = self._patch()
         for axis, side in enumerate(sides):
             x = x.unfold(2 + axis, side, side)
@@ -133,8 +134,8 @@ class Masked:
         )
         for block in vit.blocks:
             seen = block(seen)
-        said: Tensor = model.extra(vit.norm(seen)[:, 1:], visible)
-        error = (said - target).square().mean(2)
+        predicted: Tensor = model.extra(vit.norm(seen)[:, 1:], visible)
+        error = (predicted - target).square().mean(2)
         return error.gather(1, hidden).mean()
 
     def _patch(self) -> tuple[int, ...]:

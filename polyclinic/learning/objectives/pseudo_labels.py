@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a model says of one view of an image is the target of another, where it is sure enough.
+"""Pseudo-labels: a confident prediction on one view of an image is the target for another view.
 
 Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", NeurIPS 2020, equation 4.
 https://arxiv.org/abs/2001.07685.
@@ -12,20 +12,20 @@ from polyclinic.learning.training.augmentation import STRONG, WEAK, move
 
 
 def two_views(kind: str, x: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A weak and a strong view of ``x``. For segmentation, both show every pixel in the same place."""
+    """Return a weak and a strong view of ``x``. For segmentation, both have the same geometry."""
     weak = move(x, WEAK.moves(x, rng))
     return weak, STRONG.recolour(weak, rng) if kind == "segmentation" else STRONG.view(x, rng)
 
 
 def pseudo_loss(logits: Tensor, probability: Tensor, threshold: float) -> Tensor:
-    """Cross-entropy of ``logits`` [b, C, ...] with the likeliest class, where it is likely enough; else 0.
+    """Return the cross-entropy of ``logits`` [b, C, ...] with the most likely class if it is likely enough, else 0.
 
-    The mean is over all examples (pixels), so that few sure ones weigh little.
+    The mean is over all examples or pixels, so that a few confident ones have little weight.
 
     Args:
-        logits: What the model says of the strong view.
-        probability: [b, C, ...], what is believed from the weak view.
-        threshold: The least probability of the likeliest class.
+        logits: Outputs for the strong view.
+        probability: [b, C, ...], predicted probabilities for the weak view.
+        threshold: The least probability of the most likely class.
     """
     sure, label = probability.detach().max(1)
     return (F.cross_entropy(logits, label, reduction="none") * (sure >= threshold)).mean()

@@ -1,4 +1,4 @@
-"""Images in another style: translators, critics, and how they are trained against one another.
+"""Style translation of images: translators, critics, and their adversarial training.
 
 The cycle: Zhu, Park, Isola and Efros, "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
 Networks", ICCV 2017, https://arxiv.org/abs/1703.10593; the critic of generated images: Gulrajani, Ahmed, Arjovsky,
@@ -21,10 +21,10 @@ from polyclinic.learning.training.local import LocalTraining, seeded
 
 
 def images_only(inputs: tuple[int, ...]) -> None:
-    """Refuses tables.
+    """Refuse tables.
 
     Raises:
-        ValueError: Where ``inputs`` is not (C, *spatial).
+        ValueError: If ``inputs`` is not (C, *spatial).
     """
     if len(inputs) < 3:
         raise ConfigError(f"a style needs images or volumes, not inputs of shape {inputs}")
@@ -32,11 +32,11 @@ def images_only(inputs: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Translator:
-    """Builds x ↦ x + f(x), f three convolutions that begin at 0. As a front it is fixed: nothing trains it there.
+    """Builds x ↦ x + f(x) with f three convolutions, initially 0. As an input front it is fixed and not trained.
 
     Attributes:
-        standardize: Whether each image is first given mean 0 and deviation 1 in each channel, which takes its style.
-        fixed: Whether its parameters are kept from training.
+        standardize: Whether each channel of each image is first standardized to mean 0 and deviation 1, without style.
+        fixed: Whether its parameters are excluded from training.
     """
 
     inputs: tuple[int, ...]
@@ -45,7 +45,7 @@ class Translator:
     fixed: bool = True
 
     def __call__(self) -> nn.Module:
-        """A new module."""
+        """Build a module."""
         return _Translated(self)
 
 
@@ -66,20 +66,20 @@ class _Translated(nn.Module):
         self.requires_grad_(not build.fixed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, C, *spatial] to the same."""
+        """Map [b, C, *spatial] to the same shape."""
         x = standardized(x) if self.standardize else x
-        found: Tensor = x + self.layers(x)
-        return found
+        translated: Tensor = x + self.layers(x)
+        return translated
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Each image with mean 0 and deviation 1 in each channel; constant channels are 0. [b, C, *spatial]"""
+    """Standardize each channel of each image to mean 0 and deviation 1; constant channels are 0. [b, C, *spatial]"""
     axes = tuple(range(2, x.ndim))
     return (x - x.mean(axes, keepdim=True)) / x.std(axes, keepdim=True).clamp_min(1e-6)
 
 
 def critic(inputs: tuple[int, ...], width: int) -> nn.Module:
-    """Scores patches of images: [b, C, *spatial] to [b, 1, *smaller]."""
+    """Build a network that scores patches of images: [b, C, *spatial] to [b, 1, *smaller]."""
     conv = _conv(inputs)
     return nn.Sequential(
         conv(inputs[0], width, 3, 2, 1),
@@ -92,10 +92,10 @@ def critic(inputs: tuple[int, ...], width: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Cycle:
-    """Two translators, ``there.…`` and ``back.…``, and a critic of each side, ``judge_there.…`` and ``judge_back.…``.
+    """Two translators, ``there.…`` and ``back.…``, and a critic for each, ``judge_there.…`` and ``judge_back.…``.
 
     Attributes:
-        cycle: λ, the weight of coming back to where one began; 10 in the paper.
+        cycle: λ, the weight of the cycle consistency loss; 10 in the paper.
     """
 
     inputs: tuple[int, ...]
@@ -103,26 +103,26 @@ class Cycle:
     cycle: float = 10.0
 
     def model(self) -> nn.ModuleDict:
-        """A new module."""
+        """Build a module."""
         ways = {name: Translator(self.inputs, self.width, fixed=False)() for name in ("there", "back")}
         return nn.ModuleDict({**ways, **{f"judge_{name}": critic(self.inputs, self.width) for name in ways}})
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters to begin from."""
+        """Return the initial parameters."""
         return initial(self.model, seed)
 
     def judge(self, model: nn.ModuleDict, own: Tensor, target: Tensor) -> Tensor:
-        """The critics' loss on images ``own`` and ``target``."""
+        """Return the critics' loss on images ``own`` and ``target``."""
         with torch.no_grad():
-            made, returned = model["there"](own), model["back"](target)
-        there = tell_apart(model["judge_there"](target), model["judge_there"](made))
+            translated, returned = model["there"](own), model["back"](target)
+        there = tell_apart(model["judge_there"](target), model["judge_there"](translated))
         return there + tell_apart(model["judge_back"](own), model["judge_back"](returned))
 
     def translate(self, model: nn.ModuleDict, own: Tensor, target: Tensor) -> Tensor:
-        """The translators' loss: pass at the critics, and come back."""
-        made, returned = model["there"](own), model["back"](target)
-        passing = pass_for_real(model["judge_there"](made)) + pass_for_real(model["judge_back"](returned))
-        round_trip = (model["back"](made) - own).abs().mean() + (model["there"](returned) - target).abs().mean()
+        """Return the translators' loss: the adversarial loss plus the cycle consistency loss."""
+        translated, returned = model["there"](own), model["back"](target)
+        passing = pass_for_real(model["judge_there"](translated)) + pass_for_real(model["judge_back"](returned))
+        round_trip = (model["back"](translated) - own).abs().mean() + (model["there"](returned) - target).abs().mean()
         loss: Tensor = passing + self.cycle * round_trip
         return loss
 
@@ -132,7 +132,7 @@ class Synthesis:
     """A generator of images, ``made.…``, and a Wasserstein critic with a gradient penalty, ``judge.…``.
 
     Attributes:
-        penalty: Of critic gradients that are not of length 1; 10 in the paper.
+        penalty: Weight of the penalty on critic gradients whose norm is not 1; 10 in the paper.
     """
 
     inputs: tuple[int, ...]
@@ -141,22 +141,22 @@ class Synthesis:
     penalty: float = 10.0
 
     def model(self) -> nn.ModuleDict:
-        """A new module."""
+        """Build a module."""
         return nn.ModuleDict(
             {"made": Up(self.inputs, self.width, self.latent), "judge": critic(self.inputs, self.width)}
         )
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters to begin from."""
+        """Return the initial parameters."""
         return initial(self.model, seed)
 
     def make(self, model: nn.ModuleDict, count: int, rng: torch.Generator, device: str = "cpu") -> Tensor:
-        """``count`` images."""
+        """Generate ``count`` images."""
         images: Tensor = model["made"](torch.randn(count, self.latent, generator=rng).to(device))
         return images
 
     def judge(self, model: nn.ModuleDict, real: Tensor, rng: torch.Generator) -> Tensor:
-        """D(made) − D(real) + penalty · (‖∇D(between)‖ − 1)²"""
+        """Critic loss ``D(made) − D(real) + penalty · (‖∇D(between)‖ − 1)²``."""
         with torch.no_grad():
             made = self.make(model, len(real), rng, str(real.device))
         share = torch.rand(len(real), *[1] * (real.ndim - 1), generator=rng).to(real)
@@ -167,17 +167,17 @@ class Synthesis:
         return loss
 
     def please(self, model: nn.ModuleDict, count: int, rng: torch.Generator, device: str) -> Tensor:
-        """−D(made)"""
+        """Generator loss ``−D(made)``."""
         loss: Tensor = -model["judge"](self.make(model, count, rng, device)).mean()
         return loss
 
 
 @dataclass(frozen=True)
 class Stain:
-    """A generator that sees images without their style, ``made.…``, and a critic that knows one site's, ``judge.…``.
+    """A generator that receives images without their style, ``made.…``, and a critic of one site's, ``judge.…``.
 
     Attributes:
-        structure: λ, the weight of what the generator changes besides the style.
+        structure: λ, the weight of changes other than style.
     """
 
     inputs: tuple[int, ...]
@@ -185,22 +185,22 @@ class Stain:
     structure: float = 10.0
 
     def model(self) -> nn.ModuleDict:
-        """A new module."""
+        """Build a module."""
         made = Translator(self.inputs, self.width, standardize=True, fixed=False)()
         return nn.ModuleDict({"made": made, "judge": critic(self.inputs, self.width)})
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters to begin from."""
+        """Return the initial parameters."""
         return initial(self.model, seed)
 
     def judge(self, model: nn.ModuleDict, own: Tensor) -> Tensor:
-        """The critic's loss on a site's images."""
+        """Return the critic's loss on a site's images."""
         with torch.no_grad():
             made = model["made"](own)
         return tell_apart(model["judge"](own), model["judge"](made))
 
     def restyle(self, model: nn.ModuleDict, own: Tensor) -> Tensor:
-        """The generator's loss: pass at the critic, and change nothing but mean and deviation of each channel."""
+        """Return the generator's loss: the adversarial loss plus any change except in channel mean and deviation."""
         made = model["made"](own)
         change = (standardized(made) - standardized(own)).abs().mean()
         loss: Tensor = pass_for_real(model["judge"](made)) + self.structure * change
@@ -215,7 +215,7 @@ def in_turn(
     judge: Callable[[Tensor], Tensor],
     please: Callable[[Tensor], Tensor],
 ) -> None:
-    """Trains ``model`` in place on a site's images: in each step critics by ``judge``, then the rest by ``please``."""
+    """Train ``model`` in place: in each step the critics with ``judge``, then the rest with ``please``."""
     guess, make = local.stepper(model, trainable=in_judges), local.stepper(model, trainable=outside_judges)
     rng = site.rng(0, key)
     with seeded(rng, site.device):
@@ -225,12 +225,12 @@ def in_turn(
 
 
 def in_judges(name: str) -> bool:
-    """Whether a tensor belongs to a critic."""
+    """Return whether a tensor belongs to a critic."""
     return name.startswith("judge")
 
 
 def outside_judges(name: str) -> bool:
-    """Whether it does not."""
+    """Return whether a tensor does not belong to a critic."""
     return not in_judges(name)
 
 

@@ -1,1 +1,1 @@
-"""What is learned at a site: networks, losses, the training loop, the scoring. No federation in sight."""
+"""Tasks: losses, outputs and scores of what a site learns."""

@@ -1,4 +1,4 @@
-"""Classification: one class for each example, or several labels."""
+"""Classification: one class per example, or several labels."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,11 +13,11 @@ from polyclinic.learning.tasks.task import Batch, Task, auc
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One of several classes. Targets are int64 [b].
+    """Classification into one of several classes. Targets are int64 [b].
 
     Attributes:
-        class_weights: What an example of each class counts in the loss; all the same by default.
-        label_smoothing: The share of the truth spread over all classes.
+        class_weights: Weight of each class in the loss; equal by default.
+        label_smoothing: Fraction of the target distribution that is spread over all classes.
     """
 
     class_weights: tuple[float, ...] | None = None
@@ -26,20 +26,20 @@ class Classification(Task):
     kind: ClassVar[str] = "classification"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy."""
+        """Return the cross-entropy."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=batch[1].device)
         return F.cross_entropy(model(batch[0]), batch[1], weights, label_smoothing=self.label_smoothing)
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """``score`` [b, C], probabilities; ``target`` [b]."""
+        """Return ``score`` [b, C], probabilities, and ``target`` [b]."""
         return {"score": model(batch[0]).float().softmax(1), "target": batch[1]}
 
     def guess(self, score: Tensor) -> float:
-        """Every class is as likely."""
+        """Return equal probabilities of all classes."""
         return 1 / score.shape[1]
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Loss, accuracy, balanced accuracy, and AUC (one class against the rest, averaged over those present)."""
+        """Compute loss, accuracy, balanced accuracy, and AUC (one vs. rest, averaged over the classes present)."""
         score, target = outputs["score"], outputs["target"]
         right = score.argmax(1) == target
         present = target.unique().tolist()
@@ -47,41 +47,41 @@ class Classification(Task):
         areas = [
             a for c in ([1] if score.shape[1] == 2 else present) if (a := auc(score[:, c], target == c)) is not None
         ]
-        found = {
+        metrics = {
             "loss": float(-score.clamp_min(1e-12).log().gather(1, target[:, None]).mean()),
             "accuracy": float(right.float().mean()),
             "balanced_accuracy": sum(recalls) / len(recalls),
         }
-        return found | ({"auc": sum(areas) / len(areas)} if areas else {})
+        return metrics | ({"auc": sum(areas) / len(areas)} if areas else {})
 
 
 @dataclass(frozen=True)
 class MultiLabel(Task):
-    """Any number of labels at once. Targets are float [b, L] of 0 and 1; NaN means not known."""
+    """Classification with any number of labels. Targets are float [b, L] of 0 and 1; NaN means unknown."""
 
     kind: ClassVar[str] = "multilabel"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Binary cross-entropy over the labels that are known."""
+        """Return the binary cross-entropy over the known labels."""
         logits, known = model(batch[0]), batch[1].isfinite()
         each = F.binary_cross_entropy_with_logits(logits, batch[1].nan_to_num(), reduction="none")
         return (each * known).sum() / known.sum().clamp_min(1)
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """``score`` [b, L], a probability for each label; ``target`` [b, L]."""
+        """Return ``score`` [b, L], a probability for each label, and ``target`` [b, L]."""
         return {"score": model(batch[0]).float().sigmoid(), "target": batch[1]}
 
     def guess(self, score: Tensor) -> float:
-        """Each label is as likely as not."""
+        """Return probability one half for every label."""
         return 0.5
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Loss, accuracy and AUC, averaged over the labels for which they are defined."""
+        """Compute loss, accuracy and AUC, averaged over the labels for which they are defined."""
         score, target = outputs["score"], outputs["target"]
         known = target.isfinite()
         right = ((score > 0.5) == (target > 0.5))[known]
         areas = [auc(score[known[:, i], i], target[known[:, i], i] > 0.5) for i in range(score.shape[1])]
         defined = [area for area in areas if area is not None]
         loss = F.binary_cross_entropy(score[known], target[known])
-        found = {"loss": float(loss), "accuracy": float(right.float().mean())}
-        return found | ({"auc": sum(defined) / len(defined)} if defined else {})
+        metrics = {"loss": float(loss), "accuracy": float(right.float().mean())}
+        return metrics | ({"auc": sum(defined) / len(defined)} if defined else {})

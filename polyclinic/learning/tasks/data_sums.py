@@ -1,4 +1,4 @@
-"""Sums over data, from which means, deviations, quantiles and class counts follow; so that they can be added up."""
+"""Additive sums over data, from which means, deviations, quantiles and class counts are computed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,11 @@ from polyclinic.core.tree import Tree
 @savable("statistics.Summary", 1)
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of some data. By channel for images, by column for tables.
+    """Statistics of a data set, by channel for images and by column for tables.
 
     Attributes:
-        sums: As ``count_up`` and ``spread_out`` give them, added up.
-        edges: Of the histogram's inner bins: [channels, bins + 1].
+        sums: The sums of ``count_up`` and ``spread_out``, added over sites.
+        edges: Edges of the histogram's inner bins: [channels, bins + 1].
     """
 
     sums: Tree
@@ -25,40 +25,40 @@ class Summary:
 
     @property
     def examples(self) -> int:
-        """How many."""
+        """Number of examples."""
         return int(self.sums["examples"])
 
     @property
     def classes(self) -> Tensor:
-        """How many examples (of masks: pixels) each class has, or each label is positive in. [classes], float64."""
+        """Number of examples (for masks: pixels) of each class, or with each label positive. [classes], float64."""
         return self.sums["classes"]
 
     @property
     def missing(self) -> Tensor:
-        """The share of values that are not numbers. [channels]"""
+        """Fraction of values that are not finite. [channels]"""
         return self.sums["missing"] / (self.sums["missing"] + self.sums["count"]).clamp_min(1)
 
     @property
     def mean(self) -> Tensor:
-        """Of the values that are numbers. [channels]"""
+        """Mean of the finite values. [channels]"""
         return self.sums["sum"] / self.sums["count"].clamp_min(1)
 
     @property
     def std(self) -> Tensor:
-        """√(Σ(x − m)²/n − (mean − m)²), the deviation of all values, with m the histogram's middle or else 0."""
+        """``√(Σ(x − m)²/n − (mean − m)²)``, the standard deviation, with m the histogram's middle or else 0."""
         n = self.sums["count"].clamp_min(1)
         if "around" not in self.sums:
             return (self.sums["square"] / n - self.mean.square()).clamp_min(0).sqrt()
         return (self.sums["around"] / n - (self.mean - middle(self.edges)).square()).clamp_min(0).sqrt()
 
     def quantile(self, q: float) -> Tensor:
-        """The value below which a share ``q`` lies, to within a bin of the histogram. [channels]
+        """Return the ``q`` quantile to within a bin of the histogram. [channels]
 
-        Beyond the histogram's ends, which lie some deviations from the mean, its end is given.
+        A quantile beyond the histogram's range is given as the end of the range.
         """
         counts = self.sums["histogram"]
         below = torch.cat([torch.zeros_like(counts[:, :1]), counts.cumsum(1)], 1)  # up to each edge, from -∞
-        wanted = max(q, 1e-12) * below[:, -1:]  # the quantile 0 is where the first value lies
+        wanted = max(q, 1e-12) * below[:, -1:]  # quantile 0 is the position of the first value
         lower, upper = below[:, 1:-2], below[:, 2:-1]
         index = (upper < wanted).sum(1, keepdim=True).clamp_max(upper.shape[1] - 1)
         inside = upper.gather(1, index) - lower.gather(1, index)
@@ -68,30 +68,30 @@ class Summary:
 
 
 def count_up(data: Any, classes: int) -> dict[str, Tensor]:
-    """Sums over ``data``, in double precision: counts and moments by channel, examples, and targets by class."""
-    found: dict[str, Tensor] = {"examples": torch.tensor(float(len(data)), dtype=torch.float64)}
+    """Sum over ``data`` in double precision: counts and moments by channel, examples, and targets by class."""
+    sums: dict[str, Tensor] = {"examples": torch.tensor(float(len(data)), dtype=torch.float64)}
     for chunk in torch.arange(len(data)).split(256):
         x, y = data[chunk]
         values = x.double().transpose(0, 1).flatten(1)
         known = values.isfinite()
         values = values.nan_to_num(0, 0, 0)
-        here = {
+        part = {
             "count": known.sum(1).double(),
             "missing": (~known).sum(1).double(),
             "sum": values.sum(1),
             "square": values.square().sum(1),
             "classes": _classes(y, classes),
         }
-        found |= {name: found[name] + leaf if name in found else leaf for name, leaf in here.items()}
-    return found
+        sums |= {name: sums[name] + leaf if name in sums else leaf for name, leaf in part.items()}
+    return sums
 
 
 def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
-    """A second look, with the edges [channels, bins + 1] of a histogram that reaches evenly from the mean.
+    """Sum over ``data`` in a second pass, for a histogram with ``edges`` [channels, bins + 1] around the mean.
 
     Returns:
-        ``histogram`` [channels, bins + 2]: how many values lie below, in each bin, and above; and ``around``
-        [channels]: Σ(x − m)² around the middle m, which keeps digits that Σx² loses.
+        ``histogram`` [channels, bins + 2]: numbers of values below, in each bin, and above; and ``around``
+        [channels]: ``Σ(x − m)²`` around the middle m, which is more precise than ``Σx²``.
     """
     counts = torch.zeros(edges.shape[0], edges.shape[1] + 1, dtype=torch.float64)
     around = torch.zeros(edges.shape[0], dtype=torch.float64)
@@ -105,11 +105,11 @@ def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
 
 
 def middle(edges: Tensor) -> Tensor:
-    """Of a histogram: [channels]."""
+    """Return the middle of a histogram: [channels]."""
     return (edges[:, 0] + edges[:, -1]) / 2
 
 
 def _classes(targets: Tensor, classes: int) -> Tensor:
-    if targets.is_floating_point():  # labels, or numbers, whose sum it then is
+    if targets.is_floating_point():  # labels or regression targets, which are summed
         return targets.double().nan_to_num().sum(0)
     return targets.flatten().bincount(minlength=classes).double()

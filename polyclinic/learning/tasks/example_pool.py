@@ -1,7 +1,7 @@
-"""A site's examples taken together, and without their targets.
+"""Access to a site's labeled and unlabeled examples.
 
-Data whose targets must not be used stand under the role ``"unlabeled"``; a site without labels has an empty
-``"train"``. What these functions return yields no target of an unlabeled example, whatever its source holds.
+Data whose targets must not be used have the role ``"unlabeled"``; a site without labels has an empty ``"train"``. These
+functions never return a target of an unlabeled example, even if its source has one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from polyclinic.learning.training.local import LocalTraining, Loss
 
 @dataclass(frozen=True)
 class Untargeted:
-    """The inputs of ``data``; where targets would be, each example's position, int64 [b]."""
+    """The inputs of ``data``, with each example's position, int64 [b], in place of its target."""
 
     data: Any
 
@@ -33,7 +33,7 @@ class Untargeted:
 
 @dataclass(frozen=True)
 class Chained:
-    """Several data sets as one, in order, without their targets."""
+    """Several data sets concatenated in order, without their targets."""
 
     parts: tuple[Any, ...]
 
@@ -44,51 +44,50 @@ class Chained:
         inputs: Tensor | None = None
         begin = 0
         for part in self.parts:
-            here = (index >= begin) & (index < begin + len(part))
-            if bool(here.any()):
-                found = part[index[here] - begin][0]
-                inputs = found.new_empty(len(index), *found.shape[1:]) if inputs is None else inputs
-                inputs[here] = found
+            inside = (index >= begin) & (index < begin + len(part))
+            if bool(inside.any()):
+                chunk = part[index[inside] - begin][0]
+                inputs = chunk.new_empty(len(index), *chunk.shape[1:]) if inputs is None else inputs
+                inputs[inside] = chunk
             begin += len(part)
         if inputs is None:
-            raise IndexError(f"no example at {index.tolist()[:5]} among {begin}")
+            raise IndexError(f"no example at {index.tolist()[:5]}; there are {begin} examples")
         return inputs, index.clone()
 
 
 def size(data: Mapping[str, Any], role: str) -> int:
-    """How many examples there are under ``role``."""
+    """Return the number of examples with ``role``."""
     return len(data.get(role, ()))
 
 
 def unlabeled(data: Mapping[str, Any]) -> Untargeted:
-    """The examples whose targets must not be used. Their targets are not there."""
+    """Return the unlabeled examples without their targets."""
     return Untargeted(data.get("unlabeled", ()))
 
 
 def all_inputs(data: Mapping[str, Any]) -> Chained:
-    """Every input that a site may learn from, labeled or not, without targets."""
+    """Return all inputs for training, labeled or not, without targets."""
     return Chained(tuple(data[role] for role in ("train", "unlabeled") if size(data, role)))
 
 
 def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
-    """The images that are nobody's patients, the same everywhere.
+    """Return the public images, which are not of the sites' patients and are identical everywhere.
 
     Raises:
-        ValueError: Where there are none, with what to do.
+        ValueError: If there are none. The message says what to do.
     """
     if not size(data, "public"):
         raise ConfigError(
-            f"{method} distils on public images, and {who} has none: give data under the role 'public', "
-            "the same at every place, or choose a method without them, such as fedavg"
+            f"{method} distills on public images, and {who} has none: provide identical data with the role 'public' at "
+            "every site and the server, or choose a method without public images, such as fedavg"
         )
     return Untargeted(data["public"])
 
 
 def endless(local: LocalTraining, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
-    """Minibatches of ``data`` as ``local`` makes them, without end: a second stream beside the one in
-    ``LocalTraining.fit``.
+    """Yield minibatches of ``data`` indefinitely, as a second stream in addition to that of ``LocalTraining.fit``.
 
-    Yields nothing where ``data`` is empty.
+    Yields nothing if ``data`` is empty.
     """
     while len(data):
         yield from local.batches(data, rng, device)
@@ -106,17 +105,16 @@ def fit_both(
     wait: bool = False,
     after_step: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Tree, int, int]:
-    """``LocalTraining.fit`` on labeled and unlabeled examples side by side; on either alone, where a site has no
-    other.
+    """Run ``LocalTraining.fit`` on labeled and unlabeled examples; on one kind alone if a site has no other.
 
     Args:
         known: The loss of a labeled minibatch.
-        alone: The loss of unlabeled inputs. Where there are labels too, each step adds it for another minibatch.
+        alone: The loss of unlabeled inputs. If there are labels, each step adds it for a second minibatch.
         wait: Whether unlabeled examples are not used yet.
-        after_step: As in ``LocalTraining.fit``, where unlabeled examples are used.
+        after_step: As in ``LocalTraining.fit``, if unlabeled examples are used.
 
     Returns:
-        The parameters at the end, and how many labeled and unlabeled examples they were learned from.
+        The final parameters, and the numbers of labeled and unlabeled examples used.
     """
     labels, free = size(site.data, "train"), 0 if wait else size(site.data, "unlabeled")
     stream = endless(local, unlabeled(site.data), site.rng(round, "unlabeled"), site.device)

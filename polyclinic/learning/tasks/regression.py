@@ -1,4 +1,4 @@
-"""Regression: one or several numbers for each example, such as age."""
+"""Regression: one or several numbers per example, such as age."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,10 +12,11 @@ from polyclinic.learning.tasks.task import Batch, Task
 
 @dataclass(frozen=True)
 class Regression(Task):
-    """Numbers. Targets are float [b, outputs], in the unit in which errors are reported.
+    """Regression. Targets are float [b, outputs], in the unit in which errors are reported.
 
     Attributes:
-        center: What the network's 0 stands for, and ``spread`` its 1, so that it learns in its natural range.
+        center: Target value at network output 0.
+        spread: Change of the target per unit of the network output, so that outputs are of order 1.
     """
 
     center: float = 0.0
@@ -24,21 +25,21 @@ class Regression(Task):
     kind: ClassVar[str] = "regression"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Smooth L1, in units of ``spread``."""
+        """Return the smooth L1 loss, in units of ``spread``."""
         return F.smooth_l1_loss(model(batch[0]), (batch[1] - self.center) / self.spread)
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """``score`` [b, outputs] and ``target`` [b, outputs], both in the unit of the targets."""
+        """Return ``score`` [b, outputs] and ``target`` [b, outputs], both in the unit of the targets."""
         return {"score": model(batch[0]).float() * self.spread + self.center, "target": batch[1]}
 
     def guess(self, score: Tensor) -> float:
-        """The center."""
+        """Return the center."""
         return self.center
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Mean absolute error, root mean square error, and R² where the targets differ."""
+        """Compute mean absolute error, root mean squared error, and R² if the targets differ."""
         error = (outputs["score"] - outputs["target"]).double()
         spread = float((outputs["target"] - outputs["target"].mean(0)).double().square().sum())
-        found = {"mae": float(error.abs().mean()), "rmse": float(error.square().mean().sqrt())}
-        found["loss"] = found["mae"] / self.spread
-        return found | ({"r2": 1 - float(error.square().sum()) / spread} if spread > 0 else {})
+        metrics = {"mae": float(error.abs().mean()), "rmse": float(error.square().mean().sqrt())}
+        metrics["loss"] = metrics["mae"] / self.spread
+        return metrics | ({"r2": 1 - float(error.square().sum()) / spread} if spread > 0 else {})

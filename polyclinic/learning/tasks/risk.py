@@ -1,4 +1,4 @@
-"""What a site can say of a model on all of its data: how wrong it is there, and which way is down."""
+"""Loss and gradient of a model over all of a site's data."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,18 +12,19 @@ from polyclinic.learning.networks.model_tree import gradient
 from polyclinic.learning.tasks.task import Task, cached_model
 from polyclinic.learning.training.local import seeded
 
-CHUNK = 256  # examples held at once
+CHUNK = 256  # examples in memory at once
 
 
 def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", data: Any = None) -> float:
-    """F_k(w): the task's loss, averaged over all of a site's examples, in evaluation mode.
+    """Compute F_k(w): the task's loss averaged over all of a site's examples, in evaluation mode.
 
     Args:
-        round: Decides the loss's own randomness, where it has any.
-        role: Which of the site's data; or ``data`` instead.
+        round: Seeds the random numbers of the loss, if it uses any.
+        role: The role of the data.
+        data: Data to use instead of those of ``role``.
 
     Raises:
-        ValueError: Where there are none.
+        ValueError: If there are no examples.
     """
     data = site.data.get(role, ()) if data is None else data
     if not len(data):
@@ -37,9 +38,9 @@ def risk(task: Task, params: Tree, site: Site, round: int, role: str = "train", 
 
 
 def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = "train") -> Tree:
-    """∇F_k(w): the gradient of the loss averaged over all of a site's examples, by trained leaf.
+    """Compute ∇F_k(w): the gradient of the loss averaged over all of a site's examples, by parameter name.
 
-    Batch normalization, where a model has it, sees up to 256 examples together.
+    Batch normalization sees up to 256 examples together.
     """
     data, model = site.data[role], cached_model(task, params, site.device)
     total: dict[str, torch.Tensor] = {}
@@ -54,6 +55,6 @@ def full_gradient(task: Task, params: Tree, site: Site, round: int, role: str = 
 
 @lru_cache(maxsize=32)
 def trained(task: Task) -> frozenset[str]:
-    """The names of what an optimizer changes; the rest of a tree is running statistics."""
+    """Return the names of trainable parameters; all other leaves of a tree are running statistics."""
     with torch.random.fork_rng(devices=[]):
         return frozenset(name for name, _ in task.model().named_parameters())

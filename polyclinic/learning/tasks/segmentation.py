@@ -1,4 +1,4 @@
-"""Segmentation in two and three dimensions, and what a score means where a mask is empty."""
+"""Segmentation in two and three dimensions, with defined scores for empty masks."""
 
 import warnings
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from polyclinic.learning.tasks.task import Batch, Task
 
 @dataclass(frozen=True)
 class Segmentation(Task):
-    """A class for every pixel. Targets are int64 [b, *spatial], 0 for background.
+    """Segmentation: a class for every pixel. Targets are int64 [b, *spatial], 0 for background.
 
-    An empty mask is decided, not averaged away: where only one of prediction and truth is empty, Dice is 0 and the
-    distance is the image's diagonal; where both are, Dice is 1 and the distance 0. ``empty`` counts the predictions
-    that were empty where the truth was not. MONAI's defaults drop such cases from the mean.
+    Scores of empty masks are defined: if only one of prediction and truth is empty, Dice is 0 and the distance is the
+    image's diagonal; if both are, Dice is 1 and the distance 0. ``empty`` counts empty predictions for a nonempty
+    truth. MONAI's defaults omit such cases from the mean.
 
     Attributes:
-        spacing_mm: The size of a pixel along each axis, for distances.
-        tolerance_mm: How far apart two surfaces may lie and still agree, for the surface Dice.
-        window: The patch size for sliding-window prediction of large volumes; the whole image by default.
+        spacing_mm: Pixel size along each axis, for distances.
+        tolerance_mm: Distance up to which two surfaces agree, for the surface Dice.
+        window: Patch size for sliding-window prediction of large volumes; the whole image by default.
     """
 
     spacing_mm: tuple[float, ...] | None = None
@@ -32,7 +32,7 @@ class Segmentation(Task):
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
+        """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
         from monai.losses import DiceCELoss
 
         measure = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
@@ -41,7 +41,7 @@ class Segmentation(Task):
         return loss
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Class scores [b, C, *spatial], by sliding windows where ``window`` says so."""
+        """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
         if self.window is None:
             scores = model(inputs)
         else:
@@ -51,17 +51,17 @@ class Segmentation(Task):
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """``rng`` and ``empty`` [b, K] for the K foreground classes; ``hd95`` (mm) and ``nsd`` where thorough."""
+        """Return ``dice`` and ``empty`` [b, K] for K foreground classes; ``hd95`` (mm) and ``nsd`` if full metrics."""
         scores = self.predict(model, batch[0])
         return agreement(
             scores.argmax(1), batch[1], scores.shape[1], self.spacing_mm, self.tolerance_mm if full_metrics else None
         )
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Mean Dice over cases and classes, the share of empty predictions, and distances where there are any."""
-        found = {"dice": float(outputs["dice"].mean()), "empty": float(outputs["empty"].float().mean())}
-        found["loss"] = 1 - found["dice"]
-        return found | {
+        """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present."""
+        metrics = {"dice": float(outputs["dice"].mean()), "empty": float(outputs["empty"].float().mean())}
+        metrics["loss"] = 1 - metrics["dice"]
+        return metrics | {
             name: float(outputs[name].mean()) for name in ("hd95", "nsd", "volume_error") if name in outputs
         }
 
@@ -73,35 +73,35 @@ def agreement(
     spacing_mm: tuple[float, ...] | None = None,
     tolerance_mm: float | None = None,
 ) -> dict[str, Tensor]:
-    """How well two label maps [b, *spatial] agree, for each case and foreground class: tensors [b, classes - 1].
+    """Compare two label maps [b, *spatial] for each case and foreground class: tensors [b, classes - 1].
 
-    Distances are in mm (pixels where ``spacing_mm`` is not given), and only where ``tolerance_mm`` is given.
+    Distances are in mm (pixels without ``spacing_mm``), and are computed only if ``tolerance_mm`` is given.
     """
     labels = torch.arange(1, classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
     p, t = predicted.unsqueeze(1) == labels, target.unsqueeze(1) == labels
     axes = tuple(range(2, p.ndim))
     both, in_p, in_t = (p & t).sum(axes), p.sum(axes), t.sum(axes)
     neither = (in_p + in_t) == 0
-    found = {
+    metrics = {
         "dice": torch.where(neither, 1.0, 2.0 * both / (in_p + in_t).clamp_min(1)),
         "empty": (in_p == 0) & (in_t > 0),
     }
     if tolerance_mm is not None:
         spacing = spacing_mm or (1.0,) * len(axes)
-        found |= _surfaces(p, t, spacing, tolerance_mm) | {
+        metrics |= _surfaces(p, t, spacing, tolerance_mm) | {
             "volume_error": torch.where(in_t > 0, (in_p - in_t).abs() / in_t.clamp_min(1), (in_p > 0).float())
         }
-    return found
+    return metrics
 
 
 def _surfaces(p: Tensor, t: Tensor, spacing: tuple[float, ...], tolerance: float) -> dict[str, Tensor]:
-    """The 95th percentile of surface distances, and the share of surfaces within ``tolerance``."""
+    """Return the 95th percentile of surface distances, and the fraction of surfaces within ``tolerance``."""
     axes = tuple(range(2, p.ndim))
     diagonal = sum((side * mm) ** 2 for side, mm in zip(p.shape[2:], spacing, strict=True)) ** 0.5
     some_p, some_t = p.any(dim=axes), t.any(dim=axes)
     distance = torch.where(some_p == some_t, 0.0, diagonal)
     share = (some_p == some_t).float()
-    with warnings.catch_warnings():  # MONAI warns of its own use of its own option
+    with warnings.catch_warnings():  # MONAI warns about its internal use of a deprecated option
         warnings.simplefilter("ignore", FutureWarning)
         _measure(p, t, some_p & some_t, spacing, tolerance, distance, share)
     return {"hd95": distance, "nsd": share}
@@ -110,7 +110,7 @@ def _surfaces(p: Tensor, t: Tensor, spacing: tuple[float, ...], tolerance: float
 def _measure(
     p: Tensor, t: Tensor, both: Tensor, spacing: tuple[float, ...], tolerance: float, distance: Tensor, share: Tensor
 ) -> None:
-    """Fills in ``distance`` and ``share`` where there are two surfaces to compare."""
+    """Fill in ``distance`` and ``share`` where both surfaces exist."""
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     for case, label in both.nonzero().tolist():

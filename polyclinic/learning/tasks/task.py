@@ -1,4 +1,4 @@
-"""A task: a network, what it means for it to be wrong, and what it says of an example."""
+"""Interface of a task: a network, its loss, its outputs and their scores."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -17,10 +17,10 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a site learns. Tasks know tensors and losses; they know nothing of federations.
+    """What a site learns, in terms of tensors and losses. Tasks are independent of federated learning.
 
     Attributes:
-        network: Builds the model. Usually a ``Network``; any hashable callable that returns a module will do.
+        network: Builds the model. Usually a ``Network``; any hashable callable that returns a module is allowed.
     """
 
     network: Network
@@ -29,31 +29,31 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What training makes small, for one (inputs, targets). Shape []."""
+        """Return the training loss of one (inputs, targets). Shape []."""
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """What the model says of each example, and the truth: tensors of shape [b, ...] by name.
+        """Return predictions and targets of each example: tensors of shape [b, ...] by name.
 
         Args:
-            full_metrics: Whether to add what takes long, such as distances between surfaces; as for a final test.
+            full_metrics: Whether to include slow metrics, such as surface distances, as for a final test.
         """
 
     @abstractmethod
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Scores of one site's ``outputs``, by name. A score that is undefined there is left out."""
+        """Compute scores of one site's ``outputs``, by name. Undefined scores are omitted."""
 
     def guess(self, score: Tensor) -> float:
-        """What stands in ``score`` [n, ...] for an answer that is no number: that of somebody who knows nothing."""
+        """Return the uninformed prediction that replaces non-finite entries of ``score`` [n, ...]."""
         return 0.0
 
     def model(self) -> nn.Module:
-        """A new model with random parameters. The global dice stay as they were."""
+        """Build a model with random parameters, without changing the global random state."""
         with torch.random.fork_rng(devices=[]):
             return self.network()
 
     def first(self, seed: int = 0) -> Tree:
-        """The parameters that a run with ``seed`` begins from."""
+        """Return the initial parameters of a run with ``seed``."""
         return initial(self.network, seed)
 
 
@@ -61,10 +61,10 @@ _built = threading.local()
 
 
 def cached_model(task: Any, params: Tree, device: str = "cpu", slot: str = "") -> nn.Module:
-    """The worker's one model for ``task``, carrying ``params``, in training mode.
+    """Return the thread's model for ``task`` with ``params`` loaded, in training mode.
 
-    Models are built once and refilled. So the next call with the same task and ``slot`` changes the model that
-    this call returned; name a slot for each model that must live beside another of the same task.
+    Models are built once and reused: the next call with the same task and ``slot`` changes the model that this call
+    returned. Use a separate slot for each model of a task that is needed at the same time.
     """
     models: dict[Any, nn.Module] = _built.__dict__.setdefault("models", {})
     if (key := (task, device, slot)) not in models:
@@ -78,68 +78,68 @@ def cached_model(task: Any, params: Tree, device: str = "cpu", slot: str = "") -
 
 @dataclass(frozen=True)
 class InNormalization:
-    """Whether a tensor lies in a normalization layer of the task's model. Found by module type, not by name."""
+    """Tests whether a tensor belongs to a normalization layer of the task's model, by module type and not by name."""
 
     task: Task
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` does."""
+        """Return whether the tensor ``name`` does."""
         return name in _inspected(self.task).normalization
 
 
 @dataclass(frozen=True)
 class InRunningStatistics:
-    """Whether a tensor is a running statistic of batch normalization."""
+    """Tests whether a tensor is a running statistic of batch normalization."""
 
     task: Task
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` is."""
+        """Return whether the tensor ``name`` is."""
         return name in _inspected(self.task).running
 
 
 @dataclass(frozen=True)
 class InHead:
-    """Whether a tensor lies in the model's head, which turns a representation into a prediction."""
+    """Tests whether a tensor belongs to the model's head, which maps a representation to a prediction."""
 
     task: Task
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` does."""
+        """Return whether the tensor ``name`` does."""
         return self.task.network.in_head(name)
 
 
 @dataclass(frozen=True)
 class InEncoder:
-    """Whether a tensor lies before the representation: in a U-Net the way down, else all but the head."""
+    """Tests whether a tensor precedes the representation: the encoder of a U-Net, else all but the head."""
 
     task: Task
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` does."""
+        """Return whether the tensor ``name`` does."""
         return self.task.network.in_encoder(name)
 
 
 @dataclass(frozen=True)
 class Not:
-    """The tensors that another choice leaves out."""
+    """Negates another test of tensor names."""
 
     choice: Any
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` is not chosen."""
+        """Return whether the other test is false for ``name``."""
         return not self.choice(name)
 
 
 def _inspected(task: Task) -> Any:
-    found: dict[Any, Any] = _built.__dict__.setdefault("inspected", {})
-    if task not in found:
-        found[task] = inspect(task.model())
-    return found[task]
+    inspections: dict[Any, Any] = _built.__dict__.setdefault("inspected", {})
+    if task not in inspections:
+        inspections[task] = inspect(task.model())
+    return inspections[task]
 
 
 def represent(task: Task, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The representation that enters the head, and the prediction that leaves the model.
+    """Compute the representation that enters the head, and the model's prediction.
 
     Returns:
         h [b, features, ...] and z [b, outputs, ...], from one forward pass.
@@ -155,9 +155,9 @@ def represent(task: Task, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
 
 
 def auc(score: Tensor, positive: Tensor) -> float | None:
-    """The area under the ROC curve of ``score`` [n] for the truth ``positive`` [n], ties counted half.
+    """Compute the area under the ROC curve of ``score`` [n] for the truth ``positive`` [n]; ties count half.
 
-    None where only one class is present.
+    Returns None if only one class is present.
     """
     positive = positive.bool()
     n1, n0 = int(positive.sum()), int((~positive).sum())

@@ -1,4 +1,4 @@
-"""Evaluation as one more job of a method, so that it runs wherever training runs."""
+"""Evaluation as an additional job of a method, so that it runs in the same engines as training."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,26 +22,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluated(Method[State]):
-    """Any method, with one more job: to score the model with which a site would predict.
+    """A method with additional evaluation jobs for the model with which a site predicts.
 
-    The job ``score/val`` sends a few numbers, computed at the site. ``predict/test`` sends what the model says of
-    each example, and the truth, from which intervals are computed; a site's policy may allow the first alone.
-    ``explain/val`` sends where the model looks, on average over the site's patients.
+    The job ``score/val`` sends a few scores, computed at the site. ``predict/test`` sends the predictions and targets
+    of each example, from which intervals are computed; a site's policy may allow only the former. ``explain/val`` sends
+    the mean attribution map over the site's patients.
     """
 
     inner: Method[State]
     task: Task
 
     def init(self, params: Tree) -> State:
-        """The inner method's."""
+        """Return the inner method's initial state."""
         return self.inner.init(params)
 
     def request(self, state: State) -> Request | None:
-        """The inner method's."""
+        """Return the inner method's request."""
         return self.inner.request(state)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        """Scores where the job says so; else what the inner method does."""
+        """Evaluate if the job is an evaluation; otherwise run the inner method's site update."""
         verb, _, role = request.job.partition("/")
         if verb not in ("score", "predict", "explain"):
             return self.inner.site_update(request, memory, site)
@@ -49,47 +49,47 @@ class Evaluated(Method[State]):
             return Reply(), memory
         params = self.inner.site_model(request, memory)
         if verb == "explain":
-            looked = saliency(self.inner.prediction_task or self.task, params, site.data[role], site.device)
-            return Reply({verb: PerSite({site.name: looked})}), memory
-        found = outputs(
+            maps = saliency(self.inner.prediction_task or self.task, params, site.data[role], site.device)
+            return Reply({verb: PerSite({site.name: maps})}), memory
+        results = outputs(
             self.inner.prediction_task or self.task, params, site.data[role], site.device, verb == "predict"
         )
         if verb == "score":
-            scores = self.task.summary(found) | {"n": float(len(site.data[role]))}
-            found = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
-        return Reply({verb: PerSite({site.name: found})}), memory
+            scores = self.task.summary(results) | {"n": float(len(site.data[role]))}
+            results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
+        return Reply({verb: PerSite({site.name: results})}), memory
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The inner method's."""
+        """The jobs of the inner method."""
         return self.inner.jobs
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        """The inner method's."""
+        """Run the inner method's server update."""
         return self.inner.server_update(state, reply, server)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The inner method's."""
+        """Return the inner method's site model."""
         return self.inner.site_model(request, memory)
 
     @property
     def prediction_task(self) -> Any:
-        """The inner method's."""
+        """The prediction task of the inner method."""
         return self.inner.prediction_task
 
     def evaluation_request(self, state: State) -> Request:
-        """The inner method's."""
+        """Return the inner method's evaluation request."""
         return self.inner.evaluation_request(state)
 
 
 def outputs(
     task: Task, params: Tree, data: Any, device: str = "cpu", full_metrics: bool = False, size: int = 64
 ) -> Tree:
-    """What the model with ``params`` says of every example of ``data``, and whose example it is.
+    """Return the outputs of the model with ``params`` for every example of ``data``, with the patient of each.
 
     Returns:
-        The task's outputs over all examples, and ``patient`` [n], a number for each patient. Where the model has
-        diverged, so that a ``score`` is no number, the task's guess stands for it, and ``silent`` [n] marks it.
+        The task's outputs over all examples, and ``patient`` [n], the index of the patient. If the model has diverged,
+        the task's guess replaces each non-finite ``score``, and ``silent`` [n] marks these examples.
     """
     model = cached_model(task, params, device).eval()
     parts: list[dict[str, torch.Tensor]] = []
@@ -97,15 +97,15 @@ def outputs(
         for chunk in torch.arange(len(data)).split(size):
             x, y = data[chunk]
             parts.append(task.outputs(model, (x.to(device), y.to(device)), full_metrics=full_metrics))
-        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        merged = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     patients = list(getattr(data, "patients", range(len(data))))
     numbers = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    found = {**{k: v.clone() for k, v in found.items()}, "patient": torch.tensor([numbers[p] for p in patients])}
-    return _answered(found, task)
+    merged = {**{k: v.clone() for k, v in merged.items()}, "patient": torch.tensor([numbers[p] for p in patients])}
+    return _answered(merged, task)
 
 
 def _answered(found: Tree, task: Task) -> Tree:
-    """``found`` with the task's guess where a diverged model answers what is no number; ``silent`` says where."""
+    """Replace non-finite scores of a diverged model by the task's guess, and mark them in ``silent``."""
     if "score" not in found or bool(found["score"].isfinite().all()):
         return found
     silent = ~found["score"].isfinite().all(1)
@@ -116,44 +116,43 @@ def _answered(found: Tree, task: Task) -> Tree:
 def evaluate(
     method: Method[State], federation: Federation, state: State, sites: Sequence[str], job: str = "score/val"
 ) -> Mapping[str, Tree]:
-    """What each of ``sites`` answers to ``job``, by site.
+    """Request ``job`` from ``sites``, and return the valid answers by site.
 
-    A site is left out if it has no such data, does not answer, or answers with something that is no answer to ``job``:
-    another part, values for another site, or figures without a number of examples. Scores that are not finite are left
-    out one by one.
+    A site is omitted if it has no such data, does not answer, or sends an invalid answer: another part, values of
+    another site, or scores without the number of examples. Non-finite scores are omitted individually.
     """
     federation.send(replace(method.evaluation_request(state), job=job, secure=False, recipients=None), sites)
     verb = job.partition("/")[0]
-    found: dict[str, Tree] = {}
+    answers: dict[str, Tree] = {}
     for arrival in sorted(federation.replies(), key=lambda arrival: arrival.site):
         if arrival.reply is not None and arrival.reply.parts:
             try:
-                found[arrival.site] = _checked(arrival.reply, verb, arrival.site)
+                answers[arrival.site] = _checked(arrival.reply, verb, arrival.site)
             except ValueError as error:
                 log.warning("%s: its answer to %s is not used: %s", arrival.site, job, error)
-    return found
+    return answers
 
 
 def _checked(reply: Reply, verb: str, site: str) -> Tree:
-    """What ``site`` itself answers to ``verb``.
+    """Return the values in a valid answer of ``site`` to ``verb``.
 
     Raises:
-        ValueError: If it is no such answer.
+        ValueError: If the answer is not valid.
     """
     stat = reply.parts.get(verb)
     if not isinstance(stat, PerSite) or set(reply.parts) != {verb} or list(stat.items) != [site]:
-        raise ValueError(f"it does not hold {verb!r} of this site and nothing else")
+        raise ValueError(f"it must contain {verb!r} of this site and nothing else")
     leaves = stat.items[site]
     if verb == "score":
         if any(leaf.numel() != 1 for leaf in leaves.values()):
-            raise ValueError("a score is one number")
+            raise ValueError("a score must be a single number")
         if "n" not in leaves or not 0 < float(leaves["n"]) <= MOST_EXAMPLES:
-            raise ValueError("its number of examples is none")
+            raise ValueError("its number of examples is missing or not valid")
         return {name: leaf for name, leaf in leaves.items() if bool(leaf.isfinite().all())}
     if verb == "predict":
         size = leaves["patient"].numel() if "patient" in leaves else 0
         if not size or any(not leaf.ndim or len(leaf) != size for leaf in leaves.values()):
-            raise ValueError("it does not hold as many answers as patients")
+            raise ValueError("its numbers of answers and patients differ")
         if not all(bool(leaf.isfinite().all()) for leaf in leaves.values()):
-            raise ValueError("it holds NaN or an infinity")
+            raise ValueError("it contains NaN or infinity")
     return leaves

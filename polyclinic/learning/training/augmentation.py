@@ -1,8 +1,8 @@
-"""Random views of a minibatch, in two and three dimensions, all examples at once and with dice that are given.
+"""Random augmentation of minibatches in two and three dimensions, for all examples at once with a given generator.
 
-An ``Augment`` can stand as ``LocalTraining.augment``, and then moves masks with their images; or methods use its two
-halves: ``moves`` draws where each image goes, ``recolour`` changes intensities and moves nothing, so that what was
-predicted for one view of an image fits another view of it. Tables have no geometry: they get noise and blanked columns.
+An ``Augment`` can be used as ``LocalTraining.augment``, which transforms masks with their images. Methods may use its
+two parts: ``moves`` draws the geometry of each image, and ``recolour`` changes intensities only, so that a prediction
+for one view of an image fits another. Tables have no geometry; they receive noise and blanked columns.
 """
 
 from dataclasses import dataclass
@@ -16,17 +16,19 @@ from polyclinic.learning.tasks.task import Batch
 
 @dataclass(frozen=True)
 class Augment:
-    """How much to change an example. Every change is drawn anew for each one.
+    """Ranges of random changes, which are drawn independently for each example.
 
     Attributes:
-        flip: Axes that may be mirrored, each with probability 1/2: negative, -1 for the last.
+        flip: Axes that are mirrored with probability 1/2, as negative numbers; -1 is the last.
         degrees: The largest rotation, in each plane.
-        scale: The largest relative change of size; ``shift``: of position, as a share of the image.
-        noise: The largest standard deviation of Gaussian noise, in units of the image's own.
-        contrast: The largest relative change of contrast; ``brightness``: of the mean, in units of the image's
-            standard deviation; ``gamma``: of the exponent applied to intensities scaled to 0...1.
-        cutout: The largest side of the box that is blanked with the image's mean, as a share of each axis (of a
-            table: the largest share of columns).
+        scale: The largest relative change of size.
+        shift: The largest change of position, as a fraction of the image.
+        noise: The largest standard deviation of Gaussian noise, relative to that of the image.
+        contrast: The largest relative change of contrast.
+        brightness: The largest change of the mean, relative to the image's standard deviation.
+        gamma: The largest relative change of the exponent of intensities scaled to 0...1.
+        cutout: The largest side of the box that is replaced by the image's mean, as a fraction of each axis (for a
+            table: the largest fraction of columns).
     """
 
     flip: tuple[int, ...] = (-1,)
@@ -40,18 +42,18 @@ class Augment:
     cutout: float = 0.0
 
     def __call__(self, batch: Batch, rng: torch.Generator) -> Batch:
-        """Another view of each (inputs, targets); a mask moves with its image."""
+        """Return another view of each (inputs, targets); a mask is transformed with its image."""
         x, y = batch
         where = self.moves(x, rng)
         masks = x.ndim > 2 and y.ndim == x.ndim - 1 and y.shape[1:] == x.shape[2:]
         return self.recolour(move(x, where), rng), move(y[:, None], where)[:, 0] if masks else y
 
     def view(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Another view of inputs [b, C, *spatial] or [b, F]."""
+        """Return another view of inputs [b, C, *spatial] or [b, F]."""
         return self.recolour(move(x, self.moves(x, rng)), rng)
 
     def moves(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Where each image goes: affine maps [b, d, d + 1] from the new place to the old, for ``move``."""
+        """Draw the geometry of each image: affine maps [b, d, d + 1] from new to old positions, for ``move``."""
         b, d = len(x), x.ndim - 2
         if d < 1:
             return torch.zeros(b, 0, 1)
@@ -63,7 +65,7 @@ class Augment:
                 plane[:, i, i] = plane[:, j, j] = angle.cos()
                 plane[:, i, j], plane[:, j, i] = angle.sin(), -angle.sin()
                 turn = turn @ plane
-        sides = torch.tensor(x.shape[:1:-1], dtype=torch.float32)  # affine_grid counts axes from behind, in half images
+        sides = torch.tensor(x.shape[:1:-1], dtype=torch.float32)  # affine_grid: reversed axes, units of half an image
         turn = turn * sides / sides[:, None]
         mirror = torch.ones(b, d)
         for axis in self.flip:
@@ -72,7 +74,7 @@ class Augment:
         return torch.cat([turn * mirror[:, None] * size, _spread((b, d, 1), 2 * self.shift, rng)], 2)
 
     def recolour(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Other intensities in the same places."""
+        """Change intensities, but not positions."""
         flat = x.flatten(1)
         mean, std = flat.mean(1, keepdim=True), flat.std(1, keepdim=True).clamp_min(1e-6)
         one = (len(x), 1)
@@ -91,7 +93,7 @@ class Augment:
         return flat.view_as(x)
 
     def _blanked(self, x: Tensor, rng: torch.Generator) -> Tensor:
-        """Which values [b, -1] to blank: a box of each image, or columns of a table."""
+        """Draw the values [b, -1] to blank: a box of each image, or columns of a table."""
         b = len(x)
         if x.ndim == 2:
             return torch.rand(x.shape, generator=rng) < torch.rand(b, 1, generator=rng) * self.cutout
@@ -106,7 +108,7 @@ class Augment:
 
 
 def move(x: Tensor, where: Tensor) -> Tensor:
-    """``x`` [b, C, *spatial] moved as ``where`` [b, d, d + 1] says; whole numbers to the nearest, others linearly."""
+    """Transform ``x`` [b, C, *spatial] by ``where`` [b, d, d + 1]; integers to the nearest, floats linearly."""
     if x.ndim < 4:
         return x  # a table
     grid = F.affine_grid(where.to(x.device), list(x.shape), align_corners=False)
@@ -116,7 +118,7 @@ def move(x: Tensor, where: Tensor) -> Tensor:
 
 
 def _spread(shape: int | tuple[int, ...], most: float, rng: torch.Generator) -> Tensor:
-    """Numbers between -most and most."""
+    """Draw numbers between -most and most."""
     return (torch.rand(shape, generator=rng) * 2 - 1) * most
 
 

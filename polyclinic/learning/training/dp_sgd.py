@@ -1,16 +1,16 @@
-"""Training that no single patient can change by much: differentially private stochastic gradient descent.
+"""Differentially private stochastic gradient descent (DP-SGD).
 
 Martin Abadi, Andy Chu, Ian Goodfellow, Brendan McMahan, Ilya Mironov, Kunal Talwar and Li Zhang, "Deep Learning with
 Differential Privacy", CCS 2016, Algorithm 1, https://arxiv.org/abs/1607.00133. Batches are Poisson samples, as its
-analysis assumes. We depart in where random numbers come from: the samples, the noise and the key of everything else
-that is random are drawn from the operating system, since whoever knows a study's seed could otherwise repeat them. So
-private training does not repeat itself. Dropout and augmentation of an image follow a key of that image alone (of the
-step, the unit and the image's place within the unit), so that one unit does not change what is random for the others:
-only then does a unit change the sum by no more than the bound.
+analysis assumes. Departure: the samples, the noise and the key of all other random numbers are drawn from the operating
+system, since a person with a study's seed could otherwise reproduce them. Private training is therefore not
+reproducible. Dropout and augmentation of an image follow a key of that image alone (of the step, the unit and the
+image's index within the unit), so that one unit does not change the random numbers of the others. Only then does a unit
+change the sum by at most the bound.
 
-What leaves a site protects its patients only if it is made from what ``fit`` returns, and from nothing else of the
-data. ``metered`` tells what was spent, so that a policy can refuse a reply that spent nothing; whether a method's
-replies hold nothing else is what ``polyclinic.attacks.release_audit`` finds out.
+A reply protects the patients only if it is computed from the result of ``fit`` and from nothing else of the data.
+``metered`` records what was spent, so that a policy can refuse a reply without any spending. Whether a method's replies
+contain anything else is tested by ``polyclinic.attacks.release_audit``.
 """
 
 import random
@@ -37,7 +37,7 @@ __all__ = ["DPSGD", "Spend", "Unit", "add_noise", "meter", "metered", "per_examp
 
 
 class Member(NamedTuple):
-    """One protected unit: its name, and the positions of its images."""
+    """One protected unit: its name, and the indices of its images."""
 
     name: object
     images: Sequence[int]
@@ -45,17 +45,18 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class DPSGD(LocalTraining):
-    """Local training in which each unit's gradient is clipped, and the sum of them is hidden in noise.
+    """Local training in which each unit's gradient is clipped and Gaussian noise is added to their sum.
 
-    Of ``LocalTraining``, ``batch_size`` is the expected size of a batch, counted in units; ``epochs`` means as many
-    steps as would see each unit once on average. A penalty does not read the data, and is neither clipped nor noised.
+    Of ``LocalTraining``, ``batch_size`` is the expected size of a batch, counted in units; ``epochs`` gives the number
+    of steps in which each unit is drawn ``epochs`` times on average. A penalty does not depend on the data, and is
+    neither clipped nor noised.
 
     Attributes:
-        noise: σ, the deviation of the noise over ``bound``. ``plan`` finds it for a wanted ε.
-        bound: C, the largest norm of what one unit adds.
-        unit: Who is protected. A ``patient`` may have several images, whose mean gradient is clipped as one; the
-            data must then say whose each image is (``patients``). A ``record`` is one image or row.
-        chunk: How many images' gradients are held at once; chosen by the model's size where it is None.
+        noise: σ, the standard deviation of the noise divided by ``bound``. ``plan`` computes it for a given ε.
+        bound: C, the largest norm of one unit's contribution.
+        unit: The unit of protection. A ``patient`` may have several images, whose mean gradient is clipped as one; the
+            data must then name the patient of each image (``patients``). A ``record`` is one image or row.
+        chunk: Number of images whose gradients are in memory at once; None to choose it by the model's size.
     """
 
     noise: float = 1.0
@@ -78,18 +79,18 @@ class DPSGD(LocalTraining):
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
     ) -> Tree:
-        """The parameters after private training from ``start``. Arguments as of ``LocalTraining.fit``.
+        """Return the parameters after private training from ``start``. Arguments as in ``LocalTraining.fit``.
 
         Args:
-            gradient_hook: Edits each noisy gradient. Neither it nor ``after`` may use the data without privacy.
+            gradient_hook: Edits each noisy gradient. Neither it nor ``after_step`` may use the data without privacy.
 
         Raises:
-            ValueError: Where this task, model or data cannot be trained privately; the message says what to change.
+            ValueError: If the task, model or data cannot be trained privately. The message says what to change.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         members = self._members(data)
         problems = self.validate(task, model)
-        if problems := [*problems, *([] if members else ["DPSGD: there is no one to train on at this site"])]:
+        if problems := [*problems, *([] if members else ["DPSGD: this site has no training examples"])]:
             raise ConfigError("; ".join(problems))
         named = {n: p for n, p in model.named_parameters() if p.requires_grad and (trainable is None or trainable(n))}
         optimizer, rng = self._optimizer(list(named.values()), self.rate(round)), site.secret_rng()
@@ -125,31 +126,31 @@ class DPSGD(LocalTraining):
         return params_of(model)
 
     def validate(self, task: Trainable, model: nn.Module) -> list[str]:
-        """Why these cannot be trained privately, in sentences that say what to change."""
-        found = []
+        """Return why the task and model cannot be trained privately, with what to change."""
+        problems = []
         if not (self.noise > 0 and self.bound > 0):
-            found.append(
+            problems.append(
                 f"DPSGD: noise and bound must be above 0, not {self.noise} and {self.bound}; without noise "
                 "there is no privacy: use plain training and claim none"
             )
         if any(isinstance(m, BATCH_NORMS) for m in model.modules()):
-            found.append(
-                "DPSGD: this network has batch normalization, which mixes patients, so that no one's part can "
-                'be bounded: build it with the option norm = "group" or "instance"'
+            problems.append(
+                "DPSGD: this network has batch normalization, which mixes patients, so that the contribution of one "
+                'cannot be bounded: build it with the option norm = "group" or "instance"'
             )
         if getattr(task, "class_weights", None) is not None:
-            found.append("DPSGD: class_weights have no effect where every example's loss stands alone: leave them out")
+            problems.append("DPSGD: class_weights have no effect on the loss of a single example: remove them")
         if self.amp or self.clip_norm is not None:
-            found.append("DPSGD: leave amp and clip_norm out; bound clips each unit by itself")
-        return found
+            problems.append("DPSGD: remove amp and clip_norm; bound clips the gradient of each unit")
+        return problems
 
     def spend(self, data: Any) -> Spend:
-        """What one ``fit`` on ``data`` costs. The number of units counts as public."""
+        """Return the privacy cost of one ``fit`` on ``data``. The number of units is treated as public."""
         units = len(self._members(data))
         return Spend(self.noise, min(1.0, self.batch_size / units), self.count(data), self.unit)
 
     def count(self, data: Any) -> int:
-        """How many steps ``fit`` takes on ``data``."""
+        """Return the number of steps of ``fit`` on ``data``."""
         units = len(self._members(data))
         return self.epochs * -(-units // self.batch_size) if self.steps is None else self.steps
 
@@ -161,42 +162,42 @@ class DPSGD(LocalTraining):
         gradient_hook: Correct | None = None,
         trainable: Callable[[str], bool] | None = None,
     ) -> NoReturn:
-        """Refuses: steps that a method takes by itself are not private."""
+        """Refuse individual steps, which are not private."""
         raise ConfigError(BY_ITSELF)
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> NoReturn:
-        """Refuses: batches that a method uses by itself are not private."""
+        """Refuse individual batches, which are not private."""
         raise ConfigError(BY_ITSELF)
 
     def _members(self, data: Any) -> Sequence[Member]:
-        """The units, each with a name that does not depend on which others there are, where the data have names."""
+        """Return the units, with names that do not depend on the other units if the data have patient names."""
         patients = getattr(data, "patients", None)
         if self.unit == "patient" and patients is None:
             raise ConfigError(
-                "DPSGD: this data does not say whose each image is, so patients cannot be protected: "
+                "DPSGD: these data do not name the patient of each image, so patients cannot be protected: "
                 'name the patient column, or protect records only with unit = "record"'
             )
         if patients is None:
             return [Member(i, [i]) for i in range(len(data))]
-        found: dict[Any, list[int]] = {}
+        images_of: dict[Any, list[int]] = {}
         for i, patient in enumerate(patients):
-            found.setdefault(patient, []).append(i)
+            images_of.setdefault(patient, []).append(i)
         if self.unit == "patient":
-            return [Member(patient, images) for patient, images in found.items()]
-        place = {i: (patient, nth) for patient, images in found.items() for nth, i in enumerate(images)}
+            return [Member(patient, images) for patient, images in images_of.items()]
+        place = {i: (patient, nth) for patient, images in images_of.items() for nth, i in enumerate(images)}
         return [Member(place[i], [i]) for i in range(len(data))]
 
     def _gathered(
         self, data: Any, chosen: Sequence[Member], model: nn.Module, step: tuple[bytes, int], device: str
     ) -> Iterator[tuple[Tensor, list[tuple[Tensor, Tensor, Batch]]]]:
-        """Some units at a time: how many images each has; and their images, each with its unit's number and its key.
+        """Yield chunks of units: the number of images of each, and minibatches with unit indices and image keys.
 
         Args:
-            step: The secret of this fit, and the number of the step: an image's key depends on them, on the unit's name
-                and on the image's place within the unit, and on nothing else.
+            step: The secret of this fit, and the number of the step. An image's key depends only on these, on the
+                unit's name and on the image's index within the unit.
         """
         size = sum(p.numel() for p in model.parameters())
-        chunk = self.chunk or max(1, min(64, 2**26 // size))  # 256 MiB of gradients at most
+        chunk = self.chunk or max(1, min(64, 2**26 // size))  # at most 256 MiB of gradients
         for begin in range(0, len(chosen), chunk):
             units = chosen[begin : begin + chunk]
             of = torch.tensor([u for u, unit in enumerate(units) for _ in unit.images])
@@ -209,7 +210,7 @@ class DPSGD(LocalTraining):
             yield torch.tensor([float(len(unit.images)) for unit in units], device=device), parts
 
     def _viewed(self, batch: Batch, keys: Tensor) -> Batch:
-        """The augmented batch, each image by itself and with a generator of its own."""
+        """Augment each image separately with its own generator."""
         if self.augment is None:
             return batch
         x, y = batch
@@ -226,7 +227,7 @@ class DPSGD(LocalTraining):
         loss: Loss,
         batches: Iterator[tuple[Tensor, list[tuple[Tensor, Tensor, Batch]]]],
     ) -> dict[str, Tensor]:
-        """Σ over units of min(1, C / ‖g_i‖) · g_i, with g_i the mean gradient of a unit's images."""
+        """Return ``Σ min(1, C / ‖g_i‖) · g_i`` over units, with g_i the mean gradient of a unit's images."""
         params = {n: p.detach() for n, p in named.items()}
         total = {n: torch.zeros_like(p) for n, p in params.items()}
         for images, parts in batches:
@@ -236,8 +237,8 @@ class DPSGD(LocalTraining):
                     sums[n].index_add_(0, of, g)
             flat = [g.flatten(1) / images[:, None] for g in sums.values()]
             norm = torch.stack([g.norm(dim=1) for g in flat]).norm(dim=0)
-            # One whose gradient is not finite adds nothing: it could not be bounded otherwise. And a little less
-            # than C, so that rounding cannot carry a sum above it.
+            # A unit with a non-finite gradient contributes nothing, since it could not be bounded. The factor is
+            # slightly smaller than necessary, so that rounding cannot raise the norm above C.
             factor = torch.where(norm.isfinite(), (self.bound / norm).clamp_max(1.0) * (1 - 2.0**-20), 0.0)
             for n, g in zip(total, flat, strict=True):
                 total[n] += (factor @ g.nan_to_num(0.0, 0.0, 0.0)).reshape(total[n].shape)
@@ -245,22 +246,22 @@ class DPSGD(LocalTraining):
 
 
 BY_ITSELF = (
-    "DPSGD: this method takes its training steps by itself, and they would not be private. Choose one that "
-    "trains once a round, such as fedavg, fedprox, fedopt or scaffold"
+    "DPSGD: this method takes individual training steps, which would not be private. Choose one that trains once per "
+    "round, such as fedavg, fedprox, fedopt or scaffold"
 )
 
 
 def per_example_gradients(
     model: nn.Module, params: Tree, loss: Loss, batch: Batch, keys: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """∂loss/∂params for each example of ``batch`` alone. Shapes [b, *shape of the parameter].
+    """Compute ∂loss/∂params for each example of ``batch`` alone. Shapes [b, *shape of the parameter].
 
     Args:
-        keys: int64 [b], from which the random numbers of each example follow (dropout and the like).
+        keys: int64 [b], keys of the random numbers of each example (dropout and the like).
 
     Raises:
-        UnknownRandomness: If the model or the loss draws random numbers, and there are no keys, or it draws them in a
-            way that cannot be tied to single examples.
+        UnknownRandomness: If the model or the loss draws random numbers and there are no keys, or draws them in a way
+            that cannot be separated by example.
     """
 
     def alone(own: Tree, x: Tensor, y: Tensor) -> Tensor:
@@ -268,8 +269,8 @@ def per_example_gradients(
 
     def each(randomness: str) -> dict[str, Tensor]:
         every = torch.func.vmap(torch.func.grad(alone), in_dims=(None, 0, 0), randomness=randomness)
-        found: dict[str, Tensor] = every(dict(params), *batch)
-        return {name: g.detach() for name, g in found.items()}
+        gradients: dict[str, Tensor] = every(dict(params), *batch)
+        return {name: g.detach() for name, g in gradients.items()}
 
     if keys is None or not may_draw(model):
         try:
@@ -286,17 +287,17 @@ def per_example_gradients(
         if "randomness" not in str(error):
             raise
         raise UnknownRandomness(
-            "DPSGD: the model or the loss draws random numbers in a way that cannot be tied to "
-            f"each patient alone ({error}): use torch.nn.Dropout, or set its rate to 0"
+            "DPSGD: the model or the loss draws random numbers in a way that cannot be separated by "
+            f"patient ({error}): use torch.nn.Dropout, or set its rate to 0"
         ) from error
 
 
 @contextmanager
 def no_common_randomness() -> Iterator[None]:
-    """Refuses what draws from a stream of random numbers that all examples share.
+    """Refuse the use of global random generators, which all examples share.
 
     Raises:
-        UnknownRandomness: If PyTorch's, NumPy's or Python's global generator was used within.
+        UnknownRandomness: If PyTorch's, NumPy's or Python's global generator was used within the context.
     """
     before = _global_states()
     yield
@@ -304,7 +305,7 @@ def no_common_randomness() -> Iterator[None]:
         if state != before[name]:
             raise UnknownRandomness(
                 f"DPSGD: the data or the model draw from {name}'s global random generator, so that "
-                "one patient would change what is random for all others: augment with "
+                "one patient would change the random numbers of all others: augment with "
                 "training.augment, and draw within the model with torch functions"
             )
 
@@ -319,10 +320,10 @@ def _global_states() -> dict[str, object]:
 
 
 def add_noise(leaf: Tensor, deviation: float, rng: SecretRng) -> Tensor:
-    """``leaf`` plus normal noise of ``deviation``, added in double precision and rounded to a grid.
+    """Add normal noise of standard deviation ``deviation`` in double precision, and round to a grid.
 
-    The grid, 2⁻²⁰ deviations or a little less, hides which doubles the noise could have been (Ilya Mironov, "On
-    significance of the least significant bits for differential privacy", CCS 2012, rounds for this reason).
+    The grid of at most 2⁻²⁰ deviations hides which floating-point numbers the noise can take (Ilya Mironov, "On
+    Significance of the Least Significant Bits for Differential Privacy", CCS 2012, rounds for this reason).
     """
     if deviation == 0 or not leaf.numel():
         return leaf

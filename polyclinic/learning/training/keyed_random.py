@@ -1,14 +1,14 @@
-"""Random numbers for each example of a batch, from a key of its own and from nothing else.
+"""Random numbers for each example of a batch, derived from the example's own key.
 
-Differentially private training bounds what one patient adds to a sum of gradients. If examples drew their dropout
-masks one after another from a common stream, one patient more would shift the masks of everybody else and change the
-sum by far more than that bound. Here every random number inside a vectorized computation is a function of the key of
-its example and of its place in the computation; the other examples of the batch have no part in it.
+Differentially private training bounds the contribution of one patient to a sum of gradients. If examples drew their
+dropout masks from a common stream, one additional patient would shift the masks of all others and change the sum by far
+more than that bound. Here every random number in a vectorized computation is a function of its example's key and of its
+position in the computation, independent of the other examples of the batch.
 
-Random operations are recognized below ``torch.func.vmap``, by the tag that PyTorch gives to all of them, so none is
-overlooked: one that is not known here is refused. The numbers come from SplitMix64 (Guy Steele, Doug Lea and Christine
-Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 16, https://doi.org/10.1145/2660193.2660195)
-in counter mode. They serve dropout and the like; privacy noise comes from the operating system (``SecretRng``).
+Random operations are recognized below ``torch.func.vmap`` by the tag that PyTorch gives to all of them, so that none is
+missed; unknown ones are refused. The numbers come from SplitMix64 (Guy Steele, Doug Lea and Christine Flood, "Fast
+Splittable Pseudorandom Number Generators", OOPSLA 2014, figure 16, https://doi.org/10.1145/2660193.2660195) in counter
+mode. They are used for dropout and the like; privacy noise comes from the operating system (``SecretRng``).
 """
 
 import hashlib
@@ -29,25 +29,25 @@ MIX2: Final = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
 class UnknownRandomness(ConfigError):
-    """A model or loss draws random numbers in a way that cannot be tied to single examples."""
+    """A model or loss draws random numbers in a way that cannot be separated by example."""
 
 
 def key_of(secret: bytes, *place: object) -> int:
-    """A key of 63 bits that depends on ``secret`` (16 bytes) and ``place``, and on nothing else."""
+    """Derive a key of 63 bits from ``secret`` (16 bytes) and ``place`` alone."""
     digest = hashlib.blake2b(repr(place).encode(), key=secret, digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def bits(keys: Tensor, size: int) -> Tensor:
-    """``size`` numbers of 64 random bits for each of ``keys`` [b], as int64 [b, size]."""
+    """Return ``size`` words of 64 random bits for each of ``keys`` [b], as int64 [b, size]."""
     return _mixed(torch.arange(1, size + 1, device=keys.device).mul_(GAMMA) + keys[:, None])
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer, in the memory of ``z``."""
+    """Apply SplitMix64's finalizer to ``z`` in place."""
     shifted = torch.empty_like(z)
     for by, factor in ((30, MIX1), (27, MIX2), (31, 1)):
-        # The logical shift to the right: >> on int64 repeats the sign
+        # Logical right shift: >> on int64 extends the sign.
         torch.bitwise_right_shift(z, by, out=shifted).bitwise_and_((1 << (64 - by)) - 1)
         z.bitwise_xor_(shifted)
         if factor != 1:
@@ -56,19 +56,19 @@ def _mixed(z: Tensor) -> Tensor:
 
 
 class KeyedRandomness(TorchDispatchMode):
-    """Within it, and within ``vmap(..., randomness="different")``, random numbers follow the keys of the examples.
+    """Context in which random numbers within ``vmap(..., randomness="different")`` follow the examples' keys.
 
-    A generator that the caller passes to a random operation is not used.
+    A generator that is passed to a random operation is ignored.
 
     Raises:
-        UnknownRandomness: If an operation draws random numbers in a way that is not known here.
+        UnknownRandomness: If an operation draws random numbers in an unknown way.
     """
 
     def __init__(self, keys: Tensor, model: nn.Module) -> None:
-        """For one vectorized computation over the examples that ``keys``, int64 [b], belong to.
+        """Prepare one vectorized computation over the examples with ``keys``, int64 [b].
 
         Args:
-            model: Names the module in messages.
+            model: The model, for the names of modules in messages.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._keys, self._model, self._drawn = keys, model, 0
@@ -76,7 +76,7 @@ class KeyedRandomness(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replaces random operations; runs all others."""
+        """Replace random operations, and run all others unchanged."""
         given = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, given):
             return func(*args, **given)
@@ -86,20 +86,20 @@ class KeyedRandomness(TorchDispatchMode):
         return draw(self, args, given)
 
     def uniform(self, shape: Sequence[int], like: torch.dtype, device: torch.device) -> Tensor:
-        """Numbers in [0, 1) of ``shape`` [b, ...], each row from its example's key; float32 unless ``like`` is double.
+        """Return numbers in [0, 1) of ``shape`` [b, ...], each row from its key; float32 unless ``like`` is double.
 
-        Only as many bits are used as the type holds: more would be rounded up to 1.
+        Only as many bits are used as the type can represent, because more would be rounded up to 1.
         """
         rows, size = len(self._keys), math.prod(shape[1:])
         if like == torch.float64:
             z = (self._bits(shape, size, device) >> 11).bitwise_and_(2**53 - 1).double() * 2.0**-53
-        else:  # two numbers from each word
+        else:  # two numbers from each 64-bit word
             z = self._bits(shape, -(-size // 2), device).view(torch.int32)[:, :size]
             z = z.bitwise_and(2**24 - 1).float().mul_(2.0**-24)
         return z.reshape(rows, *shape[1:])
 
     def normal(self, shape: Sequence[int], like: torch.dtype, device: torch.device) -> Tensor:
-        """Standard normal numbers of ``shape`` [b, ...], by Box and Muller's transform."""
+        """Return standard normal numbers of ``shape`` [b, ...], by the Box-Muller transform."""
         radius = (-2 * torch.log1p(-self.uniform(shape, torch.float64, device))).sqrt()
         return (radius * (2 * math.pi * self.uniform(shape, torch.float64, device)).cos()).to(like)
 
@@ -111,13 +111,13 @@ class KeyedRandomness(TorchDispatchMode):
 
     def _refusal(self, what: object) -> str:
         return (
-            f"DPSGD: {self._whose()} draws random numbers with {what}, which cannot be drawn for each patient "
-            "alone, so that one patient would change what is random for all others: replace it by "
-            "torch.nn.Dropout, or set its rate to 0"
+            f"DPSGD: {self._whose()} draws random numbers with {what}, which cannot be separated by patient, so that "
+            "one patient would change the random numbers of all others: replace it by torch.nn.Dropout, or set its "
+            "rate to 0"
         )
 
     def _whose(self) -> str:
-        """The innermost module that is running, by its name in the model; else the loss."""
+        """Return the innermost running module by its name in the model; else the loss."""
         frame = sys._getframe(1)
         while frame is not None:
             module = frame.f_locals.get("self")
@@ -129,13 +129,13 @@ class KeyedRandomness(TorchDispatchMode):
 
 
 def may_draw(model: nn.Module) -> bool:
-    """Whether ``model`` has a module with a rate of dropout above 0. It saves trying without; it decides nothing."""
+    """Return whether ``model`` has a module with a dropout rate above 0. A hint that saves one attempt."""
     rates = [getattr(module, name, 0) for module in model.modules() for name in ("p", "dropout")]
     return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
 
 
 def _draws_nothing(func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
-    """Whether an operation that can drop out does not: attention is tagged as random at every rate."""
+    """Return whether an operation with dropout has rate 0: attention is tagged as random at every rate."""
     values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | given
     rates = [a for a in func._schema.arguments if a.name in ("dropout_p", "dropout")]
     return bool(rates) and all(values.get(a.name, a.default_value) == 0 for a in rates)
@@ -145,7 +145,7 @@ Draw = Callable[[KeyedRandomness, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def _in_place(make: Callable[..., Tensor]) -> Draw:
-    """An operation that fills its first argument."""
+    """Return the replacement of an operation that fills its first argument."""
 
     def draw(keyed: KeyedRandomness, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         target: Tensor = args[0]
@@ -156,26 +156,26 @@ def _in_place(make: Callable[..., Tensor]) -> Draw:
 
 
 def _like(make: Callable[..., Tensor]) -> Draw:
-    """An operation that returns numbers of the form of its first argument."""
+    """Return the replacement of an operation whose result has the form of its first argument."""
 
     def draw(keyed: KeyedRandomness, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         like: Tensor = args[0]
         dtype, device = given.get("dtype") or like.dtype, torch.device(given.get("device") or like.device)
-        found: Tensor = make(keyed, like.shape, dtype, device, *args[1:])
-        converted: Tensor = found.to(dtype)
+        numbers: Tensor = make(keyed, like.shape, dtype, device, *args[1:])
+        converted: Tensor = numbers.to(dtype)
         return converted
 
     return draw
 
 
 def _new(make: Callable[..., Tensor], shape_at: int, usual: torch.dtype | None = None) -> Draw:
-    """An operation that makes a tensor of the shape in argument ``shape_at``."""
+    """Return the replacement of an operation that creates a tensor with the shape in argument ``shape_at``."""
 
     def draw(keyed: KeyedRandomness, args: tuple[Any, ...], given: dict[str, Any]) -> Tensor:
         dtype = given.get("dtype") or usual or torch.get_default_dtype()
         device = torch.device(given.get("device") or "cpu")
-        found: Tensor = make(keyed, args[shape_at], dtype, device, *args[:shape_at])
-        converted: Tensor = found.to(dtype)
+        numbers: Tensor = make(keyed, args[shape_at], dtype, device, *args[:shape_at])
+        converted: Tensor = numbers.to(dtype)
         return converted
 
     return draw
@@ -197,7 +197,7 @@ def _normal(
 
 
 def _exponential(k: KeyedRandomness, shape: Any, dtype: Any, device: Any, lambd: float = 1.0) -> Tensor:
-    # 1 - u is in (0, 1], and 0 itself is left out, as in PyTorch
+    # 1 - u is in (0, 1]; 0 is excluded, as in PyTorch.
     return -(1 - k.uniform(shape, torch.float64, device)).clamp(2.0**-53, 1 - 2.0**-53).log() / lambd
 
 
@@ -224,4 +224,4 @@ DRAWS: Final[dict[str, Draw]] = {
     "normal.float_float": _new(lambda k, s, t, d, mean, std: _normal(k, s, t, d, mean, std), 2),
     "normal.Tensor_float": lambda k, a, g: _normal(k, a[0].shape, a[0].dtype, a[0].device, *a),
 }
-"""How each known random operation is drawn, by its name below ``vmap``, with or without a generator."""
+"""The replacement of each known random operation, by its name below ``vmap``, with or without a generator."""

@@ -1,8 +1,8 @@
-"""How a site trains: the one training loop of Polyclinic.
+"""Local training: the training loop of a site.
 
-An ordinary PyTorch loop, pure when seen from outside: the same start, data and dice give the same bits. Methods bend
-it by what they pass (a loss, a penalty, a correction of gradients), or step through it themselves with ``stepper``;
-none has a loop of its own.
+An ordinary PyTorch loop without side effects: the same start, data and seeds give bit-identical results. Methods adapt
+it by their arguments (a loss, a penalty, a gradient hook), or take individual steps with ``stepper``. No method has its
+own loop.
 """
 
 import math
@@ -28,7 +28,7 @@ Augment: TypeAlias = Callable[[Batch, torch.Generator], Batch]
 
 
 class Trainable(Protocol):
-    """All that training needs of a task."""
+    """The parts of a task that training needs."""
 
     def model(self) -> nn.Module: ...
     def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
@@ -36,20 +36,22 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """One site's share of a round.
+    """Local training of one site in a round.
 
     Attributes:
-        epochs: Passes over the site's data. ``steps``, where given, counts optimizer steps instead.
-        batch_size: Examples in a minibatch; the last of an epoch may be smaller, and is left out where it would hold
-            one example only (batch normalization cannot use it), unless the site has no other.
-        optimizer: ``sgd``, ``adam`` or ``adamw``. Its memory begins anew every round.
-        lr: Learning rate. ``decay``: what it is multiplied with after every round.
-        warmup_rounds: Over how many rounds the learning rate rises to ``lr``.
-        cosine_rounds: Over how many rounds it falls, along half a cosine; usually as many as the study has.
+        epochs: Passes over the site's data.
+        batch_size: Examples in a minibatch. The last one of an epoch may be smaller. It is omitted if it has a single
+            example, which batch normalization cannot use, unless the site has no other.
+        optimizer: ``sgd``, ``adam`` or ``adamw``. Its state is reset every round.
+        lr: Learning rate.
+        lr_decay: Factor of the learning rate after every round.
+        warmup_rounds: Number of rounds over which the learning rate rises to ``lr``.
+        cosine_rounds: Number of rounds over which it falls along half a cosine; usually those of the study.
+        steps: Number of optimizer steps, instead of ``epochs``.
         clip_norm: The largest Euclidean norm of a minibatch's gradient.
-        amp: Whether to compute in bfloat16 where the device is a GPU.
-        penalty: Added to the loss; receives the module and the parameters it started from.
-        augment: Changes a minibatch before it is used, with dice of its own.
+        amp: Whether to compute in bfloat16 on a GPU.
+        penalty: Added to the loss; receives the module and its initial parameters.
+        augment: Changes a minibatch before it is used, with the given random generator.
     """
 
     epochs: int = 1
@@ -82,16 +84,17 @@ class LocalTraining:
         after_step: Callable[[nn.Module], None] | None = None,
         slot: str = "",
     ) -> Tree:
-        """The parameters after training from ``start`` on a site's data.
+        """Return the parameters after training from ``start`` on a site's data.
 
         Args:
-            round: Decides, with the site, the order of examples and the dropout; and the learning rate by ``decay``.
-            role: Which of the site's data to train on; or ``data`` instead.
-            loss: Replaces the task's.
-            gradient_hook: Edits each gradient by name before the optimizer sees it.
-            trainable: Which parameters to train; the others keep their values.
-            after_step: Called with the model after each step, as for a second model that follows it.
-            slot: Names the model, where several of one task live side by side.
+            round: Seeds, with the site, the order of examples and dropout; determines the learning rate.
+            role: The role of the data.
+            data: Data to use instead of those of ``role``.
+            loss: Replaces the task's loss.
+            gradient_hook: Edits each gradient by name before the optimizer step.
+            trainable: Selects the parameters to train; all others are unchanged.
+            after_step: Called with the model after each step, for example to update a second model.
+            slot: Name of the model, if several of one task are used at the same time.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         loss, rng = loss or task.loss, site.rng(round, "train", role, slot)
@@ -106,11 +109,11 @@ class LocalTraining:
                 step(value)
                 if after_step:
                     after_step(model)
-        model.zero_grad(set_to_none=True)  # so that gradients are gone when what was learned is copied
+        model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
         return params_of(model)
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
-        """Shuffled minibatches of ``data`` for the whole of a site's share of a round."""
+        """Yield shuffled minibatches of ``data`` for one round."""
         left = self.count(data)
         while left:
             chunks = torch.randperm(len(data), generator=rng).split(self.batch_size)
@@ -129,7 +132,7 @@ class LocalTraining:
         gradient_hook: Correct | None = None,
         trainable: Callable[[str], bool] | None = None,
     ) -> Callable[[Tensor], None]:
-        """A function that takes one optimizer step down the loss it is given."""
+        """Return a function that takes one optimizer step on the loss that it is given."""
         named = [
             (name, p)
             for name, p in model.named_parameters()
@@ -152,12 +155,12 @@ class LocalTraining:
         return step
 
     def count(self, data: Any) -> int:
-        """How many optimizer steps ``fit`` takes on ``data``."""
-        whole = self._per_epoch(len(data))
-        return self.epochs * whole if self.steps is None or not whole else self.steps  # nothing to learn from: no step
+        """Return the number of optimizer steps of ``fit`` on ``data``."""
+        per_epoch = self._per_epoch(len(data))
+        return self.epochs * per_epoch if self.steps is None or not per_epoch else self.steps  # without data, no step
 
     def rate(self, round: int) -> float:
-        """The learning rate in a round, the first of which is 0. Never 0, so that methods may divide by it."""
+        """Return the learning rate of a round, counted from 0. It is never 0, so that methods may divide by it."""
         rate = self.lr * self.lr_decay**round
         if round < self.warmup_rounds:
             rate *= (round + 1) / (self.warmup_rounds + 1)
@@ -166,7 +169,7 @@ class LocalTraining:
         return rate
 
     def with_penalty(self, penalty: Penalty) -> "LocalTraining":
-        """The same, with ``penalty`` added to whatever is added already."""
+        """Return a copy with ``penalty`` added to the existing one."""
         return replace(self, penalty=penalty if self.penalty is None else Both(self.penalty, penalty))
 
     def _per_epoch(self, examples: int) -> int:
@@ -179,7 +182,7 @@ class LocalTraining:
                 return SGD(parameters, lr, self.momentum, self.weight_decay)
             case "adam" | "adamw":
                 return Adam(parameters, lr, self.weight_decay, apart=self.optimizer == "adamw")
-        raise ConfigError(f"no optimizer is called {self.optimizer!r}; there are sgd, adam, adamw")
+        raise ConfigError(f"unknown optimizer {self.optimizer!r}; use sgd, adam or adamw")
 
     @contextmanager
     def _precision(self, device: str) -> Iterator[None]:
@@ -192,7 +195,7 @@ class LocalTraining:
 
 @contextmanager
 def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
-    """Draws PyTorch's own randomness (dropout and the like) from ``rng``, and leaves the global one as it was."""
+    """Seed PyTorch's global generators (for dropout and the like) from ``rng``, and restore them afterwards."""
     cuda = [torch.device(device)] if device.startswith("cuda") else []
     seed = int(torch.randint(2**62, (), generator=rng))
     with torch.random.fork_rng(devices=cuda):
@@ -202,12 +205,12 @@ def seeded(rng: torch.Generator, device: str = "cpu") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Proximal:
-    """The FedProx penalty, μ/2 · ‖w − w₀‖² (Li et al., MLSys 2020, equation 2)."""
+    """The FedProx penalty, ``μ/2 · ‖w − w₀‖²`` (Li et al., MLSys 2020, equation 2)."""
 
     mu: float
 
     def __call__(self, model: nn.Module, start: Tree) -> Tensor:
-        """For the trainable parameters only."""
+        """Return the penalty of the trainable parameters."""
         gaps = [(p - start[name]).square().sum() for name, p in model.named_parameters()]
         return self.mu / 2 * torch.stack(gaps).sum()
 
@@ -220,5 +223,5 @@ class Both:
     second: Penalty
 
     def __call__(self, model: nn.Module, start: Tree) -> Tensor:
-        """The sum."""
+        """Return the sum of the penalties."""
         return self.first(model, start) + self.second(model, start)

@@ -1,7 +1,7 @@
-"""SGD, Adam and AdamW: PyTorch's own arithmetic, through its functions rather than its classes.
+"""SGD, Adam and AdamW through PyTorch's functions instead of its optimizer classes.
 
-The first optimizer object of a process makes PyTorch import its compiler, which is not used here: two seconds and 70 MB
-in every worker and at every hospital. The bits are those of the classes, whose names the functions bear.
+The first optimizer object of a process makes PyTorch import its compiler, which is not needed: it costs two seconds and
+70 MB in every worker and at every site. The results are bit-identical to those of the classes.
 """
 
 from abc import ABC, abstractmethod
@@ -16,24 +16,24 @@ from torch.optim.sgd import sgd
 
 @dataclass
 class Optimizer(ABC):
-    """Steps its parameters down their gradients."""
+    """Updates its parameters from their gradients."""
 
     parameters: Sequence[Tensor]
     lr: float
 
     @abstractmethod
     def step(self) -> None:
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
 
     def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        """Clear the gradients."""
         for p in self.parameters:
             p.grad = None
 
     def due(self) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """Which parameters have a gradient, those, and their gradients."""
-        found = [(i, p, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
-        return [i for i, _, _ in found], [p for _, p, _ in found], [g for _, _, g in found]
+        """Return the indices of the parameters with a gradient, these parameters, and their gradients."""
+        pending = [(i, p, p.grad) for i, p in enumerate(self.parameters) if p.grad is not None]
+        return [i for i, _, _ in pending], [p for _, p, _ in pending], [g for _, _, g in pending]
 
 
 @dataclass
@@ -46,7 +46,7 @@ class SGD(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         places, parameters, gradients = self.due()
         buffers = [self._buffers.get(i) for i in places]
         sgd(
@@ -66,7 +66,7 @@ class SGD(Optimizer):
 
 @dataclass
 class Adam(Optimizer):
-    """Adam (Kingma and Ba, ICLR 2015); AdamW (Loshchilov and Hutter, ICLR 2019) where weight decay is ``apart``."""
+    """Adam (Kingma and Ba, ICLR 2015), or AdamW (Loshchilov and Hutter, ICLR 2019) if weight decay is ``apart``."""
 
     weight_decay: float = 0.0
     apart: bool = False
@@ -74,7 +74,7 @@ class Adam(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         places, parameters, gradients = self.due()
         for i, p in zip(places, parameters, strict=True):
             if i not in self._moments:

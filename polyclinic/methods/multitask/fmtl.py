@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.experts import Gated, WithContrast, begin, gated
+from polyclinic.learning.networks.experts import Gated, begin, gated
+from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg

@@ -18,8 +18,8 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.learning.networks.experts import WithContrast
 from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.example_pool import fit_both
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.learning.networks.latent import features, head_width
+from polyclinic.learning.networks.latent import features, head_width, of
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.objectives.distillation_loss import of
 from polyclinic.learning.tasks.task import Batch, Task
 
 

@@ -147,7 +147,7 @@ def test_data_that_are_gone_empty_or_not_data(site: SiteFolder) -> None:
 
 def test_a_policy_with_a_mistake_and_one_that_is_gone(site: SiteFolder) -> None:
     site.policy.write_text("[limits]\nepoch = 3\n")
-    assert "no such key" in found(site)["policy"][1]
+    assert "unknown key" in found(site)["policy"][1]
     site.policy.unlink()
     assert "--reset" in found(site)["policy"][1]
 

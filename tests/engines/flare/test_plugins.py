@@ -91,7 +91,7 @@ def test_a_survey_is_answered_though_an_arm_needs_a_package_that_is_not_allowed(
     assert "waits" in server.hello()
     review = Reviews(homes["site-0"].reviews).get("spots-survey")
     (note,) = review.notes
-    assert note.startswith("mine is refused here: it needs the package mine-pack 1.0")
+    assert note.startswith("mine is refused here: the plan needs the package mine-pack 1.0")
     assert exact_rule(review.packages[0]) in note
     read_and_approve(homes["site-0"], "spots")
     assert server.hello() == ""

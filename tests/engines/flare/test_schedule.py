@@ -90,7 +90,7 @@ def refused(homes) -> list[str]:
         e["reason"]
         for home in homes.values()
         for e in verify(home.journal)
-        if "schedule" in str(e.get("reason")) or "another model" in str(e.get("reason"))
+        if "schedule" in str(e.get("reason")) or "a different model" in str(e.get("reason"))
     ]
 
 
@@ -141,7 +141,7 @@ def test_scores_are_counted_and_of_validation_data(tmp_path: Path) -> None:
     asked = [(round, job, by) for round in (0, 2, 3, 4, 5, 1) for job in jobs for by in range(2)]
     assert [one for one in asked if server.said(*one) == ""] == [(2, "score/val", 0), (3, "score/val", 0)]
     # after round 3, as if the method had ended there: once, and it ends the training
-    assert "comes after the last round was scored, which was round 3" in server.said(3)
+    assert "comes after the final scoring, in round 3" in server.said(3)
 
 
 def test_a_second_content_is_refused_after_a_crash_a_rollback_and_a_lost_memory(tmp_path: Path) -> None:
@@ -292,12 +292,14 @@ def test_the_model_that_is_scored_is_the_one_that_is_trained_from(tmp_path: Path
     server = Server(tmp_path, **SCORED)
     assert server.said(0) == ""
     assert server.said(1, "score/val", by=0.1) == ""
-    assert "it holds another model than was sent for this round before ('params' differs)" in server.said(1, by=0.2)
+    assert "it contains a different model from the earlier request of this round ('params' differs)" in server.said(
+        1, by=0.2
+    )
     assert "other content before" in server.said(
         1, by=0.1
     )  # the refused content was begun, and stays the one of its round
     assert server.said(2, by=0.3) == ""
-    assert "another model" in server.said(2, "score/val", by=0.4)
+    assert "a different model" in server.said(2, "score/val", by=0.4)
 
 
 def test_what_is_trained_from_is_what_is_scored(tmp_path: Path) -> None:
@@ -311,7 +313,7 @@ def test_what_is_trained_from_is_what_is_scored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("round", "by", "why"),
-    [(1, 0.1, ""), (2, 0.2, ""), (3, 0.9, ""), (1, 0.2, "another model"), (2, 0.1, "another model")],
+    [(1, 0.1, ""), (2, 0.2, ""), (3, 0.9, ""), (1, 0.2, "a different model"), (2, 0.1, "a different model")],
 )
 def test_the_tested_model_is_one_that_was_scored_or_the_last(round: int, by: float, why: str, tmp_path: Path) -> None:
     server = Server(tmp_path, **SCORED)
@@ -331,11 +333,11 @@ def test_thresholds_are_found_with_the_model_that_was_tested(tmp_path: Path) -> 
     assert server.said(0) == ""
     assert server.said(1, "score/val", by=0.1) == ""
     assert server.said(1, "predict/test", by=0.1) == ""
-    assert "another model" in server.said(1, "predict/val", by=0.2)
+    assert "a different model" in server.said(1, "predict/val", by=0.2)
     server = Server(tmp_path / "b", LAX, test="predict/test", rounds=1)
     assert server.said(0) == ""
     assert server.said(1, "predict/test", by=0.1) == ""
-    assert "another model" in server.said(1, "score/test", by=0.2)
+    assert "a different model" in server.said(1, "score/test", by=0.2)
     assert server.said(1, "predict/val", by=0.1) == ""
 
 

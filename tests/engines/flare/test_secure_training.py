@@ -170,7 +170,7 @@ def test_a_site_does_not_begin_with_a_key_that_is_not_the_approved_one(made: Fed
 
 
 def test_a_session_that_leaves_this_site_out_is_refused(made: Federation) -> None:
-    assert "does not know a by its key" in refusal(made, made.session(("b", "c", "d", "e")))
+    assert "does not list a with its key" in refusal(made, made.session(("b", "c", "d", "e")))
 
 
 def test_a_site_without_an_approved_key_is_in_no_sum(made: Federation) -> None:

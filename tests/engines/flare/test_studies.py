@@ -390,7 +390,7 @@ def test_a_budget_at_the_site_is_paid_over_all_studies_and_ends(tmp_path: Path) 
     home.policy.write_text(policy.replace("1e6", str(spent[1] * 1.01)))
     assert attempt(tmp_path, homes, order(run="third", sites=sites, rounds=1, plan=NOISE)) == FAILED
     said = [e["reason"] for e in verify(home.journal) if e["event"] == "no reply"]
-    assert any("add no noise" in reason or "hidden in noise" in reason for reason in said)
+    assert any("add no noise" in reason or "contain noise" in reason for reason in said)
     assert any("is used up" in reason for reason in said)
     assert Ledger(path).spent().epsilon == spent[1]
 

@@ -172,8 +172,8 @@ def test_only_those_named_are_asked_when_nobody_waits(task):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"seconds_per_batch": -1.0}, "seconds_per_batch is -1, and must be 0 or more"),
-        ({"up": 0.0, "drop_out": 2.0}, "up is 0, and must be more than 0 bytes a second; drop_out is 2"),
+        ({"seconds_per_batch": -1.0}, "seconds_per_batch is -1, but must be 0 or more"),
+        ({"up": 0.0, "drop_out": 2.0}, "up is 0, but must be more than 0 bytes a second; drop_out is 2"),
         ({"seconds_per_batch": float("nan")}, "seconds_per_batch is nan"),
         ({"down": float("nan")}, "down is nan"),
     ],
@@ -184,7 +184,7 @@ def test_impossible_machines_are_refused_with_every_reason(given, says):
 
 
 def test_a_machine_without_a_site_is_refused(task):
-    with pytest.raises(ValueError, match=r"machines for \['nowhere'\]"):
+    with pytest.raises(ValueError, match=r"machines name unknown sites \['nowhere'\]"):
         Unequal(FedAvg(task), little_sites(), {"nowhere": Machine()})
 
 

@@ -114,7 +114,7 @@ def test_a_site_that_always_kills_its_worker_is_lost_and_named(task, local, tmp_
     method = Deadly(task, local, folder=str(tmp_path), always=True)
     with Workers(method, little_sites()) as engine:
         _, steps = run(method, engine, task.first(0), rounds=1)
-    assert "enough memory" in steps[0].lost["site-1"]
+    assert "the available memory" in steps[0].lost["site-1"]
 
 
 def test_a_late_site_is_stopped_and_the_round_goes_on(task, local) -> None:

@@ -79,10 +79,10 @@ def test_a_bound_is_met_at_the_bound(wanted: dict[str, Any], transform: Transfor
 
 def test_a_problem_names_transform_field_value_and_bound() -> None:
     assert told({"name": "gaussian", "multiplier_at_least": 2}, Gaussian(0.5)) == [
-        "gaussian: multiplier is 0.5, and the policy asks for at least 2 (require.transforms)"
+        "gaussian: multiplier is 0.5, and the policy requires at least 2 (require.transforms)"
     ]
     assert told({"name": "clip", "bound_at_most": 1.5}, Clip(2.0)) == [
-        "clip: bound is 2.0, and the policy asks for at most 1.5 (require.transforms)"
+        "clip: bound is 2.0, and the policy requires at most 1.5 (require.transforms)"
     ]
 
 
@@ -94,10 +94,10 @@ def test_a_field_that_is_not_set_meets_no_bound() -> None:
 
 def test_what_is_missing_is_named_once_and_others_are_no_substitute() -> None:
     assert told({"name": "clip", "bound_at_most": 1.0}, Gaussian(1.0), AdaptiveClip(1.0)) == [
-        "what leaves must pass 'clip' (require.transforms)"
+        "replies must pass the transform 'clip' (require.transforms)"
     ]
     assert told({"name": "clip"}, Clip(99.0)) == []
-    assert told({"name": "clip"}) == ["what leaves must pass 'clip' (require.transforms)"]
+    assert told({"name": "clip"}) == ["replies must pass the transform 'clip' (require.transforms)"]
 
 
 def test_each_of_several_must_meet_every_bound() -> None:
@@ -140,8 +140,8 @@ def test_every_unknown_name_key_and_value_is_told_at_once() -> None:
     assert said[2:] == [
         "clip has no 'bound'; write bound_at_least",
         "clip has no 'size_at_most'; write bound_at_least",
-        "clip: bound_at_most is a number",
-        "gaussian: multiplier_at_least is a number",
+        "clip: bound_at_most must be a number",
+        "gaussian: multiplier_at_least must be a number",
     ]
 
 

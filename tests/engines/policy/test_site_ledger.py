@@ -138,13 +138,14 @@ def test_an_older_copy_of_any_of_the_ledgers_stops_a_payment(tmp_path: Path) -> 
     for path, content in zip(parts, kept, strict=True):
         path.write_bytes(content)
     with pytest.raises(
-        Broken, match=f"{other.path.name}: this is an older copy or another ledger: its last head was [0-9a-f]{{16}},"
+        Broken,
+        match=f"{other.path.name}: this is an older copy or another ledger: it does not contain its last head [0-9a-f]{{16}},",
     ):
         both.reserve([ONE])
     assert len(Ledger(both.path).spends()) == 1, "neither paid"
     for path in parts:
         path.unlink()
-    with pytest.raises(Broken, match=f"{other.path.name}: the ledger is missing, and {HEADS} knows of it"):
+    with pytest.raises(Broken, match=f"{other.path.name}: the ledger is missing, although {HEADS} lists it"):
         both.reserve([ONE])
     assert len(Ledger(both.path).spends()) == 1, "neither paid"
 
@@ -227,18 +228,18 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, Path]], Any], str]] = {
     "ledger and head deleted": (lambda p: [p[k].unlink() for k in ("ledger", "head")], "missing"),
     "all of a ledger deleted": (
         lambda p: [p[k].unlink() for k in ("ledger", "head", "list")],
-        "is missing, and .* knows of it",
+        "is missing, although .* lists it",
     ),
     "and the heads too": (lambda p: [p[k].unlink() for k in ("ledger", "head", "heads")], "missing"),
     "head deleted": (lambda p: p["head"].unlink(), "do not agree"),
-    "list deleted": (lambda p: p["list"].unlink(), "list of whose data .* changed or cut"),
-    "list emptied": (lambda p: p["list"].write_bytes(b""), "list of whose data .* changed or cut"),
-    "list edited": (lambda p: p["list"].write_bytes(b"z" + p["list"].read_bytes()[1:]), "list of whose data"),
-    "list cut": (lambda p: p["list"].write_bytes(p["list"].read_bytes()[:-33]), "list of whose data"),
+    "list deleted": (lambda p: p["list"].unlink(), "list of the data .* changed or truncated"),
+    "list emptied": (lambda p: p["list"].write_bytes(b""), "list of the data .* changed or truncated"),
+    "list edited": (lambda p: p["list"].write_bytes(b"z" + p["list"].read_bytes()[1:]), "list of the data"),
+    "list cut": (lambda p: p["list"].write_bytes(p["list"].read_bytes()[:-33]), "list of the data"),
     "key deleted": (lambda p: p["key"].unlink(), "not the key"),
     "key replaced": (lambda p: p["key"].write_bytes(bytes(32)), "not the key"),
-    "heads garbled": (lambda p: p["heads"].write_bytes(b"[1"), "does not list the heads"),
-    "heads of another kind": (lambda p: p["heads"].write_bytes(b"[1]"), "does not list the heads"),
+    "heads garbled": (lambda p: p["heads"].write_bytes(b"[1"), "not a list of ledger heads"),
+    "heads of another kind": (lambda p: p["heads"].write_bytes(b"[1]"), "not a list of ledger heads"),
 }
 
 

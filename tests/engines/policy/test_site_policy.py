@@ -113,7 +113,7 @@ def test_required_transforms_are_required_with_their_numbers() -> None:
         (Reply({"x": WeightedMean({"a": torch.zeros(2)}, 1.0)}), ""),
         (Reply({"x": ElementwiseMean({"a": torch.zeros(2)}, {"a": torch.zeros(2)})}), "ElementwiseMean"),
         (Reply({"features": PerSite({"a": {"x": torch.zeros(2)}})}), "allow.gather"),
-        (Reply({"score": PerSite({"b": {"x": torch.zeros(2)}})}), "speaks for"),
+        (Reply({"score": PerSite({"b": {"x": torch.zeros(2)}})}), "contains values of"),
         (
             Reply({"x": WeightedMean({"a": torch.zeros(300_000)}, 1.0)}),
             "allow.*megabytes_per_round|megabytes_per_round",
@@ -147,18 +147,18 @@ def test_only_secure_sums_where_the_policy_says_so() -> None:
 
 
 def test_a_promise_of_secrecy_is_kept_by_the_site() -> None:
-    """The server drops ``secure`` from an ask whose study promises a secure sum."""
+    """The server drops ``secure`` from an ask whose study specifies secure aggregation."""
     p = plan(options={"uniform": True}, uplink=({"name": "secure-sum"},))
     request = ask_of(p)
     assert request.secure
-    with pytest.raises(Refused, match="promises a secure sum"):
+    with pytest.raises(Refused, match="specifies secure aggregation"):
         execute(p.build_method(), replace(request, secure=False), {}, site(), Enforced(parse(b""), p))
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[limits]\nepoch = 3", "limits.epoch: no such key"),
+        ("[limits]\nepoch = 3", "limits.epoch: unknown key"),
         ("[limits]\nepochs = '3'", "limits.epochs"),
         ("[limits]\nepochs = -1", "limits.epochs"),
         ("[limits]\nlearning_rate = nan", "limits.learning_rate"),
@@ -166,7 +166,7 @@ def test_a_promise_of_secrecy_is_kept_by_the_site() -> None:
         ("[approve]\nautomatically = ['abc']", "approve.automatically.0"),
         ("[require]\ntransforms = [{name = 'gausian'}]", 'Did you mean "gaussian"'),
         ("[require]\ntransforms = [{name = 'clip', bound = 1.0}]", "clip has no 'bound'; write bound_at_least"),
-        ("[require]\ntransforms = [{name = 'clip', bound_at_most = 'x'}]", "is a number"),
+        ("[require]\ntransforms = [{name = 'clip', bound_at_most = 'x'}]", "must be a number"),
         ("limits", "policy.toml"),
         ("a = " + "[" * 500, "policy.toml"),
     ],
@@ -322,7 +322,7 @@ def test_the_default_policy_is_the_documented_one() -> None:
     assert policy.allow.model_dump() == {
         "jobs": ("*",),
         "never": ("predict/*",),
-        "stats": ("Mean", "LeafMean"),
+        "stats": ("WeightedMean", "ElementwiseMean"),
         "gather": ("score", "describe"),
         "packages": (),
         "class_names": False,
@@ -358,8 +358,7 @@ def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
     with pytest.raises(BadPolicy) as told:
         read(path)
     assert (
-        str(told.value)
-        == f"{path}: limits.round: no such key; `polyclinic site policy --default` shows those there are"
+        str(told.value) == f"{path}: limits.round: unknown key; `polyclinic site policy --default` shows the valid keys"
     )
     path.write_bytes(b"#" * 2**18)
     assert read(path) == parse(b"")
@@ -427,8 +426,8 @@ DP_SGD = {"steps": 1, "private": {"noise": 1.0, "bound": 1.0, "unit": "patient"}
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({}, ["what leaves must be hidden in noise that the budget here can pay for (privacy): train with DPSGD"]),
-        ({"uplink": NOISE[:1], "options": {"uniform": True}}, ["what leaves must be hidden in noise"]),
+        ({}, ["replies must contain noise that the site's privacy budget can account for (privacy): train with DPSGD"]),
+        ({"uplink": NOISE[:1], "options": {"uniform": True}}, ["replies must contain noise"]),
         ({"uplink": NOISE, "options": {"uniform": True}}, []),
         ({"training": DP_SGD}, []),
         ({"method": "single"}, []),  # nothing leaves, so nothing is paid
@@ -472,8 +471,8 @@ def test_code_of_a_package_that_is_not_allowed_is_refused_before_it_runs(plugin:
     (package,) = packages_of([plugin])
     rule = f"foreign-pack==1.5@{package.hash}"
     assert refused == (
-        "it needs the package foreign-pack 1.5, whose code the policy does not allow; "
-        f'allow.packages = ["{rule}"] would allow what is installed here'
+        "the plan needs the package foreign-pack 1.5, whose code the policy does not allow; "
+        f'allow.packages = ["{rule}"] would allow the installed version'
     )
     for allowed in (rule, "foreign-pack"):
         policy = parse(f"[allow]\npackages = ['another', '{allowed}']".encode())
@@ -535,7 +534,9 @@ def test_a_job_runs_if_it_is_allowed_and_not_forbidden() -> None:
 @pytest.mark.parametrize(("round", "fits"), [(-1, False), (0, True), (2, True), (3, True), (4, False)])
 def test_only_rounds_of_the_study_are_run(round: int, fits: bool) -> None:
     """The round after the last is that of the last model's scores."""
-    assert refusal("", replace(ask_of(plan()), round=round)) == ("" if fits else f"round {round} of a study of 3")
+    assert refusal("", replace(ask_of(plan()), round=round)) == (
+        "" if fits else f"round {round} is beyond the study's 3 rounds"
+    )
 
 
 def test_patients_are_counted_where_the_job_reads_them() -> None:
@@ -563,7 +564,7 @@ def test_scores_are_never_secret_and_training_is_where_the_policy_says_so() -> N
     assert refusal(required, ask_of(plan())) == "the policy allows secure sums only (require.secure)"
     both = refusal(required, replace(request, secure=False), p).split("; ")
     assert both == [
-        "the study promises a secure sum, and the server asks for the reply itself",
+        "the study specifies secure aggregation, and the server requests the plain reply",
         "the policy allows secure sums only (require.secure)",
     ]
 
@@ -606,7 +607,7 @@ def test_the_servers_model_must_be_the_approved_one() -> None:
     )
     for number in (float("nan"), float("inf"), -float("inf")):
         wrong = with_params(request, head__bias=torch.tensor([0.0, number]))
-        assert refusal("", wrong) == "the server's model holds NaN or infinite numbers"
+        assert refusal("", wrong) == "the server's model contains NaN or infinity"
 
 
 def test_only_the_first_tensor_that_does_not_fit_is_told() -> None:
@@ -631,7 +632,8 @@ def test_a_model_is_checked_as_it_is_after_its_codecs_are_undone() -> None:
         request, trees={"received": {**packed, "x/params/copy:half": torch.zeros(2, dtype=torch.bfloat16)}}
     )
     assert (
-        refusal("", unreadable, p) == "the server's message cannot be read: 'x/params/copy' is not what a server sends"
+        refusal("", unreadable, p)
+        == "the server's message cannot be read: 'x/params/copy' is not a valid name in an encoded request"
     )
 
 
@@ -669,22 +671,22 @@ def test_a_method_that_predicts_with_more_than_the_network_may_send_that_too(met
 @pytest.mark.parametrize(
     ("reply", "why"),
     [
-        (Reply({"score": PerSite({"b": {"x": torch.zeros(2)}})}), "'score' speaks for ['b'], not for a"),
-        (Reply({"score": PerSite({"b": {}, "a": {}})}), "'score' speaks for ['a', 'b'], not for a"),
-        (Reply({"score": PerSite({})}), "'score' speaks for [], not for a"),
+        (Reply({"score": PerSite({"b": {"x": torch.zeros(2)}})}), "'score' contains values of ['b'], not of a alone"),
+        (Reply({"score": PerSite({"b": {}, "a": {}})}), "'score' contains values of ['a', 'b'], not of a alone"),
+        (Reply({"score": PerSite({})}), "'score' contains values of [], not of a alone"),
         (Reply({"score": PerSiteUniform({"a": {}})}), ""),
         (
             Reply({"rows": PerSiteUniform({"a": {}})}),
-            "'rows' would leave as a Alike, which the server sees apart from other sites' (allow.gather names the parts that may)",
+            "'rows' would leave as a PerSiteUniform, which the server sees separately from other sites' values (allow.gather lists the permitted parts)",
         ),
         (
             Reply({"x": ElementwiseMean({}, {})}),
-            "'x' would leave as a LeafMean, which the policy does not allow (allow.stats)",
+            "'x' would leave as a ElementwiseMean, which the policy does not allow (allow.stats)",
         ),
         (
             Reply({"x": ElementwiseMean({}, {}), "y": ElementwiseMean({}, {})}),
-            "'x' would leave as a LeafMean, which the policy does not allow "
-            "(allow.stats); 'y' would leave as a LeafMean, which the policy does not allow (allow.stats)",
+            "'x' would leave as a ElementwiseMean, which the policy does not allow "
+            "(allow.stats); 'y' would leave as a ElementwiseMean, which the policy does not allow (allow.stats)",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_it_is_zero_where_both_say_the_same_and_positive_elsewhere(kind):
 
 
 def test_a_kind_that_cannot_be_compared_is_named():
-    with pytest.raises(ValueError, match="poetry cannot be compared"):
+    with pytest.raises(ValueError, match="poetry cannot be distilled"):
         divergence("poetry", normal(2, 2), normal(2, 2))
 
 

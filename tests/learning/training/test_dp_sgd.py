@@ -191,7 +191,7 @@ def test_where_every_gradient_is_clipped_directions_still_count() -> None:
 
 
 def test_nobody_to_train_on_is_refused() -> None:
-    with pytest.raises(ValueError, match="DPSGD: there is no one to train on"):
+    with pytest.raises(ValueError, match="DPSGD: this site has no training examples"):
         DPSGD().fit(GROUPED, GROUPED.first(0), site_of(Patients(torch.zeros(0, 1, 8, 8), torch.zeros(0), ())), 0)
 
 
@@ -229,16 +229,16 @@ def test_what_cannot_be_private_is_refused_with_the_remedy() -> None:
         DPSGD().fit(BATCHED, BATCHED.first(0), rows, 0)
     weighted = replace(GROUPED, class_weights=(1.0, 2.0))
     with pytest.raises(
-        ValueError, match=r"noise and bound .*; DPSGD: class_weights have no effect.*; DPSGD: leave amp"
+        ValueError, match=r"noise and bound .*; DPSGD: class_weights have no effect.*; DPSGD: remove amp"
     ):
         DPSGD(noise=0.0, amp=True).fit(weighted, weighted.first(0), rows, 0)
-    with pytest.raises(ValueError, match="does not say whose each image is"):
+    with pytest.raises(ValueError, match="do not name the patient of each image"):
         DPSGD().fit(GROUPED, GROUPED.first(0), site_of(blobs(0, 8, (1, 8, 8))), 0)
     by_itself = APFL(GROUPED, DPSGD())
     site = site_of(data_of(8))
-    with pytest.raises(ValueError, match="takes its training steps by itself"):
+    with pytest.raises(ValueError, match="takes individual training steps"):
         execute(by_itself, by_itself.request(by_itself.init(GROUPED.first(0))), {}, site)
-    with pytest.raises(ValueError, match="takes its training steps by itself"):
+    with pytest.raises(ValueError, match="takes individual training steps"):
         DPSGD().batches(None, torch.Generator())
 
 
@@ -321,9 +321,9 @@ def test_left_to_itself_noise_is_as_deep_as_the_bound_of_1_and_protects_patients
         ({"bound": -2.0}, "noise and bound must be above 0"),
         ({"noise": math.nan}, "noise and bound must be above 0"),
         ({"bound": math.nan}, "noise and bound must be above 0"),
-        ({"amp": True}, "leave amp and clip_norm out"),
-        ({"clip_norm": 1.0}, "leave amp and clip_norm out"),
-        ({"clip_norm": 0.0}, "leave amp and clip_norm out"),
+        ({"amp": True}, "remove amp and clip_norm"),
+        ({"clip_norm": 1.0}, "remove amp and clip_norm"),
+        ({"clip_norm": 0.0}, "remove amp and clip_norm"),
     ],
 )
 def test_each_setting_that_is_not_private_is_refused_and_nothing_is_spent(more: dict[str, Any], said: str) -> None:
@@ -341,15 +341,15 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     nobody = Patients(torch.zeros(0, 1, 8, 8), torch.zeros(0), ())
     with pytest.raises(
         ValueError,
-        match=r"noise and bound .*; DPSGD: this network has .*; DPSGD: class_weights .*; DPSGD: leave .*; DPSGD: there is no one",
+        match=r"noise and bound .*; DPSGD: this network has .*; DPSGD: class_weights .*; DPSGD: remove .*; DPSGD: this site has no training examples",
     ):
         DPSGD(noise=0.0, amp=True).fit(weighted, weighted.first(0), site_of(nobody), 0)
 
 
 def test_steps_that_a_method_takes_by_itself_are_refused() -> None:
-    with pytest.raises(ValueError, match="they would not be private"):
+    with pytest.raises(ValueError, match="which would not be private"):
         DPSGD().stepper(LINEAR.model())
-    with pytest.raises(ValueError, match="they would not be private"):
+    with pytest.raises(ValueError, match="which would not be private"):
         DPSGD().batches(table(4), torch.Generator())
 
 

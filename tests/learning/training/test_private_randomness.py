@@ -265,7 +265,7 @@ def test_two_dropouts_of_one_network_are_independent() -> None:
             lambda x: x * torch.multinomial(torch.ones(8) / 8, 8).float(),
             r"the module body \(Odd\) .* with .*multinomial",
         ),
-        (lambda x: x * torch.empty(8).uniform_(), "tied to each patient alone"),
+        (lambda x: x * torch.empty(8).uniform_(), "separated by patient"),
         (lambda x: x * random.random(), "from Python's global random generator"),
         (lambda x: x * float(np.random.rand()), "from NumPy's global random generator"),
     ],

@@ -60,7 +60,7 @@ def test_without_public_images_it_says_so(task, make, who):
         reply, _ = method.site_update(method.request(state), {}, bare)
         method.server_update(state, reply, Site("server"))
 
-    with pytest.raises(ValueError, match=f"{who} has none: give data under the role 'public'"):
+    with pytest.raises(ValueError, match=f"{who} has none: provide identical data with the role 'public'"):
         a_round()
 
 

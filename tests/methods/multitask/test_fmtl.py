@@ -6,8 +6,9 @@ import torch
 from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
-from polyclinic.learning.networks.experts import GatedHead, WithContrast, begin, gated
+from polyclinic.learning.networks.experts import GatedHead, begin, gated
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining

@@ -96,7 +96,7 @@ def test_mistakes_are_told_and_studies_without_it_keep_their_hash(tmp_path):
     assert "receive" not in without
     assert parse(text).hash != parse(without).hash == parse(without + "downlink = []\n").hash
     wrong = text.replace('[{ name = "int8" }, { name = "zstd" }]', '[{ name = "sign" }]')
-    with pytest.raises(ValueError, match="Sign cannot make smaller what sites receive"):
+    with pytest.raises(ValueError, match="Sign cannot compress requests"):
         go(wrong.replace("x.npz", str(npz(tmp_path))), tmp_path / "run")
 
 
@@ -120,7 +120,7 @@ def test_a_policy_looks_at_the_model_behind_it():
     reply, _ = execute(method, request, {}, site, rules)
     assert reply.mean("update").weight == 12
     for wrong, why in (
-        (tree.scale(first, float("nan")), "NaN or infinite"),
+        (tree.scale(first, float("nan")), "NaN or infinity"),
         ({"other": torch.ones(3)}, "does not have"),
     ):
         with pytest.raises(Refused, match=why):

@@ -83,10 +83,10 @@ def test_a_patient_has_one_vote_however_many_images():
 
 
 def test_few_patients_tell_nothing():
-    with pytest.raises(Refused, match="9 patients here, and a mean over fewer than 10 is not told"):
+    with pytest.raises(Refused, match="9 patients, but a mean map requires at least 10"):
         saliency(*task_and_params(), some(np.eye(3)[[0, 1, 2] * 6].tolist(), "abcdefghi" * 2))
     seg = Segmentation(linear)
-    with pytest.raises(Refused, match="'segmentation' has no one answer to explain"):
+    with pytest.raises(Refused, match="'segmentation' cannot be explained"):
         saliency(seg, params_of(linear()), some(np.ones((10, 3)).tolist(), "abcdefghij"))
 
 
@@ -132,7 +132,7 @@ def test_a_policy_may_refuse(trained):
     sites = [s.name for s in read_run(trained).info.sites if s.role == "training"]
     strict = Enforced(Policy(), plan)
     _, refused = explain(trained, policies={sites[0]: strict})
-    assert "allow.gather names the parts that may" in refused[sites[0]]
+    assert "allow.gather lists the permitted parts" in refused[sites[0]]
     never = Enforced(Policy(allow=Allow(never=("explain/*",))), plan)
     with pytest.raises(NotExplained, match=r"'explain/val' never runs here \(allow.never\)"):
         explain(trained, policies=dict.fromkeys(sites, never))

@@ -118,16 +118,11 @@ def launch(
 ) -> Any:
     """Run a command with the options that all commands share.
 
-    Parameters
-    ----------
-    tokens
-        The command and its arguments.
-    quiet
-        Print errors, and JSON where it was asked for, and nothing else.
-    verbose
-        Print debugging messages to standard error, and tracebacks of errors.
-    log_file
-        Append all messages to this file, with their times.
+    Args:
+        tokens: The command and its arguments.
+        quiet: Print errors, and JSON where it was asked for, and nothing else.
+        verbose: Print debugging messages to standard error, and tracebacks of errors.
+        log_file: Append all messages to this file, with their times.
     """
     set_up_logging(quiet, verbose, log_file)
     log.debug("polyclinic %s: %s", __version__, shlex.join(tokens))

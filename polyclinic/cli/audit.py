@@ -41,31 +41,21 @@ def audit(
     lower bound on ε from training once more with canaries. Writes audit.json beside the model, and the report shows
     it. What these attacks do not find, others may.
 
-    Parameters
-    ----------
-    run_folder
-        A finished run, whose data are still there.
-    method
-        Which method's model; by default the last that shares one.
-    seed
-        Which seed's; by default the first.
-    attack
-        Which attacks find out who was trained on. LiRA and RMIA train shadow models; the loss attack trains nothing.
-    shadow_models
-        How many shadow models, an even number. Each costs as much as training the method once. They are kept.
-    site
-        Whose patients to try; by default every site's, and for the canaries the site with the largest ε.
-    limit
-        How many patients of each kind and site to try at most.
-    canaries
-        How many canaries to put into private training; by default as many as the claimed ε needs, up to 2,000. 0
-        leaves that audit out.
-    steps
-        How many steps the search for the image takes from each start.
-    restarts
-        How many random starts the search for the image has.
-    json
-        Print audit.json and nothing else.
+    Args:
+        run_folder: A finished run, whose data are still there.
+        method: Which method's model; by default the last that shares one.
+        seed: Which seed's; by default the first.
+        attack: Which attacks find out who was trained on. LiRA and RMIA train shadow models; the loss attack trains
+            nothing.
+        shadow_models: How many shadow models, an even number. Each costs as much as training the method once. They are
+            kept.
+        site: Whose patients to try; by default every site's, and for the canaries the site with the largest ε.
+        limit: How many patients of each kind and site to try at most.
+        canaries: How many canaries to put into private training; by default as many as the claimed ε needs, up to
+            2,000. 0 leaves that audit out.
+        steps: How many steps the search for the image takes from each start.
+        restarts: How many random starts the search for the image has.
+        json: Print audit.json and nothing else.
     """
     from polyclinic.studies.audits.run_audit import audit_run
 

@@ -13,15 +13,11 @@ def release(target: str, *, full: bool = False, json_: bool = False) -> None:
     differs in what leaves, other than through the noise, is not covered by any ε. Takes seconds; up to minutes with
     --full. Exits with 1 if a method of the study is not covered, or the named method is covered in no way.
 
-    Parameters
-    ----------
-    target
-        A study file, whose methods are audited as they stand there; or the name of a method, also one of an installed
-        package.
-    full
-        Try more changes, in all of a site's data and at all sites.
-    json_
-        Print JSON instead.
+    Args:
+        target: A study file, whose methods are audited as they stand there; or the name of a method, also one of an
+            installed package.
+        full: Try more changes, in all of a site's data and at all sites.
+        json_: Print JSON instead.
     """
     from polyclinic.studies.audits.release_command import audit_release
 

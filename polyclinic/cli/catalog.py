@@ -15,10 +15,8 @@ methods_app = App(name="methods", help="The federated methods, by the survey's t
 def methods(*, json_: bool = False) -> None:
     """List every method with one line each.
 
-    Parameters
-    ----------
-    json_
-        Print JSON instead.
+    Args:
+        json_: Print JSON instead.
     """
     from polyclinic.methods.catalog import FAMILIES
 
@@ -36,12 +34,9 @@ def methods(*, json_: bool = False) -> None:
 def show(name: str, *, json_: bool = False) -> None:
     """Explain one method: what it does, what leaves a site, its options, whom to cite.
 
-    Parameters
-    ----------
-    name
-        As in a study file.
-    json_
-        Print JSON instead.
+    Args:
+        name: As in a study file.
+        json_: Print JSON instead.
     """
     from polyclinic.methods.method_page import page
 
@@ -59,10 +54,8 @@ def show(name: str, *, json_: bool = False) -> None:
 def networks(*, json_: bool = False) -> None:
     """List the networks that a study may name.
 
-    Parameters
-    ----------
-    json_
-        Print JSON instead.
+    Args:
+        json_: Print JSON instead.
     """
     from polyclinic.learning.networks.network_catalog import ARCHITECTURES
 
@@ -73,10 +66,8 @@ def networks(*, json_: bool = False) -> None:
 def transforms(*, json_: bool = False) -> None:
     """List what may stand between a site and the server.
 
-    Parameters
-    ----------
-    json_
-        Print JSON instead.
+    Args:
+        json_: Print JSON instead.
     """
     from polyclinic.compression import transform_table
 

@@ -24,10 +24,8 @@ def _line(text: str) -> None:
 def list_(*, json_: bool = False) -> None:
     """List the data sets that a study may name with `use`.
 
-    Parameters
-    ----------
-    json_
-        Print JSON instead.
+    Args:
+        json_: Print JSON instead.
     """
     from polyclinic.data.catalog.dataset_catalog import list_datasets
 
@@ -46,12 +44,9 @@ def list_(*, json_: bool = False) -> None:
 def show(name: str, *, json_: bool = False) -> None:
     """Tell what a data set is, its license, how to get it, and what to write into a study file.
 
-    Parameters
-    ----------
-    name
-        As `polyclinic data list` says it.
-    json_
-        Print JSON instead.
+    Args:
+        name: As `polyclinic data list` says it.
+        json_: Print JSON instead.
     """
     from polyclinic.data.catalog.dataset_catalog import show as told
 
@@ -67,14 +62,10 @@ def show(name: str, *, json_: bool = False) -> None:
 def get(name: str, *, size: int = 28, mirror: str | None = None) -> None:
     """Fetch a data set that allows it, with its published checksum. Going on after a break is automatic.
 
-    Parameters
-    ----------
-    name
-        As `polyclinic data list` says it.
-    size
-        Pixels along each side, for MedMNIST: 28, 64, 128 or 224.
-    mirror
-        The address of a folder that holds the same files, such as one within a hospital.
+    Args:
+        name: As `polyclinic data list` says it.
+        size: Pixels along each side, for MedMNIST: 28, 64, 128 or 224.
+        mirror: The address of a folder that holds the same files, such as one within a hospital.
     """
     from polyclinic.data.catalog import dataset_catalog
 
@@ -85,16 +76,11 @@ def get(name: str, *, size: int = 28, mirror: str | None = None) -> None:
 def check(folder: Path, *, page: Path | None = None, labels: tuple[int, ...] = (), allow_health: bool = False) -> None:
     """Check a hospital's data before it joins: what is there, what is wrong, what must not leave.
 
-    Parameters
-    ----------
-    folder
-        Images by class, nnU-Net, BIDS or DICOM folders, a manifest, an archive or a table.
-    page
-        Write a page to look at, with thumbnails and histograms. It holds patients' images and stays here.
-    labels
-        The values that masks may have.
-    allow_health
-        Treat suspected personal information as a warning instead of an error.
+    Args:
+        folder: Images by class, nnU-Net, BIDS or DICOM folders, a manifest, an archive or a table.
+        page: Write a page to look at, with thumbnails and histograms. It holds patients' images and stays here.
+        labels: The values that masks may have.
+        allow_health: Treat suspected personal information as a warning instead of an error.
     """
     from polyclinic.data.quality.quality_page import check_command
 
@@ -115,20 +101,14 @@ def plan(
 
     The study then uses it with `plan = "FILE"` in `[data]`; `polyclinic data drift` compares later data with it.
 
-    Parameters
-    ----------
-    study
-        The study file. Its `[data]` needs no steps yet.
-    out
-        Where to write; by default beside the study, as NAME.plan.toml.
-    seed
-        Whose split says what training data are; the study's first seed by default.
-    by_site
-        Describe each site with at least 10 patients by itself as well. The sites' numbers are then in the file.
-    force
-        Replace a file that is there.
-    set_
-        Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
+    Args:
+        study: The study file. Its `[data]` needs no steps yet.
+        out: Where to write; by default beside the study, as NAME.plan.toml.
+        seed: Whose split says what training data are; the study's first seed by default.
+        by_site: Describe each site with at least 10 patients by itself as well. The sites' numbers are then in the
+            file.
+        force: Replace a file that is there.
+        set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
     """
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import plan as made
@@ -163,16 +143,11 @@ def drift(
 ) -> None:
     """Compare new data with those a model was trained on, site by site, by sums alone. Exit code 1 is an alarm.
 
-    Parameters
-    ----------
-    plan
-        The file that `polyclinic data plan` wrote of the training data.
-    study
-        The study file. All examples of its `[data]` count as new, whatever their split.
-    json_
-        Print JSON instead.
-    set_
-        Change one value of the study, such as `--set data.path=/data/2027`. May be given several times.
+    Args:
+        plan: The file that `polyclinic data plan` wrote of the training data.
+        study: The study file. All examples of its `[data]` count as new, whatever their split.
+        json_: Print JSON instead.
+        set_: Change one value of the study, such as `--set data.path=/data/2027`. May be given several times.
     """
     from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
     from polyclinic.data.quality.drift import as_json, lines
@@ -200,18 +175,12 @@ def deidentify(
 ) -> None:
     """Copy a DICOM folder without what identifies patients. Nothing is overwritten; every file is scanned at the end.
 
-    Parameters
-    ----------
-    source
-        The folder to read.
-    destination
-        A new folder.
-    key
-        The file with this site's secret for pseudonyms; made where it is missing, and kept apart from the data.
-    approve
-        Modalities whose pixels a person has looked at, such as US.
-    keep_characteristics
-        Keep age, size and weight.
+    Args:
+        source: The folder to read.
+        destination: A new folder.
+        key: The file with this site's secret for pseudonyms; made where it is missing, and kept apart from the data.
+        approve: Modalities whose pixels a person has looked at, such as US.
+        keep_characteristics: Keep age, size and weight.
     """
     from polyclinic.data.deidentification.folder_deidentification import deidentify_command
 

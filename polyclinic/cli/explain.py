@@ -11,14 +11,10 @@ def explain(run_folder: Path, *, method: str = "", seed: int | None = None) -> N
     A mean over at least ten validation patients of a site, computed there; no patient's image or map leaves. Needs
     captum: pip install 'polyclinic[explain]'.
 
-    Parameters
-    ----------
-    run_folder
-        A finished run, whose data are still there.
-    method
-        Which method's model; by default the one that the report speaks of.
-    seed
-        Which seed's; by default the first.
+    Args:
+        run_folder: A finished run, whose data are still there.
+        method: Which method's model; by default the one that the report speaks of.
+        seed: Which seed's; by default the first.
     """
     from polyclinic.evaluation.records.run_reader import read_run
     from polyclinic.studies.records.saliency_maps import read_explanation

@@ -16,15 +16,11 @@ app = App(name="journal", help="Check the journals of sites, servers and runs.")
 def check(journal: Path, *, against: Path | None = None, certificate: Path | None = None) -> None:
     """Check that no line of JOURNAL was changed, removed or reordered; the first bad line is named.
 
-    Parameters
-    ----------
-    journal
-        A journal.jsonl.
-    against
-        The other end's journal of the same runs: every head that it noted must be in this one.
-    certificate
-        Of a server's run: a site's client.crt, to check its signatures; or its folder certificates/, where it
-        was renewed.
+    Args:
+        journal: A journal.jsonl.
+        against: The other end's journal of the same runs: every head that it noted must be in this one.
+        certificate: Of a server's run: a site's client.crt, to check its signatures; or its folder certificates/,
+            where it was renewed.
     """
     count, head = 0, ""
     for entry in _entries(journal):

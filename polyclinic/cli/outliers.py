@@ -16,12 +16,9 @@ revoke SITE` ends its part altogether, and `polyclinic server reinstate SITE` un
 def standing(run_folder: Path, *, json_: bool = False) -> None:
     """Show how each site's updates stood among the others', in a run with a robust rule.
 
-    Parameters
-    ----------
-    run_folder
-        The folder of a run, finished or not.
-    json_
-        Print JSON instead.
+    Args:
+        run_folder: The folder of a run, finished or not.
+        json_: Print JSON instead.
     """
     from polyclinic.studies.records.site_outliers import read
 

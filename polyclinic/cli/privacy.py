@@ -36,35 +36,21 @@ def plan(
     With a study file, one of its methods is trained on its data, without noise and at each ε, and the study's metric
     is drawn against ε. Without one, `--patients` and `--rounds` are enough to tell the noise.
 
-    Parameters
-    ----------
-    study
-        A study file. Its first federated method is taken, with its seeds, rounds and training.
-    epsilon
-        The wanted ε; several make a curve.
-    delta
-        δ, below one in the number of patients.
-    rounds
-        How many rounds; several are compared, for more rounds learn longer and need more noise. The study's own by
-        default.
-    patients
-        Without a study: how many patients the smallest site trains on; it needs the most noise.
-    batch
-        Without a study: how many of them a step takes on average.
-    epochs
-        Without a study: passes over the data in a round.
-    bound
-        With a study: on the length of one patient's gradient; what is longer is cut to it.
-    method
-        With a study: the label of another of its methods.
-    resume
-        Go on where an earlier run stopped.
-    fresh
-        Begin again.
-    out
-        Where run folders are kept. Each holds a report, with a picture of the curve.
-    workers
-        How many processes; as many as there are cores by default.
+    Args:
+        study: A study file. Its first federated method is taken, with its seeds, rounds and training.
+        epsilon: The wanted ε; several make a curve.
+        delta: δ, below one in the number of patients.
+        rounds: How many rounds; several are compared, for more rounds learn longer and need more noise. The study's
+            own by default.
+        patients: Without a study: how many patients the smallest site trains on; it needs the most noise.
+        batch: Without a study: how many of them a step takes on average.
+        epochs: Without a study: passes over the data in a round.
+        bound: With a study: on the length of one patient's gradient; what is longer is cut to it.
+        method: With a study: the label of another of its methods.
+        resume: Go on where an earlier run stopped.
+        fresh: Begin again.
+        out: Where run folders are kept. Each holds a report, with a picture of the curve.
+        workers: How many processes; as many as there are cores by default.
     """
     from polyclinic.privacy.accounting import BadPlan
 
@@ -140,10 +126,9 @@ def _curve(told: "list[Price]", metric: str, higher: bool) -> None:
 def ledger(path: Path) -> None:
     """What was spent of a budget, and what is left.
 
-    Parameters
-    ----------
-    path
-        A ledger; a run's folder, with the ledgers of its sites; or a site's folder, with one for each of its data sets.
+    Args:
+        path: A ledger; a run's folder, with the ledgers of its sites; or a site's folder, with one for each of its
+            data sets.
     """
     from polyclinic.privacy.ledger import Ledger
 

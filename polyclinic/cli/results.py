@@ -16,14 +16,10 @@ if TYPE_CHECKING:
 def compare(run_folders: list[Path], *, reference: str = "", json_: bool = False) -> None:
     """Compare the methods of several runs with one of them, on the same test patients, paired.
 
-    Parameters
-    ----------
-    run_folders
-        Runs of the same task on the same patients.
-    reference
-        RUN/METHOD to compare with; by default the one that the first run's report speaks of.
-    json_
-        Print JSON instead.
+    Args:
+        run_folders: Runs of the same task on the same patients.
+        reference: RUN/METHOD to compare with; by default the one that the first run's report speaks of.
+        json_: Print JSON instead.
     """
     from polyclinic.evaluation.run_comparison import compare as compared
 
@@ -44,10 +40,8 @@ panel_app = App(name="panel", help="Rank methods over several data sets.")
 def panel(run_folders: list[Path]) -> None:
     """Methods over data sets: one run for each, ranked, with the critical difference.
 
-    Parameters
-    ----------
-    run_folders
-        Runs with methods in common; their data, tasks and metrics may differ.
+    Args:
+        run_folders: Runs with methods in common; their data, tasks and metrics may differ.
     """
     from polyclinic.evaluation.run_comparison import panel as made
 
@@ -69,20 +63,13 @@ def panel_run(
     The file holds a scenario for each data set (examples/panel.toml). One that names no methods is run with every
     method that fits its task, its network and its training; those that do not are told, with the reason.
 
-    Parameters
-    ----------
-    study
-        The file.
-    set_
-        Change one value in every scenario, such as `--set rounds=5`.
-    resume
-        Go on where an earlier run stopped.
-    fresh
-        Begin again.
-    out
-        Where run folders are kept.
-    workers
-        How many processes; as many as there are cores by default.
+    Args:
+        study: The file.
+        set_: Change one value in every scenario, such as `--set rounds=5`.
+        resume: Go on where an earlier run stopped.
+        fresh: Begin again.
+        out: Where run folders are kept.
+        workers: How many processes; as many as there are cores by default.
     """
     from polyclinic.cli.run import changes, run_all
     from polyclinic.studies.config.compatible_methods import with_every_method
@@ -118,18 +105,12 @@ def export(
 ) -> None:
     """Write a run's model in a form that other tools open.
 
-    Parameters
-    ----------
-    run_folder
-        A finished run.
-    out
-        The file, or for a bundle the folder, to write.
-    form
-        A MONAI bundle, ONNX, torch.export or plain tensors.
-    method
-        Which method's model; by default the one that the report speaks of.
-    seed
-        Which seed's; by default the first.
+    Args:
+        run_folder: A finished run.
+        out: The file, or for a bundle the folder, to write.
+        form: A MONAI bundle, ONNX, torch.export or plain tensors.
+        method: Which method's model; by default the one that the report speaks of.
+        seed: Which seed's; by default the first.
     """
     from polyclinic.studies.export.model_export import export as write
 
@@ -139,14 +120,10 @@ def export(
 def track(run_folder: Path, *, to: Literal["mlflow", "tensorboard"], where: str = "") -> None:
     """Hand the records of a run on to MLflow or TensorBoard.
 
-    Parameters
-    ----------
-    run_folder
-        A run, finished or not.
-    to
-        The tool.
-    where
-        MLflow: a tracking address, by default the file mlflow.db beside the run. TensorBoard: a folder.
+    Args:
+        run_folder: A run, finished or not.
+        to: The tool.
+        where: MLflow: a tracking address, by default the file mlflow.db beside the run. TensorBoard: a folder.
     """
     from polyclinic.studies.export.tracking import track as hand_on
 

@@ -35,22 +35,14 @@ def run(
     SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the round under way, and --resume goes on from there; a
     second signal ends it at once. Exit codes: 0 finished, 130 or 143 ended by a signal, 3 by `polyclinic stop`.
 
-    Parameters
-    ----------
-    study
-        The study file; `polyclinic new` writes one.
-    set_
-        Change one value, such as `--set training.lr=0.01`. May be given several times.
-    resume
-        Go on where an earlier run of the same study stopped. The result is the same to the bit.
-    fresh
-        Remove an earlier run of the same study and begin again.
-    out
-        Where run folders are kept.
-    workers
-        How many sites to run at once; as many as there are cores by default.
-    json_
-        Print the folder, report and scores of each run as JSON. Progress goes to standard error.
+    Args:
+        study: The study file; `polyclinic new` writes one.
+        set_: Change one value, such as `--set training.lr=0.01`. May be given several times.
+        resume: Go on where an earlier run of the same study stopped. The result is the same to the bit.
+        fresh: Remove an earlier run of the same study and begin again.
+        out: Where run folders are kept.
+        workers: How many sites to run at once; as many as there are cores by default.
+        json_: Print the folder, report and scores of each run as JSON. Progress goes to standard error.
     """
     if json_:
         only_json()
@@ -139,10 +131,8 @@ def _finite(scores: Any) -> dict[str, float | None]:
 def stop(run_folder: Path) -> None:
     """Stop a run after the round under way. `polyclinic run --resume` goes on from there.
 
-    Parameters
-    ----------
-    run_folder
-        A folder that `polyclinic run` made.
+    Args:
+        run_folder: A folder that `polyclinic run` made.
     """
     from polyclinic.studies.run.run_directory import ask_to_stop
 
@@ -170,16 +160,11 @@ def demo(*, out: Path = Path("runs"), resume: bool = False, fresh: bool = False,
     Lung nodules of the LIDC-IDRI patients, as radiologists outlined them: is it malignant? The sites are groups of
     scanning protocols. Six methods, side by side, in a few minutes on two cores.
 
-    Parameters
-    ----------
-    out
-        Where run folders are kept.
-    resume
-        Go on where an earlier demo stopped.
-    fresh
-        Begin again.
-    workers
-        How many sites to run at once.
+    Args:
+        out: Where run folders are kept.
+        resume: Go on where an earlier demo stopped.
+        fresh: Begin again.
+        workers: How many sites to run at once.
     """
     study = out / "demo.toml"
     out.mkdir(parents=True, exist_ok=True)
@@ -191,12 +176,9 @@ def demo(*, out: Path = Path("runs"), resume: bool = False, fresh: bool = False,
 def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
     """Write a commented study file to begin from.
 
-    Parameters
-    ----------
-    file
-        Where to write it.
-    force
-        Replace a file that is there.
+    Args:
+        file: Where to write it.
+        force: Replace a file that is there.
     """
     if file.exists() and not force:
         console.print(f"{file} is there already; --force replaces it")
@@ -208,18 +190,12 @@ def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
 def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: bool = False) -> None:
     """Write the report of a run: one HTML file, and its tables as CSV and JSON beside it.
 
-    Parameters
-    ----------
-    run_folder
-        A folder that `polyclinic run` made.
-    min_cell
-        Show no site by itself that has fewer test patients than this, and no smaller group of patients.
-    draws
-        Of the bootstrap.
-    level
-        Of the intervals' confidence.
-    json_
-        Print the report's path as JSON.
+    Args:
+        run_folder: A folder that `polyclinic run` made.
+        min_cell: Show no site by itself that has fewer test patients than this, and no smaller group of patients.
+        draws: Of the bootstrap.
+        level: Of the intervals' confidence.
+        json_: Print the report's path as JSON.
     """
     if json_:
         only_json()
@@ -241,12 +217,9 @@ def _report(run_folder: Path, min_cell: int = 0, draws: int = 2000, level: float
 def status(run_folder: Path, *, json_: bool = False) -> None:
     """Show how far a run has come.
 
-    Parameters
-    ----------
-    run_folder
-        A folder that `polyclinic run` made, or the folder around a file's scenarios.
-    json_
-        Print JSON instead.
+    Args:
+        run_folder: A folder that `polyclinic run` made, or the folder around a file's scenarios.
+        json_: Print JSON instead.
     """
     runs = [run_folder]
     if not (run_folder / "run.json").is_file():

@@ -27,18 +27,12 @@ def init(
 ) -> None:
     """Make a server's folder, with a certificate authority of its own.
 
-    Parameters
-    ----------
-    project
-        Names the federation, as in nodules-2026.
-    host
-        Under which name sites reach this machine.
-    organization
-        Who coordinates: letters, digits, underscores.
-    port
-        The one port that sites connect to.
-    scheme
-        grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
+    Args:
+        project: Names the federation, as in nodules-2026.
+        host: Under which name sites reach this machine.
+        organization: Who coordinates: letters, digits, underscores.
+        port: The one port that sites connect to.
+        scheme: grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
     fingerprint = server_setup.init(ServerFolder(home.resolve()), project, host, port, organization, scheme)
     print(f"made     the server of {project} in {home.resolve()}")
@@ -63,14 +57,10 @@ def fingerprint(*, home: Home = HERE) -> None:
 def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Home = HERE) -> None:
     """Admit the site that sent REQUEST, and write the join file to give back to it.
 
-    Parameters
-    ----------
-    request
-        The site's request, as `polyclinic site init` wrote it.
-    out
-        Where to write it; beside the request by default.
-    days
-        How long the site's certificate is good for.
+    Args:
+        request: The site's request, as `polyclinic site init` wrote it.
+        out: Where to write it; beside the request by default.
+        days: How long the site's certificate is good for.
     """
     site, join = server_setup.admit(ServerFolder(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
@@ -97,10 +87,8 @@ def sites(*, home: Home = HERE) -> None:
 def shut_out(site: str, *, home: Home = HERE) -> None:
     """Take SITE's right to join: its certificate is worth nothing to this server any more.
 
-    Parameters
-    ----------
-    site
-        The name of the site.
+    Args:
+        site: The name of the site.
     """
     server_setup.shut_out(ServerFolder(home.resolve()), site)
     print(f"shut out {site}")
@@ -110,10 +98,8 @@ def shut_out(site: str, *, home: Home = HERE) -> None:
 def readmit(site: str, *, home: Home = HERE) -> None:
     """Give SITE its right to join back.
 
-    Parameters
-    ----------
-    site
-        The name of the site.
+    Args:
+        site: The name of the site.
     """
     server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
     print(f"readmitted {site}")
@@ -123,10 +109,8 @@ def readmit(site: str, *, home: Home = HERE) -> None:
 def renew(*, days: float = 730, home: Home = HERE) -> None:
     """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing.
 
-    Parameters
-    ----------
-    days
-        How many days the new certificates are valid.
+    Args:
+        days: How many days the new certificates are valid.
     """
     server = ServerFolder(home.resolve())
     if server_setup.is_up(server):
@@ -139,10 +123,8 @@ def renew(*, days: float = 730, home: Home = HERE) -> None:
 def start(*, background: bool = False, home: Home = HERE) -> None:
     """Run the server until it is stopped; runs go on from their checkpoints.
 
-    Parameters
-    ----------
-    background
-        Whether to return at once. A service manager should not: see `polyclinic server unit`.
+    Args:
+        background: Whether to return at once. A service manager should not: see `polyclinic server unit`.
     """
     server = ServerFolder(home.resolve())
     if background:
@@ -165,10 +147,8 @@ def stop(*, home: Home = HERE) -> None:
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     """Print a systemd unit that keeps this server running.
 
-    Parameters
-    ----------
-    user
-        The system user that the service runs as.
+    Args:
+        user: The system user that the service runs as.
     """
     from polyclinic.engines.flare.client import site_setup
 
@@ -179,10 +159,8 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 def status(*, json_: bool = False, home: Home = HERE) -> None:
     """How the server, its sites and its runs are; of each run, who took part in its last round, who did not, and why.
 
-    Parameters
-    ----------
-    json_
-        Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
+    Args:
+        json_: Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
     """
     from polyclinic.cli.server_status import show
 
@@ -205,20 +183,13 @@ def run(
     The sites first say what an example looks like and how many there are; then every method runs with every seed. The
     people at the sites approve the study once. `polyclinic server export` makes a run folder of it.
 
-    Parameters
-    ----------
-    file
-        A study file; or an order for a single run, as JSON.
-    name
-        What to call it here; the file's own name for it by default.
-    sites
-        Who takes part; everybody who is admitted by default.
-    inputs
-        Channels and size of an example, as in 1 32 32, where the sites should not be asked.
-    outputs
-        With inputs: how many classes, labels or values.
-    wait
-        Whether to stay until all of it is over.
+    Args:
+        file: A study file; or an order for a single run, as JSON.
+        name: What to call it here; the file's own name for it by default.
+        sites: Who takes part; everybody who is admitted by default.
+        inputs: Channels and size of an example, as in 1 32 32, where the sites should not be asked.
+        outputs: With inputs: how many classes, labels or values.
+        wait: Whether to stay until all of it is over.
     """
     server = ServerFolder(home.resolve())
     admitted = [site for site, entry in server_setup.sites(server).items() if not entry["revoked"]]
@@ -239,10 +210,8 @@ def run(
 def wait(name: str, *, home: Home = HERE) -> None:
     """Stay until NAME, a study or a run, is over, and tell how it goes.
 
-    Parameters
-    ----------
-    name
-        The name of a study or a run.
+    Args:
+        name: The name of a study or a run.
     """
     server = ServerFolder(home.resolve())
     study = study_runs.all_of(server).get(name)
@@ -255,12 +224,9 @@ def wait(name: str, *, home: Home = HERE) -> None:
 def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
     """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one.
 
-    Parameters
-    ----------
-    name
-        The name of the rehearsal; one is made by default.
-    wait
-        Whether to wait until the rehearsal is over.
+    Args:
+        name: The name of the rehearsal; one is made by default.
+        wait: Whether to wait until the rehearsal is over.
     """
     server = ServerFolder(home.resolve())
     who = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
@@ -289,10 +255,8 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
 def cancel(run: str, *, home: Home = HERE) -> None:
     """End a run for good; its last checkpoint stays.
 
-    Parameters
-    ----------
-    run
-        The name of the run.
+    Args:
+        run: The name of the run.
     """
     Queue(ServerFolder(home.resolve())).cancel(run)
     print(f"cancelled {run}")
@@ -302,12 +266,9 @@ def cancel(run: str, *, home: Home = HERE) -> None:
 def export(name: str, out: Path, *, home: Home = HERE) -> None:
     """Make the folder OUT of a study, for `polyclinic report`; or copy what a single run left.
 
-    Parameters
-    ----------
-    name
-        A study, or a run.
-    out
-        A new folder.
+    Args:
+        name: A study, or a run.
+        out: A new folder.
     """
     server = ServerFolder(home.resolve())
     study = study_runs.all_of(server).get(name)

@@ -25,16 +25,11 @@ HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 def init(*, name: str, organization: str, renew: bool = False, new_keys: bool = False, home: Home = HERE) -> None:
     """Make this site's keys, here, and the request to send to the coordinator.
 
-    Parameters
-    ----------
-    name
-        What the site is called in every study: small letters, digits, hyphens.
-    organization
-        Whose site it is: letters, digits, underscores.
-    renew
-        Whether to ask for a new certificate for a site that has joined.
-    new_keys
-        With renew, whether to make new keys too.
+    Args:
+        name: What the site is called in every study: small letters, digits, hyphens.
+        organization: Whose site it is: letters, digits, underscores.
+        renew: Whether to ask for a new certificate for a site that has joined.
+        new_keys: With renew, whether to make new keys too.
     """
     request = site_setup.init(SiteFolder(home.resolve()), name, organization, renew, new_keys)
     print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
@@ -56,22 +51,15 @@ def join(
 ) -> None:
     """Join with the FILE that the coordinator gave back.
 
-    Parameters
-    ----------
-    file
-        The join file.
-    data
-        The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
-    data_name
-        What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by default.
-    fingerprint
-        The authority's, as the coordinator read it to you; else you are asked.
-    device
-        Where to compute, cpu or cuda.
-    proxy
-        The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
-    yes
-        Whether to join without having compared fingerprints.
+    Args:
+        file: The join file.
+        data: The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
+        data_name: What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by
+            default.
+        fingerprint: The authority's, as the coordinator read it to you; else you are asked.
+        device: Where to compute, cpu or cuda.
+        proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
+        yes: Whether to join without having compared fingerprints.
     """
     site = SiteFolder(home.resolve())
     table, found = site_setup.read_join(site, file)
@@ -99,10 +87,8 @@ def join(
 def start(*, background: bool = False, home: Home = HERE) -> None:
     """Take part until stopped.
 
-    Parameters
-    ----------
-    background
-        Whether to return at once. A service manager should not: see `polyclinic site unit`.
+    Args:
+        background: Whether to return at once. A service manager should not: see `polyclinic site unit`.
     """
     site = SiteFolder(home.resolve())
     if background:
@@ -132,10 +118,9 @@ def examine(*, home: Home = HERE) -> None:
 def status(*, json_: bool = False, home: Home = HERE) -> None:
     """How this site is: connected or not, what runs, what went wrong, what waits for a person.
 
-    Parameters
-    ----------
-    json_
-        Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no problem.
+    Args:
+        json_: Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no
+            problem.
     """
     from polyclinic.cli.site_status import show
 
@@ -146,12 +131,9 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> None:
     """Check and show what this hospital allows.
 
-    Parameters
-    ----------
-    default
-        Whether to show the policy that a new site begins with.
-    reset
-        Whether to put it in place of the one here, which is kept as policy.toml.before.
+    Args:
+        default: Whether to show the policy that a new site begins with.
+        reset: Whether to put it in place of the one here, which is kept as policy.toml.before.
     """
     from polyclinic.engines.policy import site_policy as policies
 
@@ -175,12 +157,9 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
 
     What is shown is remembered: `approve` allows exactly that.
 
-    Parameters
-    ----------
-    run
-        A run, a study, or the first characters of an order's hash.
-    wait
-        Whether to stay until it comes, or until anything waits.
+    Args:
+        run: A run, a study, or the first characters of an order's hash.
+        wait: Whether to stay until it comes, or until anything waits.
     """
     site = SiteFolder(home.resolve())
     reviews = Reviews(site.reviews)
@@ -204,16 +183,11 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
 def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home = HERE) -> None:
     """Allow RUN, exactly as `review` last showed it here.
 
-    Parameters
-    ----------
-    run
-        The name of the run, as `polyclinic site pending` shows it.
-    reason
-        Why, as in "IRB 26-114". It goes into the journal.
-    by
-        Your name; that of your account on this machine by default. Both are signed and go into the journal.
-    hash
-        For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
+    Args:
+        run: The name of the run, as `polyclinic site pending` shows it.
+        reason: Why, as in "IRB 26-114". It goes into the journal.
+        by: Your name; that of your account on this machine by default. Both are signed and go into the journal.
+        hash: For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
     """
     site = SiteFolder(home.resolve())
     _check_tables(site, run)
@@ -224,14 +198,10 @@ def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home =
 def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
     """Refuse RUN, or take an approval back; it counts from the next message on.
 
-    Parameters
-    ----------
-    run
-        The name of the run.
-    reason
-        Why. The server reads it.
-    by
-        Your name; that of your account on this machine by default.
+    Args:
+        run: The name of the run.
+        reason: Why. The server reads it.
+        by: Your name; that of your account on this machine by default.
     """
     _decide(SiteFolder(home.resolve()), run, REFUSED, reason, by)
 
@@ -240,10 +210,8 @@ def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
 def log(*, last: int = 20, home: Home = HERE) -> None:
     """What was asked, done, refused and sent, after checking that nobody changed the journal.
 
-    Parameters
-    ----------
-    last
-        How many entries.
+    Args:
+        last: How many entries.
     """
     from polyclinic.cli.journal import show
 
@@ -254,12 +222,9 @@ def log(*, last: int = 20, home: Home = HERE) -> None:
 def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
     """Delete what methods keep here for RUN. If it goes on, this site begins anew.
 
-    Parameters
-    ----------
-    run
-        The name of the run.
-    yes
-        Do not ask for confirmation.
+    Args:
+        run: The name of the run.
+        yes: Do not ask for confirmation.
     """
     site = SiteFolder(home.resolve())
     if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
@@ -273,10 +238,8 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     """Print a systemd unit that keeps this site running.
 
-    Parameters
-    ----------
-    user
-        The system user that the service runs as.
+    Args:
+        user: The system user that the service runs as.
     """
     print(site_setup.unit("site", home.resolve(), user), end="")
 
@@ -285,10 +248,8 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 def leave(*, yes: bool = False, home: Home = HERE) -> None:
     """End the membership: delete certificate, keys and memories. Journal, policy and data stay.
 
-    Parameters
-    ----------
-    yes
-        Do not ask for confirmation.
+    Args:
+        yes: Do not ask for confirmation.
     """
     if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
         return

@@ -19,22 +19,14 @@ def make(
 ) -> None:
     """Fine-tune the common model on a site's own data, and write the signed vector.
 
-    Parameters
-    ----------
-    base
-        The common model: a run's model.safetensors, or one that `polyclinic export --form safetensors` wrote.
-    out
-        The vector to write, such as ada.safetensors.
-    study
-        A study file whose [data] are the site's and whose [training] says how to fine-tune.
-    site
-        Which of its sites this is.
-    key
-        The site's private key; made where there is none.
-    role
-        On which of the site's data to train.
-    tuned
-        Parameters that were fine-tuned elsewhere, as safetensors, instead of training here.
+    Args:
+        base: The common model: a run's model.safetensors, or one that `polyclinic export --form safetensors` wrote.
+        out: The vector to write, such as ada.safetensors.
+        study: A study file whose [data] are the site's and whose [training] says how to fine-tune.
+        site: Which of its sites this is.
+        key: The site's private key; made where there is none.
+        role: On which of the site's data to train.
+        tuned: Parameters that were fine-tuned elsewhere, as safetensors, instead of training here.
     """
     from polyclinic.studies.export import vector_exchange
     from polyclinic.studies.export.vector_file import load_key
@@ -66,30 +58,18 @@ def merge(
 ) -> None:
     """Merge signed vectors into one model.
 
-    Parameters
-    ----------
-    base
-        The common model that every site began from.
-    vectors
-        The sites' files, or folders of them.
-    keys
-        A TOML file with each site's public key, as the site told it.
-    out
-        The model to write.
-    scale
-        λ; searched for on the restoration set by default, and 1 over the number of sites without one.
-    ties
-        Keep this share of each vector's largest entries and elect their signs (TIES); 0 adds them up.
-    by_layer
-        Make each layer of the sum as long as the sites' are on average.
-    tune
-        Passes over the restoration set at the end, at a tenth of the learning rate.
-    study
-        A study file with the restoration set. `site` and `role` say which of its data.
-    site
-        The site of that study whose data are the restoration set.
-    role
-        Which of that site's data: train, val or test.
+    Args:
+        base: The common model that every site began from.
+        vectors: The sites' files, or folders of them.
+        keys: A TOML file with each site's public key, as the site told it.
+        out: The model to write.
+        scale: λ; searched for on the restoration set by default, and 1 over the number of sites without one.
+        ties: Keep this share of each vector's largest entries and elect their signs (TIES); 0 adds them up.
+        by_layer: Make each layer of the sum as long as the sites' are on average.
+        tune: Passes over the restoration set at the end, at a tenth of the learning rate.
+        study: A study file with the restoration set. `site` and `role` say which of its data.
+        site: The site of that study whose data are the restoration set.
+        role: Which of that site's data: train, val or test.
     """
     from polyclinic.methods.one_shot.merging import Merging
     from polyclinic.studies.export import vector_exchange
@@ -119,28 +99,17 @@ def remove(
 ) -> None:
     """Merge again without one site, as if it had never taken part, and delete its vector.
 
-    Parameters
-    ----------
-    model
-        The merged model that the site is to leave. It says how it was made.
-    leaving
-        The site.
-    base
-        The common model that every site began from.
-    vectors
-        The files that were merged, or folders of them.
-    keys
-        A TOML file with each site's public key.
-    out
-        The model to write. It may replace `model`.
-    study
-        The study file with the restoration set that was used, if any.
-    site
-        The site of that study whose data are the restoration set.
-    role
-        Which of that site's data: train, val or test.
-    keep
-        Leave the site's vector where it is.
+    Args:
+        model: The merged model that the site is to leave. It says how it was made.
+        leaving: The site.
+        base: The common model that every site began from.
+        vectors: The files that were merged, or folders of them.
+        keys: A TOML file with each site's public key.
+        out: The model to write. It may replace `model`.
+        study: The study file with the restoration set that was used, if any.
+        site: The site of that study whose data are the restoration set.
+        role: Which of that site's data: train, val or test.
+        keep: Leave the site's vector where it is.
     """
     from polyclinic.studies.export import vector_exchange
     from polyclinic.studies.export.vector_file import load_keys, read_vector
@@ -160,12 +129,9 @@ def remove(
 def show(file: Path, *, json_: bool = False) -> None:
     """What a vector says of itself, after checking its signature.
 
-    Parameters
-    ----------
-    file
-        A vector.
-    json_
-        Print JSON instead.
+    Args:
+        file: A vector.
+        json_: Print JSON instead.
     """
     from polyclinic.studies.export.vector_file import read_vector
 

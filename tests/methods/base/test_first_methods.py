@@ -201,7 +201,7 @@ def test_pooled_is_training_on_all_data_in_one_place(task, local) -> None:
     state, _ = run(pooled(task, local), {"pooled": everything}, start)
     expected = start
     for r in range(3):
-        expected = local.fit(task, expected, pooled, r)
+        expected = local.fit(task, expected, everything, r)
     assert close(state.params, expected)
     assert entry("pooled").pooled
     assert [name for name in METHODS if METHODS[name].pooled] == ["pooled"]

@@ -18,10 +18,12 @@ OUT = Path(__file__).parents[1] / "docs" / "pictures" / "survey.png"
 ORDER = {
     "cross": "Cross",
     "single": "Single",
+    "local": "Local",
     "fedsgd": "FedSGD",
     "fedavg": "FedAvg",
     "fedprox": "FedProx",
     "mix": "Mix",
+    "pooled": "Pooled",
 }
 TITLES = {"real": "Sex, six real sites", "simulated": "Patients, two simulated scanners"}
 

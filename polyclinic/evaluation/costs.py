@@ -84,8 +84,8 @@ def target_of(run: Run, metric: str, higher_is_better: bool) -> Target | None:
     """The best that training alone reaches on validation; without that baseline, 98 % of the best of all methods."""
     best = max if higher_is_better else min
     curves = {m.label: learning_curve(run, m.label, metric).values for m in run.info.methods}
-    if curves.get("single"):
-        return Target(best(curves["single"]), "the best mean over sites that training alone reaches")
+    if curves.get("local"):
+        return Target(best(curves["local"]), "the best mean over sites that training alone reaches")
     found = [best(v) for v in curves.values() if v]
     if not found:
         return None

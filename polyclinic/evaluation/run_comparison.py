@@ -124,7 +124,7 @@ def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: S
     }
     values = [[r.of(k).macro.value for k in common] for r in results.values()]
     alone = any(r.of(k).gains for r in results.values() for k in common)
-    gains = {k: _against_single(k, results.values()) for k in common if k != "single"} if alone else {}
+    gains = {k: _against_single(k, results.values()) for k in common if k != "local"} if alone else {}
     named = {(name, k): text for name, run in runs.items() for k in every if (text := _named(run, k))}
     rows = tuple(tuple(row) for row in values)
     ranking = _ranks(common, values, list(results.values()))

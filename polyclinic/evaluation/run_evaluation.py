@@ -62,7 +62,7 @@ class MethodResult:
 
     Attributes:
         label: The method.
-        baseline: Whether it is Single, Mix or Cross.
+        baseline: Whether it is Local, Pooled or Cross.
         seeds: The seeds with predictions.
         sites: Estimates by site, then by metric. The primary metric has intervals everywhere.
         pooled: All training sites' patients together, by metric.
@@ -241,12 +241,12 @@ def _random(
 
 
 def _with_gains(m: MethodResult, run: Run, data: Sample, metric: Metric, options: Options) -> MethodResult:
-    if m.label == "single" or not data.seeds("single"):
+    if m.label == "local" or not data.seeds("local"):
         return m
     gains = {}
-    for site in [s for s in training_sites(run) if s in m.sites and data.has("single", [s])]:
+    for site in [s for s in training_sites(run) if s in m.sites and data.has("local", [s])]:
         if data.count(site)[0] >= options.min_cell:
-            gains[site] = data.difference(m.label, "single", [site], metric)
+            gains[site] = data.difference(m.label, "local", [site], metric)
     return replace(m, gains=gains)
 
 

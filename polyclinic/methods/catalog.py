@@ -58,8 +58,8 @@ SEEN = "the change of the model, which the server sees site by site"
 FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
         Entry(
-            "single",
-            "base.baselines:single",
+            "local",
+            "base.baselines:LocalOnly",
             "every site trains alone",
             "Guan et al. 2024",
             "nothing",
@@ -70,7 +70,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "cross",
-            "base.baselines:cross",
+            "base.baselines:Cross",
             "every site is tested with another's model",
             "Guan et al. 2024",
             "the model",
@@ -80,8 +80,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("dp-sgd",),
         ),
         Entry(
-            "mix",
-            "base.baselines:mix",
+            "pooled",
+            "base.baselines:pooled",
             "all data in one place",
             "Guan et al. 2024",
             "the data",
@@ -91,7 +91,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
     ),
     "Federated optimization": (
-        Entry("fedavg", "optimization.fedavg:fedavg", "federated averaging", "McMahan et al. 2017", private=BOTH),
+        Entry("fedavg", "optimization.fedavg:FedAvg", "federated averaging", "McMahan et al. 2017", private=BOTH),
         Entry(
             "fedsgd",
             "optimization.fedsgd:fedsgd",
@@ -110,7 +110,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "scaffold",
-            "optimization.scaffold:scaffold",
+            "optimization.scaffold:Scaffold",
             "control variates against drift",
             "Karimireddy et al. 2020",
             "the change of the model and of a control variate",
@@ -125,7 +125,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry("fedyogi", "optimization.fedopt:fedyogi", "Yogi at the server", "Reddi et al. 2021", private=BOTH),
         Entry(
             "feddyn",
-            "optimization.feddyn:feddyn",
+            "optimization.feddyn:FedDyn",
             "sites' objectives bent towards a common minimum",
             "Acar et al. 2021",
             stateful=True,
@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "pfedme",
-            "personalization.pfedme:pfedme",
+            "personalization.pfedme:PFedMe",
             "personal models near a shared one, which follows them",
             "T. Dinh et al. 2020 (NeurIPS)",
             stateful=True,
@@ -206,7 +206,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "apfl",
-            "personalization.apfl:apfl",
+            "personalization.apfl:APFL",
             "each site predicts with a learned mixture of its own model and the shared one",
             "Deng et al. 2020",
             stateful=True,
@@ -224,7 +224,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "moon",
-            "personalization.moon:moon",
+            "personalization.moon:Moon",
             "sites keep their representation near the global model's",
             "Li et al. 2021 (CVPR)",
             stateful=True,
@@ -232,7 +232,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "ifca",
-            "personalization.ifca:ifca",
+            "personalization.ifca:IFCA",
             "several models; each site trains the one that fits it best",
             "Ghosh et al. 2020",
             "the change of every cluster's model, 0 for those that the site is not in",
@@ -242,7 +242,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "feddg",
-            "personalization.feddg:feddg",
+            "personalization.feddg:FedDG",
             "sites practice in the styles of the others, for hospitals not yet seen",
             "Liu et al. 2021 (CVPR)",
             "low-frequency amplitude spectra of some images, once and kept apart by site, and seen by the other sites; then the change of the model",
@@ -250,7 +250,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedsm",
-            "personalization.fedsm:fedsm",
+            "personalization.fedsm:FedSM",
             "a global model, personal ones, and a selector between them",
             "Xu et al. 2022 (CVPR)",
             "the change of the global model and of the selector; the personal model, kept apart by site",
@@ -258,7 +258,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "iop-fl",
-            "personalization.iopfl:iop_fl",
+            "personalization.iopfl:IOPFL",
             "personal models inside; outside, a mixture of them found at test time",
             "Jiang et al. 2023 (TMI)",
             "the change of the model; the personal model, kept apart by site",
@@ -296,7 +296,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "lc-fed",
-            "personalization.lcfed:lc_fed",
+            "personalization.lcfed:LCFed",
             "channels chosen for each site, and heads calibrated where sites disagree",
             "Wang et al. 2022 (ECCV)",
             "the change of all but the head; the head, kept apart by site and seen by the other sites",
@@ -308,7 +308,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: domain adaptation": (
         Entry(
             "fed-align",
-            "domain_adaptation.fedalign:fed_align",
+            "domain_adaptation.fedalign:FedAlign",
             "features that discriminators cannot tell apart by site",
             "Li et al. 2020 (Medical Image Analysis)",
             "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site",
@@ -326,7 +326,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedharmony",
-            "domain_adaptation.fedharmony:fedharmony",
+            "domain_adaptation.fedharmony:FedHarmony",
             "features that do not tell which scanner they come from",
             "Dinsdale et al. 2022",
             "the change of the model and of a domain classifier; mean and deviation of features, kept apart by site",
@@ -497,7 +497,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "histofl",
-            "semi_supervised.histofl:histofl",
+            "semi_supervised.histofl:HistoFL",
             "slides as bags of patches, weights sent with uncalibrated noise",
             "Lu et al. 2022 (MedIA)",
             "the change of the model, blurred",
@@ -505,7 +505,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedcy",
-            "semi_supervised.fedcy:fedcy",
+            "semi_supervised.fedcy:FedCy",
             "videos without labels learn from the order of time",
             "Kassem et al. 2023",
             tasks=("classification",),
@@ -545,8 +545,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=BOTH,
         ),
         Entry(
-            "taught",
-            "distillation.teacher_student:taught",
+            "teacher-student",
+            "distillation.teacher_student:teacher_student",
             "sites learn from labels and from a teacher",
             "Kumar et al. 2021; Hinton et al. 2015",
             private=BOTH,
@@ -583,7 +583,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: data synthesis": (
         Entry(
             "fedvss",
-            "synthesis.fedvss:fedvss",
+            "synthesis.fedvss:FedVSS",
             "virtual examples made with the local and the global model",
             "Zhu and Luo 2022",
             private=("gaussian",),
@@ -591,7 +591,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedreplay",
-            "synthesis.fedreplay:fed_replay",
+            "synthesis.fedreplay:FedReplay",
             "the server trains on what the sites' generators replay",
             "Qu et al. 2022 (Medical Image Analysis)",
             "a generator of the site's examples and its class counts, kept apart by site",
@@ -612,7 +612,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: unequal machines": (
         Entry(
             "fednova",
-            "heterogeneity.fednova:fednova",
+            "heterogeneity.fednova:FedNova",
             "changes averaged per unit of work",
             "Wang et al. 2020",
             "the change of the model per step, and how many steps",
@@ -637,7 +637,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Server end: weight aggregation": (
         Entry(
             "loss-weighted",
-            "aggregation.loss_weighting:loss_weighted",
+            "aggregation.loss_weighting:LossWeighted",
             "sites count more, the lower their training loss",
             "Li et al., in Guan et al. 2024",
             exposes="the weight of an update shows the training loss",
@@ -652,7 +652,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "prr-fl",
-            "aggregation.prrfl:prr_fl",
+            "aggregation.prrfl:PRRFL",
             "low frequencies of the weights are shared; a deputy and a personal model teach one another",
             "Chen et al. 2021 (MICCAI)",
             "a deputy model without normalization layers, which the server sees site by site",
@@ -662,7 +662,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "pfa",
-            "aggregation.pfa:pfa",
+            "aggregation.pfa:PFA",
             "low frequencies of the weights are shared",
             "Chen et al. 2021 (MICCAI)",
             "the model without normalization layers, which the server sees site by site",
@@ -679,7 +679,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedmix-weights",
-            "aggregation.adaptive_weights:fedmix_weights",
+            "aggregation.adaptive_weights:AdaptiveWeights",
             "sites count by their examples and by their loss",
             "Wicaksana et al. 2023",
             "the change of the model, the number of examples and the training loss",
@@ -696,7 +696,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedgma",
-            "aggregation.fedgma:fedgma",
+            "aggregation.fedgma:FedGMA",
             "coordinates on which sites disagree move less",
             "Tenison et al. 2023",
             "the change of the model, and its signs",
@@ -711,7 +711,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "dynamic-fusion",
-            "aggregation.dynamic_fusion:dynamic_fusion",
+            "aggregation.dynamic_fusion:DynamicFusion",
             "a site sends its model only where training made it better",
             "Zhang et al. 2021",
             "whether training helped and, where it did, the change of the model",
@@ -729,7 +729,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "afl",
-            "fairness.afl:afl",
+            "fairness.afl:AFL",
             "the model that is best for the worst mixture of sites",
             "Mohri et al. 2019",
             "the change of the model, and the training loss",
@@ -737,7 +737,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "prop-ffl",
-            "fairness.prop_ffl:prop_ffl",
+            "fairness.prop_ffl:PropFFL",
             "hospitals count more, the nearer their loss is to the worst",
             "Hosseini et al. 2023",
             "the change of the model, the training loss and the number of examples",
@@ -753,7 +753,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedsld",
-            "fairness.fedsld:fedsld",
+            "fairness.fedsld:FedSLD",
             "minibatches weighed to look like the whole federation",
             "Luo and Wu 2022",
             "the change of the model and, once, class counts",
@@ -847,7 +847,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Topologies": (
         Entry(
             "swarm",
-            "topology.swarm:swarm",
+            "topology.swarm:Swarm",
             "no central server: one of the sites merges, another in each round",
             "Warnat-Herresthal et al. 2021",
             "the change of the model, which the elected site sees site by site",
@@ -855,7 +855,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "gossip",
-            "topology.gossip:gossip",
+            "topology.gossip:Gossip",
             "no server: sites average with their neighbors",
             "Lian et al. 2017",
             "the model, which neighbors see",
@@ -904,8 +904,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
 }
 
 METHODS: Mapping[str, Entry] = {entry.name: entry for entries in FAMILIES.values() for entry in entries}
+ALIASES: Mapping[str, str] = {"single": "local", "mix": "pooled", "taught": "teacher-student"}
+"""Other names that a study may use: those of the survey, and a former one."""
+
+
+def canonical(name: str) -> str:
+    """Return the name in the table for ``name``, which may be an alias."""
+    return ALIASES.get(name, name)
 
 
 def family_of(name: str) -> str:
-    """The heading under which a method stands."""
+    """Return the family of the method called ``name``."""
+    name = canonical(name)
     return next(family for family, entries in FAMILIES.items() if any(entry.name == name for entry in entries))

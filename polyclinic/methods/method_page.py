@@ -1,4 +1,4 @@
-"""What a method's page says, taken from its table line, its docstrings and its maker's arguments."""
+"""A method's reference page, built from its table entry, its docstrings and its options."""
 
 import inspect
 import re
@@ -15,17 +15,17 @@ USUAL = {
     "bins": "Of the histograms that quantiles are read from.",
     "over": "The method whose updates the rule aggregates, with that method's own defaults.",
 }
-"""What options mean that many methods have, where a method's own docstrings do not say."""
+"""Meanings of common options, used if a method's own docstrings do not describe them."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """One method, explained.
+    """The description of one method.
 
     Attributes:
-        entry: Its line in the table. ``family``: the heading it stands under.
-        about: What it is, from the docstrings of its maker, its class and its module.
-        options: What a study may set, with defaults and, where the class describes it, the meaning.
+        entry: Its table entry. ``family``: its heading in the table.
+        about: The docstrings of its maker, its class and its module.
+        options: What a study may set, with defaults and, if described, the meaning.
     """
 
     entry: Entry
@@ -40,17 +40,17 @@ class Page:
         lines += [f"**What leaves a site:** {e.leaves}.", ""]
         covered = {"dp-sgd": "private training (DP-SGD)", "gaussian": "clip and noise on replies"}
         ways = " and ".join(covered[way] for way in e.private)
-        why = f"Not by private training: {e.exposes}." if e.exposes else ""
-        lines += [f"**An ε covers it with:** {ways or 'nothing'}. {why}".rstrip(), ""]
+        why = f"Not with private training: {e.exposes}." if e.exposes else ""
+        lines += [f"**Differential privacy is available with:** {ways or 'nothing'}. {why}".rstrip(), ""]
         if e.uplink:
             through = ", ".join(f'{{ name = "{name}" }}' for name in e.uplink)
-            lines += [f"In a study it has `uplink = [{through}]`; `uplink = []` undoes that.", ""]
+            lines += [f"By default a study uses `uplink = [{through}]` with it; `uplink = []` turns this off.", ""]
         if e.tasks:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:
-            lines += ["**Sites keep something** between rounds; it never leaves them.", ""]
+            lines += ["**Sites keep state** between rounds; it never leaves them.", ""]
         if e.unlabeled:
-            lines += ["**A site without any labels takes part.**", ""]
+            lines += ["**A site without labels can take part.**", ""]
         if self.options:
             lines += ["| option | default | meaning |", "|---|---|---|"]
             lines += [f"| `{name}` | `{value!r}` | {text} |" for name, (value, text) in self.options.items()]
@@ -74,24 +74,26 @@ class Page:
 
 
 def page(name: str) -> Page:
-    """The page of the method called ``name``.
+    """Return the page of the method called ``name``.
 
     Raises:
-        UnknownMethod: Where there is none; the message suggests one.
+        UnknownMethod: If no method has this name.
     """
     line = entry(name)
     make = maker(line)
     module = inspect.getmodule(make)
     built = _class_of(make, module)
-    told = inspect.getdoc(make) or ""
+    doc = inspect.getdoc(make) or ""
     known, meanings = options(line), dict[str, str]()
-    for cls in vars(module).values():  # a variant that wraps is told by what it wraps
+    for cls in vars(module).values():  # a wrapper's options may be described by the class that it wraps
         if inspect.isclass(cls) and cls.__module__ == make.__module__:
             meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
-    for cls in reversed(built.__mro__ if built else ()):  # what a class inherits is told by its parents
+    for cls in reversed(built.__mro__ if built else ()):  # parents describe inherited options
         meanings |= described(inspect.cleandoc(cls.__doc__ or ""), known)
-    meanings |= described(told, known, "Args")
-    about = [before_attributes(told, "Args")]
+    about = []
+    if make is not built:
+        meanings |= described(doc, known, "Args")
+        about.append(before_attributes(doc, "Args"))
     if built and built.__module__ == make.__module__:
         about.append(before_attributes(inspect.getdoc(built) or ""))
     about.append(inspect.getdoc(module) or "" if module else "")
@@ -100,7 +102,9 @@ def page(name: str) -> Page:
 
 
 def _class_of(make: Any, module: Any) -> type | None:
-    """The class that a maker returns, by its annotation."""
+    """Return the class that a maker is or, by its annotation, returns."""
+    if inspect.isclass(make):
+        return make
     kind = inspect.signature(make).return_annotation
     return kind if isinstance(kind, type) else getattr(module, str(kind), None)
 

@@ -1,9 +1,9 @@
-"""From a method's name and options to the method, with every wrong option named."""
+"""Look up methods by name, list their options, and build them."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,17 +12,18 @@ from polyclinic.core.method import Method
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.catalog import METHODS, Entry
+from polyclinic.methods.catalog import METHODS, Entry, canonical
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a study knows and a method may need, by the name of the argument.
+    """What a study provides to a method, by the name of the constructor's argument.
 
     Attributes:
-        task: What is learned. ``local``: how a site trains.
-        sites: The names of the sites that train. ``population`` is their number.
-        rounds: How many rounds the study plans.
+        task: The learning task.
+        local: The local training at a site.
+        sites: The names of the training sites. ``population`` is their number.
+        rounds: The number of rounds that the study plans.
     """
 
     task: Task
@@ -32,31 +33,37 @@ class Setting:
 
     @property
     def population(self) -> int:
-        """How many sites train."""
+        """The number of training sites."""
         return len(self.sites)
 
 
+PROVIDED = frozenset({*(field.name for field in fields(Setting)), "population"})
+"""Arguments that the study provides, so that they are not options."""
+
+
 class UnknownMethod(ConfigError):
-    """No method has this name. The message suggests one."""
+    """No method has this name. The message suggests a similar one."""
 
 
 def entry(name: str) -> Entry:
-    """The table's line for ``name``.
+    """Return the table entry of a method, by its name or an alias.
 
     Raises:
-        UnknownMethod: Where there is none.
+        UnknownMethod: If no method has this name. The message suggests a similar one.
     """
+    name = canonical(name)
     if name in METHODS:
         return METHODS[name]
-    if name in (found := plugins()):
-        return found[name]
-    near = difflib.get_close_matches(name, [*METHODS, *found], 1)
-    hint = f' Did you mean "{near[0]}"?' if near else ""
+    installed = plugins()
+    if name in installed:
+        return installed[name]
+    similar = difflib.get_close_matches(name, [*METHODS, *installed], 1)
+    hint = f' Did you mean "{similar[0]}"?' if similar else ""
     raise UnknownMethod(f'no method is called "{name}".{hint} `polyclinic methods` lists them')
 
 
 def plugins() -> dict[str, Entry]:
-    """Methods that other installed packages offer, under the entry-point group ``polyclinic.methods``."""
+    """Return the methods that other installed packages provide, under the entry-point group ``polyclinic.methods``."""
     return {
         point.name: Entry(point.name, f"{point.module}:{point.attr}", "from an installed package", point.module)
         for point in entry_points(group="polyclinic.methods")
@@ -64,21 +71,21 @@ def plugins() -> dict[str, Entry]:
 
 
 def maker(of: Entry) -> Callable[..., Method[Any]]:
-    """The function that builds a method."""
-    module, _, function = of.make.partition(":")
+    """Return what builds a method: its class, or a function that returns one."""
+    module, _, name = of.make.partition(":")
     path = f"polyclinic.methods.{module}" if of.name in METHODS else module
-    make: Callable[..., Method[Any]] = getattr(import_module(path), function)
+    make: Callable[..., Method[Any]] = getattr(import_module(path), name)
     return make
 
 
 def import_methods(names: Iterable[str] = tuple(METHODS)) -> None:
     """Import the modules of methods, so that the tags of their states are registered and their files can be read.
 
-    Whoever builds a method has imported its module already. This is for code that reads a state without building its
-    method. The names come from a study or a run's description, never from the file that is to be read.
+    Building a method imports its module. This is for code that reads a state without building its method. The names
+    come from a study or a run's description, never from the file that is to be read.
 
     Args:
-        names: The methods; by default all of Polyclinic's. Those of plug-ins must be named.
+        names: The methods; by default all of Polyclinic's. Plug-in methods must be named.
 
     Raises:
         UnknownMethod: If a name is unknown.
@@ -88,18 +95,24 @@ def import_methods(names: Iterable[str] = tuple(METHODS)) -> None:
 
 
 def options(of: Entry) -> Mapping[str, inspect.Parameter]:
-    """What a study may set for a method, by name: the keyword-only arguments of its maker."""
-    given = inspect.signature(maker(of)).parameters
-    return {name: p for name, p in given.items() if p.kind is p.KEYWORD_ONLY}
+    """Return what a study may set for a method, by name.
+
+    Of a class, these are all fields that ``Setting`` does not provide; of a function, its keyword-only arguments.
+    """
+    make = maker(of)
+    parameters = inspect.signature(make).parameters
+    if inspect.isclass(make):
+        return {name: p for name, p in parameters.items() if name not in PROVIDED}
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def build(name: str, setting: Setting, given: Mapping[str, Any] | None = None) -> Method[Any]:
-    """The method called ``name`` with the options ``given``, which must be valid."""
+    """Build the method called ``name`` with the options ``given``, which ``studies.config.study_config`` validates."""
     make = maker(entry(name))
     own = {key: getattr(setting, key) for key in inspect.signature(make).parameters if hasattr(setting, key)}
     return make(**{**own, **(given or {})})
 
 
 def names() -> Sequence[str]:
-    """Every method that a study may name."""
+    """Return the name of every method that a study may use."""
     return [*METHODS, *plugins()]

@@ -125,7 +125,7 @@ def _bytes(run: Run, result: Evaluation, journal: Journal) -> str:
 
 def _baselines(run: Run, result: Evaluation, journal: Journal) -> str:
     labels = [m.label for m in result.methods]
-    enough = {"single", "mix"} <= set(labels) and sum(not m.baseline for m in result.methods) > 1
+    enough = {"local", "pooled"} <= set(labels) and sum(not m.baseline for m in result.methods) > 1
     return f"Methods side by side: {', '.join(labels)}" if enough else ""
 
 

@@ -13,8 +13,8 @@ from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
 from polyclinic.report.formatting import digits_of
 
 NAMES = {  # as their papers write them; others appear under the label that the study gave them
-    "single": "Single",
-    "mix": "Mix",
+    "local": "Local",
+    "pooled": "Pooled",
     "cross": "Cross",
     "fedavg": "FedAvg",
     "fedsgd": "FedSGD",

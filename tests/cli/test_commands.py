@@ -49,7 +49,7 @@ def test_no_torchvision_comes_along() -> None:
 def test_a_study_from_the_first_line_to_the_report(tmp_path: Path) -> None:
     npz(tmp_path)
     text = study(tmp_path).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
-    (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "single"\n\n[[methods]]\nname = "fedavg"\n')
+    (tmp_path / "s.toml").write_text(text + '[[methods]]\nname = "local"\n\n[[methods]]\nname = "fedavg"\n')
     changes = ("--set", "training.lr=0.2", "--set", "rounds=2")
     done = polyclinic("run", "s.toml", *changes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.scaffold import scaffold
+from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.testing import check_method
 from tests.conftest import little_sites
@@ -30,7 +30,7 @@ TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.1)
 METHODS: dict[str, Any] = {
     "fedavg": lambda: FedAvg(TASK, LOCAL),
-    "scaffold": lambda: scaffold(TASK, LOCAL, 3),
+    "scaffold": lambda: Scaffold(TASK, LOCAL, 3),
     "fedbn": lambda: fedbn(TASK, LOCAL),
     "sent": lambda: send_through(FedAvg(TASK, LOCAL), TopK(0.5, shared=True), Int8()),
 }
@@ -69,7 +69,7 @@ def test_bytes_are_those_that_travel(transforms: Any, share: float) -> None:
 
 @pytest.mark.parametrize(("transform", "least"), [(BFloat16(), 2.0**-8), (Int8(), 1 / 127)])
 def test_only_the_model_is_rounded_and_the_server_keeps_it_whole(transform: Any, least: float) -> None:
-    method = received_through(scaffold(TASK, LOCAL, 3), FIRST, transform)
+    method = received_through(Scaffold(TASK, LOCAL, 3), FIRST, transform)
     state = run(method, rounds=1)
     whole, request = method.inner.request(state), method.request(state)
     assert whole is not None

@@ -30,7 +30,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedopt import fedavgm
 from polyclinic.methods.optimization.fedprox import fedprox
-from polyclinic.methods.optimization.scaffold import scaffold
+from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.methods.robust.robust_method import Robust
 from polyclinic.privacy.gaussian import AdaptiveClip, Clip, Gaussian
@@ -48,7 +48,7 @@ METHODS = {
     "weighted": lambda local: FedAvg(TASK, local),
     "fedprox": lambda local: fedprox(TASK, local, mu=0.1, uniform=True),
     "fedbn": lambda local: fedbn(TASK, local, uniform=True),
-    "scaffold": lambda local: scaffold(TASK, local, 3),
+    "scaffold": lambda local: Scaffold(TASK, local, 3),
     "fedopt": lambda local: fedavgm(TASK, local, uniform=True),
     "robust": lambda local: Robust(FedAvg(TASK, local, uniform=True)),
 }

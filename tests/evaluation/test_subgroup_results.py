@@ -19,7 +19,7 @@ from tests.support.synthetic_run import write_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    return write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
 
 
 def told(path, groups):

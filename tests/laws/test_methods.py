@@ -52,7 +52,7 @@ QUICK = (
     "fedmd",
     "swarm",
     "split",
-    "single",
+    "local",
     "combat",
     "feddyn",
     "data-vectors",

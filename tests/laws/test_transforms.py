@@ -10,7 +10,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.scaffold import scaffold
+from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.testing import check_transform
 from tests.conftest import little_sites
 
@@ -29,7 +29,7 @@ NEEDS: dict[str, Any] = {
 def test_promises(name: str, method: str) -> None:
     transform = transform_table.build({"name": name, **NEEDS.get(name, {})})
     before: list[Transform] = [transform_table.build({"name": "clip", "bound": 1.0})] if name == "gaussian" else []
-    inner = FedAvg(TASK, LOCAL, uniform=True) if method == "fedavg" else scaffold(TASK, LOCAL, 2)
+    inner = FedAvg(TASK, LOCAL, uniform=True) if method == "fedavg" else Scaffold(TASK, LOCAL, 2)
     check_transform(inner, *before, transform, params=TASK.first(0), sites=little_sites(count=2))
 
 

@@ -47,7 +47,7 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "fast scans": (
         IMAGES + 'accelerate = 4.0\ncentre = 0.2\nexternal = ["d"]',
         'kind = "reconstruction"\n' + UNET,
-        ["mix", "fedavg", "fedmri", "fl-mrcm", "silobn"],
+        ["pooled", "fedavg", "fedmri", "fl-mrcm", "silobn"],
     ),
     "bags": (IMAGES, 'network = "attention-mil"\noptions = { width = 8, attention = 4 }', ["histofl", "fedprox"]),
     "videos": (

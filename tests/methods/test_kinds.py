@@ -18,7 +18,7 @@ from tests.support.few_labels import run
 
 MINE = [
     *("fedmic", "mutual", "fedmoco", "fedmae", "fcl", "fedsemi", "fedperl", "fedvss"),
-    *("private-heads", "fedmix", "taught", "fedmd", "feddf", "fedni", "histofl"),
+    *("private-heads", "fedmix", "teacher-student", "fedmd", "feddf", "fedni", "histofl"),
 ]
 SMALL = (("depth", 2), ("width", 4))
 TASKS = {

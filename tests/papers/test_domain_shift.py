@@ -67,7 +67,7 @@ def gaps(study, title: str, label: str, other: str, seen: bool = True, splits: i
 
 def test_ten_scanners_together_beat_each_alone(study) -> None:
     """Sex from brain regions: what federating is for, where sites are small."""
-    found = gaps(study, "Sex from brain regions, 10 scanners", "fedavg", "single", splits=5)
+    found = gaps(study, "Sex from brain regions, 10 scanners", "fedavg", "local", splits=5)
     from domain_shift_page import interval
 
     assert interval(found)[1] > 0

@@ -27,7 +27,7 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.scaffold import scaffold
+from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.privacy.budget_policy import Budget
 from polyclinic.privacy.gaussian import Clip
 from polyclinic.privacy.ledger import Ledger
@@ -88,7 +88,7 @@ def test_a_job_is_free_by_who_answers_and_not_by_its_name(ledger: Ledger) -> Non
 
 def test_a_refusal_names_every_part_and_a_paid_reply_costs_what_it_metered(ledger: Ledger) -> None:
     site = Site("a", {"train": Ward()})
-    method = scaffold(TASK, LocalTraining(steps=1), 3)
+    method = Scaffold(TASK, LocalTraining(steps=1), 3)
     request = method.request(method.init(TASK.first()))
     with pytest.raises(Refused, match=r"The reply contains control, update$"):
         execute(method, request, {}, site, Budget(ledger))

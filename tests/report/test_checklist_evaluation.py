@@ -55,11 +55,11 @@ def test_an_empty_run_ticks_nothing(tmp_path):
         ("1", {"simulated": None}, {"simulated": "Made by a program."}),
         ("3", {}, {"sites": {"ada": ("training", 30, 0.5, 0, 0), "bo": ("training", 30, 0.5, 0, 0)}}),
         ("7", {"privacy": True}, {"privacy": False}),
-        ("11", {}, {"methods": ("single", "fedavg")}),
-        ("12", {}, {"methods": ("mix", "fedavg")}),
+        ("11", {}, {"methods": ("local", "fedavg")}),
+        ("12", {}, {"methods": ("pooled", "fedavg")}),
         ("13", {"seeds": (0, 1)}, {"seeds": (0,)}),
         ("14", {}, {"task": "segmentation"}),
-        ("20", {}, {"methods": ("single", "fedavg", "fedprox")}),
+        ("20", {}, {"methods": ("local", "fedavg", "fedprox")}),
     ],
 )
 def test_what_ticks_a_row_and_what_does_not(tmp_path, item, how, why_not):

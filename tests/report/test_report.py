@@ -150,7 +150,7 @@ def test_the_page_the_json_and_the_csv_agree(run, page, tmp_path):
 def test_test_data_choose_nothing(chosen, tmp_path):
     """The method spoken of first is the best on validation, though the other one is better on test, and by far."""
     other = {"fedavg": "fedprox", "fedprox": "fedavg"}[chosen]
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg", "fedprox"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg", "fedprox"))
     lines = [json.loads(x) for x in (path / "records.jsonl").read_text().splitlines()]
     for line in lines:
         if line["kind"] == "scores":
@@ -166,7 +166,7 @@ def test_test_data_choose_nothing(chosen, tmp_path):
 
 
 def test_sites_that_lose_are_named(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
     tensors = load_file(file)
     tensors["bo/score"] = np.ascontiguousarray(tensors["bo/score"][:, ::-1])
@@ -177,8 +177,8 @@ def test_sites_that_lose_are_named(tmp_path):
 
 
 def test_equal_methods_are_not_ranked(tmp_path):
-    path = write_run(tmp_path / "r", seeds=(0,), methods=("single", "fedavg", "fedprox"))
-    for m in ("single", "fedprox"):
+    path = write_run(tmp_path / "r", seeds=(0,), methods=("local", "fedavg", "fedprox"))
+    for m in ("local", "fedprox"):
         (path / "arms" / f"{m}-seed0" / "predictions.safetensors").write_bytes(
             (path / "arms" / "fedavg-seed0" / "predictions.safetensors").read_bytes()
         )
@@ -188,7 +188,7 @@ def test_equal_methods_are_not_ranked(tmp_path):
 
 
 def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("single", "fedavg"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"))
     for file in path.glob("arms/*/predictions.safetensors"):
         tensors = load_file(file)
         tensors["bo/target"][:] = 1
@@ -201,7 +201,7 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path):
 
 @pytest.mark.parametrize("task", ["segmentation", "regression", "multilabel", "reconstruction"])
 def test_other_tasks(tmp_path, task):
-    page = built(tmp_path / "r", task=task, seeds=(0, 1), methods=("single", "mix", "fedavg", "fedprox"))
+    page = built(tmp_path / "r", task=task, seeds=(0, 1), methods=("local", "pooled", "fedavg", "fedprox"))
     words = {
         "segmentation": "are empty though there is a target",
         "regression": "Bland and Altman",
@@ -212,9 +212,9 @@ def test_other_tasks(tmp_path, task):
 
 
 def test_lower_is_better_turns_every_sign(tmp_path):
-    path = write_run(tmp_path / "r", task="regression", seeds=(0,), methods=("single", "mix", "fedavg"))
+    path = write_run(tmp_path / "r", task="regression", seeds=(0,), methods=("local", "pooled", "fedavg"))
     result = evaluate(read_run(path), FEW)
-    alone, here = (result.of(k).macro.value for k in ("single", "fedavg"))
+    alone, here = (result.of(k).macro.value for k in ("local", "fedavg"))
     assert here < alone
     assert all(g.value > 0 for g in result.of("fedavg").gains.values())
     _, value = result.of("fedavg").worst
@@ -225,11 +225,11 @@ def test_lower_is_better_turns_every_sign(tmp_path):
     "how",
     [
         {"sites": {"ada": LITTLE["ada"]}, "seeds": (0,), "methods": ("fedavg",)},
-        {"sites": LITTLE, "seeds": (0,), "methods": ("single",)},
-        {"sites": LITTLE, "seeds": (3, 4), "methods": ("mix", "fedbn"), "simulated": None, "privacy": False},
+        {"sites": LITTLE, "seeds": (0,), "methods": ("local",)},
+        {"sites": LITTLE, "seeds": (3, 4), "methods": ("pooled", "fedbn"), "simulated": None, "privacy": False},
         {
             "sites": {"ada": ("training", 3, 0.4, 0, 0), "bo": ("external", 2, 0.5, 0, 0)},
-            "methods": ("single", "fedavg"),
+            "methods": ("local", "fedavg"),
         },
         {"sites": LITTLE, "images": 4},
     ],
@@ -265,7 +265,7 @@ def test_small_cohorts_can_be_hidden(tmp_path):
 
 
 def test_seeds_with_splits_of_their_own_are_noticed(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("single", "fedavg"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"))
     assert evaluate(read_run(path), FEW).shared
     for file in path.glob("arms/*-seed1/predictions.safetensors"):
         tensors = load_file(file)
@@ -279,16 +279,16 @@ def test_seeds_with_splits_of_their_own_are_noticed(tmp_path):
 
 
 def test_one_seed_twice_is_that_seed(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     once = evaluate(read_run(path), FEW)
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(info | {"seeds": [0, 1]}))
-    for m in ("single", "fedavg"):
+    for m in ("local", "fedavg"):
         (path / "arms" / f"{m}-seed1").mkdir()
         data = (path / "arms" / f"{m}-seed0" / "predictions.safetensors").read_bytes()
         (path / "arms" / f"{m}-seed1" / "predictions.safetensors").write_bytes(data)
     twice = evaluate(read_run(path), FEW)
-    for k in ("single", "fedavg"):
+    for k in ("local", "fedavg"):
         a, b = once.of(k).sites["ada"]["auc"], twice.of(k).sites["ada"]["auc"]
         assert (a.value, a.low, a.high) == pytest.approx((b.value, b.low, b.high))
         assert twice.of(k).seed_sd == 0
@@ -440,11 +440,11 @@ def test_names_cannot_break_the_page(tmp_path):
 
 
 def test_a_test_set_opened_twice_is_said_first(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     text = (path / "records.jsonl").read_text()
     (path / "records.jsonl").write_text(text.replace('"opened": 1', '"opened": 2'))
     page = Page(build_report(path, options=FEW).read_text())
-    assert "The sealed test set was opened more than once: Single (seed 0): 2 times" in page.text
+    assert "The sealed test set was opened more than once: Local (seed 0): 2 times" in page.text
     assert "Test patients stayed sealed" not in page.text
 
 
@@ -472,7 +472,7 @@ def test_without_matplotlib_the_message_names_the_extra(run, tmp_path, monkeypat
 
 
 def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
-    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("single", "fedavg"), privacy=False)
+    path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"), privacy=False)
     with open(path / "records.jsonl", "a") as file:
         for seed, round_, epsilon, by in (
             (0, 1, 3.0, "rdp"),
@@ -502,13 +502,13 @@ def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
 
 
 def test_runs_are_compared_on_the_same_patients(tmp_path):
-    a = write_run(tmp_path / "a", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    a = write_run(tmp_path / "a", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     b = write_run(tmp_path / "b", sites=LITTLE, seeds=(0,), methods=("fedavg", "fedprox"))
     rows = {(r.run, r.method): r for r in compare([a, b], options=FEW)}
     assert rows["a", "fedavg"].verdict == "reference"
     assert rows["b", "fedavg"].difference.value == 0
     assert rows["b", "fedavg"].verdict == "no difference shown"
-    assert rows["a", "single"].difference.adjusted >= rows["a", "single"].difference.p
+    assert rows["a", "local"].difference.adjusted >= rows["a", "local"].difference.p
     with pytest.raises(NotComparable, match="no method 'a/fedbn'"):
         compare([a, b], reference="a/fedbn", options=FEW)
 
@@ -529,8 +529,8 @@ def test_a_panel_ranks_methods_over_data_sets(tmp_path):
     runs = [write_run(tmp_path / t, task=t, seeds=(0,)) for t in ("classification", "regression", "segmentation")]
     found = panel(runs, FEW)
     assert found.methods == tuple(METHODS)
-    assert found.ranking.methods[-1] == "single"
-    assert found.gains["mix"][0] > found.gains["mix"][1]
+    assert found.ranking.methods[-1] == "local"
+    assert found.gains["pooled"][0] > found.gains["pooled"][1]
 
 
 @pytest.mark.parametrize("name", ["how-to/report", "explanation/evaluation"])

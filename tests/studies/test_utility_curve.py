@@ -35,7 +35,7 @@ lr = 0.2
 kind = "in-process"
 
 [[methods]]
-name = "single"
+name = "local"
 
 [[methods]]
 name = "fedavg"

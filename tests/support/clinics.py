@@ -28,10 +28,10 @@ options = { width = 4, depth = 2, norm = "batch" }
 lr = 0.1
 
 [[methods]]
-name = "single"
+name = "local"
 
 [[methods]]
-name = "mix"
+name = "pooled"
 
 [[methods]]
 name = "fedbn"

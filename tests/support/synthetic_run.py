@@ -15,8 +15,8 @@ SITES = {  # name: (role, test patients, share of positives, how hard, shift of 
     "osaka": ("external", 90, 0.4, 0.5, 0.5),
 }
 METHODS = {  # label: (name, title, skill by site class, citation, leaves)
-    "single": ("single", "every site trains alone", 1.15, "", "Nothing: each site trains alone."),
-    "mix": ("mix", "all data in one place", 1.75, "", "All training examples: the upper bound, not federated."),
+    "local": ("local", "every site trains alone", 1.15, "", "Nothing: each site trains alone."),
+    "pooled": ("pooled", "all data in one place", 1.75, "", "All training examples: the upper bound, not federated."),
     "fedavg": (
         "fedavg",
         "federated averaging",
@@ -155,8 +155,8 @@ def write_run(
 
 def _records(m, seed, sites, metric, finished):
     training = [s for s, v in sites.items() if v[0] == "training"]
-    rng, size = rng_of("records", m, seed), 0 if m in ("single", "cross") else 421_416
-    best, trainers = {"single": 5}.get(m, 10), ["pooled"] if m == "mix" else training
+    rng, size = rng_of("records", m, seed), 0 if m in ("local", "cross") else 421_416
+    best, trainers = {"local": 5}.get(m, 10), ["pooled"] if m == "pooled" else training
     for r in range(1, ROUNDS + 1):
         lost = {"nairobi": "no reply within 30 s"} if (m, seed, r) == ("fedavg", 0, 4) and "nairobi" in sites else {}
         yield {
@@ -209,7 +209,7 @@ def _predictions(m, seed, sites, task, images, role):
         base, noise = rng_of("patients", s, role), rng_of("noise", m, seed, s, role)
         patient = np.repeat(np.arange(n), images)
         skill = (
-            METHODS[m][2] - hard * (0.9 if m != "single" else 0.45) + (0.25 if m == "fedbn" and s == "nairobi" else 0)
+            METHODS[m][2] - hard * (0.9 if m != "local" else 0.45) + (0.25 if m == "fedbn" and s == "nairobi" else 0)
         )
         common, own = base.normal(size=n)[patient], noise.normal(size=len(patient)) * 0.35
         if task == "classification":

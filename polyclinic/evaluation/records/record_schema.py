@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-BASELINES = ("single", "mix", "cross")
+BASELINES = ("local", "pooled", "cross")
 TASKS = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
 
 
@@ -182,7 +182,7 @@ class MethodInfo(_Line):
 
     @property
     def baseline(self) -> bool:
-        """Whether it is one of Single, Mix and Cross."""
+        """Whether it is one of Local, Pooled and Cross."""
         return self.label in BASELINES or self.name in BASELINES
 
 

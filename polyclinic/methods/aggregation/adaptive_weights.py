@@ -91,8 +91,3 @@ class AdaptiveWeights(Method[State]):
         if not state.sums:
             return state._replace(sums=reply.mean("amounts").total)
         return State(state.round + 1, reply.mean("update").apply_to(state.params), {})
-
-
-def fedmix_weights(task: Task, local: LocalTraining, *, lam: float = 10.0, beta: float = 1.5) -> AdaptiveWeights:
-    """FedAvg in which sites count by their examples and by their loss."""
-    return AdaptiveWeights(task, local, lam, beta)

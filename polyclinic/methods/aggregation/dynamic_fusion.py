@@ -79,8 +79,3 @@ class DynamicFusion(Method[State]):
             return State(state.round + 1, moved, ())
         better = tuple(sorted(site for site, said in reply.gather("said").items() if said["better"] > 0))
         return state._replace(better=better) if better else State(state.round + 1, state.params, ())
-
-
-def dynamic_fusion(task: Task, local: LocalTraining, *, margin: float = 0.0, uniform: bool = False) -> DynamicFusion:
-    """FedAvg over the sites whose training helped."""
-    return DynamicFusion(task, local, margin, uniform)

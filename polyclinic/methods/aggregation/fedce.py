@@ -120,7 +120,7 @@ def fedce(task: Task, local: LocalTraining, *, mode: str = "times") -> FedCE:
     """FedAvg in which sites count by what they contribute.
 
     Raises:
-        ValueError: Where ``mode`` is neither ``times`` nor ``plus``.
+        ValueError: If ``mode`` is neither ``times`` nor ``plus``.
     """
     if mode not in ("times", "plus"):
         raise ConfigError(f'fedce joins its two scores by mode = "times" or "plus", not "{mode}"')

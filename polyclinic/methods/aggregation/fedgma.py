@@ -14,8 +14,6 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.risk import trained
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg, State
 
 
@@ -44,10 +42,3 @@ class FedGMA(FedAvg):
             mask = agreement.where(agreement < self.threshold, 1.0)
             change = {**change, name: change[name] * mask}
         return State(state.round + 1, tree.shift(state.params, tree.scale(change, self.lr)))
-
-
-def fedgma(
-    task: Task, local: LocalTraining, *, threshold: float = 0.4, lr: float = 1.0, uniform: bool = False
-) -> FedGMA:
-    """FedAvg that trusts a coordinate as far as the sites agree on its sign."""
-    return FedGMA(task, local, lr, uniform, threshold)

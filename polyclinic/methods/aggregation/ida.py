@@ -74,7 +74,7 @@ def ida(task: Task, local: LocalTraining, *, sized: bool = False, intrac: bool =
         intrac: Whether they also count by the inverse of their training accuracy.
 
     Raises:
-        ValueError: Where ``intrac`` is asked of a task that has no accuracy.
+        ValueError: If ``intrac`` is asked of a task that has no accuracy.
     """
     if intrac and task.kind != "classification":
         raise ConfigError(f"intrac = true needs an accuracy, which {task.kind} has none of: leave it out")

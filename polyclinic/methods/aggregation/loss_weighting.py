@@ -16,8 +16,6 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.risk import risk
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -41,10 +39,3 @@ class LossWeighted(FedAvg):
         loss = max(risk(self.task, end, site, request.round), 1e-12)
         trust = math.exp(-loss) if self.form == "exp" else 1 / loss
         return Reply({"update": WeightedMean.of(tree.sub(end, start), trust * self.weight(site))}), memory
-
-
-def loss_weighted(
-    task: Task, local: LocalTraining, *, form: Literal["exp", "inverse"] = "exp", uniform: bool = True, lr: float = 1.0
-) -> LossWeighted:
-    """FedAvg whose sites count more, the lower their training loss."""
-    return LossWeighted(task, local, lr, uniform, form)

@@ -112,8 +112,3 @@ def _mixed(matrices: list[Tensor], share: float) -> list[Tensor]:
     low = torch.zeros_like(mean, dtype=torch.bool)
     low[rows[:, None], columns] = True
     return [torch.fft.ifft2(torch.polar(torch.where(low, mean, f.abs()), f.angle())).real for f in spectra]
-
-
-def pfa(task: Task, local: LocalTraining, rounds: int, *, start: float = 0.7) -> PFA:
-    """Low frequencies of the weights are shared."""
-    return PFA(task, rounds, local, start)

@@ -17,9 +17,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.objectives.distillation_loss import Dual
-from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import outputs
-from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.aggregation.pfa import PFA
 
 
@@ -69,10 +67,3 @@ def macro_f1(said: Tensor, truth: Tensor) -> float:
         both = ((said == c) & (truth == c)).sum()
         scores.append(float(2 * both / ((said == c).sum() + (truth == c).sum())))
     return sum(scores) / len(scores)
-
-
-def prr_fl(
-    task: Task, local: LocalTraining, rounds: int, *, start: float = 0.7, low: float = 0.7, high: float = 0.9
-) -> PRRFL:
-    """Low frequencies of the weights are shared, and a deputy and a personal model teach one another."""
-    return PRRFL(task, rounds, local, start, low, high)

@@ -1,8 +1,7 @@
-"""What federated learning is compared with: every site alone, every site's model elsewhere, all data in one place.
+"""Baselines: local training at each site, each site's model tested at another, and training on pooled data.
 
-The survey's names (Guan, Yap, Bozoki and Liu, 2024, section 6, after Li et al., Medical Image Analysis 2020):
-Single trains and tests within a site, Cross trains at one site and tests at another, Mix pools the data. Mix is FedAvg
-over one site that holds everything; the study arranges its data.
+The survey (Guan, Yap, Bozoki and Liu, 2024, section 6, after Li et al., Medical Image Analysis 2020) calls them Single,
+Cross and Mix. Pooled training is FedAvg over one site that has all data; the study arranges the data.
 """
 
 from dataclasses import dataclass
@@ -20,15 +19,15 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 
 @savable("local.State", 1)
 class Alone(NamedTuple):
-    """Nothing but the count: what sites learn stays there."""
+    """The round, and the initial model. What sites learn stays at the sites."""
 
     round: int
     params: Tree
 
 
 @dataclass(frozen=True)
-class Single(Method[Alone]):
-    """Every site trains alone, from the same beginning. Nothing leaves it."""
+class LocalOnly(Method[Alone]):
+    """Local training at each site from the same initial model. Nothing leaves a site."""
 
     task: Task
     local: LocalTraining = LocalTraining()
@@ -52,7 +51,7 @@ class Single(Method[Alone]):
 
 @savable("cross.State", 1)
 class Exchanged(NamedTuple):
-    """The models of all sites, as of the last round, and where they began."""
+    """The initial model, and the models of all sites after the last round."""
 
     round: int
     params: Tree
@@ -61,9 +60,9 @@ class Exchanged(NamedTuple):
 
 @dataclass(frozen=True)
 class Cross(Method[Exchanged]):
-    """Every site trains alone, and predicts with the model of the next site in name order.
+    """Local training, evaluated with the model of the next site in name order.
 
-    With two sites this is the survey's Cross. With more, every model and every site's data are used once.
+    With two sites this is the survey's Cross. With more, each model and each site's data are used once.
     """
 
     task: Task
@@ -88,16 +87,6 @@ class Cross(Method[Exchanged]):
         return request.trees.get("other", request.trees["params"])
 
 
-def single(task: Task, local: LocalTraining) -> Single:
-    """Every site trains alone."""
-    return Single(task, local)
-
-
-def cross(task: Task, local: LocalTraining) -> Cross:
-    """Every site is tested with the model of another."""
-    return Cross(task, local)
-
-
-def mix(task: Task, local: LocalTraining) -> FedAvg:
-    """All data in one place, which is what federated learning avoids: the bound to compare with."""
+def pooled(task: Task, local: LocalTraining) -> FedAvg:
+    """Train on all data in one place: the upper reference that federated learning is compared with."""
     return FedAvg(task, local)

@@ -33,7 +33,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Taught(Method[State]):
+class TeacherStudent(Method[State]):
     """FedAvg whose sites also learn what a teacher says of their images.
 
     Attributes:
@@ -77,7 +77,7 @@ class Taught(Method[State]):
         return state._replace(round=state.round + 1, params=reply.mean("update").apply_to(state.params))
 
 
-def taught(
+def teacher_student(
     task: Task,
     local: LocalTraining,
     *,
@@ -85,13 +85,13 @@ def taught(
     share: float = 0.5,
     temperature: float = 3.0,
     uniform: bool = False,
-) -> Taught:
+) -> TeacherStudent:
     """FedAvg with a teacher: ``global`` or ``first``."""
     if teacher == "first":
-        return Taught(task, local, "first", share, temperature, uniform)
+        return TeacherStudent(task, local, "first", share, temperature, uniform)
     if teacher != "global":
         raise ConfigError(
             f"no teacher is called {teacher!r}: there are global, the server's model as it was before a "
             "round, and first, the network that the study begins with"
         )
-    return Taught(task, local, "global", share, temperature, uniform)
+    return TeacherStudent(task, local, "global", share, temperature, uniform)

@@ -120,17 +120,3 @@ class FedAlign(Method[State]):
         chosen = torch.randperm(len(data), generator=rng)[: self.share]
         h = encode_all(self.task, model, data, site.device, chosen)
         return h + self.noise * h.std() * torch.randn(h.shape, generator=rng)
-
-
-def fed_align(
-    task: Task,
-    local: LocalTraining,
-    *,
-    start: int = 1,
-    noise: float = 0.001,
-    share: int = 64,
-    weight: float = 0.1,
-    uniform: bool = True,
-) -> FedAlign:
-    """Adversarial alignment of sites' features."""
-    return FedAlign(task, local, start, noise, share, weight, uniform)

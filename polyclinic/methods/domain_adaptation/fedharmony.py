@@ -126,16 +126,3 @@ def _distance(model: nn.Module, origin: Tree) -> Tensor:
         torch.cat([(p - origin[n]).flatten() for n, p in model.named_parameters()])
     )
     return distance
-
-
-def fedharmony(
-    task: Task,
-    local: LocalTraining,
-    sites: tuple[str, ...],
-    *,
-    mu: float = 0.1,
-    domain: float = 1.0,
-    unlearn: float = 1.0,
-) -> FedHarmony:
-    """Sites learn features that do not tell which scanner they come from."""
-    return FedHarmony(task, sites, local, mu, domain, unlearn)

@@ -114,7 +114,7 @@ def mrcm(
     """Sources aligned to a ``target`` whose truth is not used; the last site in order where none is named.
 
     Raises:
-        ValueError: Where the target is not a site, or there is no source.
+        ValueError: If the target is not a site, or there is no source.
     """
     target = target or sites[-1]
     if target not in sites or len(sites) < 2:

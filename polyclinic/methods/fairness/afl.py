@@ -85,8 +85,3 @@ def on_simplex(x: Tensor) -> Tensor:
     ordered = x.sort(descending=True).values
     excess = (ordered.cumsum(0) - 1) / torch.arange(1, len(x) + 1, dtype=x.dtype)
     return (x - excess[ordered > excess][-1]).clamp_min(0)
-
-
-def afl(task: Task, local: LocalTraining, sites: tuple[str, ...], *, rate: float = 0.1, lr: float = 1.0) -> AFL:
-    """FedAvg for the worst mixture of sites."""
-    return AFL(task, sites, local, rate, lr)

@@ -86,8 +86,3 @@ def balanced(logits: Tensor, targets: Tensor, prior: Tensor) -> Tensor:
     shares = torch.bincount(targets, minlength=len(prior)).to(logits.dtype) / len(targets)
     ratio = prior.to(logits)[targets] / shares[targets]
     return (ratio * F.cross_entropy(logits, targets, reduction="none")).mean()
-
-
-def fedsld(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False) -> FedSLD:
-    """FedAvg whose minibatches are weighed to look like the whole federation."""
-    return FedSLD(task, local, lr, uniform)

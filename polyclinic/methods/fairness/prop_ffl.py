@@ -94,10 +94,3 @@ def proportional(losses: Mapping[str, float], sizes: Mapping[str, float], margin
     raw = {name: sizes[name] / (bound - loss) for name, loss in sorted(losses.items())}
     total = sum(raw.values())
     return {name: a / total for name, a in raw.items()}
-
-
-def prop_ffl(
-    task: Task, local: LocalTraining, *, margin: float = 1.1, lr: float = 1.0, uniform: bool = False
-) -> PropFFL:
-    """FedAvg in which a hospital counts more, the nearer its loss is to the worst."""
-    return PropFFL(task, local, margin, lr, uniform)

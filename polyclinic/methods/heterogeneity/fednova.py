@@ -15,8 +15,8 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import InRunningStatistics, Task
-from polyclinic.learning.training.local import LocalTraining, Proximal
+from polyclinic.learning.tasks.task import InRunningStatistics
+from polyclinic.learning.training.local import Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg, State
 
 
@@ -77,8 +77,3 @@ class FedNova(FedAvg):
         mean = reply.mean("update").value
         change = {name: d * (1.0 if running(name) else tau * self.lr) for name, d in mean.items()}
         return State(state.round + 1, tree.shift(state.params, change))
-
-
-def fednova(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False, mu: float = 0.0) -> FedNova:
-    """FedAvg of changes per unit of work."""
-    return FedNova(task, local, lr, uniform, mu)

@@ -57,8 +57,3 @@ class FedAvg(Method[State]):
     def weight(self, site: Site) -> float:
         """What ``site`` counts in the mean."""
         return 1.0 if self.uniform else float(len(site.data["train"]))
-
-
-def fedavg(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False) -> FedAvg:
-    """Federated averaging."""
-    return FedAvg(task, local, lr, uniform)

@@ -80,8 +80,3 @@ class FedDyn(Method[State]):
         )
         params = tree.shift(tree.shift(state.params, moved), tree.scale(h, -1 / self.alpha))
         return State(state.round + 1, params, h)
-
-
-def feddyn(task: Task, local: LocalTraining, population: int, *, alpha: float = 0.1) -> FedDyn:
-    """FedAvg whose sites' objectives are bent towards a common minimum."""
-    return FedDyn(task, population, local, alpha)

@@ -17,7 +17,7 @@ def fedprox(task: Task, local: LocalTraining, *, mu: float = 0.01, lr: float = 1
         mu: μ, the pull towards where a site started; from 0.001 to 1 in the paper.
 
     Raises:
-        ValueError: Where ``mu`` is negative, which would push sites away.
+        ValueError: If ``mu`` is negative, which would push sites away.
     """
     if mu < 0:
         raise ConfigError(f"mu must be at least 0, not {mu:g}")

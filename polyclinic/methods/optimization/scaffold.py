@@ -81,8 +81,3 @@ class Scaffold(Method[State]):
             reply.mean("update").apply_to(state.params, self.lr),
             tree.add(state.control, tree.scale(reply.mean("control").value, share)),
         )
-
-
-def scaffold(task: Task, local: LocalTraining, population: int, *, lr: float = 1.0) -> Scaffold:
-    """FedAvg with control variates against drift between sites."""
-    return Scaffold(task, population, local, lr)

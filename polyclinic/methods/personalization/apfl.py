@@ -17,8 +17,8 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import at
 from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import Task, cached_model
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -74,16 +74,3 @@ def _slope(loss: Tensor, mixed: Tree, own: Tree, shared: Tree) -> float:
     gradients = torch.autograd.grad(loss, list(mixed.values()), retain_graph=True, allow_unused=True)
     gaps = [(own[name] - shared[name]).detach() for name in mixed]
     return sum(float((gap * g).sum()) for gap, g in zip(gaps, gradients, strict=True) if g is not None)
-
-
-def apfl(
-    task: Task,
-    local: LocalTraining,
-    *,
-    alpha: float = 0.5,
-    adaptive: bool = True,
-    lr: float = 1.0,
-    uniform: bool = False,
-) -> APFL:
-    """Every site predicts with a learned mixture of its own model and the shared one."""
-    return APFL(task, local, lr, uniform, alpha, adaptive)

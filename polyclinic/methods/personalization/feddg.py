@@ -122,18 +122,3 @@ class FedDG(Method[State]):
 
     def _contrast(self, model: nn.Module, batch: Batch) -> Tensor:
         return boundary_contrast(represent(self.task, model, batch[0])[0], batch[1], self.temperature)
-
-
-def feddg(
-    task: Task,
-    local: LocalTraining,
-    *,
-    window: float = 0.02,
-    share: float = 0.125,
-    step: float = 0.001,
-    boundary: float = 0.1,
-    temperature: float = 0.05,
-    uniform: bool = False,
-) -> FedDG:
-    """Sites practice in the styles of the others, for a model that serves hospitals not yet seen."""
-    return FedDG(task, local, window, share, step, boundary, temperature, uniform)

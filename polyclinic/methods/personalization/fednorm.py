@@ -103,7 +103,7 @@ def fednorm(
         modalities: Each site's modality, in the order of the sites' names; one for all where empty.
 
     Raises:
-        ValueError: Where there are not as many modalities as sites.
+        ValueError: If there are not as many modalities as sites.
     """
     if modalities and len(modalities) != len(sites):
         wanted = f"name one for each of {', '.join(sites)}, in this order"

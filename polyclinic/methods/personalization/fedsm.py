@@ -134,18 +134,3 @@ def soft_pull(models: Trees, keep: float) -> Trees:
     for name in names[1:]:
         tree.add_(total, models[name])
     return {name: tree.zip_with(lambda p, s: (keep - rest) * p + rest * s, models[name], total) for name in names}
-
-
-def fedsm(
-    task: Task,
-    local: LocalTraining,
-    sites: tuple[str, ...],
-    *,
-    pull: float = 0.7,
-    threshold: float = 0.9,
-    width: int = 16,
-    selector_lr: float = 0.01,
-    uniform: bool = False,
-) -> FedSM:
-    """A global and several personal models, and a selector between them that also serves unseen hospitals."""
-    return FedSM(task, sites, local, pull, threshold, width, selector_lr, uniform)

@@ -103,8 +103,3 @@ class IFCA(Method[State]):
                 x, y = data[chunk]
                 loss += float(self.task.loss(model, (x.to(site.device), y.to(site.device)))) * len(chunk)
         return loss / len(data)
-
-
-def ifca(task: Task, local: LocalTraining, *, clusters: int = 2, lr: float = 1.0, uniform: bool = False) -> IFCA:
-    """Clustered federated learning: several models, and each site trains the one that fits it best."""
-    return IFCA(task, local, clusters, uniform, lr)

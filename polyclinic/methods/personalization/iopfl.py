@@ -91,18 +91,3 @@ class IOPFL(Method[State]):
         members = members if inside is None else [inside] * len(members)
         leaves = {f"member.{k}.{name}": leaf for k, model in enumerate(members) for name, leaf in model.items()}
         return {"adapt": torch.tensor(float(inside is None)), **leaves}
-
-
-def iop_fl(
-    task: Task,
-    local: LocalTraining,
-    sites: tuple[str, ...],
-    *,
-    alpha: float = 0.1,
-    steps: int = 10,
-    adapt_lr: float = 1e-3,
-    noise: float = 0.5,
-    uniform: bool = False,
-) -> IOPFL:
-    """Personal models inside; outside, a mixture of them found at test time."""
-    return IOPFL(task, sites, local, alpha, steps, adapt_lr, noise, uniform)

@@ -103,10 +103,3 @@ class LCFed(Method[State]):
 
 def _second(name: str) -> bool:
     return name.startswith("calibrate.")
-
-
-def lc_fed(
-    task: Task, local: LocalTraining, sites: tuple[str, ...], *, head_steps: int = 10, uniform: bool = True
-) -> LCFed:
-    """Channels chosen for each site, and heads calibrated where sites disagree."""
-    return LCFed(task, sites, local, head_steps, uniform)

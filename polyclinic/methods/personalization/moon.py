@@ -18,8 +18,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import features
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
-from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.tasks.task import Batch, cached_model
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -56,16 +55,3 @@ def contrast(z: Tensor, near: Tensor, far: Tensor, temperature: float) -> Tensor
     """−log( e^{cos(z, near)/τ} / (e^{cos(z, near)/τ} + e^{cos(z, far)/τ}) ), averaged over the batch. All [b, F]."""
     towards, away = F.cosine_similarity(z, near) / temperature, F.cosine_similarity(z, far) / temperature
     return F.softplus(away - towards).mean()
-
-
-def moon(
-    task: Task,
-    local: LocalTraining,
-    *,
-    mu: float = 1.0,
-    temperature: float = 0.5,
-    lr: float = 1.0,
-    uniform: bool = False,
-) -> Moon:
-    """FedAvg with a contrast between the global model's representation and the site's last one."""
-    return Moon(task, local, lr, uniform, mu, temperature)

@@ -14,8 +14,8 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import Task, cached_model
-from polyclinic.learning.training.local import LocalTraining, Proximal, seeded
+from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.training.local import Proximal, seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -50,17 +50,3 @@ class PFedMe(FedAvg):
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory.get("own", request.trees["params"])
-
-
-def pfedme(
-    task: Task,
-    local: LocalTraining,
-    *,
-    lam: float = 15.0,
-    eta: float = 0.05,
-    steps: int = 5,
-    lr: float = 1.0,
-    uniform: bool = False,
-) -> PFedMe:
-    """Personal models near a shared one, which follows them."""
-    return PFedMe(task, local, lr, uniform, lam, eta, steps)

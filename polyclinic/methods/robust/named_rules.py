@@ -245,7 +245,7 @@ def _under(
     """The method called ``over`` under ``rule``.
 
     Raises:
-        ValueError: Where sites are quarantined that there are not.
+        ValueError: If sites are quarantined that there are not.
     """
     if unknown := set(quarantined) - set(sites):
         raise ConfigError(f"quarantined names {sorted(unknown)}, which no site is called; there are {', '.join(sites)}")

@@ -154,7 +154,7 @@ def apart(reply: Reply, site: str) -> Reply:
     An update's leaves are called ``part/name``. Where a part weighs another than 1, ``part/`` says what.
 
     Raises:
-        TypeError: Where a part has a weight for every element.
+        TypeError: If a part has a weight for every element.
     """
     leaves: dict[str, torch.Tensor] = {}
     for part, stat in reply.parts.items():

@@ -21,8 +21,6 @@ from polyclinic.core.tree import Trees
 from polyclinic.learning.networks.latent import encoded
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.example_pool import fit_both
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.video_cycle import clip, cycle_back
 
@@ -63,19 +61,3 @@ class FedCy(FedAvg):
         return Reply(
             {"update": WeightedMean.of(tree.sub(end, start), float(weight > 0) if self.uniform else weight)}
         ), memory
-
-
-def fedcy(
-    task: Task,
-    local: LocalTraining,
-    *,
-    contrast: float = 0.1,
-    cycle: float = 0.1,
-    frames: int = 16,
-    temperature: float = 0.1,
-    trust: float = 0.5,
-    lr: float = 1.0,
-    uniform: bool = False,
-) -> FedCy:
-    """Labeled and unlabeled videos together."""
-    return FedCy(task, local, lr, uniform, contrast, cycle, frames, temperature, trust)

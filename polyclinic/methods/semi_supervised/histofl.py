@@ -17,8 +17,7 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.learning.tasks.task import InRunningStatistics, Task
-from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.tasks.task import InRunningStatistics
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -40,10 +39,3 @@ class HistoFL(FedAvg):
                 # W ← W + α · std(W) · N(0, 1)
                 end[name] = leaf + self.noise * leaf.std() * rng.normal(*leaf.shape).to(leaf)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
-
-
-def histofl(
-    task: Task, local: LocalTraining, *, noise: float = 0.001, lr: float = 1.0, uniform: bool = False
-) -> HistoFL:
-    """FedAvg with uncalibrated noise on the weights, for bags of patch features."""
-    return HistoFL(task, local, lr, uniform, noise)

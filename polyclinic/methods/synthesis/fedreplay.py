@@ -110,17 +110,3 @@ class Drawn:
 
 def _generates(name: str) -> bool:
     return name.startswith("decoder.")
-
-
-def fed_replay(
-    task: Task,
-    local: LocalTraining,
-    *,
-    examples: int = 256,
-    epochs: int = 10,
-    lr: float = 2e-3,
-    latent: int = 16,
-    width: int = 16,
-) -> FedReplay:
-    """The server trains on what the sites' generators replay, with every class as likely as any other."""
-    return FedReplay(task, local, examples, epochs, lr, latent, width)

@@ -18,8 +18,7 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.objectives.distillation_loss import divergence
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
-from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.tasks.task import Batch, cached_model
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.synthesis.virtual_examples import adversarial, still_statistics, surer
 
@@ -61,19 +60,3 @@ class FedVSS(FedAvg):
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
-
-
-def fedvss(
-    task: Task,
-    local: LocalTraining,
-    *,
-    smooth: float = 1.0,
-    align: float = 1.0,
-    size: float = 0.1,
-    stride: float = 0.1,
-    steps: int = 1,
-    lr: float = 1.0,
-    uniform: bool = False,
-) -> FedVSS:
-    """FedAvg with virtual examples."""
-    return FedVSS(task, local, lr, uniform, smooth, align, size, stride, steps)

@@ -85,7 +85,7 @@ def cyclic(
         order: In which order sites are visited; as the study names them where empty.
 
     Raises:
-        ValueError: Where ``order`` does not name every site once.
+        ValueError: If ``order`` does not name every site once.
     """
     if order and sorted(order) != sorted(sites):
         raise ConfigError(f"order must name every site once: {', '.join(sites)}; not {', '.join(order)}")

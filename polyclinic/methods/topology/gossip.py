@@ -99,10 +99,3 @@ def mean(models: Sequence[Tree]) -> Tree:
     for other in models[1:]:
         tree.add_(total, other)
     return tree.scale(total, 1 / len(models))
-
-
-def gossip(
-    task: Task, local: LocalTraining, *, neighbors: int = 2, graph: Literal["ring", "random"] = "random"
-) -> Gossip:
-    """Every site averages with its neighbors, and trains."""
-    return Gossip(task, local, neighbors, graph)

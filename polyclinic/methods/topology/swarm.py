@@ -102,8 +102,3 @@ class Swarm(Method[State]):
 
 def _weighed(change: Tree) -> WeightedMean:
     return WeightedMean.of(tree.select(change, lambda name: name != "/weight"), float(change["/weight"]))
-
-
-def swarm(task: Task, local: LocalTraining, *, deputies: int = 1, uniform: bool = False) -> Swarm:
-    """FedAvg whose server is one of the sites, another in each round."""
-    return Swarm(task, local, deputies, uniform)

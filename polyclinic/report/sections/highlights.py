@@ -192,8 +192,8 @@ def _about_study(page: ReportContext) -> Iterator[Finding]:
     if len(run.info.seeds) == 1:
         yield Finding(2, "One seed: the intervals cover the choice of patients, not the luck of training.")
     labels = {m.label for m in run.info.methods}
-    if "single" not in labels:
-        yield Finding(2, "Training alone (Single) is not in the study, so whether federating was worth it stays open.")
+    if "local" not in labels:
+        yield Finding(2, "Local training is not in the study, so whether federating was worth it stays open.")
     federated = [m for m in run.info.methods if not m.baseline]
     private = {p.method for p in run.privacy}
     if federated and not private:

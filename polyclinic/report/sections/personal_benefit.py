@@ -19,7 +19,7 @@ def gains_section(page: ReportContext) -> Section:
     """Each site's gain over training alone; sites that lose are named."""
     first, d = page.first, page.digits
     if first is None or not first.gains:
-        text = "This needs the baseline Single (each site trains alone) beside a federated method; the run lacks one."
+        text = "This needs the baseline `local` (each site trains alone) and a federated method; the run lacks one."
         return Section("worth", TITLE, [Text(text)])
     points = []
     for site, g in first.gains.items():
@@ -55,7 +55,7 @@ def _table(page: ReportContext, first: MethodResult) -> Table:
         rows.append(
             {
                 "site": site,
-                "alone": amount(page.result.of("single").sites[site][name].value, d),
+                "alone": amount(page.result.of("local").sites[site][name].value, d),
                 "federated": amount(first.sites[site][name].value, d),
                 "gain": cell(g, d, signed=True),
                 "p": Cell(p_value(g.p), g.p),
@@ -72,22 +72,24 @@ def _table(page: ReportContext, first: MethodResult) -> Table:
 
 def _upper_bound(page: ReportContext, first: MethodResult) -> Iterator[Text]:
     """How much of the way from training alone to all data in one place."""
-    if not {"single", "mix"} <= {m.label for m in page.result.methods}:
+    if not {"local", "pooled"} <= {m.label for m in page.result.methods}:
         return
-    alone, pooled, here = page.result.of("single").macro.value, page.result.of("mix").macro.value, first.macro.value
+    alone, pooled, here = page.result.of("local").macro.value, page.result.of("pooled").macro.value, first.macro.value
     if alone is None or pooled is None or here is None:
         return
     d, sign = page.digits, 1 if page.higher else -1
     text = (
         f"Mean over sites: alone {number(alone, d)}, {page.title(first.label)} {number(here, d)}, "
-        f"all data in one place (Mix) {number(pooled, d)}."
+        f"all data in one place (Pooled) {number(pooled, d)}."
     )
     if sign * (pooled - alone) > 0.5 * 10**-d:
         share = (here - alone) / (pooled - alone)
         if share >= 1:
-            text += " The distance from alone to Mix is covered in full without moving data."
+            text += " The distance from local to pooled training is covered in full without moving data."
         elif share > 0:
-            text += f" Of the distance from alone to Mix, {100 * share:.0f} % is covered without moving data."
+            text += (
+                f" Of the distance from local to pooled training, {100 * share:.0f} % is covered without moving data."
+            )
     yield Text(text)
 
 

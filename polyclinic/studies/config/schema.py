@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
 from polyclinic.errors import ConfigError
 
@@ -139,6 +139,13 @@ class MethodSpec(Table):
     """The transforms that requests pass through, in order."""
     training: dict[str, Any] = {}
     """Keys of ``[training]`` that differ for this method."""
+
+    @field_validator("name")
+    @classmethod
+    def _canonical(cls, name: str) -> str:
+        from polyclinic.methods.catalog import canonical
+
+        return canonical(name)
 
     @model_validator(mode="after")
     def _usual(self) -> "MethodSpec":

@@ -90,10 +90,10 @@ def test_the_guide_works_as_it_stands(tmp_path: Path) -> None:
         flare_processes.end(place)
     assert not left, "everything that was started was stopped"
     run = read_run(place / "results")
-    assert {label for label, _ in run.arms} == {"single", "fedavg"}
+    assert {label for label, _ in run.arms} == {"local", "fedavg"}
     assert all(set(sites) == {"lyon"} for sites in run.arms.values()), "Oslo keeps its predictions"
     scored = {(line.method, line.site) for line in run.lines if line.kind == "test"}
-    assert scored == {(m, s) for m in ("single", "fedavg") for s in ("lyon", "oslo")}
+    assert scored == {(m, s) for m in ("local", "fedavg") for s in ("lyon", "oslo")}
     page = (place / "results" / "report" / "report.html").read_text()
     assert "Sites that keep their predictions" in page
     assert not (place / "oslo" / "keys").exists()

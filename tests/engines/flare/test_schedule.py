@@ -466,7 +466,7 @@ def test_a_site_that_lost_everything_begins_anew_in_its_place(tmp_path: Path) ->
     assert refused(homes) == []
 
 
-PUBLIC = ("feddf", "fedad", "fedreplay", "fedmd", "mix")  # need data that these sites and their server have not
+PUBLIC = ("feddf", "fedad", "fedreplay", "fedmd", "pooled")  # need data that these sites and their server have not
 QUICK = ("mime", "combat", "cyclic", "split", "data-vectors", "ifca", "fedmae")
 
 

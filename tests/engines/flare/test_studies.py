@@ -145,11 +145,11 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     )
     here, there = predictions(tmp_path / "here"), predictions(out)
     assert (
-        {(m, s) for m, s in here if m != "mix"}
+        {(m, s) for m, s in here if m != "pooled"}
         == set(there)
         == {
-            ("single", "lyon"),
-            ("single", "oslo"),
+            ("local", "lyon"),
+            ("local", "oslo"),
             ("fedbn", "lyon"),
             ("fedbn", "oslo"),
             ("fedbn", "osaka"),
@@ -329,8 +329,8 @@ def test_sites_that_keep_predictions_send_scores_and_a_refused_study_fails_at_on
 def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
     study = study_config.read(make(tmp_path)[0])
     arms, notes = deployment.arms(study, CLINICS)
-    assert {arm["label"] for arm in arms} == {"single", "fedbn"}
-    assert {arm["label"]: arm["external"] for arm in arms} == {"single": [], "fedbn": ["osaka"]}
+    assert {arm["label"] for arm in arms} == {"local", "fedbn"}
+    assert {arm["label"]: arm["external"] for arm in arms} == {"local": [], "fedbn": ["osaka"]}
     assert notes == [
         "mix is left out: it needs all data in one place, and here they stay at the sites",
         "[data] patient: not sent; each hospital says this of its own data, in its data.toml",
@@ -339,7 +339,7 @@ def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
         deployment.arms(study, ("lyon", "oslo"))
     with pytest.raises(deployment.NotElsewhere, match="nobody is left"):
         deployment.arms(study, ("osaka",))
-    only = study.model_copy(update={"methods": tuple(m for m in study.methods if m.name == "mix")})
+    only = study.model_copy(update={"methods": tuple(m for m in study.methods if m.name == "pooled")})
     with pytest.raises(deployment.NotElsewhere, match="no method is left"):
         deployment.arms(only, CLINICS)
     assert "path" not in deployment.how(study)["data"]

@@ -430,7 +430,7 @@ DP_SGD = {"steps": 1, "private": {"noise": 1.0, "bound": 1.0, "unit": "patient"}
         ({"uplink": NOISE[:1], "options": {"uniform": True}}, ["replies must contain noise"]),
         ({"uplink": NOISE, "options": {"uniform": True}}, []),
         ({"training": DP_SGD}, []),
-        ({"method": "single"}, []),  # nothing leaves, so nothing is paid
+        ({"method": "local"}, []),  # nothing leaves, so nothing is paid
         ({"method": "moon", "training": DP_SGD}, []),
         (
             {"method": "fedmix", "kind": "segmentation", "network": "unet", "inputs": (1, 16, 16), "training": DP_SGD},

@@ -17,7 +17,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InHead, InNormalization
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.baselines import Cross, Single, mix
+from polyclinic.methods.base.baselines import Cross, LocalOnly, pooled
 from polyclinic.methods.catalog import METHODS
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedopt import FedOpt, fedavgm
@@ -125,13 +125,13 @@ def test_one_adaptive_step_by_hand(rule: str, task, local) -> None:
     assert all(torch.allclose(state.params[name], plain[name]) for name in statistics)
 
 
-def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_single(task, local) -> None:
+def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_local(task, local) -> None:
     sites, start = little_sites(), task.first(0)
     state, _ = run(Personal(FedAvg(task, local), lambda name: False), sites, start)
     assert equal(state.inner, run(FedAvg(task, local), sites, start)[0])
     everything, engine = run(Personal(FedAvg(task, local), lambda name: True), sites, start)
     assert not everything.inner.params
-    _, alone = run(Single(task, local), sites, start)
+    _, alone = run(LocalOnly(task, local), sites, start)
     assert close([m["own"] for m in engine.memory.values()], [m["params"] for m in alone.memory.values()])
 
 
@@ -182,7 +182,7 @@ def test_personal_wraps_scaffold(task, local) -> None:
 
 
 def test_nothing_leaves_a_site_that_trains_alone(task, local) -> None:
-    method = Single(task, local)
+    method = LocalOnly(task, local)
     for step in train(method, InProcess(method, little_sites()), method.init(task.first(0)), rounds=2):
         assert sum(step.bytes_up.values()) == 0
 
@@ -195,16 +195,16 @@ def test_cross_predicts_with_another_sites_model(task, local) -> None:
         assert equal(method.site_model(request.for_site(name), engine.memory[name]), engine.memory[other]["params"])
 
 
-def test_mix_is_training_on_all_data_in_one_place(task, local) -> None:
+def test_pooled_is_training_on_all_data_in_one_place(task, local) -> None:
     parts, start = [site.data["train"] for site in little_sites().values()], task.first(0)
-    pooled = Site("pooled", {"train": Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))})
-    state, _ = run(mix(task, local), {"pooled": pooled}, start)
+    everything = Site("pooled", {"train": Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))})
+    state, _ = run(pooled(task, local), {"pooled": everything}, start)
     expected = start
     for r in range(3):
-        expected = local.fit(task, expected, pooled, r)
+        expected = local.fit(task, expected, everything, r)
     assert close(state.params, expected)
-    assert entry("mix").pooled
-    assert [name for name in METHODS if METHODS[name].pooled] == ["mix"]
+    assert entry("pooled").pooled
+    assert [name for name in METHODS if METHODS[name].pooled] == ["pooled"]
 
 
 def test_a_wrong_name_is_answered_with_a_near_one() -> None:

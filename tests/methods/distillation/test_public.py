@@ -18,7 +18,7 @@ from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.distillation.fedad import FedAD, fedad
 from polyclinic.methods.distillation.feddf import FedDF, feddf
 from polyclinic.methods.distillation.fedmd import FedMD, fedmd
-from polyclinic.methods.distillation.teacher_student import Taught, taught
+from polyclinic.methods.distillation.teacher_student import TeacherStudent, teacher_student
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import Rows, blobs, little_sites
 from tests.support.few_labels import near, run, same
@@ -170,7 +170,7 @@ def test_fedads_noise_is_added_to_probabilities(task):
 
 def test_a_teacher_that_counts_nothing_is_fedavg(task):
     sites = little_sites()
-    step, _ = run(Taught(task, LOCAL, share=0.0), sites, task.first(0))
+    step, _ = run(TeacherStudent(task, LOCAL, share=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params)
 
@@ -179,7 +179,7 @@ def test_one_step_with_a_teacher_is_the_equation_in_numpy():
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
     teacher = {k: v + 0.5 for k, v in params.items()}
     teacher["head.weight"] = teacher["head.weight"] * 2
-    method = Taught(LINEAR, STEP, "first", share=0.3, temperature=2.0)
+    method = TeacherStudent(LINEAR, STEP, "first", share=0.3, temperature=2.0)
     state = method.init(teacher)._replace(params=params)
     reply, _ = method.site_update(method.request(state), {}, sites["site-1"])
     data = sites["site-1"].data["train"]
@@ -192,6 +192,6 @@ def test_one_step_with_a_teacher_is_the_equation_in_numpy():
 
 
 def test_only_two_teachers_are_known(task):
-    assert taught(task, LOCAL, teacher="first").teacher == "first"
+    assert teacher_student(task, LOCAL, teacher="first").teacher == "first"
     with pytest.raises(ValueError, match="no teacher is called 'plato'"):
-        taught(task, LOCAL, teacher="plato")
+        teacher_student(task, LOCAL, teacher="plato")

@@ -12,7 +12,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.mrcm import mrcm
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close
 from tests.conftest import Rows
 
@@ -29,7 +29,7 @@ def run(method, params, sites, rounds=2):
 def test_without_alignment_it_is_fedavg_over_the_sources(task, local, sites) -> None:
     ours = run(mrcm(task, local, NAMES, adversarial=0.0), task.first(), sites)
     sources = {name: sites[name] for name in NAMES[:2]}
-    assert close(ours.params, run(fedavg(task, local, uniform=True), task.first(), sources).params)
+    assert close(ours.params, run(FedAvg(task, local, uniform=True), task.first(), sources).params)
 
 
 def test_the_targets_truth_is_never_used(task, local, sites) -> None:

@@ -11,7 +11,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.methods.harmonization.zscore import zscore
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close
 from tests.conftest import Rows, blobs
 
@@ -48,7 +48,7 @@ def test_standardized_data_are_left_alone(local) -> None:
         sites[f"s{k}"] = Site(f"s{k}", {"train": Rows(x.float(), (x[:, 0] > 0).long())})
     task = Classification(Network("mlp", (4,), 2))
     state, _ = run(zscore(task, local), task.first(), sites, 2)
-    plain, _ = run(fedavg(task, local), task.first(), sites, 2)
+    plain, _ = run(FedAvg(task, local), task.first(), sites, 2)
     assert close({k: v for k, v in state.params.items() if not k.startswith("front.")}, plain.params)
 
 

@@ -14,7 +14,7 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.heterogeneity.fednova import FedNova, accumulation, fednova
+from polyclinic.methods.heterogeneity.fednova import FedNova, accumulation
 from polyclinic.methods.heterogeneity.partial_work import PartialWork, partial_work
 from polyclinic.methods.heterogeneity.semi_sync import SemiSync, semi_sync
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -96,9 +96,9 @@ def test_statistics_move_by_the_plain_mean(task):
 
 def test_adam_is_refused(task):
     with pytest.raises(ValueError, match='optimizer = "sgd", not adam'):
-        fednova(task, LocalTraining(optimizer="adam"))
+        FedNova(task, LocalTraining(optimizer="adam"))
     with pytest.raises(ValueError, match="not for both"):
-        fednova(task, LocalTraining(momentum=0.9), mu=0.1)
+        FedNova(task, LocalTraining(momentum=0.9), mu=0.1)
 
 
 def steps_taken(method, request, site):

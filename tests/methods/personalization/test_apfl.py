@@ -8,15 +8,15 @@ from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import fedavg
-from polyclinic.methods.personalization.apfl import apfl
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.apfl import APFL
 from polyclinic.testing import equal
 from tests.conftest import Rows
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_what_leaves_is_fedavgs(task, local, sites, alpha) -> None:
-    ours, plain, site = apfl(task, local, alpha=alpha), fedavg(task, local), sites["site-2"]
+    ours, plain, site = APFL(task, local, alpha=alpha), FedAvg(task, local), sites["site-2"]
     state = plain.init(task.first())
     assert equal(
         ours.site_update(ours.request(state), {}, site)[0], plain.site_update(plain.request(state), {}, site)[0]
@@ -24,7 +24,7 @@ def test_what_leaves_is_fedavgs(task, local, sites, alpha) -> None:
 
 
 def test_wholly_own_is_training_alone(task, local, sites) -> None:
-    method, site = apfl(task, local, alpha=1.0, adaptive=False), sites["site-0"]
+    method, site = APFL(task, local, alpha=1.0, adaptive=False), sites["site-0"]
     request = method.request(method.init(task.first()))
     memory = method.site_update(request, {}, site)[1]
     alone = local.fit(task, task.first(), site, 0)
@@ -32,7 +32,7 @@ def test_wholly_own_is_training_alone(task, local, sites) -> None:
 
 
 def test_wholly_shared_is_the_global_model(task, local, sites) -> None:
-    method, site = apfl(task, local, alpha=0.0, adaptive=False), sites["site-0"]
+    method, site = APFL(task, local, alpha=0.0, adaptive=False), sites["site-0"]
     request = method.request(method.init(task.first()))
     memory = method.site_update(request, {}, site)[1]
     trained = {name for name, _ in task.model().named_parameters()}
@@ -44,7 +44,7 @@ def test_one_step_by_hand() -> None:
     """v⁺ = v − η α ∇f(v̄) and α⁺ = α − η ⟨v − w, ∇f(v̄)⟩ with v̄ = αv + (1 − α)w, on linear regression."""
     task = Regression(Network("mlp", (3,), 1, (("depth", 0),)))
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * 0.3
-    method = apfl(task, LocalTraining(batch_size=6, lr=0.5), alpha=0.7)
+    method = APFL(task, LocalTraining(batch_size=6, lr=0.5), alpha=0.7)
     w, v = task.first(0), task.first(1)
     memory = {"own": v, "mixing": {"alpha": torch.tensor(0.7, dtype=torch.float64)}}
     kept = method.site_update(method.request(method.init(w)), memory, Site("a", {"train": Rows(x, torch.zeros(6, 1))}))[

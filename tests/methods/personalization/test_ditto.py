@@ -3,13 +3,13 @@
 import torch
 
 from polyclinic.core import tree
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.ditto import ditto
 from polyclinic.testing import equal
 
 
 def test_the_global_model_is_fedavgs(task, local, sites) -> None:
-    ours, plain = ditto(task, local), fedavg(task, local)
+    ours, plain = ditto(task, local), FedAvg(task, local)
     state, site = ours.init(task.first()), sites["site-0"]
     assert equal(
         ours.site_update(ours.request(state), {}, site)[0], plain.site_update(plain.request(state), {}, site)[0]

@@ -11,9 +11,9 @@ from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.training.fourier import crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.boundary_features import boundary_contrast, edges
-from polyclinic.methods.personalization.feddg import feddg
+from polyclinic.methods.personalization.feddg import FedDG
 from polyclinic.testing import check_method, equal
 from tests.conftest import Rows, segmentation_sites
 
@@ -39,7 +39,7 @@ def test_one_episode_by_hand() -> None:
     task = Regression(Network("mlp", (1, 2, 2), 1, (("depth", 0),)))
     episode_rng = torch.Generator().manual_seed(0)
     x = torch.randn(6, 1, 2, 2, generator=episode_rng) * 0.2
-    method = feddg(task, LocalTraining(batch_size=6, lr=0.5), window=0.5, step=0.3)
+    method = FedDG(task, LocalTraining(batch_size=6, lr=0.5), window=0.5, step=0.3)
     site = Site("a", {"train": Rows(x, torch.zeros(6, 1))})
     bank = {"a": {"low": torch.zeros(1, 1, 2, 2)}, "b": {"low": torch.full((1, 1, 2, 2), 0.5)}}
     params = task.first()
@@ -63,14 +63,14 @@ def test_one_episode_by_hand() -> None:
 
 
 def test_a_site_without_others_is_fedavg(task, local, sites) -> None:
-    method, plain, site = feddg(task, local), fedavg(task, local), sites["site-0"]
+    method, plain, site = FedDG(task, local), FedAvg(task, local), sites["site-0"]
     bank = {"site-0": {"low": torch.ones(2, 1, 3, 3)}}
     a = method.site_update(method.request(method.init(task.first())._replace(bank=bank)), {}, site)[0]
     assert equal(a, plain.site_update(plain.request(plain.init(task.first())), {}, site)[0])
 
 
 def test_only_the_window_leaves(task, local, sites) -> None:
-    method = feddg(task, local, window=0.25, share=0.5)
+    method = FedDG(task, local, window=0.25, share=0.5)
     low = method.site_update(method.request(method.init(task.first())), {}, sites["site-1"])[0].gather("bank")[
         "site-1"
     ]["low"]
@@ -109,9 +109,9 @@ def test_the_contrast_by_loops() -> None:
 @pytest.mark.slow
 def test_it_keeps_its_promises_on_masks() -> None:
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
-    check_method(feddg(task, LocalTraining(batch_size=4), window=0.2), task.first(), segmentation_sites(2))
+    check_method(FedDG(task, LocalTraining(batch_size=4), window=0.2), task.first(), segmentation_sites(2))
 
 
 def test_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="needs images"):
-        feddg(Classification(Network("mlp", (5,), 2)), LocalTraining())
+        FedDG(Classification(Network("mlp", (5,), 2)), LocalTraining())

@@ -5,7 +5,7 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.fednorm import fednorm
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.testing import check_method, close
@@ -24,7 +24,7 @@ def run(method, params, sites, rounds=2):
 @pytest.mark.parametrize("modalities", [(), ("mr", "mr", "mr")])
 def test_with_one_modality_it_is_fedavg(task, local, sites, modalities) -> None:
     state, models = run(fednorm(task, local, NAMES, modalities=modalities), task.first(), sites)
-    plain, _ = run(fedavg(task, local), task.first(), sites)
+    plain, _ = run(FedAvg(task, local), task.first(), sites)
     assert close(state.params, plain.params)
     assert close(models["site-1"], plain.params)
 

@@ -8,8 +8,8 @@ from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import fedavg
-from polyclinic.methods.personalization.ifca import ifca
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.ifca import IFCA
 from polyclinic.testing import close
 from tests.conftest import Rows
 
@@ -22,8 +22,8 @@ def run(method, params, sites, rounds):
 
 
 def test_one_cluster_is_fedavg(task, local, sites) -> None:
-    ours, _ = run(ifca(task, local, clusters=1), task.first(), sites, 2)
-    plain, _ = run(fedavg(task, local), task.first(), sites, 2)
+    ours, _ = run(IFCA(task, local, clusters=1), task.first(), sites, 2)
+    plain, _ = run(FedAvg(task, local), task.first(), sites, 2)
     assert close(ours.params, plain.params)
 
 
@@ -36,7 +36,7 @@ def test_sites_that_disagree_part() -> None:
         x = torch.randn(80, 4, generator=rng)
         y = ((x[:, 0] > 0) ^ (k >= 2)).long()
         sites[f"site-{k}"] = Site(f"site-{k}", {"train": Rows(x, y)})
-    state, memory = run(ifca(task, LocalTraining(lr=0.3)), task.first(), sites, 10)
+    state, memory = run(IFCA(task, LocalTraining(lr=0.3)), task.first(), sites, 10)
     index = [int(memory[f"site-{k}"]["cluster"]["index"]) for k in range(4)]
     assert index[0] == index[1] != index[2] == index[3]
     assert sorted(state.weights.tolist()) == [160, 160]
@@ -44,7 +44,7 @@ def test_sites_that_disagree_part() -> None:
 
 def test_what_is_sent_names_no_cluster(task, local, sites) -> None:
     """Every site sends the same names and shapes, whichever cluster it is in."""
-    method = ifca(task, local, clusters=3)
+    method = IFCA(task, local, clusters=3)
     request = method.request(method.init(task.first()))
     forms = {
         tuple((n, t.shape) for n, t in method.site_update(request, {}, s)[0].mean("update").total.items())

@@ -13,7 +13,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import cached_model, represent
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.personalization.lcfed import lc_fed
+from polyclinic.methods.personalization.lcfed import LCFed
 from polyclinic.methods.personalization.lcfed_network import spread
 from tests.conftest import segmentation_sites
 
@@ -35,7 +35,7 @@ def test_the_blur_is_a_gaussian_and_never_lowers() -> None:
 
 
 def test_the_second_head_by_hand() -> None:
-    method = lc_fed(TASK, LocalTraining(), NAMES)
+    method = LCFed(TASK, LocalTraining(), NAMES)
     state = method.init(TASK.first())
     heads = {"heads": torch.randn(3, method.request(state).trees["heads"]["heads"].shape[1])}
     net = {**state.params, "site": torch.tensor([0.0, 1.0, 0.0])}
@@ -56,7 +56,7 @@ def test_the_site_decides_the_channels() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 8), ("norm", "batch"))))
-        method, x = lc_fed(task, LocalTraining(), NAMES), torch.randn(2, 1, 16, 16)
+        method, x = LCFed(task, LocalTraining(), NAMES), torch.randn(2, 1, 16, 16)
         model, h = method.selecting.model().eval(), torch.randn(2, 64, 1, 1)
     seen, gates = [], []
     for k in range(3):
@@ -70,7 +70,7 @@ def test_the_site_decides_the_channels() -> None:
 
 def test_heads_are_shown_bodies_are_averaged_and_unseen_sites_get_the_mean() -> None:
     sites, local = segmentation_sites(), LocalTraining(batch_size=5, optimizer="adam", lr=0.03)
-    method = Evaluated(lc_fed(TASK, local, NAMES, head_steps=2), TASK)
+    method = Evaluated(LCFed(TASK, local, NAMES, head_steps=2), TASK)
     federation, state, seen = InProcess(method, sites), method.init(TASK.first()), []
     for step in train(method, federation, state, rounds=6):
         assert not step.lost

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from polyclinic.methods.optimization.fedavg import fedavg
-from polyclinic.methods.personalization.moon import contrast, moon
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.moon import Moon, contrast
 from polyclinic.testing import close, equal
 
 
@@ -24,7 +24,7 @@ def test_the_contrast_is_equation_3() -> None:
 @pytest.mark.parametrize("mu", [0.0, 5.0])
 def test_the_first_round_is_fedavgs(task, local, sites, mu) -> None:
     """The site's last model is then the global one, and the contrast has no slope; with μ = 0 it never has."""
-    ours, plain, site = moon(task, local, mu=mu), fedavg(task, local), sites["site-1"]
+    ours, plain, site = Moon(task, local, mu=mu), FedAvg(task, local), sites["site-1"]
     state = plain.init(task.first())
     same = equal if mu == 0 else close
     assert same(
@@ -33,7 +33,7 @@ def test_the_first_round_is_fedavgs(task, local, sites, mu) -> None:
 
 
 def test_later_rounds_differ(task, local, sites) -> None:
-    ours, plain, site = moon(task, local), fedavg(task, local), sites["site-1"]
+    ours, plain, site = Moon(task, local), FedAvg(task, local), sites["site-1"]
     request = plain.request(plain.init(task.first()))
     far = {"previous": task.first(9)}
     assert not equal(ours.site_update(request, far, site)[0], plain.site_update(request, {}, site)[0])

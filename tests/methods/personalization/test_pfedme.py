@@ -8,15 +8,15 @@ from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import fedavg
-from polyclinic.methods.personalization.pfedme import pfedme
+from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.personalization.pfedme import PFedMe
 from polyclinic.testing import close, equal
 from tests.conftest import Rows
 
 
 def test_a_shared_model_that_jumps_to_the_personal_one_is_fedavgs(task, local, sites) -> None:
     """η = 1/λ and K = 1: θ takes one step from w, where the penalty has no slope, and w becomes θ."""
-    ours, plain, site = pfedme(task, local, lam=4.0, eta=0.25, steps=1), fedavg(task, local), sites["site-2"]
+    ours, plain, site = PFedMe(task, local, lam=4.0, eta=0.25, steps=1), FedAvg(task, local), sites["site-2"]
     state = plain.init(task.first())
     assert close(
         ours.site_update(ours.request(state), {}, site)[0], plain.site_update(plain.request(state), {}, site)[0]
@@ -24,7 +24,7 @@ def test_a_shared_model_that_jumps_to_the_personal_one_is_fedavgs(task, local, s
 
 
 def test_what_leaves_is_nothing_where_nothing_follows(task, local, sites) -> None:
-    method, site = pfedme(task, local, eta=0.0), sites["site-0"]
+    method, site = PFedMe(task, local, eta=0.0), sites["site-0"]
     request = method.request(method.init(task.first()))
     reply, memory = method.site_update(request, {}, site)
     trained = {name for name, _ in task.model().named_parameters()}
@@ -40,7 +40,7 @@ def test_two_minibatches_by_hand() -> None:
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) * 0.3
     site = Site("a", {"train": Rows(x, torch.zeros(6, 1))})
     lam, eta, lr = 3.0, 0.1, 0.2
-    method = pfedme(task, LocalTraining(batch_size=6, epochs=2, lr=lr), lam=lam, eta=eta, steps=4)
+    method = PFedMe(task, LocalTraining(batch_size=6, epochs=2, lr=lr), lam=lam, eta=eta, steps=4)
     first = task.first(0)
     reply, memory = method.site_update(method.request(method.init(first)), {}, site)
     X = np.hstack([x.double().numpy(), np.ones((6, 1))])

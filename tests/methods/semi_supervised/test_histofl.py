@@ -8,13 +8,13 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.semi_supervised.histofl import HistoFL, histofl
+from polyclinic.methods.semi_supervised.histofl import HistoFL
 from tests.conftest import Rows
 from tests.support.few_labels import run, same
 
 
 def test_without_noise_it_is_fedavg(task, local, sites):
-    step, _ = run(histofl(task, local, noise=0.0), sites, task.first(0))
+    step, _ = run(HistoFL(task, local, noise=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, local), sites, task.first(0))
     assert same(step.state.params, plain.state.params)
 
@@ -58,7 +58,7 @@ def test_slides_of_three_hospitals():
 
     task = Classification(Network("attention-mil", (8, 4), 2, (("attention", 8), ("width", 16))))
     sites = {k: Site(k, {"train": slides(k, 40), "val": slides(f"{k} val", 30)}) for k in ("a", "b", "c")}
-    method = Evaluated(histofl(task, LocalTraining(epochs=6, batch_size=8, lr=0.01, optimizer="adam")), task)
+    method = Evaluated(HistoFL(task, LocalTraining(epochs=6, batch_size=8, lr=0.01, optimizer="adam")), task)
     step, engine = run(method, sites, task.first(0), 5)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert all(float(s["accuracy"]) > 0.75 for s in scores.values())

@@ -13,7 +13,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.synthesis.fedreplay import fed_replay
+from polyclinic.methods.synthesis.fedreplay import FedReplay
 from tests.conftest import Rows
 
 
@@ -40,7 +40,7 @@ def test_the_loss_by_hand() -> None:
 
 
 def test_only_sites_that_have_a_class_are_asked_for_it(task, local, sites) -> None:
-    method = fed_replay(task, local, examples=400)
+    method = FedReplay(task, local, examples=400)
     decoder = tree.select(method.replay.first(), lambda n: n.startswith("decoder."))
     dark, bright = ({**tree.zeros(decoder), "decoder.layers.7.bias": torch.tensor([v])} for v in (-5.0, 5.0))
     counts = [torch.tensor(c, dtype=torch.float64) for c in ([30.0, 0.0], [10.0, 7.0])]
@@ -61,7 +61,7 @@ def test_sites_of_one_class_each_teach_both() -> None:
         x[:, 0] += 2 * k - 1
         sites[f"s{k}"] = Site(f"s{k}", {"train": Rows(x, torch.full((80,), k))})
     task = Classification(Network("mlp", (4,), 2))
-    method = fed_replay(task, LocalTraining(epochs=3, lr=0.1), epochs=30)
+    method = FedReplay(task, LocalTraining(epochs=3, lr=0.1), epochs=30)
     state = method.init(task.first())
     for step in train(method, InProcess(method, sites), state, rounds=2):
         state = step.state
@@ -71,7 +71,7 @@ def test_sites_of_one_class_each_teach_both() -> None:
 
 
 def test_the_encoder_stays(task, local, sites) -> None:
-    method = fed_replay(task, local, epochs=1)
+    method = FedReplay(task, local, epochs=1)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     sent = reply.gather("generator")["site-0"]
     assert all(n.startswith("decoder.") or n == "classes" for n in sent)

@@ -10,7 +10,7 @@ from polyclinic.learning.objectives.distillation_loss import divergence
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.synthesis.fedvss import FedVSS, fedvss
+from polyclinic.methods.synthesis.fedvss import FedVSS
 from polyclinic.methods.synthesis.virtual_examples import adversarial, moved, still_statistics, surer
 from tests.conftest import little_sites
 from tests.support.few_labels import run, same
@@ -70,10 +70,10 @@ def test_virtual_examples_leave_statistics_alone(task):
 
 def test_without_virtual_examples_it_is_fedavg(task, local):
     sites = little_sites()
-    step, _ = run(fedvss(task, local, smooth=0.0, align=0.0), sites, task.first(0))
+    step, _ = run(FedVSS(task, local, smooth=0.0, align=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, local), sites, task.first(0))
     assert same(step.state.params, plain.state.params)
-    both, _ = run(fedvss(task, local), sites, task.first(0))
+    both, _ = run(FedVSS(task, local), sites, task.first(0))
     assert not same(both.state.params, plain.state.params)
 
 

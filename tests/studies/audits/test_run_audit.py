@@ -31,7 +31,7 @@ def done(tmp_path_factory):
     )
     text = text.replace("depth = 2, ", "depth = 2").replace("[training]", '[evaluation]\nselect = "last"\n\n[training]')
     go(
-        text + '[[methods]]\nname = "single"\n\n[[methods]]\nname = "fedavg"\n\n[[methods]]\nname = "mix"\n',
+        text + '[[methods]]\nname = "local"\n\n[[methods]]\nname = "fedavg"\n\n[[methods]]\nname = "pooled"\n',
         folder / "run",
     )
     return folder
@@ -110,7 +110,7 @@ def test_shadow_models_are_trained_once_and_kept(done, capsys, monkeypatch, not_
 
 def test_shadows_of_one_place_that_holds_all_data(done, not_inverted):
     """Mix trains in one place; its shadow models do, too."""
-    found = audit_run(done / "run", "mix", attack="rmia", shadow_models=4, steps=1, restarts=1)
+    found = audit_run(done / "run", "pooled", attack="rmia", shadow_models=4, steps=1, restarts=1)
     assert all(one["RMIA"].members > 1 for one in found.membership.sites.values())
 
 

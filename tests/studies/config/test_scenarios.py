@@ -34,13 +34,13 @@ options = { width = 4, depth = 1 }
 kind = "in-process"
 
 [[methods]]
-name = "single"
+name = "local"
 
 [[methods]]
 name = "fedavg"
 
 [[methods]]
-name = "mix"
+name = "pooled"
 
 [[scenarios]]
 name = "plain"
@@ -131,7 +131,7 @@ def test_every_method_that_fits_is_found_and_the_others_are_told_with_reasons() 
     data = {k: v for k, v in tomllib.loads(TEXT.split("[[methods]]")[0]).items() if k != "engine"}
     whole, out = with_every_method(data)
     names = {method["name"] for method in whole["methods"]}
-    assert {"single", "mix", "fedavg", "scaffold", "fedbn"} <= names
+    assert {"local", "pooled", "fedavg", "scaffold", "fedbn"} <= names
     told = dict(note.split(" is left out: ", 1) for note in out)
     assert "lc-fed" in told
     assert not told.keys() & names
@@ -165,4 +165,4 @@ def test_tables_laid_out_like_adnis_run_through_the_surveys_file(
     read = read_run(tmp_path / "run")
     assert {s.name for s in read.info.sites} == {"adni1", "adni2"}
     assert sum(s.patients["test"] for s in read.info.sites) == 60
-    assert {label for label, _ in read.arms} == {"cross", "single", "mix", "fedavg", "fedsgd", "fedprox"}
+    assert {label for label, _ in read.arms} == {"cross", "local", "pooled", "fedavg", "fedsgd", "fedprox"}

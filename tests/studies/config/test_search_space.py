@@ -41,7 +41,7 @@ mu = { low = 0.001, high = 1.0, log = true }
 kind = "in-process"
 
 [[methods]]
-name = "mix"
+name = "pooled"
 
 [[methods]]
 name = "fedprox"
@@ -112,7 +112,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_method_and_split_gets_its_trials_and_trains_with_the_best(done: Path) -> None:
     read = read_run(done)
     each = {(t.method, t.fold) for t in read.trials}
-    assert each == {(m, f) for m in ("mix", "fedprox") for f in (0, 1)}
+    assert each == {(m, f) for m in ("pooled", "fedprox") for f in (0, 1)}
     for method, fold in each:
         trials = [t for t in read.trials if (t.method, t.fold) == (method, fold)]
         assert [t.rounds for t in trials] == [1, 1]
@@ -163,6 +163,6 @@ def test_a_person_may_change_what_was_chosen_but_not_once_it_trains(tmp_path: Pa
     file.write_text('[chosen]\n"training.lr" = 0.123\n')
     list(run(study, TEXT, path, resume=True))
     chosen = {(c.method, c.fold): c for c in read_run(path).chosen}
-    assert chosen["mix", 0].values == other
-    assert chosen["mix", 0].by == "hand"
+    assert chosen["pooled", 0].values == other
+    assert chosen["pooled", 0].by == "hand"
     assert with_values(study.methods[0], other).training == {"lr": 0.123}

@@ -62,7 +62,7 @@ name = "{attack}"
 attackers = 1
 
 [[methods]]
-name = "single"
+name = "local"
 
 [[methods]]
 name = "fedavg"
@@ -146,7 +146,7 @@ def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
     assert all(len(names) == 1 for names in who.values())
     hostile = {(s.seed, s.site) for s in read.standings if s.hostile}
     assert hostile == {(int(seed), names[0]) for seed, names in who.items()}
-    assert {s.method for s in read.standings} == {"single", "fedavg", "median"}
+    assert {s.method for s in read.standings} == {"local", "fedavg", "median"}
     page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
     assert "Hostile sites" in page
     assert f"Simulated attack: 1 of the sites attack ({attack})" in page
@@ -185,7 +185,7 @@ def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path):
         folders.append(tmp_path / attack)
     found = panel(folders, Options(draws=50))
     assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # nobody looks, and it can be added up
-    assert set(found.named) == {(run, m) for run in ("sign-flip", "huge") for m in ("single", "fedavg", "median")}
+    assert set(found.named) == {(run, m) for run in ("sign-flip", "huge") for m in ("local", "fedavg", "median")}
     assert "0 of 2 attackers, 0 of 6 honest" in write_panel(found, tmp_path).read_text()
 
 

@@ -19,7 +19,7 @@ LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run with a model, and that model."""
-    path = write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("single", "fedavg"))
+    path = write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     torch.manual_seed(3)
     model = network(json.loads(PLAN.to_json()))
     for _ in range(3):
@@ -109,9 +109,9 @@ def test_what_cannot_be_exported_says_why(made, tmp_path):
     with pytest.raises(NotExported, match="no form called 'h5'; there are safetensors, onnx"):
         export(run, "h5", tmp_path / "m")
     with pytest.raises(NotExported, match="no such model"):
-        export(run, "pt2", tmp_path / "m", label="single")
+        export(run, "pt2", tmp_path / "m", label="local")
     file = run / "arms" / "single-seed0" / "model.safetensors"
     write_tensors(file, {"x": torch.zeros(1)})
     with pytest.raises(NotExported, match="carries no plan"):
-        export(run, "pt2", tmp_path / "m", label="single")
+        export(run, "pt2", tmp_path / "m", label="local")
     file.unlink()

@@ -13,7 +13,7 @@ from tests.support.synthetic_run import write_run
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "made-1", methods=("single", "fedavg"), seeds=(0,))
+    return write_run(tmp_path_factory.mktemp("runs") / "made-1", methods=("local", "fedavg"), seeds=(0,))
 
 
 def test_every_number_of_the_records_is_there(path: Path) -> None:

@@ -48,7 +48,7 @@ options = { width = 4, depth = 1 }
 kind = "in-process"
 
 [[methods]]
-name = "mix"
+name = "pooled"
 
 [[methods]]
 name = "fedavg"
@@ -155,7 +155,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_go_with_folds_is_told(name: str) -> None:
     old, new, words = REFUSED[name]
-    text = TEXT.replace(old, new).replace('name = "mix"', 'name = "single"')
+    text = TEXT.replace(old, new).replace('name = "pooled"', 'name = "local"')
     with pytest.raises(BadStudy, match=words):
         parse(text)
 
@@ -171,7 +171,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_with_folds_reads_as_one_arm_a_seed_with_every_patient_once(done: Path) -> None:
     read = read_run(done)
     assert not read.missing
-    assert set(read.arms) == {(m, s) for m in ("mix", "fedavg") for s in (0, 1)}
+    assert set(read.arms) == {(m, s) for m in ("pooled", "fedavg") for s in (0, 1)}
     for sites in read.arms.values():
         for p in sites.values():
             assert len(p.patient) == len(set(p.patient.tolist())) == 24
@@ -192,7 +192,7 @@ def test_costs_are_those_of_one_fold_and_comparison_counts_folds_as_splits(done:
     assert cost.up[site] == 2 * one.bytes_up[site]
     result = evaluate(read, Options(draws=100))
     assert set(result.patients.values()) == {24}
-    assert result.over_splits["mix"].n == 6  # two seeds of three folds
+    assert result.over_splits["pooled"].n == 6  # two seeds of three folds
     assert "3 folds" in build_report(done).read_text()
 
 

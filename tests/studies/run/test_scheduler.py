@@ -41,10 +41,10 @@ batch_size = 8
 kind = "{engine}"
 
 [[methods]]
-name = "single"
+name = "local"
 
 [[methods]]
-name = "mix"
+name = "pooled"
 
 [[methods]]
 name = "cross"
@@ -133,7 +133,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything_a_result_depends_on(done: Path) -> None:
     path = done / "in-process"
     info = json.loads((path / "run.json").read_text())
-    assert [m["label"] for m in info["methods"]] == ["single", "mix", "cross", "fedbn", "scaffold", "private"]
+    assert [m["label"] for m in info["methods"]] == ["local", "pooled", "cross", "fedbn", "scaffold", "private"]
     assert {s["name"]: s["role"] for s in info["sites"]} == {
         "a": "training",
         "b": "training",
@@ -148,9 +148,9 @@ def test_a_run_leaves_everything_a_result_depends_on(done: Path) -> None:
     assert {line["opened"] for line in lines if line["kind"] == "sealed"} == {1}
     tested = {(line["method"], line["site"]) for line in lines if line["kind"] == "test"}
     assert {site for method, site in tested if method == "scaffold"} == {"a", "b", "c", "d"}
-    assert {site for method, site in tested if method == "single"} == {"a", "b", "c"}
+    assert {site for method, site in tested if method == "local"} == {"a", "b", "c"}
     up = {line["method"]: sum(line["bytes_up"].values()) for line in lines if line["kind"] == "round"}
-    assert up["single"] == 0
+    assert up["local"] == 0
     assert up["scaffold"] > up["private"] > up["fedbn"] > 0
     events = [e["event"] for e in verify(path / "journal.jsonl")]
     assert events[0] == "begun"
@@ -160,7 +160,7 @@ def test_a_run_leaves_everything_a_result_depends_on(done: Path) -> None:
 
 def test_validation_chooses_and_test_is_of_the_chosen_round(done: Path) -> None:
     lines = facts(done / "in-process")
-    for method in ("fedbn", "mix", "single"):
+    for method in ("fedbn", "pooled", "local"):
         scores: dict[int, list[float]] = {}
         for line in lines:
             if (line["kind"], line["method"], line["seed"]) == ("scores", method, 0) and line["site"] != "d":

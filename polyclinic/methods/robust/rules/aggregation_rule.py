@@ -39,7 +39,7 @@ class Updates:
         """The updates in ``trees``, sorted by site; each weighs 1 where ``weights`` says nothing.
 
         Raises:
-            ValueError: Where there are none, or one cannot stand beside the others.
+            ValueError: If there are none, or one cannot stand beside the others.
         """
         names = sorted(trees)
         if not names:
@@ -150,7 +150,7 @@ class Rule(ABC):
             last: What this rule gave the last time, for the same kind of update; empty the first time.
 
         Raises:
-            ValueError: Where there are too few updates for what the rule promises.
+            ValueError: If there are too few updates for what the rule promises.
         """
 
     @property
@@ -184,7 +184,7 @@ def presumed(corrupt: float, count: int, floor: int, times: int, rule: str) -> i
     """f, the number of corrupt sites that ``count`` updates are to withstand.
 
     Raises:
-        ValueError: Where that takes more updates: ``times`` · f + ``floor``.
+        ValueError: If that takes more updates: ``times`` · f + ``floor``.
     """
     if not 0 <= corrupt < 0.5:
         raise ConfigError(

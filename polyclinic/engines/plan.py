@@ -97,7 +97,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as canonical JSON."""
-        value = {key: item for key, item in asdict(self).items() if key != "receive" or item}  # plans without it stay
+        value = {key: item for key, item in asdict(self).items() if key != "downlink" or item}  # plans without it stay
         return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
     @classmethod

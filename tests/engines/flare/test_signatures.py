@@ -164,5 +164,5 @@ def test_what_a_site_has_by_the_survey_it_may_claim(tmp_path: Path) -> None:
     other = replace(an, run="run-2")
     for home in homes.values():
         approve(home, other)
-    assert conductor(tmp_path, other, Heavy(homes, other, 5001.0), **how).run() == "finished"
+    assert coordinator(tmp_path, other, Heavy(homes, other, 5001.0), **how).run() == "finished"
     assert "the site's number of examples is 5000" in lost(tmp_path, other)["site-1"]

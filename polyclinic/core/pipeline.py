@@ -211,7 +211,7 @@ class UplinkPipeline(Method[SentState]):
     def opened(self, state: SentState, reply: Reply) -> Reply:
         """Decode one site's reply as far as possible before merging. The part ``""`` holds what is summed.
 
-        An engine can therefore reject an invalid reply before it enters the sum. An additive reply is returned unchanged.
+        An engine can therefore reject an invalid reply before it enters the sum. An additive reply stays unchanged.
 
         Raises:
             ValueError: If it cannot be decoded or holds a non-finite number. The message names the site.

@@ -144,7 +144,7 @@ class MethodSpec(Table):
     def _usual(self) -> "MethodSpec":
         from polyclinic.methods.catalog import METHODS
 
-        if "send" in self.model_fields_set or self.name not in METHODS or not METHODS[self.name].uplink:
+        if "uplink" in self.model_fields_set or self.name not in METHODS or not METHODS[self.name].uplink:
             return self
         return self.model_copy(update={"uplink": tuple({"name": name} for name in METHODS[self.name].uplink)})
 

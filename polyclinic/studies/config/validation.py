@@ -53,12 +53,12 @@ def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Pro
         entry = methods.entry(item["name"])
     except methods.UnknownMethod as error:
         return [Problem((*at, "name"), str(error))]
-    fixed = {"name", "label", "send", "receive", "training"}
+    fixed = {"name", "label", "uplink", "downlink", "training"}
     fields = {key: (p.annotation, p.default) for key, p in methods.options(entry).items()}
     problems = _options(item, fields, fixed, at)
     if isinstance(training := item.get("training", {}), dict):
         problems += validated(TrainingSpec, training, (*at, "training"))[1]
-    for way in ("send", "receive"):
+    for way in ("uplink", "downlink"):
         passed = item.get(way, [])
         for i, transform in enumerate(passed if isinstance(passed, list) else []):
             problems += _transform_problems(transform, (*at, way, i))

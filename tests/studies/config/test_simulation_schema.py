@@ -100,7 +100,7 @@ def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path)
 
 
 def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tmp_path):
-    text = study(tmp_path, MACHINES, rounds=50, minutes=2.6) + "\n[evaluation]\nevery = 7\n"
+    text = study(tmp_path, MACHINES, rounds=50, minutes=2.6) + "\n[evaluation]\ninterval = 7\n"
     done(tmp_path / "run", text)
     judged = [s.round for s in read_run(tmp_path / "run").curves if (s.method, s.seed) == ("fedavg", 0)]
     assert sorted(set(judged)) == [len(rounds(tmp_path / "run", "fedavg"))]
@@ -207,14 +207,26 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
         ("attackers = 1", "attackers = 1\nsise = 2", 'unknown key. Did you mean "size"?'),
         ("attackers = 1", 'attackers = ["x"]', "[attack] names x, which does not train here. There are a, b, c, d"),
         ("attackers = 1", "attackers = 4", "4 of 4 sites attack"),
-        ('name = "median"', 'name = "median"\nsend = [{ name = "zstd" }]', "an attack changes the numbers that leave"),
-        ('name = "huge"', 'name = "ipm"', "is asked after all others, alone: leave cohort and min_replies out"),
+        (
+            'name = "median"',
+            'name = "median"\nuplink = [{ name = "zstd" }]',
+            "an attack changes the numbers that leave",
+        ),
+        (
+            'name = "huge"',
+            'name = "ipm"',
+            "is asked after all others, alone: leave sites_per_round and min_replies out",
+        ),
         ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),
         ("[attack]", "[machines]\nup = 0\n\n[attack]", "must be more than 0"),
     ],
 )
 def test_what_cannot_be_is_told_at_its_line(tmp_path, old, new, says):
-    text = study(tmp_path, ATTACK, attack="huge").replace("rounds = 3", "rounds = 3\ncohort = 2").replace(old, new)
+    text = (
+        study(tmp_path, ATTACK, attack="huge")
+        .replace("rounds = 3", "rounds = 3\nsites_per_round = 2")
+        .replace(old, new)
+    )
     with pytest.raises(BadStudy) as error:
         done(tmp_path / "run", text)
     assert says in str(error.value)

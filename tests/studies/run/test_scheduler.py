@@ -237,7 +237,7 @@ def test_a_finished_run_is_not_run_again(done: Path) -> None:
 
 def test_a_cohort_is_asked_and_no_more(done: Path, tmp_path: Path) -> None:
     text = (
-        study(done).replace("rounds = 4", "rounds = 6\ncohort = 2").split("[[methods]]")[0]
+        study(done).replace("rounds = 4", "rounds = 6\nsites_per_round = 2").split("[[methods]]")[0]
         + '[[methods]]\nname = "fedavg"\n'
     )
     go(text, tmp_path / "cohort")

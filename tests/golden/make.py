@@ -29,7 +29,7 @@ from polyclinic.methods.robust.rules.outlier_watch import Note
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.secure_aggregation.secure_messages import Advert
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.run_directory import Checkpoint
+from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run.scheduler import run
 
 HERE = Path(__file__).parent

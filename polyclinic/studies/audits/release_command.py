@@ -10,8 +10,8 @@ from polyclinic.engines.policy.coverage import audited, typical, ways
 from polyclinic.methods.registry import entry
 from polyclinic.studies.config.diagnostics import BadStudy, Problem
 from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.scheduler import plan_of
 
 SAID = {"dp-sgd": "private training (DP-SGD)", "gaussian": "clip and noise on replies"}
 

@@ -21,8 +21,7 @@ from polyclinic.studies.audits.audit_file import Audit, Inverted, Leak
 from polyclinic.studies.audits.audit_membership import Target, audit_membership
 from polyclinic.studies.audits.audit_privacy import NotAudited, Progress, audit_training
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.export.model_export import plan_of
-from polyclinic.studies.run.run_directory import read_tensors
+from polyclinic.studies.run.run_directory import read_plan, read_tensors
 
 __all__ = ["Audit", "NotAudited", "audit_run"]
 
@@ -100,7 +99,7 @@ def _target(run: Run, label: str, seed: int) -> Target:
     data = federate(study.data, seed, fold)
     if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
         raise NotAudited(f"{run.path}: the data have changed since the run, so who was trained on is not known")
-    plan = plan_of(file)
+    plan = read_plan(file)
     with safe_open(file, "pt") as opened:
         taken = int((opened.metadata() or {}).get("round", study.rounds))
     task = plan.build_method().prediction_task or plan.build_task()

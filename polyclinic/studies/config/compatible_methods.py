@@ -5,8 +5,8 @@ from typing import Any
 
 from polyclinic.data.federation import federate
 from polyclinic.methods import registry
+from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import checked
-from polyclinic.studies.run.scheduler import plan_of
 
 
 def with_every_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -5,7 +5,7 @@ Both are for one machine only. Between hospitals, machines are what they are, an
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,11 +21,8 @@ from polyclinic.engines.plan import Plan
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.methods.aggregation.fedbuff import FedBuff
-from polyclinic.studies.config.diagnostics import Problem
 from polyclinic.studies.config.schema import AttackSpec, MachinesSpec
-
-if TYPE_CHECKING:
-    from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.config.study_config import Study
 
 IN_VAIN = 100
 """How often in a row everybody may have dropped out before a run is given up."""
@@ -48,7 +45,7 @@ def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, .
     return tuple(sorted(set(named) or {drawn_from[i] for i in order[:many].tolist()}))
 
 
-def method_of(study: "Study", plan: Plan, trainers: Sequence[str]) -> Evaluated[Any]:
+def method_of(study: Study, plan: Plan, trainers: Sequence[str]) -> Evaluated[Any]:
     """The method of ``plan``, hostile where the study says so. Scores stay honest.
 
     Args:
@@ -77,7 +74,7 @@ def hostile(method: Evaluated[Any]) -> tuple[str, ...]:
     return method.inner.attackers if isinstance(method.inner, Poisoned) else ()
 
 
-def facts(study: "Study", trainers: Sequence[str]) -> dict[str, Any]:
+def facts(study: Study, trainers: Sequence[str]) -> dict[str, Any]:
     """What ``run.json`` says of what is simulated."""
     found: dict[str, Any] = {}
     if study.machines is not None:
@@ -88,7 +85,7 @@ def facts(study: "Study", trainers: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def told(study: "Study") -> Iterator[str]:
+def told(study: Study) -> Iterator[str]:
     """What a reader of any result must be told of it, in sentences."""
     if study.machines is not None:
         limit = study.machines.minutes
@@ -98,17 +95,6 @@ def told(study: "Study") -> Iterator[str]:
         spec = study.attack
         many = len(spec.attackers) if isinstance(spec.attackers, tuple) else spec.attackers
         yield f"Simulated attack: {many} of the sites attack ({spec.name}). Nobody did so in truth."
-
-
-def problems(study: "Study") -> Iterator[Problem]:
-    """What does not go with what is simulated."""
-    if study.machines is None:
-        return
-    if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
-        yield Problem(
-            ("sites_per_round",),
-            "fedbuff requests every site again as soon as it answers: leave sites_per_round out",
-        )
 
 
 def engine(
@@ -141,7 +127,7 @@ def steps(
     state: Any,
     *,
     rounds: int,
-    cohort: Callable[[Sequence[str], int], Sequence[str]],
+    sampler: Callable[[Sequence[str], int], Sequence[str]],
     deadline: float | None,
     min_replies: int,
     trainers: Sequence[str],
@@ -170,7 +156,13 @@ def steps(
                 end,
                 federation,
                 train(
-                    method, federation, state, rounds=rounds, sampler=cohort, deadline=deadline, min_replies=min_replies
+                    method,
+                    federation,
+                    state,
+                    rounds=rounds,
+                    sampler=sampler,
+                    deadline=deadline,
+                    min_replies=min_replies,
                 ),
             ):
                 state, failed = step.state, 0

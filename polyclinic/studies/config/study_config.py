@@ -16,7 +16,6 @@ from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
 from polyclinic.errors import ConfigError
 from polyclinic.methods import registry as methods
-from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy, Problem
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.schema import (
@@ -157,7 +156,7 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    return [*problems, *_folded(study), *_searched(study), *simulation_schema.problems(study)]
+    return [*problems, *_folded(study), *_searched(study), *_simulated(study)]
 
 
 def _uncovered(study: Study) -> Iterator[Problem]:
@@ -184,6 +183,15 @@ def _folded(study: Study) -> Iterator[Problem]:
         if not methods.entry(method.name).newcomers:
             says = f'{method.name} has no model for a site that was held out, so folds = "sites" cannot test it'
             yield Problem(("methods", i, "name"), says)
+
+
+def _simulated(study: Study) -> Iterator[Problem]:
+    """Yield conflicts between simulated machines and the rest of the study."""
+    if study.machines is None:
+        return
+    if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
+        says = "fedbuff sends the next request to a site as soon as it replies: leave sites_per_round out"
+        yield Problem(("sites_per_round",), says)
 
 
 def _searched(study: Study) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from polyclinic.errors import MissingDependency, RunError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.model_tree import load
-from polyclinic.studies.run.run_directory import read_tensors, write_tensors
+from polyclinic.studies.run.run_directory import read_plan, read_tensors, write_tensors
 
 FORMATS = ("safetensors", "onnx", "pt2", "bundle")
 
@@ -53,7 +53,7 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
     file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
         raise NotExported(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
-    plan, params = plan_of(file), read_tensors(file)
+    plan, params = read_plan(file), read_tensors(file)
     model = load(network(json.loads(plan.to_json())), params).eval()
     example = torch.zeros(2, *plan.inputs)
     (out if form == "bundle" else out.parent).mkdir(parents=True, exist_ok=True)
@@ -73,21 +73,6 @@ def network(plan: Mapping[str, Any]) -> nn.Module:
     built = Plan.from_json(json.dumps(dict(plan)))
     module: nn.Module = (built.build_method().prediction_task or built.build_task()).model()
     return module
-
-
-def plan_of(file: Path) -> Plan:
-    """The plan that a model's file carries.
-
-    Raises:
-        NotExported: Where it carries none.
-    """
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        meta = opened.metadata() or {}
-    if "plan" not in meta:
-        raise NotExported(f"{file}: carries no plan, so nobody can tell which network it is for")
-    return Plan.from_json(meta["plan"])
 
 
 def _headline(run: Run) -> str:

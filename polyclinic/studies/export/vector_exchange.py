@@ -22,7 +22,6 @@ from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.one_shot.merging import Merging, loss_on, merged, random_like, restored, search
 from polyclinic.studies.config.study_config import read as read_study
-from polyclinic.studies.export.model_export import plan_of
 from polyclinic.studies.export.vector_file import (
     Card,
     VectorRefused,
@@ -32,7 +31,7 @@ from polyclinic.studies.export.vector_file import (
     write_exactly,
     write_vector,
 )
-from polyclinic.studies.run.run_directory import read_tensors
+from polyclinic.studies.run.run_directory import read_plan, read_tensors
 
 _ARCHITECTURE = ("kind", "task", "network", "network_options", "inputs", "outputs")
 
@@ -104,7 +103,7 @@ def read_base(file: Path) -> Base:
     from safetensors import SafetensorError
 
     try:
-        plan, params = plan_of(file), read_tensors(file)
+        plan, params = read_plan(file), read_tensors(file)
         load(plan.build_task().model(), params)
     except (SafetensorError, ValueError) as error:
         raise VectorRefused(f"{file}: not a model to begin from: {error}") from None

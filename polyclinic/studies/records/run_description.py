@@ -1,17 +1,21 @@
 """What a run's folder says of a study before it runs: data, sites, methods, machine; and whether patients are apart."""
 
 import dataclasses
+import platform
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
+import torch
+
+from polyclinic import __version__
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, SiteSummary
 from polyclinic.methods import registry
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.schema import MethodSpec
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.run.run_directory import environment
 
 
 def _lacking(data: Federated) -> list[str]:
@@ -139,3 +143,21 @@ def patients_apart(data: Federated) -> bool:
             "correct the column that says whose an example is"
         )
     return named
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions of packages and hardware backends that a result may depend on."""
+    packages = {}
+    for name in ("torch", "monai", "numpy", "scipy", "safetensors"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "absent"
+    return {
+        "polyclinic": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda or "none",
+        **packages,
+    }

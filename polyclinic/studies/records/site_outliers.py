@@ -95,7 +95,7 @@ def _notes(state: Any) -> Any:
 def _know(info: Mapping[str, Any]) -> None:
     """Import what defines the states in a run's checkpoints, so that their tags are registered."""
     import polyclinic.attacks.poisoning
-    import polyclinic.studies.run.run_directory  # noqa: F401
+    import polyclinic.studies.records.checkpoint  # noqa: F401
 
     named = [(method["name"], method.get("options", {}).get("over", "fedavg")) for method in info["methods"]]
     registry.import_methods([name for names in named for name in names])

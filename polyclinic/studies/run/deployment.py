@@ -20,8 +20,8 @@ from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.methods import registry
 from polyclinic.studies.config.study_config import Study
-from polyclinic.studies.records.run_description import method_facts
-from polyclinic.studies.run.run_directory import environment, write_tensors
+from polyclinic.studies.records.run_description import environment, method_facts
+from polyclinic.studies.run.run_directory import write_tensors
 
 WHERE = ("use", "path", "kind", "sites", "external", "min_patients", "max_patients", "annotations", "public")
 ONE_MACHINE = {

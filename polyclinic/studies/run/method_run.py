@@ -29,13 +29,13 @@ from polyclinic.methods import registry
 from polyclinic.privacy.budget_policy import SCORES, Budget
 from polyclinic.privacy.ledger import Ledger
 from polyclinic.studies.config import simulation_schema
+from polyclinic.studies.config.method_plan import POOLED
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
+from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run import run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.run_directory import ArmFolder, Checkpoint, write_tensors
-
-POOLED = "pooled"
+from polyclinic.studies.run.run_directory import ArmFolder, write_tensors
 
 
 class Arm:
@@ -134,8 +134,8 @@ class Arm:
         """The exchanges from ``state`` on."""
         study, trainers = self.study, self.plan.sites
         size = min(study.sites_per_round or len(trainers), len(trainers))
-        cohort, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
-        how: Any = {"rounds": study.rounds, "sites_per_round": cohort, "deadline": study.deadline, "min_replies": need}
+        sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
+        how: Any = {"rounds": study.rounds, "sampler": sampler, "deadline": study.deadline, "min_replies": need}
         if study.machines is None:
             return train(self.method, engine, state, **how)
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)

@@ -20,9 +20,8 @@ from polyclinic.errors import RunError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.export.model_export import plan_of
 from polyclinic.studies.records.saliency_maps import FILE
-from polyclinic.studies.run.run_directory import write_tensors
+from polyclinic.studies.run.run_directory import read_plan, write_tensors
 
 JOB = "explain/val"
 
@@ -59,7 +58,7 @@ def explain(
     data = federate(study.data, seed, fold)
     if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
         raise NotExplained(f"{run.path}: the data have changed since the run, so its model cannot be explained on them")
-    plan = plan_of(folder / "model.safetensors")
+    plan = read_plan(folder / "model.safetensors")
     method = plan.build_method()
     kept = states.load(folder / "best.safetensors")
     make = partial(Site, device="cpu", seed=seed)
@@ -83,7 +82,7 @@ def _ask(method: Any, engine: InProcess, state: Any, sites: list[str]) -> tuple[
     said: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for site in sites:
-        engine.send(replace(method.evaluation_request(state), job=JOB, secure=False, to=None), [site])
+        engine.send(replace(method.evaluation_request(state), job=JOB, secure=False, recipients=None), [site])
         for arrival in engine.replies():
             if arrival.reply is None:
                 refused[site] = arrival.lost

@@ -18,48 +18,18 @@ import fcntl
 import json
 import logging
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyclinic import __version__
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
-from polyclinic.core.serialization import savable
-from polyclinic.core.tree import Trees
+from polyclinic.engines.plan import Plan
 from polyclinic.errors import PolyclinicError, RunError
-
-
-@savable("study.Checkpoint", 1)
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where an arm stands.
-
-    Attributes:
-        state: The server's. ``memory``: every site's.
-        round: How many rounds are complete.
-        records: The length of the arm's records.jsonl in bytes at that moment.
-        best_round: The best round on validation data so far, and ``best_score`` its score.
-        done: Whether the arm has been tested.
-        clock: Virtual seconds so far, where machines are simulated.
-    """
-
-    state: Any
-    memory: Mapping[str, Trees]
-    round: int
-    records: int
-    best_round: int
-    best_score: float
-    done: bool
-    clock: float = 0.0
-
 
 log = logging.getLogger(__name__)
 LOCK, STOP = ".lock", "stop"
@@ -251,19 +221,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """What else a result may depend on."""
-    packages = {}
-    for name in ("torch", "monai", "numpy", "scipy", "safetensors"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = "absent"
-    return {
-        "polyclinic": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda or "none",
-        **packages,
-    }
+def read_plan(file: Path) -> Plan:
+    """Read the plan in the metadata of a model file.
+
+    Raises:
+        RunError: If the file carries no plan.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        meta = opened.metadata() or {}
+    if "plan" not in meta:
+        raise RunError(f"{file}: carries no plan, so its network is unknown")
+    return Plan.from_json(meta["plan"])

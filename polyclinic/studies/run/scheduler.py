@@ -18,21 +18,19 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
-from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
-from polyclinic.methods import registry
-from polyclinic.methods.catalog import Entry
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy, Problem
-from polyclinic.studies.config.schema import MethodSpec
+from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import Study, with_values
+from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information, patients_apart
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.method_run import POOLED, Arm
+from polyclinic.studies.run.method_run import Arm
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
-from polyclinic.studies.run.run_directory import STOP, ArmFolder, Checkpoint, Folder, Note, Stopped
+from polyclinic.studies.run.run_directory import STOP, ArmFolder, Folder, Note, Stopped
 
 
 def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[Event]:
@@ -271,32 +269,3 @@ def _check(study: Study, data: Federated) -> None:
             raise DataError(
                 f"the training data of all sites hold one class only ({only}): there is nothing to tell apart"
             )
-
-
-def plan_of(study: Study, method: MethodSpec, data: Federated, seed: int) -> Plan:
-    """What the arms of one method build, given the sites and shapes of their data."""
-    continuous = study.task.kind in ("regression", "reconstruction")  # a target has as many channels as the output
-    outputs = int(data.sites[data.training[0]]["train"].targets.shape[1]) if continuous else len(data.info.classes)
-    return Plan(
-        kind=study.task.kind,
-        network=study.task.network,
-        inputs=data.shape,
-        outputs=outputs,
-        method=method.name,
-        sites=_trainers(registry.entry(method.name), data),
-        rounds=study.rounds,
-        seed=seed,
-        task=study.task.settings,
-        network_options=study.task.options,
-        training=study.training_of(method),
-        options=method.options,
-        uplink=method.uplink,
-        downlink=method.downlink,
-    )
-
-
-def _trainers(entry: Entry, data: Federated) -> tuple[str, ...]:
-    """Who trains: all training sites, or those with labels, where the method can use no others."""
-    if entry.pooled:
-        return (POOLED,)
-    return tuple(site for site in data.training if entry.unlabeled or len(data.sites[site].get("train", ())))

@@ -78,7 +78,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_attackers_receive_it_too(tmp_path):
-    attack = '[attack]\nname = "sign-flip"\nby = 1'
+    attack = '[attack]\nname = "sign-flip"\nattackers = 1'
     text = STUDY.format(path=npz(tmp_path), engine="in-process", more=attack).replace(
         'uplink = [{ name = "int8" }]\n', ""
     )
@@ -90,7 +90,7 @@ def test_mistakes_are_told_and_studies_without_it_keep_their_hash(tmp_path):
     said = method_problems(
         {"name": "fedavg", "downlink": [{"name": "int9"}, {"name": "zstd", "levle": 1}]}, ("methods", 0)
     )
-    assert [problem.path[:4] for problem in said] == [("methods", 0, "receive", 0), ("methods", 0, "receive", 1)]
+    assert [problem.path[:4] for problem in said] == [("methods", 0, "downlink", 0), ("methods", 0, "downlink", 1)]
     text = STUDY.format(path="x.npz", engine="in-process", more="")
     without = text.replace('downlink = [{ name = "int8" }, { name = "zstd" }]\n', "")
     assert "receive" not in without

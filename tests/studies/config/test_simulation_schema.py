@@ -100,7 +100,7 @@ def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path)
 
 
 def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tmp_path):
-    text = study(tmp_path, MACHINES, rounds=50, minutes=2.6) + "\n[evaluation]\nevery = 7\n"
+    text = study(tmp_path, MACHINES, rounds=50, minutes=2.6) + "\n[evaluation]\ninterval = 7\n"
     done(tmp_path / "run", text)
     judged = [s.round for s in read_run(tmp_path / "run").curves if (s.method, s.seed) == ("fedavg", 0)]
     assert sorted(set(judged)) == [len(rounds(tmp_path / "run", "fedavg"))]
@@ -207,7 +207,11 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
         ("attackers = 1", "attackers = 1\nsise = 2", 'unknown key. Did you mean "size"?'),
         ("attackers = 1", 'attackers = ["x"]', "[attack] names x, which does not train here. There are a, b, c, d"),
         ("attackers = 1", "attackers = 4", "4 of 4 sites attack"),
-        ('name = "median"', 'name = "median"\nsend = [{ name = "zstd" }]', "an attack changes the numbers that leave"),
+        (
+            'name = "median"',
+            'name = "median"\nuplink = [{ name = "zstd" }]',
+            "an attack changes the numbers that leave",
+        ),
         (
             'name = "huge"',
             'name = "ipm"',

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from polyclinic.engines.plan import Plan
+from polyclinic.errors import RunError
 from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.studies.export.model_export import NotExported, export, network, plan_of
-from polyclinic.studies.run.run_directory import write_tensors
+from polyclinic.studies.export.model_export import NotExported, export, network
+from polyclinic.studies.run.run_directory import read_plan, write_tensors
 from tests.support.synthetic_run import write_run
 
 PLAN = Plan("classification", "cnn", (1, 8, 8), 2, "fedavg", ("ada", "bo"), 3, network_options={"width": 4, "depth": 2})
@@ -101,7 +102,7 @@ def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path):
 
 
 def test_safetensors_carry_their_plan(made, tmp_path):
-    assert plan_of(export(made[0], "safetensors", tmp_path / "m.safetensors")) == PLAN
+    assert read_plan(export(made[0], "safetensors", tmp_path / "m.safetensors")) == PLAN
 
 
 def test_what_cannot_be_exported_says_why(made, tmp_path):
@@ -112,6 +113,6 @@ def test_what_cannot_be_exported_says_why(made, tmp_path):
         export(run, "pt2", tmp_path / "m", label="local")
     file = run / "arms" / "single-seed0" / "model.safetensors"
     write_tensors(file, {"x": torch.zeros(1)})
-    with pytest.raises(NotExported, match="carries no plan"):
-        export(run, "pt2", tmp_path / "m", label="local")
+    with pytest.raises(RunError, match="carries no plan"):
+        export(run, "pt2", tmp_path / "m", label="single")
     file.unlink()

@@ -126,9 +126,9 @@ def test_every_site_is_asked_and_the_report_shows_it(trained):
 
 
 def test_a_policy_may_refuse(trained):
-    from polyclinic.studies.export.model_export import plan_of
+    from polyclinic.studies.run.run_directory import read_plan
 
-    plan = plan_of(trained / "arms" / "fedavg-seed0" / "model.safetensors")
+    plan = read_plan(trained / "arms" / "fedavg-seed0" / "model.safetensors")
     sites = [s.name for s in read_run(trained).info.sites if s.role == "training"]
     strict = Enforced(Policy(), plan)
     _, refused = explain(trained, policies={sites[0]: strict})

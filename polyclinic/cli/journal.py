@@ -47,7 +47,7 @@ def check_heads(journal: Path, against: Path) -> int:
     """How many heads of ``journal`` the other end noted in the journal ``against``.
 
     Raises:
-        Broken: Where it noted one that is not there: one of the two was rewritten. Or where it noted none.
+        Broken: If it noted one that is not there: one of the two was rewritten. Or where it noted none.
     """
     own = {FIRST, *(entry["hash"] for entry in _entries(journal))}
     settings = journal.resolve().with_name("site.toml")

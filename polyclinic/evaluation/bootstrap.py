@@ -228,7 +228,7 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
     """Turns a run's predictions into cases, and draws the weights of its patients.
 
     Raises:
-        ValueError: Where ``unit`` is neither ``"patient"`` nor ``"image"``.
+        ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
     """
     regression = run.info.task == "regression"
     cases = {

@@ -154,7 +154,7 @@ def threshold_at(score: Array, positive: NDArray[Any], sensitivity: float) -> fl
     """The highest threshold t such that at least ``sensitivity`` of the positives have a score of at least t.
 
     Raises:
-        Undefined: Where there are no positives.
+        Undefined: If there are no positives.
     """
     mine = np.sort(score[np.asarray(positive).astype(bool)])[::-1]
     if len(mine) == 0:
@@ -172,7 +172,7 @@ def operating_point(
     """Chooses the threshold on validation cases and applies it to test cases. Scores are of shape [n].
 
     Raises:
-        Undefined: Where validation has no positive case.
+        Undefined: If validation has no positive case.
     """
     threshold = threshold_at(validation_score, validation_positive, sensitivity)
     yes, true = score >= threshold, np.asarray(positive).astype(bool)

@@ -39,7 +39,7 @@ def ssim(image: Array, truth: Array, span: float | None = None) -> Array:
     """Mean structural similarity for each case, −1 to 1. Shapes [n, *spatial] -> [n]. ``span`` is as for ``psnr``.
 
     Raises:
-        ValueError: Where an image is smaller than the window, or shapes differ.
+        ValueError: If an image is smaller than the window, or shapes differ.
     """
     from scipy.ndimage import gaussian_filter
 

@@ -65,7 +65,7 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     """Wilson's score interval of a proportion.
 
     Raises:
-        Undefined: Where n is 0.
+        Undefined: If n is 0.
     """
     if n <= 0:
         raise Undefined("no cases")
@@ -82,7 +82,7 @@ def placements(score: Array, positive: NDArray[Any]) -> tuple[Array, Array]:
         beat it (V₀₁, [n]); ties count half. Both have the AUC as their mean.
 
     Raises:
-        Undefined: Where a class is missing.
+        Undefined: If a class is missing.
     """
     y = np.asarray(positive).astype(bool)
     m, n = int(y.sum()), int((~y).sum())
@@ -104,7 +104,7 @@ def delong_covariance(scores: Array, positive: NDArray[Any], patient: Ints | Non
         AUCs [k] and covariance [k, k].
 
     Raises:
-        Undefined: Where a class is missing, or has a single patient.
+        Undefined: If a class is missing, or has a single patient.
     """
     y = np.asarray(positive).astype(bool)
     ids = np.arange(len(y)) if patient is None else np.unique(patient, return_inverse=True)[1]
@@ -127,7 +127,7 @@ def delong(score: Array, positive: NDArray[Any], patient: Ints | None = None, le
     """The AUC with DeLong's interval. ``score`` is [cases], or [seeds, cases] for the mean AUC of several runs.
 
     Raises:
-        Undefined: Where a class is missing.
+        Undefined: If a class is missing.
     """
     scores = np.atleast_2d(score)
     y = np.asarray(positive).astype(bool)
@@ -249,7 +249,7 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
 
     Raises:
         Undefined: With fewer than two sites.
-        ValueError: Where a variance is not positive.
+        ValueError: If a variance is not positive.
     """
     y, v = np.asarray(values, float), np.asarray(variances, float)
     if len(y) < 2:

@@ -53,7 +53,7 @@ class Metric:
         """The plain value.
 
         Raises:
-            Undefined: Where the cases do not determine it.
+            Undefined: If the cases do not determine it.
         """
         if len(score) == 0:
             raise Undefined("no cases")
@@ -250,7 +250,7 @@ def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
     """The metrics of a task, by name, the most usual first. Slope and intercept are for two classes only.
 
     Raises:
-        ValueError: Where the task is unknown.
+        ValueError: If the task is unknown.
     """
     from polyclinic.evaluation.calibration import CALIBRATION
 

@@ -103,7 +103,7 @@ def delong_test(a: Array, b: Array, positive: Array, patient: Ints | None = None
     """AUC of score ``a`` minus that of ``b``, on the same cases. All of shape [cases].
 
     Raises:
-        Undefined: Where a class is missing.
+        Undefined: If a class is missing.
     """
     auc, cov = delong_covariance(np.stack([a, b]), positive, patient)
     value, variance = float(auc[0] - auc[1]), float(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
@@ -126,7 +126,7 @@ def corrected_t(differences: Sequence[float], test: int, train: int, level: floa
 
     Raises:
         Undefined: With fewer than two splits.
-        ValueError: Where ``test`` or ``train`` is not positive.
+        ValueError: If ``test`` or ``train`` is not positive.
     """
     d = np.asarray(differences, float)
     if len(d) < 2:

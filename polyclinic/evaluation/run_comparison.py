@@ -77,8 +77,8 @@ def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Option
         options: How to evaluate.
 
     Raises:
-        NotARun: Where a folder is not a run.
-        NotComparable: Where the runs tested different patients, or another metric.
+        NotARun: If a folder is not a run.
+        NotComparable: If the runs tested different patients, or another metric.
     """
     runs = {Path(d).resolve().name: read_run(d) for d in run_dirs}
     if len(runs) < 2:
@@ -108,8 +108,8 @@ def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: S
         names: What to call the runs; by default as their folders are called.
 
     Raises:
-        NotARun: Where a folder is not a run.
-        NotComparable: Where the runs have no method in common.
+        NotARun: If a folder is not a run.
+        NotComparable: If the runs have no method in common.
     """
     called = names or [Path(d).resolve().name for d in run_dirs]
     runs = {name: read_run(d) for name, d in zip(called, run_dirs, strict=True)}

@@ -137,7 +137,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     """Evaluates a run, finished or not.
 
     Raises:
-        ValueError: Where the run's metric is not one of its task's.
+        ValueError: If the run's metric is not one of its task's.
     """
     table = metrics_for(run.info.task, len(run.info.classes) or 2)
     if run.info.metric not in table:

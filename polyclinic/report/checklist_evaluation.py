@@ -55,7 +55,7 @@ def load(name: str) -> Checklist:
     """Reads a checklist.
 
     Raises:
-        ValueError: Where there is none of that name, or it names a fact that nobody looks for.
+        ValueError: If there is none of that name, or it names a fact that nobody looks for.
     """
     file = Path(__file__).parent / "checklists" / f"{name}.toml"
     if not file.is_file():

@@ -43,7 +43,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
         gives the same bytes.
 
     Raises:
-        NotARun: Where the folder is not a run or holds damaged files; nothing is written then.
+        NotARun: If the folder is not a run or holds damaged files; nothing is written then.
         ImportError: Without matplotlib.
     """
     run = read_run(run_dir)

@@ -169,7 +169,7 @@ def as_cases(predictions: Predictions, unit: str = "patient", regression: bool =
     """``by_patient`` or ``as_images``.
 
     Raises:
-        ValueError: Where ``unit`` is neither ``"patient"`` nor ``"image"``.
+        ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
     """
     if unit not in ("patient", "image"):
         raise ValueError(f"unit {unit!r}: a case is a 'patient' or an 'image'")

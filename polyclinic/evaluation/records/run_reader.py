@@ -160,7 +160,7 @@ def read_run(folder: str | Path) -> Run:
     """Reads a run folder.
 
     Raises:
-        NotARun: Where it is not one, or a file in it is damaged; all problems are listed.
+        NotARun: If it is not one, or a file in it is damaged; all problems are listed.
     """
     path = Path(folder)
     info = _read_info(path)

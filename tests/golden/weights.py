@@ -34,7 +34,7 @@ def hash_after_training(name: str) -> str:
             break
     request = method.evaluation_request(state)
     trees = dict(request.trees) | {
-        f"{site}:{key}": tree for site, own in request.each.items() for key, tree in own.items()
+        f"{site}:{key}": tree for site, own in request.per_site.items() for key, tree in own.items()
     }
     digest = hashlib.sha256()
     for key in sorted(trees):

@@ -84,25 +84,25 @@ def sites(*, home: Home = HERE) -> None:
 
 
 @app.command(name="revoke")
-def shut_out(site: str, *, home: Home = HERE) -> None:
+def revoke(site: str, *, home: Home = HERE) -> None:
     """Take SITE's right to join: its certificate is worth nothing to this server any more.
 
     Args:
         site: The name of the site.
     """
     server_setup.shut_out(ServerFolder(home.resolve()), site)
-    print(f"shut out {site}")
+    print(f"revoked {site}")
 
 
 @app.command
-def readmit(site: str, *, home: Home = HERE) -> None:
+def reinstate(site: str, *, home: Home = HERE) -> None:
     """Give SITE its right to join back.
 
     Args:
         site: The name of the site.
     """
     server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
-    print(f"readmitted {site}")
+    print(f"reinstated {site}")
 
 
 @app.command

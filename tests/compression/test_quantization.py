@@ -303,7 +303,11 @@ def test_a_bomb_of_compressed_zeros_is_refused() -> None:
     with pytest.raises(ValueError, match="exceeds the decompressed limit"):
         Zstd().decode(WeightedMean({"zstd": torch.frombuffer(bytearray(bomb), dtype=torch.uint8)}, 1.0), state)
     unsized = zstandard.ZstdCompressor(write_content_size=False).compressobj().compress(b"x") or bomb[:5]
-    for frame, why in ((unsized, r"corrupt|exceeds|contains"), (bomb[:-3], r"corrupt|contains"), (b"PK\x03\x04" * 9, "broken")):
+    for frame, why in (
+        (unsized, r"corrupt|exceeds|contains"),
+        (bomb[:-3], r"corrupt|contains"),
+        (b"PK\x03\x04" * 9, "broken"),
+    ):
         with pytest.raises(ValueError, match=why):
             unfold(frame, 2**40)
     with pytest.raises(ValueError, match="expected a single compressed frame"):

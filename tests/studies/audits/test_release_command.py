@@ -134,7 +134,10 @@ def test_a_method_of_another_package_is_audited_and_refused(tmp_path: Path) -> N
     path = npz(tmp_path)
     text = TEXT.format(path=path) + DP + '[[methods]]\nname = "mine"\n'
     study = parse(text)
-    with pytest.raises(BadStudy, match=r"the part 'bright' of the job 'train' contains numbers that do not come from mechanisms.*: use fedavg"):
+    with pytest.raises(
+        BadStudy,
+        match=r"the part 'bright' of the job 'train' contains numbers that do not come from mechanisms.*: use fedavg",
+    ):
         list(run(study, text, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     plan = replace(typical("fedavg", "dp-sgd"), method="mine")

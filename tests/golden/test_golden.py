@@ -106,7 +106,7 @@ def test_an_order_is_read_and_keeps_its_hash() -> None:
     order = RunRequest.from_json(text)
     assert order == make.order()
     assert order.to_json() == text
-    assert order.hash == "bffa20e9e3512406b9e557e8d608f3df434ba5548e97f91b14b40abd6963a5d8"
+    assert order.hash == "d6d533b1ddbe42285b574f2078d27bcfb7a2d7385e34a885c3714f3d54a8fae6"
     assert order.build_plan().build_method().inner.task.network.name == "cnn"
 
 

@@ -56,7 +56,7 @@ class AutoFedAvg(Method[State]):
 
     Attributes:
         rate: The step of β. ``steps``: how many steps each time, each one exchange.
-        interval: In every how many rounds the weights learn.
+        interval: The weights learn every this many rounds.
     """
 
     task: Task
@@ -119,6 +119,6 @@ def climbed(changes: Trees, beta: dict[str, float], gradient: Tree, rate: float)
     return {**beta, **{s: beta[s] - float(d) for s, d in zip(changes, step, strict=True)}}
 
 
-def auto_fedavg(task: Task, local: LocalTraining, *, rate: float = 1.0, steps: int = 2, every: int = 1) -> AutoFedAvg:
+def auto_fedavg(task: Task, local: LocalTraining, *, rate: float = 1.0, steps: int = 2, interval: int = 1) -> AutoFedAvg:
     """FedAvg whose weights are learned from the validation loss."""
-    return AutoFedAvg(task, local, rate, steps, every)
+    return AutoFedAvg(task, local, rate, steps, interval)

@@ -86,7 +86,7 @@ def at_the_end(
 
 def _notes(state: Any) -> Any:
     """The state that keeps notes, however deep it lies in the states of methods that wrap."""
-    if isinstance(notes := getattr(state, "describe", None), Mapping) and notes:
+    if isinstance(notes := getattr(state, "notes", None), Mapping) and notes:
         return state
     inner = getattr(state, "inner", None)
     return None if inner is None else _notes(inner)

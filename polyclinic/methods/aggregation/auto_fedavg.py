@@ -119,6 +119,8 @@ def climbed(changes: Trees, beta: dict[str, float], gradient: Tree, rate: float)
     return {**beta, **{s: beta[s] - float(d) for s, d in zip(changes, step, strict=True)}}
 
 
-def auto_fedavg(task: Task, local: LocalTraining, *, rate: float = 1.0, steps: int = 2, interval: int = 1) -> AutoFedAvg:
+def auto_fedavg(
+    task: Task, local: LocalTraining, *, rate: float = 1.0, steps: int = 2, interval: int = 1
+) -> AutoFedAvg:
     """FedAvg whose weights are learned from the validation loss."""
     return AutoFedAvg(task, local, rate, steps, interval)

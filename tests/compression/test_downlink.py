@@ -30,7 +30,7 @@ TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2)))
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.1)
 METHODS: dict[str, Any] = {
     "fedavg": lambda: FedAvg(TASK, LOCAL),
-    "scaffold": lambda: Scaffold(TASK, LOCAL, 3),
+    "scaffold": lambda: Scaffold(TASK, 3, LOCAL),
     "fedbn": lambda: fedbn(TASK, LOCAL),
     "sent": lambda: send_through(FedAvg(TASK, LOCAL), TopK(0.5, shared=True), Int8()),
 }
@@ -69,7 +69,7 @@ def test_bytes_are_those_that_travel(transforms: Any, share: float) -> None:
 
 @pytest.mark.parametrize(("transform", "least"), [(BFloat16(), 2.0**-8), (Int8(), 1 / 127)])
 def test_only_the_model_is_rounded_and_the_server_keeps_it_whole(transform: Any, least: float) -> None:
-    method = received_through(Scaffold(TASK, LOCAL, 3), FIRST, transform)
+    method = received_through(Scaffold(TASK, 3, LOCAL), FIRST, transform)
     state = run(method, rounds=1)
     whole, request = method.inner.request(state), method.request(state)
     assert whole is not None

@@ -48,7 +48,7 @@ METHODS = {
     "weighted": lambda local: FedAvg(TASK, local),
     "fedprox": lambda local: fedprox(TASK, local, mu=0.1, uniform=True),
     "fedbn": lambda local: fedbn(TASK, local, uniform=True),
-    "scaffold": lambda local: Scaffold(TASK, local, 3),
+    "scaffold": lambda local: Scaffold(TASK, 3, local),
     "fedopt": lambda local: fedavgm(TASK, local, uniform=True),
     "robust": lambda local: Robust(FedAvg(TASK, local, uniform=True)),
 }

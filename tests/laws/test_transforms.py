@@ -29,7 +29,7 @@ NEEDS: dict[str, Any] = {
 def test_promises(name: str, method: str) -> None:
     transform = transform_table.build({"name": name, **NEEDS.get(name, {})})
     before: list[Transform] = [transform_table.build({"name": "clip", "bound": 1.0})] if name == "gaussian" else []
-    inner = FedAvg(TASK, LOCAL, uniform=True) if method == "fedavg" else Scaffold(TASK, LOCAL, 2)
+    inner = FedAvg(TASK, LOCAL, uniform=True) if method == "fedavg" else Scaffold(TASK, 2, LOCAL)
     check_transform(inner, *before, transform, params=TASK.first(0), sites=little_sites(count=2))
 
 

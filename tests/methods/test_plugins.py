@@ -13,7 +13,7 @@ from polyclinic.methods.plugins import Package, allows, exact_rule, methods_in, 
 from tests.support.local_deployment import order
 
 CODE = """
-from polyclinic.methods.optimization.fedavg import fedavg
+from polyclinic.methods.optimization.fedavg import FedAvg as fedavg
 
 def make(task, local):
     return fedavg(task, local)
@@ -122,7 +122,7 @@ def test_only_named_methods_of_others_have_packages(install: Install) -> None:
     install()
     install("other-pack", method="fedavg", module="otherpack")  # our own methods cannot be replaced
     assert packages_of(["fedavg", "nothing"]) == ()
-    assert registry.entry("fedavg").make == "fedavg:fedavg"
+    assert registry.entry("fedavg").make == "optimization.fedavg:FedAvg"
     assert [package.name for package in packages_of(["mine"])] == ["mine-pack"]
     assert order("krum", plan={"options": {"over": "mine"}}).packages == packages_of(["mine"])
     assert order(study={"name": "s", "hash": "h", "arms": [{"label": "x", "plan": {"method": "mine"}}]}).packages

@@ -88,7 +88,7 @@ def test_a_job_is_free_by_who_answers_and_not_by_its_name(ledger: Ledger) -> Non
 
 def test_a_refusal_names_every_part_and_a_paid_reply_costs_what_it_metered(ledger: Ledger) -> None:
     site = Site("a", {"train": Ward()})
-    method = Scaffold(TASK, LocalTraining(steps=1), 3)
+    method = Scaffold(TASK, 3, LocalTraining(steps=1))
     request = method.request(method.init(TASK.first()))
     with pytest.raises(Refused, match=r"The reply contains control, update$"):
         execute(method, request, {}, site, Budget(ledger))

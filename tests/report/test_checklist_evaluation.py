@@ -128,7 +128,7 @@ def test_the_page_has_every_row_in_the_words_of_the_report():
 
 def test_every_test_and_file_that_the_page_names_is_there():
     """A row without a test says that it is open. The tests themselves are run like all others."""
-    root = PAGE.parents[1]
+    root = PAGE.parents[2]
     for row, _, feature, shown in rows_of(PAGE.read_text(encoding="utf-8")):
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown)
         assert named or shown.startswith("open"), f"row {row} names no test and is not called open"

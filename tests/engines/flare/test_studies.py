@@ -332,7 +332,7 @@ def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
     assert {arm["label"] for arm in arms} == {"local", "fedbn"}
     assert {arm["label"]: arm["external"] for arm in arms} == {"local": [], "fedbn": ["osaka"]}
     assert notes == [
-        "mix is left out: it needs all data in one place, and here they stay at the sites",
+        "pooled is left out: it needs all data in one place, and here they stay at the sites",
         "[data] patient: not sent; each hospital says this of its own data, in its data.toml",
     ]
     with pytest.raises(deployment.NotElsewhere, match="the external site osaka is not admitted"):

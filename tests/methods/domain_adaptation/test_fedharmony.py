@@ -24,7 +24,7 @@ NAMES = ("site-0", "site-1", "site-2")
 
 def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
     """Mean and standard deviation by feature, of the trained encoder over all training examples, in numpy."""
-    method = FedHarmony(task, local, NAMES)
+    method = FedHarmony(task, NAMES, local)
     request = method.request(method.init(task.first()))
     reply, _ = method.site_update(request, {}, sites["site-1"])
     end = {n: leaf + request.trees["params"][n] for n, leaf in reply.mean("update").value.items()}
@@ -37,7 +37,7 @@ def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
 
 
 def test_others_are_drawn_from_their_gaussians(task, sites) -> None:
-    method = FedHarmony(task, LocalTraining(), NAMES)
+    method = FedHarmony(task, NAMES, LocalTraining())
     F_ = 8
     known = {k: {"mean": torch.full((F_,), 3.0 * k), "std": torch.full((F_,), 0.5 + k)} for k in (0, 2)}
     request = method.request(method.init(task.first())._replace(gaussians={NAMES[k]: v for k, v in known.items()}))
@@ -59,7 +59,7 @@ def test_confusion_is_the_mean_of_minus_log_softmax() -> None:
 
 def test_the_first_round_is_uniform_fedavg(task, local, sites) -> None:
     """No Gaussian is known yet; with μ = 0 nothing else differs."""
-    ours, plain = FedHarmony(task, local, NAMES, mu=0.0), FedAvg(task, local, uniform=True)
+    ours, plain = FedHarmony(task, NAMES, local, mu=0.0), FedAvg(task, local, uniform=True)
     params = task.first()
     a = ours.site_update(ours.request(ours.init(params)), {}, sites["site-2"])[0]
     b = plain.site_update(plain.request(plain.init(params)), {}, sites["site-2"])[0]
@@ -67,7 +67,7 @@ def test_the_first_round_is_uniform_fedavg(task, local, sites) -> None:
 
 
 def test_the_distance_has_a_slope_of_zero_where_it_is_zero(task, local, sites) -> None:
-    method = FedHarmony(task, local, NAMES, mu=1.0)
+    method = FedHarmony(task, NAMES, local, mu=1.0)
     reply, _ = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     assert all(leaf.isfinite().all() for leaf in reply.mean("update").total.values())
 
@@ -99,7 +99,7 @@ def test_it_unlearns_the_scanner() -> None:
         x[:, 3] = 2 * (k - 1) + 0.2 * x[:, 3]
         sites[name] = Site(name, {"train": Rows(x, (x[:, 0] > 0).long())})
     found = []
-    for method in (FedHarmony(task, local, NAMES, mu=0.0), FedAvg(task, local)):
+    for method in (FedHarmony(task, NAMES, local, mu=0.0), FedAvg(task, local)):
         state = method.init(task.first())
         for step in train(method, InProcess(method, sites), state, rounds=10):
             state = step.state

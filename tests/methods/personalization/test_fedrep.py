@@ -11,8 +11,8 @@ from polyclinic.testing import equal
 def test_the_head_is_fitted_first_and_stays(task, local, sites) -> None:
     method, site, head = fedrep(task, local, head_epochs=3), sites["site-1"], InHead(task)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, site)
-    fitted = replace(local, epochs=3).fit(task, task.first(), site, 0, only=head, slot="head")
-    whole = local.fit(task, fitted, site, 0, only=Not(head))
+    fitted = replace(local, epochs=3).fit(task, task.first(), site, 0, trainable=head, slot="head")
+    whole = local.fit(task, fitted, site, 0, trainable=Not(head))
     change = tree.scale(reply.mean("update").total, 1 / 17)
     expected = tree.select(tree.sub(whole, task.first()), Not(head))
     assert change.keys() == expected.keys()

@@ -40,7 +40,7 @@ def test_the_pull_by_hand() -> None:
 
 
 def test_without_pull_personal_models_train_alone_and_the_global_one_is_fedavgs(task, local, sites) -> None:
-    state, _ = run(FedSM(task, local, NAMES, pull=1.0), task.first(), sites, 2)
+    state, _ = run(FedSM(task, NAMES, local, pull=1.0), task.first(), sites, 2)
     assert close(state.params, run(FedAvg(task, local), task.first(), sites, 2)[0].params)
     alone = task.first()
     for round in range(2):
@@ -50,7 +50,7 @@ def test_without_pull_personal_models_train_alone_and_the_global_one_is_fedavgs(
 
 @pytest.mark.parametrize(("threshold", "mine"), [(-1.0, True), (1.0, False)])
 def test_the_threshold_decides_between_the_personal_and_the_global(task, local, threshold, mine) -> None:
-    method = FedSM(task, local, NAMES, threshold=threshold)
+    method = FedSM(task, NAMES, local, threshold=threshold)
     state = method.init(task.first())._replace(personal={n: task.first(k + 1) for k, n in enumerate(NAMES)})
     bias = {n: torch.zeros_like(x) for n, x in state.selector.params.items()}
     bias["head.bias"] = torch.tensor([0.0, 1.0, 0.0])  # it guesses the second site, and is not very sure
@@ -68,7 +68,7 @@ def test_the_selector_learns_whose_images_they_are(task) -> None:
         for k, n in enumerate(NAMES)
     }
     local = LocalTraining(epochs=1, batch_size=16, optimizer="adam", lr=0.02)
-    method = FedSM(task, local, NAMES, threshold=0.5)
+    method = FedSM(task, NAMES, local, threshold=0.5)
     state, _ = run(method, task.first(), sites, 40)
     selector = cached_model(method.selecting, state.selector.params).eval()
     right = [(selector(s.data["val"].x).argmax(1) == k).float().mean() for k, s in enumerate(sites.values())]
@@ -80,7 +80,7 @@ def test_the_selector_learns_whose_images_they_are(task) -> None:
 
 
 def test_personal_models_are_kept_apart_by_site(task, local, sites) -> None:
-    method = FedSM(task, local, NAMES)
+    method = FedSM(task, NAMES, local)
     request = method.request(method.init(task.first()))
     assert set(request.per_site) == set(NAMES)
     assert tree.size(request.for_site("site-0").trees["personal"]) == tree.size(task.first())

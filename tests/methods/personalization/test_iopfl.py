@@ -28,7 +28,7 @@ def run(method, params, sites, rounds):
 
 
 def test_the_global_model_is_fedavgs_and_the_average_runs(task, local, sites) -> None:
-    method = IOPFL(task, local, NAMES, alpha=0.3)
+    method = IOPFL(task, NAMES, local, alpha=0.3)
     state, federation = run(method, task.first(), sites, 2)
     plain, _ = run(FedAvg(task, local), task.first(), sites, 2)
     assert close(state.params, plain.params)
@@ -40,7 +40,7 @@ def test_the_global_model_is_fedavgs_and_the_average_runs(task, local, sites) ->
 
 
 def test_inside_the_personal_model_predicts(task, local, sites) -> None:
-    method = IOPFL(task, local, NAMES)
+    method = IOPFL(task, NAMES, local)
     state, federation = run(method, task.first(), sites, 1)
     found = method.site_model(method.evaluation_request(state), federation.memory["site-0"])
     x = sites["site-0"].data["val"].x
@@ -52,7 +52,7 @@ def test_inside_the_personal_model_predicts(task, local, sites) -> None:
 def test_outside_without_steps_it_is_the_mean_of_all_models() -> None:
     """Equal weights in every layer: the model whose parameters are the mean of the members'."""
     task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("norm", "group"))))
-    method = IOPFL(task, LocalTraining(), NAMES, steps=0)
+    method = IOPFL(task, NAMES, LocalTraining(), steps=0)
     state = method.init(task.first())._replace(personal={n: task.first(k + 1) for k, n in enumerate(NAMES)})
     model = cached_model(method.prediction_task, method.site_model(method.evaluation_request(state), {})).eval()
     mean = {n: torch.stack([task.first(k)[n] for k in range(4)]).mean(0) for n in task.first()}
@@ -64,7 +64,7 @@ def test_outside_it_becomes_surer_and_keeps_nothing(task, local, sites) -> None:
     stranger = blobs(77, 24, (1, 8, 8), shift=0.8)
 
     def unsure(steps: int) -> float:
-        method = IOPFL(task, local, NAMES, steps=steps, adapt_lr=0.02)
+        method = IOPFL(task, NAMES, local, steps=steps, adapt_lr=0.02)
         state, _ = run(method, task.first(), sites, 2)
         params = method.site_model(method.evaluation_request(state), {})
         p = outputs(method.prediction_task, params, stranger)["score"]
@@ -76,7 +76,7 @@ def test_outside_it_becomes_surer_and_keeps_nothing(task, local, sites) -> None:
 
 
 def test_evaluation_serves_both(task, local, sites) -> None:
-    method = Evaluated(IOPFL(task, local, NAMES, steps=2), task)
+    method = Evaluated(IOPFL(task, NAMES, local, steps=2), task)
     state, _ = run(method, task.first(), sites, 2)
     everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(5, 9, (1, 8, 8))})}
     assert set(evaluate(method, InProcess(method, everyone), state, list(everyone))) == set(everyone)
@@ -85,7 +85,7 @@ def test_evaluation_serves_both(task, local, sites) -> None:
 def test_masks() -> None:
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
     sites = segmentation_sites(2)
-    method = IOPFL(task, LocalTraining(batch_size=4), tuple(sites), steps=2)
+    method = IOPFL(task, tuple(sites), LocalTraining(batch_size=4), steps=2)
     check_method(method, task.first(), sites)
     found = outputs(
         method.prediction_task,

@@ -35,7 +35,7 @@ def test_the_blur_is_a_gaussian_and_never_lowers() -> None:
 
 
 def test_the_second_head_by_hand() -> None:
-    method = LCFed(TASK, LocalTraining(), NAMES)
+    method = LCFed(TASK, NAMES, LocalTraining())
     state = method.init(TASK.first())
     heads = {"heads": torch.randn(3, method.request(state).trees["heads"]["heads"].shape[1])}
     net = {**state.params, "site": torch.tensor([0.0, 1.0, 0.0])}
@@ -56,7 +56,7 @@ def test_the_site_decides_the_channels() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 8), ("norm", "batch"))))
-        method, x = LCFed(task, LocalTraining(), NAMES), torch.randn(2, 1, 16, 16)
+        method, x = LCFed(task, NAMES, LocalTraining()), torch.randn(2, 1, 16, 16)
         model, h = method.selecting.model().eval(), torch.randn(2, 64, 1, 1)
     seen, gates = [], []
     for k in range(3):
@@ -70,7 +70,7 @@ def test_the_site_decides_the_channels() -> None:
 
 def test_heads_are_shown_bodies_are_averaged_and_unseen_sites_get_the_mean() -> None:
     sites, local = segmentation_sites(), LocalTraining(batch_size=5, optimizer="adam", lr=0.03)
-    method = Evaluated(LCFed(TASK, local, NAMES, head_steps=2), TASK)
+    method = Evaluated(LCFed(TASK, NAMES, local, head_steps=2), TASK)
     federation, state, seen = InProcess(method, sites), method.init(TASK.first()), []
     for step in train(method, federation, state, rounds=6):
         assert not step.lost

@@ -178,7 +178,7 @@ def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch, done)
 
 
 def test_a_damaged_audit_is_named_in_the_report(done):
-    file = done / "run" / "arms" / "single-seed0" / "audit.json"
+    file = done / "run" / "arms" / "local-seed0" / "audit.json"
     for text, why in (
         ("{", "a damaged audit"),
         ("{}", "not an audit of this version"),

@@ -48,7 +48,7 @@ name = "fedprox"
 """
 
 REFUSED = {
-    "budgets that differ": ("trials = 2", "trials = 3", "mix has 2 settings to try: every method gets the same"),
+    "budgets that differ": ("trials = 2", "trials = 3", "pooled has 2 settings to try: every method gets the same"),
     "an unknown label": ("methods.fedprox]", "methods.fedproxx]", "no method of this study is called so"),
     "a value out of range": ("[0.01, 0.3]", "[-1.0, 0.3]", "cannot use -1.0"),
     "an unknown key": ("mu =", "mew =", "fedprox cannot use"),
@@ -147,7 +147,7 @@ def test_a_person_may_change_what_was_chosen_but_not_once_it_trains(tmp_path: Pa
     while next(events).what != "arm":  # the search of the first arm is over, and it begins
         pass
     events.close()
-    file = path / "arms" / "mix-seed0-fold0" / "chosen.toml"
+    file = path / "arms" / "pooled-seed0-fold0" / "chosen.toml"
     other = {"training.lr": 0.123}
     file.write_text('[chosen]\n"training.lr" = 0.123\n')
     events = run(study, TEXT, path, resume=True)

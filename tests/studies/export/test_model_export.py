@@ -111,7 +111,7 @@ def test_what_cannot_be_exported_says_why(made, tmp_path):
         export(run, "h5", tmp_path / "m")
     with pytest.raises(NotExported, match="no such model"):
         export(run, "pt2", tmp_path / "m", label="local")
-    file = run / "arms" / "single-seed0" / "model.safetensors"
+    file = run / "arms" / "local-seed0" / "model.safetensors"
     write_tensors(file, {"x": torch.zeros(1)})
     with pytest.raises(RunError, match="carries no plan"):
         export(run, "pt2", tmp_path / "m", label="single")

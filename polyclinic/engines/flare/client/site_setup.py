@@ -235,7 +235,7 @@ def leave(home: SiteFolder) -> None:
 
 def unit(role: str, home: Path, user: str, program: str = "") -> str:
     """Return a systemd unit that keeps the ``role``, site or server, in the folder ``home`` running."""
-    text = (Path(__file__).parents[1] / "server" / "unit.service").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "unit.service").read_text(encoding="utf-8")
     program = program or str(Path(sys.argv[0]).resolve())
     for key, value in {"HOME": str(home), "USER": user, "POLYCLINIC": program, "ROLE": role}.items():
         text = text.replace(f"@{key}@", value)

@@ -199,7 +199,7 @@ def test_levels_and_log_file(
 
 def test_what_is_missing_is_told_at_once_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     npz(tmp_path)
-    text = study(tmp_path).split("[[methods]]")[0] + '[[methods]]\nname = "fedavg"\nsend = [{name = "zstd"}]\n'
+    text = study(tmp_path).split("[[methods]]")[0] + '[[methods]]\nname = "fedavg"\nuplink = [{name = "zstd"}]\n'
     one = parse(text)
     checks.preflight([one], tmp_path / "runs" / "deeper")
     monkeypatch.setattr(checks, "find_spec", lambda name: None)

@@ -33,7 +33,7 @@ UNET = 'network = "unet"\noptions = { width = 2, norm = "batch" }'
 # By kind of data: the [data] table, the [task] table, and the methods that are run on it.
 KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     "images": (
-        IMAGES + 'external = ["d"]\npublic = ["p"]\nunlabelled = 0.25\nannotations = { c = "none" }',
+        IMAGES + 'external = ["d"]\npublic = ["p"]\nunlabeled = 0.25\nannotations = { c = "none" }',
         'network = "cnn"\noptions = { width = 4, depth = 2, dropout = 0.2 }',
         [n for n, e in METHODS.items() if not e.tasks or "classification" in e.tasks],
     ),
@@ -45,13 +45,13 @@ KINDS: Mapping[str, tuple[str, str, Sequence[str]]] = {
     ),
     "masks of all": (IMAGES, 'kind = "segmentation"\n' + UNET, ["lc-fed", "ditto", "fedbn"]),
     "fast scans": (
-        IMAGES + 'accelerate = 4.0\ncentre = 0.2\nexternal = ["d"]',
+        IMAGES + 'accelerate = 4.0\ncenter = 0.2\nexternal = ["d"]',
         'kind = "reconstruction"\n' + UNET,
         ["pooled", "fedavg", "fedmri", "fl-mrcm", "silobn"],
     ),
     "bags": (IMAGES, 'network = "attention-mil"\noptions = { width = 8, attention = 4 }', ["histofl", "fedprox"]),
     "videos": (
-        IMAGES + 'patient = "video"\nvideo = "video"\nunlabelled = 0.5',
+        IMAGES + 'patient = "video"\nvideo = "video"\nunlabeled = 0.5',
         'network = "cnn"\noptions = { width = 4, depth = 2 }',
         ["fedcy", "fedavg"],
     ),

@@ -88,7 +88,7 @@ def test_small_consortia_are_told_the_truth() -> None:
 
 def test_units_do_not_add_up_unless_it_is_said_for_whom() -> None:
     both = [Spend(1.0), Spend(1.0, unit="patient")]
-    with pytest.raises(ValueError, match=r"different units \(patient, site\).*say for which unit"):
+    with pytest.raises(ValueError, match=r"different units \(patient, site\).*specify the unit"):
         epsilon(both, 1e-5)
     with pytest.raises(ValueError, match="hides each patient does not protect a site"):
         epsilon(both, 1e-5, "site")

@@ -110,7 +110,7 @@ def test_a_file_beyond_the_policy_is_not_fetched_and_a_round_holds_so_much(
     again = LocalCarrier(house.homes, house.an).agent("site-0")  # the job process was started anew
     house.executor.agent = again
     assert "after 1 MB" in house.call(1)
-    assert "round 9 is beyond the study's 3 rounds" in house.call(1, round=9)
+    assert "round 9, and the study has 3 rounds" in house.call(1, round=9)
     house.homes["site-0"].policy.write_text("nonsense")
     assert "the policy cannot be read" in house.call(1, round=1)
     assert len(house.fetched) == 3

@@ -514,7 +514,7 @@ def _sized(delivery, value):
             "NaN",
         ),
         (lambda d: _sized(d, Reply({"update": WeightedMean({"head.weight": torch.zeros(3, 8)}, 1.0)})), ""),
-        (lambda d: _sized(d, Reply({"update": PerSite({"site-2": {"x": torch.zeros(2)}})})), "speaks for"),
+        (lambda d: _sized(d, Reply({"update": PerSite({"site-2": {"x": torch.zeros(2)}})})), "contains values of"),
         (lambda d: _sized(d, Reply({"update": WeightedMean({"x": torch.zeros(2)}, -1.0)})), "weight"),
         (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],

@@ -166,7 +166,7 @@ def test_stages_out_of_order_or_without_an_ask_are_refused(tmp_path: Path) -> No
 
     outcome, why = _session_of(tmp_path / "a", skip)
     assert outcome == "interrupted"
-    assert "refused" in why or "needed" in why
+    assert "refused" in why or "required" in why
     outcome, why = _session_of(
         tmp_path / "b", lambda c: replace(c, number=c.number + 1) if c.stage == "advertise" else c
     )

@@ -231,7 +231,7 @@ def test_a_rule_over_clipped_and_noised_updates(local, sites) -> None:
 def test_secure_summation_is_refused_in_a_sentence(task, local, sites) -> None:
     with pytest.raises(ValueError, match="needs each site's reply"):
         send_through(Robust(FedAvg(task, local, uniform=True), Median()), SumsOnly())
-    with pytest.raises(ValueError, match="secure summation reveals only sums"):
+    with pytest.raises(ValueError, match="secure summation shows only sums"):
         Robust(send_through(FedAvg(task, local, uniform=True), SumsOnly()), Median())
 
     class Secret(FedAvg):

@@ -38,5 +38,5 @@ def test_the_first_phase_has_its_own_optimizer(task):
     method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimizer="adamw")
     assert (method.first.local.lr, method.first.local.optimizer, method.rounds) == (1e-3, "adamw", 3)
     assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")
-    with pytest.raises(ValueError, match="unknown optimizer 'lion'"):
+    with pytest.raises(ValueError, match="no optimizer is called 'lion'"):
         fedmae(task, LOCAL, 10, pretrain_optimizer="lion")

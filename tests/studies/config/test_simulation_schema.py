@@ -131,7 +131,7 @@ def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path, sto
 
 def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path):
     text = study(tmp_path, "[machines]\ndrop_out = 1.0\n\n[[methods]]\nname = 'fedavg'\n")
-    with pytest.raises(RuntimeError, match=r"0 of 1 replies needed\. a: dropped out; b: dropped out"):
+    with pytest.raises(RuntimeError, match=r"0 of 1 required replies\. a: dropped out; b: dropped out"):
         done(tmp_path / "run", text)
 
 

@@ -195,7 +195,7 @@ class Leaky(FedAvg):
             "weight": {"update": WeightedMean(update.total, update.weight * (1 + float(x.abs().mean())))},
             "leaf weight": {"more": ElementwiseMean({"x": torch.ones(2)}, {"x": torch.ones(2) * x.mean()})},
             "gather": {"more": PerSite({site.name: {"x": x.amax()[None]}})},
-            "near_duplicates": {"more": PerSiteUniform({site.name: {"x": y.float().mean()[None]}})},
+            "alike": {"more": PerSiteUniform({site.name: {"x": y.float().mean()[None]}})},
             "tensor": {"more": WeightedMean.of({"a" if float(x.max()) > 10 else "b": torch.ones(1)})},
             "shape": {"more": WeightedMean.of({"a": torch.ones(1 + int(y.sum()))})},
             "type": {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.errors import MissingDependency
 from polyclinic.evaluation.records.record_schema import arm_names
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.studies.export.tracking import NotTracked, track, values
@@ -84,5 +85,5 @@ def test_what_is_missing_is_told(path: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(NotTracked, match="there are mlflow, tensorboard"):
         track(path, "wandb")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(NotTracked, match="polyclinic\\[track\\]"):
+    with pytest.raises(MissingDependency, match="polyclinic\\[track\\]"):
         track(path, "tensorboard", str(tmp_path / "events"))

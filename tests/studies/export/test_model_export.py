@@ -114,5 +114,5 @@ def test_what_cannot_be_exported_says_why(made, tmp_path):
     file = run / "arms" / "local-seed0" / "model.safetensors"
     write_tensors(file, {"x": torch.zeros(1)})
     with pytest.raises(RunError, match="carries no plan"):
-        export(run, "pt2", tmp_path / "m", label="single")
+        export(run, "pt2", tmp_path / "m", label="local")
     file.unlink()

@@ -13,7 +13,7 @@ import torch
 from polyclinic.attacks.adversaries import Attack, Known
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Poisoned(Method[State]):
+class Poisoned(MethodWrapper[State]):
     """``inner``, in which ``attackers`` execute ``attack`` whenever they train.
 
     Put a robust rule inside: ``Poisoned(Robust(FedAvg(task), rule), ...)``. A hostile site applies the attack last.
@@ -71,16 +71,6 @@ class Poisoned(Method[State]):
     def gathers(self) -> bool:
         """Whether the server must see each site's reply, as for the method."""
         return bool(getattr(self.inner, "gathers", False))
-
-    @property
-    def prediction_task(self) -> Any:
-        """The prediction task of the inner method."""
-        return self.inner.prediction_task
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        """The jobs of the inner method."""
-        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         """Return the initial state of the inner method."""

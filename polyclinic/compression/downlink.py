@@ -16,7 +16,7 @@ import torch
 from polyclinic.compression.quantization import BFloat16, Codec, Int8
 from polyclinic.compression.zstd import Zstd
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -27,7 +27,7 @@ ALL, OWN = "received", "received-own"
 
 
 @dataclass(frozen=True)
-class DownlinkPipeline(Method[Any]):
+class DownlinkPipeline(MethodWrapper[Any]):
     """A method whose requests reach the sites through ``codecs``: ``BFloat16`` or ``Int8``, ``Zstd``, or both.
 
     Attributes:
@@ -58,16 +58,6 @@ class DownlinkPipeline(Method[Any]):
             raise ProtocolError("; ".join(problems))
         parts = tuple(replace(t, parts=MODEL) if isinstance(t, Codec) else t for t in self.codecs)
         object.__setattr__(self, "codecs", parts)
-
-    @property
-    def prediction_task(self) -> Any:
-        """The prediction task of the inner method."""
-        return self.inner.prediction_task
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        """The jobs of the inner method."""
-        return self.inner.jobs
 
     def init(self, params: Tree) -> Any:
         """Return the inner method's initial state. The codecs have no state."""

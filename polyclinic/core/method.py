@@ -104,3 +104,19 @@ class Method(ABC, Generic[State]):
         """
         request = self.request(state)
         return Request(state.round, {"params": state.params}) if request is None else request  # type: ignore[attr-defined]
+
+
+class MethodWrapper(Method[State]):
+    """A method that changes another one, its field ``inner``, whose jobs and prediction task it keeps."""
+
+    inner: Method[Any]
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """The jobs of the inner method."""
+        return self.inner.jobs
+
+    @property
+    def prediction_task(self) -> Any:
+        """The prediction task of the inner method."""
+        return self.inner.prediction_task

@@ -18,7 +18,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean, merge
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.reply_packing import above, below, escaped, join, scaled, split
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -116,7 +116,7 @@ class SentState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UplinkPipeline(Method[SentState]):
+class UplinkPipeline(MethodWrapper[SentState]):
     """A method whose replies reach the server only through ``transforms``.
 
     Raises:
@@ -134,16 +134,6 @@ class UplinkPipeline(Method[SentState]):
     def cut(self) -> int:
         """Number of transforms, from the left, that can be decoded on a sum."""
         return next((i for i, t in enumerate(self.transforms) if not t.additive), len(self.transforms))
-
-    @property
-    def prediction_task(self) -> Any:
-        """The prediction task of the inner method."""
-        return self.inner.prediction_task
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        """The jobs of the inner method."""
-        return self.inner.jobs
 
     def init(self, params: Tree) -> SentState:
         """Return the initial states of the method and of each transform."""

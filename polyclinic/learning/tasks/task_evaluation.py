@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.rounds import Federation
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluated(Method[State]):
+class Evaluated(MethodWrapper[State]):
     """A method with additional evaluation jobs for the model with which a site predicts.
 
     The job ``score/val`` sends a few scores, computed at the site. ``predict/test`` sends the predictions and targets
@@ -59,11 +59,6 @@ class Evaluated(Method[State]):
             results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return Reply({verb: PerSite({site.name: results})}), memory
 
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        """The jobs of the inner method."""
-        return self.inner.jobs
-
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         """Run the inner method's server update."""
         return self.inner.server_update(state, reply, server)
@@ -71,11 +66,6 @@ class Evaluated(Method[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         """Return the inner method's site model."""
         return self.inner.site_model(request, memory)
-
-    @property
-    def prediction_task(self) -> Any:
-        """The prediction task of the inner method."""
-        return self.inner.prediction_task
 
     def evaluation_request(self, state: State) -> Request:
         """Return the inner method's evaluation request."""

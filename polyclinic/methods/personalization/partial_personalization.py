@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -37,15 +37,11 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Personal(Method[State]):
+class Personal(MethodWrapper[State]):
     """Any method that sends an ``update``, with the leaves that ``keep`` names left at the sites."""
 
     inner: Method[Any]
     keep: Callable[[str], bool]
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(tree.select(params, self._share)), tree.select(params, self.keep))
@@ -72,10 +68,6 @@ class Personal(Method[State]):
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return {**self.inner.site_model(request, memory), **memory.get("own", request.trees["own"])}
-
-    @property
-    def prediction_task(self) -> Any:
-        return self.inner.prediction_task
 
     def _share(self, name: str) -> bool:
         return not self.keep(name)

@@ -19,7 +19,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,7 +56,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Robust(Method[State]):
+class Robust(MethodWrapper[State]):
     """Any method that sends means, under a rule that withstands some sites being broken or hostile.
 
     Attributes:
@@ -84,14 +84,6 @@ class Robust(Method[State]):
     def uniform(self) -> bool:
         """Whether sites count the same in the inner method."""
         return bool(getattr(self.inner, "uniform", True))
-
-    @property
-    def prediction_task(self) -> Any:
-        return self.inner.prediction_task
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), {}, {})

@@ -16,7 +16,6 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.data.federation import federate
 from polyclinic.engines.plan import Plan
-from polyclinic.errors import RunError
 from polyclinic.learning.networks.model_tree import inspect, load
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import outputs
@@ -106,7 +105,7 @@ def read_base(file: Path) -> Base:
     try:
         plan, params = read_plan(file), read_tensors(file)
         load(plan.build_task().model(), params)
-    except (SafetensorError, RunError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise VectorRefused(f"{file}: not a model to begin from: {error}") from None
     return Base(params, plan)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.plan import Plan
-from polyclinic.errors import PolyclinicError, RunError
+from polyclinic.errors import IntegrityError, PolyclinicError, RunError
 
 log = logging.getLogger(__name__)
 LOCK, STOP = ".lock", "stop"
@@ -225,12 +225,12 @@ def read_plan(file: Path) -> Plan:
     """Read the plan in the metadata of a model file.
 
     Raises:
-        RunError: If the file carries no plan.
+        IntegrityError: If the file carries no plan.
     """
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         meta = opened.metadata() or {}
     if "plan" not in meta:
-        raise RunError(f"{file}: carries no plan, so its network is unknown")
+        raise IntegrityError(f"{file}: carries no plan, so its network is unknown")
     return Plan.from_json(meta["plan"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polyclinic.engines.plan import Plan
-from polyclinic.errors import RunError
+from polyclinic.errors import IntegrityError
 from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.studies.export.model_export import NotExported, export, network
 from polyclinic.studies.run.run_directory import read_plan, write_tensors
@@ -113,6 +113,6 @@ def test_what_cannot_be_exported_says_why(made, tmp_path):
         export(run, "pt2", tmp_path / "m", label="local")
     file = run / "arms" / "local-seed0" / "model.safetensors"
     write_tensors(file, {"x": torch.zeros(1)})
-    with pytest.raises(RunError, match="carries no plan"):
+    with pytest.raises(IntegrityError, match="carries no plan"):
         export(run, "pt2", tmp_path / "m", label="local")
     file.unlink()

@@ -216,7 +216,9 @@ def test_lower_is_better_turns_every_sign(tmp_path):
     result = evaluate(read_run(path), FEW)
     alone, here = (result.of(k).macro.value for k in ("local", "fedavg"))
     assert here < alone
-    assert all(g.value > 0 for g in result.of("fedavg").gains.values())
+    local, fedavg = (result.of(k).sites for k in ("local", "fedavg"))
+    for site, gain in result.of("fedavg").gains.items():
+        assert gain.value == pytest.approx(local[site]["mae"].value - fedavg[site]["mae"].value), site
     _, value = result.of("fedavg").worst
     assert value == max(e["mae"].value for s, e in result.of("fedavg").sites.items() if s != "osaka")
 

@@ -400,12 +400,12 @@ def test_orders_with_wrong_new_fields_are_told_by_field() -> None:
     for key, value, why in (
         ("external", ["A"], "a site's name"),
         ("external", ["site-0"], "both trains and does not"),
-        ("external", "x", "list of names"),
+        ("external", "x", "'external' .* must be lists of names"),
         ("best", {"metric": "auc"}, "'best'"),
         ("label", "A b", "'label'"),
         ("study", {"name": "x"}, "'study'"),
         ("study", {"name": "../x", "hash": "h", "arms": []}, "a study's name"),
-        ("study", {"name": "x", "hash": "h", "arms": [3]}, "each arm"),
+        ("study", {"name": "x", "hash": "h", "arms": [3]}, "each of a study's arms must contain"),
         ("study", {"name": "x", "hash": "h", "arms": [{"label": "a", "plan": {}}]}, "names no method"),
         ("mode", "shell", "'mode'"),
     ):

@@ -66,6 +66,11 @@ def test_the_wheel_alone_runs_the_demo_a_study_and_its_report(tmp_path: Path) ->
     cut = "from polyclinic.cli.run import template; print(template('demo'))"
     (tmp_path / "demo.toml").write_text(checked(python, "-c", cut, cwd=tmp_path).stdout)
     checked(command, "run", "demo.toml", "--set", "rounds=1", "--set", "seeds=[0]", cwd=tmp_path)
-    refused = subprocess.run([command, "server", "status"], capture_output=True, text=True, cwd=tmp_path)
+    refused = subprocess.run(
+        [command, "server", "init", "--project", "p", "--host", "localhost", "--organization", "o"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert refused.returncode == 2
     assert refused.stderr.strip().endswith('pip install "polyclinic[flare]"')

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.intervals import Estimate, bca, delong, percentile, resamples
-from polyclinic.evaluation.metric_functions import Array, Metric
+from polyclinic.evaluation.metric import Array, Metric
 from polyclinic.evaluation.paired_tests import Difference, difference, over_seeds
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import Run

@@ -9,7 +9,7 @@ the squared error over the squared norm of the truth (Zbontar et al. 2018, https
 import numpy as np
 
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.metric_functions import Array
+from polyclinic.evaluation.metric import Array
 
 
 def psnr(image: Array, truth: Array, span: float | None = None) -> Array:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 
-from polyclinic.evaluation.metric_functions import Array, Undefined
+from polyclinic.evaluation.metric import Array, Undefined
 
 Ints = NDArray[np.int64]
 

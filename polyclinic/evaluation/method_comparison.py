@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from polyclinic.evaluation.bootstrap import Sample, by_fold
-from polyclinic.evaluation.metric_functions import Metric, Undefined
+from polyclinic.evaluation.metric import Metric, Undefined
 from polyclinic.evaluation.paired_tests import Difference, Ranking, corrected_t, holm, rank_methods, signed_ranks
 from polyclinic.evaluation.records.run_reader import Run, training_sites
 

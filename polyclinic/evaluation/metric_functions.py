@@ -1,11 +1,6 @@
-"""Metrics as functions of weights, so that one definition serves estimates, intervals and tests.
+"""The metrics of each task, as weighted functions (see ``metric``), so that one definition serves values and intervals.
 
-Every metric takes ``weight`` of shape [b, n]: b ways of weighting the same n cases. One row of ones is the plain
-value; rows of resampling counts are a bootstrap; rows with a single zero are the jackknife. It returns b values, and
-NaN where a row leaves the metric undefined (an AUC of one class). NaN never gets out: ``Metric.of`` turns it into
-``Undefined`` with a reason, and whoever resamples counts the rows that were left out.
-
-Definitions follow the usual ones: the AUC is the rank statistic with half a point for ties (Hanley and McNeil,
+The definitions are the usual ones: the AUC is the rank statistic with half a point for ties (Hanley and McNeil,
 "The meaning and use of the area under a ROC curve", Radiology 1982, https://doi.org/10.1148/radiology.143.1.7063747);
 average precision is the step-wise sum, without interpolation; the Brier score of more than two classes sums over
 classes (0 to 2). With three or more classes, or several labels, AUC, average precision, sensitivity, specificity and
@@ -13,62 +8,13 @@ F1 are means over classes of one-versus-rest values.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.errors import PolyclinicError
-
-Array = NDArray[np.float64]
-Kernel = Callable[[Array, NDArray[Any], Array], Array]
-
-
-class Undefined(PolyclinicError, ValueError):
-    """A metric that these cases do not determine. The message says why."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric and how to speak of it.
-
-    Attributes:
-        name: As written in records.
-        label: As written in tables.
-        kernel: (score, target, weight [b, n]) -> [b]; NaN where undefined.
-        higher_is_better: None where neither is (an intercept, a slope).
-        needs_two_classes: Whether it is undefined where only one class is present.
-        unit: Of the value; empty where it has none.
-    """
-
-    name: str
-    label: str
-    kernel: Kernel
-    higher_is_better: bool | None = True
-    needs_two_classes: bool = False
-    unit: str = ""
-
-    def of(self, score: Array, target: NDArray[Any]) -> float:
-        """The plain value.
-
-        Raises:
-            Undefined: If the cases do not determine it.
-        """
-        if len(score) == 0:
-            raise Undefined("no cases")
-        value = float(self.kernel(score, target, np.ones((1, len(score))))[0])
-        if not np.isfinite(value):
-            raise Undefined(self.why(target))
-        return value
-
-    def why(self, target: NDArray[Any]) -> str:
-        """Why it is undefined for ``target``."""
-        if self.needs_two_classes and target.ndim == 1 and len(np.unique(target)) < 2:
-            return f"all {len(target)} cases are of one class"
-        if self.needs_two_classes and target.ndim == 2 and all(len(np.unique(t)) < 2 for t in target.T):
-            return f"no label has both kinds among {len(target)} cases"
-        return f"not determined by these {len(target)} cases"
+from polyclinic.evaluation.calibration import CALIBRATION
+from polyclinic.evaluation.metric import Array, Kernel, Metric, Undefined
 
 
 def _ratio(above: Array, below: Array) -> Array:
@@ -252,8 +198,6 @@ def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
     Raises:
         ValueError: If the task is unknown.
     """
-    from polyclinic.evaluation.calibration import CALIBRATION
-
     tables: dict[str, Mapping[str, Metric]] = {
         "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else {"ece": CALIBRATION["ece"]})},
         "multilabel": {**CLASSIFICATION, "ece": CALIBRATION["ece"]},

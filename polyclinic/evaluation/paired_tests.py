@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from polyclinic.evaluation.intervals import Ints, delong_covariance, percentile
-from polyclinic.evaluation.metric_functions import Array, Undefined
+from polyclinic.evaluation.metric import Array, Undefined
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
 

@@ -10,7 +10,7 @@ import numpy as np
 from polyclinic.core import serialization as states
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.evaluation.metric import Undefined
 from polyclinic.evaluation.paired_tests import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo

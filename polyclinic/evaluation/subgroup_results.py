@@ -16,7 +16,8 @@ from polyclinic.core import serialization as states
 from polyclinic.data.source import Table
 from polyclinic.evaluation.bootstrap import sample
 from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Metric, metrics_for
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
 

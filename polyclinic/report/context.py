@@ -6,7 +6,8 @@ from functools import cached_property
 
 from polyclinic.core.audit_log import Broken, verify
 from polyclinic.evaluation.costs import Cost, Target, cost_of, target_of
-from polyclinic.evaluation.metric_functions import Metric, metrics_for
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import SiteInfo
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult

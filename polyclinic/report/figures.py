@@ -17,7 +17,7 @@ import numpy as np
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import Bin, NetBenefit
 from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Array
+from polyclinic.evaluation.metric import Array
 from polyclinic.evaluation.paired_tests import Difference, Ranking
 
 TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"

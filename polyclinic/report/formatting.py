@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Metric
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.paired_tests import Difference
 from polyclinic.report.page_blocks import Cell
 

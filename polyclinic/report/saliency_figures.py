@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polyclinic.evaluation.metric_functions import Array
+from polyclinic.evaluation.metric import Array
 from polyclinic.report.figures import CURVES, INK, MARKS, WIDTH, drawing, inches, svg
 
 ACROSS = 3

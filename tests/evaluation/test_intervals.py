@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from polyclinic.evaluation import intervals as iv
-from polyclinic.evaluation.metric_functions import Undefined, auc_of
+from polyclinic.evaluation.metric import Undefined
+from polyclinic.evaluation.metric_functions import auc_of
 
 
 def test_delong_on_hanley_and_mcneils_ct_ratings():

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.evaluation import metric_functions as m
-from polyclinic.evaluation.metric_functions import Undefined, measure, metrics_for
+from polyclinic.evaluation.metric import Undefined
+from polyclinic.evaluation.metric_functions import measure, metrics_for
 from polyclinic.evaluation.records.predictions import Predictions, as_cases, as_images, by_patient
 
 

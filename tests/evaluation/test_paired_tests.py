@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from polyclinic.evaluation import paired_tests as cmp
-from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.evaluation.metric import Undefined
 
 
 def test_the_critical_difference_is_demsars():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.evaluation.metric import Undefined
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.evaluation.run_evaluation import MethodResult

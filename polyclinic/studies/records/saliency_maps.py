@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyclinic.evaluation.metric_functions import Array
+from polyclinic.evaluation.metric import Array
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run
 

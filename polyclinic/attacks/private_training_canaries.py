@@ -28,7 +28,8 @@ from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Weighted
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, norm
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 
 LENGTH = 10.0
 """Length of a canary's gradient before clipping, relative to the clipping bound."""

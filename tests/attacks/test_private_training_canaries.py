@@ -6,10 +6,10 @@ import torch
 from polyclinic.attacks.private_training_canaries import Canaries, Motion, Observer, WithCanaries, audited
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.regression import Regression
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.dp_sgd import DPSGD, per_example_gradients
 from tests.conftest import Rows, blobs
 

@@ -13,9 +13,9 @@ from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.metering import Noise, Spend, Use, audited, hidden, meter, metered
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training import dp_sgd
 from polyclinic.learning.training.dp_sgd import DPSGD, per_example_gradients
 from polyclinic.privacy.gaussian import BELOW, AdaptiveClip, Clip, Gaussian

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, Loss
 
 

@@ -12,8 +12,9 @@ from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.rounds import Federation
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.saliency import saliency
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 
 State = TypeVar("State")
 MOST_EXAMPLES = 2**53

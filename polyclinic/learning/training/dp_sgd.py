@@ -27,9 +27,9 @@ from polyclinic.core.metering import Spend, Unit, Use, hidden, meter, metered
 from polyclinic.core.site import SecretRng, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, params_of
-from polyclinic.learning.tasks.task import Batch, cached_model
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
 

@@ -16,9 +16,10 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.example_pool import public, size
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
 

@@ -24,9 +24,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
@@ -62,7 +62,7 @@ class FedAlign(Method[State]):
     @property
     def judge(self) -> Discriminator:
         """What each site holds: F → 4 → 1, as in the paper."""
-        return Discriminator(encoded_width(self.task), 1, 4)
+        return Discriminator(encoded_width(self.task.network), 1, 4)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, {})
@@ -93,7 +93,7 @@ class FedAlign(Method[State]):
                 if foreign is None:
                     continue
                 with still(model):
-                    h = encoded(self.task, model, batch[0])
+                    h = encoded(self.task.network, model, batch[0])
                 # L_D = −log D_i(f_i) − log(1 − D_i(f_j))
                 guess(self.weight * tell_apart(judge(h.detach()), judge(foreign)))
                 # L_G = −log D_i(f_i) − Σ_j log D_j(f_i)
@@ -118,5 +118,5 @@ class FedAlign(Method[State]):
         """Features of ``share`` training examples at random, plus N(0, (noise · std)²)."""
         rng, data = site.rng(round, "features"), site.data["train"]
         chosen = torch.randperm(len(data), generator=rng)[: self.share]
-        h = encode_all(self.task, model, data, site.device, chosen)
+        h = encode_all(self.task.network, model, data, site.device, chosen)
         return h + self.noise * h.std() * torch.randn(h.shape, generator=rng)

@@ -24,9 +24,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, confusion, moments
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
@@ -63,7 +63,7 @@ class FedHarmony(Method[State]):
     @property
     def judge(self) -> Discriminator:
         """The domain classifier."""
-        return Discriminator(encoded_width(self.task), len(self.sites), 32)
+        return Discriminator(encoded_width(self.task.network), len(self.sites), 32)
 
     def init(self, params: Tree) -> State:
         return State(0, params, self.judge.first(), {})
@@ -88,7 +88,7 @@ class FedHarmony(Method[State]):
                 if not others:
                     continue
                 with still(model):
-                    own = encoded(self.task, model, batch[0])
+                    own = encoded(self.task.network, model, batch[0])
                 drawn, places = self._draw(request, others, len(own), gaussian_rng)
                 features = torch.cat([own.detach(), drawn.to(own)])
                 truth = torch.cat([torch.full((len(own),), here), places]).to(site.device)
@@ -98,7 +98,7 @@ class FedHarmony(Method[State]):
             "update": tree.sub(params_of(model), start),
             "judge": tree.sub(params_of(judge), request.trees["judge"]),
         }
-        gaussian = PerSite({site.name: moments(encode_all(self.task, model, site.data["train"], site.device))})
+        gaussian = PerSite({site.name: moments(encode_all(self.task.network, model, site.data["train"], site.device))})
         return Reply(
             {**{part: WeightedMean.of(leaves) for part, leaves in reply.items()}, "gaussian": gaussian}
         ), memory

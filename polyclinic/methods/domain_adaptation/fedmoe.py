@@ -17,10 +17,10 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_mixture import Mixture
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -34,7 +34,7 @@ class FedMoE(FedAvg):
 
     @property
     def prediction_task(self) -> Task:
-        return predicting_with(self.task, Mixture(self.task.network))
+        return self.task.with_network(Mixture(self.task.network))
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = self.site_model(request, memory)

@@ -21,9 +21,9 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
@@ -58,7 +58,7 @@ class MRCM(Method[State]):
     @property
     def judge(self) -> Discriminator:
         """What each source holds; its score is high for the target's features."""
-        return Discriminator(encoded_width(self.task), 1, 16)
+        return Discriminator(encoded_width(self.task.network), 1, 16)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -77,7 +77,7 @@ class MRCM(Method[State]):
         model = cached_model(self.task, start, site.device)
         if request.job == "latent":
             chosen = torch.randperm(len(data), generator=site.rng(request.round, "latent"))[: self.share]
-            latent = encode_all(self.task, model, data, site.device, chosen)
+            latent = encode_all(self.task.network, model, data, site.device, chosen)
             return Reply({"latent": PerSite({site.name: {"z": latent}})}), memory
         judge = cached_model(self.judge, memory.get("judge", self.judge.first()), site.device)
         theirs = request.trees["latent"]["z"].to(site.device)
@@ -90,7 +90,7 @@ class MRCM(Method[State]):
                 if not self.adversarial:
                     continue
                 with still(model):
-                    z = encoded(self.task, model, batch[0])
+                    z = encoded(self.task.network, model, batch[0])
                 guess(tell_apart(judge(theirs), judge(z.detach())))
                 align(self.adversarial * pass_for_real(judge(z)))
         update = WeightedMean.of(tree.sub(params_of(model), start))

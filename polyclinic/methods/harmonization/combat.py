@@ -25,11 +25,11 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.affine import AffineInput
-from polyclinic.learning.networks.input_front import fronted, in_front
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
 from polyclinic.methods.harmonization.empirical_bayes import offsets
+from polyclinic.methods.harmonization.input_front import fronted, in_front
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal
 

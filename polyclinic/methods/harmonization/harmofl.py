@@ -24,11 +24,12 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
-from polyclinic.learning.networks.input_front import fronted, with_front
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.harmonization.input_front import fronted, with_front
 
 
 @savable("harmofl.State", 1)

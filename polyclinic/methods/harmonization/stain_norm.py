@@ -21,8 +21,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.input_front import fronted
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.style_translation import (
     Stain,
     Translator,
@@ -31,9 +30,10 @@ from polyclinic.learning.objectives.style_translation import (
     in_turn,
     outside_judges,
 )
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
+from polyclinic.methods.harmonization.input_front import fronted
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 

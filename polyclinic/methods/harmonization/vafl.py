@@ -25,8 +25,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.input_front import fronted, in_front
-from polyclinic.learning.networks.model_tree import initial, params_of
+from polyclinic.learning.networks.model_tree import cached_model, initial, params_of
 from polyclinic.learning.objectives.style_translation import (
     Cycle,
     Synthesis,
@@ -35,9 +34,10 @@ from polyclinic.learning.objectives.style_translation import (
     in_turn,
     standardized,
 )
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
+from polyclinic.methods.harmonization.input_front import fronted, in_front
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.experts import Gated, begin, gated
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.multitask.gated_experts import Gated, begin, gated
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal, State
 

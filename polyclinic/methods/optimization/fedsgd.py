@@ -13,8 +13,8 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 

@@ -18,9 +18,10 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import gradient
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model, gradient
 from polyclinic.learning.tasks.risk import full_gradient, trained
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
 

@@ -13,7 +13,8 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg
 

@@ -21,8 +21,10 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
-from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.boundary_features import boundary_contrast
@@ -121,4 +123,4 @@ class FedDG(Method[State]):
         return inner + outer
 
     def _contrast(self, model: nn.Module, batch: Batch) -> Tensor:
-        return boundary_contrast(represent(self.task, model, batch[0])[0], batch[1], self.temperature)
+        return boundary_contrast(represent(self.task.network, model, batch[0])[0], batch[1], self.temperature)

@@ -22,7 +22,8 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Batch, InEncoder, Not, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import InEncoder, Not, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.partial_personalization import Personal
 

@@ -19,7 +19,6 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.model_mixture import Selected
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -75,7 +74,7 @@ class FedSM(Method[State]):
 
     @property
     def prediction_task(self) -> Task:
-        return predicting_with(self.task, Selected(self.task.network, self.selecting.network, self.threshold))
+        return self.task.with_network(Selected(self.task.network, self.selecting.network, self.threshold))
 
     def init(self, params: Tree) -> State:
         return State(0, params, self.optimizer.init(self.selecting.first()), dict.fromkeys(self.sites, params))

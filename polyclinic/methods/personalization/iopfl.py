@@ -17,7 +17,6 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -59,7 +58,7 @@ class IOPFL(Method[State]):
     def prediction_task(self) -> Task:
         members = len(self.sites) + 1
         routed = Routed(self.task.network, members, self.steps, self.adapt_lr, noise=self.noise)
-        return predicting_with(self.task, routed)
+        return self.task.with_network(routed)
 
     def init(self, params: Tree) -> State:
         return State(0, params, dict.fromkeys(self.sites, params))

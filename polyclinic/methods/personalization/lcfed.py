@@ -16,7 +16,6 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_width
 from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.local import LocalTraining
@@ -50,15 +49,15 @@ class LCFed(Method[State]):
     @property
     def selecting(self) -> Task:
         """With the network whose channels are weighed."""
-        size = encoded_width(self.task)
-        return predicting_with(
-            self.task, ChannelSelected(self.task.network, bottleneck(self.task), size, len(self.sites))
+        size = encoded_width(self.task.network)
+        return self.task.with_network(
+            ChannelSelected(self.task.network, bottleneck(self.task.network), size, len(self.sites))
         )
 
     @property
     def prediction_task(self) -> Task:
-        task, features = self.selecting, head_width(self.task)
-        return predicting_with(task, Calibrated(task.network, features, len(self.sites)))
+        task, features = self.selecting, head_width(self.task.network)
+        return task.with_network(Calibrated(task.network, features, len(self.sites)))
 
     def init(self, params: Tree) -> State:
         begun = {**self.selecting.first(), **params}

@@ -16,9 +16,10 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import features
-from polyclinic.learning.tasks.task import Batch, cached_model
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -36,14 +37,15 @@ class Moon(FedAvg):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
+        network = self.task.network
         shared = cached_model(self.task, start, site.device, "shared").eval()
         previous = cached_model(self.task, memory.get("previous", start), site.device, "previous").eval()
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             with still(model):  # the task's own pass below updates running statistics
-                z = features(self.task, model, batch[0])
+                z = features(network, model, batch[0])
             with torch.no_grad():
-                near, far = features(self.task, shared, batch[0]), features(self.task, previous, batch[0])
+                near, far = features(network, shared, batch[0]), features(network, previous, batch[0])
             return self.task.loss(model, batch) + self.mu * contrast(z, near, far, self.temperature)
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss if self.mu else None)

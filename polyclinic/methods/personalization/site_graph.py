@@ -14,7 +14,6 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.latent import head_width
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -66,5 +65,5 @@ def site_graph(
         width: How many numbers describe a label in the graph.
         depth: How many layers the graph network has.
     """
-    headed = predicting_with(task, GraphHeaded(task.network, head_width(task), width, depth))
+    headed = task.with_network(GraphHeaded(task.network, head_width(task.network), width, depth))
     return SiteGraph(FedAvg(headed, local, uniform=uniform), in_graph, headed)

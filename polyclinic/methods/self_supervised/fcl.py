@@ -21,10 +21,12 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_momentum import follow_
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, alike, extended, nce, partitions
 from polyclinic.learning.tasks.example_pool import all_inputs
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import STRONG
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Then, share_of

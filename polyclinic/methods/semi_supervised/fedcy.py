@@ -53,7 +53,7 @@ class FedCy(FedAvg):
             one, name = clip(site.data["unlabeled"], self.frames, rng)
             two, _ = clip(site.data["unlabeled"], self.frames, rng, other_than=name)
             seen = torch.cat([one, two]).to(site.device)
-            u, v = F.normalize(encoded(self.task, model, seen), dim=1).split([len(one), len(two)])
+            u, v = F.normalize(encoded(self.task.network, model, seen), dim=1).split([len(one), len(two)])
             return by * (cycle_back(u, v, self.temperature) + cycle_back(v, u, self.temperature)) / 2
 
         end, labels, free = fit_both(self.local, self.task, start, site, request.round, learner.loss, alone)

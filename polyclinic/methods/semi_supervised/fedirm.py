@@ -21,11 +21,12 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_momentum import follow_, ramp
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.class_relations import matrix, mismatch, relation_of, reliable
 from polyclinic.learning.tasks.example_pool import fit_both
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import WEAK
 from polyclinic.learning.training.local import LocalTraining
 

@@ -20,8 +20,9 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.example_pool import endless, size, unlabeled
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.semi_supervised.mixed_annotations import ROLES, MixedSegmentation, Tally
 

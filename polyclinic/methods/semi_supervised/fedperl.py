@@ -21,9 +21,11 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.pseudo_labels import pseudo_loss, two_views
 from polyclinic.learning.tasks.example_pool import fit_both
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import WEAK
 from polyclinic.learning.training.local import LocalTraining
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import Said
 from polyclinic.learning.tasks.segmentation import agreement
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 
 # What a site may hold, by role, and what stands where masks [b, *spatial] would: masks of boxes; classes [b], 0 for
 # an image without any foreground; nothing.

@@ -17,8 +17,9 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import divergence
-from polyclinic.learning.tasks.task import Batch, cached_model
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.synthesis.virtual_examples import adversarial, still_statistics, surer
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.learning.networks.latent import features, head_width, of
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.latent import features, head_width
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 
 
 def neighbors(h: Tensor, count: int) -> Tensor:
@@ -50,7 +51,7 @@ class Population(nn.Module):
 
     def represent(self, x: Tensor) -> Tensor:
         """[b, *inputs] to [b, features]"""
-        return features(of(self.network), self.base, x)
+        return features(self.network, self.base, x)
 
     def imagine(self, h: Tensor, edges: Tensor) -> Tensor:
         """For each patient the neighbor that is missing, from those that are there: [b, features]."""
@@ -78,7 +79,7 @@ class Populated(Network):
     def __call__(self) -> nn.Module:
         """A new module with random parameters."""
         base = Network(self.name, self.inputs, self.outputs, self.options)
-        return Population(base, head_width(of(base)), self.count)
+        return Population(base, head_width(base), self.count)
 
     def in_head(self, name: str) -> bool:
         """Whether a tensor belongs to the base's head."""

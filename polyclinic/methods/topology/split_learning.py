@@ -27,10 +27,11 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.network_chain import Piece, first_bend, length
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import Said
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.methods.topology.network_chain import Piece, first_bend, length
 
 
 @savable("split.State", 1)

@@ -7,9 +7,10 @@ from scipy.special import expit, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.attention_mil import attention_mil
+from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model, represent
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -53,7 +54,7 @@ def test_it_finds_the_instance_that_matters():
     positive = torch.arange(80, 120)[y[80:] == 1]
     found = (model.attention(x[positive]).argmax(1) == place[positive]).float().mean()
     assert found > 0.8
-    h, z = represent(task, model, x[:3])
+    h, z = represent(task.network, model, x[:3])
     assert torch.allclose(model.head(h), z)
 
 

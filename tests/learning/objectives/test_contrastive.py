@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import (
     Contrast,
@@ -20,7 +21,6 @@ from polyclinic.learning.objectives.contrastive import (
 )
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from tests.conftest import Rows
 
 
@@ -70,7 +70,7 @@ def test_nt_xent_pairs_each_view_with_its_other(task):
 )
 def test_every_network_has_a_representation(task, features):
     model = task.model().eval()
-    h = encoded(task, model, normal(2, *task.network.inputs))
+    h = encoded(task.network, model, normal(2, *task.network.inputs))
     assert h.shape == (2, features)
     h.sum().backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]

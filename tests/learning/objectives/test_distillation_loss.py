@@ -7,12 +7,11 @@ from scipy.special import expit, rel_entr, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import head_width, pooled
-from polyclinic.learning.networks.model_tree import initial, params_of
+from polyclinic.learning.networks.model_tree import cached_model, initial, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import Dual, divergence, either
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -60,7 +59,7 @@ def test_a_kind_that_cannot_be_compared_is_named():
 def test_width_is_what_enters_the_head(task, features):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert head_width(task) == features
+    assert head_width(task.network) == features
     assert torch.equal(torch.get_rng_state(), before)
     assert pooled(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
 

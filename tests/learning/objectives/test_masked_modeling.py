@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.objectives.masked_modeling import Masked
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 

@@ -13,10 +13,9 @@ from polyclinic.core.execution import execute
 from polyclinic.core.metering import Noise, Use, audited
 from polyclinic.core.site import SecretRng, Site
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.model_tree import gradient
+from polyclinic.learning.networks.model_tree import cached_model, gradient
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.dp_sgd import DPSGD, Spend, add_noise, meter, metered, per_example_gradients
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg

@@ -6,8 +6,8 @@ import torch
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import Dual
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.distillation.fedmic import DualDistillation, fedkd, fedmic, mutual

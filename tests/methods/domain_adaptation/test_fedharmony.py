@@ -9,10 +9,10 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.adversarial import confusion
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.fedharmony import FedHarmony
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -30,7 +30,7 @@ def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
     end = {n: leaf + request.trees["params"][n] for n, leaf in reply.mean("update").value.items()}
     with torch.no_grad():
         x = sites["site-1"].data["train"].x
-        features = encoded(task, cached_model(task, end).eval(), x).numpy()
+        features = encoded(task.network, cached_model(task, end).eval(), x).numpy()
     found = reply.gather("gaussian")["site-1"]
     np.testing.assert_allclose(found["mean"].numpy(), features.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["std"].numpy(), features.std(0, ddof=1), rtol=1e-3, atol=1e-5)
@@ -106,6 +106,6 @@ def test_it_unlearns_the_scanner() -> None:
         model = cached_model(task, state.params).eval()
         with torch.no_grad():
             right = [model(s.data["train"].x).argmax(1) == s.data["train"].y for s in sites.values()]
-            found.append(told_apart(task, [encoded(task, model, s.data["train"].x) for s in sites.values()]))
+            found.append(told_apart(task, [encoded(task.network, model, s.data["train"].x) for s in sites.values()]))
         assert float(torch.cat(right).float().mean()) > 0.95
     assert found[0] < found[1] - 0.1

@@ -7,9 +7,9 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import encode_all
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.mrcm import mrcm
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -53,7 +53,7 @@ def test_features_come_nearer_to_the_targets() -> None:
     def apart(weight: float) -> float:
         state = run(mrcm(task, local, NAMES, adversarial=weight), task.first(), sites, 15)
         model = cached_model(task, state.params)
-        h = [encode_all(task, model, site.data["train"]) for site in sites.values()]
+        h = [encode_all(task.network, model, site.data["train"]) for site in sites.values()]
         spread = torch.cat(h).std(0).square().sum()
         return float(sum((h[k].mean(0) - h[2].mean(0)).square().sum() for k in (0, 1)) / spread)
 

@@ -6,13 +6,13 @@ import torch
 from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
-from polyclinic.learning.networks.experts import GatedHead, begin, gated
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.multitask.fmtl import fmtl
+from polyclinic.methods.multitask.gated_experts import GatedHead, begin, gated
 from polyclinic.methods.multitask.private_heads import limited, private_heads
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import fedper

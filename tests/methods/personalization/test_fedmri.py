@@ -6,9 +6,10 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruction, columns
-from polyclinic.learning.tasks.task import InEncoder, cached_model
+from polyclinic.learning.tasks.task import InEncoder
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.fedmri import Contrasted, fedmri

@@ -8,8 +8,8 @@ import torch
 from scipy.special import logsumexp
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, alike, partitions
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.self_supervised.fcl import FCL, fcl

@@ -7,7 +7,7 @@ from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import encoded
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedcy import FedCy
@@ -96,7 +96,7 @@ def test_moments_become_findable(task):
     def loss(params):
         model = cached_model(task, params).eval()
         with torch.no_grad():
-            h = torch.nn.functional.normalize(encoded(task, model, data.x), dim=1)
+            h = torch.nn.functional.normalize(encoded(task.network, model, data.x), dim=1)
         return float(cycle_back(h[:24], h[24:]))
 
     assert loss(end.state.params) < loss(start) - 0.1

@@ -11,12 +11,12 @@ from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.networks.network_chain import Piece, length
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.topology.cyclic import Cyclic, cyclic
 from polyclinic.methods.topology.gossip import Gossip, around
+from polyclinic.methods.topology.network_chain import Piece, length
 from polyclinic.methods.topology.split_learning import Split
 from polyclinic.methods.topology.swarm import Swarm
 from polyclinic.testing import close, equal

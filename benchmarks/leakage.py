@@ -20,7 +20,7 @@ from hospitals import pooled, read, sites_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.attacks.inversion import Inversion, leaky, psnr, relative_leakage
+from polyclinic.attacks.inversion import Inversion, leaky, relative_leakage
 from polyclinic.attacks.membership import Part, Shadows, found, lira, losses, shadows
 from polyclinic.compression.quantization import Int8, Sign
 from polyclinic.compression.topk import TopK
@@ -32,6 +32,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.image_quality import psnr
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.privacy.accounting import plan
@@ -163,6 +164,11 @@ def inverted() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return x[0], prior, {name: image.clamp(0, 1) for name, image in drawn.items()}  # an attacker knows the range
 
 
+def decibels(image: Tensor, truth: Tensor) -> float:
+    """The PSNR of one image [C, *spatial]."""
+    return float(psnr(image[None], truth[None]))
+
+
 def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> None:
     """The outline, the guess, and every drawing, with its distance."""
     images = {"the outline": x, "a guess: the mean\nof 200 others": prior, **drawn}
@@ -172,7 +178,7 @@ def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> 
             axes = figure.add_subplot(2, 5, i + 1)
             axes.imshow(image[0], cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            told = "" if name == "the outline" else f"\n{psnr(image, x):.1f} dB"
+            told = "" if name == "the outline" else f"\n{decibels(image, x):.1f} dB"
             axes.set_title(f"{name}{told}", fontsize=8)
         figure.tight_layout(h_pad=2.0)
         figure.savefig(to, dpi=100)
@@ -181,8 +187,8 @@ def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> 
 def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping[str, Mapping[str, float]]) -> str:
     """The study as Markdown."""
     lines = [HEAD, "| what the server sees | PSNR, dB | relative leakage |", "|---|---|---|"]
-    lines.append(f"| nothing: the mean of 200 other outlines | {psnr(prior, x):.1f} | 0 |")
-    lines += [f"| {n} | {psnr(d, x):.1f} | {relative_leakage(x, d, prior):.2f} |" for n, d in drawn.items()]
+    lines.append(f"| nothing: the mean of 200 other outlines | {decibels(prior, x):.1f} | 0 |")
+    lines += [f"| {n} | {decibels(d, x):.1f} | {relative_leakage(x, d, prior):.2f} |" for n, d in drawn.items()]
     lines += [
         MIDDLE,
         "| training | LiRA, AUC | found at 1 % false alarms | loss attack, AUC | accuracy on others, % |",

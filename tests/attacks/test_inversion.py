@@ -17,14 +17,11 @@ from polyclinic.attacks.inversion import (
     leak,
     leaky,
     obscured,
-    psnr,
     relative_leakage,
-    similarity,
     total_variation,
 )
 from polyclinic.core import tree
 from polyclinic.core.site import Site
-from polyclinic.evaluation import image_quality
 from polyclinic.learning.networks.model_tree import gradient, params_of
 from tests.conftest import blobs
 
@@ -155,14 +152,9 @@ def test_the_defense_has_the_size_it_says():
 def test_scores_of_images():
     x = blobs(3, 4, (1, 16, 16)).x
     noisy = x + 0.5 * torch.randn(x.shape, generator=dice())
-    wanted = image_quality.psnr(noisy[:, 0].numpy(), x[:, 0].numpy())
     for i in range(4):
-        assert psnr(noisy[i], x[i]) == pytest.approx(wanted[i], rel=1e-5)
-        assert similarity(x[i], x[i]) == pytest.approx(1.0)
-        assert similarity(noisy[i], x[i]) < 0.99
         assert relative_leakage(x[i], noisy[i], noisy[i]) == 0
         assert relative_leakage(x[i], x[i], noisy[i]) > 0 > relative_leakage(x[i], noisy[i], x[i])
-    assert similarity(torch.ones(5), torch.arange(5.0)) < 0.5
     assert float(total_variation(torch.ones(1, 1, 4, 4))) == 0 == float(total_variation(torch.ones(1, 5)))
     assert float(total_variation(torch.arange(4.0).view(1, 1, 1, 4))) == 1.0
     assert sum(p.numel() for p in leaky((1, 4, 4), 3, dice()).parameters()) == 16 * 32 + 32 + 32 * 3 + 3

@@ -16,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyclinic.attacks.separation import Detectable, Found, detectable, found, holm
+from polyclinic.attacks.separation import Detectable, Found, detectable, found
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
@@ -28,6 +27,7 @@ from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.statistics.multiple_tests import holm
 
 __all__ = ["Found", "Verdict", "by_loss", "by_patient", "found", "lira", "losses", "memorized", "rmia", "shadows"]
 
@@ -235,7 +235,7 @@ class Verdict:
         """
         keys = [(site, attack) for site, attacks in self.sites.items() for attack in attacks]
         each = [p for site, attack in keys for p in _p_values(self.sites[site][attack])]
-        right = holm(np.array(each)).tolist()
+        right = holm(each)
         return {key: (right[2 * i], right[2 * i + 1]) for i, key in enumerate(keys)}
 
     @property

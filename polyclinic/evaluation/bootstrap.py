@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.intervals import Estimate, bca, delong, percentile, resamples
-from polyclinic.evaluation.metric import Array, Metric
-from polyclinic.evaluation.paired_tests import Difference, difference, over_seeds
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.statistics.intervals import Estimate, bca, delong, percentile, resamples
+from polyclinic.statistics.paired_tests import Difference, difference, over_seeds
+from polyclinic.statistics.undefined import Array
 
 JACKKNIFE = 600  # patients above which the percentile interval is as good and much cheaper
 Where = tuple[str, int]  # a site, and a seed

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.metric import Array, Metric, Undefined
+from polyclinic.evaluation.metric import Metric
+from polyclinic.statistics.undefined import Array, Undefined
 
 BINS = 10
 TINY = 1e-6

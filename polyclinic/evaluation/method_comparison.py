@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from polyclinic.evaluation.bootstrap import Sample, by_fold
-from polyclinic.evaluation.metric import Metric, Undefined
-from polyclinic.evaluation.paired_tests import Difference, Ranking, corrected_t, holm, rank_methods, signed_ranks
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.statistics.multiple_tests import holm
+from polyclinic.statistics.paired_tests import Difference, Ranking, corrected_t, rank_methods, signed_ranks
+from polyclinic.statistics.undefined import Undefined
 
 
 @dataclass(frozen=True)

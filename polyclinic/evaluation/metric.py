@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.errors import PolyclinicError
+from polyclinic.statistics.undefined import Array, Undefined
 
-Array = NDArray[np.float64]
 Kernel = Callable[[Array, NDArray[Any], Array], Array]
-
-
-class Undefined(PolyclinicError, ValueError):
-    """A metric that the given cases do not determine. The message states the reason."""
 
 
 @dataclass(frozen=True)

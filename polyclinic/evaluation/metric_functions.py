@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.calibration import CALIBRATION
-from polyclinic.evaluation.metric import Array, Kernel, Metric, Undefined
+from polyclinic.evaluation.metric import Kernel, Metric
+from polyclinic.statistics.auc import auc_of, sums_by_score
+from polyclinic.statistics.undefined import Array, Undefined
 
 
 def _ratio(above: Array, below: Array) -> Array:
@@ -28,32 +30,13 @@ def mean_of(values: Array, weight: Array) -> Array:
     return _ratio(weight @ np.where(known, values, 0.0), weight @ known.astype(float))
 
 
-def auc_of(score: Array, positive: NDArray[Any], weight: Array) -> Array:
-    """P(score of a positive > that of a negative) + half of P(equal). Shapes [n], [n], [b, n] -> [b]."""
-    pos, neg = _by_score(score, positive, weight)
-    below = np.cumsum(neg, axis=1) - neg
-    return _ratio((pos * (below + 0.5 * neg)).sum(1), pos.sum(1) * neg.sum(1))
-
-
 def average_precision_of(score: Array, positive: NDArray[Any], weight: Array) -> Array:
     """Σ (R_k − R_{k−1}) P_k over descending thresholds. Shapes [n], [n], [b, n] -> [b]."""
-    pos, neg = _by_score(-score, positive, weight)
+    pos, neg = sums_by_score(-score, positive, weight)
     true, false = np.cumsum(pos, axis=1), np.cumsum(neg, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = np.where(true + false > 0, true / (true + false), 0.0)
     return _ratio((pos * precision).sum(1), pos.sum(1))
-
-
-def _by_score(score: Array, positive: NDArray[Any], weight: Array) -> tuple[Array, Array]:
-    """Weights of positives and negatives summed over equal scores, in ascending order. [b, groups] each."""
-    order = np.argsort(score, kind="stable")
-    sorted_ = score[order]
-    starts = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])
-    w, y = weight[:, order], np.asarray(positive)[order].astype(float)
-    pos, neg = w * y, w * (1.0 - y)
-    if len(starts) < len(score):
-        pos, neg = np.add.reduceat(pos, starts, axis=1), np.add.reduceat(neg, starts, axis=1)
-    return pos, neg
 
 
 def rates_of(said: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:

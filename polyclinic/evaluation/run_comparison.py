@@ -9,13 +9,13 @@ import numpy as np
 
 from polyclinic.core import serialization as states
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric import Undefined
-from polyclinic.evaluation.paired_tests import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.evaluation.run_evaluation import Evaluation, Options, evaluate
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import BETTER, WORSE, Difference, Ranking, rank_methods
+from polyclinic.statistics.undefined import Undefined
 
 
 class NotComparable(ConfigError):

@@ -13,13 +13,14 @@ import numpy as np
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.bootstrap import Sample, sample
-from polyclinic.evaluation.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.evaluation.method_comparison import Against, ranked
-from polyclinic.evaluation.metric import Metric, Undefined
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import metrics_for
-from polyclinic.evaluation.paired_tests import Difference, Ranking
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
+from polyclinic.statistics.intervals import Estimate, Pooled, pool_sites, z_of
+from polyclinic.statistics.paired_tests import Difference, Ranking
+from polyclinic.statistics.undefined import Undefined
 
 BOUNDED = (
     "auc",

@@ -15,11 +15,11 @@ import numpy as np
 from polyclinic.core import serialization as states
 from polyclinic.data.source import Table
 from polyclinic.evaluation.bootstrap import sample
-from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.statistics.intervals import Estimate
 
 FILE = "groups.json"
 SHOWN = (

@@ -16,9 +16,9 @@ import numpy as np
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import Bin, NetBenefit
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric import Array
-from polyclinic.evaluation.paired_tests import Difference, Ranking
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import Difference, Ranking
+from polyclinic.statistics.undefined import Array
 
 TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")

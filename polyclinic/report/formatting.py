@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.metric import Metric
-from polyclinic.evaluation.paired_tests import Difference
 from polyclinic.report.page_blocks import Cell
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import Difference
 
 NONE = "–"
 THIN = "\u202f"

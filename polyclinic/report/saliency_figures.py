@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polyclinic.evaluation.metric import Array
 from polyclinic.report.figures import CURVES, INK, MARKS, WIDTH, drawing, inches, svg
+from polyclinic.statistics.undefined import Array
 
 ACROSS = 3
 FINEST = 64  # points along a side; a finer map is averaged down

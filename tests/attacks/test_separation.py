@@ -8,8 +8,9 @@ import torch
 from scipy.stats import binomtest, mannwhitneyu, norm
 
 from polyclinic.attacks.membership import Verdict
-from polyclinic.attacks.separation import detectable, found, holm, tail
-from polyclinic.evaluation.intervals import delong, newcombe
+from polyclinic.attacks.separation import detectable, found, tail
+from polyclinic.statistics.auc import newcombe
+from polyclinic.statistics.intervals import delong
 
 
 def normal(n, rng, shift=0.0):
@@ -151,8 +152,3 @@ def test_what_would_be_found_is_found():
     assert (nothing.auc, nothing.exposed) == (None, None)
     assert detectable(3, 3, 0.051).exposed == 3  # 1 in 20 orders
     assert detectable(1000, 1000, alpha).exposed > detectable(1000, 999, alpha).exposed  # one other may be above
-
-
-def test_holm_by_hand():
-    assert holm(np.array([0.04, 0.01, 0.03])).tolist() == pytest.approx([0.06, 0.03, 0.06])
-    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.metric import Undefined
+from polyclinic.statistics.undefined import Undefined
 
 
 def two(p):

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.evaluation import metric_functions as m
-from polyclinic.evaluation.metric import Undefined
 from polyclinic.evaluation.metric_functions import measure, metrics_for
 from polyclinic.evaluation.records.predictions import Predictions, as_cases, as_images, by_patient
+from polyclinic.statistics.undefined import Undefined
 
 
 def cases(task, seed, n=40, classes=2, decimals=2):

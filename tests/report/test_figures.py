@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from polyclinic.evaluation.calibration import decision_curve, reliability
-from polyclinic.evaluation.paired_tests import rank_methods
 from polyclinic.report import figures as fig
+from polyclinic.statistics.paired_tests import rank_methods
 
 P = np.linspace(0.02, 0.98, 60)
 Y = (np.random.default_rng(0).uniform(size=60) < P).astype(int)

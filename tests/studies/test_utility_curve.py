@@ -3,10 +3,10 @@
 import pytest
 
 from polyclinic.cli.app import app
-from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.run_evaluation import Options
 from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import BadPlan
+from polyclinic.statistics.intervals import Estimate
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.scenarios import parse_all
 from polyclinic.studies.run.scheduler import run

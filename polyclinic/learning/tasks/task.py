@@ -118,17 +118,3 @@ class Not:
 @lru_cache(maxsize=64)
 def _inspected(task: Task) -> Inspection:
     return inspect(task.model())
-
-
-def auc(score: Tensor, positive: Tensor) -> float | None:
-    """Compute the area under the ROC curve of ``score`` [n] for the truth ``positive`` [n]; ties count half.
-
-    Returns None if only one class is present.
-    """
-    positive = positive.bool()
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    if not n1 or not n0:
-        return None
-    _, inverse, counts = torch.unique(score.double(), return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts - 1).double() / 2  # the mean rank of tied values
-    return float((ranks[inverse][positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))

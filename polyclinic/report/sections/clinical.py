@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.metric import Undefined
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.evaluation.run_evaluation import MethodResult
@@ -14,6 +13,7 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, digits_of, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.paired_tests import BETTER, UNDECIDED, WORSE
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
+from polyclinic.statistics.paired_tests import BETTER, UNDECIDED, WORSE
 
 PRESENT = {BETTER: "better", WORSE: "worse", UNDECIDED: "no difference shown"}
 

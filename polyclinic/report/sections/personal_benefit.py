@@ -5,12 +5,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.paired_tests import BETTER, WORSE
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, listed, number, p_value, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.statistics.paired_tests import BETTER, WORSE
 
 TITLE = "Was federating worth it?"
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.paired_tests import Difference
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
@@ -24,6 +23,7 @@ from polyclinic.report.formatting import (
     with_interval,
 )
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.statistics.paired_tests import Difference
 
 SHOWN = {  # of a task's metrics, those in the table of sites
     "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from polyclinic.evaluation.metric import Array
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.statistics.undefined import Array
 
 FILE = "explanations.safetensors"
 

@@ -10,10 +10,9 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.classification import Classification, MultiLabel
+from polyclinic.learning.tasks.classification import Classification, MultiLabel, auc
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import Segmentation, agreement
-from polyclinic.learning.tasks.task import auc
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.testing import close, equal

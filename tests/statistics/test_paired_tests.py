@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
-from polyclinic.evaluation import paired_tests as cmp
-from polyclinic.evaluation.metric import Undefined
+from polyclinic.statistics import paired_tests as cmp
+from polyclinic.statistics.undefined import Undefined
 
 
 def test_the_critical_difference_is_demsars():
@@ -44,51 +42,6 @@ def test_cliques_overlap_where_the_ends_differ():
     values[:6] = [3, 1, 2]
     ranking = cmp.rank_methods("abc", values)
     assert ranking.cliques == (("b", "c"),)
-
-
-def test_holm_by_hand():
-    assert cmp.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert cmp.holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
-def test_holm_only_makes_p_larger_and_keeps_the_order(p):
-    adjusted = cmp.holm(p)
-    assert all(a >= q - 1e-12 and a <= 1 for a, q in zip(adjusted, p, strict=True))
-    assert all(adjusted[i] <= adjusted[j] + 1e-12 for i in range(len(p)) for j in range(len(p)) if p[i] < p[j])
-    assert max(adjusted) <= min(1, len(p) * max(p)) + 1e-12
-
-
-def scores(seed, n=60, gain=0.0):
-    rng = np.random.default_rng(seed)
-    y, common = np.arange(n) % 2, rng.normal(size=n)
-    return y + common + rng.normal(size=n) / 2, (1 + gain) * y + common + rng.normal(size=n) / 2, y
-
-
-def test_delong_test_is_antisymmetric_and_agrees_with_the_paired_bootstrap():
-    a, b, y = scores(0, 80, 0.6)
-    d, back = cmp.delong_test(b, a, y), cmp.delong_test(a, b, y)
-    assert (d.value, d.low, d.p) == (pytest.approx(-back.value), pytest.approx(-back.high), pytest.approx(back.p))
-    from polyclinic.evaluation.intervals import resamples
-    from polyclinic.evaluation.metric_functions import auc_of
-
-    w = np.concatenate([resamples(40, 4000, np.random.default_rng(i)) for i in (0, 1)], axis=1)
-    order = np.argsort(y, kind="stable")
-    draws = auc_of(b[order], y[order], w) - auc_of(a[order], y[order], w)
-    assert draws.std() == pytest.approx((d.high - d.low) / 3.92, rel=0.1)
-
-
-def test_delong_test_of_a_score_with_itself():
-    a, _, y = scores(1)
-    d = cmp.delong_test(a, 2 * a + 1, y)
-    assert d.value == 0
-    assert d.verdict() == cmp.UNDECIDED
-
-
-def test_delong_test_keeps_its_level():
-    p = [cmp.delong_test(*scores(seed)).p for seed in range(400)]
-    assert 0.02 < np.mean(np.array(p, float) < 0.05) < 0.085
 
 
 def test_corrected_t_by_hand_and_its_limits():

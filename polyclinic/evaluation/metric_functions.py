@@ -25,13 +25,13 @@ def _ratio(above: Array, below: Array) -> Array:
 
 
 def mean_of(values: Array, weight: Array) -> Array:
-    """Σ w·x / Σ w over the finite values. Shapes [n], [b, n] -> [b]."""
+    """Return ``Σ w·x / Σ w`` over the finite values. Shapes [n], [b, n] -> [b]."""
     known = np.isfinite(values)
     return _ratio(weight @ np.where(known, values, 0.0), weight @ known.astype(float))
 
 
 def average_precision_of(score: Array, positive: NDArray[Any], weight: Array) -> Array:
-    """Σ (R_k − R_{k−1}) P_k over descending thresholds. Shapes [n], [n], [b, n] -> [b]."""
+    """Return ``Σ (R_k − R_{k−1}) P_k`` over descending thresholds. Shapes [n], [n], [b, n] -> [b]."""
     pos, neg = sums_by_score(-score, positive, weight)
     true, false = np.cumsum(pos, axis=1), np.cumsum(neg, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -39,28 +39,28 @@ def average_precision_of(score: Array, positive: NDArray[Any], weight: Array) ->
     return _ratio((pos * precision).sum(1), pos.sum(1))
 
 
-def rates_of(said: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:
-    """Sensitivity, specificity and F1 of a yes-or-no answer. F1 = 2 TP / (2 TP + FP + FN)."""
-    yes, true = np.asarray(said).astype(float), np.asarray(positive).astype(float)
+def rates_of(predicted: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:
+    """Return sensitivity, specificity and F1 = 2 TP / (2 TP + FP + FN) of a binary prediction."""
+    yes, true = np.asarray(predicted).astype(float), np.asarray(positive).astype(float)
     tp, fp = weight @ (yes * true), weight @ (yes * (1 - true))
     fn, tn = weight @ ((1 - yes) * true), weight @ ((1 - yes) * (1 - true))
     return _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(2 * tp, 2 * tp + fp + fn)
 
 
 def one_hot(target: NDArray[Any], classes: int) -> NDArray[Any]:
-    """Which class, or which labels, as 0/1 of shape [n, classes]."""
+    """Return the class, or the labels, as 0/1 of shape [n, classes]."""
     return target if target.ndim == 2 else (target[:, None] == np.arange(classes)).astype(float)
 
 
-def said_of(score: Array, target: NDArray[Any]) -> NDArray[Any]:
-    """The answer: the likeliest class, or every label of probability at least one half. 0/1 of shape [n, classes]."""
+def predicted_of(score: Array, target: NDArray[Any]) -> NDArray[Any]:
+    """Return the prediction: the most probable class, or each label with p ≥ 0.5. 0/1 of shape [n, classes]."""
     if target.ndim == 2:
         return score >= 0.5
     return one_hot(np.argmax(score, axis=1), score.shape[1])
 
 
 def _over_classes(score: Array, target: NDArray[Any], one: Callable[[int, NDArray[Any]], Array]) -> Array:
-    """Two classes: the value of the second. Otherwise the mean over the classes that have both kinds of case."""
+    """Return the value of the second of two classes, else the mean over classes with positive and negative cases."""
     truth = one_hot(target, score.shape[1])
     if target.ndim == 1 and score.shape[1] == 2:
         return one(1, truth)
@@ -80,24 +80,24 @@ def _average_precision(score: Array, target: NDArray[Any], weight: Array) -> Arr
 
 def _rate(which: int) -> Kernel:
     def kernel(score: Array, target: NDArray[Any], weight: Array) -> Array:
-        said = said_of(score, target)
-        return _over_classes(score, target, lambda k, truth: rates_of(said[:, k], truth[:, k], weight)[which])
+        predicted = predicted_of(score, target)
+        return _over_classes(score, target, lambda k, truth: rates_of(predicted[:, k], truth[:, k], weight)[which])
 
     return kernel
 
 
 def _accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    right = (said_of(score, target) == one_hot(target, score.shape[1])).astype(float)
+    right = (predicted_of(score, target) == one_hot(target, score.shape[1])).astype(float)
     return mean_of(right.mean(1) if target.ndim == 2 else right.min(1), weight)
 
 
 def _balanced_accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    said, truth = said_of(score, target), one_hot(target, score.shape[1])
-    rates = [rates_of(said[:, k], truth[:, k], weight) for k in range(truth.shape[1])]
+    predicted, truth = predicted_of(score, target), one_hot(target, score.shape[1])
+    rates = [rates_of(predicted[:, k], truth[:, k], weight) for k in range(truth.shape[1])]
     if target.ndim == 2:  # for each label (sensitivity + specificity) / 2
         mixed = [k for k in range(truth.shape[1]) if 0 < truth[:, k].sum() < len(truth)]
         each = [(rates[k][0] + rates[k][1]) / 2 for k in mixed]
-    else:  # the mean over classes of the share found
+    else:  # the mean sensitivity over classes
         present = [k for k in range(truth.shape[1]) if truth[:, k].any()]
         each = [rates[k][0] for k in present] if len(present) > 1 else []
     return np.mean(each, axis=0) if each else np.full(len(weight), np.nan)
@@ -132,7 +132,7 @@ def _bias(score: Array, target: NDArray[Any], weight: Array) -> Array:
 
 
 def per_case(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    """The mean over cases of a value each case has; ``score`` is [n, k], and a case's value its mean over known k."""
+    """Return the mean over cases of per-case values ``score`` [n, k], which are first averaged over finite k."""
     with np.errstate(invalid="ignore"):
         known = np.isfinite(score)
         values = _ratio(np.where(known, score, 0.0).sum(1), known.sum(1).astype(float))
@@ -176,7 +176,7 @@ PER_CASE: Mapping[str, Metric] = {
 
 
 def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
-    """The metrics of a task, by name, the most usual first. Slope and intercept are for two classes only.
+    """Return the metrics of a task by name, the most common first. Slope and intercept are for two classes only.
 
     Raises:
         ValueError: If the task is unknown.
@@ -189,14 +189,14 @@ def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
         "reconstruction": {k: PER_CASE[k] for k in ("psnr", "ssim", "nmse")},
     }
     if task not in tables:
-        raise ValueError(f"no task called {task!r}; tasks are {', '.join(tables)}")
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(tables)}")
     return tables[task]
 
 
 def measure(task: str, score: Array, target: NDArray[Any]) -> dict[str, float | str]:
-    """Every metric of ``task`` over one set of cases: its value, or in words why it has none.
+    """Compute every metric of ``task`` over one set of cases: its value, or the reason why it is undefined.
 
-    For segmentation and reconstruction use ``per_case`` values instead.
+    For segmentation and reconstruction, average the per-case values with ``per_case`` instead.
     """
     values: dict[str, float | str] = {}
     for name, metric in metrics_for(task, score.shape[1]).items():

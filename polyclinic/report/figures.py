@@ -221,7 +221,7 @@ def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
         axes.set_position((0.18, 0.15, 0.78, 0.81))
         t = [p.threshold for p in curve]
         axes.plot(t, [p.model for p in curve], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Act on the model")
-        axes.plot(t, [p.everybody for p in curve], color=ORANGE, lw=1.2, ls="--", label="Act on everybody")
+        axes.plot(t, [p.treat_all for p in curve], color=ORANGE, lw=1.2, ls="--", label="Act on everybody")
         axes.axhline(0, color=INK, lw=0.9, ls=":", label="Act on nobody")
         top = max(max(p.model for p in curve), 0.05)
         axes.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top), xlabel="Threshold probability", ylabel="Net benefit")

@@ -122,7 +122,7 @@ def test_one_class_has_no_auc_and_says_why():
 def test_no_cases_and_an_unknown_task_are_refused():
     with pytest.raises(Undefined, match="no cases"):
         m.CLASSIFICATION["auc"].of(np.zeros((0, 2)), np.zeros(0, int))
-    with pytest.raises(ValueError, match="no task called 'clasification'"):
+    with pytest.raises(ValueError, match="unknown task 'clasification'"):
         metrics_for("clasification")
 
 

@@ -73,7 +73,7 @@ def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run):
 def test_small_groups_are_hidden_and_cannot_be_worked_out(run):
     one = told(run, {"sex": {"F": list(range(36)), "M": list(range(36, 40))}})["sex"]  # bo has numbers up to 29
     assert not one.groups
-    assert "fewer than 10 patients could be told" in one.why
+    assert "fewer than 10 patients could be identified" in one.why
     two = told(run, {"sex": {"F": list(range(20)), "M": list(range(31, 35)), "X": list(range(33, 40))}})["sex"]
     assert [(g.name, g.patients, g.estimate.value is None) for g in two.groups] == [
         ("F", 40, False),
@@ -93,4 +93,4 @@ def test_a_study_writes_groups_and_the_page_shows_them(tmp_path):
     assert "no difference between them was tested" in text
     rows = (page.parent / "tables" / "groups.csv").read_text().splitlines()
     assert rows[1].startswith("sex,female,")
-    assert rows[3].startswith("age,not shown: a group of fewer than 10 patients could be told")
+    assert rows[3].startswith("age,not shown: a group of fewer than 10 patients could be identified")

@@ -131,7 +131,7 @@ def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Ca
 
 def _curve_table(curve: Sequence[cal.NetBenefit], place: str) -> Folded:
     rows: list[Row] = [
-        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.everybody)} for p in curve
+        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.treat_all)} for p in curve
     ]
     columns = numbers(t="Threshold", model="Act on the model", all="Act on everybody")
     table = Table("decision_curve", f"Net benefit, {place}; acting on nobody gives 0.", columns, rows)

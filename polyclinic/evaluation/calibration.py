@@ -190,7 +190,7 @@ def operating_point(
 
 @dataclass(frozen=True)
 class NetBenefit:
-    """Net benefit per case at one threshold, of treating by the model and of treating all (of treating none it is 0)."""
+    """Net benefit per case at one threshold, of treating by the model and of treating all (of treating none: 0)."""
 
     threshold: float
     model: float

@@ -8,7 +8,7 @@
 - Statistics of batch normalization, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
   Dogra, Feng, Flores, Kautz, Xu and Roth, "Do Gradient Inversion Attacks Make Federated Learning Unsafe?", IEEE TMI
   2023, https://arxiv.org/abs/2202.06924. The formula of the value was not checked against the paper: RDLV =
-  (SIM(x, x̂) − SIM(x, prior)) / SIM(x, prior). It measures what is recovered beyond the prior, the attacker's guess
+  (SIM(x, x̂) − SIM(x, prior)) / SIM(x, prior). It measures the recovery beyond the prior, the attacker's guess
   without the gradient.
 
 These attacks fail on many networks for reasons of optimization alone, so a failure proves little. ``audit`` therefore
@@ -273,7 +273,7 @@ def _gradient(model: nn.Module, value: Tensor) -> Tree:
 
 
 def _distance(own: Tree, seen: Tree, match: str) -> Tensor:
-    """``‖∇ − ∇*‖² / ‖∇*‖²``, or ``1 − cos ∠(∇, ∇*)``."""
+    """Return ``‖∇ − ∇*‖² / ‖∇*‖²``, or ``1 − cos ∠(∇, ∇*)``."""
     square = torch.stack([seen[name].square().sum() for name in own]).sum().clamp_min(1e-30)
     if match == "l2":
         return torch.stack([(leaf - seen[name]).square().sum() for name, leaf in own.items()]).sum() / square

@@ -244,7 +244,7 @@ class Verdict:
         return any(min(pair) <= SIGNIFICANT for pair in self.adjusted.values())
 
     def detectable(self, site: str) -> Detectable:
-        """Return what would have been detected at ``site`` if it alone leaked."""
+        """Return the smallest leak that would have been detected at ``site`` if it alone leaked."""
         tests = 2 * sum(len(attacks) for attacks in self.sites.values())
         one = next(iter(self.sites[site].values()))
         return detectable(one.members, one.others, SIGNIFICANT / tests)
@@ -279,7 +279,7 @@ class Verdict:
         return [text for _, text in sorted(leaks.values())]
 
     def _limits(self, sites: Sequence[str]) -> str:
-        """Return what the smallest of some sites would have shown."""
+        """Describe the smallest leak that would have been detected at each of ``sites``."""
         each = [self.detectable(site) for site in sites]
         one = {site: next(iter(self.sites[site].values())) for site in sites}
         areas = [d.auc for d in each]

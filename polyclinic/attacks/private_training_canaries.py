@@ -93,7 +93,7 @@ class Canaries:
         return len(self.inside)
 
     def loss(self, model: nn.Module, who: Tensor) -> Tensor:
-        """Return the loss of canary ``who`` [], an index: ``−⟨direction, parameters⟩``."""
+        """Return the loss of the canary with index ``who`` []: ``−⟨direction, parameters⟩``."""
         height, total = LENGTH * self.bound / math.sqrt(self.size), who.new_zeros(())
         for name, p in model.named_parameters():
             if name in self.block:

@@ -153,7 +153,7 @@ def tail(exposed: int, allowed: int, members: int, others: int) -> float:
 
 
 def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> Detectable:
-    """Return what a comparison with these numbers of patients detects by tests of size ``alpha``."""
+    """Return the power of a comparison with these numbers of patients by tests of size ``alpha``."""
     allowed = int(others * RATES[0] + 1e-9)
     enough = (x for x in range(1, members + 1) if tail(x, allowed, members, others) <= alpha)
     theta = np.linspace(0.5, 1.0, 1001)

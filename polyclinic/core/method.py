@@ -84,7 +84,7 @@ class Method(ABC, Generic[State]):
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """All requests that the method makes of a site, by job, rounds and count. A site answers no other."""
+        """All requests that the method makes of a site, by job, rounds and count. A site refuses all others."""
         return (Job("train"),)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:

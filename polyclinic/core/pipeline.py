@@ -28,7 +28,7 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Transform:
-    """A transform of what leaves a site, and its inverse at the server. The identity by default.
+    """A transform of a site's replies, and its inverse at the server. The identity by default.
 
     Attributes:
         uniform: Whether all sites must have equal weight, as privacy requires.
@@ -52,7 +52,7 @@ class Transform:
         return self
 
     def validate(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
-        """Return the problems with the position between ``before`` and ``after``, each with what to do."""
+        """Return the problems with the position between ``before`` and ``after``, each with a remedy."""
         return []
 
     def init(self, params: Tree) -> Trees:
@@ -199,7 +199,7 @@ class UplinkPipeline(MethodWrapper[SentState]):
         return SentState(inner, tuple(states))
 
     def opened(self, state: SentState, reply: Reply) -> Reply:
-        """Decode one site's reply as far as possible before merging. The part ``""`` holds what is summed.
+        """Decode one site's reply as far as possible before merging. The part ``""`` contains the values to be summed.
 
         An engine can therefore reject an invalid reply before it enters the sum. An additive reply stays unchanged.
 

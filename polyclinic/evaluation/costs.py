@@ -60,7 +60,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Target:
-    """A target value of the validation metric, and its origin in words."""
+    """A target value of the validation metric, and a description of its origin."""
 
     value: float
     meaning: str

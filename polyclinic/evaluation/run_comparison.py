@@ -31,7 +31,7 @@ class Row:
         method: Its label there.
         mean: The mean over training sites of the primary metric.
         difference: Paired difference from the reference, Holm-corrected over all rows; None for the reference itself.
-        verdict: The verdict in words.
+        verdict: The verdict as text.
     """
 
     run: str

@@ -112,7 +112,7 @@ class Evaluation:
         cases: Test cases by site; more than patients if a patient has images of several labels.
         shared: Whether patients have the same numbers in all seeds.
         options: The options of the evaluation.
-        chosen_by: How the headline method was chosen, in words.
+        chosen_by: Description of how the headline method was chosen.
     """
 
     metric: Metric

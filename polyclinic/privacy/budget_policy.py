@@ -41,7 +41,7 @@ class Budget:
         self._spent = self._counting.__enter__()
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Charge what was metered, before the reply leaves.
+        """Charge the metered spending before the reply is sent.
 
         Raises:
             Refused: If nothing was metered, or the budget is exhausted.

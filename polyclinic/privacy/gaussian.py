@@ -277,7 +277,7 @@ def refuse_variances(sent: Tree) -> None:
     """Refuse running variances, which noise could make negative, so that the model would be useless.
 
     Raises:
-        ValueError: If there is one. The message names the tensor and what to do.
+        ValueError: If there is one. The message names the tensor and a remedy.
     """
     if variance := next((name for name in sent if "running_var" in name), None):
         raise ConfigError(

@@ -131,7 +131,7 @@ class Ledger:
         return chosen, quick
 
     def spent(self) -> Statement:
-        """Compute what was spent so far.
+        """Compute the total spending.
 
         Raises:
             Broken: If the ledger was changed or truncated, or is missing.

@@ -171,7 +171,7 @@ class SiteInfo(_Line):
 
 
 class MethodInfo(_Line):
-    """One method of the study; ``leaves`` describes what it sends from a site."""
+    """One method of the study; ``leaves`` describes its messages from a site."""
 
     label: str
     name: str = ""
@@ -189,7 +189,7 @@ class MethodInfo(_Line):
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe what was simulated.
+    ``machines`` and ``attack`` describe simulated machines and attacks.
     """
 
     name: str

@@ -60,7 +60,7 @@ class Run:
         validation: Validation predictions, if stored. With folds there are none, since one fold's validation patients
             are another's test patients, on whom no threshold may be chosen.
         study: The text of ``study.toml``.
-        missing: Parts of a finished run that this one lacks, in words.
+        missing: Descriptions of the parts of a finished run that this one lacks.
         unread: Number of lines of each kind of record that this version does not know.
     """
 

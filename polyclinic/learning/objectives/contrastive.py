@@ -82,7 +82,7 @@ class Contrast:
 
 
 def nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """``−log softmax(logits)`` [b, n], averaged over the ``positive`` entries of each row, then over rows with any."""
+    """Average ``−log softmax(logits)`` [b, n] over the ``positive`` entries of each row, then over rows with any."""
     log_p = logits.log_softmax(1)
     count = positive.sum(1)
     each = -(log_p * positive).sum(1) / count.clamp_min(1)
@@ -90,7 +90,7 @@ def nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def momentum_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """MoCo's InfoNCE: ``−log(exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)))``; q and k [b, w], negatives [n, w]."""
+    """Return MoCo's InfoNCE ``−log(exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)))``; q, k [b, w], negatives [n, w]."""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
     return nce(logits, F.one_hot(torch.zeros(len(q), dtype=torch.long, device=q.device), logits.shape[1]).to(q))
 

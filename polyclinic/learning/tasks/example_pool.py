@@ -75,7 +75,7 @@ def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
     """Return the public images, which are not of the sites' patients and are identical everywhere.
 
     Raises:
-        ValueError: If there are none. The message says what to do.
+        ValueError: If there are none. The message gives the alternatives.
     """
     if not size(data, "public"):
         raise ConfigError(

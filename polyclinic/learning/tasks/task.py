@@ -16,7 +16,7 @@ from polyclinic.learning.networks.network_catalog import Network
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a site learns, in terms of tensors and losses. Tasks are independent of federated learning.
+    """A learning task in terms of tensors and losses, independent of federated learning.
 
     Attributes:
         network: Builds the model. Usually a ``Network``; any hashable callable that returns a module is allowed.

@@ -85,7 +85,7 @@ class DPSGD(LocalTraining):
             gradient_hook: Edits each noisy gradient. Neither it nor ``after_step`` may use the data without privacy.
 
         Raises:
-            ValueError: If the task, model or data cannot be trained privately. The message says what to change.
+            ValueError: If the task, model or data cannot be trained privately. The message gives the necessary changes.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         members = self._members(data)
@@ -126,7 +126,7 @@ class DPSGD(LocalTraining):
         return params_of(model)
 
     def validate(self, task: Trainable, model: nn.Module) -> list[str]:
-        """Return why the task and model cannot be trained privately, with what to change."""
+        """Return the reasons why the task and model cannot be trained privately, with the necessary changes."""
         problems = []
         if not (self.noise > 0 and self.bound > 0):
             problems.append(

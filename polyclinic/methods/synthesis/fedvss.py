@@ -18,10 +18,11 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import divergence
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.synthesis.virtual_examples import adversarial, still_statistics, surer
+from polyclinic.methods.synthesis.virtual_examples import adversarial, surer
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FedVSS(FedAvg):
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             x, y = batch
             value = self.task.loss(model, batch)
-            with still_statistics(model):
+            with still(model):
                 if self.smooth:  # KL(f(x) ‖ f(x + r))
                     near = adversarial(self.task.kind, model, x, rng, self.size)
                     with torch.no_grad():

@@ -4,13 +4,11 @@ Sizes are shares of each input's own standard deviation, root mean square over i
 images of any size and unit.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from polyclinic.learning.networks.model_tree import BATCH_NORMS
 from polyclinic.learning.objectives.distillation_loss import divergence
 
 
@@ -47,17 +45,3 @@ def surer(loss: Callable[[Tensor], Tensor], x: Tensor, size: float, steps: int =
         (g,) = torch.autograd.grad(loss(x), x)
         x = moved(x.detach(), -g, size / steps)
     return x
-
-
-@contextmanager
-def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it, virtual examples leave no trace in the running statistics of batch normalization."""
-    layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
-    before = [m.momentum for m in layers]
-    for m in layers:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in zip(layers, before, strict=True):
-            m.momentum = momentum

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import divergence
@@ -11,7 +12,7 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.synthesis.fedvss import FedVSS
-from polyclinic.methods.synthesis.virtual_examples import adversarial, moved, still_statistics, surer
+from polyclinic.methods.synthesis.virtual_examples import adversarial, moved, surer
 from tests.conftest import little_sites
 from tests.support.few_labels import run, same
 
@@ -61,7 +62,7 @@ def test_the_other_kind_makes_a_model_surer_of_the_label(steps):
 def test_virtual_examples_leave_statistics_alone(task):
     model = task.model().train()
     before = params_of(model)
-    with still_statistics(model):
+    with still(model):
         model(torch.randn(8, 1, 8, 8))
     assert same(params_of(model), before)
     model(torch.randn(8, 1, 8, 8))

@@ -91,7 +91,7 @@ def savable(tag: str, version: int = 1) -> Callable[[C], C]:
         other = _CLASSES.get(tag)
         if other is not None and _path(other) != _path(cls):
             raise TagError(
-                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: give one another tag"
+                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: change one of the tags"
             )
         _CLASSES[tag], _TAGS[cls] = cls, Tag(tag, version)
         return cls

@@ -143,7 +143,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     """
     table = metrics_for(run.info.task, len(run.info.classes) or 2)
     if run.info.metric not in table:
-        raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is none of {', '.join(table)}")
+        raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
     data = sample(run, options.draws, options.seed, options.level, options.unit)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))

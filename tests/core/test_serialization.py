@@ -238,7 +238,7 @@ def test_an_older_version_is_not_read_as_the_present_one() -> None:
 
 def test_one_tag_for_two_classes_names_both() -> None:
     with pytest.raises(
-        TagError, match=r"'tests\.Sample' .* both .*test_serialization\.Sample and .*Other: give one another tag"
+        TagError, match=r"'tests\.Sample' .* both .*test_serialization\.Sample and .*Other: change one of the tags"
     ):
 
         @savable("tests.Sample", 1)

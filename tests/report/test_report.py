@@ -424,7 +424,7 @@ def test_a_metric_of_another_task_is_refused(tmp_path):
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,))
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(info | {"metric": "dice"}))
-    with pytest.raises(ValueError, match="'dice' is none of auc, accuracy"):
+    with pytest.raises(ValueError, match="'dice' is not one of auc, accuracy"):
         build_report(path)
 
 

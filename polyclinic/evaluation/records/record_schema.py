@@ -15,13 +15,18 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
 
 
-class Round(_Line):
-    """One round of one method run: time, bytes, the sites that were asked, and those that did not reply."""
+class _MethodRunLine(_Line):
+    """A record of one method run, which is identified by method label, seed and fold."""
 
-    kind: Literal["round"]
     method: str
     seed: int
     fold: int = 0
+
+
+class Round(_MethodRunLine):
+    """One round of one method run: time, bytes, the sites that were asked, and those that did not reply."""
+
+    kind: Literal["round"]
     round: int
     seconds: dict[str, float] = Field(default_factory=dict)
     wall: float = 0.0
@@ -31,13 +36,10 @@ class Round(_Line):
     lost: dict[str, str] = Field(default_factory=dict)
 
 
-class Scores(_Line):
+class Scores(_MethodRunLine):
     """Metrics of one site: on validation data after a round, or on test data once."""
 
     kind: Literal["scores", "test"]
-    method: str
-    seed: int
-    fold: int = 0
     round: int
     site: str
     role: str = "test"
@@ -45,25 +47,20 @@ class Scores(_Line):
     n: int = 0
 
 
-class Sealed(_Line):
+class Sealed(_MethodRunLine):
     """How often the test set of a method run was opened."""
 
     kind: Literal["sealed"]
-    method: str
-    seed: int
-    fold: int = 0
     opened: int
 
 
-class Privacy(_Line):
+class Privacy(_MethodRunLine):
     """Privacy spending of a method run."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
 
     kind: Literal["privacy"]
-    method: str
     seed: int = 0
-    fold: int = 0
     round: int | None = None
     site: str | None = None
     epsilon: float | None = None
@@ -97,25 +94,19 @@ def rounded_up(epsilon: float) -> str:
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if math.isfinite(epsilon) else "∞"
 
 
-class Quarantine(_Line):
+class Quarantine(_MethodRunLine):
     """A reply that the server refused, with the reason."""
 
     kind: Literal["quarantine"]
-    method: str
-    seed: int
-    fold: int = 0
     round: int
     site: str
     reason: str
 
 
-class Trial(_Line):
+class Trial(_MethodRunLine):
     """One setting that a search tried on validation data for ``rounds`` rounds; ``score`` is the best over rounds."""
 
     kind: Literal["trial"]
-    method: str
-    seed: int
-    fold: int = 0
     trial: int
     values: dict[str, Any] = Field(default_factory=dict)
     score: float | None = None
@@ -123,24 +114,18 @@ class Trial(_Line):
     seconds: float = 0.0
 
 
-class Chosen(_Line):
+class Chosen(_MethodRunLine):
     """The setting of a method run after a search; ``by`` is ``hand`` if a person changed the search's choice."""
 
     kind: Literal["chosen"]
-    method: str
-    seed: int
-    fold: int = 0
     values: dict[str, Any] = Field(default_factory=dict)
     by: Literal["search", "hand"] = "search"
 
 
-class Standing(_Line):
+class Standing(_MethodRunLine):
     """Whether a method run names a site for inspection at its end, and whether the site was a simulated attacker."""
 
     kind: Literal["standing"]
-    method: str
-    seed: int
-    fold: int = 0
     site: str
     named: bool
     hostile: bool = False

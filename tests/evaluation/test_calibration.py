@@ -104,13 +104,13 @@ def test_operating_point_uses_validation_for_the_threshold_only():
 def test_net_benefit_by_hand():
     (point,) = cal.decision_curve(np.array([0.1, 0.6, 0.7, 0.3]), np.array([0, 0, 1, 1]), [0.2])
     assert point.model == pytest.approx(2 / 4 - 1 / 4 * 0.25)  # 0.6 and 0.7 and 0.3 acted on: TP 2, FP 1
-    assert point.everybody == pytest.approx(0.5 - 0.5 * 0.25)
+    assert point.treat_all == pytest.approx(0.5 - 0.5 * 0.25)
 
 
 def test_net_benefit_of_everybody_is_zero_at_the_prevalence():
     p, y = honest(1000, 3)
     (point,) = cal.decision_curve(p, y, [float(y.mean())])
-    assert point.everybody == pytest.approx(0, abs=1e-12)
+    assert point.treat_all == pytest.approx(0, abs=1e-12)
     perfect = cal.decision_curve(y.astype(float), y)
     assert all(b.model == pytest.approx(y.mean()) for b in perfect)
     with pytest.raises(Undefined):

@@ -59,7 +59,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
         Entry(
             "local",
-            "base.baselines:LocalOnly",
+            "optimization.baselines:LocalOnly",
             "every site trains alone",
             "Guan et al. 2024",
             "nothing",
@@ -70,7 +70,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "cross",
-            "base.baselines:Cross",
+            "optimization.baselines:Cross",
             "every site is tested with another's model",
             "Guan et al. 2024",
             "the model",
@@ -81,7 +81,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "pooled",
-            "base.baselines:pooled",
+            "optimization.baselines:pooled",
             "all data in one place",
             "Guan et al. 2024",
             "the data",

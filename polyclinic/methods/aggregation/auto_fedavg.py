@@ -16,7 +16,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -65,7 +65,7 @@ class AutoFedAvg(Method[State]):
     steps: int = 2
     interval: int = 1
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, params, {}, {}, 0)

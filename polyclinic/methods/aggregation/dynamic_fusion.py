@@ -14,13 +14,14 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.risk import risk
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("dynamic-fusion.State", 1)
@@ -33,7 +34,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DynamicFusion(Method[State]):
+class DynamicFusion(SizeWeighted[State]):
     """FedAvg over the sites whose training helped; the others send one bit.
 
     A site trains from the server's model, and compares what came of it with that model on its validation data. What the
@@ -48,7 +49,9 @@ class DynamicFusion(Method[State]):
     margin: float = 0.0
     uniform: bool = False
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, uniform=self.uniform)
 
     def init(self, params: Tree) -> State:
         return State(0, params, ())
@@ -65,7 +68,7 @@ class DynamicFusion(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         if request.job == "send":
-            weight = 1.0 if self.uniform else float(len(site.data["train"]))
+            weight = self.site_weight(site)
             kept = {name: t for name, t in memory.items() if name != "change"}
             return Reply({"update": WeightedMean.of(memory["change"], weight)}), kept
         end = self.local.fit(self.task, start, site, request.round)

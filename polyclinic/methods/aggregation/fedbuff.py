@@ -15,6 +15,7 @@ from typing import Literal
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Capabilities
 from polyclinic.core.site import Site
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -40,6 +41,10 @@ class FedBuff(FedAvg):
     staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
     a: float = 0.5
     b: int = 4
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(uniform=self.uniform, discount=self.discount)
 
     def discount(self, age: int) -> float:
         """S(τ), what an answer counts that is ``age`` steps old."""

@@ -14,7 +14,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,7 +56,7 @@ class FedCE(Method[State]):
     local: LocalTraining = LocalTraining()
     mode: str = "times"
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, {}, {}, {})

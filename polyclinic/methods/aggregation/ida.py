@@ -60,7 +60,7 @@ class ByError(FedAvg):
         end = self.local.fit(self.task, start, site, request.round)
         found = outputs(self.task, end, data, site.device)
         accuracy = float((found["score"].argmax(1) == found["target"]).float().mean())
-        weight = self.weight(site) / max(1 / found["score"].shape[1], accuracy)
+        weight = self.site_weight(site) / max(1 / found["score"].shape[1], accuracy)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
 
 

@@ -38,4 +38,4 @@ class LossWeighted(FedAvg):
         end = self.local.fit(self.task, start, site, request.round)
         loss = max(risk(self.task, end, site, request.round), 1e-12)
         trust = math.exp(-loss) if self.form == "exp" else 1 / loss
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), trust * self.weight(site))}), memory
+        return Reply({"update": WeightedMean.of(tree.sub(end, start), trust * self.site_weight(site))}), memory

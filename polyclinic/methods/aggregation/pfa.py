@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -50,7 +50,7 @@ class PFA(Method[State]):
     local: LocalTraining = LocalTraining()
     start: float = 0.7
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import shifted, within
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -17,6 +17,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.tasks.example_pool import all_inputs
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("phases.State", 1)
@@ -48,9 +49,13 @@ class Then(Method[State]):
     rounds: int
 
     @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends, in either phase."""
-        return any(getattr(method, "gathers", False) for method in (self.first, self.second))
+    def wrapped(self) -> tuple[Method[Any], ...]:
+        return self.first, self.second
+
+    @property
+    def capabilities(self) -> Capabilities:
+        first, second = self.first.capabilities, self.second.capabilities
+        return Capabilities(first.needs_each_reply or second.needs_each_reply, first.uniform and second.uniform)
 
     def init(self, params: Tree) -> State:
         return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)
@@ -111,7 +116,7 @@ class Whole(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pretrained(Method[Whole]):
+class Pretrained(SizeWeighted[Whole]):
     """Federated averaging of a network that learns from images alone: all that a site has, labeled or not.
 
     Attributes:

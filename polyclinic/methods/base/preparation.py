@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prepared(Method[State]):
+class Prepared(MethodWrapper[State]):
     """``first`` until it has finished, all within round 0; then ``inner``, whose model begins with what was found.
 
     Attributes:
@@ -81,9 +81,6 @@ class Prepared(Method[State]):
         if self.first.request(found) is not None:
             return state._replace(found=found)
         return State(found, self.inner.init({**state.params, **self.first.front(found)}))
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        return self.inner.site_model(request, memory)
 
     @property
     def prediction_task(self) -> Task:

@@ -11,7 +11,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.objectives.distillation_loss import Matching, answers
@@ -37,7 +37,7 @@ class FedDF(Method[State]):
     distil: LocalTraining = LocalTraining(epochs=5, optimizer="adam", lr=1e-3)
     temperature: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params)

@@ -22,7 +22,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.model_tree import initial
@@ -30,11 +30,12 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import Dual, either
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import State
 
 
 @dataclass(frozen=True)
-class DualDistillation(Method[State]):
+class DualDistillation(SizeWeighted[State]):
     """A private teacher at each site and a student that all share, learning from the labels and from one another.
 
     The teacher never leaves its site, fits its data, and is what the site predicts with; it may be a larger network.
@@ -59,7 +60,7 @@ class DualDistillation(Method[State]):
         private = memory.get("private") or self._private(student, site)
         end = self.local.fit(self.dual, {**private, **tree.prefixed("student", student)}, site, request.round)
         learned = tree.under("student", end)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         kept = {name: leaf for name, leaf in end.items() if not name.startswith("student.")}
         return Reply({"update": WeightedMean.of(tree.sub(learned, student), weight)}), {**memory, "private": kept}
 

@@ -11,9 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -21,6 +20,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.objectives.distillation_loss import Said, divergence
 from polyclinic.learning.tasks.task import Batch, Task, cached_model
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("teacher-student.State", 1)
@@ -33,7 +33,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TeacherStudent(Method[State]):
+class TeacherStudent(SizeWeighted[State]):
     """FedAvg whose sites also learn what a teacher says of their images.
 
     Attributes:
@@ -70,8 +70,7 @@ class TeacherStudent(Method[State]):
             return (1 - self.share) * self.task.loss(Said(z), batch) + self.share * taught
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
+        return Reply({"update": self.update(end, start, site)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return state._replace(round=state.round + 1, params=reply.mean("update").apply_to(state.params))

@@ -18,7 +18,7 @@ from torch import nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -28,6 +28,7 @@ from polyclinic.learning.networks.model_tree import params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
 from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
 from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fed-align.State", 1)
@@ -41,7 +42,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedAlign(Method[State]):
+class FedAlign(SizeWeighted[State]):
     """FedAvg whose encoders also learn to pass, at every other site's discriminator, for that site's own.
 
     Attributes:
@@ -98,9 +99,7 @@ class FedAlign(Method[State]):
                 guess(self.weight * tell_apart(judge(h.detach()), judge(foreign)))
                 # L_G = −log D_i(f_i) − Σ_j log D_j(f_i)
                 align(torch.stack([pass_for_real(other(h)) for other in (judge, *theirs)]).sum())
-        update = WeightedMean.of(
-            tree.sub(params_of(model), begin), 1.0 if self.uniform else float(len(site.data["train"]))
-        )
+        update = WeightedMean.of(tree.sub(params_of(model), begin), self.site_weight(site))
         held = params_of(judge)
         sent = {"features": {"h": self._features(model, site, request.round)}, "judge": held}
         gathered = {part: PerSite({site.name: leaves}) for part, leaves in sent.items()}

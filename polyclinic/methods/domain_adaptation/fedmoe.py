@@ -40,7 +40,7 @@ class FedMoE(FedAvg):
         start = self.site_model(request, memory)
         end = self.local.fit(self.prediction_task, start, site, request.round, loss=self._loss)
         update = tree.under("shared", tree.sub(end, start))
-        return Reply({"update": WeightedMean.of(update, self.weight(site))}), {
+        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), {
             **memory,
             "own": tree.select(end, _private),
         }

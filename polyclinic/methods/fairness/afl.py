@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -48,7 +48,7 @@ class AFL(Method[State]):
     rate: float = 0.1
     lr: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {name: 1 / len(self.sites) for name in sorted(self.sites)})

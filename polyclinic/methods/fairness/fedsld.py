@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Batch, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fedsld.State", 1)
@@ -33,7 +34,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedSLD(Method[State]):
+class FedSLD(SizeWeighted[State]):
     """FedAvg whose sites weigh examples so that every minibatch looks like the whole federation.
 
     Before the first round the sites' class counts are added up, once; only the sum is needed. Class weights and label

@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -25,6 +25,7 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.risk import risk
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("prop-ffl.State", 1)
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PropFFL(Method[State]):
+class PropFFL(SizeWeighted[State]):
     """FedAvg in which a hospital counts more, the nearer its loss is to the worst; in two exchanges a round.
 
     First every site says how wrong the model is there, one number; then it trains, and counts by that.
@@ -56,7 +57,9 @@ class PropFFL(Method[State]):
         if not self.margin > 1:
             raise ConfigError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, uniform=self.uniform)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -72,7 +75,7 @@ class PropFFL(Method[State]):
         return Request(state.round, {"params": state.params}, per_site=each, recipients=tuple(state.shares))
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, size = request.trees["params"], 1.0 if self.uniform else float(len(site.data["train"]))
+        start, size = request.trees["params"], self.site_weight(site)
         if request.job == "loss":
             said = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
             return Reply({"loss": PerSiteUniform({site.name: {"F, n": said}})}), memory

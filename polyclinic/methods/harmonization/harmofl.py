@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -29,6 +28,7 @@ from polyclinic.learning.networks.input_front import fronted, with_front
 from polyclinic.learning.tasks.task import Batch, Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("harmofl.State", 1)
@@ -41,7 +41,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HarmoFL(Method[State]):
+class HarmoFL(SizeWeighted[State]):
     """Sites agree on the mean amplitude spectrum of all images, give it to every image, and train for flat minima.
 
     Scanners differ mostly in low-frequency amplitude; anatomy lives in the phase, which is kept. Perturbing weights
@@ -77,8 +77,7 @@ class HarmoFL(Method[State]):
             return Reply({"amplitude": WeightedMean.of({"low": self._amplitude(site, request.round)})}), memory
         start = request.trees["params"]
         end = self.local.fit(self.task, start, site, request.round, loss=self.loss if self.alpha else None)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
+        return Reply({"update": self.update(end, start, site)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.harmonized:

@@ -66,7 +66,7 @@ class FedNova(FedAvg):
         running, change = InRunningStatistics(self.task), tree.sub(end, start)
         # d_i = (x − x_i) / ‖a_i‖₁
         per_work = {name: d if running(name) else d / max(a, 1.0) for name, d in change.items()}
-        weight = self.weight(site)
+        weight = self.site_weight(site)
         work = WeightedMean.of({"work": torch.tensor(a, dtype=torch.float64)}, weight)
         return Reply({"update": WeightedMean.of(per_work, weight), "work": work}), memory
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import MethodWrapper, Request
 from polyclinic.core.site import Site
-from polyclinic.core.tree import Tree, Trees
+from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.heterogeneity.fednova import FedNova
@@ -21,7 +21,7 @@ from polyclinic.methods.optimization.fedprox import fedprox
 
 
 @dataclass(frozen=True)
-class PartialWork(Method[State]):
+class PartialWork(MethodWrapper[State]):
     """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
 
     What they did counts in full, where a deadline would throw it away.
@@ -36,16 +36,6 @@ class PartialWork(Method[State]):
     late: float = 0.5
     least: float = 0.1
 
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
-
-    def init(self, params: Tree) -> State:
-        return self.inner.init(params)
-
-    def request(self, state: State) -> Request | None:
-        return self.inner.request(state)
-
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         late, share = torch.rand(2, generator=site.rng(request.round, "pace")).tolist()
         whole = self.inner.local.count(site.data["train"])
@@ -53,9 +43,6 @@ class PartialWork(Method[State]):
             return self.inner.site_update(request, memory, site)
         steps = max(1, round(whole * (self.least + (1 - self.least) * share)))
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
-
-    def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return self.inner.server_update(state, reply, server)
 
 
 def partial_work(

@@ -18,7 +18,7 @@ import torch
 
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SemiSync(Method[State]):
+class SemiSync(MethodWrapper[State]):
     """Every site trains for the same time, so that fast ones do more and nobody waits.
 
     Attributes:
@@ -57,7 +57,9 @@ class SemiSync(Method[State]):
     seconds: tuple[tuple[str, float], ...] = ()
     share: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), 0.0)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fedavg.State", 1)
@@ -27,7 +28,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedAvg(Method[State]):
+class FedAvg(SizeWeighted[State]):
     """Sites train from the server's model; the server moves by the mean of their changes.
 
     Attributes:
@@ -49,11 +50,7 @@ class FedAvg(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         update = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-        return Reply({"update": WeightedMean.of(update, self.weight(site))}), memory
+        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(state.round + 1, reply.mean("update").apply_to(state.params, self.lr))
-
-    def weight(self, site: Site) -> float:
-        """What ``site`` counts in the mean."""
-        return 1.0 if self.uniform else float(len(site.data["train"]))

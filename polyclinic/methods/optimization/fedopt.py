@@ -13,12 +13,13 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -33,7 +34,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedOpt(Method[State]):
+class FedOpt(SizeWeighted[State]):
     """FedAvg whose server treats the mean change Δ as a gradient.
 
     Attributes:

@@ -41,7 +41,7 @@ class FedSGD(FedAvg):
         statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
         # w ← w − η g
         steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        return Reply({"update": WeightedMean.of({**statistics, **steps}, self.weight(site))}), memory
+        return Reply({"update": WeightedMean.of({**statistics, **steps}, self.site_weight(site))}), memory
 
 
 def fedsgd(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False) -> FedSGD:

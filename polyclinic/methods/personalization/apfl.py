@@ -55,7 +55,7 @@ class APFL(FedAvg):
                 step_v(loss)  # v ← v − η ∇_v f(αv + (1 − α)w)
                 alpha, first = min(max(moved, 0.0), 1.0), False
         kept = {"own": params_of(v), "mixing": {"alpha": torch.tensor(alpha, dtype=torch.float64)}}
-        update = WeightedMean.of(tree.sub(params_of(w), start), self.weight(site))
+        update = WeightedMean.of(tree.sub(params_of(w), start), self.site_weight(site))
         return Reply({"update": update}), {**memory, **kept}
 
     def site_model(self, request: Request, memory: Trees) -> Tree:

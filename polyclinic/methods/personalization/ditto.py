@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Batch, Task
@@ -19,7 +19,7 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
-class Ditto(Method[Any]):
+class Ditto(MethodWrapper[Any]):
     """Any method whose ask carries ``params``, and at each site a personal model that is drawn towards them.
 
     What the sites send, and so the global model, is what it would be without. A site that faces malicious others
@@ -35,16 +35,6 @@ class Ditto(Method[Any]):
     local: LocalTraining = LocalTraining()
     lam: float = 0.1
 
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
-
-    def init(self, params: Tree) -> Any:
-        return self.inner.init(params)
-
-    def request(self, state: Any) -> Request | None:
-        return self.inner.request(state)
-
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, memory = self.inner.site_update(request, memory, site)
         w = {name: leaf.to(site.device) for name, leaf in request.trees["params"].items()}
@@ -57,14 +47,8 @@ class Ditto(Method[Any]):
         v = self.local.fit(self.task, v, site, request.round, loss=loss, slot="personal")
         return reply, {**memory, "personal": v}
 
-    def server_update(self, state: Any, reply: Reply, server: Site) -> Any:
-        return self.inner.server_update(state, reply, server)
-
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory["personal"] if "personal" in memory else self.inner.site_model(request, memory)
-
-    def evaluation_request(self, state: Any) -> Request:
-        return self.inner.evaluation_request(state)
 
 
 def ditto(task: Task, local: LocalTraining, *, lam: float = 0.1, lr: float = 1.0, uniform: bool = False) -> Ditto:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -25,6 +25,7 @@ from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.tasks.task import Batch, Task, represent
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.boundary_features import boundary_contrast
 
 
@@ -38,7 +39,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedDG(Method[State]):
+class FedDG(SizeWeighted[State]):
     """FedAvg whose sites practice on their own images in the styles of the others.
 
     A bank of low-frequency amplitudes is shared once. In every step a site restyles its images with amplitudes from

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Batch, InEncoder, Not, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.partial_personalization import Personal
 
 
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contrasted(Method[State]):
+class Contrasted(SizeWeighted[State]):
     """FedAvg with β · ‖θ − θ_server‖₁ / Σ ‖θ − θ_old‖₁ added to the loss, over the encoder's parameters.
 
     Attributes:
@@ -72,7 +73,7 @@ class Contrasted(Method[State]):
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
         encoder = tree.select(end, InEncoder(self.task))
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         reply = Reply({"update": WeightedMean.of(tree.sub(end, start), weight)})
         shown = Reply({"encoder": PerSite({site.name: encoder})}) if self.others else Reply()
         return reply + shown, {**memory, "encoder": encoder}

@@ -15,13 +15,14 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import InNormalization, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fednorm.State", 1)
@@ -43,7 +44,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedNorm(Method[State]):
+class FedNorm(SizeWeighted[State]):
     """FedAvg whose normalization layers, weights and statistics alike, are averaged within each modality only.
 
     With one modality it is FedAvg; with one for each site, FedBN.
@@ -74,7 +75,7 @@ class FedNorm(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = self.site_model(request, memory)
         change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-        weight, mine = 1.0 if self.uniform else float(len(site.data["train"])), dict(self.modality)[site.name]
+        weight, mine = self.site_weight(site), dict(self.modality)[site.name]
         own = tree.scale(tree.select(change, InNormalization(self.task)), weight)
         sums: dict[str, torch.Tensor] = {}
         for kind in self.modalities:

@@ -7,8 +7,7 @@ representation it received, then takes the representation's share of training wi
 
 from dataclasses import dataclass, replace
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -34,7 +33,7 @@ class InTurn(FedAvg):
         first = replace(self.local, epochs=self.head_epochs, steps=None)
         end = first.fit(self.task, start, site, request.round, trainable=head, slot="head")
         end = self.local.fit(self.task, end, site, request.round, trainable=Not(head))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+        return Reply({"update": self.update(end, start, site)}), memory
 
 
 def fedrep(

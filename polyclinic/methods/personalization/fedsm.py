@@ -15,7 +15,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -25,6 +25,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization import fedopt
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -40,7 +41,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedSM(Method[State]):
+class FedSM(SizeWeighted[State]):
     """Three kinds of model at once; the selector guesses whose images an image resembles, and picks the model.
 
     Where it is sure, that site's personal model predicts; where it is not, as for a hospital never seen, the global

@@ -14,12 +14,13 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task, cached_model
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("ifca.State", 1)
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IFCA(Method[State]):
+class IFCA(SizeWeighted[State]):
     """FedAvg within clusters that form by themselves: a site joins the model whose loss on its data is smallest.
 
     A site that never trained predicts with the model of the heaviest cluster.
@@ -71,7 +72,7 @@ class IFCA(Method[State]):
         losses = [self._loss(model, site) for model in models]
         mine = min(range(self.clusters), key=losses.__getitem__)  # ĵ = argmin_j F_i(θ_j)
         end = self.local.fit(self.task, models[mine], site, request.round)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         total: dict[str, torch.Tensor] = {"weights": torch.zeros(self.clusters)}
         total["weights"][mine] = weight
         for j, model in enumerate(models):

@@ -13,13 +13,14 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.routing_network import Routed
 
@@ -34,7 +35,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IOPFL(Method[State]):
+class IOPFL(SizeWeighted[State]):
     """FedAvg; every site predicts with the running average of its local models, an unseen one with a mixture of all.
 
     The mixture is found from the unseen hospital's own images, without labels, batch by batch.

@@ -12,7 +12,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -20,6 +20,7 @@ from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_width
 from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.lcfed_network import Calibrated, ChannelSelected
 
 
@@ -33,7 +34,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LCFed(Method[State]):
+class LCFed(SizeWeighted[State]):
     """FedAvg of the body; heads stay, but all sites see them, and learn from where they disagree.
 
     Attributes:
@@ -81,7 +82,7 @@ class LCFed(Method[State]):
         whole = self.local.fit(self.prediction_task, whole, site, request.round, trainable=_second, slot="calibrate")
         own = tree.select(end, head)
         shared = {n: leaf - begin[n] for n, leaf in end.items() if n not in own and n != "site"}
-        update = WeightedMean.of(shared, 1.0 if self.uniform else float(len(site.data["train"])))
+        update = WeightedMean.of(shared, self.site_weight(site))
         kept = {"own": {**own, **here}, "calibrate": tree.select(whole, _second)}
         return Reply({"update": update, "head": PerSite({site.name: {"head": tree.flatten(own)}})}), {**memory, **kept}
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -47,7 +46,7 @@ class Moon(FedAvg):
             return self.task.loss(model, batch) + self.mu * contrast(z, near, far, self.temperature)
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss if self.mu else None)
-        update = WeightedMean.of(tree.sub(end, start), self.weight(site))
+        update = self.update(end, start, site)
         return Reply({"update": update}), {**memory, "previous": end}
 
 

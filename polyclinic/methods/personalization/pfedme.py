@@ -8,8 +8,7 @@ running statistics of batch normalization that are sent are those of θ.
 
 from dataclasses import dataclass
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -46,7 +45,10 @@ class PFedMe(FedAvg):
                 w = {name: leaf - self.eta * self.lam * (leaf - theta[name].detach()) for name, leaf in w.items()}
         own = params_of(model)
         shared = {**own, **{name: leaf.to(own[name].device) for name, leaf in w.items()}}
-        return Reply({"update": WeightedMean.of(tree.sub(shared, start), self.weight(site))}), {**memory, "own": own}
+        return Reply({"update": self.update(shared, start, site)}), {
+            **memory,
+            "own": own,
+        }
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory.get("own", request.trees["params"])

@@ -12,14 +12,15 @@ without a person, and named.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
-from polyclinic.core.method import Method, MethodWrapper, Request
+from polyclinic.core.method import Capabilities, Method, MethodWrapper, Request
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -71,19 +72,16 @@ class Robust(MethodWrapper[State]):
     quarantined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        secure = any(t.secure for t in getattr(self.inner, "transforms", ()))
+        secure = any(t.secure for t in transforms_of(self.inner))
         problems = [UNSEEN] if secure else []
         if not self.bound >= 0:
             problems.append(f"bound is a multiple of the median length, or 0 for none, not {self.bound}")
         if problems:
             raise ConfigError("; ".join(problems))
 
-    gathers = True  # the server must see what each site sends
-
     @property
-    def uniform(self) -> bool:
-        """Whether sites count the same in the inner method."""
-        return bool(getattr(self.inner, "uniform", True))
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), {}, {})
@@ -96,9 +94,6 @@ class Robust(MethodWrapper[State]):
 
     def evaluation_request(self, state: State) -> Request:
         return self.inner.evaluation_request(state.inner)
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        return self.inner.site_model(request, memory)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, memory = self.inner.site_update(request, memory, site)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -94,7 +94,7 @@ class FedPerl(Method[State]):
                 "fedperl: the average of one peer is that peer's model, known to another site: set peers to 2 or more"
             )
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})

@@ -12,8 +12,7 @@ send FedAvg through ``clip`` and ``gaussian`` instead.
 
 from dataclasses import dataclass
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -38,4 +37,4 @@ class HistoFL(FedAvg):
             if self.noise and not running(name) and not name.endswith("bias") and leaf.numel() > 1:
                 # W ← W + α · std(W) · N(0, 1)
                 end[name] = leaf + self.noise * leaf.std() * rng.normal(*leaf.shape).to(leaf)
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+        return Reply({"update": self.update(end, start, site)}), memory

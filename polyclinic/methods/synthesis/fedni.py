@@ -55,7 +55,7 @@ class FedNI(FedAvg):
             moved = {name: end[name] if in_generator(name) else leaf for name, leaf in start.items()}
             return Reply({"update": WeightedMean.of(tree.sub(moved, start), float(len(data)))}), memory
         end = self.local.fit(self.task, start, site, request.round, trainable=lambda name: not in_generator(name))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+        return Reply({"update": self.update(end, start, site)}), memory
 
     @property
     def prediction_task(self) -> Any:

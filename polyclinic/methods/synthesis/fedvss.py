@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -59,4 +58,4 @@ class FedVSS(FedAvg):
             return value
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+        return Reply({"update": self.update(end, start, site)}), memory

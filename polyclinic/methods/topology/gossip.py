@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -54,7 +54,7 @@ class Gossip(Method[State]):
         if self.neighbors < 0 or self.neighbors % 2:
             raise ConfigError(f"neighbors stand half on each side, so their number is even, not {self.neighbors}")
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, ())

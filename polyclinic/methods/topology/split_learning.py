@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -95,7 +95,9 @@ class Split(Method[State]):
         """The layers at a site after those at the server; none unless U-shaped."""
         return Piece(self.task, self.body.stop, length(self.task))
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, minibatches=self.local.count)
 
     def init(self, params: Tree) -> State:
         return State(0, params, 0, 0, "front", {}, {})

@@ -16,12 +16,13 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("swarm.State", 1)
@@ -39,7 +40,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Swarm(Method[State]):
+class Swarm(SizeWeighted[State]):
     """FedAvg whose server is one of the sites, another in each round.
 
     Deputies merge beside the elected site, and the first whose answer comes is believed. Where none answers and the
@@ -55,7 +56,9 @@ class Swarm(Method[State]):
     deputies: int = 1
     uniform: bool = False
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, uniform=self.uniform)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())
@@ -78,7 +81,7 @@ class Swarm(Method[State]):
         start = request.trees["params"]
         if request.job == "train":
             change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-            weight = torch.tensor(1.0 if self.uniform else float(len(site.data["train"])), dtype=torch.float64)
+            weight = torch.tensor(self.site_weight(site), dtype=torch.float64)
             return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
         sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}
         all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())

@@ -17,8 +17,8 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InHead, InNormalization
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.baselines import Cross, LocalOnly, pooled
 from polyclinic.methods.catalog import METHODS
+from polyclinic.methods.optimization.baselines import Cross, LocalOnly, pooled
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.fedopt import FedOpt, fedavgm
 from polyclinic.methods.optimization.fedprox import fedprox

@@ -4,9 +4,9 @@ S. Maryam Hosseini, Milad Sikaroudi, Morteza Babaie and H. R. Tizhoosh, "Proport
 Federated Learning of Histopathology Images", IEEE Transactions on Medical Imaging 42 (2023), 1982-1995,
 https://doi.org/10.1109/TMI.2023.3234450.
 
-The paper's own loss was not at hand. What is built here is what its name and abstract say: proportional fairness in
-the sense of resource allocation, where hospital k's utility is how far its loss lies below a bound,
-max Σ p_k log(C - F_k(w)), whose gradient weighs site k by p_k / (C - F_k).
+The paper's own loss was not available. This implements what its title and abstract state: proportional fairness in
+the sense of resource allocation, in which hospital k's utility is the distance of its loss from a bound,
+``max Σ p_k log(C − F_k(w))``, whose gradient weights site k by ``p_k / (C − F_k)``.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from polyclinic.methods.base.site_weights import SizeWeighted
 
 @savable("prop-ffl.State", 1)
 class State(NamedTuple):
-    """The model and, between the two exchanges of a round, what each site counts."""
+    """The model and, between the two requests of a round, the weight of each site."""
 
     round: int
     params: Tree
@@ -39,12 +39,15 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class PropFFL(SizeWeighted[State]):
-    """FedAvg in which a hospital counts more, the nearer its loss is to the worst; in two exchanges a round.
+    """FedAvg in which a hospital's weight grows as its loss approaches the highest; two requests per round.
 
-    First every site says how wrong the model is there, one number; then it trains, and counts by that.
+    Each site first sends the loss of the model on its data, one number; then it trains and is weighted accordingly.
 
     Attributes:
-        margin: C, the bound on losses, in multiples of the highest. The nearer to 1, the more the worst site counts.
+        margin: C, the bound on losses, in multiples of the highest. Values near 1 give the worst site most of the
+            weight.
+        lr: Step size of the server along the mean change.
+        uniform: Whether p_k is equal for all sites, instead of proportional to their training examples.
     """
 
     task: Task
@@ -77,22 +80,22 @@ class PropFFL(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, size = request.trees["params"], self.site_weight(site)
         if request.job == "loss":
-            said = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
-            return Reply({"loss": PerSiteUniform({site.name: {"F, n": said}})}), memory
+            sent = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
+            return Reply({"loss": PerSiteUniform({site.name: {"F, n": sent}})}), memory
         end = self.local.fit(self.task, start, site, request.round)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), float(request.trees["share"]["a"]))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.shares:
-            said = {name: leaves["F, n"].tolist() for name, leaves in reply.gather("loss").items()}
-            losses, sizes = ({name: x[i] for name, x in said.items()} for i in (0, 1))
+            sent = {name: leaves["F, n"].tolist() for name, leaves in reply.gather("loss").items()}
+            losses, sizes = ({name: x[i] for name, x in sent.items()} for i in (0, 1))
             return state._replace(shares=proportional(losses, sizes, self.margin))
         change = tree.scale(reply.mean("update").value, self.lr)
         return State(state.round + 1, tree.shift(state.params, change), {})
 
 
 def proportional(losses: Mapping[str, float], sizes: Mapping[str, float], margin: float = 1.1) -> dict[str, float]:
-    """a_k ∝ p_k / (C - F_k) with C = margin · max F, adding up to 1."""
+    """Return ``a_k ∝ p_k / (C − F_k)`` with ``C = margin · max F``, normalized to sum to 1."""
     bound = margin * max(losses.values()) + 1e-12
     raw = {name: sizes[name] / (bound - loss) for name, loss in sorted(losses.items())}
     total = sum(raw.values())

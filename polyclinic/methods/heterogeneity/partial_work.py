@@ -1,8 +1,8 @@
-"""Partial work: late sites do what they can, and it counts.
+"""Partial work: late sites do part of their training, and their updates are used.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020, section
-5.2, where each round a share of the sites does between one epoch and all. https://arxiv.org/abs/1812.06127. We draw
-steps instead of epochs, so that one epoch can be cut short too.
+5.2, in which each round a share of the sites does between one epoch and all. https://arxiv.org/abs/1812.06127.
+Departure: steps are drawn instead of epochs, so that a single epoch can also be shortened.
 """
 
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.heterogeneity.fednova import FedNova
 from polyclinic.methods.optimization.fedavg import FedAvg, State
-from polyclinic.methods.optimization.fedprox import fedprox
+from polyclinic.methods.optimization.fedprox import FedProx
 
 
 @dataclass(frozen=True)
 class PartialWork(MethodWrapper[State]):
-    """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
+    """Some sites stop early: each round, each is late with probability ``late`` and does only a share of its steps.
 
-    What they did counts in full, where a deadline would throw it away.
+    Their updates have full weight, whereas a deadline would discard them.
 
     Attributes:
         inner: A method with a field ``local``.
@@ -55,12 +55,12 @@ def partial_work(
     normalized: bool = False,
     uniform: bool = False,
 ) -> PartialWork:
-    """FedProx with late sites that do part of their work.
+    """Compose FedProx or FedNova with sites that do part of their work.
 
     Args:
-        mu: μ of FedProx, which holds sites near where they started.
+        mu: μ, the weight of FedProx's proximal term.
         normalized: Whether to average as FedNova does.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
-    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalized else fedprox(task, local, mu=mu, uniform=uniform)
-    return PartialWork(inner, late, least)
+    kind = FedNova if normalized else FedProx
+    return PartialWork(kind(task, local, uniform=uniform, mu=mu), late, least)

@@ -1,8 +1,8 @@
 """Federated averaging.
 
 McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
-Decentralized Data", AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629. Sites send changes instead of
-models, which is the same mean and lets the server take a step of another length.
+Decentralized Data", AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629. Departure: sites send changes instead
+of models. The mean is the same, and the server can scale its step.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from polyclinic.methods.base.site_weights import SizeWeighted
 
 @savable("fedavg.State", 1)
 class State(NamedTuple):
-    """What the server remembers between rounds."""
+    """The model after ``round`` rounds."""
 
     round: int
     params: Tree
@@ -29,11 +29,11 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedAvg(SizeWeighted[State]):
-    """Sites train from the server's model; the server moves by the mean of their changes.
+    """Sites train from the server's model; the server adds the mean of their changes.
 
     Attributes:
-        lr: The server's step along the mean change, 1 for plain averaging.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        lr: Step size of the server along the mean change; 1 for plain averaging.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task

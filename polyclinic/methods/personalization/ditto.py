@@ -1,7 +1,8 @@
-"""Ditto: a personal model beside the global one.
+"""Ditto: a personal model regularized towards the global one.
 
 Li, Hu, Beirami and Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, Algorithm 1.
-https://arxiv.org/abs/2012.04221. The personal model takes as many steps a round as the global one; there, s may differ.
+https://arxiv.org/abs/2012.04221. Departure: the personal model takes as many steps per round as the global one; in the
+paper, s may differ.
 """
 
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class Ditto(MethodWrapper[Any]):
-    """Any method whose ask carries ``params``, and at each site a personal model that is drawn towards them.
+    """Any method whose request has ``params``, and at each site a personal model regularized towards them.
 
-    What the sites send, and so the global model, is what it would be without. A site that faces malicious others
-    loses at most its neighbors' help, which is why the personal models are robust as well as fair.
+    The personal model v minimizes ``F(v) + λ/2 · ‖v − w‖²``. The replies, and therefore the global model w, are those
+    of the inner method. Malicious sites can affect a personal model only through w.
 
     Attributes:
-        lam: λ, how strongly the personal model is drawn towards the global one. 0 trains it alone. The paper chooses
-            it for each data set, between 0.01 and 2.
+        lam: λ, the weight of the proximal term; 0 trains the personal model alone. The paper chooses it for each data
+            set, between 0.01 and 2.
     """
 
     inner: Method[Any]
@@ -52,5 +53,5 @@ class Ditto(MethodWrapper[Any]):
 
 
 def ditto(task: Task, local: LocalTraining, *, lam: float = 0.1, lr: float = 1.0, uniform: bool = False) -> Ditto:
-    """FedAvg, with a personal model at each site that is drawn towards the global one."""
+    """Compose FedAvg with a personal model at each site that is regularized towards the global one."""
     return Ditto(FedAvg(task, local, lr, uniform), task, local, lam)

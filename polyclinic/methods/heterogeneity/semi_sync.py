@@ -87,6 +87,9 @@ class SemiSync(MethodWrapper[State]):
             steps = 0
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
 
+    def evaluation_request(self, state: State) -> Request:
+        return self.request(state) or self.inner.evaluation_request(state.inner)
+
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.seconds:
             slowest = max(float(leaves["epoch"]) for leaves in reply.gather("seconds").values())

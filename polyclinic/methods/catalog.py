@@ -876,6 +876,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Cao et al. 2021",
             SEEN,
             private=("dp-sgd",),
+            defaults={"root": ""},
         ),
         Entry(
             "dos",

@@ -172,7 +172,7 @@ def merged(
     Args:
         labeled: Determines λ and restores.
         unlabeled: Restores, if given.
-        site: Where this runs, for ``tune``.
+        site: The site that runs this, for ``tune``.
     """
     scale, device = how.scale, site.device
     if scale is None and labeled is not None:

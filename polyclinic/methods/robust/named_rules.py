@@ -59,7 +59,8 @@ def named(rule: type[Rule], *, bound: float = 0.0) -> Callable[..., Robust]:
     ]
     shared = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     make.__signature__ = signature.replace(parameters=[*shared, *own])  # type: ignore[attr-defined]  # for inspect
-    make.__doc__, make.__module__ = rule.__doc__, rule.__module__
+    make.__doc__ = inspect.cleandoc(rule.__doc__ or "").partition("\n\nAttributes:")[0]
+    make.__module__ = rule.__module__  # whose docstring names the paper
     return make
 
 

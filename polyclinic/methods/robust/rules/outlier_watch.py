@@ -27,11 +27,11 @@ class Note(NamedTuple):
     share: float | None = None
     excluded: str = ""
 
-    def after(self, standing: Standing | None, share: float | None, excluded: str) -> "Note":
-        """Return this note after one more update, which was not examined if ``standing`` is None."""
-        if standing is None:
+    def after(self, found: Standing | None, share: float | None, excluded: str) -> "Note":
+        """Return this note after one more update, which was not examined if ``found`` is None."""
+        if found is None:
             return self._replace(share=share, excluded=excluded)
-        return Note(self.seen + 1, self.outlying + standing.outlying, *standing, share, excluded)
+        return Note(self.seen + 1, self.outlying + found.outlying, *found, share, excluded)
 
 
 def alarms(notes: Mapping[str, Note], often: float = 0.5) -> tuple[str, ...]:

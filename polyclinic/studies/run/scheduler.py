@@ -98,8 +98,8 @@ def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
-                says = [reason for examples in labeled[:1] for reason in local.trial(plan.build_task(), examples)]
-                problems += [Problem(("methods", i), reason) for reason in says]
+                refusals = [reason for examples in labeled[:1] for reason in local.trial(plan.build_task(), examples)]
+                problems += [Problem(("methods", i), reason) for reason in refusals]
         except (TypeError, ValueError) as error:
             problems.append(Problem(("methods", i), str(error)))
     for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):

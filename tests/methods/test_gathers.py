@@ -20,4 +20,4 @@ def test_refused_early(task, name):
 @pytest.mark.parametrize("name", ["fedmae", "fedirm", "fedsemi", "fedmic", "fednova", "fedmd"])
 def test_sums_are_enough(task, name):
     method = build(name, Setting(task, LocalTraining(), SITES, 4))
-    assert not getattr(method, "gathers", False)
+    assert not method.capabilities.needs_each_reply

@@ -20,11 +20,12 @@ from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.execution import Refused
 from polyclinic.core.method import Method, Request
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
-from polyclinic.engines.policy.requirements import arrived, transform_problems, transforms_of, unknown_transforms
+from polyclinic.engines.policy.requirements import arrived, transform_problems, unknown_transforms
 from polyclinic.engines.site_description import JOB, Describe
 from polyclinic.errors import ConfigError
 from polyclinic.methods.plugins import RULE, Package, allows, exact_rule, methods_in, packages_of

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
@@ -34,12 +35,14 @@ class Segmentation(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
-        from monai.losses import DiceCELoss
+        from monai.losses import DiceLoss
 
-        measure = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
         prediction = model(batch[0])
-        loss: Tensor = measure(prediction if isinstance(prediction, Tensor) else prediction[0], batch[1].unsqueeze(1))
-        return loss
+        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
+        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
+        one_hot = (batch[1].unsqueeze(1) == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
+        dice: Tensor = DiceLoss(include_background=False, softmax=True)(scores, one_hot)
+        return dice + F.cross_entropy(scores, batch[1])
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""

@@ -33,14 +33,6 @@ class Evaluated(MethodWrapper[State]):
     inner: Method[State]
     task: Task
 
-    def init(self, params: Tree) -> State:
-        """Return the inner method's initial state."""
-        return self.inner.init(params)
-
-    def request(self, state: State) -> Request | None:
-        """Return the inner method's request."""
-        return self.inner.request(state)
-
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Evaluate if the job is an evaluation; otherwise run the inner method's site update."""
         verb, _, role = request.job.partition("/")
@@ -59,18 +51,6 @@ class Evaluated(MethodWrapper[State]):
             scores = self.task.summary(results) | {"n": float(len(site.data[role]))}
             results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return Reply({verb: PerSite({site.name: results})}), memory
-
-    def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        """Run the inner method's server update."""
-        return self.inner.server_update(state, reply, server)
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        """Return the inner method's site model."""
-        return self.inner.site_model(request, memory)
-
-    def evaluation_request(self, state: State) -> Request:
-        """Return the inner method's evaluation request."""
-        return self.inner.evaluation_request(state)
 
 
 def outputs(

@@ -144,6 +144,28 @@ class DPSGD(LocalTraining):
             problems.append("DPSGD: remove amp and clip_norm; bound clips the gradient of each unit")
         return problems
 
+    def trial(self, task: Trainable, data: Any) -> list[str]:
+        """Return why ``task`` cannot be trained privately, and what to change, by a trial on two of ``data``."""
+        model = task.model()
+        if problems := self.validate(task, model):
+            return problems
+        batch = data[torch.arange(min(2, len(data)))]
+        params, threads = {name: p.detach() for name, p in model.named_parameters()}, torch.get_num_threads()
+        torch.set_num_threads(1)  # a process that has used OpenMP's threads cannot fork workers that use them
+        try:
+            per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
+        except UnknownRandomness as error:
+            return [str(error)]
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            return [
+                f"DPSGD: the gradients of single examples cannot be computed for this network and loss ({reason}): "
+                "choose another network, or send replies through clip and gaussian instead of training privately"
+            ]
+        finally:
+            torch.set_num_threads(threads)
+        return []
+
     def spend(self, data: Any) -> Spend:
         """Return the privacy cost of one ``fit`` on ``data``. The number of units is treated as public."""
         units = len(self._members(data))

@@ -1,12 +1,12 @@
-"""FedHarmony: features that no longer tell which scanner they come from.
+"""FedHarmony: features from which the scanner cannot be identified.
 
 Dinsdale, Jenkinson and Namburete, "FedHarmony: Unlearning Scanner Bias with Distributed Data", MICCAI 2022: three
 updates for each minibatch, others' features drawn from Gaussians, FedProx's penalty with a norm that is not squared,
 and equal weights ("FedEqual"). https://arxiv.org/abs/2205.15970.
 
-Departures. In the first round no Gaussians are known, and only the main task is trained. A site draws as many features
-of others as it has of its own, evenly. The paper's factors of 10 and 100 before the second and third loss have no
-effect under Adam, which it uses, and are 1 here; the third learning rate is half the others', as there.
+Departures: in the first round no Gaussians are available, and only the main task is trained. A site draws as many
+features of others as it has of its own, evenly. The paper's factors of 10 and 100 on the second and third loss have no
+effect under Adam, which it uses, and are 1 here; the third learning rate is half the others', as in the paper.
 """
 
 from dataclasses import dataclass, replace
@@ -42,15 +42,16 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedHarmony(Method[State]):
-    """Sites unlearn the scanner: a shared classifier guesses the site of a feature, and encoders learn to confuse it.
+    """Sites unlearn the scanner: a shared classifier predicts a feature's site, and encoders learn to confuse it.
 
-    Other sites' features are drawn from a mean and a deviation for each feature, which is all that sites exchange of
-    them.
+    Other sites' features are drawn from a mean and a standard deviation per feature, which is all that sites exchange
+    of them.
 
     Attributes:
-        sites: Who trains, in the order of the classifier's outputs.
+        sites: The training sites, in the order of the classifier's outputs.
         mu: μ, the weight of the distance to the received model; 0.1 in the paper.
-        domain: The weight of the classifier's loss. ``unlearn``: that of the confusion.
+        domain: Weight of the classifier's loss.
+        unlearn: Weight of the confusion loss.
     """
 
     task: Task
@@ -112,7 +113,7 @@ class FedHarmony(Method[State]):
         )
 
     def _draw(self, request: Request, others: list[int], count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """About ``count`` features f ~ N(μ_k, diag σ_k²) of the other sites k, and those k."""
+        """Return about ``count`` features ``f ~ N(μ_k, diag σ_k²)`` of the other sites k, and those k."""
         each, found = max(1, count // len(others)), []
         for k in others:
             known = request.trees[f"gaussian.{self.sites[k]}"]
@@ -121,7 +122,7 @@ class FedHarmony(Method[State]):
 
 
 def _distance(model: nn.Module, origin: Tree) -> Tensor:
-    """‖θ − θ_g‖, not squared."""
+    """Return ``‖θ − θ_g‖``, not squared."""
     distance: Tensor = torch.linalg.vector_norm(
         torch.cat([(p - origin[n]).flatten() for n, p in model.named_parameters()])
     )

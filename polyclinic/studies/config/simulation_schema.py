@@ -12,7 +12,7 @@ import torch
 from polyclinic.attacks.adversaries import ATTACKS
 from polyclinic.attacks.poisoning import Poisoned
 from polyclinic.core.execution import Policy
-from polyclinic.core.method import Method
+from polyclinic.core.method import Method, unwrap
 from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -177,11 +177,8 @@ def steps(
 
 
 def buffered(method: Method[Any]) -> FedBuff | None:
-    """The method within ``method`` that updates without waiting for everybody, if it is one."""
-    inner: Any = method
-    while inner is not None and not isinstance(inner, FedBuff):
-        inner = getattr(inner, "inner", None)
-    return inner
+    """Return the layer of ``method`` that updates without waiting for all sites; None if there is none."""
+    return unwrap(method, FedBuff)
 
 
 def _until(end: float, federation: Unequal, answers: Iterator[Step[Any]]) -> Iterator[Step[Any]]:

@@ -21,6 +21,7 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
+from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy, Problem
 from polyclinic.studies.config.method_plan import plan_of
@@ -92,8 +93,13 @@ def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None
         try:
             for seed in study.seeds if study.attack else study.seeds[:1]:
                 simulation_schema.method_of(study, plan_of(study, method, data, seed), data.training)
-            if reason := uncovered(plan_of(study, method, data, study.seeds[0])):
+            plan = plan_of(study, method, data, study.seeds[0])
+            if reason := uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
+            elif isinstance(local := plan.build_local(), DPSGD):
+                labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
+                refusals = [reason for examples in labeled[:1] for reason in local.trial(plan.build_task(), examples)]
+                problems += [Problem(("methods", i), reason) for reason in refusals]
         except (TypeError, ValueError) as error:
             problems.append(Problem(("methods", i), str(error)))
     for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):

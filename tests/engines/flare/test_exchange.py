@@ -12,12 +12,11 @@ from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
-from polyclinic.core.rounds import train, train_async
+from polyclinic.core.rounds import train, train_async, undiscounted
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import REFUSED, Reviews
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.server.remote_federation import discount_of
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.testing import equal
 from tests.conftest import little_sites
@@ -40,7 +39,13 @@ def reference(an, sites=None):
     engine, state = InProcess(method, all_sites, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
         steps = train_async(
-            method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes, discount=discount_of(method)
+            method,
+            engine,
+            state,
+            updates=plan.rounds,
+            buffer=an.buffer,
+            passes=an.passes,
+            discount=method.capabilities.discount or undiscounted,
         )
     else:
         steps = train(method, engine, state, rounds=plan.rounds, min_replies=an.min_replies)

@@ -17,7 +17,7 @@ from polyclinic.methods.aggregation.adaptive_weights import AdaptiveWeights, amo
 from polyclinic.methods.aggregation.auto_fedavg import AutoFedAvg, climbed
 from polyclinic.methods.aggregation.dynamic_fusion import DynamicFusion
 from polyclinic.methods.aggregation.fedbuff import FedBuff
-from polyclinic.methods.aggregation.fedce import FedCE, cosines, fedce
+from polyclinic.methods.aggregation.fedce import FedCE, cosines
 from polyclinic.methods.aggregation.fedgma import FedGMA
 from polyclinic.methods.fairness.fedsld import FedSLD, balanced
 from polyclinic.methods.fairness.guided_gradients import Guided, guided_gradient
@@ -201,7 +201,7 @@ def test_fedce_remembers_and_refuses(task, local, sites) -> None:
     assert state.seen == dict.fromkeys(sites, 3)
     assert sum(state.weights.values()) == pytest.approx(1)
     with pytest.raises(ValueError, match='"times" or "plus", not "minus"'):
-        fedce(task, local, mode="minus")
+        FedCE(task, local, mode="minus")
     alone = {"site-0": sites["site-0"]}
     assert close(run(FedCE(task, local), task, alone).params, run(FedAvg(task, local), task, alone).params)
 

@@ -17,15 +17,15 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InHead, InNormalization
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.baselines import Cross, LocalOnly, pooled
 from polyclinic.methods.catalog import METHODS
+from polyclinic.methods.optimization.baselines import Cross, LocalOnly
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.fedopt import FedOpt, fedavgm
-from polyclinic.methods.optimization.fedprox import fedprox
-from polyclinic.methods.optimization.fedsgd import fedsgd
+from polyclinic.methods.optimization.fedopt import FedOpt
+from polyclinic.methods.optimization.fedprox import FedProx
+from polyclinic.methods.optimization.fedsgd import FedSGD
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import Personal, fedbn, fedper, lg_fedavg, silobn
-from polyclinic.methods.registry import UnknownMethod, entry
+from polyclinic.methods.registry import Setting, UnknownMethod, build, entry
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
@@ -62,26 +62,26 @@ def test_fedavg_is_the_mean_by_examples(task, local) -> None:
 
 def test_fedprox_without_pull_is_fedavg(task, local) -> None:
     expected = run(FedAvg(task, local), little_sites(), task.first(0))[0]
-    assert equal(run(fedprox(task, local, mu=0.0), little_sites(), task.first(0))[0], expected)
-    assert not equal(run(fedprox(task, local, mu=0.5), little_sites(), task.first(0))[0], expected)
+    assert equal(run(FedProx(task, local, mu=0.0), little_sites(), task.first(0))[0], expected)
+    assert not equal(run(FedProx(task, local, mu=0.5), little_sites(), task.first(0))[0], expected)
 
 
 def test_fedsgd_is_one_step_down_the_pooled_gradient(local) -> None:
     sites, start = little_sites(), PLAIN.first(0)
-    state, _ = run(fedsgd(PLAIN, local), sites, start, rounds=1)
+    state, _ = run(FedSGD(PLAIN, local), sites, start, rounds=1)
     x = torch.cat([s.data["train"].x for s in sites.values()])
     y = torch.cat([s.data["train"].y for s in sites.values()])
     model = load(PLAIN.model(), start)
     g = gradient(PLAIN.loss(model, (x, y)), model)
     assert close(state.params, {name: start[name] - local.lr * g[name] for name in start})
-    chunks = replace(fedsgd(PLAIN, local), chunk=5)
+    chunks = replace(FedSGD(PLAIN, local), chunk=5)
     assert close(run(chunks, sites, start, rounds=1)[0], state)
 
 
 def test_fedsgd_is_fedavg_of_one_full_batch_step() -> None:
     sites, start = little_sites(), PLAIN.first(0)
     full = LocalTraining(epochs=1, batch_size=1000, lr=0.1)
-    assert close(run(fedsgd(PLAIN, full), sites, start)[0], run(FedAvg(PLAIN, full), sites, start)[0])
+    assert close(run(FedSGD(PLAIN, full), sites, start)[0], run(FedAvg(PLAIN, full), sites, start)[0])
 
 
 def test_one_site_scaffold_is_fedavg(task, local) -> None:
@@ -104,7 +104,7 @@ def test_scaffold_refuses_another_optimizer(task) -> None:
 
 
 def test_server_momentum_without_memory_is_fedavg(task, local) -> None:
-    state, _ = run(fedavgm(task, local, lr=1.0, beta=0.0), little_sites(), task.first(0))
+    state, _ = run(build("fedavgm", Setting(task, local, (), 2), {"beta1": 0.0}), little_sites(), task.first(0))
     assert close(state.params, run(FedAvg(task, local), little_sites(), task.first(0))[0].params)
 
 
@@ -198,7 +198,7 @@ def test_cross_predicts_with_another_sites_model(task, local) -> None:
 def test_pooled_is_training_on_all_data_in_one_place(task, local) -> None:
     parts, start = [site.data["train"] for site in little_sites().values()], task.first(0)
     everything = Site("pooled", {"train": Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))})
-    state, _ = run(pooled(task, local), {"pooled": everything}, start)
+    state, _ = run(build("pooled", Setting(task, local, ("pooled",), 2)), {"pooled": everything}, start)
     expected = start
     for r in range(3):
         expected = local.fit(task, expected, everything, r)

@@ -10,7 +10,7 @@ from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import Dual
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.distillation.fedmic import DualDistillation, fedkd, fedmic, mutual
+from polyclinic.methods.distillation.fedmic import DualDistillation, fedmic, mutual
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import little_sites
 
@@ -31,7 +31,7 @@ def test_without_distillation_the_student_is_fedavgs(task, local, sites):
 
 
 def test_a_teacher_may_come_from_a_study_file(task, local):
-    lists, tuples = (fedkd(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
+    lists, tuples = (fedmic(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
     assert lists == tuples
     assert hash(lists.dual) == hash(tuples.dual)
 
@@ -70,7 +70,7 @@ def test_the_teacher_predicts_and_the_student_where_there_is_none(task, local, s
 
 def test_the_teacher_fits_its_site_better_than_the_student_elsewhere(task):
     sites = little_sites(count=3)
-    method = Evaluated(fedkd(task, LocalTraining(epochs=4, batch_size=8, lr=0.1)), task)
+    method = Evaluated(fedmic(task, LocalTraining(epochs=4, batch_size=8, lr=0.1)), task)
     step, engine = run(method, sites, task.first(0), 4)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8

@@ -14,7 +14,7 @@ from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.one_shot.data_vectors import DataVectors, datavectors
+from polyclinic.methods.one_shot.data_vectors import DataVectors
 from polyclinic.methods.one_shot.merging import Merging, elected, lengths_of, merged, random_like, restored, search
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
@@ -30,7 +30,7 @@ def run(method, sites, params, server_data=None, rounds=3):
 
 def test_without_restoration_it_is_one_round_of_fedavg(task, local, sites):
     """The mean of the vectors and of the running statistics is FedAvg with equal sites."""
-    ours = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    ours = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     theirs = run(FedAvg(task, local, uniform=True), sites, task.first(), rounds=1)
     for name, leaf in ours.params.items():
         torch.testing.assert_close(leaf, theirs.params[name], rtol=1e-5, atol=1e-6)
@@ -39,7 +39,7 @@ def test_without_restoration_it_is_one_round_of_fedavg(task, local, sites):
 
 def test_one_message_at_any_time_and_in_any_order(task, local, sites):
     """Merging as sites arrive gives the bits of merging all at once, and a late site asks nothing of the others."""
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     together = run(method, sites, task.first())
     state, steps = method.init(task.first()), 0
     early = {name: sites[name] for name in ("site-2", "site-0")}
@@ -53,10 +53,10 @@ def test_one_message_at_any_time_and_in_any_order(task, local, sites):
     assert method.request(state) is None
 
 
-@pytest.mark.parametrize("merging", [Merging(), Merging(ties=0.3), Merging(by_layer=True), Merging(tune=1)])
+@pytest.mark.parametrize("merging", [{}, {"ties": 0.3}, {"by_layer": True}, {"tune": 1}])
 def test_removal_is_the_merge_without_the_site_to_the_bit(task, local, sites, merging):
     held = {"val": blobs(77, 24, (1, 8, 8)), "public": blobs(78, 24, (1, 8, 8))}
-    method = DataVectors(task, local, merging, tuple(sites))
+    method = DataVectors(task, local, tuple(sites), **merging)
     server = Site("server", held)
     without = method.without(run(method, sites, task.first(), held), "site-1", server)
     rest = {name: site for name, site in sites.items() if name != "site-1"}
@@ -68,13 +68,13 @@ def test_removal_is_the_merge_without_the_site_to_the_bit(task, local, sites, me
 
 def test_the_last_site_removed_leaves_the_base(task, local):
     sites = little_sites(count=1)
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     state = method.without(run(method, sites, task.first()), "site-0")
     assert equal(state.params, task.first())
 
 
 def test_running_statistics_are_not_part_of_a_vector(task, local, sites):
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     state = run(method, sites, task.first())
     running = inspect(task.model()).running
     for leaves in state.sent.values():
@@ -109,7 +109,7 @@ def test_restoration_never_sees_targets(task):
 
 def test_the_scale_is_the_best_of_those_tried(task, local, sites):
     labeled = blobs(77, 40, (1, 8, 8), 0.5)
-    state = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    state = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
     losses = search(Merging(), task, task.first(), vectors, labeled)
     assert list(losses) == pytest.approx([1 / 3, 2 / 3, 1.0])
@@ -121,7 +121,7 @@ def test_the_scale_is_the_best_of_those_tried(task, local, sites):
 def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(task, sites):
     """The paper's control: what was learned, not how far the model moved, is what helps."""
     local = LocalTraining(epochs=6, batch_size=8, lr=0.1)
-    state = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    state = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
     rng = torch.Generator().manual_seed(0)
     random = {name: random_like(vector, rng) for name, vector in vectors.items()}

@@ -248,7 +248,7 @@ def test_what_cannot_be_judged_is_refused(task, local, sites) -> None:
         apart(Reply({"update": ElementwiseMean.of({"a": torch.ones(2)}, {"a": torch.ones(2)})}), "x")
     with pytest.raises(ValueError, match="bound is a multiple"):
         Robust(FedAvg(task, local), bound=-1)
-    with pytest.raises(ValueError, match="which no site is called"):
+    with pytest.raises(ValueError, match="which are not sites"):
         build("krum", Setting(task, local, tuple(sites), 3), {"quarantined": ("site-9",)})
     plain = Reply({"seen": PerSite({"x": {"a": torch.ones(2)}})})
     assert apart(plain, "x") is plain

@@ -11,7 +11,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.semi_supervised.fedsemi import FedSemi, fedsemi
+from polyclinic.methods.semi_supervised.fedsemi import FedSemi
 from tests.conftest import little_sites, segmentation_sites
 from tests.support.few_labels import half_labeled, only_labels, run, same, with_other_targets
 
@@ -47,20 +47,20 @@ def test_with_labels_alone_it_is_fedavg(task):
 
 def test_in_the_warm_up_it_is_fedavg_of_the_labeled_sites(task):
     sites = half_labeled(labeled=2)
-    step, _ = run(FedSemi(task, LOCAL, warmup=5), sites, task.first(0))
+    step, _ = run(FedSemi(task, LOCAL, rounds=5, warmup=1.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), {k: sites[k] for k in ("site-0", "site-1")}, task.first(0))
     assert same(step.state.params, plain.state.params)
 
 
 def test_unlabeled_images_count_by_trust_and_their_targets_not_at_all(task):
     sites = half_labeled(labeled=1)
-    method = FedSemi(task, LOCAL, warmup=0, trust=0.25, threshold=0.5)
+    method = FedSemi(task, LOCAL, warmup=0.0, trust=0.25, threshold=0.5)
     request = method.request(method.init(task.first(0)))
     weights = [method.site_update(request, {}, site)[0].mean("update").weight for site in sites.values()]
     assert weights == [12, 0.25 * 17, 0.25 * 22]
     one, two = (run(method, s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
-    never, _ = run(fedsemi(task, LOCAL, 3, warmup=1.0), sites, task.first(0), 3)
+    never, _ = run(FedSemi(task, LOCAL, rounds=3, warmup=1.0), sites, task.first(0), 3)
     assert not same(one.params, never.state.params)
 
 
@@ -71,7 +71,7 @@ def test_it_helps_segmentation_where_two_of_three_sites_have_no_masks():
     local = LocalTraining(epochs=6, batch_size=5, lr=0.01, optimizer="adam")
 
     def dice(warmup):
-        method = Evaluated(fedsemi(task, local, 6, warmup=warmup, threshold=0.6), task)
+        method = Evaluated(FedSemi(task, local, rounds=6, warmup=warmup, threshold=0.6), task)
         step, engine = run(method, sites, task.first(0), 6)
         return np.mean([float(s["dice"]) for s in evaluate(method, engine, step.state, engine.sites).values()])
 

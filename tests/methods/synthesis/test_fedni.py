@@ -9,7 +9,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.synthesis.fedni import FedNI, fedni, in_generator
+from polyclinic.methods.synthesis.fedni import FedNI, in_generator
 from polyclinic.methods.synthesis.population_graph import Inpainting, neighbors, normalized, populated
 from tests.conftest import Rows
 from tests.support.few_labels import run, same, with_other_targets
@@ -66,7 +66,7 @@ def test_the_generator_learns_what_neighbors_are_like():
     centers = normal(4, 6, key="c") * 3
     x = centers[torch.arange(64) % 4] + 0.3 * normal(64, 6)
     site, learner = Site("s", {"train": Rows(x, torch.zeros(64))}), Inpainting(task)
-    start = FedNI(task).init(TABLE.first(0)).params
+    start = FedNI(TABLE, neighbors=4).init(TABLE.first(0)).params
     end = LocalTraining(epochs=60, batch_size=32, lr=0.02, optimizer="adam").fit(
         learner, start, site, 0, trainable=in_generator
     )
@@ -90,7 +90,7 @@ def tables(count=3):
 
 def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
     sites = tables()
-    method = FedNI(populated(TABLE, 4), LOCAL, pretrain=1)
+    method = FedNI(TABLE, LOCAL, rounds=2, pretrain=0.5, neighbors=4)
     start = method.init(TABLE.first(0)).params
     assert all(torch.equal(start[f"base.{k}"], v) for k, v in TABLE.first(0).items())
     first, _ = run(method, sites, TABLE.first(0), 1)
@@ -105,7 +105,7 @@ def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
 
 def test_it_predicts_with_the_graph():
     sites = tables()
-    method = Evaluated(fedni(TABLE, LOCAL, 5), TABLE)
+    method = Evaluated(FedNI(TABLE, LOCAL, rounds=5), TABLE)
     step, engine = run(method, sites, TABLE.first(0), 5)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert all(float(s["accuracy"]) > 0.85 for s in scores.values())

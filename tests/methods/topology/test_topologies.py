@@ -14,7 +14,7 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.topology.cyclic import Cyclic, cyclic
+from polyclinic.methods.topology.cyclic import Cyclic
 from polyclinic.methods.topology.gossip import Gossip, around
 from polyclinic.methods.topology.network_chain import Piece, length
 from polyclinic.methods.topology.split_learning import Split
@@ -165,7 +165,7 @@ def test_the_order_of_a_cycle_matters_and_can_be_drawn(task, local, sites) -> No
     drawn, _ = run(Cyclic(task, tuple(sites), local, shuffle=True), task, sites, 3)
     assert sorted(drawn.order) == sorted(sites)
     with pytest.raises(ValueError, match="every site once: site-0, site-1, site-2; not site-0"):
-        cyclic(task, local, tuple(sites), order=("site-0",))
+        Cyclic(task, tuple(sites), local, order=("site-0",))
 
 
 def test_cyclic_passes_over_a_site_that_died(task, local, sites) -> None:

@@ -22,7 +22,7 @@ from polyclinic.core.audit_log import verify
 from polyclinic.core.execution import UniformSampler
 from polyclinic.core.method import Request
 from polyclinic.core.reply_validation import ReplyValidator
-from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
+from polyclinic.core.rounds import Step, TooFewReplies, train, train_async, undiscounted
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
 from polyclinic.engines.flare.flare_processes import birth
@@ -37,7 +37,7 @@ from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.server.participation import Participation
-from polyclinic.engines.flare.server.remote_federation import FlareFederation, discount_of
+from polyclinic.engines.flare.server.remote_federation import FlareFederation
 from polyclinic.engines.site_description import JOB, read_description
 from polyclinic.errors import RunError
 from polyclinic.learning.tasks.task_evaluation import evaluate
@@ -215,7 +215,7 @@ class RunCoordinator:
                 updates=left,
                 buffer=buffer,
                 passes=order.passes,
-                discount=discount_of(self.method),
+                discount=self.method.capabilities.discount or undiscounted,
                 gate=self._gate,
             )
         trainers = [site for site in sites if site in self.plan.sites]

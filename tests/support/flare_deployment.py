@@ -41,13 +41,13 @@ PATIENCE = 300.0
 POLICY = '[allow]\ngather = ["*"]\n[limits]\nmin_patients = 2\n'
 # By which words on its command line a process is known.
 KINDS = {
-    "training": r"flare\.trainer",
+    "training": r"client\.training_process",
     "site job": "worker_process",
     "site parent": "client_train",
-    "site keeper": r"flare\.member",
+    "site keeper": r"flare\.client\.site_setup",
     "server job": "runner_process",
     "server parent": "server_train",
-    "supervisor": r"flare\.supervisor",
+    "supervisor": r"server\.supervisor",
 }
 
 

@@ -83,6 +83,36 @@ def test_a_hopeless_wish_is_refused(accountant: Accountant) -> None:
     with pytest.raises(BadPlan, match=r"no noise gives 9 steps ε = 1e-06 at δ = 1e-05"):
         plan(1e-6, 1e-5, 1.0, 3, steps=3)
     assert plan(1e-5, 1e-5, 1.0, 1).noise == pytest.approx(1e5, rel=2e-3), "noise of a hundred thousand can be had"
+    assert plan(1.5e-6, 1e-5, 1.0, 1).noise == pytest.approx(1 / 1.5e-6, rel=2e-3), "the search ends at 2^20"
+    with pytest.raises(BadPlan, match="no noise gives 1 steps ε = 8e-07"):
+        plan(8e-7, 1e-5, 1.0, 1)
+
+
+def test_noise_is_rounded_up_to_the_next_ten_thousandth(
+    accountant: Accountant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found, rounded in ((3.00001, 3.0001), (3.0, 3.0), (2.99999, 3.0)):
+        monkeypatch.setattr(accounting, "_narrowed", lambda at, wanted, high, by, found=found: found)
+        assert plan(1.0, 1e-5, 1.0, 1).noise == rounded
+
+
+@pytest.mark.parametrize(("value", "calls"), [(0.9995, 1), (0.999, 1), (0.998, 4)])
+def test_noise_that_is_close_enough_is_not_narrowed_further(value: float, calls: int) -> None:
+    """An ε takes seconds, so none is computed that is not needed."""
+    asked: list[float] = []
+
+    def at(noise: float) -> float:
+        asked.append(noise)
+        return value / noise
+
+    found = accounting._narrowed(at, 1.0, 1.0, 0.9)
+    assert len(asked) == calls
+    assert 0.999 <= value / found <= 1.0
+    assert found == 1.0 or calls > 1
+
+
+def test_noise_whose_epsilon_is_exactly_the_wanted_one_is_taken() -> None:
+    assert accounting._narrowed(lambda noise: 1 / noise, 1.0, 2.0, 0.5) == 1.0
 
 
 @pytest.mark.parametrize(

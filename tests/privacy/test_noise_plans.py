@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -109,6 +109,22 @@ def test_noise_that_is_close_enough_is_not_narrowed_further(value: float, calls:
     assert len(asked) == calls
     assert 0.999 <= value / found <= 1.0
     assert found == 1.0 or calls > 1
+
+
+CURVES: dict[str, Callable[[float], float]] = {
+    "steeper for more noise": lambda noise: noise**-1 if noise < 1 else noise**-9,
+    "steeper for less noise": lambda noise: noise**-9 if noise < 1 else noise**-1,
+    "with a jump": lambda noise: 2.0 if noise < 1 else 0.5 / noise,
+}
+
+
+@pytest.mark.parametrize("by", [0.3, 0.7, 0.98])
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+def test_whatever_the_curve_the_noise_is_never_too_small(curve: Callable[[float], float], by: float) -> None:
+    """Interpolation may end on the side where ε is too large, from which nothing is returned."""
+    found = accounting._narrowed(curve, 0.9, 2.0, by)
+    assert curve(found) <= 0.9
+    assert curve(found / 1.01) > 0.9
 
 
 def test_noise_whose_epsilon_is_exactly_the_wanted_one_is_taken() -> None:

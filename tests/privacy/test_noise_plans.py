@@ -17,6 +17,7 @@ from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import HUGE, BadPlan, curve, epsilon, epsilon_rdp, plan, statement
 from polyclinic.privacy.guarantee import guarantee
+from polyclinic.privacy.privacy_units import Cost
 from polyclinic.privacy.replacement_accounting import loss_distribution
 
 
@@ -175,6 +176,23 @@ def test_the_accountants_warnings_are_silenced_for_no_longer_than_it_counts(absl
     absl.removeFilter(watch)
     assert absl.level == logging.INFO
     assert all(level >= logging.ERROR for level in levels)
+
+
+def test_only_the_accountants_own_logger_is_silenced(absl: logging.Logger) -> None:
+    others = logging.getLogger(), logging.getLogger("polyclinic")
+    before = [log.level for log in others]
+    with accounting._quiet():
+        assert absl.level == logging.ERROR
+        assert [log.level for log in others] == before
+    assert absl.level == logging.INFO
+
+
+def test_the_bound_without_sampling_is_that_of_one_gaussian_step() -> None:
+    """Two kinds of steps, μ² = 8 / 2² + 3 / 3² = 7 / 3, by the closed form μ² / 2 + μ √(2 ln (1 / δ))."""
+    costs = [Cost(2.0, 1.0, 8, 0.0, False), Cost(3.0, 0.5, 3, 0.0, False)]
+    assert accounting._without_sampling(costs, 1e-5) == pytest.approx(
+        7 / 6 + math.sqrt(7 / 3) * math.sqrt(2 * math.log(1e5)), rel=1e-12
+    )
 
 
 def test_a_step_on_everyone_costs_more_than_on_a_sample_and_two_more_than_one() -> None:

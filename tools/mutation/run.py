@@ -34,7 +34,8 @@ PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addop
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
 CANNOT = 77  # the exit status of a fork in which a function could not be changed
 MEMORY = 16 * 2**30
-# Limits of a mutant's tests, each a multiple of their usual processor time plus seconds: processor time, and elapsed time.
+# Limits of a mutant's tests, each a multiple of their usual processor time plus seconds: processor time, and elapsed time,
+# which is longer on a machine with more running processes than processors.
 PROCESSOR, ELAPSED = (4, 10), (6, 25)
 
 
@@ -199,8 +200,8 @@ def afresh(target: Target, key: str) -> int:
 
 def forked(work: Callable[[], int], seconds: float) -> int:
     """The wait status of ``work`` in a fork, which usually takes ``seconds`` and is ended at ``PROCESSOR`` or ``ELAPSED``."""
-    cpu, wall = (int(factor * seconds + more) for factor, more in (PROCESSOR, ELAPSED))
-    pid = _fork(work, cpu, wall)
+    cpu, wall = (factor * seconds + more for factor, more in (PROCESSOR, ELAPSED))
+    pid = _fork(work, int(cpu), int(wall * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))))
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # whatever the tests have started

@@ -102,6 +102,7 @@ class InOneProcess:
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
+        prime()
         loaded = [name for name in sys.modules if name.startswith("polyclinic.")]
         self.target.learned.write_text(json.dumps({"loaded": loaded, "seconds": sum(base["seconds"].values())}))
         for key in self.keys:
@@ -238,6 +239,14 @@ def _meaning(code: int) -> str:
     return SURVIVED if code == 0 else TIMEOUT if code in (-signal.SIGXCPU, -signal.SIGALRM) else KILLED
 
 
+def prime() -> None:
+    """Fill the caches of loaded modules that modules.toml names, so that not every fork computes them anew."""
+    for name in tomllib.loads((HERE / "modules.toml").read_text())["primed"]:
+        module, _, function = name.partition(":")
+        if module in sys.modules:
+            getattr(sys.modules[module], function)()
+
+
 def independent(target: str) -> list[str]:
     """The modules of Polyclinic that import nothing, however indirectly, that imports ``target``."""
     imports: dict[str, set[str]] = {}
@@ -282,6 +291,7 @@ def run(target: Target, warm: Iterable[str], until: float) -> None:
     for name in independent(target.module):
         if name in learned["loaded"]:
             importlib.import_module(name)
+    prime()
     assert target.module not in sys.modules, "or a fork would not import the mutant"
     for key in [k for k in keys if target.status.get(k) == AFRESH]:
         if time.monotonic() > until:

@@ -139,6 +139,17 @@ def test_no_rounding_carries_a_clipped_update_beyond_its_bound(dtype: torch.dtyp
         assert float(clipped.total["m/update/w"].double().norm()) <= bound
 
 
+@pytest.mark.parametrize(("count", "bound"), [(1000, 1e-6), (1_000_000, 1e-4), (1_000_000, 1e-2), (10, 1e-8)])
+def test_numbers_too_small_for_their_precision_do_not_carry_an_update_beyond_its_bound(
+    count: int, bound: float
+) -> None:
+    """In half precision, a clipped number of half the smallest one is rounded to the smallest one, or to 0."""
+    for value in (torch.full((count,), 0.5), torch.randn(count, generator=torch.Generator().manual_seed(0))):
+        sent = WeightedMean({"m/update/w": value.half()}, 1.0)
+        clipped, _ = Clip(bound).encode(sent, Clip(bound).describe({}), {}, Site("a"), 0)
+        assert float(clipped.total["m/update/w"].double().norm()) <= bound
+
+
 @pytest.mark.parametrize("unit", ["site", "patient"])
 def test_adaptive_clipping(tmp_path: Path, unit: str) -> None:
     """The worst pair moves the update and the count at once: by C and 1/2 if a site is absent, by 2C and 1 inside it."""

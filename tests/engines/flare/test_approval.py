@@ -521,6 +521,16 @@ def test_a_damaged_review_is_told(home: SiteFolder, text: str) -> None:
         reviews.get("run-1")
 
 
+def test_the_states_in_a_file_are_words_that_other_versions_read(home: SiteFolder) -> None:
+    reviews, path = Reviews(home.reviews), home.reviews / "run-1.json"
+    reviews.offer(order(), ())
+    assert json.loads(path.read_text())["state"] == "waiting"
+    for state, word in ((REFUSED, "refused"), (APPROVED, "approved")):
+        reviews.remember(reviews.subject("run-1"))
+        reviews.decide("run-1", state, "anna", "IRB")
+        assert json.loads(path.read_text())["state"] == word
+
+
 def test_a_review_survives_its_file(home: SiteFolder) -> None:
     reviews = surveyed(home)
     review: Review = reviews.get("spots-survey")

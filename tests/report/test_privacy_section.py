@@ -75,7 +75,7 @@ def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
     assert [row[1:] for row in by_round[1:]] == [["1.20", "4.00"], ["2.00", "7.90"]]
     assert "Dashed: the same method without noise." in section
     assert 'aria-label="Mean AUC against the privacy budget for 2 methods' in section
-    assert "No noise was added under FedAvg" in section
+    assert "No noise was added with FedAvg" in section
     assert section.count("ε is for every patient (adjacency: add or remove one patient).") == 1
     assert "For every patient, as in the table above." in section
     assert "who is in a Poisson sample stays secret" in section

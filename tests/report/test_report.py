@@ -172,7 +172,9 @@ def test_sites_that_lose_are_named(tmp_path):
     tensors["bo/score"] = np.ascontiguousarray(tensors["bo/score"][:, ::-1])
     save_file(tensors, file)
     page = Page(build_report(path, options=FEW).read_text())
-    assert re.search(r"Negative transfer at bo: −0\.\d+ \(.*?\) AUC compared with local training \(significant\)", page.text)
+    assert re.search(
+        r"Negative transfer at bo: −0\.\d+ \(.*?\) AUC compared with local training \(significant\)", page.text
+    )
     assert re.search("bo is below local training ?; significant for bo.", page.text)
 
 

@@ -109,7 +109,7 @@ def _differences(page: ReportContext, reference: str) -> Table:
         for label, diff in result.comparisons.items()
     ]
     against = page.title(reference)
-    columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level}\u00a0CI)", p="p")
+    columns = words(method="Method") + numbers(difference=f"Difference from {against} ({page.level}\u00a0CI)", p="p")
     columns += numbers(adjusted="p after Holm")
     columns += numbers(splits="p over splits") if result.over_splits else []
     columns += numbers(sites="p over sites") if result.over_sites else []

@@ -9,7 +9,7 @@ from typing import Any
 from cyclopts import App
 
 from polyclinic.cli.rendering import Json, console, document, done, hint, line
-from polyclinic.cli.run import Set, changes
+from polyclinic.cli.run import Set, changes, require_file
 from polyclinic.errors import ConfigError
 
 app = App(name="data", help="Find public data sets, and check, plan and de-identify your own data.")
@@ -139,6 +139,7 @@ def plan(
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import plan as made
 
+    require_file(study)
     to = out or study.with_name(f"{study.stem}.plan.toml")
     if to.exists() and not force:
         raise ConfigError(f"{to} exists already; --force replaces it")
@@ -173,6 +174,7 @@ def drift(plan: Path, study: Path, *, set_: Set = None, json_: Json = False) -> 
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import drifts
 
+    require_file(study)
     with document(json_) as emit:
         sites = drifts(DataPlan.read(plan), study_config.read(study, changes(set_ or [])).data)
         emit([as_json(one) for one in sites])

@@ -1,11 +1,13 @@
 """``polyclinic outliers``: how far each site's updates differ from the others', and how to exclude a site."""
 
+from json import JSONDecodeError
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from polyclinic.cli.rendering import Json, console, document, hint, line
+from polyclinic.errors import RunError
 
 DECIDE = """A site may be an outlier because its patients or scanners differ, because of a fault, or because of an
 attack: ask the site before you decide. To exclude its updates, write quarantined = ["SITE"] under the method and run
@@ -23,7 +25,10 @@ def outliers(run_folder: Path, *, json_: Json = False) -> None:
     from polyclinic.studies.records.site_outliers import read
 
     with document(json_) as emit:
-        arms = read(run_folder)
+        try:
+            arms = read(run_folder)
+        except (UnicodeDecodeError, JSONDecodeError):
+            raise RunError(f"{run_folder}/run.json: damaged. Run the study again, or restore the file") from None
         emit(
             [
                 {

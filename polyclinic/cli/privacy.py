@@ -65,10 +65,11 @@ def plan(
         return
     if patients:
         raise BadPlan(f"--patients is for planning without a study file; {study} defines the number of patients")
-    from polyclinic.cli.run import run_all
+    from polyclinic.cli.run import require_file, run_all
     from polyclinic.studies.config.scenarios import parse_all
     from polyclinic.studies.utility_curve import priced, prices
 
+    require_file(study)
     with document(json_) as emit:
         scenarios = parse_all(priced(study, epsilon, delta, rounds, bound, method), study)
         run_all(study, scenarios, resume, fresh, out, workers)

@@ -7,7 +7,7 @@ from cyclopts import App
 
 from polyclinic.cli.panel_table import number, panel_json, show_panel
 from polyclinic.cli.rendering import Json, document, done, line
-from polyclinic.cli.run import Set, changes, run_all
+from polyclinic.cli.run import Set, changes, require_file, run_all
 
 
 def compare(run_folders: list[Path], *, reference: str = "", json_: Json = False) -> None:
@@ -73,6 +73,7 @@ def panel_run(
     from polyclinic.studies.config.compatible_methods import with_every_method
     from polyclinic.studies.config.scenarios import read_all
 
+    require_file(study)
     with document(json_) as emit:
         scenarios = read_all(study, changes(set_ or []), with_every_method)
         emit(run_all(study, scenarios, resume, fresh, out, workers))

@@ -47,6 +47,7 @@ def run(
     """
     from polyclinic.studies.config.loader import table_of, text_of
 
+    require_file(study)
     given = changes(set_ or [])
     table_of(
         text_of(study), study, given
@@ -63,6 +64,8 @@ def run_all(
     """Run every study of a file, compare them if there are several, and return a summary of each."""
     from polyclinic.studies.config.preflight import preflight
 
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: give a positive number")
     preflight([scenario.study for scenario in scenarios], out)
     default = ["run", str(file), *(["--out", str(out)] if out != Path("runs") else [])]
     again = resume_command(default + (["--workers", str(workers)] if workers is not None else []))
@@ -225,6 +228,8 @@ def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: flo
     """
     if not 0 < level < 1:
         raise ConfigError(f"--level {level:g}: give a number between 0 and 1, such as 0.95")
+    if min_cell < 0:
+        raise ConfigError(f"--min-cell {min_cell}: give a number of patients, or 0 to hide nothing")
     if draws < 1:
         raise ConfigError(f"--draws {draws}: give a positive number, such as 2000")
     with document(json_) as emit:
@@ -301,6 +306,16 @@ def _status(run_folder: Path) -> dict[str, Any]:
 def template(name: str) -> str:
     """Return a study file that comes with Polyclinic."""
     return files("polyclinic.studies").joinpath(f"templates/{name}.toml").read_text(encoding="utf-8")
+
+
+def require_file(study: Path) -> None:
+    """Refuse a folder in place of a study file.
+
+    Raises:
+        ConfigError: If ``study`` is a folder.
+    """
+    if study.is_dir():
+        raise ConfigError(f"{study} is a folder: name a study file, as `polyclinic new` writes one")
 
 
 def changes(items: list[str]) -> dict[str, Any]:

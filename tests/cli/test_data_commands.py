@@ -31,7 +31,7 @@ name = "fedavg"
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs ``polyclinic data ...`` in ``tmp_path``: its exit code, and what it said."""
+    """Runs ``polyclinic data ...`` in ``tmp_path``: its exit code and its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str]:

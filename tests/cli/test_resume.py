@@ -70,6 +70,7 @@ def test_the_hint_repeats_the_options_and_resumes(
         yield
 
     monkeypatch.setattr(scheduler, "run", stopped)
+    again: list[str] = []
     for given in (words, None):
         monkeypatch.setattr(sys, "argv", ["polyclinic", *(given or again)])
         with pytest.raises(SystemExit) as end:

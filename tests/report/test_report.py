@@ -101,7 +101,7 @@ def test_it_says_what_was_found(page):
     assert places == sorted(places)
 
 
-def test_it_stands_alone(page):
+def test_it_is_self_contained(page):
     assert not [link for link in page.links if not link.startswith(("#", "data:,"))]
     assert not [t for t, _ in page.tags if t in ("script", "iframe", "img", "object")]
     assert not any(k.startswith("on") for _, attrs in page.tags for k in attrs)

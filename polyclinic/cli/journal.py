@@ -27,7 +27,7 @@ def check(journal: Path, *, against: Path | None = None, certificate: Path | Non
         count, head = 0, ""
         for entry in _entries(journal):
             count, head = count + 1, entry["hash"]
-        line(f"complete {count} entries, latest hash {head[:16]}")
+        line(f"complete {_entry_count(count)}, latest hash {head[:16]}")
         recorded = signed = None
         if against is not None:
             recorded = check_heads(journal, against)
@@ -48,7 +48,7 @@ def show(journal: Path, last: int, as_json: bool = False) -> None:
         for entry in shown:
             details = " ".join(f"{k}={_short(v)}" for k, v in entry.items() if k not in known)
             line(f"{entry['seq']:6} {entry.get('time', '')[:19]} {entry['event']:24} {details}")
-        line(f"complete {len(entries)} entries")
+        line(f"complete {_entry_count(len(entries))}")
 
 
 def check_heads(journal: Path, against: Path) -> int:
@@ -108,8 +108,13 @@ def check_signatures(journal: Path, certificate: Path) -> int:
 
 def _entries(path: Path) -> Any:
     if not path.is_file():
-        raise Broken(f"{path} does not exist")
+        problem = "is a folder: name its journal.jsonl" if path.is_dir() else "does not exist"
+        raise Broken(f"{path} {problem}")
     return verify(path)
+
+
+def _entry_count(count: int) -> str:
+    return f"{count} entr{'y' if count == 1 else 'ies'}"
 
 
 def _short(value: Any) -> str:

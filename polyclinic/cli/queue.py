@@ -32,7 +32,7 @@ def table_of(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InvalidRunRequest(f"{path} is not UTF-8: save it in that encoding") from None
     except tomllib.TOMLDecodeError as error:
-        raise InvalidRunRequest(f"{path}: {error}") from None
+        raise InvalidRunRequest(f"{path}: this is not TOML: {error}") from None
     if not isinstance(table, dict):
         raise InvalidRunRequest(f"{path} is neither a study nor a run request")
     return table

@@ -207,6 +207,7 @@ def new(file: Path = Path("study.toml"), *, force: bool = False, json_: Json = F
         file: The file to write.
         force: Replace an existing file.
     """
+    require_file(file)
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already; --force replaces it")
     with document(json_) as emit:
@@ -315,7 +316,7 @@ def require_file(study: Path) -> None:
         ConfigError: If ``study`` is a folder.
     """
     if study.is_dir():
-        raise ConfigError(f"{study} is a folder: name a study file, as `polyclinic new` writes one")
+        raise ConfigError(f"{study} is a folder: name a study file")
 
 
 def changes(items: list[str]) -> dict[str, Any]:

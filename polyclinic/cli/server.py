@@ -73,7 +73,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
         days: Validity of the site's certificate.
     """
     with document(json_) as emit:
-        site, join = server_setup.admit(ServerFolder(home.resolve()), request, days)
+        site, join = server_setup.admit(ServerFolder(home.resolve()), request, _positive(days))
         path = out or request.with_suffix(".join")
         path.write_text(json.dumps(join, indent=1), encoding="utf-8")
         line(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
@@ -84,7 +84,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
 @app.command
 def sites(*, home: Home = HERE, json_: Json = False) -> None:
     """List the admitted sites, and which of them are connected."""
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     with document(json_) as emit:
         connected = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
         rows = []
@@ -135,7 +135,7 @@ def renew(*, days: float = 730, home: Home = HERE, json_: Json = False) -> None:
     if server_setup.is_up(server):
         raise SetupError("stop the server first: polyclinic server stop")
     with document(json_) as emit:
-        server_setup.renew(server, days)
+        server_setup.renew(server, _positive(days))
         line("renewed  the certificates of the server and the coordinator")
         emit({"folder": server.path, "days": days})
 
@@ -163,7 +163,7 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 def stop(*, home: Home = HERE, json_: Json = False) -> None:
     """Stop the server. Runs continue when it starts again."""
     with document(json_) as emit:
-        stopped = server_setup.stop(ServerFolder(home.resolve()))
+        stopped = server_setup.stop(_server(home))
         line("stopped" if stopped else "the server was not running")
         emit({"stopped": stopped})
 
@@ -216,7 +216,7 @@ def run(
         outputs: With inputs: the number of classes, labels or values.
         wait: Wait until all of it has ended.
     """
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     admitted = [site for site, entry in server_setup.sites(server).items() if not entry["revoked"]]
     if unknown := [site for site in sites if site not in admitted]:
         raise SetupError(f"{unknown[0]} is not admitted; admitted sites: {', '.join(admitted) or 'none yet'}")
@@ -242,7 +242,7 @@ def wait(name: str, *, home: Home = HERE, json_: Json = False) -> None:
     Args:
         name: The name of a study or a run.
     """
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     study = study_runs.all_of(server).get(name)
     if study is None and Queue(server).get(name) is None:
         raise SetupError(f"there is no study and no run called {name!r}: `polyclinic server status` lists them")
@@ -266,7 +266,7 @@ def rehearse(
         name: The name of the rehearsal; a new one by default.
         wait: Wait until the rehearsal has ended.
     """
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     names = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
     if not names:
         raise SetupError("no site is admitted yet: polyclinic server admit FILE, with the request of a site")
@@ -334,3 +334,25 @@ def export(name: str, out: Path, *, home: Home = HERE, json_: Json = False) -> N
             (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
         line(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")
         emit({"name": name, "folder": out, "missing": []})
+
+
+def _server(home: Path) -> ServerFolder:
+    """Return the server's folder.
+
+    Raises:
+        SetupError: If the folder has no server.
+    """
+    server = ServerFolder(home.resolve())
+    server_setup.settings(server)
+    return server
+
+
+def _positive(days: float) -> float:
+    """Return ``days``.
+
+    Raises:
+        SetupError: If it is not positive.
+    """
+    if not days > 0:
+        raise SetupError(f"--days {days:g}: give a positive number of days")
+    return days

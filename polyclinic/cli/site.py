@@ -122,7 +122,9 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
 def stop(*, home: Home = HERE, json_: Json = False) -> None:
     """Stop taking part. `polyclinic site start` continues."""
     with document(json_) as emit:
-        stopped = site_setup.stop(SiteFolder(home.resolve()))
+        site = SiteFolder(home.resolve())
+        site_setup.settings(site)
+        stopped = site_setup.stop(site)
         line("stopped" if stopped else "the site was not running")
         emit({"stopped": stopped})
 
@@ -189,6 +191,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json 
         wait: Wait until it arrives; without RUN, until anything waits.
     """
     site = SiteFolder(home.resolve())
+    settings = site_setup.settings(site)
     reviews = Reviews(site.reviews)
     with document(json_) as emit:
         if wait:
@@ -201,7 +204,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json 
         first, *others = reviews.subject(run)
         text = io.StringIO()
         with redirect_stdout(text):
-            show(first, before(reviews, first), others, look(site, first.what, Path(site_setup.settings(site)["data"])))
+            show(first, before(reviews, first), others, look(site, first.what, Path(settings["data"])))
         print(text.getvalue(), end="")
         shown = reviews.remember([first, *others])[:16]
         line(f"\nshown    {shown}")
@@ -272,6 +275,8 @@ def forget(run: str, *, yes: bool = False, home: Home = HERE, json_: Json = Fals
         yes: Do not ask for confirmation.
     """
     site = SiteFolder(home.resolve())
+    if not site.memory(run).exists():
+        raise SetupError(f"{site.path}: nothing is stored for a run called {run!r}")
     with document(json_) as emit:
         if not yes and not confirmed(f"Delete this site's state of {run}?"):
             line("nothing was deleted; without a terminal give --yes")

@@ -40,10 +40,11 @@ def make(
     from polyclinic.studies.run.run_directory import read_tensors
 
     with document(json_) as emit:
+        common = vector_exchange.read_base(_existing(base, "the common model"))
         own = vector_exchange.examples_of(study, site, role)
         secret = load_key(key)
         parameters = None if tuned is None else read_tensors(tuned)
-        card = vector_exchange.make(vector_exchange.read_base(base), site, own, secret, out, tuned=parameters)
+        card = vector_exchange.make(common, site, own, secret, out, tuned=parameters)
         done(f"{out}: {card.examples} examples, norm {card.norm:.3g}")
         line(f'  for the file of keys of the person who merges: {site} = "{card.key}"')
         emit({"vector": out, **asdict(card)})
@@ -86,7 +87,7 @@ def merge(
     from polyclinic.studies.export.vector_file import load_keys
 
     with document(json_) as emit:
-        common = vector_exchange.read_base(base)
+        common = vector_exchange.read_base(_existing(base, "the common model"))
         accepted = vector_exchange.accept(common, _files(vectors), load_keys(keys))
         merging = Merging(scale, ties, by_layer, tune)
         made = vector_exchange.merge(common, accepted, merging, out, _restoration(study, site, role))
@@ -128,8 +129,11 @@ def remove(
 
     with document(json_) as emit:
         files = _files(vectors)
-        common, restoration = vector_exchange.read_base(base), _restoration(study, site, role)
-        made = vector_exchange.remove(model, leaving, common, files, load_keys(keys), out, restoration)
+        common = vector_exchange.read_base(_existing(base, "the common model"))
+        restoration = _restoration(study, site, role)
+        made = vector_exchange.remove(
+            _existing(model, "the merged model"), leaving, common, files, load_keys(keys), out, restoration
+        )
         _show_merged(made, out)
         deleted = [file for file in files if not keep and read_vector(file)[0].site == leaving]
         for file in deleted:
@@ -148,7 +152,7 @@ def show(file: Path, *, json_: Json = False) -> None:
     from polyclinic.studies.export.vector_file import read_vector
 
     with document(json_) as emit:
-        card = asdict(read_vector(file)[0])
+        card = asdict(read_vector(_existing(file, "a vector"))[0])
         emit(card)
         for name, value in card.items():
             text = (
@@ -156,6 +160,18 @@ def show(file: Path, *, json_: Json = False) -> None:
             )
             line(f"  {name:<13} {text}")
         line("  The file is complete and signed by this key. Ask the site whether the key is its own.")
+
+
+def _existing(file: Path, what: str) -> Path:
+    """Return ``file``.
+
+    Raises:
+        ConfigError: If it does not exist or is a folder.
+    """
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise ConfigError(f"{file} {problem}: name {what}, a .safetensors file")
+    return file
 
 
 def _files(given: list[Path]) -> list[Path]:

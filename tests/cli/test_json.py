@@ -224,6 +224,7 @@ def site(call: Call, tmp_path: Path) -> None:
     assert call("site", "approve", "run-1", "--reason", "IRB", "--hash", shown["shown"], *at)[0]["state"] == "approved"
     assert call("site", "refuse", "run-1", "--reason", "no", *at)[0]["state"] == "refused"
     assert call("site", "log", *at)["entries"] == len(call("site", "log", *at)["last"])
+    home.memory("run-1").mkdir(parents=True)
     assert call("site", "forget", "run-1", "--yes", *at)["deleted"]
     assert call("site", "stop", *at) == {"stopped": False}
     assert call("site", "leave", "--yes", *at) == {"left": True}

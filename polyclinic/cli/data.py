@@ -85,6 +85,8 @@ def check(
     from polyclinic.data.quality.quality_page import write_page
     from polyclinic.data.quality.site_check import check_folder
 
+    if page is not None and not page.resolve().parent.is_dir():
+        raise ConfigError(f"--page {page}: there is no folder {page.parent}")
     with document(json_) as emit:
         report = check_folder(str(folder), labels, "warning" if allow_health else "error")
         for text in report.lines():
@@ -141,6 +143,7 @@ def plan(
 
     require_file(study)
     to = out or study.with_name(f"{study.stem}.plan.toml")
+    require_file(to)
     if to.exists() and not force:
         raise ConfigError(f"{to} exists already; --force replaces it")
     with document(json_) as emit:

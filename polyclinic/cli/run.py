@@ -309,14 +309,14 @@ def template(name: str) -> str:
     return files("polyclinic.studies").joinpath(f"templates/{name}.toml").read_text(encoding="utf-8")
 
 
-def require_file(study: Path) -> None:
-    """Refuse a folder in place of a study file.
+def require_file(file: Path) -> None:
+    """Refuse a folder in place of a file.
 
     Raises:
-        ConfigError: If ``study`` is a folder.
+        ConfigError: If ``file`` is a folder.
     """
-    if study.is_dir():
-        raise ConfigError(f"{study} is a folder: name a study file")
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder: name a file")
 
 
 def changes(items: list[str]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def plan(
         for note in notes:
             line(f"    {note}")
         emit({"plan": to, "seed": chosen, "notes": notes})
-    hint(f'    next: plan = "{to}" in [data], in place of steps or statistics')
+        hint(f'    next: plan = "{to}" in [data], in place of steps or statistics')
 
 
 @app.command

@@ -197,7 +197,8 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     study.write_text(template("demo"), encoding="utf-8")
     run(study, resume=resume, fresh=fresh or not resume, out=out, workers=workers, json_=json_)
-    hint(f"  Next: read {study}, change it, and run it: polyclinic run {study}")
+    if not json_:
+        hint(f"  Next: read {study}, change it, and run it: polyclinic run {study}")
 
 
 def new(file: Path = Path("study.toml"), *, force: bool = False, json_: Json = False) -> None:

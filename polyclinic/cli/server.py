@@ -47,8 +47,8 @@ def init(
         line(f"created  the server of {project} in {home.resolve()}")
         line(f"ca       {fingerprint}")
         emit({"project": project, "folder": home.resolve(), "fingerprint": fingerprint})
-    hint("         Read this fingerprint to every site on the telephone, so that it can verify its join file.")
-    hint("next     polyclinic server start; then, for each site's request: polyclinic server admit FILE")
+        hint("         Read this fingerprint to every site on the telephone, so that it can verify its join file.")
+        hint("next     polyclinic server start; then, for each site's request: polyclinic server admit FILE")
 
 
 @app.command
@@ -78,7 +78,9 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
         path.write_text(json.dumps(join, indent=1), encoding="utf-8")
         line(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
         emit({"site": site, "organization": join["organization"], "expires": join["expires"], "join_file": path})
-    hint(f"give     {path} to the site. It contains no secret; the site checks it against the authority's fingerprint.")
+        hint(
+            f"give     {path} to the site. It contains no secret; the site verifies it by the authority's fingerprint."
+        )
 
 
 @app.command
@@ -94,8 +96,8 @@ def sites(*, home: Home = HERE, json_: Json = False) -> None:
             line(f"{site:24} {state + since:24} {entry['organization']:20} certificate until {entry['expires'][:10]}")
             rows.append({"site": site, "state": state} | {k: entry[k] for k in ("organization", "revoked", "expires")})
         emit(rows)
-    if not rows:
-        hint("no site is admitted yet: polyclinic server admit FILE, with the request of a site")
+        if not rows:
+            hint("no site is admitted yet: polyclinic server admit FILE, with the request of a site")
 
 
 @app.command(name="revoke")

@@ -48,7 +48,7 @@ def init(
         line(f"created  keys and policy in {home.resolve()}; the private keys never leave it")
         line(f"send     {request} to the coordinator. It contains no secret.")
         emit({"site": name, "folder": home.resolve(), "request": request})
-    hint("next     polyclinic site join FILE --data DIR, with the file that the coordinator returns")
+        hint("next     polyclinic site join FILE --data DIR, with the file that the coordinator returns")
 
 
 @app.command
@@ -100,7 +100,7 @@ def join(
             f"data     {stored!r}; `data_name` in site.toml keeps this name and its privacy budget if the folder moves"
         )
         emit({"site": table["site"], "project": table["project"], "expires": table["expires"], "data_name": stored})
-    hint("next     polyclinic site policy (read it), polyclinic site diagnose, polyclinic site start")
+        hint("next     polyclinic site policy (read it), polyclinic site diagnose, polyclinic site start")
 
 
 @app.command

@@ -167,7 +167,7 @@ ADVICE = """What follows for a federation of about ten hospitals:
 
 1. **Let a person decide.** Without any attack the alarms still name honest sites, and every one that they named belongs
    to the hospital that differs most (the last tables). ALIE, IPM and a collusion of usual length are never named. So an
-   alarm is a reason to ask, not to exclude, and no alarm is no proof. `polyclinic standing RUN` shows every site.
+   alarm is a reason to ask, not to exclude, and no alarm is no proof. `polyclinic outliers RUN` shows every site.
 2. **Never the bare mean.** One site of ten destroys it. What is not finite is refused before any rule, and changes
    no bit of the others' aggregate; what it costs is that site's patients.
 3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and little where

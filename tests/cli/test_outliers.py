@@ -1,4 +1,4 @@
-"""A person sees how each site's updates stood, decides, and is heeded."""
+"""Outlier notes are shown, and an excluded site is left out of the aggregate."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polyclinic.cli.outliers import standing
+from polyclinic.cli.outliers import outliers
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.site_outliers import NoStanding, read
@@ -57,12 +57,12 @@ def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(tmp_path: Pat
     assert arm.notes["e"].outlying == 3
     assert all(arm.notes[site].outlying == 0 for site in "abcd")
     assert [alarm[0] for alarm in arm.alarms] == ["e"]
-    standing(done)
+    outliers(done)
     shown = capsys.readouterr().out
     assert "watched-seed0" in shown
     assert "3 of 3" in shown
     assert 'quarantined = ["SITE"]' in shown
-    standing(done, json_=True)
+    outliers(done, json_=True)
     assert json.loads(capsys.readouterr().out)[0]["sites"]["e"]["seen"] == 3
     without = go(tmp_path, '[[methods]]\nname = "watched"\nquarantined = ["e"]\n', "second")
     note = read(without)[0].notes["e"]

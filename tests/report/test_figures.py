@@ -1,4 +1,4 @@
-"""Pictures: the same bytes, unique ids, text that stays text, and nothing drawn where there is nothing."""
+"""Figures: identical bytes, unique ids, text that remains text, and empty figures without values."""
 
 import re
 import xml.etree.ElementTree as ET

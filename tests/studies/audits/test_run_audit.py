@@ -104,7 +104,7 @@ def test_shadow_models_are_trained_once_and_kept(done, capsys, monkeypatch, not_
     file = done / "run" / "arms" / "fedavg-seed0" / "shadows" / "0.safetensors"
     write_tensors(file, {"loss": torch.zeros(3)}, {"key": "another study's"})
     assert go_on(4, "all").membership == first.membership  # what does not belong here is trained again
-    cli.audit(done / "run", steps=1, restarts=1, json=True)
+    cli.audit(done / "run", steps=1, restarts=1, json_=True)
     assert json.loads(capsys.readouterr().out)["method"] == "fedavg"
 
 

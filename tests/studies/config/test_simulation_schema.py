@@ -148,7 +148,7 @@ def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
     assert hostile == {(int(seed), names[0]) for seed, names in who.items()}
     assert {s.method for s in read.standings} == {"local", "fedavg", "median"}
     page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
-    assert "Hostile sites" in page
+    assert "Simulated attack" in page
     assert f"Simulated attack: 1 of the sites attack ({attack})" in page
     assert (tmp_path / "run" / "report" / "tables" / "attack.csv").read_text().count("\n") == 4
 

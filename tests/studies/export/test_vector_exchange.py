@@ -272,7 +272,26 @@ def test_the_commands_from_key_to_removal(made, tmp_path, capsys):
     cli.remove(model, "b", made / "base.safetensors", [tmp_path], out=model, **common)
     assert sorted(f.name for f in tmp_path.glob("*.safetensors")) == ["a.safetensors", "c.safetensors"]
     cli.show(tmp_path / "a.safetensors")
-    said = capsys.readouterr().out
-    assert "a, c; λ =" in said
-    assert "random" in said
-    assert "b.safetensors deleted" in said.replace("\n", "")
+    text = capsys.readouterr().out
+    assert "a, c; λ =" in text
+    assert "random" in text
+    assert "b.safetensors deleted" in text
+
+
+def test_the_commands_print_json(made, tmp_path, capsys):
+    def document(command, *args, **options):
+        capsys.readouterr()
+        command(*args, **options, json_=True)
+        return json.loads(capsys.readouterr().out)
+
+    for site in SITES:
+        args = {"study": made / "study.toml", "site": site, "key": made / f"{site}.key"}
+        card = document(cli.make, made / "base.safetensors", tmp_path / f"{site}.safetensors", **args)
+        assert card["site"] == site
+    model, keys = tmp_path / "m" / "m.safetensors", made / "keys.toml"
+    model.parent.mkdir()
+    merged = document(cli.merge, made / "base.safetensors", [tmp_path], out=model, keys=keys)
+    assert (merged["sites"], merged["scores"]) == (list(SITES), {})
+    removed = document(cli.remove, model, "b", made / "base.safetensors", [tmp_path], out=model, keys=keys)
+    assert removed["deleted"] == [str(tmp_path / "b.safetensors")]
+    assert document(cli.show, tmp_path / "a.safetensors")["site"] == "a"

@@ -120,7 +120,7 @@ def test_every_site_is_asked_and_the_report_shows_it(trained):
     assert all(m.sum() == pytest.approx(1, abs=1e-4) and (m >= 0).all() for m in found.maps.values())
     assert all(n >= 10 for n in found.patients.values())
     page = build_report(trained, options=FEW).read_text(encoding="utf-8")
-    assert "What the model looks at" in page
+    assert "Attribution maps" in page
     assert "Does the model look at the same everywhere?" in page
     assert read_run(trained).opened == opened  # test data stay closed
 

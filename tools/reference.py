@@ -237,7 +237,7 @@ def cli_page() -> str:
         text = re.sub(rf"^\s*[-*] \[`[^\]]+`\]\(#{cli.name[0]}-{group}(?:-[^)]*)?\).*\n", "", text, flags=re.M)
     codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in exit_codes())
     head = (
-        "# Commands\n\nEvery command explains itself with `--help`.\n\n"
+        "# Commands\n\n`--help` describes each command and its options.\n\n"
         f"## Exit codes\n\n| Code | Meaning |\n|---|---|\n{codes}\n\n"
         "## Shell completion\n\n" + completion() + "\n\n"
     )
@@ -245,22 +245,9 @@ def cli_page() -> str:
 
 
 def exit_codes() -> list[tuple[str, str]]:
-    """Return the exit codes, with what they mean."""
-    from polyclinic.studies.run.cancellation import STOPPED
-
-    return [
-        ("0", "The command did what was asked."),
-        (
-            "1",
-            "An unknown command or option, or a check that found something: a status that is not healthy, an audit or drift alarm.",
-        ),
-        (
-            "2",
-            "The study file, the data or another input is invalid or missing. Each problem is printed, and nothing was run.",
-        ),
-        (str(STOPPED), "`polyclinic stop` ended the run after the round under way; `--resume` continues it."),
-        ("130, 143", "A signal ended the command (128 plus the number of the signal)."),
-    ]
+    """Return the exit codes, with what they mean, from the table in the docstring of the command line's module."""
+    rows = re.findall(r"^\| (\d[\d, ]*) \| (.+) \|$", inspect.getdoc(sys.modules[cli_module()]) or "", re.M)
+    return [(code, _code(meaning)) for code, meaning in rows]
 
 
 def completion() -> str:
@@ -481,9 +468,20 @@ def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
         )
 
 
+def qualify_errors(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Write the errors of Raises sections with their modules: two of this package may have the same name."""
+    names = vars(sys.modules.get(getattr(obj, "__module__", ""), sys))
+    for i, line in enumerate(lines):
+        if found := re.match(r":raises (\w+):", line):
+            error = names.get(found[1])
+            if inspect.isclass(error) and error.__module__.startswith("polyclinic."):
+                lines[i] = f":raises ~{error.__module__}.{found[1]}:{line[found.end() :]}"
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Write the pages when Sphinx starts."""
     app.connect("autodoc-process-docstring", escape_stars, priority=100)
+    app.connect("autodoc-process-docstring", qualify_errors, priority=900)
     app.connect("config-inited", lambda app, config: write_all(Path(app.srcdir)))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 

@@ -63,6 +63,6 @@ def test_commands_exist_with_their_options(file: Path) -> None:
 def test_commands_are_found_and_wrong_ones_are_noticed() -> None:
     assert len(shown(DOCS / "how-to" / "deployment.md")) > 60
     assert 'polyclinic site approve spots --reason "IRB 26-114"' in " ".join(shown(ROOT / "README.md"))
-    assert problem("polyclinic site aprove spots") == "there is no command 'aprove'"
+    assert problem("polyclinic site allow spots") == "there is no command 'allow'"
     assert problem("polyclinic run study.toml --quietly") == "no option --quietly"
     assert not problem("polyclinic run study.toml --quiet --set rounds=2 > log.txt --quietly")

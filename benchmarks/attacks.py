@@ -111,7 +111,7 @@ def heart(seed: int) -> Setting:
 
 
 def chest(seed: int) -> Setting:
-    """One hospital's X-rays at ten made-up sites. The sites differ most whose children are mostly healthy."""
+    """X-rays of one hospital at ten simulated sites; the two with the fewest ill children differ most."""
     data = read(CHEST, seed)
     whole = sites_of(data, seed)
     ill = {name: float(site.data["train"].targets.float().mean()) for name, site in whole.items()}
@@ -121,7 +121,7 @@ def chest(seed: int) -> Setting:
     return Setting(mlp(1, 28, 28, width=32), local, 10, first(whole, 96), pooled(whole), minority, weak)
 
 
-SETTINGS = {"heart disease, 4 hospitals in 10 sites": heart, "chest X-rays, 10 made-up sites": chest}
+SETTINGS = {"heart disease, 4 hospitals in 10 sites": heart, "chest X-rays, 10 simulated sites": chest}
 
 
 def run(

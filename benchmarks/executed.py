@@ -44,7 +44,10 @@ def executed_functions(study: Path, out: Path) -> set[CodeType]:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             executed.add(frame.f_code)
 
-    report, cli.write_report = cli.write_report, lambda folder: folder  # the report comes after the rounds, and takes far longer
+    report, cli.write_report = (
+        cli.write_report,
+        lambda folder: folder,
+    )  # the report comes after the rounds, and takes far longer
     sys.setprofile(note)
     try:
         cli.run(study, out=out)

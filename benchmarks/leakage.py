@@ -1,4 +1,4 @@
-"""What leaks, with and without defenses: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
+"""Leakage, with and without defenses: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
 
 Both attacks are on outlines of lung nodules, which may be shown: they are published annotations, not patients' images.
 
@@ -202,33 +202,33 @@ def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping
     return "\n".join([*lines, END.format(models=next(iter(members.values()))["models"], members=MEMBERS)])
 
 
-HEAD = """# What leaks, with and without defenses
+HEAD = """# Leakage, with and without defenses
 
 Written by `python benchmarks/leakage.py`; every number was measured. Both attacks are on outlines of lung nodules, which
 may be shown: they are published annotations (LIDC-IDRI), not patients' images.
 
 ## An image from one gradient
 
-One outline of 16 x 16 pixels, its gradient through a small network of sigmoids that is known to leak, and DLG with the
-label known. The server sees the gradient as each transform sends it; it is no worse informed than that.
+DLG reconstructs one outline of 16 x 16 pixels from its gradient, for a small network of sigmoids that is known to leak. The
+label is known, and the server sees the gradient exactly as each transform sends it.
 
-![What is drawn from the gradient under each defense](../pictures/inversion.png)
+![Reconstructions from the gradient under each defense](../pictures/inversion.png)
 """
 MIDDLE = """
-Without defense the outline is recovered exactly, and sending bytes in place of numbers hides nothing to speak of; neither does
-sending the largest 10 per cent. Clipping with noise of σ = 1 leaves less than a guess has, by both measures. With σ = 0.01 the
-outline can still be seen, though PSNR alone would say that it cannot: noise helps if there is enough of it, which is what an
-ε says. Signs alone stop this attack, too, but that is no defense: another attack may know how they encode, and nothing
-bounds what it finds. The sum of five sites, which is all that the server sees under `SecureSum`, blurs the outline into the
-others'; what is left in it is for ε to hide.
+Without a defense the outline is recovered exactly. Quantization to 8 bits hides almost nothing, and neither does
+sending the largest 10 percent. After clipping and noise of σ = 1 the reconstruction is worse than a guess, by both measures. With
+σ = 0.01 the outline is still visible, although its PSNR is below that of the guess: noise helps only if there is enough of it, which an
+ε quantifies. Signs alone also stop this attack, but they are no defense: another attack may account for the encoding, and there is no
+formal limit on what it finds. In the sum of five sites, which is all that the server sees under `SecureSum`, the outline is mixed with
+those of the others; only an ε limits what remains.
 
-## Who was trained on?
+## Membership
 
-LiRA, with the label, against a small fully connected network; training is plain, or protects each record.
+LiRA, with the label, against a small fully connected network; training is without protection, or protects each record.
 """
 END = """
-Of {models} models, each trained on a random half ({members}) of 256 outlines, every one is the target once and the others are its
-shadows; means over targets, and for LiRA twice the standard error of that mean. Chance is 0.5, and 1 % for the rate.
+Of {models} models, each trained on a random half ({members}) of 256 outlines, each is the target once, with the others as
+shadow models. The table has means over targets, and for LiRA twice the standard error of that mean. Chance is 0.5, and 1 % for the rate.
 """
 
 

@@ -238,7 +238,7 @@ def cli_page() -> str:
         text = re.sub(rf"^\s*[-*] \[`[^\]]+`\]\(#{cli.name[0]}-{group}(?:-[^)]*)?\).*\n", "", text, flags=re.M)
     codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES)
     head = (
-        "# Commands\n\nEvery command explains itself with `--help`. [JSON output](cli-json.md) is a page of its own.\n\n"
+        "# Commands\n\n`--help` describes each command and its options. [JSON output](cli-json.md) has a page of its own.\n\n"
         f"## Exit codes\n\n| Code | Meaning |\n|---|---|\n{codes}\n\n"
         "## Shell completion\n\n" + completion() + "\n\n"
     )
@@ -449,9 +449,20 @@ def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
         )
 
 
+def qualify_errors(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Write the errors of Raises sections with their modules: two of this package may have the same name."""
+    names = vars(sys.modules.get(getattr(obj, "__module__", ""), sys))
+    for i, line in enumerate(lines):
+        if found := re.match(r":raises (\w+):", line):
+            error = names.get(found[1])
+            if inspect.isclass(error) and error.__module__.startswith("polyclinic."):
+                lines[i] = f":raises ~{error.__module__}.{found[1]}:{line[found.end() :]}"
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Write the pages when Sphinx starts."""
     app.connect("autodoc-process-docstring", escape_stars, priority=100)
+    app.connect("autodoc-process-docstring", qualify_errors, priority=900)
     app.connect("config-inited", lambda app, config: write_all(Path(app.srcdir)))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 

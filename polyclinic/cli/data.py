@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from polyclinic.cli.rendering import console
 from polyclinic.cli.run import changes
+from polyclinic.core import atomic
 
 app = App(name="data", help="Data sets of the field, and the check of your own.")
 
@@ -120,7 +121,7 @@ def plan(
     checked = study_config.read(study, changes(set_ or []))
     chosen = checked.seeds[0] if seed is None else seed
     found = made(checked.data, checked.name, chosen, by_site)
-    to.write_text(found.text(), encoding="utf-8")
+    atomic.write(to, found.text())
     console.print(f"  [green]✓[/green] {escape(str(to))}", soft_wrap=True)
     for reason in found.why:
         console.print(f"    {escape(reason)}", soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from polyclinic.cli.rendering import console, only_json
+from polyclinic.core import atomic
 from polyclinic.errors import RunError
 from polyclinic.studies.run.cancellation import stopping
 
@@ -168,7 +169,7 @@ def demo(*, out: Path = Path("runs"), resume: bool = False, fresh: bool = False,
     """
     study = out / "demo.toml"
     out.mkdir(parents=True, exist_ok=True)
-    study.write_text(template("demo"), encoding="utf-8")
+    atomic.write(study, template("demo"))
     run(study, resume=resume, fresh=fresh or not resume, out=out, workers=workers)
     console.print(f"  next: look into [bold]{study}[/bold], change it, and [bold]polyclinic run {study}[/bold]")
 
@@ -183,7 +184,7 @@ def new(file: Path = Path("study.toml"), *, force: bool = False) -> None:
     if file.exists() and not force:
         console.print(f"{file} is there already; --force replaces it")
         sys.exit(2)
-    file.write_text(template("study"), encoding="utf-8")
+    atomic.write(file, template("study"))
     console.print(f"{file} written. Next: [bold]polyclinic run {file}[/bold]")
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from polyclinic.cli.queue import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
+from polyclinic.core import atomic
 from polyclinic.engines.flare.pki import certificate_authority
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_small
 from polyclinic.engines.flare.protocol.run_request import RunRequest
@@ -64,7 +65,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
     """
     site, join = server_setup.admit(ServerFolder(home.resolve()), request, days)
     path = out or request.with_suffix(".join")
-    path.write_text(json.dumps(join, indent=1), encoding="utf-8")
+    atomic.write_json(path, join)
     print(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
     print(
         f"give     {path} to the site. It holds no secret; the site checks it against the fingerprint of the authority."
@@ -284,5 +285,5 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
             shutil.copy(folder / path, out / path)
     entry = Queue(server).get(name)
     if entry:
-        (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
+        atomic.write_json(out / "order.json", json.loads(entry.order))
     print(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")

@@ -1,13 +1,12 @@
 """Several runs beside each other: paired where they tested the same patients, by ranks where they did not."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.metric_functions import Undefined
@@ -155,13 +154,13 @@ def write_panel(found: Panel, folder: Path) -> Path:
         lines += [
             "| " + " | ".join([run, *(found.named.get((run, k), "") for k in methods)]) + " |" for run in found.runs
         ]
-    states.write_bytes(folder / "panel.md", "\n".join([*told, "", *lines, ""]).encode())
+    atomic.write(folder / "panel.md", "\n".join([*told, "", *lines, ""]))
     facts = [
         {"data": run, "metric": named[run], "method": k, "patients": e.n}
         | {"value": e.value, "low": e.low, "high": e.high}
         for (run, k), e in found.estimates.items()
     ]
-    states.write_bytes(folder / "panel.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic.write_json(folder / "panel.json", facts)
     return folder / "panel.md"
 
 

@@ -4,13 +4,12 @@ Everything is computed where the data are, with the study's own data, and nothin
 has a control that leaks beside it. These are some attacks of many: what they do not find, others may.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
 from polyclinic.attacks import canary, inversion
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.core.site import Site
 from polyclinic.data.federation import federate
 from polyclinic.data.splits import Fold
@@ -75,7 +74,7 @@ def audit_run(
     privacy, whose, why = _privacy(run, target, label, site, canaries, progress)
     not_done = tuple(text for text in (LEFT_OUT.get(attack, ""), why) if text)
     result = Audit(label, target.seed, target.folder.name, members, drawn, privacy, whose, not_done)
-    states.write_bytes(result.file(run.path), (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    atomic.write_json(result.file(run.path), result.to_json())
     return result
 
 

@@ -151,14 +151,14 @@ def changed(item: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 def write_chosen(path: Path, label: str, values: Mapping[str, Any], score: float | None, metric: str) -> None:
     """Writes what a search chose, for a person to read and to change before training begins."""
-    from polyclinic.core import serialization as states
+    from polyclinic.core import atomic
 
     found = "no setting had a score" if score is None else f"the best {metric} on validation patients, {score:.4f}"
     text = (
         f"# What {label} trains with: {found}; see\n"
         "# search.jsonl. Change a value before training begins and it is used instead; the records then say so.\n"
     )
-    states.write_bytes(path, (text + dumps({"chosen": dict(values)})).encode())
+    atomic.write(path, text + dumps({"chosen": dict(values)}))
 
 
 def read_chosen(path: Path) -> dict[str, Any]:

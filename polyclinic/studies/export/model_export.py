@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from polyclinic import __version__
+from polyclinic.core import atomic
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import MissingDependency, RunError
 from polyclinic.evaluation.records.record_schema import arm_name
@@ -118,10 +119,10 @@ def _bundle(run: Run, plan: Plan, model: nn.Module, out: Path) -> None:
     write_tensors(out / "models" / "model.safetensors", weights)
     configs = {"metadata": _metadata(run, plan, model), "inference": _inference(plan)}
     for name, config in configs.items():
-        (out / "configs" / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(out / "configs" / f"{name}.json", config)
     card = run.path / "report" / "model_card.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.info.title or run.info.name}\n"
-    (out / "docs" / "README.md").write_text(text, encoding="utf-8")
+    atomic.write(out / "docs" / "README.md", text)
 
 
 def _inference(plan: Plan) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from polyclinic.core import tree
-from polyclinic.core.serialization import write_bytes
+from polyclinic.core import atomic, tree
 from polyclinic.core.tree import Tree
 from polyclinic.errors import IntegrityError
 from polyclinic.studies.run.run_directory import read_tensors
@@ -91,7 +90,7 @@ def write_exactly(path: Path, tensors: Tree, meta: Mapping[str, str]) -> None:
     end = 8 + int.from_bytes(data[:8], "little")
     head = canonical(json.loads(data[8:end])).encode()
     head += b" " * (-len(head) % 8)
-    write_bytes(path, len(head).to_bytes(8, "little") + head + data[end:])
+    atomic.write(path, len(head).to_bytes(8, "little") + head + data[end:])
 
 
 def read_vector(file: Path) -> tuple[Card, Tree]:

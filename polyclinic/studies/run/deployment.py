@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import atomic
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
@@ -132,8 +133,8 @@ def collect(
     names = sorted({site for arm in runs.values() for site in (*arm["plan"]["sites"], *arm["external"])})
     info = _info(study, title, runs, said, names)
     out.mkdir(parents=True, exist_ok=True)
-    states.write_bytes(out / "study.toml", text.encode())
-    states.write_bytes(out / "run.json", json.dumps(info, indent=1).encode())
+    atomic.write(out / "study.toml", text)
+    atomic.write_json(out / "run.json", info)
     journal, lines, missing = Journal(out / "journal.jsonl"), list[str](), list[str]()
     for run, arm in runs.items():
         if run not in folders:
@@ -144,7 +145,7 @@ def collect(
         heads = list(verify(folders[run] / "journal.jsonl"))
         about = {"method": arm["label"], "seed": arm["seed"], "run": run}
         journal.write("collected", {**about, "head": heads[-1]["hash"], "entries": len(heads)})
-    states.write_bytes(out / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    atomic.write(out / "records.jsonl", "".join(f"{line}\n" for line in lines))
     journal.close()
     return missing
 

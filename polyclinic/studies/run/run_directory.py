@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import IntegrityError, PolyclinicError, RunError
@@ -128,6 +128,8 @@ class Folder:
         lock.flush()
         self._lock = lock
         (self.path / STOP).unlink(missing_ok=True)
+        for folder in (self.path, *self.path.glob("arms/*")):
+            atomic.remove_leftovers(folder)
 
     def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
         """Makes the folder, or takes up the one that is there.
@@ -146,8 +148,8 @@ class Folder:
                 )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            states.write_bytes(self.path / "study.toml", study.encode())
-            states.write_bytes(self.path / "run.json", json.dumps(info, indent=1).encode())
+            atomic.write(self.path / "study.toml", study)
+            atomic.write_json(self.path / "run.json", dict(info))
         journal = self._journal = Journal(self.path / "journal.jsonl")
         for entry in verify(journal.path):
             self._notes[_said(entry)] += 1
@@ -164,7 +166,7 @@ class Folder:
         """Joins the records of all arms, in their order; a crash on the way is made good by doing it again."""
         parts = [self.path / "arms" / name / "records.jsonl" for name in names]
         if all(part.is_file() for part in parts):
-            states.write_bytes(self.path / "records.jsonl", b"".join(part.read_bytes() for part in parts))
+            atomic.write(self.path / "records.jsonl", b"".join(part.read_bytes() for part in parts))
         for part in parts:
             part.unlink(missing_ok=True)
 
@@ -210,7 +212,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, 
     from safetensors.torch import save
 
     apart = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    states.write_bytes(path, save(apart, dict(meta or {})))
+    atomic.write(path, save(apart, dict(meta or {})))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import atomic
 from polyclinic.core import serialization as states
 from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
@@ -220,7 +221,7 @@ class _Work:
             folder.note("trial", job.who | facts)
             scores = {} if score is None else {"validation": score}
             yield job.event("trial", round=trial + 1, rounds=len(settings), scores=scores)
-        states.write_bytes(file, search_space.trial_lines(lines))
+        atomic.write(file, search_space.trial_lines(lines))
         shutil.rmtree(folder.path / "trials", ignore_errors=True)
 
     def _chosen(self, job: Job, folder: ArmFolder) -> tuple[Job, list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from polyclinic.core import serialization as states
 from polyclinic.core import tree
+from polyclinic.core.atomic import remove_leftovers, write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.core.execution import UniformSampler
 from polyclinic.core.method import Request
@@ -29,7 +30,7 @@ from polyclinic.engines.flare.flare_processes import birth
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
-from polyclinic.engines.flare.protocol.paths import private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import private_folder
 from polyclinic.engines.flare.protocol.registration import Registration, register
 from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
@@ -104,6 +105,7 @@ class RunCoordinator:
         outcome, why = FAILED, ""
         with open(self.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two simultaneous attempts would corrupt the run
+            remove_leftovers(self.folder)
             try:
                 self._say("greeting", "")
                 self._run()

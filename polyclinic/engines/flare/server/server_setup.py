@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic import __version__
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes, require
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
@@ -26,7 +27,6 @@ from polyclinic.engines.flare.protocol.paths import (
     read_small,
     read_toml,
     toml,
-    write_private,
 )
 from polyclinic.engines.flare.protocol.paths import (
     host as checked_host,

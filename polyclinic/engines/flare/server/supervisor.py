@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol import flare_job as jobs
-from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml, write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import study_runs
 from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer

@@ -50,11 +50,12 @@ def run(
     from polyclinic.studies.config.loader import table_of, text_of
 
     given = changes(set_ or [])
-    table_of(text_of(study), study, given)  # a file that is missing, or no TOML, is told before PyTorch is loaded
-    from polyclinic.studies.config.scenarios import read_all
+    text = text_of(study)
+    table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    from polyclinic.studies.config.scenarios import parse_all
 
     again = repeated(study, set_ or [], out, workers)
-    run_all(study, read_all(study, given), resume, fresh, out, workers, again, json_)
+    run_all(study, parse_all(text, study, given), resume, fresh, out, workers, again, json_)
 
 
 def repeated(study: Path, changes_: Sequence[str], out: Path, workers: int | None, command: str = "run") -> str:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import federate
 from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.methods import registry
 from polyclinic.privacy.accounting import BadPlan, plan
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.config.toml_text import dumps

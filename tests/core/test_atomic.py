@@ -180,7 +180,7 @@ def test_a_symbolic_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
 def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(OLD)
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda count: "0")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0")
     (tmp_path / ".polyclinic-0.part").symlink_to(victim)
     with pytest.raises(FileExistsError):
         atomic.write(tmp_path / "file", NEW)
@@ -217,10 +217,12 @@ def test_a_file_system_that_cannot_force_folders(tmp_path: Path, code: int, rais
 def test_a_reader_sees_one_of_the_contents_of_concurrent_writers(tmp_path: Path) -> None:
     path, contents = tmp_path / "file", {bytes([letter]) * 100_000 for letter in b"abc"}
     path.write_bytes(min(contents))
-    writers = [
-        threading.Thread(target=lambda c=content: [atomic.write(path, c, durable=False) for _ in range(30)])
-        for content in contents
-    ]
+
+    def write(content: bytes) -> None:
+        for _ in range(30):
+            atomic.write(path, content, durable=False)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.attacks.release_audit import Verdict
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import federate
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import audited, typical, ways
 from polyclinic.methods.registry import entry
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import parse

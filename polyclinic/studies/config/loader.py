@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.errors import ConfigError
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 
 
 def text_of(path: Path) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyclinic.studies.config.diagnostics import BadStudy, Problem, nearest
+from polyclinic.core.config_problems import Problem, nearest
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import set_key, table_of, text_of
 from polyclinic.studies.config.study_config import Study, checked
 from polyclinic.studies.config.toml_text import dumps

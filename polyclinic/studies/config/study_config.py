@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
 from polyclinic.errors import ConfigError
 from polyclinic.methods import registry as methods
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.schema import (
     AttackSpec,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from polyclinic.attacks.adversaries import ATTACKS
 from polyclinic.compression import transform_table as transforms
+from polyclinic.core.config_problems import Problem, nearest, problems_of
 from polyclinic.methods import registry as methods
-from polyclinic.studies.config.diagnostics import Problem, nearest, sentence
 from polyclinic.studies.config.schema import AttackSpec, Table, TrainingSpec
 
 
@@ -22,29 +22,7 @@ def validated(model: type[BaseModel], data: Any, at: tuple[str | int, ...]) -> t
     try:
         return model.model_validate_json(json.dumps(data, default=str)), []
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        return None, [Problem((*at, *_clean(e["loc"])), sentence(e, _known_at(model, e["loc"]))) for e in found]
-
-
-def _clean(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A place without the names that pydantic gives to the members of a union."""
-    return tuple(part for part in loc if isinstance(part, int) or part.replace("_", "").replace("-", "").isalnum())
-
-
-def _known_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed in the table where an error lies."""
-    here: Any = model
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        field = here.model_fields.get(part) if hasattr(here, "model_fields") else None
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        here = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if here is None:
-            return []
-    return [f.alias or name for name, f in here.model_fields.items()]
+        return None, problems_of(error.errors(include_url=False), model, at)
 
 
 def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:

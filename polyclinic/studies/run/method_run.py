@@ -23,7 +23,6 @@ from polyclinic.data.splits import Fold
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
-from polyclinic.engines.plan import Plan
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
 from polyclinic.privacy.budget_policy import SCORES, Budget
@@ -35,6 +34,7 @@ from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run import run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
+from polyclinic.studies.run.resolved_study import ResolvedMethod
 from polyclinic.studies.run.run_directory import ArmFolder, write_tensors
 
 
@@ -44,25 +44,31 @@ class Arm:
     Args:
         study: What is studied.
         job: Which arm.
-        plan: What to build.
+        resolved: The method and its plan.
         data: Where the patients are.
         folder: Where to write.
         numbers: A number for each patient, the same in every arm, by which test sets are recognized.
     """
 
     def __init__(
-        self, study: Study, job: Job, plan: Plan, data: Federated, folder: ArmFolder, numbers: Mapping[str, int]
+        self,
+        study: Study,
+        job: Job,
+        resolved: ResolvedMethod,
+        data: Federated,
+        folder: ArmFolder,
+        numbers: Mapping[str, int],
     ) -> None:
-        self.study, self.job, self.plan, self.data, self.folder = study, job, plan, data, folder
+        self.study, self.job, self.data, self.folder = study, job, data, folder
+        self.plan, self.method = resolved.plan, resolved.method
         self.seed, self.numbers = job.seed, numbers
         self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
-        self.method = simulation_schema.method_of(study, plan, data.training)
         every = self.entry.newcomers
-        self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
+        self.judged = tuple(sorted(site for site in data.sites if every or site in self.plan.sites))
         self.tested = _tested(self.judged, data.external, job.fold)
         self.ledgers: dict[str, Ledger] = {}
-        if study.privacy and plan.private:
-            self.ledgers = run_budgets.opened(self.path / "ledgers", plan.sites, data.info.name, study.privacy)
+        if study.privacy and self.plan.private:
+            self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
         self.length = 0
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
@@ -92,7 +98,7 @@ class Arm:
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
-        state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
+        state = at.state if at else self.method.init(self.method.task.first(self.seed))
         best = (at.best_round, at.best_score) if at else (0, self._worst)
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []

@@ -55,7 +55,8 @@ def explain(
         raise NotExplained(f"{folder}: no model there; the arm is not finished, or the run has no method {label!r}")
     study = parse(run.study, run.path / "study.toml")
     fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
-    data = federate(study.data, seed, fold)
+    source = study.data.source()
+    data = federate(study.data, seed, fold, source)
     if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
         raise NotExplained(f"{run.path}: the data have changed since the run, so its model cannot be explained on them")
     plan = read_plan(folder / "model.safetensors")
@@ -69,10 +70,10 @@ def explain(
     if not found:
         why = "; ".join(f"{s}: {reason}" for s, reason in refused.items()) or "no site has validation patients"
         raise NotExplained(f"{run.path}: no site told where the model looks: {why}")
-    before, _ = _ask(method, engine, method.init(plan.build_task().first(seed)), list(found))
+    before, _ = _ask(method, engine, method.init(method.task.first(seed)), list(found))
     leaves = {f"{site}/{key}": leaf for site, said in found.items() for key, leaf in said.items()}
     leaves |= {f"{site}/untrained": said["map"] for site, said in before.items()}
-    names = _features(study.data.source(), next(iter(found.values()))["map"].ndim)
+    names = _features(source, next(iter(found.values()))["map"].ndim)
     write_tensors(folder / FILE, leaves, {"features": "\n".join(names), "role": "val"})
     return folder / FILE, refused
 

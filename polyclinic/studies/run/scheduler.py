@@ -8,60 +8,57 @@ import dataclasses
 import math
 import shutil
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from polyclinic.core import atomic
 from polyclinic.core import serialization as states
-from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
-from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
-from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
-from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import Study, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.records.run_description import described, information, patients_apart
+from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.method_run import Arm
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
+from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
 from polyclinic.studies.run.run_directory import STOP, ArmFolder, Folder, Note, Stopped
 
 
 def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[Event]:
-    """Runs ``study`` in the folder at ``path``; ``text`` is its file, kept beside the results.
+    """Resolve ``study`` and run it in the folder at ``path``; ``text`` is its file, kept beside the results.
 
     Raises:
-        BadStudy: Where methods cannot be built with these settings and data, each with the reason; nothing was run.
-        DataError: Where the data cannot be had or cannot be used, with every problem; nothing was run.
-        RunExists: Where the folder holds a run and ``resume`` is not asked for.
+        BadStudy: If methods cannot be built with these settings and data. Nothing was run.
+        DataError: If the data cannot be read or used. Nothing was run.
+        RunExists: If the folder contains a run and ``resume`` is not set.
         RunHeld: If another process works on the run.
-        Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` goes on from there.
-        NotChosen: Where what a search chose was changed after training had begun with it.
+        Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
+        NotChosen: If what a search chose was changed after training had begun with it.
     """
-    work = _Work.of(study, path)
-    splits = work.looked_at()
-    first = splits[0]
-    _refuse_wrong_combinations(study, text, first)
-    task = plan_of(study, study.methods[0], first, study.seeds[0]).build_task()
-    found = inspect(task.model())
-    parameters = sum(leaf.numel() for leaf in task.first(0).values())
+    yield from run_resolved(resolve(study, text), path, resume)
+
+
+def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
+    """Run a resolved study. The arguments and errors are those of ``run``."""
+    study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
+    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
+    network = inspect(resolved.task.model())
+    parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
     folder = Folder(path)
     try:
-        folder.begin(text, information(study, splits, parameters), resume)
-        write_groups(path, work.source.table(), work.numbers)
+        folder.begin(resolved.text, information(study, splits, parameters), resume)
+        write_groups(path, resolved.source.table(), resolved.numbers)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
-        yield Event("data", notes=(*dict.fromkeys(notes), *found.warnings))
+        yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))
         done = work.results()
-        jobs = [job for job in work.jobs if job.name not in done]
-        for job in work.jobs:
+        jobs = [job for job in resolved.jobs if job.name not in done]
+        for job in resolved.jobs:
             if job.name in done:
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
         workers = study.engine.workers or cores()
@@ -73,35 +70,13 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
             yield from side_by_side(jobs, work, folder.note, workers)
         else:
             yield from in_turn(jobs, work, folder.note)
-        folder.finish([job.name for job in work.jobs])
+        folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
     except Stopped:
         folder.note("stopped", {})
         raise
     finally:
         folder.close()
-
-
-def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None:
-    """Builds every method once.
-
-    Raises:
-        BadStudy: With every method that cannot be built, and why.
-    """
-    problems = []
-    for i, method in enumerate(study.methods):
-        try:
-            for seed in study.seeds if study.attack else study.seeds[:1]:
-                simulation_schema.method_of(study, plan_of(study, method, data, seed), data.training)
-            if reason := uncovered(plan_of(study, method, data, study.seeds[0])):
-                problems.append(Problem(("methods", i, "name"), reason))
-        except (TypeError, ValueError) as error:
-            problems.append(Problem(("methods", i), str(error)))
-    for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):
-        says = f"there is no such site. There are {', '.join(data.sites)}"
-        problems.append(Problem(("machines", "sites", site), says))
-    if problems:
-        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
 
 
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
@@ -115,49 +90,24 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
 
 @dataclasses.dataclass
 class _Work:
-    """Runs one arm after its search. Keeps the data of one split, since arms of one split follow each other."""
+    """Runs one arm after its search. Keeps the data of one split, since arms of one split follow each other.
 
+    Attributes:
+        resolved: What the validation built.
+        study: The study, with the engine that the arms use.
+        path: The run folder.
+        latest: Seed, fold and data of the latest split.
+    """
+
+    resolved: ResolvedStudy
     study: Study
     path: Path
-    source: Source
-    numbers: Mapping[str, int]
-    jobs: tuple[Job, ...] = ()
-    latest: tuple[int, Fold | None, Federated] | None = None
-
-    @classmethod
-    def of(cls, study: Study, path: Path) -> "_Work":
-        """Finds out which arms there are."""
-        source = study.data.source()
-        patients = sorted(set(source.table().patients))
-        work = cls(study, path, source, {patient: i for i, patient in enumerate(patients)})
-        folds: list[Fold | None] = [None]
-        if study.folds == "sites":
-            sites = federate(study.data, study.seeds[0], None, source).training
-            folds = [Fold(i, len(sites), "sites") for i in range(len(sites))]
-        elif study.folds is not None:
-            folds = [Fold(i, study.folds) for i in range(study.folds)]
-        work.jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
-        return work
-
-    def looked_at(self) -> list[Federated]:
-        """The splits of the first seed, after a look at those of all seeds.
-
-        Raises:
-            DataError: Where any of them cannot be used.
-        """
-        kept = list[Federated]()
-        for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.jobs):
-            data = self._data(seed, fold)
-            _check(self.study, data)
-            patients_apart(data)
-            if seed == self.study.seeds[0]:
-                kept.append(data if not kept else dataclasses.replace(data, sites={}))
-        return kept
+    latest: tuple[int, Fold | None, Federated]
 
     def results(self) -> dict[str, dict[str, float]]:
         """The test scores of the arms that are finished, by name."""
         found: dict[str, dict[str, float]] = {}
-        for job in self.jobs:
+        for job in self.resolved.jobs:
             file = self.path / "arms" / job.name / "checkpoint.safetensors"
             if file.is_file() and states.load(file).done:
                 found[job.name] = {}
@@ -171,8 +121,8 @@ class _Work:
 
         from polyclinic.evaluation.records.record_schema import record_files
 
-        by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.jobs}
-        for file in record_files(self.path, [job.name for job in self.jobs]):
+        by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.resolved.jobs}
+        for file in record_files(self.path, [job.name for job in self.resolved.jobs]):
             for line in file.read_bytes().split(b"\n")[:-1]:
                 if line.startswith(b'{"kind":"test"'):
                     fact = json.loads(line)
@@ -191,11 +141,11 @@ class _Work:
     def _arm(self, study: Study, job: Job, folder: ArmFolder, sealed: bool = False) -> Arm:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        return Arm(study, job, plan_of(study, job.method, data, job.seed), data, folder, self.numbers)
+        return Arm(study, job, self.resolved.method(job, data, study), data, folder, self.resolved.numbers)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
-        if self.latest is None or self.latest[:2] != (seed, fold):
-            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.source))
+        if self.latest[:2] != (seed, fold):
+            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.resolved.source))
         return self.latest[2]
 
     def _search(self, job: Job, folder: ArmFolder) -> Iterator[Event]:
@@ -249,24 +199,3 @@ def _sealed(data: Federated) -> Federated:
     """``data`` without its test patients and external sites: what is not there cannot be opened."""
     sites = {s: {r: e for r, e in roles.items() if r != "test"} for s, roles in data.sites.items()}
     return dataclasses.replace(data, sites={s: sites[s] for s in data.training}, external=())
-
-
-def _check(study: Study, data: Federated) -> None:
-    """Whether the task fits the data.
-
-    Raises:
-        DataError: Where it does not, with what to do.
-    """
-    kind, found = study.task.kind, data.info.task
-    if kind != found:
-        fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
-        raise DataError(f'{data.info.name} is data for {found}: set {fast}task.kind = "{found}", not "{kind}"')
-    if kind == "classification":
-        present = [
-            any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
-        ]
-        if sum(present) < 2:
-            only = ", ".join(name for name, there in zip(data.info.classes, present, strict=True) if there) or "none"
-            raise DataError(
-                f"the training data of all sites hold one class only ({only}): there is nothing to tell apart"
-            )

@@ -217,7 +217,7 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
             'name = "ipm"',
             "is asked after all others, alone: leave sites_per_round and min_replies out",
         ),
-        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),
+        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "no such site. The sites are a, b, c, d"),
         ("[attack]", "[machines]\nup = 0\n\n[attack]", "must be more than 0"),
     ],
 )

@@ -79,7 +79,7 @@ def sites(*, home: Home = HERE) -> None:
     seen = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
     for site, entry in server_setup.sites(server).items():
         state = (
-            f"shut out since {entry['revoked'][:10]}" if entry["revoked"] else "connected" if site in seen else "away"
+            f"revoked since {entry['revoked'][:10]}" if entry["revoked"] else "connected" if site in seen else "away"
         )
         print(f"{site:24} {state:24} {entry['organization']:20} certificate until {entry['expires'][:10]}")
 
@@ -91,7 +91,7 @@ def revoke(site: str, *, home: Home = HERE) -> None:
     Args:
         site: The name of the site.
     """
-    server_setup.shut_out(ServerFolder(home.resolve()), site)
+    server_setup.revoke(ServerFolder(home.resolve()), site)
     print(f"revoked {site}")
 
 
@@ -102,7 +102,7 @@ def reinstate(site: str, *, home: Home = HERE) -> None:
     Args:
         site: The name of the site.
     """
-    server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
+    server_setup.reinstate(ServerFolder(home.resolve()), site)
     print(f"reinstated {site}")
 
 

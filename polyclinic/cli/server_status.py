@@ -22,7 +22,7 @@ def read(home: ServerFolder) -> dict[str, Any]:
     sites = {
         site: {
             "connected": responds and site in said["sites"],
-            "shut_out": entry["revoked"],
+            "revoked": entry["revoked"],
             "expires": entry["expires"],
         }
         for site, entry in server_setup.sites(home).items()
@@ -61,8 +61,8 @@ def show(home: ServerFolder, as_json: bool) -> None:
         return
     print(f"server   {found['project']} at {found['host']}:{found['port']} is {found['state']}")
     seen = ", ".join(site for site, one in found["sites"].items() if one["connected"]) or "none"
-    out = [site for site, one in found["sites"].items() if one["shut_out"]]
-    without = f"; shut out: {', '.join(out)}" if out else ""
+    out = [site for site, one in found["sites"].items() if one["revoked"]]
+    without = f"; revoked: {', '.join(out)}" if out else ""
     print(f"sites    {seen} connected, of {len(found['sites'])} admitted{without}")
     for title, study in found["studies"].items():
         over = sum(run in found["runs"] and found["runs"][run]["state"] in OVER for run in study["runs"])

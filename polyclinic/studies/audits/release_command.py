@@ -31,10 +31,10 @@ class Audited:
 
 
 def audit_release(target: str, full: bool = False) -> list[Audited]:
-    """The verdicts on what ``target`` names.
+    """Audit what ``target`` names, and return the verdicts.
 
     Args:
-        target: A study file, of which every method that adds noise is audited as it stands there; or the name of a
+        target: A study file, of which every method that adds noise is audited with its settings; or the name of a
             method, which is audited with private training and with noise on its replies.
         full: Whether to try more changes, in all roles and at all sites.
 

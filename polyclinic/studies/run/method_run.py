@@ -1,7 +1,7 @@
-"""An arm: one method, seed and fold. It trains, is scored on validation data, and is tested once, at its end.
+"""A method run: one method with one seed and fold is trained, scored on validation data, and tested once at the end.
 
-A checkpoint after every round makes stopping at any moment and going on change no bit. The test data are opened for
-the model of the best round, and the journal says so each time they are.
+A checkpoint is written after every round, so that a run resumes with bit-identical results. The test data are used for
+the model of the best round, and every use is recorded in the journal.
 """
 
 import time
@@ -35,19 +35,19 @@ from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run import run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
-from polyclinic.studies.run.run_directory import ArmFolder, write_tensors
+from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
 
 
-class Arm:
+class MethodRun:
     """One method with one seed and one fold.
 
     Args:
-        study: What is studied.
-        job: Which arm.
+        study: The study.
+        job: The method, seed and fold.
         resolved: The method and its plan.
-        data: Where the patients are.
-        folder: Where to write.
-        numbers: A number for each patient, the same in every arm, by which test sets are recognized.
+        data: The split of the data.
+        folder: The folder of the method run.
+        numbers: A number for each patient, by which test sets are compared between method runs.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Arm:
         job: Job,
         resolved: ResolvedMethod,
         data: Federated,
-        folder: ArmFolder,
+        folder: MethodRunFolder,
         numbers: Mapping[str, int],
     ) -> None:
         self.study, self.job, self.data, self.folder = study, job, data, folder
@@ -72,14 +72,14 @@ class Arm:
         self.length = 0
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
-        """Runs the arm from where it stands. ``before`` are the facts that stand before its first round."""
+        """Run from the last checkpoint. The records ``before`` are written before the first round."""
         at, file = None, self.path / "checkpoint.safetensors"
         if file.exists():
             at = states.load(file)
             if at.done:
                 return
             if self.study.machines and simulation_schema.buffered(self.method):
-                at = None  # answers that were under way are in no checkpoint: the arm begins anew, to the same bits
+                at = None  # pending replies are in no checkpoint: it starts again, with bit-identical results
         self.folder.open(at.records if at else 0)
         try:
             if at is None:
@@ -129,7 +129,7 @@ class Arm:
             steps, begun = [], _now(engine)
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)
-        self._stand(state)
+        self._record_outliers(state)
         end = Checkpoint(state, engine.memory, done, 0, *best, True)
         if self.job.trial is None:
             yield self._test(engine, end)
@@ -137,7 +137,7 @@ class Arm:
             self._save("checkpoint", end)
 
     def _steps(self, engine: Any, state: Any) -> Iterator[Step[Any]]:
-        """The exchanges from ``state`` on."""
+        """Yield the exchanges from ``state`` on."""
         study, trainers = self.study, self.plan.sites
         size = min(study.sites_per_round or len(trainers), len(trainers))
         sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
@@ -147,7 +147,7 @@ class Arm:
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
 
     def _ends(self, state: Any, done: int) -> bool:
-        """Whether nothing more is to be trained."""
+        """Return whether training is complete."""
         return done >= self.study.rounds or self.method.request(state) is None
 
     @property
@@ -157,7 +157,7 @@ class Arm:
     def _judge(
         self, engine: Any, state: Any, done: int, best: tuple[int, float]
     ) -> tuple[dict[str, float], tuple[int, float]]:
-        """Scores on validation data, and the best round so far with its mean."""
+        """Return the scores on validation data, and the best round so far with its mean score."""
         scores = self._score(engine, state, done)
         mean = sum(scores.values()) / len(scores) if scores else self._worst
         better = mean > best[1] if self.study.higher_is_better else mean < best[1]
@@ -167,7 +167,7 @@ class Arm:
         return scores, best
 
     def _as_far_as_it_goes(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
-        """``steps``, ended where no site has budget left, or where an attack has left no model to train."""
+        """Yield ``steps`` until no site has budget left, or an attack has made the model unusable."""
         try:
             yield from steps
         except TooFewReplies as error:
@@ -178,8 +178,8 @@ class Arm:
             else:
                 raise
 
-    def _stand(self, state: Any) -> None:
-        """Writes down whom the end of training names, where a rule looks or somebody attacks."""
+    def _record_outliers(self, state: Any) -> None:
+        """Record the outliers at the end of training, if there is a robust rule or an attack."""
         lines = (self.path / "records.jsonl").read_bytes().splitlines()
         for site, named, attacks in site_outliers.at_the_end(
             state, self.plan.sites, simulation_schema.hostile(self.method), lines
@@ -187,7 +187,7 @@ class Arm:
             self._record("standing", site=site, named=named, hostile=attacks)
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
-        """Opens the test data, once, for the model of the best round."""
+        """Test the model of the best round, once."""
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
         opened = self.folder.note("test opened", self.job.who | {"round": best.round})
@@ -213,7 +213,7 @@ class Arm:
         return self._event("tested", end.round, scores)
 
     def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
-        """Scores on validation data, written down; the primary one by site, of the sites that train."""
+        """Record the scores on validation data, and return the primary metric of each training site."""
         found: dict[str, float] = {}
         for site, leaves in evaluate(self.method, engine, state, self.judged).items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
@@ -234,7 +234,7 @@ class Arm:
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
             sites[POOLED] = make(POOLED, pooled)
-        # On one machine predictions go no further than the run's folder
+        # on one machine, predictions stay in the run folder
         free = (*SCORES, "predict/val", "predict/test")
         policies = {site: Budget(ledger, free) for site, ledger in self.ledgers.items()}
         held = {} if self.data.public is None else {"public": self.data.public}
@@ -249,14 +249,14 @@ class Arm:
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
     def _account(self, done: int) -> dict[str, dict[str, Any]]:
-        """Writes down ε of each site so far, with all that belongs to it."""
+        """Record ε of each site so far, with its assumptions."""
         spent = run_budgets.spent(self.ledgers, last=done == self.study.rounds)
         for site, facts in spent.items():
             self._record("privacy", round=done, site=site, **{k: v for k, v in facts.items() if k != "protects"})
         return spent
 
     def _numbered(self, site: str, role: str) -> Tree:
-        """Whose each example is, by the numbers that are the same in every arm."""
+        """Return the number of each example's patient."""
         return {"patient": torch.tensor([self.numbers[patient] for patient in self.data.sites[site][role].patients])}
 
     def _save(self, name: str, value: Checkpoint) -> None:
@@ -280,7 +280,7 @@ class Arm:
 
 
 def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
-    """Whose test patients an arm opens: everybody's, or with folds, each patient's in one fold of a seed only."""
+    """Return the sites whose test data a method run uses. With folds, each patient is tested in one fold of a seed."""
     if fold is None or (fold.by == "patients" and fold.index == 0):
         return tuple(judged)
     return tuple(site for site in judged if (site in external) == (fold.by == "sites"))

@@ -1,7 +1,7 @@
-"""Runs a study: every method with every seed and fold, in a folder that survives any crash.
+"""Execution of a study: every method with every seed and fold, in a run folder from which it resumes after a crash.
 
-A generator: it yields what happened, and progress bars, early ends and tests are what the caller makes of it. Arms
-run one after the other, or side by side in processes of their own; either way to the same bits.
+``run`` is a generator of events, so that the caller can show progress or end the run early. Method runs are executed
+one after the other or in parallel processes, with bit-identical results.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from polyclinic.studies.config.study_config import Study, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.method_run import Arm
+from polyclinic.studies.run.method_run import MethodRun
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
-from polyclinic.studies.run.run_directory import STOP, ArmFolder, Folder, Note, Stopped
+from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped
 
 
 def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[Event]:
-    """Resolve ``study`` and run it in the folder at ``path``; ``text`` is its file, kept beside the results.
+    """Resolve ``study`` and run it in the folder at ``path``; ``text`` is its file, which is copied there.
 
     Raises:
         BadStudy: If methods cannot be built with these settings and data. Nothing was run.
@@ -65,7 +65,7 @@ def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> I
         if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
             warm_up()
         if _whole_arms(study, len(jobs), workers):
-            inside = study.engine.model_copy(update={"kind": "in-process"})  # each arm has one process
+            inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
             work.study = study.model_copy(update={"engine": inside})
             yield from side_by_side(jobs, work, folder.note, workers)
         else:
@@ -80,7 +80,7 @@ def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> I
 
 
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
-    """Whether workers share arms rather than the sites of one arm."""
+    """Return whether worker processes share method runs rather than the sites of one method run."""
     engine = study.engine
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
@@ -90,11 +90,11 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
 
 @dataclasses.dataclass
 class _Work:
-    """Runs one arm after its search. Keeps the data of one split, since arms of one split follow each other.
+    """Executes method runs after their searches. Keeps the latest split, which the next method run often shares.
 
     Attributes:
         resolved: What the validation built.
-        study: The study, with the engine that the arms use.
+        study: The study, with the engine that the method runs use.
         path: The run folder.
         latest: Seed, fold and data of the latest split.
     """
@@ -105,7 +105,7 @@ class _Work:
     latest: tuple[int, Fold | None, Federated]
 
     def results(self) -> dict[str, dict[str, float]]:
-        """The test scores of the arms that are finished, by name."""
+        """Return the test scores of the finished method runs by name."""
         found: dict[str, dict[str, float]] = {}
         for job in self.resolved.jobs:
             file = self.path / "arms" / job.name / "checkpoint.safetensors"
@@ -129,8 +129,8 @@ class _Work:
                     yield by_key[fact["method"], fact["seed"], fact.get("fold", 0)], fact
 
     def __call__(self, job: Job, note: Note) -> Iterator[Event]:
-        """Runs one arm from where it stands, with its search before it."""
-        folder = ArmFolder(self.path / "arms" / job.name, note, self.path / STOP)
+        """Execute one method run from its last checkpoint, after its search."""
+        folder = MethodRunFolder(self.path / "arms" / job.name, note, self.path / STOP)
         folder.path.mkdir(parents=True, exist_ok=True)
         facts: list[dict[str, Any]] = []
         if self.study.search is not None:
@@ -138,18 +138,18 @@ class _Work:
             job, facts = self._chosen(job, folder)
         yield from self._arm(self.study, job, folder).run(*facts)
 
-    def _arm(self, study: Study, job: Job, folder: ArmFolder, sealed: bool = False) -> Arm:
+    def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        return Arm(study, job, self.resolved.method(job, data, study), data, folder, self.resolved.numbers)
+        return MethodRun(study, job, self.resolved.method(job, data, study), data, folder, self.resolved.numbers)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
         if self.latest[:2] != (seed, fold):
             self.latest = (seed, fold, federate(self.study.data, seed, fold, self.resolved.source))
         return self.latest[2]
 
-    def _search(self, job: Job, folder: ArmFolder) -> Iterator[Event]:
-        """Tries settings on validation data, in an arm of its own each, which has no test data to open."""
+    def _search(self, job: Job, folder: MethodRunFolder) -> Iterator[Event]:
+        """Try settings on validation data, each in a separate method run without test data."""
         spec, file = self.study.search, folder.path / "search.jsonl"
         assert spec is not None
         if file.exists():
@@ -159,7 +159,7 @@ class _Work:
         lines = []
         for trial, values in enumerate(settings):
             one = dataclasses.replace(job, method=with_values(job.method, values), trial=trial)
-            own = ArmFolder(folder.path / "trials" / str(trial), folder.note, folder.stop)
+            own = MethodRunFolder(folder.path / "trials" / str(trial), folder.note, folder.stop)
             begun = time.process_time()
             for _ in self._arm(study, one, own, sealed=True).run():
                 pass
@@ -174,11 +174,11 @@ class _Work:
         atomic.write(file, search_space.trial_lines(lines))
         shutil.rmtree(folder.path / "trials", ignore_errors=True)
 
-    def _chosen(self, job: Job, folder: ArmFolder) -> tuple[Job, list[dict[str, Any]]]:
-        """The job with the settings that its file names, and what is to be recorded of the search.
+    def _chosen(self, job: Job, folder: MethodRunFolder) -> tuple[Job, list[dict[str, Any]]]:
+        """Return the job with the chosen settings, and the records of the search.
 
         Raises:
-            NotChosen: Where the file cannot be used, or was changed after training had begun.
+            NotChosen: If the file cannot be used, or was changed after training had begun.
         """
         file, trials = folder.path / "chosen.toml", search_space.read_trials(folder.path / "search.jsonl")
         best = search_space.best(trials, self.study.higher_is_better)
@@ -196,6 +196,6 @@ class _Work:
 
 
 def _sealed(data: Federated) -> Federated:
-    """``data`` without its test patients and external sites: what is not there cannot be opened."""
+    """Return ``data`` without test patients and external sites."""
     sites = {s: {r: e for r, e in roles.items() if r != "test"} for s, roles in data.sites.items()}
     return dataclasses.replace(data, sites={s: sites[s] for s in data.training}, external=())

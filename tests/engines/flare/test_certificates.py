@@ -170,7 +170,7 @@ def test_who_is_shut_out_is_out_and_may_be_let_in_again(two: Hospitals) -> None:
     until(lambda: "site-1" not in server_setup.status(two.server)["sites"], "site-1 to be out")
     time.sleep(10)
     assert "site-1" not in server_setup.status(two.server)["sites"]
-    assert "shut out since" in two.command("server", "sites", home=two.server.path)
+    assert "revoked since" in two.command("server", "sites", home=two.server.path)
     assert "not admitted" in two.command(
         "server",
         "run",

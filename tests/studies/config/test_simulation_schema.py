@@ -15,7 +15,7 @@ from polyclinic.report import build_report
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.simulation_schema import attackers
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.deployment import NotElsewhere, arms
+from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import npz
@@ -237,4 +237,4 @@ def test_between_hospitals_nothing_is_simulated(tmp_path):
     for rest, says in ((ATTACK, "simulates an attack"), (MACHINES, "simulates machines")):
         text = study(tmp_path, rest, attack="huge", minutes=1)
         with pytest.raises(NotElsewhere, match=says):
-            arms(parse(text), ["a", "b"])
+            method_runs(parse(text), ["a", "b"])

@@ -195,7 +195,7 @@ class RunCoordinator:
             self._part.step(step.asked, step.lost)
             if due:
                 self._judge(federation)
-            since = self._status.get("away", {})  # the supervisor readmits sites with a later contact
+            since = self._status.get("away", {})  # the supervisor reinstates sites with a later contact
             self._status["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
             self._say("running", "", done)
             self._pause()

@@ -4,6 +4,7 @@ A checkpoint is written after every round, so that a run resumes with bit-identi
 the model of the best round, and every use is recorded in the journal.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
+from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
@@ -99,7 +101,7 @@ class MethodRun:
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
         state = at.state if at else self.method.init(self.method.task.first(self.seed))
-        best = (at.best_round, at.best_score) if at else (0, self._worst)
+        best = self._best(at)
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
@@ -122,7 +124,9 @@ class MethodRun:
             if done % study.evaluation.interval == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)
             length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
-            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
+            self._save(
+                "checkpoint", Checkpoint(state, engine.memory, done, length, best.round, best.score, False, clock)
+            )
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             self.folder.check_stop()
@@ -130,7 +134,7 @@ class MethodRun:
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)
         self._record_outliers(state)
-        end = Checkpoint(state, engine.memory, done, 0, *best, True)
+        end = Checkpoint(state, engine.memory, done, 0, best.round, best.score, True)
         if self.job.trial is None:
             yield self._test(engine, end)
         else:
@@ -150,20 +154,31 @@ class MethodRun:
         """Return whether training is complete."""
         return done >= self.study.rounds or self.method.request(state) is None
 
-    @property
-    def _worst(self) -> float:
-        return float("-inf") if self.study.higher_is_better else float("inf")
+    def _best(self, at: Checkpoint | None) -> BestRound:
+        """Return the best round so far; the latest score of each site is read from the records."""
+        none = BestRound(self.study.higher_is_better)
+        if at is None:
+            return replace(none, score=none.mean)
+        latest: dict[str, float] = {}
+        for line in (self.path / "records.jsonl").read_bytes().splitlines():
+            if line.startswith(b'{"kind":"scores"'):
+                fact = json.loads(line)
+                latest |= self._deciding(fact["site"], fact["metrics"])
+        return replace(none, round=at.best_round, score=at.best_score, scores=latest)
 
-    def _judge(
-        self, engine: Any, state: Any, done: int, best: tuple[int, float]
-    ) -> tuple[dict[str, float], tuple[int, float]]:
-        """Return the scores on validation data, and the best round so far with its mean score."""
+    def _deciding(self, site: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the score of ``site`` that counts in the choice of the best round, if there is one."""
+        metric = self.study.metric
+        return {site: metrics[metric]} if metric in metrics and site not in self.data.external else {}
+
+    def _judge(self, engine: Any, state: Any, done: int, best: BestRound) -> tuple[dict[str, float], BestRound]:
+        """Return the scores on validation data and the best round so far."""
         scores = self._score(engine, state, done)
-        mean = sum(scores.values()) / len(scores) if scores else self._worst
-        better = mean > best[1] if self.study.higher_is_better else mean < best[1]
-        if better or self.study.evaluation.select == "last":
-            best = done, mean
-            self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
+        best = best.after(done, scores)
+        if self.study.evaluation.select == "last":
+            best = best.with_best(done)
+        if best.round == done:
+            self._save("best", Checkpoint(state, engine.memory, done, 0, done, best.score, False))
         return scores, best
 
     def _as_far_as_it_goes(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
@@ -191,15 +206,15 @@ class MethodRun:
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
         opened = self.folder.note("test opened", self.job.who | {"round": best.round})
-        said = evaluate(self.method, engine, best.state, self.tested, "predict/test")
+        predictions = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         scores: dict[str, float] = {}
-        for site, outputs in said.items():
+        for site, outputs in predictions.items():
             metrics = self.method.task.summary(outputs)
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:
                 scores[site] = metrics[self.study.metric]
         known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
-        for name, answers in (("predictions", said), ("validation", known)):
+        for name, answers in (("predictions", predictions), ("validation", known)):
             role = "test" if name == "predictions" else "val"
             answers = {site: {**outputs, **self._numbered(site, role)} for site, outputs in answers.items()}
             leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
@@ -214,13 +229,12 @@ class MethodRun:
 
     def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
         """Record the scores on validation data, and return the primary metric of each training site."""
-        found: dict[str, float] = {}
+        deciding: dict[str, float] = {}
         for site, leaves in evaluate(self.method, engine, state, self.judged).items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
-            if self.study.metric in metrics and site not in self.data.external:
-                found[site] = metrics[self.study.metric]
-        return found
+            deciding |= self._deciding(site, metrics)
+        return deciding
 
     def _engine(self, at: Checkpoint | None) -> Any:
         chosen, memory = self.study.engine, at.memory if at else None

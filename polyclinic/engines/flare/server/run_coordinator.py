@@ -26,6 +26,7 @@ from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
+from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.flare.flare_processes import birth
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
@@ -58,8 +59,7 @@ class RunCheckpoint:
             a crash the same model is scored.
         best: Round whose model is tested; 0 for the last. ``score``: its mean over sites. ``kept``: the last message of
             each site in it.
-        scores: Last score of each site. A site that is away keeps its last score, so that its absence does not improve
-            a round.
+        scores: Latest score of each site (``engines.best_round``).
     """
 
     state: Any
@@ -246,21 +246,22 @@ class RunCoordinator:
         checkpoint.
         """
         state, done = self._at.state, self._at.round
-        scores = dict(self._at.scores)
+        scores = dict[str, float]()
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
                 scores[site] = metrics[self.order.best["metric"]]
         if scores:
-            self._at = replace(self._at, scores=scores)
-            mean = sum(scores[site] for site in sorted(scores)) / len(scores)
-            if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
+            before = BestRound(self.order.best["higher"], self._at.best, self._at.score, self._at.scores)
+            best = before.after(done, scores)
+            self._at = replace(self._at, scores=best.scores)
+            if best.round == done:
                 kept = dict(federation.count.answered)
                 tensor_file.write(
-                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=mean, kept=kept)
+                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=best.score, kept=kept)
                 )
-                self._at = replace(self._at, best=done, score=mean, kept=kept)
+                self._at = replace(self._at, best=done, score=best.score, kept=kept)
                 federation.keep(kept)
         self._save(federation, state, done)
 

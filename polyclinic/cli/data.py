@@ -10,6 +10,7 @@ from cyclopts import App
 
 from polyclinic.cli.rendering import Json, console, document, done, hint, line
 from polyclinic.cli.run import Set, changes, require_file
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
 
 app = App(name="data", help="Find public data sets, and check, plan and de-identify your own data.")
@@ -150,7 +151,7 @@ def plan(
         config = study_config.read(study, changes(set_ or []))
         chosen = config.seeds[0] if seed is None else seed
         result = made(config.data, config.name, chosen, by_site)
-        to.write_text(result.text(), encoding="utf-8")
+        atomic.write(to, result.text())
         done(str(to))
         notes = [*result.why]
         if len(config.seeds) > 1:

@@ -62,7 +62,7 @@ def queue_study(
         raise InvalidRunRequest("give --inputs and --outputs together, or neither: then the sites are surveyed")
     study = study_config.read(path)
     shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
-    arms, notes = deployment.arms(study, sites, shape)
+    arms, notes = deployment.method_runs(study, sites, shape)
     title, text = name or study.name, path.read_text(encoding="utf-8")
     queued = study_runs.put(server, text, title, study.hash, arms, deployment.how(study), arms[0]["plan"]["sites"])
     for note in notes:

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from polyclinic.cli.panel_table import number, show_panel
 from polyclinic.cli.rendering import Json, console, document, done, hint, line, progress, resume_command
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError, RunError
 from polyclinic.studies.run.cancellation import stopping
 
@@ -49,13 +50,12 @@ def run(
 
     require_file(study)
     given = changes(set_ or [])
-    table_of(
-        text_of(study), study, given
-    )  # a missing file, or one that is not TOML, is reported before torch is loaded
-    from polyclinic.studies.config.scenarios import read_all
+    text = text_of(study)
+    table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
+    from polyclinic.studies.config.scenarios import parse_all
 
     with document(json_) as emit:
-        emit(run_all(study, read_all(study, given), resume, fresh, out, workers))
+        emit(run_all(study, parse_all(text, study, given), resume, fresh, out, workers))
 
 
 def run_all(
@@ -195,7 +195,7 @@ def demo(
     """
     study = out / "demo.toml"
     out.mkdir(parents=True, exist_ok=True)
-    study.write_text(template("demo"), encoding="utf-8")
+    atomic.write(study, template("demo"))
     run(study, resume=resume, fresh=fresh or not resume, out=out, workers=workers, json_=json_)
     if not json_:
         hint(f"  Next: read {study}, change it, and run it: polyclinic run {study}")
@@ -212,7 +212,7 @@ def new(file: Path = Path("study.toml"), *, force: bool = False, json_: Json = F
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already; --force replaces it")
     with document(json_) as emit:
-        file.write_text(template("study"), encoding="utf-8")
+        atomic.write(file, template("study"))
         line(f"wrote {file}")
         emit({"study": file})
     if not json_:

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from polyclinic.cli.queue import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
 from polyclinic.cli.rendering import Json, document, hint, line
+from polyclinic.core import atomic
 from polyclinic.engines.flare.pki import certificate_authority
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_small
 from polyclinic.engines.flare.protocol.run_request import RunRequest
@@ -75,7 +76,7 @@ def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Ho
     with document(json_) as emit:
         site, join = server_setup.admit(ServerFolder(home.resolve()), request, _positive(days))
         path = out or request.with_suffix(".join")
-        path.write_text(json.dumps(join, indent=1), encoding="utf-8")
+        atomic.write_json(path, join)
         line(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
         emit({"site": site, "organization": join["organization"], "expires": join["expires"], "join_file": path})
         hint(
@@ -108,7 +109,7 @@ def revoke(site: str, *, home: Home = HERE, json_: Json = False) -> None:
         site: The name of the site.
     """
     with document(json_) as emit:
-        server_setup.shut_out(ServerFolder(home.resolve()), site)
+        server_setup.revoke(ServerFolder(home.resolve()), site)
         line(f"revoked {site}")
         emit({"site": site, "state": "revoked"})
 
@@ -121,7 +122,7 @@ def reinstate(site: str, *, home: Home = HERE, json_: Json = False) -> None:
         site: The name of the site.
     """
     with document(json_) as emit:
-        server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
+        server_setup.reinstate(ServerFolder(home.resolve()), site)
         line(f"reinstated {site}")
         emit({"site": site, "state": "admitted"})
 
@@ -333,7 +334,7 @@ def export(name: str, out: Path, *, home: Home = HERE, json_: Json = False) -> N
                 shutil.copy(folder / path, out / path)
         entry = Queue(server).get(name)
         if entry:
-            (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
+            atomic.write_json(out / "order.json", json.loads(entry.order))
         line(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")
         emit({"name": name, "folder": out, "missing": []})
 

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 
 from polyclinic.cli.rendering import Json, confirmed, document, hint, line
 from polyclinic.cli.review import before, look, methods_of, show
+from polyclinic.core import atomic
 from polyclinic.engines.flare.client import diagnosis, site_setup
 from polyclinic.engines.flare.client.decisions import this_person
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
@@ -170,8 +171,8 @@ def policy(*, default: bool = False, reset: bool = False, home: Home = HERE, jso
             return
         if reset:
             if site.policy.exists():
-                os.replace(site.policy, site.policy.with_name("policy.toml.before"))
-            site.policy.write_text(policies.DEFAULT, encoding="utf-8")
+                atomic.write_private(site.policy.with_name("policy.toml.before"), site.policy.read_bytes())
+            atomic.write_private(site.policy, policies.DEFAULT)
             SharedJournal(site.journal).write("policy reset", {"by": _person()})
         policies.read(site.policy)
         text = site.policy.read_text(encoding="utf-8")

@@ -1,13 +1,12 @@
 """Comparison of several runs: paired if they tested the same patients, by ranks otherwise."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
@@ -159,13 +158,13 @@ def write_panel(found: Panel, folder: Path) -> Path:
         lines += [
             "| " + " | ".join([run, *(found.named.get((run, k), "") for k in methods)]) + " |" for run in found.runs
         ]
-    states.write_bytes(folder / "panel.md", "\n".join([*text, "", *lines, ""]).encode())
+    atomic.write(folder / "panel.md", "\n".join([*text, "", *lines, ""]))
     facts = [
         {"data": run, "metric": named[run], "method": k, "patients": e.n}
         | {"value": e.value, "low": e.low, "high": e.high}
         for (run, k), e in found.estimates.items()
     ]
-    states.write_bytes(folder / "panel.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic.write_json(folder / "panel.json", facts)
     return folder / "panel.md"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.data.source import Table
 from polyclinic.evaluation.bootstrap import sample
 from polyclinic.evaluation.metric import Metric
@@ -101,7 +101,7 @@ def _order(name: str) -> tuple[int, str]:
 def write_groups(run: Path, table: Table, numbers: Mapping[str, int]) -> None:
     """Write ``groups.json`` with the patients' numbers, not names, to a run folder, unless no column is known."""
     if found := groups_of(table, numbers):
-        states.write_bytes(run / FILE, (json.dumps(found, separators=(",", ":")) + "\n").encode())
+        atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")
 
 
 def by_group(run: Run, label: str, draws: int, seed: int, level: float, fewest: int = FEWEST) -> list[Attribute]:

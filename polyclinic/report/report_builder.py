@@ -1,13 +1,13 @@
 """Builds ``report/`` from a run folder: the page, its numbers as JSON, its tables as CSV, and the model card."""
 
 import json
-import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from polyclinic.core import atomic
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.report.context import ReportContext
@@ -58,7 +58,7 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
     folder = Path(out) if out is not None else run.path / "report"
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        _write(folder / name, text)
+        atomic.write(folder / name, text)
     return folder / "report.html"
 
 
@@ -121,10 +121,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 10) if value == value and abs(value) != float("inf") else None
     return value.item() if hasattr(value, "item") else value
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a temporary file and rename it, so that a reader sees the old page or the new one."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

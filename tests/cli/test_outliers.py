@@ -9,7 +9,7 @@ import pytest
 from polyclinic.cli.outliers import outliers
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.records.site_outliers import NoStanding, read
+from polyclinic.studies.records.site_outliers import NoSiteOutliers, read
 from polyclinic.studies.run.scheduler import run
 
 STUDY = """\
@@ -73,7 +73,7 @@ def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(tmp_path: Pat
 
 def test_what_keeps_no_notes_says_so(tmp_path: Path) -> None:
     done = go(tmp_path, '[[methods]]\nname = "fedavg"\n', "plain")
-    with pytest.raises(NoStanding, match='study "watched"'):
+    with pytest.raises(NoSiteOutliers, match='use the method "watched"'):
         read(done)
     with pytest.raises(ConfigError, match="there is no run here"):
         read(tmp_path / "nowhere")

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from polyclinic.cli import site as commands
+from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare.client.decisions import signed_bytes
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
-from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.engines.flare.test_approval import study, survey, surveyed

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 
-from polyclinic.core import audit_log, serialization
+from polyclinic.core import atomic, audit_log
 from polyclinic.core.audit_log import Broken
 from polyclinic.core.execution import Refused, execute
 from polyclinic.core.method import Request
@@ -313,7 +313,7 @@ def rounds_until_killed(ledger: Ledger, released: Path, deadly: int) -> None:
         return Torn(file) if mode in ("ab", "wb") else file
 
     os.fsync, os.replace = deadly_at(os.fsync), deadly_at(os.replace)
-    audit_log.open = serialization.open = opened  # type: ignore[attr-defined]
+    audit_log.open = atomic.open = opened  # type: ignore[attr-defined]
     for _ in range(2):
         ledger.reserve([ONE])
         with released.open("a") as out:

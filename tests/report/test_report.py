@@ -377,7 +377,7 @@ def test_broken_lines_are_named_all_at_once(tmp_path):
     with pytest.raises(NotARun) as told:
         build_report(path)
     assert [f"records.jsonl:{n}:" in str(told.value) for n in (3, 5, 7)] == [True] * 3
-    assert "seed: input should be a valid integer" in str(told.value)
+    assert "seed: must be a whole number" in str(told.value)
     assert "3 problems" in str(told.value)
     assert not (path / "report").exists()
 

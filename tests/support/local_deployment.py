@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
 from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
@@ -22,7 +23,7 @@ from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.expected_signers import Signers, signer
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server.run_coordinator import RunCoordinator

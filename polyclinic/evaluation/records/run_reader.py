@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from polyclinic.core.config_problems import problems_of
 from polyclinic.errors import RunError
 from polyclinic.evaluation.records.predictions import Predictions, joined, read_predictions
 from polyclinic.evaluation.records.record_schema import (
@@ -262,11 +263,8 @@ def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[li
 
 
 def _in_words(error: ValidationError, where: str) -> list[str]:
-    problems = []
-    for e in error.errors(include_url=False):
-        at = ".".join(str(p) for p in e["loc"] if p not in _KINDS)
-        problems.append(f"{where}: {at + ': ' if at else ''}{e['msg'][:1].lower()}{e['msg'][1:]}")
-    return problems
+    errors = [{**e, "loc": tuple(part for part in e["loc"] if part not in _KINDS)} for e in error.errors()]
+    return [f"{where}: {p.key + ': ' if p.path else ''}{p.says}" for p in problems_of(errors)]
 
 
 def _count(problems: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
 from polyclinic.engines.flare.client.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
@@ -21,7 +22,7 @@ from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import run_request as orders
 from polyclinic.engines.flare.protocol import shared_journals, tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
-from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.methods.plugins import Package
 from tests.support.local_deployment import LocalCarrier, hospital, order, read_and_approve

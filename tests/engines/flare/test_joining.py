@@ -197,14 +197,14 @@ def test_one_name_is_one_organization_and_may_be_shut_out(
     site_setup.init(impostor, "site-1", "other_hospital")
     with pytest.raises(BadFile, match="a site of hospital already"):
         server_setup.admit(server, impostor.path / "site-1.request")
-    server_setup.shut_out(server, "site-1")
+    server_setup.revoke(server, "site-1")
     assert json.loads((server.kit / "disabled_clients.json").read_text()) == {"disabled_clients": ["site-1"]}
     with pytest.raises(BadFile, match="revoked"):
         server_setup.admit(server, site.path / "site-1.request")
-    server_setup.shut_out(server, "site-1", readmit=True)
+    server_setup.reinstate(server, "site-1")
     assert server_setup.admit(server, site.path / "site-1.request")[0] == "site-1"
     with pytest.raises(SetupError, match="no site called 'site-7'"):
-        server_setup.shut_out(server, "site-7")
+        server_setup.revoke(server, "site-7")
 
 
 def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(

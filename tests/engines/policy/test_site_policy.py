@@ -158,12 +158,15 @@ def test_a_promise_of_secrecy_is_kept_by_the_site() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[limits]\nepoch = 3", "limits.epoch: unknown key"),
+        ("[limits]\nepoch = 3", "policy.toml:2: limits.epoch = 3: unknown key. Did you mean 'epochs'?"),
         ("[limits]\nepochs = '3'", "limits.epochs"),
         ("[limits]\nepochs = -1", "limits.epochs"),
         ("[limits]\nlearning_rate = nan", "limits.learning_rate"),
         ("[allow]\njobs = 'train'", "allow.jobs"),
-        ("[approve]\nautomatically = ['abc']", "approve.automatically.0"),
+        (
+            "[approve]\nautomatically = ['abc']",
+            r"approve.automatically\[1\] = .abc.: must be a hash of 64 hexadecimal digits",
+        ),
         ("[require]\ntransforms = [{name = 'gausian'}]", 'Did you mean "gaussian"'),
         ("[require]\ntransforms = [{name = 'clip', bound = 1.0}]", "clip has no 'bound'; write bound_at_least"),
         ("[require]\ntransforms = [{name = 'clip', bound_at_most = 'x'}]", "must be a number"),
@@ -304,7 +307,7 @@ def test_numbers_and_hashes_outside_their_range_are_no_policy(text: str, fits: b
     if fits:
         parse(text.encode())
     else:
-        with pytest.raises(BadPolicy, match=r"^policy\.toml: [a-z]+\.[a-z_]+"):
+        with pytest.raises(BadPolicy, match=r"^policy\.toml:\d: [a-z]+\.[a-z_]+"):
             parse(text.encode())
 
 
@@ -357,9 +360,7 @@ def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
     path.write_text("[limits]\nround = 7\n")
     with pytest.raises(BadPolicy) as told:
         read(path)
-    assert (
-        str(told.value) == f"{path}: limits.round: unknown key; `polyclinic site policy --default` shows the valid keys"
-    )
+    assert str(told.value) == f'{path}:2: limits.round = 7: unknown key. Did you mean "rounds"?'
     path.write_bytes(b"#" * 2**18)
     assert read(path) == parse(b"")
     path.write_bytes(b"#" * (2**18 + 1))
@@ -370,10 +371,10 @@ def test_a_policy_is_read_from_its_file_up_to_a_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[limits]\nepochs = '3'", "policy.toml: limits.epochs: input should be a valid integer"),
-        ("[limits]\nepochs = -1", "policy.toml: limits.epochs: input should be greater than or equal to 0"),
+        ("[limits]\nepochs = '3'", 'policy.toml:2: limits.epochs = "3": must be a whole number, not the text "3"'),
+        ("[limits]\nepochs = -1", "policy.toml:2: limits.epochs = -1: must be at least 0"),
         ("a = " + "[" * 20_000, "policy.toml: "),
-        (f"a = {'[' * 300}{']' * 300}", "policy.toml: "),
+        (f"a = {'[' * 300}{']' * 300}", "policy.toml:1: a: unknown key. The valid keys are approve"),
         ("a = \xff", "policy.toml: 'utf-8' codec"),
     ],
 )
@@ -389,7 +390,7 @@ def test_every_wrong_transform_is_told_with_its_place() -> None:
         parse(b'[require]\ntransforms = [{name = "gausian"}, {name = "klip"}]')
     lines = str(told.value).splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("policy.toml: require.transforms: ") for line in lines)
+    assert all(line.startswith("policy.toml:2: require.transforms: ") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ WRONG = {
     "nothing set": (
         'set.data.effect = 2.0\nset."training.lr" = 0.2',
         "set = 3",
-        "must be a table of what differs",
+        "must be a table of changed settings",
         "set = 3",
     ),
 }

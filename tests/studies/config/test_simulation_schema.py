@@ -15,7 +15,7 @@ from polyclinic.report import build_report
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.simulation_schema import attackers
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.deployment import NotElsewhere, arms
+from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import npz
@@ -217,7 +217,7 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
             'name = "ipm"',
             "is asked after all others, alone: leave sites_per_round and min_replies out",
         ),
-        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),
+        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "no such site. The sites are a, b, c, d"),
         ("[attack]", "[machines]\nup = 0\n\n[attack]", "must be more than 0"),
     ],
 )
@@ -237,4 +237,4 @@ def test_between_hospitals_nothing_is_simulated(tmp_path):
     for rest, says in ((ATTACK, "simulates an attack"), (MACHINES, "simulates machines")):
         text = study(tmp_path, rest, attack="huge", minutes=1)
         with pytest.raises(NotElsewhere, match=says):
-            arms(parse(text), ["a", "b"])
+            method_runs(parse(text), ["a", "b"])

@@ -107,7 +107,7 @@ def test_safetensors_carry_their_plan(made, tmp_path):
 
 def test_what_cannot_be_exported_says_why(made, tmp_path):
     run, _ = made
-    with pytest.raises(NotExported, match="no form called 'h5'; there are safetensors, onnx"):
+    with pytest.raises(NotExported, match="no format is called 'h5'; the formats are safetensors, onnx"):
         export(run, "h5", tmp_path / "m")
     with pytest.raises(NotExported, match="no such model"):
         export(run, "pt2", tmp_path / "m", label="local")

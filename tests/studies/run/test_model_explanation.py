@@ -145,7 +145,7 @@ def test_what_cannot_be_explained_says_why(trained, tmp_path):
     with pytest.raises(NotExplained, match="the run has no method 'fedbn'"):
         explain(trained, "fedbn")
     made = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
-    with pytest.raises(NotExplained, match="no model there"):
+    with pytest.raises(NotExplained, match="no model; the method run is not finished"):
         explain(made)
 
 

@@ -165,7 +165,7 @@ class Training:
             _ = self.held
         except DataError as error:
             log.warning("%s", error)
-            reason = error.told if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
+            reason = error.reported if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
             return {"lost": "", "told": reason, "here": str(error)}
         return {"lost": "", "told": "", "here": ""}
 

@@ -13,7 +13,7 @@ def pair(shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(24, 30), (14, 16, 18)])
-def test_equals_scikit_image(shape):
+def test_equals_scikit_image(shape: tuple[int, ...]) -> None:
     sk = pytest.importorskip("skimage.metrics", reason="scikit-image is the second implementation")
     image, truth = pair(shape)
     for i in range(3):
@@ -25,7 +25,7 @@ def test_equals_scikit_image(shape):
         assert psnr(image, truth)[i] == pytest.approx(sk.peak_signal_noise_ratio(truth[i], image[i], data_range=span))
 
 
-def test_equal_images_are_perfect_and_zero_is_the_worst_nmse():
+def test_equal_images_are_perfect_and_zero_is_the_worst_nmse() -> None:
     image, truth = pair((16, 16))
     assert ssim(truth, truth) == pytest.approx(np.ones(3))
     assert np.isinf(psnr(truth, truth)).all()
@@ -34,13 +34,13 @@ def test_equal_images_are_perfect_and_zero_is_the_worst_nmse():
     assert np.isnan(nmse(image, 0 * truth)).all()
 
 
-def test_ten_times_the_error_is_twenty_decibels():
+def test_ten_times_the_error_is_twenty_decibels() -> None:
     image, truth = pair((16, 16))
     assert psnr(image, truth) - psnr(truth + 10 * (image - truth), truth) == pytest.approx(np.full(3, 20.0))
     assert nmse(truth + 10 * (image - truth), truth) == pytest.approx(100 * nmse(image, truth))
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="against"):
         psnr(np.zeros((2, 12, 12)), np.zeros((2, 12, 13)))
     with pytest.raises(ValueError, match="at least 11 pixels"):

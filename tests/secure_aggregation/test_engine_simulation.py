@@ -10,6 +10,8 @@ from polyclinic.core.pipeline import send_through
 from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.privacy.gaussian import Clip
 from polyclinic.secure_aggregation import SecureSum
@@ -39,7 +41,7 @@ def run(method, engine, params):
 
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
-def test_a_secure_sum_is_the_sum(engine, task, local) -> None:
+def test_a_secure_sum_is_the_sum(engine, task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=4)
     plain, _ = run(
         FedAvg(task, local, uniform=True), InProcess(FedAvg(task, local, uniform=True), sites), task.first(0)
@@ -53,7 +55,7 @@ def test_a_secure_sum_is_the_sum(engine, task, local) -> None:
     assert steps[0].bytes_up["site-0"] >= 4 * tree.size(task.first(0))
 
 
-def test_both_engines_give_the_same_bits(task, local) -> None:
+def test_both_engines_give_the_same_bits(task: Classification, local: LocalTraining) -> None:
     method = send_through(FedAvg(task, local, uniform=True), Clip(100.0), SecureSum())
     sites = little_sites(count=4)
     assert equal(
@@ -61,7 +63,7 @@ def test_both_engines_give_the_same_bits(task, local) -> None:
     )
 
 
-def test_a_lost_site_is_survived_and_too_many_are_refused(task, local) -> None:
+def test_a_lost_site_is_survived_and_too_many_are_refused(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=4)
     one = send_through(Failing(task, local, uniform=True, fails=("site-1",)), Clip(100.0), SecureSum())
     _, steps = run(one, InProcess(one, sites), task.first(0))

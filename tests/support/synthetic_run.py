@@ -243,7 +243,7 @@ def _predictions(m, seed, sites, task, images, role):
     return {k: np.ascontiguousarray(v) for k, v in found.items()}
 
 
-def write_groups(path):
+def write_groups(path) -> None:
     """Sex and age of the invented patients, by the numbers in their predictions; few say nothing of themselves."""
     from safetensors.numpy import load_file
 
@@ -256,7 +256,7 @@ def write_groups(path):
     (path / "groups.json").write_text(json.dumps(groups))
 
 
-def write_maps(path, shape=(16, 16), method="fedbn", seed=0):
+def write_maps(path, shape=(16, 16), method="fedbn", seed=0) -> None:
     """Where an invented model looks: at the middle, and at one site a little beside it."""
     training = [s["name"] for s in json.loads((path / "run.json").read_text())["sites"] if s["role"] == "training"]
     leaves, grid = {}, np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))

@@ -15,7 +15,7 @@ from polyclinic.methods.domain_adaptation.fedmoe import fed_moe
 from tests.conftest import Rows
 
 
-def test_the_mixture_by_hand(task) -> None:
+def test_the_mixture_by_hand(task: Classification) -> None:
     method = fed_moe(task, LocalTraining())
     shared, own = task.first(0), task.first(1)
     gate = {"gate.weight": torch.tensor([[0.5, -1.0]]), "gate.bias": torch.tensor([0.2])}
@@ -29,7 +29,7 @@ def test_the_mixture_by_hand(task) -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_site_never_seen_predicts_with_the_federated_expert(task, local) -> None:
+def test_a_site_never_seen_predicts_with_the_federated_expert(task: Classification, local: LocalTraining) -> None:
     method = fed_moe(task, local)
     model = cached_model(
         method.prediction_task, method.site_model(method.request(method.init(task.first())), {})
@@ -38,7 +38,9 @@ def test_a_site_never_seen_predicts_with_the_federated_expert(task, local) -> No
     torch.testing.assert_close(model(x), cached_model(task, task.first()).eval()(x))
 
 
-def test_the_private_expert_and_the_gate_stay(task, local, sites) -> None:
+def test_the_private_expert_and_the_gate_stay(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = fed_moe(task, local)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     assert reply.mean("update").total.keys() == task.first().keys()

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.fednorm import fednorm
 from polyclinic.methods.personalization.partial_personalization import fedbn
@@ -22,20 +25,26 @@ def run(method, params, sites, rounds=2):
 
 
 @pytest.mark.parametrize("modalities", [(), ("mr", "mr", "mr")])
-def test_with_one_modality_it_is_fedavg(task, local, sites, modalities) -> None:
+def test_with_one_modality_it_is_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site], modalities
+) -> None:
     state, models = run(fednorm(task, local, NAMES, modalities=modalities), task.first(), sites)
     plain, _ = run(FedAvg(task, local), task.first(), sites)
     assert close(state.params, plain.params)
     assert close(models["site-1"], plain.params)
 
 
-def test_with_a_modality_for_each_site_it_is_fedbn(task, local, sites) -> None:
+def test_with_a_modality_for_each_site_it_is_fedbn(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     _, ours = run(fednorm(task, local, NAMES, modalities=("a", "b", "c")), task.first(), sites)
     _, theirs = run(fedbn(task, local), task.first(), sites)
     assert close(ours, theirs)
 
 
-def test_sites_of_one_modality_share_its_layers_and_no_others(task, local, sites) -> None:
+def test_sites_of_one_modality_share_its_layers_and_no_others(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = fednorm(task, local, NAMES, modalities=("ct", "mr", "ct"))
     check_method(method, task.first(), sites)
     state, models = run(method, task.first(), sites)
@@ -46,7 +55,7 @@ def test_sites_of_one_modality_share_its_layers_and_no_others(task, local, sites
     torch.testing.assert_close(stranger[name], (models["site-0"][name] + models["site-1"][name]) / 2)
 
 
-def test_wrong_modalities_are_refused(task, local) -> None:
+def test_wrong_modalities_are_refused(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="2 for 3 sites"):
         fednorm(task, local, NAMES, modalities=("ct", "mr"))
     with pytest.raises(ValueError, match="full stop"):

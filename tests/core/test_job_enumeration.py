@@ -14,7 +14,7 @@ from polyclinic.core.site import Site
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.methods.optimization.fedavg import FedAvg, State
 from polyclinic.methods.optimization.mime import Mime
 from polyclinic.privacy.gaussian import Clip
 from polyclinic.testing import Asked, Broken, check_method
@@ -51,7 +51,7 @@ def declares(*jobs: Job) -> type[Declares]:
     ],
 )
 def test_every_ask_is_declared(
-    jobs, why: str, task: Classification, sites: dict[str, Site], local: LocalTraining
+    jobs: tuple[Job, ...], why: str, task: Classification, sites: dict[str, Site], local: LocalTraining
 ) -> None:
     method = declares(*jobs)(task, local)
     if why:
@@ -91,7 +91,7 @@ def test_an_evaluation_has_the_number_of_complete_rounds(
     task: Classification, sites: dict[str, Site], local: LocalTraining
 ) -> None:
     class Behind(FedAvg):
-        def evaluation_request(self, state):
+        def evaluation_request(self, state: State) -> Request:
             return replace(super().evaluation_request(state), round=0)
 
     with pytest.raises(Broken, match="trial has the round of the state"):
@@ -103,7 +103,7 @@ def test_a_method_that_has_finished_is_evaluated_in_the_round_after_its_last(
 ) -> None:
     @dataclass(frozen=True)
     class Once(FedAvg):
-        def request(self, state):
+        def request(self, state: State) -> Request | None:  # type: ignore[override]  # FedAvg has no end
             return None if state.round else super().request(state)
 
     method = Once(task, local)

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import torch
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean
 from polyclinic.core.audit_log import Broken, Journal, verify
 from polyclinic.core.execution import sample_sites
-from polyclinic.core.method import Request
+from polyclinic.core.method import Method, Request
 from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.rounds import Arrival, TooFewReplies, _buffered, train, train_async
 from polyclinic.core.site import SecretRng, Site
+from polyclinic.core.tree import Tree
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
@@ -23,11 +25,14 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
 from tests.conftest import little_sites
 
+Change: TypeAlias = Callable[[Arrival], Sequence[Arrival]]
+"""What becomes of an arrival."""
+
 
 class Tampered(InProcess):
     """An engine in which what one site sends is replaced on its way."""
 
-    def __init__(self, method, sites, victim: str, change) -> None:
+    def __init__(self, method: Method[Any], sites: Mapping[str, Site], victim: str, change: Change) -> None:
         super().__init__(method, sites)
         self.victim, self.change = victim, change
 
@@ -39,21 +44,28 @@ class Tampered(InProcess):
                 yield arrival
 
 
-def poison(value: float):
+def received(arrival: Arrival) -> Reply:
+    assert arrival.reply is not None
+    return arrival.reply
+
+
+def poison(value: float) -> Change:
     def change(arrival: Arrival) -> Sequence[Arrival]:
-        mean = arrival.reply.mean("update")
+        mean = received(arrival).mean("update")
         total = {**mean.total, "head.bias": torch.full_like(mean.total["head.bias"], value)}
         return [arrival._replace(reply=Reply({"update": WeightedMean(total, mean.weight)}))]
 
     return change
 
 
-def reweighted(weight: float):
-    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(a.reply.mean("update").total, weight)}))]
+def reweighted(weight: float) -> Change:
+    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(received(a).mean("update").total, weight)}))]
 
 
-def edited(edit):
-    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(edit(dict(a.reply.mean("update").total)), 10.0)}))]
+def edited(edit: Callable[[dict[str, torch.Tensor]], Tree]) -> Change:
+    return lambda a: [
+        a._replace(reply=Reply({"update": WeightedMean(edit(dict(received(a).mean("update").total)), 10.0)}))
+    ]
 
 
 BAD = {
@@ -70,11 +82,11 @@ BAD = {
     "nan weight": (reweighted(math.nan), "weight nan"),
     "another round": (lambda a: [a._replace(round=a.round + 1)], "no answer"),
     "a gather": (
-        lambda a: [a._replace(reply=Reply({"update": PerSite({a.site: a.reply.mean("update").total})}))],
+        lambda a: [a._replace(reply=Reply({"update": PerSite({a.site: received(a).mean("update").total})}))],
         "update",
     ),
     "speaking for another": (
-        lambda a: [a._replace(reply=Reply({"update": PerSite({"site-2": a.reply.mean("update").total})}))],
+        lambda a: [a._replace(reply=Reply({"update": PerSite({"site-2": received(a).mean("update").total})}))],
         "contains values of",
     ),
 }
@@ -236,7 +248,7 @@ def test_a_site_whose_passes_are_used_up_is_not_asked_again(task: Classification
 class Counted(InProcess):
     """An engine that keeps whom it was asked to ask, for which round."""
 
-    def __init__(self, method, sites, failing: dict[str, int] | None = None) -> None:
+    def __init__(self, method: Method[Any], sites: Mapping[str, Site], failing: dict[str, int] | None = None) -> None:
         super().__init__(method, sites)
         self.asked: list[tuple[int, str]] = []
         self.failing = dict(failing or {})
@@ -297,7 +309,7 @@ def test_a_run_of_which_nobody_is_left_ends(task: Classification, local: LocalTr
 
 
 def test_what_is_kept_apart_by_site_has_room_for_one_answer_of_each() -> None:
-    def arrival(site: str, round: int, kind=PerSite) -> Arrival:
+    def arrival(site: str, round: int, kind: type[PerSite | WeightedMean] = PerSite) -> Arrival:
         tree = {"w": torch.ones(1)}
         return Arrival(site, round, Reply({"p": PerSite({site: tree}) if kind is PerSite else WeightedMean.of(tree)}))
 

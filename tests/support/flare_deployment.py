@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -284,7 +285,7 @@ class Hospitals:
     def held(self, round: int, *sites: str) -> None:
         """Waits until sites work on the round in which they are held."""
         for site in sites:
-            until(lambda site=site: (self.faults / f"held-{site}-{round}").exists(), f"{site} to work on round {round}")
+            until((self.faults / f"held-{site}-{round}").exists, f"{site} to work on round {round}")
 
     def release(self) -> None:
         for path in [*self.faults.glob("hold-*"), *self.faults.glob("held-*")]:
@@ -319,10 +320,16 @@ class Hospitals:
         for run, entry in queue.all().items():
             if entry.state not in OVER:
                 queue.cancel(run)
-                until(lambda run=run: (e := queue.get(run)) and e.state in OVER, f"{run} to be cancelled")
+                until(partial(_is_over, queue, run), f"{run} to be cancelled")
         for site in self.homes:
             self.start_site(site)
         self.together()
+
+
+def _is_over(queue: Queue, run: str) -> bool:
+    """Whether the queue holds ``run`` and it has ended."""
+    entry = queue.get(run)
+    return entry is not None and entry.state in OVER
 
 
 def reference(an: RunRequest, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -50,7 +50,9 @@ def go(folder: Path, methods: str, name: str) -> Path:
     return folder / name
 
 
-def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(tmp_path: Path, capsys) -> None:
+def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = go(tmp_path, '[[methods]]\nname = "watched"\n[[methods]]\nname = "fedavg"\n', "first")
     (arm,) = read(done)
     assert arm.round == 3

@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("cryptography", reason="needs polyclinic[privacy]")
 
+from collections.abc import Callable
+
 from polyclinic.compression.powersgd import PowerSGD
 from polyclinic.compression.quantization import QSGD, BFloat16, Int8, LowRank, Sign
 from polyclinic.compression.topk import TopK
@@ -43,7 +45,7 @@ PLAIN = LocalTraining(epochs=1, batch_size=100, lr=0.1)
 PRIVATE = DPSGD(epochs=1, batch_size=100, lr=0.1, noise=1e-9, bound=1e3, unit="record")
 FAR = 1e9
 
-METHODS = {
+METHODS: dict[str, Callable[[LocalTraining], Method[Any]]] = {
     "fedavg": lambda local: FedAvg(TASK, local, uniform=True),
     "weighted": lambda local: FedAvg(TASK, local),
     "fedprox": lambda local: FedProx(TASK, local, mu=0.1, uniform=True),

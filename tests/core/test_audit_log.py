@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from polyclinic.core import audit_log as module
 from polyclinic.core.audit_log import FIRST, Broken, Journal, verify
 
 
@@ -131,7 +130,7 @@ def test_a_line_that_ends_is_never_cut(tmp_path: Path) -> None:
 
 def test_every_entry_is_on_the_disk_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "journal.jsonl", []
-    monkeypatch.setattr(module.os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size)))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size)))
     journal = Journal(path)
     for i in range(3):
         journal.write("one")
@@ -173,7 +172,7 @@ def test_what_the_disk_does_not_confirm_is_taken_back(tmp_path: Path, monkeypatc
     last, before = written(path)[-1], path.read_bytes()
     journal = Journal(path)
     with monkeypatch.context() as broken:
-        broken.setattr(module.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "it broke")))
+        broken.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "it broke")))
         with pytest.raises(OSError, match="it broke"):
             journal.write("lost")
     assert (path.read_bytes(), journal.head) == (before, last["hash"])

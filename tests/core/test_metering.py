@@ -136,7 +136,8 @@ def test_dp_sgd_shows_each_step_as_it_is_sampled_clipped_and_spent(unit: Any) ->
     for use, at in list(zip(uses, before, strict=True))[:3]:
         total = tree.zeros(use.value)
         for name in use.sampled or ():
-            patient, nth = (name, None) if unit == "patient" else name
+            key: Any = name
+            patient, nth = (key, None) if unit == "patient" else key
             mine = [i for i, who in enumerate(data.patients) if who == patient]
             mine = mine if nth is None else [mine[nth]]
             each = per_example_gradients(cached_model(TASK, params), at, TASK.loss, data[torch.tensor(mine)])

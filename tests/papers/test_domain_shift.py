@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def study(real_data):
+def study(real_data: Path):
     """The benchmark's module, which needs the data."""
     import domain_shift
 

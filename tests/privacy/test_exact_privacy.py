@@ -30,7 +30,7 @@ from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.execution import execute
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import SecretRng, Site
-from polyclinic.core.tree import Tree
+from polyclinic.core.tree import Tree, Trees
 from polyclinic.data.examples import Examples
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -190,7 +190,7 @@ def test_a_server_that_names_another_bound_gets_no_reply(lie: dict[str, Tree]) -
         method.site_update(_with(request, lie), {}, Site("a"))
 
 
-def _with(request: Any, trees: dict[str, Tree]) -> Any:
+def _with(request: Any, trees: Trees) -> Any:
     return replace(request, trees={**request.trees, **trees})
 
 
@@ -522,13 +522,14 @@ def through(bits: int, z: float = 1.0, share: int = 4, heaviest: float = 1.0, cl
 def test_a_grid_too_coarse_for_a_part_of_the_noise_is_refused_when_it_is_built() -> None:
     """z C / sqrt(share) = 1/2 is four steps of 2^-3, and two of 2^-2."""
     assert through(3).transforms[1].step == 0.125
-    for pipeline in (
+    pipelines: tuple[Callable[[], Any], ...] = (
         lambda: through(2),
         lambda: through(3, z=0.999),
         lambda: through(3, share=5),
         lambda: through(3, heaviest=1.01),
         lambda: through(3, clip=Clip(0.999)),
-    ):
+    )
+    for pipeline in pipelines:
         with pytest.raises(
             ValueError,
             match=r"deviation 0\.\d+, and SecureSum rounds to steps of .*At least 4 steps are "

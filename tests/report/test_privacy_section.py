@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -52,11 +53,11 @@ def cells(section, table):
         (float("inf"), "∞"),
     ],
 )
-def test_an_epsilon_is_rounded_up(epsilon, told):
+def test_an_epsilon_is_rounded_up(epsilon, told: str) -> None:
     assert rounded_up(epsilon) == told
 
 
-def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
+def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path: Path) -> None:
     spends = [
         ("fedprox", 1, "lyon", 1.2, "rdp"),
         ("fedprox", 12, "lyon", 1.991, "pld"),
@@ -81,7 +82,7 @@ def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
     assert "who is in a Poisson sample stays secret" in section
 
 
-def test_other_methods_without_noise_are_no_measure_of_its_cost(tmp_path):
+def test_other_methods_without_noise_are_no_measure_of_its_cost(tmp_path: Path) -> None:
     spends = [("fedprox", 12, "lyon", 1.9, "pld"), ("fedbn", 12, "lyon", 7.9, "pld")]
     section = built(tmp_path / "r", spends, private=())
     assert "Cost of privacy: quality against ε for every patient." in section

@@ -31,12 +31,12 @@ VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use"}
 class Page(HTMLParser):
     """Tags, ids, headings and text of a page; a tag that closes another than the last opened is an error."""
 
-    def __init__(self, html):
+    def __init__(self, html) -> None:
         super().__init__()
         self.tags, self.ids, self.headings, self.links, self.open, self.words = [], [], [], [], [], []
         self.feed(html)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag, attrs) -> None:
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
         self.ids += [attrs["id"]] if "id" in attrs else []
@@ -46,15 +46,15 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
+    def handle_startendtag(self, tag, attrs) -> None:
         self.handle_starttag(tag, attrs)
         if tag not in VOID:
             self.open.pop()
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data) -> None:
         if not self.open or self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory):
     return write_run(tmp_path_factory.mktemp("runs") / "made-7f3c2a91", seeds=(0, 1))
 
 
@@ -77,7 +77,7 @@ def built(path, **how):
     return Page(build_report(write_run(path, **how), options=FEW).read_text(encoding="utf-8"))
 
 
-def test_it_says_what_was_found(page):
+def test_it_says_what_was_found(page) -> None:
     assert "FedBN was trained at 4 sites" in page.text
     assert "At osaka, which did not take part in training (90 patients), AUC was" in page.text
     assert "Simulated split" in page.text
@@ -107,7 +107,7 @@ def test_it_is_self_contained(page):
     assert not any(k.startswith("on") for _, attrs in page.tags for k in attrs)
 
 
-def test_it_is_built_for_everybody(page):
+def test_it_is_built_for_everybody(page) -> None:
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert page.headings[0] == 1
@@ -125,14 +125,14 @@ def test_it_is_built_for_everybody(page):
 
 
 @pytest.mark.slow
-def test_the_same_run_gives_the_same_bytes(run, tmp_path):
+def test_the_same_run_gives_the_same_bytes(run, tmp_path: Path) -> None:
     first, again = (build_report(run, tmp_path / k, FEW).parent for k in "ab")
     names = sorted(str(f.relative_to(first)) for f in first.rglob("*") if f.is_file())
     assert {"report.html", "report.json", "model_card.md", "tables/methods.csv"} <= set(names)
     assert all((first / n).read_bytes() == (again / n).read_bytes() for n in names)
 
 
-def test_the_page_the_json_and_the_csv_agree(run, page, tmp_path):
+def test_the_page_the_json_and_the_csv_agree(run, page, tmp_path: Path) -> None:
     folder = build_report(run, tmp_path, FEW).parent
     values = json.loads((folder / "report.json").read_text())
     with open(folder / "tables" / "sites.csv", newline="") as file:
@@ -147,7 +147,7 @@ def test_the_page_the_json_and_the_csv_agree(run, page, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", ["fedavg", "fedprox"])
-def test_test_data_choose_nothing(chosen, tmp_path):
+def test_test_data_choose_nothing(chosen: str, tmp_path: Path) -> None:
     """The method spoken of first is the best on validation, though the other one is better on test, and by far."""
     other = {"fedavg": "fedprox", "fedprox": "fedavg"}[chosen]
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg", "fedprox"))
@@ -165,7 +165,7 @@ def test_test_data_choose_nothing(chosen, tmp_path):
     assert "validation" in result.chosen_by
 
 
-def test_sites_that_lose_are_named(tmp_path):
+def test_sites_that_lose_are_named(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
     tensors = load_file(file)
@@ -178,7 +178,7 @@ def test_sites_that_lose_are_named(tmp_path):
     assert re.search("bo is below local training ?; significant for bo.", page.text)
 
 
-def test_equal_methods_are_not_ranked(tmp_path):
+def test_equal_methods_are_not_ranked(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,), methods=("local", "fedavg", "fedprox"))
     for m in ("local", "fedprox"):
         (path / "arms" / f"{m}-seed0" / "predictions.safetensors").write_bytes(
@@ -189,7 +189,7 @@ def test_equal_methods_are_not_ranked(tmp_path):
     assert all(d.value == 0 for d in result.of("fedavg").gains.values())
 
 
-def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path):
+def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"))
     for file in path.glob("arms/*/predictions.safetensors"):
         tensors = load_file(file)
@@ -202,7 +202,7 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["segmentation", "regression", "multilabel", "reconstruction"])
-def test_other_tasks(tmp_path, task):
+def test_other_tasks(tmp_path: Path, task: str) -> None:
     page = built(tmp_path / "r", task=task, seeds=(0, 1), methods=("local", "pooled", "fedavg", "fedprox"))
     words = {
         "segmentation": "Empty predictions for non-empty targets",
@@ -213,7 +213,7 @@ def test_other_tasks(tmp_path, task):
     assert words[task] in page.text
 
 
-def test_lower_is_better_turns_every_sign(tmp_path):
+def test_lower_is_better_turns_every_sign(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", task="regression", seeds=(0,), methods=("local", "pooled", "fedavg"))
     result = evaluate(read_run(path), FEW)
     alone, here = (result.of(k).macro.value for k in ("local", "fedavg"))
@@ -238,13 +238,13 @@ def test_lower_is_better_turns_every_sign(tmp_path):
         {"sites": LITTLE, "images": 4},
     ],
 )
-def test_small_and_odd_studies(tmp_path, how):
+def test_small_and_odd_studies(tmp_path: Path, how) -> None:
     page = built(tmp_path / "r", **how)
     assert page.open == []
     assert not re.search("None(?! of the)", page.text)
 
 
-def test_several_images_a_patient_are_one_case(tmp_path):
+def test_several_images_a_patient_are_one_case(tmp_path: Path) -> None:
     page = built(tmp_path / "r", sites=LITTLE, images=4, seeds=(0,))
     assert "images of one patient with the same label are averaged into one case" in page.text
     result = evaluate(read_run(tmp_path / "r"), FEW)
@@ -256,7 +256,7 @@ def test_several_images_a_patient_are_one_case(tmp_path):
     assert wide.n == narrow.n == 40
 
 
-def test_small_cohorts_can_be_hidden(tmp_path):
+def test_small_cohorts_can_be_hidden(tmp_path: Path) -> None:
     write_run(tmp_path / "r", seeds=(0,))
     result = evaluate(read_run(tmp_path / "r"), Options(draws=200, min_cell=50))
     assert result.of("fedbn").sites["nairobi"]["auc"].value is None
@@ -268,7 +268,7 @@ def test_small_cohorts_can_be_hidden(tmp_path):
 # Seeds
 
 
-def test_seeds_with_splits_of_their_own_are_noticed(tmp_path):
+def test_seeds_with_splits_of_their_own_are_noticed(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"))
     assert evaluate(read_run(path), FEW).shared
     for file in path.glob("arms/*-seed1/predictions.safetensors"):
@@ -282,7 +282,7 @@ def test_seeds_with_splits_of_their_own_are_noticed(tmp_path):
     assert "mean of the seeds’ limits" in result.of("fedavg").sites["ada"]["auc"].how
 
 
-def test_one_seed_twice_is_that_seed(tmp_path):
+def test_one_seed_twice_is_that_seed(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     once = evaluate(read_run(path), FEW)
     info = json.loads((path / "run.json").read_text())
@@ -301,7 +301,7 @@ def test_one_seed_twice_is_that_seed(tmp_path):
 # In a browser
 
 
-def in_chromium(file, tmp_path, *flags):
+def in_chromium(file, tmp_path: Path, *flags):
     """What Debian's Chromium prints, without a network and without its own errands."""
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -314,7 +314,7 @@ def in_chromium(file, tmp_path, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_sticks_out_and_nothing_is_fetched(run, tmp_path, width):
+def test_nothing_sticks_out_and_nothing_is_fetched(run, tmp_path: Path, width: int) -> None:
     """Headless Chromium cannot be narrower than 500 pixels, so the page is shown in a frame."""
     page = build_report(run, tmp_path, FEW)
     html = page.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
@@ -338,7 +338,7 @@ def test_nothing_sticks_out_and_nothing_is_fetched(run, tmp_path, width):
 
 
 @pytest.mark.slow
-def test_it_prints(run, tmp_path):
+def test_it_prints(run, tmp_path: Path) -> None:
     page = build_report(run, tmp_path, FEW)
     in_chromium(page, tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
     data = (tmp_path / "page.pdf").read_bytes()
@@ -349,7 +349,7 @@ def test_it_prints(run, tmp_path):
 # Runs that are not as they should be
 
 
-def test_an_unfinished_run_reads_as_far_as_it_got(tmp_path):
+def test_an_unfinished_run_reads_as_far_as_it_got(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", finished=False)
     with open(path / "records.jsonl", "a") as file:
         file.write('{"kind": "round", "meth')
@@ -359,7 +359,7 @@ def test_an_unfinished_run_reads_as_far_as_it_got(tmp_path):
     assert "was cut off while it was written" in page.text
 
 
-def test_a_run_that_has_just_begun(tmp_path):
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r")
     for file in path.glob("arms/*/*.safetensors"):
         file.unlink()
@@ -368,7 +368,7 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "No method has test predictions yet" in page.text
 
 
-def test_broken_lines_are_named_all_at_once(tmp_path):
+def test_broken_lines_are_named_all_at_once(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,))
     lines = (path / "records.jsonl").read_text().splitlines()
     lines[2], lines[4] = "{oops", '{"kind": "round", "method": "fedavg", "seed": "x", "round": 1}'
@@ -393,7 +393,7 @@ def test_broken_lines_are_named_all_at_once(tmp_path):
         (lambda t: t.update({"eve/patient": t["ada/patient"]}), "site 'eve' is not among the run's sites"),
     ],
 )
-def test_predictions_that_do_not_fit_are_refused(tmp_path, change, words):
+def test_predictions_that_do_not_fit_are_refused(tmp_path: Path, change, words: str) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
     tensors = load_file(file)
@@ -403,7 +403,7 @@ def test_predictions_that_do_not_fit_are_refused(tmp_path, change, words):
         build_report(path)
 
 
-def test_a_damaged_predictions_file(tmp_path):
+def test_a_damaged_predictions_file(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -411,7 +411,7 @@ def test_a_damaged_predictions_file(tmp_path):
         build_report(path)
 
 
-def test_what_is_not_a_run(tmp_path):
+def test_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(NotARun, match="no such folder"):
         build_report(tmp_path / "nowhere")
     with pytest.raises(NotARun, match=r"no run\.json"):
@@ -422,7 +422,7 @@ def test_what_is_not_a_run(tmp_path):
     assert all(word in str(told.value) for word in ("task", "metric", "sites", "methods"))
 
 
-def test_a_metric_of_another_task_is_refused(tmp_path):
+def test_a_metric_of_another_task_is_refused(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,))
     info = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(info | {"metric": "dice"}))
@@ -430,7 +430,7 @@ def test_a_metric_of_another_task_is_refused(tmp_path):
         build_report(path)
 
 
-def test_names_cannot_break_the_page(tmp_path):
+def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,))
     info = json.loads((path / "run.json").read_text())
     evil = "</title><script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -443,7 +443,7 @@ def test_names_cannot_break_the_page(tmp_path):
     assert evil in page.text
 
 
-def test_a_test_set_opened_twice_is_said_first(tmp_path):
+def test_a_test_set_opened_twice_is_said_first(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     text = (path / "records.jsonl").read_text()
     (path / "records.jsonl").write_text(text.replace('"opened": 1', '"opened": 2'))
@@ -452,7 +452,7 @@ def test_a_test_set_opened_twice_is_said_first(tmp_path):
     assert "Test patients were not accessed" not in page.text
 
 
-def test_a_broken_journal_is_said_first(tmp_path):
+def test_a_broken_journal_is_said_first(tmp_path: Path) -> None:
     from polyclinic.core.audit_log import Journal
 
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,))
@@ -468,14 +468,14 @@ def test_a_broken_journal_is_said_first(tmp_path):
     assert "The hash chain of the journal is broken" in bad.text
 
 
-def test_without_matplotlib_the_message_names_the_extra(run, tmp_path, monkeypatch):
+def test_without_matplotlib_the_message_names_the_extra(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         build_report(run, tmp_path / "out", FEW)
     assert not (tmp_path / "out").exists()
 
 
-def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
+def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0, 1), methods=("local", "fedavg"), privacy=False)
     with open(path / "records.jsonl", "a") as file:
         for seed, round_, epsilon, by in (
@@ -505,7 +505,7 @@ def test_privacy_spent_is_that_at_the_end_of_the_dearest_seed(tmp_path):
 # Several runs
 
 
-def test_runs_are_compared_on_the_same_patients(tmp_path):
+def test_runs_are_compared_on_the_same_patients(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     b = write_run(tmp_path / "b", sites=LITTLE, seeds=(0,), methods=("fedavg", "fedprox"))
     rows = {(r.run, r.method): r for r in compare([a, b], options=FEW)}
@@ -517,7 +517,7 @@ def test_runs_are_compared_on_the_same_patients(tmp_path):
         compare([a, b], reference="a/fedbn", options=FEW)
 
 
-def test_runs_with_other_patients_are_not_compared(tmp_path):
+def test_runs_with_other_patients_are_not_compared(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", sites=LITTLE, seeds=(0,))
     b = write_run(tmp_path / "b", sites={"ada": ("training", 44, 0.5, 0, 0), "bo": LITTLE["bo"]}, seeds=(0,))
     with pytest.raises(NotComparable, match=r"test patients at ada \(seed 0\) differ between a and b"):
@@ -529,7 +529,7 @@ def test_runs_with_other_patients_are_not_compared(tmp_path):
         compare([a, c], options=FEW)
 
 
-def test_a_panel_ranks_methods_over_data_sets(tmp_path):
+def test_a_panel_ranks_methods_over_data_sets(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / t, task=t, seeds=(0,)) for t in ("classification", "regression", "segmentation")]
     found = panel(runs, FEW)
     assert found.methods == tuple(METHODS)
@@ -538,7 +538,7 @@ def test_a_panel_ranks_methods_over_data_sets(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["how-to/report", "explanation/evaluation"])
-def test_examples_of_the_pages_run(name, tmp_path, monkeypatch):
+def test_examples_of_the_pages_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs" / "demo-42e2f0e4", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / f"{name}.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from polyclinic.statistics import paired_tests as cmp
 from polyclinic.statistics.undefined import Undefined
 
 
-def test_the_critical_difference_is_demsars():
+def test_the_critical_difference_is_demsars() -> None:
     """k = 4 methods on N = 14 data sets: q = 2.569 and CD = 1.25 in Demšar, JMLR 2006, section 3.2.2."""
     values = np.random.default_rng(7).normal(size=(14, 4))
     ranking = cmp.rank_methods("abcd", values)
@@ -22,14 +22,14 @@ def test_the_critical_difference_is_demsars():
     assert list(ranking.ranks) == sorted(ranking.ranks)
 
 
-def test_lower_is_better_turns_the_ranks_round():
+def test_lower_is_better_turns_the_ranks_round() -> None:
     up = cmp.rank_methods("abc", np.random.default_rng(0).normal(size=(6, 3)))
     down = cmp.rank_methods("abc", -np.random.default_rng(0).normal(size=(6, 3)), higher_is_better=False)
     assert up.ranks == down.ranks
     assert up.methods == down.methods
 
 
-def test_ranking_needs_three_of_each():
+def test_ranking_needs_three_of_each() -> None:
     with pytest.raises(Undefined):
         cmp.rank_methods("ab", np.zeros((9, 2)))
     with pytest.raises(Undefined):
@@ -37,14 +37,14 @@ def test_ranking_needs_three_of_each():
     assert cmp.rank_methods("abc", np.zeros((4, 3))).p == 1
 
 
-def test_cliques_overlap_where_the_ends_differ():
+def test_cliques_overlap_where_the_ends_differ() -> None:
     values = np.tile([3.0, 2.0, 1.0], (12, 1))
     values[:6] = [3, 1, 2]
     ranking = cmp.rank_methods("abc", values)
     assert ranking.cliques == (("b", "c"),)
 
 
-def test_corrected_t_by_hand_and_its_limits():
+def test_corrected_t_by_hand_and_its_limits() -> None:
     d = [0.02, 0.05, 0.01, 0.03]
     found = cmp.corrected_t(d, test=20, train=80)
     se = ((1 / 4 + 20 / 80) * np.var(d, ddof=1)) ** 0.5
@@ -59,14 +59,14 @@ def test_corrected_t_by_hand_and_its_limits():
         cmp.corrected_t([0.1, 0.2], 0, 1)
 
 
-def test_signed_ranks():
+def test_signed_ranks() -> None:
     d = [0.1, 0.2, 0.15, 0.3, 0.05, 0.12, 0.4]
     assert cmp.signed_ranks(d).p == pytest.approx(2 / 2**7)
     with pytest.raises(Undefined, match="six"):
         cmp.signed_ranks([0.1] * 5 + [0.0])
 
 
-def test_a_verdict_needs_the_interval_and_the_corrected_p():
+def test_a_verdict_needs_the_interval_and_the_corrected_p() -> None:
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02).verdict() == cmp.BETTER
     assert cmp.Difference(-0.1, -0.2, -0.01, 0.02).verdict() == cmp.WORSE
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02, adjusted=0.08).verdict() == cmp.UNDECIDED
@@ -82,19 +82,19 @@ def seeded(count, luck, rng, patients=0.02, draws=200):
 
 
 @pytest.mark.parametrize(("count", "luck"), [(2, 0.01), (3, 0.02), (5, 0.05), (10, 0.05)])
-def test_differences_over_seeds_keep_their_level(count, luck):
+def test_differences_over_seeds_keep_their_level(count: int, luck: float) -> None:
     rng = np.random.default_rng(count)
     p = [cmp.over_seeds(*seeded(count, luck, rng), n=200).p for _ in range(1500)]
     assert np.mean(np.array(p) < 0.05) < 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5 + 0.02
 
 
-def test_patients_alone_would_not_keep_it():
+def test_patients_alone_would_not_keep_it() -> None:
     rng = np.random.default_rng(0)
     p = [cmp.two_sided(seeded(3, 0.05, rng)[1]) for _ in range(500)]
     assert np.mean(np.array(p) < 0.05) > 0.2
 
 
-def test_seeds_that_agree_leave_the_patients_interval():
+def test_seeds_that_agree_leave_the_patients_interval() -> None:
     draws = 0.1 + 0.02 * np.random.default_rng(1).normal(size=5000)
     d, plain = cmp.over_seeds(np.full(4, 0.1), draws, n=10_000), cmp.difference(0.1, draws)
     assert (d.low, d.high) == (pytest.approx(plain.low, abs=0.002), pytest.approx(plain.high, abs=0.002))
@@ -103,7 +103,7 @@ def test_seeds_that_agree_leave_the_patients_interval():
     assert cmp.over_seeds(np.array([0.1, 0.1]), np.full(100, np.nan)).low is None
 
 
-def test_two_sided_p_is_never_zero_and_one_in_the_middle():
+def test_two_sided_p_is_never_zero_and_one_in_the_middle() -> None:
     assert cmp.two_sided(np.ones(99)) == pytest.approx(0.02)
     assert cmp.two_sided(np.linspace(-1, 1, 100)) == pytest.approx(1.0, abs=0.02)
     assert cmp.two_sided(np.zeros(50)) == 1.0

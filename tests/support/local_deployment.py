@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from polyclinic.core.atomic import write_private
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
 from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
+from polyclinic.engines.flare.client.training_process import TrainingProcess
 from polyclinic.engines.flare.client.training_worker import Training
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
@@ -108,7 +109,8 @@ class Inline:
     pid = 0
 
     def __init__(self, home: SiteFolder, run: str) -> None:
-        self.home, self.run, self.training = home, run, None
+        self.home, self.run = home, run
+        self.training: Training | None = None
 
     def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
         self.training = self.training or Training(self.home, self.run)
@@ -141,7 +143,7 @@ class LocalCarrier:
     def agent(self, name: str) -> SiteAgent:
         if name not in self.agents:
             self.agents[name] = SiteAgent(self.homes[name], self.order)
-            self.agents[name].trainer = Inline(self.homes[name], self.order.run)
+            self.agents[name].trainer = cast(TrainingProcess, Inline(self.homes[name], self.order.run))
         return self.agents[name]
 
     def restart(self, name: str) -> None:
@@ -177,6 +179,7 @@ class LocalCarrier:
         answer, file = agent.answer(call, body)
 
         def take(path: Path, limit: int) -> tuple[int, str]:
+            assert file is not None
             shutil.copy(file, path)
             return hash_of(path)
 

@@ -402,7 +402,7 @@ def test_a_policy_counts_from_the_next_message_on(tmp_path: Path) -> None:
         ({"secure": True}, ""),
     ],
 )
-def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why, tmp_path: Path) -> None:
+def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why: str, tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     answer = server.call(server.ask(**changes))
     assert why in answer.lost
@@ -524,7 +524,7 @@ def _sized(delivery, value):
         (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],
 )
-def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why, tmp_path: Path) -> None:
+def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why: str, tmp_path: Path) -> None:
     homes, an = hospital(tmp_path), order(rounds=1, min_replies=2)
     for home in homes.values():
         approve(home, an)

@@ -21,7 +21,7 @@ from tests.support.local_deployment import order
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
@@ -114,7 +114,9 @@ def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteFolder, serve
         ("surprise", "x", "not known"),
     ],
 )
-def test_a_changed_join_file_is_refused(field, value, why, site: SiteFolder, table: dict, tmp_path: Path) -> None:
+def test_a_changed_join_file_is_refused(
+    field: str, value, why: str, site: SiteFolder, table: dict, tmp_path: Path
+) -> None:
     with pytest.raises(BadFile, match=why):
         site_setup.read_join(site, write(tmp_path / "join", {**table, field: value}))
 
@@ -167,7 +169,7 @@ def test_certificates_begin_end_and_say_so(server: ServerFolder) -> None:
         ({"organization": "a b"}, "an organization"),
     ],
 )
-def test_a_bad_request_is_refused(changes, why, server: ServerFolder, site: SiteFolder, tmp_path: Path) -> None:
+def test_a_bad_request_is_refused(changes, why: str, server: ServerFolder, site: SiteFolder, tmp_path: Path) -> None:
     request = json.loads((site.path / "site-1.request").read_text())
     with pytest.raises(BadFile, match=why):
         server_setup.admit(server, write(tmp_path / "request", {**request, **changes}))

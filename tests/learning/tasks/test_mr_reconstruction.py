@@ -22,7 +22,7 @@ def test_undersampling_is_numpys() -> None:
 
 
 @pytest.mark.parametrize(("width", "acceleration", "center"), [(64, 4, 0.08), (31, 4, 0.1), (16, 1, 0.5), (20, 8, 0.5)])
-def test_columns(width, acceleration, center) -> None:
+def test_columns(width: int, acceleration: int, center: float) -> None:
     measured = columns(width, acceleration, center, torch.Generator().manual_seed(1))
     assert measured[0]
     half = max(0, (round(center * width) - 1) // 2)

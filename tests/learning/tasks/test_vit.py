@@ -2,6 +2,7 @@
 
 import torch
 
+from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import represent
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
@@ -11,7 +12,7 @@ from polyclinic.learning.training.local import LocalTraining
 SMALL = (("hidden_size", 12), ("mlp_dim", 24), ("num_heads", 2), ("num_layers", 2), ("patch_size", 4))
 
 
-def test_it_predicts_and_trains(sites):
+def test_it_predicts_and_trains(sites: dict[str, Site]) -> None:
     task = Classification(Network("vit", (1, 8, 8), 2, SMALL))
     model, x = task.model(), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert model(x).shape == (3, 2)

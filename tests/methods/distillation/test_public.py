@@ -46,7 +46,7 @@ def hidden_targets(sites):
 
 
 @pytest.mark.parametrize("make", [FedDF, FedMD, lambda task, local: FedAD(task, 2, local)])
-def test_targets_of_public_images_are_never_used(task, make):
+def test_targets_of_public_images_are_never_used(task: Classification, make) -> None:
     sites, others = little_sites(), hidden_targets(little_sites())
     one, two = (run(make(task, LOCAL), s, task.first(0), server_data=server_data(s))[0].state for s in (sites, others))
     assert same(one.params, two.params)
@@ -55,13 +55,13 @@ def test_targets_of_public_images_are_never_used(task, make):
 @pytest.mark.parametrize(
     ("make", "who"), [(FedDF, "the server"), (FedMD, "site-1"), (lambda task, local: FedAD(task, 2, local), "site-1")]
 )
-def test_without_public_images_it_says_so(task, make, who):
+def test_without_public_images_it_says_so(task: Classification, make, who: str) -> None:
     sites = little_sites()
     method = make(task, LOCAL)
     bare = replace(sites["site-1"], data={"train": sites["site-1"].data["train"]})
     state = method.init(task.first(0))
 
-    def a_round():
+    def a_round() -> None:
         reply, _ = method.site_update(method.request(state), {}, bare)
         method.server_update(state, reply, Site("server"))
 
@@ -69,7 +69,7 @@ def test_without_public_images_it_says_so(task, make, who):
         a_round()
 
 
-def test_feddf_without_distillation_is_fedavg(task):
+def test_feddf_without_distillation_is_fedavg(task: Classification) -> None:
     sites = little_sites()
     step, _ = run(
         training(FedDF, distil=LocalTraining(steps=0))(task, LOCAL),
@@ -81,7 +81,7 @@ def test_feddf_without_distillation_is_fedavg(task):
     assert near(step.state.params, plain.state.params)
 
 
-def test_feddf_one_step_is_the_equation_in_numpy():
+def test_feddf_one_step_is_the_equation_in_numpy() -> None:
     """One step down KL(σ(mean of logits) ‖ σ(student)) from the average model (equation 1), for linear models."""
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
     method = training(FedDF, distil=STEP)(LINEAR, LOCAL)
@@ -100,7 +100,7 @@ def test_feddf_one_step_is_the_equation_in_numpy():
     assert np.allclose(found["head.bias"].numpy(), b0 - 0.5 * g.sum(0), atol=1e-5)
 
 
-def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task):
+def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task: Classification) -> None:
     sites = little_sites()
     method = training(FedMD, digest=LOCAL)(task, LOCAL)
     step, engine = run(method, sites, task.first(0), 1)
@@ -118,7 +118,7 @@ def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task):
     assert gaps[1] < 0.7 * gaps[0]
 
 
-def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_newcomers(task):
+def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_newcomers(task: Classification) -> None:
     sites = little_sites()
     local = LocalTraining(epochs=5, batch_size=8, lr=0.1)
     method = Evaluated(training(FedMD, digest=LocalTraining(epochs=20, batch_size=4, lr=0.05))(task, local), task)
@@ -130,7 +130,7 @@ def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_n
     assert same(method.site_model(request, engine.memory["site-0"]), engine.memory["site-0"]["params"])
 
 
-def test_look_says_what_the_model_says_and_where(task):
+def test_look_says_what_the_model_says_and_where(task: Classification) -> None:
     model, x = task.model().eval(), torch.zeros(4, 1, 8, 8)
     x[:, :, 5:7, 1:3] = 20
     z, where = look(model, x)
@@ -141,7 +141,7 @@ def test_look_says_what_the_model_says_and_where(task):
     assert look(table, torch.randn(3, 5))[1].shape == (3, 0)
 
 
-def test_fedad_weighs_classes_by_who_knows_them():
+def test_fedad_weighs_classes_by_who_knows_them() -> None:
     """q_c ∝ Σ_k n_k,c p_k,c / Σ_k n_k,c, of probabilities rounded to hundredths, in numpy."""
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
     method = training(FedAD, distil=STEP)(LINEAR, 1, LOCAL)
@@ -158,7 +158,7 @@ def test_fedad_weighs_classes_by_who_knows_them():
     assert np.allclose(merged, total / weight, atol=1e-5)
 
 
-def test_fedad_is_one_exchange_without_weights_and_its_student_works(task):
+def test_fedad_is_one_exchange_without_weights_and_its_student_works(task: Classification) -> None:
     sites = little_sites()
     method = Evaluated(FedAD(task, 10, LocalTraining(epochs=2, batch_size=6, lr=0.1), distil_epochs=80), task)
     step, engine = run(method, sites, task.first(0), 10, server_data=server_data(sites))
@@ -170,7 +170,7 @@ def test_fedad_is_one_exchange_without_weights_and_its_student_works(task):
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
 
 
-def test_fedads_noise_is_added_to_probabilities(task):
+def test_fedads_noise_is_added_to_probabilities(task: Classification) -> None:
     site = little_sites()["site-1"]
     clean, noisy = (FedAD(task, 1, LOCAL, noise=s) for s in (0.0, 0.1))
     request = clean.request(clean.init(task.first(0)))
@@ -192,14 +192,14 @@ def test_training_on_public_images_follows_the_options(task):
     assert FedAD(task, 5, LOCAL, distil_epochs=4).distil == replace(LOCAL, epochs=4)
 
 
-def test_a_teacher_that_counts_nothing_is_fedavg(task):
+def test_a_teacher_that_counts_nothing_is_fedavg(task: Classification) -> None:
     sites = little_sites()
     step, _ = run(TeacherStudent(task, LOCAL, share=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params)
 
 
-def test_one_step_with_a_teacher_is_the_equation_in_numpy():
+def test_one_step_with_a_teacher_is_the_equation_in_numpy() -> None:
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
     teacher = {k: v + 0.5 for k, v in params.items()}
     teacher["head.weight"] = teacher["head.weight"] * 2
@@ -215,7 +215,7 @@ def test_one_step_with_a_teacher_is_the_equation_in_numpy():
     assert np.allclose(reply.mean("update").value["head.weight"].numpy(), -0.5 * g.T @ x, atol=1e-5)
 
 
-def test_only_two_teachers_are_known(task):
+def test_only_two_teachers_are_known(task: Classification) -> None:
     assert TeacherStudent(task, LOCAL, teacher="first").teacher == "first"
     with pytest.raises(ValueError, match="no teacher is called 'plato'"):
         TeacherStudent(task, LOCAL, teacher="plato")

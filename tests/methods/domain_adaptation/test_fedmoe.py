@@ -15,7 +15,7 @@ from polyclinic.methods.domain_adaptation.fedmoe import FedMoE
 from tests.conftest import Rows
 
 
-def test_the_mixture_by_hand(task) -> None:
+def test_the_mixture_by_hand(task: Classification) -> None:
     method = FedMoE(task, LocalTraining())
     shared, own = task.first(0), task.first(1)
     gate = {"gate.weight": torch.tensor([[0.5, -1.0]]), "gate.bias": torch.tensor([0.2])}
@@ -29,7 +29,7 @@ def test_the_mixture_by_hand(task) -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_site_never_seen_predicts_with_the_federated_expert(task, local) -> None:
+def test_a_site_never_seen_predicts_with_the_federated_expert(task: Classification, local: LocalTraining) -> None:
     method = FedMoE(task, local)
     model = cached_model(
         method.prediction_task, method.site_model(method.request(method.init(task.first())), {})

@@ -32,7 +32,7 @@ def test_without_alignment_it_is_fedavg_over_the_sources(task, local, sites) -> 
     assert close(ours.params, run(FedAvg(task, local, uniform=True), task.first(), sources).params)
 
 
-def test_the_targets_truth_is_never_used(task, local, sites) -> None:
+def test_the_targets_truth_is_never_used(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = MRCM(task, NAMES, local, target="site-1")
     state = run(method, task.first(), sites)
     data = sites["site-1"].data["train"]
@@ -60,7 +60,7 @@ def test_features_come_nearer_to_the_targets() -> None:
     assert apart(1.0) < 0.6 * apart(0.0)
 
 
-def test_a_target_that_is_no_site_is_refused(task, local) -> None:
+def test_a_target_that_is_no_site_is_refused(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="must be one of"):
         MRCM(task, NAMES, local, target="elsewhere")
     with pytest.raises(ValueError, match="two or more"):

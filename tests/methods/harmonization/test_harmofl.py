@@ -19,7 +19,9 @@ from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
 
-def test_the_normalizer_is_equations_3_and_4(task, local, sites) -> None:
+def test_the_normalizer_is_equations_3_and_4(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """Â_k = (1 − v) Â_{k−1} + v/M Σ A(x_m) over minibatches; Ψ(x) = F⁻¹(Â, P(x)). In numpy's FFT."""
     method, site = HarmoFL(task, local, decay=0.3), sites["site-1"]
     request = method.request(method.init(task.first()))
@@ -86,7 +88,7 @@ def test_without_perturbation_it_is_fedavg_on_harmonized_images(task, local, sit
     assert close(ours, tiny.site_update(request, {}, sites["site-2"])[0])  # running statistics move once a step
 
 
-def test_sites_that_differ_by_a_filter_come_to_look_alike(task) -> None:
+def test_sites_that_differ_by_a_filter_come_to_look_alike(task: Classification) -> None:
     """A scanner that multiplies every spectrum is undone: normalized images are the same as without it."""
     x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     gain = torch.linspace(0.5, 2, 8)[:, None] + torch.linspace(0, 1, 8)
@@ -97,7 +99,7 @@ def test_sites_that_differ_by_a_filter_come_to_look_alike(task) -> None:
     torch.testing.assert_close(front(x), front(filtered), rtol=1e-3, atol=1e-4)
 
 
-def test_evaluation_harmonizes_too(task, local, sites) -> None:
+def test_evaluation_harmonizes_too(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = Evaluated(HarmoFL(task, local), task)
     federation, state = InProcess(method, sites), method.init(task.first())
     for step in train(method, federation, state, rounds=2):

@@ -5,6 +5,8 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.fednorm import FedNorm
 from polyclinic.methods.personalization.partial_personalization import fedbn
@@ -46,7 +48,7 @@ def test_sites_of_one_modality_share_its_layers_and_no_others(task, local, sites
     torch.testing.assert_close(stranger[name], (models["site-0"][name] + models["site-1"][name]) / 2)
 
 
-def test_wrong_modalities_are_refused(task, local) -> None:
+def test_wrong_modalities_are_refused(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="2 for 3 sites"):
         FedNorm(task, NAMES, local, modalities=("ct", "mr"))
     with pytest.raises(ValueError, match="full stop"):

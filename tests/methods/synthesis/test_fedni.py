@@ -22,7 +22,7 @@ def normal(*shape, key="x"):
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def test_neighbors_are_the_most_alike_both_ways():
+def test_neighbors_are_the_most_alike_both_ways() -> None:
     h = normal(9, 4)
     x = h.double().numpy() - h.double().numpy().mean(0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -35,14 +35,14 @@ def test_neighbors_are_the_most_alike_both_ways():
     assert neighbors(h[:1], 3).tolist() == [[0]]
 
 
-def test_a_graph_convolution_is_kipfs():
+def test_a_graph_convolution_is_kipfs() -> None:
     edges = neighbors(normal(7, 4), 2)
     A = edges.double().numpy() + np.eye(7)
     D = np.diag(A.sum(1) ** -0.5)
     assert np.allclose(normalized(edges).numpy(), D @ A @ D, atol=1e-6)
 
 
-def test_the_whole_forward_pass_is_its_equation_in_numpy():
+def test_the_whole_forward_pass_is_its_equation_in_numpy() -> None:
     model, x = populated(TABLE, 2).model().eval(), normal(8, 6)
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
     h, edges = x.double().numpy(), neighbors(x, 2).double().numpy()
@@ -61,7 +61,7 @@ def test_the_whole_forward_pass_is_its_equation_in_numpy():
     assert np.allclose(model(x).detach().numpy(), linear(h + mixed[:8], "base.head"), atol=1e-4)
 
 
-def test_the_generator_learns_what_neighbors_are_like():
+def test_the_generator_learns_what_neighbors_are_like() -> None:
     task = populated(TABLE, 4)
     centers = normal(4, 6, key="c") * 3
     x = centers[torch.arange(64) % 4] + 0.3 * normal(64, 6)
@@ -88,7 +88,7 @@ def tables(count=3):
     return found
 
 
-def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
+def test_each_phase_moves_its_own_part_and_the_first_reads_no_target() -> None:
     sites = tables()
     method = FedNI(TABLE, LOCAL, rounds=2, pretrain=0.5, neighbors=4)
     start = method.init(TABLE.first(0)).params
@@ -103,7 +103,7 @@ def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
     assert same(both.state.params, other.state.params)
 
 
-def test_it_predicts_with_the_graph():
+def test_it_predicts_with_the_graph() -> None:
     sites = tables()
     method = Evaluated(FedNI(TABLE, LOCAL, rounds=5), TABLE)
     step, engine = run(method, sites, TABLE.first(0), 5)

@@ -6,18 +6,22 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.tasks.task import Batch, Task
+
+IGNORED = -1
+"""Target of pixels without annotation (nnU-Net's "ignore")."""
 
 
 @dataclass(frozen=True)
 class Segmentation(Task):
     """Segmentation: a class for every pixel. Targets are int64 [b, *spatial], 0 for background.
 
-    Scores of empty masks are defined: if only one of prediction and truth is empty, Dice is 0 and the distance is the
-    image's diagonal; if both are, Dice is 1 and the distance 0. ``empty`` counts empty predictions for a nonempty
-    truth. MONAI's defaults omit such cases from the mean.
+    Pixels whose target is ``IGNORED`` count in neither loss nor metrics. If only one of prediction and truth contains a
+    class, its Dice is 0 and its distance the image's diagonal; ``empty`` marks empty predictions for a nonempty truth.
+    If neither contains it, ``absent`` marks the pair, and means leave it out, as in nnU-Net.
 
     Attributes:
         spacing_mm: Pixel size along each axis, for distances.
@@ -35,9 +39,12 @@ class Segmentation(Task):
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
         from monai.losses import DiceCELoss
 
-        measure = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
         prediction = model(batch[0])
-        loss: Tensor = measure(prediction if isinstance(prediction, Tensor) else prediction[0], batch[1].unsqueeze(1))
+        scores = prediction if isinstance(prediction, Tensor) else prediction[0]
+        if bool((batch[1] == IGNORED).any()):
+            return _partial_loss(scores, batch[1])
+        measure = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
+        loss: Tensor = measure(scores, batch[1].unsqueeze(1))
         return loss
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
@@ -51,19 +58,39 @@ class Segmentation(Task):
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """Return ``dice`` and ``empty`` [b, K] for K foreground classes; ``hd95`` (mm) and ``nsd`` if full metrics."""
+        """Return ``dice``, ``empty`` and ``absent`` [b, K] for K foreground classes; ``hd95`` (mm) and ``nsd`` if full
+        metrics.
+        """
         scores = self.predict(model, batch[0])
         return agreement(
             scores.argmax(1), batch[1], scores.shape[1], self.spacing_mm, self.tolerance_mm if full_metrics else None
         )
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present."""
-        metrics = {"dice": float(outputs["dice"].mean()), "empty": float(outputs["empty"].float().mean())}
-        metrics["loss"] = 1 - metrics["dice"]
-        return metrics | {
-            name: float(outputs[name].mean()) for name in ("hd95", "nsd", "volume_error") if name in outputs
-        }
+        """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present.
+
+        Pairs of a case and a class that neither prediction nor truth contains are left out; without any other pair
+        there is no Dice.
+        """
+        metrics, present = {"empty": float(outputs["empty"].float().mean())}, ~outputs["absent"].bool()
+        if not bool(present.any()):
+            return metrics
+        names = [name for name in ("dice", "hd95", "nsd", "volume_error") if name in outputs]
+        metrics |= {name: float(outputs[name][present].mean()) for name in names}
+        return metrics | {"loss": 1 - metrics["dice"]}
+
+
+def _partial_loss(scores: Tensor, target: Tensor) -> Tensor:
+    """Return the loss over the pixels that are annotated: soft Dice of the foreground plus cross-entropy."""
+    from monai.losses import DiceLoss
+
+    known = (target != IGNORED).unsqueeze(1)
+    if not bool(known.any()):
+        nothing: Tensor = scores.sum() * 0.0
+        return nothing
+    truth = functional.one_hot(target.clamp_min(0), scores.shape[1]).movedim(-1, 1) * known
+    dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, truth)
+    return dice + functional.cross_entropy(scores, target, ignore_index=IGNORED)
 
 
 def agreement(
@@ -75,16 +102,18 @@ def agreement(
 ) -> dict[str, Tensor]:
     """Compare two label maps [b, *spatial] for each case and foreground class: tensors [b, classes - 1].
 
-    Distances are in mm (pixels without ``spacing_mm``), and are computed only if ``tolerance_mm`` is given.
+    Dice and surface Dice are 1, and distances 0, for classes that are in neither map. Distances are in mm (pixels
+    without ``spacing_mm``), and are computed only if ``tolerance_mm`` is given.
     """
     labels = torch.arange(1, classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
-    p, t = predicted.unsqueeze(1) == labels, target.unsqueeze(1) == labels
+    p, t = (predicted.unsqueeze(1) == labels) & (target.unsqueeze(1) != IGNORED), target.unsqueeze(1) == labels
     axes = tuple(range(2, p.ndim))
     both, in_p, in_t = (p & t).sum(axes), p.sum(axes), t.sum(axes)
     neither = (in_p + in_t) == 0
     metrics = {
         "dice": torch.where(neither, 1.0, 2.0 * both / (in_p + in_t).clamp_min(1)),
         "empty": (in_p == 0) & (in_t > 0),
+        "absent": neither,
     }
     if tolerance_mm is not None:
         spacing = spacing_mm or (1.0,) * len(axes)

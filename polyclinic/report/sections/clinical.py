@@ -178,7 +178,7 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
     note = (
         "A prediction that is empty though there is a target counts as Dice 0, surface Dice 0 and a distance of the "
-        "image’s diagonal; one that is empty as it should be, as Dice 1 and a distance of 0. No case is left out. "
+        "image’s diagonal. A class that neither prediction nor target of a case contains is left out of the means. "
         "“Empty predictions” counts the first kind, mean over seeds."
     )
     columns += numbers(empty="Empty predictions")

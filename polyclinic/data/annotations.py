@@ -52,7 +52,7 @@ def boxes(masks: Tensor) -> Tensor:
     """
     filled = torch.zeros_like(masks)
     for out, mask in zip(filled, masks, strict=True):
-        where = mask.nonzero()
+        where = (mask > 0).nonzero()
         if len(where):
             low, high = where.amin(0).tolist(), where.amax(0).tolist()
             out[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))] = mask.amax()

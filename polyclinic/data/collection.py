@@ -1,6 +1,7 @@
 """Collections of image files with their metadata, the common basis of all file-based sources."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,17 @@ import torch
 
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
-from polyclinic.data.files import content_of, read_image
+from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
 from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.mask_labels import IGNORED, WHITE, black_and_white, label_problems
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
+from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
 from polyclinic.data.source import Info, Table, digest
+from polyclinic.data.value_ranges import ValueRange, scale_problems
 
-VERSION = 1
+VERSION = 2
+MOST_NOTES = 10
 UNKNOWN_PATIENTS = (
     "The data names no patients: each image counts as a patient of its own, so images of one patient may be in two "
     "splits."
@@ -32,11 +37,12 @@ class Entry:
 
     Attributes:
         id: Unique name in the collection.
-        images: Its file, or one file per channel.
+        images: Its file, one file per channel, or the slices of a DICOM series.
         patient: Patient that it belongs to.
         label: Class number, several numbers, or None if a mask is the target.
         mask: File of its mask.
         columns: Further metadata, as text.
+        slices: Whether ``images`` are the slices of one series.
     """
 
     id: str
@@ -45,6 +51,7 @@ class Entry:
     label: int | tuple[float, ...] | None = None
     mask: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    slices: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +64,8 @@ class Collection:
         sites: The columns that can name a site.
         steps: Preprocessing, after which all images must have the same size.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
+        options: How files are read.
+        ignore: Mask value of voxels without annotation, which become ``IGNORED``; None if there are none.
     """
 
     info: Info
@@ -64,6 +73,8 @@ class Collection:
     sites: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
+    options: ImageOptions = OPTIONS
+    ignore: int | None = None
 
     @cached_property
     def contents(self) -> tuple[str, ...]:
@@ -77,7 +88,8 @@ class Collection:
     def fingerprint(self) -> str:
         """Hash of files, labels, patients, columns and steps, independent of the location of the files."""
         known = [(e.id, e.label, e.patient, sorted(e.columns.items())) for e in self.entries]
-        return digest("files", VERSION, self.contents, known, fingerprint(self.steps), self.unreadable)
+        how = (fingerprint(self.steps), self.options.key, self.ignore)
+        return digest("files", VERSION, self.contents, known, *how, self.unreadable)
 
     def table(self) -> Table:
         """Return one row per readable entry."""
@@ -113,29 +125,33 @@ class Collection:
         """Yield each entry without preprocessing, or None if it cannot be read."""
         for entry in self.entries:
             try:
-                yield read_image(entry.images, entry.mask)
+                picture = read_image(entry.images, entry.mask, self.options, slices=entry.slices)
+                yield self._annotated(picture)
             except Unreadable:
                 yield None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about files that were left out."""
+        """Sentences about files that were left out, and observations of the readers with their number of images."""
         bad = self._decoded["bad"] if self.unreadable == "skip" else []
+        counts = sorted(self._decoded["notes"], key=lambda item: (-item[1], item[0]))
+        seen = [f"{n} image{'s' if n > 1 else ''}: {note}." for note, n in counts[:MOST_NOTES]]
         if not bad:
-            return ()
+            return tuple(seen)
         shown = "; ".join(reason for _, reason in bad[:5]) + (" ..." if len(bad) > 5 else "")
-        return (f"{len(bad)} files were left out because they cannot be read: {shown}.",)
+        return (f"{len(bad)} files were left out because they cannot be read: {shown}.", *seen)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; unnamed mask values are numbered."""
         if self.info.classes or self.info.task != "segmentation" or "masks" not in self._decoded:
             return self.info.classes
-        return ("background", *(f"label {i}" for i in range(1, int(self._decoded["masks"].max()) + 1)))
+        return ("background", *(f"label {i}" for i in range(1, max(self._decoded["labels"], default=0) + 1)))
 
     @cached_property
     def _decoded(self) -> dict[str, Any]:
-        key = digest("decoded", VERSION, self.contents, fingerprint(self.steps), [e.id for e in self.entries])
+        how = (fingerprint(self.steps), self.options.key, self.ignore, self._declared)
+        key = digest("decoded", VERSION, self.contents, *how, [e.id for e in self.entries])
         return cached("images", key, self._decode)
 
     def _decode(self) -> dict[str, Any]:
@@ -155,10 +171,16 @@ class Collection:
                     transient=True,
                 )
             )
-        good = [f for f in found if isinstance(f, Picture)]
+        read = [f for f in found if isinstance(f, _Read)]
         bad = [(i, f) for i, f in enumerate(found) if isinstance(f, str)]
-        if not good:
+        if not read:
             raise DataError([reason for _, reason in bad])
+        good = [f.picture for f in read]
+        labels = {f.values.id: f.labels for f in read}
+        scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
+        problems = [] if scaled else scale_problems([f.values for f in read])
+        if problems := [*problems, *label_problems(labels, self._declared)]:
+            raise DataError([f"{self.info.name}: {problem}" for problem in problems])
         shapes = sorted({tuple(f.pixels.shape) for f in good})
         if len(shapes) > 1:
             some = " and ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
@@ -168,19 +190,54 @@ class Collection:
             )
         if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
+        notes = Counter(note for f in read for note in f.notes)
         out: dict[str, Any] = {"images": torch.stack([f.pixels for f in good]), "bad": bad}
+        out["notes"] = [[note, count] for note, count in notes.items()]
         if self.info.task == "segmentation":
             masks = torch.stack([f.mask for f in good if f.mask is not None])
-            if set(masks.unique().tolist()) == {0, 255}:
-                masks //= 255  # black and white masks become 0 and 1
-            out["masks"] = masks.to(torch.uint8) if int(masks.max()) < 256 else masks
+            white = black_and_white(labels, self._declared)
+            if white:
+                masks = torch.where(masks == WHITE, 1, masks)
+            used = sorted({label for f in read for label in f.labels} - {IGNORED})
+            out["labels"] = [0, 1] if white else used
+            out["masks"] = masks.to(torch.uint8) if int(masks.min()) >= 0 and int(masks.max()) < 256 else masks
         return out
 
-    def _one(self, entry: Entry) -> Picture | str:
+    @property
+    def _declared(self) -> tuple[int, ...] | None:
+        """The mask values that classes, or a step ``relabel``, declare; None if nothing does."""
+        if self.info.task != "segmentation":
+            return None
+        if self.info.classes:
+            return tuple(range(len(self.info.classes)))
+        relabel = [step for step in self.steps if isinstance(step, Relabel)]
+        return tuple(sorted({*(relabel[-1].to or range(len(relabel[-1].values)))})) if relabel else None
+
+    def _annotated(self, picture: Picture) -> Picture:
+        """Return the picture with the voxels that are not annotated marked as ``IGNORED``."""
+        if picture.mask is None or self.ignore is None:
+            return picture
+        return replace(picture, mask=torch.where(picture.mask == self.ignore, IGNORED, picture.mask))
+
+    def _one(self, entry: Entry) -> "_Read | str":
         try:
-            return apply(self.steps, read_image(entry.images, entry.mask, as_bytes=not self.steps))
+            case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
+            picture = self._annotated(picture_of(case, as_bytes=not self.steps))
+            prepared = apply(self.steps, picture)
         except (Unreadable, DataError) as error:
             return f"{entry.id}: {error}"
+        labels = () if prepared.mask is None else tuple(prepared.mask.unique().tolist())
+        return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One example after its steps, with what must be compared between examples: stored values and mask labels."""
+
+    picture: Picture
+    notes: tuple[str, ...]
+    values: ValueRange
+    labels: tuple[int, ...]
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:
@@ -189,9 +246,44 @@ def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:
     return replace(known, task=found.task, classes=known.classes or found.classes, notes=(*known.notes, *notes))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FromFiles:
-    """Source whose fields specify how ``collect`` finds entries."""
+    """Source whose fields specify how ``collect`` finds entries.
+
+    Attributes:
+        fill: Value for pixels without a measurement (NaN, infinite, DICOM padding), such as 0; files with NaN are
+            refused if it is not given.
+        geometry_tolerance_mm: Largest distance between corresponding voxels of an image and its mask or channels, and
+            of DICOM slices from even steps; 1 % of the voxel size if not given.
+        regions: For masks of several channels (one-hot, or overlapping regions): the label of each channel, in the
+            order in which they are painted.
+        ignore: Mask value of pixels without annotation, which loss and metrics leave out.
+        bits: Significant bits of 16-bit pictures, such as 12; 0 if all are used.
+    """
+
+    fill: float | None = None
+    geometry_tolerance_mm: float | None = None
+    regions: tuple[int, ...] = ()
+    ignore: int | None = None
+    bits: int = 0
+
+    def __post_init__(self) -> None:
+        self.options  # noqa: B018 - checks the fields
+
+    @property
+    def options(self) -> ImageOptions:
+        """How files are read."""
+        series: Mapping[str, str] = getattr(self, "series", {})
+        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series)
+
+    def made(
+        self, info: Info, entries: Sequence[Entry], sites: tuple[str, ...] = (), ignore: int | None = None
+    ) -> Collection:
+        """Return the collection of ``entries``, read and prepared as this source's fields say."""
+        steps: tuple[Step, ...] = getattr(self, "steps", ())
+        unreadable: Literal["refuse", "skip"] = getattr(self, "unreadable", "refuse")
+        known = self.ignore if self.ignore is not None else ignore
+        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known)
 
     def collect(self) -> Collection:
         """Return the collection.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from polyclinic.data.examples import DataError
@@ -33,7 +33,7 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
     """
     hints = get_type_hints(cls, include_extras=True)
     fields: dict[str, Any] = {
-        f.name: (hints[f.name], ... if f.default is dataclasses.MISSING else f.default)
+        f.name: (hints[f.name], _default(f))
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         if f.init and not f.metadata.get("hidden")
     }
@@ -57,6 +57,13 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
         return cls(**{name: getattr(valid, name) for name in fields})
     except DataError as error:
         raise problems([_of_field(at, says, fields, given) for says in error.problems]) from None
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    """Return the default of a field as pydantic takes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
 
 
 def _of_field(at: Where, says: str, fields: Iterable[str], given: Mapping[str, Any]) -> InitErrorDetails:

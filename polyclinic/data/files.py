@@ -1,23 +1,36 @@
 """Files named by a study: location, content and content hash."""
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from polyclinic.data.archives import ENDINGS, unpack
 from polyclinic.data.cache import folder
 from polyclinic.data.examples import DataError
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_picture
-from polyclinic.data.formats.volume import Volume, canonical
+from polyclinic.data.formats.dicom.file import looks_like_dicom
+from polyclinic.data.formats.dicom.series import SELECTORS, Series, read_dicom, read_series
+from polyclinic.data.formats.grids import GridMismatch, matched
+from polyclinic.data.formats.metaimage import read_metaimage
+from polyclinic.data.formats.mgh import read_mgh
+from polyclinic.data.formats.nifti import read_nifti
+from polyclinic.data.formats.nrrd import read_nrrd
+from polyclinic.data.formats.pictures import PICTURES, Pixels, read_picture, turned_by
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.formats.volume import SPATIAL, Volume, as_image, as_mask, nearest_axes, turned
+from polyclinic.data.mask_labels import single_map
 from polyclinic.data.preprocessing.sample import Picture
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-VOLUMES = (".nii", ".nii.gz", ".nrrd", ".dcm")
+VOLUMES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".dcm")
+_FLAT = torch.eye(4, dtype=torch.float64)
 
 
 def placed(path: str, key: str = "path") -> Path:
@@ -72,6 +85,11 @@ def kind_of(path: Path) -> str:
     return next((ending for ending in (*PICTURES, *VOLUMES) if name.endswith(ending)), "")
 
 
+def is_image(path: Path) -> bool:
+    """Return whether a file can be read as an image: by its suffix, or DICOM by its content."""
+    return bool(kind_of(path)) or (path.is_file() and looks_like_dicom(path))
+
+
 def stem_of(path: Path) -> str:
     """Return a file's name without the suffix by which it is read."""
     return path.name[: len(path.name) - len(kind_of(path))]
@@ -102,66 +120,235 @@ def check_pattern(key: str, pattern: str) -> list[str]:
     )
 
 
-def read_image(
-    paths: Sequence[Path], mask: Path | None = None, limits: Limits = LIMITS, *, as_bytes: bool = False
-) -> Picture:
-    """Read one image from one file, or from one file per channel, and its mask.
+@dataclass(frozen=True)
+class ImageOptions:
+    """How files are read, as a study declares it.
 
-    Pictures are scaled to 0 to 1 at any bit depth (with ``as_bytes``, 8-bit pictures remain uint8). Volumes keep their
-    units, are reoriented to the axes (z, y, x) of RAS, and become 2-D if they have one slice. A folder is read as a
-    DICOM series.
+    Attributes:
+        fill: Value for pixels without a measurement (NaN, infinite, DICOM padding); None to refuse files with NaN.
+        geometry_tolerance_mm: Largest distance between corresponding voxels of an image and its mask, and of DICOM
+            slices from even steps; None for 1 % of the voxel size.
+        regions: For masks of several channels: the label of each channel, in the order in which they are painted.
+        bits: Significant bits of 16-bit pictures, such as 12; 0 for all.
+        series: Selection of DICOM series in a folder, by the keys of ``SELECTORS``.
+        limits: Limits on a file.
+    """
+
+    fill: float | None = None
+    geometry_tolerance_mm: float | None = None
+    regions: tuple[int, ...] = ()
+    bits: int = 0
+    series: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = LIMITS
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.fill is not None and not math.isfinite(self.fill):
+            problems.append(f"fill = {self.fill}: give a finite number")
+        if self.geometry_tolerance_mm is not None and not 0 <= self.geometry_tolerance_mm < math.inf:
+            problems.append(f"geometry_tolerance_mm = {self.geometry_tolerance_mm}: give a length in mm")
+        if any(label < 0 for label in self.regions):
+            problems.append(f"regions = {list(self.regions)}: give the label of each channel, from 0")
+        if self.bits not in (0, *range(8, 17)):
+            problems.append(f"bits = {self.bits}: give 8 to 16, or 0 if all bits are used")
+        if unknown := sorted(set(self.series) - set(SELECTORS)):
+            problems.append(f"series = {unknown[0]}: choose among {', '.join(SELECTORS)}")
+        if problems:
+            raise DataError(problems)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Everything that affects what is read, for a fingerprint."""
+        return self.fill, self.geometry_tolerance_mm, self.regions, self.bits, sorted(self.series.items())
+
+
+OPTIONS = ImageOptions()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One example as read: the image in its file's orientation, and its mask voxel by voxel on the same grid."""
+
+    image: Volume
+    mask: Volume | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_case(
+    paths: Sequence[Path], mask: Path | None = None, options: ImageOptions = OPTIONS, *, slices: bool = False
+) -> Case:
+    """Read one image from one file, from one file per channel, or from the slices of a series, and its mask.
+
+    The loader and ``data check`` both read with this function.
+
+    Raises:
+        Unreadable: If a file is damaged or too large, or a mask or channel is on another grid.
+    """
+    if slices:
+        image = read_series(Series(tuple(paths), "", ""), options.fill, options.limits, options.geometry_tolerance_mm)
+        turn = 1
+    else:
+        image, turn = _upright(paths[0], options)
+    notes = list(image.notes)
+    if len(paths) > 1 and not slices:
+        parts = [image]
+        for path in paths[1:]:
+            part, more = matched(image, _upright(path, options)[0], path, "channel", options.geometry_tolerance_mm)
+            parts.append(part)
+            notes += (*part.notes, *more)
+        image = _stacked(parts)
+    if mask is None:
+        return Case(image, None, tuple(dict.fromkeys(notes)))
+    labels, more = read_mask(mask, options, image, turn)
+    labels, placed_notes = matched(image, labels, mask, "mask", options.geometry_tolerance_mm)
+    notes += (*labels.notes, *more, *placed_notes)
+    return Case(image, labels, tuple(dict.fromkeys(notes)))
+
+
+def read_image(
+    paths: Sequence[Path],
+    mask: Path | None = None,
+    options: ImageOptions = OPTIONS,
+    *,
+    as_bytes: bool = False,
+    slices: bool = False,
+) -> Picture:
+    """Read one image and its mask as tensors.
+
+    Pictures of whole numbers are scaled to 0 to 1 by their number of bits (with ``as_bytes``, 8-bit pictures remain
+    uint8); signed and floating point pictures, and volumes, keep their values. Volumes are reoriented to the axes
+    (z, y, x) of RAS, and become 2-D if they have one slice. A folder is read as a DICOM series.
 
     Raises:
         Unreadable: If a file is damaged, too large, or does not match the others.
     """
-    parts = [_read(path, False, limits) for path in paths]
-    if len({part.size for part in parts}) > 1:
-        raise Unreadable(paths[0], f"its channels differ in size: {' and '.join(str(p.size) for p in parts)}")
-    channels = [part.pixels for part in parts]
-    if not as_bytes or any(pixels.dtype != torch.uint8 for pixels in channels):
-        channels = [pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels for pixels in channels]
-    pixels = torch.cat(channels) if len(channels) > 1 else channels[0]
-    if mask is None:
-        return Picture(pixels, None, parts[0].spacing_mm)
-    labels = _read(mask, True, limits).pixels[0].long()
-    if tuple(labels.shape) != parts[0].size:
-        raise Unreadable(mask, f"the mask has size {tuple(labels.shape)} and its image {parts[0].size}")
-    return Picture(pixels, labels, parts[0].spacing_mm)
+    return picture_of(read_case(paths, mask, options, slices=slices), as_bytes=as_bytes)
 
 
-def _read(path: Path, mask: bool, limits: Limits) -> Picture:
-    kind = kind_of(path)
-    if kind in PICTURES:
-        array = read_picture(path, limits)
-        if mask and array.ndim > 2:
+def picture_of(case: Case, *, as_bytes: bool = False) -> Picture:
+    """Return an example as tensors, in the axes of RAS if its position in the patient is known."""
+    image, mask = case.image, case.mask
+    if image.positioned or image.size[0] > 1:
+        turn = nearest_axes(image.affine)
+        image, mask = turned(image, turn), None if mask is None else turned(mask, turn)
+    pixels = image.array if image.array.ndim > SPATIAL else image.array[None]
+    if not (as_bytes and pixels.dtype == torch.uint8):
+        pixels = pixels.float() if image.full_scale is None else pixels.float() / image.full_scale
+    labels = None if mask is None else mask.array.long()
+    spacing: tuple[float, ...] | None = image.spacing_mm if image.measured else None
+    if 1 in image.size:  # a slice
+        flat = image.size.index(1)
+        pixels, labels = pixels.select(1 + flat, 0), None if labels is None else labels.select(flat, 0)
+        spacing = spacing and (*spacing[:flat], *spacing[flat + 1 :])
+    return Picture(pixels, labels, spacing)
+
+
+def read_volume(path: Path, options: ImageOptions = OPTIONS) -> Volume:
+    """Read the image in one file of any supported format, or in a folder that is a DICOM series."""
+    return _upright(path, options)[0]
+
+
+def read_mask(
+    path: Path, options: ImageOptions = OPTIONS, image: Volume | None = None, turn: int = 1
+) -> tuple[Volume, tuple[str, ...]]:
+    """Read the labels in one file, one label per voxel, and notes.
+
+    Args:
+        path: The mask.
+        options: How files are read.
+        image: Its image, if it is a picture that was turned by an EXIF orientation.
+        turn: That orientation; 1 for none.
+
+    Raises:
+        Unreadable: If the file contains no labels, or channels that ``options.regions`` does not describe.
+    """
+    if kind_of(path) in PICTURES:
+        pixels = read_picture(path, options.limits)
+        array, notes = _turned_with(path, pixels, image, turn)
+        if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
+            array = array[..., 0]  # gray values stored as colors
+        if array.ndim > SPATIAL - 1:
             raise Unreadable(path, "is a color picture, not a mask of labels")
-        if array.dtype == np.uint8:
-            pixels = torch.from_numpy(array.copy())
-        else:
-            pixels = torch.from_numpy(
-                array.astype(np.float32) / (65535 if array.dtype == np.uint16 and not mask else 1)
+        if pixels.lossy and not set(np.unique(array).tolist()) <= {0, 255}:
+            count = len(np.unique(array))
+            raise Unreadable(
+                path, f"contains {count} values because its compression loses detail: save masks as PNG, not JPEG"
             )
-        return Picture(pixels.movedim(-1, 0) if pixels.ndim > 2 else pixels[None])
-    volume = _read_volume(path, kind, mask, limits)
-    flat = volume.size[0] == 1
-    volume = volume if flat else canonical(volume)
-    pixels = volume.array.float() / (255 if volume.units == "RGB" else 1)
-    pixels = pixels if pixels.ndim > 3 else pixels[None]
-    spacing = volume.spacing_mm if volume.measured else None
-    return Picture(pixels[:, 0], None, spacing and spacing[1:]) if flat else Picture(pixels, None, spacing)
+        return _plain_picture(as_mask(path, array), "label"), notes
+    volume = _read_volume(path, kind_of(path), True, options)
+    if volume.units != "label":  # DICOM
+        volume = replace(volume, array=as_mask(path, volume.array.numpy()), units="label", full_scale=None)
+    if volume.array.ndim > SPATIAL:
+        volume = replace(volume, array=single_map(path, volume.array, options.regions))
+    return volume, ()
 
 
-def _read_volume(path: Path, kind: str, mask: bool, limits: Limits) -> Volume:
-    if kind in (".nii", ".nii.gz"):
-        from polyclinic.data.formats.nifti import read_nifti
+def _turned_with(
+    path: Path, pixels: Pixels, image: Volume | None, turn: int
+) -> tuple["np.ndarray[Any, Any]", tuple[str, ...]]:
+    """Return a mask in the orientation of its image, which was turned by the EXIF orientation ``turn``."""
+    if image is None or pixels.orientation == turn:
+        return pixels.upright, ()
+    if pixels.orientation == 1:
+        stored, upright = pixels.array.shape[:2], turned_by(pixels.array, turn).shape[:2]
+        if stored != upright and stored == image.size[1:]:
+            return pixels.array, ("EXIF turns the image and not its mask, which is upright, as its size shows",)
+        if stored != upright and upright == image.size[1:]:
+            return turned_by(pixels.array, turn), ("the mask is turned with its image (EXIF), as its size shows",)
+    raise GridMismatch(
+        path,
+        f"its image has EXIF orientation {turn} and the mask {pixels.orientation}, so how they correspond is not "
+        "known: save the image upright, without the EXIF orientation",
+    )
 
-        return read_nifti(path, mask=mask, limits=limits)
-    if kind == ".nrrd":
-        from polyclinic.data.formats.nrrd import read_nrrd
 
-        return read_nrrd(path, mask=mask, limits=limits)
-    if kind == ".dcm" or path.is_dir():
-        from polyclinic.data.formats.dicom.series import read_dicom
+def _upright(path: Path, options: ImageOptions) -> tuple[Volume, int]:
+    """Return the image in one file, and the EXIF orientation by which it was turned (1: not turned)."""
+    kind = kind_of(path)
+    if kind not in PICTURES:
+        return _read_volume(path, kind, False, options), 1
+    pixels = read_picture(path, options.limits)
+    array, scale, notes = pixels.upright, pixels.full_scale, tuple[str, ...]()
+    if options.bits and array.dtype == np.uint16:
+        scale = float(2**options.bits - 1)
+        if (highest := int(array.max())) > scale:
+            raise Unreadable(path, f"contains the value {highest}, and bits = {options.bits} allows up to {scale:.0f}")
+    if array.dtype == np.uint8:
+        tensor = torch.from_numpy(array.copy())
+    else:
+        tensor, notes = as_image(path, array, options.fill)
+    if tensor.ndim == 2:
+        return replace(_plain_picture(tensor, ""), full_scale=scale, notes=notes), pixels.orientation
+    color = _plain_picture(tensor.movedim(-1, 0), "RGB" if tensor.shape[-1] == 3 else "")
+    return replace(color, full_scale=scale, notes=notes), pixels.orientation
 
-        return read_dicom(path, limits=limits)
+
+def _plain_picture(array: Tensor, units: str) -> Volume:
+    """Return a picture [Y, X] or [C, Y, X] as a volume of one slice without a position."""
+    return Volume(array.unsqueeze(-3), _FLAT, units=units, measured=False, positioned=False)
+
+
+def _stacked(parts: Sequence[Volume]) -> Volume:
+    """Return volumes on one grid as the channels of one volume; scaled if their full scales differ."""
+    arrays = [part.array if part.array.ndim > SPATIAL else part.array[None] for part in parts]
+    if len({(part.full_scale, part.array.dtype) for part in parts}) == 1:
+        return replace(parts[0], array=torch.cat(arrays))
+    pairs = zip(arrays, parts, strict=True)
+    scaled = [a.float() if p.full_scale is None else a.float() / p.full_scale for a, p in pairs]
+    known = all(part.full_scale is not None for part in parts)
+    return replace(parts[0], array=torch.cat(scaled), full_scale=1.0 if known else None)
+
+
+def _read_volume(path: Path, kind: str, mask: bool, options: ImageOptions) -> Volume:
+    fill, limits = options.fill, options.limits
+    if kind in (".nii", ".nii.gz", ".hdr"):
+        return read_nifti(path, mask, fill, limits)
+    if kind in (".nrrd", ".nhdr"):
+        return read_nrrd(path, mask, fill, limits)
+    if kind in (".mgz", ".mgh"):
+        return read_mgh(path, mask, fill, limits)
+    if kind in (".mha", ".mhd"):
+        return read_metaimage(path, mask, fill, limits)
+    if path.is_dir() or kind == ".dcm" or looks_like_dicom(path):
+        return read_dicom(path, fill, limits, options.geometry_tolerance_mm, options.series)
     raise Unreadable(path, f"is none of {', '.join((*PICTURES, *VOLUMES))}")

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
-from polyclinic.data.files import check_pattern, kind_of, opened, patients_in, stem_of
+from polyclinic.data.files import check_pattern, is_image, opened, patients_in, stem_of
 from polyclinic.data.formats.safe_reading import Unreadable, read_text
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info
@@ -48,6 +48,7 @@ class Pairs(FromFiles):
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if problems := [*check_pattern("patient", self.patient), *check_pattern("site", self.site)]:
             raise DataError(problems)
 
@@ -80,15 +81,16 @@ class Pairs(FromFiles):
             for i, (case, patient) in enumerate(zip(cases, patients, strict=True))
         )
         name = Path(self.path).stem
-        found = Info(name, name, "not stated", "not stated", "segmentation", self.classes or _named(root))
+        classes, ignore = _labels(root)
+        found = Info(name, name, "not stated", "not stated", "segmentation", self.classes or classes)
         info = described(self.about, found, () if self.patient else (UNKNOWN_PATIENTS,))
-        return Collection(info, entries, ("site",) if sites else (), self.steps, self.unreadable)
+        return self.made(info, entries, ("site",) if sites else (), ignore)
 
 
 def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
     """Return each case's files, in the order of their channels."""
     cases: dict[str, list[Path]] = {}
-    files = [file for file in sorted(folder.iterdir()) if kind_of(file) and not file.name.startswith(".")]
+    files = [file for file in sorted(folder.iterdir()) if is_image(file) and not file.name.startswith(".")]
     numbered = channels and bool(files) and all(re.search(r"_\d{4}$", stem_of(file)) for file in files)
     for file in files:
         stem = stem_of(file)
@@ -96,20 +98,35 @@ def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
     return {case: tuple(paths) for case, paths in cases.items()}
 
 
-def _named(root: Path) -> tuple[str, ...]:
-    """Return the names of labels in ``dataset.json``, in either of its two formats; empty if the file does not
-    exist.
+def _labels(root: Path) -> tuple[tuple[str, ...], int | None]:
+    """Return the names of the labels in ``dataset.json`` by number, and the number of its label "ignore".
+
+    The names are empty if the file does not exist.
     """
     file = root / "dataset.json"
     if not file.is_file():
-        return ()
+        return (), None
     try:
-        labels = json.loads(read_text(file)).get("labels", {})
-        numbers = (
-            {int(k): str(v) for k, v in labels.items()}
-            if all(str(k).isdigit() for k in labels)
-            else {int(v): str(k) for k, v in labels.items() if isinstance(v, int)}
-        )
+        numbers = label_names(json.loads(read_text(file)).get("labels", {}))
     except (Unreadable, ValueError, AttributeError, TypeError):
         raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
-    return tuple(numbers.get(i, f"label {i}") for i in range(max(numbers, default=-1) + 1))
+    ignore = next((number for number, name in numbers.items() if name == "ignore"), None)
+    named = {number: name for number, name in numbers.items() if number != ignore}
+    return tuple(named.get(i, f"label {i}") for i in range(max(named, default=-1) + 1)), ignore
+
+
+def label_names(given: Mapping[str, Any]) -> dict[int, str]:
+    """Return the names of nnU-Net's labels by number, in either format: ``{"liver": 1}``, or ``{"1": "liver"}``.
+
+    A region of several numbers, ``{"tumor": [1, 2]}``, gives each number that has no name of its own the region's.
+    """
+    labels: dict[int, str] = {}
+    for name, value in given.items():
+        if str(name).isdigit():
+            labels[int(name)] = str(value)
+        elif not isinstance(value, list):
+            labels[int(value)] = str(name)
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else ():
+            labels.setdefault(int(number), str(name))
+    return labels

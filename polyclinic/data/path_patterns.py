@@ -42,6 +42,7 @@ class Patterns(FromFiles):
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         words = set(_FIELD.findall(self.images[0])) if self.images else set()
         problems = [] if self.images else ["images = []: give at least one pattern"]
         for key, pattern in [*(("images", p) for p in self.images[1:]), *([("mask", self.mask)] if self.mask else [])]:
@@ -83,7 +84,7 @@ class Patterns(FromFiles):
         notes = () if "patient" in cases[0] else (UNKNOWN_PATIENTS,)
         info = described(self.about, Info(name, name, "not stated", "not stated", task, classes), notes)
         sites = ("site",) if "site" in cases[0] else ()
-        return Collection(info, tuple(entries), sites, self.steps, self.unreadable)
+        return self.made(info, tuple(entries), sites)
 
 
 def _filled(pattern: str, words: dict[str, str]) -> str:

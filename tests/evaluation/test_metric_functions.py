@@ -174,6 +174,20 @@ def test_regression_and_masks_average_over_images() -> None:
     np.testing.assert_allclose(c.values["dice"][:, 0], [0.5, 0.9])
 
 
+def test_classes_that_neither_prediction_nor_truth_contains_have_no_value() -> None:
+    values = {
+        "dice": np.array([[0.5, 1.0], [0.7, 1.0], [1.0, 1.0]]),
+        "empty": np.zeros((3, 2)),
+        "absent": np.array([[0, 1], [0, 0], [1, 1]]),
+    }
+    for cases in (
+        by_patient(Predictions(np.arange(3), cases=values)),
+        as_images(Predictions(np.arange(3), cases=values)),
+    ):
+        np.testing.assert_array_equal(cases.values["dice"], [[0.5, np.nan], [0.7, 1.0], [np.nan, np.nan]])
+        assert set(cases.values) == {"dice"}
+
+
 def test_a_wrong_unit_is_refused() -> None:
     with pytest.raises(ValueError, match="'patient' or an 'image'"):
         as_cases(Predictions(np.zeros(1, int), np.ones((1, 2)), np.zeros(1, int)), "slice")

@@ -65,18 +65,18 @@ def read_nrrd(
     data = _data(path, fields, content[start:], expected, limits)
     stored = np.frombuffer(data, dtype=dtype).reshape(sizes[::-1])
     affine, channel, measured, notes = _space(path, fields, sizes)
+    positioned = "space directions" in fields
     if channel is not None:
         stored = np.moveaxis(stored, stored.ndim - 1 - channel, 0)
     if mask:
-        if channel is not None:
-            raise Unreadable(path, "has channels: it is not a mask of labels")
         array = as_mask(path, stored)
     else:
         array, filled = as_image(path, stored, fill)
         notes += filled
     if array.ndim == 2 or (channel is not None and array.ndim == 3):  # a picture gains Z
         array = array.unsqueeze(-3)
-    return Volume(array, affine, units="label" if mask else "", measured=measured, notes=notes)
+    units = "label" if mask else ""
+    return Volume(array, affine, units=units, measured=measured, notes=notes, positioned=positioned)
 
 
 def _fields(path: Path, content: bytes, limits: Limits) -> tuple[dict[str, str], int]:

@@ -10,7 +10,6 @@ import gzip
 import math
 import os
 import stat
-import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from polyclinic.errors import DataError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 class Unreadable(DataError):
@@ -170,7 +167,10 @@ def read_exactly(path: str | os.PathLike[str], file: BinaryIO | gzip.GzipFile, c
 
 
 def inflate(path: str | os.PathLike[str], data: bytes, most: int, wbits: int) -> bytes:
-    """Inflate at most ``most`` bytes (``wbits``: -15 raw deflate, 31 gzip); refuse more than that, and damaged data."""
+    """Inflate at most ``most`` bytes; refuse more than that, and damaged data.
+
+    ``wbits`` is -15 for raw deflate, 15 for zlib, 31 for gzip.
+    """
     parts, room, rest = [], most + 1, data
     while True:
         stream = zlib.decompressobj(wbits)
@@ -221,26 +221,3 @@ def _npy_bytes(path: str | os.PathLike[str], file: Any, limits: Limits) -> int:
     if any(n < 0 for n in shape) or total > limits.decoded_bytes:
         raise Unreadable(path, f"holds an array of {size(total)}; the limit is {size(limits.decoded_bytes)}")
     return total
-
-
-def read_picture(path: str | os.PathLike[str], limits: Limits = LIMITS) -> np.ndarray[Any, Any]:
-    """Read a PNG, JPEG, TIFF or BMP file of one page. Shape [Y, X] or [Y, X, 3], uint8, uint16 or float32."""
-    from PIL import Image, ImageOps
-
-    regular_file(path, limits)
-    with refusing(path, "is not a sound PNG, JPEG, TIFF or BMP picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP"))
-        except Image.DecompressionBombError:
-            raise Unreadable(path, "claims more pixels than a picture may have") from None
-        with picture:
-            wide, high = picture.size
-            fits(path, (high, wide, len(picture.getbands())), 1, limits)
-            if (pages := getattr(picture, "n_frames", 1)) > 1:
-                raise Unreadable(path, f"holds {pages} pages; save one image per file")
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            keep = upright.mode in ("L", "RGB", "F", "I", "I;16")
-            array = np.asarray(upright if keep else upright.convert("L" if upright.mode in ("1", "LA") else "RGB"))
-    return array.astype(np.float32) if array.dtype in (np.int32, np.float32) else array

@@ -33,6 +33,9 @@ class Volume:
         modality: Such as ``"CT"``, ``"MR"``, ``"US"``, or ``""`` if the file does not state it.
         units: Units of the values: ``"HU"``, ``"label"``, ``"RGB"``, ``"Gy"``, or ``""`` (arbitrary).
         measured: Whether the file states a voxel size. If not, 1 mm is assumed, which is not reliable.
+        positioned: Whether the file states the orientation and position of the voxels in the patient. If not, the
+            affine's directions are an assumption.
+        full_scale: For pictures, the stored value of full brightness; None if values have units.
         notes: Observations of the reader, each a sentence. Never quotes text from the file.
     """
 
@@ -42,6 +45,8 @@ class Volume:
     units: str = ""
     measured: bool = True
     notes: tuple[str, ...] = ()
+    positioned: bool = True
+    full_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.array.ndim not in (SPATIAL, SPATIAL + 1):
@@ -66,26 +71,31 @@ class Volume:
     @property
     def orientation(self) -> str:
         """Directions of x, y and z, to the nearest of Left/Right, Anterior/Posterior, Superior/Inferior: ``"RAS"``."""
-        axes, signs = _nearest_axes(self.affine)
+        axes, signs = nearest_axes(self.affine)
         letters = {0: "LR", 1: "PA", 2: "IS"}
         return "".join(letters[world][int(signs[axis] > 0)] for axis, world in enumerate(axes))
 
 
-def _nearest_axes(affine: Tensor) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+Turn = tuple[tuple[int, int, int], tuple[int, ...]]
+"""For each index axis x, y, z: the axis that it becomes, and whether it keeps (+1) or reverses (-1) its direction."""
+
+
+def nearest_axes(affine: Tensor) -> Turn:
     """Return for each index axis x, y, z the nearest world axis, and whether it increases (+1) or decreases (-1)."""
-    columns = affine[:3, :3] / torch.linalg.vector_norm(affine[:3, :3], dim=0)
+    return nearest_turn(affine[:3, :3] / torch.linalg.vector_norm(affine[:3, :3], dim=0))
+
+
+def nearest_turn(columns: Tensor) -> Turn:
+    """Return the permutation and signs nearest to a 3 x 3 matrix of direction cosines."""
     cosines = [[float(columns[world, axis]) for axis in range(3)] for world in range(3)]
     orders = [(a, b, c) for a, b, c in itertools.permutations(range(3))]
     best = max(orders, key=lambda order: sum(abs(cosines[order[axis]][axis]) for axis in range(3)))
     return best, tuple(1 if cosines[best[axis]][axis] >= 0 else -1 for axis in range(3))
 
 
-def canonical(volume: Volume) -> Volume:
-    """Return the same voxels with axes permuted and flipped so that x, y, z point nearest to Right, Anterior, Superior.
-
-    No value is interpolated, and no voxel moves in the patient: the affine is adjusted.
-    """
-    axes, signs = _nearest_axes(volume.affine)
+def turned(volume: Volume, turn: Turn) -> Volume:
+    """Return the same voxels with index axes permuted and reversed. No voxel moves: the affine is adjusted."""
+    axes, signs = turn
     array, affine = volume.array, volume.affine.clone()
     lead = array.ndim - SPATIAL
     flips = []
@@ -96,10 +106,18 @@ def canonical(volume: Volume) -> Volume:
             affine[:3, 3] += affine[:3, axis] * (array.shape[along] - 1)
             affine[:3, axis] *= -1
     array = array.flip(flips) if flips else array
-    source = [axes.index(world) for world in range(3)]  # which index axis becomes R, A, S
-    array = array.permute(*range(lead), *(lead + SPATIAL - 1 - source[world] for world in (2, 1, 0))).contiguous()
+    source = [axes.index(new) for new in range(3)]  # the old index axis of each new one
+    array = array.permute(*range(lead), *(lead + SPATIAL - 1 - source[new] for new in (2, 1, 0))).contiguous()
     affine[:3, :3] = affine[:3, :3][:, source]
     return replace(volume, array=array, affine=affine)
+
+
+def canonical(volume: Volume) -> Volume:
+    """Return the same voxels with axes permuted and flipped so that x, y, z point nearest to Right, Anterior, Superior.
+
+    No value is interpolated, and no voxel moves in the patient: the affine is adjusted.
+    """
+    return turned(volume, nearest_axes(volume.affine))
 
 
 def resample(
@@ -151,15 +169,6 @@ def _take(array: Tensor, axis: int, where: Tensor, mode: str) -> Tensor:
     return torch.lerp(values.index_select(axis, low), values.index_select(axis, high), share)
 
 
-def same_grid(a: Volume, b: Volume, tolerance_mm: float = 0.05) -> bool:
-    """Return whether every voxel of ``a`` is within ``tolerance_mm`` of the voxel of ``b`` with the same index."""
-    if a.size != b.size:
-        return False
-    ends = itertools.product(*((0, n - 1) for n in reversed(a.size)))
-    corners = torch.tensor([[*corner, 1] for corner in ends], dtype=torch.float64).T
-    return float(((a.affine - b.affine) @ corners).abs().max()) <= tolerance_mm
-
-
 def as_image(
     path: str | os.PathLike[str],
     stored: np.ndarray[Any, Any],
@@ -180,7 +189,9 @@ def as_image(
         return values, ()
     wrong = f"{int((~finite).sum())} of {values.numel()} voxels"
     if fill is None:
-        raise Unreadable(path, f"{wrong} are not finite numbers; state a fill value if this is intended")
+        raise Unreadable(
+            path, f"{wrong} are not finite numbers (NaN or infinite); if they are background, set fill = 0"
+        )
     return torch.where(finite, values, torch.tensor(float(fill))), (f"{wrong} were not finite and are now {fill:g}",)
 
 

@@ -12,8 +12,8 @@ class Picture:
 
     Attributes:
         pixels: float32, shape [C, *spatial] with two or three spatial axes (y, x) or (z, y, x). Pictures of 8 and 16
-            bits are scaled to 0 to 1, volumes keep their units.
-        mask: int64, shape [*spatial], or None.
+            bits are scaled to 0 to 1, pictures of signed or real numbers and volumes keep their values.
+        mask: int64, shape [*spatial], or None. -1 marks pixels without annotation.
         spacing_mm: Millimeters between neighbors along each spatial axis, or None if the file does not state it.
     """
 

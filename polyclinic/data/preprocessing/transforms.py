@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from polyclinic.data.examples import DataError
 from polyclinic.data.preprocessing.sample import Picture
+from polyclinic.learning.tasks.segmentation import IGNORED
 
 LARGEST = 2**31
 """Largest number of values to which one image may be resampled."""
@@ -251,11 +252,11 @@ class Relabel:
         """Return the picture with the new mask. A value that is not listed is refused."""
         if picture.mask is None:
             raise DataError('the step "relabel" is for masks, and there is none')
-        if unknown := sorted(set(picture.mask.unique().tolist()) - set(self.values)):
+        if unknown := sorted(set(picture.mask.unique().tolist()) - {*self.values, IGNORED}):
             raise DataError(
                 f"the mask contains {unknown[:5]}, which are not among the step's values = {list(self.values)}"
             )
-        mask = torch.zeros_like(picture.mask)
+        mask = torch.where(picture.mask == IGNORED, IGNORED, 0)
         for old, new in zip(self.values, self.to or range(len(self.values)), strict=True):
             mask[picture.mask == old] = new
         return replace(picture, mask=mask)

@@ -10,10 +10,12 @@ import numpy as np
 
 from polyclinic.data.filename_screening import in_name, shown
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
+from polyclinic.data.mask_labels import label_problems
 from polyclinic.data.quality.folder_layout import Layout
 from polyclinic.data.quality.image_hashes import equal, nearly_equal
 from polyclinic.data.quality.inspection import Look
 from polyclinic.data.quality.phi_screening import in_sidecar, name_of_tag
+from polyclinic.data.value_ranges import scale_problems
 
 Level = Literal["error", "warning", "note"]
 FEW_PER_CLASS = 5
@@ -126,20 +128,11 @@ def _masks(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
     drawn = [look for look in looks if look.labels is not None]
     if empty := [look for look in drawn if set(look.labels or ()) <= {0}]:
         found.append(Finding("warning", "empty-mask", f"empty masks: {len(empty)} of {len(drawn)}", _names(empty)))
-    if allowed:
-        known = {0, *allowed}
-        for label, count in sorted(Counter(v for look in drawn for v in look.labels or () if v not in known).items()):
-            odd = [look for look in drawn if label in (look.labels or ())]
-            listed = ", ".join(str(v) for v in sorted(known))
-            found.append(
-                Finding(
-                    "error",
-                    "unknown-label",
-                    f"the label {label} is in {_n(count, 'mask')}, but known are {listed}",
-                    _names(odd),
-                )
-            )
-    for look in drawn:
+    labels = {look.item.name: look.labels or () for look in drawn}
+    for text in label_problems(labels, allowed or None):
+        odd = [look for look in drawn if not set(look.labels or ()) <= {0, *allowed}]
+        found.append(Finding("error", "unknown-label", text, _names(odd)))
+    for look in looks:
         if look.astray:
             found.append(Finding("error", "mask-astray", look.astray, _names([look])))
     return found
@@ -259,6 +252,9 @@ def _unlike(looks: Sequence[Look]) -> list[Finding]:
         if odd:
             text = f"{_n(len(odd), 'image')} with a range of values 20 times wider or narrower than usual"
             found.append(Finding("warning", "intensity", text, _names(odd)))
+    found += [
+        Finding("error", "scale", text) for text in scale_problems([look.values for look in looks if look.values])
+    ]
     notes: dict[str, list[Look]] = defaultdict(list)
     for look in looks:
         for note in look.notes:

@@ -15,9 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from polyclinic.data import files
 from polyclinic.data.formats.bids import is_bids, read_bids
 from polyclinic.data.formats.dicom.file import looks_like_dicom
-from polyclinic.data.formats.safe_reading import LIMITS, PICTURES, Limits, Unreadable, read_text, refusing
+from polyclinic.data.formats.pictures import PICTURES
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, refusing
+from polyclinic.data.paired_folders import label_names
 
 SPLITS = {
     "train": "train",
@@ -30,7 +33,7 @@ SPLITS = {
     "testing": "test",
     "ts": "test",
 }
-VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+VOLUMES = tuple(suffix for suffix in files.VOLUMES if suffix != ".dcm")
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
@@ -158,8 +161,8 @@ def _segmentation(root: Path, limits: Limits) -> Layout | None:
     channels = any(re.search(r"_\d{4}$", _stem(p)) for p in (root / present[0][0]).iterdir())
     if described.is_file():
         try:
-            labels = _labels(json.loads(read_text(described, limits)).get("labels", {}))
-        except (ValueError, AttributeError, RecursionError) as error:
+            labels = label_names(json.loads(read_text(described, limits)).get("labels", {}))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"dataset.json cannot be read ({type(error).__name__}): allowed labels are not known")
     items, orphans = [], 0
     for images, masks, split in present:
@@ -167,13 +170,13 @@ def _segmentation(root: Path, limits: Limits) -> Layout | None:
         for path in sorted(p for p in (root / images).iterdir() if suffix_of(p) in (*PICTURES, *VOLUMES)):
             name = re.sub(r"_\d{4}$", "", _stem(path)) if channels else _stem(path)
             cases.setdefault(name, []).append(path)
-        drawn = {_stem(p): p for p in (root / masks).iterdir()} if (root / masks).is_dir() else {}
+        drawn = {_stem(p): p for p in (root / masks).iterdir() if _mask(p)} if (root / masks).is_dir() else {}
         for name, paths in cases.items():
             mask = drawn.pop(name, None) or drawn.pop(name.replace("image", "label"), None)
             if mask is None and drawn:
                 problems.append(f"an image has no mask: {paths[0].relative_to(root)}")
             items.append(Item(str(paths[0].relative_to(root)), tuple(paths), split=split, mask=mask))
-        orphans += sum(suffix_of(p) in (*PICTURES, *VOLUMES) for p in drawn.values())
+        orphans += len(drawn)
     if orphans:
         problems.append(f"{orphans} masks belong to no image")
     return Layout("nnunet", root, tuple(items), labels, tuple(problems))
@@ -183,16 +186,8 @@ def _stem(path: Path) -> str:
     return path.name[: -len(suffix_of(path))] if suffix_of(path) else path.name
 
 
-def _labels(given: Mapping[str, object]) -> dict[int, str]:
-    """Return nnU-Net's labels, written ``{"liver": 1}`` (version 2) or ``{"1": "liver"}`` (version 1)."""
-    labels: dict[int, str] = {}
-    for name, value in given.items():
-        if name.isdigit():
-            labels[int(name)] = str(value)
-        else:
-            for number in value if isinstance(value, list) else [value]:
-                labels[int(str(number))] = name
-    return labels
+def _mask(path: Path) -> bool:
+    return suffix_of(path) in (*PICTURES, *VOLUMES, ".dcm")
 
 
 def _bids(root: Path, limits: Limits) -> Layout:

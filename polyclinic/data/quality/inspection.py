@@ -1,7 +1,8 @@
 """Inspection of one example: the summary of an image that the data check keeps."""
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.formats.dicom.series import Series, read_dicom, read_series
-from polyclinic.data.formats.nifti import is_nifti, read_nifti
-from polyclinic.data.formats.nrrd import is_nrrd, read_nrrd
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_npz, read_picture, refusing
-from polyclinic.data.formats.volume import Volume, as_mask, canonical, same_grid
-from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout, suffix_of
+from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
+from polyclinic.data.formats.grids import GridMismatch
+from polyclinic.data.formats.nifti import is_nifti
+from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing
+from polyclinic.data.formats.volume import Volume, as_image, as_mask, canonical
+from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout
 from polyclinic.data.quality.image_hashes import content_hash, small_picture
 from polyclinic.data.quality.phi_screening import in_nifti, in_picture, may_show_a_face
+from polyclinic.data.value_ranges import ValueRange
 
 DICOM = "dicom"
 QUANTILES = 33
@@ -44,6 +46,7 @@ class Look:
         hidden: Metadata that may name a person, by field.
         labels: Values in its mask; None if there is no mask.
         astray: Why its mask does not belong to it, or empty.
+        values: Its stored values.
         thumb: Thumbnail, uint8; only for some examples.
     """
 
@@ -62,64 +65,43 @@ class Look:
     hidden: tuple[str, ...] = ()
     labels: tuple[int, ...] | None = None
     astray: str = ""
+    values: ValueRange | None = None
     thumb: np.ndarray[Any, Any] | None = field(repr=False, default=None)
 
 
-def picture_volume(path: Path, limits: Limits = LIMITS) -> Volume:
-    """Read a PNG, JPEG, TIFF or BMP as a volume [1, Y, X] or [3, 1, Y, X] without spacing."""
-    array = torch.from_numpy(np.array(read_picture(path, limits).astype(np.float32)))
-    color = array.ndim == 3
-    return Volume(array.permute(2, 0, 1)[:, None] if color else array[None], _FLAT, "", "RGB" if color else "", False)
+def read_item(item: Item, options: ImageOptions = OPTIONS) -> tuple[Volume, Volume | None, tuple[str, ...], str]:
+    """Read the image of an example and its mask, notes, and why the mask does not belong to it (empty if it does).
+
+    Raises:
+        Unreadable: If the image, or the mask itself, cannot be read.
+    """
+    slices = item.key == DICOM
+    try:
+        case = read_case(item.paths, item.mask, options, slices=slices)
+    except GridMismatch as mismatch:
+        if item.mask is None or mismatch.path != item.mask:
+            raise
+        case = read_case(item.paths, None, options, slices=slices)
+        with contextlib.suppress(GridMismatch):
+            return case.image, read_mask(item.mask, options)[0], case.notes, mismatch.reason
+        return case.image, None, case.notes, mismatch.reason
+    return case.image, case.mask, case.notes, ""
 
 
-def read_volume(path: Path, limits: Limits = LIMITS) -> Volume:
-    """Read any supported image file."""
-    if is_nifti(path):
-        return read_nifti(path, limits=limits)
-    if is_nrrd(path):
-        return read_nrrd(path, limits=limits)
-    if suffix_of(path) in (".dcm", ".ima", ".dicom"):
-        return read_dicom(path, limits=limits)
-    return picture_volume(path, limits)
-
-
-def read_item(item: Item, limits: Limits = LIMITS) -> Volume:
-    """Read the image of an example: one file, channels in several files, or the slices of a series."""
-    if item.key == DICOM:
-        return read_series(Series(item.paths, "", ""), limits=limits)
-    if len(item.paths) == 1:
-        return read_volume(item.paths[0], limits)
-    parts = [read_volume(path, limits) for path in item.paths]
-    if not all(same_grid(parts[0], part) for part in parts):
-        raise Unreadable(item.paths[0], "its channels are on different grids")
-    arrays = [part.array if part.array.ndim == 4 else part.array[None] for part in parts]
-    return replace(parts[0], array=torch.cat(arrays))
-
-
-def read_labels(path: Path, limits: Limits = LIMITS) -> Volume:
-    """Read a mask file."""
-    if is_nifti(path):
-        return read_nifti(path, mask=True, limits=limits)
-    if is_nrrd(path):
-        return read_nrrd(path, mask=True, limits=limits)
-    array = read_picture(path, limits)
-    if array.ndim == 3:
-        raise Unreadable(path, "is a color picture, not a mask of labels")
-    return Volume(as_mask(path, array)[None], _FLAT, units="label", measured=False)
-
-
-def look(item: Item, volume: Volume, mask: Volume | None = None, thumb: bool = False, hints: str = "") -> Look:
+def look(
+    item: Item,
+    volume: Volume,
+    mask: Volume | None = None,
+    thumb: bool = False,
+    hints: str = "",
+    notes: tuple[str, ...] = (),
+    astray: str = "",
+) -> Look:
     """Return the summary of an example."""
     values = volume.array.float().flatten()
     sample = values[:: max(1, values.numel() // 100_000)].numpy()
     hidden = tuple(name for path in item.paths[:1] for name in (*_in_volume(path), *in_picture(path)))
-    labels, astray = None, ""
-    if mask is not None:
-        labels = tuple(int(v) for v in np.unique(mask.array.numpy()))
-        if mask.size != volume.size:
-            astray = f"mask of {mask.size} voxels on an image of {volume.size}"
-        elif mask.measured and volume.measured and not same_grid(mask, volume):
-            astray = "the mask is at another position in the patient than its image"
+    labels = None if mask is None else tuple(int(v) for v in np.unique(mask.array.numpy()))
     return Look(
         item,
         volume.size,
@@ -131,11 +113,12 @@ def look(item: Item, volume: Volume, mask: Volume | None = None, thumb: bool = F
         np.quantile(sample, np.linspace(0, 1, QUANTILES)).astype(np.float32),
         content_hash(volume.array),
         small_picture(volume),
-        volume.notes,
+        notes,
         may_show_a_face(volume, f"{hints} {item.paths[0].name}"),
         hidden,
         labels,
         astray,
+        ValueRange.of(item.name, volume),
         thumbnail(volume) if thumb else None,
     )
 
@@ -164,14 +147,16 @@ def thumbnail(volume: Volume, side: int = THUMB) -> np.ndarray[Any, Any]:
     return out
 
 
-def archive_items(path: Path, name: str, limits: Limits = LIMITS) -> Iterator[tuple[Item, Volume, Volume | None]]:
+def archive_items(
+    path: Path, name: str, options: ImageOptions = OPTIONS
+) -> Iterator[tuple[Item, Volume | Unreadable, Volume | None]]:
     """Yield the examples of a NumPy archive: ``train_images``/``train_labels``, ... (MedMNIST), or
-    ``images``/``labels``.
+    ``images``/``labels``. A row that cannot be used is yielded with the reason.
 
     Raises:
         Unreadable: If it contains no array of images, or labels that do not match them in number.
     """
-    arrays = read_npz(path, limits)
+    arrays = read_npz(path, options.limits)
     keys = [key for key in arrays if key == "images" or key.endswith("_images")]
     if not keys:
         raise Unreadable(path, "contains no array named images or <split>_images")
@@ -197,12 +182,16 @@ def archive_items(path: Path, name: str, limits: Limits = LIMITS) -> Iterator[tu
                 row=row,
                 key=key,
             )
-            with refusing(path, f"row {row} of {key} cannot be read"):
-                volume = _array_volume(images[row])
-            mask = None
-            if own["masks"] is not None:
-                mask = Volume(_zyx(as_mask(path, own["masks"][row])), _FLAT, units="label", measured=False)
-            yield item, volume, mask
+            try:
+                with refusing(path, f"row {row} of {key} cannot be read"):
+                    volume = _array_volume(path, images[row], options.fill)
+                    mask = None
+                    if own["masks"] is not None:
+                        mask = Volume(_zyx(as_mask(path, own["masks"][row])), _FLAT, units="label", measured=False)
+            except Unreadable as refusal:
+                yield item, refusal, None
+            else:
+                yield item, volume, mask
 
 
 def _text(value: Any) -> str:
@@ -214,24 +203,29 @@ def _zyx(array: Tensor) -> Tensor:
     return array if array.ndim == 3 else array[None]
 
 
-def _array_volume(row: np.ndarray[Any, Any]) -> Volume:
-    array = torch.from_numpy(np.array(row, dtype=np.float32))
+def _array_volume(path: Path, row: np.ndarray[Any, Any], fill: float | None) -> Volume:
+    scale = float(np.iinfo(row.dtype).max) if row.dtype.kind == "u" else None
+    array, notes = as_image(path, row, fill)
     color = array.ndim in (3, 4) and array.shape[-1] == 3
     if color:
         array = array.movedim(-1, 0)
     array = array[:, None] if color and array.ndim == 3 else array if array.ndim >= 3 else array[None]
-    return Volume(array, _FLAT, units="RGB" if color else "", measured=False)
+    units = "RGB" if color else ""
+    return Volume(array, _FLAT, units=units, measured=False, notes=notes, positioned=False, full_scale=scale)
 
 
 def look_at(
-    layout: Layout, thumbs: int = 24, limits: Limits = LIMITS, hints: str = ""
+    layout: Layout, thumbs: int = 24, options: ImageOptions = OPTIONS, hints: str = ""
 ) -> Iterator[Look | tuple[Item, Unreadable]]:
     """Yield the summary of every example of a layout, and refused files with the reason."""
     if layout.kind == "npz":
         for archive in layout.items:
             try:
-                for at, (item, volume, mask) in enumerate(archive_items(archive.paths[0], archive.name, limits)):
-                    yield look(item, volume, mask, at % 97 == 0 and at < 97 * thumbs)
+                for at, (item, volume, mask) in enumerate(archive_items(archive.paths[0], archive.name, options)):
+                    if isinstance(volume, Unreadable):
+                        yield item, volume
+                    else:
+                        yield look(item, volume, mask, at % 97 == 0 and at < 97 * thumbs, notes=volume.notes)
             except Unreadable as refusal:
                 yield archive, refusal
         return
@@ -239,9 +233,8 @@ def look_at(
     for at, item in enumerate(layout.items):
         try:
             with refusing(item.paths[0], "cannot be read"):
-                volume = read_item(item, limits)
-                mask = read_labels(item.mask, limits) if item.mask is not None else None
-                seen = look(item, volume, mask, at % every == 0 and at < every * thumbs, hints)
+                image, labels, notes, astray = read_item(item, options)
+                seen = look(item, image, labels, at % every == 0 and at < every * thumbs, hints, notes, astray)
         except Unreadable as refusal:
             yield item, refusal
         else:

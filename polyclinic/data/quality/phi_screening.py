@@ -15,7 +15,8 @@ import numpy as np
 
 from polyclinic.data.filename_screening import in_name
 from polyclinic.data.formats.dicom.file import quiet
-from polyclinic.data.formats.safe_reading import LIMITS, PICTURES, Limits, Unreadable, read_text
+from polyclinic.data.formats.pictures import PICTURES
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text
 from polyclinic.data.formats.volume import Volume, canonical
 
 _IDENTIFYING = {

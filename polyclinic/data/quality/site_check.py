@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from polyclinic.data.filename_screening import shown
+from polyclinic.data.files import OPTIONS, ImageOptions
 from polyclinic.data.formats.dicom.series import dicom_files, find_series
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
@@ -142,7 +143,7 @@ def check_folder(
     labels: tuple[int, ...] = (),
     health: Literal["error", "warning"] = "error",
     thumbs: int = 24,
-    limits: Limits = LIMITS,
+    options: ImageOptions = OPTIONS,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Check a folder (or one file) of medical data.
@@ -152,13 +153,13 @@ def check_folder(
         labels: The allowed mask values, if no ``dataset.json`` states them.
         health: Level of suspected health information.
         thumbs: Number of thumbnails to keep for the page.
-        limits: Limits on one file.
+        options: How files are read, with the limits on one file.
         progress: Called with the number of inspected examples.
 
     Raises:
         Unreadable: If ``root`` contains nothing that could be data.
     """
-    root = Path(root)
+    root, limits = Path(root), options.limits
     layout = detect(root, limits)
     found: list[Finding] = []
     if layout.kind == "table" and layout.table is not None:
@@ -168,7 +169,7 @@ def check_folder(
         layout, hints = _dicom(layout, found, health, limits)
     looks: list[Look] = []
     refused: list[tuple[str, str]] = []
-    for seen in look_at(layout, thumbs, limits, hints):
+    for seen in look_at(layout, thumbs, options, hints):
         if isinstance(seen, Look):
             looks.append(seen)
         else:
@@ -207,8 +208,14 @@ def _dicom(
         Finding("error", "unreadable", p.reason, (shown(str(p.path.relative_to(root))),)) for p in series.problems
     ]
     found += headers(tags, drawn, series.not_images, health)
+    scouts = [s for s in series.series if s.localizer]
+    if scouts:
+        names = tuple(shown(str(s.paths[0].relative_to(root))) for s in scouts)
+        found.append(Finding("note", "localizers", f"{len(scouts)} localizers are left out", names))
     items = tuple(
-        Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM) for s in series.series
+        Item(str(s.paths[0].relative_to(root)), s.paths, patient=s.patient or None, key=DICOM)
+        for s in series.series
+        if not s.localizer
     )
     return Layout(DICOM, layout.root, items), " ".join(parts)
 

@@ -98,4 +98,4 @@ class BidsImages(FromFiles):
         name = Path(self.path).stem
         found = Info(name, name, "MR", "brain", task, classes)
         sites = ("site",) if column else ()
-        return Collection(described(self.about, found, ()), tuple(entries), sites, self.steps, self.unreadable)
+        return self.made(described(self.about, found, ()), tuple(entries), sites)

@@ -1,10 +1,11 @@
 """Tree of DICOM files as a source: one example per series, labels from a table by patient.
 
-The layout that ``polyclinic data deidentify`` writes (a folder per patient with a folder per series) is read directly.
+Files are grouped by their headers, whatever their names and folders; an export with all files in one folder is read.
 The scanner (manufacturer and model) is always a column, so that simulated hospitals can follow real machines.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,9 @@ from typing import Any, Literal
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.filename_screening import in_name
-from polyclinic.data.files import kind_of, opened, placed
+from polyclinic.data.files import opened, placed
 from polyclinic.data.formats.dicom.file import quiet
-from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series
+from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series, selected
 from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task, digest
@@ -23,7 +24,7 @@ from polyclinic.data.sources.tabular_files import read_rows
 
 @dataclass(frozen=True)
 class DicomImages(FromFiles):
-    """Series of a DICOM tree, each in its own folder (or file), with labels by patient.
+    """Series of a DICOM tree, with labels by patient.
 
     Attributes:
         path: The folder, or a ``.zip`` file of it.
@@ -33,7 +34,10 @@ class DicomImages(FromFiles):
         site: Its column that names the site; "" takes the scanner.
         regression: Whether the label is a number rather than a class.
         modality: Only series of this modality, such as ``"CT"``; "" for all.
-        slices: Smallest number of slices of a series, to exclude scouts.
+        slices: Smallest number of slices of a series.
+        series: Selection of series by their headers, such as ``{description = "T1*"}``; keys are ``uid``,
+            ``description``, ``number``, ``modality``, ``protocol``, ``body_part``, ``kernel`` and ``slice_thickness``.
+            Localizers are left out.
         classes: The classes in order; if empty, the sorted values.
         steps: Preprocessing.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
@@ -48,6 +52,7 @@ class DicomImages(FromFiles):
     regression: bool = False
     modality: str = ""
     slices: int = 1
+    series: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
@@ -75,49 +80,44 @@ class DicomImages(FromFiles):
         found = find_series(files, look=look)
         if self.unreadable == "refuse":
             problems += [f"{problem}" for problem in found.problems[:20]]
-        crowd = Counter(path.parent for path in files)
         row = {who: i for i, who in enumerate(rows[self.patient])}
-        chosen: list[tuple[Series, tuple[Path, ...]]] = []
-        unknown, tangled = 0, 0
+        chosen: list[Series] = []
+        unknown, scouts = 0, 0
         for series in sorted(found.series, key=lambda s: s.paths):
             if self.modality not in ("", series.modality) or len(series.paths) < self.slices:
                 continue
-            if series.patient not in row:
+            if not selected(series, self.series):
+                continue
+            if series.localizer and "uid" not in self.series:
+                scouts += 1
+            elif series.patient not in row:
                 unknown += 1
-            elif len(series.paths) == 1 and kind_of(series.paths[0]):
-                chosen.append((series, series.paths))
-            elif crowd[series.paths[0].parent] == len(series.paths) == len({*series.paths}) and _together(series):
-                chosen.append((series, (series.paths[0].parent,)))
             else:
-                tangled += 1
-        if tangled:
-            problems.append(
-                f"{tangled} series share a folder with other files; put each series in its own folder "
-                "(`polyclinic data deidentify` does)"
-            )
+                chosen.append(series)
         if not chosen and not problems:
             problems.append(f"no series of {root.name} belongs to a patient of {table.name} ({unknown} have no row)")
         task: Task = "regression" if self.regression else "classification"
-        words = [rows[self.label][row[series.patient]] for series, _ in chosen]
+        words = [rows[self.label][row[series.patient]] for series in chosen]
         targets: list[int] | list[tuple[float, ...]]
         targets, classes = Reading(self.classes).read({self.label: words}, task, problems)
         if problems:
             raise DataError([f"{root.name}: {problem}" for problem in problems[:20]])
         entries = []
-        for at, (series, paths) in enumerate(chosen):
-            name = paths[0].relative_to(root).as_posix()
+        shared = Counter(parent for series in chosen for parent in {path.parent for path in series.paths})
+        for at, series in enumerate(chosen):
+            parent = series.paths[0].parent
+            alone = shared[parent] == 1 and len(series.paths) > 1 and parent != root
+            name = (parent if alone else series.paths[0]).relative_to(root).as_posix()
             name = name if in_name(Path(name).parts) is None else f"series-{digest(name)[:16]}"
             columns = {"scanner": scanners[series.paths[0]], "modality": series.modality or "not stated"}
             if self.site:
                 columns["site"] = rows[self.site][row[series.patient]]
-            entries.append(Entry(name, paths, f"patient-{digest(series.patient)[:16]}", targets[at], None, columns))
+            patient = f"patient-{digest(series.patient)[:16]}"
+            entries.append(Entry(name, series.paths, patient, targets[at], None, columns, slices=True))
         modalities = ", ".join(sorted({e.columns["modality"] for e in entries}))
         name = Path(self.path).stem
-        notes = (f"Left out: {unknown} series of patients without a label.",) if unknown else ()
+        notes = [f"Left out: {unknown} series of patients without a label."] * bool(unknown)
+        notes += [f"Left out: {scouts} localizers."] * bool(scouts)
         info = described(self.about, Info(name, name, modalities, "not stated", task, classes), notes)
         sites = ("site", "scanner") if self.site else ("scanner",)
-        return Collection(info, tuple(entries), sites, self.steps, self.unreadable)
-
-
-def _together(series: Series) -> bool:
-    return len({path.parent for path in series.paths}) == 1
+        return self.made(info, entries, sites)

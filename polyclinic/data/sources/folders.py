@@ -6,7 +6,7 @@ from typing import Literal
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
-from polyclinic.data.files import check_pattern, kind_of, opened, patients_in
+from polyclinic.data.files import check_pattern, is_image, opened, patients_in
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info
 
@@ -36,6 +36,7 @@ class Folders(FromFiles):
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = check_pattern("patient", self.patient)
         if self.levels.count("class") != 1 or len(set(self.levels)) != len(self.levels):
             problems.append(f'levels = {list(self.levels)}: name "class" once, and no level twice')
@@ -49,7 +50,7 @@ class Folders(FromFiles):
         astray = []
         for file in sorted(root.rglob("*")):
             parts = file.relative_to(root).parts
-            if not file.is_file() or not kind_of(file) or any(part.startswith((".", "__MACOSX")) for part in parts):
+            if not file.is_file() or not is_image(file) or any(part.startswith((".", "__MACOSX")) for part in parts):
                 continue
             if len(parts) - 1 == len(self.levels):
                 found.append((file, dict(zip(self.levels, parts, strict=False))))
@@ -82,4 +83,4 @@ class Folders(FromFiles):
             )
         name = root.name if Path(self.path).suffix != ".zip" else Path(self.path).stem
         info = described(self.about, Info(name, name, "not stated", "not stated", "classification", classes), notes)
-        return Collection(info, entries, ("site",) if "site" in self.levels else (), self.steps, self.unreadable)
+        return self.made(info, entries, ("site",) if "site" in self.levels else ())

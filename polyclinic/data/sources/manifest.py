@@ -2,13 +2,14 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
-from polyclinic.data.files import check_pattern, kind_of, opened, patients_in, placed
+from polyclinic.data.files import check_pattern, is_image, opened, patients_in, placed
 from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
@@ -40,6 +41,7 @@ class Manifest(FromFiles):
         nothing: Word for the absence of all labels.
         blank: Value of an empty cell among several labels; refused if not given.
         uncertain: Value of -1 among several labels; refused if not given.
+        series: Selection of the series in a folder with several, such as ``{description = "T1*"}``.
         root: The folder to which images' paths are relative, if it is not the table's.
         steps: Preprocessing.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
@@ -61,12 +63,14 @@ class Manifest(FromFiles):
     nothing: str = ""
     blank: float | None = None
     uncertain: float | None = None
+    series: Mapping[str, str] = field(default_factory=dict)
     root: str = ""
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
     about: Info | None = field(default=None, metadata=HIDDEN)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = [*check_pattern("patient_pattern", self.patient_pattern)]
         if problems := [*problems, *check_pattern("site_pattern", self.site_pattern)]:
             raise DataError(problems)
@@ -99,7 +103,7 @@ class Manifest(FromFiles):
         notes = [] if self.patient in rows else [UNKNOWN_PATIENTS]
         found = Info(table.stem, table.stem, "not stated", "not stated", task, classes)
         sites = ("site",) if self.site in rows else ()
-        return Collection(described(self.about, found, notes), entries, sites, self.steps, self.unreadable)
+        return self.made(described(self.about, found, notes), entries, sites)
 
     def _labels(self, rows: dict[str, list[str]]) -> tuple[str, ...]:
         named = (self.label,) if isinstance(self.label, str) else self.label
@@ -166,6 +170,6 @@ def _missing(row: int, files: list[str], named: list[str], root: Path) -> list[s
             problems.append(f"row {row + 2} names no file in {file}")
         elif not (root / name).exists():
             problems.append(f"row {row + 2} names {name}, which does not exist")
-        elif not (root / name).is_dir() and not kind_of(root / name):
+        elif not (root / name).is_dir() and not is_image(root / name):
             problems.append(f"row {row + 2} names {name}, a format that is not supported")
     return problems

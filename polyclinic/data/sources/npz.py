@@ -17,8 +17,10 @@ from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable, read_npz
+from polyclinic.data.mask_labels import WHITE, black_and_white, label_problems
 from polyclinic.data.preprocessing.pipeline_config import Steps, apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture
+from polyclinic.data.preprocessing.transforms import Relabel
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 
 SPLITS = ("train", "val", "test")
@@ -80,7 +82,7 @@ class Npz:
     def fingerprint(self) -> str:
         """Hash of the file's bytes and of the options."""
         options = (self.images, self.target, self.patient, self.patient_pattern, self.sites, self.regression)
-        return digest("npz", 1, content_of(placed(self.path)), options, fingerprint(self.steps))
+        return digest("npz", 2, content_of(placed(self.path)), options, fingerprint(self.steps))
 
     def table(self) -> Table:
         """Return one row per image, in the file's order. MedMNIST's own split is the column ``split``."""
@@ -204,6 +206,10 @@ class Npz:
         whole = target.dtype.kind != "f" or (np.isfinite(target).all() and (target == np.rint(target)).all())
         if self._whole(target) and not whole:
             raise DataError(f"{path.name}: labels are not whole numbers; set regression = true if this is intended")
+        if target.ndim > 2 and not whole:
+            raise DataError(f"{path.name}: masks are not whole numbers")
+        if target.ndim > 2:
+            target = self._labels(path, target.astype(np.int64, copy=False), arrays)
         if self._whole(target) and int(target.min()) < 0:
             raise DataError(f"{path.name}: labels go down to {int(target.min())}; number the classes from 0")
         if self.regression and target.ndim == 1:
@@ -215,6 +221,24 @@ class Npz:
         if target.dtype == bool or (target.ndim > 1 and target.dtype.kind in "ui"):
             target = target.astype(np.uint8 if target.ndim > 2 and int(target.max()) < 256 else np.int64)
         return {**arrays, "images": images, "target": target}
+
+    def _labels(self, path: Path, masks: Array, arrays: Mapping[str, Array]) -> Array:
+        """Return masks whose values are classes; 0 and 255 become 0 and 1.
+
+        Raises:
+            DataError: If values are not declared, or may be stray.
+        """
+        if int(masks.min()) < 0:
+            raise DataError(f"{path.name}: mask values go down to {int(masks.min())}; number the classes from 0")
+        found = {str(i): np.unique(mask).tolist() for i, mask in enumerate(masks)}
+        relabel = any(isinstance(step, Relabel) for step in self.steps)
+        names = self.classes or (self.about.classes if self.about else ()) or tuple(arrays.get("label_names", ()))
+        declared = tuple(range(len(names))) if len(names) else None
+        if black_and_white(found, declared):
+            return masks // WHITE
+        if not relabel and (problems := label_problems(found, declared)):
+            raise DataError([f"{path.name}: {problem}" for problem in problems])
+        return masks
 
 
 def _channels_first(images: Array, mask_axes: int) -> Array:

@@ -145,7 +145,7 @@ def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     patient, n = predictions.patient, len(predictions)
     if predictions.score is None or predictions.target is None:
         ids, index = np.unique(patient, return_inverse=True)
-        values = {k: _mean_by(index, v, len(ids)) for k, v in predictions.cases.items() if k != "empty"}
+        values = {k: _mean_by(index, v, len(ids)) for k, v in _present(predictions.cases).items()}
         return Cases(ids, np.zeros((len(ids), 1)), np.zeros(len(ids), np.int64), values, n)
     target = predictions.target
     if regression:
@@ -161,7 +161,7 @@ def as_images(predictions: Predictions) -> Cases:
     """Return each image as a case, in the order of patients."""
     p, order = predictions, np.argsort(predictions.patient, kind="stable")
     if p.score is None or p.target is None:
-        values = {k: v[order] for k, v in p.cases.items() if k != "empty"}
+        values = {k: v[order] for k, v in _present(p.cases).items()}
         return Cases(p.patient[order], np.zeros((len(p), 1)), np.zeros(len(p), np.int64), values, len(p))
     return Cases(p.patient[order], p.score[order], p.target[order], {}, len(p))
 
@@ -175,6 +175,15 @@ def as_cases(predictions: Predictions, unit: str = "patient", regression: bool =
     if unit not in ("patient", "image"):
         raise ValueError(f"unit {unit!r}: a case is a 'patient' or an 'image'")
     return by_patient(predictions, regression) if unit == "patient" else as_images(predictions)
+
+
+def _present(cases: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the values of each metric, NaN for classes that neither prediction nor truth of a case contains."""
+    values = {name: value for name, value in cases.items() if name not in ("empty", "absent")}
+    if "absent" not in cases:
+        return values
+    absent = np.asarray(cases["absent"]).astype(bool)
+    return {name: np.where(absent, np.nan, value) for name, value in values.items()}
 
 
 def _mean_by(index: NDArray[np.int64], values: NDArray[Any], size: int) -> NDArray[np.float64]:

@@ -12,14 +12,17 @@ from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.task import Task
 
+IGNORED = -1
+"""Target of pixels without annotation (nnU-Net's "ignore")."""
+
 
 @dataclass(frozen=True)
 class Segmentation(Task):
     """Segmentation: a class for every pixel. Targets are int64 [b, *spatial], 0 for background.
 
-    Scores of empty masks are defined: if only one of prediction and truth is empty, Dice is 0 and the distance is the
-    image's diagonal; if both are, Dice is 1 and the distance 0. ``empty`` counts empty predictions for a nonempty
-    truth. MONAI's defaults omit such cases from the mean.
+    Pixels whose target is ``IGNORED`` count in neither loss nor metrics. If only one of prediction and truth contains a
+    class, its Dice is 0 and its distance the image's diagonal; ``empty`` marks empty predictions for a nonempty truth.
+    If neither contains it, ``absent`` marks the pair, and means leave it out, as in nnU-Net.
 
     Attributes:
         spacing_mm: Pixel size along each axis, for distances.
@@ -34,15 +37,21 @@ class Segmentation(Task):
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
+        """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
+
+        Pixels without annotation count in neither.
+        """
         from monai.losses import DiceLoss
 
         prediction = model(batch[0])
         scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
+        target = batch[1].unsqueeze(1)
+        known = target != IGNORED
         classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
-        one_hot = (batch[1].unsqueeze(1) == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
-        dice: Tensor = DiceLoss(include_background=False, softmax=True)(scores, one_hot)
-        return dice + F.cross_entropy(scores, batch[1])
+        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
+        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
+        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
+        return dice + total / known.sum().clamp_min(1)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
@@ -55,19 +64,26 @@ class Segmentation(Task):
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:
-        """Return ``dice`` and ``empty`` [b, K] for K foreground classes; ``hd95`` (mm) and ``nsd`` if full metrics."""
+        """Return ``dice``, ``empty`` and ``absent`` [b, K] for K foreground classes; ``hd95`` (mm) and ``nsd`` if full
+        metrics.
+        """
         scores = self.predict(model, batch[0])
         return agreement(
             scores.argmax(1), batch[1], scores.shape[1], self.spacing_mm, self.tolerance_mm if full_metrics else None
         )
 
     def summary(self, outputs: Tree) -> dict[str, float]:
-        """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present."""
-        metrics = {"dice": float(outputs["dice"].mean()), "empty": float(outputs["empty"].float().mean())}
-        metrics["loss"] = 1 - metrics["dice"]
-        return metrics | {
-            name: float(outputs[name].mean()) for name in ("hd95", "nsd", "volume_error") if name in outputs
-        }
+        """Compute mean Dice over cases and classes, the fraction of empty predictions, and distances if present.
+
+        Pairs of a case and a class that neither prediction nor truth contains are left out; without any other pair
+        there is no Dice.
+        """
+        metrics, present = {"empty": float(outputs["empty"].float().mean())}, ~outputs["absent"].bool()
+        if not bool(present.any()):
+            return metrics
+        names = [name for name in ("dice", "hd95", "nsd", "volume_error") if name in outputs]
+        metrics |= {name: float(outputs[name][present].mean()) for name in names}
+        return metrics | {"loss": 1 - metrics["dice"]}
 
 
 def agreement(
@@ -79,16 +95,18 @@ def agreement(
 ) -> dict[str, Tensor]:
     """Compare two label maps [b, *spatial] for each case and foreground class: tensors [b, classes - 1].
 
-    Distances are in mm (pixels without ``spacing_mm``), and are computed only if ``tolerance_mm`` is given.
+    Dice and surface Dice are 1, and distances 0, for classes that are in neither map. Distances are in mm (pixels
+    without ``spacing_mm``), and are computed only if ``tolerance_mm`` is given.
     """
     labels = torch.arange(1, classes, device=target.device).view(1, -1, *[1] * (target.ndim - 1))
-    p, t = predicted.unsqueeze(1) == labels, target.unsqueeze(1) == labels
+    p, t = (predicted.unsqueeze(1) == labels) & (target.unsqueeze(1) != IGNORED), target.unsqueeze(1) == labels
     axes = tuple(range(2, p.ndim))
     both, in_p, in_t = (p & t).sum(axes), p.sum(axes), t.sum(axes)
     neither = (in_p + in_t) == 0
     metrics = {
         "dice": torch.where(neither, 1.0, 2.0 * both / (in_p + in_t).clamp_min(1)),
         "empty": (in_p == 0) & (in_t > 0),
+        "absent": neither,
     }
     if tolerance_mm is not None:
         spacing = spacing_mm or (1.0,) * len(axes)

@@ -180,8 +180,8 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
     note = (
         "An empty prediction for a non-empty target counts as Dice 0, surface Dice 0 and a distance of the image’s "
-        "diagonal; an empty prediction for an empty target as Dice 1 and distance 0. No case is excluded. “Empty "
-        "predictions” is the number of the first kind, mean over seeds."
+        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means. "
+        "“Empty predictions” is the number of the first kind, mean over seeds."
     )
     columns += numbers(empty="Empty predictions")
     return Section(

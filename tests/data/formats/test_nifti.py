@@ -10,9 +10,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from polyclinic.data.formats.grids import same_grid
 from polyclinic.data.formats.nifti import read_nifti
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
-from polyclinic.data.formats.volume import Volume, canonical, resample, same_grid
+from polyclinic.data.formats.volume import Volume, canonical, resample
 from tests.support.image_files import nifti_bytes, oblique
 
 

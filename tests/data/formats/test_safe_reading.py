@@ -16,13 +16,13 @@ from PIL import Image
 from polyclinic.data.formats.dicom.series import read_dicom
 from polyclinic.data.formats.nifti import read_nifti
 from polyclinic.data.formats.nrrd import read_nrrd
+from polyclinic.data.formats.pictures import read_picture
 from polyclinic.data.formats.safe_reading import (
     Limits,
     Unreadable,
     fits,
     inflate,
     read_npz,
-    read_picture,
     read_text,
     size,
 )
@@ -130,7 +130,7 @@ def test_pictures_of_every_kind_come_out_gray_or_rgb(tmp_path: Path, mode: str) 
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5)
     suffix = "tiff" if mode in ("CMYK", "I;16") else "png"
     (picture.convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)).save(tmp_path / f"a.{suffix}")
-    array = read_picture(tmp_path / f"a.{suffix}")
+    array = read_picture(tmp_path / f"a.{suffix}").array
     assert array.shape == ((6, 8, 3) if mode in ("RGB", "RGBA", "P", "CMYK") else (6, 8))
     if mode in ("L", "RGB", "RGBA"):
         np.testing.assert_array_equal(array[..., 0] if array.ndim == 3 else array, np.asarray(picture))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from polyclinic.data.files import ImageOptions
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.safe_reading import Limits
 from polyclinic.data.quality.site_check import check_folder
@@ -183,7 +184,7 @@ CASES: list[tuple[str, str, Callable[[], bytes], str]] = [
     ("files", "complex.nii", lambda: nifti_bytes(code=32, bits=64), "not a real number"),
     ("files", "affine.nii", nan_affine, "affine"),
     ("files", "singular.nii", lambda: nifti_bytes(affine=((1, 0, 0, 0),) * 2 + ((0, 0, 1, 0),)), "singular"),
-    ("files", "slope.nii", lambda: nifti_bytes(slope=float("nan")), "slope or intercept is not a finite number"),
+    ("files", "slope.nii", lambda: nifti_bytes(inter=float("nan")), "its intensity intercept is not a finite number"),
     ("files", "offset.nii", lambda: nifti_bytes(offset=float("inf")), "is impossible"),
     ("files", "offset2.nii", lambda: nifti_bytes(offset=3e9), "is impossible"),
     (
@@ -239,7 +240,7 @@ def test_one_line_bounded_memory_and_the_rest_is_read(
     (tmp_path / name).write_bytes(make())
     tracemalloc.start()
     try:
-        report = check_folder(tmp_path, limits=LIMITS)
+        report = check_folder(tmp_path, options=ImageOptions(limits=LIMITS))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -263,7 +264,7 @@ def test_pipes_links_and_folders_do_not_hang(tmp_path: Path) -> None:
     (tmp_path / "nowhere.dcm").symlink_to(tmp_path / "missing.dcm")
     (tmp_path / "folder.dcm").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path)
-    report = check_folder(tmp_path, limits=LIMITS)
+    report = check_folder(tmp_path, options=ImageOptions(limits=LIMITS))
     lines = sorted(f.line() for f in report.findings if f.code == "unreadable")
     assert lines == ["nowhere.dcm: is a link to nothing", "pipe.dcm: is not an ordinary file"]
     assert any(f.line() == "1 links to folders are not followed" for f in report.findings)
@@ -275,7 +276,7 @@ def test_all_of_them_together_still_leave_the_good_ones(tmp_path: Path) -> None:
     bad = [case for case in CASES if case[0] == "dicom" and case[1] != "j2k.dcm"]  # of one series with no-decoder.dcm
     for _, name, make, _ in bad:
         (tmp_path / name).write_bytes(make())
-    report = check_folder(tmp_path, limits=LIMITS)
+    report = check_folder(tmp_path, options=ImageOptions(limits=LIMITS))
     assert report.examples == expected
     assert sorted(f.files[0] for f in report.findings if f.code == "unreadable") == sorted(
         name for _, name, _, _ in bad

@@ -131,9 +131,9 @@ def test_masks_that_are_empty_unknown_astray_missing_or_orphans(tmp_path: Path) 
     text = "\n".join(report.lines())
     for part in (
         "empty masks: 1 of 5",
-        "the label 7 is in 1 mask, but known are 0, 1",
-        "the mask is at another position in the patient than its image",
-        "mask of (11, 9, 8) voxels on an image of (10, 9, 8)",
+        "7 (in 1 of 5 masks). Declared are 0, 1",
+        "the mask is on another grid than its image: corresponding voxels are up to",
+        "it has 11 x 9 x 8 voxels (z, y, x) and its image 10 x 9 x 8",
         "an image has no mask: imagesTr/liver_004_0000.nii.gz",
         "1 masks belong to no image",
     ):
@@ -150,7 +150,7 @@ def test_allowed_labels_may_be_given_where_no_file_says_them(tmp_path: Path) -> 
 
 def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
     volume(nnunet(tmp_path) / "imagesTr" / "liver_000_0001.nii.gz", spacing=2.0)
-    assert "its channels are on different grids" in finding(check_folder(tmp_path), "unreadable")
+    assert "the channel is on another grid than its image" in finding(check_folder(tmp_path), "unreadable")
 
 
 def test_masks_beside_their_images(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_pairs_of_pictures(tmp_path: Path) -> None:
             (tmp_path / "outlines").mkdir(exist_ok=True) or tmp_path / "outlines" / f"{i}.png"
         )
     source = Pairs(str(tmp_path), images="scans", masks="outlines")
-    with pytest.raises(DataError, match="the mask has size"):
+    with pytest.raises(DataError, match=r"mask of 1 x 6 x 2 voxels"):
         source.examples(("0",))
     for i in range(2):
         picture(tmp_path / "scans" / f"{i}.jpg", (6, 2), color=True)

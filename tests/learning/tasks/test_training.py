@@ -12,7 +12,7 @@ from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel, auc
 from polyclinic.learning.tasks.regression import Regression
-from polyclinic.learning.tasks.segmentation import Segmentation, agreement
+from polyclinic.learning.tasks.segmentation import IGNORED, Segmentation, agreement
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.testing import close, equal
@@ -147,7 +147,7 @@ def test_segmentation_learns_discs() -> None:
     end = LocalTraining(epochs=15, batch_size=4, optimizer="adam", lr=0.01).fit(task, task.first(0), site, 0)
     found = outputs(task, end, site.data["test"], full_metrics=True)
     assert found["dice"].mean() > 0.8
-    assert set(found) == {"dice", "empty", "hd95", "nsd", "volume_error", "patient"}
+    assert set(found) == {"dice", "empty", "absent", "hd95", "nsd", "volume_error", "patient"}
     windows = replace(task, window=(16, 16))
     assert close(outputs(windows, end, site.data["test"])["dice"], found["dice"])
 
@@ -169,6 +169,51 @@ def test_empty_masks_are_decided_not_averaged_away() -> None:
         assert np.isclose(found["hd95"].item(), hd95), name
         assert found["nsd"].item() == nsd, name
         assert found["empty"].item() is empty, name
+
+
+def test_absent_classes_do_not_raise_the_mean() -> None:
+    """Of five classes one occurs: the Dice is that class's, not 0.8 and more for the four that are nowhere."""
+    task = Segmentation(Network("unet", (1, 8, 8), 6, (("width", 4),)))
+    truth, predicted = torch.zeros(2, 8, 8, dtype=torch.long), torch.zeros(2, 8, 8, dtype=torch.long)
+    truth[:, 2:6], predicted[:, 2:4] = 1, 1
+    found = agreement(predicted, truth, 6, None, 1.0)
+    assert found["absent"].sum() == 2 * 4
+    summary = task.summary(found)
+    assert summary["dice"] == pytest.approx(2 * 16 / (16 + 32))
+    assert summary["loss"] == pytest.approx(1 - summary["dice"])
+    assert summary["volume_error"] == pytest.approx(0.5)
+    nothing = torch.zeros(2, 8, 8, dtype=torch.long)
+    assert task.summary(agreement(nothing, nothing, 6)) == {"empty": 0.0}
+
+
+def test_pixels_without_annotation_count_in_neither_loss_nor_metrics() -> None:
+    from monai.losses import DiceCELoss
+
+    rng = torch.Generator().manual_seed(0)
+    task = Segmentation(Network("unet", (1, 8, 8), 3, (("width", 4),)))
+    truth = torch.randint(0, 3, (2, 8, 8), generator=rng)
+    partly = truth.clone()
+    partly[:, :4] = IGNORED
+    scores = torch.randn(2, 3, 8, 8, generator=rng)
+    other = scores.clone()
+    other[:, :, :4] = torch.randn(2, 3, 4, 8, generator=rng)
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, output: torch.Tensor) -> None:
+            super().__init__()
+            self.output = output
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.output
+
+    losses = [float(task.loss(Fixed(s), (torch.zeros(2, 1, 8, 8), partly))) for s in (scores, other)]
+    assert losses[0] == losses[1]
+    kept = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)(scores[:, :, 4:], truth[:, None, 4:])
+    assert losses[0] == pytest.approx(float(kept), rel=1e-5)
+    assert float(task.loss(Fixed(scores), (torch.zeros(2, 1, 8, 8), torch.full_like(truth, IGNORED)))) == 0
+    a, b = (agreement(s.argmax(1), partly, 3) for s in (scores, other))
+    assert torch.equal(a["dice"], b["dice"])
+    assert torch.allclose(a["dice"], agreement(scores[:, :, 4:].argmax(1), truth[:, 4:], 3)["dice"])
 
 
 def test_distances_are_in_millimeters_and_monais() -> None:

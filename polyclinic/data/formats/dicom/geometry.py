@@ -68,12 +68,16 @@ def plane_of(path: Path, *sources: Any) -> Plane | None:
     return Plane(position, tuple(map(float, unit[0])), tuple(map(float, unit[1])), (step[0], step[1]), thickness)
 
 
-def stack(path: Path, planes: Sequence[Plane]) -> tuple[list[int], Tensor, tuple[str, ...]]:
+def stack(
+    path: Path, planes: Sequence[Plane], tolerance_mm: float | None = None
+) -> tuple[list[int], Tensor, tuple[str, ...]]:
     """Return the order of parallel slices along their normal, and the affine of the volume they make.
 
     Args:
         path: Path named in errors: the series' first file or folder.
         planes: One per slice, in any order.
+        tolerance_mm: Largest deviation of a slice from its place in an even stack; None for 1 % of the step, at
+            least 0.01 mm.
 
     Returns:
         The order, the affine (index x, y, z to RAS mm), and notes.
@@ -95,28 +99,34 @@ def stack(path: Path, planes: Sequence[Plane]) -> tuple[list[int], Tensor, tuple
             notes = ("one slice without thickness: 1 mm is assumed",)
         across_slices = first.normal * (first.thickness or 1.0)
     else:
-        across_slices = _even_steps(path, np.diff(heights[order]), positions, first.normal)
+        across_slices = _even_steps(path, np.diff(heights[order]), positions, first.normal, tolerance_mm)
     columns = np.stack([np.array(first.across) * first.step[1], np.array(first.down) * first.step[0], across_slices], 1)
     return order, lps_to_ras(affine_from(columns, positions[0])), notes
 
 
 def _even_steps(
-    path: Path, gaps: np.ndarray[Any, Any], positions: np.ndarray[Any, Any], normal: np.ndarray[Any, Any]
+    path: Path,
+    gaps: np.ndarray[Any, Any],
+    positions: np.ndarray[Any, Any],
+    normal: np.ndarray[Any, Any],
+    tolerance_mm: float | None,
 ) -> np.ndarray[Any, Any]:
-    """Return the step from slice to slice, if all are equal to within 1 % (or 0.01 mm) and along the normal."""
+    """Return the step from slice to slice, if all are equal to within the tolerance and along the normal."""
     step = float(np.median(gaps))
     slack = max(0.01 * step, 0.01)
+    spread = np.abs(np.cumsum(gaps) - np.arange(1, len(gaps) + 1) * gaps.mean()).max()
     if gaps.min() < 1e-3:
         twice = int((gaps < 1e-3).sum())
         raise Unreadable(
             path, f"{twice} slices have the position of another: a series of several images that no tag distinguishes"
         )
-    if np.abs(gaps - step).max() > slack:
+    if np.abs(gaps - step).max() > slack if tolerance_mm is None else spread > tolerance_mm:
         missing = np.rint(gaps / gaps.min()) - 1
         if np.abs(gaps - (missing + 1) * gaps.min()).max() <= 2 * slack and missing.sum() <= len(gaps):
             count, wide, narrow = int(missing.sum()), gaps.max(), gaps.min()
             raise Unreadable(path, f"{count} slices are missing (gaps of {wide:.4g} mm among gaps of {narrow:.4g} mm)")
-        raise Unreadable(path, f"its slices are unevenly spaced, from {gaps.min():.4g} to {gaps.max():.4g} mm")
+        hint = f"; if this is rounding, set geometry_tolerance_mm = {spread * 1.2:.2g}" if spread < step / 4 else ""
+        raise Unreadable(path, f"its slices are unevenly spaced, from {gaps.min():.4g} to {gaps.max():.4g} mm{hint}")
     mean: np.ndarray[Any, Any] = (positions[-1] - positions[0]) / len(gaps)
     aside = mean - normal * float(mean @ normal)
     if np.linalg.norm(aside) > max(0.01 * step, 0.01):
@@ -124,7 +134,7 @@ def _even_steps(
         why = "a tilted gantry: straighten the series first, as dcm2niix does"
         raise Unreadable(path, f"its slices are sheared by {angle:.1f} degrees ({why})")
     wander = np.abs(positions - positions[0] - np.arange(len(positions))[:, None] * mean).max()
-    if wander > max(0.05 * step, 0.05):
+    if wander > (max(0.05 * step, 0.05) if tolerance_mm is None else max(tolerance_mm, 1e-3)):
         raise Unreadable(path, f"its slices stray by {wander:.3g} mm from one straight line")
     return mean
 

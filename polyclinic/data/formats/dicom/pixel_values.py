@@ -29,6 +29,7 @@ def values_of(
             raise Unreadable(path, f"is a color image of {stored.dtype.itemsize * 8} bits a channel; 8 are read")
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(stored, -1, 0))), "RGB", ()
     notes: tuple[str, ...] = ()
+    unscaled = stored
     with quiet(), refusing(path, "its values cannot be computed"):
         modality = str(dataset.get("Modality") or "")
         if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
@@ -40,13 +41,51 @@ def values_of(
         if first_item(dataset, "ModalityLUTSequence") is not None:
             stored = np.asarray(require_pydicom().pixels.apply_modality_lut(stored, dataset))
         rescale_type = str(dataset.get("RescaleType") or "HU").upper()
+        scaled = _states_rescale(dataset)
+        padding = _padding(path, dataset, unscaled)
     if len({*slope}) == len({*inter}) == 1:
         values, filled = as_image(path, stored, fill, slope[0], inter[0])
     else:
         parts = [as_image(path, s, fill, a, b) for s, a, b in zip(stored, slope, inter, strict=True)]
         values, filled = torch.stack([part[0] for part in parts]), tuple(note for part in parts for note in part[1])
-    units = {"CT": "HU" if rescale_type == "HU" else "", "RTDOSE": "Gy"}.get(modality, "")
+    if padding is not None:
+        if fill is not None:
+            values = torch.where(torch.from_numpy(padding), torch.tensor(float(fill)), values)
+            notes += ("padding voxels (PixelPaddingValue) were replaced by the fill value",)
+        else:
+            notes += ("contains padding voxels (PixelPaddingValue), which were not measured; fill = ... replaces them",)
+    if modality == "CT" and not scaled:
+        notes += ("CT without rescale slope and intercept: its values are not Hounsfield units",)
+    units = {"CT": "HU" if rescale_type == "HU" and scaled else "", "RTDOSE": "Gy"}.get(modality, "")
     return values, units, notes + filled
+
+
+def _states_rescale(dataset: Any) -> bool:
+    """Return whether the header states how stored values become units: for the file, for all frames or for each."""
+    if "RescaleSlope" in dataset or "RescaleIntercept" in dataset or "ModalityLUTSequence" in dataset:
+        return True
+    groups = (dataset.get("SharedFunctionalGroupsSequence"), dataset.get("PerFrameFunctionalGroupsSequence"))
+    return any(g and first_item(g[0], "PixelValueTransformationSequence") is not None for g in groups)
+
+
+def _padding(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """Return which stored values are padding (PS3.3, C.7.5.1.1.2), or None if none are."""
+    if "PixelPaddingValue" not in dataset:
+        return None
+    first = _stored_number(path, dataset, "PixelPaddingValue")
+    limit = _stored_number(path, dataset, "PixelPaddingRangeLimit") if "PixelPaddingRangeLimit" in dataset else first
+    low, high = sorted((first, limit))
+    found: np.ndarray[Any, Any] = (stored >= low) & (stored <= high)
+    return found if bool(found.any()) else None
+
+
+def _stored_number(path: Path, dataset: Any, keyword: str) -> int:
+    """Return a value in the representation of the pixels: some writers state negative numbers as unsigned ones."""
+    value, bits = whole_number(path, dataset, keyword), whole_number(path, dataset, "BitsAllocated")
+    signed = whole_number(path, dataset, "PixelRepresentation", 0) == 1
+    if signed and value >= 2 ** (bits - 1):
+        return value - (1 << bits)
+    return value + (1 << bits) if not signed and value < 0 else value
 
 
 def _slopes(path: Path, dataset: Any, frames: int) -> tuple[list[float], list[float]]:

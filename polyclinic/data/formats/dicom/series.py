@@ -4,10 +4,12 @@ Standard: DICOM PS3.3 (C.7.6.2 planes, C.7.6.3 pixels, C.7.6.16 multi-frame, C.1
 enhanced multi-frame CT/MR, RT dose, single radiographs, and ultrasound in color or as a cine loop.
 """
 
+import fnmatch
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,17 +45,40 @@ class Header:
     plane: Plane | None
     series: str = field(repr=False)
     patient: str = field(repr=False)
+    instance: str = field(repr=False, default="")
+    named: Mapping[str, str] = field(repr=False, default_factory=dict)
     marks: tuple[str, ...] = field(repr=False, default=())
 
 
 @dataclass(frozen=True)
 class Series:
-    """Files that make one volume, in any order, and the patient they show (a pseudonym or an identifier)."""
+    """Files that make one volume, in any order, and the patient they show (a pseudonym or an identifier).
+
+    Attributes:
+        key: SeriesInstanceUID.
+        marks: Values that distinguish series, by the names of ``SELECTORS``.
+        localizer: Whether the files are a localizer (scout), by their ImageType.
+    """
 
     paths: tuple[Path, ...]
     modality: str
     patient: str = field(repr=False)
     key: str = field(repr=False, default="")
+    marks: Mapping[str, str] = field(repr=False, default_factory=dict)
+    localizer: bool = False
+
+
+SELECTORS = {
+    "uid": "SeriesInstanceUID",
+    "description": "SeriesDescription",
+    "number": "SeriesNumber",
+    "modality": "Modality",
+    "protocol": "ProtocolName",
+    "body_part": "BodyPartExamined",
+    "kernel": "ConvolutionKernel",
+    "slice_thickness": "SliceThickness",
+}
+"""Keys by which a study selects series, ``series = {description = "T1"}``, and the DICOM elements that they compare."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +97,23 @@ def header_of(path: Path, dataset: Any, limits: Limits = LIMITS) -> Header | Non
     with quiet(), refusing(path, "its DICOM header is damaged"):
         if "Rows" not in dataset and "Columns" not in dataset:
             return None
-        text = {k: str(dataset.get(k) or "") for k in ("Modality", "SeriesInstanceUID", "PatientID", *_TELL_APART)}
+        wanted = ("Modality", "SeriesInstanceUID", "PatientID", "SOPInstanceUID", *_TELL_APART)
+        text = {k: str(dataset.get(k) or "") for k in wanted}
+        named = {key: str(dataset.get(element) or "").strip() for key, element in SELECTORS.items()}
         shape = image_shape(path, dataset, limits)
         plane = plane_of(path, dataset)
     marks = tuple(text[k] for k in _TELL_APART)
-    return Header(path, text["Modality"], shape, plane, text["SeriesInstanceUID"], text["PatientID"], marks)
+    return Header(
+        path,
+        text["Modality"],
+        shape,
+        plane,
+        text["SeriesInstanceUID"],
+        text["PatientID"],
+        text["SOPInstanceUID"],
+        named,
+        marks,
+    )
 
 
 def dicom_files(folder: str | os.PathLike[str]) -> list[Path]:
@@ -151,24 +188,59 @@ def _apart(members: list[Header]) -> list[list[Header]]:
 
 def _series(members: list[Header]) -> Series:
     first = members[0]
-    return Series(tuple(h.path for h in members), first.modality, first.patient, first.series)
+    scout = all("LOCALIZER" in header.marks[_TELL_APART.index("ImageType")].upper() for header in members)
+    return Series(tuple(h.path for h in members), first.modality, first.patient, first.series, first.named, scout)
 
 
-def read_dicom(path: str | os.PathLike[str], fill: float | None = None, limits: Limits = LIMITS) -> Volume:
-    """Read one DICOM file, or a folder that contains exactly one series."""
+def selected(series: Series, wanted: Mapping[str, str]) -> bool:
+    """Return whether a series has the ``wanted`` values, compared without case; ``*`` matches any text."""
+    return all(fnmatch.fnmatchcase(series.marks.get(k, "").lower(), str(v).lower()) for k, v in wanted.items())
+
+
+def read_dicom(
+    path: str | os.PathLike[str],
+    fill: float | None = None,
+    limits: Limits = LIMITS,
+    tolerance_mm: float | None = None,
+    wanted: Mapping[str, str] = MappingProxyType({}),
+) -> Volume:
+    """Read one DICOM file, or a folder that contains exactly one series that has the ``wanted`` values.
+
+    Localizers are left out if the folder contains another series.
+    """
     path = Path(path)
     if not path.is_dir():
-        return read_series(Series((path,), "", ""), fill, limits)
+        return read_series(Series((path,), "", ""), fill, limits, tolerance_mm)
     content = find_series(dicom_files(path), limits)
     if content.problems:
         raise content.problems[0]
-    if len(content.series) != 1:
-        raise Unreadable(path, f"contains {len(content.series)} series; name one, or use find_series")
-    return read_series(content.series[0], fill, limits)
+    fitting = [series for series in content.series if selected(series, wanted)]
+    images = [series for series in fitting if not series.localizer] or fitting
+    if len(images) != 1:
+        raise Unreadable(path, f"contains {_series_found(images, len(content.series))}")
+    return read_series(images[0], fill, limits, tolerance_mm)
 
 
-def read_series(series: Series, fill: float | None = None, limits: Limits = LIMITS) -> Volume:
+def _series_found(images: Sequence[Series], total: int) -> str:
+    """Return how many series there are, and by which keys one can be selected."""
+    if not images:
+        return f"{total} series, none of which has the values of series = ..."
+    keys = [key for key in SELECTORS if len({series.marks.get(key, "") for series in images}) == len(images)]
+    counts = " and ".join(str(len(series.paths)) for series in images[:5])
+    return f"{len(images)} series of {counts} files; choose one with series = {{{keys[0] if keys else 'uid'} = ...}}"
+
+
+def read_series(
+    series: Series, fill: float | None = None, limits: Limits = LIMITS, tolerance_mm: float | None = None
+) -> Volume:
     """Read the volume of one series.
+
+    Args:
+        series: Its files.
+        fill: Replacement of voxels without a measurement (not finite, or padding); None to refuse values that are not
+            finite.
+        limits: Limits on each file and on the series.
+        tolerance_mm: Largest deviation of a slice from its place in an even stack; None for the default.
 
     Returns:
         float32 [Z, Y, X] in the file's units (CT: HU), or uint8 [3, Z, Y, X] for color; slices ordered along the normal
@@ -178,7 +250,7 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
         Unreadable: If one file is refused, or the slices do not make one even stack.
     """
     if len(series.paths) == 1:
-        return _one_file(series.paths[0], fill, limits)
+        return _one_file(series.paths[0], fill, limits, tolerance_mm)
     parts: list[tuple[Header, Tensor, str, tuple[str, ...]]] = []
     for path in series.paths:
         dataset = open_dicom(path, limits=limits)
@@ -192,13 +264,24 @@ def read_series(series: Series, fill: float | None = None, limits: Limits = LIMI
     first = parts[0][0]
     if len({(tuple(values.shape), units) for _, values, units, _ in parts}) > 1:
         raise Unreadable(first.path, "the slices of its series differ in size, color or units")
-    order, affine, notes = stack(first.path, [h.plane for h, _, _, _ in parts if h.plane is not None])
+    _refuse_copies([header for header, _, _, _ in parts])
+    order, affine, notes = stack(first.path, [h.plane for h, _, _, _ in parts if h.plane is not None], tolerance_mm)
     array = torch.cat([parts[i][1] for i in order], dim=-3)
     reader_notes = dict.fromkeys(note for _, _, _, part in parts for note in part)
-    return Volume(array, affine, first.modality, parts[0][2], True, notes + tuple(reader_notes))
+    scale = _full_scale(parts[0][2])
+    return Volume(array, affine, first.modality, parts[0][2], True, notes + tuple(reader_notes), full_scale=scale)
 
 
-def _one_file(path: Path, fill: float | None, limits: Limits) -> Volume:
+def _refuse_copies(headers: Sequence[Header]) -> None:
+    """Refuse a series in which two files have the same SOPInstanceUID: one is a copy of the other."""
+    seen: dict[str, Path] = {}
+    copies = [h.path for h in headers if h.instance and seen.setdefault(h.instance, h.path) != h.path]
+    if copies:
+        more = f" ({len(copies)} such files)" if len(copies) > 1 else ""
+        raise Unreadable(copies[0], f"is a copy of another file (same SOPInstanceUID){more}: remove one of them")
+
+
+def _one_file(path: Path, fill: float | None, limits: Limits, tolerance_mm: float | None) -> Volume:
     dataset = open_dicom(path, limits=limits)
     header = header_of(path, dataset, limits)
     if header is None:
@@ -209,13 +292,17 @@ def _one_file(path: Path, fill: float | None, limits: Limits) -> Volume:
         planes = frame_planes(path, dataset, header.shape[0], header.plane)
     values, units, notes = values_of(path, dataset, fill, limits)
     if planes is not None:
-        order, affine, more = stack(path, planes)
+        order, affine, more = stack(path, planes, tolerance_mm)
         array = values if order == sorted(order) else values.index_select(values.ndim - 3, torch.tensor(order))
-        return Volume(array, affine, header.modality, units, True, notes + more)
+        return Volume(array, affine, header.modality, units, True, notes + more, full_scale=_full_scale(units))
     with quiet(), refusing(path, "its pixel spacing is damaged"):
         step, note = flat_spacing(path, dataset)
     notes += ("no position in the patient is stated: left and right are as on the screen", *note)
     if header.shape[0] > 1:
         notes += ("its frames have no position: they are time points or views, stored as slices 1 mm apart",)
     affine = affine_from(np.diag([step[1], step[0], 1.0]) @ np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
-    return Volume(values, affine, header.modality, units, bool(note), notes)
+    return Volume(values, affine, header.modality, units, bool(note), notes, False, _full_scale(units))
+
+
+def _full_scale(units: str) -> float | None:
+    return 255.0 if units == "RGB" else None

@@ -59,7 +59,7 @@ class Run:
             patient once; those of external sites are the first fold's.
         splits: The same separately for each fold, by (method label, seed, fold); empty without folds.
         validation: Validation predictions, if stored. With folds there are none, since one fold's validation patients
-            are another's test patients, on whom no threshold may be chosen.
+            are another's test patients, which must not determine a threshold.
         study: The text of ``study.toml``.
         missing: Descriptions of the parts of a finished run that this one lacks.
         unread: Number of lines of each kind of record that this version does not know.

@@ -114,7 +114,7 @@ def test_ida_with_intrac_divides_by_accuracy(
     assert n / claimed * n == pytest.approx(round(n / claimed * n))
     from polyclinic.learning.tasks.regression import Regression
 
-    with pytest.raises(ValueError, match="which regression has none of"):
+    with pytest.raises(ValueError, match="which regression does not have"):
         ida(Regression(task.network), local, intrac=True)
 
 

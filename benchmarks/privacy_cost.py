@@ -1,7 +1,7 @@
 """What ε costs on real X-rays: ``python benchmarks/privacy_cost.py PNEUMONIAMNIST.npz [--epsilons 1 3 8]``.
 
 A small network with group normalization, four sites with a quarter of the training images each, FedAvg, DP-SGD that
-protects every image (the set does not say whose an image is). Plain training stands first. One line an ε, as it ends.
+protects every image (the set does not state patients). Training without noise is first. One line per ε, when it ends.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python tools/mutation/run.py core/check            # one or more modules of modules.toml
     python tools/mutation/run.py --show core/check     # only print what the last run found
 
-See README.md beside this file.
+See README.md in this folder.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The bound on ε: known values, never above the truth, and above 0 where nothing is hidden."""
+"""The bound on ε: known values, never above the truth, and above 0 if nothing is hidden."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Images from gradients: recovered where they should be, hidden where they should be, with a control beside."""
+"""Images from gradients: recovered where they should be, hidden where they should be, with a control."""
 
 import math
 

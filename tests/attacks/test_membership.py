@@ -1,4 +1,4 @@
-"""Who was trained on: chance where nothing was learned, more where it was memorized, and attacks in their order."""
+"""Who was trained on: chance if nothing was learned, more if it was memorized, and attacks in their order."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Attacks do what their papers say, at the sites named, and nothing elsewhere."""
+"""Attacks do what their papers say, at the sites named, and nothing at others."""
 
 import numpy as np
 import pytest

@@ -25,7 +25,7 @@ CONTROL = found(torch.arange(16.0) + 20, torch.arange(16.0))
 
 
 def test_a_model_that_tells_nothing_is_called_leaky_in_at_most_five_per_cent() -> None:
-    """Five sites of 20 + 20 patients: the old verdict, AUC > 0.6 at the worst site, said so in 55 %."""
+    """Five sites of 20 + 20 patients: the old verdict, AUC > 0.6 at the worst site, was positive in 55 %."""
     rng, trials = dice(), 250
     leaky = [
         Verdict(CONTROL, {f"s{i}": {"loss": found(normal(20, rng), normal(20, rng))} for i in range(5)}).leaky
@@ -49,7 +49,7 @@ def test_a_few_members_exposed_with_certainty_are_found(sites: int) -> None:
 
 
 def test_the_tail_by_counting_all_orders() -> None:
-    """Of all orders of 3 members and 4 others, how many put so many members above all but k others?"""
+    """Of all orders of 3 members and 4 others, in how many are that many members above all but k others?"""
     orders = list(itertools.combinations(range(7), 3))  # the ranks of the members, 0 is the highest
     for allowed, exposed in itertools.product(range(3), range(4)):
         above = [sum(r < sorted(set(range(7)) - set(members))[allowed] for r in members) for members in orders]

@@ -1,4 +1,4 @@
-"""The journal's chain, byte by byte: what is written, what is told apart, and what a full disk leaves."""
+"""The journal's chain, byte by byte: what is written, what is distinguished, and what a full disk leaves."""
 
 import errno
 import hashlib
@@ -67,7 +67,7 @@ def test_an_empty_file_is_a_journal_of_nothing(tmp_path: Path) -> None:
 def test_an_entry_that_was_sealed_anew_does_not_fit_its_place_or_the_next_one(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Whoever changes an entry can compute its hash again, but then the chain breaks, there or one line on."""
+    """An attacker who changes an entry can compute its hash again, but then the chain breaks, there or one line on."""
     path = tmp_path / "journal.jsonl"
     entries = written(path)
     entries[2] = sealed({**entries[2], **change})
@@ -76,7 +76,7 @@ def test_an_entry_that_was_sealed_anew_does_not_fit_its_place_or_the_next_one(
     with pytest.raises(Broken, match=rf"journal.jsonl:{where}: this entry was changed, or an earlier one was removed"):
         list(verify(path))
     read = verify(path)
-    assert [next(read)["seq"] for _ in range(where - 1)] == list(range(where - 1)), "what comes before it stands"
+    assert [next(read)["seq"] for _ in range(where - 1)] == list(range(where - 1)), "what comes before it is valid"
 
 
 @pytest.mark.parametrize("key", ["seq", "event", "previous", "hash", "round"])

@@ -47,13 +47,13 @@ def test_without_an_auditor_noise_is_added_and_with_one_it_decides() -> None:
 
 
 def test_what_is_not_said_of_a_spend_or_a_use_is_what_assumes_least() -> None:
-    """One step, on everyone, for a whole site, by noise that the site adds alone; nothing bounded, nobody sampled."""
+    """One step, on everyone, for a whole site, by noise that the site adds alone; nothing bounded, no one sampled."""
     assert Spend(1.5) == Spend(1.5, rate=1.0, steps=1, unit="site", pure=0.0, share=1)
     assert Use({}, Spend(1.0), {}) == Use({}, Spend(1.0), {}, bound=0.0, sampled=None)
 
 
 def test_the_innermost_meter_counts_and_counting_ends_with_its_block() -> None:
-    meter(Spend(9.0))  # nobody counts, so nothing happens
+    meter(Spend(9.0))  # there is no meter, so nothing happens
     with metered() as outer:
         meter(Spend(1.0))
         with metered() as inner:

@@ -27,7 +27,7 @@ class SumState(NamedTuple):
 
 @dataclass(frozen=True)
 class Told(Method[SumState]):
-    """Sends what it was told; the server moves by the mean. Counts at the site how often it was asked."""
+    """Sends the given values; the server moves by the mean. Counts at the site how often it was asked."""
 
     sends: Mapping[str, Tree] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)

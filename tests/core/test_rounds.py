@@ -154,7 +154,7 @@ def test_a_weight_out_of_proportion_is_refused() -> None:
     assert (
         ReplyValidator().refuse(ASK, updates(**honest, m=(1e12, 1.0))) == {}
     )  # in one process nothing is bounded by default
-    # Nobody has counted: ten times as much as of a site with a count, and two others must be there.
+    # No examples were counted: ten times as much as of a site with a count, and two others must be there.
     assert gate.refuse(ASK, updates(**honest, m=(20.0 * 100, 1.0))) == {}
     assert list(gate.refuse(ASK, updates(**honest, m=(20.0 * 101, 1.0)))) == ["m"]
     assert list(gate.refuse(ASK, updates(a=(12.0, 1.0), b=(20.0, 1.0), m=(1e12, 1.0)))) == ["m"]
@@ -196,7 +196,7 @@ def test_weights_of_single_elements_are_compared_by_their_mean() -> None:
 def test_answers_that_come_one_by_one_are_compared_with_earlier_ones(
     task: Classification, local: LocalTraining
 ) -> None:
-    """Where nobody waits, a round has no others; what they sent before is remembered, not the replies."""
+    """If no site is waited for, a round has no others; what they sent before is remembered, not the replies."""
     sites, method = little_sites(count=4), FedAvg(task, local)
     heavy = Tampered(method, sites, "site-3", reweighted(1e12))
     steps = list(
@@ -246,7 +246,7 @@ def test_a_site_whose_passes_are_used_up_is_not_asked_again(task: Classification
 
 
 class Counted(InProcess):
-    """An engine that keeps whom it was asked to ask, for which round."""
+    """An engine that records the sites it was asked for, by round."""
 
     def __init__(self, method: Method[Any], sites: Mapping[str, Site], failing: dict[str, int] | None = None) -> None:
         super().__init__(method, sites)

@@ -161,7 +161,7 @@ def test_what_is_no_python_is_hashed_by_its_bytes() -> None:
     assert len({hash_of_source(source) for source in broken}) == len(broken)
 
 
-# Every supported Python must give these (compared under 3.11, 3.12 and 3.13). Whoever changes them changes the hash of every installation.
+# Every supported Python must give these (compared under 3.11, 3.12 and 3.13). A change of them changes the hash of every installation.
 KNOWN = {
     "x = 1\n": "4cc7062884499db9e578f0711d8d087bd5223df5d2df24f80a8895e4723f5be2",
     'async def f(*a: int, b=None, **c):\n    async with a as b, c: await b\n    return f"{a}b{c!r:>{b}}{{"\n': "03267844d927b8863a7789c717ba64d575cfd5ab0d200ea8bec5d1b092d2d750",

@@ -52,7 +52,7 @@ def test_where_most_draws_of_a_site_say_nothing_there_is_no_interval(tmp_path: P
     data = drawn(tmp_path / "r", LOPSIDED)
     here, case = ("site-0", 0), data.cases["fedavg", 0]["site-0"]
     mine = data.weights[here].copy()
-    mine[1:1200, np.isin(data.patients[here], case.patient[case.target == 0])] = 0  # nobody healthy was drawn
+    mine[1:1200, np.isin(data.patients[here], case.patient[case.target == 0])] = 0  # no healthy patient was drawn
     found = replace(data, weights={**data.weights, here: mine}).macro_estimate("fedavg", list(LOPSIDED), AUC)
     assert found.value is not None
     assert found.low is None

@@ -20,6 +20,8 @@ from tests.conftest import little_sites, segmentation_sites
 IMAGES = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
 MASKS = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
+FEW_STEPS = {"lc-fed": {"head_steps": 2}, "stain-norm": {"exchanges": 2, "epochs": 1}, "vafl": {"epochs": 2}}
+"""Options of methods that take hundreds of steps by default; the laws hold for any number of them."""
 
 
 def case(name: str) -> tuple[Method[Any], Classification | Segmentation, dict[str, Site]]:
@@ -27,7 +29,7 @@ def case(name: str) -> tuple[Method[Any], Classification | Segmentation, dict[st
     kinds = METHODS[name].tasks
     image = not kinds or "classification" in kinds
     task, sites = (IMAGES, little_sites()) if image else (MASKS, segmentation_sites())
-    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5)), task, sites
+    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5), FEW_STEPS.get(name)), task, sites
 
 
 def held_by_server(sites: Mapping[str, Site]) -> dict[str, Any]:

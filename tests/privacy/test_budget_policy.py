@@ -64,7 +64,7 @@ def test_only_scores_on_validation_and_test_data_are_free(ledger: Ledger, job: s
 
 @dataclass(frozen=True)
 class Pretends(FedAvg):
-    """Answers an evaluation job with something else, or with something else beside the scores."""
+    """Answers an evaluation job with something else, or with something else in addition to the scores."""
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         rows = site.data["train"][torch.arange(4)][0].flatten(1)
@@ -95,7 +95,7 @@ class PretendsWithin(Evaluated):  # type: ignore[type-arg]
 
 
 def test_a_job_is_free_by_who_answers_and_not_by_its_name(ledger: Ledger) -> None:
-    """A method that answers score/val itself, with patients' pixels, or sends something beside the scores."""
+    """A method that answers score/val itself, with patients' pixels, or sends something in addition to the scores."""
     site, score = Site("a", {"train": Ward(), "val": Ward()}), Request(0, {"params": TASK.first()}, job="score/val")
     average = FedAvg(TASK, LocalTraining())
     for method in (

@@ -306,7 +306,7 @@ def test_the_count_has_its_own_noise_and_the_rest_has_more(share: int, noise: No
         sent_by(Gaussian(1.0, share), {"m/w": torch.ones(2), BELOW: torch.tensor([0.5])}, clip.describe(clip.init({})))
     rest = (1 - (2 * 3.0) ** -2) ** -0.5 * 2.0
     assert noise.deviations == pytest.approx([rest / share**0.5, 3.0 / share**0.5])
-    assert [spend.multiplier for spend in spent] == [1.0], "count and rest together cost what was said"
+    assert [spend.multiplier for spend in spent] == [1.0], "count and rest together cost what was declared"
 
 
 def test_integers_and_variances_are_not_hidden_but_empty_ones_pass(noise: Noise) -> None:
@@ -353,7 +353,7 @@ def step_of(transform: Transform) -> float | None:
 
 
 def test_the_step_of_the_secure_sum_that_follows_is_taken_over() -> None:
-    """Nobody can name a finer grid than the numbers are rounded to."""
+    """No one can name a finer grid than the numbers are rounded to."""
     coarse = SecureSum(limit=64.0, bits=3, heaviest=2.0, threshold=4)
     assert step_of(Gaussian(1.0).resolve((coarse,))) == step_of(Gaussian(1.0).resolve((Clip(1.0), coarse))) == 0.25
     assert step_of(Gaussian(1.0).resolve(())) == step_of(Gaussian(1.0).resolve((Clip(1.0),))) == 0.0

@@ -364,7 +364,7 @@ GRID = [-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0]
 
 @pytest.mark.parametrize("how", [(1.0, 1.0, 1.0), (0.3, 0.3, 2.0), (2.0, 0.5, 0.5), (0.5, 2.0, 0.5)])
 def test_sparse_sharing(tmp_path: Path, how: tuple[float, float, float]) -> None:
-    """ε₁ + ε₂ + ε₃ for a site that is there or not, and twice that for whoever is inside it."""
+    """ε₁ + ε₂ + ε₃ for a site that is there or not, and twice that for a record inside it."""
     e = sparse(*how)
     points = list(itertools.product(GRID, GRID))
     for_site = max(loss(x, (0.0, 0.0), e) for x in points)

@@ -156,7 +156,7 @@ def test_only_one_process_at_a_time_and_only_its_owner_touches_the_lock(tmp_path
 
 
 def test_every_use_of_a_ledger_waits_for_its_turn(ledger: Ledger) -> None:
-    """Whoever holds the lock beside the ledger holds up all that read and write it."""
+    """A process that holds the lock of the ledger blocks all that read and write it."""
     head = ledger.head()
     uses: list[Callable[[], Any]] = [
         lambda: ledger.reserve([ONE]),
@@ -344,7 +344,7 @@ def test_kill_9_at_any_step_never_under_counts(ledger: Ledger, tmp_path: Path) -
         assert left == (deadly > steps // 2)
         counted = after
     ledger.reserve([ONE])
-    assert sum(spend.steps for spend in ledger.spent().spends) == counted + 1, "and it goes on"
+    assert sum(spend.steps for spend in ledger.spent().spends) == counted + 1, "and the ledger works as before"
 
 
 def racer(path: str, start: Any, results: Any) -> None:

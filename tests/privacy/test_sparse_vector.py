@@ -19,7 +19,7 @@ X = torch.tensor([0.5, -0.9, 0.05, 3.0, -4.0, 0.0, 0.2, -0.31, 0.3, 0.1])
 
 
 class Noise:
-    """In place of ``laplace``: gives what it is told to by the number of values, and writes down the scales."""
+    """In place of ``laplace``: gives what it was set to by the number of values, and writes down the scales."""
 
     def __init__(self, **values: float) -> None:
         self.asked: list[tuple[int, float]] = []

@@ -1,4 +1,4 @@
-"""Secure summation: the sum is exact, nothing else is seen, and whoever breaks the rules is refused by name."""
+"""Secure summation: the sum is exact, nothing else is seen, and a party that breaks the rules is refused by name."""
 
 import itertools
 from dataclasses import replace

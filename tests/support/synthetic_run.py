@@ -89,7 +89,7 @@ def write_run(
         "data": {
             "title": "Invented patients",
             "license": "CC0",
-            "citation": "Nobody, Nowhere, 2026",
+            "citation": "No Author, No Journal, 2026",
             "url": "https://example.org/data",
             "notes": ["Outlines drawn by radiologists, not CT pixels."],
             "simulated": simulated,
@@ -261,7 +261,7 @@ def write_groups(path: Path) -> None:
 
 
 def write_maps(path: Path, shape: tuple[int, ...] = (16, 16), method: str = "fedbn", seed: int = 0) -> None:
-    """Where an invented model looks: at the middle, and at one site a little beside it."""
+    """Where an invented model looks: at the middle, and at one site slightly off it."""
     training = [s["name"] for s in json.loads((path / "run.json").read_text())["sites"] if s["role"] == "training"]
     leaves, grid = {}, np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     for k, site in enumerate(training):

@@ -1,4 +1,4 @@
-"""What a policy requires of the transforms that a reply passes: exactly at its bounds, and told in words."""
+"""What a policy requires of the transforms that a reply passes: exactly at its bounds, and reported in words."""
 
 from dataclasses import dataclass
 from typing import Any

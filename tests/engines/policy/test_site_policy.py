@@ -547,7 +547,9 @@ def test_patients_are_counted_where_the_job_reads_them() -> None:
     assert refusal("", replace(request, job="score/val"), at=few) == "fewer than 10 patients here (limits.min_patients)"
     none = Site("a", {"val": blobs(1, 20, (1, 8, 8))})
     assert refusal("", request, at=none) == "fewer than 10 patients here (limits.min_patients)"
-    assert refusal("", replace(request, job="score/test"), at=none) == "", "nobody is scored, so nobody is told of"
+    assert refusal("", replace(request, job="score/test"), at=none) == "", (
+        "no one is scored, so nothing is reported of anyone"
+    )
 
 
 @pytest.mark.parametrize("role", ["train", "other" * 30])

@@ -284,7 +284,7 @@ def test_what_is_spent_is_metered_where_someone_counts() -> None:
         LocalTraining().fit(GROUPED, GROUPED.first(0), site_of(data), 0)
     assert inner == [Spend(1.0, 0.5, 2, "patient")]
     assert outer == [Spend(1.0)]
-    meter(Spend(1.0))  # nobody counts
+    meter(Spend(1.0))  # there is no meter
 
 
 def test_a_method_with_private_training_keeps_its_promises() -> None:

@@ -103,7 +103,7 @@ def test_training_that_does_not_clip_is_caught(monkeypatch: pytest.MonkeyPatch) 
 
 @dataclass(frozen=True)
 class Beside(FedAvg):
-    """FedAvg that sends an exact gradient beside the private update, as methods with a server's momentum do."""
+    """FedAvg that sends an exact gradient with the private update, as methods with a server's momentum do."""
 
     def site_update(self, request, memory, site):
         reply, memory = super().site_update(request, memory, site)
@@ -122,7 +122,7 @@ def test_a_gradient_that_leaves_beside_the_noise_is_caught(monkeypatch: pytest.M
 
 
 def test_the_trainings_are_at_the_runs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rate, steps, rounds and bound, though there are more units; noise but for the control."""
+    """Rate, steps, rounds and bound, though there are more units; noise except for the control."""
     seen, told = [], []
     fit = dp_sgd.DPSGD.fit
 

@@ -1,4 +1,4 @@
-"""Where an ε would be printed, a method whose releases it does not cover is refused: in studies, at sites, and told."""
+"""Where an ε would be printed, a method whose releases it does not cover is refused: in studies, at sites, and by the command."""
 
 import json
 from dataclasses import dataclass, replace

@@ -120,7 +120,7 @@ def test_shadows_of_one_place_that_holds_all_data(done, not_inverted) -> None:
 def test_a_private_run_is_trained_once_more_with_canaries(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], not_inverted
 ) -> None:
-    """The claim is the run's own; the report shows it beside the bound."""
+    """The claim is the run's own; the report shows it next to the bound."""
     npz(tmp_path)
     text = study(tmp_path).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
     text = text.replace("width = 4, depth = 2, dropout = 0.2", "width = 16").replace(

@@ -89,7 +89,7 @@ def test_settings_are_the_same_number_drawn_without_repeats_and_alike_every_time
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a search; while trials run, nobody is asked about test data."""
+    """A finished run with a search; while trials run, no site is asked about test data."""
     path, asked = tmp_path_factory.mktemp("search") / "run", []
     real = Evaluated.site_update
 

@@ -1,4 +1,4 @@
-"""Studies between simulated machines and with simulated attackers: to the bit, within their time, and told."""
+"""Studies between simulated machines and with simulated attackers: to the bit, within their time, and reported."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def rounds(folder, label):
 
 
 def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path: Path) -> None:
-    text = study(tmp_path, MACHINES, rounds=50, minutes=3)  # 3 minibatches a round: 30 s at d, 3 s elsewhere
+    text = study(tmp_path, MACHINES, rounds=50, minutes=3)  # 3 minibatches a round: 30 s at d, 3 s at others
     done(tmp_path / "run", text)
     waits, hurries = rounds(tmp_path / "run", "fedavg"), rounds(tmp_path / "run", "fedbuff")
     assert 6 <= len(waits) < 50
@@ -185,7 +185,7 @@ def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path: Path) -> None:
         done(tmp_path / attack, study(tmp_path, ATTACK, attack=attack))
         folders.append(tmp_path / attack)
     found = panel(folders, Options(draws=50))
-    assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # nobody looks, and it can be added up
+    assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # no one looks, and it can be added up
     assert set(found.named) == {(run, m) for run in ("sign-flip", "huge") for m in ("local", "fedavg", "median")}
     assert "0 of 2 attackers, 0 of 6 honest" in write_panel(found, tmp_path).read_text()
 

@@ -93,7 +93,7 @@ def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path: Path) ->
         file.write(json.dumps(line) + "\n")
     assert "8" in ticked(path)
     page = build_report(path, options=FEW).read_text(encoding="utf-8")
-    assert "What privacy costs: quality against ε for every patient." in page
+    assert "Cost of privacy: quality against ε for every patient." in page
     assert "Quality against traffic." in page
 
 

@@ -2,7 +2,6 @@
 
 Noise is calibrated to the *addition or removal* of one unit, which moves a clipped vector of norm at most C by at most
 C. A finer unit inside it, such as a patient of the site, moves the same vector from one of norm at most C to another:
-by up to 2C. So Gaussian noise of multiplier z counts as z / 2 for the finer unit, and pure ε as 2ε. That holds once,
 by up to 2C. So Gaussian noise of multiplier z counts as z / 2 for the finer unit, and pure ε as 2ε. This factor does
 not depend on the number of levels between, because both vectors stay in the same ball: a record inside a site costs as
 much as a patient inside it. The finer unit may be added, removed or replaced, as long as the coarser one takes part.

@@ -55,7 +55,7 @@ def single_map(path: str | os.PathLike[str], channels: Tensor, regions: Sequence
 
 
 def black_and_white(found: Mapping[str, Collection[int]], declared: Collection[int] | None = None) -> bool:
-    """Return whether all masks have only the values 0 and 255, which stand for 0 and 1."""
+    """Return whether all masks have only the values 0 and 255, which mean 0 and 1."""
     used = {label for labels in found.values() for label in labels} - {0, IGNORED}
     return used == {WHITE} and WHITE not in (declared or ())
 

@@ -104,7 +104,7 @@ class Asked:
             )
             _promise(
                 count <= most,
-                f"jobs declares the number of requests: {here} came {count} times at {name}, at most {most} are allowed",
+                f"jobs declares a number: {here} came {count} times at {name}, at most {most} are allowed",
             )
             _promise(
                 not job.sites or name in job.sites, f"jobs declares the recipients: {request.job!r} is not for {name}"

@@ -95,7 +95,7 @@ def test_the_guide_works_as_it_stands(tmp_path: Path) -> None:
     scored = {(line.method, line.site) for line in run.lines if line.kind == "test"}
     assert scored == {(m, s) for m in ("local", "fedavg") for s in ("lyon", "oslo")}
     page = (place / "results" / "report" / "report.html").read_text()
-    assert "Sites that keep their predictions" in page
+    assert "Sites without predictions for single patients" in page
     assert not (place / "oslo" / "keys").exists()
     assert (place / "oslo" / "journal.jsonl").exists()
     assert json.loads((place / "coordinator" / "admitted.json").read_text())["oslo"]["revoked"] == ""

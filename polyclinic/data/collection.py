@@ -16,7 +16,7 @@ from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.mask_labels import IGNORED, WHITE, black_and_white, label_problems
+from polyclinic.data.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
@@ -184,10 +184,16 @@ class Collection:
         shapes = sorted({tuple(f.pixels.shape) for f in good})
         if len(shapes) > 1:
             some = " and ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
-            raise DataError(
-                f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): add steps that make them "
-                'alike, such as {step = "resize", size = 128}, {step = "crop_pad", size = 128} or {step = "channels"}'
+            remedy = (
+                'add steps that make them alike, such as {step = "resize", size = 128}, '
+                '{step = "crop_pad", size = 128} or {step = "channels"}'
             )
+            if len({len(shape) for shape in shapes}) > 1:
+                remedy = (
+                    "some are single slices and some are volumes: leave one kind out; of DICOM, choose with "
+                    "series = {...}, or leave out localizers with slices = 2"
+                )
+            raise DataError(f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): {remedy}")
         if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
         notes = Counter(note for f in read for note in f.notes)
@@ -226,7 +232,7 @@ class Collection:
             prepared = apply(self.steps, picture)
         except (Unreadable, DataError) as error:
             return f"{entry.id}: {error}"
-        labels = () if prepared.mask is None else tuple(prepared.mask.unique().tolist())
+        labels = () if prepared.mask is None else labels_in(prepared.mask)
         return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
 
 

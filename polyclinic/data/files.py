@@ -267,13 +267,13 @@ def read_mask(
         array, notes = _turned_with(path, pixels, image, turn)
         if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
             array = array[..., 0]  # gray values stored as colors
-        if array.ndim > SPATIAL - 1:
-            raise Unreadable(path, "is a color picture, not a mask of labels")
         if pixels.lossy and not set(np.unique(array).tolist()) <= {0, 255}:
             count = len(np.unique(array))
             raise Unreadable(
                 path, f"contains {count} values because its compression loses detail: save masks as PNG, not JPEG"
             )
+        if array.ndim > SPATIAL - 1:
+            raise Unreadable(path, "is a color picture, not a mask of labels")
         return _plain_picture(as_mask(path, array), "label"), notes
     volume = _read_volume(path, kind_of(path), True, options)
     if volume.units != "label":  # DICOM

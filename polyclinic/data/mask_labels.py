@@ -54,8 +54,14 @@ def single_map(path: str | os.PathLike[str], channels: Tensor, regions: Sequence
     return labels
 
 
+def labels_in(mask: Tensor) -> tuple[int, ...]:
+    """Return the values of a mask, in ascending order; ``IGNORED`` may be among them."""
+    counts = (mask.flatten().long() - IGNORED).bincount()
+    return tuple(int(value) + IGNORED for value in counts.nonzero().flatten())
+
+
 def black_and_white(found: Mapping[str, Collection[int]], declared: Collection[int] | None = None) -> bool:
-    """Return whether all masks have only the values 0 and 255, which stand for 0 and 1."""
+    """Return whether all masks have only the values 0 and 255, which mean 0 and 1."""
     used = {label for labels in found.values() for label in labels} - {0, IGNORED}
     return used == {WHITE} and WHITE not in (declared or ())
 

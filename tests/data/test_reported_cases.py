@@ -192,8 +192,8 @@ CASES: dict[str, Situation] = {
     "E2d NaN in a TIFF": S(lambda p: class_folders(p, with_nan), refusal="2 of .*|1 of 480 voxels are not finite", kind=Folders),
     "E9b EXIF of the image only": S(lambda p: pictures(p, exif=3), refusal="EXIF orientation 3"),
     "E12 JPEG masks": S(lambda p: pictures(p, jpeg=True), refusal="its compression loses detail"),
-    "E14 real numbers beside PNG": S(lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders),
-    "E14 twelve bits beside eight": S(lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders),
+    "E14 real numbers among PNG": S(lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders),
+    "E14 twelve bits among eight": S(lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders),
 }  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_slices_that_jitter_are_refused_unless_declared(tmp_path: Path) -> None:
             read_case([folder])
         volume = read_case([folder], options=ImageOptions(geometry_tolerance_mm=tolerance)).image
         assert volume.array[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"unevenly spaced|slices are missing"):
             read_case([folder], options=ImageOptions(geometry_tolerance_mm=0.01))
 
 
@@ -338,13 +338,27 @@ def test_localizers_and_flat_exports_are_grouped_by_series(tmp_path: Path) -> No
     one = replace(source, series={"description": "t1*"})
     picture = one.examples(one.table().ids)
     assert picture.inputs.shape == (1, 1, 4, 8, 8)
-    with pytest.raises(DataError, match=r"2 series of .*choose one with series = {uid = ...}"):
+    with pytest.raises(DataError, match=r"2 series of .*choose one with series = {description = ...}"):
         read_case([tmp_path / "d"])
     assert read_case([tmp_path / "d"], options=ImageOptions(series={"description": "T2"})).image.size == (3, 8, 8)
     with pytest.raises(DataError, match="none of which has the values"):
         read_case([tmp_path / "d"], options=ImageOptions(series={"number": "9"}))
     with pytest.raises(DataError, match="series = patient"):
         replace(source, series={"patient": "P1"})
+
+
+def test_a_localizer_that_is_not_marked_is_named(tmp_path: Path) -> None:
+    """D6x: a single slice in the folder of a series."""
+    stack(tmp_path / "d", [0.0, 2, 4, 6], PatientID="P1", SeriesNumber=2)
+    stack(tmp_path / "d", [0.0], "loc", PatientID="P1", SeriesNumber=1)
+    source = DicomImages(path=str(tmp_path / "d"), labels=table(tmp_path, "P1"))
+    with pytest.raises(DataError, match=r"some are single slices and some are volumes.*slices = 2"):
+        source.examples(source.table().ids)
+    assert "1 single slice among volumes" in "\n".join(check_folder(tmp_path / "d").lines())
+    for chosen in (replace(source, slices=2), replace(source, series={"number": "2"})):
+        assert chosen.examples(chosen.table().ids).inputs.shape == (1, 1, 4, 8, 8)
+    with pytest.raises(DataError, match=r"2 series of \d and \d files; choose one with series = {number = ...}"):
+        read_case([tmp_path / "d"])
 
 
 def test_files_without_a_suffix_are_dicom_by_content(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
     """Read a picture with Pillow. ``inverted``: whether 0 is white in numbers that Pillow does not invert."""
     from PIL import Image
 
+    with open(path, "rb") as file:
+        lossless = b"VP8L" in file.read(64)  # WebP
     try:
         picture = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
@@ -86,7 +88,8 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
         fits(path, (high, wide, len(picture.getbands())), 1, limits)
         if (pages := getattr(picture, "n_frames", 1)) > 1:
             raise Unreadable(path, f"holds {pages} pages; save one image per file")
-        lossy = picture.format in ("JPEG", "WEBP")
+        jpeg = picture.format == "JPEG" or "jpeg" in str(picture.info.get("compression", ""))
+        lossy = jpeg or (picture.format == "WEBP" and not lossless)
         orientation = int(picture.getexif().get(0x0112, 1) or 1)
         picture.load()
         gray = picture.mode in ("1", "LA", "La")

@@ -15,13 +15,13 @@ import torch
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
+from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
+from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
 from polyclinic.data.source import Info, Table, digest
-from polyclinic.data.value_ranges import ValueRange, scale_problems
 
 VERSION = 2
 MOST_NOTES = 10

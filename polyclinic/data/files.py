@@ -19,6 +19,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.formats.dicom.file import looks_like_dicom
 from polyclinic.data.formats.dicom.series import SELECTORS, Series, read_dicom, read_series
 from polyclinic.data.formats.grids import GridMismatch, matched
+from polyclinic.data.formats.mask_labels import single_map
 from polyclinic.data.formats.metaimage import read_metaimage
 from polyclinic.data.formats.mgh import read_mgh
 from polyclinic.data.formats.nifti import read_nifti
@@ -26,7 +27,6 @@ from polyclinic.data.formats.nrrd import read_nrrd
 from polyclinic.data.formats.pictures import PICTURES, Pixels, read_picture, turned_by
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 from polyclinic.data.formats.volume import SPATIAL, Volume, as_image, as_mask, nearest_axes, turned
-from polyclinic.data.mask_labels import single_map
 from polyclinic.data.preprocessing.sample import Picture
 
 VOLUMES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".dcm")

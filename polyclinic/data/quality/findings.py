@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 
 from polyclinic.data.filename_screening import in_name, shown
+from polyclinic.data.formats.mask_labels import label_problems
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
-from polyclinic.data.mask_labels import label_problems
+from polyclinic.data.formats.value_ranges import scale_problems
 from polyclinic.data.quality.folder_layout import Layout
 from polyclinic.data.quality.image_hashes import equal, nearly_equal
 from polyclinic.data.quality.inspection import Look
 from polyclinic.data.quality.phi_screening import in_sidecar, name_of_tag
-from polyclinic.data.value_ranges import scale_problems
 
 Level = Literal["error", "warning", "note"]
 FEW_PER_CLASS = 5

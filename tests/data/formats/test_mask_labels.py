@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from polyclinic.data.annotations import boxes
+from polyclinic.data.formats.mask_labels import IGNORED, black_and_white, label_problems, labels_in, single_map
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.formats.volume import as_mask
-from polyclinic.data.mask_labels import IGNORED, black_and_white, label_problems, labels_in, single_map
 from polyclinic.data.paired_folders import Pairs, label_names
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel

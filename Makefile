@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/polyclinic demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests

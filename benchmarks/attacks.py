@@ -2,9 +2,9 @@
 
 Two federations of ten sites. Heart disease: four hospitals, each dealt to two or three sites, so that sites differ as
 real hospitals do. Chest X-rays: one hospital's, dealt to ten sites with label skew. One to three of the ten attack from
-the first round on; who, is drawn for each seed. Every rule is judged on honest test patients by AUC,
-beside the mean of honest sites; by whom its alarms name; and, without any attack, by what it costs the hospital that
-differs most.
+the first round on; the attackers are drawn for each seed. Every rule is evaluated by its AUC on honest test patients,
+compared with the mean of honest sites; by the sites that its alarms name; and, without any attack, by its cost for the
+hospital that differs most.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def heart(seed: int) -> Setting:
 
 
 def chest(seed: int) -> Setting:
-    """One hospital's X-rays at ten made-up sites. The sites differ most whose children are mostly healthy."""
+    """X-rays of one hospital at ten simulated sites; the two with the fewest ill children differ most."""
     data = read(CHEST, seed)
     whole = sites_of(data, seed)
     ill = {name: float(site.data["train"].targets.float().mean()) for name, site in whole.items()}
@@ -121,14 +121,14 @@ def chest(seed: int) -> Setting:
     return Setting(mlp(1, 28, 28, width=32), local, 10, first(whole, 96), pooled(whole), minority, weak)
 
 
-SETTINGS = {"heart disease, 4 hospitals in 10 sites": heart, "chest X-rays, 10 made-up sites": chest}
+SETTINGS = {"heart disease, 4 hospitals in 10 sites": heart, "chest X-rays, 10 simulated sites": chest}
 
 
 def run(
     setting: Setting, rule: Rule, bound: float, attack: Attack | None, attackers: tuple[str, ...], seed: int
 ) -> dict[str, Any]:
-    """One training: scores on honest test patients, and whom the alarms name."""
-    if isinstance(rule, FLTrust):  # whoever vouches for the others must be honest
+    """One training: scores on honest test patients, and the sites that the alarms name."""
+    if isinstance(rule, FLTrust):  # the trusted site must be honest
         rule = FLTrust(
             next(name for name in sorted(setting.sites) if name not in attackers and name not in setting.weak)
         )

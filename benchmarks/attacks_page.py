@@ -9,19 +9,19 @@ Records = Mapping[tuple[str, int, str, str, int], Mapping[str, Any]]
 
 HEAD = """# Attacks: what robust rules withstand, and what they cost
 
-Written by `python benchmarks/attacks.py`; every number was measured, the script says how, part of them with PyTorch 2.11
-and the rest with 2.13. Ten sites, of which some
-attack in every round. **AUC lost** is in hundredths, beside the mean of ten honest sites under the same split; averaged
-over the splits. The attackers of ALIE and IPM know every honest update, those of the collusion each other and the usual
-length. Rules that ask for a share of corrupt sites were told 30 %, Bulyan 10 %, which is the most that ten sites allow
-it. FLTrust trusts an honest site. *Bounded* means that updates are first scaled down to the median length.
+Written by `python benchmarks/attacks.py`; every number was measured as the script describes, part of them with PyTorch 2.11
+and the others with 2.13. There are ten sites, of which some
+attack in every round. **AUC lost** is in hundredths, compared with the mean of ten honest sites under the same split, and averaged
+over the splits. The attackers of ALIE and IPM know every honest update; those of the collusion know each other and the usual
+norm. Rules that need a share of corrupt sites use 30 %, Bulyan 10 %, which is the largest share that ten sites allow.
+FLTrust trusts an honest site. *Bounded* means that updates are first scaled down to the median norm.
 
 Study files do the same with `[attack]`: `polyclinic panel run examples/attacks-heart.toml`, and `attacks-xrays.toml`, run
-eleven ways of merging under eighteen cases, with draws of their own (some ten minutes on two cores; the X-rays took forty
-on one that was shared), and write tables with intervals. What they found agrees with this page. Of two seeds, the mean AUC over sites, without an attack
-and under the worst one by three of ten sites:
+eleven aggregation rules in eighteen cases, with random draws of their own (some ten minutes on two cores; the X-rays took forty
+on one shared core), and write tables with intervals. Their results agree with this page. The mean AUC over sites, from two seeds,
+without an attack and under the worst attack by three of ten sites:
 
-| rule | heart disease, 4 hospitals in 10 sites | chest X-rays, 10 made-up sites |
+| rule | heart disease, 4 hospitals in 10 sites | chest X-rays, 10 simulated sites |
 |---|---|---|
 | mean | 0.83, 0.31 (replacement) | 0.90, 0.50 (sign flip) |
 | mean, bounded | 0.83, 0.81 (replacement) | 0.89, 0.75 (sign flip) |
@@ -35,28 +35,29 @@ and under the worst one by three of ten sites:
 | fltrust | 0.85, 0.84 (sign flip) | 0.80, 0.77 (sign flip) |
 | dos | 0.85, 0.77 (collusion) | 0.88, 0.77 (collusion) |
 
-The X-ray sites have about 15 test patients each, so an interval is 12 points wide there. FLTrust trusts a site all of
-whose test patients are ill or all well. Without an attack, alarms name 4 of 20 honest sites of the hospitals, and 1 of
+The X-ray sites have about 15 test patients each, so an interval is 12 points wide there. FLTrust trusts a site whose test
+patients are all ill or all healthy. Without an attack, alarms name 4 of 20 honest sites of the hospitals, and 1 of
 20 of the others.
 """
 
 
-NAMED = """Whom the alarms name, out of ten sites: attackers found of all attackers, and honest sites named wrongly a
-run. All rules and numbers of attackers together; runs that broke down left out.
+NAMED = """Sites that the alarms name, out of ten: the share of attackers that are found, and honest sites that are wrongly named per
+run. All rules and numbers of attackers together, without runs that broke down.
 """
 
-COST = """Without an attack: what a rule costs beside the mean, in hundredths of AUC for everyone and in points of
+COST = """Without an attack: the cost of a rule compared with the mean, in hundredths of AUC for all sites and in points of
 accuracy at the hospital that differs most (a positive number is a loss).
 """
 
 
 def page(records: Records, rules: Sequence[str], attacks: Sequence[str], settings: Sequence[str]) -> str:
-    """Tables of what was lost, who was named and what it cost."""
+    """Return the page: tables of the loss, the named sites and the cost."""
     text = [
         HEAD,
-        f"A cell's deviation over splits, where there are several, is {spread(records):.1f} at the median: read nothing into less.\n",
+        f"The deviation of a cell over splits, if there are several, is {spread(records):.1f} at the median; "
+        "smaller differences mean nothing.\n",
     ]
-    text += ["## In short\n", summary(records, rules, settings), ADVICE]
+    text += ["## Summary\n", summary(records, rules, settings), ADVICE]
     for where in settings:
         seeds = sorted({key[1] for key in records if key[0] == where})
         text.append(f"## {where[0].upper()}{where[1:]}\n")
@@ -76,13 +77,13 @@ def page(records: Records, rules: Sequence[str], attacks: Sequence[str], setting
 
 
 def whole(records: Records, wanted: Collection[tuple[str, int, str, str, int]]) -> Records:
-    """The records of those splits of which none of the ``wanted`` is missing."""
+    """Return the records of the splits for which all ``wanted`` cases are present."""
     partial = {(where, seed) for where, seed, *rest in wanted if (where, seed, *rest) not in records}
     return {case: records[case] for case in wanted if case[:2] not in partial}
 
 
 def spread(records: Records) -> float:
-    """How far a cell lies from itself under another split: the median deviation over splits, in hundredths."""
+    """Return the median over cells of the deviation over splits, in hundredths."""
     cells: dict[tuple[str, str, str, int], list[float]] = {}
     for (where, seed, rule, attack, f), row in records.items():
         if attack:
@@ -92,7 +93,7 @@ def spread(records: Records) -> float:
 
 
 def summary(records: Records, rules: Sequence[str], settings: Sequence[str]) -> str:
-    """Each rule's worst attack by number of attackers, over both federations, and what it costs without one."""
+    """A table of each rule's worst attack by number of attackers, over both federations, and its cost without an attack."""
     counts = sorted({key[4] for key in records} - {0})
     heads = [f"worst loss, {f} of 10" for f in counts]
     rows = [
@@ -137,7 +138,7 @@ def table(
 
 
 def named(records: Records, where: str, attacks: Sequence[str]) -> str:
-    """Attacks by whom the alarms name."""
+    """A table of attacks, with the sites that the alarms name."""
     rows = ["| attack | attackers found | honest sites named a run |", "|---|---|---|"]
     for attack in ("", *attacks):
         found = [(key[4], row) for key, row in records.items() if key[0] == where and key[3] == attack]
@@ -149,7 +150,7 @@ def named(records: Records, where: str, attacks: Sequence[str]) -> str:
 
 
 def cost(records: Records, where: str, rules: Sequence[str], seeds: Sequence[int]) -> str:
-    """What each rule costs when nobody attacks."""
+    """A table of the cost of each rule without an attack."""
     rows = [
         "| rule | AUC lost | accuracy lost at the hospital that differs most | its sites among those named |",
         "|---|---|---|---|",
@@ -163,26 +164,27 @@ def cost(records: Records, where: str, rules: Sequence[str], seeds: Sequence[int
     return "\n".join(rows) + "\n"
 
 
-ADVICE = """What follows for a federation of about ten hospitals:
+ADVICE = """Recommendations for a federation of about ten hospitals:
 
-1. **Let a person decide.** Without any attack the alarms still name honest sites, and every one that they named belongs
-   to the hospital that differs most (the last tables). ALIE, IPM and a collusion of usual length are never named. So an
-   alarm is a reason to ask, not to exclude, and no alarm is no proof. `polyclinic standing RUN` shows every site.
-2. **Never the bare mean.** One site of ten destroys it. What is not finite is refused before any rule, and changes
-   no bit of the others' aggregate; what it costs is that site's patients.
-3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and little where
-   a hospital differs (2 points of accuracy, and 6 on the X-rays); one attacker costs a hundredth, three at worst six
+1. **Let a person decide.** Without any attack the alarms still name honest sites, and every site that they named belongs
+   to the hospital that differs most (the last tables). ALIE, IPM and a collusion of usual norm are never named. An
+   alarm is therefore a reason to ask and not to exclude, and the absence of an alarm proves nothing. `polyclinic outliers RUN` shows
+   every site.
+2. **Do not use the plain mean.** One site of ten destroys it. Values that are not finite are refused before any rule and change
+   no bit of the aggregate of the others; their cost is the loss of that site's patients.
+3. **Begin with the geometric median.** Without an attack it costs less than half a hundredth of AUC, and little at
+   a hospital that differs (2 points of accuracy, and 6 on the X-rays). One attacker costs a hundredth, three at most six
    (twelve in the study file's X-rays, by IPM; the coordinate median lost two there, and eight to sign flips).
-   Centered clipping and the mean bounded at the median length cost as little on average, but 14 and 24 points at the
+   Centered clipping and the mean bounded at the median norm cost as little on average, but 14 and 24 points at the
    X-ray sites that differ. The coordinate median and the trimmed mean withstand three attackers a little better and
    cost more without any: over a hundredth of AUC on heart disease, 24 to 29 points at the X-ray sites that differ.
-4. **Krum, multi-Krum and Bulyan** withstand what is far away, and let IPM, which is near, in. Multi-Krum and Bulyan leave
-   the honest hospital that differs out first: 18 points of its accuracy, and up to 57 on the X-rays.
-5. **DOS needs its bound**, without which one huge update takes the model, **and does not withstand colluders**, whose
-   equal updates pass for the most usual ones. **FLTrust** loses least to three attackers, and most when there are none:
-   it is as good as the trusted site is like the others.
-6. Label flips are found by nobody reliably (a quarter of them). Look at validation by site, not only at updates.
+4. **Krum, multi-Krum and Bulyan** withstand updates that are far away, but not IPM, whose updates are close. Multi-Krum and Bulyan first
+   exclude the honest hospital that differs: it loses 18 points of accuracy, and up to 57 on the X-rays.
+5. **DOS needs its bound**, without which one huge update determines the model, **and does not withstand colluders**, whose
+   equal updates look like the most usual ones. **FLTrust** loses least to three attackers, and most without an attack:
+   its quality depends on how similar the trusted site is to the others.
+6. No rule finds label flips reliably (a quarter of them are found). Examine validation results by site, not only updates.
 
-The accuracy at the X-ray sites that differ is that of one split and a threshold of one half; read only large numbers
-of it.
+The accuracy at the X-ray sites that differ is that of one split and a threshold of one half; interpret only large
+differences.
 """

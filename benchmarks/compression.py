@@ -21,9 +21,9 @@ from polyclinic.core.execution import execute
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import auc, cached_model
+from polyclinic.learning.tasks.classification import Classification, auc
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 

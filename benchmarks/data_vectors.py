@@ -1,12 +1,12 @@
 """One message from each hospital: ``python benchmarks/data_vectors.py`` writes docs/results/data-vectors.md.
 
-Images of one source are dealt to six made-up sites whose shares of classes differ (Dirichlet 1.0). The first plays a
-public collection: the common model is trained on its training images, and its validation images are the restoration
-set, which chooses λ and re-estimates batch normalization. The other five fine-tune that model, each alone, and hand
-over what changed. Every model is judged on the test images of these five sites together.
+Images of one source are divided among six simulated sites whose shares of classes differ (Dirichlet 1.0). The first serves
+as a public collection: the common model is trained on its training images, and its validation images are the restoration
+set, which selects λ and re-estimates batch normalization. The other five fine-tune that model, each alone, and send
+the change. Every model is evaluated on the test images of these five sites together.
 
-Beside the merge: the common model, each site alone, all five sites' images in one place, FedAvg over as many rounds as
-each site has epochs, and random vectors as long as the real ones, tensor by tensor.
+The merge is compared with the common model, each site alone, all five sites' images in one place, FedAvg over as many rounds as
+each site has epochs, and random vectors with the norms of the real ones, tensor by tensor.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def page(found: Mapping[str, list[dict[str, Any]]]) -> str:
             "",
             f"{len(rows)} splits.",
             "",
-            "| model | AUC, % (least to most) | beside each site alone, points | balanced accuracy, % |",
+            "| model | AUC, % (least to most) | compared with each site alone, points | balanced accuracy, % |",
             "|---|---|---|---|",
         ]
         base = np.array([100 * row[ALONE]["auc"] for row in rows])
@@ -144,7 +144,7 @@ def page(found: Mapping[str, list[dict[str, Any]]]) -> str:
         exact = [sum(row["removed to the bit"][i] for row in rows) for i in (0, 1)]
         lines += [
             "",
-            f"λ was chosen as {chosen}, of 0.2, 0.4 … 1. Removing a site gave the model that never had it, to the bit, in "
+            f"λ was chosen as {chosen}, of 0.2, 0.4 … 1. Removing a site gave the model of a merge without it, bit for bit, in "
             f"{exact[0]} of {exact[1]} removals.",
             "",
         ]
@@ -155,30 +155,30 @@ HEAD = """# Data vectors: one message, merged
 
 Written by `python benchmarks/data_vectors.py`; every number of the tables was measured.
 
-Outlines of lung nodules and breast ultrasound images of one source are dealt to six made-up sites whose shares of classes
-differ (Dirichlet 1.0). The first plays a public collection: the common model is trained on its training images, and its
-validation images are the restoration set, which chooses λ and re-estimates batch normalization. The other five fine-tune
-that model for ten passes, each alone, and hand over what changed. Every model is judged on the test images of these five
+Outlines of lung nodules and breast ultrasound images of one source are divided among six simulated sites whose shares of classes
+differ (Dirichlet 1.0). The first serves as a public collection: the common model is trained on its training images, and its
+validation images are the restoration set, which selects λ and re-estimates batch normalization. The other five fine-tune
+that model for ten passes, each alone, and send the change. Every model is evaluated on the test images of these five
 sites together.
 
 - *Each site alone* keeps its own statistics of batch normalization; *restored*, it has those of the restoration set.
-- *Best site alone* is picked by the test images themselves, which is too kind to it.
-- *Random vectors* are as long as the real ones, tensor by tensor, and merged and restored in the same way.
+- *Best site alone* is selected by the test images themselves, which favors it.
+- *Random vectors* have the norms of the real ones, tensor by tensor, and are merged and restored in the same way.
 - *All images in one place* and *FedAvg* begin from the common model, too, and train for as many passes; FedAvg in as many rounds.
 
-**In short.** The merge (the mean, which the search always chose) has a higher AUC than the sites alone: by 5 points on
-ultrasound, by 2 on nodules, where the interval holds 0. It is above random vectors, and within a point of FedAvg, with one message instead of ten
-rounds. The paper's plain sum (λ = 1) overshoots here: on nodules it is far worse than the common model. All images in one
-place are 4 points better than any merge on ultrasound, and no better on nodules. Restoration matters by itself: random vectors, once
-restored, beat the common model, which kept the statistics of another site.
+**Summary.** The merge (the mean, which the search always selected) has a higher AUC than the sites alone: by 5 points on
+ultrasound, and by 2 on nodules, where the interval includes 0. It is above random vectors, and within a point of FedAvg, with one message
+instead of ten rounds. The paper's plain sum (λ = 1) overshoots here: on nodules it is far worse than the common model. All images in one
+place are 4 points better than any merge on ultrasound, and no better on nodules. Restoration matters by itself: random vectors
+that are restored score higher than the common model, which kept the statistics of another site.
 
-A late site needs no other site: a site's message does not depend on who has sent before, and the merge is made anew from
-all vectors in name order. So the order of arrival and who once was there change no bit, which is counted below.
+A late site needs no other site: a site's message does not depend on earlier messages, and the merge is computed again from
+all vectors in name order. The order of arrival and removed sites therefore change no bit, which is counted below.
 """
 
 
 def main() -> None:
-    """Runs the study and writes the page, keeping what is done so that it can be stopped and taken up again."""
+    """Run the study and write the page; finished parts are kept, so that a stopped study can be resumed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--keep", type=Path, default=Path("data-vectors.json"))

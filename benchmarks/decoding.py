@@ -148,7 +148,7 @@ def read_and_hashed(*folders: Path) -> None:
 
 
 def one_format(name: str, make: Callable[[Path], tuple[Callable[[], Any], Callable[[], Any]]]) -> None:
-    """Cold and warm, each beside its floor."""
+    """Cold and warm times, each with its lower limit."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "files"
         root.mkdir()

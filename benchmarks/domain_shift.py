@@ -1,7 +1,7 @@
-"""Which methods help where hospitals differ? ``python benchmarks/domain_shift.py`` writes docs/results/domain-shift.md.
+"""Which methods help if hospitals differ? ``python benchmarks/domain_shift.py`` writes docs/results/domain-shift.md.
 
 Real sites only: sex from brain regions at 6 and at 10 scanners, heart disease at 4 hospitals, retinal vessels from 3
-cameras (at 64 x 64 pixels); then scanners and cameras that nobody trained on. Every method trains the same network in
+cameras (at 64 x 64 pixels); then scanners and cameras without training data. Every method trains the same network in
 the same number of rounds with the same training settings, at its default options unless ``OPTIONS`` says otherwise;
 nothing is tuned, and the model after the last round is tested. A split's score is the mean over sites; differences to
 FedAvg are paired by split, with Student's interval over splits.

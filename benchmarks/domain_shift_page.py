@@ -10,33 +10,33 @@ from scipy.stats import t
 
 Splits = list[list[dict[str, Any]]]
 
-HEAD = """# Domain shift: what helps where hospitals differ
+HEAD = """# Domain shift: which methods help if hospitals differ
 
-Written by `python benchmarks/domain_shift.py`; every number was measured, the script says how: the heart table and the
+Written by `python benchmarks/domain_shift.py`; every number was measured as the script describes: the heart table and the
 unseen cameras with PyTorch 2.13 on a CPU, the brain tables and the three cameras together with 2.11, those on a GPU. (The
 heart table of 2.11 differed by 0.03 points on average.) The sites are real hospitals, scanners and cameras. Differences
-to FedAvg are paired by split, with Student's interval over splits. One that holds 0 is no difference that these data
-show; those that do not are bold, and with so many comparisons some bold ones are chance. Networks and images are small,
-and nothing was tuned: this compares methods under equal conditions, not what each can reach.
+from FedAvg are paired by split, with Student's interval over splits. If an interval includes 0, these data show no difference;
+the others are bold, and with this number of comparisons some of them are chance. Networks and images are small,
+and nothing was tuned: the tables compare methods under equal conditions and do not show the best result of each.
 
-What we read from it:
+Conclusions:
 
-- **Federating itself is worth more than any choice of method.** Training alone costs 2 to 6 points of AUC beside FedAvg,
+- **Federation matters more than the choice of method.** Training alone costs 2 to 6 points of AUC compared with FedAvg,
   with intervals below 0 on all three tables. All data in one place is no better than FedAvg here.
-- **Normalization** layers kept at home (FedBN, SiloBN) change nothing that these tables show.
-- **Harmonization** takes the scanner out of the features (a test in `tests/papers/` shows that a classifier no longer
-  finds it) and yet hardly helps to predict: ComBat gains at most a point of AUC at brain scanners, within the sites and
-  at ten never seen. At the four heart hospitals, which differ by their patients, ComBat and per-site scaling **lose** two
-  points: they take away what is different because the patients are.
+- **Normalization** layers that stay at the sites (FedBN, SiloBN) change nothing that these tables show.
+- **Harmonization** removes the scanner from the features (a test shows that a classifier no longer
+  finds it) but hardly improves predictions: ComBat gains at most a point of AUC at brain scanners, within the sites and
+  at ten unseen ones. At the four heart hospitals, which differ by their patients, ComBat and per-site scaling **lose** two
+  points: they remove differences that are due to the patients.
 - **Adaptation** (Fed-Align, FedHarmony) and MOON: no difference shown.
-- **Personal** methods do not pay where a site has a few dozen patients. Heads of one's own (FedPer, FedRep) cost little;
-  models of one's own (APFL, Fed-MoE, IFCA) cost up to 5 points.
-- **A camera never seen**: IOP-FL, which fits a mixture of the sites' models to the new hospital's unlabeled images, was
-  better than FedAvg at every camera in every split, by 13 points of Dice on average and with an interval above 0. Part
-  of that is where FedAvg fails: 6.5 % at CHASEDB1 in one split and 31 % at STARE in another (batch normalization may do
-  that), where IOP-FL has 64 and 62 %. FedDG was better in ten of twelve and HarmoFL with a window of a tenth in nine,
-  with intervals that hold 0; at its published window, one frequency, HarmoFL was better in three. FedSM's selector
-  chooses among models none of which knows the new camera: better in three of twelve.
+- **Personal** methods bring no gain if a site has a few dozen patients. Personal heads (FedPer, FedRep) cost little;
+  personal models (APFL, Fed-MoE, IFCA) cost up to 5 points.
+- **An unseen camera**: IOP-FL, which fits a mixture of the sites' models to the new hospital's unlabeled images, was
+  better than FedAvg at every camera in every split, by 13 points of Dice on average and with an interval above 0. A part
+  of this gain is due to failures of FedAvg: 6.5 % at CHASEDB1 in one split and 31 % at STARE in another (possibly because of batch
+  normalization), where IOP-FL has 64 and 62 %. FedDG was better in ten of twelve cases and HarmoFL with a window of a tenth in nine,
+  with intervals that include 0; with its published window, one frequency, HarmoFL was better in three. FedSM's selector
+  chooses among models that were not trained on the new camera: it was better in three of twelve.
 """
 
 
@@ -47,7 +47,7 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
 
 
 def gap_of(x: np.ndarray) -> str:
-    """A difference with its interval, bold where that does not hold 0; alone where there is one split only."""
+    """A difference with its interval, bold if that excludes 0; without an interval if there is one split only."""
     mean, low, high = interval(x)
     if math.isnan(low):
         return f"{mean:+.1f}"
@@ -61,10 +61,10 @@ def mean_of(split: Sequence[Mapping[str, Any]], seen: bool) -> float:
 
 
 def lines_of(rows: Mapping[str, Splits], order: Sequence[str], metric: str, seen: bool) -> list[str]:
-    """A table: the mean over sites, beside FedAvg, and the worst site; over splits."""
+    """A table over splits: the mean over sites, the difference from FedAvg, and the worst site."""
     splits = min(len(found) for found in rows.values())
     base = np.array([mean_of(split, seen) for split in rows["fedavg"][:splits]])
-    out = [f"| method | {metric}, mean over sites | beside FedAvg, points | worst site |", "|---|---|---|---|"]
+    out = [f"| method | {metric}, mean over sites | compared with FedAvg, points | worst site |", "|---|---|---|---|"]
     for label in (m for m in order if m in rows):
         found = rows[label][:splits]
         if not any(r["seen"] == seen for r in found[0]):
@@ -83,12 +83,12 @@ def lines_of(rows: Mapping[str, Splits], order: Sequence[str], metric: str, seen
 
 
 def left_out(found: Mapping[str, Mapping[str, Splits]], order: Sequence[str], metric: str) -> list[str]:
-    """A table of sites left out in turn: each score, and the gap to FedAvg of the mean over them, split by split."""
+    """A table of sites left out in turn: each score, and the difference of their mean from FedAvg, paired by split."""
     titles = sorted(found)
     names = [title.removesuffix(" never seen").rpartition(", ")[2] for title in titles]
     labels = [m for m in order if all(found[title].get(m) for title in titles)]
     splits = min(len(found[title][m]) for title in titles for m in labels)
-    head = f"| method | {' | '.join(names)} | {metric}, mean | beside FedAvg, points | better in |"
+    head = f"| method | {' | '.join(names)} | {metric}, mean | compared with FedAvg, points | better in |"
     out = [head, "|---" * (len(names) + 4) + "|"]
     scores = {m: np.array([[mean_of(s, False) for s in found[t][m][:splits]] for t in titles]) for m in labels}
     for m in labels:
@@ -97,7 +97,7 @@ def left_out(found: Mapping[str, Mapping[str, Splits]], order: Sequence[str], me
         wins = "" if m == "fedavg" else f"{int((gaps > 0).sum())} of {gaps.size}"
         cells = " | ".join(f"{x:.1f}" for x in scores[m].mean(1))
         out.append(f"| {m} | {cells} | {scores[m].mean():.1f} | {mark} | {wins} |")
-    return [f"Each was left out in turn, in {splits} splits of the others' patients.", "", *out, ""]
+    return [f"Each camera was left out in turn, in {splits} splits of the others' patients.", "", *out, ""]
 
 
 def page(found: Mapping[str, Mapping[str, Splits]], metrics: Mapping[str, str], order: Sequence[str]) -> str:
@@ -114,11 +114,11 @@ def page(found: Mapping[str, Mapping[str, Splits]], metrics: Mapping[str, str], 
         if any(not r["seen"] for r in some):
             others = {label: splits for label, splits in rows.items() if label != "single"}
             lines += [
-                f"### The same models at {sum(not r['seen'] for r in some)} scanners never seen",
+                f"### The same models at {sum(not r['seen'] for r in some)} unseen scanners",
                 "",
                 *lines_of(others, order, metric, False),
             ]
     if unseen:
-        lines += ["## Retinal vessels at a camera never seen", ""]
+        lines += ["## Retinal vessels at an unseen camera", ""]
         lines += left_out(unseen, order, words["dice"])
     return "\n".join(lines)

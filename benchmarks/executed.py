@@ -44,13 +44,16 @@ def executed_functions(study: Path, out: Path) -> set[CodeType]:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             executed.add(frame.f_code)
 
-    report, cli.report = cli.report, lambda folder: None  # the report comes after the rounds, and takes far longer
+    report, cli.write_report = (
+        cli.write_report,
+        lambda folder: folder,
+    )  # the report comes after the rounds, and takes far longer
     sys.setprofile(note)
     try:
         cli.run(study, out=out)
     finally:
         sys.setprofile(None)
-        cli.report = report
+        cli.write_report = report
     return executed
 
 

@@ -1,4 +1,4 @@
-"""Who gains and who loses, hospital by hospital: ``python benchmarks/fairness.py`` writes docs/results/fairness.md.
+"""Gains and losses of each hospital: ``python benchmarks/fairness.py`` writes docs/results/fairness.md.
 
 Heart disease at four hospitals, where 36 to 93 % of patients are ill, and sex from brain regions at the scanners of 23
 sites (those with enough subjects). Every method trains the same network for the same rounds, on ten random splits of
@@ -67,7 +67,7 @@ def accuracies(where: str, label: str, seed: int) -> dict[str, float]:
 def interval(
     table: np.ndarray, statistic: Callable[[np.ndarray], float], times: int = 4000
 ) -> tuple[float, float, float]:
-    """A statistic of [splits, sites], and where it lies when splits are drawn anew."""
+    """A statistic of [splits, sites], and its bootstrap interval over splits."""
     rng = np.random.default_rng(0)
     drawn = [statistic(table[rng.integers(0, len(table), len(table))]) for _ in range(times)]
     low, high = np.quantile(drawn, (0.025, 0.975))
@@ -89,7 +89,7 @@ def page(found: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, list
         says = f"{count} sites, {splits} splits. Accuracy in %; spread is the standard deviation over sites, in points."
         lines += [f"## {where}", "", says, ""]
         lines += [
-            "| method | mean over sites | worst site | spread | worst site beside FedAvg |",
+            "| method | mean over sites | worst site | spread | worst site compared with FedAvg |",
             "|---|---|---|---|---|",
         ]
         for label, table in rows.items():
@@ -113,29 +113,29 @@ def page(found: Mapping[str, Mapping[str, np.ndarray]], names: Mapping[str, list
     return "\n".join(lines)
 
 
-HEAD = """# Fairness: who gains and who loses
+HEAD = """# Fairness: which hospitals gain and which lose
 
-Written by `python benchmarks/fairness.py`; every number was measured, the script says how. A difference whose interval
-holds 0 is no difference that these data show; and of a dozen methods beside FedAvg on two data sets one or two would
-look better by chance alone, since nothing is corrected for that.
+Written by `python benchmarks/fairness.py`; every number was measured as the script describes. If the interval of a difference
+includes 0, these data show no difference. Of a dozen methods compared with FedAvg on two data sets, one or two would
+look better by chance alone, because there is no correction for multiple comparisons.
 
-What we read from it:
+Conclusions:
 
-- At four hospitals much of what fairness methods gain for the worst one comes from counting hospitals the same: FedAvg
-  with equal sites, AFL, FedCE, IDA and loss weighting, which start from that, lie within a point of one another.
-- Of the methods that are about fairness, Prop-FFL alone raised the worst site's accuracy on both data sets with an
-  interval above 0, at no cost to the mean. It is what to try first.
-- q-FFL pays for a larger q with slower learning, as its step is divided by an estimate of the curvature that grows with
-  q; after these 20 rounds q = 5 had not arrived.
-- Where sites differ in whom they see, no global model is fair: at 23 scanners, of which two hold one sex only, each
-  site's own model is better for the mean and for the worst than any that is shared. Compare with personal methods
-  before choosing among these.
-- A worst site of a handful of test subjects is mostly noise: look at the width of its interval.
+- At four hospitals much of the gain of fairness methods for the worst one comes from equal weights of hospitals: FedAvg
+  with equal sites, AFL, FedCE, IDA and loss weighting, which start from equal weights, lie within a point of one another.
+- Of the methods designed for fairness, only Prop-FFL raised the worst site's accuracy on both data sets with an
+  interval above 0, at no cost to the mean. Try it first.
+- q-FFL learns more slowly with a larger q, because its step is divided by an estimate of the curvature that grows with
+  q; after these 20 rounds q = 5 had not converged.
+- If sites have different patients, no global model is fair: at 23 scanners, of which two have subjects of one sex only, each
+  site's own model is better for the mean and for the worst site than any shared model. Compare with personal methods
+  before you choose among these.
+- The result of a worst site with a handful of test subjects is mostly noise: consider the width of its interval.
 """
 
 
 def main() -> None:
-    """Runs what is not yet among the records, and writes the page."""
+    """Run the cases that have no record yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument(

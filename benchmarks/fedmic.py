@@ -1,10 +1,10 @@
 """Accuracy for bytes: ``python benchmarks/fedmic.py`` runs the studies fedmic-*.toml and writes docs/results/fedmic.md.
 
-Three sets of images, each dealt to eight made-up hospitals whose shares of classes differ (Dirichlet 0.5), with all
-hospitals in a round and with two of the eight. FedMIC, whose student leaves in low rank, beside methods that send a
-whole model. A method's score is the accuracy on each hospital's own test images, averaged over hospitals, of what the
-hospital predicts with after the last round; differences to FedAvg are paired by split, with Student's interval over
-splits. Bytes are those of the tensors that a site sends in a round, on average. Stopped runs are taken up again.
+Three sets of images, each divided among eight simulated hospitals whose shares of classes differ (Dirichlet 0.5), with all
+hospitals in a round and with two of the eight. FedMIC, whose student leaves in low rank, is compared with methods that send
+a complete model. A method's score is the accuracy on each hospital's own test images, averaged over hospitals, of the model
+with which the hospital predicts after the last round; differences from FedAvg are paired by split, with Student's interval
+over splits. Bytes are those of the tensors that a site sends in a round, on average. Stopped runs are resumed.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def table(found: Found) -> list[str]:
     values = {label: np.array(rows) for label, rows in found.items()}
     base = values["fedavg"]
     lines = [
-        "| method | accuracy, % (least to most) | beside FedAvg, points | kB up, a site and round | share of FedAvg's |",
+        "| method | accuracy, % (least to most) | compared with FedAvg, points | kB up, per site and round | share of FedAvg's |",
         "|---|---|---|---|---|",
     ]
     for label, own in values.items():
@@ -119,37 +119,37 @@ HEAD = """# FedMIC: accuracy for bytes
 Written by `python benchmarks/fedmic.py` from the runs of three study files, `benchmarks/studies/fedmic-*.toml`; every
 number of the tables was measured.
 
-Chest X-rays, breast ultrasound and outlines of lung nodules, each dealt to eight made-up hospitals whose shares of
+Chest X-rays, breast ultrasound and outlines of lung nodules, each divided among eight simulated hospitals whose shares of
 classes differ (Dirichlet 0.5). A hospital trains on a few dozen images for 25 rounds of one pass; the network is a small
-convolutional one of 24,000 numbers. A method's score is the accuracy on each hospital's own test images, averaged over
-hospitals, of what the hospital predicts with after the last round: for `fedmic` and `fedkd` the teacher, for `ditto`
+convolutional one with 24,000 parameters. A method's score is the accuracy on each hospital's own test images, averaged over
+hospitals, of the model with which the hospital predicts after the last round: for `fedmic` and `fedkd` the teacher, for `ditto`
 and `fedbn` its own model.
 
-- `fedkd` here is FedMIC's training with a student that travels whole.
-- `fedmic` sends the student's change in low rank that holds 95, and at the end 98, per cent of the energy, as the papers do.
-- `fedmic-small` sends half of the energy, as bytes, compressed. `fedavg-small` does the same to FedAvg.
+- `fedkd` here is FedMIC's training with a student that is sent without compression.
+- `fedmic` sends the student's change in low rank with 95, and at the end 98, percent of the energy, as the papers do.
+- `fedmic-small` sends half of the energy, in 8 bits, compressed. `fedavg-small` does the same with FedAvg.
 
 ![Accuracy of every method, and its share of FedAvg's bytes](../pictures/fedmic.png)
 
-Diamonds are means over splits, dots the splits. Beside the name: the share of FedAvg's bytes.
+Diamonds are means over splits, dots are the splits. The number after each name is its share of FedAvg's bytes.
 
-**In short.** The goal was at most 10 per cent of FedAvg's bytes at no worse accuracy. The bytes are far below it: 3 to 4
-per cent in `fedmic-small`. Whether accuracy is no worse, three splits do not show: with all hospitals in a round the
-difference to FedAvg is -4, +5 and -2 points for the three sets, and each interval holds 0 and is more than 25 points wide.
-The ranks that the papers use save 19 to 32 per cent, because the matrices of so small a network are small. Most of the
-saving is not FedMIC's: plain FedAvg, sent in the same way, needs as few bytes; no difference to FedAvg is shown, but for
-ultrasound with all hospitals in a round, where it is worse by 5 points. With two hospitals of eight in a round a teacher
+**Summary.** The goal was at most 10 percent of FedAvg's bytes without a loss of accuracy. The bytes are far below it: 3 to 4
+percent with `fedmic-small`. Three splits do not show whether accuracy is lost: with all hospitals in a round the
+difference from FedAvg is -4, +5 and -2 points for the three sets, and each interval includes 0 and is more than 25 points wide.
+The ranks that the papers use save 19 to 32 percent, because the matrices of this network are small. Most of the
+saving is not due to FedMIC: plain FedAvg with the same compression needs as few bytes; it shows no difference from FedAvg, except for
+ultrasound with all hospitals in a round, where it is worse by 5 points. With two hospitals of eight in a round, a teacher
 trains in a quarter of the rounds only; on nodules `ditto`, `fedkd` and both `fedmic` then lie more than ten points below FedAvg.
 
-Small hospitals, few splits: differences of a few points mean nothing here. Bytes are of what sites send; what the server
-sends is a whole model for every method. The papers' numbers were not at hand to compare with. Rounds, size of images,
-batches, learning rate and `fedmic-small`'s half of the energy were chosen by trials, nearly all on a split that is not among
+Hospitals are small and splits are few: differences of a few points mean nothing here. Bytes are those that sites send; the server
+sends the complete model with every method. The numbers of the papers were not available for a comparison. Rounds, size of images,
+batches, learning rate and the half of the energy in `fedmic-small` were chosen by trials, nearly all on a split that is not among
 those of the tables; the study ran with PyTorch 2.11 on Python 3.12.
 """
 
 
 def main() -> None:
-    """Runs what has not been run, and writes the page from all that was."""
+    """Run the missing cases, and write the page from all results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=Path, default=Path("fedmic"), help="a folder for runs and their results")

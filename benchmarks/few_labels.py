@@ -1,6 +1,6 @@
 """Do images without labels help? ``python benchmarks/few_labels.py`` writes docs/results/few-labels.md.
 
-Two public sets, dealt to five made-up hospitals each: pneumonia in chest X-rays and malignancy in breast ultrasound,
+Two public sets, each divided among five simulated hospitals: pneumonia in chest X-rays and malignancy in breast ultrasound,
 both of 28 x 28 pixels. Nine in ten training images of every hospital lose their label (``everywhere``), or two of them
 keep one label in twenty and three have none (``hospitals``). Every method trains the same network with the same number
 of optimizer steps in the same number of rounds, on several splits. A method's score is the AUC on all hospitals' test
@@ -61,7 +61,7 @@ ALL = "fedavg with every label"
 
 
 def hidden(sites: Mapping[str, Site], how: str) -> dict[str, Site]:
-    """The same sites with labels withheld, as ``how`` says; nothing of them is left in the data."""
+    """The same sites with labels withheld by the rule ``how``; the data do not contain the withheld labels."""
     found = {}
     for i, (name, site) in enumerate(sites.items()):
         data = site.data["train"]
@@ -106,7 +106,7 @@ def page(found: Mapping[str, Mapping[str, list[float]]]) -> str:
             "",
             f"{splits} splits.",
             "",
-            "| method | AUC, % | beside FedAvg on the same labels, points |",
+            "| method | AUC, % | compared with FedAvg on the same labels, points |",
             "|---|---|---|",
         ]
         base = 100 * np.array(rows["fedavg"])
@@ -123,31 +123,31 @@ def page(found: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 HEAD = """# Few labels: do images without labels help?
 
-Written by `python benchmarks/few_labels.py`; every number was measured, the script says how, on a CPU with PyTorch 2.13.
-Two public sets, dealt to five made-up hospitals; nine in ten training images lose their label at every hospital, or two
-hospitals keep one label in twenty and three none. All methods train the same small network on 28 x 28 pixels, in the same
-number of rounds, with the same number of steps, at their default options unless the script says otherwise. Differences
-to FedAvg on the same few labels are paired by split, with Student's interval. One that holds 0 is no difference that
-these data show; those that do not are bold.
+Written by `python benchmarks/few_labels.py`; every number was measured as the script describes, on a CPU with PyTorch 2.13.
+Two public sets are divided among five simulated hospitals. Labels of nine in ten training images are withheld at every hospital, or two
+hospitals keep one label in twenty and three keep none. All methods train the same small network on 28 x 28 pixels, in the same
+number of rounds, with the same number of steps, at their default options unless the script sets others. Differences
+from FedAvg on the same few labels are paired by split, with Student's interval. If an interval includes 0, these data show no
+difference; the others are bold.
 
-What we read from it:
+Conclusions:
 
-- **There is little to win here.** All labels instead of a tenth are worth 0.7 points of AUC on the X-rays, 2.0 where three
-  hospitals have none, and 1.7 on ultrasound, and no interval excludes 0. On the X-rays 18 labels a hospital, and even 18
-  in all, nearly suffice for this network; on ultrasound (8 to 10 a hospital) all of them hardly help it.
-- **No method was better than FedAvg on the labels that there are**, in any of three settings. Pseudo-labels (FedSemi) and
-  FedVSS cost nothing where every hospital has some labels. FedPerl, FedIRM on the X-rays, and FedMAE lost one to seven
-  points: rounds that are spent on a pretext, or steps on wrong pseudo-labels, are steps not spent on labels.
-- **Where three hospitals have no label**, every method that trains there lost something on average, up to seven points,
-  with intervals that hold 0: their pseudo-labels come from a model that few labels made.
-- So: **begin with FedAvg on the labels**, and measure on validation patients whether images without labels add anything.
-  The papers' gains are for larger networks, larger images and longer training than these; this page does not contradict
-  them, and does not repeat them.
+- **The possible gain is small here.** All labels instead of a tenth are worth 0.7 points of AUC on the X-rays, 2.0 if three
+  hospitals have none, and 1.7 on ultrasound, and no interval excludes 0. On the X-rays 18 labels per hospital, and even 18
+  in total, are nearly sufficient for this network; on ultrasound (8 to 10 per hospital) even all labels hardly improve it.
+- **No method was better than FedAvg on the available labels**, in any of three settings. Pseudo-labels (FedSemi) and
+  FedVSS cost nothing if every hospital has some labels. FedPerl, FedIRM on the X-rays, and FedMAE lost one to seven
+  points: rounds for a pretext task, or steps on wrong pseudo-labels, are missing for training on labels.
+- **If three hospitals have no label**, every method that trains there lost something on average, up to seven points,
+  with intervals that include 0: their pseudo-labels come from a model that was trained on few labels.
+- Recommendation: **begin with FedAvg on the labels**, and measure on validation patients whether images without labels add anything.
+  The gains in the papers are for larger networks, larger images and longer training than these; this page neither contradicts nor
+  reproduces them.
 """
 
 
 def main() -> None:
-    """Runs the study and writes the page, keeping what is done so that it can be stopped and taken up again."""
+    """Run the study and write the page; finished parts are kept, so that a stopped study can be resumed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one split of one setting, printed only")

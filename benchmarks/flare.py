@@ -1,6 +1,6 @@
 """What the engine between hospitals costs beyond training and bytes: NVIDIA FLARE's bare exchange, and ours, in one deployment.
 
-One server and three sites on this machine, mutual TLS, a model of so many megabytes both ways. The bare exchange is one
+One server and three sites on this machine, mutual TLS, a model of ``--megabytes`` in both directions. The bare exchange is one
 FLARE task a site and round with one numpy array (benchmarks/bare_exchange.py). Ours is federated averaging with one
 training step a round; what sites report as training is subtracted.
 
@@ -79,7 +79,7 @@ class Watch(threading.Thread):
         return until[1] - until[0]
 
     def clear(self) -> None:
-        """Forgets what was seen; processes that live on count from here."""
+        """Clear all measurements; running processes are counted from now on."""
         self.peak = {name: {} for name in self.words}
         self.before = {pid: cpu for pids in self.cpu.values() for pid, cpu in pids.items()}
         self.cpu = {name: {} for name in self.words}
@@ -271,7 +271,7 @@ def main() -> None:
             floor = [s for one in floors for s in one.seconds]
             print(f"ratio    {statistics.median(own.seconds) / statistics.median(floor):.2f}")
             print(
-                f"beyond   {cpu[-1] - statistics.mean(cpu[:-1]) - training:.2f} CPU-seconds a site and round, beside "
+                f"beyond   {cpu[-1] - statistics.mean(cpu[:-1]) - training:.2f} CPU-seconds per site and round, besides "
                 f"{training:.2f} of training"
             )
         for name, found in used.items():

@@ -1,4 +1,4 @@
-"""What leaks, with and without defenses: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
+"""Leakage, with and without defenses: ``python benchmarks/leakage.py`` writes docs/results/leakage.md.
 
 Both attacks are on outlines of lung nodules, which may be shown: they are published annotations, not patients' images.
 
@@ -20,7 +20,7 @@ from hospitals import pooled, read, sites_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.attacks.inversion import Inversion, leaky, psnr, relative_leakage
+from polyclinic.attacks.inversion import Inversion, leaky, relative_leakage
 from polyclinic.attacks.membership import Part, Shadows, found, lira, losses, shadows
 from polyclinic.compression.quantization import Int8, Sign
 from polyclinic.compression.topk import TopK
@@ -32,6 +32,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.image_quality import psnr
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.privacy.accounting import plan
@@ -163,6 +164,11 @@ def inverted() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return x[0], prior, {name: image.clamp(0, 1) for name, image in drawn.items()}  # an attacker knows the range
 
 
+def decibels(image: Tensor, truth: Tensor) -> float:
+    """The PSNR of one image [C, *spatial]."""
+    return float(psnr(image[None], truth[None]))
+
+
 def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> None:
     """The outline, the guess, and every drawing, with its distance."""
     images = {"the outline": x, "a guess: the mean\nof 200 others": prior, **drawn}
@@ -172,7 +178,7 @@ def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> 
             axes = figure.add_subplot(2, 5, i + 1)
             axes.imshow(image[0], cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-            told = "" if name == "the outline" else f"\n{psnr(image, x):.1f} dB"
+            told = "" if name == "the outline" else f"\n{decibels(image, x):.1f} dB"
             axes.set_title(f"{name}{told}", fontsize=8)
         figure.tight_layout(h_pad=2.0)
         figure.savefig(to, dpi=100)
@@ -181,8 +187,8 @@ def picture(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], to: Path) -> 
 def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping[str, Mapping[str, float]]) -> str:
     """The study as Markdown."""
     lines = [HEAD, "| what the server sees | PSNR, dB | relative leakage |", "|---|---|---|"]
-    lines.append(f"| nothing: the mean of 200 other outlines | {psnr(prior, x):.1f} | 0 |")
-    lines += [f"| {n} | {psnr(d, x):.1f} | {relative_leakage(x, d, prior):.2f} |" for n, d in drawn.items()]
+    lines.append(f"| nothing: the mean of 200 other outlines | {decibels(prior, x):.1f} | 0 |")
+    lines += [f"| {n} | {decibels(d, x):.1f} | {relative_leakage(x, d, prior):.2f} |" for n, d in drawn.items()]
     lines += [
         MIDDLE,
         "| training | LiRA, AUC | found at 1 % false alarms | loss attack, AUC | accuracy on others, % |",
@@ -196,33 +202,33 @@ def page(x: Tensor, prior: Tensor, drawn: Mapping[str, Tensor], members: Mapping
     return "\n".join([*lines, END.format(models=next(iter(members.values()))["models"], members=MEMBERS)])
 
 
-HEAD = """# What leaks, with and without defenses
+HEAD = """# Leakage, with and without defenses
 
 Written by `python benchmarks/leakage.py`; every number was measured. Both attacks are on outlines of lung nodules, which
 may be shown: they are published annotations (LIDC-IDRI), not patients' images.
 
 ## An image from one gradient
 
-One outline of 16 x 16 pixels, its gradient through a small network of sigmoids that is known to leak, and DLG with the
-label known. The server sees the gradient as each transform sends it; it is no worse informed than that.
+DLG reconstructs one outline of 16 x 16 pixels from its gradient, for a small network of sigmoids that is known to leak. The
+label is known, and the server sees the gradient exactly as each transform sends it.
 
-![What is drawn from the gradient under each defense](../pictures/inversion.png)
+![Reconstructions from the gradient under each defense](../pictures/inversion.png)
 """
 MIDDLE = """
-Without defense the outline is recovered exactly, and sending bytes in place of numbers hides nothing to speak of; neither does
-sending the largest 10 per cent. Clipping with noise of σ = 1 leaves less than a guess has, by both measures. With σ = 0.01 the
-outline can still be seen, though PSNR alone would say that it cannot: noise helps if there is enough of it, which is what an
-ε says. Signs alone stop this attack, too, but that is no defense: another attack may know how they encode, and nothing
-bounds what it finds. The sum of five sites, which is all that the server sees under `SecureSum`, blurs the outline into the
-others'; what is left in it is for ε to hide.
+Without a defense the outline is recovered exactly. Quantization to 8 bits hides almost nothing, and neither does
+sending the largest 10 percent. After clipping and noise of σ = 1 the reconstruction is worse than a guess, by both measures. With
+σ = 0.01 the outline is still visible, although its PSNR is below that of the guess: noise helps only if there is enough of it, which an
+ε quantifies. Signs alone also stop this attack, but they are no defense: another attack may account for the encoding, and there is no
+formal limit on what it finds. In the sum of five sites, which is all that the server sees under `SecureSum`, the outline is mixed with
+those of the others; only an ε limits what remains.
 
-## Who was trained on?
+## Membership
 
-LiRA, with the label, against a small fully connected network; training is plain, or protects each record.
+LiRA, with the label, against a small fully connected network; training is without protection, or protects each record.
 """
 END = """
-Of {models} models, each trained on a random half ({members}) of 256 outlines, every one is the target once and the others are its
-shadows; means over targets, and for LiRA twice the standard error of that mean. Chance is 0.5, and 1 % for the rate.
+Of {models} models, each trained on a random half ({members}) of 256 outlines, each is the target once, with the others as
+shadow models. The table has means over targets, and for LiRA twice the standard error of that mean. Chance is 0.5, and 1 % for the rate.
 """
 
 

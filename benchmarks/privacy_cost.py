@@ -1,7 +1,7 @@
 """What ε costs on real X-rays: ``python benchmarks/privacy_cost.py PNEUMONIAMNIST.npz [--epsilons 1 3 8]``.
 
 A small network with group normalization, four sites with a quarter of the training images each, FedAvg, DP-SGD that
-protects every image (the set does not say whose an image is). Plain training stands first. One line an ε, as it ends.
+protects every image (the set does not state patients). Training without noise is first. One line per ε, when it ends.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import auc, cached_model
+from polyclinic.learning.tasks.classification import Classification, auc
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg

@@ -1,4 +1,4 @@
-"""CPU seconds and memory of the robust rules beside numpy: ``python benchmarks/robust.py [--quick]``.
+"""CPU seconds and memory of the robust rules, compared with numpy: ``python benchmarks/robust.py [--quick]``.
 
 16 updates of 25 million float32 each (1.6 GB), or a tenth of that. Every case runs in a process of its own, on one
 thread. Memory is what a case takes at its highest beyond the updates themselves, in trees (the size of one update); the

@@ -22,7 +22,7 @@ class Clock:
     """CPU seconds by who works; who is called by another stops the other's clock."""
 
     def __init__(self) -> None:
-        """Nobody has worked yet."""
+        """Set all times to zero."""
         self.seconds: dict[str, float] = defaultdict(float)
         self._working: list[str] = []
         self._since = 0.0

@@ -148,7 +148,7 @@ def _half(task: Classification, sites: list[Site], rounds: int, line: Any) -> No
 
 
 def gpu() -> None:
-    """Wall time on a GPU over a bare loop there, ResNet-18 at 3 x 128 x 128; nothing where there is no GPU."""
+    """Wall time on a GPU over a bare loop there, ResNet-18 at 3 x 128 x 128; None without a GPU."""
     if not torch.cuda.is_available():
         return
     task = Classification(Network("resnet18", (3, 128, 128), 2))

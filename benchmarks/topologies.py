@@ -110,7 +110,7 @@ def run(label: str, seed: int) -> dict[str, Any]:
 
 
 def interval(x: np.ndarray, digits: int = 3) -> str:
-    """The mean over splits, and where it lies when splits are drawn anew."""
+    """The mean over splits, and its bootstrap interval."""
     rng = np.random.default_rng(0)
     low, high = np.quantile([x[rng.integers(0, len(x), len(x))].mean() for _ in range(4000)], (0.025, 0.975))
     return f"{x.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
@@ -119,20 +119,20 @@ def interval(x: np.ndarray, digits: int = 3) -> str:
 HEAD = """# Topologies: learning without a central server
 
 Written by `python benchmarks/topologies.py`; every number was measured. Heart disease at four hospitals, {rounds}
-rounds, {splits} random splits; AUC on all hospitals' test patients, each judged with the model that its site predicts
-with. These are simulations: one program carries all messages. They show what is learned and how many messages that
-takes, not that nobody else sees them. A difference whose interval holds 0 is no difference that these data show.
+rounds, {splits} random splits; AUC on all hospitals' test patients, each scored by the model with which its site predicts.
+These are simulations: one program carries all messages. They show what is learned and how many messages that
+needs, not that others cannot read them. If the interval of a difference includes 0, these data show no difference.
 
-| method | AUC | beside FedAvg | exchanges | MB |
+| method | AUC | compared with FedAvg | exchanges | MB |
 |---|---|---|---|---|
 """
 
 ORDER = """
 ## The order of a cycle
 
-Of all hospitals' test patients, how many the model calls ill at the end of a cycle, in %, where the last to train was the
-hospital with most ill patients (Zurich and Basel, 93 %) or with fewest (Budapest, 36 %). A long turn is ten passes at
-twice the step.
+The percentage of all hospitals' test patients that the model classifies as ill at the end of a cycle, if the hospital that trained last
+was that with the most ill patients (Zurich and Basel, 93 %) or that with the fewest (Budapest, 36 %). A long turn is ten passes at
+twice the learning rate.
 
 | turns | Zurich and Basel last | Budapest last | difference |
 |---|---|---|---|
@@ -152,8 +152,8 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
     died, idle = np.mean([r["killed"] for r in killed]), sum(r["unmerged"] for r in killed)
     lines += [
         "",
-        f"Where mergers were killed with probability {DEATHS:g}, {died:.1f} a run died; in {idle} of "
-        f"{ROUNDS * splits} rounds nobody was left to merge, and all runs completed.",
+        f"With a probability of {DEATHS:g} that an elected site is killed, {died:.1f} were killed per run; in {idle} of "
+        f"{ROUNDS * splits} rounds no site was left to merge, and all runs completed.",
     ]
     order = []
     for turns, label in (("short", "cyclic"), ("long", "cyclic, long turns")):
@@ -164,13 +164,13 @@ def page(rows: dict[str, list[dict[str, Any]]]) -> str:
             f"| {turns} | {interval(last[0], 1)} | {interval(last[1], 1)} | {interval(last[0] - last[1], 1)} |"
         )
     called = np.array([100 * r["called_ill"] for r in rows["fedavg"]])
-    order.append(f"\nFedAvg, which has no order, calls {interval(called, 1)} % ill.")
+    order.append(f"\nFedAvg, which has no order, classifies {interval(called, 1)} % as ill.")
     head = HEAD.format(rounds=ROUNDS, splits=splits) + "\n".join(lines) + "\n"
     return head + ORDER + "\n".join(order) + "\n"
 
 
 def main() -> None:
-    """Runs what is not yet among the records, and writes the page."""
+    """Run the cases that have no record yet, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument(

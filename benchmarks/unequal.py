@@ -1,9 +1,9 @@
-"""What to do about slow hospitals: ``python benchmarks/unequal.py`` writes docs/results/unequal-machines.md.
+"""Schedules for slow hospitals: ``python benchmarks/unequal.py`` writes docs/results/unequal-machines.md.
 
 Heart disease at four hospitals whose machines differ by a factor of twenty, in virtual time (``engines.local.virtual_time``).
-Every way of working has the same time, and what it learned by then is judged: the accuracy on each hospital's test
-patients, averaged over hospitals, and that of the slowest hospital, on several splits. Differences to FedAvg that waits
-for everybody are paired by split, with Student's interval over splits.
+Every schedule has the same time and is evaluated at its end: the accuracy on each hospital's test
+patients, averaged over hospitals, and that of the slowest hospital, on several splits. Differences from FedAvg that waits
+for all sites are paired by split, with Student's interval over splits.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Run = Callable[[Method[Any], Unequal, Any], Iterator[Step[Any]]]
 
 
 def waiting(deadline: float | None = None) -> Run:
-    """In lock-step, with or without a deadline. Where everybody failed, everybody is asked again."""
+    """Train in synchronous rounds, with or without a deadline. If all sites fail, the request is sent to all again."""
 
     def go(method: Method[Any], engine: Unequal, state: Any) -> Iterator[Step[Any]]:
         while True:
@@ -49,14 +49,14 @@ def waiting(deadline: float | None = None) -> Run:
 
 
 def buffered(size: int) -> Run:
-    """Without waiting; old answers count 1 / √(1 + age)."""
+    """Train without waiting; replies of a given age count 1 / √(1 + age)."""
     return lambda method, engine, state: train_async(
         method, engine, state, updates=10**6, buffer=size, discount=lambda age: (1 + age) ** -0.5
     )
 
 
 def ways(task: Any, sites: tuple[str, ...]) -> dict[str, tuple[Method[Any], Run]]:
-    """Every way of working by name."""
+    """Return every schedule by name."""
     pace = tuple(zip(sites, SECONDS, strict=True))
     return {
         "FedAvg, waits for all": (FedAvg(task, LOCAL), waiting()),
@@ -70,7 +70,7 @@ def ways(task: Any, sites: tuple[str, ...]) -> dict[str, tuple[Method[Any], Run]
 
 
 def run(way: str, minutes: float, drop_out: float, seed: int) -> tuple[float, float, int]:
-    """Mean accuracy and that of the slowest hospital when time is up, and how many exchanges there were."""
+    """Return the mean accuracy and that of the slowest hospital at the end of the time, and the number of exchanges."""
     data = read(HEART, seed)
     sites, task = sites_of(data, seed), mlp(*data.shape)
     names = tuple(sorted(sites))
@@ -96,35 +96,35 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
 
 
-HEAD = """# Unequal machines: what to do about slow hospitals
+HEAD = """# Unequal machines: methods for slow hospitals
 
-Written by `python benchmarks/unequal.py`; every number was measured, in virtual time. The script says how. A difference
-whose interval holds 0 is no difference that these data show.
+Written by `python benchmarks/unequal.py`; every number was measured in virtual time, as the script describes. If the interval of a
+difference includes 0, these data show no difference.
 
-Four hospitals with heart patients; a minibatch takes them {seconds} seconds.
+The data are heart patients of four hospitals. A minibatch takes them {seconds} seconds.
 
 ```
  time →        | round 1                      | round 2 ...
  waits for all | fast ██░░░░░░░░░░░░░░░░░░░░  |  fast machines idle until the slowest is done
                | slow ██████████████████████  |
- deadline      | fast ██ | ██ | ██ | ██ ...   |  the slow hospital is lost, every time
+ deadline      | fast ██ | ██ | ██ | ██ ...   |  the slow hospital is left out of every round
  semi-sync     | fast ██████████████████████  |  all work for the same time; fast ones do more steps
                | slow ██████████████████████  |
 ```
 
-**In short**, for these hospitals: where there is time for a round or two only, waiting for the slowest costs more than
-ten points, and every way that does not wait is better. Where there is time enough, waiting for all is as good as
-anything on average, and highest for the slowest hospital, whose patients the other ways see less of (there, intervals
-overlap); FedNova's average changes little. Semi-synchronous rounds as long as the slowest site's epoch give the fastest
-site more than a dozen epochs in each and lose about two points; rounds of a quarter of that lose nothing that these
-data show.
+**Summary**, for these hospitals: if there is time for one or two rounds only, waiting for the slowest site costs more than
+ten points, and every schedule that does not wait is better. If there is enough time, waiting for all is as good as
+any other schedule on average, and best for the slowest hospital, whose patients contribute less in the other schedules (there,
+intervals overlap); FedNova's average changes little. Semi-synchronous rounds as long as the slowest site's epoch give the fastest
+site more than a dozen epochs in each round and lose about two points; with rounds of a quarter of that length, these
+data show no loss.
 
-Your own machines go into a study file, and every method then has the same time (`fedbuff` waits for nobody):
+Describe your own machines in a study file, and every method then has the same time (`fedbuff` does not wait for slow sites):
 
 ```toml
 [machines]
 minutes = 60
-drop_out = 0.2                   # also: up and down, in bytes a second
+drop_out = 0.2                   # also: up and down, in bytes per second
 
 [machines.sites.cleveland]
 seconds_per_batch = 20.0
@@ -133,7 +133,7 @@ seconds_per_batch = 20.0
 
 
 def main() -> None:
-    """Runs the study and writes the page."""
+    """Run the study and write the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--splits", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs/results/unequal-machines.md")
@@ -143,13 +143,13 @@ def main() -> None:
     lines = [HEAD.format(seconds=seconds)]
     assert all(a < b for a, b in pairwise(SECONDS))
     for minutes, drop_out in SETTINGS:
-        fails = f", and each fails {drop_out:.0%} of the times it is asked" if drop_out else ""
+        fails = f", and each site fails in {drop_out:.0%} of its requests" if drop_out else ""
         lines += [
             f"## {minutes} minutes{fails}",
             "",
             f"{given.splits} splits.",
             "",
-            "| way of working | exchanges | accuracy, % | beside waiting for all, points | slowest hospital, % |",
+            "| schedule | exchanges | accuracy, % | compared with waiting for all, points | slowest hospital, % |",
             "|---|---|---|---|---|",
         ]
         base: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""What every method, transform and engine promises, as one check each. In the manner of scikit-learn's check_estimator.
+"""Checks of the contracts of methods, transforms and engines, in the manner of scikit-learn's check_estimator.
 
 Use them on your own: ``check_method(MyMethod(task), task.first(), sites)`` raises ``Broken`` with the promise that was
 not kept, or returns nothing.
@@ -41,7 +41,7 @@ def check_method(
         sites: At least two, small.
         rounds: How many rounds to follow.
         entropy: Whether to replace the sites' secret dice by fixed ones, so that noise can be compared too.
-        server: Where the server's half runs, with the data that it holds itself, if any.
+        server: The site on which the server's half runs, with the server's own data, if any.
     """
     if entropy:
         sites = {name: replace(site, entropy=_fixed) for name, site in sites.items()}
@@ -102,15 +102,20 @@ class Asked:
                 self._counts[request.round, request.job, name],
                 job.most(minibatches(self.method, self.sites[name])),
             )
-            _promise(count <= most, f"jobs says how often: {here} came {count} times at {name}, not {most}")
-            _promise(not job.sites or name in job.sites, f"jobs says whom: {request.job!r} is not for {name}")
+            _promise(
+                count <= most,
+                f"jobs declares a number: {here} came {count} times at {name}, at most {most} are allowed",
+            )
+            _promise(
+                not job.sites or name in job.sites, f"jobs declares the recipients: {request.job!r} is not for {name}"
+            )
             if job.at_start and request.round:  # nothing is scored before the first round
                 one, other = request.for_site(name).trees, self._trial.for_site(name).trees
                 same = all(equal(one[key], other[key]) for key in one.keys() & other.keys())
                 _promise(same, f"{here} holds the model that the round begins with, or has at_start=False")
 
     def complete(self, request: Request | None) -> int:
-        """How many rounds are complete where ``request`` is what the method asks next."""
+        """Return the number of complete rounds if ``request`` is the next request of the method."""
         return self._last + 1 if request is None else request.round
 
 
@@ -118,7 +123,7 @@ def _check_site(method: Method[Any], request: Request, memory: Trees, site: Site
     given = copy.deepcopy((request, memory))
     first = work(method, request, memory, site)
     if first.reply is None:
-        raise Broken(f"site_update raises nothing on good data, but it said: {first.lost}")
+        raise Broken(f"site_update raises nothing on good data, but it raised: {first.lost}")
     _promise(equal(given, (request, memory)), "site_update changes none of its arguments")
     same_ask, same_memory = portable_copy((request, memory))
     torch.randn(7)  # the global dice have moved on, which must not matter
@@ -144,7 +149,7 @@ def _check_server(method: Method[Any], state: Any, replies: list[Reply], server:
 
 
 def check_transform(inner: Method[Any], *transforms: Transform, params: Tree, sites: Mapping[str, Site]) -> None:
-    """Raises unless ``inner``, sent through ``transforms``, is a method that keeps all promises."""
+    """Check that ``inner``, sent through ``transforms``, is a method that fulfills the contract."""
     check_method(send_through(inner, *transforms), params, sites)
 
 

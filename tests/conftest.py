@@ -1,6 +1,7 @@
 """What all tests share: small sites, and one thread, so that two workers do not fight over cores."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def little_sites(shape: tuple[int, ...] = (1, 8, 8), count: int = 3, classes: in
         )
         for k in range(count)
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_forced_writes() -> Iterator[None]:
+    """Nothing waits for the disk: what a killed process wrote is read from memory, and no test cuts the power.
+
+    Tests of forced writes replace ``os.fsync`` themselves.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses a closed file, as the original does
+        yield
 
 
 @pytest.fixture

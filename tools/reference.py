@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import polyclinic
+from polyclinic.cli.app import EXIT_CODES
 from polyclinic.cli.app import app as cli
 from polyclinic.methods.catalog import FAMILIES, Entry
 from polyclinic.methods.method_page import before_attributes, described, page
@@ -235,53 +236,20 @@ def cli_page() -> str:
     for group in GROUPS:
         text = re.sub(rf"^## {cli.name[0]} {group}$.*?(?=^## |\Z)", "", text, flags=re.M | re.S)
         text = re.sub(rf"^\s*[-*] \[`[^\]]+`\]\(#{cli.name[0]}-{group}(?:-[^)]*)?\).*\n", "", text, flags=re.M)
-    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in exit_codes())
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES)
     head = (
-        "# Commands\n\nEvery command explains itself with `--help`.\n\n"
+        "# Commands\n\n`--help` describes each command and its options. [JSON output](cli-json.md) has a page of its own.\n\n"
         f"## Exit codes\n\n| Code | Meaning |\n|---|---|\n{codes}\n\n"
         "## Shell completion\n\n" + completion() + "\n\n"
     )
     return head + text.replace("## Table of Contents", "## All commands", 1)
 
 
-def exit_codes() -> list[tuple[str, str]]:
-    """Return the exit codes, with what they mean."""
-    from polyclinic.studies.run.cancellation import STOPPED
-
-    return [
-        ("0", "The command did what was asked."),
-        (
-            "1",
-            "An unknown command or option, or a check that found something: a status that is not healthy, an audit or drift alarm.",
-        ),
-        (
-            "2",
-            "The study file, the data or another input is invalid or missing. Each problem is printed, and nothing was run.",
-        ),
-        (str(STOPPED), "`polyclinic stop` ended the run after the round under way; `--resume` continues it."),
-        ("130, 143", "A signal ended the command (128 plus the number of the signal)."),
-    ]
-
-
 def completion() -> str:
-    """Return how shell completion is installed, or that there is none."""
-    names = {name for command in cli for name in ([command] if isinstance(command, str) else command.name)}
-    if "--install-completion" in names:
-        return "`polyclinic --install-completion` installs completion for bash, zsh and fish."
+    """Return how shell completion is installed."""
     return (
-        "The command line is built with cyclopts, which generates completion scripts for bash, zsh and fish:\n\n"
-        "```console\n$ python -c 'from "
-        + f'{cli_module()} import app; print(app.generate_completion(shell="bash"))\' > polyclinic.bash\n'
-        "$ source polyclinic.bash\n```"
-    )
-
-
-def cli_module() -> str:
-    """Return the module that holds the command line."""
-    return next(
-        name
-        for name, module in sys.modules.items()
-        if name.startswith("polyclinic.cli.") and getattr(module, "app", None) is cli
+        "`polyclinic --install-completion` installs the completion of commands, options and choices for bash, zsh or "
+        "fish, whichever runs the command. Open a new shell afterwards."
     )
 
 
@@ -481,9 +449,20 @@ def escape_stars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
         )
 
 
+def qualify_errors(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Write the errors of Raises sections with their modules: two of this package may have the same name."""
+    names = vars(sys.modules.get(getattr(obj, "__module__", ""), sys))
+    for i, line in enumerate(lines):
+        if found := re.match(r":raises (\w+):", line):
+            error = names.get(found[1])
+            if inspect.isclass(error) and error.__module__.startswith("polyclinic."):
+                lines[i] = f":raises ~{error.__module__}.{found[1]}:{line[found.end() :]}"
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Write the pages when Sphinx starts."""
     app.connect("autodoc-process-docstring", escape_stars, priority=100)
+    app.connect("autodoc-process-docstring", qualify_errors, priority=900)
     app.connect("config-inited", lambda app, config: write_all(Path(app.srcdir)))
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
 

@@ -1,7 +1,7 @@
 """Attacks of a corrupted site from the literature, as data that ``Poisoned`` executes.
 
-An attack changes the site's training data, its update, or both. Each class states what its author must know. Sizes are
-relative to honest updates, so that an attack has the same strength for every model.
+An attack changes the site's training data, its update, or both. Each class states the knowledge that it requires.
+Sizes are relative to honest updates, so that an attack has the same strength for every model.
 
 - Label flip: Biggio, Nelson and Laskov, ICML 2012; as data poisoning of federated learning, Tolpygin and others. It
   needs only the site's own data, and an incorrect data export has the same effect.

@@ -8,7 +8,7 @@ are right, so a higher success rate shows a larger ε. The bound is loose, often
 The number of guesses must not be chosen by their success. ``lower_bound`` tries the fixed fractions ``SHARES`` and
 divides the error probability among them, so that the largest result is a valid bound.
 
-Canaries here are random unit vectors among what is summed, as in Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar,
+Canaries here are random unit vectors added to the sum, as in Andrew, Kairouz, Oh, Oprea, McMahan and Suriyakumar,
 "One-shot Empirical Privacy Estimation for Federated Learning", ICLR 2024, https://arxiv.org/abs/2302.03098, whose
 estimate is not a bound and is omitted. ``private_training_canaries`` includes canaries in DP-SGD.
 """
@@ -186,7 +186,7 @@ class Verdict:
 
     @property
     def _remedy(self) -> str:
-        """What would make the audit strong enough."""
+        """The changes that would make the audit strong enough."""
         enough = needed(self.claimed, self.delta)
         if enough is None:
             return f"; at δ = {self.delta:g} no number of canaries would be enough"

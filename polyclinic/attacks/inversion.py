@@ -8,7 +8,7 @@
 - Statistics of batch normalization, and the relative data leakage value: Hatamizadeh, Yin, Molchanov, Myronenko, Li,
   Dogra, Feng, Flores, Kautz, Xu and Roth, "Do Gradient Inversion Attacks Make Federated Learning Unsafe?", IEEE TMI
   2023, https://arxiv.org/abs/2202.06924. The formula of the value was not checked against the paper: RDLV =
-  (SIM(x, x̂) − SIM(x, prior)) / SIM(x, prior). It measures what is recovered beyond the prior, the attacker's guess
+  (SIM(x, x̂) − SIM(x, prior)) / SIM(x, prior). It measures the recovery beyond the prior, the attacker's guess
   without the gradient.
 
 These attacks fail on many networks for reasons of optimization alone, so a failure proves little. ``audit`` therefore
@@ -29,6 +29,7 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.learning.networks.model_tree import BATCH_NORMS, gradient
+from polyclinic.learning.tasks.image_quality import psnr, ssim
 
 
 @dataclass(frozen=True)
@@ -157,33 +158,10 @@ def total_variation(x: Tensor) -> Tensor:
     return torch.stack(steps).sum() if steps else x.new_zeros(())
 
 
-def psnr(x: Tensor, truth: Tensor) -> float:
-    """Return ``10 log₁₀(range² / mean squared error)`` in dB, with the true image's range; at most 100."""
-    error = float((x - truth).double().square().mean())
-    span = float(truth.max() - truth.min()) or 1.0
-    return min(100.0, 10 * math.log10(span**2 / max(error, 1e-300)))
-
-
-def similarity(x: Tensor, truth: Tensor, window: int = 7) -> float:
-    """Return the mean structural similarity of [C, *spatial] (Wang et al. 2004, equation 13) with a uniform window."""
-    span = float(truth.max() - truth.min()) or 1.0
-    dims = truth.dim() - 1
-    x, truth = x[None].double(), truth[None].double()
-    side = min(window, *truth.shape[2:]) if dims else 0
-
-    def mean(t: Tensor) -> Tensor:
-        return (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1](t, side, 1) if dims else t.mean(1, keepdim=True)
-
-    mx, my, c1, c2 = mean(x), mean(truth), (0.01 * span) ** 2, (0.03 * span) ** 2
-    vx, vy, cov = mean(x * x) - mx**2, mean(truth * truth) - my**2, mean(x * truth) - mx * my
-    index = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return float(index.mean())
-
-
 def relative_leakage(truth: Tensor, drawn: Tensor, prior: Tensor) -> float:
     """Return RDLV of one image [C, *spatial]: 0 if the reconstruction is as similar as the prior, negative if less."""
-    floor = similarity(prior, truth)
-    return (similarity(drawn, truth) - floor) / max(abs(floor), 0.01)
+    floor, reached = (float(ssim(image[None], truth[None])) for image in (prior, drawn))
+    return (reached - floor) / max(abs(floor), 0.01)
 
 
 @dataclass(frozen=True)
@@ -244,7 +222,7 @@ def leak(
     if noise or clip is not None:
         seen = obscured(seen, noise, rng, clip)
     drawn, _ = how.search(model, loss, seen, tuple(x.shape[1:]), target, rng)
-    return Leak(psnr(drawn[0], x[0]), psnr(prior, x[0]), relative_leakage(x[0], drawn[0], prior), drawn[0])
+    return Leak(float(psnr(drawn, x)), float(psnr(prior[None], x)), relative_leakage(x[0], drawn[0], prior), drawn[0])
 
 
 def leaky(shape: tuple[int, ...], classes: int, rng: torch.Generator, width: int = 32) -> nn.Module:
@@ -295,7 +273,7 @@ def _gradient(model: nn.Module, value: Tensor) -> Tree:
 
 
 def _distance(own: Tree, seen: Tree, match: str) -> Tensor:
-    """``‖∇ − ∇*‖² / ‖∇*‖²``, or ``1 − cos ∠(∇, ∇*)``."""
+    """Return ``‖∇ − ∇*‖² / ‖∇*‖²``, or ``1 − cos ∠(∇, ∇*)``."""
     square = torch.stack([seen[name].square().sum() for name in own]).sum().clamp_min(1e-30)
     if match == "l2":
         return torch.stack([(leaf - seen[name]).square().sum() for name, leaf in own.items()]).sum() / square

@@ -16,17 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polyclinic.attacks.separation import Detectable, Found, detectable, found, holm
+from polyclinic.attacks.separation import Detectable, Found, detectable, found
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.statistics.multiple_tests import holm
 
 __all__ = ["Found", "Verdict", "by_loss", "by_patient", "found", "lira", "losses", "memorized", "rmia", "shadows"]
 
@@ -234,7 +235,7 @@ class Verdict:
         """
         keys = [(site, attack) for site, attacks in self.sites.items() for attack in attacks]
         each = [p for site, attack in keys for p in _p_values(self.sites[site][attack])]
-        right = holm(np.array(each)).tolist()
+        right = holm(each)
         return {key: (right[2 * i], right[2 * i + 1]) for i, key in enumerate(keys)}
 
     @property
@@ -243,7 +244,7 @@ class Verdict:
         return any(min(pair) <= SIGNIFICANT for pair in self.adjusted.values())
 
     def detectable(self, site: str) -> Detectable:
-        """Return what would have been detected at ``site`` if it alone leaked."""
+        """Return the smallest leak that would have been detected at ``site`` if it alone leaked."""
         tests = 2 * sum(len(attacks) for attacks in self.sites.values())
         one = next(iter(self.sites[site].values()))
         return detectable(one.members, one.others, SIGNIFICANT / tests)
@@ -278,7 +279,7 @@ class Verdict:
         return [text for _, text in sorted(leaks.values())]
 
     def _limits(self, sites: Sequence[str]) -> str:
-        """Return what the smallest of some sites would have shown."""
+        """Describe the smallest leak that would have been detected at each of ``sites``."""
         each = [self.detectable(site) for site in sites]
         one = {site: next(iter(self.sites[site].values())) for site in sites}
         areas = [d.auc for d in each]

@@ -14,6 +14,7 @@ from polyclinic.attacks.adversaries import Attack, Known
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
 from polyclinic.core.method import Method, MethodWrapper, Request
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -56,7 +57,7 @@ class Poisoned(MethodWrapper[State]):
     start_round: int = 0
 
     def __post_init__(self) -> None:
-        if hidden := [type(t).__name__ for t in getattr(self.inner, "transforms", ()) if t.secure or not t.additive]:
+        if hidden := [type(t).__name__ for t in transforms_of(self.inner) if t.secure or not t.additive]:
             raise ConfigError(
                 f"an attack changes the numbers that leave a site, and {', '.join(hidden)} would encode "
                 "them first: remove it"
@@ -66,11 +67,6 @@ class Poisoned(MethodWrapper[State]):
                 f"{type(self.attack).__name__} needs the updates of the honest sites: give the names of all sites, "
                 "including the attackers, as sites=(...)"
             )
-
-    @property
-    def gathers(self) -> bool:
-        """Whether the server must see each site's reply, as for the method."""
-        return bool(getattr(self.inner, "gathers", False))
 
     def init(self, params: Tree) -> State:
         """Return the initial state of the inner method."""
@@ -95,10 +91,6 @@ class Poisoned(MethodWrapper[State]):
     def evaluation_request(self, state: State) -> Request:
         """Return the method's evaluation request."""
         return self.inner.evaluation_request(state.inner)
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        """Return the method's site model."""
-        return self.inner.site_model(request, memory)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Run the method's site update at an honest site, or the attack at a hostile one."""

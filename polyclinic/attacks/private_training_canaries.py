@@ -28,7 +28,8 @@ from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Weighted
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, norm
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 
 LENGTH = 10.0
 """Length of a canary's gradient before clipping, relative to the clipping bound."""
@@ -92,7 +93,7 @@ class Canaries:
         return len(self.inside)
 
     def loss(self, model: nn.Module, who: Tensor) -> Tensor:
-        """Return the loss of canary ``who`` [], an index: ``−⟨direction, parameters⟩``."""
+        """Return the loss of the canary with index ``who`` []: ``−⟨direction, parameters⟩``."""
         height, total = LENGTH * self.bound / math.sqrt(self.size), who.new_zeros(())
         for name, p in model.named_parameters():
             if name in self.block:

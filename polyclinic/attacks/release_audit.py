@@ -75,12 +75,12 @@ class Verdict:
     Attributes:
         method: Name of the method.
         findings: The problems, each kind once.
-        stopped: Why the method did not run to the end; empty if it did. What did not run is not covered.
+        stopped: Reason why the method did not run to the end, if it did not. Parts that did not run are not covered.
         released: Number of nonempty replies.
         uses: Number of compared uses of mechanisms.
-        largest: The largest observed change, relative to what the accountant allows; above 1 is a finding.
+        largest: The largest observed change, relative to the accountant's bound; above 1 is a finding.
         unit: The unit of protection.
-        alternative: What to do instead, if known.
+        alternative: The recommended alternative, if known.
     """
 
     method: str
@@ -164,7 +164,7 @@ def audit(
         unit: The unit of protection.
         rounds: Number of rounds.
         server: The server's site, with its own data, if any.
-        alternative: What to do instead, for the verdict.
+        alternative: The recommended alternative, for the verdict.
     """
     twins = _Twins(method, sites, neighbors, server)
     try:
@@ -307,7 +307,7 @@ def _form(one: Use, two: Use) -> str:
 
 
 def _moved(one: Use, two: Use) -> float:
-    """Return the distance of two values, relative to what the accountant allows if a unit is replaced."""
+    """Return the distance of two values, relative to the accountant's bound if a unit is replaced."""
     apart = {name: (leaf.double() - two.value[name].double()) for name, leaf in one.value.items()}
     if one.spend.pure:
         most = max((float(gap.abs().max()) for gap in apart.values() if gap.numel()), default=0.0)

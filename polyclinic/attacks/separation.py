@@ -3,9 +3,8 @@
 All statistics are per patient and have 95 % confidence intervals; all tests are exact or nearly exact, so that they are
 valid for the few patients of one site.
 
-- AUC: interval by DeLong, DeLong and Clarke-Pearson, Biometrics 1988, https://doi.org/10.2307/2531595, on the logit
-  scale; for perfect separation, where that variance is 0, method 5 of Newcombe, Statistics in Medicine 2006,
-  https://doi.org/10.1002/sim.2324. Test against 0.5: Mann and Whitney's, one-sided.
+- AUC: interval by DeLong, or by Newcombe for perfect separation or a single patient in a group, as in the evaluation
+  (see ``polyclinic.statistics``). Test against 0.5: Mann and Whitney's, one-sided.
 - True-positive rate (TPR) at a fixed false-positive rate (FPR), as recommended by Carlini et al., S&P 2022,
   https://arxiv.org/abs/2112.03570. The threshold is itself estimated from few non-members. So the lower limit uses a
   threshold that is strict enough, and the upper one a threshold that is loose enough, for the true FPR to be on the
@@ -21,17 +20,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
-from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm, rankdata
+from scipy.stats import beta, binom, hypergeom, mannwhitneyu, norm
 from torch import Tensor
 
 from polyclinic.errors import ConfigError
+from polyclinic.statistics.auc import auc_variance, newcombe
+from polyclinic.statistics.intervals import delong
+from polyclinic.statistics.undefined import Array
 
 RATES = (0.001, 0.01)
 """The false-positive rates at which the true-positive rate is reported."""
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -154,38 +153,24 @@ def tail(exposed: int, allowed: int, members: int, others: int) -> float:
 
 
 def detectable(members: int, others: int, alpha: float, power: float = 0.8) -> Detectable:
-    """Return what a comparison with these numbers of patients detects by tests of size ``alpha``."""
+    """Return the power of a comparison with these numbers of patients by tests of size ``alpha``."""
     allowed = int(others * RATES[0] + 1e-9)
     enough = (x for x in range(1, members + 1) if tail(x, allowed, members, others) <= alpha)
     theta = np.linspace(0.5, 1.0, 1001)
     chance = math.sqrt((members + others + 1) / (12 * members * others))
-    reach = theta - 0.5 - norm.isf(alpha) * chance - norm.ppf(power) * np.sqrt(_hanley_mcneil(theta, members, others))
+    reach = theta - 0.5 - norm.isf(alpha) * chance - norm.ppf(power) * np.sqrt(auc_variance(theta, members, others))
     possible = -math.log(math.comb(members + others, members)) <= math.log(alpha)  # at perfect separation
     seen = theta[reach >= 0] if possible else theta[:0]
     return Detectable(float(seen[0]) if len(seen) else None, next(enough, None))
 
 
-def holm(p_values: Array) -> Array:
-    """Adjust p-values by Holm, Scandinavian Journal of Statistics 1979, to control the family-wise error rate."""
-    order, count = np.argsort(p_values, kind="stable"), len(p_values)
-    adjusted = np.empty(count)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate((count - np.arange(count)) * p_values[order]))
-    return adjusted
-
-
 def _auc(x: Array, y: Array, level: float) -> tuple[float, float, float]:
-    """Return the AUC with DeLong's interval; each patient is one case."""
-    n, m, ranks = len(x), len(y), rankdata(np.r_[x, y])
-    beats = (ranks[:n] - rankdata(x)) / m  # by member, the fraction of non-members below; ties count half
-    beaten = 1 - (ranks[n:] - rankdata(y)) / n
-    value, z = float(beats.mean()), float(norm.isf((1 - level) / 2))
-    variance = (beats.var(ddof=1) / n + beaten.var(ddof=1) / m) if n > 1 and m > 1 else 0.0
-    if variance <= 1e-14 or value in (0.0, 1.0):
-        theta = np.linspace(0.0, 1.0, 20001)
-        inside = theta[np.abs(value - theta) <= z * np.sqrt(_hanley_mcneil(theta, n, m)) + 1e-12]
-        return value, float(inside.min()), float(inside.max())
-    half, logit = z * math.sqrt(variance) / (value * (1 - value)), math.log(value / (1 - value))
-    return value, 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
+    """Return the AUC with DeLong's interval, or Newcombe's if a group has a single patient; each is one case."""
+    estimate = delong(np.r_[x, y], np.r_[np.ones(len(x)), np.zeros(len(y))], level=level)
+    assert estimate.value is not None
+    if estimate.low is None or estimate.high is None:
+        return estimate.value, *newcombe(estimate.value, len(x), len(y), level)
+    return estimate.value, estimate.low, estimate.high
 
 
 def _mann_whitney(x: Array, y: Array, auc: float) -> float:
@@ -199,14 +184,6 @@ def _mann_whitney(x: Array, y: Array, auc: float) -> float:
     if variance <= 0:
         return 1.0
     return float(ndtr(-((auc - 0.5) * n * m - 0.5) / math.sqrt(variance)))
-
-
-def _hanley_mcneil(theta: Array, n: int, m: int) -> Array:
-    """Return the variance of an AUC of ``theta``, with both groups counted as their mean size (Newcombe's method 5)."""
-    middle = (n + m) / 2
-    spread = 2 * middle - 1 - (3 * middle - 3) / ((2 - theta) * (1 + theta))
-    variance: Array = theta * (1 - theta) / (n * m) * np.maximum(spread, 0)
-    return variance
 
 
 def _rate(x: Array, y: Array, fpr: float, level: float) -> Rate:

@@ -1,17 +1,4 @@
-r"""The command ``polyclinic``: its commands, and how errors end it.
-
-Exit codes:
-
-| code | meaning |
-|---|---|
-| 0 | The command succeeded. |
-| 1 | The command worked and its answer is no: a check found problems, an alarm, nothing to stop. |
-| 2 | A mistake that the user can correct, such as a wrong option, file or setting. The message says how. |
-| 3 | ``polyclinic stop`` ended the run; ``--resume`` continues it. |
-| 70 | A bug in Polyclinic. The message names a file with the traceback. |
-| 130, 143 | Ctrl-C (SIGINT) or SIGTERM ended the command. |
-| 141 | The reader of the output closed it, as in ``polyclinic methods \| head``. |
-"""
+"""The command ``polyclinic``: its commands, its exit codes (``EXIT_CODES``), and how errors end it."""
 
 import errno
 import logging
@@ -27,15 +14,25 @@ from typing import Annotated, Any
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from polyclinic import __version__
-from polyclinic.cli.rendering import set_up_logging, set_up_streams
+from polyclinic.cli.rendering import note_invocation, set_up_logging, set_up_streams
 from polyclinic.errors import MissingDependency, PolyclinicError
 
 log = logging.getLogger(__name__)
-EPILOGUE = """Exit codes: 0 success; 1 the answer is no (a check found problems, an alarm); 2 a mistake to correct, such
-as a wrong option, file or setting; 3 stopped by polyclinic stop; 70 a bug; 130 or 143 ended by Ctrl-C or SIGTERM;
-141 the reader of the output closed it.
-
-Completion of commands and options in the shell: polyclinic --install-completion. Any command takes --help."""
+EXIT_CODES = (
+    ("0", "The command succeeded."),
+    ("1", "The command worked, and the answer is no: a check found problems, data have drifted, nothing ran."),
+    ("2", "A mistake to correct, such as a wrong option, file or setting. The message says what to do."),
+    ("3", "`polyclinic stop` ended the run; `--resume` continues it."),
+    ("70", "A bug in Polyclinic. The message names a file with the traceback."),
+    ("130, 143", "Ctrl-C (SIGINT) or SIGTERM ended the command."),
+    ("141", "The reader of the output closed it, as in `polyclinic methods | head`."),
+)
+EPILOGUE = "\n\n".join(
+    [
+        "Exit codes: " + " ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES),
+        "Completion of commands and options in the shell: polyclinic --install-completion. Any command takes --help.",
+    ]
+)
 _EXTRAS = {
     "zstandard": "privacy",
     "dp_accounting": "privacy",
@@ -53,8 +50,8 @@ _EXTRAS = {
 }
 _CORRECTABLE = {
     errno.ENOENT: "Check the path",
-    errno.EACCES: "Ask for the permission, or name another path",
-    errno.EPERM: "Ask for the permission, or name another path",
+    errno.EACCES: "Ask for permission, or name another path",
+    errno.EPERM: "Ask for permission, or name another path",
     errno.EISDIR: "Name a file",
     errno.ENOTDIR: "Name a folder whose parents are folders",
     errno.EEXIST: "Name a path that does not exist yet",
@@ -69,38 +66,39 @@ _CORRECTABLE = {
 
 app = App(
     name="polyclinic",
-    help="Federated learning for medical image analysis: many clinics, one model, no image leaves its hospital.",
+    help="Federated learning for medical image analysis: hospitals train one model, and no image leaves its hospital.",
     version=__version__,
     help_epilogue=EPILOGUE,
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=()),
 )
-_STUDIES, _LISTS, _DATA = "Studies", "What there is", "Data and privacy"
+_STUDIES, _LISTS, _DATA = "Studies", "Catalogs", "Data and privacy"
 _HOSPITALS = "Between hospitals"
 _OUTPUT, _SHELL = Group("Output of every command", sort_key=100), Group("Shell", sort_key=101)
 study = App(name="study", group=_STUDIES, help="The same commands as one group, such as polyclinic study run.")
 for group, name, target, summary in (
-    (_STUDIES, "demo", "run:demo", "Run a study of real patients at several sites, and open its report."),
-    (_STUDIES, "new", "run:new", "Write a commented study file to begin from."),
-    (_STUDIES, "run", "run:run", "Run a study."),
+    (_STUDIES, "demo", "run:demo", "Run a small study of real patients at several sites, and write its report."),
+    (_STUDIES, "new", "run:new", "Write a commented study file as a starting point."),
+    (_STUDIES, "run", "run:run", "Run a study and write its report."),
     (_STUDIES, "report", "run:report", "Write the report of a run."),
-    (_STUDIES, "status", "run:status", "How far a run has come."),
-    (_STUDIES, "stop", "run:stop", "Stop a run after the round under way."),
-    (_STUDIES, "standing", "outliers:standing", "How each site's updates stood, and how to leave one out."),
-    (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired."),
-    (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets, and run all of them."),
-    (_STUDIES, "track", "results:track", "Hand a run's records on to MLflow or TensorBoard."),
-    (_STUDIES, "explain", "explain:explain", "What a run's model looks at, at every site."),
+    (_STUDIES, "status", "run:status", "Show the progress of a run."),
+    (_STUDIES, "stop", "run:stop", "Stop a run after the current round."),
+    (_STUDIES, "outliers", "outliers:outliers", "Show how far each site's updates differ from the others'."),
+    (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired by test patient."),
+    (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets."),
+    (_STUDIES, "track", "results:track", "Copy a run's records to MLflow or TensorBoard."),
+    (_STUDIES, "explain", "explain:explain", "Compute attribution maps of a run's model at every site."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
-    (_LISTS, "methods", "catalog:methods_app", "The federated methods, by the survey's taxonomy."),
-    (_LISTS, "networks", "catalog:networks", "The networks that a study may name."),
-    (_LISTS, "transforms", "catalog:transforms", "What may stand between a site and the server."),
-    (_DATA, "data", "data:app", "Data sets of the field, and the check of your own."),
-    (_DATA, "privacy", "privacy:app", "Plan a privacy budget, and read what was spent of one."),
-    (_DATA, "vectors", "vectors:app", "One-shot merging: each site hands over one signed file."),
-    (_DATA, "audit", "audit:app", "Attack a run's model, with a leaky control beside."),
+    (_LISTS, "methods", "catalog:methods_app", "List the federated methods, by the survey's taxonomy."),
+    (_LISTS, "networks", "catalog:networks", "List the networks that a study can name."),
+    (_LISTS, "transforms", "catalog:transforms", "List the transforms of what travels between sites and server."),
+    (_DATA, "data", "data:app", "Find public data sets, and check, plan and de-identify your own data."),
+    (_DATA, "privacy", "privacy:app", "Plan a privacy budget, and read what was spent."),
+    (_DATA, "vectors", "vectors:app", "Merge models once, from one signed file per site."),
+    (_DATA, "audit", "audit:app", "Attack a run's model to measure what it reveals about patients."),
     (_HOSPITALS, "server", "server:app", "Coordinate studies between hospitals."),
-    (_HOSPITALS, "site", "site:app", "Take part with your own data, which stay."),
-    (_HOSPITALS, "journal", "journal:app", "Check the journals of sites, servers and runs."),
+    (_HOSPITALS, "site", "site:app", "Take part in studies with local data, which never leave."),
+    (_HOSPITALS, "journal", "journal:app", "Verify the journals of sites, servers and runs."),
 ):
     app.command(f"polyclinic.cli.{target}", name=name, help=summary, group=group)
     if group == _STUDIES:
@@ -120,17 +118,19 @@ def launch(
 
     Args:
         tokens: The command and its arguments.
-        quiet: Print errors, and JSON where it was asked for, and nothing else.
+        quiet: Print no progress and no hints. Results and errors are printed.
         verbose: Print debugging messages to standard error, and tracebacks of errors.
         log_file: Append all messages to this file, with their times.
     """
     set_up_logging(quiet, verbose, log_file)
+    shared = ["--quiet"] * quiet + ["--verbose"] * verbose + (["--log-file", str(log_file)] if log_file else [])
+    note_invocation([*tokens, *shared])
     log.debug("polyclinic %s: %s", __version__, shlex.join(tokens))
     return app(tokens, exit_on_error=False)
 
 
 def main() -> None:
-    """Run the command line and exit with one of the codes above. Only a bug has a traceback, saved in a file."""
+    """Run the command line and exit with one of ``EXIT_CODES``. Only a bug has a traceback, saved in a file."""
     set_up_streams()
     try:
         try:
@@ -146,9 +146,9 @@ def main() -> None:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if (says := explained(error)) is not None:
+        if (message := explained(error)) is not None:
             log.debug("traceback", exc_info=error)
-            print(says, file=sys.stderr)
+            print(message, file=sys.stderr)
             sys.exit(2)
         print(
             f"{type(error).__name__}: {error}. This is a bug in Polyclinic {__version__}, not a mistake of yours.\n"
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def explained(error: BaseException) -> str | None:
-    """The message for an error that the user can correct; None for a bug."""
+    """Return the message of an error that the user can correct; None for a bug."""
     if isinstance(error, PolyclinicError) or type(error).__module__.startswith("polyclinic."):
         return str(error)
     cause: BaseException | None = error

@@ -1,22 +1,21 @@
-"""``polyclinic audit``: what a run's model gives away of the patients it was trained on."""
+"""``polyclinic audit``: what a run's model reveals about the patients it was trained on."""
 
-import json as json_text
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from polyclinic.cli.rendering import console
+from polyclinic.cli.rendering import Json, console, document, done, line, progress
 
 if TYPE_CHECKING:
     from polyclinic.studies.audits.audit_file import Audit
-    from polyclinic.studies.audits.audit_privacy import Progress as Report
+    from polyclinic.studies.audits.audit_privacy import Progress as Callback
 
-app = App(name="audit", help="Attack a run's model, with a leaky control beside.")
+app = App(name="audit", help="Attack a run's model to measure what it reveals about patients.")
 app.command("polyclinic.cli.audit_release:release", name="release")
 
 
@@ -33,112 +32,102 @@ def audit(
     canaries: int | None = None,
     steps: int = 30,
     restarts: int = 2,
-    json: bool = False,
+    json_: Json = False,
 ) -> None:
-    """Attack a run's model as an outsider might, with a leaky control beside each attack.
+    """Attack a run's model as an outsider could, next to a control model that leaks by design.
 
-    Which patients were trained on, at each site; one training example from its gradient; and for a run with DP-SGD, a
-    lower bound on ε from training once more with canaries. Writes audit.json beside the model, and the report shows
-    it. What these attacks do not find, others may.
+    The attacks are membership inference at each site, the reconstruction of a training example from its gradient, and,
+    for a run with DP-SGD, a lower bound on ε from training once more with canaries. The results are written to
+    audit.json next to the model, and the report shows them. Other attacks may find more.
 
     Args:
-        run_folder: A finished run, whose data are still there.
-        method: Which method's model; by default the last that shares one.
-        seed: Which seed's; by default the first.
-        attack: Which attacks find out who was trained on. LiRA and RMIA train shadow models; the loss attack trains
-            nothing.
-        shadow_models: How many shadow models, an even number. Each costs as much as training the method once. They are
-            kept.
-        site: Whose patients to try; by default every site's, and for the canaries the site with the largest ε.
-        limit: How many patients of each kind and site to try at most.
-        canaries: How many canaries to put into private training; by default as many as the claimed ε needs, up to
-            2,000. 0 leaves that audit out.
-        steps: How many steps the search for the image takes from each start.
-        restarts: How many random starts the search for the image has.
-        json: Print audit.json and nothing else.
+        run_folder: A finished run, with its data still in place.
+        method: The method whose model is attacked; by default the last that shares one.
+        seed: The seed whose model is attacked; the first by default.
+        attack: The membership attacks. LiRA and RMIA train shadow models; the loss attack trains nothing.
+        shadow_models: The number of shadow models, an even number. Each costs as much as training the method once.
+            They are kept.
+        site: The site whose patients are attacked; by default every site, and for the canaries the site with the
+            largest ε.
+        limit: The largest number of patients of each kind and site.
+        canaries: The number of canaries in private training; by default as many as the claimed ε needs, up to 2,000. 0
+            skips that audit.
+        steps: The number of steps of the image search from each start.
+        restarts: The number of random starts of the image search.
     """
     from polyclinic.studies.audits.run_audit import audit_run
 
-    with _progress(hidden=json) as progress:
-        found = audit_run(
-            run_folder,
-            method,
-            seed,
-            attack=attack,
-            shadow_models=shadow_models,
-            site=site,
-            limit=limit,
-            steps=steps,
-            restarts=restarts,
-            canaries=canaries,
-            progress=progress,
-        )
-    if json:
-        print(_text(found))
-    else:
-        _show(found, run_folder)
-
-
-def _text(found: "Audit") -> str:
-    return json_text.dumps(found.to_json(), indent=1)
+    with document(json_) as emit:
+        with _progress() as callback:
+            audit = audit_run(
+                run_folder,
+                method,
+                seed,
+                attack=attack,
+                shadow_models=shadow_models,
+                site=site,
+                limit=limit,
+                steps=steps,
+                restarts=restarts,
+                canaries=canaries,
+                progress=callback,
+            )
+        emit(audit.to_json())
+        _show(audit, run_folder)
 
 
 @contextmanager
-def _progress(hidden: bool) -> Iterator["Report"]:
-    """A bar for each training, where somebody watches."""
-    shown = Console(stderr=True)
+def _progress() -> Iterator["Callback"]:
+    """Show a bar for each training on a terminal, unless ``--quiet`` was given."""
     bar = Progress(
         TextColumn("  {task.description:<16}"),
         TextColumn("{task.completed:>3}/{task.total}"),
         BarColumn(bar_width=30),
         TimeRemainingColumn(compact=True),
-        console=shown,
-        disable=hidden or not shown.is_terminal,
+        console=progress,
+        disable=progress.quiet or not progress.is_terminal,
         transient=True,
     )
     tasks = {}
 
-    def progress(what: str, done: int, total: int) -> None:
+    def callback(what: str, completed: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
+        bar.update(tasks[what], completed=completed)
 
     with bar:
-        yield progress
+        yield callback
 
 
-def _show(found: "Audit", run_folder: Path) -> None:
-    """Prints what was found, with the verdict after each audit."""
-
-    def line(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False)
-
+def _show(audit: "Audit", run_folder: Path) -> None:
+    """Print the results, with the verdict after each attack."""
     from polyclinic.attacks.separation import RATES
 
-    members = found.membership
-    console.print(f"  {found.method}, seed {found.seed}")
-    console.print("  [bold]Who was trained on?[/bold] Training against test patients; 95 % intervals:")
-    rows = [("a control made to memorize", "loss", members.control)]
+    def heading(title: str, text: str) -> None:
+        console.print(Text.assemble("  ", (title, "bold"), f" {text}"), soft_wrap=True)
+
+    members, inversion = audit.membership, audit.inversion
+    line(f"  {audit.method}, seed {audit.seed}")
+    heading("Membership inference.", "Training patients against test patients; 95 % intervals:")
+    rows = [("control that memorizes", "loss", members.control)]
     rows += [(site, name, one) for site, attacks in members.sites.items() for name, one in attacks.items()]
-    wide = max(len(site) for site, *_ in rows)
+    width = max(len(site) for site, *_ in rows)
     rates = "  ".join(f"{f'TPR at {100 * fpr:g} % FPR':<19}" for fpr in RATES)
-    line(f"    {'':<{wide}}  {'attack':<12}  {'AUC':<22}  {rates}  above all others")
+    line(f"    {'':<{width}}  {'attack':<12}  {'AUC':<22}  {rates}  above all others")
     for site, name, one in rows:
         area, rates = f"{one.auc:.3f} ({one.low:.3f} to {one.high:.3f})", "  ".join(f"{r.says:<19}" for r in one.rates)
         few = f" (but {one.allowed})" if one.allowed else ""
-        line(f"    {site:<{wide}}  {name:<12}  {area:<22}  {rates}  {one.exposed} of {one.members}{few}")
+        line(f"    {site:<{width}}  {name:<12}  {area:<22}  {rates}  {one.exposed} of {one.members}{few}")
     line(f"  {members.verdict.says}")
-    whose = f"One of {found.inversion.site}'s, label known, its gradient seen as it is:"
-    console.print(f"  [bold]An example from its gradient?[/bold] {whose}", soft_wrap=True)
-    for name, leak in (("control", found.inversion.control), (found.method, found.inversion.found)):
+    heading("Gradient inversion.", f"One example of {inversion.site}, with known label and without noise:")
+    for name, leak in (("control", inversion.control), (audit.method, inversion.found)):
         line(f"    {name:<24} {leak.psnr_db:.1f} dB, a guess {leak.guess_db:.1f} dB, RDLV {leak.rdlv:.2f}")
-    line(f"  {found.inversion.says}")
-    if found.privacy is not None:
-        what = f"{found.privacy_site}'s training once more, with canaries, seen by the server:"
-        console.print(f"  [bold]Is the claimed ε right?[/bold] {what}", soft_wrap=True)
-        line(f"  {found.privacy.says}")
-    if found.not_done:
-        console.print("  [bold]Not done:[/bold]")
-        for text in found.not_done:
+    line(f"  {inversion.says}")
+    if audit.privacy is not None:
+        heading("Claimed ε.", f"{audit.privacy_site} trained once more with canaries, as the server sees it:")
+        line(f"  {audit.privacy.says}")
+    if audit.not_done:
+        heading("Not done:", "")
+        for text in audit.not_done:
             line(f"    {text}")
-    console.print(f"  [green]✓[/green] {found.file(run_folder)}")
+    done(str(audit.file(run_folder)))

@@ -1,90 +1,119 @@
-"""``polyclinic data``: what data sets there are, and what a hospital does with its own before it joins."""
+"""``polyclinic data``: public data sets, and the preparation of a hospital's own data."""
 
-import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from cyclopts import App, Parameter
-from rich.markup import escape
+from cyclopts import App
 
-from polyclinic.cli.rendering import console
-from polyclinic.cli.run import changes
+from polyclinic.cli.rendering import Json, console, document, done, hint, line
+from polyclinic.cli.run import Set, changes, require_file
+from polyclinic.core import atomic
+from polyclinic.errors import ConfigError
 
-app = App(name="data", help="Data sets of the field, and the check of your own.")
-
-
-def _line(text: str) -> None:
-    """A line as it is: brackets are no markup, and nothing is broken in two."""
-    console.print(text, markup=False, soft_wrap=True)
+app = App(name="data", help="Find public data sets, and check, plan and de-identify your own data.")
 
 
 @app.command(name="list")
-def list_(*, json_: bool = False) -> None:
-    """List the data sets that a study may name with `use`.
-
-    Args:
-        json_: Print JSON instead.
-    """
+def list_(*, json_: Json = False) -> None:
+    """List the data sets that a study can name with `use`."""
     from polyclinic.data.catalog.dataset_catalog import list_datasets
 
-    found = list_datasets()
-    if json_:
-        print(json.dumps([asdict(one) for one in found], indent=1, default=dict))
-        return
-    for one in found:
-        how = "[green]fetched by `data get`[/green]" if one.automatic else "[dim]by hand[/dim]"
-        told = f"  [cyan]{one.name:<22}[/cyan] {one.title} [dim]{one.modality}, {one.task}, {one.license}[/dim] {how}"
-        console.print(told, soft_wrap=True)
-    console.print("\n[dim]polyclinic data show NAME tells how to get and how to use one.[/dim]")
+    with document(json_) as emit:
+        sets = list_datasets()
+        emit([asdict(one) for one in sets])
+        for one in sets:
+            access = "[green]fetched by `data get`[/green]" if one.automatic else "[dim]by hand[/dim]"
+            about = f"{one.title} [dim]{one.modality}, {one.task}, {one.license}[/dim]"
+            console.print(f"  [cyan]{one.name:<22}[/cyan] {about} {access}", soft_wrap=True)
+    if not json_:
+        hint("\npolyclinic data show NAME explains how to get and use one.")
 
 
 @app.command
-def show(name: str, *, json_: bool = False) -> None:
-    """Tell what a data set is, its license, how to get it, and what to write into a study file.
+def show(name: str, *, json_: Json = False) -> None:
+    """Show what a data set contains, its license, how to get it, and the lines for a study file.
 
     Args:
-        name: As `polyclinic data list` says it.
-        json_: Print JSON instead.
+        name: The name, as in `polyclinic data list`.
     """
-    from polyclinic.data.catalog.dataset_catalog import show as told
+    from polyclinic.data.catalog.dataset_catalog import show as described
 
-    pairs = told(name)
-    if json_:
-        print(json.dumps(dict(pairs), indent=1))
-        return
-    for head, text in pairs:
-        console.print(f"[bold]{head:<11}[/bold]", escape(text.replace("\n", "\n" + " " * 12)), soft_wrap=True)
+    with document(json_) as emit:
+        facts = described(name)
+        emit(dict(facts))
+        for head, text in facts:
+            console.print(f"[bold]{head:<11}[/bold]", end=" ")
+            line(text.replace("\n", "\n" + " " * 12))
 
 
 @app.command
-def get(name: str, *, size: int = 28, mirror: str | None = None) -> None:
-    """Fetch a data set that allows it, with its published checksum. Going on after a break is automatic.
+def get(name: str, *, size: int = 28, mirror: str | None = None, json_: Json = False) -> None:
+    """Download a data set that allows it, and verify its published checksum. An interrupted download continues.
 
     Args:
-        name: As `polyclinic data list` says it.
+        name: The name, as in `polyclinic data list`.
         size: Pixels along each side, for MedMNIST: 28, 64, 128 or 224.
-        mirror: The address of a folder that holds the same files, such as one within a hospital.
+        mirror: Address of a folder that holds the same files, such as one within a hospital.
     """
     from polyclinic.data.catalog import dataset_catalog
 
-    _line(str(dataset_catalog.get(name, size, mirror or dataset_catalog.ZENODO)))
+    with document(json_) as emit:
+        path = dataset_catalog.get(name, size, mirror or dataset_catalog.ZENODO)
+        line(str(path))
+        emit({"name": name, "path": path})
 
 
 @app.command
-def check(folder: Path, *, page: Path | None = None, labels: tuple[int, ...] = (), allow_health: bool = False) -> None:
-    """Check a hospital's data before it joins: what is there, what is wrong, what must not leave.
+def check(
+    folder: Path,
+    *,
+    page: Path | None = None,
+    labels: tuple[int, ...] = (),
+    allow_health: bool = False,
+    json_: Json = False,
+) -> None:
+    """Check a hospital's data before it joins: contents, errors, and personal information. Exit code 1 means errors.
 
     Args:
         folder: Images by class, nnU-Net, BIDS or DICOM folders, a manifest, an archive or a table.
-        page: Write a page to look at, with thumbnails and histograms. It holds patients' images and stays here.
+        page: Write an HTML page with thumbnails and histograms. It contains patients' images: keep it at this site.
         labels: The values that masks may have.
         allow_health: Treat suspected personal information as a warning instead of an error.
     """
-    from polyclinic.data.quality.quality_page import check_command
+    from polyclinic.data.quality.quality_page import write_page
+    from polyclinic.data.quality.site_check import check_folder
 
-    sys.exit(check_command(str(folder), str(page) if page else None, labels, allow_health, _line))
+    if page is not None and not page.resolve().parent.is_dir():
+        raise ConfigError(f"--page {page}: there is no folder {page.parent}")
+    with document(json_) as emit:
+        report = check_folder(str(folder), labels, "warning" if allow_health else "error")
+        for text in report.lines():
+            line(text)
+        if page is not None:
+            line(f"page for inspection (patients' images: keep it at this site): {write_page(report, page)}")
+        counts = ("classes", "splits", "sites", "modalities", "orientations", "mask_labels")
+        emit(
+            {
+                "ok": report.ok,
+                "kind": report.kind,
+                "examples": report.examples,
+                "patients": report.patients,
+                **{name: _counts(getattr(report, name)) for name in counts},
+                "spacing_mm": report.spacing_mm,
+                "sizes": report.sizes,
+                "findings": report.findings,
+                "page": page,
+            }
+        )
+    if not report.ok:
+        sys.exit(1)
+
+
+def _counts(counter: Counter[Any]) -> dict[str, int]:
+    return {str(key): count for key, count in sorted(counter.items(), key=lambda item: str(item[0]))}
 
 
 @app.command
@@ -95,58 +124,53 @@ def plan(
     seed: int | None = None,
     by_site: bool = False,
     force: bool = False,
-    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    set_: Set = None,
+    json_: Json = False,
 ) -> None:
-    """Sum up a study's training data over its sites, and write the preprocessing that follows into a file to edit.
+    """Summarize a study's training data over its sites, and write a preprocessing plan to edit.
 
     The study then uses it with `plan = "FILE"` in `[data]`; `polyclinic data drift` compares later data with it.
 
     Args:
         study: The study file. Its `[data]` needs no steps yet.
-        out: Where to write; by default beside the study, as NAME.plan.toml.
-        seed: Whose split says what training data are; the study's first seed by default.
-        by_site: Describe each site with at least 10 patients by itself as well. The sites' numbers are then in the
-            file.
-        force: Replace a file that is there.
+        out: The file to write; by default NAME.plan.toml next to the study.
+        seed: The seed of the split that defines the training data; the study's first seed by default.
+        by_site: Also describe each site with at least 10 patients. The file then contains statistics of single sites.
+        force: Replace an existing file.
         set_: Change one value of the study, such as `--set data.path=/data/new`. May be given several times.
     """
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import plan as made
 
+    require_file(study)
     to = out or study.with_name(f"{study.stem}.plan.toml")
+    require_file(to)
     if to.exists() and not force:
-        console.print(f"{escape(str(to))} is there already; --force replaces it", soft_wrap=True)
-        sys.exit(2)
-    checked = study_config.read(study, changes(set_ or []))
-    chosen = checked.seeds[0] if seed is None else seed
-    found = made(checked.data, checked.name, chosen, by_site)
-    to.write_text(found.text(), encoding="utf-8")
-    console.print(f"  [green]✓[/green] {escape(str(to))}", soft_wrap=True)
-    for reason in found.why:
-        console.print(f"    {escape(reason)}", soft_wrap=True)
-    if len(checked.seeds) > 1:
-        console.print(
-            f"    [yellow]![/yellow] made from the training rows of seed {chosen}; the study's other "
-            "seeds test on some of them",
-            soft_wrap=True,
-        )
-    console.print(f'    next: plan = "{escape(str(to))}" in \\[data], in place of steps or statistics', soft_wrap=True)
+        raise ConfigError(f"{to} exists already; --force replaces it")
+    with document(json_) as emit:
+        config = study_config.read(study, changes(set_ or []))
+        chosen = config.seeds[0] if seed is None else seed
+        result = made(config.data, config.name, chosen, by_site)
+        atomic.write(to, result.text())
+        done(str(to))
+        notes = [*result.why]
+        if len(config.seeds) > 1:
+            notes.append(
+                f"made from the training rows of seed {chosen}; the study's other seeds use some of them as test rows"
+            )
+        for note in notes:
+            line(f"    {note}")
+        emit({"plan": to, "seed": chosen, "notes": notes})
+        hint(f'    next: plan = "{to}" in [data], in place of steps or statistics')
 
 
 @app.command
-def drift(
-    plan: Path,
-    study: Path,
-    *,
-    json_: bool = False,
-    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
-) -> None:
-    """Compare new data with those a model was trained on, site by site, by sums alone. Exit code 1 is an alarm.
+def drift(plan: Path, study: Path, *, set_: Set = None, json_: Json = False) -> None:
+    """Compare new data with the training data, site by site, from sums alone. Exit code 1 means an alarm.
 
     Args:
-        plan: The file that `polyclinic data plan` wrote of the training data.
+        plan: The file that `polyclinic data plan` wrote from the training data.
         study: The study file. All examples of its `[data]` count as new, whatever their split.
-        json_: Print JSON instead.
         set_: Change one value of the study, such as `--set data.path=/data/2027`. May be given several times.
     """
     from polyclinic.data.fingerprint.preprocessing_plan import DataPlan
@@ -154,14 +178,15 @@ def drift(
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run.planning import drifts
 
-    found = drifts(DataPlan.read(plan), study_config.read(study, changes(set_ or [])).data)
-    if json_:
-        print(json.dumps([as_json(one) for one in found], indent=1))
-    else:
-        for one in found:
-            for line in lines(one):
-                console.print(escape(line), soft_wrap=True)
-    sys.exit(any(one.alarm for one in found))
+    require_file(study)
+    with document(json_) as emit:
+        sites = drifts(DataPlan.read(plan), study_config.read(study, changes(set_ or [])).data)
+        emit([as_json(one) for one in sites])
+        for one in sites:
+            for text in lines(one):
+                line(text)
+    if any(one.alarm for one in sites):
+        sys.exit(1)
 
 
 @app.command
@@ -172,17 +197,39 @@ def deidentify(
     key: Path | None = None,
     approve: tuple[str, ...] = (),
     keep_characteristics: bool = False,
+    json_: Json = False,
 ) -> None:
-    """Copy a DICOM folder without what identifies patients. Nothing is overwritten; every file is scanned at the end.
+    """Copy a DICOM folder without information that identifies patients. Exit code 1 means that files were refused.
+
+    No file is overwritten, and every written file is scanned at the end.
 
     Args:
         source: The folder to read.
         destination: A new folder.
-        key: The file with this site's secret for pseudonyms; made where it is missing, and kept apart from the data.
-        approve: Modalities whose pixels a person has looked at, such as US.
+        key: The file with this site's secret for pseudonyms, created if it is missing. Keep it apart from the data.
+        approve: Modalities whose pixels a person has inspected, such as US.
         keep_characteristics: Keep age, size and weight.
     """
-    from polyclinic.data.deidentification.folder_deidentification import deidentify_command
+    from polyclinic.data.deidentification.folder_deidentification import default_key, deidentify_folder
+    from polyclinic.data.deidentification.image_deidentification import Deidentification
 
-    given = str(key) if key else None
-    sys.exit(deidentify_command(str(source), str(destination), given, approve, keep_characteristics, _line))
+    with document(json_) as emit:
+        secret = key or default_key()
+        released = deidentify_folder(
+            str(source), str(destination), secret, Deidentification(approve, keep_characteristics)
+        )
+        for text in released.lines():
+            line(text)
+        emit(
+            {
+                "destination": released.destination,
+                "key": released.key,
+                "written": released.written,
+                "patients": released.patients,
+                "changed_elements": sum(released.removed.values()),
+                "refused": [str(one) for one in released.refused],
+                "not_copied": released.left,
+            }
+        )
+    if released.refused:
+        sys.exit(1)

@@ -1,59 +1,67 @@
-"""``polyclinic standing``: every site's updates beside the others', and how a person leaves one out."""
+"""``polyclinic outliers``: how far each site's updates differ from the others', and how to exclude a site."""
 
-import json
+from json import JSONDecodeError
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
-from polyclinic.cli.rendering import console
+from polyclinic.cli.rendering import Json, console, document, hint, line
+from polyclinic.errors import RunError
 
-DECIDE = """A site may stand out because its patients or scanners differ, by a fault, or by an attack: ask before you
-decide. To leave its updates out write quarantined = ["SITE"] under the method and run the study anew; take the name
-away to hear it again. It still receives the model, and still is looked at. Between hospitals `polyclinic server
-revoke SITE` ends its part altogether, and `polyclinic server reinstate SITE` undoes that."""
+DECIDE = """A site may be an outlier because its patients or scanners differ, because of a fault, or because of an
+attack: ask the site before you decide. To exclude its updates, write quarantined = ["SITE"] under the method and run
+the study again; remove the name to include it again. An excluded site still receives the model, and its updates are
+still measured. Between hospitals, `polyclinic server revoke SITE` ends its participation, and `polyclinic server
+reinstate SITE` undoes that."""
 
 
-def standing(run_folder: Path, *, json_: bool = False) -> None:
-    """Show how each site's updates stood among the others', in a run with a robust rule.
+def outliers(run_folder: Path, *, json_: Json = False) -> None:
+    """Show how far each site's updates differ from those of the other sites, in a run with a robust method.
 
     Args:
         run_folder: The folder of a run, finished or not.
-        json_: Print JSON instead.
     """
     from polyclinic.studies.records.site_outliers import read
 
-    found = read(run_folder)
-    if json_:
-        told = [
-            {"arm": s.arm, "round": s.round, "alarms": s.alarms, "sites": {n: x._asdict() for n, x in s.notes.items()}}
-            for s in found
-        ]
-        print(json.dumps(told, indent=1))
-        return
-    for arm in found:
-        console.print(f"\n[bold]{arm.arm}[/bold], after round {arm.round}")
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        table.add_column("site", style="cyan")
-        for name in ("stood out", "score", "length", "direction", "share"):
-            table.add_column(name, justify="right")
-        table.add_column("its last update")
-        for site, note in arm.notes.items():
-            share = "" if note.share is None else f"{note.share:.2f}"
-            table.add_row(
-                site,
-                f"{note.outlying} of {note.seen}",
-                f"{note.score:.1f}",
-                f"{note.norm:.1f}",
-                f"{note.cosine:+.2f}",
-                share,
-                f"had no say: {note.excluded}" if note.excluded else "was heard",
-            )
-        console.print(table, highlight=False)
-        for alarm in arm.alarms:
-            console.print(f"  {alarm}", highlight=False, soft_wrap=True)
-    console.print(
-        "\n[dim]score: above 3.5 stands out. length: in multiples of the usual. direction: agreement with the others, "
-        f"-1 to 1. share: its part of the last aggregate.\n{DECIDE}[/dim]",
-        highlight=False,
-        soft_wrap=True,
-    )
+    with document(json_) as emit:
+        try:
+            arms = read(run_folder)
+        except (UnicodeDecodeError, JSONDecodeError):
+            raise RunError(f"{run_folder}/run.json: damaged. Run the study again, or restore the file") from None
+        emit(
+            [
+                {
+                    "arm": arm.arm,
+                    "round": arm.round,
+                    "alarms": arm.alarms,
+                    "sites": {name: note._asdict() for name, note in arm.notes.items()},
+                }
+                for arm in arms
+            ]
+        )
+        for arm in arms:
+            line(f"\n{arm.arm}, after round {arm.round}")
+            table = Table(box=None, padding=(0, 2, 0, 0))
+            table.add_column("site", style="cyan")
+            for name in ("outlier in", "score", "norm", "cosine", "weight"):
+                table.add_column(name, justify="right")
+            table.add_column("its last update")
+            for site, note in arm.notes.items():
+                table.add_row(
+                    Text(site),
+                    f"{note.outlying} of {note.seen}",
+                    f"{note.score:.1f}",
+                    f"{note.norm:.1f}",
+                    f"{note.cosine:+.2f}",
+                    "" if note.share is None else f"{note.share:.2f}",
+                    Text(f"excluded: {note.excluded}" if note.excluded else "included"),
+                )
+            console.print(table)
+            for alarm in arm.alarms:
+                line(f"  {alarm}")
+    if not json_:
+        hint(
+            "\nscore: robust z-score; above 3.5 is an outlier. norm: relative to the median. cosine: similarity to "
+            f"the other updates, -1 to 1. weight: share of the last aggregate.\n{' '.join(DECIDE.split())}"
+        )

@@ -1,9 +1,10 @@
-"""What a person sees of a run: a line that lives while an arm trains, and plain lines where nobody watches."""
+"""Progress of a run: a live line for each method on a terminal, and one line per round in a file or a pipe."""
 
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from polyclinic.evaluation.records.record_schema import rounded_up
@@ -12,73 +13,80 @@ from polyclinic.studies.run.events import Event
 
 
 class Display:
-    """Shows a run's events on ``console``."""
+    """Shows the events of a run on ``console``."""
 
     def __init__(self, console: Console, study: Study) -> None:
         self.console, self.study = console, study
         self._bar = Progress(
-            TextColumn("  {task.fields[name]:<24}"),
+            TextColumn("  {task.fields[name]:<24}", markup=False),
             TextColumn("round {task.completed:>3}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[result]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or console.quiet,
         )
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Display":
-        """Begins."""
+        """Print what will run, and start the live lines."""
         study = self.study
-        self.console.print(f"\n[bold]{study.title or study.name}[/bold]  [dim]study {study.hash[:12]}[/dim]")
+        self._line(f"\n[bold]{escape(study.title or study.name)}[/bold]  [dim]study {study.hash[:12]}[/dim]")
         names = ", ".join(method.called for method in study.methods)
-        self.console.print(f"  {study.task.kind} with {study.task.network}; {names}")
+        self._line(escape(f"  {study.task.kind} with {study.task.network}; {names}"))
         times = f" x {len(study.seeds)} seeds" if len(study.seeds) > 1 else ""
         folds = "leaving one site out" if study.folds == "sites" else f"{study.folds} folds"
         times += f" x {folds}" if study.folds else ""
         times += f", each after {study.search.trials} trials" if study.search else ""
-        self.console.print(f"  {len(study.methods)} methods x {study.rounds} rounds{times}; judged by {study.metric}\n")
+        methods = f"{len(study.methods)} method{'s' if len(study.methods) > 1 else ''}"
+        rounds = f"{study.rounds} round{'s' if study.rounds > 1 else ''}"
+        self._line(f"  {methods} x {rounds}{times}; primary metric {study.metric}\n")
         self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the live line, whatever happened."""
+        """End the live lines."""
         for task in self._tasks.values():
             self._bar.remove_task(task)
         self._bar.stop()
 
     def show(self, event: Event) -> None:
-        """Shows one event."""
+        """Show one event."""
         name = event.label + (f" · seed {event.seed}" if len(self.study.seeds) > 1 else "")
         name += "" if event.fold is None else f" · fold {event.fold}"
         match event.what:
             case "data":
                 for note in event.notes:
-                    self.console.print(f"  [yellow]·[/yellow] {note}")
-                self.console.print()
+                    self._line(f"  [yellow]·[/yellow] {escape(note)}")
+                self._line("")
             case "trial":
                 value = event.scores.get("validation")
-                found = "no score" if value is None else f"{self.study.metric} {value:.3f} on validation"
-                self.console.print(f"  [dim]  {name:<22} trial {event.round}/{event.rounds}  {found}[/dim]")
+                result = "no score" if value is None else f"{self.study.metric} {value:.3f} on validation"
+                self._line(f"  [dim]  {escape(f'{name:<22}')} trial {event.round}/{event.rounds}  {result}[/dim]")
             case "arm":
                 self._tasks[name] = self._bar.add_task(
-                    "", total=event.rounds, completed=event.round, name=name, told=""
+                    "", total=event.rounds, completed=event.round, name=name, result=""
                 )
             case "round" if name in self._tasks:
-                self._bar.update(self._tasks[name], completed=event.round, told=self._told(event))
+                result = self._result(event)
+                self._bar.update(self._tasks[name], completed=event.round, result=result)
                 for site, reason in event.lost.items():
-                    self.console.print(f"  [yellow]![/yellow] {name} round {event.round}: {site} is left out: {reason}")
-                if not self.console.is_terminal and (event.round == event.rounds or event.epsilon is not None):
-                    self.console.print(f"  {name:<24} round {event.round}/{event.rounds}  {self._told(event)}")
+                    text = f"{name} round {event.round}: {site} did not contribute: {reason}"
+                    self._line(f"  [yellow]![/yellow] {escape(text)}")
+                if not self.console.is_terminal:
+                    self._line(escape(f"  {name:<24} round {event.round}/{event.rounds}  {result}"))
             case "tested":
                 if (task := self._tasks.pop(name, None)) is not None:
                     self._bar.remove_task(task)
-                self.console.print(f"  [green]✓[/green] {name:<22} test {self._told(event)}")
+                self._line(f"  [green]✓[/green] {escape(f'{name:<22} test {self._result(event)}')}")
 
-    def _told(self, event: Event) -> str:
-        """The mean over sites and the worst site, what was sent, and what privacy was spent."""
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def _result(self, event: Event) -> str:
+        """Return the mean over sites, the worst site, the bytes sent and the privacy budget spent."""
         scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
         about = "=" if event.round == event.rounds else "≤"  # until the last round a bound, which is quick
         spent = "" if event.epsilon is None else f"  ε {about} {rounded_up(event.epsilon)} {event.protects}".rstrip()
@@ -88,4 +96,4 @@ class Display:
         worst = choose(scores, key=lambda site: scores[site])
         mean = sum(scores.values()) / len(scores)
         sent = f"  {event.bytes / 1e6:.1f} MB" if event.bytes else ""
-        return f"{self.study.metric} {mean:.3f}  worst {worst} {scores[worst]:.3f}{sent}{spent}"
+        return f"{self.study.metric} {mean:.3f}  worst site {worst} {scores[worst]:.3f}{sent}{spent}"

@@ -1,4 +1,4 @@
-"""What `polyclinic server` puts into the queue, waits for and takes out: studies and single runs."""
+"""The queue of `polyclinic server`: adding studies and single runs, waiting for them, and exporting results."""
 
 import json
 import time
@@ -6,31 +6,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyclinic.cli.rendering import hint, line
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_json, read_small
 from polyclinic.engines.flare.protocol.run_request import InvalidRunRequest, RunRequest
 from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
 
-REHEARSED = "  (a rehearsal: imaginary data, no result)"
+REHEARSED = "  (a rehearsal on synthetic data, without a result)"
 
 
 def table_of(path: Path) -> dict[str, Any]:
-    """What stands in the file that is to be run."""
+    """Read a study file or a run request.
+
+    Raises:
+        InvalidRunRequest: If it does not exist or is neither.
+    """
     import tomllib
 
     try:
         table: Any = read_json(path) if path.suffix == ".json" else tomllib.loads(read_small(path))
     except FileNotFoundError:
         raise InvalidRunRequest(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise InvalidRunRequest(f"{path} is a folder: name a study file") from None
+    except UnicodeDecodeError:
+        raise InvalidRunRequest(f"{path} is not UTF-8: save it in that encoding") from None
     except tomllib.TOMLDecodeError as error:
-        raise InvalidRunRequest(f"{path}: {error}") from None
+        raise InvalidRunRequest(f"{path}: this is not TOML: {error}") from None
     if not isinstance(table, dict):
-        raise InvalidRunRequest(f"{path} is neither a study nor an order")
+        raise InvalidRunRequest(f"{path} is neither a study nor a run request")
     return table
 
 
 def queue_order(server: ServerFolder, path: Path, table: dict[str, Any], name: str, sites: tuple[str, ...]) -> str:
-    """Queues a single run; its name."""
+    """Add a single run to the queue and return its name."""
     table["plan"] = {"sites": list(sites), **table["plan"]}
     table["run"] = name or table.get("run") or path.stem
     try:
@@ -38,40 +47,42 @@ def queue_order(server: ServerFolder, path: Path, table: dict[str, Any], name: s
     except InvalidRunRequest as error:
         raise InvalidRunRequest(f"{path}: {error}") from None
     server_setup.order(server, an)
-    print(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
+    line(f"queued   {an.run}: {an.plan['method']} over {', '.join(an.plan['sites'])}, {an.plan['rounds']} rounds")
     return an.run
 
 
 def queue_study(
     server: ServerFolder, path: Path, name: str, sites: tuple[str, ...], inputs: tuple[int, ...], outputs: int
 ) -> list[str]:
-    """Queues a study; the names of the runs that are queued at once."""
+    """Add a study to the queue and return the names of the runs that are queued at once."""
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import deployment
 
     if bool(inputs) != (outputs > 0):
-        raise InvalidRunRequest("give --inputs and --outputs together, or neither: then the sites are asked")
+        raise InvalidRunRequest("give --inputs and --outputs together, or neither: then the sites are surveyed")
     study = study_config.read(path)
     shape = {"inputs": list(inputs), "outputs": outputs} if inputs else None
-    arms, notes = deployment.arms(study, sites, shape)
+    arms, notes = deployment.method_runs(study, sites, shape)
     title, text = name or study.name, path.read_text(encoding="utf-8")
     queued = study_runs.put(server, text, title, study.hash, arms, deployment.how(study), arms[0]["plan"]["sites"])
     for note in notes:
-        print(f"note     {note}")
+        line(f"note     {note}")
     labels = ", ".join(dict.fromkeys(arm["label"] for arm in arms))
-    print(f"queued   {title}: {labels}; {len(arms)} runs of {study.rounds} rounds over {', '.join(sites)}")
+    line(f"queued   {title}: {labels}; {len(arms)} runs of {study.rounds} rounds over {', '.join(sites)}")
     if not shape:
-        print("first    the sites are asked what an example looks like; a person at each approves the study, once")
+        hint(
+            "first    the sites are surveyed for the shape of an example; a person at each site approves the study once"
+        )
     return queued
 
 
-def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out: Path) -> None:
-    """Writes the run folder of a study."""
+def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out: Path) -> list[str]:
+    """Write the run folder of a study and return the arms that are not finished."""
     from polyclinic.studies.config import study_config
     from polyclinic.studies.run import deployment
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SetupError(f"{out} is there already, and not empty: choose a new folder")
+        raise SetupError(f"{out} exists and is not empty: name a new folder")
     path, queue = server.path / "studies" / title / "study.toml", Queue(server)
     entries = {run: queue.get(run) for run in study["runs"]}
     arms = {
@@ -79,30 +90,35 @@ def export_study(server: ServerFolder, title: str, study: Mapping[str, Any], out
     }
     done = {run: server.run(run) for run, e in entries.items() if e and e.state == FINISHED}
     if not done:
-        raise SetupError(f"no run of {title} has finished yet: `polyclinic server status` says how far they are")
-    said = study_runs.survey_of(server, title)
+        raise SetupError(f"no run of {title} has finished yet: `polyclinic server status` shows the progress")
+    survey = study_runs.survey_of(server, title)
     missing = deployment.collect(
-        study_config.read(path), path.read_text(encoding="utf-8"), title, arms, said, done, out
+        study_config.read(path), path.read_text(encoding="utf-8"), title, arms, survey, done, out
     )
     if missing:
-        print(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
-    print(f"exported {title} to {out}")
-    print(f"next     polyclinic report {out}")
+        line(f"missing  {', '.join(missing)}: not finished; export again into another folder when they are")
+    line(f"exported {title} to {out}")
+    hint(f"next     polyclinic report {out}")
+    return missing
 
 
 def line_of(queue: Queue, run: str, entry: Any) -> str:
-    """How a run is, in a line."""
-    said = queue.progress(run)
-    how = f"round {said['round']} of {said['rounds']}" if said else "not begun"
-    why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in said.get("waiting", {}).items())
+    """Return the progress of a run in one line."""
+    status = queue.progress(run)
+    progress = f"round {status['round']} of {status['rounds']}" if status else "not started"
+    why = entry.why or "; ".join(f"{site}: {reason}" for site, reason in status.get("waiting", {}).items())
     if entry.state == FINISHED and why.startswith("without "):
         why = f"finished {why}"
-    line = f"run      {run:24} {entry.state:10} {how:18} {why}".rstrip()
-    return f"{line}{REHEARSED if entry.what.rehearsal else ''}"
+    text = f"run      {run:24} {entry.state:10} {progress:18} {why}".rstrip()
+    return f"{text}{REHEARSED if entry.what.rehearsal else ''}"
 
 
-def wait_for(server: ServerFolder, queued: Sequence[str], title: str = "") -> None:
-    """Tells how runs go until they are over; those of a study, until all of it is."""
+def wait_for(server: ServerFolder, queued: Sequence[str], title: str = "") -> dict[str, str]:
+    """Wait until runs have ended, or all runs of the study ``title``; print their progress and return their states.
+
+    Raises:
+        SetupError: If the study stopped, or a run did not finish.
+    """
     queue, before, runs = Queue(server), dict[str, str](), list(queued)
     while True:
         study = study_runs.all_of(server).get(title) if title else None
@@ -112,11 +128,11 @@ def wait_for(server: ServerFolder, queued: Sequence[str], title: str = "") -> No
                 raise SetupError(f"{title} stopped: {study['why']}")
         entries = {run: entry for run in runs if (entry := queue.get(run))}
         for run, entry in entries.items():
-            if (line := line_of(queue, run, entry)) != before.get(run):
-                print(line, flush=True)
-                before[run] = line
+            if (text := line_of(queue, run, entry)) != before.get(run):
+                hint(text)
+                before[run] = text
         if len(entries) == len(runs) and all(entry.state in OVER for entry in entries.values()):
             if bad := [f"{run} {e.state}: {e.why}" for run, e in entries.items() if e.state != FINISHED]:
                 raise SetupError("\n".join(bad))
-            return
+            return {run: entry.state for run, entry in entries.items()}
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""How a study looks to the person at a hospital who decides about it."""
+"""The text of a study for the person at a hospital who decides about it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 
 APART = ("sites", "rounds", "seed")
 COUNTS = ("split", "unlabeled")
-IMAGINARY = "A REHEARSAL: every site trains on imaginary points. No file of a patient is opened, and no result is real."
+SYNTHETIC = "A REHEARSAL: every site trains on synthetic points. No patient file is opened, and no result is real."
 
 
 @dataclass(frozen=True)
 class Here:
-    """What the person's own command finds at this site, before anything is approved; it is told to nobody.
+    """The local data and policy, as read by the person's command before a decision. It is not sent.
 
     Attributes:
-        patients: How many, by role; None where they are not known.
-        problems: Why the data here do not fit the study.
-        min_cell: Below which number a survey hides counts, and ``class_names`` whether it names classes.
+        patients: Number of patients by role; None if unknown.
+        problems: Reasons why the local data do not fit the study.
+        min_cell: Smaller counts are hidden in a survey. ``class_names``: whether a survey names classes.
     """
 
     patients: Mapping[str, int] | None = None
@@ -36,7 +36,7 @@ class Here:
 
 @dataclass(frozen=True)
 class _Method:
-    """One method of a study as it is shown: all seeds with the same plan together."""
+    """One method of a study, with all seeds that have the same plan."""
 
     label: str
     plan: dict[str, Any]
@@ -45,15 +45,15 @@ class _Method:
 
 
 def methods_of(an: RunRequest) -> list[str]:
-    """What a study runs, or the run its method."""
+    """Return the methods of a study or run."""
     if an.mode == "survey" and not an.study:
         return ["a survey"]
     names = list(dict.fromkeys(arm["label"] for arm in an.arms)) or [an.label or an.plan["method"]]
-    return [*names, "(imaginary data)"] if an.rehearsal else names
+    return [*names, "(synthetic data)"] if an.rehearsal else names
 
 
 def look(home: SiteFolder, order: RunRequest, folder: Path) -> Here:
-    """What this site's own data and policy say, read by the person's command."""
+    """Read the local data and policy."""
     from polyclinic.data.examples import DataError
     from polyclinic.engines.flare.client import site_data
     from polyclinic.engines.flare.protocol.paths import read_toml
@@ -75,26 +75,26 @@ def look(home: SiteFolder, order: RunRequest, folder: Path) -> Here:
 
 
 def before(reviews: Reviews, item: Review) -> Review | None:
-    """The study of the same kind that was approved last."""
+    """Return the last approved study of the same kind."""
     found = [r for r in reviews.all() if r.state == APPROVED and r.group != item.group]
     return next((r for r in reversed(found) if kind(r.what) == kind(item.what)), None)
 
 
 def show(item: Review, before: Review | None, others: Sequence[Review] = (), here: Here | None = None) -> None:
-    """Prints all that would run and leave, and what differs from the study ``before``, approved last.
+    """Print all that would run and leave the site, and the difference to the study ``before``, approved last.
 
     Args:
-        item: What is shown.
-        before: What it is compared with.
-        others: Further runs of the same study that wait, and that one decision is about too.
-        here: What this site's own data and policy say.
+        item: The review to show.
+        before: The review to compare with.
+        others: Further waiting runs of the same study, which the same decision covers.
+        here: The local data and policy.
     """
     an, here = item.what, here or Here()
     title = f"the study {an.study['name']}" if an.study else f"the run {an.run}"
     decided = f" by {item.by} (account {item.account}): {item.reason}" if item.by else ""
     _say(f"{title}: {item.state}{decided}")
     if an.rehearsal:
-        _say(f"\n{IMAGINARY}")
+        _say(f"\n{SYNTHETIC}")
     methods = _methods(an)
     _show_asked(item, others, here)
     if methods:
@@ -109,12 +109,12 @@ def show(item: Review, before: Review | None, others: Sequence[Review] = (), her
 
 
 def _say(text: str) -> None:
-    """Prints ``text``, some of which comes from the server, without what a terminal would obey."""
+    """Print ``text``, parts of which come from the server, without control characters."""
     print("\n".join(printable(line, len(line) + 1) for line in text.split("\n")))
 
 
 def _methods(an: RunRequest) -> list[_Method]:
-    """The methods that would run; none where a survey is all there is."""
+    """Return the methods that would run; none for a survey alone."""
     if an.mode == "survey" and not an.study:
         return []
     arms = an.arms or [{"label": an.label or an.plan["method"], "plan": an.plan, "external": an.external}]
@@ -130,14 +130,14 @@ def _methods(an: RunRequest) -> list[_Method]:
 
 
 def _show_asked(item: Review, others: Sequence[Review], here: Here) -> None:
-    """What waits now; each run that one decision is about."""
-    _say("\nWhat is asked now")
+    """Print each run that the decision covers."""
+    _say("\nWhat is requested now")
     for one in (item, *others):
         an = one.what
         if an.mode == "survey":
             hidden = f"counts below {here.min_cell}" if here.min_cell is not None else "small counts (limits.min_cell)"
             named = "with" if here.class_names else "without"
-            _say(f"  {an.run}: a survey. Nothing is trained. This site says once what its data are: the shape of an")
+            _say(f"  {an.run}: a survey. Nothing is trained. This site reports its data once: the shape of an")
             _say("    example, and the number of patients, of examples and of each class, by role;")
             _say(f"    {hidden} are hidden; the number of classes, {named} their names")
         else:
@@ -147,7 +147,7 @@ def _show_asked(item: Review, others: Sequence[Review], here: Here) -> None:
         for note in one.notes:
             _say(f"    ! {note}")
     if item.what.study:
-        _say("  One decision is for the whole study: the survey and every method below, once for each of its seeds.")
+        _say("  One decision covers the whole study: the survey and every method below, once for each of its seeds.")
 
 
 def _show_methods(an: RunRequest, methods: Sequence[_Method]) -> None:
@@ -165,9 +165,9 @@ def _show_methods(an: RunRequest, methods: Sequence[_Method]) -> None:
 
 
 def _show_leaving(an: RunRequest, methods: Sequence[_Method]) -> None:
-    _say("\nWhat would leave")
+    _say("\nWhat would leave this site")
     if an.mode == "survey":
-        _say("  the survey: what is asked now, and nothing else")
+        _say("  the survey: what is requested now, and nothing else")
     if not methods:
         return
     for method in methods:
@@ -177,46 +177,46 @@ def _show_leaving(an: RunRequest, methods: Sequence[_Method]) -> None:
             _say(f"  {method.label}: nothing but scores")
             continue
         _say(f"  {method.label}: {leaves}, in each of {method.plan.get('rounds')} rounds,")
-        _say(f"    through {through or 'no transform: the server sees it as it is'}")
+        _say(f"    through {through or 'no transform: the server sees it unchanged'}")
     every = f"every {an.score_every} rounds" if an.score_every > 1 else "every round"
     scores = f"scores on validation data {every}" if an.score_every else "no scores between rounds"
     _say(f"  {scores}; at the end {_test(an.test)}")
 
 
 def _show_how(an: RunRequest, methods: Sequence[_Method]) -> None:
-    _say("\nHow it is run, and with whom")
+    _say("\nHow it is run, and with which sites")
     plans = [an.plan, *(method.plan for method in methods)]
     _say(f"  {', '.join(dict.fromkeys(site for plan in plans for site in plan.get('sites', ())))}")
     for method in methods:
         if method.external:
-            _say(f"  {method.label} is also scored at {', '.join(method.external)}, where nobody trains")
+            _say(f"  {method.label} is also scored at {', '.join(method.external)}, which does not train")
     if not methods:
         return
     if an.mode == "buffered":
-        _say(f"  without waiting for everybody: an update takes {an.buffer} answers")
+        _say(f"  asynchronously: an update of the model uses {an.buffer} replies")
     asked = f"{an.sites_per_round} of the sites, drawn at random" if an.sites_per_round else "every site"
-    _say(f"  each round asks {asked}, and needs {an.min_replies} usable answers")
+    _say(f"  each round asks {asked}, and needs {an.min_replies} usable replies")
     if an.deadline:
-        _say(f"  a site that has not answered after {an.deadline:g} seconds is left out of that round")
+        _say(f"  a site that has not replied after {an.deadline:g} seconds is left out of that round")
     if an.best:
         _say(f"  the round with the best {an.best['metric']} on validation data is tested")
     if an.identities:
         keys = ", ".join(f"{site} {str(key)[:12]}" for site, key in sorted(an.identities.items()))
-        _say(f"  keys for secure sums: {keys}")
+        _say(f"  keys for secure aggregation: {keys}")
 
 
 def _show_data(item: Review, here: Here) -> None:
     an = item.what
-    _say("\nThe data here")
+    _say("\nThe data at this site")
     if an.rehearsal:
-        _say("  none is read: the data are imaginary")
+        _say("  none are read: the data are synthetic")
         return
     if here.patients is None:
-        _say("  patients: not known")
+        _say("  patients: unknown")
     else:
         _say(
             f"  patients: {', '.join(f'{count} {role}' for role, count in here.patients.items()) or 'none'}; "
-            "counted by this command, and told to nobody"
+            "counted by this command, not sent"
         )
     wrong = data_restrictions.refused(an.data)
     for key, value in flat({k: v for k, v in an.data.items() if k in data_restrictions.FROM_STUDY}):
@@ -224,13 +224,13 @@ def _show_data(item: Review, here: Here) -> None:
     for line in [*wrong, *here.problems, *([item.data] if item.data else [])]:
         _say(f"  ! {line}")
     if not an.data:
-        _say("  the study asks for nothing to be done to them")
+        _say("  the study requests no processing of the data")
 
 
 def _show_hashes(item: Review, others: Sequence[Review]) -> None:
     _say("\nHashes")
     for one in (item, *others):
-        _say(f"  order   {one.what.hash}  {one.what.run if others else ''}".rstrip())
+        _say(f"  request {one.what.hash}  {one.what.run if others else ''}".rstrip())
     if item.what.mode != "survey":
         _say(f"  method  {item.what.method_hash}")
     _say(f"  code    {item.code}")
@@ -239,7 +239,7 @@ def _show_hashes(item: Review, others: Sequence[Review]) -> None:
     for name, version, hash in item.packages:
         _say(f"  package {name}=={version}@{hash}")
     if item.code != code_hash() or item.packages != item.what.packages:
-        _say("  code was changed here since this study came: it will be offered again")
+        _say("  the code here has changed since this study arrived: it will be offered again")
 
 
 def _show_before(item: Review, before: Review) -> None:
@@ -255,10 +255,10 @@ def _show_before(item: Review, before: Review) -> None:
 
 
 def _show_end(item: Review, others: Sequence[Review]) -> None:
-    """What is refused, and how to decide."""
+    """Print why it is refused, or how to decide."""
     everything = (item, *others)
     if problems := list(dict.fromkeys(problem for one in everything for problem in one.problems)):
-        _say("\nRefused here, whatever a person says\n" + "\n".join(f"  {problem}" for problem in problems))
+        _say("\nRefused by this site, whatever a person decides\n" + "\n".join(f"  {problem}" for problem in problems))
     if any(one.state == WAITING and not one.problems for one in everything):
         name = item.what.study.get("name") or item.what.run
         _say(f'\npolyclinic site approve {name} --reason "..."   or   polyclinic site refuse {name} --reason "..."')
@@ -267,8 +267,8 @@ def _show_end(item: Review, others: Sequence[Review]) -> None:
 def _test(job: str) -> str:
     asks = {
         "score/test": "scores on test data",
-        "predict/test": "what the model says of each validation patient and each test patient, without names, where "
-        "the policy here allows it (allow.never, allow.gather); else scores on test data",
+        "predict/test": "the model's prediction for each validation patient and each test patient, without names, if "
+        "the policy here allows it (allow.never, allow.gather); otherwise scores on test data",
     }
     return asks.get(job, "no test")
 
@@ -279,4 +279,4 @@ def _leaves(method: str) -> str:
     try:
         return entry(method).leaves
     except UnknownMethod:
-        return "not known here, for this method is not installed"
+        return "unknown, because this method is not installed here"

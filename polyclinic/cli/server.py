@@ -1,15 +1,17 @@
-"""``polyclinic server``: what a coordinator does."""
+"""``polyclinic server``: the commands of a coordinator."""
 
 import json
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from polyclinic.cli.queue import REHEARSED, export_study, queue_order, queue_study, table_of, wait_for
+from polyclinic.cli.rendering import Json, document, hint, line
+from polyclinic.core import atomic
 from polyclinic.engines.flare.pki import certificate_authority
 from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, read_small
 from polyclinic.engines.flare.protocol.run_request import RunRequest
@@ -17,130 +19,156 @@ from polyclinic.engines.flare.server import server_setup, study_runs
 from polyclinic.engines.flare.server.job_queue import Queue
 
 app = App(name="server", help="Coordinate studies between hospitals, over NVIDIA FLARE.")
-Home = Annotated[Path, Parameter(help="The server's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
+Home = Annotated[Path, Parameter(help="The server's folder; $POLYCLINIC_HOME or the current folder by default.")]
 HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
 
 @app.command
 def init(
-    *, project: str, host: str, organization: str, port: int = 8002, scheme: str = "grpc", home: Home = HERE
+    *,
+    project: str,
+    host: str,
+    organization: str,
+    port: int = 8002,
+    scheme: Literal["grpc", "tcp", "http"] = "grpc",
+    home: Home = HERE,
+    json_: Json = False,
 ) -> None:
-    """Make a server's folder, with a certificate authority of its own.
+    """Create a server's folder with its own certificate authority.
 
     Args:
-        project: Names the federation, as in nodules-2026.
-        host: Under which name sites reach this machine.
-        organization: Who coordinates: letters, digits, underscores.
+        project: Name of the federation, such as nodules-2026.
+        host: Host name by which sites reach this machine.
+        organization: The coordinating organization: letters, digits, underscores.
         port: The one port that sites connect to.
         scheme: grpc passes HTTP proxies; tcp is fastest; http uses web sockets.
     """
-    fingerprint = server_setup.init(ServerFolder(home.resolve()), project, host, port, organization, scheme)
-    print(f"made     the server of {project} in {home.resolve()}")
-    print(f"ca       {fingerprint}")
-    print("         Read this to every site on the telephone: it is how they know that a join file is yours.")
-    print("next     polyclinic server start; then, for each site's request: polyclinic server admit FILE")
+    with document(json_) as emit:
+        fingerprint = server_setup.init(ServerFolder(home.resolve()), project, host, port, organization, scheme)
+        line(f"created  the server of {project} in {home.resolve()}")
+        line(f"ca       {fingerprint}")
+        emit({"project": project, "folder": home.resolve(), "fingerprint": fingerprint})
+        hint("         Read this fingerprint to every site on the telephone, so that it can verify its join file.")
+        hint("next     polyclinic server start; then, for each site's request: polyclinic server admit FILE")
 
 
 @app.command
-def fingerprint(*, home: Home = HERE) -> None:
-    """Print the fingerprint of this project's authority, which sites compare on the telephone."""
+def fingerprint(*, home: Home = HERE, json_: Json = False) -> None:
+    """Print the fingerprint of this project's certificate authority, which sites compare on the telephone."""
     server = ServerFolder(home.resolve())
     server_setup.settings(server)
-    print(
-        certificate_authority.fingerprint(
-            certificate_authority.load_certificate(read_small(server.authority / "ca.crt"))
-        )
-    )
+    with document(json_) as emit:
+        certificate = certificate_authority.load_certificate(read_small(server.authority / "ca.crt"))
+        text = certificate_authority.fingerprint(certificate)
+        line(text)
+        emit({"fingerprint": text})
 
 
 @app.command
-def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Home = HERE) -> None:
-    """Admit the site that sent REQUEST, and write the join file to give back to it.
+def admit(request: Path, *, out: Path | None = None, days: float = 730, home: Home = HERE, json_: Json = False) -> None:
+    """Admit the site that sent REQUEST, and write its join file.
 
     Args:
-        request: The site's request, as `polyclinic site init` wrote it.
-        out: Where to write it; beside the request by default.
-        days: How long the site's certificate is good for.
+        request: The site's request, which `polyclinic site init` wrote.
+        out: The join file to write; next to the request by default.
+        days: Validity of the site's certificate.
     """
-    site, join = server_setup.admit(ServerFolder(home.resolve()), request, days)
-    path = out or request.with_suffix(".join")
-    path.write_text(json.dumps(join, indent=1), encoding="utf-8")
-    print(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
-    print(
-        f"give     {path} to the site. It holds no secret; the site checks it against the fingerprint of the authority."
-    )
+    with document(json_) as emit:
+        site, join = server_setup.admit(ServerFolder(home.resolve()), request, _positive(days))
+        path = out or request.with_suffix(".join")
+        atomic.write_json(path, join)
+        line(f"admitted {site} of {join['organization']}, until {join['expires'][:10]}")
+        emit({"site": site, "organization": join["organization"], "expires": join["expires"], "join_file": path})
+        hint(
+            f"give     {path} to the site. It contains no secret; the site verifies it by the authority's fingerprint."
+        )
 
 
 @app.command
-def sites(*, home: Home = HERE) -> None:
-    """The sites that were admitted, and which are connected."""
-    server = ServerFolder(home.resolve())
-    seen = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
-    for site, entry in server_setup.sites(server).items():
-        state = (
-            f"shut out since {entry['revoked'][:10]}" if entry["revoked"] else "connected" if site in seen else "away"
-        )
-        print(f"{site:24} {state:24} {entry['organization']:20} certificate until {entry['expires'][:10]}")
+def sites(*, home: Home = HERE, json_: Json = False) -> None:
+    """List the admitted sites, and which of them are connected."""
+    server = _server(home)
+    with document(json_) as emit:
+        connected = server_setup.status(server)["sites"] if server_setup.is_up(server) else {}
+        rows = []
+        for site, entry in server_setup.sites(server).items():
+            state = "revoked" if entry["revoked"] else "connected" if site in connected else "not connected"
+            since = f" {entry['revoked'][:10]}" if entry["revoked"] else ""
+            line(f"{site:24} {state + since:24} {entry['organization']:20} certificate until {entry['expires'][:10]}")
+            rows.append({"site": site, "state": state} | {k: entry[k] for k in ("organization", "revoked", "expires")})
+        emit(rows)
+        if not rows:
+            hint("no site is admitted yet: polyclinic server admit FILE, with the request of a site")
 
 
 @app.command(name="revoke")
-def revoke(site: str, *, home: Home = HERE) -> None:
-    """Take SITE's right to join: its certificate is worth nothing to this server any more.
+def revoke(site: str, *, home: Home = HERE, json_: Json = False) -> None:
+    """Revoke SITE's certificate: this server refuses its messages from now on.
 
     Args:
         site: The name of the site.
     """
-    server_setup.shut_out(ServerFolder(home.resolve()), site)
-    print(f"revoked {site}")
+    with document(json_) as emit:
+        server_setup.revoke(ServerFolder(home.resolve()), site)
+        line(f"revoked {site}")
+        emit({"site": site, "state": "revoked"})
 
 
 @app.command
-def reinstate(site: str, *, home: Home = HERE) -> None:
-    """Give SITE its right to join back.
+def reinstate(site: str, *, home: Home = HERE, json_: Json = False) -> None:
+    """Undo the revocation of SITE's certificate.
 
     Args:
         site: The name of the site.
     """
-    server_setup.shut_out(ServerFolder(home.resolve()), site, readmit=True)
-    print(f"reinstated {site}")
+    with document(json_) as emit:
+        server_setup.reinstate(ServerFolder(home.resolve()), site)
+        line(f"reinstated {site}")
+        emit({"site": site, "state": "admitted"})
 
 
 @app.command
-def renew(*, days: float = 730, home: Home = HERE) -> None:
-    """Make new certificates for the server and the coordinator. The authority stays, so sites notice nothing.
+def renew(*, days: float = 730, home: Home = HERE, json_: Json = False) -> None:
+    """Create new certificates for the server and the coordinator. The authority stays, so sites need not act.
 
     Args:
-        days: How many days the new certificates are valid.
+        days: Validity of the new certificates.
     """
     server = ServerFolder(home.resolve())
     if server_setup.is_up(server):
         raise SetupError("stop the server first: polyclinic server stop")
-    server_setup.renew(server, days)
-    print("renewed  the certificates of the server and the coordinator")
+    with document(json_) as emit:
+        server_setup.renew(server, _positive(days))
+        line("renewed  the certificates of the server and the coordinator")
+        emit({"folder": server.path, "days": days})
 
 
 @app.command
 def start(*, background: bool = False, home: Home = HERE) -> None:
-    """Run the server until it is stopped; runs go on from their checkpoints.
+    """Run the server until it is stopped; runs continue from their checkpoints.
 
     Args:
-        background: Whether to return at once. A service manager should not: see `polyclinic server unit`.
+        background: Start it in the background and return. A service manager should not do so: see `polyclinic server
+            unit`.
     """
     server = ServerFolder(home.resolve())
     if background:
-        print(f"started  process {server_setup.start(server)}")
+        line(f"started  process {server_setup.start(server)}")
         return
     from polyclinic.engines.flare.server import supervisor
 
     server_setup.check(server)
-    print(f"running  the server in {server.path}; Ctrl-C stops it")
+    line(f"running  the server in {server.path}; Ctrl-C stops it")
     supervisor.main(str(server.path))
 
 
 @app.command
-def stop(*, home: Home = HERE) -> None:
-    """Stop the server. Runs go on when it starts again."""
-    print("stopped" if server_setup.stop(ServerFolder(home.resolve())) else "it was not running")
+def stop(*, home: Home = HERE, json_: Json = False) -> None:
+    """Stop the server. Runs continue when it starts again."""
+    with document(json_) as emit:
+        stopped = server_setup.stop(_server(home))
+        line("stopped" if stopped else "the server was not running")
+        emit({"stopped": stopped})
 
 
 @app.command
@@ -156,11 +184,10 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 
 
 @app.command
-def status(*, json_: bool = False, home: Home = HERE) -> None:
-    """How the server, its sites and its runs are; of each run, who took part in its last round, who did not, and why.
+def status(*, home: Home = HERE, json_: Json = False) -> None:
+    """Show the state of the server, its sites and its runs, and the participation in each run's last round.
 
-    Args:
-        json_: Print JSON, for monitoring. The exit code is then 1 unless the server runs and responds.
+    With --json, for monitoring, the exit code is 1 unless the server runs and responds.
     """
     from polyclinic.cli.server_status import show
 
@@ -177,59 +204,75 @@ def run(
     outputs: int = 0,
     wait: bool = False,
     home: Home = HERE,
+    json_: Json = False,
 ) -> None:
-    """Put a study into the queue: the file that `polyclinic run` takes, unchanged.
+    """Add a study to the queue, from the same file that `polyclinic run` takes.
 
-    The sites first say what an example looks like and how many there are; then every method runs with every seed. The
-    people at the sites approve the study once. `polyclinic server export` makes a run folder of it.
+    The sites are first surveyed for the shape and number of their examples; then every method runs with every seed. A
+    person at each site approves the study once. `polyclinic server export` writes its run folder.
 
     Args:
-        file: A study file; or an order for a single run, as JSON.
-        name: What to call it here; the file's own name for it by default.
-        sites: Who takes part; everybody who is admitted by default.
-        inputs: Channels and size of an example, as in 1 32 32, where the sites should not be asked.
-        outputs: With inputs: how many classes, labels or values.
-        wait: Whether to stay until all of it is over.
+        file: A study file; or the request for a single run, as JSON.
+        name: The name of the study or run here; by default that in the file.
+        sites: The participating sites; all admitted sites by default.
+        inputs: Channels and size of an example, such as 1 32 32, instead of a survey.
+        outputs: With inputs: the number of classes, labels or values.
+        wait: Wait until all of it has ended.
     """
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     admitted = [site for site, entry in server_setup.sites(server).items() if not entry["revoked"]]
-    if strange := [site for site in sites if site not in admitted]:
-        raise SetupError(f"{strange[0]} is not admitted; there are {', '.join(admitted) or 'none yet'}")
-    table = table_of(file)
-    if "plan" in table:
-        queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
-    else:
-        queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
-    if not server_setup.is_up(server):
-        print("next     polyclinic server start")
-    elif wait:
-        wait_for(server, queued, "" if "plan" in table else name or table["name"])
+    if unknown := [site for site in sites if site not in admitted]:
+        raise SetupError(f"{unknown[0]} is not admitted; admitted sites: {', '.join(admitted) or 'none yet'}")
+    with document(json_) as emit:
+        table = table_of(file)
+        if "plan" in table:
+            queued = [queue_order(server, file, table, name, sites or tuple(admitted))]
+        else:
+            queued = queue_study(server, file, name, sites or tuple(admitted), inputs, outputs)
+        states = {}
+        if not server_setup.is_up(server):
+            hint("next     polyclinic server start")
+        elif wait:
+            states = wait_for(server, queued, "" if "plan" in table else name or table["name"])
+            line(f"finished {len(states)} run{'s' if len(states) > 1 else ''}")
+        emit({"queued": queued, "states": states})
 
 
 @app.command
-def wait(name: str, *, home: Home = HERE) -> None:
-    """Stay until NAME, a study or a run, is over, and tell how it goes.
+def wait(name: str, *, home: Home = HERE, json_: Json = False) -> None:
+    """Wait until NAME, a study or a run, has ended, and print its progress.
 
     Args:
         name: The name of a study or a run.
     """
-    server = ServerFolder(home.resolve())
+    server = _server(home)
     study = study_runs.all_of(server).get(name)
     if study is None and Queue(server).get(name) is None:
         raise SetupError(f"there is no study and no run called {name!r}: `polyclinic server status` lists them")
-    wait_for(server, [] if study else [name], name if study else "")
+    with document(json_) as emit:
+        states = wait_for(server, [] if study else [name], name if study else "")
+        line(f"finished {len(states)} run{'s' if len(states) > 1 else ''}")
+        emit({"states": states})
 
 
 @app.command
-def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
-    """Run a tiny study with every site's imaginary data: no example of a patient is read. Before the first real one.
+def rehearse(
+    *,
+    name: str = "",
+    wait: Annotated[bool, Parameter(negative="--no-wait")] = True,
+    home: Home = HERE,
+    json_: Json = False,
+) -> None:
+    """Run a small study on synthetic data at every site, before the first real one. No patient's data are read.
 
     Args:
-        name: The name of the rehearsal; one is made by default.
-        wait: Whether to wait until the rehearsal is over.
+        name: The name of the rehearsal; a new one by default.
+        wait: Wait until the rehearsal has ended.
     """
-    server = ServerFolder(home.resolve())
-    who = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
+    server = _server(home)
+    names = tuple(site for site, entry in server_setup.sites(server).items() if not entry["revoked"])
+    if not names:
+        raise SetupError("no site is admitted yet: polyclinic server admit FILE, with the request of a site")
     an = RunRequest(
         name or time.strftime("rehearsal-%Y%m%d-%H%M%S"),
         {
@@ -238,33 +281,39 @@ def rehearse(*, name: str = "", wait: bool = True, home: Home = HERE) -> None:
             "inputs": [4],
             "outputs": 2,
             "method": "fedavg",
-            "sites": list(who),
+            "sites": list(names),
             "rounds": 2,
         },
         data={"rehearsal": True},
         score_every=1,
-        min_replies=max(len(who), 1),
+        min_replies=len(names),
     )
-    server_setup.order(server, an)
-    print(f"queued   {an.run} over {', '.join(who)}{REHEARSED}")
-    if wait and server_setup.is_up(server):
-        wait_for(server, [an.run])
+    with document(json_) as emit:
+        server_setup.order(server, an)
+        line(f"queued   {an.run} over {', '.join(names)}{REHEARSED}")
+        states = {}
+        if wait and server_setup.is_up(server):
+            states = wait_for(server, [an.run])
+            line(f"finished {an.run}")
+        emit({"queued": [an.run], "states": states})
 
 
 @app.command
-def cancel(run: str, *, home: Home = HERE) -> None:
-    """End a run for good; its last checkpoint stays.
+def cancel(run: str, *, home: Home = HERE, json_: Json = False) -> None:
+    """End a run permanently. Its last checkpoint is kept.
 
     Args:
         run: The name of the run.
     """
-    Queue(ServerFolder(home.resolve())).cancel(run)
-    print(f"cancelled {run}")
+    with document(json_) as emit:
+        Queue(ServerFolder(home.resolve())).cancel(run)
+        line(f"canceled {run}")
+        emit({"run": run, "state": "canceled"})
 
 
 @app.command
-def export(name: str, out: Path, *, home: Home = HERE) -> None:
-    """Make the folder OUT of a study, for `polyclinic report`; or copy what a single run left.
+def export(name: str, out: Path, *, home: Home = HERE, json_: Json = False) -> None:
+    """Write the run folder of a study into OUT, for `polyclinic report`; or copy the files of a single run.
 
     Args:
         name: A study, or a run.
@@ -272,17 +321,41 @@ def export(name: str, out: Path, *, home: Home = HERE) -> None:
     """
     server = ServerFolder(home.resolve())
     study = study_runs.all_of(server).get(name)
-    if study is not None:
-        export_study(server, name, study, out)
-        return
-    folder = server.run(name)
-    if not (folder / "model.safetensors").exists():
-        raise SetupError(f"{name} has no model yet: `polyclinic server status` says how far it is")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in ("model.safetensors", "predictions.safetensors", "records.jsonl", "journal.jsonl"):
-        if (folder / path).exists():
-            shutil.copy(folder / path, out / path)
-    entry = Queue(server).get(name)
-    if entry:
-        (out / "order.json").write_text(json.dumps(json.loads(entry.order), indent=1), encoding="utf-8")
-    print(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")
+    with document(json_) as emit:
+        if study is not None:
+            emit({"name": name, "folder": out, "missing": export_study(server, name, study, out)})
+            return
+        folder = server.run(name)
+        if not (folder / "model.safetensors").exists():
+            raise SetupError(f"{name} has no model yet: `polyclinic server status` shows the progress")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in ("model.safetensors", "predictions.safetensors", "records.jsonl", "journal.jsonl"):
+            if (folder / path).exists():
+                shutil.copy(folder / path, out / path)
+        entry = Queue(server).get(name)
+        if entry:
+            atomic.write_json(out / "order.json", json.loads(entry.order))
+        line(f"exported {name} to {out}{REHEARSED if entry and entry.what.rehearsal else ''}")
+        emit({"name": name, "folder": out, "missing": []})
+
+
+def _server(home: Path) -> ServerFolder:
+    """Return the server's folder.
+
+    Raises:
+        SetupError: If the folder has no server.
+    """
+    server = ServerFolder(home.resolve())
+    server_setup.settings(server)
+    return server
+
+
+def _positive(days: float) -> float:
+    """Return ``days``.
+
+    Raises:
+        SetupError: If it is not positive.
+    """
+    if not days > 0:
+        raise SetupError(f"--days {days:g}: give a positive number of days")
+    return days

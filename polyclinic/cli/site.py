@@ -1,13 +1,18 @@
-"""``polyclinic site``: what a hospital does."""
+"""``polyclinic site``: the commands of a hospital."""
 
+import io
 import os
 import sys
+import tomllib
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from polyclinic.cli.rendering import Json, confirmed, document, hint, line
 from polyclinic.cli.review import before, look, methods_of, show
+from polyclinic.core import atomic
 from polyclinic.engines.flare.client import diagnosis, site_setup
 from polyclinic.engines.flare.client.decisions import this_person
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
@@ -16,25 +21,35 @@ from polyclinic.engines.flare.protocol import data_restrictions
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 
-app = App(name="site", help="Take part with your own data, which stay: join, see, decide, leave.")
-Home = Annotated[Path, Parameter(help="The site's folder. $POLYCLINIC_HOME, or the current folder, by default.")]
+app = App(name="site", help="Take part in studies with local data, which never leave.")
+Home = Annotated[Path, Parameter(help="The site's folder; $POLYCLINIC_HOME or the current folder by default.")]
 HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
 
 @app.command
-def init(*, name: str, organization: str, renew: bool = False, new_keys: bool = False, home: Home = HERE) -> None:
-    """Make this site's keys, here, and the request to send to the coordinator.
+def init(
+    *,
+    name: str,
+    organization: str,
+    renew: bool = False,
+    new_keys: bool = False,
+    home: Home = HERE,
+    json_: Json = False,
+) -> None:
+    """Create this site's keys on this machine, and the request to send to the coordinator.
 
     Args:
-        name: What the site is called in every study: small letters, digits, hyphens.
-        organization: Whose site it is: letters, digits, underscores.
-        renew: Whether to ask for a new certificate for a site that has joined.
-        new_keys: With renew, whether to make new keys too.
+        name: The site's name in every study: small letters, digits, hyphens.
+        organization: The organization of the site: letters, digits, underscores.
+        renew: Request a new certificate for a site that has joined.
+        new_keys: With renew: create new keys too.
     """
-    request = site_setup.init(SiteFolder(home.resolve()), name, organization, renew, new_keys)
-    print(f"made     keys and policy in {home.resolve()}; the private keys never leave it")
-    print(f"send     {request} to the coordinator. It holds no secret.")
-    print("next     polyclinic site join FILE --data DIR, with the file that comes back")
+    with document(json_) as emit:
+        request = site_setup.init(SiteFolder(home.resolve()), name, organization, renew, new_keys)
+        line(f"created  keys and policy in {home.resolve()}; the private keys never leave it")
+        line(f"send     {request} to the coordinator. It contains no secret.")
+        emit({"site": name, "folder": home.resolve(), "request": request})
+        hint("next     polyclinic site join FILE --data DIR, with the file that the coordinator returns")
 
 
 @app.command
@@ -48,39 +63,45 @@ def join(
     proxy: str = "",
     yes: bool = False,
     home: Home = HERE,
+    json_: Json = False,
 ) -> None:
-    """Join with the FILE that the coordinator gave back.
+    """Join with the FILE that the coordinator returned.
 
     Args:
         file: The join file.
-        data: The folder with this site's examples; see docs/how-to/deployment.md for what it holds.
-        data_name: What the data set is called, wherever it lies: its privacy budget goes by it. The folder's by
-            default.
-        fingerprint: The authority's, as the coordinator read it to you; else you are asked.
-        device: Where to compute, cpu or cuda.
-        proxy: The HTTP proxy by which this machine reaches the outside, as in http://proxy.hospital.org:3128.
-        yes: Whether to join without having compared fingerprints.
+        data: The folder with this site's examples; docs/how-to/deployment.md describes its contents.
+        data_name: The name of the data set, wherever it is stored: its privacy budget is kept under this name. The name
+            of the folder by default.
+        fingerprint: The authority's fingerprint, as the coordinator read it to you; without it you are asked.
+        device: Device for training: cpu or cuda.
+        proxy: The HTTP proxy for outgoing connections, such as http://proxy.hospital.org:3128.
+        yes: Join without comparing fingerprints.
     """
     site = SiteFolder(home.resolve())
-    table, found = site_setup.read_join(site, file)
-    print(
-        f"project  {table['project']} at {table['host']}:{table['port']}; outbound connections only, no port opens here"
-    )
-    print(f"ca       {found}")
-    said = fingerprint.replace(":", "").strip().lower()
-    if said and said != found.replace(":", ""):
-        raise SetupError("this is not the fingerprint that you were told: do not join, and ask the coordinator")
-    if not said and not yes:
-        if not sys.stdin.isatty():
+    with document(json_) as emit:
+        table, actual = site_setup.read_join(site, file)
+        server = f"{table['project']} at {table['host']}:{table['port']}"
+        line(f"project  {server}; outgoing connections only, no port is opened here")
+        line(f"ca       {actual}")
+        given = fingerprint.replace(":", "").strip().lower()
+        if given and given != actual.replace(":", ""):
             raise SetupError(
-                "compare the fingerprint with the coordinator's on the telephone, and give it: --fingerprint ..."
+                "the join file does not have the fingerprint that you gave: do not join, and ask the coordinator"
             )
-        if input("         Is this what the coordinator reads to you? [y/N] ").strip().lower() != "y":
-            raise SetupError("not joined")
-    called = site_setup.join(site, table, data, device, proxy, data_name)
-    print(f"joined   as {table['site']}, until {table['expires'][:10]}")
-    print(f"data     {called!r}; `data_name` in site.toml keeps the name, and the privacy budget, if the folder moves")
-    print("next     polyclinic site policy (read it), polyclinic site diagnose, polyclinic site start")
+        if not given and not yes:
+            if not sys.stdin.isatty():
+                raise SetupError(
+                    "compare the fingerprint with the coordinator's on the telephone, and give it: --fingerprint ..."
+                )
+            if not confirmed(f"         Does the coordinator read the same fingerprint to you, {actual}?"):
+                raise SetupError("not joined")
+        stored = site_setup.join(site, table, data, device, proxy, data_name)
+        line(f"joined   as {table['site']}, until {table['expires'][:10]}")
+        line(
+            f"data     {stored!r}; `data_name` in site.toml keeps this name and its privacy budget if the folder moves"
+        )
+        emit({"site": table["site"], "project": table["project"], "expires": table["expires"], "data_name": stored})
+        hint("next     polyclinic site policy (read it), polyclinic site diagnose, polyclinic site start")
 
 
 @app.command
@@ -88,39 +109,44 @@ def start(*, background: bool = False, home: Home = HERE) -> None:
     """Take part until stopped.
 
     Args:
-        background: Whether to return at once. A service manager should not: see `polyclinic site unit`.
+        background: Start in the background and return. A service manager should not do so: see `polyclinic site unit`.
     """
     site = SiteFolder(home.resolve())
     if background:
-        print(f"started  process {site_setup.start(site)}")
+        line(f"started  process {site_setup.start(site)}")
         return
-    print(f"running  {site_setup.settings(site, joined=True)['site']}; Ctrl-C stops it")
+    line(f"running  {site_setup.settings(site, joined=True)['site']}; Ctrl-C stops it")
     site_setup.run(site)
 
 
 @app.command
-def stop(*, home: Home = HERE) -> None:
-    """Stop taking part, for now."""
-    print("stopped" if site_setup.stop(SiteFolder(home.resolve())) else "it was not running")
+def stop(*, home: Home = HERE, json_: Json = False) -> None:
+    """Stop taking part. `polyclinic site start` continues."""
+    with document(json_) as emit:
+        site = SiteFolder(home.resolve())
+        site_setup.settings(site)
+        stopped = site_setup.stop(site)
+        line("stopped" if stopped else "the site was not running")
+        emit({"stopped": stopped})
 
 
 @app.command(name="diagnose")
-def examine(*, home: Home = HERE) -> None:
-    """What is wrong, in one line each: clock, certificate, name, port, server, version, data, policy."""
-    found = diagnosis.examine(SiteFolder(home.resolve()))
-    for what, good, words in found:
-        print(f"{'ok ' if good else 'BAD'}  {what:12} {words}")
-    if not all(good for _, good, _ in found):
+def examine(*, home: Home = HERE, json_: Json = False) -> None:
+    """Check clock, certificate, name, port, server, version, data and policy. Exit code 1 if a check fails."""
+    with document(json_) as emit:
+        checks = diagnosis.examine(SiteFolder(home.resolve()))
+        for check, good, result in checks:
+            line(f"{'ok ' if good else 'BAD'}  {check:12} {result}")
+        emit([{"check": check, "ok": good, "result": result} for check, good, result in checks])
+    if not all(good for _, good, _ in checks):
         raise SystemExit(1)
 
 
 @app.command
-def status(*, json_: bool = False, home: Home = HERE) -> None:
-    """How this site is: connected or not, what runs, what went wrong, what waits for a person.
+def status(*, home: Home = HERE, json_: Json = False) -> None:
+    """Show the state of this site: connection, current work, problems, and studies that wait for a decision.
 
-    Args:
-        json_: Print JSON, for monitoring. The exit code is then 1 unless the site runs, is connected and has no
-            problem.
+    With --json, for monitoring, the exit code is 1 unless the site runs, is connected and has no problem.
     """
     from polyclinic.cli.site_status import show
 
@@ -128,110 +154,139 @@ def status(*, json_: bool = False, home: Home = HERE) -> None:
 
 
 @app.command
-def policy(*, default: bool = False, reset: bool = False, home: Home = HERE) -> None:
+def policy(*, default: bool = False, reset: bool = False, home: Home = HERE, json_: Json = False) -> None:
     """Check and show what this hospital allows.
 
     Args:
-        default: Whether to show the policy that a new site begins with.
-        reset: Whether to put it in place of the one here, which is kept as policy.toml.before.
+        default: Show the policy of a new site.
+        reset: Replace this site's policy by that of a new site, and keep the old one as policy.toml.before.
     """
     from polyclinic.engines.policy import site_policy as policies
 
     site = SiteFolder(home.resolve())
-    if default:
-        print(policies.DEFAULT, end="")
-        return
-    if reset:
-        if site.policy.exists():
-            os.replace(site.policy, site.policy.with_name("policy.toml.before"))
-        site.policy.write_text(policies.DEFAULT, encoding="utf-8")
-        SharedJournal(site.journal).write("policy reset", {"by": _person()})
-    policies.read(site.policy)
-    print(site.policy.read_text(encoding="utf-8"), end="")
-    print(f"# {site.policy} is in order")
+    with document(json_) as emit:
+        if default:
+            print(policies.DEFAULT, end="")
+            emit({"file": None, "policy": tomllib.loads(policies.DEFAULT)})
+            return
+        if reset:
+            if site.policy.exists():
+                atomic.write_private(site.policy.with_name("policy.toml.before"), site.policy.read_bytes())
+            atomic.write_private(site.policy, policies.DEFAULT)
+            SharedJournal(site.journal).write("policy reset", {"by": _person()})
+        policies.read(site.policy)
+        text = site.policy.read_text(encoding="utf-8")
+        print(text, end="")
+        print(f"# {site.policy} is valid")
+        emit({"file": site.policy, "policy": tomllib.loads(text)})
 
 
 @app.command
-def review(run: str = "", *, wait: bool = False, home: Home = HERE) -> None:
-    """What waits for a person; of RUN, all that would run here and leave, and the difference to the last approved.
+def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json = False) -> None:
+    """List the studies that wait for a decision; for RUN, show all that would run and leave this site.
 
-    What is shown is remembered: `approve` allows exactly that.
+    The difference to the last approved study is shown too. `approve` allows exactly what was shown.
 
     Args:
-        run: A run, a study, or the first characters of an order's hash.
-        wait: Whether to stay until it comes, or until anything waits.
+        run: A run, a study, or the first characters of a request's hash.
+        wait: Wait until it arrives; without RUN, until anything waits.
     """
     site = SiteFolder(home.resolve())
+    settings = site_setup.settings(site)
     reviews = Reviews(site.reviews)
-    if wait:
-        from polyclinic.cli.site_status import wait_for
+    with document(json_) as emit:
+        if wait:
+            from polyclinic.cli.site_status import wait_for
 
-        wait_for(site, run, lambda: reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING])
-    if not run:
-        waiting = [r for r in reviews.all() if r.state == WAITING]
-        for item in waiting:
-            title, what = item.what.study.get("name") or item.what.run, ", ".join(methods_of(item.what))
-            print(f"{title:24} {what:16} since {item.seen[:16]}  {'; '.join(item.problems)}".rstrip())
-        print(f"{len(waiting)} wait. `polyclinic site review RUN` shows one." if waiting else "Nothing waits.")
-        return
-    first, *others = reviews.subject(run)
-    show(first, before(reviews, first), others, look(site, first.what, Path(site_setup.settings(site)["data"])))
-    print(f"\nshown    {reviews.remember([first, *others])[:16]}")
+            wait_for(site, run, lambda: reviews.named(run) if run else [r for r in reviews.all() if r.state == WAITING])
+        if not run:
+            emit(_list_waiting(reviews))
+            return
+        first, *others = reviews.subject(run)
+        text = io.StringIO()
+        with redirect_stdout(text):
+            show(first, before(reviews, first), others, look(site, first.what, Path(settings["data"])))
+        print(text.getvalue(), end="")
+        shown = reviews.remember([first, *others])[:16]
+        line(f"\nshown    {shown}")
+        emit({"run": run, "state": first.state, "shown": shown, "text": text.getvalue()})
+
+
+def _list_waiting(reviews: Reviews) -> list[dict[str, object]]:
+    """Print and return the studies that wait for a decision."""
+    waiting = [r for r in reviews.all() if r.state == WAITING]
+    rows: list[dict[str, object]] = []
+    for item in waiting:
+        title, methods = item.what.study.get("name") or item.what.run, methods_of(item.what)
+        line(f"{title:24} {', '.join(methods):16} since {item.seen[:16]}  {'; '.join(item.problems)}".rstrip())
+        rows.append({"name": title, "run": item.what.run, "methods": methods})
+        rows[-1] |= {"since": item.seen, "problems": item.problems}
+    line(f"{len(waiting)} waiting. `polyclinic site review RUN` shows one." if waiting else "Nothing is waiting.")
+    return rows
 
 
 @app.command
-def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home = HERE) -> None:
+def approve(run: str, *, reason: str, by: str = "", hash: str = "", home: Home = HERE, json_: Json = False) -> None:
     """Allow RUN, exactly as `review` last showed it here.
 
     Args:
-        run: The name of the run, as `polyclinic site pending` shows it.
-        reason: Why, as in "IRB 26-114". It goes into the journal.
-        by: Your name; that of your account on this machine by default. Both are signed and go into the journal.
-        hash: For scripts: what `review` printed behind "shown", or its beginning. Anything else is refused.
+        run: The name of the run, as `polyclinic site review` lists it.
+        reason: The reason, such as "IRB 26-114". It is recorded in the journal.
+        by: Your name; that of your account on this machine by default. Both are signed and recorded in the journal.
+        hash: For scripts: the hash that `review` printed after "shown", or its first characters. Any other content is
+            refused.
     """
     site = SiteFolder(home.resolve())
     _check_tables(site, run)
-    _decide(site, run, APPROVED, reason, by, hash)
+    with document(json_) as emit:
+        emit(_decide(site, run, APPROVED, reason, by, hash))
 
 
 @app.command
-def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE) -> None:
-    """Refuse RUN, or take an approval back; it counts from the next message on.
+def refuse(run: str, *, reason: str, by: str = "", home: Home = HERE, json_: Json = False) -> None:
+    """Refuse RUN, or withdraw an approval; this applies from the next message on.
 
     Args:
         run: The name of the run.
-        reason: Why. The server reads it.
+        reason: The reason, which the server receives.
         by: Your name; that of your account on this machine by default.
     """
-    _decide(SiteFolder(home.resolve()), run, REFUSED, reason, by)
+    with document(json_) as emit:
+        emit(_decide(SiteFolder(home.resolve()), run, REFUSED, reason, by))
 
 
 @app.command
-def log(*, last: int = 20, home: Home = HERE) -> None:
-    """What was asked, done, refused and sent, after checking that nobody changed the journal.
+def log(*, last: int = 20, home: Home = HERE, json_: Json = False) -> None:
+    """Show what was requested, done, refused and sent, after verifying the journal.
 
     Args:
-        last: How many entries.
+        last: The number of entries.
     """
     from polyclinic.cli.journal import show
 
-    show(SiteFolder(home.resolve()).journal, last)
+    show(SiteFolder(home.resolve()).journal, last, json_)
 
 
 @app.command
-def forget(run: str, *, yes: bool = False, home: Home = HERE) -> None:
-    """Delete what methods keep here for RUN. If it goes on, this site begins anew.
+def forget(run: str, *, yes: bool = False, home: Home = HERE, json_: Json = False) -> None:
+    """Delete what methods store at this site for RUN. If the run continues, this site starts again.
 
     Args:
         run: The name of the run.
         yes: Do not ask for confirmation.
     """
     site = SiteFolder(home.resolve())
-    if not yes and input(f"Delete this site's memory of {run}? [y/N] ").strip().lower() != "y":
-        return
-    RunMemory(site.memory(run)).forget()
-    SharedJournal(site.journal).write("memory deleted", {"run": run, "by": _person()})
-    print(f"deleted  the memory of {run}")
+    if not site.memory(run).exists():
+        raise SetupError(f"{site.path}: nothing is stored for a run called {run!r}")
+    with document(json_) as emit:
+        if not yes and not confirmed(f"Delete this site's state of {run}?"):
+            line("nothing was deleted; without a terminal give --yes")
+            emit({"run": run, "deleted": False})
+            return
+        RunMemory(site.memory(run)).forget()
+        SharedJournal(site.journal).write("memory deleted", {"run": run, "by": _person()})
+        line(f"deleted  this site's state of {run}")
+        emit({"run": run, "deleted": True})
 
 
 @app.command
@@ -245,32 +300,43 @@ def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
 
 
 @app.command
-def leave(*, yes: bool = False, home: Home = HERE) -> None:
-    """End the membership: delete certificate, keys and memories. Journal, policy and data stay.
+def leave(*, yes: bool = False, home: Home = HERE, json_: Json = False) -> None:
+    """End the membership: delete certificate, keys and stored states. Journal, policy and data stay.
 
     Args:
         yes: Do not ask for confirmation.
     """
-    if not yes and input("Leave, and delete certificate, keys and memories? [y/N] ").strip().lower() != "y":
-        return
-    site_setup.leave(SiteFolder(home.resolve()))
-    print("left")
+    with document(json_) as emit:
+        if not yes and not confirmed("Leave, and delete certificate, keys and stored states?"):
+            line("nothing was deleted; without a terminal give --yes")
+            emit({"left": False})
+            return
+        site_setup.leave(SiteFolder(home.resolve()))
+        line("left     certificate, keys and stored states are deleted")
+        emit({"left": True})
 
 
 def _check_tables(site: SiteFolder, name: str) -> None:
-    """Raises if the study and this hospital's data.toml say different things: such a study could not run."""
+    """Refuse a study that contradicts this hospital's data.toml, since it could not run.
+
+    Raises:
+        SetupError: If they contradict each other.
+    """
     order = Reviews(site.reviews).subject(name)[0].what
     own = None if order.rehearsal else data_restrictions.of_hospital(Path(site_setup.settings(site)["data"]))
     if own and (differ := data_restrictions.conflicts(own, order.data)):
         raise SetupError("\n".join(differ.values()))
 
 
-def _decide(site: SiteFolder, name: str, state: str, reason: str, by: str, shown: str = "") -> None:
-    journal = SharedJournal(site.journal)
+def _decide(site: SiteFolder, name: str, state: str, reason: str, by: str, shown: str = "") -> list[dict[str, str]]:
+    """Record a decision, and print and return the runs that it covers."""
+    journal, rows = SharedJournal(site.journal), []
     for decided in Reviews(site.reviews).decide(name, state, by, reason, shown):
         about = {"run": decided.what.run, "rehearsal": decided.what.rehearsal}
         journal.write(f"{state} by a person", {**about, **decided.statement, "signature": decided.signature})
-        print(f"{state:8} {decided.what.run}{'  (imaginary data)' if decided.what.rehearsal else ''}")
+        line(f"{state:8} {decided.what.run}{'  (synthetic data)' if decided.what.rehearsal else ''}")
+        rows.append({"run": decided.what.run, "state": state})
+    return rows
 
 
 def _person() -> str:

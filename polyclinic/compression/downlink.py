@@ -59,10 +59,6 @@ class DownlinkPipeline(MethodWrapper[Any]):
         parts = tuple(replace(t, parts=MODEL) if isinstance(t, Codec) else t for t in self.codecs)
         object.__setattr__(self, "codecs", parts)
 
-    def init(self, params: Tree) -> Any:
-        """Return the inner method's initial state. The codecs have no state."""
-        return self.inner.init(params)
-
     def request(self, state: Any) -> Request | None:
         """Return the method's request, encoded."""
         request = self.inner.request(state)
@@ -79,10 +75,6 @@ class DownlinkPipeline(MethodWrapper[Any]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Run the method's site update on the decoded request."""
         return self.inner.site_update(self.arrived(request), memory, site)
-
-    def server_update(self, state: Any, reply: Reply, server: Site) -> Any:
-        """Run the method's server update."""
-        return self.inner.server_update(state, reply, server)
 
     def arrived(self, request: Request) -> Request:
         """Return the method's request as decoded at a site.

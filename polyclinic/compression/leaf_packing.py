@@ -55,7 +55,7 @@ def shape_in(tag: Tensor, limit: int) -> torch.Size:
             make the server allocate much memory.
     """
     if tag.ndim < 1 or tag.shape[0] != 0:
-        raise ProtocolError(f"{tuple(tag.shape)} carries no shape")
+        raise ProtocolError(f"{tuple(tag.shape)} has no shape")
     if (size := math.prod(tag.shape[1:])) > limit:
         raise ProtocolError(f"a tensor of {size} numbers exceeds the limit of {limit} for this model")
     return tag.shape[1:]
@@ -78,7 +78,7 @@ def unpack_bits(packed: Tensor, bits: int, size: int) -> Tensor:
     """
     each = 8 // bits
     if packed.dtype != torch.uint8 or packed.shape != (-(-size // each),):
-        raise ProtocolError(f"{tuple(packed.shape)} bytes do not hold {size} numbers of {bits} bits")
+        raise ProtocolError(f"{tuple(packed.shape)} bytes do not contain {size} numbers of {bits} bits")
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     codes: Tensor = (packed[:, None] >> shifts) & (2**bits - 1)
     return codes.reshape(-1)[:size]

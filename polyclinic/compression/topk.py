@@ -1,7 +1,7 @@
 """Sparse replies: the largest coordinates now, the rest by error feedback later.
 
 Sebastian Stich, Jean-Baptiste Cordonnier and Martin Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, Algorithm 1,
-https://arxiv.org/abs/1809.07599. A site adds what it does not send to its next reply ("error feedback").
+https://arxiv.org/abs/1809.07599. A site adds the values that it does not send to its next reply ("error feedback").
 
 Supports that sites choose individually cannot be summed. With ``shared=False``, as in the paper, positions are sent
 with the values. With ``shared=True`` the server determines the positions for all sites, and only values are sent. The

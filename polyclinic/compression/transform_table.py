@@ -13,7 +13,7 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Entry:
-    """A transform: ``make`` is its ``module:class``; ``pays`` tells whether it spends ε."""
+    """A transform: ``make`` is its ``module:class``; ``pays`` is whether it spends ε."""
 
     name: str
     make: str

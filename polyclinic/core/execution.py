@@ -12,7 +12,7 @@ from polyclinic.errors import PolicyRefusal
 
 
 class Refused(PolicyRefusal):
-    """A site's policy does not allow a request or its reply. The message gives the reason and what to do."""
+    """A site's policy does not allow a request or its reply. The message gives the reason and a remedy."""
 
 
 class Policy(Protocol):

@@ -1,4 +1,4 @@
-"""Jobs of a method: the finite list of requests that it may make of a site. A site answers nothing else.
+"""Jobs of a method: the finite list of requests that it may make of a site. A site refuses all others.
 
 Plain data; this module does not need PyTorch.
 """

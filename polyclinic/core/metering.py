@@ -6,15 +6,16 @@ auditor decide what is released instead. Without either, a mechanism only adds i
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from polyclinic.core.tree import Tree
 
 Unit: TypeAlias = Literal["record", "patient", "site"]
 Noise: TypeAlias = Callable[[Tree], Tree]
+T = TypeVar("T")
 
 
 class Spend(NamedTuple):
@@ -65,14 +66,19 @@ _auditor: ContextVar[Auditor | None] = ContextVar("auditor", default=None)
 
 
 @contextmanager
-def metered() -> Iterator[list[Spend]]:
-    """Collect the privacy costs spent within the context, in a list."""
-    spent: list[Spend] = []
-    token = _meter.set(spent)
+def collected(into: ContextVar[list[T] | None]) -> Iterator[list[T]]:
+    """Set ``into`` to an empty list within the context, in which values are collected."""
+    values: list[T] = []
+    token = into.set(values)
     try:
-        yield spent
+        yield values
     finally:
-        _meter.reset(token)
+        into.reset(token)
+
+
+def metered() -> AbstractContextManager[list[Spend]]:
+    """Collect the privacy costs spent within the context, in a list."""
+    return collected(_meter)
 
 
 def meter(spend: Spend) -> None:

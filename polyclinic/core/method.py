@@ -1,7 +1,7 @@
 """Interface of a federated method: server requests, site updates and server updates."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 
 State = TypeVar("State")
+Layer = TypeVar("Layer")
 
 
 @savable("core.Request", 1)
@@ -44,6 +45,24 @@ class Request:
     def nbytes(self, site: str) -> int:
         """Return the size in bytes of the tensors sent to ``site``."""
         return sum(tree.nbytes(t) for t in self.for_site(site).trees.values())
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method declares to the code that runs it.
+
+    Attributes:
+        needs_each_reply: Whether the server needs the reply of each site, so that their sum does not suffice.
+        uniform: Whether all sites have equal weight.
+        discount: The weight of a reply by its age, in steps of the server; None if age does not matter.
+        minibatches: The number of minibatches that a round takes of a site's training data, for jobs that are requested
+            once per minibatch.
+    """
+
+    needs_each_reply: bool = False
+    uniform: bool = True
+    discount: Callable[[int], float] | None = None
+    minibatches: Callable[[Any], int] | None = None
 
 
 class Method(ABC, Generic[State]):
@@ -84,8 +103,18 @@ class Method(ABC, Generic[State]):
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """All requests that the method makes of a site, by job, rounds and count. A site answers no other."""
+        """All requests that the method makes of a site, by job, rounds and count. A site refuses all others."""
         return (Job("train"),)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the method declares to the code that runs it."""
+        return Capabilities()
+
+    @property
+    def wrapped(self) -> tuple["Method[Any]", ...]:
+        """The methods that this one runs; empty unless it is built from others."""
+        return ()
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         """Return the model with which a site predicts. Personalized methods override this."""
@@ -107,9 +136,17 @@ class Method(ABC, Generic[State]):
 
 
 class MethodWrapper(Method[State]):
-    """A method that changes another one, its field ``inner``, whose jobs and prediction task it keeps."""
+    """A method that changes another one, its field ``inner``, and delegates to it whatever it does not override.
+
+    A wrapper with a state of its own overrides the functions that take or return a state.
+    """
 
     inner: Method[Any]
+
+    @property
+    def wrapped(self) -> tuple[Method[Any], ...]:
+        """The inner method."""
+        return (self.inner,)
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -117,6 +154,49 @@ class MethodWrapper(Method[State]):
         return self.inner.jobs
 
     @property
+    def capabilities(self) -> Capabilities:
+        """The capabilities of the inner method."""
+        return self.inner.capabilities
+
+    @property
     def prediction_task(self) -> Any:
         """The prediction task of the inner method."""
         return self.inner.prediction_task
+
+    def init(self, params: Tree) -> State:
+        """Return the inner method's initial state."""
+        state: State = self.inner.init(params)
+        return state
+
+    def request(self, state: State) -> Request | None:
+        """Return the inner method's request."""
+        return self.inner.request(state)
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        """Run the inner method's site update."""
+        return self.inner.site_update(request, memory, site)
+
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
+        """Run the inner method's server update."""
+        updated: State = self.inner.server_update(state, reply, server)
+        return updated
+
+    def site_model(self, request: Request, memory: Trees) -> Tree:
+        """Return the inner method's site model."""
+        return self.inner.site_model(request, memory)
+
+    def evaluation_request(self, state: State) -> Request:
+        """Return the inner method's evaluation request."""
+        return self.inner.evaluation_request(state)
+
+
+def layers(method: Method[Any]) -> Iterator[Method[Any]]:
+    """Yield ``method`` and all methods that it is built from, from the outermost inwards."""
+    yield method
+    for inner in method.wrapped:
+        yield from layers(inner)
+
+
+def unwrap(method: Method[Any], kind: type[Layer]) -> Layer | None:
+    """Return the outermost layer of ``method`` that is a ``kind``; None if there is none."""
+    return next((layer for layer in layers(method) if isinstance(layer, kind)), None)

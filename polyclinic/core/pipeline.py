@@ -18,7 +18,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean, merge
-from polyclinic.core.method import Method, MethodWrapper, Request
+from polyclinic.core.method import Method, MethodWrapper, Request, layers
 from polyclinic.core.reply_packing import above, below, escaped, join, scaled, split
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -28,7 +28,7 @@ from polyclinic.errors import ConfigError
 
 @dataclass(frozen=True)
 class Transform:
-    """A transform of what leaves a site, and its inverse at the server. The identity by default.
+    """A transform of a site's replies, and its inverse at the server. The identity by default.
 
     Attributes:
         uniform: Whether all sites must have equal weight, as privacy requires.
@@ -52,7 +52,7 @@ class Transform:
         return self
 
     def validate(self, before: tuple["Transform", ...], after: tuple["Transform", ...]) -> list[str]:
-        """Return the problems with the position between ``before`` and ``after``, each with what to do."""
+        """Return the problems with the position between ``before`` and ``after``, each with a remedy."""
         return []
 
     def init(self, params: Tree) -> Trees:
@@ -199,7 +199,7 @@ class UplinkPipeline(MethodWrapper[SentState]):
         return SentState(inner, tuple(states))
 
     def opened(self, state: SentState, reply: Reply) -> Reply:
-        """Decode one site's reply as far as possible before merging. The part ``""`` holds what is summed.
+        """Decode one site's reply as far as possible before merging. The part ``""`` contains the values to be summed.
 
         An engine can therefore reject an invalid reply before it enters the sum. An additive reply stays unchanged.
 
@@ -274,6 +274,15 @@ def send_through(inner: Method[Any], *transforms: Transform) -> UplinkPipeline:
     return UplinkPipeline(inner, tuple(t.resolve(transforms[i + 1 :]) for i, t in enumerate(transforms)))
 
 
+def transforms_of(method: Method[Any]) -> tuple[Transform, ...]:
+    """Return the transforms that replies pass, at every level of ``method``, from the innermost outwards."""
+    found: tuple[Transform, ...] = ()
+    for layer in layers(method):
+        if isinstance(layer, UplinkPipeline):
+            found = (*layer.transforms, *found)
+    return found
+
+
 def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator[str]:
     names = [type(t).__name__ for t in transforms]
     secure = [n for n, t in zip(names, transforms, strict=True) if t.secure]
@@ -284,12 +293,13 @@ def _problems(inner: Method[Any], transforms: tuple[Transform, ...]) -> Iterator
             f"{secure[0]} reveals only sums to the server, and the output of {packing[0]} cannot be summed: "
             f"remove {packing[0]}, or use TopK or PowerSGD with shared=True"
         )
-    if secure and getattr(inner, "gathers", False):
+    (*_, innermost) = layers(inner)
+    if secure and inner.capabilities.needs_each_reply:
         yield f"{type(inner).__name__} needs each site's reply, and {secure[0]} reveals only sums: remove one of them"
-    if uniform and getattr(inner, "uniform", True) is False:
+    if uniform and not inner.capabilities.uniform:
         yield (
             f"{uniform[0]} needs equal site weights, because the number of examples of a site is private: "
-            f"write {type(inner).__name__}(..., uniform=True)"
+            f"set uniform = true, or write {type(innermost).__name__}(..., uniform=True)"
         )
     for i, t in enumerate(transforms):
         yield from t.validate(transforms[:i], transforms[i + 1 :])

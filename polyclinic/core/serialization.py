@@ -14,7 +14,6 @@ code that defines the class, usually by building the method that the plan names.
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from polyclinic.core import atomic
 from polyclinic.errors import IntegrityError
 
 MAX_HEADER = 8 * 2**20
@@ -91,7 +91,7 @@ def savable(tag: str, version: int = 1) -> Callable[[C], C]:
         other = _CLASSES.get(tag)
         if other is not None and _path(other) != _path(cls):
             raise TagError(
-                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: give one another tag"
+                f"the tag {tag!r} is registered for both {_path(other)} and {_path(cls)}: change one of the tags"
             )
         _CLASSES[tag], _TAGS[cls] = cls, Tag(tag, version)
         return cls
@@ -344,7 +344,7 @@ def save(path: Path, value: Any, meta: Mapping[str, str] | None = None) -> str:
         The SHA-256 of the file.
     """
     data = encode(value, meta)
-    write_bytes(path, data)
+    atomic.write(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -358,22 +358,3 @@ def load(path: Path) -> Any:
         return decode(bytearray(path.read_bytes()), share=True)
     except Corrupt as error:
         raise Corrupt(f"{path}: {error}") from None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file next to ``path``, force it to the disk, and rename it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

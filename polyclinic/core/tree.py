@@ -23,67 +23,67 @@ def zip_with(f: Callable[..., Tensor], first: Tree, *others: Tree) -> Tree:
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """``a + b``."""
+    """Return ``a + b``."""
     return zip_with(torch.add, a, b)
 
 
 def add_(a: Tree, b: Tree, by: float = 1.0) -> None:
-    """``a ← a + by · b``, in place."""
+    """Compute ``a ← a + by · b`` in place."""
     _require_same_names(a, b)
     for name, leaf in a.items():
         leaf.add_(b[name], alpha=by)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """``a - b``."""
+    """Return ``a - b``."""
     return zip_with(torch.sub, a, b)
 
 
 def mul(a: Tree, b: Tree) -> Tree:
-    """``a · b``, element by element."""
+    """Return ``a · b``, element by element."""
     return zip_with(torch.mul, a, b)
 
 
 def scale(a: Tree, by: float) -> Tree:
-    """``by · a``."""
+    """Return ``by · a``."""
     return {name: leaf * by for name, leaf in a.items()}
 
 
 def lerp(a: Tree, b: Tree, share: float) -> Tree:
-    """``(1 - share) · a + share · b``."""
+    """Return ``(1 - share) · a + share · b``."""
     return zip_with(lambda x, y: torch.lerp(x, y, share), a, b)
 
 
 def shift(a: Tree, by: Tree, times: float = 1.0) -> Tree:
-    """``a + times · by``. ``by`` may have only some of the leaves of ``a``."""
+    """Return ``a + times · by``. ``by`` may have only some of the leaves of ``a``."""
     if unknown := by.keys() - a.keys():
         raise ValueError(f"cannot add to unknown leaves {sorted(unknown)[:5]}")
     return {**a, **{name: a[name] + (step if times == 1.0 else step * times) for name, step in by.items()}}
 
 
 def zeros(a: Tree) -> Tree:
-    """Zeros in the shapes of ``a``."""
+    """Return zeros in the shapes of ``a``."""
     return {name: torch.zeros_like(leaf) for name, leaf in a.items()}
 
 
 def copy(a: Tree) -> Tree:
-    """A copy that shares no memory with ``a``."""
+    """Return a copy that shares no memory with ``a``."""
     return {name: leaf.clone() for name, leaf in a.items()}
 
 
 def dot(a: Tree, b: Tree) -> float:
-    """``⟨a, b⟩`` over all leaves as one vector, in double precision."""
+    """Return ``⟨a, b⟩`` over all leaves as one vector, in double precision."""
     _require_same_names(a, b)
     return math.fsum(float(torch.sum(leaf.double() * b[name].double())) for name, leaf in a.items())
 
 
 def norm(a: Tree) -> float:
-    """The Euclidean norm of all leaves as one vector, in double precision."""
+    """Return the Euclidean norm of all leaves as one vector, in double precision."""
     return math.sqrt(dot(a, a))
 
 
 def cosine(a: Tree, b: Tree) -> float:
-    """``cos ∠(a, b)``, and 0 if either is 0."""
+    """Return ``cos ∠(a, b)``; 0 if either is 0."""
     size = norm(a) * norm(b)
     return dot(a, b) / size if size else 0.0
 

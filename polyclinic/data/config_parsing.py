@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -31,13 +32,8 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
     Raises:
         ValidationError: With every problem, each under ``at`` and its key.
     """
-    hints = get_type_hints(cls, include_extras=True)
-    fields: dict[str, Any] = {
-        f.name: (hints[f.name], _default(f))
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.init and not f.metadata.get("hidden")
-    }
-    model = create_model(cls.__name__, __base__=_Strict, **fields)
+    model = _model_of(cls)  # type: ignore[arg-type]  # a class is hashable
+    fields = tuple(model.model_fields)
     lines: list[InitErrorDetails] = []
     try:
         valid = model.model_validate_json(json.dumps(dict(given), default=str))
@@ -57,6 +53,16 @@ def build(cls: type[T], given: Mapping[str, Any], what: str, at: Where = ()) -> 
         return cls(**{name: getattr(valid, name) for name in fields})
     except DataError as error:
         raise problems([_of_field(at, says, fields, given) for says in error.problems]) from None
+
+
+@cache
+def _model_of(cls: type[Any]) -> type[_Strict]:
+    """Return the pydantic model of a dataclass's options; to create one takes milliseconds."""
+    hints = get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {
+        f.name: (hints[f.name], _default(f)) for f in dataclasses.fields(cls) if f.init and not f.metadata.get("hidden")
+    }
+    return create_model(cls.__name__, __base__=_Strict, **fields)
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:

@@ -32,13 +32,10 @@ class Done(NamedTuple):
     seconds: float
 
 
-def minibatches(method: Any, site: Site) -> int:
+def minibatches(method: Method[Any], site: Site) -> int:
     """Return the number of minibatches per round at ``site``; 0 if no job of ``method`` depends on it."""
-    if not any(job.per_batch for job in method.jobs):
-        return 0
-    while not hasattr(method, "local"):
-        method = method.inner
-    return int(method.local.count(site.data["train"]))
+    count = method.capabilities.minibatches
+    return 0 if count is None else count(site.data["train"])
 
 
 def marks_of(request: Request) -> dict[str, str]:

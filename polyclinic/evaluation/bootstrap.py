@@ -1,10 +1,10 @@
-"""The draws behind every interval of a run: which patients count how often, the same for all methods.
+"""Bootstrap weights of a run's patients, the same for all methods, and the intervals computed from them.
 
-Seeds may share their test patients (one split for all) or have splits of their own. Where patients carry the same
-number in every seed, as runs of this version write them, each patient counts equally often in all of them, and a draw
-of a mean over seeds is the mean of the seeds' draws. Where every seed numbers its own test patients afresh, nobody can
-tell who is in two test sets; then the limits of a mean over seeds are the means of the seeds' limits, which is right
-for equal test sets and cautious for others. With folds, a seed's arm is all its folds together: each patient once.
+Seeds may share their test patients (one split for all) or have different splits. If a patient has the same number in
+every seed, as in runs of this version, the patient has the same weight in all seeds, and a draw of a mean over seeds is
+the mean of the seeds' draws. If every seed numbers its own test patients, patients in several test sets cannot be
+identified. The limits of a mean over seeds are then the means of the seeds' limits, which is exact for equal test sets
+and conservative for others. With folds, the predictions of a seed are those of all folds together, each patient once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.intervals import Estimate, bca, delong, percentile, resamples
-from polyclinic.evaluation.metric_functions import Array, Metric
-from polyclinic.evaluation.paired_tests import Difference, difference, over_seeds
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.statistics.intervals import Estimate, bca, delong, percentile, resamples
+from polyclinic.statistics.paired_tests import Difference, difference, over_seeds
+from polyclinic.statistics.undefined import Array
 
 JACKKNIFE = 600  # patients above which the percentile interval is as good and much cheaper
 Where = tuple[str, int]  # a site, and a seed
@@ -33,9 +34,9 @@ class Sample:
         patients: By site and seed, the patients that any method tested, ascending.
         weights: By site and seed, [1 + draws, patients]; the first row is all ones.
         shared: Whether a patient has the same number in every seed.
-        images: How many images of a site were tested in any arm, and how many cases they made, by site.
-        level: Of confidence.
-        seed: Of the draws.
+        images: Numbers of tested images and of cases by site, over all method runs.
+        level: Confidence level.
+        seed: Seed of the draws.
     """
 
     cases: Mapping[tuple[str, int], Mapping[str, Cases]]
@@ -48,7 +49,7 @@ class Sample:
 
     @property
     def one_split(self) -> bool:
-        """Whether every seed tested the same patients, as far as can be told."""
+        """Whether every seed tested the same patients, as far as the numbers show."""
         return self.shared and all(
             len({c.patient.tobytes() for c in (arm[site] for arm in self.cases.values() if site in arm)}) == 1
             for site in self.sites
@@ -56,25 +57,25 @@ class Sample:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that any method was tested at."""
+        """The sites at which any method was tested."""
         return tuple(dict.fromkeys(site for site, _ in self.weights))
 
     def seeds(self, label: str) -> tuple[int, ...]:
-        """The seeds for which ``label`` has predictions."""
+        """Return the seeds for which ``label`` has predictions."""
         return tuple(seed for method, seed in self.cases if method == label and self.cases[method, seed])
 
     def has(self, label: str, sites: Sequence[str]) -> bool:
-        """Whether every seed of ``label`` has cases at every one of ``sites``."""
+        """Return whether every seed of ``label`` has cases at each of ``sites``."""
         seeds = self.seeds(label)
         return bool(seeds) and all(site in self.cases[label, seed] for seed in seeds for site in sites)
 
     def count(self, site: str) -> tuple[int, int, int]:
-        """Test patients, images and cases of ``site``, of all seeds if they can be told apart; else the most of any."""
+        """Return the numbers of test patients, images and cases of ``site``; the largest over seeds if not shared."""
         patients = max(len(ids) for (name, _), ids in self.patients.items() if name == site)
         return patients, *self.images[site]
 
     def draws(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
-        """The metric of ``label`` over the cases of ``sites`` taken together: [seeds, 1 + draws]."""
+        """Compute the metric of ``label`` over the pooled cases of ``sites``: [seeds, 1 + draws]."""
         return np.stack([self._draws(label, seed, sites, metric, self.weights) for seed in self.seeds(label)])
 
     def _draws(
@@ -89,9 +90,9 @@ class Sample:
         return metric.kernel(score, target, np.concatenate(columns, axis=1))
 
     def macro(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
-        """The mean over those of ``sites`` where the metric is defined: [seeds, 1 + draws].
+        """Compute the mean over those of ``sites`` for which the metric is defined: [seeds, 1 + draws].
 
-        A draw that leaves a site without one of the classes is left out for that site alone, not for all of them.
+        A draw without one of the classes at a site is omitted for that site only.
         """
         each = [d for d in (self.draws(label, [s], metric) for s in sites) if np.isfinite(d[:, 0]).all()]
         if not each:
@@ -99,10 +100,10 @@ class Sample:
         return np.asarray(np.mean([self._redrawn(d) for d in each], axis=0))
 
     def _redrawn(self, draws: Array) -> Array:
-        """A site's draws, [seeds, 1 + draws], in which a defined one stands for each that is not.
+        """Replace each undefined draw of a site, [seeds, 1 + draws], by a defined one.
 
-        Sites are drawn independently, so this is what whole draws that are defined everywhere would be distributed
-        like. Which draw stands for which depends on the patients drawn alone, so that methods stay paired.
+        Sites are drawn independently, so the result has the distribution of draws that are defined at every site. The
+        replacement depends only on the drawn patients, so that methods remain paired.
         """
         found, known = draws.copy(), np.isfinite(draws[:, 1:])
         if (known.mean(axis=1) < 0.5).any():
@@ -115,11 +116,11 @@ class Sample:
         return found
 
     def over_seeds(self, draws: Array) -> Array:
-        """Draws of the mean over seeds, [seeds, draws] -> [draws]; quantile by quantile where splits differ."""
+        """Return draws of the mean over seeds, [seeds, draws] -> [draws]; by quantiles if the splits differ."""
         return np.asarray((draws if self.shared else np.sort(draws, axis=1)).mean(0))
 
     def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric) -> Estimate:
-        """The mean over sites with its percentile interval."""
+        """Return the mean over sites with its percentile interval."""
         n = self._patients(label, sites)
         each = self.macro(label, sites, metric)
         value = float(each[:, 0].mean())
@@ -131,7 +132,7 @@ class Sample:
         return Estimate(value, *limits, n, self._how("percentile"))
 
     def estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
-        """The metric over the cases of ``sites`` together, averaged over seeds, with or without its interval."""
+        """Return the metric over the pooled cases of ``sites``, averaged over seeds, with or without its interval."""
         n, seeds = self._patients(label, sites), self.seeds(label)
         plain = {w: np.ones((1, len(p))) for w, p in self.patients.items()}
         values = [float(self._draws(label, seed, sites, metric, plain)[0]) for seed in seeds]
@@ -149,7 +150,7 @@ class Sample:
         return Estimate(value, low, high, n, found[0].how + ("" if len(found) == 1 else "; mean of the seeds’ limits"))
 
     def _interval(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> Estimate:
-        """The interval of the mean over ``seeds``, which share their patients."""
+        """Return the interval of the mean over ``seeds``, which share their patients."""
         if metric.name == "auc" and (exact := self._delong(label, seeds, sites)) is not None:
             return exact
         draws = np.mean([self._draws(label, s, sites, metric, self.weights) for s in seeds], axis=0)
@@ -165,7 +166,7 @@ class Sample:
         return Estimate(float(draws[0]), *limits, how=self._how(name))
 
     def _delong(self, label: str, seeds: Sequence[int], sites: Sequence[str]) -> Estimate | None:
-        """DeLong's interval, where there are two classes and every seed tested the same cases."""
+        """Return DeLong's interval; None unless there are two classes and every seed tested the same cases."""
         arms = [self._cases(label, seed, sites) for seed in seeds]
         scores, targets = zip(*(_together(arm, "auc") for arm in arms), strict=True)
         if scores[0].shape[1] != 2 or targets[0].ndim != 1:
@@ -178,14 +179,14 @@ class Sample:
         return delong(np.stack([s[:, 1] for s in scores]), targets[0] == 1, ids[0] if clustered else None, self.level)
 
     def paired(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Array:
-        """Method ``a`` minus ``b``, mean over ``sites``; positive is better. [common seeds, 1 + draws]"""
+        """Return method ``a`` minus ``b``, averaged over ``sites``; positive is better. [common seeds, 1 + draws]"""
         common = [s for s in self.seeds(a) if s in self.seeds(b)]
         sign = -1.0 if metric.higher_is_better is False else 1.0
         rows = [[self.seeds(m).index(s) for s in common] for m in (a, b)]
         return sign * (self.macro(a, sites, metric)[rows[0]] - self.macro(b, sites, metric)[rows[1]])
 
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
-        """Method ``a`` minus ``b`` in each split: the mean over those of ``sites`` that both were tested at there."""
+        """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""
         sign = -1.0 if metric.higher_is_better is False else 1.0
         plain = {w: np.ones((1, len(p))) for w, p in self.patients.items()}
         found = []
@@ -198,7 +199,7 @@ class Sample:
         return found
 
     def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
-        """Method ``a`` minus ``b``, with an interval that also covers other seeds where there are several."""
+        """Return method ``a`` minus ``b``; with several seeds, the interval includes the variance between seeds."""
         if not sites or not set(self.seeds(a)) & set(self.seeds(b)):
             return Difference(None, why="no seed or no site in common")
         d, n = self.paired(a, b, sites, metric), self._patients(a, sites)
@@ -225,7 +226,7 @@ def _together(cases: Sequence[Cases], metric: str) -> tuple[Array, NDArray[Any]]
 
 
 def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient") -> Sample:
-    """Turns a run's predictions into cases, and draws the weights of its patients.
+    """Convert a run's predictions to cases, and draw the weights of its patients.
 
     Raises:
         ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
@@ -250,14 +251,14 @@ def sample(run: Run, draws: int, seed: int, level: float, unit: str = "patient")
 
 
 def by_fold(run: Run, level: float) -> Sample:
-    """The test cases of every fold by itself, each fold as if it were a seed, without draws."""
+    """Return the test cases of each fold separately, with folds in place of seeds, without draws."""
     numbers = {key: i for i, key in enumerate(sorted({(seed, fold) for _, seed, fold in run.splits}))}
     arms = {(label, numbers[seed, fold]): sites for (label, seed, fold), sites in run.splits.items()}
     return sample(replace(run, arms=arms, splits={}), 1, 0, level)
 
 
 def _images(run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shared: bool) -> dict[str, tuple[int, int]]:
-    """How many images, and how many cases, every site has in all arms together, or at most in one."""
+    """Return the numbers of images and cases of each site, over all method runs; the largest if not shared."""
     found: dict[str, tuple[int, int]] = {}
     for site in (s.name for s in run.info.sites):
         here = [(run.arms[arm][site], sites[site]) for arm, sites in cases.items() if site in sites]
@@ -275,10 +276,10 @@ def _images(run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shar
 
 
 def share_patients(cases: Mapping[tuple[str, int], Mapping[str, Cases]]) -> bool:
-    """Whether a patient's number means the same patient in every seed, as far as the numbers and targets tell.
+    """Return whether a number denotes the same patient in every seed, as far as numbers and targets show.
 
-    Numbers that name patients differently seed by seed run from 0 to n − 1 in each seed, and disagree somewhere in
-    how many there are, or in what is true of them.
+    Numbers that are specific to a seed range from 0 to n − 1 in each seed, and differ between seeds in n or in the
+    patients' targets.
     """
     found: dict[str, dict[int, list[tuple[int, bytes]]]] = {}
     for (_, seed), sites in cases.items():

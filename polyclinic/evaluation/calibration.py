@@ -1,4 +1,4 @@
-"""Can the probabilities be taken at their word, and would acting on them do good?
+"""Calibration of predicted probabilities, operating points, and net benefit.
 
 Calibration error by equal-width bins: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML
 2017, https://arxiv.org/abs/1706.04599, equation 3. Slope and intercept: Van Calster, McLernon, van Smeden, Wynants,
@@ -6,8 +6,8 @@ Steyerberg, "Calibration: the Achilles heel of predictive analytics", BMC Medici
 https://doi.org/10.1186/s12916-019-1466-7. Net benefit: Vickers and Elkin, "Decision Curve Analysis", Medical Decision
 Making 2006, https://doi.org/10.1177/0272989X06295361.
 
-For two classes the error compares the probability of the second class with how often it occurs; for more classes, the
-probability of the likeliest class with how often it is right.
+For two classes the calibration error compares the probability of the second class with its frequency; for more
+classes, the probability of the most probable class with the frequency of its being correct.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.evaluation.metric_functions import Array, Metric, Undefined
+from polyclinic.evaluation.metric import Metric
+from polyclinic.statistics.undefined import Array, Undefined
 
 BINS = 10
 TINY = 1e-6
@@ -25,7 +26,7 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Bin:
-    """One point of a reliability plot: among ``n`` cases, what was said and what happened."""
+    """One point of a reliability plot: mean predicted probability and observed frequency among ``n`` cases."""
 
     low: float
     high: float
@@ -36,9 +37,9 @@ class Bin:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold chosen on validation data for a wanted sensitivity, and what it does on test data.
+    """A threshold chosen on validation data for a required sensitivity, and its performance on test data.
 
-    ``sensitivity`` and ``specificity`` are None where the test cases lack that class.
+    ``sensitivity`` and ``specificity`` are None if the test cases lack the class.
     """
 
     wanted: float
@@ -50,7 +51,7 @@ class OperatingPoint:
 
 
 def claims_of(score: Array, target: NDArray[Any]) -> tuple[Array, Array]:
-    """What was claimed with which probability, and whether it was so. Each of shape [claims]."""
+    """Return the probabilities that are evaluated, and the outcomes as 0 or 1. Each of shape [claims]."""
     if target.ndim == 2:
         return score.ravel(), np.asarray(target, float).ravel()
     if score.shape[1] == 2:
@@ -59,39 +60,39 @@ def claims_of(score: Array, target: NDArray[Any]) -> tuple[Array, Array]:
 
 
 def reliability(score: Array, target: NDArray[Any], bins: int = BINS) -> list[Bin]:
-    """The points of a reliability plot; bins without cases are left out."""
-    said, so = claims_of(score, target)
-    index = _bin_of(said, bins)
+    """Return the points of a reliability plot, without empty bins."""
+    claimed, outcome = claims_of(score, target)
+    index = _bin_of(claimed, bins)
     return [
-        Bin(k / bins, (k + 1) / bins, float(said[index == k].mean()), float(so[index == k].mean()), int(n))
+        Bin(k / bins, (k + 1) / bins, float(claimed[index == k].mean()), float(outcome[index == k].mean()), int(n))
         for k, n in enumerate(np.bincount(index, minlength=bins))
         if n
     ]
 
 
-def _bin_of(said: Array, bins: int) -> NDArray[np.int64]:
-    return np.clip((said * bins).astype(np.int64), 0, bins - 1)
+def _bin_of(claimed: Array, bins: int) -> NDArray[np.int64]:
+    return np.clip((claimed * bins).astype(np.int64), 0, bins - 1)
 
 
 def _ece(score: Array, target: NDArray[Any], weight: Array) -> Array:
     # ECE = Σ_b |Σ_{i in b} w_i (y_i − p_i)| / Σ w_i
-    said, so = claims_of(score, target)
+    claimed, outcome = claims_of(score, target)
     each = weight if target.ndim == 1 else np.repeat(weight, target.shape[1], axis=1)
-    gaps = (so - said)[:, None] * (_bin_of(said, BINS)[:, None] == np.arange(BINS))
+    gaps = (outcome - claimed)[:, None] * (_bin_of(claimed, BINS)[:, None] == np.arange(BINS))
     return np.asarray(np.abs(each @ gaps).sum(1) / each.sum(1))
 
 
 def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple[Array, Array]:
-    """Maximum likelihood of logit P(y) = a + b·x by Newton's steps, for each row of ``weight``.
+    """Fit logit P(y) = a + b·x by maximum likelihood with Newton's method, for each row of ``weight``.
 
     Args:
-        x: [n] the predicted log odds.
-        y: [n] 0 or 1.
+        x: [n], the predicted log odds.
+        y: [n], 0 or 1.
         weight: [b, n].
-        slope: Whether b is estimated; otherwise it is 1, and a is calibration in the large.
+        slope: Whether b is estimated; otherwise it is 1, and a is the calibration-in-the-large.
 
     Returns:
-        a and b, of shape [rows]; NaN where no finite maximum exists (one class, or classes that x separates).
+        a and b, of shape [rows]; NaN if no finite maximum exists (one class, or classes that x separates).
     """
     rows = len(weight)
     a, b = np.zeros(rows), np.ones(rows)
@@ -117,7 +118,7 @@ def logistic_fit(x: Array, y: Array, weight: Array, slope: bool = True) -> tuple
 
 
 def _separated(x: Array, y: Array, weight: Array) -> NDArray[np.bool_]:
-    """Whether, in each row, some threshold of x splits the classes, so that the slope has no finite estimate."""
+    """Return for each row whether a threshold of x separates the classes, so that the slope has no finite estimate."""
     here = weight > 0
     pos, neg = here & (y == 1), here & (y == 0)
     low, high = np.where(pos, x, np.inf).min(1), np.where(pos, x, -np.inf).max(1)
@@ -125,19 +126,19 @@ def _separated(x: Array, y: Array, weight: Array) -> NDArray[np.bool_]:
 
 
 def log_odds(p: Array) -> Array:
-    """Natural logarithm of p / (1 − p), with p kept off 0 and 1 by one in a million."""
+    """Return ``log(p / (1 − p))``, with p limited to 10⁻⁶ … 1 − 10⁻⁶."""
     p = np.clip(p, TINY, 1 - TINY)
     return np.log(p / (1 - p))
 
 
 def _slope(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    said, so = claims_of(score, target)
-    return logistic_fit(log_odds(said), so, weight)[1]
+    claimed, outcome = claims_of(score, target)
+    return logistic_fit(log_odds(claimed), outcome, weight)[1]
 
 
 def _intercept(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    said, so = claims_of(score, target)
-    return logistic_fit(log_odds(said), so, weight, slope=False)[0]
+    claimed, outcome = claims_of(score, target)
+    return logistic_fit(log_odds(claimed), outcome, weight, slope=False)[0]
 
 
 CALIBRATION: Mapping[str, Metric] = {
@@ -151,7 +152,7 @@ CALIBRATION: Mapping[str, Metric] = {
 
 
 def threshold_at(score: Array, positive: NDArray[Any], sensitivity: float) -> float:
-    """The highest threshold t such that at least ``sensitivity`` of the positives have a score of at least t.
+    """Return the highest threshold t such that at least ``sensitivity`` of the positives have a score of at least t.
 
     Raises:
         Undefined: If there are no positives.
@@ -169,10 +170,10 @@ def operating_point(
     validation_positive: NDArray[Any],
     sensitivity: float = 0.9,
 ) -> OperatingPoint:
-    """Chooses the threshold on validation cases and applies it to test cases. Scores are of shape [n].
+    """Choose the threshold on validation cases and apply it to test cases. Scores are of shape [n].
 
     Raises:
-        Undefined: If validation has no positive case.
+        Undefined: If no validation case is positive.
     """
     threshold = threshold_at(validation_score, validation_positive, sensitivity)
     yes, true = score >= threshold, np.asarray(positive).astype(bool)
@@ -189,15 +190,24 @@ def operating_point(
 
 @dataclass(frozen=True)
 class NetBenefit:
-    """At one threshold: the benefit of acting on the model, on everybody, per case (on nobody it is 0)."""
+    """Net benefit per case at one threshold, of treating by the model and of treating all (of treating none: 0)."""
 
     threshold: float
     model: float
-    everybody: float
+    treat_all: float
 
 
 def decision_curve(score: Array, positive: NDArray[Any], thresholds: Sequence[float] | None = None) -> list[NetBenefit]:
-    """Net benefit = TP/n − FP/n · t/(1 − t), over thresholds t. ``score`` and ``positive`` are of shape [n]."""
+    """Compute ``TP/n − FP/n · t/(1 − t)`` for thresholds t.
+
+    Args:
+        score: [n], predicted probabilities.
+        positive: [n], 0 or 1.
+        thresholds: By default 0.05 to 0.95 in steps of 0.05.
+
+    Raises:
+        Undefined: If there are no cases.
+    """
     true, n = np.asarray(positive).astype(bool), len(score)
     if n == 0:
         raise Undefined("no cases")

@@ -1,4 +1,4 @@
-"""What a method cost: bytes both ways, time, lost sites, and how much of it was needed to reach a target."""
+"""Costs of a method: communication, computing time, lost replies, and the communication needed to reach a target."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from polyclinic.evaluation.records.run_reader import Run
 
 @dataclass(frozen=True)
 class Curve:
-    """The validation metric over rounds, mean over the sites and seeds that have it."""
+    """The validation metric over rounds, averaged over the sites and seeds for which it was recorded."""
 
     rounds: tuple[int, ...]
     values: tuple[float, ...]
@@ -19,19 +19,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method cost, for one arm (the mean over seeds and folds).
+    """Costs of one method per run (mean over seeds and folds).
 
     Attributes:
         label: The method.
-        rounds: Rounds that were run.
+        rounds: Number of completed rounds.
         up: Bytes sent by each site.
         down: Bytes received by each site.
-        seconds: Work at each site.
-        wall: Seconds from the first to the last round.
-        lost: (seed, round, site, reason) of every reply that did not come.
-        reached: The first round whose validation mean reaches the target; None where none does.
-        bytes_to_target: Bytes a site sent and received, on average, up to that round.
-        by_site_to_target: The same site by site.
+        seconds: Computing time at each site.
+        wall: Duration from the first to the last round, in seconds.
+        lost: (seed, round, site, reason) of each missing reply.
+        reached: The first round whose validation mean reaches the target; None if none does.
+        bytes_to_target: Bytes sent and received up to that round, averaged over sites.
+        by_site_to_target: The same for each site.
     """
 
     label: str
@@ -47,12 +47,12 @@ class Cost:
 
     @property
     def in_one_place(self) -> bool:
-        """Whether training ran where the data had been brought together, so that no message tells its cost."""
+        """Whether training ran on pooled data, so that there was no communication."""
         return bool(self.seconds) and not self.up and not self.down
 
     @property
     def per_site(self) -> float:
-        """Bytes a site sent and received, on average over sites."""
+        """Bytes sent and received, averaged over sites."""
         sites = self.up.keys() | self.down.keys()
         total = sum(self.up.values()) + sum(self.down.values())
         return total / len(sites) if sites else 0.0
@@ -60,14 +60,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Target:
-    """A level of the validation metric that methods are timed to, and where it comes from."""
+    """A target value of the validation metric, and a description of its origin."""
 
     value: float
     meaning: str
 
 
 def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
-    """A method's validation curve over training sites, or at one; a round is the mean of the arms that got there."""
+    """Return a method's validation curve over the training sites or at ``site``, averaged over seeds and folds."""
     training = {s.name for s in run.info.sites if s.role == "training"}
     by_round: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     for s in run.curves:
@@ -81,11 +81,11 @@ def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -
 
 
 def target_of(run: Run, metric: str, higher_is_better: bool) -> Target | None:
-    """The best that training alone reaches on validation; without that baseline, 98 % of the best of all methods."""
+    """Return the best validation value of local training; without that baseline, 98 % of the best of all methods."""
     best = max if higher_is_better else min
     curves = {m.label: learning_curve(run, m.label, metric).values for m in run.info.methods}
     if curves.get("local"):
-        return Target(best(curves["local"]), "the best mean over sites that training alone reaches")
+        return Target(best(curves["local"]), "the best mean over sites that local training reaches")
     found = [best(v) for v in curves.values() if v]
     if not found:
         return None
@@ -94,7 +94,7 @@ def target_of(run: Run, metric: str, higher_is_better: bool) -> Target | None:
 
 
 def cost_of(run: Run, label: str, metric: str, higher_is_better: bool, target: Target | None) -> Cost | None:
-    """What ``label`` cost; None where no round of it was recorded."""
+    """Return the costs of ``label``; None if no round of it was recorded."""
     mine = [r for r in run.rounds if r.method == label]
     if not mine:
         return None

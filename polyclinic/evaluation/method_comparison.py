@@ -1,4 +1,4 @@
-"""The methods of one run against one of them: which test fits, and what it says."""
+"""Comparison of the methods of one run with a reference method, by the tests that apply."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from polyclinic.evaluation.bootstrap import Sample, by_fold
-from polyclinic.evaluation.metric_functions import Metric, Undefined
-from polyclinic.evaluation.paired_tests import Difference, Ranking, corrected_t, holm, rank_methods, signed_ranks
+from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.statistics.multiple_tests import holm
+from polyclinic.statistics.paired_tests import Difference, Ranking, corrected_t, rank_methods, signed_ranks
+from polyclinic.statistics.undefined import Undefined
 
 
 @dataclass(frozen=True)
 class Against:
-    """Methods against a reference, on the training sites that both were tested at.
+    """Methods compared with a reference, on the training sites at which both were tested.
 
     Attributes:
         run: The run.
         data: Its test cases, with weights.
-        methods: The labels of the others.
-        reference: The label that they are compared with; empty for none.
+        methods: The labels of the other methods.
+        reference: The label of the reference; empty for none.
     """
 
     run: Run
@@ -39,7 +41,7 @@ class Against:
         return set(self.data.seeds(label)) & set(self.data.seeds(self.reference))
 
     def holm_corrected(self, metric: Metric) -> dict[str, Difference]:
-        """The paired bootstrap for every method: one family, Holm-corrected."""
+        """Return the paired bootstrap differences of all methods, which are one family for Holm's correction."""
         found = {m: self.data.difference(m, self.reference, sites, metric) for m, sites in self._sites()}
         asked = [k for k, d in found.items() if d.p is not None]
         for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
@@ -47,7 +49,7 @@ class Against:
         return found
 
     def over_splits(self, metric: Metric) -> dict[str, Difference]:
-        """The corrected t over splits, of which there are at least three: folds, or seeds with splits of their own."""
+        """Return the corrected t-tests over at least three splits: folds, or seeds with different splits."""
         found: dict[str, Difference] = {}
         if not self.run.splits and self.data.one_split:
             return found
@@ -55,7 +57,7 @@ class Against:
         for label, sites in self._sites():
             here = [s for s in self.run.info.sites if s.name in sites]
             test, train = (sum(s.patients.get(r, 0) for s in here) for r in ("test", "train"))
-            if self.run.splits:  # each tests one part in so many; under folds by sites, one site in so many
+            if self.run.splits:  # a fold tests 1/folds of the patients, or of the sites
                 test = test // self.run.info.folds
                 train = train - test if self.run.info.folds_by == "sites" else train
             shared = set(by_split.seeds(label)) & set(by_split.seeds(self.reference))
@@ -66,7 +68,7 @@ class Against:
         return found
 
     def over_sites(self, metric: Metric) -> dict[str, Difference]:
-        """Signed ranks over sites, where at least six differ."""
+        """Return signed-rank tests over sites, if at least six sites differ."""
         found: dict[str, Difference] = {}
         for label, sites in self._sites():
             if self._seeds(label):
@@ -77,7 +79,7 @@ class Against:
 
 
 def ranked(methods: Sequence[str], by_site: Sequence[Sequence[float | None]], metric: Metric) -> Ranking | None:
-    """Mean ranks over the sites where every method has a value; None with too few of either."""
+    """Return mean ranks over the sites at which every method has a value; None if too few sites or methods remain."""
     rows = [row for row in by_site if all(v is not None for v in row)]
     try:
         values = np.array(rows, float).reshape(len(rows), len(methods))

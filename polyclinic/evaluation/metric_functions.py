@@ -1,11 +1,6 @@
-"""Metrics as functions of weights, so that one definition serves estimates, intervals and tests.
+"""The metrics of each task, as weighted functions (see ``metric``), so that one definition serves values and intervals.
 
-Every metric takes ``weight`` of shape [b, n]: b ways of weighting the same n cases. One row of ones is the plain
-value; rows of resampling counts are a bootstrap; rows with a single zero are the jackknife. It returns b values, and
-NaN where a row leaves the metric undefined (an AUC of one class). NaN never gets out: ``Metric.of`` turns it into
-``Undefined`` with a reason, and whoever resamples counts the rows that were left out.
-
-Definitions follow the usual ones: the AUC is the rank statistic with half a point for ties (Hanley and McNeil,
+The definitions are the usual ones: the AUC is the rank statistic with half a point for ties (Hanley and McNeil,
 "The meaning and use of the area under a ROC curve", Radiology 1982, https://doi.org/10.1148/radiology.143.1.7063747);
 average precision is the step-wise sum, without interpolation; the Brier score of more than two classes sums over
 classes (0 to 2). With three or more classes, or several labels, AUC, average precision, sensitivity, specificity and
@@ -13,62 +8,15 @@ F1 are means over classes of one-versus-rest values.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polyclinic.errors import PolyclinicError
-
-Array = NDArray[np.float64]
-Kernel = Callable[[Array, NDArray[Any], Array], Array]
-
-
-class Undefined(PolyclinicError, ValueError):
-    """A metric that these cases do not determine. The message says why."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric and how to speak of it.
-
-    Attributes:
-        name: As written in records.
-        label: As written in tables.
-        kernel: (score, target, weight [b, n]) -> [b]; NaN where undefined.
-        higher_is_better: None where neither is (an intercept, a slope).
-        needs_two_classes: Whether it is undefined where only one class is present.
-        unit: Of the value; empty where it has none.
-    """
-
-    name: str
-    label: str
-    kernel: Kernel
-    higher_is_better: bool | None = True
-    needs_two_classes: bool = False
-    unit: str = ""
-
-    def of(self, score: Array, target: NDArray[Any]) -> float:
-        """The plain value.
-
-        Raises:
-            Undefined: If the cases do not determine it.
-        """
-        if len(score) == 0:
-            raise Undefined("no cases")
-        value = float(self.kernel(score, target, np.ones((1, len(score))))[0])
-        if not np.isfinite(value):
-            raise Undefined(self.why(target))
-        return value
-
-    def why(self, target: NDArray[Any]) -> str:
-        """Why it is undefined for ``target``."""
-        if self.needs_two_classes and target.ndim == 1 and len(np.unique(target)) < 2:
-            return f"all {len(target)} cases are of one class"
-        if self.needs_two_classes and target.ndim == 2 and all(len(np.unique(t)) < 2 for t in target.T):
-            return f"no label has both kinds among {len(target)} cases"
-        return f"not determined by these {len(target)} cases"
+from polyclinic.evaluation.calibration import CALIBRATION
+from polyclinic.evaluation.metric import Kernel, Metric
+from polyclinic.statistics.auc import auc_of, sums_by_score
+from polyclinic.statistics.undefined import Array, Undefined
 
 
 def _ratio(above: Array, below: Array) -> Array:
@@ -77,61 +25,42 @@ def _ratio(above: Array, below: Array) -> Array:
 
 
 def mean_of(values: Array, weight: Array) -> Array:
-    """Σ w·x / Σ w over the finite values. Shapes [n], [b, n] -> [b]."""
+    """Return ``Σ w·x / Σ w`` over the finite values. Shapes [n], [b, n] -> [b]."""
     known = np.isfinite(values)
     return _ratio(weight @ np.where(known, values, 0.0), weight @ known.astype(float))
 
 
-def auc_of(score: Array, positive: NDArray[Any], weight: Array) -> Array:
-    """P(score of a positive > that of a negative) + half of P(equal). Shapes [n], [n], [b, n] -> [b]."""
-    pos, neg = _by_score(score, positive, weight)
-    below = np.cumsum(neg, axis=1) - neg
-    return _ratio((pos * (below + 0.5 * neg)).sum(1), pos.sum(1) * neg.sum(1))
-
-
 def average_precision_of(score: Array, positive: NDArray[Any], weight: Array) -> Array:
-    """Σ (R_k − R_{k−1}) P_k over descending thresholds. Shapes [n], [n], [b, n] -> [b]."""
-    pos, neg = _by_score(-score, positive, weight)
+    """Return ``Σ (R_k − R_{k−1}) P_k`` over descending thresholds. Shapes [n], [n], [b, n] -> [b]."""
+    pos, neg = sums_by_score(-score, positive, weight)
     true, false = np.cumsum(pos, axis=1), np.cumsum(neg, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = np.where(true + false > 0, true / (true + false), 0.0)
     return _ratio((pos * precision).sum(1), pos.sum(1))
 
 
-def _by_score(score: Array, positive: NDArray[Any], weight: Array) -> tuple[Array, Array]:
-    """Weights of positives and negatives summed over equal scores, in ascending order. [b, groups] each."""
-    order = np.argsort(score, kind="stable")
-    sorted_ = score[order]
-    starts = np.flatnonzero(np.r_[True, sorted_[1:] != sorted_[:-1]])
-    w, y = weight[:, order], np.asarray(positive)[order].astype(float)
-    pos, neg = w * y, w * (1.0 - y)
-    if len(starts) < len(score):
-        pos, neg = np.add.reduceat(pos, starts, axis=1), np.add.reduceat(neg, starts, axis=1)
-    return pos, neg
-
-
-def rates_of(said: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:
-    """Sensitivity, specificity and F1 of a yes-or-no answer. F1 = 2 TP / (2 TP + FP + FN)."""
-    yes, true = np.asarray(said).astype(float), np.asarray(positive).astype(float)
+def rates_of(predicted: NDArray[Any], positive: NDArray[Any], weight: Array) -> tuple[Array, Array, Array]:
+    """Return sensitivity, specificity and F1 = 2 TP / (2 TP + FP + FN) of a binary prediction."""
+    yes, true = np.asarray(predicted).astype(float), np.asarray(positive).astype(float)
     tp, fp = weight @ (yes * true), weight @ (yes * (1 - true))
     fn, tn = weight @ ((1 - yes) * true), weight @ ((1 - yes) * (1 - true))
     return _ratio(tp, tp + fn), _ratio(tn, tn + fp), _ratio(2 * tp, 2 * tp + fp + fn)
 
 
 def one_hot(target: NDArray[Any], classes: int) -> NDArray[Any]:
-    """Which class, or which labels, as 0/1 of shape [n, classes]."""
+    """Return the class, or the labels, as 0/1 of shape [n, classes]."""
     return target if target.ndim == 2 else (target[:, None] == np.arange(classes)).astype(float)
 
 
-def said_of(score: Array, target: NDArray[Any]) -> NDArray[Any]:
-    """The answer: the likeliest class, or every label of probability at least one half. 0/1 of shape [n, classes]."""
+def predicted_of(score: Array, target: NDArray[Any]) -> NDArray[Any]:
+    """Return the prediction: the most probable class, or each label with p ≥ 0.5. 0/1 of shape [n, classes]."""
     if target.ndim == 2:
         return score >= 0.5
     return one_hot(np.argmax(score, axis=1), score.shape[1])
 
 
 def _over_classes(score: Array, target: NDArray[Any], one: Callable[[int, NDArray[Any]], Array]) -> Array:
-    """Two classes: the value of the second. Otherwise the mean over the classes that have both kinds of case."""
+    """Return the value of the second of two classes, else the mean over classes with positive and negative cases."""
     truth = one_hot(target, score.shape[1])
     if target.ndim == 1 and score.shape[1] == 2:
         return one(1, truth)
@@ -151,24 +80,24 @@ def _average_precision(score: Array, target: NDArray[Any], weight: Array) -> Arr
 
 def _rate(which: int) -> Kernel:
     def kernel(score: Array, target: NDArray[Any], weight: Array) -> Array:
-        said = said_of(score, target)
-        return _over_classes(score, target, lambda k, truth: rates_of(said[:, k], truth[:, k], weight)[which])
+        predicted = predicted_of(score, target)
+        return _over_classes(score, target, lambda k, truth: rates_of(predicted[:, k], truth[:, k], weight)[which])
 
     return kernel
 
 
 def _accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    right = (said_of(score, target) == one_hot(target, score.shape[1])).astype(float)
+    right = (predicted_of(score, target) == one_hot(target, score.shape[1])).astype(float)
     return mean_of(right.mean(1) if target.ndim == 2 else right.min(1), weight)
 
 
 def _balanced_accuracy(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    said, truth = said_of(score, target), one_hot(target, score.shape[1])
-    rates = [rates_of(said[:, k], truth[:, k], weight) for k in range(truth.shape[1])]
+    predicted, truth = predicted_of(score, target), one_hot(target, score.shape[1])
+    rates = [rates_of(predicted[:, k], truth[:, k], weight) for k in range(truth.shape[1])]
     if target.ndim == 2:  # for each label (sensitivity + specificity) / 2
         mixed = [k for k in range(truth.shape[1]) if 0 < truth[:, k].sum() < len(truth)]
         each = [(rates[k][0] + rates[k][1]) / 2 for k in mixed]
-    else:  # the mean over classes of the share found
+    else:  # the mean sensitivity over classes
         present = [k for k in range(truth.shape[1]) if truth[:, k].any()]
         each = [rates[k][0] for k in present] if len(present) > 1 else []
     return np.mean(each, axis=0) if each else np.full(len(weight), np.nan)
@@ -203,7 +132,7 @@ def _bias(score: Array, target: NDArray[Any], weight: Array) -> Array:
 
 
 def per_case(score: Array, target: NDArray[Any], weight: Array) -> Array:
-    """The mean over cases of a value each case has; ``score`` is [n, k], and a case's value its mean over known k."""
+    """Return the mean over cases of per-case values ``score`` [n, k], which are first averaged over finite k."""
     with np.errstate(invalid="ignore"):
         known = np.isfinite(score)
         values = _ratio(np.where(known, score, 0.0).sum(1), known.sum(1).astype(float))
@@ -247,13 +176,11 @@ PER_CASE: Mapping[str, Metric] = {
 
 
 def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
-    """The metrics of a task, by name, the most usual first. Slope and intercept are for two classes only.
+    """Return the metrics of a task by name, the most common first. Slope and intercept are for two classes only.
 
     Raises:
         ValueError: If the task is unknown.
     """
-    from polyclinic.evaluation.calibration import CALIBRATION
-
     tables: dict[str, Mapping[str, Metric]] = {
         "classification": {**CLASSIFICATION, **(CALIBRATION if classes == 2 else {"ece": CALIBRATION["ece"]})},
         "multilabel": {**CLASSIFICATION, "ece": CALIBRATION["ece"]},
@@ -262,14 +189,14 @@ def metrics_for(task: str, classes: int = 2) -> Mapping[str, Metric]:
         "reconstruction": {k: PER_CASE[k] for k in ("psnr", "ssim", "nmse")},
     }
     if task not in tables:
-        raise ValueError(f"no task called {task!r}; tasks are {', '.join(tables)}")
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(tables)}")
     return tables[task]
 
 
 def measure(task: str, score: Array, target: NDArray[Any]) -> dict[str, float | str]:
-    """Every metric of ``task`` over one set of cases: its value, or in words why it has none.
+    """Compute every metric of ``task`` over one set of cases: its value, or the reason why it is undefined.
 
-    For segmentation and reconstruction use ``per_case`` values instead.
+    For segmentation and reconstruction, average the per-case values with ``per_case`` instead.
     """
     values: dict[str, float | str] = {}
     for name, metric in metrics_for(task, score.shape[1]).items():

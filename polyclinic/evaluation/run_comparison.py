@@ -1,21 +1,20 @@
-"""Several runs beside each other: paired where they tested the same patients, by ranks where they did not."""
+"""Comparison of several runs: paired if they tested the same patients, by ranks otherwise."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Undefined
-from polyclinic.evaluation.paired_tests import BETTER, WORSE, Difference, Ranking, rank_methods
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.evaluation.run_evaluation import Evaluation, Options, evaluate
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import BETTER, WORSE, Difference, Ranking, rank_methods
+from polyclinic.statistics.undefined import Undefined
 
 
 class NotComparable(ConfigError):
@@ -30,8 +29,8 @@ class Row:
         run: The run's folder name.
         method: Its label there.
         mean: The mean over training sites of the primary metric.
-        difference: Minus the reference, paired, Holm-corrected over all rows; None for the reference itself.
-        verdict: In words.
+        difference: Paired difference from the reference, Holm-corrected over all rows; None for the reference itself.
+        verdict: The verdict as text.
     """
 
     run: str
@@ -43,18 +42,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Methods over data sets: one run a data set.
+    """Methods over data sets, with one run per data set.
 
     Attributes:
         runs: The runs' names, in order.
-        methods: Those that every run has.
+        methods: The methods that occur in every run.
         values: Mean over sites of each run's own primary metric, [runs, methods].
         ranking: Mean ranks, with the critical difference; None with fewer than three runs or methods.
-        gains: Of each method, at how many sites it is shown to be better than training alone, and at how many worse.
+        gains: For each method, the numbers of sites at which it is significantly better and worse than local training.
         metrics: Each run's primary metric.
-        rest: The methods that some runs lack.
-        estimates: By run and method, also those of ``rest``.
-        named: By run and method, whom its alarms name, in words, where sites attack or a robust rule looks at them.
+        rest: The methods that do not occur in every run.
+        estimates: Estimates by run and method, including ``rest``.
+        named: By run and method, the numbers of attackers and honest sites that alarms name, as text, if sites were
+            simulated as attackers or a robust rule inspected them.
     """
 
     runs: tuple[str, ...]
@@ -69,16 +69,16 @@ class Panel:
 
 
 def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Options = Options()) -> list[Row]:
-    """Every method of every run against one reference, on the same patients.
+    """Compare every method of every run with one reference, on the same patients.
 
     Args:
         run_dirs: Run folders with the same task, metric and test patients.
-        reference: ``"<run>/<method>"``; by default the first run's method that its report speaks of.
-        options: How to evaluate.
+        reference: ``"<run>/<method>"``; by default the headline method of the first run.
+        options: Options of the evaluation.
 
     Raises:
         NotARun: If a folder is not a run.
-        NotComparable: If the runs tested different patients, or another metric.
+        NotComparable: If tasks, metrics or test patients differ.
     """
     runs = {Path(d).resolve().name: read_run(d) for d in run_dirs}
     if len(runs) < 2:
@@ -100,12 +100,12 @@ def compare(run_dirs: Sequence[str | Path], reference: str = "", options: Option
 
 
 def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: Sequence[str] = ()) -> Panel:
-    """Methods over data sets. Metrics may differ from run to run: ranks do not mind.
+    """Compare methods over data sets by ranks. The metric may differ between runs.
 
     Args:
         run_dirs: Run folders.
-        options: How to evaluate.
-        names: What to call the runs; by default as their folders are called.
+        options: Options of the evaluation.
+        names: Names of the runs; by default those of their folders.
 
     Raises:
         NotARun: If a folder is not a run.
@@ -133,40 +133,43 @@ def panel(run_dirs: Sequence[str | Path], options: Options = Options(), names: S
 
 
 def write_panel(found: Panel, folder: Path) -> Path:
-    """Writes a panel as panel.md and panel.json into ``folder``, and returns the first."""
+    """Write a panel to panel.md and panel.json in ``folder``, and return the path of the first."""
     named = dict(zip(found.runs, found.metrics, strict=True))
     methods = (*found.methods, *found.rest)
     lines = ["| data | metric | " + " | ".join(methods) + " |", "|---|---|" + "---|" * len(methods)]
     for run in found.runs:
         cells = [_cell(found.estimates.get((run, k))) for k in methods]
         lines.append(f"| {run} | {named[run]} | " + " | ".join(cells) + " |")
-    told = ["Mean over training sites, with 95 % intervals over patients (and of the mean over seeds). ", ""]
+    text = ["Mean over training sites, with 95 % intervals over patients (and of the mean over seeds). ", ""]
     if found.ranking is not None:
         r = found.ranking
         ranks = ", ".join(f"{m} {rank:.2f}" for m, rank in zip(r.methods, r.ranks, strict=True))
-        told.append(f"Mean ranks over {r.blocks} data sets, 1 is best: {ranks}.")
-        told.append(f"Two methods closer than {r.critical:.2f} are not told apart (Nemenyi); Friedman's p = {r.p:.3g}.")
-        told.append("")
+        text.append(f"Mean ranks over {r.blocks} data sets, 1 is best: {ranks}.")
+        text.append(
+            f"Methods whose ranks differ by less than {r.critical:.2f} are not distinguished (Nemenyi); "
+            f"Friedman's p = {r.p:.3g}."
+        )
+        text.append("")
     for k, (better, worse) in found.gains.items():
-        told.append(f"- {k}: shown to be better than training alone at {better} sites, worse at {worse}.")
+        text.append(f"- {k}: significantly better than local training at {better} sites, worse at {worse}.")
     if found.named:
-        lines += ["", "Attackers whom alarms or refusals name, and honest sites, over seeds.", ""]
+        lines += ["", "Attackers and honest sites that alarms or refusals name, over seeds.", ""]
         lines += ["| data | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
         lines += [
             "| " + " | ".join([run, *(found.named.get((run, k), "") for k in methods)]) + " |" for run in found.runs
         ]
-    states.write_bytes(folder / "panel.md", "\n".join([*told, "", *lines, ""]).encode())
+    atomic.write(folder / "panel.md", "\n".join([*text, "", *lines, ""]))
     facts = [
         {"data": run, "metric": named[run], "method": k, "patients": e.n}
         | {"value": e.value, "low": e.low, "high": e.high}
         for (run, k), e in found.estimates.items()
     ]
-    states.write_bytes(folder / "panel.json", (json.dumps(facts, indent=1) + "\n").encode())
+    atomic.write_json(folder / "panel.json", facts)
     return folder / "panel.md"
 
 
 def _named(run: Run, label: str) -> str:
-    """``2 of 2 attackers, 1 of 8 honest``; nothing where no site was looked at."""
+    """Return ``2 of 2 attackers, 1 of 8 honest``; an empty text if no site was inspected."""
     groups = ((True, "attackers"), (False, "honest"))
     mine = {
         hostile: [s.named for s in run.standings if s.method == label and s.hostile == hostile] for hostile, _ in groups
@@ -193,7 +196,7 @@ def _ranks(methods: Sequence[str], values: list[list[float | None]], results: Se
 
 
 def _against_single(label: str, results: Iterable[Evaluation]) -> tuple[int, int]:
-    """Sites at which ``label`` is shown to be better than training alone, and worse."""
+    """Return the numbers of sites at which ``label`` is significantly better and worse than local training."""
     verdicts = [g.verdict() for r in results for g in r.of(label).gains.values()]
     return verdicts.count(BETTER), verdicts.count(WORSE)
 
@@ -217,7 +220,7 @@ def _require_same_patients(runs: Mapping[str, Run]) -> None:
 
 
 def _tested(run: Run) -> dict[tuple[str, int], bytes]:
-    """Who was tested, and what is true of them, by site and seed."""
+    """Return the identity of the test set (patients and targets) by site and seed."""
     found: dict[tuple[str, int], bytes] = {}
     for (_, seed), sites in run.arms.items():
         for site, p in sites.items():
@@ -232,7 +235,7 @@ def _identity(p: Predictions) -> bytes:
 
 
 def _merged(runs: Mapping[str, Run]) -> Run:
-    """One run with the methods of all, labeled ``<run>/<method>``."""
+    """Return one run with the methods of all runs, labeled ``<run>/<method>``."""
     base = next(iter(runs.values()))
     methods: list[MethodInfo] = []
     arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}

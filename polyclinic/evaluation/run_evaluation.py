@@ -1,9 +1,9 @@
-"""A run's numbers: every method at every site, pooled, over sites, at the worst site, against training alone.
+"""Evaluation of a run: each method by site, pooled, averaged, at the worst site, and compared with local training.
 
-Each site's patients are resampled within the site, the same draws for every method, so that every difference is
-paired. A value over several seeds is the mean of the seeds' values; its interval is for these models. Differences add
-the variance between seeds, where there are at least two, because another seed would have given another model. The
-method spoken of first is the federated one with the best mean over sites on *validation*; test data choose nothing.
+Each site's patients are resampled within the site, with the same draws for every method, so that every difference is
+paired. A value over several seeds is the mean of the seeds' values; its interval is for these models. The interval of a
+difference includes the variance between seeds if there are at least two, because another seed would give another model.
+The headline method is the federated one with the best mean over sites on *validation* data, never on test data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,14 @@ import numpy as np
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.bootstrap import Sample, sample
-from polyclinic.evaluation.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.evaluation.method_comparison import Against, ranked
-from polyclinic.evaluation.metric_functions import Metric, Undefined, metrics_for
-from polyclinic.evaluation.paired_tests import Difference, Ranking
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
+from polyclinic.statistics.intervals import Estimate, Pooled, pool_sites, z_of
+from polyclinic.statistics.paired_tests import Difference, Ranking
+from polyclinic.statistics.undefined import Undefined
 
 BOUNDED = (
     "auc",
@@ -35,16 +37,16 @@ BOUNDED = (
 
 @dataclass(frozen=True)
 class Options:
-    """How to evaluate.
+    """Options of the evaluation.
 
     Attributes:
-        level: Of confidence.
-        draws: Bootstrap draws.
-        seed: Of the draws.
-        min_cell: Sites with fewer test patients are not shown by themselves; 0 shows all.
-        unit: ``"patient"``, or ``"image"`` where each image is a case of its own; patients are resampled either way.
-        few: Test patients below which a site is called small.
-        reference: The method that others are compared with; by default FedAvg, or the first federated one.
+        level: Confidence level.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
+        min_cell: Sites with fewer test patients are not shown individually; 0 shows all.
+        unit: ``"patient"``, or ``"image"`` to count each image as a case. Patients are resampled in either case.
+        few: Number of test patients below which a site is reported as small.
+        reference: The method with which others are compared; by default FedAvg, or the first federated one.
     """
 
     level: float = 0.95
@@ -58,22 +60,22 @@ class Options:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method achieved on test data.
+    """Results of one method on test data.
 
     Attributes:
         label: The method.
         baseline: Whether it is Local, Pooled or Cross.
         seeds: The seeds with predictions.
         sites: Estimates by site, then by metric. The primary metric has intervals everywhere.
-        pooled: All training sites' patients together, by metric.
+        pooled: Estimates over the pooled patients of all training sites, by metric.
         macro: The mean over training sites of the primary metric.
-        external: Patients of the external sites together, by metric; empty without external sites.
-        worst: The training site with the worst value, and that value; None where no site has one.
-        spread: Standard deviation over training sites; None with fewer than two.
+        external: Estimates over the pooled patients of the external sites, by metric; empty without external sites.
+        worst: The training site with the worst value, and that value; None if no site has a value.
+        spread: Standard deviation over training sites; None if there are fewer than two.
         random: Random-effects mean over training sites.
-        seed_sd: Standard deviation over seeds of the mean over sites; None with one seed.
-        validation: The mean over sites on validation at the rounds that were kept.
-        gains: At each site, against training alone.
+        seed_sd: Standard deviation over seeds of the mean over sites; None if there is one seed.
+        validation: The mean over sites on validation data, at the rounds whose models were tested.
+        gains: Difference from local training at each site.
     """
 
     label: str
@@ -93,24 +95,24 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything the report says about quality.
+    """Results of a run's evaluation, as reported.
 
     Attributes:
         metric: The primary metric.
         methods: In the study's order, those with predictions.
-        headline: The method spoken of first; None where no method has predictions.
-        reference: The method the others are compared with.
+        headline: The method reported first; None if no method has predictions.
+        reference: The method with which the others are compared.
         comparisons: Each other method minus the reference, mean over sites, Holm-corrected.
-        over_splits: The same by Nadeau and Bengio's corrected t over splits: folds, or seeds that have splits of their
-            own; at least three.
-        over_sites: The same by Wilcoxon's signed ranks over sites, where there are at least six.
-        ranking: Mean ranks over sites, where there are at least three methods and sites.
+        over_splits: The same by Nadeau and Bengio's corrected t over at least three splits: folds, or seeds with
+            different splits.
+        over_sites: The same by Wilcoxon's signed ranks over at least six sites.
+        ranking: Mean ranks over sites; None with fewer than three methods or sites.
         patients: Test patients by site.
         images: Test images by site.
-        cases: Test cases by site; more than patients where a patient has images of several labels.
-        shared: Whether all seeds tested the same patients, as far as can be told.
-        options: How it was evaluated.
-        chosen_by: How the headline was chosen, in words.
+        cases: Test cases by site; more than patients if a patient has images of several labels.
+        shared: Whether patients have the same numbers in all seeds.
+        options: The options of the evaluation.
+        chosen_by: Description of how the headline method was chosen.
     """
 
     metric: Metric
@@ -129,19 +131,19 @@ class Evaluation:
     chosen_by: str
 
     def of(self, label: str) -> MethodResult:
-        """The result of the method ``label``."""
+        """Return the result of the method ``label``."""
         return next(m for m in self.methods if m.label == label)
 
 
 def evaluate(run: Run, options: Options = Options()) -> Evaluation:
-    """Evaluates a run, finished or not.
+    """Evaluate a run, finished or not.
 
     Raises:
         ValueError: If the run's metric is not one of its task's.
     """
     table = metrics_for(run.info.task, len(run.info.classes) or 2)
     if run.info.metric not in table:
-        raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is none of {', '.join(table)}")
+        raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
     data = sample(run, options.draws, options.seed, options.level, options.unit)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))
@@ -211,7 +213,7 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
 
 
 def _detailed(m: MethodResult, run: Run, data: Sample, table: Mapping[str, Metric], options: Options) -> MethodResult:
-    """``m`` with intervals for every metric, pooled and external."""
+    """Return ``m`` with intervals for every metric, pooled and external."""
     own = [s for s in training_sites(run) if s in m.sites]
     away = [s for s in external_sites(run) if s in m.sites]
     pooled = {k: data.estimate(m.label, own, t, True) for k, t in table.items()} if own else {}
@@ -222,7 +224,7 @@ def _detailed(m: MethodResult, run: Run, data: Sample, table: Mapping[str, Metri
 def _random(
     sites: Mapping[str, Mapping[str, Estimate]], own: Sequence[str], metric: Metric, level: float
 ) -> Pooled | None:
-    """Sites as a sample of sites. Values that live between 0 and 1 are pooled as log odds, others as they are."""
+    """Return the random-effects mean over sites. Metrics between 0 and 1 are pooled as log odds."""
     known = [e for s in own if (e := sites[s][metric.name]).value is not None and e.low is not None]
     known = [e for e in known if (e.high or 0.0) > (e.low or 0.0)]
     values = np.array([[e.value, e.low, e.high] for e in known], float).reshape(-1, 3)
@@ -256,7 +258,7 @@ def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | No
         return None, ""
     scored = [(m.validation, m.label) for m in federated if m.validation is not None]
     if len(scored) < len(federated):
-        return federated[0].label, "the study's first federated method, for validation scores are incomplete"
+        return federated[0].label, "the study's first federated method, because validation scores are incomplete"
     pick = max if metric.higher_is_better is not False else min
     best = pick(v for v, _ in scored)
     label = next(label for v, label in scored if v == best)
@@ -266,7 +268,7 @@ def _headline(methods: Sequence[MethodResult], metric: Metric) -> tuple[str | No
 
 
 def validation_mean(run: Run, label: str, metric: str) -> float | None:
-    """The mean over seeds, folds and sites of a validation metric, at the round whose model was tested."""
+    """Return the mean over seeds, folds and sites of a validation metric, at the round whose model was tested."""
     kept = {(t.method, t.seed, t.fold): t.round for t in run.lines if t.kind == "test"}
     training, found = training_sites(run), []
     for s in run.curves:

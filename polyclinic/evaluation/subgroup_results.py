@@ -1,8 +1,8 @@
-"""Results by who the patients are and how they were scanned: sex, age, scanner, where the data say so.
+"""Results by subgroups of patients, such as sex, age group and scanner, if the data contain these columns.
 
-A group is all test patients of the training sites of whom a column says the same. Small groups are not shown, and
-neither is an attribute where what is hidden could be found by taking the shown groups from the whole. Groups are
-looked at, not compared: their differences are not tested, and there are as many as there are columns.
+A group consists of all test patients of the training sites with the same value in a column. Small groups are not shown.
+A column is not shown at all if a hidden group could be computed by subtracting the shown groups from the total. The
+results are descriptive: differences between groups are not tested.
 """
 
 import json
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.data.source import Table
 from polyclinic.evaluation.bootstrap import sample
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Metric, metrics_for
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.statistics.intervals import Estimate
 
 FILE = "groups.json"
 SHOWN = (
@@ -35,7 +36,7 @@ SHOWN = (
     "ethnicity",
     "race",
 )
-"""Columns that results are shown by, whatever their letters' case. A column that names the sites is none of them."""
+"""Columns by which results are shown, case-insensitively, except for the column of sites."""
 AGES = ((40, "below 40"), (60, "40 to 59"), (75, "60 to 74"), (999, "75 and above"))
 FEWEST = 10
 MANY = 12
@@ -52,7 +53,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A column's groups, or in words why they are not shown."""
+    """The groups of a column, or the reason why they are not shown."""
 
     name: str
     groups: tuple[Group, ...] = ()
@@ -60,21 +61,21 @@ class Attribute:
 
 
 def groups_of(table: Table, numbers: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
-    """Patients' numbers by column and group. A patient of whom a column says several things is in none of its groups.
+    """Return patients' numbers by column and group. A patient with several values in a column is in no group of it.
 
     Args:
-        table: Who is in the data.
+        table: The patients of the data, with their columns.
         numbers: The number of each patient, as in predictions.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for column, values in table.columns.items():
         if column.lower() not in SHOWN or column in table.sites[:1]:
             continue
-        said: dict[str, set[str]] = {}
+        values_of: dict[str, set[str]] = {}
         for patient, value in zip(table.patients, values, strict=True):
-            said.setdefault(patient, set()).add(value.strip())
+            values_of.setdefault(patient, set()).add(value.strip())
         groups: dict[str, list[int]] = {}
-        for patient, names in sorted(said.items()):
+        for patient, names in sorted(values_of.items()):
             name = next(iter(names)) if len(names) == 1 else ""
             name = _age(name) if column.lower() == "age" else name
             if name and patient in numbers:
@@ -98,16 +99,16 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def write_groups(run: Path, table: Table, numbers: Mapping[str, int]) -> None:
-    """Writes ``groups.json`` into a run folder; nothing where no column is known. It holds numbers, no names."""
+    """Write ``groups.json`` with the patients' numbers, not names, to a run folder, unless no column is known."""
     if found := groups_of(table, numbers):
-        states.write_bytes(run / FILE, (json.dumps(found, separators=(",", ":")) + "\n").encode())
+        atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")
 
 
 def by_group(run: Run, label: str, draws: int, seed: int, level: float, fewest: int = FEWEST) -> list[Attribute]:
-    """The primary metric of ``label`` in every group, on test patients of the training sites, pooled.
+    """Return the primary metric of ``label`` in each group, on the pooled test patients of the training sites.
 
     Args:
-        fewest: Patients below which a group is not shown.
+        fewest: Minimum number of patients of a group that is shown.
     """
     file = run.path / FILE
     if not file.is_file():
@@ -115,18 +116,20 @@ def by_group(run: Run, label: str, draws: int, seed: int, level: float, fewest: 
     fewest = max(fewest, FEWEST)
     metric = metrics_for(run.info.task, len(run.info.classes) or 2)[run.info.metric]
     sites, found = training_sites(run), list[Attribute]()
-    everybody = _tested(run, label, sites)  # by site and number: some runs count anew at every site
+    everyone = _tested(run, label, sites)  # by site and number: numbers may be specific to a site
     for column, groups in json.loads(file.read_text(encoding="utf-8")).items():
         members = {name: set(patients) for name, patients in groups.items()}
-        tested = {name: {who for who in everybody if who[1] in mine} for name, mine in members.items()}
+        tested = {name: {who for who in everyone if who[1] in mine} for name, mine in members.items()}
         tested = {name: patients for name, patients in tested.items() if patients}
         known = set[tuple[str, int]]().union(*tested.values())
         small = [patients for patients in tested.values() if len(patients) < fewest]
-        apart = [*small, everybody - known] if small else []  # what a subtraction would tell of together
+        apart = [*small, everyone - known] if small else []  # a subtraction would give these together
         if len(tested) < 2:
             continue
         if small and sum(map(len, apart)) < fewest:
-            found.append(Attribute(column, why=f"not shown: a group of fewer than {fewest} patients could be told"))
+            found.append(
+                Attribute(column, why=f"not shown: a group of fewer than {fewest} patients could be identified")
+            )
             continue
         shown = []
         for name, patients in tested.items():

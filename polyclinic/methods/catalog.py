@@ -1,11 +1,11 @@
-"""The table of methods: what a study may name. Plain data, so that listing it imports no numerical library.
+"""The table of methods that a study may use. Plain data, so that listing it imports no numerical library.
 
-A new method is one file and one line here. ``make`` is the function that builds it; its arguments after ``task`` and
-``local`` become the keys that a study file may set, with their defaults.
+A new method is one file and one entry here. The fields of its class, other than those that the study provides, are the
+keys that a study file may set, with their defaults.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
@@ -14,25 +14,28 @@ Way = Literal["dp-sgd", "gaussian"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One method by name.
+    """One method.
 
     Attributes:
-        name: As in a study file.
-        make: ``module:function`` under ``polyclinic.methods``.
-        summary: One line for people.
-        paper: Whom to cite.
-        leaves: What leaves a site, in words; "nothing" where nothing does.
-        baseline: Whether it is something to compare with rather than federated learning.
-        pooled: Whether its data lie in one place.
-        tasks: The kinds of task it is for; any where empty.
-        stateful: Whether sites keep something between rounds.
-        unlabeled: Whether a site without any labels takes part. Elsewhere it is only judged.
+        name: Its name in a study file.
+        make: ``module:class`` under ``polyclinic.methods``; a function in place of the class if several objects are
+            composed.
+        summary: Its description in one line.
+        paper: The publications to cite.
+        leaves: What leaves a site; "nothing" if nothing does.
+        baseline: Whether it is a baseline rather than federated learning.
+        pooled: Whether its data are in one place.
+        tasks: The kinds of task that it supports; any if empty.
+        stateful: Whether sites keep state between rounds.
+        unlabeled: Whether a site without any labels takes part. Otherwise such a site is only evaluated.
         newcomers: Whether there is a model for a site that never trained.
-        uplink: What its replies pass through where a study says nothing: transforms that are part of the method's paper.
-        private: In which ways everything that leaves is covered by an ε: "dp-sgd" where sites train with it, "gaussian"
-            where replies pass a clip and noise (or the sparse vector technique). ``tests/attacks/test_release_audit.py`` runs
-            the release audit on every method and holds it to this.
-        exposes: What leaves beside the noise, or why there is no such way; for whoever is refused.
+        uplink: The default transforms of its replies, which are part of the method's paper.
+        private: The ways in which everything that leaves is covered by an ε: "dp-sgd" if sites train with it,
+            "gaussian" if replies pass a clip and noise (or the sparse vector technique).
+            ``tests/attacks/test_release_audit.py`` verifies this for every method by the release audit.
+        exposes: What DP-SGD does not cover, or why it cannot be used; empty if it covers everything.
+        fixed: Arguments that distinguish this name from others of the same class. They are not options.
+        defaults: Defaults of options that differ from those of the class.
     """
 
     name: str
@@ -49,9 +52,16 @@ class Entry:
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
 
 
 BOTH: tuple[Way, ...] = ("dp-sgd", "gaussian")
+OWN_STEPS = "it takes individual training steps"
+NOT_BY_EXAMPLE = "its loss cannot be computed example by example"
+OWN_EXAMPLES = "it trains on examples that it generates, which are not assigned to patients"
+EXACT_LOSS = "it sends the exact training loss"
+WEIGHT_IS_LOSS = "the weight of an update discloses the training loss"
 SEEN = "the change of the model, which the server sees site by site"
 
 # By the survey's taxonomy (Guan, Yap, Bozoki and Liu, "Federated learning for medical image analysis", 2024).
@@ -59,8 +69,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Baselines": (
         Entry(
             "local",
-            "base.baselines:LocalOnly",
-            "every site trains alone",
+            "optimization.baselines:LocalOnly",
+            "local training at each site",
             "Guan et al. 2024",
             "nothing",
             baseline=True,
@@ -70,8 +80,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "cross",
-            "base.baselines:Cross",
-            "every site is tested with another's model",
+            "optimization.baselines:Cross",
+            "each site is tested with another site's model",
             "Guan et al. 2024",
             "the model",
             baseline=True,
@@ -81,73 +91,103 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "pooled",
-            "base.baselines:pooled",
-            "all data in one place",
+            "optimization.fedavg:FedAvg",
+            "training on all data in one place",
             "Guan et al. 2024",
             "the data",
             baseline=True,
             pooled=True,
             private=("dp-sgd",),
+            fixed={"lr": 1.0, "uniform": False},
         ),
     ),
     "Federated optimization": (
         Entry("fedavg", "optimization.fedavg:FedAvg", "federated averaging", "McMahan et al. 2017", private=BOTH),
         Entry(
             "fedsgd",
-            "optimization.fedsgd:fedsgd",
-            "one full-batch gradient a round",
+            "optimization.fedsgd:FedSGD",
+            "one full-batch gradient per round",
             "McMahan et al. 2017",
             "a gradient",
             private=("gaussian",),
-            exposes="its gradient is that of all training patients, exact",
+            exposes="it sends the exact gradient of all training patients",
         ),
         Entry(
             "fedprox",
-            "optimization.fedprox:fedprox",
-            "sites held near where they started",
+            "optimization.fedprox:FedProx",
+            "a proximal term limits client drift",
             "Li et al. 2020 (MLSys)",
             private=BOTH,
         ),
         Entry(
             "scaffold",
             "optimization.scaffold:Scaffold",
-            "control variates against drift",
+            "control variates against client drift",
             "Karimireddy et al. 2020",
             "the change of the model and of a control variate",
             stateful=True,
             private=BOTH,
         ),
-        Entry("fedavgm", "optimization.fedopt:fedavgm", "momentum at the server", "Hsu et al. 2019", private=BOTH),
         Entry(
-            "fedadagrad", "optimization.fedopt:fedadagrad", "Adagrad at the server", "Reddi et al. 2021", private=BOTH
+            "fedavgm",
+            "optimization.fedopt:FedOpt",
+            "momentum at the server",
+            "Hsu et al. 2019",
+            private=BOTH,
+            fixed={"rule": "momentum", "beta2": 0.99, "tau": 1e-3},
+            defaults={"lr": 1.0},
         ),
-        Entry("fedadam", "optimization.fedopt:fedadam", "Adam at the server", "Reddi et al. 2021", private=BOTH),
-        Entry("fedyogi", "optimization.fedopt:fedyogi", "Yogi at the server", "Reddi et al. 2021", private=BOTH),
+        Entry(
+            "fedadagrad",
+            "optimization.fedopt:FedOpt",
+            "Adagrad at the server",
+            "Reddi et al. 2021",
+            private=BOTH,
+            fixed={"rule": "adagrad", "beta1": 0.0, "beta2": 0.99},
+        ),
+        Entry(
+            "fedadam",
+            "optimization.fedopt:FedOpt",
+            "Adam at the server",
+            "Reddi et al. 2021",
+            private=BOTH,
+            fixed={"rule": "adam"},
+        ),
+        Entry(
+            "fedyogi",
+            "optimization.fedopt:FedOpt",
+            "Yogi at the server",
+            "Reddi et al. 2021",
+            private=BOTH,
+            fixed={"rule": "yogi"},
+        ),
         Entry(
             "feddyn",
             "optimization.feddyn:FedDyn",
-            "sites' objectives bent towards a common minimum",
+            "a dynamic regularizer aligns the sites' objectives",
             "Acar et al. 2021",
             stateful=True,
             private=BOTH,
         ),
         Entry(
             "mime",
-            "optimization.mime:mime",
-            "local steps with the server's momentum, corrected against drift",
+            "optimization.mime:Mime",
+            "local steps with the server's momentum, corrected for client drift",
             "Karimireddy et al. 2021 (NeurIPS)",
             "a gradient, and the change of the model",
             private=("gaussian",),
             exposes="it sends the exact gradient of all training patients",
+            fixed={"lite": False},
         ),
         Entry(
             "mime-lite",
-            "optimization.mime:mime_lite",
+            "optimization.mime:Mime",
             "local steps with the server's momentum",
             "Karimireddy et al. 2021 (NeurIPS)",
             "the change of the model, and a gradient",
             private=("gaussian",),
-            exposes="beside the update it sends the exact gradient of all training patients",
+            exposes="in addition to the update it sends the exact gradient of all training patients",
+            fixed={"lite": True},
         ),
     ),
     "Client end: domain-specific learning": (
@@ -190,7 +230,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "ditto",
             "personalization.ditto:ditto",
-            "a personal model beside the global one, drawn towards it",
+            "a personal model regularized towards the global one",
             "Li et al. 2021 (ICML)",
             stateful=True,
             private=BOTH,
@@ -198,11 +238,11 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "pfedme",
             "personalization.pfedme:PFedMe",
-            "personal models near a shared one, which follows them",
+            "personal models regularized towards a shared one",
             "T. Dinh et al. 2020 (NeurIPS)",
             stateful=True,
             private=("gaussian",),
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "apfl",
@@ -211,12 +251,12 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Deng et al. 2020",
             stateful=True,
             private=("gaussian",),
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "fedrep",
             "personalization.fedrep:fedrep",
-            "heads stay at the sites and are fitted before the representation",
+            "heads stay at the sites and are trained before the representation",
             "Collins et al. 2021",
             "the change of all but the head",
             stateful=True,
@@ -225,7 +265,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "moon",
             "personalization.moon:Moon",
-            "sites keep their representation near the global model's",
+            "representations are drawn to the global model's by a contrast",
             "Li et al. 2021 (CVPR)",
             stateful=True,
             private=BOTH,
@@ -233,7 +273,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "ifca",
             "personalization.ifca:IFCA",
-            "several models; each site trains the one that fits it best",
+            "several models; each site trains the one with the lowest loss",
             "Ghosh et al. 2020",
             "the change of every cluster's model, 0 for those that the site is not in",
             stateful=True,
@@ -243,9 +283,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "feddg",
             "personalization.feddg:FedDG",
-            "sites practice in the styles of the others, for hospitals not yet seen",
+            "sites train in the styles of the others, for unseen hospitals",
             "Liu et al. 2021 (CVPR)",
-            "low-frequency amplitude spectra of some images, once and kept apart by site, and seen by the other sites; then the change of the model",
+            "low-frequency amplitude spectra of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends amplitude spectra of single images",
         ),
         Entry(
@@ -253,25 +293,25 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "personalization.fedsm:FedSM",
             "a global model, personal ones, and a selector between them",
             "Xu et al. 2022 (CVPR)",
-            "the change of the global model and of the selector; the personal model, kept apart by site",
+            "the change of the global model and of the selector; the personal model, separate by site",
             exposes="it sends a selector that was trained without privacy",
         ),
         Entry(
             "iop-fl",
             "personalization.iopfl:IOPFL",
-            "personal models inside; outside, a mixture of them found at test time",
+            "personal models for training sites; for others, a mixture of them adapted at test time",
             "Jiang et al. 2023 (TMI)",
-            "the change of the model; the personal model, kept apart by site",
+            "the change of the model; the personal model, separate by site",
             tasks=("classification", "segmentation"),
             stateful=True,
             private=("dp-sgd",),
         ),
         Entry(
             "fednorm",
-            "personalization.fednorm:fednorm",
+            "personalization.fednorm:FedNorm",
             "one model for several modalities, with normalization layers for each",
             "Bernecker et al. 2022",
-            "the change of the model, and which modality the site has",
+            "the change of the model, and the site's modality",
             private=BOTH,
         ),
         Entry(
@@ -279,7 +319,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "personalization.fedmri:fedmri",
             "a shared encoder, a private decoder, and a contrast of encoders",
             "Feng et al. 2022 (TMI)",
-            "the change of the encoder; with `others`, the encoder, kept apart by site",
+            "the change of the encoder; with `others`, the encoder, separate by site",
             stateful=True,
             private=BOTH,
         ),
@@ -297,27 +337,27 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "lc-fed",
             "personalization.lcfed:LCFed",
-            "channels chosen for each site, and heads calibrated where sites disagree",
+            "site-specific channel selection, and heads calibrated where sites disagree",
             "Wang et al. 2022 (ECCV)",
-            "the change of all but the head; the head, kept apart by site and seen by the other sites",
+            "the change of all but the head; the head, separate by site and shown to the other sites",
             tasks=("segmentation",),
             stateful=True,
-            exposes="its loss cannot be taken example by example",
+            exposes=NOT_BY_EXAMPLE,
         ),
     ),
     "Client end: domain adaptation": (
         Entry(
             "fed-align",
             "domain_adaptation.fedalign:FedAlign",
-            "features that discriminators cannot tell apart by site",
+            "features whose site discriminators cannot identify",
             "Li et al. 2020 (Medical Image Analysis)",
-            "the change of the model; noisy features of some examples, and a discriminator, each kept apart by site",
+            "the change of the model; noisy features of some examples, and a discriminator, each separate by site",
             stateful=True,
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "fed-moe",
-            "domain_adaptation.fedmoe:fed_moe",
+            "domain_adaptation.fedmoe:FedMoE",
             "a federated and a private model, mixed by a private gate",
             "Li et al. 2020 (Medical Image Analysis)",
             "the change of the federated expert",
@@ -327,63 +367,63 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fedharmony",
             "domain_adaptation.fedharmony:FedHarmony",
-            "features that do not tell which scanner they come from",
+            "features from which the scanner cannot be identified",
             "Dinsdale et al. 2022",
-            "the change of the model and of a domain classifier; mean and deviation of features, kept apart by site",
-            exposes="it takes its training steps by itself",
+            "the change of the model and of a domain classifier; mean and deviation of features, separate by site",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "fl-mrcm",
-            "domain_adaptation.mrcm:mrcm",
-            "sites with truth, aligned to one without",
+            "domain_adaptation.mrcm:MRCM",
+            "sites with references, aligned to one without",
             "Guo et al. 2021 (CVPR)",
-            "the change of the model; of the target instead, latent features of some examples, kept apart",
+            "the change of the model; from the target, latent features of some examples, separate by site",
             stateful=True,
-            exposes="it takes its training steps by itself, and sends latent features of single examples",
+            exposes="it takes individual training steps, and sends latent features of single examples",
         ),
     ),
     "Client end: image harmonization": (
         Entry(
             "harmofl",
-            "harmonization.harmofl:harmofl",
+            "harmonization.harmofl:HarmoFL",
             "one amplitude spectrum for all images, and flat minima",
             "Jiang et al. 2022 (AAAI)",
             "the mean amplitude spectrum of the site's images, once, then the change of the model",
             private=("gaussian",),
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "zscore",
             "harmonization.zscore:zscore",
-            "inputs of mean 0 and deviation 1, over all sites or within each",
+            "inputs with mean 0 and standard deviation 1, over all sites or within each",
             "textbook",
             "sums and sums of squares of the data, once, then the change of the model",
             stateful=True,
-            exposes="it sends sums of the data, exact",
+            exposes="it sends exact sums of the data",
         ),
         Entry(
             "combat",
             "harmonization.combat:combat",
-            "each scanner's offset and scale, taken out of every feature",
+            "removes each scanner's offset and scale from every feature",
             "Johnson et al. 2007; Chen et al. 2022 (NeuroImage)",
             "the site's sums of features and of squared residuals, once, then the change of the model",
             stateful=True,
             private=("gaussian",),
-            exposes="it sends sums of features, exact, and they enter every gradient",
+            exposes="it sends exact sums of features, and they enter every gradient",
         ),
         Entry(
             "vafl",
             "harmonization.vafl:vafl",
-            "every site's images in the style of the one that varies least",
+            "translates images to the style of the site with the lowest variation",
             "Yan et al. 2021 (JBHI)",
-            "how much the site's images vary, and from one site made images, kept apart by site; then the change of the model",
+            "the variation of the site's images and, from one site, generated images, separate by site; then the change of the model",
             stateful=True,
-            exposes="it sends how much the images vary, exact, and made images",
+            exposes="it sends the exact variation of the images, and generated images",
         ),
         Entry(
             "stain-norm",
             "harmonization.stain_norm:stain_norm",
-            "one generator gives all sites' images a common style",
+            "one generator translates all sites' images to a common style",
             "Ke et al. 2021 (ISBI)",
             "the change of a generator of images, then that of the model",
             stateful=True,
@@ -392,11 +432,11 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "histogram-match",
             "harmonization.histogram_match:histogram_match",
-            "every site's gray values get the quantiles of all sites' together",
+            "maps each site's gray values to the quantiles of all sites",
             "Nyúl and Udupa 1999",
             "counts, moments and histograms of the data, once, as sums; then the change of the model",
             stateful=True,
-            exposes="it sends histograms of the data, exact",
+            exposes="it sends exact histograms of the data",
         ),
     ),
     "Client end: contrastive and self-supervised learning": (
@@ -408,16 +448,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; mean and covariance of image features",
             stateful=True,
             unlabeled=True,
-            exposes="it trains on examples of its own making, which do not say whose they are",
+            exposes=OWN_EXAMPLES,
         ),
         Entry(
             "fedmae",
             "self_supervised.fedmae:fedmae",
-            "learns to fill in what is hidden, then from labels",
+            "masked image modeling, then training on labels",
             "Yan et al. 2023",
             unlabeled=True,
             private=("gaussian",),
-            exposes="it trains on examples of its own making, which do not say whose they are",
+            exposes=OWN_EXAMPLES,
         ),
         Entry(
             "fcl",
@@ -427,7 +467,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; features of single images",
             stateful=True,
             unlabeled=True,
-            exposes="it trains on examples of its own making, which do not say whose they are",
+            exposes=OWN_EXAMPLES,
         ),
     ),
     "Client end: multi-task learning": (
@@ -454,64 +494,64 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
     "Client end: weakly and semi-supervised learning": (
         Entry(
             "fedirm",
-            "semi_supervised.fedirm:fedirm",
-            "sites without labels match how classes relate elsewhere",
+            "semi_supervised.fedirm:FedIRM",
+            "sites without labels match the class relations of labeled sites",
             "Liu et al. 2021 (MICCAI)",
-            "the change of the model, and how classes relate in its eyes",
+            "the change of the model, and its class relations",
             tasks=("classification",),
             stateful=True,
             unlabeled=True,
             private=("gaussian",),
-            exposes="its loss cannot be taken example by example",
+            exposes=NOT_BY_EXAMPLE,
         ),
         Entry(
             "fedsemi",
-            "semi_supervised.fedsemi:fedsemi",
-            "sites without labels learn from sure predictions",
+            "semi_supervised.fedsemi:FedSemi",
+            "sites without labels learn from confident predictions",
             "Yang et al. 2021 (MedIA)",
             tasks=("segmentation", "classification"),
             unlabeled=True,
             private=("gaussian",),
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
         Entry(
             "fedperl",
-            "semi_supervised.fedperl:fedperl",
-            "similar peers help to label, unknown to one another",
+            "semi_supervised.fedperl:FedPerl",
+            "similar peers help to label, anonymously",
             "Bdair et al. 2021",
-            "the model, seen by the server alone; others receive averages",
+            "the model, which only the server sees; others receive averages",
             tasks=("classification", "segmentation"),
             unlabeled=True,
-            exposes="its loss cannot be taken example by example",
+            exposes=NOT_BY_EXAMPLE,
         ),
         Entry(
             "fedmix",
-            "semi_supervised.fedmix:fedmix",
-            "masks, boxes, labels of images or nothing, by two networks that agree",
+            "semi_supervised.fedmix:FedMix",
+            "masks, boxes, image labels or no annotation, by two networks that agree",
             "Wicaksana et al. 2023",
-            "the change of two models, how many images it used, and their loss",
+            "the change of two models, the number of images used, and their loss",
             tasks=("segmentation",),
             stateful=True,
             unlabeled=True,
-            exposes="its loss cannot be taken example by example",
+            exposes=NOT_BY_EXAMPLE,
         ),
         Entry(
             "histofl",
             "semi_supervised.histofl:HistoFL",
             "slides as bags of patches, weights sent with uncalibrated noise",
             "Lu et al. 2022 (MedIA)",
-            "the change of the model, blurred",
+            "the change of the model, with noise",
             private=BOTH,
         ),
         Entry(
             "fedcy",
             "semi_supervised.fedcy:FedCy",
-            "videos without labels learn from the order of time",
+            "unlabeled videos are learned from their temporal order",
             "Kassem et al. 2023",
             tasks=("classification",),
             unlabeled=True,
             private=("gaussian",),
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
         ),
     ),
     "Client end: knowledge distillation": (
@@ -527,18 +567,19 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedkd",
-            "distillation.fedmic:fedkd",
+            "distillation.fedmic:fedmic",
             "a private mentor and a shared mentee",
             "Wu et al. 2022",
             "the change of the student",
             stateful=True,
             uplink=("low-rank",),
             private=BOTH,
+            fixed={"representation": 1.0, "decision": 1.0, "temperature": 1.0, "adaptive": True},
         ),
         Entry(
             "mutual",
             "distillation.fedmic:mutual",
-            "a private and a shared model learn from one another",
+            "a private and a shared model learn from each other",
             "Shen et al. 2020; Zhang et al. 2018",
             "the change of the shared model",
             stateful=True,
@@ -546,38 +587,38 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "teacher-student",
-            "distillation.teacher_student:teacher_student",
+            "distillation.teacher_student:TeacherStudent",
             "sites learn from labels and from a teacher",
             "Kumar et al. 2021; Hinton et al. 2015",
             private=BOTH,
         ),
         Entry(
             "fedmd",
-            "distillation.fedmd:fedmd",
-            "sites exchange what their models say of public images",
+            "distillation.fedmd:FedMD",
+            "sites exchange predictions on public images",
             "Li and Wang 2019",
             "scores on public images",
             tasks=("classification", "multilabel", "regression"),
             stateful=True,
             private=("gaussian",),
-            exposes="its digest of public images trains on data that do not say whose they are",
+            exposes="it trains on public images, which are not assigned to patients",
         ),
         Entry(
             "feddf",
-            "distillation.feddf:feddf",
-            "the server distils all models on public images",
+            "distillation.feddf:FedDF",
+            "the server distills all models on public images",
             "Lin et al. 2020",
-            "the model, seen by the server for each site",
+            "the model, which the server sees site by site",
             private=("dp-sgd",),
         ),
         Entry(
             "fedad",
-            "distillation.fedad:fedad",
+            "distillation.fedad:FedAD",
             "one exchange of predictions and attention on public images",
             "Gong et al. 2021, 2022",
             "probabilities and attention on public images, once; class counts",
             tasks=("classification",),
-            exposes="it sends scores of a model that was chosen on the data, and class counts",
+            exposes="it sends scores of a model that was selected on the data, and class counts",
         ),
     ),
     "Client end: data synthesis": (
@@ -587,26 +628,26 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "virtual examples made with the local and the global model",
             "Zhu and Luo 2022",
             private=("gaussian",),
-            exposes="its loss cannot be taken example by example",
+            exposes=NOT_BY_EXAMPLE,
         ),
         Entry(
             "fedreplay",
             "synthesis.fedreplay:FedReplay",
-            "the server trains on what the sites' generators replay",
+            "the server trains on examples from the sites' generators",
             "Qu et al. 2022 (Medical Image Analysis)",
-            "a generator of the site's examples and its class counts, kept apart by site",
+            "a generator of the site's examples and its class counts, separate by site",
             tasks=("classification",),
             stateful=True,
             exposes="it sends a generator that was trained without privacy, and class counts",
         ),
         Entry(
             "fedni",
-            "synthesis.fedni:fedni",
-            "population graphs, completed by imagined neighbors",
+            "synthesis.fedni:FedNI",
+            "population graphs, completed by generated neighbors",
             "Peng et al. 2022",
             tasks=("classification", "multilabel", "regression"),
             unlabeled=True,
-            exposes="it trains on examples of its own making, which do not say whose they are",
+            exposes=OWN_EXAMPLES,
         ),
     ),
     "Client end: unequal machines": (
@@ -615,7 +656,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "heterogeneity.fednova:FedNova",
             "changes averaged per unit of work",
             "Wang et al. 2020",
-            "the change of the model per step, and how many steps",
+            "the change of the model per step, and the number of steps",
             private=BOTH,
         ),
         Entry(
@@ -624,7 +665,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "every site trains for the same time",
             "Stripelis et al. 2022",
             "the change of the model, and the seconds of an epoch",
-            exposes="it sends how long an epoch took, without noise",
+            exposes="it sends the duration of an epoch, without noise",
         ),
         Entry(
             "partial-work",
@@ -638,14 +679,14 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "loss-weighted",
             "aggregation.loss_weighting:LossWeighted",
-            "sites count more, the lower their training loss",
+            "site weights decrease with the training loss",
             "Li et al., in Guan et al. 2024",
-            exposes="the weight of an update shows the training loss",
+            exposes=WEIGHT_IS_LOSS,
         ),
         Entry(
             "ida",
             "aggregation.ida:ida",
-            "sites count less, the farther they are from the mean",
+            "site weights decrease with the distance from the mean",
             "Yeganeh et al. 2020",
             SEEN,
             private=("dp-sgd",),
@@ -653,12 +694,12 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "prr-fl",
             "aggregation.prrfl:PRRFL",
-            "low frequencies of the weights are shared; a deputy and a personal model teach one another",
+            "low frequencies of the weights are shared; a deputy and a personal model teach each other",
             "Chen et al. 2021 (MICCAI)",
             "a deputy model without normalization layers, which the server sees site by site",
             tasks=("classification",),
             stateful=True,
-            exposes="scores on all training patients choose the loss",
+            exposes="scores on all training patients select the loss",
         ),
         Entry(
             "pfa",
@@ -671,28 +712,28 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "auto-fedavg",
-            "aggregation.auto_fedavg:auto_fedavg",
+            "aggregation.auto_fedavg:AutoFedAvg",
             "the weights of the mean are learned",
             "Xia et al. 2021",
             "the change of the model, which the server sees site by site, and gradients",
-            exposes="it sends gradients of the validation loss, exact",
+            exposes="it sends exact gradients of the validation loss",
         ),
         Entry(
             "fedmix-weights",
             "aggregation.adaptive_weights:AdaptiveWeights",
-            "sites count by their examples and by their loss",
+            "site weights depend on the number of examples and the loss",
             "Wicaksana et al. 2023",
             "the change of the model, the number of examples and the training loss",
             stateful=True,
-            exposes="it sends the training loss, exact",
+            exposes=EXACT_LOSS,
         ),
         Entry(
             "fedce",
-            "aggregation.fedce:fedce",
-            "sites count by what they contribute",
+            "aggregation.fedce:FedCE",
+            "site weights are estimated contributions",
             "Jiang et al. 2023 (CVPR)",
             "the change of the model, which the server sees site by site, and the training loss",
-            exposes="it sends the training loss, exact",
+            exposes=EXACT_LOSS,
         ),
         Entry(
             "fedgma",
@@ -704,49 +745,50 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "fedbuff",
-            "aggregation.fedbuff:fedbuff",
-            "nobody waits for the slowest site; old answers count less",
+            "aggregation.fedbuff:FedBuff",
+            "asynchronous updates; old replies have less weight",
             "Nguyen et al. 2022",
             private=BOTH,
         ),
         Entry(
             "dynamic-fusion",
             "aggregation.dynamic_fusion:DynamicFusion",
-            "a site sends its model only where training made it better",
+            "a site sends its model only if training improved it",
             "Zhang et al. 2021",
-            "whether training helped and, where it did, the change of the model",
+            "whether training improved the model and, if so, the change of the model",
             stateful=True,
-            exposes="whether a site sends its model shows how well that does on its data",
+            exposes="whether a site sends its model depends on its validation loss",
         ),
     ),
     "Server end: domain shift and fairness": (
         Entry(
             "q-ffl",
-            "fairness.qffl:q_ffl",
-            "sites count more, the worse the model is at them",
+            "fairness.qffl:QFFL",
+            "site weights increase with the loss",
             "Li et al. 2020 (ICLR)",
-            exposes="the weight of an update shows the training loss",
+            exposes=WEIGHT_IS_LOSS,
+            fixed={"uniform": True},
         ),
         Entry(
             "afl",
             "fairness.afl:AFL",
-            "the model that is best for the worst mixture of sites",
+            "minimizes the loss of the worst mixture of sites",
             "Mohri et al. 2019",
             "the change of the model, and the training loss",
-            exposes="it sends the training loss, exact",
+            exposes=EXACT_LOSS,
         ),
         Entry(
             "prop-ffl",
             "fairness.prop_ffl:PropFFL",
-            "hospitals count more, the nearer their loss is to the worst",
+            "hospital weights increase as the loss approaches the highest",
             "Hosseini et al. 2023",
             "the change of the model, the training loss and the number of examples",
-            exposes="it sends the training loss, exact",
+            exposes=EXACT_LOSS,
         ),
         Entry(
             "guided-gradient",
             "fairness.guided_gradients:guided_gradient",
-            "sites whose change points against the common direction do not count",
+            "updates that oppose the mean direction have no weight",
             "Fan et al., in Guan et al. 2024",
             SEEN,
             private=("dp-sgd",),
@@ -754,19 +796,19 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fedsld",
             "fairness.fedsld:FedSLD",
-            "minibatches weighed to look like the whole federation",
+            "minibatches weighted to the federation's class distribution",
             "Luo and Wu 2022",
             "the change of the model and, once, class counts",
             tasks=("classification",),
             private=("gaussian",),
-            exposes="it sends class counts, exact",
+            exposes="it sends exact class counts",
         ),
     ),
     "Server end: corrupted clients": (
         Entry(
             "watched",
             "robust.named_rules:watched",
-            "the plain mean, and every site's standing shown to people",
+            "the plain mean, with outlier statistics for every site",
             "Iglewicz and Hoaglin 1993",
             SEEN,
             private=("dp-sgd",),
@@ -790,7 +832,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "bulyan",
             "robust.named_rules:bulyan",
-            "krum again and again, then a trimmed mean",
+            "repeated Krum, then a trimmed mean",
             "El Mhamdi et al. 2018",
             SEEN,
             private=("dp-sgd",),
@@ -814,7 +856,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "geometric-median",
             "robust.named_rules:geometric_median",
-            "the point nearest to all updates together (RFA)",
+            "the point with the smallest sum of distances to all updates (RFA)",
             "Pillutla et al. 2022",
             SEEN,
             private=("dp-sgd",),
@@ -822,7 +864,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "centered-clipping",
             "robust.named_rules:centered_clipping",
-            "no site moves the last aggregate far",
+            "each site's change of the last aggregate is clipped",
             "Karimireddy et al. 2021",
             SEEN,
             private=("dp-sgd",),
@@ -830,15 +872,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "fltrust",
             "robust.named_rules:fltrust",
-            "updates weighed by a trusted one",
+            "updates weighted by their agreement with a trusted one",
             "Cao et al. 2021",
             SEEN,
             private=("dp-sgd",),
+            defaults={"root": ""},
         ),
         Entry(
             "dos",
             "robust.named_rules:dos",
-            "updates weighed by how usual their distances are (DOS, COPOD)",
+            "updates weighted by outlier scores of their distances (DOS, COPOD)",
             "Alkhunaizi et al. 2022",
             SEEN,
             private=("dp-sgd",),
@@ -848,10 +891,10 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         Entry(
             "swarm",
             "topology.swarm:Swarm",
-            "no central server: one of the sites merges, another in each round",
+            "no central server: an elected site merges, another in each round",
             "Warnat-Herresthal et al. 2021",
             "the change of the model, which the elected site sees site by site",
-            exposes="the elected site sends what it merged without noise of its own",
+            exposes="the elected site sends the merged model without noise of its own",
         ),
         Entry(
             "gossip",
@@ -864,38 +907,40 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
         ),
         Entry(
             "cyclic",
-            "topology.cyclic:cyclic",
-            "the model travels from site to site",
+            "topology.cyclic:Cyclic",
+            "sites train the model in turn",
             "Chang et al. 2018",
             "the change of the model, which the next site sees",
             private=BOTH,
         ),
         Entry(
             "split",
-            "topology.split_learning:split",
-            "the server holds the last layers; labels travel",
+            "topology.split_learning:Split",
+            "the server holds the last layers; labels are sent",
             "Gupta and Raskar 2018; Poirot et al. 2019",
             "activations and labels of every minibatch, and the first layers",
             tasks=("classification", "multilabel", "regression"),
             stateful=True,
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
+            fixed={"u_shaped": False},
         ),
         Entry(
             "u-split",
-            "topology.split_learning:u_split",
-            "the server holds the middle layers; labels stay home",
+            "topology.split_learning:Split",
+            "the server holds the middle layers; labels stay at the sites",
             "Vepakomma et al. 2018",
             "activations and gradients of every minibatch, and the first and last layers",
             tasks=("classification", "multilabel", "regression"),
             stateful=True,
-            exposes="it takes its training steps by itself",
+            exposes=OWN_STEPS,
+            fixed={"u_shaped": True},
         ),
     ),
     "Communication: one-shot merging": (
         Entry(
             "data-vectors",
-            "one_shot.data_vectors:datavectors",
-            "one message from each site, whenever it is ready",
+            "one_shot.data_vectors:DataVectors",
+            "one message from each site, at any time",
             "Tian et al. 2024",
             "the change of the model and its statistics, once, which the server sees site by site",
             private=("dp-sgd",),
@@ -905,7 +950,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
 
 METHODS: Mapping[str, Entry] = {entry.name: entry for entries in FAMILIES.values() for entry in entries}
 ALIASES: Mapping[str, str] = {"single": "local", "mix": "pooled", "taught": "teacher-student"}
-"""Other names that a study may use: those of the survey, and a former one."""
+"""Other names that a study may use, such as those of the survey."""
 
 
 def canonical(name: str) -> str:

@@ -10,10 +10,11 @@ from polyclinic.methods.catalog import Entry, family_of
 from polyclinic.methods.registry import entry, maker, options
 
 USUAL = {
-    "lr": "The server's step along the mean change, 1 for plain averaging.",
-    "uniform": "Whether every site counts the same, instead of in proportion to its examples.",
-    "bins": "Of the histograms that quantiles are read from.",
+    "lr": "Step size of the server along the mean change; 1 for plain averaging.",
+    "uniform": "Whether all sites have equal weight, instead of in proportion to their training examples.",
+    "bins": "Number of bins of the histograms from which quantiles are read.",
     "over": "The method whose updates the rule aggregates, with that method's own defaults.",
+    "bound": "Updates longer than this multiple of the median length are first scaled down to it; 0 for no bound.",
 }
 """Meanings of common options, used if a method's own docstrings do not describe them."""
 
@@ -42,6 +43,8 @@ class Page:
         ways = " and ".join(covered[way] for way in e.private)
         why = f"Not with private training: {e.exposes}." if e.exposes else ""
         lines += [f"**Differential privacy is available with:** {ways or 'nothing'}. {why}".rstrip(), ""]
+        if e.fixed:
+            lines += [f"**Fixed:** {', '.join(f'`{name} = {value!r}`' for name, value in e.fixed.items())}.", ""]
         if e.uplink:
             through = ", ".join(f'{{ name = "{name}" }}' for name in e.uplink)
             lines += [f"By default a study uses `uplink = [{through}]` with it; `uplink = []` turns this off.", ""]

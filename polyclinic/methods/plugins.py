@@ -1,11 +1,12 @@
 """The installed packages that provide plug-in methods: name, version, and a hash of their files.
 
-A plug-in method is an entry point in the group ``polyclinic.methods`` of another installed package. Everything here
-reads metadata and files and imports no module of such a package, so that a site can refuse it before its code runs.
+A plug-in method is an entry point in the group ``polyclinic.methods`` of another installed package. This module reads
+metadata and files and imports no module of such a package, so that a site can refuse it before its code runs.
 
 The hash covers the package that provides the entry point: the files listed in its metadata (RECORD,
-https://packaging.python.org/en/latest/specifications/recording-installed-packages/), and all files beside the module
-that would be imported, which for an editable install is the source tree. It does not cover what the package imports.
+https://packaging.python.org/en/latest/specifications/recording-installed-packages/), and all files in the folder of the
+module that would be imported, which for an editable install is the source tree. It does not cover the package's
+imports.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ class Package(NamedTuple):
     """One installed package.
 
     Attributes:
-        name: Its normalized name (PEP 503). ``version``: as installed.
+        name: Its normalized name (PEP 503).
+        version: Its installed version.
         hash: SHA-256 of its files, 64 hexadecimal digits.
     """
 
@@ -37,31 +39,31 @@ class Package(NamedTuple):
 
 
 def packages_of(methods: Iterable[str]) -> tuple[Package, ...]:
-    """The packages that provide ``methods``, by name. Polyclinic's own methods need none; unknown ones have none."""
+    """Return the packages that provide ``methods``, by name. Polyclinic's own and unknown methods need none."""
     wanted = set(methods) - METHODS.keys()
     points = [point for point in entry_points(group=GROUP) if point.name in wanted] if wanted else []
     return tuple(sorted({_package(point) for point in points}))
 
 
 def methods_in(plan: Mapping[str, object]) -> set[str]:
-    """Every text in a plan that may name a method: its ``method``, and whatever its options hold (such as ``over``)."""
+    """Return every text in a plan that may name a method: its ``method``, and the texts in its options (``over``)."""
     return {text for key in ("method", "options") for text in _texts(plan.get(key))}
 
 
 def allows(rule: str, package: Package) -> bool:
-    """Whether a rule such as ``name``, ``name==1.2``, ``name@HASH`` or ``name==1.2@HASH`` fits ``package``."""
+    """Return whether a rule such as ``name``, ``name==1.2``, ``name@HASH`` or ``name==1.2@HASH`` fits ``package``."""
     rest, _, hash = rule.partition("@")
     name, _, version = rest.partition("==")
     return normalized(name) == package.name and version in ("", package.version) and hash in ("", package.hash)
 
 
 def exact_rule(package: Package) -> str:
-    """The rule that fits this very package and no other."""
+    """Return the rule that fits only this package."""
     return f"{package.name}=={package.version}@{package.hash}"
 
 
 def normalized(name: str) -> str:
-    """A package's name in the form in which names are compared (PEP 503)."""
+    """Return a package's name in the form in which names are compared (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -86,7 +88,7 @@ def _package(point: EntryPoint) -> Package:
 
 
 def _files(point: EntryPoint) -> Iterator[tuple[str, Path]]:
-    """What is hashed: a label that is the same on every machine, and the file."""
+    """Yield the files to hash: a label that is the same on every machine, and the path."""
     for file in (point.dist.files if point.dist is not None else None) or ():
         path = Path(str(file.locate()))
         if path.is_file() and not _derived(path) and not _about_this_install(path):
@@ -104,7 +106,7 @@ def _files(point: EntryPoint) -> Iterator[tuple[str, Path]]:
 
 
 def _spec(top: str) -> ModuleSpec | None:
-    """Where a top-level module lies; finding it does not import it."""
+    """Return the location of a top-level module without importing it."""
     try:
         return find_spec(top)
     except (ImportError, ValueError):
@@ -112,10 +114,10 @@ def _spec(top: str) -> ModuleSpec | None:
 
 
 def _derived(path: Path) -> bool:
-    """Compiled copies of sources, which differ between machines."""
+    """Return whether a file is a compiled copy of a source, which differs between machines."""
     return path.suffix in (".pyc", ".pyo") or "__pycache__" in path.parts
 
 
 def _about_this_install(path: Path) -> bool:
-    """Notes of the installer (RECORD, INSTALLER, direct_url.json), except which entry points there are."""
+    """Return whether a file is the installer's (RECORD, INSTALLER, direct_url.json), except for entry points."""
     return path.parent.suffix in (".dist-info", ".egg-info") and path.name != "entry_points.txt"

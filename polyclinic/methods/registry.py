@@ -95,22 +95,26 @@ def import_methods(names: Iterable[str] = tuple(METHODS)) -> None:
 
 
 def options(of: Entry) -> Mapping[str, inspect.Parameter]:
-    """Return what a study may set for a method, by name.
+    """Return what a study may set for a method, by name, with the defaults.
 
     Of a class, these are all fields that ``Setting`` does not provide; of a function, its keyword-only arguments.
+    Arguments that the table fixes are not options.
     """
     make = maker(of)
-    parameters = inspect.signature(make).parameters
-    if inspect.isclass(make):
-        return {name: p for name, p in parameters.items() if name not in PROVIDED}
-    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    found = {
+        name: p.replace(default=of.defaults.get(name, p.default))
+        for name, p in inspect.signature(make).parameters.items()
+        if (name not in PROVIDED if inspect.isclass(make) else p.kind is p.KEYWORD_ONLY)
+    }
+    return {name: p for name, p in found.items() if name not in of.fixed}
 
 
 def build(name: str, setting: Setting, given: Mapping[str, Any] | None = None) -> Method[Any]:
     """Build the method called ``name`` with the options ``given``, which ``studies.config.study_config`` validates."""
-    make = maker(entry(name))
-    own = {key: getattr(setting, key) for key in inspect.signature(make).parameters if hasattr(setting, key)}
-    return make(**{**own, **(given or {})})
+    of = entry(name)
+    make = maker(of)
+    provided = {key: getattr(setting, key) for key in PROVIDED & inspect.signature(make).parameters.keys()}
+    return make(**{**provided, **of.defaults, **(given or {}), **of.fixed})
 
 
 def names() -> Sequence[str]:

@@ -8,7 +8,7 @@ Differential Privacy of the Sampled Gaussian Mechanism", 2019, https://arxiv.org
 Two data sets are adjacent if one has one more unit: a record, a patient, or a site, as each spend says; an absent site
 is one that sends zeros. Noise for a coarse unit also protects a finer one inside it, at twice the distance
 (``privacy_units``). Steps on Poisson samples are amplified, because the sample stays secret at the site. The server
-knows the sites of a round, so sampling of sites does not amplify.
+observes the sites of a round, so sampling of sites does not amplify.
 """
 
 import logging

@@ -41,7 +41,7 @@ class Budget:
         self._spent = self._counting.__enter__()
 
     def release(self, method: Method[Any], request: Request, reply: Reply, site: Site) -> None:
-        """Charge what was metered, before the reply leaves.
+        """Charge the metered spending before the reply is sent.
 
         Raises:
             Refused: If nothing was metered, or the budget is exhausted.
@@ -63,18 +63,11 @@ class Budget:
 
     def _is_free(self, method: Method[Any], request: Request, reply: Reply) -> bool:
         """Return whether this is an evaluation, by the answering class and its parts, not by the job name alone."""
-        return request.job in self.free and _evaluates(method) and set(reply.parts) == {request.job.partition("/")[0]}
+        # An exact type: a subclass, or a wrapper around it, could answer the evaluation job with anything.
+        evaluated = type(method) is Evaluated and set(reply.parts) == {request.job.partition("/")[0]}
+        return evaluated and request.job in self.free
 
     def _stop(self) -> None:
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
         self._counting = None
-
-
-def _evaluates(method: Any) -> bool:
-    """Return whether the library's own evaluation answers evaluation jobs, rather than the method itself."""
-    while method is not None:
-        if isinstance(method, Evaluated):
-            return True
-        method = getattr(method, "inner", None)
-    return False

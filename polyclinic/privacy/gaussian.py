@@ -277,7 +277,7 @@ def refuse_variances(sent: Tree) -> None:
     """Refuse running variances, which noise could make negative, so that the model would be useless.
 
     Raises:
-        ValueError: If there is one. The message names the tensor and what to do.
+        ValueError: If there is one. The message names the tensor and a remedy.
     """
     if variance := next((name for name in sent if "running_var" in name), None):
         raise ConfigError(
@@ -296,4 +296,11 @@ def _clipped(a: Tree, bound: float) -> tuple[Tree, float]:
         )
     # Slightly below the bound, so that rounding cannot exceed it, whatever the precision of the numbers.
     margin = max([2.0**-20, *(torch.finfo(leaf.dtype).eps for leaf in a.values() if leaf.is_floating_point())])
-    return (tree.scale(a, bound / size * (1 - margin)) if size > bound else a), size
+    clipped, length = a, size
+    if size > bound:
+        clipped = tree.scale(a, bound / size * (1 - margin))
+        length = tree.norm(clipped)
+    while length > bound:  # numbers below the normal range are rounded coarsely, and up if they are many
+        clipped = tree.scale(clipped, 0.5)
+        length = tree.norm(clipped)
+    return clipped, size

@@ -95,7 +95,7 @@ def sentence(epsilon: str, delta: str, unit: str, adjacency: str, assumes: Itera
         unit: The unit of protection.
         adjacency: The adjacency relation.
         assumes: The assumptions.
-        how: How ε was computed, and from what.
+        how: Description of the accountant and its inputs.
     """
     text = f"ε = {epsilon} at δ = {delta} for every {unit} (adjacency: {adjacency}){how}."
     return f"{text} {_besides(assumes)}"

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import atomic
 from polyclinic.core.audit_log import FIRST, Broken, Journal, verify
 from polyclinic.core.metering import Spend, Unit
-from polyclinic.core.serialization import write_bytes
 from polyclinic.errors import ConfigError, PolicyRefusal
 from polyclinic.privacy.accounting import Statement, epsilon, epsilon_rdp, statement
 from polyclinic.privacy.privacy_units import UNITS, payable, problems
@@ -131,7 +131,7 @@ class Ledger:
         return chosen, quick
 
     def spent(self) -> Statement:
-        """Compute what was spent so far.
+        """Compute the total spending.
 
         Raises:
             Broken: If the ledger was changed or truncated, or is missing.
@@ -222,7 +222,7 @@ class Ledger:
                 "can be released. Restore both from a copy"
             )
         if known != entries[-1]["hash"]:
-            write_bytes(self._head, entries[-1]["hash"].encode() + b"\n")  # the write that a crash interrupted
+            atomic.write(self._head, entries[-1]["hash"].encode() + b"\n")  # the write that a crash interrupted
         yield from entries
 
     def _read(self, entries: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], list[Spend]]:
@@ -248,7 +248,7 @@ class Ledger:
             head = journal.write(event, details)
         finally:
             journal.close()
-        write_bytes(self._head, head.encode() + b"\n")
+        atomic.write(self._head, head.encode() + b"\n")
 
     def _spend(self, given: dict[str, Any], unit: Unit) -> Spend:
         """Read a spend from an entry."""

@@ -2,7 +2,6 @@
 
 Noise is calibrated to the *addition or removal* of one unit, which moves a clipped vector of norm at most C by at most
 C. A finer unit inside it, such as a patient of the site, moves the same vector from one of norm at most C to another:
-by up to 2C. So Gaussian noise of multiplier z counts as z / 2 for the finer unit, and pure ε as 2ε. That holds once,
 by up to 2C. So Gaussian noise of multiplier z counts as z / 2 for the finer unit, and pure ε as 2ε. This factor does
 not depend on the number of levels between, because both vectors stay in the same ball: a record inside a site costs as
 much as a patient inside it. The finer unit may be added, removed or replaced, as long as the coarser one takes part.
@@ -26,7 +25,7 @@ from typing import Final, NamedTuple
 from polyclinic.errors import ConfigError
 from polyclinic.learning.training.dp_sgd import Spend, Unit
 
-UNITS: Final[tuple[Unit, ...]] = ("record", "patient", "site")  # each lies inside the next
+UNITS: Final[tuple[Unit, ...]] = ("record", "patient", "site")  # each is part of the next
 LEAST_NOISE, MOST_NOISE = 2.0**-10, 2.0**20
 LEAST_RATE, MOST_STEPS, MOST_PURE, MOST_SITES = 1e-9, 10**9, 1e6, 10**6
 
@@ -39,7 +38,7 @@ class Cost(NamedTuple):
         rate: Probability with which the unit takes part in a step.
         steps: Number of steps.
         pure: ε of each step.
-        inside: Whether the unit lies inside the sampled one, so that it is replaced and not removed.
+        inside: Whether the unit is part of the sampled one, so that it is replaced and not removed.
     """
 
     multiplier: float
@@ -68,7 +67,7 @@ def cost(spend: Spend, unit: Unit) -> Cost:
 
 
 def payable(spends: Iterable[Spend], unit: Unit) -> list[Spend]:
-    """Return the spends of a release that a budget for every ``unit`` must pay for; empty if it is not protected.
+    """Return the spends of a release that a budget for each ``unit`` is charged; empty if it is not protected.
 
     Noise on the complete reply, which protects the site, covers everything in the reply. It alone is charged, even if
     training was private as well, because a method may send more than the result of training. Without such noise every

@@ -1,4 +1,4 @@
-"""The report of a run: one page that a person reads and a reviewer checks, and the same numbers as files."""
+"""The report of a run: one HTML page for readers and reviewers, and the same numbers as files."""
 
 from polyclinic.report.report_builder import build_report
 

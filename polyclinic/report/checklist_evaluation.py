@@ -1,8 +1,8 @@
-"""Reporting checklists: an item is ticked only where something in the run folder supports it.
+"""Reporting checklists: an item is ticked only if something in the run folder supports it.
 
-The items are data files beside this module, each with a short name in our own words and, at most, the name of a fact
-that would support it. A fact is found by looking at the run, never by trusting the product's feature list. The rest is
-left to a person, and an item that this run could have supported but does not is called open.
+The items are TOML files in ``checklists``, each with a short name in our own words and, at most, the name of a fact
+that would support it. A fact is established from the run, never from the product's feature list. Items without a fact
+are left to the authors, and an item that this run could have supported but does not is called open.
 """
 
 import tomllib
@@ -18,13 +18,13 @@ from polyclinic.evaluation.run_evaluation import Evaluation
 from polyclinic.studies.records.saliency_maps import read_explanation
 
 ALL = ("federated_healthcare", "claim_2024", "tripod_ai", "future_ai")
-STATUS = {"shown": "✓ shown", "open": "open", "person": "for a person"}
+STATUS = {"shown": "✓ shown", "open": "open", "person": "for the authors"}
 Journal = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row of a checklist; ``fact`` is what would support it, empty where only a person can answer."""
+    """Row of a checklist. ``fact`` names what would support it; empty if only the authors can answer."""
 
     id: str
     text: str
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Checklist:
-    """A checklist: its name, where it comes from, its items in order."""
+    """A checklist: its name, title, source and items in order."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ class Checklist:
 
 @dataclass(frozen=True)
 class Answer:
-    """What this run says to an item. ``evidence`` names the artifact, and the part of the page that shows it."""
+    """Answer of a run to an item. ``evidence`` names the artifact, and the section of the page that shows it."""
 
     item: Item
     status: Literal["shown", "open", "person"]
@@ -52,10 +52,10 @@ class Answer:
 
 @cache
 def load(name: str) -> Checklist:
-    """Reads a checklist.
+    """Read a checklist.
 
     Raises:
-        ValueError: If there is none of that name, or it names a fact that nobody looks for.
+        ConfigError: If there is none of that name, or it names an unknown fact.
     """
     file = Path(__file__).parent / "checklists" / f"{name}.toml"
     if not file.is_file():
@@ -68,7 +68,7 @@ def load(name: str) -> Checklist:
 
 
 def fill(checklist: Checklist, run: Run, result: Evaluation, journal: Journal = (0, "", "")) -> list[Answer]:
-    """Answers every item from what the run holds."""
+    """Answer every item from the contents of the run."""
     answers = []
     for item in checklist.items:
         if not item.fact:
@@ -86,12 +86,12 @@ def _natural(run: Run, result: Evaluation, journal: Journal) -> str:
 
 def _deployed(run: Run, result: Evaluation, journal: Journal) -> str:
     kind = str(run.info.engine.get("kind", ""))
-    return f"Do it again: engine {kind}" if kind not in ("", "in_process", "workers") else ""
+    return f"Reproduce this study: engine {kind}" if kind not in ("", "in_process", "workers") else ""
 
 
 def _external(run: Run, result: Evaluation, journal: Journal) -> str:
     tested = [s for s in external_sites(run) if any(s in m.sites for m in result.methods)]
-    return f"Every site: {', '.join(tested)}" if tested else ""
+    return f"Results at every site: {', '.join(tested)}" if tested else ""
 
 
 def _preprocessing(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -101,7 +101,7 @@ def _preprocessing(run: Run, result: Evaluation, journal: Journal) -> str:
 def _partial(run: Run, result: Evaluation, journal: Journal) -> str:
     training = {s.name for s in run.info.sites if s.role == "training"}
     some = [r for r in run.rounds if r.lost or (r.asked and set(r.asked) < training)]
-    return f"What left each hospital: {len(some)} rounds without some site, time at each site" if some else ""
+    return f"Communication: {len(some)} rounds without some site, time at each site" if some else ""
 
 
 def _open_format(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -120,33 +120,37 @@ def _privacy_curve(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _bytes(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "What left each hospital: bytes, rounds, time" if any(r.bytes_up or r.bytes_down for r in run.rounds) else ""
+    return "Communication: bytes, rounds, time" if any(r.bytes_up or r.bytes_down for r in run.rounds) else ""
 
 
 def _baselines(run: Run, result: Evaluation, journal: Journal) -> str:
     labels = [m.label for m in result.methods]
     enough = {"local", "pooled"} <= set(labels) and sum(not m.baseline for m in result.methods) > 1
-    return f"Methods side by side: {', '.join(labels)}" if enough else ""
+    return f"Comparison of methods: {', '.join(labels)}" if enough else ""
 
 
 def _per_site(run: Run, result: Evaluation, journal: Journal) -> str:
     several = any(len(m.sites) > 1 and m.worst is not None for m in result.methods)
     return (
-        "Every site; worst site; gain over training alone" if several and any(m.gains for m in result.methods) else ""
+        "Results at every site; worst site; difference from local training"
+        if several and any(m.gains for m in result.methods)
+        else ""
     )
 
 
 def _repeats(run: Run, result: Evaluation, journal: Journal) -> str:
     enough = any(len(m.seeds) > 1 for m in result.methods) and result.comparisons
-    return f"Methods side by side: {len(run.info.seeds)} seeds, paired intervals" if enough else ""
+    return f"Comparison of methods: {len(run.info.seeds)} seeds, paired intervals" if enough else ""
 
 
 def _intervals(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Every site: intervals over patients" if any(m.macro.low is not None for m in result.methods) else ""
+    return (
+        "Results at every site: intervals over patients" if any(m.macro.low is not None for m in result.methods) else ""
+    )
 
 
 def _tests(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Methods side by side: paired, Holm-corrected" if result.comparisons else ""
+    return "Comparison of methods: paired, Holm-corrected" if result.comparisons else ""
 
 
 def _calibration(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -160,7 +164,7 @@ def _patients_apart(run: Run, result: Evaluation, journal: Journal) -> str:
 
 def _sealed(run: Run, result: Evaluation, journal: Journal) -> str:
     once = run.opened and all(k == 1 for k in run.opened.values()) and run.arms.keys() <= run.opened.keys()
-    return "Do it again: test opened once for each arm" if once else ""
+    return "Reproduce this study: test set opened once for each model" if once else ""
 
 
 def _selection(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -173,27 +177,31 @@ def _labels(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _robust(run: Run, result: Evaluation, journal: Journal) -> str:
-    return f"What left each hospital: {len(run.quarantined)} replies refused and named" if run.quarantined else ""
+    return f"Communication: {len(run.quarantined)} replies refused, with the site" if run.quarantined else ""
 
 
 def _personal(run: Run, result: Evaluation, journal: Journal) -> str:
     personal = any(m.name in PERSONAL for m in run.info.methods)
-    return "Every site: personal methods and an external site" if personal and _external(run, result, journal) else ""
+    return (
+        "Results at every site: personalized methods and an external site"
+        if personal and _external(run, result, journal)
+        else ""
+    )
 
 
 def _audit(run: Run, result: Evaluation, journal: Journal) -> str:
     entries, head, broken = journal
-    return f"Do it again: journal of {entries} entries, head {head[:12]}" if entries and not broken else ""
+    return f"Reproduce this study: journal of {entries} entries, head {head[:12]}" if entries and not broken else ""
 
 
 def _reproducible(run: Run, result: Evaluation, journal: Journal) -> str:
     enough = run.study and run.info.seeds and run.info.environment and run.digests
-    return "Do it again: study, seeds, versions, hashes" if enough else ""
+    return "Reproduce this study: study, seeds, versions, hashes" if enough else ""
 
 
 def _software(run: Run, result: Evaluation, journal: Journal) -> str:
     known = [k for k in ("polyclinic", "torch", "python") if k in run.info.environment]
-    return f"Do it again: versions of {', '.join(known)}" if len(known) == 3 else ""
+    return f"Reproduce this study: versions of {', '.join(known)}" if len(known) == 3 else ""
 
 
 def _source(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -206,11 +214,11 @@ def _flow(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _model(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Do it again: study.toml, number of parameters" if run.study and run.info.parameters else ""
+    return "Reproduce this study: study.toml, number of parameters" if run.study and run.info.parameters else ""
 
 
 def _training(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Do it again: study.toml; learning curves" if run.study and run.curves else ""
+    return "Reproduce this study: study.toml; learning curves" if run.study and run.curves else ""
 
 
 def _metrics(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -218,25 +226,25 @@ def _metrics(run: Run, result: Evaluation, journal: Journal) -> str:
 
 
 def _internal(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Every site: held-out patients" if any(m.pooled for m in result.methods) else ""
+    return "Results at every site: held-out patients" if any(m.pooled for m in result.methods) else ""
 
 
 def _between_sites(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Every site: spread, I²" if any(m.random is not None for m in result.methods) else ""
+    return "Results at every site: spread, I²" if any(m.random is not None for m in result.methods) else ""
 
 
 def _topology(run: Run, result: Evaluation, journal: Journal) -> str:
     without = [m.label for m in run.info.methods if m.name in SERVERLESS]
-    return f"Methods side by side: {', '.join(without)} without a lasting server" if without else ""
+    return f"Comparison of methods: {', '.join(without)} without a permanent server" if without else ""
 
 
 def _contribution(run: Run, result: Evaluation, journal: Journal) -> str:
     named = any(m.name == "fedce" for m in run.info.methods)
-    return "Methods side by side: FedCE weighs sites by what they contribute" if named else ""
+    return "Comparison of methods: FedCE weights sites by their contribution" if named else ""
 
 
 def _subgroups(run: Run, result: Evaluation, journal: Journal) -> str:
-    return "Groups of patients" if (run.path / "groups.json").is_file() and result.headline else ""
+    return "Patient subgroups" if (run.path / "groups.json").is_file() and result.headline else ""
 
 
 def _operating(run: Run, result: Evaluation, journal: Journal) -> str:
@@ -246,7 +254,7 @@ def _operating(run: Run, result: Evaluation, journal: Journal) -> str:
 
 def _explained(run: Run, result: Evaluation, journal: Journal) -> str:
     found = read_explanation(run, result.headline) if result.headline else None
-    return f"What the model looks at: agreement of {len(found.maps)} sites" if found and len(found.maps) > 1 else ""
+    return f"Attribution maps: agreement of {len(found.maps)} sites" if found and len(found.maps) > 1 else ""
 
 
 SERVERLESS = frozenset({"swarm", "gossip", "cyclic"})
@@ -294,5 +302,5 @@ FACTS: Mapping[str, Callable[[Run, Evaluation, Journal], str]] = {
 
 
 def counts(answers: Sequence[Answer]) -> dict[str, int]:
-    """How many items are shown, open, and left to a person."""
+    """Return the numbers of items that are shown, open, and left to the authors."""
     return {k: sum(a.status == k for a in answers) for k in STATUS}

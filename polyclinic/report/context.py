@@ -1,4 +1,4 @@
-"""What every section of the page starts from: the run, its evaluation, its costs, and how to name things."""
+"""The context of every section of the page: the run, its evaluation, its costs, and names for the text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from functools import cached_property
 
 from polyclinic.core.audit_log import Broken, verify
 from polyclinic.evaluation.costs import Cost, Target, cost_of, target_of
-from polyclinic.evaluation.metric_functions import Metric, metrics_for
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import SiteInfo
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.evaluation.run_evaluation import Evaluation, MethodResult
@@ -45,7 +46,7 @@ NAMES = {  # as their papers write them; others appear under the label that the 
 
 @dataclass(frozen=True)
 class ReportContext:
-    """The run and what was computed from it."""
+    """A run, and what was computed from it."""
 
     run: Run
     result: Evaluation
@@ -72,12 +73,12 @@ class ReportContext:
 
     @property
     def level(self) -> str:
-        """``95 %``, unbroken"""
+        """The confidence level, such as ``95 %``, with a non-breaking space."""
         return f"{100 * self.result.options.level:g}\u00a0%"
 
     @property
     def first(self) -> MethodResult | None:
-        """The method spoken of first."""
+        """The main method of the report; None without results."""
         return self.result.of(self.result.headline) if self.result.headline else None
 
     @property
@@ -92,25 +93,25 @@ class ReportContext:
         return metrics_for(self.run.info.task, len(self.run.info.classes) or 2)
 
     def named(self, metric: Metric) -> str:
-        """A metric's label with its unit."""
+        """Return a metric's label with its unit."""
         return f"{metric.label} ({metric.unit})" if metric.unit else metric.label
 
     def title(self, label: str) -> str:
-        """A method's name in text."""
+        """Return a method's name for the text."""
         return NAMES.get(label, label)
 
     def site(self, name: str) -> SiteInfo:
-        """What ``run.json`` says of a site."""
+        """Return the entry of a site in ``run.json``."""
         return next(s for s in self.run.info.sites if s.name == name)
 
     @cached_property
     def target(self) -> Target | None:
-        """The level that methods are timed to."""
+        """The quality level at which costs are compared; None if there is none."""
         return target_of(self.run, self.result.metric.name, self.higher)
 
     @cached_property
     def costs(self) -> Mapping[str, Cost]:
-        """Costs by method, of those with recorded rounds."""
+        """Costs by method, for methods with recorded rounds."""
         metric, found = self.result.metric.name, {}
         for m in self.run.info.methods:
             if cost := cost_of(self.run, m.label, metric, self.higher, self.target):
@@ -119,7 +120,7 @@ class ReportContext:
 
     @cached_property
     def journal(self) -> tuple[int, str, str]:
-        """Entries and head of the journal, and what is wrong with it; (0, "", "") where there is none."""
+        """Number of journal entries, the latest hash, and the error of a broken journal; (0, "", "") without one."""
         file, entries, head = self.run.path / "journal.jsonl", 0, ""
         if not file.is_file():
             return 0, "", ""

@@ -1,7 +1,7 @@
-"""The report's pictures: inline SVG, the same bytes for the same numbers, readable in print and without color.
+"""The report's figures: inline SVG, identical bytes for identical numbers, readable in print and without color.
 
-Color never speaks alone: baselines are hollow, external sites are diamonds, curves have markers and their names at
-their ends. Text stays text, so that it can be searched, selected and read aloud.
+No information is encoded by color alone: baselines are hollow, external sites are diamonds, curves have markers and are
+labeled at their ends. Text remains text, so that it can be searched, selected and read by a screen reader.
 """
 
 import io
@@ -16,9 +16,9 @@ import numpy as np
 
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import Bin, NetBenefit
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Array
-from polyclinic.evaluation.paired_tests import Difference, Ranking
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import Difference, Ranking
+from polyclinic.statistics.undefined import Array
 
 TEAL, ORANGE, GRAY, INK, FAINT = "#0b6b6b", "#c1530a", "#6b7280", "#1c2733", "#9aa4b0"
 CURVES = (TEAL, ORANGE, "#3b5fa8", "#8a3f8f", "#7a6a00", "#a8324a", "#2f7d32", "#5b5b5b")
@@ -28,7 +28,7 @@ WIDTH = 4.4  # inches; the page shows an inch as about 101 pixels, a phone as 82
 
 @dataclass(frozen=True)
 class Point:
-    """One row of a picture of estimates: a name, a value with limits, and how to draw it."""
+    """Row of a figure of estimates: a name, a value with limits, and its style."""
 
     name: str
     value: float | None
@@ -39,7 +39,7 @@ class Point:
 
     @classmethod
     def of(cls, name: str, e: Estimate | Difference, text: str, kind: str = "plain") -> "Point":
-        """The row for an estimate or a difference."""
+        """Return the row for an estimate or a difference."""
         return cls(name, e.value, e.low, e.high, text, kind)
 
 
@@ -54,10 +54,10 @@ STYLE = {  # marker, color, filled
 
 @contextmanager
 def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
-    """An empty figure and its axes, in the report's style.
+    """Create an empty figure and its axes, in the report's style.
 
     Raises:
-        ImportError: Without matplotlib; the message names the extra.
+        ConfigError: If matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -84,7 +84,7 @@ def drawing(height: float, width: float = WIDTH) -> Iterator[tuple[Any, Any]]:
 
 
 def svg(figure: Any, name: str, alt: str) -> str:
-    """The figure as an ``<svg>`` element with ``alt`` as its text, scaling to its container; no date, no fixed ids."""
+    """Return the figure as an ``<svg>`` element with alternative text, scaling to its container, without a date."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, bbox_inches=None)
     text = out.getvalue()
@@ -108,7 +108,7 @@ def _span(values: Sequence[float | None], pad: float = 0.06) -> tuple[float, flo
 
 
 def inches(text: str, points: float) -> float:
-    """How wide ``text`` is drawn."""
+    """Return the width of ``text`` in inches."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -118,15 +118,15 @@ def inches(text: str, points: float) -> float:
 def points(
     name: str, alt: str, rows: Sequence[Point], label: str, line: float | None = None, zero: bool = False
 ) -> str:
-    """Estimates with their intervals, one a row: the forest plot of sites, the panel of methods, the gains.
+    """Draw estimates with their intervals, one per row: a forest plot of sites, methods or differences.
 
     Args:
-        name: Of the picture, unique on the page.
-        alt: What it shows, in words.
-        rows: From top to bottom.
-        label: Of the axis.
-        line: Where to draw a dotted line.
-        zero: Whether that line means "no difference" and must be in view.
+        name: Name of the figure, unique on the page.
+        alt: Alternative text.
+        rows: Rows from top to bottom.
+        label: Label of the axis.
+        line: Position of a dotted reference line.
+        zero: Whether that line means "no difference" and must be visible.
     """
     height = 0.62 + 0.29 * len(rows)
     with drawing(height) as (figure, axes):
@@ -162,15 +162,15 @@ def curves(
     first: str = "",
     behind: Sequence[str] = (),
 ) -> str:
-    """One line a method over rounds, each named at its right end.
+    """Draw one line per method over rounds, labeled at its right end.
 
     Args:
-        name: Of the picture, unique on the page.
-        alt: What it shows, in words.
+        name: Name of the figure, unique on the page.
+        alt: Alternative text.
         lines: Rounds and values by title.
-        label: Of the vertical axis.
-        first: The title to draw in the first color and in bold strokes.
-        behind: Titles to draw in gray, with broken lines.
+        label: Label of the vertical axis.
+        first: The title to draw in the first color and with a thick line.
+        behind: Titles to draw in gray, with dashed lines.
     """
     with drawing(2.9) as (figure, axes):
         widest = max((inches(title, 8) for title in lines), default=0.0) / WIDTH
@@ -201,7 +201,7 @@ def curves(
 
 
 def reliability_plot(name: str, alt: str, groups: Mapping[str, Sequence[Bin]]) -> str:
-    """Said against seen; the diagonal is perfect. Marks grow with the number of cases."""
+    """Draw observed against predicted frequencies, with the diagonal. Markers grow with the number of cases."""
     with drawing(3.3, 3.9) as (figure, axes):
         axes.set_position((0.16, 0.15, 0.8, 0.81))
         axes.plot([0, 1], [0, 1], ":", color=FAINT, lw=1)
@@ -210,19 +210,19 @@ def reliability_plot(name: str, alt: str, groups: Mapping[str, Sequence[Bin]]) -
             axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=color, lw=1.2, label=title)
             sizes = [12 + 60 * b.n / most for b in bins]
             axes.scatter([b.predicted for b in bins], [b.observed for b in bins], s=sizes, color=color, marker=mark)
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="Predicted probability", ylabel="Observed share")
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="Predicted probability", ylabel="Observed frequency")
         axes.legend(frameon=False, loc="upper left", fontsize=8)
         return svg(figure, name, alt)
 
 
 def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
-    """Net benefit over thresholds, against acting on everybody and on nobody."""
+    """Draw net benefit over thresholds, against the strategies to treat all patients and none (decision curve)."""
     with drawing(3.3, 3.9) as (figure, axes):
         axes.set_position((0.18, 0.15, 0.78, 0.81))
         t = [p.threshold for p in curve]
-        axes.plot(t, [p.model for p in curve], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Act on the model")
-        axes.plot(t, [p.everybody for p in curve], color=ORANGE, lw=1.2, ls="--", label="Act on everybody")
-        axes.axhline(0, color=INK, lw=0.9, ls=":", label="Act on nobody")
+        axes.plot(t, [p.model for p in curve], color=TEAL, lw=1.7, marker="o", ms=3.2, label="Model")
+        axes.plot(t, [p.treat_all for p in curve], color=ORANGE, lw=1.2, ls="--", label="Treat all")
+        axes.axhline(0, color=INK, lw=0.9, ls=":", label="Treat none")
         top = max(max(p.model for p in curve), 0.05)
         axes.set(xlim=(0, 1), ylim=(-0.35 * top, 1.1 * top), xlabel="Threshold probability", ylabel="Net benefit")
         axes.legend(frameon=False, loc="upper right", fontsize=8)
@@ -230,7 +230,7 @@ def decision_plot(name: str, alt: str, curve: Sequence[NetBenefit]) -> str:
 
 
 def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], xlabel: str, ylabel: str) -> str:
-    """Two quantities against each other, one named point a method: (name, x, y, kind)."""
+    """Draw two quantities against each other, one labeled point per method: (name, x, y, kind)."""
     with drawing(2.9) as (figure, axes):
         axes.set_position((0.13, 0.16, 0.82, 0.8))
         axes.set(xlim=_span([r[1] for r in rows], 0.22), ylim=_span([r[2] for r in rows], 0.14))
@@ -239,9 +239,9 @@ def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], 
         for title, x, y, kind in sorted(rows, key=lambda r: r[2]):
             mark, color, filled = STYLE[kind]
             axes.plot([x], [y], mark, color=color, mfc=color if filled else "white", ms=6.5, mew=1.4)
-            beside = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
-            at.append((x, beside))
-            axes.annotate(title, (x, beside), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
+            height = max([y, *(b + 0.065 * (high - low) for a, b in at if a == x)])
+            at.append((x, height))
+            axes.annotate(title, (x, height), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8)
         axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         return svg(figure, name, alt)
@@ -250,7 +250,7 @@ def scatter(name: str, alt: str, rows: Sequence[tuple[str, float, float, str]], 
 def agreement_plot(
     name: str, alt: str, mean: Array, error: Array, limits: tuple[float, float, float], unit: str
 ) -> str:
-    """Bland and Altman's plot: error against the mean of prediction and truth, with bias and limits of agreement."""
+    """Draw a Bland-Altman plot: error against the mean of prediction and truth, with bias and limits of agreement."""
     with drawing(3.0) as (figure, axes):
         axes.set_position((0.13, 0.16, 0.7, 0.8))
         axes.plot(mean, error, "o", color=TEAL, ms=2.6, alpha=0.55, mew=0)
@@ -262,7 +262,7 @@ def agreement_plot(
 
 
 def ranks_plot(name: str, alt: str, ranking: Ranking, titles: Mapping[str, str]) -> str:
-    """Demšar's picture of mean ranks: a bar joins methods that are not told apart."""
+    """Draw mean ranks (Demšar): a bar joins methods whose ranks do not differ significantly."""
     k = len(ranking.methods)
     height = 0.75 + 0.24 * k + 0.14 * len(ranking.cliques)
     with drawing(height) as (figure, axes):

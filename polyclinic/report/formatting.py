@@ -1,23 +1,28 @@
-"""How numbers are written: few digits, true minus signs, intervals beside values, words where there is no number."""
+"""Formatting of numbers: few digits, true minus signs, intervals after values, a dash without a number."""
 
 from collections.abc import Sequence
 
-from polyclinic.evaluation.intervals import Estimate
-from polyclinic.evaluation.metric_functions import Metric
-from polyclinic.evaluation.paired_tests import Difference
+from polyclinic.evaluation.metric import Metric
 from polyclinic.report.page_blocks import Cell
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.statistics.paired_tests import BETTER, UNDECIDED, WORSE, Difference
 
 NONE = "–"
 THIN = "\u202f"
+SIGNIFICANCE = {
+    BETTER: "significantly better",
+    WORSE: "significantly worse",
+    UNDECIDED: "not significant",
+}
 
 
 def digits_of(metric: Metric) -> int:
-    """Decimals that the metric is written with."""
+    """Return the number of decimals of a metric."""
     return 1 if metric.unit in ("mm", "dB") else 2 if metric.name in ("mae", "rmse", "bias") else 3
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """``0.744``, ``−0.020``, or ``+0.031`` where signed."""
+    """Format as ``0.744``, ``−0.020``, or ``+0.031`` if signed."""
     if value is None:
         return NONE
     text = f"{abs(value):.{digits}f}"
@@ -26,7 +31,7 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 3, signed: bool = False) -> str:
-    """``0.726–0.761``, or ``−0.020 to +0.051``."""
+    """Format as ``0.726–0.761``, or ``−0.020 to +0.051``."""
     if low is None or high is None:
         return NONE
     a, b = number(low, digits, signed), number(high, digits, signed)
@@ -34,28 +39,28 @@ def interval(low: float | None, high: float | None, digits: int = 3, signed: boo
 
 
 def with_interval(e: Estimate | Difference, digits: int = 3, signed: bool = False) -> str:
-    """``0.744 (0.726–0.761)``; the value alone where there is no interval."""
+    """Format as ``0.744 (0.726–0.761)``; the value alone without an interval."""
     value = number(e.value, digits, signed)
     return value if e.low is None else f"{value} ({interval(e.low, e.high, digits, signed)})"
 
 
 def p_value(p: float | None) -> str:
-    """``0.012``, and ``<0.001`` for the smallest."""
+    """Format as ``0.012``, or ``<0.001``."""
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def count(n: int) -> str:
-    """``4 235``, with a thin space that does not break."""
+    """Format as ``4 235``, with a narrow no-break space."""
     return f"{n:,}".replace(",", THIN)
 
 
 def many(n: int, one: str, several: str = "") -> str:
-    """``1 site``, ``4 sites``."""
+    """Format as ``1 site``, ``4 sites``."""
     return f"{count(n)} {one if n == 1 else several or one + 's'}"
 
 
 def size(nbytes: float) -> str:
-    """``28.9 MB``."""
+    """Format as ``28.9 MB``."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= step:
             return f"{nbytes / step:.3g}{THIN}{unit}"
@@ -63,7 +68,7 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Format as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f}{THIN}s"
     whole = round(seconds)
@@ -75,22 +80,22 @@ def duration(seconds: float) -> str:
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Format as ``a``, ``a and b``, ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}" if names else ""
 
 
 def amount(value: float | None, digits: int = 3, signed: bool = False) -> Cell:
-    """A number as a cell."""
+    """Return a number as a cell."""
     return Cell(number(value, digits, signed), value)
 
 
 def whole(n: int | None) -> Cell:
-    """A count as a cell."""
+    """Return a count as a cell."""
     return Cell(NONE if n is None else count(n), n)
 
 
 def cell(e: Estimate | Difference | None, digits: int, signed: bool = False) -> Cell:
-    """A value with its interval, as a cell."""
+    """Return a value with its interval as a cell."""
     if e is None:
         return Cell(NONE)
     return Cell("none" if e.value is None else with_interval(e, digits, signed), e.value)

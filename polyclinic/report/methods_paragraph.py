@@ -1,4 +1,4 @@
-"""The methods paragraph: what was done, ready to paste, and nothing that the records do not support."""
+"""The methods paragraph for a paper; each statement is supported by the records of the run."""
 
 from markupsafe import Markup
 
@@ -16,13 +16,13 @@ HOLM = "Holm: A simple sequentially rejective multiple test procedure. Scandinav
 
 
 class References:
-    """Numbers references in the order of their first use."""
+    """References, numbered in the order of their first use."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def cite(self, reference: str) -> str:
-        """`` [3]``, or nothing for an empty reference."""
+        """Return the citation, such as `` [3]``; nothing for an empty reference."""
         if not reference:
             return ""
         if reference not in self.found:
@@ -31,18 +31,18 @@ class References:
 
 
 def paragraph_section(page: ReportContext) -> Section:
-    """The paragraph and its references."""
+    """Return the section with the paragraph and its references."""
     text, references = methods_paragraph(page)
     items = Markup("").join(Markup("<li>{}</li>").format(c) for c in references)
     blocks = [Text(text, "paste"), Text(Markup("<ol class='refs'>{}</ol>").format(items), "raw")]
-    return Section("paragraph", "Methods paragraph, ready to paste", blocks)
+    return Section("paragraph", "Methods paragraph for a paper", blocks)
 
 
 def methods_paragraph(page: ReportContext) -> tuple[str, list[str]]:
-    """What was done, in sentences for a paper, and the references in order. Every number is from the run."""
+    """Return the paragraph and its references in order. Every number is from the run."""
     refs = References()
-    said = [*_data(page, refs), *_training(page, refs), *_evaluation(page, refs), *_rest(page)]
-    return " ".join(said), refs.found
+    sentences = [*_data(page, refs), *_training(page, refs), *_evaluation(page, refs), *_rest(page)]
+    return " ".join(sentences), refs.found
 
 
 def _data(page: ReportContext, refs: References) -> list[str]:
@@ -58,8 +58,8 @@ def _data(page: ReportContext, refs: References) -> list[str]:
         said.append(f"Sites were simulated: {info.data.simulated}")
     if external:
         tested = sum(s.patients.get("test", 0) for s in info.sites if s.role == "external")
-        places = "One further site" if len(external) == 1 else f"{len(external)} further sites"
-        said.append(f"{places} ({listed(external)}; {many(tested, 'patient')}) took no part in training.")
+        places = "One external site" if len(external) == 1 else f"{len(external)} external sites"
+        said.append(f"{places} ({listed(external)}; {many(tested, 'patient')}) did not take part in training.")
     return said
 
 
@@ -71,17 +71,20 @@ def _training(page: ReportContext, refs: References) -> list[str]:
     if info.folds_by == "patients":
         said.append(
             f"Each seed was cross-validated with {info.folds} folds of patients within sites: every patient was tested "
-            "once, by a model that had not seen that patient."
+            "once, by a model that was not trained on that patient."
         )
     elif info.folds_by == "sites":
-        said.append("Each site was left out in turn and tested by a model that had seen none of its patients.")
+        said.append("Each site was left out in turn and tested by a model that was not trained on its patients.")
     if run.trials:
         tried = max(t.trial for t in run.trials) + 1
-        said.append(f"Every method chose among {tried} settings on validation patients, anew within each split.")
+        said.append(
+            f"For every method, the best of {tried} settings was selected on validation patients, separately in each "
+            f"split."
+        )
     if any(m.validation is not None for m in page.result.methods):
-        said.append("The round whose model was tested was chosen on validation patients.")
+        said.append("The tested round was selected on validation patients.")
     if run.opened and all(k == 1 for k in run.opened.values()) and run.arms.keys() <= run.opened.keys():
-        said.append("Test patients stayed sealed until training had ended and were used once for each model.")
+        said.append("Test patients were not accessed until training had ended, and were used once for each model.")
     return said
 
 

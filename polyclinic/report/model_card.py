@@ -1,7 +1,7 @@
-"""The model card: a README for whoever receives the model, with front matter that model hubs read.
+"""The model card: a README for recipients of the model, with front matter for model hubs.
 
 The headings are those of Mitchell et al., "Model Cards for Model Reporting", FAT* 2019,
-https://arxiv.org/abs/1810.03993. What only a person knows is left open, and marked so.
+https://arxiv.org/abs/1810.03993. Entries that only the authors know are left open and marked.
 """
 
 import json
@@ -11,11 +11,11 @@ from polyclinic.report.formatting import cell, count, interval, number
 from polyclinic.report.methods_paragraph import methods_paragraph
 from polyclinic.report.sections.highlights import findings, in_short
 
-OPEN = "*To be written by a person.*"
+OPEN = "*To be completed by the authors.*"
 
 
 def model_card(page: ReportContext) -> str:
-    """The card of the chosen method's model, as Markdown."""
+    """Return the card of the main method's model, as Markdown."""
     info, first = page.run.info, page.first
     title = info.title or info.name
     lines = [
@@ -31,11 +31,11 @@ def model_card(page: ReportContext) -> str:
         f"- Training: {page.title(first.label) if first else 'not finished'}, {info.rounds} rounds at most",
         f"- Study: {info.name}, hash {info.hash}",
         "",
-        "## Intended use, and uses out of scope",
+        "## Intended use and out-of-scope uses",
         "",
         OPEN,
         "",
-        "Polyclinic trained and evaluated this model for research. It is no medical device.",
+        "This model was trained and evaluated with Polyclinic for research. It is not a medical device.",
         "",
         "## Data",
         "",
@@ -44,9 +44,9 @@ def model_card(page: ReportContext) -> str:
     ]
     if info.data.simulated:
         lines += ["", f"**Simulated split.** {info.data.simulated}"]
-    lines += ["", *_sites(page), "", "## Look at this first", ""]
-    lines += [f"- {f.text}" for f in findings(page)] or ["- Nothing was found."]
-    lines += ["", "## Privacy", "", *_privacy(page), "", "## How it was made", "", *_made(page)]
+    lines += ["", *_sites(page), "", "## Warnings and limitations", ""]
+    lines += [f"- {f.text}" for f in findings(page)] or ["- None were found."]
+    lines += ["", "## Privacy", "", *_privacy(page), "", "## Training and evaluation", "", *_made(page)]
     lines += ["", "## Ethical considerations, caveats and recommendations", "", OPEN, "", "## Files", ""]
     lines += [f"- `{name}`: sha256 `{digest}`" for name, digest in page.run.digests.items()]
     return "\n".join(lines) + "\n"
@@ -55,7 +55,7 @@ def model_card(page: ReportContext) -> str:
 def _front_matter(page: ReportContext) -> list[str]:
     info = page.run.info
     tags = ["federated-learning", "medical-imaging", info.task]
-    return [  # no license: that of the model is for a person to give
+    return [  # no license: the authors choose that of the model
         "---",
         f"library_name: {json.dumps('polyclinic')}",
         f"tags: {json.dumps(tags)}",
@@ -68,7 +68,7 @@ def _front_matter(page: ReportContext) -> list[str]:
 def _sites(page: ReportContext) -> list[str]:
     first, name, d = page.first, page.result.metric.name, page.digits
     heading = f"{page.label} ({page.level}\u00a0CI)"
-    lines = [f"| Site | Role | Trained on | Tested on | {heading} |", "|---|---|---:|---:|---:|"]
+    lines = [f"| Site | Role | Training patients | Test patients | {heading} |", "|---|---|---:|---:|---:|"]
     for s in page.run.info.sites:
         found = first.sites.get(s.name, {}).get(name) if first else None
         trained, tested = (count(s.patients.get(r, 0)) for r in ("train", "test"))
@@ -82,7 +82,9 @@ def _sites(page: ReportContext) -> list[str]:
 def _privacy(page: ReportContext) -> list[str]:
     mine = [p for p in (page.run.spent(page.first.label) if page.first else ()) if p.epsilon is not None]
     if not mine:
-        return ["No noise was added in training; nothing bounds what this model tells of a patient."]
+        return [
+            "No noise was added in training, so there is no formal limit on what this model reveals about a patient."
+        ]
     most = max(mine, key=lambda p: p.epsilon or 0)
     return [most.stated]
 

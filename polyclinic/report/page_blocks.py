@@ -1,4 +1,4 @@
-"""What a page is made of: sections of paragraphs, tables and pictures. The template knows these and nothing else."""
+"""Building blocks of a page: sections of paragraphs, tables and figures. The template renders only these."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees, and the raw value that the CSV file gets."""
+    """Text of a table cell, and its raw value for the CSV file."""
 
     text: str
     value: Any = None
@@ -30,25 +30,25 @@ Row = Mapping[str, Cell | str]
 
 
 def words(**headings: str) -> list[Column]:
-    """Columns of text: ``words(site="Site")``."""
+    """Return columns of text: ``words(site="Site")``."""
     return [Column(key, heading, False) for key, heading in headings.items()]
 
 
 def numbers(**headings: str) -> list[Column]:
-    """Columns of numbers."""
+    """Return columns of numbers."""
     return [Column(key, heading) for key, heading in headings.items()]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table on the page, and a file beside it.
+    """A table on the page, which is also written as a CSV file.
 
     Attributes:
-        name: Of the CSV file.
-        caption: What it shows.
-        columns: From left to right; the first names the row.
+        name: Name of the CSV file.
+        caption: Caption.
+        columns: Columns from left to right; the first names the row.
         rows: Cells by column key. A plain string is both text and value.
-        note: Below the table: how the numbers came about.
+        note: Text below the table: how the numbers were computed.
         marks: Row number to a class: ``chosen``, ``external``, ``warn``.
     """
 
@@ -61,12 +61,12 @@ class Table:
     kind: Literal["table"] = "table"
 
     def text(self, row: Row, key: str) -> str:
-        """What stands in a cell."""
+        """Return the text of a cell."""
         cell = row.get(key, "–")
         return cell if isinstance(cell, str) else cell.text
 
     def csv(self) -> str:
-        """The raw values, as comma-separated lines under the column keys."""
+        """Return the raw values as comma-separated lines under the column keys."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([c.key for c in self.columns])
@@ -78,7 +78,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with its caption. The numbers it shows stand in a table of the same section."""
+    """A figure with its caption. Its numbers are in a table of the same section."""
 
     svg: str
     caption: str | Markup
@@ -87,7 +87,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures side by side where there is room."""
+    """Two figures, next to each other on a wide page."""
 
     pictures: Sequence[Picture]
     kind: Literal["pair"] = "pair"
@@ -104,7 +104,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is, in a box that scrolls."""
+    """Preformatted text, in a box that scrolls."""
 
     title: str
     text: str
@@ -113,7 +113,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks behind a heading that opens; open in print."""
+    """Blocks that a reader can unfold; unfolded in print."""
 
     title: str
     blocks: Sequence[Any]
@@ -130,7 +130,7 @@ class Section:
 
 
 def tables_of(blocks: Sequence[Any]) -> list[Table]:
-    """Every table in ``blocks``, folded ones too, in order."""
+    """Return every table in ``blocks``, including folded ones, in order."""
     found = []
     for block in blocks:
         if isinstance(block, Table):

@@ -1,13 +1,13 @@
-"""From a run folder to ``report/``: the page, its numbers as JSON, its tables as CSV, and the model card."""
+"""Builds ``report/`` from a run folder: the page, its numbers as JSON, its tables as CSV, and the model card."""
 
 import json
-import os
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from polyclinic.core import atomic
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.report.context import ReportContext
@@ -31,20 +31,20 @@ HERE = Path(__file__).parent
 
 
 def build_report(run_dir: str | Path, out: str | Path | None = None, options: Options = Options()) -> Path:
-    """Writes the report of a run, finished or not.
+    """Write the report of a run, finished or not.
 
     Args:
         run_dir: The run folder.
-        out: Where to write; ``report`` within the run folder by default.
-        options: How to evaluate.
+        out: The folder to write; ``report`` within the run folder by default.
+        options: Options of the evaluation.
 
     Returns:
-        The path of ``report.html``. Beside it: ``report.json``, ``model_card.md`` and ``tables/*.csv``. The same run
-        gives the same bytes.
+        The path of ``report.html``. The same folder holds ``report.json``, ``model_card.md`` and ``tables/*.csv``. The
+        same run gives the same bytes.
 
     Raises:
-        NotARun: If the folder is not a run or holds damaged files; nothing is written then.
-        ImportError: Without matplotlib.
+        NotARun: If the folder is not a run or contains damaged files; then nothing is written.
+        ConfigError: If matplotlib is not installed.
     """
     run = read_run(run_dir)
     page = ReportContext(run, evaluate(run, options))
@@ -58,12 +58,12 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
     folder = Path(out) if out is not None else run.path / "report"
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        _write(folder / name, text)
+        atomic.write(folder / name, text)
     return folder / "report.html"
 
 
 def sections_of(page: ReportContext) -> list[Section]:
-    """The page's numbered sections, in reading order; those without anything to say are left out."""
+    """Return the numbered sections of the page in order, without empty ones."""
     found = [
         methods_section(page),
         sites_section(page),
@@ -85,7 +85,7 @@ def sections_of(page: ReportContext) -> list[Section]:
 
 
 def render(page: ReportContext, sections: list[Section]) -> str:
-    """The page as HTML, with its style within it."""
+    """Return the page as HTML, with its style."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
@@ -99,7 +99,7 @@ def render(page: ReportContext, sections: list[Section]) -> str:
 
 
 def as_json(page: ReportContext) -> str:
-    """Everything the page says, as JSON with sorted keys."""
+    """Return the content of the page as JSON with sorted keys."""
     value = {
         "run": page.run.info.model_dump(),
         "evaluation": asdict(page.result) | {"metric": page.result.metric.name},
@@ -121,10 +121,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 10) if value == value and abs(value) != float("inf") else None
     return value.item() if hasattr(value, "item") else value
-
-
-def _write(file: Path, text: str) -> None:
-    """Writes beside the file, then renames: a reader sees the old page or the new one."""
-    beside = file.with_name(f".{file.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)

@@ -1,18 +1,18 @@
-"""Pictures of what a model looks at: a small map for each site, or the features of a table."""
+"""Figures of attributions: a small map for each site, or the features of a table."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polyclinic.evaluation.metric_functions import Array
 from polyclinic.report.figures import CURVES, INK, MARKS, WIDTH, drawing, inches, svg
+from polyclinic.statistics.undefined import Array
 
 ACROSS = 3
 FINEST = 64  # points along a side; a finer map is averaged down
 
 
 def maps(name: str, alt: str, found: Mapping[str, Array]) -> str:
-    """One map [height, width] a site, all on one scale, darker where the share is larger."""
+    """Draw one map [height, width] per site on a common scale; darker means a larger share."""
     coarse = {site: _coarse(m) for site, m in found.items()}
     top = max(float(m.max()) for m in coarse.values())
     rows = -(-len(coarse) // ACROSS)
@@ -33,7 +33,7 @@ def maps(name: str, alt: str, found: Mapping[str, Array]) -> str:
 
 
 def features(name: str, alt: str, names: Sequence[str], shares: Mapping[str, Sequence[float]]) -> str:
-    """The features that count most, one a row, with a mark for each site."""
+    """Draw the features with the largest attribution, one per row, with a marker for each site."""
     legend = 0.2 * -(-len(shares) // 3) if len(shares) <= 8 else 0.0
     height = 0.6 + legend + 0.26 * len(names)
     with drawing(height) as (figure, axes):
@@ -54,7 +54,7 @@ def features(name: str, alt: str, names: Sequence[str], shares: Mapping[str, Seq
 
 
 def _coarse(values: Array) -> Array:
-    """Averaged over blocks so that no side has more than ``FINEST`` points."""
+    """Average over blocks so that no side has more than ``FINEST`` points."""
     step = [-(-n // FINEST) for n in values.shape]
     h, w = (n // s * s for n, s in zip(values.shape, step, strict=True))
     blocks = values[:h, :w].reshape(h // step[0], step[0], w // step[1], step[1])

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.metering import collected
 from polyclinic.core.method import Request
 from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
@@ -23,19 +24,13 @@ WEIGHT = "m/~secure/weight"
 _contents: ContextVar[list[str] | None] = ContextVar("contents of secure sums", default=None)
 
 
-@contextmanager
-def contents() -> Iterator[list[str]]:
+def contents() -> AbstractContextManager[list[str]]:
     """Collect a digest of all values that ``SecureSum`` encodes within the context, before encoding.
 
     Equal digests mean equal values, under any name and in any job. The digest of all-zero values is empty. Fresh noise
     gives fresh values.
     """
-    digests: list[str] = []
-    token = _contents.set(digests)
-    try:
-        yield digests
-    finally:
-        _contents.reset(token)
+    return collected(_contents)
 
 
 def content(values: Tree) -> str:

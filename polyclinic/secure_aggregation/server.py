@@ -27,7 +27,7 @@ Message = TypeVar("Message", Advert, Shares, Masked, Agreed, Reveal)
 
 
 class SecureServer:
-    """The server in one session. Each step takes the messages in any order, and returns what to send next.
+    """The server in one session. Each step takes messages in any order, and returns the next messages to send.
 
     An invalid message counts as not sent, and its site as lost; the reason is in ``refused``.
 

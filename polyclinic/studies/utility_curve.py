@@ -1,7 +1,6 @@
-"""What privacy costs: a study's own method and data, without noise and at several ε, for one number of rounds or more.
+"""Cost of privacy: a study's method and data without noise and at several ε, for one or more numbers of rounds.
 
-The study that comes of it is an ordinary one. It is run, resumed and reported as any other, and its report draws
-quality against ε.
+The result is an ordinary study, which is run, resumed and reported as any other. Its report plots quality against ε.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import federate
-from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.methods import registry
 from polyclinic.privacy.accounting import BadPlan, plan
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.statistics.intervals import Estimate
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.config.toml_text import dumps
@@ -25,7 +25,7 @@ PLAIN = "no-noise"
 
 @dataclass(frozen=True)
 class Price:
-    """What one ε costs.
+    """Cost of one ε.
 
     Attributes:
         epsilon: The wanted ε; None for training without noise. ``noise``: σ, which keeps it at the smallest site.
@@ -51,19 +51,19 @@ def priced(
     bound: float = 1.0,
     method: str = "",
 ) -> str:
-    """The study that prices ``epsilons`` on the data and the task of the study in ``file``, as TOML.
+    """Return a study, as TOML, that measures the cost of ``epsilons`` on the data and task of the study in ``file``.
 
     Args:
         epsilons: Above 0, each once.
         delta: δ, below one in the number of patients of the smallest site.
-        rounds: Numbers of rounds to compare; the study's own where there are none.
-        bound: On the length of one patient's gradient.
-        method: The label of the method; by default the first that is federated.
+        rounds: Numbers of rounds to compare; by default the study's own.
+        bound: Bound on the norm of one patient's gradient.
+        method: Label of the method; by default the first federated method.
 
     Raises:
-        BadStudy: Where the file is not a study, or has no such method.
-        DataError: Where its data cannot be had.
-        BadPlan: Where no noise gives such an ε, or the numbers cannot be.
+        BadStudy: If the file is not a study, or has no such method.
+        DataError: If its data cannot be read.
+        BadPlan: If no noise achieves an ε, or the numbers are invalid.
     """
     text = text_of(file)
     study, data = parse(text, file), table_of(text, file, None)
@@ -74,7 +74,7 @@ def priced(
         says = (
             f'no federated method of the study is called "{method}". There are: {there}'
             if method
-            else ("there is no federated method in the study, and alone nothing leaves a site")
+            else ("the study has no federated method, so nothing leaves a site")
         )
         raise BadStudy(file, text, data, [Problem(("methods",), says)])
     if not epsilons or len(set(epsilons)) != len(epsilons):

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder
 from polyclinic.engines.flare.protocol.run_request import RunRequest, survey_plan
 from polyclinic.engines.policy import site_policy as policies
 from tests.adversary.server import (

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.tree import Tree, cosine
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, private_folder
 from polyclinic.privacy.ledger import Ledger
 from tests.adversary.server import LENIENT, HostileServer, Person, answered, houses, nothing_left, refused, small_order
 from tests.conftest import little_sites

@@ -1,4 +1,4 @@
-"""The bound on ε: known values, never above the truth, and above 0 where nothing is hidden."""
+"""The bound on ε: known values, never above the truth, and above 0 if nothing is hidden."""
 
 import math
 
@@ -27,11 +27,11 @@ def dice(seed=0):
         (100_000, 1510, 1439, 1e-5, 2.675),  # section 7 of the paper
     ],
 )
-def test_known_values(m, r, v, delta, wanted):
+def test_known_values(m: int, r: int, v: int, delta: float, wanted: float) -> None:
     assert Guesses(m, r, v).at_least(delta) == pytest.approx(wanted, abs=0.006)
 
 
-def test_the_p_value_sum_by_sum():
+def test_the_p_value_sum_by_sum() -> None:
     """The theorem's formula with Python's loops."""
     for m, r, v, epsilon, delta in ((30, 12, 10, 0.7, 1e-3), (200, 60, 60, 2.0, 1e-5), (200, 60, 41, 0.1, 1e-3)):
         q = 1 / (1 + math.exp(-epsilon))
@@ -43,7 +43,7 @@ def test_the_p_value_sum_by_sum():
     assert Guesses(1000, 10, 10).p_value(5.0, 0.5) == 1.0  # a probability all the same
 
 
-def test_more_right_guesses_show_more_and_chance_shows_nothing():
+def test_more_right_guesses_show_more_and_chance_shows_nothing() -> None:
     bounds = [Guesses(200, 40, v).at_least(1e-5) for v in range(41)]
     assert bounds == sorted(bounds)
     assert bounds[20] == 0 < bounds[40]
@@ -63,7 +63,7 @@ def gaussian(sigma):
     return release
 
 
-def test_in_twenty_runs_the_bound_is_never_above_the_truth():
+def test_in_twenty_runs_the_bound_is_never_above_the_truth() -> None:
     true = epsilon_rdp([Spend(multiplier=1.0, rate=1.0, steps=1, unit="site")], 1e-5)
     found = [one_run(gaussian(1.0), 8000, 200, dice(k)).at_least(1e-5) for k in range(20)]
     assert max(found) <= true
@@ -71,7 +71,7 @@ def test_in_twenty_runs_the_bound_is_never_above_the_truth():
     assert one_run(lambda total: total, 8000, 200, dice()).at_least(1e-5) > 2
 
 
-def test_a_release_that_forgot_its_noise_is_caught():
+def test_a_release_that_forgot_its_noise_is_caught() -> None:
     """Claimed ε = 1, but hardly any noise."""
     verdict = audit(gaussian(0.05), 1.0, 1e-5, 8000, 200, dice())
     assert verdict.at_least > 1
@@ -82,7 +82,7 @@ def test_a_release_that_forgot_its_noise_is_caught():
     assert honest.holds is True
 
 
-def test_verdicts_in_words():
+def test_verdicts_in_words() -> None:
     told = Verdict(0.5, 3.0, 2.0, 1e-5, 400, "patient", 10)
     assert told.says == (
         "ε for every patient is at least 0.50 (95 % confidence, 400 canaries, δ = 1e-05, after 10 rounds; at least 3.00 "
@@ -103,7 +103,7 @@ def test_verdicts_in_words():
     assert Verdict(1.0, 3.0, 1.0, 1e-5, 4).holds is True  # a bound at the claim does not exceed it
 
 
-def test_the_bound_is_the_best_of_fixed_shares_at_a_divided_error():
+def test_the_bound_is_the_best_of_fixed_shares_at_a_divided_error() -> None:
     rng = torch.Generator().manual_seed(0)
     inside = torch.rand(200, generator=rng) < 0.5
     scores = inside + 0.8 * torch.randn(200, generator=rng)
@@ -113,7 +113,7 @@ def test_the_bound_is_the_best_of_fixed_shares_at_a_divided_error():
     assert lower_bound(scores, inside, 1e-5, 0.5) > lower_bound(scores, inside, 1e-5)
 
 
-def test_false_alarms_of_the_best_share_are_as_few_as_promised():
+def test_false_alarms_of_the_best_share_are_as_few_as_promised() -> None:
     """Randomized response at ε = 1, whose bound is as tight as any: above the truth in at most 5 % of audits."""
     rng, epsilon, above = torch.Generator().manual_seed(0), 1.0, 0
     q = math.exp(epsilon) / (1 + math.exp(epsilon))
@@ -125,7 +125,7 @@ def test_false_alarms_of_the_best_share_are_as_few_as_promised():
     assert above / 200 <= 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5
 
 
-def test_so_many_canaries_are_needed():
+def test_so_many_canaries_are_needed() -> None:
     for epsilon, delta in ((1.0, 1e-5), (2.0, 1e-5), (4.0, 1e-6)):
         count = needed(epsilon, delta)
         right = 2 * int(0.45 * count)
@@ -137,14 +137,14 @@ def test_so_many_canaries_are_needed():
     assert needed(3.0, 1e-3) is None  # δ counts once for each canary
 
 
-def test_guesses_are_about_the_surest():
+def test_guesses_are_about_the_surest() -> None:
     scores, inside = torch.arange(10.0), torch.arange(10) >= 5
     assert guess(scores, inside, 0.4) == Guesses(10, 4, 4)
     assert guess(-scores, inside, 0.4) == Guesses(10, 4, 0)
 
 
 @pytest.mark.parametrize("wrong", [(10, 11, 3), (10, 5, 6), (10, 5, -1)])
-def test_impossible_counts_are_refused(wrong):
+def test_impossible_counts_are_refused(wrong: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="invalid counts"):
         Guesses(*wrong)
     with pytest.raises(ValueError, match="must be probabilities"):

@@ -1,4 +1,4 @@
-"""Images from gradients: recovered where they should be, hidden where they should be, with a control beside."""
+"""Images from gradients: recovered where they should be, hidden where they should be, with a control."""
 
 import math
 
@@ -17,14 +17,11 @@ from polyclinic.attacks.inversion import (
     leak,
     leaky,
     obscured,
-    psnr,
     relative_leakage,
-    similarity,
     total_variation,
 )
 from polyclinic.core import tree
 from polyclinic.core.site import Site
-from polyclinic.evaluation import image_quality
 from polyclinic.learning.networks.model_tree import gradient, params_of
 from tests.conftest import blobs
 
@@ -64,7 +61,7 @@ def sigmoid_net() -> nn.Module:
     return model
 
 
-def test_one_image_without_defense_is_recovered_and_with_noise_it_is_not(sigmoid_net):
+def test_one_image_without_defense_is_recovered_and_with_noise_it_is_not(sigmoid_net: nn.Module) -> None:
     """DLG on a batch of one: above 30 dB, where a flat guess has about 10; with noise at the guess's level."""
     y = torch.tensor([2])
     bare = leak(sigmoid_net, loss, disc(), y, FLAT, Inversion(steps=20, restarts=2), dice())
@@ -75,7 +72,7 @@ def test_one_image_without_defense_is_recovered_and_with_noise_it_is_not(sigmoid
     assert bare.guess_db < 15
 
 
-def test_the_audit_shows_its_control_first(sigmoid_net):
+def test_the_audit_shows_its_control_first(sigmoid_net: nn.Module) -> None:
     how = Inversion(steps=20, restarts=1)
     verdict = audit(sigmoid_net, loss, disc(), torch.tensor([2]), FLAT, how, noise=1.0, clip=1.0)
     assert verdict.control.psnr_db > 30
@@ -84,13 +81,13 @@ def test_the_audit_shows_its_control_first(sigmoid_net):
     assert "from a network known to leak" in verdict.says
 
 
-def test_a_failed_control_shows_nothing():
+def test_a_failed_control_shows_nothing() -> None:
     bad, poor, good, best = (Leak(db, 10.0, 0.0, torch.zeros(1)) for db in (4.0, 12.0, 40.0, 60.0))
     assert "shows nothing" in Verdict(poor, bad).says
     assert "The example leaks" in Verdict(best, good).says
 
 
-def test_the_cosine_attack_needs_no_length(sigmoid_net):
+def test_the_cosine_attack_needs_no_length(sigmoid_net: nn.Module) -> None:
     """Scaling what is seen, as a learning rate does, changes nothing; and the search comes nearer."""
     y, how = torch.tensor([1]), Inversion("cosine", steps=60, lr=0.05, restarts=1, variation=1e-3)
     seen = {k: v.detach() for k, v in gradient(loss(sigmoid_net, (disc(), y)), sigmoid_net).items()}
@@ -101,7 +98,7 @@ def test_the_cosine_attack_needs_no_length(sigmoid_net):
     assert near < 0.5 * first
 
 
-def test_running_statistics_give_away_the_batchs():
+def test_running_statistics_give_away_the_batchs() -> None:
     """What a site's update holds of one batch, against the numbers themselves."""
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))
     x = blobs(1, 10, (1, 8, 8)).x
@@ -113,7 +110,7 @@ def test_running_statistics_give_away_the_batchs():
     np.testing.assert_allclose(var, entered.var((0, 2, 3), ddof=1), rtol=1e-3, atol=1e-4)
 
 
-def test_statistics_of_the_batch_help_the_attack():
+def test_statistics_of_the_batch_help_the_attack() -> None:
     """Where noise hides the gradient, the drawing's statistics still come to be the image's."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -136,13 +133,13 @@ def test_statistics_of_the_batch_help_the_attack():
     assert gap(10.0) < 0.3 * gap(0.0)
 
 
-def test_the_attack_changes_no_model(sigmoid_net):
+def test_the_attack_changes_no_model(sigmoid_net: nn.Module) -> None:
     before = params_of(sigmoid_net)
     leak(sigmoid_net, loss, disc(), torch.tensor([0]), FLAT, Inversion(steps=1, restarts=1), dice())
     assert all(torch.equal(before[k], v) for k, v in params_of(sigmoid_net).items())
 
 
-def test_the_defense_has_the_size_it_says():
+def test_the_defense_has_the_size_it_says() -> None:
     seen = {"a": torch.randn(300, 100, generator=dice()), "b": torch.randn(500, generator=dice())}
     clipped = obscured(seen, 0.0, dice(), clip=2.0)
     assert tree.norm(clipped) == pytest.approx(2.0, rel=1e-4)
@@ -152,17 +149,12 @@ def test_the_defense_has_the_size_it_says():
     assert tree.norm(relative) / tree.norm(seen) == pytest.approx(0.1, rel=0.02)
 
 
-def test_scores_of_images():
+def test_scores_of_images() -> None:
     x = blobs(3, 4, (1, 16, 16)).x
     noisy = x + 0.5 * torch.randn(x.shape, generator=dice())
-    wanted = image_quality.psnr(noisy[:, 0].numpy(), x[:, 0].numpy())
     for i in range(4):
-        assert psnr(noisy[i], x[i]) == pytest.approx(wanted[i], rel=1e-5)
-        assert similarity(x[i], x[i]) == pytest.approx(1.0)
-        assert similarity(noisy[i], x[i]) < 0.99
         assert relative_leakage(x[i], noisy[i], noisy[i]) == 0
         assert relative_leakage(x[i], x[i], noisy[i]) > 0 > relative_leakage(x[i], noisy[i], x[i])
-    assert similarity(torch.ones(5), torch.arange(5.0)) < 0.5
     assert float(total_variation(torch.ones(1, 1, 4, 4))) == 0 == float(total_variation(torch.ones(1, 5)))
     assert float(total_variation(torch.arange(4.0).view(1, 1, 1, 4))) == 1.0
     assert sum(p.numel() for p in leaky((1, 4, 4), 3, dice()).parameters()) == 16 * 32 + 32 + 32 * 3 + 3

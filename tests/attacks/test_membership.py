@@ -1,4 +1,4 @@
-"""Who was trained on: chance where nothing was learned, more where it was memorized, and attacks in their order."""
+"""Who was trained on: chance if nothing was learned, more if it was memorized, and attacks in their order."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def split(scores, inside):
     return found(scores[inside], scores[~inside])
 
 
-def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked):
+def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked) -> None:
     """The order of the literature: LiRA and RMIA above the loss alone."""
     data, inside, target, known = attacked
     said = losses(TASK, target, data)
@@ -72,7 +72,7 @@ def test_attacks_beat_chance_and_shadows_beat_the_loss(attacked):
     assert all(value > plain.auc for value in aucs.values()), (plain, aucs)
 
 
-def test_a_model_that_never_saw_them_tells_nothing(attacked):
+def test_a_model_that_never_saw_them_tells_nothing(attacked) -> None:
     data, inside, _, known = attacked
     said = losses(TASK, TASK.first(5), data)
     for scores in (-said, lira(said, known, online=False)):
@@ -80,7 +80,7 @@ def test_a_model_that_never_saw_them_tells_nothing(attacked):
         assert abs(split(scores, inside).auc - 0.5) < 0.15
 
 
-def test_halves_come_in_pairs_that_cover_everyone_and_split_nobody():
+def test_halves_come_in_pairs_that_cover_everyone_and_split_nobody() -> None:
     patients = ["a", "b", "b", "c", "d", "a", "e", "f", "f", "f"]
     sites = ["x"] * 6 + ["y"] * 4
     inside = halves(patients, 6, 3, sites)
@@ -100,12 +100,12 @@ def test_halves_come_in_pairs_that_cover_everyone_and_split_nobody():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5])
-def test_too_few_shadows_are_refused(count):
+def test_too_few_shadows_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match="4, 6, 8"):
         shadows(lambda k, half: torch.zeros(4), ["a", "b", "c", "d"], count)
 
 
-def test_shadows_are_trained_on_their_halves():
+def test_shadows_are_trained_on_their_halves() -> None:
     told = {}
 
     def one(k, half):
@@ -129,7 +129,7 @@ def loss_of(logits, classes):
     return torch.stack([F.cross_entropy(torch.tensor(one), torch.tensor(classes), reduction="none") for one in logits])
 
 
-def test_lira_by_numpy():
+def test_lira_by_numpy() -> None:
     """The paper's Algorithm 1 from logits: φ = log p_y − log Σ p_other; one variance for all examples."""
     logits, inside, y = signals()
     p = np.exp(logits - logits.max(2, keepdims=True))
@@ -153,7 +153,7 @@ def test_lira_by_numpy():
     np.testing.assert_allclose(lira(every[6], ours, online=False), (target - mo) / so, atol=1e-6)
 
 
-def test_rmia_by_numpy():
+def test_rmia_by_numpy() -> None:
     """Equations 3 to 6: the share of z with [p(x|θ)/p(x)] / [p(z|θ)/p(z)] ≥ γ, p(x) from models that did not see x."""
     logits, inside, y = signals()
     every = loss_of(logits, y)
@@ -166,7 +166,7 @@ def test_rmia_by_numpy():
         np.testing.assert_allclose(ours, wanted, atol=1e-6)
 
 
-def test_log_odds_do_not_lose_the_confident():
+def test_log_odds_do_not_lose_the_confident() -> None:
     """1 − p is lost in float64 below 1e-16, and in float32 below 1e-7; the loss keeps it."""
     assert float(log_odds(torch.tensor(np.log(2)))) == pytest.approx(0.0, abs=1e-6)
     loss = torch.tensor([1e-12, 1e-9, 30.0], dtype=torch.float64)
@@ -174,7 +174,7 @@ def test_log_odds_do_not_lose_the_confident():
     assert log_odds(torch.tensor([0.0, 1e30], dtype=torch.float64)).isfinite().all()
 
 
-def test_losses_are_computed_in_double_precision():
+def test_losses_are_computed_in_double_precision() -> None:
     """A network so sure that float32 says its loss is 0."""
     x, y = torch.ones(2, 20), torch.tensor([0, 1])
     params = {name: torch.zeros_like(leaf) for name, leaf in TASK.first().items()}
@@ -192,7 +192,7 @@ def test_losses_are_computed_in_double_precision():
         (Regression(Network("mlp", (20,), 1, (("width", 8),))), torch.randn(4, 1)),
     ],
 )
-def test_losses_of_other_tasks(task, y):
+def test_losses_of_other_tasks(task: Classification, y) -> None:
     data, model = Rows(torch.randn(4, 20), y), task.model().eval()
     model.load_state_dict(task.first(), strict=False)
     assert float(losses(task, task.first(), data).mean()) == pytest.approx(
@@ -200,7 +200,7 @@ def test_losses_of_other_tasks(task, y):
     )
 
 
-def test_each_loss_is_of_one_example_alone(task):
+def test_each_loss_is_of_one_example_alone(task: Classification) -> None:
     data = blobs(3, 7, (1, 8, 8))
     whole = losses(task, task.first(), data)
     part = losses(task, task.first(), data, torch.tensor([5, 2]))
@@ -210,13 +210,13 @@ def test_each_loss_is_of_one_example_alone(task):
     assert task.loss(model, (data.x, data.y)).item() == pytest.approx(float(whole.mean()), rel=1e-5)
 
 
-def test_a_patient_scores_the_mean_of_the_images():
+def test_a_patient_scores_the_mean_of_the_images() -> None:
     scores, names = by_patient(torch.tensor([1.0, 2.0, 5.0, 6.0]), ["b", "a", "b", "b"])
     assert names == ("a", "b")
     assert scores.tolist() == [2.0, 4.0]
 
 
-def test_the_control_leaks_and_the_verdict_rests_on_it():
+def test_the_control_leaks_and_the_verdict_rests_on_it() -> None:
     control = memorized(TASK, TASK.first(), noisy())
     assert control.auc > 0.8
     easy = Rows(x := torch.randn(40, 20, generator=torch.Generator().manual_seed(1)), (x[:, 0] > 0).long())
@@ -241,7 +241,7 @@ def test_the_control_leaks_and_the_verdict_rests_on_it():
     assert nobody == "Inconclusive, with too few patients, at a: no result could have shown anything."
 
 
-def test_the_p_values_of_a_verdict_are_adjusted_for_all_that_was_tested():
+def test_the_p_values_of_a_verdict_are_adjusted_for_all_that_was_tested() -> None:
     rng = torch.Generator().manual_seed(3)
     one = found(torch.randn(100, generator=rng) + 0.15, torch.randn(100, generator=rng))
     assert 0.0025 < one.p_auc < 0.025

@@ -1,4 +1,4 @@
-"""Attacks do what their papers say, at the sites named, and nothing elsewhere."""
+"""Attacks do what their papers say, at the sites named, and nothing at others."""
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.robust.robust_method import Robust
 from polyclinic.methods.robust.rules.coordinate_wise import Median
@@ -67,7 +69,7 @@ def sent(task, local, attack, attackers=("site-3",)):
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: type(a).__name__)
-def test_attacks_keep_the_contract_and_spare_honest_sites(attack, task, local) -> None:
+def test_attacks_keep_the_contract_and_spare_honest_sites(attack, task: Classification, local: LocalTraining) -> None:
     if not isinstance(attack, NotANumber):
         inner = Robust(FedAvg(task, local), Median()) if attack.spies else FedAvg(task, local)
         check_method(Poisoned(inner, ("site-2",), attack, NAMES[:3]), task.first(0), little_sites())
@@ -76,7 +78,7 @@ def test_attacks_keep_the_contract_and_spare_honest_sites(attack, task, local) -
         assert equal(honest[name], attacked[name]) is (name != "site-3")
 
 
-def test_a_spying_attack_on_worker_processes(task, local) -> None:
+def test_a_spying_attack_on_worker_processes(task: Classification, local: LocalTraining) -> None:
     engines = []
 
     def start(method, sites):
@@ -90,7 +92,7 @@ def test_a_spying_attack_on_worker_processes(task, local) -> None:
             engine.close()
 
 
-def test_an_attacker_that_behaves_changes_nothing(task, local) -> None:
+def test_an_attacker_that_behaves_changes_nothing(task: Classification, local: LocalTraining) -> None:
     def params(method):
         state = method.init(task.first(0))
         for step in train(method, InProcess(method, little_sites(count=5)), state, rounds=2):
@@ -113,7 +115,7 @@ def test_what_is_sent() -> None:
     assert bool(own["a"].isfinite().all())
 
 
-def test_alie_and_ipm_from_what_the_honest_sent(task, local) -> None:
+def test_alie_and_ipm_from_what_the_honest_sent(task: Classification, local: LocalTraining) -> None:
     honest, attackers = sent(task, local, Attack()), ("site-3", "site-4")
     x = np.stack([tree.flatten(honest[name]).double().numpy() for name in NAMES if name not in attackers])
     # Baruch et al., section 3.3: n = 5, m = 2; s = floor(5/2 + 1) - 2 = 1; z = Φ⁻¹((n - m - s) / (n - m)) = Φ⁻¹(2/3)
@@ -127,7 +129,7 @@ def test_alie_and_ipm_from_what_the_honest_sent(task, local) -> None:
         np.testing.assert_allclose(found, x.mean(0) - 1.5 * x.std(0, ddof=1), rtol=1e-3, atol=1e-5)
 
 
-def test_colluders_send_the_same(task, local) -> None:
+def test_colluders_send_the_same(task: Classification, local: LocalTraining) -> None:
     found = sent(task, local, Collusion(), ("site-1", "site-2", "site-4"))
     assert equal(found["site-1"], found["site-2"])
     assert equal(found["site-1"], found["site-4"])
@@ -156,7 +158,7 @@ def test_flipped_labels_and_marked_images() -> None:
     assert bool((Backdoor(side=2).mark(torch.zeros(3, 5))[:, -2:] == 3).all())
 
 
-def test_a_rule_withstands_what_the_mean_does_not(task, local) -> None:
+def test_a_rule_withstands_what_the_mean_does_not(task: Classification, local: LocalTraining) -> None:
     def moved(inner) -> float:
         method = poisoned(inner, SignFlip(20))
         state = method.init(task.first(0))
@@ -172,7 +174,7 @@ def test_a_rule_withstands_what_the_mean_does_not(task, local) -> None:
     assert moved(Robust(FedAvg(task, local), MultiKrum(0.2))) < 0.2 * moved(FedAvg(task, local))
 
 
-def test_spies_need_to_know_who_there_is(task, local) -> None:
+def test_spies_need_to_know_who_there_is(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="give the names of all sites"):
         Poisoned(FedAvg(task, local), ("site-3",), ALIE())
     with pytest.raises(ValueError, match="IPM needs the updates of the honest sites"):

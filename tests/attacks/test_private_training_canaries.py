@@ -6,10 +6,10 @@ import torch
 from polyclinic.attacks.private_training_canaries import Canaries, Motion, Observer, WithCanaries, audited
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.regression import Regression
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.dp_sgd import DPSGD, per_example_gradients
 from tests.conftest import Rows, blobs
 
@@ -34,7 +34,7 @@ def flat(tree):
     return torch.cat([leaf.flatten() for leaf in tree.values()])
 
 
-def test_directions_are_apart_and_where_training_moves_least():
+def test_directions_are_apart_and_where_training_moves_least() -> None:
     canaries, far = drawn()
     owner, moved = flat(canaries.block), flat(far)
     counts = owner[owner >= 0].bincount()
@@ -50,7 +50,7 @@ def test_directions_are_apart_and_where_training_moves_least():
 
 
 @pytest.mark.parametrize("count", [0, 1, 290])
-def test_too_many_or_too_few_canaries_are_refused(count):
+def test_too_many_or_too_few_canaries_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match="canaries for a network of 546 parameters"):
         drawn(count=count, task=Classification(Network("mlp", (13,), 2, (("width", 34),))))
 
@@ -63,7 +63,7 @@ def test_too_many_or_too_few_canaries_are_refused(count):
         Regression(Network("mlp", (13,), 1, (("width", 16),))),
     ],
 )
-def test_gradients_are_the_tasks_or_a_canarys(task):
+def test_gradients_are_the_tasks_or_a_canarys(task: Classification) -> None:
     """By the product's own vmap: a real example's gradient is what it was; a canary's is ±10 C along its direction."""
     if task.kind == "regression":
         data = Rows(torch.randn(6, 13), torch.randn(6, 1))
@@ -90,7 +90,7 @@ def test_gradients_are_the_tasks_or_a_canarys(task):
             assert not mine.any()
 
 
-def test_a_batch_counts_each_of_its_units_once():
+def test_a_batch_counts_each_of_its_units_once() -> None:
     """Methods that take a plain gradient of a batch see canaries, too."""
     canaries, data = drawn()[0], people(4)
     both, ready = WithCanaries(data, canaries), audited(TASK, canaries, data.y)
@@ -100,7 +100,7 @@ def test_a_batch_counts_each_of_its_units_once():
     torch.testing.assert_close(value, each.mean())
 
 
-def test_canaries_are_patients_of_their_own():
+def test_canaries_are_patients_of_their_own() -> None:
     canaries, data = drawn()[0], people(6)
     both = WithCanaries(data, canaries)
     assert both.patients[:6] == data.patients
@@ -112,7 +112,7 @@ def test_canaries_are_patients_of_their_own():
     assert not hasattr(WithCanaries(Rows(data.x, data.y), canaries), "patients")
 
 
-def test_a_trained_canary_is_seen_as_far_as_the_bound_allows():
+def test_a_trained_canary_is_seen_as_far_as_the_bound_allows() -> None:
     """One step on everybody without noise: C along each canary that is in, times lr / L; nothing along the others."""
     canaries, data = drawn(bound=0.5)[0], people()
     both = WithCanaries(data, canaries)
@@ -130,7 +130,7 @@ def test_a_trained_canary_is_seen_as_far_as_the_bound_allows():
     torch.testing.assert_close(along * scale, 0.5 * canaries.inside.double(), atol=1e-3, rtol=1e-3)
 
 
-def test_projections_of_chance_have_a_deviation_of_one():
+def test_projections_of_chance_have_a_deviation_of_one() -> None:
     canaries, _ = drawn(count=100)
     rng = torch.Generator().manual_seed(0)
     noise = {n: 7 * torch.randn(b.shape, generator=rng) for n, b in canaries.block.items()}
@@ -144,7 +144,7 @@ def test_projections_of_chance_have_a_deviation_of_one():
     assert canaries.project({name: noise[name]}) is not None  # a part of the model is
 
 
-def test_the_observer_looks_at_every_part_and_learns_signs_from_a_control():
+def test_the_observer_looks_at_every_part_and_learns_signs_from_a_control() -> None:
     canaries, _ = drawn()
     found = {
         n: s * torch.where(b >= 0, canaries.inside[b.clamp_min(0)].float(), 0.0)
@@ -176,7 +176,7 @@ def test_the_observer_looks_at_every_part_and_learns_signs_from_a_control():
     torch.testing.assert_close(observer.seen["update"], 2 * once.seen["update"])
 
 
-def test_motion_counts_every_part_alike():
+def test_motion_counts_every_part_alike() -> None:
     motion = Motion(TASK)
     small = {n: torch.ones(x.shape) for n, x in motion.far.items()}
     name = next(iter(small))
@@ -190,7 +190,7 @@ def test_motion_counts_every_part_alike():
     assert all(torch.equal(before[n], motion.far[n]) for n in before)
 
 
-def test_blobs_are_left_as_they_were(task):
+def test_blobs_are_left_as_they_were(task: Classification) -> None:
     """A convolutional network with images."""
     data = blobs(3, 7, (1, 8, 8))
     canaries = drawn(task, 10)[0]

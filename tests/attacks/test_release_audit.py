@@ -1,6 +1,6 @@
 """The release audit, over every method for ever: what the table declares of each is what is measured.
 
-And the audit itself: it finds what leaks in each of the ways that it looks at, and nothing where nothing does.
+And the audit itself: it finds what leaks in each of the ways that it looks at, and nothing if nothing leaks.
 """
 
 import json
@@ -117,7 +117,7 @@ def test_every_method_that_is_not_covered_says_why() -> None:
 def test_what_is_declared_covered_is_covered_at_all_sites(name: str, way: Way) -> None:
     for kind in METHODS[name].tasks or ("classification", "multilabel", "regression"):
         if way == "dp-sgd" and kind == "segmentation":
-            continue  # its loss cannot be taken example by example, which is told
+            continue  # its loss cannot be taken example by example, which is reported
         found = audited(typical(name, way, kind), full=True)
         assert found.covered, f"{kind}: {found.says}"
 
@@ -385,7 +385,7 @@ def test_neighbors_differ_in_one_unit_and_nothing_else() -> None:
     ],
 )
 def test_every_kind_of_task_has_data(kind: Any) -> None:
-    """FedAvg with noise on its replies is covered on each of them; small shapes stand for large ones."""
+    """FedAvg with noise on its replies is covered on each of them; small shapes represent large ones."""
     found = audited(typical("fedavg", "gaussian", kind))
     assert found.covered, found.says
 
@@ -430,7 +430,7 @@ def test_plans_without_noise_have_nothing_to_cover() -> None:
 
 
 def test_the_state_of_the_run_is_that_of_the_first_world() -> None:
-    """The server sees stand-ins only: what it makes of them does not depend on the neighbors that are compared."""
+    """The server sees substitutes only: what it makes of them does not depend on the neighbors that are compared."""
     states: list[State] = []
 
     @dataclass(frozen=True)

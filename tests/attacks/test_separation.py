@@ -8,8 +8,9 @@ import torch
 from scipy.stats import binomtest, mannwhitneyu, norm
 
 from polyclinic.attacks.membership import Verdict
-from polyclinic.attacks.separation import detectable, found, holm, tail
-from polyclinic.evaluation.intervals import delong, newcombe
+from polyclinic.attacks.separation import detectable, found, tail
+from polyclinic.statistics.auc import newcombe
+from polyclinic.statistics.intervals import delong
 
 
 def normal(n, rng, shift=0.0):
@@ -23,8 +24,8 @@ def dice(seed=0):
 CONTROL = found(torch.arange(16.0) + 20, torch.arange(16.0))
 
 
-def test_a_model_that_tells_nothing_is_called_leaky_in_at_most_five_per_cent():
-    """Five sites of 20 + 20 patients: the old verdict, AUC > 0.6 at the worst site, said so in 55 %."""
+def test_a_model_that_tells_nothing_is_called_leaky_in_at_most_five_per_cent() -> None:
+    """Five sites of 20 + 20 patients: the old verdict, AUC > 0.6 at the worst site, was positive in 55 %."""
     rng, trials = dice(), 250
     leaky = [
         Verdict(CONTROL, {f"s{i}": {"loss": found(normal(20, rng), normal(20, rng))} for i in range(5)}).leaky
@@ -34,7 +35,7 @@ def test_a_model_that_tells_nothing_is_called_leaky_in_at_most_five_per_cent():
 
 
 @pytest.mark.parametrize("sites", [1, 5])
-def test_a_few_members_exposed_with_certainty_are_found(sites):
+def test_a_few_members_exposed_with_certainty_are_found(sites: int) -> None:
     """5 % of 200: the AUC is that of chance, and the old verdict said 'little can be told'."""
     rng = dice(1)
     for _ in range(20):
@@ -47,8 +48,8 @@ def test_a_few_members_exposed_with_certainty_are_found(sites):
         assert "of 200 score above every patient not trained on" in verdict.says
 
 
-def test_the_tail_by_counting_all_orders():
-    """Of all orders of 3 members and 4 others, how many put so many members above all but k others?"""
+def test_the_tail_by_counting_all_orders() -> None:
+    """Of all orders of 3 members and 4 others, in how many are that many members above all but k others?"""
     orders = list(itertools.combinations(range(7), 3))  # the ranks of the members, 0 is the highest
     for allowed, exposed in itertools.product(range(3), range(4)):
         above = [sum(r < sorted(set(range(7)) - set(members))[allowed] for r in members) for members in orders]
@@ -56,7 +57,7 @@ def test_the_tail_by_counting_all_orders():
         assert tail(exposed, allowed, 3, 4) == pytest.approx(wanted)
 
 
-def test_ties_count_for_nobody():
+def test_ties_count_for_nobody() -> None:
     """Members who share the highest non-member's score are not above it."""
     one = found(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 0.0]))
     assert one.exposed == 1
@@ -64,7 +65,7 @@ def test_ties_count_for_nobody():
     assert found(torch.ones(5), torch.ones(5)).p_auc == 1.0
 
 
-def test_the_auc_and_its_interval_are_those_of_the_evaluation():
+def test_the_auc_and_its_interval_are_those_of_the_evaluation() -> None:
     rng = dice(2)
     for shift in (0.0, 1.0):
         members, others = normal(40, rng, shift), normal(25, rng)
@@ -76,7 +77,7 @@ def test_the_auc_and_its_interval_are_those_of_the_evaluation():
     assert (perfect.auc, perfect.low, perfect.high) == pytest.approx((1.0, *newcombe(1.0, 12, 9)))
 
 
-def test_the_test_of_the_auc_is_one_sided_and_exact_for_a_few():
+def test_the_test_of_the_auc_is_one_sided_and_exact_for_a_few() -> None:
     """3 members above 3 others: one order in 20."""
     up, down = torch.tensor([4.0, 5.0, 6.0]), torch.tensor([1.0, 2.0, 3.0])
     assert found(up, down).p_auc == pytest.approx(1 / 20)
@@ -90,7 +91,7 @@ def test_the_test_of_the_auc_is_one_sided_and_exact_for_a_few():
             assert found(x, y).p_auc == pytest.approx(wanted)
 
 
-def test_rates_by_hand():
+def test_rates_by_hand() -> None:
     """Of 1000 non-members with scores 0 ... 999, 10 may be taken for members at 1 %, and 1 at 0.1 %."""
     others, members = (
         torch.arange(1000.0),
@@ -109,7 +110,7 @@ def test_rates_by_hand():
     assert (tied.rate(0.01).low, tied.rate(0.01).high) == pytest.approx((low, high))
 
 
-def test_rates_are_covered():
+def test_rates_are_covered() -> None:
     """The interval holds the true rate at the true false-positive rate in at least 95 %, thresholds estimated."""
     rng, trials, shift, hit, low = dice(3), 150, 2.0, 0, []
     true = norm.sf(norm.isf(0.01) - shift)
@@ -121,7 +122,7 @@ def test_rates_are_covered():
     assert np.mean(low) > 0.1  # and it says something: the truth is 0.37
 
 
-def test_too_few_others_for_a_rate_give_words_and_no_figure():
+def test_too_few_others_for_a_rate_give_words_and_no_figure() -> None:
     one = found(torch.arange(99.0), torch.arange(99.0))
     assert [rate.value for rate in one.rates] == [None, None]
     assert "TPR at 0.1 % FPR needs 1,000 others; TPR at 1 % FPR needs 100 others" in one.says
@@ -130,7 +131,7 @@ def test_too_few_others_for_a_rate_give_words_and_no_figure():
     assert found(torch.arange(99.0), torch.arange(1000.0)).rate(0.001).value is not None
 
 
-def test_what_cannot_be_judged_is_refused():
+def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(ValueError, match="other patients"):
         found(torch.ones(3), torch.ones(0))
     with pytest.raises(ValueError, match="other patients"):
@@ -139,7 +140,7 @@ def test_what_cannot_be_judged_is_refused():
         found(torch.tensor([1.0, float("nan")]), torch.ones(3))
 
 
-def test_what_would_be_found_is_found():
+def test_what_would_be_found_is_found() -> None:
     """At the AUC that is named, four of five comparisons are significant; so many exposed always are, one fewer not."""
     rng, alpha, n, m = dice(4), 0.01, 40, 60
     can = detectable(n, m, alpha)
@@ -151,8 +152,3 @@ def test_what_would_be_found_is_found():
     assert (nothing.auc, nothing.exposed) == (None, None)
     assert detectable(3, 3, 0.051).exposed == 3  # 1 in 20 orders
     assert detectable(1000, 1000, alpha).exposed > detectable(1000, 999, alpha).exposed  # one other may be above
-
-
-def test_holm_by_hand():
-    assert holm(np.array([0.04, 0.01, 0.03])).tolist() == pytest.approx([0.06, 0.03, 0.06])
-    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: quick, told in words, and never a traceback for a mistake."""
+"""The command line: quick start, clear messages, and no traceback for a user's mistake."""
 
 import json
 import subprocess

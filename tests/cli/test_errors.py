@@ -13,7 +13,7 @@ import pytest
 from cyclopts import App
 
 from polyclinic import errors
-from polyclinic.cli import app, rendering, run
+from polyclinic.cli import app, rendering
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.studies.config import preflight as checks
 from polyclinic.studies.config.study_config import parse
@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _same_console() -> Iterator[None]:
     yield
-    rendering.console.quiet = rendering.console.stderr = False
+    rendering.progress.quiet = rendering.progress.stderr = False
+    rendering.note_invocation([])
     log = logging.getLogger("polyclinic")
     log.handlers[:], log.propagate = [], True
     log.setLevel(logging.NOTSET)
@@ -82,7 +83,7 @@ def test_study_files_that_cannot_be_read(
         ["run", "nowhere/s.toml"],
         ["report", "file"],
         ["status", "file"],
-        ["standing", "file"],
+        ["outliers", "file"],
         ["compare", "file", "file"],
         ["panel", "file"],
         ["export", ".", "out"],
@@ -194,7 +195,7 @@ def test_levels_and_log_file(
     assert "writable" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert ended(["new", "--quiet"], monkeypatch) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "wrote study.toml\n"
 
 
 def test_what_is_missing_is_told_at_once_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,13 +221,6 @@ def test_packages_of_preflight_are_names_of_transforms() -> None:
     from polyclinic.compression.transform_table import TRANSFORMS
 
     assert set(checks._TRANSFORMS) <= set(TRANSFORMS)
-
-
-def test_the_resume_hint_repeats_the_options() -> None:
-    assert run.repeated(Path("a b.toml"), ["rounds=2", "x='y'"], Path("elsewhere"), 2) == (
-        "polyclinic run 'a b.toml' --set rounds=2 --set 'x='\"'\"'y'\"'\"'' --out elsewhere --workers 2 --resume"
-    )
-    assert run.repeated(Path("s.toml"), [], Path("runs"), None) == "polyclinic run s.toml --resume"
 
 
 def walk(app: App, name: str) -> Iterator[tuple[str, App]]:

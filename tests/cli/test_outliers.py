@@ -1,4 +1,4 @@
-"""A person sees how each site's updates stood, decides, and is heeded."""
+"""Outlier notes are shown, and an excluded site is left out of the aggregate."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polyclinic.cli.outliers import standing
+from polyclinic.cli.outliers import outliers
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.records.site_outliers import NoStanding, read
+from polyclinic.studies.records.site_outliers import NoSiteOutliers, read
 from polyclinic.studies.run.scheduler import run
 
 STUDY = """\
@@ -50,19 +50,21 @@ def go(folder: Path, methods: str, name: str) -> Path:
     return folder / name
 
 
-def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(tmp_path: Path, capsys) -> None:
+def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = go(tmp_path, '[[methods]]\nname = "watched"\n[[methods]]\nname = "fedavg"\n', "first")
     (arm,) = read(done)
     assert arm.round == 3
     assert arm.notes["e"].outlying == 3
     assert all(arm.notes[site].outlying == 0 for site in "abcd")
     assert [alarm[0] for alarm in arm.alarms] == ["e"]
-    standing(done)
+    outliers(done)
     shown = capsys.readouterr().out
     assert "watched-seed0" in shown
     assert "3 of 3" in shown
     assert 'quarantined = ["SITE"]' in shown
-    standing(done, json_=True)
+    outliers(done, json_=True)
     assert json.loads(capsys.readouterr().out)[0]["sites"]["e"]["seen"] == 3
     without = go(tmp_path, '[[methods]]\nname = "watched"\nquarantined = ["e"]\n', "second")
     note = read(without)[0].notes["e"]
@@ -73,7 +75,7 @@ def test_who_stands_out_is_shown_and_a_person_may_leave_a_site_out(tmp_path: Pat
 
 def test_what_keeps_no_notes_says_so(tmp_path: Path) -> None:
     done = go(tmp_path, '[[methods]]\nname = "fedavg"\n', "plain")
-    with pytest.raises(NoStanding, match='study "watched"'):
+    with pytest.raises(NoSiteOutliers, match='use the method "watched"'):
         read(done)
     with pytest.raises(ConfigError, match="there is no run here"):
         read(tmp_path / "nowhere")

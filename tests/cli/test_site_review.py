@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from polyclinic.cli import site as commands
+from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.engines.flare.client.decisions import signed_bytes
 from polyclinic.engines.flare.client.reviews import APPROVED, REFUSED, WAITING, Reviews
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
-from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from tests.engines.flare.test_approval import study, survey, surveyed
@@ -88,19 +89,19 @@ def test_a_study_is_shown_whole(home: SiteFolder, capsys: Read) -> None:
     )
     Reviews(home.reviews).offer(whole, ())
     text = shown(home, "spots", capsys)
-    assert "One decision is for the whole study" in text
+    assert "One decision covers the whole study" in text
     assert "fedavg, seeds 0, 1, 5 rounds" in text
     assert "fedprox, seeds 0, 1, 5 rounds" in text
     assert "fedavg: the change of the model, in each of 5 rounds" in text
     assert "scores on validation data every 2 rounds" in text
     assert "each validation patient and each test patient" in text
-    assert "each round asks 2 of the sites, drawn at random, and needs 2 usable answers" in text
+    assert "each round asks 2 of the sites, drawn at random, and needs 2 usable replies" in text
     assert "after 60 seconds" in text
     assert "the round with the best auc" in text
-    assert "keys for secure sums: site-0 abababababab" in text
+    assert "keys for secure aggregation: site-0 abababababab" in text
     assert "the study asks for split = [0.5, 0.2, 0.3]" in text
     assert re.search(r"patients: \d+ train, \d+ val", text)
-    assert f"order   {whole.hash}" in text
+    assert f"request {whole.hash}" in text
 
 
 def test_two_plans_under_one_label_are_both_shown(home: SiteFolder, capsys: Read) -> None:
@@ -114,7 +115,7 @@ def test_two_plans_under_one_label_are_both_shown(home: SiteFolder, capsys: Read
     assert "training.lr = 9.5" in text
     assert "fedavg, seed 0," in text
     assert "fedavg, seed 7," in text
-    assert "fedavg is also scored at mallory, where nobody trains" in text
+    assert "fedavg is also scored at mallory, which does not train" in text
 
 
 def test_what_differs_from_what_this_site_said_is_shown(home: SiteFolder, capsys: Read) -> None:
@@ -125,7 +126,7 @@ def test_what_differs_from_what_this_site_said_is_shown(home: SiteFolder, capsys
     assert text.count("! outputs = 20000; the data here have 2 classes") == 2
     assert "spots-1: fedavg, seed 0; inputs = [1, 8, 8]; outputs = 20000" in text
     for run in ("spots-1", "spots-2"):
-        assert re.search(rf"order   {reviews.get(run).what.hash}  {run}", text)
+        assert re.search(rf"request {reviews.get(run).what.hash}  {run}", text)
 
 
 def test_a_rehearsal_says_so_and_opens_nothing(home: SiteFolder, capsys: Read) -> None:
@@ -133,11 +134,11 @@ def test_a_rehearsal_says_so_and_opens_nothing(home: SiteFolder, capsys: Read) -
     Reviews(home.reviews).offer(rehearsal(), ())
     text = shown(home, "rehearsal", capsys)
     assert "A REHEARSAL" in text
-    assert "none is read: the data are imaginary" in text
+    assert "none are read: the data are synthetic" in text
     commands.review(home=home.path)
-    assert "(imaginary data)" in capsys.readouterr().out
+    assert "(synthetic data)" in capsys.readouterr().out
     commands.approve("rehearsal", reason="imaginary data", home=home.path)
-    assert "(imaginary data)" in capsys.readouterr().out
+    assert "(synthetic data)" in capsys.readouterr().out
     (entry,) = [e for e in verify(home.journal) if e["event"] == "approved by a person"]
     assert entry["rehearsal"] is True
 
@@ -223,7 +224,7 @@ def test_a_study_that_contradicts_the_hospitals_table_is_not_approved(home: Site
     (data / "data.toml").write_text('kind = "npz"\npath = "x.npz"\nsplit = [0.6, 0.2, 0.2]\n')
     Reviews(home.reviews).offer(order(data={"split": [0.5, 0.2, 0.3]}), ())
     text = shown(home, "run-1", capsys)
-    assert "patients: not known" in text
+    assert "patients: unknown" in text
     with pytest.raises(SetupError, match=r"the study asks for \[0\.5, 0\.2, 0\.3\], and data\.toml here says"):
         commands.approve("run-1", reason="IRB", home=home.path)
     assert Reviews(home.reviews).get("run-1").state == WAITING
@@ -236,7 +237,7 @@ def test_refused_keys_and_the_hospitals_own_findings_are_shown(home: SiteFolder,
     text = shown(home, "run-1", capsys)
     assert '! the study sets label = "postcode" of the data, which only the hospital sets, in data.toml' in text
     assert "! /srv/data is not there" in text
-    assert "Refused here, whatever a person says\n  the study sets label" in text
+    assert "Refused by this site, whatever a person decides\n  the study sets label" in text
     assert "polyclinic site approve" not in text
     capsys.readouterr()
     commands.status(home=home.path)
@@ -259,7 +260,7 @@ def test_what_comes_from_the_server_cannot_write_on_the_terminal(home: SiteFolde
 
 def test_a_method_that_is_not_installed_can_be_reviewed(home: SiteFolder, capsys: Read) -> None:
     Reviews(home.reviews).offer(order("nonsense"), ("it cannot be built here",))
-    assert "not known here, for this method is not installed" in shown(home, "run-1", capsys)
+    assert "unknown, because this method is not installed here" in shown(home, "run-1", capsys)
 
 
 def test_one_run_is_shown_with_its_own_hashes(home: SiteFolder, capsys: Read) -> None:
@@ -275,5 +276,5 @@ def test_one_run_is_shown_with_its_own_hashes(home: SiteFolder, capsys: Read) ->
         path, json.dumps({**json.loads(path.read_text()), "code": "0" * 64, "packages": [["p", "1", "a" * 64]]})
     )
     text = shown(home, "run-1", capsys)
-    assert "code was changed here since this study came" in text
+    assert "the code here has changed since this study arrived" in text
     assert f"package p==1@{'a' * 64}" in text

@@ -1,4 +1,4 @@
-"""What sites receive, smaller: without loss where nothing is lost, counted as sent, the same bits on both engines."""
+"""What sites receive, smaller: without loss if the codec has none, counted as sent, the same bits on both engines."""
 
 from typing import Any
 

@@ -14,6 +14,8 @@ import torch
 
 pytest.importorskip("cryptography", reason="needs polyclinic[privacy]")
 
+from collections.abc import Callable
+
 from polyclinic.compression.powersgd import PowerSGD
 from polyclinic.compression.quantization import QSGD, BFloat16, Int8, LowRank, Sign
 from polyclinic.compression.topk import TopK
@@ -28,8 +30,8 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.fedopt import fedavgm
-from polyclinic.methods.optimization.fedprox import fedprox
+from polyclinic.methods.optimization.fedopt import FedOpt
+from polyclinic.methods.optimization.fedprox import FedProx
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.methods.robust.robust_method import Robust
@@ -43,13 +45,13 @@ PLAIN = LocalTraining(epochs=1, batch_size=100, lr=0.1)
 PRIVATE = DPSGD(epochs=1, batch_size=100, lr=0.1, noise=1e-9, bound=1e3, unit="record")
 FAR = 1e9
 
-METHODS = {
+METHODS: dict[str, Callable[[LocalTraining], Method[Any]]] = {
     "fedavg": lambda local: FedAvg(TASK, local, uniform=True),
     "weighted": lambda local: FedAvg(TASK, local),
-    "fedprox": lambda local: fedprox(TASK, local, mu=0.1, uniform=True),
+    "fedprox": lambda local: FedProx(TASK, local, mu=0.1, uniform=True),
     "fedbn": lambda local: fedbn(TASK, local, uniform=True),
     "scaffold": lambda local: Scaffold(TASK, 3, local),
-    "fedopt": lambda local: fedavgm(TASK, local, uniform=True),
+    "fedopt": lambda local: FedOpt(TASK, local, "momentum", 1.0, uniform=True),
     "robust": lambda local: Robust(FedAvg(TASK, local, uniform=True)),
 }
 PRIVACY: dict[str, tuple[Transform, ...]] = {

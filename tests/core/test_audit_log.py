@@ -1,4 +1,4 @@
-"""The journal's chain, byte by byte: what is written, what is told apart, and what a full disk leaves."""
+"""The journal's chain, byte by byte: what is written, what is distinguished, and what a full disk leaves."""
 
 import errno
 import hashlib
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from polyclinic.core import audit_log as module
 from polyclinic.core.audit_log import FIRST, Broken, Journal, verify
 
 
@@ -68,7 +67,7 @@ def test_an_empty_file_is_a_journal_of_nothing(tmp_path: Path) -> None:
 def test_an_entry_that_was_sealed_anew_does_not_fit_its_place_or_the_next_one(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    """Whoever changes an entry can compute its hash again, but then the chain breaks, there or one line on."""
+    """An attacker who changes an entry can compute its hash again, but then the chain breaks, there or one line on."""
     path = tmp_path / "journal.jsonl"
     entries = written(path)
     entries[2] = sealed({**entries[2], **change})
@@ -77,7 +76,7 @@ def test_an_entry_that_was_sealed_anew_does_not_fit_its_place_or_the_next_one(
     with pytest.raises(Broken, match=rf"journal.jsonl:{where}: this entry was changed, or an earlier one was removed"):
         list(verify(path))
     read = verify(path)
-    assert [next(read)["seq"] for _ in range(where - 1)] == list(range(where - 1)), "what comes before it stands"
+    assert [next(read)["seq"] for _ in range(where - 1)] == list(range(where - 1)), "what comes before it is valid"
 
 
 @pytest.mark.parametrize("key", ["seq", "event", "previous", "hash", "round"])
@@ -131,7 +130,7 @@ def test_a_line_that_ends_is_never_cut(tmp_path: Path) -> None:
 
 def test_every_entry_is_on_the_disk_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, synced = tmp_path / "journal.jsonl", []
-    monkeypatch.setattr(module.os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size)))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_ino, os.fstat(fd).st_size)))
     journal = Journal(path)
     for i in range(3):
         journal.write("one")
@@ -173,7 +172,7 @@ def test_what_the_disk_does_not_confirm_is_taken_back(tmp_path: Path, monkeypatc
     last, before = written(path)[-1], path.read_bytes()
     journal = Journal(path)
     with monkeypatch.context() as broken:
-        broken.setattr(module.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "it broke")))
+        broken.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.EIO, "it broke")))
         with pytest.raises(OSError, match="it broke"):
             journal.write("lost")
     assert (path.read_bytes(), journal.head) == (before, last["hash"])

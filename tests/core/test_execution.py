@@ -82,7 +82,7 @@ def test_a_cohort_as_large_as_all_is_all_in_order(size: int) -> None:
 
 
 def test_a_cohort_is_drawn_from_seed_and_round_without_replacement() -> None:
-    """Known from a permutation with the server's generator, so that a resumed study asks whom it asked."""
+    """Known from a permutation with the server's generator, so that a resumed study asks the same sites."""
     for seed in (0, 7):
         for round in range(4):
             order = torch.randperm(5, generator=Site("server", seed=seed).rng("cohort", round))

@@ -10,8 +10,11 @@ from polyclinic.compression.zstd import Zstd
 from polyclinic.core.job_enumeration import Job
 from polyclinic.core.method import Request
 from polyclinic.core.pipeline import send_through
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated
-from polyclinic.methods.optimization.fedavg import FedAvg
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.optimization.fedavg import FedAvg, State
 from polyclinic.methods.optimization.mime import Mime
 from polyclinic.privacy.gaussian import Clip
 from polyclinic.testing import Asked, Broken, check_method
@@ -47,7 +50,9 @@ def declares(*jobs: Job) -> type[Declares]:
         ((Job("train", sites=("site-0", "site-1")),), "is not for site-2"),
     ],
 )
-def test_every_ask_is_declared(jobs, why: str, task, sites, local) -> None:
+def test_every_ask_is_declared(
+    jobs: tuple[Job, ...], why: str, task: Classification, sites: dict[str, Site], local: LocalTraining
+) -> None:
     method = declares(*jobs)(task, local)
     if why:
         with pytest.raises(Broken, match=why):
@@ -56,7 +61,7 @@ def test_every_ask_is_declared(jobs, why: str, task, sites, local) -> None:
         check_method(method, task.first(), sites)
 
 
-def test_a_job_that_comes_twice_is_counted(task, sites, local) -> None:
+def test_a_job_that_comes_twice_is_counted(task: Classification, sites: dict[str, Site], local: LocalTraining) -> None:
     asked, request = Asked(FedAvg(task, local), sites), Request(1, {})
     asked.note(request, request)
     asked.note(Request(2, {}), request)
@@ -64,7 +69,9 @@ def test_a_job_that_comes_twice_is_counted(task, sites, local) -> None:
         asked.note(Request(2, {}), request)
 
 
-def test_a_job_with_another_model_than_the_round_began_with_says_so(task, sites, local) -> None:
+def test_a_job_with_another_model_than_the_round_began_with_says_so(
+    task: Classification, sites: dict[str, Site], local: LocalTraining
+) -> None:
     first = task.first()
     other = {name: leaf + 1 for name, leaf in first.items()}
     trial = Request(1, {"params": first})
@@ -80,19 +87,23 @@ def test_a_job_with_another_model_than_the_round_began_with_says_so(task, sites,
                 asked.note(Request(1, {"params": other}), trial)
 
 
-def test_an_evaluation_has_the_number_of_complete_rounds(task, sites, local) -> None:
+def test_an_evaluation_has_the_number_of_complete_rounds(
+    task: Classification, sites: dict[str, Site], local: LocalTraining
+) -> None:
     class Behind(FedAvg):
-        def evaluation_request(self, state):
+        def evaluation_request(self, state: State) -> Request:
             return replace(super().evaluation_request(state), round=0)
 
     with pytest.raises(Broken, match="trial has the round of the state"):
         check_method(Behind(task, local), task.first(), sites)
 
 
-def test_a_method_that_has_finished_is_evaluated_in_the_round_after_its_last(task, sites, local) -> None:
+def test_a_method_that_has_finished_is_evaluated_in_the_round_after_its_last(
+    task: Classification, sites: dict[str, Site], local: LocalTraining
+) -> None:
     @dataclass(frozen=True)
     class Once(FedAvg):
-        def request(self, state):
+        def request(self, state: State) -> Request | None:  # type: ignore[override]  # FedAvg has no end
             return None if state.round else super().request(state)
 
     method = Once(task, local)
@@ -100,7 +111,7 @@ def test_a_method_that_has_finished_is_evaluated_in_the_round_after_its_last(tas
     assert method.evaluation_request(method.init(task.first())._replace(round=1)).round == 1
 
 
-def test_whatever_wraps_a_method_has_its_jobs(task, local) -> None:
+def test_whatever_wraps_a_method_has_its_jobs(task: Classification, local: LocalTraining) -> None:
     mime = Mime(task, replace(local, optimizer="sgd", momentum=0.0))
     assert [job.name for job in mime.jobs] == ["gradient", "train"]
     sent = send_through(mime, Clip(1.0))

@@ -13,9 +13,9 @@ from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.metering import Noise, Spend, Use, audited, hidden, meter, metered
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training import dp_sgd
 from polyclinic.learning.training.dp_sgd import DPSGD, per_example_gradients
 from polyclinic.privacy.gaussian import BELOW, AdaptiveClip, Clip, Gaussian
@@ -47,13 +47,13 @@ def test_without_an_auditor_noise_is_added_and_with_one_it_decides() -> None:
 
 
 def test_what_is_not_said_of_a_spend_or_a_use_is_what_assumes_least() -> None:
-    """One step, on everyone, for a whole site, by noise that the site adds alone; nothing bounded, nobody sampled."""
+    """One step, on everyone, for a whole site, by noise that the site adds alone; nothing bounded, no one sampled."""
     assert Spend(1.5) == Spend(1.5, rate=1.0, steps=1, unit="site", pure=0.0, share=1)
     assert Use({}, Spend(1.0), {}) == Use({}, Spend(1.0), {}, bound=0.0, sampled=None)
 
 
 def test_the_innermost_meter_counts_and_counting_ends_with_its_block() -> None:
-    meter(Spend(9.0))  # nobody counts, so nothing happens
+    meter(Spend(9.0))  # there is no meter, so nothing happens
     with metered() as outer:
         meter(Spend(1.0))
         with metered() as inner:
@@ -136,7 +136,8 @@ def test_dp_sgd_shows_each_step_as_it_is_sampled_clipped_and_spent(unit: Any) ->
     for use, at in list(zip(uses, before, strict=True))[:3]:
         total = tree.zeros(use.value)
         for name in use.sampled or ():
-            patient, nth = (name, None) if unit == "patient" else name
+            key: Any = name
+            patient, nth = (key, None) if unit == "patient" else key
             mine = [i for i, who in enumerate(data.patients) if who == patient]
             mine = mine if nth is None else [mine[nth]]
             each = per_example_gradients(cached_model(TASK, params), at, TASK.loss, data[torch.tensor(mine)])

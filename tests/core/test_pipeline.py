@@ -1,5 +1,6 @@
 """Pipelines: what is sent, what is kept, what is refused."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,10 +27,10 @@ class SumState(NamedTuple):
 
 @dataclass(frozen=True)
 class Told(Method[SumState]):
-    """Sends what it was told; the server moves by the mean. Counts at the site how often it was asked."""
+    """Sends the given values; the server moves by the mean. Counts at the site how often it was asked."""
 
-    sends: dict[str, Tree] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    sends: Mapping[str, Tree] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
     kinds: tuple[str, ...] = ("mean",)
 
     def init(self, params: Tree) -> SumState:
@@ -110,10 +111,18 @@ SENDS = {"a": {"w": torch.tensor([1.0, -2.0])}, "b": {"w": torch.tensor([3.0, 5.
 WEIGHTS = {"a": 1.0, "b": 3.0}
 
 
+def asked(method: Method[Any], state: Any) -> Request:
+    """The request of ``state``, which has one."""
+    request = method.request(state)
+    assert request is not None
+    return request
+
+
 def run(method: Method[Any], rounds: int = 1, discount: float = 1.0) -> tuple[Any, dict[str, Trees], list[Reply]]:
-    state, memory, sent = method.init({"w": torch.zeros(2)}), {name: {} for name in SENDS}, []
+    state, sent = method.init({"w": torch.zeros(2)}), []
+    memory: dict[str, Trees] = {name: {} for name in SENDS}
     for _ in range(rounds):
-        request, replies = method.request(state), {}
+        request, replies = asked(method, state), {}
         for name in sorted(SENDS):
             replies[name], memory[name] = execute(method, request, memory[name], Site(name))
         sent = list(replies.values())
@@ -159,7 +168,7 @@ def test_memories_do_not_collide_and_reach_the_model() -> None:
     state, memory, _ = run(method, 3)
     assert set(memory["a"]) == {"inner/count", "sent/train/0/n", "sent/train/1/n"}
     assert float(memory["a"]["inner/count"]["n"]) == 3
-    assert float(method.site_model(method.request(state).for_site("a"), memory["a"])["count"]) == 3
+    assert float(method.site_model(asked(method, state).for_site("a"), memory["a"])["count"]) == 3
     assert [float(t["n"]["x"]) for t in state.transforms] == [3, 3]
 
 
@@ -176,7 +185,7 @@ def test_the_trial_carries_the_notes() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Doubled())
     state = method.init({"w": torch.zeros(2)})
     trial = method.evaluation_request(state)
-    assert trial.trees.keys() == method.request(state).trees.keys() == {"params", "~0/n"}
+    assert trial.trees.keys() == asked(method, state).trees.keys() == {"params", "~0/n"}
     assert isinstance(state, SentState)
     assert method.prediction_task is None
 
@@ -194,7 +203,7 @@ def test_a_sum_shows_no_single_site() -> None:
 def test_a_spoiled_reply_is_named_and_can_be_refused_before_it_is_merged() -> None:
     method = send_through(Told(SENDS, WEIGHTS), Squared())
     state = method.init({"w": torch.zeros(2)})
-    good, _ = method.site_update(method.request(state).for_site("a"), {}, Site("a"))
+    good, _ = method.site_update(asked(method, state).for_site("a"), {}, Site("a"))
     bad = Reply({"sent": Packed({"b": {"m/update/w": torch.tensor([float("nan"), 0])}}, {"b": 1.0})})
     opened = method.opened(state, good)
     assert torch.allclose(opened.mean("").total["m/update/w"], SENDS["a"]["w"])

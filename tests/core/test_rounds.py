@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -12,20 +13,26 @@ import torch
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, WeightedMean
 from polyclinic.core.audit_log import Broken, Journal, verify
 from polyclinic.core.execution import sample_sites
-from polyclinic.core.method import Request
+from polyclinic.core.method import Method, Request
 from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.rounds import Arrival, TooFewReplies, _buffered, train, train_async
 from polyclinic.core.site import SecretRng, Site
+from polyclinic.core.tree import Tree
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
 from tests.conftest import little_sites
+
+Change: TypeAlias = Callable[[Arrival], Sequence[Arrival]]
+"""What becomes of an arrival."""
 
 
 class Tampered(InProcess):
     """An engine in which what one site sends is replaced on its way."""
 
-    def __init__(self, method, sites, victim: str, change) -> None:
+    def __init__(self, method: Method[Any], sites: Mapping[str, Site], victim: str, change: Change) -> None:
         super().__init__(method, sites)
         self.victim, self.change = victim, change
 
@@ -37,21 +44,28 @@ class Tampered(InProcess):
                 yield arrival
 
 
-def poison(value: float):
+def received(arrival: Arrival) -> Reply:
+    assert arrival.reply is not None
+    return arrival.reply
+
+
+def poison(value: float) -> Change:
     def change(arrival: Arrival) -> Sequence[Arrival]:
-        mean = arrival.reply.mean("update")
+        mean = received(arrival).mean("update")
         total = {**mean.total, "head.bias": torch.full_like(mean.total["head.bias"], value)}
         return [arrival._replace(reply=Reply({"update": WeightedMean(total, mean.weight)}))]
 
     return change
 
 
-def reweighted(weight: float):
-    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(a.reply.mean("update").total, weight)}))]
+def reweighted(weight: float) -> Change:
+    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(received(a).mean("update").total, weight)}))]
 
 
-def edited(edit):
-    return lambda a: [a._replace(reply=Reply({"update": WeightedMean(edit(dict(a.reply.mean("update").total)), 10.0)}))]
+def edited(edit: Callable[[dict[str, torch.Tensor]], Tree]) -> Change:
+    return lambda a: [
+        a._replace(reply=Reply({"update": WeightedMean(edit(dict(received(a).mean("update").total)), 10.0)}))
+    ]
 
 
 BAD = {
@@ -68,18 +82,18 @@ BAD = {
     "nan weight": (reweighted(math.nan), "weight nan"),
     "another round": (lambda a: [a._replace(round=a.round + 1)], "no answer"),
     "a gather": (
-        lambda a: [a._replace(reply=Reply({"update": PerSite({a.site: a.reply.mean("update").total})}))],
+        lambda a: [a._replace(reply=Reply({"update": PerSite({a.site: received(a).mean("update").total})}))],
         "update",
     ),
     "speaking for another": (
-        lambda a: [a._replace(reply=Reply({"update": PerSite({"site-2": a.reply.mean("update").total})}))],
+        lambda a: [a._replace(reply=Reply({"update": PerSite({"site-2": received(a).mean("update").total})}))],
         "contains values of",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_reply_changes_no_bit_of_the_others(name: str, task, local) -> None:
+def test_a_bad_reply_changes_no_bit_of_the_others(name: str, task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     change, reason = BAD[name]
     start = method.init(task.first(0))
@@ -93,7 +107,7 @@ def test_a_bad_reply_changes_no_bit_of_the_others(name: str, task, local) -> Non
     assert re.search(reason, step.lost["site-1"])
 
 
-def test_an_answer_counts_once(task, local) -> None:
+def test_an_answer_counts_once(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     start = method.init(task.first(0))
     (step,) = train(method, Tampered(method, sites, "site-1", lambda a: [a, a]), start, rounds=1)
@@ -101,7 +115,7 @@ def test_an_answer_counts_once(task, local) -> None:
     assert equal(step.state, expected.state)
 
 
-def test_a_stranger_counts_nothing(task, local) -> None:
+def test_a_stranger_counts_nothing(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     start = method.init(task.first(0))
     forged = Tampered(method, sites, "site-1", lambda a: [a, a._replace(site="stranger")])
@@ -110,7 +124,7 @@ def test_a_stranger_counts_nothing(task, local) -> None:
     assert equal(step.state, expected.state)
 
 
-def test_limits_on_norm_and_weight(task, local) -> None:
+def test_limits_on_norm_and_weight(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     start = method.init(task.first(0))
     huge = Tampered(method, sites, "site-0", poison(1e6))
@@ -140,7 +154,7 @@ def test_a_weight_out_of_proportion_is_refused() -> None:
     assert (
         ReplyValidator().refuse(ASK, updates(**honest, m=(1e12, 1.0))) == {}
     )  # in one process nothing is bounded by default
-    # Nobody has counted: ten times as much as of a site with a count, and two others must be there.
+    # No examples were counted: ten times as much as of a site with a count, and two others must be there.
     assert gate.refuse(ASK, updates(**honest, m=(20.0 * 100, 1.0))) == {}
     assert list(gate.refuse(ASK, updates(**honest, m=(20.0 * 101, 1.0)))) == ["m"]
     assert list(gate.refuse(ASK, updates(a=(12.0, 1.0), b=(20.0, 1.0), m=(1e12, 1.0)))) == ["m"]
@@ -179,8 +193,10 @@ def test_weights_of_single_elements_are_compared_by_their_mean() -> None:
     assert list(ReplyValidator(weight_ratio=10).refuse(ASK, replies)) == ["m"]
 
 
-def test_answers_that_come_one_by_one_are_compared_with_earlier_ones(task, local) -> None:
-    """Where nobody waits, a round has no others; what they sent before is remembered, not the replies."""
+def test_answers_that_come_one_by_one_are_compared_with_earlier_ones(
+    task: Classification, local: LocalTraining
+) -> None:
+    """If no site is waited for, a round has no others; what they sent before is remembered, not the replies."""
     sites, method = little_sites(count=4), FedAvg(task, local)
     heavy = Tampered(method, sites, "site-3", reweighted(1e12))
     steps = list(
@@ -200,14 +216,14 @@ def test_two_sites_that_differ_are_decided_by_what_was_asked() -> None:
     assert list(ReplyValidator().refuse(request, {"a": good, "b": bad})) == ["b"]
 
 
-def test_too_few_replies_stop_with_every_reason(task, local) -> None:
+def test_too_few_replies_stop_with_every_reason(task: Classification, local: LocalTraining) -> None:
     method, sites = FedAvg(task, local), little_sites()
     sites["site-1"] = replace(sites["site-1"], data={})
     with pytest.raises(TooFewReplies, match=r"2 of 3 required replies. site-1: failed: KeyError"):
         list(train(method, InProcess(method, sites), method.init(task.first(0)), rounds=1, min_replies=3))
 
 
-def test_an_async_run_with_a_full_buffer_is_a_lockstep_run(task, local) -> None:
+def test_an_async_run_with_a_full_buffer_is_a_lockstep_run(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     start = method.init(task.first(0))
     *_, expected = train(method, InProcess(method, sites), start, rounds=1)
@@ -215,7 +231,7 @@ def test_an_async_run_with_a_full_buffer_is_a_lockstep_run(task, local) -> None:
     assert equal(step.state, expected.state)
 
 
-def test_an_async_run_gives_up_on_a_site_that_always_fails(task, local) -> None:
+def test_an_async_run_gives_up_on_a_site_that_always_fails(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     sites["site-0"] = replace(sites["site-0"], data={})
     steps = list(train_async(method, InProcess(method, sites), method.init(task.first(0)), updates=6))
@@ -223,16 +239,16 @@ def test_an_async_run_gives_up_on_a_site_that_always_fails(task, local) -> None:
     assert {site for step in steps for site in step.asked} == {"site-1", "site-2"}
 
 
-def test_a_site_whose_passes_are_used_up_is_not_asked_again(task, local) -> None:
+def test_a_site_whose_passes_are_used_up_is_not_asked_again(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), FedAvg(task, local)
     steps = list(train_async(method, InProcess(method, sites), method.init(task.first(0)), updates=99, passes=2))
     assert len(steps) == 6
 
 
 class Counted(InProcess):
-    """An engine that keeps whom it was asked to ask, for which round."""
+    """An engine that records the sites it was asked for, by round."""
 
-    def __init__(self, method, sites, failing: dict[str, int] | None = None) -> None:
+    def __init__(self, method: Method[Any], sites: Mapping[str, Site], failing: dict[str, int] | None = None) -> None:
         super().__init__(method, sites)
         self.asked: list[tuple[int, str]] = []
         self.failing = dict(failing or {})
@@ -251,7 +267,7 @@ class Counted(InProcess):
 
 
 @pytest.mark.parametrize("buffer", [1, 2, 3])
-def test_nobody_is_asked_twice_with_one_model(buffer: int, task, local) -> None:
+def test_nobody_is_asked_twice_with_one_model(buffer: int, task: Classification, local: LocalTraining) -> None:
     """The same request would bring the same bits, and a fast site would count several times."""
     method, sites = FedAvg(task, local), little_sites()
     engine = Counted(method, sites)
@@ -261,7 +277,7 @@ def test_nobody_is_asked_twice_with_one_model(buffer: int, task, local) -> None:
     assert sum(len(step.asked) for step in steps) <= 5 * buffer
 
 
-def test_a_buffer_that_nobody_can_fill_is_refused(task, local) -> None:
+def test_a_buffer_that_nobody_can_fill_is_refused(task: Classification, local: LocalTraining) -> None:
     method = FedAvg(task, local)
     steps = train_async(method, InProcess(method, little_sites()), method.init(task.first(0)), updates=1, buffer=4)
     with pytest.raises(ValueError, match="an update needs 4 answers, and 3 sites"):
@@ -269,7 +285,9 @@ def test_a_buffer_that_nobody_can_fill_is_refused(task, local) -> None:
 
 
 @pytest.mark.parametrize(("fails", "lost"), [(1, False), (2, False), (3, True), (99, True)])
-def test_a_site_that_fails_is_asked_again_and_then_done_without(fails: int, lost: bool, task, local) -> None:
+def test_a_site_that_fails_is_asked_again_and_then_done_without(
+    fails: int, lost: bool, task: Classification, local: LocalTraining
+) -> None:
     """A full buffer waits for everybody: who fails is asked again, three times in a row at most, and is then named."""
     method, sites = FedAvg(task, local), little_sites()
     start = method.init(task.first(0))
@@ -283,7 +301,7 @@ def test_a_site_that_fails_is_asked_again_and_then_done_without(fails: int, lost
     assert equal(step.state, expected.state)
 
 
-def test_a_run_of_which_nobody_is_left_ends(task, local) -> None:
+def test_a_run_of_which_nobody_is_left_ends(task: Classification, local: LocalTraining) -> None:
     method, sites = FedAvg(task, local), little_sites()
     engine = Counted(method, sites, dict.fromkeys(sites, 99))
     assert list(train_async(method, engine, method.init(task.first(0)), updates=3, buffer=2)) == []
@@ -291,7 +309,7 @@ def test_a_run_of_which_nobody_is_left_ends(task, local) -> None:
 
 
 def test_what_is_kept_apart_by_site_has_room_for_one_answer_of_each() -> None:
-    def arrival(site: str, round: int, kind=PerSite) -> Arrival:
+    def arrival(site: str, round: int, kind: type[PerSite | WeightedMean] = PerSite) -> Arrival:
         tree = {"w": torch.ones(1)}
         return Arrival(site, round, Reply({"p": PerSite({site: tree}) if kind is PerSite else WeightedMean.of(tree)}))
 

@@ -1,6 +1,7 @@
 """Values survive being saved to the bit, any safetensors tool reads them, and hostile bytes are refused by name."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,7 @@ DTYPES = [
 
 @savable("tests.Sample", 1)
 class Sample(NamedTuple):
-    count: int
+    count: int  # type: ignore[assignment]  # it hides tuple.count, as a field may
     inner: object
 
 
@@ -55,7 +56,7 @@ values = st.recursive(
 
 
 @given(values)
-def test_every_value_survives(value) -> None:
+def test_every_value_survives(value: object) -> None:
     assert equal(serialization.decode(serialization.encode(value)), value)
     assert serialization.encode(value) == serialization.encode(serialization.decode(serialization.encode(value)))
 
@@ -79,7 +80,7 @@ def test_other_tools_read_our_files() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"f": print}, Path("x"), {1, 2}])
-def test_what_cannot_be_saved_is_named(value) -> None:
+def test_what_cannot_be_saved_is_named(value: object) -> None:
     with pytest.raises(TypeError, match=r"saved"):
         serialization.encode(value)
 
@@ -163,7 +164,7 @@ def test_noise_is_refused(data: bytes) -> None:
 def test_a_crash_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.safetensors"
     serialization.save(path, {"a": 1})
-    monkeypatch.setattr(serialization.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         serialization.save(path, {"a": 2})
     assert serialization.load(path) == {"a": 1}
@@ -228,7 +229,7 @@ def test_an_unusable_tag_is_named_with_file_field_and_remedy(stored: bytes, what
 def test_an_older_version_is_not_read_as_the_present_one() -> None:
     @savable("tests.Newer", 3)
     class Newer(NamedTuple):
-        count: int
+        count: int  # type: ignore[assignment]  # it hides tuple.count, as a field may
 
     with pytest.raises(
         Corrupt, match=r"stored in version 2, and this installation supports version 3: read it with the"
@@ -238,12 +239,12 @@ def test_an_older_version_is_not_read_as_the_present_one() -> None:
 
 def test_one_tag_for_two_classes_names_both() -> None:
     with pytest.raises(
-        TagError, match=r"'tests\.Sample' .* both .*test_serialization\.Sample and .*Other: give one another tag"
+        TagError, match=r"'tests\.Sample' .* both .*test_serialization\.Sample and .*Other: change one of the tags"
     ):
 
         @savable("tests.Sample", 1)
         class Other(NamedTuple):
-            count: int
+            count: int  # type: ignore[assignment]  # it hides tuple.count, as a field may
 
     assert serialization.decode(serialization.encode(Sample(1, 2))) == Sample(1, 2)
 
@@ -291,7 +292,7 @@ def test_a_mark_without_a_tag_says_what_to_write() -> None:
 
         @savable  # type: ignore[arg-type, type-var]
         class Bare(NamedTuple):
-            count: int
+            count: int  # type: ignore[assignment]  # it hides tuple.count, as a field may
 
 
 def test_reading_a_tag_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A site's random numbers: those that repeat, and those that nobody can repeat."""
+"""A site's random numbers: those that repeat, and those that cannot be repeated."""
 
 import hashlib
 import math

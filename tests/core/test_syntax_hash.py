@@ -3,7 +3,9 @@
 import ast
 import io
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +45,7 @@ def size(x):
             return b"\\x00\\xff", 1j, ...
     return [y for y in x if y is not None]
 '''
-SAME = {
+SAME: dict[str, Callable[[str], str]] = {
     "layout": lambda s: ast.unparse(ast.parse(s)),
     "windows newlines": lambda s: s.replace("\n", "\r\n"),
     "byte order mark": lambda s: "\ufeff" + s,
@@ -146,7 +148,7 @@ def test_laws_on_our_own_files(file: Path, data: st.DataObject) -> None:
     st.lists(st.sampled_from([b"a = 1\n", b"a = 2\n", b"b = 1\n", b"", b'"""Words."""\n', b"# note\n"]), max_size=6),
     st.randoms(),
 )
-def test_order_and_files_without_code_do_not_count(sources: list[bytes], random) -> None:
+def test_order_and_files_without_code_do_not_count(sources: list[bytes], random: Random) -> None:
     found = hash_of_sources(sources)
     random.shuffle(sources)
     assert hash_of_sources(sources) == found
@@ -159,7 +161,7 @@ def test_what_is_no_python_is_hashed_by_its_bytes() -> None:
     assert len({hash_of_source(source) for source in broken}) == len(broken)
 
 
-# Every supported Python must give these (compared under 3.11, 3.12 and 3.13). Whoever changes them changes the hash of every installation.
+# Every supported Python must give these (compared under 3.11, 3.12 and 3.13). A change of them changes the hash of every installation.
 KNOWN = {
     "x = 1\n": "4cc7062884499db9e578f0711d8d087bd5223df5d2df24f80a8895e4723f5be2",
     'async def f(*a: int, b=None, **c):\n    async with a as b, c: await b\n    return f"{a}b{c!r:>{b}}{{"\n': "03267844d927b8863a7789c717ba64d575cfd5ab0d200ea8bec5d1b092d2d750",
@@ -182,7 +184,7 @@ def test_trees_of_other_versions_of_python_have_the_same_hash(monkeypatch: pytes
         def generic_visit(self, node: ast.AST) -> ast.AST:
             super().generic_visit(node)
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                node.type_params = []  # type: ignore[attr-defined]  # Python 3.12
+                node.type_params = []  # type: ignore[union-attr, unused-ignore]  # Python 3.12
                 monkeypatch.setattr(type(node), "_fields", (*dict.fromkeys((*type(node)._fields, "type_params")),))
                 node.returns = None  # type: ignore[union-attr]
             if isinstance(node, ast.FormattedValue):
@@ -200,7 +202,7 @@ def test_trees_of_other_versions_of_python_have_the_same_hash(monkeypatch: pytes
     if hasattr(newer.body[0], "keywords"):
         del newer.body[0].keywords  # as a tree that was made by hand before Python 3.13
     syntax_hash._fields.cache_clear()
-    monkeypatch.setattr(syntax_hash.ast, "parse", lambda _: newer)
+    monkeypatch.setattr(ast, "parse", lambda _: newer)
     try:
         assert hashed(source) == found
     finally:

@@ -1,5 +1,7 @@
 """Sums are sums: merging does not depend on order or grouping, and is to the bit what + gives."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,10 @@ from polyclinic.testing import close, equal
 
 def some_tree(seed: int, scale: float = 1.0) -> tree.Tree:
     rng = torch.Generator().manual_seed(seed)
-    kind = {"generator": rng, "dtype": torch.float64}  # in single precision, sums of what cancels differ visibly
+    kind: dict[str, Any] = {
+        "generator": rng,
+        "dtype": torch.float64,
+    }  # in single precision, sums of what cancels differ visibly
     return {"w": torch.randn(3, 2, **kind) * scale, "b": torch.randn(4, **kind) * scale}
 
 
@@ -93,6 +98,6 @@ def test_a_wrong_name_says_what_there_is() -> None:
     ),
     st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
 )
-def test_finite_looks_at_every_number_where_a_sum_cannot_tell(values, dtype) -> None:
+def test_finite_looks_at_every_number_where_a_sum_cannot_tell(values: list[float], dtype: torch.dtype) -> None:
     leaf = torch.tensor(values, dtype=dtype)
     assert tree.finite_leaf(leaf) == bool(torch.isfinite(leaf).all())

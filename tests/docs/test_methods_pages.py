@@ -1,14 +1,20 @@
 """Every method has a page with its description, source and options, and equations that convert to MathML."""
 
+import re
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from polyclinic.methods.catalog import FAMILIES, METHODS
+from polyclinic.methods.catalog import FAMILIES, METHODS, family_of
 from polyclinic.methods.method_page import page
 
-NOTES = tomllib.loads((Path(__file__).parents[2] / "docs" / "reference" / "methods.toml").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import reference  # noqa: E402
+
+NOTES = tomllib.loads((ROOT / "docs" / "reference" / "methods.toml").read_text(encoding="utf-8"))
 
 
 def test_every_method_says_what_it_is_whom_to_cite_and_what_leaves() -> None:
@@ -29,6 +35,29 @@ def test_notes_are_of_methods_and_families_that_exist() -> None:
 def test_every_equation_converts() -> None:
     converter = pytest.importorskip("latex2mathml.converter", reason="needs polyclinic[docs]")
     for name, note in NOTES["method"].items():
-        for equation in note["equations"]:
+        for equation in [*note["equations"], *re.findall(r"\$([^$]+)\$", note.get("symbols", ""))]:
             made = converter.convert(equation)
             assert "\\" not in made, (name, equation)
+
+
+def test_every_equation_is_shown_on_the_page_of_its_method_with_its_symbols() -> None:
+    assert len(NOTES["method"]) > 90
+    for name, note in NOTES["method"].items():
+        text = reference.method_page(METHODS[name], family_of(name), NOTES, [])
+        assert note["symbols"], name
+        assert all(f"$$\n{equation}\n$$" in text for equation in note["equations"]), name
+        assert note["symbols"] in text, name
+
+
+def test_equations_are_balanced() -> None:
+    for name, note in NOTES["method"].items():
+        for equation in note["equations"]:
+            assert equation.count("{") - equation.count(r"\{") == equation.count("}") - equation.count(r"\}"), (
+                name,
+                equation,
+            )
+            assert equation.count(r"\left") - equation.count(r"\leftarrow") == equation.count(r"\right"), (
+                name,
+                equation,
+            )
+        assert note["symbols"].count("$") % 2 == 0, name

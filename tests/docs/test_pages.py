@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,11 +65,17 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize("page", FRAGMENTS)
-def test_imports_of_fragments_run(page: str) -> None:
+def test_fragments_import_and_call_what_exists(page: str) -> None:
     for block in blocks(DOCS / page):
         tree = ast.parse(block)
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(tree, page, "exec"), {})
+        names: dict[str, Any] = {}
+        exec(compile(tree, page, "exec"), names)
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id in names:
+                keywords = {word.arg: None for word in call.keywords if word.arg}
+                inspect.signature(names[call.func.id]).bind_partial(*call.args, **keywords)
 
 
 def without_docstrings(source: str) -> str:

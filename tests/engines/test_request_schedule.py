@@ -314,7 +314,7 @@ def test_marks_are_bounded_and_the_model_is_always_among_them() -> None:
     assert marked(["b", "a"]) == ("a", "b")
 
 
-# What is not said -----------------------------------------------------------------------------------------------------
+# What is not reported -----------------------------------------------------------------------------------------------------
 
 
 def test_a_schedule_that_says_nothing_of_scores_and_tests_has_none() -> None:

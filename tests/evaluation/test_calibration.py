@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.statistics.undefined import Undefined
 
 
 def two(p):
@@ -20,19 +20,19 @@ def honest(n=4000, seed=0):
     return p, (rng.uniform(size=n) < p).astype(int)
 
 
-def test_ece_by_hand():
+def test_ece_by_hand() -> None:
     # Bins 0.1-0.2: mean 0.15, observed 0.5, two cases; 0.9-1.0: mean 0.95, observed 1, one case.
     score, target = two([0.1, 0.19999, 0.95]), np.array([0, 1, 1])
     expected = (2 / 3) * abs(0.5 - 0.149995) + (1 / 3) * 0.05
     assert cal.CALIBRATION["ece"].of(score, target) == pytest.approx(expected)
 
 
-def test_ece_of_three_classes_asks_whether_the_likeliest_is_right():
+def test_ece_of_three_classes_asks_whether_the_likeliest_is_right() -> None:
     score = np.array([[0.7, 0.2, 0.1], [0.72, 0.18, 0.1]])
     assert cal.CALIBRATION["ece"].of(score, np.array([0, 1])) == pytest.approx(abs(0.5 - 0.71))
 
 
-def test_reliability_points_hold_all_cases():
+def test_reliability_points_hold_all_cases() -> None:
     p, y = honest(500)
     bins = cal.reliability(two(p), y)
     assert sum(b.n for b in bins) == 500
@@ -41,7 +41,7 @@ def test_reliability_points_hold_all_cases():
     assert [b.n for b in cal.reliability(two([1.0, 0.0]), np.array([1, 0]))] == [1, 1]
 
 
-def test_true_probabilities_have_slope_one_and_intercept_zero():
+def test_true_probabilities_have_slope_one_and_intercept_zero() -> None:
     p, y = honest()
     assert cal.CALIBRATION["calibration_slope"].of(two(p), y) == pytest.approx(1, abs=0.08)
     assert cal.CALIBRATION["calibration_intercept"].of(two(p), y) == pytest.approx(0, abs=0.1)
@@ -50,7 +50,7 @@ def test_true_probabilities_have_slope_one_and_intercept_zero():
 
 @given(stretch=st.floats(0.3, 3), shift=st.floats(-1, 1))
 @settings(max_examples=15, deadline=None)
-def test_stretched_and_shifted_log_odds(stretch, shift):
+def test_stretched_and_shifted_log_odds(stretch, shift) -> None:
     p, y = honest(400, 2)
     p = np.clip(p, 0.02, 0.98)
     x = np.log(p / (1 - p))
@@ -62,7 +62,7 @@ def test_stretched_and_shifted_log_odds(stretch, shift):
     assert intercept.of(two(moved), y) + shift == pytest.approx(intercept.of(two(p), y), abs=1e-5)
 
 
-def test_logistic_fit_equals_scikit_learn():
+def test_logistic_fit_equals_scikit_learn() -> None:
     linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is the second implementation")
     p, y = honest(300, 5)
     x = np.log(p / (1 - p))
@@ -72,14 +72,14 @@ def test_logistic_fit_equals_scikit_learn():
     assert (a[0], b[0]) == (pytest.approx(fit.intercept_[0], abs=1e-4), pytest.approx(fit.coef_[0, 0], abs=1e-4))
 
 
-def test_separated_classes_have_no_slope():
+def test_separated_classes_have_no_slope() -> None:
     with pytest.raises(Undefined):
         cal.CALIBRATION["calibration_slope"].of(two([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1]))
 
 
 @given(seed=st.integers(0, 1000), wanted=st.sampled_from([0.8, 0.9, 0.95, 1.0]))
 @settings(max_examples=25, deadline=None)
-def test_the_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, wanted):
+def test_the_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, wanted) -> None:
     p, y = honest(60, seed)
     p, y = p.round(2), y.astype(bool)
     t = cal.threshold_at(p, y, wanted)
@@ -89,7 +89,7 @@ def test_the_threshold_reaches_the_sensitivity_and_no_higher_one_does(seed, want
         assert (p[y] >= higher.min()).mean() < wanted
 
 
-def test_operating_point_uses_validation_for_the_threshold_only():
+def test_operating_point_uses_validation_for_the_threshold_only() -> None:
     point = cal.operating_point(
         np.array([0.1, 0.4, 0.6, 0.9]), np.array([0, 1, 0, 1]), np.array([0.3, 0.5, 0.7]), np.array([0, 1, 1]), 1.0
     )
@@ -101,16 +101,16 @@ def test_operating_point_uses_validation_for_the_threshold_only():
         cal.threshold_at(np.array([0.5]), np.array([0]), 0.9)
 
 
-def test_net_benefit_by_hand():
+def test_net_benefit_by_hand() -> None:
     (point,) = cal.decision_curve(np.array([0.1, 0.6, 0.7, 0.3]), np.array([0, 0, 1, 1]), [0.2])
     assert point.model == pytest.approx(2 / 4 - 1 / 4 * 0.25)  # 0.6 and 0.7 and 0.3 acted on: TP 2, FP 1
-    assert point.everybody == pytest.approx(0.5 - 0.5 * 0.25)
+    assert point.treat_all == pytest.approx(0.5 - 0.5 * 0.25)
 
 
-def test_net_benefit_of_everybody_is_zero_at_the_prevalence():
+def test_net_benefit_of_everybody_is_zero_at_the_prevalence() -> None:
     p, y = honest(1000, 3)
     (point,) = cal.decision_curve(p, y, [float(y.mean())])
-    assert point.everybody == pytest.approx(0, abs=1e-12)
+    assert point.treat_all == pytest.approx(0, abs=1e-12)
     perfect = cal.decision_curve(y.astype(float), y)
     assert all(b.model == pytest.approx(y.mean()) for b in perfect)
     with pytest.raises(Undefined):

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyclinic.evaluation import metric_functions as m
-from polyclinic.evaluation.metric_functions import Undefined, measure, metrics_for
+from polyclinic.evaluation.metric_functions import measure, metrics_for
 from polyclinic.evaluation.records.predictions import Predictions, as_cases, as_images, by_patient
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.statistics.undefined import Undefined
 
 
 def cases(task, seed, n=40, classes=2, decimals=2):
@@ -31,7 +33,7 @@ def cases(task, seed, n=40, classes=2, decimals=2):
 
 @given(seed=st.integers(0, 10_000), classes=st.sampled_from([2, 3, 5]))
 @settings(max_examples=30, deadline=None)
-def test_classification_equals_scikit_learn(seed, classes):
+def test_classification_equals_scikit_learn(seed, classes) -> None:
     sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the second implementation")
     score, target = cases("classification", seed, classes=classes)
     got, said = measure("classification", score, target), score.argmax(1)
@@ -56,7 +58,7 @@ def test_classification_equals_scikit_learn(seed, classes):
         )
 
 
-def test_multilabel_is_the_mean_over_labels():
+def test_multilabel_is_the_mean_over_labels() -> None:
     sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the second implementation")
     score, target = cases("multilabel", 1, n=80, classes=4)
     got = measure("multilabel", score, target)
@@ -66,7 +68,7 @@ def test_multilabel_is_the_mean_over_labels():
     assert got["accuracy"] == pytest.approx(((score >= 0.5) == target).mean())
 
 
-def test_regression_equals_scikit_learn():
+def test_regression_equals_scikit_learn() -> None:
     sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the second implementation")
     score, target = cases("regression", 3)
     got = measure("regression", score, target)
@@ -78,7 +80,7 @@ def test_regression_equals_scikit_learn():
 
 @given(seed=st.integers(0, 10_000), task=st.sampled_from(["classification", "multilabel", "regression"]))
 @settings(max_examples=40, deadline=None)
-def test_a_weight_of_two_is_a_case_twice(seed, task):
+def test_a_weight_of_two_is_a_case_twice(seed, task: Classification) -> None:
     classes = 2 + seed % 2
     score, target = cases(task, seed, n=30, classes=classes)
     weight = np.random.default_rng(seed + 1).integers(1, 4, size=30)
@@ -90,7 +92,7 @@ def test_a_weight_of_two_is_a_case_twice(seed, task):
 
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
-def test_many_rows_of_weights_are_many_calls(seed):
+def test_many_rows_of_weights_are_many_calls(seed) -> None:
     score, target = cases("classification", seed)
     weight = np.random.default_rng(seed).integers(0, 4, size=(5, 40)).astype(float)
     for name, metric in metrics_for("classification").items():
@@ -100,7 +102,7 @@ def test_many_rows_of_weights_are_many_calls(seed):
 
 @given(seed=st.integers(0, 10_000), power=st.floats(0.2, 5))
 @settings(max_examples=20, deadline=None)
-def test_auc_knows_only_the_order(seed, power):
+def test_auc_knows_only_the_order(seed, power) -> None:
     score, target = cases("classification", seed, decimals=3)
     x, y, ones = score[:, 1], target == 1, np.ones((1, 40))
     assert m.auc_of(x**power, y, ones) == pytest.approx(m.auc_of(x, y, ones))
@@ -108,7 +110,7 @@ def test_auc_knows_only_the_order(seed, power):
     assert m.auc_of(np.ones(40), y, ones) == pytest.approx(0.5)
 
 
-def test_one_class_has_no_auc_and_says_why():
+def test_one_class_has_no_auc_and_says_why() -> None:
     score, target = np.array([[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]), np.array([1, 1, 1])
     got = measure("classification", score, target)
     assert got["auc"] == "all 3 cases are of one class"
@@ -118,18 +120,18 @@ def test_one_class_has_no_auc_and_says_why():
     assert not any(isinstance(v, float) and np.isnan(v) for v in got.values())
 
 
-def test_no_cases_and_an_unknown_task_are_refused():
+def test_no_cases_and_an_unknown_task_are_refused() -> None:
     with pytest.raises(Undefined, match="no cases"):
         m.CLASSIFICATION["auc"].of(np.zeros((0, 2)), np.zeros(0, int))
-    with pytest.raises(ValueError, match="no task called 'clasification'"):
+    with pytest.raises(ValueError, match="unknown task 'clasification'"):
         metrics_for("clasification")
 
 
-def test_r2_of_a_constant_target_is_undefined():
+def test_r2_of_a_constant_target_is_undefined() -> None:
     assert isinstance(measure("regression", np.array([[1.0], [2.0]]), np.array([[3.0], [3.0]]))["r2"], str)
 
 
-def test_per_case_values_average_known_classes_then_cases():
+def test_per_case_values_average_known_classes_then_cases() -> None:
     values, zeros = np.array([[0.5, np.nan], [0.2, 0.4], [np.nan, np.nan]]), np.zeros(3, int)
     assert m.per_case(values, zeros, np.ones((1, 3)))[0] == pytest.approx((0.5 + 0.3) / 2)
 
@@ -137,7 +139,7 @@ def test_per_case_values_average_known_classes_then_cases():
 # A patient's images
 
 
-def test_images_of_one_patient_and_label_become_one_case():
+def test_images_of_one_patient_and_label_become_one_case() -> None:
     p = Predictions(
         np.array([4, 4, 9, 9]), np.array([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1], [0.3, 0.7]]), np.array([1, 1, 0, 1])
     )
@@ -149,7 +151,7 @@ def test_images_of_one_patient_and_label_become_one_case():
     assert len(as_images(p).patient) == 4
 
 
-def test_order_of_images_does_not_matter():
+def test_order_of_images_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     patient, score, target = rng.integers(6, size=30), rng.dirichlet([1, 1], 30), rng.integers(2, size=30)
     order = rng.permutation(30)
@@ -161,7 +163,7 @@ def test_order_of_images_does_not_matter():
     np.testing.assert_array_equal(a.target, b.target)
 
 
-def test_regression_and_masks_average_over_images():
+def test_regression_and_masks_average_over_images() -> None:
     c = by_patient(
         Predictions(np.array([0, 0, 1]), np.array([[1.0], [3.0], [5.0]]), np.array([[2.0], [4.0], [6.0]])), True
     )
@@ -172,7 +174,7 @@ def test_regression_and_masks_average_over_images():
     np.testing.assert_allclose(c.values["dice"][:, 0], [0.5, 0.9])
 
 
-def test_classes_that_neither_prediction_nor_truth_contains_have_no_value():
+def test_classes_that_neither_prediction_nor_truth_contains_have_no_value() -> None:
     values = {
         "dice": np.array([[0.5, 1.0], [0.7, 1.0], [1.0, 1.0]]),
         "empty": np.zeros((3, 2)),
@@ -186,7 +188,7 @@ def test_classes_that_neither_prediction_nor_truth_contains_have_no_value():
         assert set(cases.values) == {"dice"}
 
 
-def test_a_wrong_unit_is_refused():
+def test_a_wrong_unit_is_refused() -> None:
     with pytest.raises(ValueError, match="'patient' or an 'image'"):
         as_cases(Predictions(np.zeros(1, int), np.ones((1, 2)), np.zeros(1, int)), "slice")
 
@@ -204,7 +206,7 @@ def surface_distances(a, b, spacing):
 
 @pytest.mark.parametrize(("shape", "spacing"), [((40, 36), (0.5, 2.0)), ((18, 20, 16), (3.0, 1.0, 0.7))])
 @pytest.mark.parametrize("seed", range(3))
-def test_dice_hd95_and_volume_equal_plain_scipy(shape, spacing, seed):
+def test_dice_hd95_and_volume_equal_plain_scipy(shape: tuple[int, ...], spacing: tuple[float, ...], seed) -> None:
     """Distances are MONAI's inside; here they are computed from their definition, by another library."""
     import torch
     from scipy.ndimage import gaussian_filter

@@ -1,6 +1,7 @@
 """Groups of patients: who is in them, that they are a part of the whole, and that the small ones cannot be worked out."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.support.synthetic_run import write_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory):
     return write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
 
 
@@ -27,7 +28,7 @@ def told(path, groups):
     return {a.name: a for a in by_group(read_run(path), "fedavg", 50, 0, 0.95)}
 
 
-def test_columns_that_are_known_make_groups():
+def test_columns_that_are_known_make_groups() -> None:
     table = Table(
         tuple("abcdef"),
         ("p", "p", "q", "r", "r", "s"),
@@ -48,13 +49,13 @@ def test_columns_that_are_known_make_groups():
     }
 
 
-def test_a_column_that_names_the_sites_is_no_group(tmp_path):
+def test_a_column_that_names_the_sites_is_no_group(tmp_path: Path) -> None:
     table = Table(("a", "b"), ("a", "b"), None, {"scanner": ("x", "y")}, ("scanner",))
     write_groups(tmp_path, table, {"a": 0, "b": 1})
     assert not (tmp_path / "groups.json").exists()
 
 
-def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run):
+def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run) -> None:
     tensors = load_file(run / "arms" / "fedavg-seed0" / "predictions.safetensors")
     everybody = list(range(40))
     groups = told(
@@ -70,10 +71,10 @@ def test_a_group_of_everybody_is_the_whole_and_each_is_by_hand(run):
         assert group.patients == len(target)
 
 
-def test_small_groups_are_hidden_and_cannot_be_worked_out(run):
+def test_small_groups_are_hidden_and_cannot_be_worked_out(run) -> None:
     one = told(run, {"sex": {"F": list(range(36)), "M": list(range(36, 40))}})["sex"]  # bo has numbers up to 29
     assert not one.groups
-    assert "fewer than 10 patients could be told" in one.why
+    assert "fewer than 10 patients could be identified" in one.why
     two = told(run, {"sex": {"F": list(range(20)), "M": list(range(31, 35)), "X": list(range(33, 40))}})["sex"]
     assert [(g.name, g.patients, g.estimate.value is None) for g in two.groups] == [
         ("F", 40, False),
@@ -83,7 +84,7 @@ def test_small_groups_are_hidden_and_cannot_be_worked_out(run):
     assert not told(run, {"sex": {"F": list(range(40))}})
 
 
-def test_a_study_writes_groups_and_the_page_shows_them(tmp_path):
+def test_a_study_writes_groups_and_the_page_shows_them(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert "Groups of patients" not in build_report(path, options=FEW).read_text(encoding="utf-8")
     make_groups(path)
@@ -93,4 +94,4 @@ def test_a_study_writes_groups_and_the_page_shows_them(tmp_path):
     assert "no difference between them was tested" in text
     rows = (page.parent / "tables" / "groups.csv").read_text().splitlines()
     assert rows[1].startswith("sex,female,")
-    assert rows[3].startswith("age,not shown: a group of fewer than 10 patients could be told")
+    assert rows[3].startswith("age,not shown: a group of fewer than 10 patients could be identified")

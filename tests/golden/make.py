@@ -57,7 +57,7 @@ def numbers(first: float) -> Tree:
 
 
 def checkpoint() -> Checkpoint:
-    """Where an arm stands, with states within states."""
+    """The progress of an arm, with states within states."""
     note = Note(seen=3, outlying=1, score=4.5, norm=2.0, cosine=-0.5, share=None, excluded="too long")
     inner = SentState(fedavg.State(2, numbers(0)), ({"clip": {"bound": torch.tensor(1.5)}}, {}))
     whole = robust_method.State(inner, {"train": numbers(10)}, {"lyon": note})
@@ -65,7 +65,7 @@ def checkpoint() -> Checkpoint:
 
 
 def deployment() -> RunCheckpoint:
-    """Where a run between hospitals stands."""
+    """The progress of a run between hospitals."""
     inner = scaffold.State(3, numbers(0), numbers(1))
     return RunCheckpoint(inner, 3, 12, {"lyon": 11, "oslo": 12}, 678, best=2, score=0.75, kept={"lyon": 9})
 

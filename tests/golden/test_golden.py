@@ -1,7 +1,9 @@
 """Files that were written before code moved are read after it: no format depends on where the code lies."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_no_file_names_a_module(file: Path) -> None:
     ("name", "made"),
     [("checkpoint", make.checkpoint), ("deployment", make.deployment)],
 )
-def test_a_checkpoint_is_read_and_written_the_same(name: str, made) -> None:
+def test_a_checkpoint_is_read_and_written_the_same(name: str, made: Callable[[], object]) -> None:
     file = HERE / f"{name}.safetensors"
     found = serialization.load(file)
     assert type(found) is type(made())
@@ -107,7 +109,8 @@ def test_an_order_is_read_and_keeps_its_hash() -> None:
     assert order == make.order()
     assert order.to_json() == text
     assert order.hash == "d6d533b1ddbe42285b574f2078d27bcfb7a2d7385e34a885c3714f3d54a8fae6"
-    assert order.build_plan().build_method().inner.task.network.name == "cnn"
+    method: Any = order.build_plan().build_method()
+    assert method.inner.task.network.name == "cnn"
 
 
 def test_a_journal_is_read_and_holds_its_chain(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """One table of everybody: every method keeps every promise, and gives the same bits on both engines."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
+from polyclinic.core.method import Method
 from polyclinic.core.site import Site
 from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.learning.networks.network_catalog import Network
@@ -16,17 +20,19 @@ from tests.conftest import little_sites, segmentation_sites
 IMAGES = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
 MASKS = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
+FEW_STEPS = {"lc-fed": {"head_steps": 2}, "stain-norm": {"exchanges": 2, "epochs": 1}, "vafl": {"epochs": 2}}
+"""Options of methods that take hundreds of steps by default; the laws hold for any number of them."""
 
 
-def case(name: str):
+def case(name: str) -> tuple[Method[Any], Classification | Segmentation, dict[str, Site]]:
     """The method called ``name`` on the kind of task it is for, and sites with such data."""
     kinds = METHODS[name].tasks
     image = not kinds or "classification" in kinds
     task, sites = (IMAGES, little_sites()) if image else (MASKS, segmentation_sites())
-    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5)), task, sites
+    return build(name, Setting(task, LOCAL, tuple(sites), rounds=5), FEW_STEPS.get(name)), task, sites
 
 
-def held_by_server(sites):
+def held_by_server(sites: Mapping[str, Site]) -> dict[str, Any]:
     """Images without a hospital, for the methods that need some at the server."""
     return {"public": sites["site-0"].data["public"]}
 
@@ -63,9 +69,9 @@ QUICK = (
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_same_bits_in_worker_processes(name: str) -> None:
     method, task, sites = case(name)
-    engines = []
+    engines: list[Workers] = []
 
-    def start(method, sites):
+    def start(method: Method[Any], sites: Mapping[str, Site]) -> Workers:
         engines.append(Workers(method, sites, server_data=held_by_server(sites)))
         return engines[0]
 

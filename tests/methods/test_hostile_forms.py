@@ -14,6 +14,7 @@ from polyclinic.core.pipeline import send_through
 from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
 from polyclinic.methods.robust.robust_method import State as RobustState
@@ -62,7 +63,7 @@ class Renamed(Attack):
 
 
 @pytest.mark.parametrize(("name", "attack"), [*((n, Longer()) for n in NAMES), *((n, Renamed()) for n in NAMES[::5])])
-def test_another_form_is_named_and_left_out(name, attack, task) -> None:
+def test_another_form_is_named_and_left_out(name, attack, task: Classification) -> None:
     sites, local = little_sites(count=4), LocalTraining(steps=1)
     method = Poisoned(build(name, Setting(task, local, tuple(sites), 3)), ("site-2",), attack)
     state, lost = method.init(task.first(0)), set()
@@ -107,7 +108,9 @@ def test_only_gathers_that_say_so_must_be_alike() -> None:
         "watched",
     ],
 )
-def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, local) -> None:
+def test_who_must_see_each_site_is_refused_under_secure_summation(
+    name: str, task: Classification, local: LocalTraining
+) -> None:
     method = build(name, Setting(task, local, ("a", "b", "c"), 3))
     with pytest.raises(ValueError, match="needs each site's reply"):
         send_through(method, SumsOnly())
@@ -116,7 +119,7 @@ def test_who_must_see_each_site_is_refused_under_secure_summation(name, task, lo
 @pytest.mark.parametrize(
     "name", ["fedmix-weights", "loss-weighted", "fedgma", "fedsld", "feddyn", "mime", "q-ffl", "fedbuff"]
 )
-def test_sums_are_enough_for_the_others(name, task, local) -> None:
+def test_sums_are_enough_for_the_others(name: str, task: Classification, local: LocalTraining) -> None:
     """And what they ask says that nothing but a sum may be sent."""
     method = send_through(build(name, Setting(task, local, ("a", "b", "c"), 3)), SumsOnly())
     request = method.request(method.init(task.first(0)))

@@ -45,7 +45,7 @@ CASES = [(n, k) for n in MINE for k in TASKS if not METHODS[n].tasks or k in MET
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_it_works_for_its_kinds_of_task(name, kind):
+def test_it_works_for_its_kinds_of_task(name, kind) -> None:
     task, sites = TASKS[kind], sites_for(kind)
     method = Evaluated(
         build(name, Setting(task, LocalTraining(epochs=1, batch_size=8, lr=0.01), tuple(sites), 2)), task

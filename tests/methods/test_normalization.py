@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -43,7 +44,9 @@ def test_one_round_is_the_average_of_what_is_shared(make, kept) -> None:
             np.testing.assert_allclose(state.params[name].numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_they_differ_in_the_weights_of_normalization(task, local, sites) -> None:
+def test_they_differ_in_the_weights_of_normalization(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """A site's model under SiloBN has everyone's scales and shifts; under FedBN its own."""
     models = {}
     for make in (fedbn, silobn):

@@ -9,7 +9,7 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.harmonization.combat import combat
 from polyclinic.methods.harmonization.zscore import zscore
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def study(real_data):
+def study(real_data: Path):
     """The benchmark's module, which needs the data."""
     import domain_shift
 

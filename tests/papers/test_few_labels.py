@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytestmark = pytest.mark.slow
 
 
-def test_waiting_for_the_slowest_costs_most_when_there_is_little_time(real_data) -> None:
+def test_waiting_for_the_slowest_costs_most_when_there_is_little_time(real_data: Path) -> None:
     """Ten minutes at four hospitals, of which one takes 20 s for a minibatch and one 1 s."""
     import unequal
 
@@ -22,7 +22,7 @@ def test_waiting_for_the_slowest_costs_most_when_there_is_little_time(real_data)
     assert accuracy("FedAvg, deadline of 100 s") > waits + 0.04
 
 
-def test_images_without_labels_are_used_as_said(real_data) -> None:
+def test_images_without_labels_are_used_as_said(real_data: Path) -> None:
     """Of the five hospitals of the study, nine in ten labels are gone, and nothing is left of them in the data."""
     import few_labels
     from hospitals import read, sites_of

@@ -71,7 +71,7 @@ def test_how_steps_are_counted_does_not_matter() -> None:
 
 @pytest.mark.slow
 def test_small_consortia_are_told_the_truth() -> None:
-    """Five hospitals in every round with σ = 1 for 50 rounds: close to meaningless, and said so."""
+    """Five hospitals in every round with σ = 1 for 50 rounds: close to meaningless, and reported as such."""
     said = statement([Spend(1.0, 1.0, 50)], 1e-3)
     assert said.epsilon == pytest.approx(46.0, abs=0.1)
     assert str(said) == (

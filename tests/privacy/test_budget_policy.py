@@ -13,7 +13,7 @@ pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.execution import Refused, execute
 from polyclinic.core.metering import Spend, meter, metered
-from polyclinic.core.method import Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.pipeline import send_through
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -64,7 +64,7 @@ def test_only_scores_on_validation_and_test_data_are_free(ledger: Ledger, job: s
 
 @dataclass(frozen=True)
 class Pretends(FedAvg):
-    """Answers an evaluation job with something else, or with something else beside the scores."""
+    """Answers an evaluation job with something else, or with something else in addition to the scores."""
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         rows = site.data["train"][torch.arange(4)][0].flatten(1)
@@ -77,10 +77,33 @@ class PretendsBeside(Evaluated):  # type: ignore[type-arg]
         return Reply({**reply.parts, "more": WeightedMean.of({"x": torch.ones(3)})}), memory
 
 
+@dataclass(frozen=True)
+class PretendsAround(MethodWrapper[Any]):
+    """A wrapper around the library's evaluation that answers the evaluation job itself."""
+
+    inner: Method[Any]
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        return Reply({"score": PerSite({site.name: {"auc": site.data["train"][torch.arange(4)][0]}})}), memory
+
+
+class PretendsWithin(Evaluated):  # type: ignore[type-arg]
+    """A subclass of the library's evaluation that sends pixels as scores."""
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        return Reply({"score": PerSite({site.name: {"auc": site.data["train"][torch.arange(4)][0]}})}), memory
+
+
 def test_a_job_is_free_by_who_answers_and_not_by_its_name(ledger: Ledger) -> None:
-    """A method that answers score/val itself, with patients' pixels, or sends something beside the scores."""
+    """A method that answers score/val itself, with patients' pixels, or sends something in addition to the scores."""
     site, score = Site("a", {"train": Ward(), "val": Ward()}), Request(0, {"params": TASK.first()}, job="score/val")
-    for method in (Pretends(TASK, LocalTraining()), PretendsBeside(FedAvg(TASK, LocalTraining()), TASK)):
+    average = FedAvg(TASK, LocalTraining())
+    for method in (
+        Pretends(TASK, LocalTraining()),
+        PretendsBeside(average, TASK),
+        PretendsAround(Evaluated(average, TASK)),
+        PretendsWithin(average, TASK),
+    ):
         with pytest.raises(Refused, match="the job 'score/val' added none"):
             execute(method, score, {}, site, Budget(ledger))
     assert ledger.spent().spends == ()
@@ -115,11 +138,13 @@ def job(
 
 
 @pytest.mark.parametrize("name", ["score/val", "score/test"])
-@pytest.mark.parametrize("method", [EVALUATED, send_through(EVALUATED, Clip(1.0))])
-def test_scores_are_free_whatever_the_evaluation_is_wrapped_in(ledger: Ledger, name: str, method: Any) -> None:
+def test_scores_are_free_only_of_the_library_evaluation_itself(ledger: Ledger, name: str) -> None:
+    """A wrapper around the evaluation could answer the job itself, so that its scores are not free."""
+    method = EVALUATED
     job(Budget(ledger), reply=SCORE, name=name, method=method)
     assert ledger.spends() == ()
-    for other in (PLAIN, send_through(PLAIN, Clip(1.0))):
+    around = (send_through(EVALUATED, Clip(1.0)), PretendsAround(EVALUATED), PretendsWithin(PLAIN, TASK))
+    for other in (PLAIN, send_through(PLAIN, Clip(1.0)), *around):
         with pytest.raises(Refused, match=f"the job '{name}' added none"):
             job(Budget(ledger), reply=SCORE, name=name, method=other)
     with pytest.raises(Refused, match=r"The reply contains update$"):

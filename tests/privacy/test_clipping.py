@@ -9,6 +9,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import WeightedMean
+from polyclinic.core.pipeline import Transform
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.learning.training.dp_sgd import Spend, metered
@@ -305,7 +306,7 @@ def test_the_count_has_its_own_noise_and_the_rest_has_more(share: int, noise: No
         sent_by(Gaussian(1.0, share), {"m/w": torch.ones(2), BELOW: torch.tensor([0.5])}, clip.describe(clip.init({})))
     rest = (1 - (2 * 3.0) ** -2) ** -0.5 * 2.0
     assert noise.deviations == pytest.approx([rest / share**0.5, 3.0 / share**0.5])
-    assert [spend.multiplier for spend in spent] == [1.0], "count and rest together cost what was said"
+    assert [spend.multiplier for spend in spent] == [1.0], "count and rest together cost what was declared"
 
 
 def test_integers_and_variances_are_not_hidden_but_empty_ones_pass(noise: Noise) -> None:
@@ -346,12 +347,17 @@ def test_noise_follows_a_clip_and_its_parts_are_summed_in_secret() -> None:
     assert Gaussian(1.0).private
 
 
+def step_of(transform: Transform) -> float | None:
+    assert isinstance(transform, Gaussian)
+    return transform.step
+
+
 def test_the_step_of_the_secure_sum_that_follows_is_taken_over() -> None:
-    """Nobody can name a finer grid than the numbers are rounded to."""
+    """No one can name a finer grid than the numbers are rounded to."""
     coarse = SecureSum(limit=64.0, bits=3, heaviest=2.0, threshold=4)
-    assert Gaussian(1.0).resolve((coarse,)).step == Gaussian(1.0).resolve((Clip(1.0), coarse)).step == 0.25
-    assert Gaussian(1.0).resolve(()).step == Gaussian(1.0).resolve((Clip(1.0),)).step == 0.0
-    assert Gaussian(1.0, step=0.5).resolve((coarse,)).step == 0.5
+    assert step_of(Gaussian(1.0).resolve((coarse,))) == step_of(Gaussian(1.0).resolve((Clip(1.0), coarse))) == 0.25
+    assert step_of(Gaussian(1.0).resolve(())) == step_of(Gaussian(1.0).resolve((Clip(1.0),))) == 0.0
+    assert step_of(Gaussian(1.0, step=0.5).resolve((coarse,))) == 0.5
     for named in (0.5, 1e-9, None):
         [said] = Gaussian(1.0, step=named).validate((Clip(1.0),), (coarse,))
         assert said == f"Gaussian: step follows from SecureSum, so omit it: it is 0.25, not {named}"

@@ -30,7 +30,7 @@ from polyclinic.core.aggregates import WeightedMean
 from polyclinic.core.execution import execute
 from polyclinic.core.pipeline import Transform, send_through
 from polyclinic.core.site import SecretRng, Site
-from polyclinic.core.tree import Tree
+from polyclinic.core.tree import Tree, Trees
 from polyclinic.data.examples import Examples
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
@@ -139,6 +139,17 @@ def test_no_rounding_carries_a_clipped_update_beyond_its_bound(dtype: torch.dtyp
         assert float(clipped.total["m/update/w"].double().norm()) <= bound
 
 
+@pytest.mark.parametrize(("count", "bound"), [(1000, 1e-6), (1_000_000, 1e-4), (1_000_000, 1e-2), (10, 1e-8)])
+def test_numbers_too_small_for_their_precision_do_not_carry_an_update_beyond_its_bound(
+    count: int, bound: float
+) -> None:
+    """In half precision, a clipped number of half the smallest one is rounded to the smallest one, or to 0."""
+    for value in (torch.full((count,), 0.5), torch.randn(count, generator=torch.Generator().manual_seed(0))):
+        sent = WeightedMean({"m/update/w": value.half()}, 1.0)
+        clipped, _ = Clip(bound).encode(sent, Clip(bound).describe({}), {}, Site("a"), 0)
+        assert float(clipped.total["m/update/w"].double().norm()) <= bound
+
+
 @pytest.mark.parametrize("unit", ["site", "patient"])
 def test_adaptive_clipping(tmp_path: Path, unit: str) -> None:
     """The worst pair moves the update and the count at once: by C and 1/2 if a site is absent, by 2C and 1 inside it."""
@@ -179,7 +190,7 @@ def test_a_server_that_names_another_bound_gets_no_reply(lie: dict[str, Tree]) -
         method.site_update(_with(request, lie), {}, Site("a"))
 
 
-def _with(request: Any, trees: dict[str, Tree]) -> Any:
+def _with(request: Any, trees: Trees) -> Any:
     return replace(request, trees={**request.trees, **trees})
 
 
@@ -353,7 +364,7 @@ GRID = [-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0]
 
 @pytest.mark.parametrize("how", [(1.0, 1.0, 1.0), (0.3, 0.3, 2.0), (2.0, 0.5, 0.5), (0.5, 2.0, 0.5)])
 def test_sparse_sharing(tmp_path: Path, how: tuple[float, float, float]) -> None:
-    """ε₁ + ε₂ + ε₃ for a site that is there or not, and twice that for whoever is inside it."""
+    """ε₁ + ε₂ + ε₃ for a site that is there or not, and twice that for a record inside it."""
     e = sparse(*how)
     points = list(itertools.product(GRID, GRID))
     for_site = max(loss(x, (0.0, 0.0), e) for x in points)
@@ -511,13 +522,14 @@ def through(bits: int, z: float = 1.0, share: int = 4, heaviest: float = 1.0, cl
 def test_a_grid_too_coarse_for_a_part_of_the_noise_is_refused_when_it_is_built() -> None:
     """z C / sqrt(share) = 1/2 is four steps of 2^-3, and two of 2^-2."""
     assert through(3).transforms[1].step == 0.125
-    for pipeline in (
+    pipelines: tuple[Callable[[], Any], ...] = (
         lambda: through(2),
         lambda: through(3, z=0.999),
         lambda: through(3, share=5),
         lambda: through(3, heaviest=1.01),
         lambda: through(3, clip=Clip(0.999)),
-    ):
+    )
+    for pipeline in pipelines:
         with pytest.raises(
             ValueError,
             match=r"deviation 0\.\d+, and SecureSum rounds to steps of .*At least 4 steps are "

@@ -89,7 +89,7 @@ def test_the_bound_finds_the_median_norm() -> None:
         return tree.scale(v, sizes[site] / tree.norm(v))
 
     for clip, tolerance in ((AdaptiveClip(0.01), 0.08), (AdaptiveClip(0.01, count_noise=0.5), 0.2)):
-        ran = run(values, clip, *([Gaussian(0.1)] if clip.count_noise else []), sites=tuple(sizes), rounds=90)
+        ran = run(values, clip, *([Gaussian(0.1)] if clip.count_noise else []), sites=tuple(sizes), rounds=65)
         bounds = [float(s.transforms[0]["clip"]["bound"]) for s in ran.states]
         assert abs(sum(bounds[-15:]) / 15 - 1) < tolerance
         assert bounds[0] == pytest.approx(0.01 * math.exp(0.2 * 0.5), rel=0.1)
@@ -99,7 +99,7 @@ def test_the_bound_finds_the_median_norm() -> None:
 
 
 def test_where_every_site_is_clipped_the_bound_opens_at_its_rate_and_directions_count() -> None:
-    """Nobody is below the bound: it opens by exp(η γ) a round, and what is sent has its length meanwhile."""
+    """No site is below the bound: it opens by exp(η γ) a round, and what is sent has its length meanwhile."""
     start = 1e-6
     ran = run(VALUES, AdaptiveClip(start), rounds=4)
     bounds = [start, *(float(s.transforms[0]["clip"]["bound"]) for s in ran.states)]

@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
 
-from polyclinic.core import audit_log, serialization
+from polyclinic.core import atomic, audit_log
 from polyclinic.core.audit_log import Broken
 from polyclinic.core.execution import Refused, execute
 from polyclinic.core.method import Request
@@ -156,7 +156,7 @@ def test_only_one_process_at_a_time_and_only_its_owner_touches_the_lock(tmp_path
 
 
 def test_every_use_of_a_ledger_waits_for_its_turn(ledger: Ledger) -> None:
-    """Whoever holds the lock beside the ledger holds up all that read and write it."""
+    """A process that holds the lock of the ledger blocks all that read and write it."""
     head = ledger.head()
     uses: list[Callable[[], Any]] = [
         lambda: ledger.reserve([ONE]),
@@ -313,7 +313,7 @@ def rounds_until_killed(ledger: Ledger, released: Path, deadly: int) -> None:
         return Torn(file) if mode in ("ab", "wb") else file
 
     os.fsync, os.replace = deadly_at(os.fsync), deadly_at(os.replace)
-    audit_log.open = serialization.open = opened  # type: ignore[attr-defined]
+    audit_log.open = atomic.open = opened  # type: ignore[attr-defined]
     for _ in range(2):
         ledger.reserve([ONE])
         with released.open("a") as out:
@@ -344,7 +344,7 @@ def test_kill_9_at_any_step_never_under_counts(ledger: Ledger, tmp_path: Path) -
         assert left == (deadly > steps // 2)
         counted = after
     ledger.reserve([ONE])
-    assert sum(spend.steps for spend in ledger.spent().spends) == counted + 1, "and it goes on"
+    assert sum(spend.steps for spend in ledger.spent().spends) == counted + 1, "and the ledger works as before"
 
 
 def racer(path: str, start: Any, results: Any) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import HUGE, BadPlan, curve, epsilon, epsilon_rdp, plan, statement
 from polyclinic.privacy.guarantee import guarantee
+from polyclinic.privacy.privacy_units import Cost
 from polyclinic.privacy.replacement_accounting import loss_distribution
 
 
@@ -83,6 +84,52 @@ def test_a_hopeless_wish_is_refused(accountant: Accountant) -> None:
     with pytest.raises(BadPlan, match=r"no noise gives 9 steps ε = 1e-06 at δ = 1e-05"):
         plan(1e-6, 1e-5, 1.0, 3, steps=3)
     assert plan(1e-5, 1e-5, 1.0, 1).noise == pytest.approx(1e5, rel=2e-3), "noise of a hundred thousand can be had"
+    assert plan(1.5e-6, 1e-5, 1.0, 1).noise == pytest.approx(1 / 1.5e-6, rel=2e-3), "the search ends at 2^20"
+    with pytest.raises(BadPlan, match="no noise gives 1 steps ε = 8e-07"):
+        plan(8e-7, 1e-5, 1.0, 1)
+
+
+def test_noise_is_rounded_up_to_the_next_ten_thousandth(
+    accountant: Accountant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found, rounded in ((3.00001, 3.0001), (3.0, 3.0), (2.99999, 3.0)):
+        monkeypatch.setattr(accounting, "_narrowed", lambda at, wanted, high, by, found=found: found)
+        assert plan(1.0, 1e-5, 1.0, 1).noise == rounded
+
+
+@pytest.mark.parametrize(("value", "calls"), [(0.9995, 1), (0.999, 1), (0.998, 4)])
+def test_noise_that_is_close_enough_is_not_narrowed_further(value: float, calls: int) -> None:
+    """An ε takes seconds, so none is computed that is not needed."""
+    asked: list[float] = []
+
+    def at(noise: float) -> float:
+        asked.append(noise)
+        return value / noise
+
+    found = accounting._narrowed(at, 1.0, 1.0, 0.9)
+    assert len(asked) == calls
+    assert 0.999 <= value / found <= 1.0
+    assert found == 1.0 or calls > 1
+
+
+CURVES: dict[str, Callable[[float], float]] = {
+    "steeper for more noise": lambda noise: noise**-1 if noise < 1 else noise**-9,
+    "steeper for less noise": lambda noise: noise**-9 if noise < 1 else noise**-1,
+    "with a jump": lambda noise: 2.0 if noise < 1 else 0.5 / noise,
+}
+
+
+@pytest.mark.parametrize("by", [0.3, 0.7, 0.98])
+@pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
+def test_whatever_the_curve_the_noise_is_never_too_small(curve: Callable[[float], float], by: float) -> None:
+    """Interpolation may end on the side where ε is too large, from which nothing is returned."""
+    found = accounting._narrowed(curve, 0.9, 2.0, by)
+    assert curve(found) <= 0.9
+    assert curve(found / 1.01) > 0.9
+
+
+def test_noise_whose_epsilon_is_exactly_the_wanted_one_is_taken() -> None:
+    assert accounting._narrowed(lambda noise: 1 / noise, 1.0, 2.0, 0.5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +176,23 @@ def test_the_accountants_warnings_are_silenced_for_no_longer_than_it_counts(absl
     absl.removeFilter(watch)
     assert absl.level == logging.INFO
     assert all(level >= logging.ERROR for level in levels)
+
+
+def test_only_the_accountants_own_logger_is_silenced(absl: logging.Logger) -> None:
+    others = logging.getLogger(), logging.getLogger("polyclinic")
+    before = [log.level for log in others]
+    with accounting._quiet():
+        assert absl.level == logging.ERROR
+        assert [log.level for log in others] == before
+    assert absl.level == logging.INFO
+
+
+def test_the_bound_without_sampling_is_that_of_one_gaussian_step() -> None:
+    """Two kinds of steps, μ² = 8 / 2² + 3 / 3² = 7 / 3, by the closed form μ² / 2 + μ √(2 ln (1 / δ))."""
+    costs = [Cost(2.0, 1.0, 8, 0.0, False), Cost(3.0, 0.5, 3, 0.0, False)]
+    assert accounting._without_sampling(costs, 1e-5) == pytest.approx(
+        7 / 6 + math.sqrt(7 / 3) * math.sqrt(2 * math.log(1e5)), rel=1e-12
+    )
 
 
 def test_a_step_on_everyone_costs_more_than_on_a_sample_and_two_more_than_one() -> None:

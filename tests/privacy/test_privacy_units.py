@@ -160,7 +160,7 @@ def test_what_an_epsilon_says_depends_on_what_was_spent() -> None:
     assert guarantee([SITE, PATIENT], "patient").adjacency == "add or remove one patient", "what both protect"
     nothing = guarantee([], "site")
     assert nothing.adjacency == "add or remove one site"
-    assert nothing.assumptions == ("the number of sites counts as public",), "no sum, so nobody's noise is counted on"
+    assert nothing.assumptions == ("the number of sites counts as public",), "no sum, so no other noise is counted on"
     (_, shared) = guarantee([SITE._replace(share=2)], "site").assumptions
     assert shared.startswith("each sum holds the noise of at least 2 sites"), "from two on"
     assert inside.facts() == {"unit": "record", "adjacency": inside.adjacency, "assumes": list(inside.assumptions)}

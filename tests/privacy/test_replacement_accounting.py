@@ -118,3 +118,19 @@ def test_replaced_units_are_counted_together_with_others() -> None:
     sampled, whole = Spend(6.0, 0.2, 4, "patient"), Spend(6.0, unit="record")
     apart = [epsilon([spend], 1e-3, "record") for spend in (sampled, whole)]
     assert max(apart) < epsilon([sampled, whole], 1e-3, "record") < sum(apart)
+
+
+def test_the_last_point_of_a_short_grid_and_the_mass_beyond_it_are_counted_once() -> None:
+    """With two points above 0, δ at the first is the profile to the last digit, and all probabilities sum to 1."""
+    multiplier, rate, interval = 4.0, 0.6, 0.92
+    found = loss_distribution(multiplier, rate, 1, interval)
+    assert found is not None
+    assert found.get_delta_for_epsilon(interval) == pytest.approx(bound(interval, multiplier, rate), rel=1e-6)
+    assert found.get_delta_for_epsilon(2 * interval) == pytest.approx(bound(2 * interval, multiplier, rate), rel=1e-4)
+    assert found.get_delta_for_epsilon(-60.0) == pytest.approx(1.0, abs=1e-13)
+
+
+def test_a_profile_is_not_negative_where_rounding_would_make_it_so() -> None:
+    """Far out, the two terms of δ are equal to the last digit."""
+    found = profile(np.linspace(0.0, 60.0, 4001), 3.0, 0.5)
+    assert found.min() == 0.0

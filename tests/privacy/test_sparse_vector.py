@@ -19,7 +19,7 @@ X = torch.tensor([0.5, -0.9, 0.05, 3.0, -4.0, 0.0, 0.2, -0.31, 0.3, 0.1])
 
 
 class Noise:
-    """In place of ``laplace``: gives what it is told to by the number of values, and writes down the scales."""
+    """In place of ``laplace``: gives what it was set to by the number of values, and writes down the scales."""
 
     def __init__(self, **values: float) -> None:
         self.asked: list[tuple[int, float]] = []
@@ -51,12 +51,14 @@ def test_the_scales_are_those_of_the_proof(fraction: float, noise: Noise) -> Non
     with metered() as spent:
         shared(transform, {"w": X})
     c = int(fraction * 10)
-    assert sorted(noise.asked) == [
+    asked: list[tuple[int, Any]] = sorted(noise.asked)
+    assert asked == [
         (1, pytest.approx(0.5 / 0.3)),
         (c, pytest.approx(c * 0.5 / 1.1)),
         (10, pytest.approx(2 * c * 0.5 / 0.7)),
     ]
-    assert [(spend.multiplier, spend.pure) for spend in spent] == [(0.0, pytest.approx(2.1))]
+    paid: list[tuple[float, Any]] = [(spend.multiplier, spend.pure) for spend in spent]
+    assert paid == [(0.0, pytest.approx(2.1))]
     assert transform.epsilon == pytest.approx(0.3 + 0.7 + 1.1)
 
 

@@ -17,20 +17,20 @@ FEW = Options(draws=100)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_item_is_there_once(name):
+def test_every_item_is_there_once(name) -> None:
     items = load(name).items
     assert len(items) == SIZES[name]
     assert len({i.id for i in items}) == len({i.text for i in items}) == len(items)
     assert all(len(i.text.split()) <= 14 for i in items)
 
 
-def test_every_fact_is_asked_for_by_some_item():
+def test_every_fact_is_asked_for_by_some_item() -> None:
     asked = {i.fact for name in ALL for i in load(name).items if i.fact}
     assert asked <= FACTS.keys()
     assert FACTS.keys() - asked <= {"tests"}
 
 
-def test_an_unknown_checklist_is_refused():
+def test_an_unknown_checklist_is_refused() -> None:
     with pytest.raises(ValueError, match="no checklist called 'claim'; there are federated_healthcare, claim_2024"):
         load("claim")
 
@@ -40,7 +40,7 @@ def ticked(path, name="federated_healthcare", journal=(0, "", "")):
     return {a.item.id for a in fill(load(name), run, evaluate(run, FEW), journal) if a.status == "shown"}
 
 
-def test_an_empty_run_ticks_nothing(tmp_path):
+def test_an_empty_run_ticks_nothing(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     info = {"name": "x", "task": "classification", "metric": "auc", "sites": [{"name": "a"}], "methods": []}
     (path / "run.json").write_text(json.dumps(info))
@@ -62,7 +62,7 @@ def test_an_empty_run_ticks_nothing(tmp_path):
         ("20", {}, {"methods": ("local", "fedavg", "fedprox")}),
     ],
 )
-def test_what_ticks_a_row_and_what_does_not(tmp_path, item, how, why_not):
+def test_what_ticks_a_row_and_what_does_not(tmp_path: Path, item: str, how, why_not) -> None:
     usual = {"seeds": (0,)}
     assert item in ticked(write_run(tmp_path / "yes", **{**usual, **how}))
     assert item not in ticked(write_run(tmp_path / "no", **{**usual, **why_not}))
@@ -77,14 +77,14 @@ def test_what_ticks_a_row_and_what_does_not(tmp_path, item, how, why_not):
         ("tripod_ai", "14", write_groups),
     ],
 )
-def test_a_file_in_the_run_folder_ticks_its_row(tmp_path, name, item, make):
+def test_a_file_in_the_run_folder_ticks_its_row(tmp_path: Path, name: str, item: str, make) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert item not in ticked(path, name)
     make(path)
     assert item in ticked(path, name)
 
 
-def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path):
+def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert "7" in ticked(path)
     assert "8" not in ticked(path)
@@ -93,11 +93,11 @@ def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path):
         file.write(json.dumps(line) + "\n")
     assert "8" in ticked(path)
     page = build_report(path, options=FEW).read_text(encoding="utf-8")
-    assert "What privacy costs: quality against ε for every patient." in page
+    assert "Cost of privacy: quality against ε for every patient." in page
     assert "Quality against traffic." in page
 
 
-def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path):
+def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert not {"10", "21"} & ticked(path)
     info = json.loads((path / "run.json").read_text())
@@ -120,13 +120,13 @@ def rows_of(text):
     ]
 
 
-def test_the_page_has_every_row_in_the_words_of_the_report():
+def test_the_page_has_every_row_in_the_words_of_the_report() -> None:
     rows = rows_of(PAGE.read_text(encoding="utf-8"))
     assert [(r[0], r[1]) for r in rows] == [(i.id, i.text) for i in load("federated_healthcare").items]
     assert all(len(r) == 4 for r in rows)
 
 
-def test_every_test_and_file_that_the_page_names_is_there():
+def test_every_test_and_file_that_the_page_names_is_there() -> None:
     """A row without a test says that it is open. The tests themselves are run like all others."""
     root = PAGE.parents[2]
     for row, _, feature, shown in rows_of(PAGE.read_text(encoding="utf-8")):
@@ -138,7 +138,7 @@ def test_every_test_and_file_that_the_page_names_is_there():
             assert (PAGE.parent / target).is_file(), f"row {row}: {target}"
 
 
-def test_a_test_set_opened_twice_is_not_sealed(tmp_path):
+def test_a_test_set_opened_twice_is_not_sealed(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert "16" in ticked(path)
     text = (path / "records.jsonl").read_text()
@@ -146,14 +146,14 @@ def test_a_test_set_opened_twice_is_not_sealed(tmp_path):
     assert "16" not in ticked(path)
 
 
-def test_the_audit_trail_needs_a_journal_that_holds(tmp_path):
+def test_the_audit_trail_needs_a_journal_that_holds(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert "22" not in ticked(path)
     assert "22" in ticked(path, journal=(12, "ab" * 32, ""))
     assert "22" not in ticked(path, journal=(12, "ab" * 32, "line 3 was changed"))
 
 
-def test_patients_apart_needs_the_check_and_not_the_claim(tmp_path):
+def test_patients_apart_needs_the_check_and_not_the_claim(tmp_path: Path) -> None:
     path = write_run(tmp_path / "r", seeds=(0,))
     assert "15" not in ticked(path)
     info = json.loads((path / "run.json").read_text())
@@ -162,7 +162,7 @@ def test_patients_apart_needs_the_check_and_not_the_claim(tmp_path):
     assert "15" in ticked(path)
 
 
-def test_what_only_a_person_knows_is_left_to_a_person(tmp_path):
+def test_what_only_a_person_knows_is_left_to_a_person(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "r", seeds=(0, 1)))
     answers = fill(load("claim_2024"), run, evaluate(run, FEW))
     by_id = {a.item.id: a.status for a in answers}

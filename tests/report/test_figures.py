@@ -1,4 +1,4 @@
-"""Pictures: the same bytes, unique ids, text that stays text, and nothing drawn where there is nothing."""
+"""Figures: identical bytes, unique ids, text that remains text, and empty figures without values."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from polyclinic.evaluation.calibration import decision_curve, reliability
-from polyclinic.evaluation.paired_tests import rank_methods
 from polyclinic.report import figures as fig
+from polyclinic.statistics.paired_tests import rank_methods
 
 P = np.linspace(0.02, 0.98, 60)
 Y = (np.random.default_rng(0).uniform(size=60) < P).astype(int)
@@ -37,7 +37,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_every_picture_is_well_formed_and_the_same_twice(kind):
+def test_every_picture_is_well_formed_and_the_same_twice(kind) -> None:
     first = DRAWN[kind]("one")
     assert first == DRAWN[kind]("one")
     root = ET.fromstring(first)
@@ -49,25 +49,25 @@ def test_every_picture_is_well_formed_and_the_same_twice(kind):
     assert "metadata" not in first
 
 
-def test_ids_of_two_pictures_do_not_clash():
+def test_ids_of_two_pictures_do_not_clash() -> None:
     ids = [set(re.findall(r'\bid="([^"]+)"', DRAWN[k](f"p{i}"))) for i, k in enumerate(DRAWN)]
     assert sum(map(len, ids)) == len(set().union(*ids))
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_references_lead_somewhere(kind):
+def test_references_lead_somewhere(kind) -> None:
     text = DRAWN[kind]("one")
     ids = set(re.findall(r'\bid="([^"]+)"', text))
     assert set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text)) <= ids
 
 
-def test_alt_text_is_escaped_and_names_are_kept():
+def test_alt_text_is_escaped_and_names_are_kept() -> None:
     text = fig.points("p", 'a "quoted" <alt>', [fig.Point("<b>&", 1.0, 0.5, 1.5, "1.0")], "x")
     assert ET.fromstring(text).get("aria-label") == 'a "quoted" <alt>'
     assert "<b>&" in "".join(ET.fromstring(text).itertext())
 
 
-def test_names_however_long_stay_within_the_picture():
+def test_names_however_long_stay_within_the_picture() -> None:
     text = fig.points(
         "p", "alt", [fig.Point("a hospital with a very long name indeed", 1.0, 0.5, 1.5, "1.0 (0.5–1.5)")], "x"
     )
@@ -75,7 +75,7 @@ def test_names_however_long_stay_within_the_picture():
     assert fig.inches("wide", 9) > fig.inches("i", 9) > 0
 
 
-def test_contrast_of_the_colors_on_white():
+def test_contrast_of_the_colors_on_white() -> None:
     """At least 4.5 to 1, as WCAG 2.2 AA asks of text."""
 
     def light(color):

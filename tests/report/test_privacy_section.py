@@ -1,7 +1,8 @@
-"""The report on privacy: what was spent is never told too small, and what it cost is drawn beside no noise."""
+"""The section on privacy: ε is never rounded down, and quality is compared with training without noise."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ WHOM = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient").facts()
 
 
 def built(path, spends, private=("fedprox", "fedbn")):
-    """A report of a run whose ``private`` methods are FedAvg with noise, beside FedAvg without."""
+    """A report of a run whose ``private`` methods are FedAvg with noise; FedAvg itself has none."""
     path = write_run(path, seeds=(0,), privacy=False)
     info = json.loads((path / "run.json").read_text())
     for method in info["methods"]:
@@ -52,11 +53,11 @@ def cells(section, table):
         (float("inf"), "∞"),
     ],
 )
-def test_an_epsilon_is_rounded_up(epsilon, told):
+def test_an_epsilon_is_rounded_up(epsilon, told: str) -> None:
     assert rounded_up(epsilon) == told
 
 
-def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
+def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path: Path) -> None:
     spends = [
         ("fedprox", 1, "lyon", 1.2, "rdp"),
         ("fedprox", 12, "lyon", 1.991, "pld"),
@@ -75,14 +76,14 @@ def test_spends_are_told_by_site_and_by_round_and_drawn(tmp_path):
     assert [row[1:] for row in by_round[1:]] == [["1.20", "4.00"], ["2.00", "7.90"]]
     assert "Dashed: the same method without noise." in section
     assert 'aria-label="Mean AUC against the privacy budget for 2 methods' in section
-    assert "No noise was added under FedAvg" in section
+    assert "No noise was added with FedAvg" in section
     assert section.count("ε is for every patient (adjacency: add or remove one patient).") == 1
     assert "For every patient, as in the table above." in section
     assert "who is in a Poisson sample stays secret" in section
 
 
-def test_other_methods_without_noise_are_no_measure_of_its_cost(tmp_path):
+def test_other_methods_without_noise_are_no_measure_of_its_cost(tmp_path: Path) -> None:
     spends = [("fedprox", 12, "lyon", 1.9, "pld"), ("fedbn", 12, "lyon", 7.9, "pld")]
     section = built(tmp_path / "r", spends, private=())
-    assert "What privacy costs: quality against ε for every patient." in section
+    assert "Cost of privacy: quality against ε for every patient." in section
     assert "Dashed" not in section

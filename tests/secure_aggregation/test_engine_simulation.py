@@ -1,15 +1,22 @@
 """Secure summation on both engines: the sum is the sum, lost sites are survived, and too few are refused."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Method, Request
 from polyclinic.core.pipeline import send_through
-from polyclinic.core.rounds import TooFewReplies, train
+from polyclinic.core.rounds import Step, TooFewReplies, train
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.privacy.gaussian import Clip
 from polyclinic.secure_aggregation import SecureSum
@@ -23,14 +30,15 @@ class Failing(FedAvg):
 
     fails: tuple[str, ...] = ()
 
-    def site_update(self, request, memory, site):
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         if site.name in self.fails:
             raise RuntimeError("the disk is full")
         return super().site_update(request, memory, site)
 
 
-def run(method, engine, params):
-    state, steps = method.init(params), []
+def run(method: Method[Any], engine: InProcess | Workers, params: Tree) -> tuple[Tree, list[Step[Any]]]:
+    state = method.init(params)
+    steps: list[Step[Any]] = []
     for step in train(method, engine, state, rounds=2):
         state = step.state
         steps.append(step)
@@ -39,7 +47,7 @@ def run(method, engine, params):
 
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
-def test_a_secure_sum_is_the_sum(engine, task, local) -> None:
+def test_a_secure_sum_is_the_sum(engine: type[InProcess | Workers], task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=4)
     plain, _ = run(
         FedAvg(task, local, uniform=True), InProcess(FedAvg(task, local, uniform=True), sites), task.first(0)
@@ -53,7 +61,7 @@ def test_a_secure_sum_is_the_sum(engine, task, local) -> None:
     assert steps[0].bytes_up["site-0"] >= 4 * tree.size(task.first(0))
 
 
-def test_both_engines_give_the_same_bits(task, local) -> None:
+def test_both_engines_give_the_same_bits(task: Classification, local: LocalTraining) -> None:
     method = send_through(FedAvg(task, local, uniform=True), Clip(100.0), SecureSum())
     sites = little_sites(count=4)
     assert equal(
@@ -61,7 +69,7 @@ def test_both_engines_give_the_same_bits(task, local) -> None:
     )
 
 
-def test_a_lost_site_is_survived_and_too_many_are_refused(task, local) -> None:
+def test_a_lost_site_is_survived_and_too_many_are_refused(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=4)
     one = send_through(Failing(task, local, uniform=True, fails=("site-1",)), Clip(100.0), SecureSum())
     _, steps = run(one, InProcess(one, sites), task.first(0))

@@ -1,4 +1,4 @@
-"""Secure summation: the sum is exact, nothing else is seen, and whoever breaks the rules is refused by name."""
+"""Secure summation: the sum is exact, nothing else is seen, and a party that breaks the rules is refused by name."""
 
 import itertools
 from dataclasses import replace
@@ -38,7 +38,7 @@ def vectors(names: tuple[str, ...] = NAMES, size: int = 7, seed: int = 0) -> dic
 
 def ring_sum(some: list[torch.Tensor]) -> torch.Tensor:
     """By numpy and whole numbers of any length, reduced at the end."""
-    total = sum(int_vector.numpy().astype(object) for int_vector in some)
+    total = np.sum([int_vector.numpy().astype(object) for int_vector in some], axis=0)
     return torch.from_numpy(((total + 2**31) % 2**32 - 2**31).astype(np.int32))
 
 

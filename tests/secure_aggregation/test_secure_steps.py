@@ -104,7 +104,7 @@ def test_what_the_server_passes_on_must_be_what_the_site_said(parties: Parties) 
         body[field] = getattr(adverts["cusco"], field)
         signed = signature(parties.session, parties.identities["bern"], "advert", "bern", *body.values())
         with pytest.raises(ProtocolError, match="does not forward the advert of bern"):
-            again.share([Advert("bern", *body.values(), signed), *(a for n, a in adverts.items() if n != "bern")])
+            again.share([Advert("bern", **body, signature=signed), *(a for n, a in adverts.items() if n != "bern")])
 
 
 def test_shares_are_of_mask_key_and_seed_sealed_for_each_other_site_alone(parties: Parties) -> None:
@@ -336,7 +336,7 @@ def test_each_key_of_an_advert_must_be_one(field: str, value: str, parties: Part
     body = {name: getattr(adverts["bern"], name) for name in ("cipher_key", "mask_key", "commitment")} | {field: value}
     signed = signature(parties.session, parties.identities["bern"], "advert", "bern", *body.values())
     roster = parties.server.adverts(
-        [Advert("bern", *body.values(), signed), *(a for n, a in adverts.items() if n != "bern")]
+        [Advert("bern", **body, signature=signed), *(a for n, a in adverts.items() if n != "bern")]
     )
     assert "bern" not in [a.site for a in roster]
     assert "bern" in parties.server.refused["bern"]

@@ -1,12 +1,14 @@
 """What privacy costs is asked by an ordinary study, whose noise keeps each ε at the smallest site."""
 
+from pathlib import Path
+
 import pytest
 
 from polyclinic.cli.app import app
-from polyclinic.evaluation.intervals import Estimate
 from polyclinic.evaluation.run_evaluation import Options
 from polyclinic.privacy import accounting
 from polyclinic.privacy.accounting import BadPlan
+from polyclinic.statistics.intervals import Estimate
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.scenarios import parse_all
 from polyclinic.studies.run.scheduler import run
@@ -44,7 +46,7 @@ training = {{ epochs = 2 }}
 
 
 @pytest.fixture(autouse=True)
-def coarse(monkeypatch):
+def coarse(monkeypatch: pytest.MonkeyPatch):
     """ε to a hundredth instead of to four decimals: quicker."""
     accounting._epsilon.cache_clear()
     monkeypatch.setattr(accounting, "INTERVALS", {"pld": 1e-2, "coarse": 1e-2})
@@ -53,14 +55,14 @@ def coarse(monkeypatch):
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path: Path):
     path = tmp_path / "small.toml"
     path.write_text(STUDY.format(path=npz(tmp_path)))
     return path
 
 
 @pytest.mark.slow
-def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path):
+def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_path: Path) -> None:
     runs = {}
     for scenario in parse_all(priced(file, (2.0, 20.0), 1e-2, (1, 3))):
         folder = scenario.folder(tmp_path)
@@ -87,13 +89,15 @@ def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_pat
         ({"epsilons": (-1.0,)}, "epsilon must be above 0, not -1.0"),
     ],
 )
-def test_what_cannot_be_priced_is_told(file, how, says):
+def test_what_cannot_be_priced_is_told(file, how, says: str) -> None:
     with pytest.raises((BadStudy, BadPlan)) as error:
         priced(file, **{"epsilons": (1.0,), "delta": 1e-2} | how)
     assert says in str(error.value)
 
 
-def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(file, tmp_path, capsys, monkeypatch):
+def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(
+    file, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["--epsilon", "5", "--delta", "0.01", "--rounds", "1", "--rounds", "2"]
     with pytest.raises(SystemExit) as end:
@@ -113,7 +117,7 @@ def test_the_command_draws_the_curve_and_tells_the_best_number_of_rounds(file, t
     assert "no-noise" not in said
 
 
-def test_more_rounds_are_told_to_be_better_only_where_validation_says_so():
+def test_more_rounds_are_told_to_be_better_only_where_validation_says_so() -> None:
     def price(rounds, validation):
         return Price(2.0, 1.0, rounds, Estimate(0.9), None, validation)
 
@@ -122,7 +126,7 @@ def test_more_rounds_are_told_to_be_better_only_where_validation_says_so():
     assert best_rounds([price(9, None)], True) == {}
 
 
-def test_without_a_study_the_noise_alone_is_told(capsys):
+def test_without_a_study_the_noise_alone_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app(["privacy", "plan", "--patients", "100", "--rounds", "2", "--epsilon", "4", "--delta", "0.001"])
     assert "100 patients, batches of 16 (q = 0.160), 2 rounds of 7 steps" in capsys.readouterr().out

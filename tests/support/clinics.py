@@ -46,7 +46,10 @@ def make(root: Path, study: str = STUDY) -> tuple[Path, dict[str, Path]]:
         for i in range(count):
             picture, spot = rng.normal(0, 1, (8, 8)), i % 2
             picture[2:5, 2:5] += 1.5 * spot
-            images.append(picture), labels.append(spot), sites.append(site), patients.append(f"{site}-{i // 2}")
+            images.append(picture)
+            labels.append(spot)
+            sites.append(site)
+            patients.append(f"{site}-{i // 2}")
     root.mkdir(parents=True, exist_ok=True)
     np.savez(
         root / "all.npz",

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from polyclinic.cli import app
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import verify
 from polyclinic.core.execution import sample_sites
-from polyclinic.core.rounds import train, train_async
+from polyclinic.core.rounds import train, train_async, undiscounted
 from polyclinic.core.site import Site
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.client import site_setup
@@ -31,7 +32,6 @@ from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, Si
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server import server_setup
 from polyclinic.engines.flare.server.job_queue import FINISHED, OVER, Queue
-from polyclinic.engines.flare.server.remote_federation import discount_of
 from polyclinic.engines.local.in_process import InProcess
 from tests.conftest import little_sites
 from tests.support.inside.sitecustomize import fixed
@@ -41,13 +41,13 @@ PATIENCE = 300.0
 POLICY = '[allow]\ngather = ["*"]\n[limits]\nmin_patients = 2\n'
 # By which words on its command line a process is known.
 KINDS = {
-    "training": r"flare\.trainer",
+    "training": r"client\.training_process",
     "site job": "worker_process",
     "site parent": "client_train",
-    "site keeper": r"flare\.member",
+    "site keeper": r"flare\.client\.site_setup",
     "server job": "runner_process",
     "server parent": "server_train",
-    "supervisor": r"flare\.supervisor",
+    "supervisor": r"server\.supervisor",
 }
 
 
@@ -284,7 +284,7 @@ class Hospitals:
     def held(self, round: int, *sites: str) -> None:
         """Waits until sites work on the round in which they are held."""
         for site in sites:
-            until(lambda site=site: (self.faults / f"held-{site}-{round}").exists(), f"{site} to work on round {round}")
+            until((self.faults / f"held-{site}-{round}").exists, f"{site} to work on round {round}")
 
     def release(self) -> None:
         for path in [*self.faults.glob("hold-*"), *self.faults.glob("held-*")]:
@@ -319,10 +319,16 @@ class Hospitals:
         for run, entry in queue.all().items():
             if entry.state not in OVER:
                 queue.cancel(run)
-                until(lambda run=run: (e := queue.get(run)) and e.state in OVER, f"{run} to be cancelled")
+                until(partial(_is_over, queue, run), f"{run} to be cancelled")
         for site in self.homes:
             self.start_site(site)
         self.together()
+
+
+def _is_over(queue: Queue, run: str) -> bool:
+    """Whether the queue holds ``run`` and it has ended."""
+    entry = queue.get(run)
+    return entry is not None and entry.state in OVER
 
 
 def reference(an: RunRequest, sites: dict[str, Site] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -335,7 +341,13 @@ def reference(an: RunRequest, sites: dict[str, Site] | None = None) -> tuple[Any
     engine, state = InProcess(method, there, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
         steps = train_async(
-            method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes, discount=discount_of(method)
+            method,
+            engine,
+            state,
+            updates=plan.rounds,
+            buffer=an.buffer,
+            passes=an.passes,
+            discount=method.capabilities.discount or undiscounted,
         )
     else:
         size = an.sites_per_round or len(there)

@@ -8,21 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import APPROVED, Reviews
 from polyclinic.engines.flare.client.site_agent import SiteAgent, take_in
+from polyclinic.engines.flare.client.training_process import TrainingProcess
 from polyclinic.engines.flare.client.training_worker import Training
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import shared_journals
 from polyclinic.engines.flare.protocol.expected_signers import Signers, signer
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SiteFolder, hash_of, private_folder
 from polyclinic.engines.flare.protocol.rpc import Delivery, Ended
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.engines.flare.server.run_coordinator import RunCoordinator
@@ -107,7 +109,8 @@ class Inline:
     pid = 0
 
     def __init__(self, home: SiteFolder, run: str) -> None:
-        self.home, self.run, self.training = home, run, None
+        self.home, self.run = home, run
+        self.training: Training | None = None
 
     def do(self, command: Mapping[str, Any], deadline: float | None = None) -> dict[str, Any]:
         self.training = self.training or Training(self.home, self.run)
@@ -140,7 +143,7 @@ class LocalCarrier:
     def agent(self, name: str) -> SiteAgent:
         if name not in self.agents:
             self.agents[name] = SiteAgent(self.homes[name], self.order)
-            self.agents[name].trainer = Inline(self.homes[name], self.order.run)
+            self.agents[name].trainer = cast(TrainingProcess, Inline(self.homes[name], self.order.run))
         return self.agents[name]
 
     def restart(self, name: str) -> None:
@@ -176,6 +179,7 @@ class LocalCarrier:
         answer, file = agent.answer(call, body)
 
         def take(path: Path, limit: int) -> tuple[int, str]:
+            assert file is not None
             shutil.copy(file, path)
             return hash_of(path)
 

@@ -2,12 +2,15 @@
 
 import json
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from safetensors.numpy import save_file
 
-SITES = {  # name: (role, test patients, share of positives, how hard, shift of the log odds)
+Sites: TypeAlias = Mapping[str, tuple[str, int, float, float, float]]
+SITES: Sites = {  # name: (role, test patients, share of positives, how hard, shift of the log odds)
     "utrecht": ("training", 120, 0.45, 0.0, 0.0),
     "lyon": ("training", 63, 0.35, 0.2, 0.2),
     "boston": ("training", 180, 0.5, -0.2, -0.3),
@@ -42,16 +45,16 @@ METHODS = {  # label: (name, title, skill by site class, citation, leaves)
 ROUNDS = 12
 
 
-def rng_of(*key):
+def rng_of(*key: object) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(repr(k).encode()) for k in key])
 
 
 def write_run(
     path: Path,
     task: str = "classification",
-    sites=None,
-    methods=tuple(METHODS),
-    seeds=(0, 1, 2),
+    sites: Sites | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    seeds: Sequence[int] = (0, 1, 2),
     simulated: str | None = "The split into sites was made by a program (Dirichlet, α = 0.5).",
     finished: bool = True,
     privacy: bool = True,
@@ -86,7 +89,7 @@ def write_run(
         "data": {
             "title": "Invented patients",
             "license": "CC0",
-            "citation": "Nobody, Nowhere, 2026",
+            "citation": "No Author, No Journal, 2026",
             "url": "https://example.org/data",
             "notes": ["Outlines drawn by radiologists, not CT pixels."],
             "simulated": simulated,
@@ -121,7 +124,7 @@ def write_run(
         "parameters": 105_354,
     }
     (path / "run.json").write_text(json.dumps(info, indent=1))
-    lines = []
+    lines: list[dict[str, Any]] = []
     for m in methods:
         for seed in seeds:
             lines += _records(m, seed, sites, metric, finished)
@@ -153,7 +156,7 @@ def write_run(
     return path
 
 
-def _records(m, seed, sites, metric, finished):
+def _records(m: str, seed: int, sites: Sites, metric: str, finished: bool) -> Iterator[dict[str, Any]]:
     training = [s for s, v in sites.items() if v[0] == "training"]
     rng, size = rng_of("records", m, seed), 0 if m in ("local", "cross") else 421_416
     best, trainers = {"local": 5}.get(m, 10), ["pooled"] if m == "pooled" else training
@@ -202,8 +205,9 @@ def _records(m, seed, sites, metric, finished):
     yield {"kind": "sealed", "method": m, "seed": seed, "opened": 1}
 
 
-def _predictions(m, seed, sites, task, images, role):
-    found = {}
+def _predictions(m: str, seed: int, sites: Sites, task: str, images: int, role: str) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    y: np.ndarray
     for s, (_, n, share, hard, shift) in sites.items():
         n = n if role == "test" else max(n // 2, 2)
         base, noise = rng_of("patients", s, role), rng_of("noise", m, seed, s, role)
@@ -243,7 +247,7 @@ def _predictions(m, seed, sites, task, images, role):
     return {k: np.ascontiguousarray(v) for k, v in found.items()}
 
 
-def write_groups(path):
+def write_groups(path: Path) -> None:
     """Sex and age of the invented patients, by the numbers in their predictions; few say nothing of themselves."""
     from safetensors.numpy import load_file
 
@@ -256,8 +260,8 @@ def write_groups(path):
     (path / "groups.json").write_text(json.dumps(groups))
 
 
-def write_maps(path, shape=(16, 16), method="fedbn", seed=0):
-    """Where an invented model looks: at the middle, and at one site a little beside it."""
+def write_maps(path: Path, shape: tuple[int, ...] = (16, 16), method: str = "fedbn", seed: int = 0) -> None:
+    """Where an invented model looks: at the middle, and at one site slightly off it."""
     training = [s["name"] for s in json.loads((path / "run.json").read_text())["sites"] if s["role"] == "training"]
     leaves, grid = {}, np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     for k, site in enumerate(training):
@@ -273,4 +277,4 @@ def write_maps(path, shape=(16, 16), method="fedbn", seed=0):
 if __name__ == "__main__":
     import sys
 
-    write_run(Path(sys.argv[1]), *sys.argv[2:3])
+    write_run(Path(sys.argv[1]), task=sys.argv[2] if len(sys.argv) > 2 else "classification")

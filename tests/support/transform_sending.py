@@ -63,7 +63,7 @@ class Ran(NamedTuple):
 
 
 def fake_entropy(seed: int) -> Callable[[int], bytes]:
-    """Unpredictable to nobody: for tests that repeat."""
+    """Predictable noise, for tests that repeat."""
     rng = torch.Generator().manual_seed(seed)
     return lambda n: bytes(torch.randint(0, 256, (n,), generator=rng, dtype=torch.uint8).numpy())
 

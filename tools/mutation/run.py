@@ -3,7 +3,7 @@
     python tools/mutation/run.py core/check            # one or more modules of modules.toml
     python tools/mutation/run.py --show core/check     # only print what the last run found
 
-See README.md beside this file.
+See README.md in this folder.
 """
 
 import argparse
@@ -30,11 +30,13 @@ from mutants import Mutant, mutants  # noqa: E402
 from swap import Calls, Replaced, changed_functions, swap  # noqa: E402
 
 RESULTS = ROOT / "build" / "mutation"
-LEARNED = RESULTS / "learned.json"
 PYTEST = ["-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow and not deploy"]
 SURVIVED, KILLED, TIMEOUT, AFRESH = "survived", "killed", "timeout", "afresh"
 CANNOT = 77  # the exit status of a fork in which a function could not be changed
 MEMORY = 16 * 2**30
+# Limits of a mutant's tests, each a multiple of their usual processor time plus seconds: processor time, and elapsed time,
+# which is longer on a machine with more running processes than processors.
+PROCESSOR, ELAPSED = (4, 10), (6, 25)
 
 
 class Target:
@@ -49,6 +51,7 @@ class Target:
         old = json.loads(self.file.read_text()) if self.file.exists() and not fresh else {}
         self.mutants = self._made(old)
         self.status = {k: v for k, v in old.get("status", {}).items() if k in self.mutants}
+        self.learned = self.file.with_suffix(".learned")  # what the tests import, and how long they take
         self.log = self.file.with_suffix(".log")  # of a run that has not been written down yet, or was killed
         if self.log.exists():
             self.status |= {k: v for k, v in map(str.split, self.log.read_text().splitlines()) if k in self.mutants}
@@ -81,7 +84,9 @@ class Target:
         for key, mutant in self.mutants.items():
             if self.status.get(key) in (SURVIVED, AFRESH):
                 lines += [f"{key} {self.name}.py:{mutant.line}", mutant.diff, ""]
+        late = sum(self.status.get(key) == TIMEOUT for key in self.mutants)
         share = f"{dead} of {len(self.mutants)} killed ({dead / max(1, len(self.mutants)):.1%})"
+        share += f", {late} of them by a time limit" if late else ""
         return "\n".join([*lines, f"{self.name}: {share}" + (f", {untried} not tried yet" if untried else "")])
 
 
@@ -97,8 +102,9 @@ class InOneProcess:
         base = self._learn(session)
         if base is None:
             raise SystemExit(f"the tests of {self.target.name} fail without any mutation")
+        prime()
         loaded = [name for name in sys.modules if name.startswith("polyclinic.")]
-        LEARNED.write_text(json.dumps({"loaded": loaded, "seconds": sum(base["seconds"].values())}))
+        self.target.learned.write_text(json.dumps({"loaded": loaded, "seconds": sum(base["seconds"].values())}))
         for key in self.keys:
             if time.monotonic() > self.until:
                 break
@@ -194,8 +200,9 @@ def afresh(target: Target, key: str) -> int:
 
 
 def forked(work: Callable[[], int], seconds: float) -> int:
-    """The wait status of ``work`` in a fork that may take a few times ``seconds`` of processor time."""
-    pid = _fork(work, int(4 * seconds + 10), int(20 * seconds + 120))
+    """The wait status of ``work`` in a fork, which usually takes ``seconds`` and is ended at ``PROCESSOR`` or ``ELAPSED``."""
+    cpu, wall = (factor * seconds + more for factor, more in (PROCESSOR, ELAPSED))
+    pid = _fork(work, int(cpu), int(wall * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))))
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # whatever the tests have started
@@ -230,6 +237,14 @@ def _meaning(code: int) -> str:
     if code == -signal.SIGKILL:  # by somebody else, or for want of memory: it says nothing of the tests
         return SURVIVED
     return SURVIVED if code == 0 else TIMEOUT if code in (-signal.SIGXCPU, -signal.SIGALRM) else KILLED
+
+
+def prime() -> None:
+    """Fill the caches of loaded modules that modules.toml names, so that not every fork computes them anew."""
+    for name in tomllib.loads((HERE / "modules.toml").read_text())["primed"]:
+        module, _, function = name.partition(":")
+        if module in sys.modules:
+            getattr(sys.modules[module], function)()
 
 
 def independent(target: str) -> list[str]:
@@ -272,10 +287,11 @@ def run(target: Target, warm: Iterable[str], until: float) -> None:
         raise SystemExit(f"{target.name}: the tests fail without any mutation, or could not be collected")
     target.status |= dict(line.split() for line in log.read_text().splitlines())
     target.save()
-    learned = json.loads(LEARNED.read_text())
+    learned = json.loads(target.learned.read_text())
     for name in independent(target.module):
         if name in learned["loaded"]:
             importlib.import_module(name)
+    prime()
     assert target.module not in sys.modules, "or a fork would not import the mutant"
     for key in [k for k in keys if target.status.get(k) == AFRESH]:
         if time.monotonic() > until:

@@ -22,7 +22,7 @@ def functions_of(code: types.CodeType) -> dict[str, types.CodeType]:
 
 
 def changed_functions(original: types.CodeType, mutant: types.CodeType) -> set[str] | None:
-    """The functions in which two versions of a module differ; None if they differ elsewhere too."""
+    """The functions in which two versions of a module differ; None if they also differ outside functions."""
     ours, theirs = functions_of(original), functions_of(mutant)
     if ours.keys() != theirs.keys() or _frame(original) != _frame(mutant):
         return None

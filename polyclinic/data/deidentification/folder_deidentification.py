@@ -12,12 +12,12 @@ import io
 import json
 import os
 import secrets
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polyclinic.core import atomic
 from polyclinic.data.deidentification.image_deidentification import (
     Cleaned,
     Deidentification,
@@ -215,12 +215,7 @@ def _write(destination: Path, cleaned: Cleaned, pseudonyms: Pseudonyms, data: by
     folder = destination / cleaned.pseudonym / pseudonyms.folder(series)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{letters(secrets.token_bytes(8))}.dcm"
-    part = path.with_suffix(".part")
-    with open(part, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    atomic.write(path, data)
     return str(path.relative_to(destination))
 
 
@@ -276,9 +271,4 @@ class _KeyFile:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         run = {"files": self.files, "refused": self.refused}
         content = {"secret": self.secret.hex(), "patients": self.patients, "runs": [*self.earlier, run]}
-        handle, part = tempfile.mkstemp(dir=self.path.parent, prefix=".key-")  # made with mode 0600
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)
+        atomic.write_json(self.path, content, private=True)

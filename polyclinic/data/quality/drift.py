@@ -23,6 +23,7 @@ from torch import Tensor
 from polyclinic.data.examples import DataError
 from polyclinic.data.fingerprint.dataset_fingerprint import Measured
 from polyclinic.data.fingerprint.preprocessing_plan import Column, DataPlan, Reference
+from polyclinic.statistics.multiple_tests import holm
 
 FEWEST = 10
 LOOK, MOVED = 0.1, 0.25
@@ -109,7 +110,7 @@ def drift(plan: DataPlan, site: str, new: Measured, classes: Sequence[str]) -> S
     raw = [_column(reference, name, present[name], patients) for name in compared]
     if labels := _classes(reference, new, classes, patients):
         raw.append(labels)
-    corrected = _holm([one.p for one in raw])
+    corrected = holm([one.p for one in raw])
     found = [Moved(one.name, one.index, p, one.before, one.now) for one, p in zip(raw, corrected, strict=True)]
     found.sort(key=lambda one: (one.level == "as before", -one.index, one.name))
     others = tuple(name for name in present if name not in compared)
@@ -162,15 +163,6 @@ def _compare(
     square = float((m * n / (m + n) * (p - q) ** 2 / pooled).sum())  # χ² of two samples
     half = torch.tensor([(len(p) - 1) / 2, square / 2], dtype=torch.float64)
     return index, float(torch.special.gammaincc(half[0], half[1]))
-
-
-def _holm(ps: Sequence[float]) -> list[float]:
-    order, largest = sorted(range(len(ps)), key=lambda i: ps[i]), 0.0
-    corrected = [1.0] * len(ps)
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        corrected[i] = largest
-    return corrected
 
 
 def lines(found: SiteDrift) -> list[str]:

@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.core import atomic
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.quality.site_check import KINDS, CheckReport, check_folder
@@ -80,14 +80,7 @@ def write_page(report: CheckReport, path: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{path} is a folder: name a file")
     if report.root.is_dir() and report.root.resolve() in path.resolve().parents:
         raise ConfigError(f"{path} is inside the data; write the page to another folder")
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".check-", suffix=".part")  # made with mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page(report))
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    atomic.write_private(path, page(report))
     return path
 
 

@@ -5,33 +5,20 @@ from typing import Any
 
 from polyclinic.compression import transform_table as transforms
 from polyclinic.compression.downlink import DownlinkPipeline
-from polyclinic.core.method import Request
-from polyclinic.core.pipeline import Transform, UplinkPipeline
+from polyclinic.core.method import Method, Request, unwrap
+from polyclinic.core.pipeline import Transform
 
 Wanted = Mapping[str, str | float | int]
 
 
-def transforms_of(method: Any) -> tuple[Transform, ...]:
-    """Return the transforms that replies pass, from the outermost method inwards."""
-    found: tuple[Transform, ...] = ()
-    while method is not None:
-        if isinstance(method, UplinkPipeline):
-            found = (*method.transforms, *found)
-        method = getattr(method, "inner", None)
-    return found
-
-
-def arrived(method: Any, request: Request) -> Request:
+def arrived(method: Method[Any], request: Request) -> Request:
     """Return the request as the inner method receives it, with the downlink codecs decoded.
 
     Raises:
         ValueError: If it cannot be decoded.
     """
-    while method is not None:
-        if isinstance(method, DownlinkPipeline):
-            return method.arrived(request)
-        method = getattr(method, "inner", None)
-    return request
+    downlink = unwrap(method, DownlinkPipeline)
+    return request if downlink is None else downlink.arrived(request)
 
 
 def transform_problems(required: Sequence[Wanted], present: tuple[Transform, ...]) -> Iterator[str]:

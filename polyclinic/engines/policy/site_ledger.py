@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import Broken
-from polyclinic.core.serialization import write_bytes
 from polyclinic.engines.policy.site_policy import BadPolicy, Privacy
 from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy.ledger import Ledger, locked
@@ -176,8 +176,7 @@ def _key(folder: Path, ledgers: list[Ledger]) -> bytes:
     if not path.exists() and not checks:
         path.touch(mode=0o600)
     if not checks and path.stat().st_size == 0:  # new, or not yet written when a crash occurred
-        write_bytes(path, os.urandom(32))
-        path.chmod(0o600)
+        write_private(path, os.urandom(32))
     key = path.read_bytes() if path.exists() else b""
     if len(key) != 32 or checks - {_check(key)}:
         raise Broken(
@@ -256,4 +255,4 @@ def _heads(path: Path) -> dict[str, str]:
 
 def _note_heads(path: Path, ledgers: Iterable[Ledger]) -> None:
     heads = _heads(path) | {ledger.path.name: ledger.head() for ledger in ledgers}
-    write_bytes(path, json.dumps(heads, indent=1, sort_keys=True).encode())
+    write_private(path, json.dumps(heads, indent=1, sort_keys=True).encode())

@@ -18,13 +18,15 @@ from torch import Tensor
 from polyclinic.core import serialization as states
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.config_problems import Problem, line_of, problems_of
 from polyclinic.core.execution import Refused
 from polyclinic.core.method import Method, Request
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
-from polyclinic.engines.policy.requirements import arrived, transform_problems, transforms_of, unknown_transforms
+from polyclinic.engines.policy.requirements import arrived, transform_problems, unknown_transforms
 from polyclinic.engines.site_description import JOB, Describe
 from polyclinic.errors import ConfigError
 from polyclinic.methods.plugins import RULE, Package, allows, exact_rule, methods_in, packages_of
@@ -165,30 +167,29 @@ def parse(data: bytes, where: str = "policy.toml") -> Policy:
     if len(data) > MAX_POLICY:
         raise BadPolicy(f"{where} is larger than {MAX_POLICY} bytes")
     try:
-        table = tomllib.loads(data.decode())
+        text = data.decode()
+        table = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadPolicy(f"{where}: {error}") from None
     try:
         policy = Policy.model_validate(_tuples(table))
-    except (ValidationError, RecursionError) as error:
-        lines = [_sentence(e) for e in error.errors()] if isinstance(error, ValidationError) else ["nested too deeply"]
-        raise BadPolicy("\n".join(f"{where}: {line}" for line in lines)) from None
+    except RecursionError:
+        raise BadPolicy(f"{where}: nested too deeply") from None
+    except ValidationError as error:
+        raise _bad(where, text, table, problems_of(error.errors(), Policy)) from None
     if wrong := list(unknown_transforms(policy.require.transforms)):
-        raise BadPolicy("\n".join(f"{where}: require.transforms: {line}" for line in wrong))
+        raise _bad(where, text, table, [Problem(("require", "transforms"), says) for says in wrong])
     return policy
+
+
+def _bad(where: str, text: str, table: Any, problems: Iterable[Problem]) -> BadPolicy:
+    return BadPolicy("\n".join(f"{where}:{line_of(text, p.path)}: {p.located(table)}: {p.says}" for p in problems))
 
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _sentence(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key; `polyclinic site policy --default` shows the valid keys"
-    return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 @dataclass(frozen=True)

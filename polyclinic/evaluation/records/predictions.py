@@ -1,12 +1,13 @@
-"""Test predictions as an arm leaves them, and how a patient's images become one case.
+"""Test predictions of a method run, and their conversion to one case per patient.
 
-A safetensors file holds ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
-leave a value for each image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty``...
-``<site>/silent``, where it is there, marks examples for which the model answered what is no number.
+A safetensors file contains ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
+have values per image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty`` and so on. The
+optional ``<site>/silent`` marks examples for which the model's output was not finite.
 
 The unit is the patient. Scores of images of one patient with the same label are averaged into one case; a patient
-whose images carry different labels (several lesions, say) gives one case for each label, and intervals then resample
-whole patients. Regression averages targets too. Per-image values are averaged over the images where they are known.
+whose images have different labels (such as several lesions) gives one case for each label, and intervals then resample
+whole patients. For regression, targets are averaged too. Per-image values are averaged over the images for which they
+are finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,14 @@ PER_CASE_TASKS = ("segmentation", "reconstruction")
 
 @dataclass(frozen=True)
 class Predictions:
-    """The test predictions of one arm at one site.
+    """The test predictions of one method run at one site.
 
     Attributes:
-        patient: [n] which patient of the site each example belongs to.
-        score: [n, C] probabilities (regression: predictions); None for per-case tasks.
+        patient: [n], the number of each example's patient within the site.
+        score: [n, C], probabilities (regression: predictions); None for per-case tasks.
         target: [n], [n, L] or [n, 1]; None for per-case tasks.
         cases: Per-case metrics by name, [n, K] each, for segmentation and reconstruction.
-        silent: For how many examples the model's answer was no number, so that a guess stands there.
+        silent: Number of examples whose non-finite output was replaced by the task's guess.
     """
 
     patient: NDArray[np.int64]
@@ -43,7 +44,7 @@ class Predictions:
 
 
 def joined(a: Predictions, b: Predictions) -> Predictions:
-    """The predictions of two folds at one site, of different patients, as one."""
+    """Concatenate the predictions of two folds at one site, which are of different patients."""
     score = None if a.score is None or b.score is None else np.concatenate([a.score, b.score])
     target = None if a.target is None or b.target is None else np.concatenate([a.target, b.target])
     cases = {k: np.concatenate([a.cases[k], b.cases[k]]) for k in a.cases if k in b.cases}
@@ -53,14 +54,14 @@ def joined(a: Predictions, b: Predictions) -> Predictions:
 def read_predictions(
     file: Path, task: str, metric: str, sites: Sequence[str], problems: list[str]
 ) -> Mapping[str, Predictions]:
-    """The predictions in ``file`` by site, sites in name order. What is wrong is added to ``problems``, in words."""
+    """Return the predictions in ``file`` by site, in the order of names. Problems are appended to ``problems``."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        problems.append(f"{file}: not a safetensors file ({error}). Run the arm again.")
+        problems.append(f"{file}: not a safetensors file ({error}). Run this method and seed again.")
         return {}
     found: dict[str, dict[str, NDArray[Any]]] = {}
     for key, array in arrays.items():
@@ -77,7 +78,7 @@ def read_predictions(
 
 
 def _faults(site: str, parts: Mapping[str, NDArray[Any]], task: str, metric: str) -> list[str]:
-    """What is wrong with the arrays of one site."""
+    """Return the problems of the arrays of one site."""
     per_case = task in PER_CASE_TASKS
     wanted = ["patient", metric] if per_case else ["patient", "score", "target"]
     if faults := [f"{site}/{name} is missing" for name in wanted if name not in parts]:
@@ -94,7 +95,7 @@ def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: st
     if score.ndim != 2:
         return [f"{site}/score has shape {list(score.shape)}; it must be [examples, classes]"]
     if not np.isfinite(score).all():
-        return [f"{site}/score holds {int((~np.isfinite(score)).sum())} values that are not finite"]
+        return [f"{site}/score contains {int((~np.isfinite(score)).sum())} values that are not finite"]
     if task == "classification":
         if score.shape[1] < 2:
             return [f"{site}/score has one column; classification needs one for each class"]
@@ -103,7 +104,7 @@ def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: st
     elif target.shape != score.shape:
         return [f"{site}/target has shape {list(target.shape)}, but {site}/score has {list(score.shape)}"]
     if task != "regression" and (score.min() < -1e-6 or score.max() > 1 + 1e-6):
-        return [f"{site}/score must hold probabilities between 0 and 1"]
+        return [f"{site}/score must contain probabilities between 0 and 1"]
     return []
 
 
@@ -118,14 +119,14 @@ def _predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions
 
 @dataclass(frozen=True)
 class Cases:
-    """What is evaluated: one row a case.
+    """The cases that are evaluated, one per row.
 
     Attributes:
-        patient: [n] as in ``Predictions``.
+        patient: [n], as in ``Predictions``.
         score: [n, C].
         target: [n], [n, L] or [n, 1]. Zeros for per-case tasks.
         values: Per-case values by metric, [n, K] each.
-        images: How many images these cases were made from.
+        images: Number of images from which the cases were computed.
     """
 
     patient: NDArray[np.int64]
@@ -135,12 +136,12 @@ class Cases:
     images: int
 
     def score_for(self, metric: str) -> NDArray[np.float64]:
-        """What the metric's kernel takes as its score."""
+        """Return the ``score`` argument of the metric's kernel."""
         return self.values.get(metric, self.score)
 
 
 def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
-    """One case for each patient, or for each patient and label. The rule is in this module's docstring."""
+    """Return one case for each patient, or for each patient and label, as described in the module's docstring."""
     patient, n = predictions.patient, len(predictions)
     if predictions.score is None or predictions.target is None:
         ids, index = np.unique(patient, return_inverse=True)
@@ -157,7 +158,7 @@ def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
 
 
 def as_images(predictions: Predictions) -> Cases:
-    """Every image a case of its own, in the order of patients."""
+    """Return each image as a case, in the order of patients."""
     p, order = predictions, np.argsort(predictions.patient, kind="stable")
     if p.score is None or p.target is None:
         values = {k: v[order] for k, v in _present(p.cases).items()}
@@ -166,7 +167,7 @@ def as_images(predictions: Predictions) -> Cases:
 
 
 def as_cases(predictions: Predictions, unit: str = "patient", regression: bool = False) -> Cases:
-    """``by_patient`` or ``as_images``.
+    """Return the cases by ``by_patient`` or ``as_images``.
 
     Raises:
         ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
@@ -186,7 +187,7 @@ def _present(cases: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _mean_by(index: NDArray[np.int64], values: NDArray[Any], size: int) -> NDArray[np.float64]:
-    """The mean of the finite rows of ``values`` [n, k] for each index; NaN where there are none. [size, k]"""
+    """Return the mean of the finite rows of ``values`` [n, k] for each index; NaN if there are none. [size, k]"""
     values = np.asarray(values, np.float64).reshape(len(index), -1)
     known = np.isfinite(values)
     total, count = np.zeros((size, values.shape[1])), np.zeros((size, values.shape[1]))

@@ -1,4 +1,4 @@
-"""What a line of ``records.jsonl`` and ``run.json`` hold. Unknown fields are ignored, unknown kinds counted."""
+"""Schema of the lines of ``records.jsonl`` and of ``run.json``. Unknown fields are ignored, unknown kinds counted."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,18 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=True)
 
 
-class Round(_Line):
-    """One round of one arm: time, bytes, who was asked and who was lost."""
+class _MethodRunLine(_Line):
+    """A record of one method run, which is identified by method label, seed and fold."""
 
-    kind: Literal["round"]
     method: str
     seed: int
     fold: int = 0
+
+
+class Round(_MethodRunLine):
+    """One round of one method run: time, bytes, the sites that were asked, and those that did not reply."""
+
+    kind: Literal["round"]
     round: int
     seconds: dict[str, float] = Field(default_factory=dict)
     wall: float = 0.0
@@ -31,13 +36,10 @@ class Round(_Line):
     lost: dict[str, str] = Field(default_factory=dict)
 
 
-class Scores(_Line):
-    """Metrics of one site after a round, on validation; or of the sealed test, once."""
+class Scores(_MethodRunLine):
+    """Metrics of one site: on validation data after a round, or on test data once."""
 
     kind: Literal["scores", "test"]
-    method: str
-    seed: int
-    fold: int = 0
     round: int
     site: str
     role: str = "test"
@@ -45,25 +47,20 @@ class Scores(_Line):
     n: int = 0
 
 
-class Sealed(_Line):
-    """How often an arm's test set was opened."""
+class Sealed(_MethodRunLine):
+    """How often the test set of a method run was opened."""
 
     kind: Literal["sealed"]
-    method: str
-    seed: int
-    fold: int = 0
     opened: int
 
 
-class Privacy(_Line):
-    """What privacy an arm spent."""
+class Privacy(_MethodRunLine):
+    """Privacy spending of a method run."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=True)
 
     kind: Literal["privacy"]
-    method: str
     seed: int = 0
-    fold: int = 0
     round: int | None = None
     site: str | None = None
     epsilon: float | None = None
@@ -74,14 +71,14 @@ class Privacy(_Line):
 
     @property
     def meaning(self) -> str:
-        """Which data sets ε compares, what is assumed, and what it does not cover: for below a table."""
+        """The meaning of ε: the data sets it compares, the assumptions, and what it does not cover."""
         from polyclinic.privacy.guarantee import meaning
 
         return meaning(self.unit or NOT_STATED, self.adjacency or "not stated", self.assumes)
 
     @property
     def stated(self) -> str:
-        """ε and δ with all that they mean nothing without."""
+        """ε and δ with unit, adjacency and assumptions."""
         from polyclinic.privacy.guarantee import sentence
 
         epsilon = "not stated" if self.epsilon is None else rounded_up(self.epsilon)
@@ -93,29 +90,23 @@ NOT_STATED = "unit that is not stated"
 
 
 def rounded_up(epsilon: float) -> str:
-    """ε with two decimals, never less than what was spent."""
+    """Return ε rounded up to two decimals."""
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}" if math.isfinite(epsilon) else "∞"
 
 
-class Quarantine(_Line):
-    """A reply the server refused, and why."""
+class Quarantine(_MethodRunLine):
+    """A reply that the server refused, with the reason."""
 
     kind: Literal["quarantine"]
-    method: str
-    seed: int
-    fold: int = 0
     round: int
     site: str
     reason: str
 
 
-class Trial(_Line):
-    """One setting that a search tried on validation data, for ``rounds`` rounds; ``score`` is the best of them."""
+class Trial(_MethodRunLine):
+    """One setting that a search tried on validation data for ``rounds`` rounds; ``score`` is the best over rounds."""
 
     kind: Literal["trial"]
-    method: str
-    seed: int
-    fold: int = 0
     trial: int
     values: dict[str, Any] = Field(default_factory=dict)
     score: float | None = None
@@ -123,31 +114,25 @@ class Trial(_Line):
     seconds: float = 0.0
 
 
-class Chosen(_Line):
-    """What an arm trains with after a search; ``by`` says whether the search chose it or a person changed it."""
+class Chosen(_MethodRunLine):
+    """The setting of a method run after a search; ``by`` is ``hand`` if a person changed the search's choice."""
 
     kind: Literal["chosen"]
-    method: str
-    seed: int
-    fold: int = 0
     values: dict[str, Any] = Field(default_factory=dict)
     by: Literal["search", "hand"] = "search"
 
 
-class Standing(_Line):
-    """Whether the end of an arm names a site as one to look at; and whether it was told to attack."""
+class Standing(_MethodRunLine):
+    """Whether a method run names a site for inspection at its end, and whether the site was a simulated attacker."""
 
     kind: Literal["standing"]
-    method: str
-    seed: int
-    fold: int = 0
     site: str
     named: bool
     hostile: bool = False
 
 
 class DataInfo(_Line):
-    """Where the data came from. ``simulated`` is a sentence where the split into sites was made up."""
+    """Origin of the data. ``simulated`` is a sentence if the division into sites was simulated."""
 
     title: str = ""
     license: str = ""
@@ -161,7 +146,7 @@ class DataInfo(_Line):
 
 
 class SiteInfo(_Line):
-    """One site: how many patients and examples in each role, and how many of each class."""
+    """One site: numbers of patients and examples by role, and of examples by class."""
 
     name: str
     role: Literal["training", "external"] = "training"
@@ -171,7 +156,7 @@ class SiteInfo(_Line):
 
 
 class MethodInfo(_Line):
-    """One method of the study, and what leaves a site under it."""
+    """One method of the study; ``leaves`` describes its messages from a site."""
 
     label: str
     name: str = ""
@@ -182,14 +167,14 @@ class MethodInfo(_Line):
 
     @property
     def baseline(self) -> bool:
-        """Whether it is one of Local, Pooled and Cross."""
+        """Whether the method is Local, Pooled or Cross."""
         return self.label in BASELINES or self.name in BASELINES
 
 
 class RunInfo(_Line):
-    """``run.json``. With ``folds``, each seed has so many arms a method, each with a fold of patients or sites.
+    """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` say what was simulated.
+    ``machines`` and ``attack`` describe simulated machines and attacks.
     """
 
     name: str
@@ -220,18 +205,18 @@ Known = Annotated[
 
 
 def arm_name(label: str, seed: int, fold: int | None = None) -> str:
-    """The name of an arm's folder."""
+    """Return the name of a method run's folder."""
     return f"{label}-seed{seed}" + ("" if fold is None else f"-fold{fold}")
 
 
 def arm_names(info: RunInfo) -> list[tuple[str, int, int, str]]:
-    """Method label, seed, fold and folder name of every arm of a run, in the order of their records."""
+    """Return method label, seed, fold and folder name of every method run, in the order of their records."""
     folds: Sequence[int | None] = range(info.folds) if info.folds else [None]
     return [(m.label, s, f or 0, arm_name(m.label, s, f)) for s in info.seeds for f in folds for m in info.methods]
 
 
 def record_files(run: Path, names: Iterable[str]) -> list[Path]:
-    """Where a run's records are: in one file, or, until it is finished, one for each arm."""
+    """Return the files of a run's records: one file, or until the run is finished, one per method run."""
     whole = run / "records.jsonl"
     parts = [run / "arms" / name / "records.jsonl" for name in names]
     return [whole] if whole.is_file() else [part for part in parts if part.is_file()]

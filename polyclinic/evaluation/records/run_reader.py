@@ -1,14 +1,14 @@
-"""Reads a run folder: what was planned, what happened round by round, and every test prediction.
+"""Reader of run folders: the study, the records of each round, and the test predictions.
 
 ```
 runs/<name>-<hash>/
-  study.toml      the study as run           records.jsonl   one fact a line
-  run.json        who, what, where           journal.jsonl   the hash-chained journal
-  arms/<label>-seed<s>/predictions.safetensors   and, where kept, validation.safetensors of the same form
+  study.toml      the study as run           records.jsonl   one record per line
+  run.json        sites, methods, versions   journal.jsonl   the hash-chained journal
+  arms/<label>-seed<s>/predictions.safetensors   and optionally validation.safetensors of the same form
 ```
 
-Reading checks everything and lists all problems at once, with file and line. A run that is not finished reads as far
-as it got: a torn last line, or arms without predictions, are noted in ``Run.missing`` and are no errors.
+All problems are reported together, with file and line. An unfinished run can be read: an incomplete last line and
+method runs without predictions are listed in ``Run.missing`` and are not errors.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from polyclinic.core.config_problems import problems_of
 from polyclinic.errors import RunError
 from polyclinic.evaluation.records.predictions import Predictions, joined, read_predictions
 from polyclinic.evaluation.records.record_schema import (
@@ -48,20 +49,20 @@ class NotARun(RunError, ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read.
+    """The contents of a run folder.
 
     Attributes:
         path: The folder.
         info: ``run.json``.
         lines: The records, in order.
-        arms: Test predictions by (method label, seed), then by site. With folds these are all folds' together, each
+        arms: Test predictions by (method label, seed), then by site. With folds, those of all folds together, each
             patient once; those of external sites are the first fold's.
-        splits: The same fold by fold, by (method label, seed, fold); empty without folds.
-        validation: Validation predictions, where they were kept. With folds there are none, since one fold's
-            validation patients are another's test patients, who may choose no threshold.
+        splits: The same separately for each fold, by (method label, seed, fold); empty without folds.
+        validation: Validation predictions, if stored. With folds there are none, since one fold's validation patients
+            are another's test patients, which must not determine a threshold.
         study: The text of ``study.toml``.
-        missing: What a finished run would have and this one lacks, in words.
-        unread: Kinds of record this version does not know, and how many lines of each.
+        missing: Descriptions of the parts of a finished run that this one lacks.
+        unread: Number of lines of each kind of record that this version does not know.
     """
 
     path: Path
@@ -86,7 +87,7 @@ class Run:
 
     @cached_property
     def privacy(self) -> tuple[Privacy, ...]:
-        """What privacy was spent."""
+        """The records of privacy spending."""
         return tuple(line for line in self.lines if isinstance(line, Privacy))
 
     @cached_property
@@ -101,7 +102,7 @@ class Run:
 
     @cached_property
     def opened(self) -> Mapping[tuple[str, int], int]:
-        """How often the test set of each method and seed was opened; with folds, the most of any."""
+        """How often the test set of each method and seed was opened; with folds, the maximum over folds."""
         found: dict[tuple[str, int], int] = {}
         for s in (line for line in self.lines if isinstance(line, Sealed)):
             found[s.method, s.seed] = max(s.opened, found.get((s.method, s.seed), 0))
@@ -114,21 +115,21 @@ class Run:
 
     @cached_property
     def chosen(self) -> tuple[Chosen, ...]:
-        """What each arm trained with after a search."""
+        """The settings of each method run after a search."""
         return tuple(line for line in self.lines if isinstance(line, Chosen))
 
     @cached_property
     def standings(self) -> tuple[Standing, ...]:
-        """Which sites each arm names at its end."""
+        """The sites that each method run names at its end."""
         return tuple(line for line in self.lines if isinstance(line, Standing))
 
     @property
     def repeats(self) -> int:
-        """How many arms a method has: one for each seed and fold."""
+        """Number of runs of each method: one for each seed and fold."""
         return len(self.info.seeds) * max(1, self.info.folds)
 
     def spent(self, label: str) -> tuple[Privacy, ...]:
-        """What each site had spent under ``label`` at the end, sites in name order; of several seeds the largest."""
+        """Return the final spending of each site under ``label``, in the order of names; the largest over seeds."""
         last = {(p.site, p.seed, p.fold): p for p in self.privacy if p.method == label}
         most: dict[str | None, Privacy] = {}
         for (site, _, _), p in last.items():
@@ -138,7 +139,7 @@ class Run:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the files a result depends on, by path within the folder."""
+        """SHA-256 of the files on which results depend, by path within the folder."""
         files = [self.path / n for n in ("study.toml", "run.json", "records.jsonl", "journal.jsonl")]
         files += sorted(self.path.glob("arms/*/predictions.safetensors")) + sorted(
             self.path.glob("arms/*/model.safetensors")
@@ -147,20 +148,20 @@ class Run:
 
 
 def training_sites(run: Run) -> list[str]:
-    """The names of the sites that trained."""
+    """Return the names of the sites that trained."""
     return [s.name for s in run.info.sites if s.role == "training"]
 
 
 def external_sites(run: Run) -> list[str]:
-    """The names of the sites that never trained."""
+    """Return the names of the sites that did not train."""
     return [s.name for s in run.info.sites if s.role == "external"]
 
 
 def read_run(folder: str | Path) -> Run:
-    """Reads a run folder.
+    """Read a run folder.
 
     Raises:
-        NotARun: If it is not one, or a file in it is damaged; all problems are listed.
+        NotARun: If it is not a run folder, or a file is damaged. All problems are listed.
     """
     path = Path(folder)
     info = _read_info(path)
@@ -194,7 +195,7 @@ def read_run(folder: str | Path) -> Run:
 def _whole_arms(
     found: Mapping[tuple[str, int, int], Mapping[str, Predictions]], folds: int
 ) -> dict[tuple[str, int], Mapping[str, Predictions]]:
-    """The predictions of each method and seed whose folds are all there, folds put together."""
+    """Return the predictions of each method and seed of which all folds exist, with folds concatenated."""
     arms: dict[tuple[str, int], Mapping[str, Predictions]] = {}
     for label, seed, first in found:
         parts = [found.get((label, seed, fold)) for fold in range(folds)]
@@ -213,7 +214,7 @@ def _read_info(path: Path) -> RunInfo:
         raise NotARun(f"{path}: no such folder. Give the folder of a run, such as runs/<name>-<hash>.")
     if not file.is_file():
         inside = ", ".join(sorted(one.parent.name for one in path.glob("*/run.json")))
-        hint = f"It holds these: {inside}." if inside else "`polyclinic run` writes run folders."
+        hint = f"It contains these run folders: {inside}." if inside else "`polyclinic run` writes run folders."
         raise NotARun(f"{path}: not a run folder: it has no run.json. {hint}")
     try:
         return RunInfo.model_validate_json(file.read_bytes())
@@ -262,11 +263,8 @@ def _read_lines(file: Path, problems: list[str], missing: list[str]) -> tuple[li
 
 
 def _in_words(error: ValidationError, where: str) -> list[str]:
-    problems = []
-    for e in error.errors(include_url=False):
-        at = ".".join(str(p) for p in e["loc"] if p not in _KINDS)
-        problems.append(f"{where}: {at + ': ' if at else ''}{e['msg'][:1].lower()}{e['msg'][1:]}")
-    return problems
+    errors = [{**e, "loc": tuple(part for part in e["loc"] if part not in _KINDS)} for e in error.errors()]
+    return [f"{where}: {p.key + ': ' if p.path else ''}{p.says}" for p in problems_of(errors)]
 
 
 def _count(problems: Sequence[str]) -> str:

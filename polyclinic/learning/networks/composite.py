@@ -1,14 +1,10 @@
 """Networks composed of other networks, for use in a task like any other network."""
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from torch import nn
 
 from polyclinic.learning.networks.network_catalog import Architecture, Network
-from polyclinic.learning.tasks.task import Task
-
-T = TypeVar("T", bound=Task)
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,3 @@ class Composed:
     def in_encoder(self, name: str) -> bool:
         """Return whether a tensor belongs to the network's encoder."""
         return self.network.in_encoder(name)
-
-
-def predicting_with(task: T, network: Any) -> T:
-    """Return ``task`` with another network."""
-    return replace(task, network=network)

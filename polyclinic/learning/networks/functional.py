@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import BATCH_NORMS
-from polyclinic.learning.tasks.task import Batch
 
 
 class _Computes(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.tasks.task import Batch
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,28 @@
 """Representations of inputs: one vector for each example, from the encoder or before the head."""
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.task import Task, represent
 
 
-@dataclass(frozen=True)
-class _OfNetwork:
-    network: Network
+def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the representation that enters the head of ``model``, which ``network`` built, and its prediction.
 
-    def model(self) -> nn.Module:
-        return self.network()
-
-
-def of(network: Network) -> Task:
-    """Wrap ``network`` as a task that suffices to compute its representation."""
-    return cast(Task, _OfNetwork(network))
+    Returns:
+        h [b, features, ...] and z [b, outputs, ...], from one forward pass.
+    """
+    entering: list[Tensor] = []
+    head = next(m for name, m in model.named_modules() if network.in_head(f"{name}."))
+    hook = head.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    try:
+        prediction = model(inputs)
+    finally:
+        hook.remove()
+    return entering[-1], prediction if isinstance(prediction, Tensor) else prediction[0]
 
 
 def pooled(h: Tensor) -> Tensor:
@@ -29,24 +30,24 @@ def pooled(h: Tensor) -> Tensor:
     return h.flatten(2).mean(2) if h.ndim > 2 else h
 
 
-def features(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
+def features(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the pooled input of the head: [b, F]."""
-    return pooled(represent(task, model, inputs)[0])
+    return pooled(represent(network, model, inputs)[0])
 
 
-def encoded(task: Task, model: nn.Module, inputs: Tensor) -> Tensor:
+def encoded(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the pooled output of the encoder: [b, F]. For a U-Net this is the bottleneck; else the head's input."""
-    return pooled(_leaving(task, model, inputs)[1])
+    return pooled(_leaving(network, model, inputs)[1])
 
 
-def _leaving(task: Task, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor]:
+def _leaving(network: Network, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor]:
     """Return the name of the encoder's last module, and its output."""
     outputs: list[tuple[str, Tensor]] = []
 
     def record(name: str, module: nn.Module) -> Any:
         return module.register_forward_hook(lambda _, __, given: outputs.append((name, given)))
 
-    hooks = [record(name, m) for name, m in model.named_modules() if name and task.network.in_encoder(f"{name}.")]
+    hooks = [record(name, m) for name, m in model.named_modules() if name and network.in_encoder(f"{name}.")]
     try:
         model(inputs)
     finally:
@@ -55,33 +56,35 @@ def _leaving(task: Task, model: nn.Module, inputs: Tensor) -> tuple[str, Tensor]
     return outputs[-1]
 
 
-def encode_all(task: Task, model: nn.Module, data: Any, device: str = "cpu", which: Tensor | None = None) -> Tensor:
+def encode_all(
+    network: Network, model: nn.Module, data: Any, device: str = "cpu", which: Tensor | None = None
+) -> Tensor:
     """Return ``encoded`` for all examples, or those at ``which``, in evaluation mode without gradients: [n, F]."""
     model.eval()
     index = torch.arange(len(data)) if which is None else which
     with torch.no_grad():
-        return torch.cat([encoded(task, model, data[chunk][0].to(device)).cpu() for chunk in index.split(64)])
+        return torch.cat([encoded(network, model, data[chunk][0].to(device)).cpu() for chunk in index.split(64)])
 
 
 @lru_cache(maxsize=64)
-def head_width(task: Task) -> int:
+def head_width(network: Network) -> int:
     """Return F, the number of features that enter the head."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return features(task, task.model().eval(), torch.zeros(2, *task.network.inputs)).shape[1]
+        return features(network, network().eval(), torch.zeros(2, *network.inputs)).shape[1]
 
 
-def encoded_width(task: Task) -> int:
+def encoded_width(network: Network) -> int:
     """Return F, the number of features of ``encoded``."""
-    return _probe(task)[1]
+    return _probe(network)[1]
 
 
-def bottleneck(task: Task) -> str:
+def bottleneck(network: Network) -> str:
     """Return the name of the encoder's last module."""
-    return _probe(task)[0]
+    return _probe(network)[0]
 
 
 @lru_cache(maxsize=64)
-def _probe(task: Task) -> tuple[str, int]:
+def _probe(network: Network) -> tuple[str, int]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        name, given = _leaving(task, task.model().eval(), torch.zeros(2, *task.network.inputs))
+        name, given = _leaving(network, network().eval(), torch.zeros(2, *network.inputs))
     return name, given.shape[1]

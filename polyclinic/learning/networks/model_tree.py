@@ -5,8 +5,10 @@ nearly every tensor twice; ``resnet18(norm="group")`` has 19 batch normalization
 other modules access a model's state only through ``params_of`` and ``load``.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,14 @@ from polyclinic.core.tree import Tree
 
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+_cache = threading.local()
+
+
+class BuildsModel(Protocol):
+    """A hashable object that builds a model, such as a task."""
+
+    def model(self) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,22 @@ def load(model: nn.Module, params: Tree) -> nn.Module:
         for leaf in model.state_dict().values():
             if not leaf.is_floating_point():
                 leaf.zero_()
+    return model
+
+
+def cached_model(task: BuildsModel, params: Tree, device: str = "cpu", slot: str = "") -> nn.Module:
+    """Return the thread's model for ``task`` with ``params`` loaded, in training mode.
+
+    Models are built once and reused: the next call with the same task and ``slot`` changes the model that this call
+    returned. Use a separate slot for each model of a task that is needed at the same time.
+    """
+    models: dict[tuple[BuildsModel, str, str], nn.Module] = _cache.__dict__.setdefault("models", {})
+    if (key := (task, device, slot)) not in models:
+        if len(models) >= 16:
+            models.pop(next(iter(models)))
+        models[key] = task.model().to(device)
+    model = load(models[key], params).train()
+    model.zero_grad(set_to_none=True)
     return model
 
 

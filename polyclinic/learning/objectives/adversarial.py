@@ -50,7 +50,7 @@ def pass_for_real(logits: Tensor) -> Tensor:
 
 
 def confusion(logits: Tensor) -> Tensor:
-    """``−1/K Σ_k log softmax_k``, averaged over [b, K]; minimal if all origins are equally likely."""
+    """Return ``−1/K Σ_k log softmax_k``, averaged over [b, K]; minimal if all origins are equally likely."""
     return -logits.log_softmax(1).mean()
 
 

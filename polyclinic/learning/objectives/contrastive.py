@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import encoded, encoded_width, pooled
-from polyclinic.learning.networks.model_tree import initial
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.latent import encoded, encoded_width, pooled, represent
+from polyclinic.learning.networks.model_tree import cached_model, initial
 from polyclinic.learning.objectives.distillation_loss import Said
-from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
+from polyclinic.learning.tasks.task import Task
 
 
 class Extended(nn.Module):
@@ -53,14 +54,14 @@ class Contrast:
 
     def model(self) -> nn.Module:
         """Build an ``Extended`` model whose ``extra`` is the projection."""
-        size = encoded_width(self.task)
+        size = encoded_width(self.task.network)
         projection = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, self.width))
         return Extended(self.task.model(), projection)
 
     def embed(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return projections [b, width] of length 1."""
         assert isinstance(model, Extended)
-        return F.normalize(model.extra(encoded(self.task, model.backbone, inputs)), dim=1)
+        return F.normalize(model.extra(encoded(self.task.network, model.backbone, inputs)), dim=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the NT-Xent loss of a minibatch whose two halves are two views of the same images."""
@@ -81,7 +82,7 @@ class Contrast:
 
 
 def nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """``−log softmax(logits)`` [b, n], averaged over the ``positive`` entries of each row, then over rows with any."""
+    """Average ``−log softmax(logits)`` [b, n] over the ``positive`` entries of each row, then over rows with any."""
     log_p = logits.log_softmax(1)
     count = positive.sum(1)
     each = -(log_p * positive).sum(1) / count.clamp_min(1)
@@ -89,7 +90,7 @@ def nce(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def momentum_nce(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """MoCo's InfoNCE: ``−log(exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)))``; q and k [b, w], negatives [n, w]."""
+    """Return MoCo's InfoNCE ``−log(exp(q·k⁺/τ) / (exp(q·k⁺/τ) + Σ exp(q·k⁻/τ)))``; q, k [b, w], negatives [n, w]."""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
     return nce(logits, F.one_hot(torch.zeros(len(q), dtype=torch.long, device=q.device), logits.shape[1]).to(q))
 
@@ -159,7 +160,7 @@ class WithContrast:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the task's loss plus the weighted contrastive loss of the minibatch."""
-        h, z = represent(self.task, model, batch[0])
+        h, z = represent(self.task.network, model, batch[0])
         value = self.task.loss(Said(z), batch)
         unit = nn.functional.normalize(pooled(h), dim=1)
         other = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)

@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.latent import head_width, pooled, represent
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.task import Batch, Task, cached_model, represent
+from polyclinic.learning.tasks.task import Task
 
 
 class Said(nn.Module):
@@ -106,14 +108,14 @@ class Dual:
 
     def model(self) -> nn.Module:
         """Build a ``Duo``."""
-        projection = nn.Linear(head_width(self.student), head_width(self.teacher), bias=False)
+        projection = nn.Linear(head_width(self.student.network), head_width(self.teacher.network), bias=False)
         return Duo(self.teacher.model(), self.student.model(), projection)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the two models' losses."""
         assert isinstance(model, Duo)
-        h_t, z_t = represent(self.teacher, model.teacher, batch[0])
-        h_s, z_s = represent(self.student, model.student, batch[0])
+        h_t, z_t = represent(self.teacher.network, model.teacher, batch[0])
+        h_s, z_s = represent(self.student.network, model.student, batch[0])
         L_t, L_s = self.teacher.loss(Said(z_t), batch), self.student.loss(Said(z_s), batch)
         c = (L_t + L_s).detach().clamp_min(1e-8) if self.adaptive else torch.ones(())
         # KD_t = KL(softmax z_s ‖ softmax z_t) / c,  KD_s = KL(softmax z_t ‖ softmax z_s) / c

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.latent import represent
 from polyclinic.learning.objectives.contrastive import Extended
-from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.tasks.task import Task
 
 
 class Decoder(nn.Module):
@@ -76,7 +78,7 @@ class Masked:
             places = math.prod(side // p for side, p in zip(shape[1:], patch, strict=True))
             return Extended(backbone, Decoder(hidden, places, shape[0] * math.prod(patch), self.width, self.depth))
         with torch.no_grad():
-            h, _ = represent(self.task, backbone.eval(), torch.zeros(1, *shape))
+            h, _ = represent(self.task.network, backbone.eval(), torch.zeros(1, *shape))
         if h.ndim > 2:
             conv = nn.Conv2d if h.ndim == 4 else nn.Conv3d
             return Extended(backbone, Filler(shape[0], conv(h.shape[1], shape[0], 1)))
@@ -92,7 +94,7 @@ class Masked:
         hidden, cells = self.hide(x)
         filler = model.extra
         shown = torch.where(hidden, filler.value.view(1, -1, *[1] * (x.ndim - 2)), x)
-        h, _ = represent(self.task, model.backbone, shown)
+        h, _ = represent(self.task.network, model.backbone, shown)
         predicted: Tensor = filler.predict(h)
         if h.ndim > 2 or x.ndim == 2:
             wanted, counted = x, hidden

@@ -1,1 +1,1 @@
-"""Tasks: losses, outputs and scores of what a site learns."""
+"""Tasks: losses, outputs and scores of the models that sites train."""

@@ -1,14 +1,18 @@
 """Classification: one class per example, or several labels."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.tasks.task import Batch, Task, auc
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
+from polyclinic.statistics.auc import auc_of
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,12 @@ class MultiLabel(Task):
         loss = F.binary_cross_entropy(score[known], target[known])
         metrics = {"loss": float(loss), "accuracy": float(right.float().mean())}
         return metrics | ({"auc": sum(defined) / len(defined)} if defined else {})
+
+
+def auc(score: Tensor, positive: Tensor) -> float | None:
+    """Compute the area under the ROC curve of ``score`` [n] for the truth ``positive`` [n]; ties count half.
+
+    Returns None if only one class is present.
+    """
+    value = float(auc_of(score.double().numpy(), positive.bool().numpy(), np.ones((1, len(score))))[0])
+    return None if math.isnan(value) else value

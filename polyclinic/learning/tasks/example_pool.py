@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, Loss
 
 
@@ -74,7 +75,7 @@ def public(data: Mapping[str, Any], who: str, method: str) -> Untargeted:
     """Return the public images, which are not of the sites' patients and are identical everywhere.
 
     Raises:
-        ValueError: If there are none. The message says what to do.
+        ValueError: If there are none. The message gives the alternatives.
     """
     if not size(data, "public"):
         raise ConfigError(

@@ -1,8 +1,7 @@
 """Reconstruction of accelerated MR: an image from undersampled k-space.
 
 The undersampling and the three scores follow Zbontar et al., "fastMRI: An Open Dataset and Benchmarks for Accelerated
-MRI", 2018, sections 5 and 6, https://arxiv.org/abs/1811.08839, for single-coil magnitude images. SSIM: Wang, Bovik,
-Sheikh and Simoncelli, IEEE Transactions on Image Processing 2004, with fastMRI's uniform window of 7.
+MRI", 2018, sections 5 and 6, https://arxiv.org/abs/1811.08839, for single-coil magnitude images.
 """
 
 import math
@@ -15,7 +14,9 @@ from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.image_quality import nmse, psnr, ssim
+from polyclinic.learning.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -52,35 +53,8 @@ class Reconstruction(Task):
 
 def likeness(image: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Score each image of [b, C, *spatial]: ``psnr`` in dB, ``ssim``, ``nmse``. The range is the truth's maximum."""
-    axes = tuple(range(1, truth.ndim))
-    error, energy = (image - truth).square(), truth.square().sum(axes).clamp_min(1e-12)
-    peak = truth.amax(axes).clamp_min(1e-12)
-    mse = error.mean(axes).clamp_min(1e-12 * peak.square())  # limits PSNR to 120 dB for equal images
-    return {
-        "psnr": 10 * (peak.square() / mse).log10(),
-        "ssim": similarity(image, truth, peak),
-        "nmse": error.sum(axes) / energy,
-    }
-
-
-def similarity(image: Tensor, truth: Tensor, peak: Tensor, width: int = 7) -> Tensor:
-    """Return SSIM [b] with a uniform window, of images [b, C, *spatial]. ``peak`` [b] is the range of values."""
-    side = min(width, *truth.shape[2:])
-    pool: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[truth.ndim - 2]
-    n = side ** (truth.ndim - 2)
-    wide = peak.double().view(-1, *[1] * (truth.ndim - 1))
-    x, y = image.double(), truth.double()
-
-    def mean(values: Tensor) -> Tensor:
-        averages: Tensor = pool(values, side, 1)
-        return averages
-
-    c1, c2 = (0.01 * wide).square(), (0.03 * wide).square()
-    mx, my, fix = mean(x), mean(y), n / max(n - 1, 1)  # sample variances
-    vx, vy, vxy = (fix * (mean(a * b) - mean(a) * mean(b)) for a, b in ((x, x), (y, y), (x, y)))
-    ssim = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx.square() + my.square() + c1) * (vx + vy + c2))
-    each: Tensor = ssim.flatten(1).mean(1).float()
-    return each
+    peak = truth.flatten(1).amax(1).clamp_min(1e-12)
+    return {"psnr": psnr(image, truth, peak), "ssim": ssim(image, truth, peak), "nmse": nmse(image, truth)}
 
 
 def columns(width: int, acceleration: float, center: float, rng: torch.Generator) -> Tensor:

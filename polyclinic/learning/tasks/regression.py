@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import gradient
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.networks.model_tree import cached_model, gradient
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import seeded
 
 CHUNK = 256  # examples in memory at once

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from polyclinic.core.execution import Refused
 from polyclinic.core.tree import Tree
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.tasks.task import Task
 
 KINDS = ("classification", "multilabel", "regression")
 FEWEST = 10

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 
 IGNORED = -1
 """Target of pixels without annotation (nnU-Net's "ignore")."""
@@ -36,16 +37,21 @@ class Segmentation(Task):
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021)."""
-        from monai.losses import DiceCELoss
+        """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
+
+        Pixels without annotation count in neither.
+        """
+        from monai.losses import DiceLoss
 
         prediction = model(batch[0])
-        scores = prediction if isinstance(prediction, Tensor) else prediction[0]
-        if bool((batch[1] == IGNORED).any()):
-            return _partial_loss(scores, batch[1])
-        measure = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)
-        loss: Tensor = measure(scores, batch[1].unsqueeze(1))
-        return loss
+        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
+        target = batch[1].unsqueeze(1)
+        known = target != IGNORED
+        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
+        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
+        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
+        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
+        return dice + total / known.sum().clamp_min(1)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""
@@ -78,19 +84,6 @@ class Segmentation(Task):
         names = [name for name in ("dice", "hd95", "nsd", "volume_error") if name in outputs]
         metrics |= {name: float(outputs[name][present].mean()) for name in names}
         return metrics | {"loss": 1 - metrics["dice"]}
-
-
-def _partial_loss(scores: Tensor, target: Tensor) -> Tensor:
-    """Return the loss over the pixels that are annotated: soft Dice of the foreground plus cross-entropy."""
-    from monai.losses import DiceLoss
-
-    known = (target != IGNORED).unsqueeze(1)
-    if not bool(known.any()):
-        nothing: Tensor = scores.sum() * 0.0
-        return nothing
-    truth = functional.one_hot(target.clamp_min(0), scores.shape[1]).movedim(-1, 1) * known
-    dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, truth)
-    return dice + functional.cross_entropy(scores, target, ignore_index=IGNORED)
 
 
 def agreement(

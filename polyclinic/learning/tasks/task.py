@@ -1,23 +1,22 @@
 """Interface of a task: a network, its loss, its outputs and their scores."""
 
-import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.model_tree import initial, inspect, load
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import Inspection, initial, inspect
 from polyclinic.learning.networks.network_catalog import Network
-
-Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a site learns, in terms of tensors and losses. Tasks are independent of federated learning.
+    """A learning task in terms of tensors and losses, independent of federated learning.
 
     Attributes:
         network: Builds the model. Usually a ``Network``; any hashable callable that returns a module is allowed.
@@ -56,24 +55,9 @@ class Task(ABC):
         """Return the initial parameters of a run with ``seed``."""
         return initial(self.network, seed)
 
-
-_built = threading.local()
-
-
-def cached_model(task: Any, params: Tree, device: str = "cpu", slot: str = "") -> nn.Module:
-    """Return the thread's model for ``task`` with ``params`` loaded, in training mode.
-
-    Models are built once and reused: the next call with the same task and ``slot`` changes the model that this call
-    returned. Use a separate slot for each model of a task that is needed at the same time.
-    """
-    models: dict[Any, nn.Module] = _built.__dict__.setdefault("models", {})
-    if (key := (task, device, slot)) not in models:
-        if len(models) >= 16:
-            models.pop(next(iter(models)))
-        models[key] = task.model().to(device)
-    model = load(models[key], params).train()
-    model.zero_grad(set_to_none=True)
-    return model
+    def with_network(self, network: Any) -> Self:
+        """Return a copy of the task with another network."""
+        return replace(self, network=network)
 
 
 @dataclass(frozen=True)
@@ -131,38 +115,6 @@ class Not:
         return not self.choice(name)
 
 
-def _inspected(task: Task) -> Any:
-    inspections: dict[Any, Any] = _built.__dict__.setdefault("inspected", {})
-    if task not in inspections:
-        inspections[task] = inspect(task.model())
-    return inspections[task]
-
-
-def represent(task: Task, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the representation that enters the head, and the model's prediction.
-
-    Returns:
-        h [b, features, ...] and z [b, outputs, ...], from one forward pass.
-    """
-    entering: list[Tensor] = []
-    head = next(m for name, m in model.named_modules() if task.network.in_head(f"{name}."))
-    hook = head.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
-    try:
-        prediction = model(inputs)
-    finally:
-        hook.remove()
-    return entering[-1], prediction if isinstance(prediction, Tensor) else prediction[0]
-
-
-def auc(score: Tensor, positive: Tensor) -> float | None:
-    """Compute the area under the ROC curve of ``score`` [n] for the truth ``positive`` [n]; ties count half.
-
-    Returns None if only one class is present.
-    """
-    positive = positive.bool()
-    n1, n0 = int(positive.sum()), int((~positive).sum())
-    if not n1 or not n0:
-        return None
-    _, inverse, counts = torch.unique(score.double(), return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts - 1).double() / 2  # the mean rank of tied values
-    return float((ranks[inverse][positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+@lru_cache(maxsize=64)
+def _inspected(task: Task) -> Inspection:
+    return inspect(task.model())

@@ -12,8 +12,9 @@ from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.rounds import Federation
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.saliency import saliency
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 
 State = TypeVar("State")
 MOST_EXAMPLES = 2**53
@@ -31,14 +32,6 @@ class Evaluated(MethodWrapper[State]):
 
     inner: Method[State]
     task: Task
-
-    def init(self, params: Tree) -> State:
-        """Return the inner method's initial state."""
-        return self.inner.init(params)
-
-    def request(self, state: State) -> Request | None:
-        """Return the inner method's request."""
-        return self.inner.request(state)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Evaluate if the job is an evaluation; otherwise run the inner method's site update."""
@@ -58,18 +51,6 @@ class Evaluated(MethodWrapper[State]):
             scores = self.task.summary(results) | {"n": float(len(site.data[role]))}
             results = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         return Reply({verb: PerSite({site.name: results})}), memory
-
-    def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        """Run the inner method's server update."""
-        return self.inner.server_update(state, reply, server)
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        """Return the inner method's site model."""
-        return self.inner.site_model(request, memory)
-
-    def evaluation_request(self, state: State) -> Request:
-        """Return the inner method's evaluation request."""
-        return self.inner.evaluation_request(state)
 
 
 def outputs(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polyclinic.learning.tasks.task import Batch
+from polyclinic.learning.batch import Batch
 
 
 @dataclass(frozen=True)

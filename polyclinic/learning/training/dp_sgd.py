@@ -27,9 +27,9 @@ from polyclinic.core.metering import Spend, Unit, Use, hidden, meter, metered
 from polyclinic.core.site import SecretRng, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, params_of
-from polyclinic.learning.tasks.task import Batch, cached_model
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
 
@@ -85,7 +85,7 @@ class DPSGD(LocalTraining):
             gradient_hook: Edits each noisy gradient. Neither it nor ``after_step`` may use the data without privacy.
 
         Raises:
-            ValueError: If the task, model or data cannot be trained privately. The message says what to change.
+            ValueError: If the task, model or data cannot be trained privately. The message gives the necessary changes.
         """
         model, data = cached_model(task, start, site.device, slot), site.data[role] if data is None else data
         members = self._members(data)
@@ -126,7 +126,7 @@ class DPSGD(LocalTraining):
         return params_of(model)
 
     def validate(self, task: Trainable, model: nn.Module) -> list[str]:
-        """Return why the task and model cannot be trained privately, with what to change."""
+        """Return the reasons why the task and model cannot be trained privately, with the necessary changes."""
         problems = []
         if not (self.noise > 0 and self.bound > 0):
             problems.append(
@@ -143,6 +143,28 @@ class DPSGD(LocalTraining):
         if self.amp or self.clip_norm is not None:
             problems.append("DPSGD: remove amp and clip_norm; bound clips the gradient of each unit")
         return problems
+
+    def trial(self, task: Trainable, data: Any) -> list[str]:
+        """Return why ``task`` cannot be trained privately, and what to change, by a trial on two of ``data``."""
+        model = task.model()
+        if problems := self.validate(task, model):
+            return problems
+        batch = data[torch.arange(min(2, len(data)))]
+        params, threads = {name: p.detach() for name, p in model.named_parameters()}, torch.get_num_threads()
+        torch.set_num_threads(1)  # a process that has used OpenMP's threads cannot fork workers that use them
+        try:
+            per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
+        except UnknownRandomness as error:
+            return [str(error)]
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0].split(". ")[0]
+            return [
+                f"DPSGD: the gradients of single examples cannot be computed for this network and loss ({reason}): "
+                "choose another network, or send replies through clip and gaussian instead of training privately"
+            ]
+        finally:
+            torch.set_num_threads(threads)
+        return []
 
     def spend(self, data: Any) -> Spend:
         """Return the privacy cost of one ``fit`` on ``data``. The number of units is treated as public."""
@@ -236,12 +258,16 @@ class DPSGD(LocalTraining):
                 for n, g in per_example_gradients(model, params, loss, batch, keys).items():
                     sums[n].index_add_(0, of, g)
             flat = [g.flatten(1) / images[:, None] for g in sums.values()]
-            norm = torch.stack([g.norm(dim=1) for g in flat]).norm(dim=0)
-            # A unit with a non-finite gradient contributes nothing, since it could not be bounded. The factor is
-            # slightly smaller than necessary, so that rounding cannot raise the norm above C.
-            factor = torch.where(norm.isfinite(), (self.bound / norm).clamp_max(1.0) * (1 - 2.0**-20), 0.0)
+            # Single precision would give a norm that is too small by up to 1 percent for millions of numbers.
+            norms = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in flat]
+            ratio = self.bound / torch.stack(norms).norm(dim=0)
+            # A unit whose gradient is not finite, or so large that the factor would lose digits, contributes nothing,
+            # since it could not be bounded. The factor is slightly smaller than necessary, so that rounding cannot
+            # raise the norm above C.
+            bounded = ratio >= torch.finfo(torch.float32).tiny
+            factor = torch.where(bounded, ratio.clamp_max(1.0) * (1 - 2.0**-20), 0.0)
             for n, g in zip(total, flat, strict=True):
-                total[n] += (factor @ g.nan_to_num(0.0, 0.0, 0.0)).reshape(total[n].shape)
+                total[n] += (factor.to(g.dtype) @ g.nan_to_num(0.0, 0.0, 0.0)).reshape(total[n].shape)
         return total
 
 

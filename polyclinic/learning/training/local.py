@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import Batch, cached_model
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]

@@ -1,12 +1,13 @@
-"""FedMix's adaptive weights: sites count by how much they have, and by how badly they are served.
+"""FedMix's adaptive weights: a site's weight depends on its number of examples and on its loss.
 
 Jeffry Wicaksana, Zengqiang Yan, Dong Zhang, Xijie Huang, Huimin Wu, Xin Yang and Kwang-Ting Cheng, "FedMix: Mixed
 Supervised Federated Learning for Medical Image Segmentation", IEEE Transactions on Medical Imaging 42 (2023), 1955,
 https://arxiv.org/abs/2205.01840. This is the weighting alone, for any task; ``fedmix`` trains with mixed labels and
-weighs in the same way.
+uses the same weights.
 
-Both terms are divided by a sum over sites, so that the sites first say their two numbers, which add up, and learn the
-sums; then each weighs its own update. Nobody sees one site's numbers or update.
+Both terms are divided by a sum over sites. The sites therefore first send two numbers, which are summed, and receive
+the sums; then each site weights its own update. The numbers and updates of single sites remain hidden under secure
+summation.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("fedmix-weights.State", 1)
 class State(NamedTuple):
-    """The model and, between the two exchanges of a round, the sums over sites."""
+    """The model and, between the two requests of a round, the sums over sites."""
 
     round: int
     params: Tree
@@ -35,7 +36,7 @@ class State(NamedTuple):
 
 
 def amounts(examples: float, loss: float, beta: float = 1.5) -> Tree:
-    """The two numbers of a site whose sums over sites ``weight`` needs: n and L^β."""
+    """Return the two numbers of a site whose sums over sites ``weight`` needs: ``n`` and ``L^β``."""
     return {
         "size": torch.tensor(examples, dtype=torch.float64),
         "loss": torch.tensor(max(loss, 0.0) ** beta, dtype=torch.float64),
@@ -43,16 +44,17 @@ def amounts(examples: float, loss: float, beta: float = 1.5) -> Tree:
 
 
 def weight(own: Tree, sums: Tree, lam: float = 10.0) -> float:
-    """What a site counts: n_i / Σ n + λ L_i^β / Σ L^β. The paper's division by 1 + λ is the mean's own."""
+    """Return a site's weight, ``n_i / Σ n + λ L_i^β / Σ L^β``. The mean supplies the paper's division by 1 + λ."""
     return float(own["size"] / sums["size"] + lam * own["loss"] / sums["loss"].clamp_min(1e-12))
 
 
 @dataclass(frozen=True)
 class AdaptiveWeights(Method[State]):
-    """FedAvg in which a site counts by its share of the examples and, λ times that, by its share of the loss.
+    """FedAvg in which a site's weight is its share of the examples plus λ times its share of the loss.
 
     Attributes:
-        lam: λ, what the loss counts. ``beta``: β, how far it favors the worst.
+        lam: λ, the weight of the share of the loss.
+        beta: β, the exponent of the loss; larger values favor sites with a high loss.
     """
 
     task: Task
@@ -73,7 +75,7 @@ class AdaptiveWeights(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         if request.job == "send" and "change" not in memory:
-            return Reply(), memory  # it was lost before it could say its numbers
+            return Reply(), memory  # the site was lost before it sent its numbers
         if request.job == "send":
             own = weight(memory["amounts"], request.trees["sums"], self.lam)
             return Reply({"update": WeightedMean.of(memory["change"], own)}), {

@@ -4,9 +4,10 @@ Yingda Xia, Dong Yang, Wenqi Li, Andriy Myronenko, Daguang Xu, Holger Roth and o
 Averaging for Multi-Institutional Medical Image Segmentation", 2021, with softmax weights,
 https://arxiv.org/abs/2104.10195.
 
-There each site receives all models and computes ∂L_val/∂α itself. Here it receives their mean θ(α) alone and answers
-with ∇L_val(θ); the server, which has the models, takes ∂L/∂α_k = ⟨∇L_val(θ), θ_k⟩. That is the same number for a K-th
-of the traffic down, and a gradient of the model up. (The running statistics' part of it is left out.)
+Departure: in the paper each site receives all models and computes ∂L_val/∂α itself. Here a site receives only their
+mean θ(α) and replies with ∇L_val(θ); the server, which has the models, computes ``∂L/∂α_k = ⟨∇L_val(θ), θ_k⟩``. The
+result is the same for a K-th of the download and one additional gradient of upload. Running statistics are omitted from
+it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -28,12 +29,13 @@ from polyclinic.methods.robust.rules.aggregation_rule import Updates
 
 @savable("auto-fedavg.State", 1)
 class State(NamedTuple):
-    """The model mixed with the weights so far, and how those are learned.
+    """The model for the present weights, and the state of learning them.
 
     Attributes:
-        start: Where the round began; ``changes``: what each site made of it, while the weights are learned.
+        start: The model at the start of the round. ``changes``: each site's change of it, while the weights are
+            learned.
         beta: β, by site; the weights are α = softmax(β).
-        left: How many steps of β are left in this round.
+        left: Number of steps of β left in this round.
     """
 
     round: int
@@ -55,8 +57,9 @@ class AutoFedAvg(Method[State]):
     """FedAvg whose weights follow the gradient of the mean validation loss over sites.
 
     Attributes:
-        rate: The step of β. ``steps``: how many steps each time, each one exchange.
-        interval: The weights learn every this many rounds.
+        rate: Step size of β.
+        steps: Number of steps of β each time; each takes one request.
+        interval: Number of rounds from one update of the weights to the next.
     """
 
     task: Task
@@ -65,7 +68,7 @@ class AutoFedAvg(Method[State]):
     steps: int = 2
     interval: int = 1
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, params, {}, {}, 0)
@@ -79,14 +82,12 @@ class AutoFedAvg(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
-        if request.job == "weigh":  # a site without validation data has no say
-            if not len(site.data.get("val", ())):
-                return Reply(
-                    {"gradient": WeightedMean(tree.zeros(full_gradient(self.task, start, site, request.round)), 0.0)}
-                ), memory
-            return Reply(
-                {"gradient": WeightedMean.of(full_gradient(self.task, start, site, request.round, "val"))}
-            ), memory
+        if request.job == "weigh":  # a site without validation data has weight 0
+            if len(site.data.get("val", ())):
+                gradient = WeightedMean.of(full_gradient(self.task, start, site, request.round, "val"))
+            else:
+                gradient = WeightedMean(tree.zeros(full_gradient(self.task, start, site, request.round)), 0.0)
+            return Reply({"gradient": gradient}), memory
         change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
         size = torch.tensor(float(len(site.data["train"])), dtype=torch.float64)
         return Reply({"change": PerSiteUniform({site.name: {**change, "/size": size}})}), memory
@@ -104,23 +105,15 @@ class AutoFedAvg(Method[State]):
         return self._mixed(state._replace(start=state.params, changes=changes, beta={**state.beta, **beta}, left=left))
 
     def _mixed(self, state: State) -> State:
-        """θ(α) = start + Σ α_k Δ_k; the round is over where no step is left."""
-        here = {s: state.beta[s] for s in state.changes}
-        alpha = torch.tensor(list(here.values()), dtype=torch.float64).softmax(0)
+        """Return the state with ``θ(α) = start + Σ α_k Δ_k``; the round ends when no step is left."""
+        alpha = torch.tensor([state.beta[s] for s in state.changes], dtype=torch.float64).softmax(0)
         state = state._replace(params=tree.shift(state.start, Updates.of(state.changes).blend(alpha)))
         return state if state.left else state._replace(round=state.round + 1, start={}, changes={})
 
 
 def climbed(changes: Trees, beta: dict[str, float], gradient: Tree, rate: float) -> dict[str, float]:
-    """β after one step: ∂L/∂β_k = α_k (∂L/∂α_k - Σ_j α_j ∂L/∂α_j) with ∂L/∂α_k = ⟨∇L, Δ_k⟩."""
+    """Return β after one step along ``∂L/∂β_k = α_k (∂L/∂α_k − Σ_j α_j ∂L/∂α_j)``, where ``∂L/∂α_k = ⟨∇L, Δ_k⟩``."""
     alpha = torch.tensor([beta[s] for s in changes], dtype=torch.float64).softmax(0)
     slope = torch.tensor([tree.dot(gradient, tree.select(c, gradient.__contains__)) for c in changes.values()]).double()
     step = rate * alpha * (slope - alpha @ slope)
     return {**beta, **{s: beta[s] - float(d) for s, d in zip(changes, step, strict=True)}}
-
-
-def auto_fedavg(
-    task: Task, local: LocalTraining, *, rate: float = 1.0, steps: int = 2, interval: int = 1
-) -> AutoFedAvg:
-    """FedAvg whose weights are learned from the validation loss."""
-    return AutoFedAvg(task, local, rate, steps, interval)

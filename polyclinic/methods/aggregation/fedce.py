@@ -1,20 +1,20 @@
-"""FedCE: sites count by what they contribute.
+"""FedCE: a site's weight is its estimated contribution.
 
 Meirui Jiang, Holger Roth, Wenqi Li, Dong Yang, Can Zhao, Vishwesh Nath, Daguang Xu, Qi Dou and Ziyue Xu, "Fair
 Federated Medical Image Segmentation via Client Contribution Estimation", CVPR 2023, section 3,
 https://arxiv.org/abs/2303.16520. Details follow NVIDIA's published code: similarities are averaged over the rounds so
-far, both scores are normalized, at least 10⁻³, and multiplied. Departures: the error of the model without a site is its
-loss, so that every kind of task has one, on the site's training data; it is told with the next round's update.
+far; both scores are normalized, at least 10⁻³, and multiplied. Departures: the error of the model without a site is its
+loss on the site's training data, so that every kind of task has one; it is sent with the next round's update.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -27,11 +27,11 @@ from polyclinic.methods.robust.rules.aggregation_rule import Updates
 
 @savable("fedce.State", 1)
 class State(NamedTuple):
-    """The model; each site's weight, which is also its contribution; and what they follow from.
+    """The model, each site's weight (its contribution), and the values from which the weights are computed.
 
     Attributes:
-        without: For each site the model that the others made.
-        cosines: The sum over rounds of each site's similarity with the others. ``seen``: over how many.
+        without: For each site, the model that the others produced.
+        cosines: The sum over rounds of each site's similarity with the others. ``seen``: the number of these rounds.
     """
 
     round: int
@@ -44,19 +44,23 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedCE(Method[State]):
-    """FedAvg in which a site counts more, the less its update resembles the others' and the worse they do without it.
+    """FedAvg whose site weights grow with the dissimilarity of an update and the loss of the model without the site.
 
-    ``weights`` in the state are the contributions, round by round, which a federation may want to know for credit.
+    ``weights`` in the state are the contributions after each round, which a federation may use for credit.
 
     Attributes:
-        mode: ``times`` or ``plus``: how the two scores are joined.
+        mode: How the two scores are combined: ``times`` or ``plus``.
     """
 
     task: Task
     local: LocalTraining = LocalTraining()
-    mode: str = "times"
+    mode: Literal["times", "plus"] = "times"
 
-    gathers = True  # the server must see what each site sends
+    def __post_init__(self) -> None:
+        if self.mode not in ("times", "plus"):
+            raise ConfigError(f'fedce combines its two scores by mode = "times" or "plus", not "{self.mode}"')
+
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, {}, {}, {})
@@ -72,8 +76,8 @@ class FedCE(Method[State]):
         start = request.trees["params"]
         error = risk(self.task, request.trees.get("without", start), site, request.round)
         change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-        said = {**change, "/error": torch.tensor(error, dtype=torch.float64)}
-        return Reply({"update": PerSiteUniform({site.name: said})}), memory
+        sent = {**change, "/error": torch.tensor(error, dtype=torch.float64)}
+        return Reply({"update": PerSiteUniform({site.name: sent})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         sent = reply.gather("update")
@@ -99,29 +103,18 @@ class FedCE(Method[State]):
 
 
 def cosines(gram: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The cosine of each update with the weighted mean of the others, from inner products. Shape [K]."""
+    """Return the cosine of each update with the weighted mean of the others, from inner products. Shape [K]."""
     along, found = gram @ weights, []
-    whole = weights @ along
+    total = weights @ along
     for i in range(len(weights)):
         w = weights[i]
         # ⟨g_i, m - w_i g_i⟩ / (‖g_i‖ ‖m - w_i g_i‖) with m = Σ w_j g_j
-        rest = (whole - 2 * w * along[i] + w**2 * gram[i, i]).clamp_min(0).sqrt()
+        rest = (total - 2 * w * along[i] + w**2 * gram[i, i]).clamp_min(0).sqrt()
         found.append((along[i] - w * gram[i, i]) / (gram[i, i].sqrt() * rest).clamp_min(1e-300))
     return torch.stack(found)
 
 
 def _shares(scores: torch.Tensor) -> torch.Tensor:
-    """Scores as shares of their sum, none below 10⁻³."""
+    """Return scores as shares of their sum, at least 10⁻³ each."""
     total = scores.sum()
     return (scores / total if total > 0 else torch.full_like(scores, 1 / len(scores))).clamp_min(1e-3)
-
-
-def fedce(task: Task, local: LocalTraining, *, mode: str = "times") -> FedCE:
-    """FedAvg in which sites count by what they contribute.
-
-    Raises:
-        ValueError: If ``mode`` is neither ``times`` nor ``plus``.
-    """
-    if mode not in ("times", "plus"):
-        raise ConfigError(f'fedce joins its two scores by mode = "times" or "plus", not "{mode}"')
-    return FedCE(task, local, mode)

@@ -3,7 +3,7 @@
 Irene Tenison, Sai Aravind Sreeramadas, Vaikkunth Mugunthan, Edouard Oyallon, Irina Rish and Eugene Belilovsky,
 "Gradient Masked Averaging for Federated Learning", Transactions on Machine Learning Research, 2023, Algorithm 1,
 https://arxiv.org/abs/2201.11986; after Parascandolo et al., "Learning explanations that are hard to vary", ICLR 2021.
-Running statistics are not masked. Signs add up, so that nobody sees one site's update.
+Running statistics are not masked. Signs are summed, so that single updates remain hidden under secure summation.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from polyclinic.methods.optimization.fedavg import FedAvg, State
 
 @dataclass(frozen=True)
 class FedGMA(FedAvg):
-    """FedAvg that trusts a coordinate as far as the sites agree on its sign.
+    """FedAvg that scales each coordinate's mean change by the agreement of the sites on its sign.
 
-    What only some scanners teach tends to point in different directions; what all hospitals' patients share, in one.
+    The mask is 1 if the agreement ``A = |Σ p_k sign(Δ_k)|`` is at least τ, else A.
 
     Attributes:
-        threshold: τ. From this agreement on a coordinate moves by the whole mean; 0 is FedAvg.
+        threshold: τ, the agreement from which a coordinate moves by its whole mean change; 0 is FedAvg.
     """
 
     threshold: float = 0.4

@@ -3,7 +3,7 @@
 Yousef Yeganeh, Azade Farshad, Nassir Navab and Shadi Albarqouni, "Inverse Distance Aggregation for Federated Learning
 with Non-IID Data", DART at MICCAI 2020, equations 3 to 6, https://arxiv.org/abs/2008.07665.
 
-Distances are between weights; running statistics, which are of another scale, do not count in them.
+Distances are between weights. Running statistics, which have another scale, are excluded.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verd
 
 @dataclass(frozen=True)
 class InverseDistance(Rule):
-    """The mean in which a site counts less, the farther its model is from the plain mean of all.
+    """The mean in which a site's weight is the inverse distance of its model from the plain mean of all.
 
     Attributes:
-        weighted: Whether to multiply by what sites claim to weigh.
-        counts: Which leaves count in the distance; all where None.
+        weighted: Whether to multiply by the weights that the sites state.
+        counts: Selects the leaves that count in the distance; None for all.
     """
 
     weighted: bool = False
     counts: Callable[[str], bool] | None = None
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """α_k = 1 / ‖θ̄ - θ_k‖₁, divided by their sum"""
+        """Aggregate with ``α_k ∝ 1 / ‖θ̄ − θ_k‖₁``, normalized to sum to 1."""
         distance = torch.zeros(len(updates), dtype=torch.float64)
         for key, _, block in updates.blocks():
             if self.counts is None or self.counts(key.partition("/")[2]):
@@ -50,9 +50,9 @@ class InverseDistance(Rule):
 
 @dataclass(frozen=True)
 class ByError(FedAvg):
-    """FedAvg whose sites count by 1 / (their training accuracy): the paper's INTRAC, against overfitting.
+    """FedAvg whose site weights are 1 / training accuracy, against overfitting (the paper's INTRAC).
 
-    Accuracy is of the site's own model after training, and at least that of guessing.
+    The accuracy is that of the site's own model after training, and at least that of guessing.
     """
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
@@ -60,23 +60,21 @@ class ByError(FedAvg):
         end = self.local.fit(self.task, start, site, request.round)
         found = outputs(self.task, end, data, site.device)
         accuracy = float((found["score"].argmax(1) == found["target"]).float().mean())
-        weight = self.weight(site) / max(1 / found["score"].shape[1], accuracy)
+        weight = self.site_weight(site) / max(1 / found["score"].shape[1], accuracy)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
 
 
 def ida(task: Task, local: LocalTraining, *, sized: bool = False, intrac: bool = False) -> Robust:
-    """FedAvg whose sites count less, the farther they are from the mean.
-
-    ``sized`` multiplies by the number of examples, ``intrac`` by the inverse of the training accuracy.
+    """Compose FedAvg with the inverse-distance rule, and with INTRAC weights if asked.
 
     Args:
-        sized: Whether sites also count in proportion to their examples.
-        intrac: Whether they also count by the inverse of their training accuracy.
+        sized: Whether weights are also proportional to the number of examples.
+        intrac: Whether weights are also divided by the training accuracy.
 
     Raises:
-        ValueError: If ``intrac`` is asked of a task that has no accuracy.
+        ConfigError: If ``intrac`` is set for a task without an accuracy.
     """
     if intrac and task.kind != "classification":
-        raise ConfigError(f"intrac = true needs an accuracy, which {task.kind} has none of: leave it out")
+        raise ConfigError(f"intrac = true needs an accuracy, which {task.kind} does not have: leave it out")
     inner = ByError(task, local, uniform=not sized) if intrac else FedAvg(task, local, uniform=not sized)
     return Robust(inner, InverseDistance(sized or intrac, Not(InRunningStatistics(task))))

@@ -1,9 +1,10 @@
-"""Averages in which sites count by how well they have learned their own data, or by how badly.
+"""Averages in which a site's weight depends on its training loss.
 
 Guan, Yap, Bozoki and Liu's survey (Pattern Recognition 151, 2024) describes an aggregation by Li and others for
-COVID-19 in chest X-rays: weights come from the sites' training losses, and sites that do badly count less. The exact
-formula was not at hand. We offer the two that fit the description, after the site's own training and over its own
-training data: exp(-L_k) and 1 / L_k, divided by their sum. Both add up over sites, so nobody sees one site's loss.
+COVID-19 in chest X-rays: weights come from the sites' training losses, and sites with a high loss have less weight. The
+exact formula was not available. Both forms that fit the description are implemented, with the loss on the site's
+training data after its own training: ``exp(−L_k)`` and ``1 / L_k``, normalized. Both are sums over sites, so that the
+loss of a single site remains hidden under secure summation.
 """
 
 import math
@@ -21,13 +22,14 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class LossWeighted(FedAvg):
-    """FedAvg whose sites count more, the lower their training loss.
+    """FedAvg whose sites have more weight, the lower their training loss.
 
-    A site whose labels are wrong cannot learn them and fades; so does one whose patients are harder to judge, which is
-    not what fairness asks for (see ``q-ffl``). ``uniform`` leaves the number of examples out, as in the description.
+    A site with wrong labels loses weight, but so does one with difficult patients, contrary to fairness (see
+    ``q-ffl``).
 
     Attributes:
-        form: ``exp``, exp(-L), or ``inverse``, 1 / L.
+        form: ``exp``, exp(−L), or ``inverse``, 1 / L.
+        uniform: Whether the number of examples is ignored, as in the description.
     """
 
     uniform: bool = True
@@ -38,4 +40,4 @@ class LossWeighted(FedAvg):
         end = self.local.fit(self.task, start, site, request.round)
         loss = max(risk(self.task, end, site, request.round), 1e-12)
         trust = math.exp(-loss) if self.form == "exp" else 1 / loss
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), trust * self.weight(site))}), memory
+        return Reply({"update": WeightedMean.of(tree.sub(end, start), trust * self.site_weight(site))}), memory

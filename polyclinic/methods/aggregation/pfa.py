@@ -3,8 +3,9 @@
 Zhen Chen, Meilu Zhu, Chen Yang and Yixuan Yuan, "Personalized Retrogress-Resilient Framework for Real-World Medical
 Federated Learning", MICCAI 2021, section 2.1, https://arxiv.org/abs/2110.00394. The other half is ``prrfl``.
 
-Departures. The low-frequency window is symmetric, so that weights stay real; the authors' code takes one row and column
-more on one side and drops the imaginary part. Any number of sites, and convolutions of any dimension, will do.
+Departures: the low-frequency window is symmetric, so that weights stay real; the authors' code includes one row and
+column more on one side and discards the imaginary part. Any number of sites and convolutions of any dimension are
+supported.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -27,7 +28,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("pfa.State", 1)
 class State(NamedTuple):
-    """The plain mean, for a site that was never seen, and each site's own deputy."""
+    """The plain mean, for sites that never trained, and the deputy model of each site."""
 
     round: int
     params: Tree
@@ -36,13 +37,13 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class PFA(Method[State]):
-    """Each site receives the others' low frequencies and keeps its own high ones, more shared from round to round.
+    """Each site receives the mean low-frequency amplitudes of all sites and keeps its own high ones.
 
-    Normalization layers never leave a site.
+    The shared part grows from round to round. Normalization layers never leave a site.
 
     Attributes:
-        rounds: T, after which 95 % of each axis of the spectrum is shared.
-        start: r₀, the share at first.
+        rounds: T, the number of rounds until 95 % of each axis of the spectrum is shared.
+        start: r₀, the share in the first round.
     """
 
     task: Task
@@ -50,7 +51,7 @@ class PFA(Method[State]):
     local: LocalTraining = LocalTraining()
     start: float = 0.7
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -66,7 +67,7 @@ class PFA(Method[State]):
         return Reply({"deputy": PerSiteUniform({site.name: shared})}), {**memory, "norm": tree.select(deputy, keep)}
 
     def learn(self, deputy: Tree, round: int, memory: Trees, site: Site) -> tuple[Tree, Trees]:
-        """The deputy after training, and the memory with the model that the site predicts with."""
+        """Return the deputy after training, and the memory with the model that the site predicts with."""
         end = self.local.fit(self.task, deputy, site, round)
         return end, {**memory, "personal": end}
 
@@ -82,9 +83,9 @@ class PFA(Method[State]):
 
 
 def progressive(models: Mapping[str, Tree], share: float) -> Trees:
-    """For each site its own weights, with the low frequencies' amplitudes averaged over sites (PFA).
+    """Return for each site its own weights with the low-frequency amplitudes averaged over sites (PFA).
 
-    A weight [N, C, D1, ...] is seen as a matrix [C · D1, ... · N]. What is no matrix (biases) is averaged plainly.
+    A weight [N, C, D1, ...] is treated as a matrix [C · D1, ... · N]. Leaves with fewer than two axes are averaged.
     """
     found: dict[str, dict[str, Tensor]] = {site: {} for site in models}
     for name, leaf in next(iter(models.values())).items():
@@ -105,7 +106,7 @@ def progressive(models: Mapping[str, Tree], share: float) -> Trees:
 
 
 def _mixed(matrices: list[Tensor], share: float) -> list[Tensor]:
-    """Each matrix with its own phases and high-frequency amplitudes, and the mean of all low-frequency amplitudes."""
+    """Return each matrix with its own phases and high-frequency amplitudes, and the mean low-frequency amplitudes."""
     spectra = [torch.fft.fft2(w) for w in matrices]
     mean = torch.stack([f.abs() for f in spectra]).mean(0)
     rows, columns = low_frequencies(tuple(matrices[0].shape), share)

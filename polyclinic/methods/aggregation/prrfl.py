@@ -1,10 +1,10 @@
-"""PRR-FL: progressive Fourier aggregation, and a deputy and a personal model that teach one another (DET).
+"""PRR-FL: progressive Fourier aggregation, and mutual distillation between a deputy and a personal model (DET).
 
 Zhen Chen, Meilu Zhu, Chen Yang and Yixuan Yuan, "Personalized Retrogress-Resilient Framework for Real-World Medical
 Federated Learning", MICCAI 2021, section 2.2, https://arxiv.org/abs/2110.00394. The aggregation is in ``pfa``.
 
-Departure. Which model teaches which is decided once a round, from both models' macro F1 on the training data, not once
-an epoch.
+Departure: the direction of distillation is decided once per round, from both models' macro F1 on the training data,
+instead of once per epoch.
 """
 
 from dataclasses import dataclass
@@ -23,20 +23,21 @@ from polyclinic.methods.aggregation.pfa import PFA
 
 @dataclass(frozen=True)
 class PRRFL(PFA):
-    """PFA of a deputy, beside a personal model that never leaves and with which the site predicts.
+    """PFA of a deputy model, and a personal model that never leaves the site and with which the site predicts.
 
-    After an exchange that threw the deputy back it learns from the personal model (recover), then both from each other
-    (exchange), then the personal model from the deputy (sublimate).
+    If aggregation degraded the deputy, it learns from the personal model (recover); later both learn from each other
+    (exchange), and finally the personal model learns from the deputy (sublimate).
 
     Attributes:
-        low: Below this part of the personal model's F1 the deputy recovers; ``high``: from here on it teaches.
+        low: The deputy recovers while its F1 is below this fraction of the personal model's.
+        high: The deputy teaches once its F1 is at least this fraction of the personal model's.
     """
 
     low: float = 0.7
     high: float = 0.9
 
     def learn(self, deputy: Tree, round: int, memory: Trees, site: Site) -> tuple[Tree, Trees]:
-        """The deputy after training beside the personal model, and the memory with that."""
+        """Return the deputy after training together with the personal model, and the memory with the latter."""
         stage = self.stage(deputy, memory, site)
         dual = Dual(self.task, self.task, decision=stage, representation=0.0, adaptive=False)
         rest = memory.get("rest") or tree.select(initial(dual.model, 0), lambda name: name.startswith("projection."))
@@ -47,7 +48,7 @@ class PRRFL(PFA):
         return tree.under("student", end), {**memory, **kept}
 
     def stage(self, deputy: Tree, memory: Trees, site: Site) -> tuple[float, float]:
-        """What (the personal model, the deputy) learns from the other."""
+        """Return the distillation weights of (the personal model, the deputy)."""
         if "personal" not in memory:
             return 0.0, 1.0
         f1_deputy, f1_own = (self._f1(params, site) for params in (deputy, memory["personal"]))
@@ -60,10 +61,10 @@ class PRRFL(PFA):
         return macro_f1(found["score"].argmax(1), found["target"])
 
 
-def macro_f1(said: Tensor, truth: Tensor) -> float:
-    """The mean over classes of 2 TP / (2 TP + FP + FN), of the classes that were said or true."""
+def macro_f1(predicted: Tensor, truth: Tensor) -> float:
+    """Return the mean of ``2 TP / (2 TP + FP + FN)`` over the classes that are predicted or true."""
     scores = []
-    for c in torch.cat([said, truth]).unique():
-        both = ((said == c) & (truth == c)).sum()
-        scores.append(float(2 * both / ((said == c).sum() + (truth == c).sum())))
+    for c in torch.cat([predicted, truth]).unique():
+        both = ((predicted == c) & (truth == c)).sum()
+        scores.append(float(2 * both / ((predicted == c).sum() + (truth == c).sum())))
     return sum(scores) / len(scores)

@@ -1,6 +1,6 @@
-"""Learning in two phases: first a representation from images alone, then the task from the few labels there are.
+"""Training in two phases: first a representation from images alone, then the task from the available labels.
 
-Nobody's paper: what FedMoCo, Fed-MAE and FCL have in common. Rounds of both phases count.
+The common part of FedMoCo, Fed-MAE and FCL, from no paper of its own. Rounds of both phases count.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import shifted, within
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -17,11 +17,12 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.tasks.example_pool import all_inputs
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("phases.State", 1)
 class State(NamedTuple):
-    """The state of the phase that runs, and whether it is the second."""
+    """The state of the present phase, and whether it is the second."""
 
     inner: Any
     second: bool
@@ -35,12 +36,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Then(Method[State]):
-    """One method for some rounds, then another that begins with its model. What sites kept for the first is dropped.
+    """One method for some rounds, then another that starts with its model. Site state of the first is discarded.
 
     Attributes:
         first: Runs first; its state has the ``params`` of the study's task.
         second: Runs until the end. Its rounds are counted from 0, as if it ran alone.
-        rounds: How many rounds the first has.
+        rounds: Number of rounds of the first.
     """
 
     first: Method[Any]
@@ -48,9 +49,13 @@ class Then(Method[State]):
     rounds: int
 
     @property
-    def gathers(self) -> bool:
-        """Whether the server must see what each site sends, in either phase."""
-        return any(getattr(method, "gathers", False) for method in (self.first, self.second))
+    def wrapped(self) -> tuple[Method[Any], ...]:
+        return self.first, self.second
+
+    @property
+    def capabilities(self) -> Capabilities:
+        first, second = self.first.capabilities, self.second.capabilities
+        return Capabilities(first.needs_each_reply or second.needs_each_reply, first.uniform and second.uniform)
 
     def init(self, params: Tree) -> State:
         return State(self.first.init(params), False) if self.rounds else State(self.second.init(params), True)
@@ -87,7 +92,7 @@ class Then(Method[State]):
         return self.second.prediction_task
 
     def _at(self, request: Request, memory: Trees) -> tuple[Method[Any], Request, Trees]:
-        """Which method ``request`` is from, and what it would see if it ran alone."""
+        """Return the method that made ``request``, and its arguments as if it ran alone."""
         running = self.first if request.round < self.rounds else self.second
         start = f"{self._name(running)}/"
         own = {name.removeprefix(start): leaves for name, leaves in memory.items() if name.startswith(start)}
@@ -99,7 +104,7 @@ class Then(Method[State]):
 
 @savable("phases.CombinedState", 1)
 class Whole(NamedTuple):
-    """The study's network with what is learned beside it, as one tree."""
+    """The study's network and the modules that are trained with it, as one tree."""
 
     round: int
     whole: Tree
@@ -111,11 +116,11 @@ class Whole(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pretrained(Method[Whole]):
-    """Federated averaging of a network that learns from images alone: all that a site has, labeled or not.
+class Pretrained(SizeWeighted[Whole]):
+    """Federated averaging of a network that learns from images alone, labeled or not.
 
     Attributes:
-        learner: Builds an ``Extended`` model and says what its loss is; it sees no target.
+        learner: Builds an ``Extended`` model and defines its loss, which uses no target.
     """
 
     learner: Any
@@ -142,7 +147,7 @@ class Pretrained(Method[Whole]):
 
 
 def share_of(rounds: int, share: float) -> int:
-    """How many of ``rounds`` are a pretraining's ``share``: at least one if any, and never all."""
+    """Return the number of ``rounds`` for a pretraining's ``share``: at least one if any, and never all."""
     if not 0 <= share < 1:
         raise ConfigError(f"pretrain is the share of rounds that come first, at least 0 and less than 1, not {share:g}")
     return min(max(round(rounds * share), 1), rounds - 1) if share else 0

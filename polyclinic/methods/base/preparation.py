@@ -1,10 +1,10 @@
-"""One method after another: something is found out first, and what is trained begins from it."""
+"""A method that first determines the front of a network, and then trains from it."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -14,7 +14,7 @@ FIRST = "prepare "
 
 
 class Finds(Protocol):
-    """A method that ends, and knows then what the front of a network should hold."""
+    """A method that finishes, and then provides the front of a network."""
 
     def init(self, params: Tree) -> Any: ...
     @property
@@ -23,12 +23,12 @@ class Finds(Protocol):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]: ...
     def server_update(self, state: Any, reply: Reply, server: Site) -> Any: ...
     def front(self, state: Any) -> Tree:
-        """The front's leaves, ``front.…``, for a site that has none of its own."""
+        """Return the front's leaves, ``front.…``, for a site that has none of its own."""
 
 
 @savable("prepared.State", 1)
 class State(NamedTuple):
-    """What was found out, and the state of what is trained from it."""
+    """The state of the preparation, and that of the method that is trained from it."""
 
     found: Any
     inner: Any
@@ -41,13 +41,13 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prepared(Method[State]):
-    """``first`` until it has finished, all within round 0; then ``inner``, whose model begins with what was found.
+class Prepared(MethodWrapper[State]):
+    """``first`` until it has finished, all within round 0; then ``inner``, whose model starts with the resulting front.
 
     Attributes:
-        first: Finds something out; what is a site's own it puts into that site's memory, where ``inner`` looks for it.
-        inner: What is trained.
-        task: With the network that has the front.
+        first: Determines the front. What belongs to one site it puts into that site's memory, where ``inner`` finds it.
+        inner: The method that is trained.
+        task: The task with the network that has the front.
     """
 
     first: Finds
@@ -81,9 +81,6 @@ class Prepared(Method[State]):
         if self.first.request(found) is not None:
             return state._replace(found=found)
         return State(found, self.inner.init({**state.params, **self.first.front(found)}))
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        return self.inner.site_model(request, memory)
 
     @property
     def prediction_task(self) -> Task:

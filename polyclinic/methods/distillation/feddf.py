@@ -1,17 +1,17 @@
-"""FedDF: the server fuses the sites' models by distilling what they say together of public images.
+"""FedDF: the server fuses the sites' models by distilling their mean prediction on public images.
 
 Lin, Kong, Stich and Jaggi, "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020,
-Algorithm 1 and equation 1 (AVGLOGITS). https://arxiv.org/abs/2006.07242. The paper keeps the student that does best on
-validation data, of which the server here has none: it distils for a fixed number of passes.
+Algorithm 1 and equation 1 (AVGLOGITS). https://arxiv.org/abs/2006.07242. Departure: the paper selects the student on
+validation data, which the server does not have here; it distills for a fixed number of epochs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.objectives.distillation_loss import Matching, answers
@@ -23,21 +23,30 @@ from polyclinic.methods.optimization.fedavg import State
 
 @dataclass(frozen=True)
 class FedDF(Method[State]):
-    """FedAvg whose average then learns to say of public, unlabeled images what all sites' models say on average.
+    """FedAvg whose average then learns the mean prediction of all sites' models on public, unlabeled images.
 
     Needs the role ``public`` at the server.
 
     Attributes:
-        distil: How the server trains; Adam at 1e-3 in the paper.
+        distil_epochs: Epochs of the server over the public images after each round.
+        distil_lr: Its learning rate, with Adam; 1e-3 in the paper.
+        distil_batch: Its minibatch size.
         temperature: T of the distillation.
     """
 
     task: Task
     local: LocalTraining = LocalTraining()
-    distil: LocalTraining = LocalTraining(epochs=5, optimizer="adam", lr=1e-3)
+    distil_epochs: int = 5
+    distil_lr: float = 1e-3
+    distil_batch: int = 64
     temperature: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
+
+    @property
+    def distil(self) -> LocalTraining:
+        """The server's training."""
+        return LocalTraining(self.distil_epochs, self.distil_batch, "adam", self.distil_lr)
 
     def init(self, params: Tree) -> State:
         return State(0, params)
@@ -61,23 +70,3 @@ class FedDF(Method[State]):
         loss = Matching(self.task.kind, logits, self.temperature)  # KL( σ(mean_k f(x; w_k)) ‖ σ(f(x; w)) )
         params = self.distil.fit(self.task, mean.value, server, state.round, data=images, loss=loss)
         return State(state.round + 1, params)
-
-
-def feddf(
-    task: Task,
-    local: LocalTraining,
-    *,
-    distil_epochs: int = 5,
-    distil_lr: float = 1e-3,
-    distil_batch: int = 64,
-    temperature: float = 1.0,
-) -> FedDF:
-    """FedAvg, then distillation of all sites' models on the server's public images.
-
-    Args:
-        distil_epochs: The server's passes over the public images after each round.
-        distil_lr: Its learning rate, with Adam.
-        distil_batch: Its minibatch.
-    """
-    distil = replace(FedDF.distil, epochs=distil_epochs, lr=distil_lr, batch_size=distil_batch)
-    return FedDF(task, local, distil, temperature)

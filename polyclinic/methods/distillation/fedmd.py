@@ -1,8 +1,9 @@
-"""FedMD: sites exchange what their models say of public images, never the models.
+"""FedMD: sites exchange predictions on public images instead of models.
 
 Li and Wang, "FedMD: Heterogenous Federated Learning via Model Distillation", NeurIPS 2019 workshop, Algorithm 1.
-https://arxiv.org/abs/1910.03581. The public images here have no labels, so the paper's first training on them is left
-out; all are used in every round. Networks are of one kind here. A server with the images distils one for new sites.
+https://arxiv.org/abs/1910.03581. Departures: the public images have no labels, so that the paper's initial training on
+them is omitted; all are used in every round; all sites have the same network. A server with the images distills a model
+for new sites.
 """
 
 from dataclasses import dataclass, replace
@@ -16,15 +17,16 @@ from polyclinic.core.method import Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import answers
 from polyclinic.learning.tasks.example_pool import public, size
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
 
 @savable("fedmd.State", 1)
 class State(NamedTuple):
-    """What all sites say of the public images on average, and the model of a site that never took part."""
+    """The mean prediction of all sites on the public images, and the model for sites that never took part."""
 
     round: int
     params: Tree
@@ -33,17 +35,25 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedMD(Method[State]):
-    """Each round, sites digest the consensus on public images, revisit their own data, and say what they now think.
+    """Each round, sites learn the consensus on public images, train on their own data, and send new predictions.
 
     Needs the role ``public``, the same images at every site.
 
     Attributes:
-        digest: How a site learns the consensus, by mean absolute error of scores.
+        digest_epochs: Epochs over the public images in which a site learns the consensus, by mean absolute error of
+            scores.
+        digest_lr: The learning rate in those; 0 for that of training.
     """
 
     task: Task
     local: LocalTraining = LocalTraining()
-    digest: LocalTraining = LocalTraining()
+    digest_epochs: int = 1
+    digest_lr: float = 0.0
+
+    @property
+    def digest(self) -> LocalTraining:
+        """A site's training on the consensus."""
+        return replace(self.local, epochs=self.digest_epochs, steps=None, lr=self.digest_lr or self.local.lr)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -69,7 +79,7 @@ class FedMD(Method[State]):
         return memory.get("params", request.trees["params"])
 
     def _digested(self, params: Tree, consensus: Tree, images: object, at: Site, round: int) -> Tree:
-        """``params`` after learning to say what everybody says; unchanged before anybody has said anything."""
+        """Return ``params`` after learning the consensus; unchanged before there is one."""
         if not consensus:
             return params
 
@@ -78,13 +88,3 @@ class FedMD(Method[State]):
             return F.l1_loss(z, consensus["scores"][batch[1].cpu()].to(z))
 
         return self.digest.fit(self.task, params, at, round, data=images, loss=loss, slot="digest")
-
-
-def fedmd(task: Task, local: LocalTraining, *, digest_epochs: int = 1, digest_lr: float = 0.0) -> FedMD:
-    """Sites exchange scores on public images.
-
-    Args:
-        digest_epochs: Passes over the public images in which a site learns the consensus.
-        digest_lr: The learning rate in those; 0 for that of training.
-    """
-    return FedMD(task, local, replace(local, epochs=digest_epochs, steps=None, lr=digest_lr or local.lr))

@@ -1,15 +1,15 @@
-"""Two models at each site, of which only the smaller travels: FedMIC, FedKD and federated mutual learning.
+"""Two models at each site, of which only the smaller is sent: FedMIC, FedKD and federated mutual learning.
 
 FedMIC: Ren, Hu, Chen and Wang, "Federated Distillation for Medical Image Classification: Towards Trustworthy
 Computer-Aided Diagnosis", 2024, https://arxiv.org/abs/2407.02261: a private teacher and a shared student at each site,
-distilled both ways at the level of representations and of decisions (dual knowledge distillation); the student's
-update leaves in low rank with a dynamic choice of singular values (global parameter decomposition). The paper's
-equations were not at hand: the losses are those of FedKD, on which it builds: Wu, Wu, Lyu, Huang and Xie,
+distilled both ways at the level of representations and of decisions (dual knowledge distillation); the student's update
+is sent in low rank with a dynamic choice of singular values (global parameter decomposition). The paper's equations
+were not available: the losses are those of FedKD, on which it builds: Wu, Wu, Lyu, Huang and Xie,
 "Communication-efficient federated learning via knowledge distillation", Nature Communications 13:2032, 2022,
-https://arxiv.org/abs/2108.13323. So the two are the same here. The decomposition, which both papers have, changes what
-leaves a site: it is the transform for low rank, which a study gives both unless it says otherwise. We leave out FedKD's
-attention matrices, which only transformers have, and let no gradient flow through the other model or through the
-divisor c.
+https://arxiv.org/abs/2108.13323. The two are therefore the same here. The decomposition, which both papers have,
+changes what leaves a site: it is the transform for low rank, which a study applies to both by default. Departures:
+FedKD's attention matrices, which only transformers have, are omitted, and no gradient passes through the other model or
+through the divisor c.
 
 Federated mutual learning: Shen et al., "Federated Mutual Learning", 2020, https://arxiv.org/abs/2006.16765, section 3,
 after Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018, https://arxiv.org/abs/1706.00384.
@@ -22,7 +22,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.model_tree import initial
@@ -30,18 +30,20 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import Dual, either
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import State
 
 
 @dataclass(frozen=True)
-class DualDistillation(Method[State]):
-    """A private teacher at each site and a student that all share, learning from the labels and from one another.
+class DualDistillation(SizeWeighted[State]):
+    """A private teacher at each site and a shared student, which learn from the labels and from each other.
 
-    The teacher never leaves its site, fits its data, and is what the site predicts with; it may be a larger network.
-    The student carries what others have learned. A site that never trained predicts with the student.
+    The teacher never leaves its site and is the site's prediction model; it may be a larger network. A site that never
+    trained predicts with the student.
 
     Attributes:
-        dual: The two tasks and what each loss counts.
+        dual: The two tasks and the weights of the losses.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     dual: Dual
@@ -59,7 +61,7 @@ class DualDistillation(Method[State]):
         private = memory.get("private") or self._private(student, site)
         end = self.local.fit(self.dual, {**private, **tree.prefixed("student", student)}, site, request.round)
         learned = tree.under("student", end)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         kept = {name: leaf for name, leaf in end.items() if not name.startswith("student.")}
         return Reply({"update": WeightedMean.of(tree.sub(learned, student), weight)}), {**memory, "private": kept}
 
@@ -80,7 +82,7 @@ class DualDistillation(Method[State]):
         return None if own == self.dual.student.network else either(self.dual.student, own)
 
     def _private(self, student: Tree, site: Site) -> Tree:
-        """Teacher and projection as they begin: the teacher as the first student where it is the same network."""
+        """Return the initial teacher and projection: the first student if it is the same network."""
         fresh = tree.select(initial(self.dual.model, site.seed), lambda name: not name.startswith("student."))
         return {**fresh, **tree.prefixed("teacher", student)} if self.prediction_task is None else fresh
 
@@ -102,37 +104,19 @@ def fedmic(
     adaptive: bool = True,
     uniform: bool = False,
 ) -> DualDistillation:
-    """A private teacher and a shared student; ``teacher`` names its network, the study's own by default.
+    """Compose a private teacher and a shared student.
 
     Args:
-        teacher: The teacher's network, by name; the study's own where empty.
-        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
-        representation: What the distance between representations counts.
-        decision: What the divergence of decisions counts.
+        teacher: Name of the teacher's network; the study's own if empty.
+        teacher_options: Further options of that network, as pairs, such as ``[["width", 32]]``.
+        representation: Weight of the distance between representations.
+        decision: Weight of the divergence of decisions.
         temperature: T of the decisions.
-        adaptive: Whether both are divided by the sum of the task losses, so that models that are wrong teach little.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        adaptive: Whether both are divided by the sum of the task losses, so that inaccurate models teach less.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
     own, both = _teacher(task, teacher, teacher_options), (decision, decision)
     return DualDistillation(Dual(own, task, (1.0, 1.0), both, representation, adaptive, temperature), local, uniform)
-
-
-def fedkd(
-    task: Task,
-    local: LocalTraining,
-    *,
-    teacher: str = "",
-    teacher_options: tuple[tuple[str, int], ...] = (),
-    uniform: bool = False,
-) -> DualDistillation:
-    """A private mentor and a shared mentee, with the paper's adaptive losses.
-
-    Args:
-        teacher: The teacher's network, by name; the study's own where empty.
-        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
-    """
-    return fedmic(task, local, teacher=teacher, teacher_options=teacher_options, uniform=uniform)
 
 
 def mutual(
@@ -145,14 +129,14 @@ def mutual(
     beta: float = 0.5,
     uniform: bool = False,
 ) -> DualDistillation:
-    """A private model with α · CE + (1 − α) · KL and a shared one with β · CE + (1 − β) · KL.
+    """Compose a private model with ``α · CE + (1 − α) · KL`` and a shared one with ``β · CE + (1 − β) · KL``.
 
     Args:
-        teacher: The teacher's network, by name; the study's own where empty.
-        teacher_options: What that network takes besides, as pairs, such as ``[["width", 32]]``.
-        alpha: α, what the labels count for the private model.
-        beta: β, what they count for the shared one.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        teacher: Name of the private model's network; the study's own if empty.
+        teacher_options: Further options of that network, as pairs, such as ``[["width", 32]]``.
+        alpha: α, the weight of the labels for the private model.
+        beta: β, the weight of the labels for the shared one.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
     own = _teacher(task, teacher, teacher_options)
     return DualDistillation(Dual(own, task, (alpha, beta), (1 - alpha, 1 - beta), 0.0, False), local, uniform)

@@ -1,8 +1,9 @@
-"""Sites learn from the labels and from a teacher that stands still while they train.
+"""Sites learn from the labels and from a teacher that is fixed while they train.
 
 Kumar et al., 2021, as the survey describes it: for the detection of COVID-19, an existing network is the teacher and
-the sites' models are its students. The paper's details were not at hand; the loss is that of Hinton, Vinyals and Dean,
-"Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531: (1 − a) · CE + a · T² · KL.
+the sites' models are its students. The paper's details were not available; the loss is that of Hinton, Vinyals and
+Dean, "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531: ``(1 − a) · CE + a · T² ·
+KL``.
 """
 
 from dataclasses import dataclass
@@ -11,21 +12,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import Said, divergence
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("teacher-student.State", 1)
 class State(NamedTuple):
-    """The students' model, and the teacher where it is another."""
+    """The students' model, and the teacher if it is another."""
 
     round: int
     params: Tree
@@ -33,15 +36,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TeacherStudent(Method[State]):
-    """FedAvg whose sites also learn what a teacher says of their images.
+class TeacherStudent(SizeWeighted[State]):
+    """FedAvg whose sites also learn a teacher's predictions on their images.
 
     Attributes:
-        teacher: ``first``: the network with which the study begins, for a study that begins from a trained one;
-            ``global``: the server's model as the round began, which needs none.
-        share: a, what the teacher counts instead of the labels; 0.5.
+        teacher: ``first``: the study's initial network, for a study that starts from a trained one; ``global``: the
+            server's model at the start of the round.
+        share: a, the weight of the teacher relative to the labels; 0.5.
         temperature: T; 2 to 4.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -50,6 +53,13 @@ class TeacherStudent(Method[State]):
     share: float = 0.5
     temperature: float = 3.0
     uniform: bool = False
+
+    def __post_init__(self) -> None:
+        if self.teacher not in ("first", "global"):
+            raise ConfigError(
+                f"no teacher is called {self.teacher!r}: there are global, the server's model before the round, and "
+                "first, the study's initial network"
+            )
 
     def init(self, params: Tree) -> State:
         return State(0, params, params if self.teacher == "first" else {})
@@ -70,28 +80,7 @@ class TeacherStudent(Method[State]):
             return (1 - self.share) * self.task.loss(Said(z), batch) + self.share * taught
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
+        return Reply({"update": self.update(end, start, site)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return state._replace(round=state.round + 1, params=reply.mean("update").apply_to(state.params))
-
-
-def teacher_student(
-    task: Task,
-    local: LocalTraining,
-    *,
-    teacher: str = "global",
-    share: float = 0.5,
-    temperature: float = 3.0,
-    uniform: bool = False,
-) -> TeacherStudent:
-    """FedAvg with a teacher: ``global`` or ``first``."""
-    if teacher == "first":
-        return TeacherStudent(task, local, "first", share, temperature, uniform)
-    if teacher != "global":
-        raise ConfigError(
-            f"no teacher is called {teacher!r}: there are global, the server's model as it was before a "
-            "round, and first, the network that the study begins with"
-        )
-    return TeacherStudent(task, local, "global", share, temperature, uniform)

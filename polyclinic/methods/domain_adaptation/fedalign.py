@@ -1,13 +1,12 @@
-"""Fed-Align: features of different sites that discriminators cannot tell apart.
+"""Fed-Align: features whose site discriminators cannot identify.
 
 Li, Gu, Dvornek, Staib, Ventola and Duncan, "Multi-site fMRI analysis using privacy-preserving federated learning and
 domain adaptation: ABIDE results", Medical Image Analysis 2020, section 2.3.3 (adversarial domain alignment).
 https://arxiv.org/abs/2001.05647.
 
-There, one process trains all sites in lock-step. Here, messages do: each site sends noisy features of its examples and
-the discriminator it holds, and in the next round every site trains its discriminator on the others' last features and
-its encoder against its own and the others' last ones. The noise on features hides little; it is no differential
-privacy.
+Departure: in the paper one process trains all sites in lockstep. Here each site sends noisy features of its examples
+and its discriminator, and in the next round every site trains its discriminator on the others' last features and its
+encoder against its own and the others' last discriminators. The noise on features is not differential privacy.
 """
 
 from dataclasses import dataclass
@@ -18,21 +17,22 @@ from torch import nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fed-align.State", 1)
 class State(NamedTuple):
-    """The model; and of each site, the last features [m, F] and the last discriminator."""
+    """The model and, for each site, the last features [m, F] and the last discriminator."""
 
     round: int
     params: Tree
@@ -41,14 +41,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedAlign(Method[State]):
-    """FedAvg whose encoders also learn to pass, at every other site's discriminator, for that site's own.
+class FedAlign(SizeWeighted[State]):
+    """FedAvg whose encoders also learn features that every other site's discriminator takes for that site's own.
 
     Attributes:
         start: The round in which alignment begins; 5 of 50 epochs in the paper.
-        noise: The deviation of the noise on features, as a share of their own; 0.001 in the paper.
-        share: How many examples' features a site sends in a round.
-        weight: Of the discriminator's loss; 0.1 in the paper.
+        noise: Standard deviation of the noise on features, relative to their own; 0.001 in the paper.
+        share: Number of examples whose features a site sends in a round.
+        weight: Weight of the discriminator's loss; 0.1 in the paper.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -61,8 +62,8 @@ class FedAlign(Method[State]):
 
     @property
     def judge(self) -> Discriminator:
-        """What each site holds: F → 4 → 1, as in the paper."""
-        return Discriminator(encoded_width(self.task), 1, 4)
+        """The discriminator of each site: F → 4 → 1, as in the paper."""
+        return Discriminator(encoded_width(self.task.network), 1, 4)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, {})
@@ -93,14 +94,12 @@ class FedAlign(Method[State]):
                 if foreign is None:
                     continue
                 with still(model):
-                    h = encoded(self.task, model, batch[0])
+                    h = encoded(self.task.network, model, batch[0])
                 # L_D = −log D_i(f_i) − log(1 − D_i(f_j))
                 guess(self.weight * tell_apart(judge(h.detach()), judge(foreign)))
                 # L_G = −log D_i(f_i) − Σ_j log D_j(f_i)
                 align(torch.stack([pass_for_real(other(h)) for other in (judge, *theirs)]).sum())
-        update = WeightedMean.of(
-            tree.sub(params_of(model), begin), 1.0 if self.uniform else float(len(site.data["train"]))
-        )
+        update = WeightedMean.of(tree.sub(params_of(model), begin), self.site_weight(site))
         held = params_of(judge)
         sent = {"features": {"h": self._features(model, site, request.round)}, "judge": held}
         gathered = {part: PerSite({site.name: leaves}) for part, leaves in sent.items()}
@@ -115,8 +114,8 @@ class FedAlign(Method[State]):
         )
 
     def _features(self, model: nn.Module, site: Site, round: int) -> torch.Tensor:
-        """Features of ``share`` training examples at random, plus N(0, (noise · std)²)."""
+        """Return features of ``share`` random training examples, plus ``N(0, (noise · std)²)``."""
         rng, data = site.rng(round, "features"), site.data["train"]
         chosen = torch.randperm(len(data), generator=rng)[: self.share]
-        h = encode_all(self.task, model, data, site.device, chosen)
+        h = encode_all(self.task.network, model, data, site.device, chosen)
         return h + self.noise * h.std() * torch.randn(h.shape, generator=rng)

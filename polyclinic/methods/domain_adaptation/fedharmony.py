@@ -1,12 +1,12 @@
-"""FedHarmony: features that no longer tell which scanner they come from.
+"""FedHarmony: features from which the scanner cannot be identified.
 
 Dinsdale, Jenkinson and Namburete, "FedHarmony: Unlearning Scanner Bias with Distributed Data", MICCAI 2022: three
 updates for each minibatch, others' features drawn from Gaussians, FedProx's penalty with a norm that is not squared,
 and equal weights ("FedEqual"). https://arxiv.org/abs/2205.15970.
 
-Departures. In the first round no Gaussians are known, and only the main task is trained. A site draws as many features
-of others as it has of its own, evenly. The paper's factors of 10 and 100 before the second and third loss have no
-effect under Adam, which it uses, and are 1 here; the third learning rate is half the others', as there.
+Departures: in the first round no Gaussians are available, and only the main task is trained. A site draws as many
+features of others as it has of its own, evenly. The paper's factors of 10 and 100 on the second and third loss have no
+effect under Adam, which it uses, and are 1 here; the third learning rate is half the others', as in the paper.
 """
 
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, confusion, moments
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
@@ -42,15 +42,16 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedHarmony(Method[State]):
-    """Sites unlearn the scanner: a shared classifier guesses the site of a feature, and encoders learn to confuse it.
+    """Sites unlearn the scanner: a shared classifier predicts a feature's site, and encoders learn to confuse it.
 
-    Other sites' features are drawn from a mean and a deviation for each feature, which is all that sites exchange of
-    them.
+    Other sites' features are drawn from a mean and a standard deviation per feature, which is all that sites exchange
+    of them.
 
     Attributes:
-        sites: Who trains, in the order of the classifier's outputs.
+        sites: The training sites, in the order of the classifier's outputs.
         mu: μ, the weight of the distance to the received model; 0.1 in the paper.
-        domain: The weight of the classifier's loss. ``unlearn``: that of the confusion.
+        domain: Weight of the classifier's loss.
+        unlearn: Weight of the confusion loss.
     """
 
     task: Task
@@ -63,7 +64,7 @@ class FedHarmony(Method[State]):
     @property
     def judge(self) -> Discriminator:
         """The domain classifier."""
-        return Discriminator(encoded_width(self.task), len(self.sites), 32)
+        return Discriminator(encoded_width(self.task.network), len(self.sites), 32)
 
     def init(self, params: Tree) -> State:
         return State(0, params, self.judge.first(), {})
@@ -88,7 +89,7 @@ class FedHarmony(Method[State]):
                 if not others:
                     continue
                 with still(model):
-                    own = encoded(self.task, model, batch[0])
+                    own = encoded(self.task.network, model, batch[0])
                 drawn, places = self._draw(request, others, len(own), gaussian_rng)
                 features = torch.cat([own.detach(), drawn.to(own)])
                 truth = torch.cat([torch.full((len(own),), here), places]).to(site.device)
@@ -98,7 +99,7 @@ class FedHarmony(Method[State]):
             "update": tree.sub(params_of(model), start),
             "judge": tree.sub(params_of(judge), request.trees["judge"]),
         }
-        gaussian = PerSite({site.name: moments(encode_all(self.task, model, site.data["train"], site.device))})
+        gaussian = PerSite({site.name: moments(encode_all(self.task.network, model, site.data["train"], site.device))})
         return Reply(
             {**{part: WeightedMean.of(leaves) for part, leaves in reply.items()}, "gaussian": gaussian}
         ), memory
@@ -112,7 +113,7 @@ class FedHarmony(Method[State]):
         )
 
     def _draw(self, request: Request, others: list[int], count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """About ``count`` features f ~ N(μ_k, diag σ_k²) of the other sites k, and those k."""
+        """Return about ``count`` features ``f ~ N(μ_k, diag σ_k²)`` of the other sites k, and those k."""
         each, found = max(1, count // len(others)), []
         for k in others:
             known = request.trees[f"gaussian.{self.sites[k]}"]
@@ -121,7 +122,7 @@ class FedHarmony(Method[State]):
 
 
 def _distance(model: nn.Module, origin: Tree) -> Tensor:
-    """‖θ − θ_g‖, not squared."""
+    """Return ``‖θ − θ_g‖``, not squared."""
     distance: Tensor = torch.linalg.vector_norm(
         torch.cat([(p - origin[n]).flatten() for n, p in model.named_parameters()])
     )

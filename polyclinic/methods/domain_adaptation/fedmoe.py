@@ -4,7 +4,7 @@ Li, Gu, Dvornek, Staib, Ventola and Duncan, "Multi-site fMRI analysis using priv
 domain adaptation: ABIDE results", Medical Image Analysis 2020, section 2.3.2. https://arxiv.org/abs/2001.05647.
 
 The private model learns from its own loss, the federated one and the gate from the mixture's. Logits are mixed. For
-images, the gate sees each channel's mean and deviation instead of every pixel.
+images, the gate receives each channel's mean and standard deviation instead of every pixel.
 """
 
 from dataclasses import dataclass
@@ -17,11 +17,10 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_mixture import Mixture
 from polyclinic.learning.networks.model_tree import initial
-from polyclinic.learning.tasks.task import Batch, Task
-from polyclinic.learning.training.local import LocalTraining
+from polyclinic.learning.tasks.task import Task
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -29,18 +28,22 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 class FedMoE(FedAvg):
     """FedAvg of one expert; a second expert and the gate between them never leave the site.
 
-    The gate can lean on the private model where a site is unlike the others, and on the federated one elsewhere.
+    Attributes:
+        uniform: Whether all sites have equal weight, as in the paper, instead of in proportion to their training
+            examples.
     """
+
+    uniform: bool = True
 
     @property
     def prediction_task(self) -> Task:
-        return predicting_with(self.task, Mixture(self.task.network))
+        return self.task.with_network(Mixture(self.task.network))
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = self.site_model(request, memory)
         end = self.local.fit(self.prediction_task, start, site, request.round, loss=self._loss)
         update = tree.under("shared", tree.sub(end, start))
-        return Reply({"update": WeightedMean.of(update, self.weight(site))}), {
+        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), {
             **memory,
             "own": tree.select(end, _private),
         }
@@ -51,7 +54,7 @@ class FedMoE(FedAvg):
         return {**tree.prefixed("shared", params), **own}
 
     def _first(self, params: Tree) -> Tree:
-        """A private model that begins as the federated one, and a gate at one half."""
+        """Return a private model equal to the federated one, and a gate at one half."""
         gate = tree.select(initial(self.prediction_task.network, 0), lambda name: name.startswith("gate."))
         return {**tree.prefixed("own", params), **{name: torch.zeros_like(leaf) for name, leaf in gate.items()}}
 
@@ -61,8 +64,3 @@ class FedMoE(FedAvg):
 
 def _private(name: str) -> bool:
     return not name.startswith("shared.")
-
-
-def fed_moe(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = True) -> FedMoE:
-    """A federated and a private model, mixed by a private gate; sites count the same, as in the paper."""
-    return FedMoE(task, local, lr, uniform)

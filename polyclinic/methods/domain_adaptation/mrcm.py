@@ -1,10 +1,10 @@
-"""FL-MRCM: latent features of the sites with truth, aligned to those of a site without.
+"""FL-MRCM: latent features of the sites with references, aligned to those of a site without.
 
 Guo, Wang, Zhou, Jiang and Patel, "Multi-institutional Collaborations for Improving Deep Learning-based Magnetic
 Resonance Image Reconstruction Using Federated Learning", CVPR 2021, section 3.3 and Algorithm 2 (cross-site modeling).
-https://arxiv.org/abs/2103.02148. A round is two messages: the target sends latent features of its inputs, then each
-source trains, with a discriminator of its own that tells its features from the target's. The plain mean, as there;
-features are averaged over space.
+https://arxiv.org/abs/2103.02148. A round takes two requests: the target sends latent features of its inputs, then each
+source trains, with its own discriminator between its features and the target's. All sources have equal weight, as in
+the paper. Features are averaged over spatial axes.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.functional import still
 from polyclinic.learning.networks.latent import encode_all, encoded, encoded_width
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
-from polyclinic.learning.tasks.task import InEncoder, Task, cached_model
+from polyclinic.learning.tasks.task import InEncoder, Task
 from polyclinic.learning.training.local import LocalTraining, seeded
 
 
 @savable("fl-mrcm.State", 1)
 class State(NamedTuple):
-    """The model; and the target's latent features [m, F] in this round, where they have come."""
+    """The model; and the target's latent features [m, F] of this round, once received."""
 
     round: int
     params: Tree
@@ -38,38 +38,54 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class MRCM(Method[State]):
-    """FedAvg over the sources, whose encoders learn to make features that pass for the target's.
+    """FedAvg over the sources, whose encoders learn features that resemble the target's.
 
-    The target's truth is never used: it is the hospital that has images but no references.
+    The target's references are never used: it is a hospital that has images only.
 
     Attributes:
-        sources: Who trains. ``target``: whom the model is for.
-        adversarial: The weight of the alignment.
-        share: How many examples' features the target sends in a round.
+        sites: All sites; the sources are those other than the target.
+        target: The site that the model is for; the last of ``sites`` if empty.
+        adversarial: Weight of the alignment.
+        share: Number of examples whose features the target sends in a round.
     """
 
     task: Task
-    sources: tuple[str, ...]
-    target: str
+    sites: tuple[str, ...]
     local: LocalTraining = LocalTraining()
+    target: str = ""
     adversarial: float = 1.0
     share: int = 64
 
+    def __post_init__(self) -> None:
+        if self.aligned_to not in self.sites or len(self.sites) < 2:
+            there = ", ".join(self.sites)
+            raise ConfigError(f"target: {self.aligned_to!r} must be one of two or more sites; there are {there}")
+
+    @property
+    def aligned_to(self) -> str:
+        """The target site."""
+        return self.target or self.sites[-1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sites that train."""
+        return tuple(name for name in self.sites if name != self.aligned_to)
+
     @property
     def judge(self) -> Discriminator:
-        """What each source holds; its score is high for the target's features."""
-        return Discriminator(encoded_width(self.task), 1, 16)
+        """The discriminator of each source; its score is high for the target's features."""
+        return Discriminator(encoded_width(self.task.network), 1, 16)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        return Job("latent", sites=(self.target,)), Job("train", sites=self.sources)
+        return Job("latent", sites=(self.aligned_to,)), Job("train", sites=self.sources)
 
     def request(self, state: State) -> Request:
         if not state.latent:
-            return Request(state.round, {"params": state.params}, "latent", recipients=(self.target,))
+            return Request(state.round, {"params": state.params}, "latent", recipients=(self.aligned_to,))
         return Request(state.round, {"params": state.params, "latent": state.latent}, "train", recipients=self.sources)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
@@ -77,10 +93,10 @@ class MRCM(Method[State]):
         model = cached_model(self.task, start, site.device)
         if request.job == "latent":
             chosen = torch.randperm(len(data), generator=site.rng(request.round, "latent"))[: self.share]
-            latent = encode_all(self.task, model, data, site.device, chosen)
+            latent = encode_all(self.task.network, model, data, site.device, chosen)
             return Reply({"latent": PerSite({site.name: {"z": latent}})}), memory
         judge = cached_model(self.judge, memory.get("judge", self.judge.first()), site.device)
-        theirs = request.trees["latent"]["z"].to(site.device)
+        foreign = request.trees["latent"]["z"].to(site.device)
         learn, guess = self.local.stepper(model, request.round), self.local.stepper(judge, request.round)
         align = self.local.stepper(model, request.round, trainable=InEncoder(self.task))
         rng = site.rng(request.round, "train", "train", "")
@@ -90,33 +106,13 @@ class MRCM(Method[State]):
                 if not self.adversarial:
                     continue
                 with still(model):
-                    z = encoded(self.task, model, batch[0])
-                guess(tell_apart(judge(theirs), judge(z.detach())))
+                    z = encoded(self.task.network, model, batch[0])
+                guess(tell_apart(judge(foreign), judge(z.detach())))
                 align(self.adversarial * pass_for_real(judge(z)))
         update = WeightedMean.of(tree.sub(params_of(model), start))
         return Reply({"update": update}), {**memory, "judge": params_of(judge)}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.latent:
-            return state._replace(latent=reply.gather("latent")[self.target])
+            return state._replace(latent=reply.gather("latent")[self.aligned_to])
         return State(state.round + 1, reply.mean("update").apply_to(state.params), {})
-
-
-def mrcm(
-    task: Task,
-    local: LocalTraining,
-    sites: tuple[str, ...],
-    *,
-    target: str = "",
-    adversarial: float = 1.0,
-    share: int = 64,
-) -> MRCM:
-    """Sources aligned to a ``target`` whose truth is not used; the last site in order where none is named.
-
-    Raises:
-        ValueError: If the target is not a site, or there is no source.
-    """
-    target = target or sites[-1]
-    if target not in sites or len(sites) < 2:
-        raise ConfigError(f"target: {target!r} must be one of two or more sites; there are {', '.join(sites)}")
-    return MRCM(task, tuple(name for name in sites if name != target), target, local, adversarial, share)

@@ -1,9 +1,9 @@
-"""Agnostic federated learning: the model that is best for the worst mixture of sites.
+"""Agnostic federated learning: minimize the loss of the worst mixture of sites.
 
-Mehryar Mohri, Gary Sivek and Ananda Theertha Suresh, "Agnostic Federated Learning", ICML 2019, equation 4 and
-Algorithm 1 (stochastic AFL), https://arxiv.org/abs/1902.00146; a case of distributionally robust optimization. Sites
-take several local steps instead of one gradient, as Deng, Kamani and Mahdavi do (NeurIPS 2020,
-https://arxiv.org/abs/2102.12660), and all are asked.
+Mehryar Mohri, Gary Sivek and Ananda Theertha Suresh, "Agnostic Federated Learning", ICML 2019, equation 4 and Algorithm
+1 (stochastic AFL), https://arxiv.org/abs/1902.00146; a case of distributionally robust optimization. Departure: sites
+take several local steps instead of one gradient step, as in Deng, Kamani and Mahdavi (NeurIPS 2020,
+https://arxiv.org/abs/2102.12660), and all sites take part.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -25,7 +25,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("afl.State", 1)
 class State(NamedTuple):
-    """The model w, and λ, the part of each site in the mixture."""
+    """The model w, and λ, the share of each site in the mixture."""
 
     round: int
     params: Tree
@@ -34,12 +34,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class AFL(Method[State]):
-    """FedAvg whose sites' weights climb, after every round, where the loss is high.
+    """FedAvg whose site weights increase with the loss after every round.
 
     Attributes:
-        sites: Who may be in the mixture.
-        rate: γ_λ, how fast the weights climb.
-        lr: The server's step along the mean change.
+        sites: The sites of the mixture.
+        rate: γ_λ, the step size of the weights.
+        lr: Step size of the server along the mean change.
     """
 
     task: Task
@@ -48,7 +48,7 @@ class AFL(Method[State]):
     rate: float = 0.1
     lr: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {name: 1 / len(self.sites) for name in sorted(self.sites)})
@@ -69,16 +69,16 @@ class AFL(Method[State]):
         ), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        names, heard, update = sorted(state.shares), reply.gather("loss"), reply.mean("update")
-        # λ ← the nearest point to λ + γ F(w) among the mixtures. Of a site not heard, F counts as 0.
-        climbed = [state.shares[n] + self.rate * (float(heard[n]["F"]) if n in heard else 0.0) for n in names]
+        names, losses, update = sorted(state.shares), reply.gather("loss"), reply.mean("update")
+        # λ ← the projection of λ + γ F(w) onto the simplex. F of a site without a reply counts as 0.
+        climbed = [state.shares[n] + self.rate * (float(losses[n]["F"]) if n in losses else 0.0) for n in names]
         shares = dict(zip(names, on_simplex(torch.tensor(climbed, dtype=torch.float64)).tolist(), strict=True))
         params = update.apply_to(state.params, self.lr) if update.weight else state.params
         return State(state.round + 1, params, shares)
 
 
 def on_simplex(x: Tensor) -> Tensor:
-    """The point nearest to x [n] whose coordinates are at least 0 and add up to 1.
+    """Return the point nearest to x [n] whose coordinates are at least 0 and sum to 1.
 
     Duchi, Shalev-Shwartz, Singer and Chandra, ICML 2008, figure 1.
     """

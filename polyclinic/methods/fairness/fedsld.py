@@ -2,7 +2,7 @@
 
 Jun Luo and Shandong Wu, "FedSLD: Federated Learning with Shared Label Distribution for Medical Image Classification",
 ISBI 2022, Algorithm 1 and equation 3, https://arxiv.org/abs/2110.08378. The weight of an example in a minibatch is the
-federation's share of its class over the minibatch's; the ratio is our reading of equation 3.
+federation's share of its class divided by the minibatch's; the ratio is an interpretation of equation 3.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from torch.nn import functional as F
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fedsld.State", 1)
 class State(NamedTuple):
-    """The model, and how many examples of each class the federation has; empty before they were counted."""
+    """The model, and the federation's number of examples of each class; empty before they are counted."""
 
     round: int
     params: Tree
@@ -33,11 +35,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedSLD(Method[State]):
-    """FedAvg whose sites weigh examples so that every minibatch looks like the whole federation.
+class FedSLD(SizeWeighted[State]):
+    """FedAvg whose sites weight examples so that every minibatch has the class distribution of the federation.
 
-    Before the first round the sites' class counts are added up, once; only the sum is needed. Class weights and label
-    smoothing, where the task has them, give way to this.
+    Before the first round the sites' class counts are summed, once; only the sum is needed. This replaces the task's
+    class weights and label smoothing.
+
+    Attributes:
+        lr: Step size of the server along the mean change.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -53,9 +59,8 @@ class FedSLD(Method[State]):
         return once("count"), Job("train")
 
     def request(self, state: State) -> Request:
-        return Request(
-            state.round, {"params": state.params, "counts": state.counts}, "train" if state.counts else "count"
-        )
+        job = "train" if state.counts else "count"
+        return Request(state.round, {"params": state.params, "counts": state.counts}, job)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]
@@ -63,9 +68,8 @@ class FedSLD(Method[State]):
             labels = torch.cat([data[i][1] for i in torch.arange(len(data)).split(256)])
             found = torch.bincount(labels, minlength=self.task.network.outputs).double()
             return Reply({"classes": WeightedMean({"counts": found}, 1.0)}), memory
-        prior = (
-            request.trees["counts"]["counts"] / request.trees["counts"]["counts"].sum()
-        )  # p(c) = Σ_i n_{i,c} / Σ_i n_i
+        counts = request.trees["counts"]["counts"]
+        prior = counts / counts.sum()  # p(c) = Σ_i n_{i,c} / Σ_i n_i
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             return balanced(model(batch[0]), batch[1], prior)
@@ -82,7 +86,7 @@ class FedSLD(Method[State]):
 
 
 def balanced(logits: Tensor, targets: Tensor, prior: Tensor) -> Tensor:
-    """Mean_k p(y_k) / p_b(y_k) · CE_k, with p_b the shares of classes in this minibatch. Shape []."""
+    """Return ``mean_k p(y_k) / p_b(y_k) · CE_k``, with p_b the class shares of this minibatch. Shape []."""
     shares = torch.bincount(targets, minlength=len(prior)).to(logits.dtype) / len(targets)
     ratio = prior.to(logits)[targets] / shares[targets]
     return (ratio * F.cross_entropy(logits, targets, reduction="none")).mean()

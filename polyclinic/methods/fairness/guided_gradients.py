@@ -1,9 +1,9 @@
-"""Guided gradients: sites whose change points against the common direction do not count.
+"""Guided gradients: updates that oppose the mean direction have no weight.
 
 Guan, Yap, Bozoki and Liu's survey (Pattern Recognition 151, 2024) describes, for schizophrenia in structural MRI at
-several sites (Fan and others), an aggregation in which only positive weights are used, so that the global direction is
-kept. The formula was not at hand. We read it as a weight for each site of max(0, cos(Δ_k, Δ̄)), its agreement with the
-mean change Δ̄.
+several sites (Fan and others), an aggregation that uses only positive weights, so that the global direction is
+preserved. The formula was not available. Interpretation: the weight of a site is ``max(0, cos(Δ_k, Δ̄))``, the
+agreement of its change with the mean change Δ̄.
 """
 
 from dataclasses import dataclass
@@ -20,21 +20,18 @@ from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verd
 
 @dataclass(frozen=True)
 class Guided(Rule):
-    """The mean in which a site counts by the cosine of its update with the plain mean, and not at all below 0.
+    """The mean in which a site's weight is the cosine of its update with the plain mean, or 0 if that is negative.
 
     Attributes:
-        weighted: Whether to multiply by what sites claim to weigh.
+        weighted: Whether to multiply by the weights that the sites state.
     """
 
     weighted: bool = False
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """Σ a_k Δ_k / Σ a_k with a_k = max(0, ⟨Δ_k, Δ̄⟩ / (‖Δ_k‖ ‖Δ̄‖))"""
-        p = (
-            updates.weights / updates.weights.sum()
-            if self.weighted
-            else torch.full_like(updates.weights, 1 / len(updates))
-        )
+        """Aggregate by ``Σ a_k Δ_k / Σ a_k`` with ``a_k = max(0, ⟨Δ_k, Δ̄⟩ / (‖Δ_k‖ ‖Δ̄‖))``."""
+        w = updates.weights
+        p = w / w.sum() if self.weighted else torch.full_like(w, 1 / len(updates))
         along = updates.gram @ p
         cosine = along / (updates.norms * (p @ along).clamp_min(0).sqrt()).clamp_min(1e-300)
         guided = cosine.clamp_min(0) * p
@@ -42,9 +39,9 @@ class Guided(Rule):
 
 
 def guided_gradient(task: Task, local: LocalTraining, *, sized: bool = False) -> Robust:
-    """FedAvg in which sites count by their agreement with the mean direction.
+    """Compose FedAvg with the rule of guided gradients.
 
     Args:
-        sized: Whether sites also count in proportion to their examples.
+        sized: Whether weights are also proportional to the number of examples.
     """
     return Robust(FedAvg(task, local, uniform=not sized), Guided(sized))

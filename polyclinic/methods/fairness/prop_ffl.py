@@ -4,9 +4,9 @@ S. Maryam Hosseini, Milad Sikaroudi, Morteza Babaie and H. R. Tizhoosh, "Proport
 Federated Learning of Histopathology Images", IEEE Transactions on Medical Imaging 42 (2023), 1982-1995,
 https://doi.org/10.1109/TMI.2023.3234450.
 
-The paper's own loss was not at hand. What is built here is what its name and abstract say: proportional fairness in
-the sense of resource allocation, where hospital k's utility is how far its loss lies below a bound,
-max Σ p_k log(C - F_k(w)), whose gradient weighs site k by p_k / (C - F_k).
+The paper's own loss was not available. This implements what its title and abstract state: proportional fairness in
+the sense of resource allocation, in which hospital k's utility is the distance of its loss from a bound,
+``max Σ p_k log(C − F_k(w))``, whose gradient weights site k by ``p_k / (C − F_k)``.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -25,11 +25,12 @@ from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.risk import risk
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("prop-ffl.State", 1)
 class State(NamedTuple):
-    """The model and, between the two exchanges of a round, what each site counts."""
+    """The model and, between the two requests of a round, the weight of each site."""
 
     round: int
     params: Tree
@@ -37,13 +38,16 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PropFFL(Method[State]):
-    """FedAvg in which a hospital counts more, the nearer its loss is to the worst; in two exchanges a round.
+class PropFFL(SizeWeighted[State]):
+    """FedAvg in which a hospital's weight grows as its loss approaches the highest; two requests per round.
 
-    First every site says how wrong the model is there, one number; then it trains, and counts by that.
+    Each site first sends the loss of the model on its data, one number; then it trains and is weighted accordingly.
 
     Attributes:
-        margin: C, the bound on losses, in multiples of the highest. The nearer to 1, the more the worst site counts.
+        margin: C, the bound on losses, in multiples of the highest. Values near 1 give the worst site most of the
+            weight.
+        lr: Step size of the server along the mean change.
+        uniform: Whether p_k is equal for all sites, instead of proportional to their training examples.
     """
 
     task: Task
@@ -56,7 +60,9 @@ class PropFFL(Method[State]):
         if not self.margin > 1:
             raise ConfigError(f"margin must be above 1, so that no site's loss reaches the bound, not {self.margin}")
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, uniform=self.uniform)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
@@ -72,24 +78,24 @@ class PropFFL(Method[State]):
         return Request(state.round, {"params": state.params}, per_site=each, recipients=tuple(state.shares))
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
-        start, size = request.trees["params"], 1.0 if self.uniform else float(len(site.data["train"]))
+        start, size = request.trees["params"], self.site_weight(site)
         if request.job == "loss":
-            said = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
-            return Reply({"loss": PerSiteUniform({site.name: {"F, n": said}})}), memory
+            sent = torch.tensor([risk(self.task, start, site, request.round), size], dtype=torch.float64)
+            return Reply({"loss": PerSiteUniform({site.name: {"F, n": sent}})}), memory
         end = self.local.fit(self.task, start, site, request.round)
         return Reply({"update": WeightedMean.of(tree.sub(end, start), float(request.trees["share"]["a"]))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.shares:
-            said = {name: leaves["F, n"].tolist() for name, leaves in reply.gather("loss").items()}
-            losses, sizes = ({name: x[i] for name, x in said.items()} for i in (0, 1))
+            sent = {name: leaves["F, n"].tolist() for name, leaves in reply.gather("loss").items()}
+            losses, sizes = ({name: x[i] for name, x in sent.items()} for i in (0, 1))
             return state._replace(shares=proportional(losses, sizes, self.margin))
         change = tree.scale(reply.mean("update").value, self.lr)
         return State(state.round + 1, tree.shift(state.params, change), {})
 
 
 def proportional(losses: Mapping[str, float], sizes: Mapping[str, float], margin: float = 1.1) -> dict[str, float]:
-    """a_k ∝ p_k / (C - F_k) with C = margin · max F, adding up to 1."""
+    """Return ``a_k ∝ p_k / (C − F_k)`` with ``C = margin · max F``, normalized to sum to 1."""
     bound = margin * max(losses.values()) + 1e-12
     raw = {name: sizes[name] / (bound - loss) for name, loss in sorted(losses.items())}
     total = sum(raw.values())

@@ -1,8 +1,8 @@
 """q-fair federated learning.
 
 Tian Li, Maziar Sanjabi, Ahmad Beirami and Virginia Smith, "Fair Resource Allocation in Federated Learning", ICLR 2020,
-equation 2 and Algorithm 2 (q-FedAvg), https://arxiv.org/abs/1905.10497. As in the algorithm, sites count the same and L
-is one over the learning rate. Running statistics move by the mean under the same weights.
+equation 2 and Algorithm 2 (q-FedAvg), https://arxiv.org/abs/1905.10497. As in the algorithm, all sites have equal
+weight and L is one over the learning rate. Running statistics are updated by the mean with the same weights.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,16 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.risk import risk, trained
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
 class QFFL(FedAvg):
-    """FedAvg whose sites count more, the worse the model is at them: Σ F_k^{q+1} / (q + 1) made small.
+    """FedAvg that minimizes ``Σ F_k^{q+1} / (q + 1)``, so that sites with a higher loss have more weight.
 
     Attributes:
-        q: How much fairness counts; 0 is FedAvg with equal sites, and the larger, the nearer to the worst site alone.
+        q: The degree of fairness; 0 is FedAvg with equal weights, and large values approach minimizing the highest
+            loss.
     """
 
     uniform: bool = True
@@ -39,8 +38,3 @@ class QFFL(FedAvg):
         h = self.q * loss ** (self.q - 1) * square + L * loss**self.q
         step = {n: x * (L * loss**self.q / h) if n in learned else x for n, x in change.items()}
         return Reply({"update": WeightedMean.of(step, h)}), memory
-
-
-def q_ffl(task: Task, local: LocalTraining, *, q: float = 1.0, lr: float = 1.0) -> QFFL:
-    """FedAvg whose sites count more, the worse the model is at them."""
-    return QFFL(task, local, lr, q=q)

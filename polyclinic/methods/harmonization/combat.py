@@ -1,4 +1,4 @@
-"""ComBat from federated sums: each scanner's offset and scale, taken out of every feature.
+"""ComBat from federated sums: removes each scanner's offset and scale from every feature.
 
 Johnson, Li and Rabinovic, "Adjusting batch effects in microarray expression data using empirical Bayes methods",
 Biostatistics 2007, https://doi.org/10.1093/biostatistics/kxj037; for scanners: Fortin et al., NeuroImage 2018,
@@ -6,9 +6,9 @@ https://doi.org/10.1016/j.neuroimage.2017.11.024; without pooling: Chen, Luo, Ch
 "Privacy-preserving harmonization via distributed ComBat", NeuroImage 2022,
 https://doi.org/10.1016/j.neuroimage.2021.118822.
 
-The result is that of ComBat on pooled data. Two sums reach the server: those of the regression, then the squared
-residuals. The empirical Bayes step needs only a site's own data and stays there. The sums hold each site's own row, so
-secure summation hides nothing of it: a site reveals its mean of each feature and its number of examples.
+The result is that of ComBat on pooled data. The server receives two sums: those of the regression, then the squared
+residuals. The empirical Bayes step uses only a site's own data and stays there. The sums contain each site's own row,
+so that secure summation does not hide it: a site discloses its mean of each feature and its number of examples.
 """
 
 from dataclasses import dataclass
@@ -25,33 +25,34 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.affine import AffineInput
-from polyclinic.learning.networks.input_front import fronted, in_front
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
 from polyclinic.methods.harmonization.empirical_bayes import offsets
+from polyclinic.methods.harmonization.input_front import fronted, in_front
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal
 
 
 @savable("combat.State", 1)
 class State(NamedTuple):
-    """What is known of y = α + γ_site + β·c + σε: α [F], β [c, F], n; each γ [F], by site; σ [F]; whether all know."""
+    """Estimates of ``y = α + γ_site + β·c + σε``: α, σ [F], β [c, F], n; γ [F] by site; whether sites have them."""
 
     fit: Tree
     gamma: Trees
     sigma: Tree
-    told: bool
+    sent: bool
 
 
 @dataclass(frozen=True)
 class ComBat:
-    """Finds, for each site and feature, the offset γ and scale δ that its scanner adds, shrunk towards their mean.
+    """Estimates, for each site and feature, the scanner's offset γ and scale δ, shrunk towards their mean.
 
     Attributes:
-        sites: Who takes part.
-        covariates: Columns of the table whose effect is kept, such as age and sex; they are not changed themselves.
-        shrink: Whether a site's offsets and scales inform each other (empirical Bayes).
+        sites: The sites that take part.
+        covariates: Columns of the table whose effect is preserved, such as age and sex; they are not changed
+            themselves.
+        shrink: Whether to shrink a site's offsets and scales towards their mean (empirical Bayes).
     """
 
     task: Task
@@ -71,7 +72,7 @@ class ComBat:
         return once("regress"), once("residuals"), once("adjust", static=False)
 
     def request(self, state: State) -> Request | None:
-        if state.told:
+        if state.sent:
             return None
         job = "adjust" if state.sigma else "residuals" if state.fit else "regress"
         each = {name: {"own": leaves} for name, leaves in state.gamma.items()}
@@ -80,9 +81,9 @@ class ComBat:
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         y, c = self._table(site)
         if request.job == "regress":
-            here = torch.zeros(len(y), len(self.sites), dtype=torch.float64)
-            here[:, self.sites.index(site.name)] = 1.0
-            X = torch.cat([here, c], 1)
+            row = torch.zeros(len(y), len(self.sites), dtype=torch.float64)
+            row[:, self.sites.index(site.name)] = 1.0
+            X = torch.cat([row, c], 1)
             return Reply({"sums": WeightedMean({"XX": X.T @ X, "Xy": X.T @ y}, 1.0)}), memory
         fit = request.trees["fit"]
         mean = fit["alpha"] + c @ fit["beta"]
@@ -95,7 +96,7 @@ class ComBat:
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.sigma:
-            return state._replace(told=True)
+            return state._replace(sent=True)
         sums = reply.mean("sums").total
         if state.fit:  # σ² = RSS / n; a feature that never varies keeps its scale
             sigma = (sums["square"] / state.fit["n"]).sqrt()
@@ -112,7 +113,7 @@ class ComBat:
         return self._front(zero, torch.zeros(c, F, dtype=torch.float64), one, zero, one)
 
     def _front(self, alpha: Tensor, beta: Tensor, sigma: Tensor, gamma: Tensor, delta: Tensor) -> Tree:
-        """σ ((x − α − βc)/σ − γ)/√δ + α + βc, as scale · x + shift + carry · c; covariates stay as they are."""
+        """Return ``σ ((x − α − βc)/σ − γ)/√δ + α + βc`` as ``scale · x + shift + carry · c``; covariates stay."""
         shape, kept, k = self.task.network.inputs, self._kept, 1 / delta.sqrt()
         size = torch.Size(shape).numel()
         scale, shift, carry = torch.ones(size), torch.zeros(size), torch.zeros(size, len(self.covariates))
@@ -123,11 +124,11 @@ class ComBat:
 
     @property
     def _kept(self) -> list[int]:
-        """Which features are harmonized: all but the covariates."""
+        """The features that are harmonized: all but the covariates."""
         return [v for v in range(torch.Size(self.task.network.inputs).numel()) if v not in self.covariates]
 
     def _table(self, site: Site) -> tuple[Tensor, Tensor]:
-        """A site's features [n, F] and covariates [n, c], in double precision."""
+        """Return a site's features [n, F] and covariates [n, c], in double precision."""
         data = site.data["train"]
         y = data[torch.arange(len(data))][0].double().flatten(1)
         if not bool(y.isfinite().all()):
@@ -144,7 +145,11 @@ def combat(
     shrink: bool = True,
     uniform: bool = False,
 ) -> Prepared:
-    """FedAvg on features that ComBat harmonized; ``covariates`` are the columns whose effect is kept."""
+    """Compose the estimation of ComBat with FedAvg on the harmonized features.
+
+    Args:
+        covariates: Columns of the table whose effect is preserved, such as age and sex.
+    """
     task = fronted(task, AffineInput(task.network.inputs, covariates))
     return Prepared(
         ComBat(task, sites, covariates, shrink), Personal(FedAvg(task, local, uniform=uniform), in_front), task

@@ -1,4 +1,4 @@
-"""Empirical Bayes for offsets and scales: many features of one site inform each other.
+"""Empirical Bayes estimates of offsets and scales, shared across the features of one site.
 
 Johnson, Li and Rabinovic, "Adjusting batch effects in microarray expression data using empirical Bayes methods",
 Biostatistics 2007, section 3.2. https://doi.org/10.1093/biostatistics/kxj037.
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def offsets(Z: Tensor, shrink: bool = True, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """γ* and δ* of one site's standardized features Z [n, F]: their means and variances, or the posterior's modes.
+    """Return γ* and δ* of one site's standardized features Z [n, F]: means and variances, or the posterior modes.
 
-    Priors: γ ~ N(γ̄, τ²), δ ~ inverse gamma(a, b), whose parameters are those of the site's own features.
+    Priors: γ ~ N(γ̄, τ²), δ ~ inverse gamma(a, b), with parameters estimated from the site's own features.
     """
     n, F = Z.shape
     g, d = Z.mean(0), Z.var(0) if n > 1 else torch.ones_like(Z[0])

@@ -1,13 +1,13 @@
-"""HarmoFL: one amplitude for all images, and flat minima for all sites.
+"""HarmoFL: one amplitude spectrum for all images, and flat minima for all sites.
 
 Jiang, Wang and Dou, "HarmoFL: Harmonizing Local and Global Drifts in Federated Learning on Heterogeneous Medical
 Images", AAAI 2022: amplitude normalization (equations 3 and 4) and weight perturbation (equation 6).
 https://arxiv.org/abs/2112.10775.
 
-Departures. Sites find their mean amplitudes in a message of its own before training, so that the first round already
-sees harmonized images; there, they are averaged after it. The running mean begins at the first minibatch and has the
-decay that was meant (the published code rounds it to 0 and so keeps the first minibatch). The window is a share of the
-spectrum; the published code's touches one frequency only. Normalization layers are the network's own.
+Departures: sites average their amplitudes in a separate request before training, so that the first round already uses
+harmonized images; in the paper they are averaged after it. The running mean starts with the first minibatch and has the
+intended decay (the published code rounds it to 0 and so keeps the first minibatch). The window is a share of the
+spectrum; the published code's covers one frequency only. Normalization layers are the network's own.
 """
 
 from dataclasses import dataclass, replace
@@ -16,24 +16,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
-from polyclinic.learning.networks.input_front import fronted, with_front
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
+from polyclinic.methods.harmonization.input_front import fronted, with_front
 
 
 @savable("harmofl.State", 1)
 class State(NamedTuple):
-    """The model, its front's amplitude among it, and whether that amplitude is known."""
+    """The model including its front's amplitude, and whether that amplitude is known."""
 
     round: int
     params: Tree
@@ -41,29 +42,35 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HarmoFL(Method[State]):
-    """Sites agree on the mean amplitude spectrum of all images, give it to every image, and train for flat minima.
+class HarmoFL(SizeWeighted[State]):
+    """Sites agree on the mean amplitude spectrum of all images, apply it to every image, and train for flat minima.
 
-    Scanners differ mostly in low-frequency amplitude; anatomy lives in the phase, which is kept. Perturbing weights
-    while training then makes minima wide enough to hold every site's.
+    Scanners differ mostly in low-frequency amplitudes; anatomy is encoded in the phase, which is unchanged. The
+    gradient is taken at ``θ + α ∇L(θ) / ‖∇L(θ)‖``, which leads to wide minima that suit all sites.
 
     Attributes:
-        task: With a network that has an ``AmplitudeNormalizer`` before it.
-        window: The share of the spectrum that is normalized, 1 for all of it; the published code's is one frequency.
-        alpha: α, the length of the step to where the gradient is taken; 0.05 in the paper.
+        window: The share of the spectrum that is normalized, 1 for all of it.
+        alpha: α, the length of the perturbation of weights; 0.05 in the paper.
         decay: v, the weight of each new minibatch in the running mean of amplitudes; 0.1 in the paper.
-        uniform: Whether every site counts the same, as in the paper.
+        uniform: Whether all sites have equal weight, as in the paper, instead of in proportion to their examples.
     """
 
     task: Task
-    window: float
     local: LocalTraining = LocalTraining()
+    window: float = 1.0
     alpha: float = 0.05
     decay: float = 0.1
     uniform: bool = True
 
+    def __post_init__(self) -> None:
+        _ = self.prediction_task  # refuses tables and impossible windows
+
+    @property
+    def prediction_task(self) -> Task:
+        return fronted(self.task, AmplitudeNormalizer(self.task.network.inputs, self.window))
+
     def init(self, params: Tree) -> State:
-        return State(0, with_front(self.task, params), False)
+        return State(0, with_front(self.prediction_task, params), False)
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -76,22 +83,17 @@ class HarmoFL(Method[State]):
         if request.job == "amplitude":
             return Reply({"amplitude": WeightedMean.of({"low": self._amplitude(site, request.round)})}), memory
         start = request.trees["params"]
-        end = self.local.fit(self.task, start, site, request.round, loss=self.loss if self.alpha else None)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), weight)}), memory
+        end = self.local.fit(self.prediction_task, start, site, request.round, loss=self.loss if self.alpha else None)
+        return Reply({"update": self.update(end, start, site)}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.harmonized:
             amplitude = {"amplitude": reply.mean("amplitude").value["low"]}
-            return State(0, with_front(self.task, state.params, amplitude), True)
+            return State(0, with_front(self.prediction_task, state.params, amplitude), True)
         return State(state.round + 1, reply.mean("update").apply_to(state.params), True)
 
-    @property
-    def prediction_task(self) -> Task:
-        return self.task
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """L(θ + δ) with δ = α ∇L(θ) / ‖∇L(θ)‖, whose gradient at θ is that of L at θ + δ."""
+        """Return ``L(θ + δ)`` with ``δ = α ∇L(θ) / ‖∇L(θ)‖``, whose gradient at θ is that of L at θ + δ."""
         named = dict(model.named_parameters())
         with still(model):
             slopes = torch.autograd.grad(self.task.loss(model, batch), list(named.values()), allow_unused=True)
@@ -101,26 +103,12 @@ class HarmoFL(Method[State]):
         return at(model, moved, self.task.loss, batch)
 
     def _amplitude(self, site: Site, round: int) -> Tensor:
-        """Â ← (1 − v) Â + v · mean A(x) over the minibatches of one pass, low frequencies only: [C, *window]."""
+        """Return ``Â ← (1 − v) Â + v · mean A(x)`` over the minibatches of an epoch, low frequencies: [C, *window]."""
         once, rng = replace(self.local, epochs=1, steps=None, augment=None), site.rng(round, "amplitude")
         running: Tensor | None = None
         for x, _ in once.batches(site.data["train"], rng):
             mean = crop(spectrum(x)[0], self.window).mean(0)
             running = mean if running is None else (1 - self.decay) * running + self.decay * mean
         if running is None:
-            raise ConfigError(f"site {site.name!r} has no training images to take an amplitude of")
+            raise ConfigError(f"site {site.name!r} has no training images, of which an amplitude could be computed")
         return running
-
-
-def harmofl(
-    task: Task,
-    local: LocalTraining,
-    *,
-    window: float = 1.0,
-    alpha: float = 0.05,
-    decay: float = 0.1,
-    uniform: bool = True,
-) -> HarmoFL:
-    """Amplitude normalization over a ``window`` of the spectrum, 1 for all of it, and training for flat minima."""
-    front = AmplitudeNormalizer(task.network.inputs, window)
-    return HarmoFL(fronted(task, front), window, local, alpha, decay, uniform)

@@ -1,4 +1,4 @@
-"""A front that bends the scale of gray values: piecewise linear and increasing, channel by channel."""
+"""A front that maps gray values by a piecewise linear, increasing function, channel by channel."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MonotoneMap:
-    """Builds the front that takes the knots ``here`` to the knots ``there``, [channels, knots]; at first, the identity.
+    """Builds the front that maps the knots ``here`` to the knots ``there``, [channels, knots]; initially the identity.
 
-    Between knots it is linear; beyond the last ones it keeps the distance to them.
+    It is linear between knots, and has slope 1 beyond the last ones.
 
     Attributes:
-        channels: Of the images, or columns of the table.
-        knots: How many, at least 2.
+        channels: Number of channels of the images, or columns of the table.
+        knots: Number of knots, at least 2.
     """
 
     channels: int
     knots: int
 
     def __call__(self) -> nn.Module:
-        """The front."""
+        """Build the front."""
         return _Bent(self)
 
 
@@ -36,7 +36,7 @@ class _Bent(nn.Module):
         self.register_buffer("there", knots.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, C, *spatial] or [b, C] to the same."""
+        """Map [b, C, *spatial] or [b, C] to the same shape."""
         flat = x.transpose(0, 1).flatten(1).contiguous()
         right = torch.searchsorted(self.here, flat).clamp(1, self.here.shape[1] - 1)
         left = right - 1

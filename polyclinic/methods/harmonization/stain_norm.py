@@ -4,10 +4,10 @@ Ke, Shen and Lu, "Style Normalization in Histology with Federated Learning", ISB
 Liang, Shen and Ke, "A Federated Learning System for Histopathology Image Analysis With an Orchestral
 Stain-Normalization GAN", IEEE Transactions on Medical Imaging 2023, https://doi.org/10.1109/TMI.2022.3221724.
 
-The papers' bodies were not at hand; this is a reading of their abstracts. A generator is averaged over sites, a
-discriminator stays at each. The generator sees an image without its style (each channel standardized) and must pass
-for the images of every site at once, while keeping the structure. The network then trains on normalized images.
-Self-distillation over time, of the second paper, is left out. The generator's messages precede the first round.
+The full texts were not available; this follows the abstracts. A generator is averaged over sites, a discriminator stays
+at each. The generator receives an image without its style (each channel standardized), and its output must be
+classified as real by every site's discriminator while preserving the structure. The network then trains on normalized
+images. Self-distillation over time, of the second paper, is omitted. The generator is trained before the first round.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.input_front import fronted
-from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.objectives.style_translation import (
     Stain,
     Translator,
@@ -31,15 +30,16 @@ from polyclinic.learning.objectives.style_translation import (
     in_turn,
     outside_judges,
 )
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
+from polyclinic.methods.harmonization.input_front import fronted
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @savable("stain-norm.State", 1)
 class State(NamedTuple):
-    """How often the generator was averaged, and the generator."""
+    """The number of times that the generator was averaged, and the generator."""
 
     exchanged: int
     generator: Tree
@@ -47,13 +47,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class OneStyle:
-    """Finds one generator for all sites, whose images pass for those of each.
+    """Trains one generator for all sites, whose images every site's discriminator classifies as real.
 
     Attributes:
-        exchanges: How often the generator is averaged.
-        epochs: Passes over a site's images between two of them; ``lr``: the step of Adam.
-        structure: λ, the weight of keeping the structure.
-        width: Of the generator and the discriminators.
+        exchanges: Number of times that the generator is averaged.
+        epochs: Epochs over a site's images between two of them.
+        lr: Step size of Adam.
+        structure: λ, the weight of preserving the structure.
+        width: Width of the generator and the discriminators.
     """
 
     task: Task
@@ -109,7 +110,15 @@ def stain_norm(
     width: int = 16,
     uniform: bool = False,
 ) -> Prepared:
-    """FedAvg on images that one generator, averaged over sites, gave a common style."""
+    """Compose the training of the generator with FedAvg on normalized images.
+
+    Args:
+        exchanges: Number of times that the generator is averaged.
+        epochs: Epochs over a site's images between two of them.
+        lr: Step size of the generator's Adam.
+        structure: λ, the weight of preserving the structure.
+        width: Width of the generator and the discriminators.
+    """
     images_only(task.network.inputs)
     found = OneStyle(task, exchanges, epochs, lr, structure, width, local.batch_size)
     task = fronted(task, Translator(task.network.inputs, width, standardize=True))

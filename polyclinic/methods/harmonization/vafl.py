@@ -1,14 +1,15 @@
-"""VAFL: every hospital's images in the style of the one that varies least.
+"""VAFL: every hospital's images are translated to the style of the site with the lowest variation.
 
 Yan, Wicaksana, Wang, Yang and Cheng, "Variation-Aware Federated Learning With Multi-Source Decentralized Medical Image
 Data", IEEE Journal of Biomedical and Health Informatics 2021. https://doi.org/10.1109/JBHI.2020.3040015.
 
-The paper's body was not at hand; this is a reading of its abstract. The site of the lowest complexity makes images with
-a Wasserstein GAN (without PPWGAN-GP's noise) and shares those that are distinct from every real one; every other site
-learns to translate its images into that style with a CycleGAN of its own; FedAvg then trains on translated images.
-Complexity is here the mean variance of a pixel over a site's images, each standardized. All this precedes round 0.
+The full text was not available; this follows the abstract. The site of the lowest complexity generates images with a
+Wasserstein GAN (without PPWGAN-GP's noise) and shares those that are distinct from every real one; every other site
+learns to translate its images into that style with its own CycleGAN; FedAvg then trains on translated images.
+Complexity is the mean variance of a pixel over a site's standardized images. All this precedes round 0.
 
-Distinct is further from the nearest real image than half of the real ones are from theirs. It guarantees no privacy.
+An image is distinct if it is further from the nearest real image than the median distance of real images to their
+nearest ones. This does not guarantee privacy.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.input_front import fronted, in_front
-from polyclinic.learning.networks.model_tree import initial, params_of
+from polyclinic.learning.networks.model_tree import cached_model, initial, params_of
 from polyclinic.learning.objectives.style_translation import (
     Cycle,
     Synthesis,
@@ -35,16 +35,17 @@ from polyclinic.learning.objectives.style_translation import (
     in_turn,
     standardized,
 )
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
+from polyclinic.methods.harmonization.input_front import fronted, in_front
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal
 
 
 @savable("vafl.State", 1)
 class State(NamedTuple):
-    """Each site's complexity, the shared images, and whether all others have learned to translate."""
+    """Each site's complexity, the shared images, and whether all other sites have trained their translators."""
 
     complexity: Trees
     images: Tree
@@ -53,13 +54,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class CommonStyle:
-    """Finds a translator for each site, from its own style to that of the site that varies least.
+    """Trains a translator for each site, from its own style to that of the site with the lowest variation.
 
     Attributes:
-        epochs: Passes over a site's images for each of the two adversarial trainings; ``lr``: their Adam's step.
-        share: How many made images are shared.
-        width: Of translators, generator and critics.
-        cycle: λ, the weight of translating there and back; 10 in CycleGAN, which takes many more steps.
+        epochs: Epochs over a site's images for each of the two adversarial trainings.
+        lr: Step size of their Adam.
+        share: Number of generated images that are shared.
+        width: Width of translators, generator and critics.
+        cycle: λ, the weight of cycle consistency; 10 in CycleGAN, which takes many more steps.
     """
 
     task: Task
@@ -114,7 +116,7 @@ class CommonStyle:
         return tree.prefixed("front", initial(Translator(self.task.network.inputs, self.width), 0))
 
     def _synthesize(self, site: Site) -> Tensor:
-        """Made images that are distinct from every real one, those first that the critic likes best."""
+        """Return generated images that are distinct from every real one, ordered by the critic's score."""
         gan, rng = Synthesis(self.task.network.inputs, self.width), site.rng(0, "noise")
         model: Any = cached_model(gan, gan.first(), site.device)
         images = site.data["train"][torch.arange(len(site.data["train"]))][0]
@@ -139,7 +141,7 @@ class CommonStyle:
         return chosen
 
     def _translator(self, images: Tensor, site: Site) -> Tree:
-        """A way from this site's style to that of ``images``, by a cycle."""
+        """Return a translator from this site's style to that of ``images``, trained by cycle consistency."""
         cycle, rng = Cycle(self.task.network.inputs, self.width, self.cycle), site.rng(0, "pairs")
         model: Any = cached_model(cycle, cycle.first(), site.device)
 
@@ -169,7 +171,15 @@ def vafl(
     cycle: float = 1.0,
     uniform: bool = False,
 ) -> Prepared:
-    """FedAvg on images translated to the style of the site that varies least; unseen sites' are left as they are."""
+    """Compose the training of translators with FedAvg on translated images. An unseen site's images are not changed.
+
+    Args:
+        epochs: Epochs over a site's images for each of the two adversarial trainings.
+        lr: Step size of their Adam.
+        share: Number of generated images that are shared.
+        width: Width of translators, generator and critics.
+        cycle: λ, the weight of cycle consistency; 10 in CycleGAN, which takes many more steps.
+    """
     images_only(task.network.inputs)
     found = CommonStyle(task, epochs, lr, share, width, cycle, local.batch_size)
     task = fronted(task, Translator(task.network.inputs, width))

@@ -1,6 +1,6 @@
-"""The federated z-score: images and columns of mean 0 and deviation 1, over all sites or within each.
+"""Federated z-score: images and columns with mean 0 and standard deviation 1, over all sites or within each.
 
-Textbook statistics; sums only. The simplest harmonization, and the one to beat.
+Textbook statistics from sums only; the simplest harmonization, and a baseline for the others.
 """
 
 import math
@@ -17,28 +17,28 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.affine import AffineInput
-from polyclinic.learning.networks.input_front import fronted, in_front
 from polyclinic.learning.tasks.data_sums import Summary, count_up
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
+from polyclinic.methods.harmonization.input_front import fronted, in_front
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal
 
 
 @savable("zscore.State", 1)
 class State(NamedTuple):
-    """The sums of all sites' data; nothing at first."""
+    """The sums of all sites' data; initially empty."""
 
     sums: Tree
 
 
 @dataclass(frozen=True)
 class ZScore:
-    """Finds the mean and the deviation of every channel or column, over all sites, and within each where asked.
+    """Computes the mean and standard deviation of every channel or column, over all sites or within each.
 
     Attributes:
-        by_site: Whether a site uses its own mean and deviation instead of everyone's.
+        by_site: Whether a site uses its own mean and standard deviation instead of those of all sites.
     """
 
     task: Task
@@ -68,7 +68,7 @@ class ZScore:
         return self.standardize(state.sums)
 
     def standardize(self, sums: Tree) -> Tree:
-        """The front x ↦ (x − mean) / deviation; constant channels are only centered. The identity without sums."""
+        """Return the front ``x ↦ (x − mean) / deviation``; constant channels are centered only. Identity if empty."""
         shape = affine_shape(self.task)
         if not sums:
             return {"front.scale": torch.ones(shape), "front.shift": torch.zeros(shape)}
@@ -79,13 +79,17 @@ class ZScore:
 
 
 def affine_shape(task: Task) -> tuple[int, ...]:
-    """One number for each channel of an image, or column of a table, in a shape that broadcasts."""
+    """Return a shape with one number per channel of an image, or column of a table, that broadcasts."""
     channels, *spatial = task.network.inputs
     return (channels, *[1] * len(spatial))
 
 
 def zscore(task: Task, local: LocalTraining, *, by_site: bool = False, uniform: bool = False) -> Prepared:
-    """FedAvg on inputs of mean 0 and deviation 1, of all sites together or of each by itself."""
+    """Compose the statistics with FedAvg on standardized inputs.
+
+    Args:
+        by_site: Whether a site uses its own mean and standard deviation instead of those of all sites.
+    """
     task = fronted(task, AffineInput(affine_shape(task)))
     plain = FedAvg(task, local, uniform=uniform)
     return Prepared(ZScore(task, by_site), Personal(plain, in_front) if by_site else plain, task)

@@ -1,8 +1,8 @@
-"""FedNova: averaging of changes per unit of work, so that a site that works more does not pull the model to itself.
+"""FedNova: changes are averaged per unit of work, so that sites with more steps do not dominate.
 
 Wang, Liu, Liang, Joshi and Poor, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
 Optimization", NeurIPS 2020, equations 6 and 7 and, for ‖a‖₁, sections 3 and 4. https://arxiv.org/abs/2007.07481.
-Running statistics are not weights: they move by the plain mean.
+Running statistics are not weights and are updated by the plain mean.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from polyclinic.methods.optimization.fedavg import FedAvg, State
 
 
 def accumulation(steps: int, momentum: float = 0.0, shrink: float = 0.0) -> float:
-    """‖a‖₁: how much of a constant gradient ``steps`` steps of SGD add up to, in steps.
+    """Return ‖a‖₁: the accumulated effect of a constant gradient over ``steps`` steps of SGD, in steps.
 
     Args:
-        momentum: ρ. With it, ‖a‖₁ = (τ − ρ (1 − ρ^τ) / (1 − ρ)) / (1 − ρ).
-        shrink: α = η μ, of a proximal penalty. With it, ‖a‖₁ = (1 − (1 − α)^τ) / α.
+        momentum: ρ. With it, ``‖a‖₁ = (τ − ρ (1 − ρ^τ) / (1 − ρ)) / (1 − ρ)``.
+        shrink: α = η μ, of a proximal penalty. With it, ``‖a‖₁ = (1 − (1 − α)^τ) / α``.
     """
     if momentum and shrink:
         raise ConfigError(
@@ -40,12 +40,12 @@ def accumulation(steps: int, momentum: float = 0.0, shrink: float = 0.0) -> floa
 class FedNova(FedAvg):
     """FedAvg whose sites send their change per unit of local work.
 
-    Where sites take different numbers of steps (more data, faster machines), FedAvg converges to the minimum of
-    another objective than the one asked for. Here each change is divided by the work ‖a_i‖₁ behind it, averaged, and
-    multiplied with the mean work.
+    If sites take different numbers of steps (more data, faster machines), FedAvg converges to the minimum of a
+    different objective. Each change is therefore divided by its work ‖a_i‖₁, averaged, and multiplied with the mean
+    work.
 
     Attributes:
-        mu: μ of a FedProx penalty to train with; 0 for none.
+        mu: μ, the weight of a proximal term (FedProx); 0 for none.
     """
 
     mu: float = 0.0
@@ -66,7 +66,7 @@ class FedNova(FedAvg):
         running, change = InRunningStatistics(self.task), tree.sub(end, start)
         # d_i = (x − x_i) / ‖a_i‖₁
         per_work = {name: d if running(name) else d / max(a, 1.0) for name, d in change.items()}
-        weight = self.weight(site)
+        weight = self.site_weight(site)
         work = WeightedMean.of({"work": torch.tensor(a, dtype=torch.float64)}, weight)
         return Reply({"update": WeightedMean.of(per_work, weight), "work": work}), memory
 

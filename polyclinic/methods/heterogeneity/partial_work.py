@@ -1,8 +1,8 @@
-"""Partial work: late sites do what they can, and it counts.
+"""Partial work: late sites do part of their training, and their updates are used.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020, section
-5.2, where each round a share of the sites does between one epoch and all. https://arxiv.org/abs/1812.06127. We draw
-steps instead of epochs, so that one epoch can be cut short too.
+5.2, in which each round a share of the sites does between one epoch and all. https://arxiv.org/abs/1812.06127.
+Departure: steps are drawn instead of epochs, so that a single epoch can also be shortened.
 """
 
 from dataclasses import dataclass, replace
@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import MethodWrapper, Request
 from polyclinic.core.site import Site
-from polyclinic.core.tree import Tree, Trees
+from polyclinic.core.tree import Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.heterogeneity.fednova import FedNova
 from polyclinic.methods.optimization.fedavg import FedAvg, State
-from polyclinic.methods.optimization.fedprox import fedprox
+from polyclinic.methods.optimization.fedprox import FedProx
 
 
 @dataclass(frozen=True)
-class PartialWork(Method[State]):
-    """Some sites stop early: each round, each is late with probability ``late`` and does a share of its steps only.
+class PartialWork(MethodWrapper[State]):
+    """Some sites stop early: each round, each is late with probability ``late`` and does only a share of its steps.
 
-    What they did counts in full, where a deadline would throw it away.
+    Their updates have full weight, whereas a deadline would discard them.
 
     Attributes:
         inner: A method with a field ``local``.
@@ -36,16 +36,6 @@ class PartialWork(Method[State]):
     late: float = 0.5
     least: float = 0.1
 
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
-
-    def init(self, params: Tree) -> State:
-        return self.inner.init(params)
-
-    def request(self, state: State) -> Request | None:
-        return self.inner.request(state)
-
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         late, share = torch.rand(2, generator=site.rng(request.round, "pace")).tolist()
         whole = self.inner.local.count(site.data["train"])
@@ -53,9 +43,6 @@ class PartialWork(Method[State]):
             return self.inner.site_update(request, memory, site)
         steps = max(1, round(whole * (self.least + (1 - self.least) * share)))
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
-
-    def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        return self.inner.server_update(state, reply, server)
 
 
 def partial_work(
@@ -68,12 +55,12 @@ def partial_work(
     normalized: bool = False,
     uniform: bool = False,
 ) -> PartialWork:
-    """FedProx with late sites that do part of their work.
+    """Compose FedProx or FedNova with sites that do part of their work.
 
     Args:
-        mu: μ of FedProx, which holds sites near where they started.
+        mu: μ, the weight of FedProx's proximal term.
         normalized: Whether to average as FedNova does.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
-    inner = FedNova(task, local, uniform=uniform, mu=mu) if normalized else fedprox(task, local, mu=mu, uniform=uniform)
-    return PartialWork(inner, late, least)
+    kind = FedNova if normalized else FedProx
+    return PartialWork(kind(task, local, uniform=uniform, mu=mu), late, least)

@@ -1,13 +1,13 @@
-"""Semi-synchronous training: every site works for the same time, and nobody waits.
+"""Semi-synchronous training: every site trains for the same time, without idle waiting.
 
 Stripelis, Thompson and Ambite, "Semi-Synchronous Federated Learning for Energy-Efficient Training and Accelerated
 Convergence in Cross-Silo Settings", ACM TIST 2022, https://arxiv.org/abs/2102.02849, used for brain age in "Scaling
-Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440: t_max = λ · the slowest
-site's epoch, and site k takes t_max / t_k steps, t_k being its seconds per minibatch.
+Neuroscience Research using Federated Learning", ISBI 2021, https://arxiv.org/abs/2102.08440: ``t_max = λ ·`` the
+slowest site's epoch, and site k takes ``t_max / t_k`` steps, t_k being its seconds per minibatch.
 
-Seconds are given, not measured: a method has no clock, so that a run repeats itself to the bit. Measure them once, as
-the ``seconds`` that a run records divided by its minibatches. How many hours a study would take with such machines is
-what ``engines.local.virtual_time`` tells.
+Seconds are given, not measured: a method has no clock, so that runs are bit-identical. They can be measured once, as
+the ``seconds`` that a run records divided by its minibatches. ``engines.local.virtual_time`` simulates the duration of
+a study with such machines.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import torch
 
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -44,12 +44,12 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SemiSync(Method[State]):
-    """Every site trains for the same time, so that fast ones do more and nobody waits.
+class SemiSync(MethodWrapper[State]):
+    """Every site trains for the same time, so that fast sites take more steps.
 
     Attributes:
         inner: A method with a field ``local``, whose number of steps is set for each site.
-        seconds: Seconds per minibatch by site, as pairs; 1 where a site is not named.
+        seconds: Seconds per minibatch by site, as pairs; 1 for sites without a pair.
         share: λ, the time of a round in epochs of the slowest site; 1 or 2 in the paper.
     """
 
@@ -57,7 +57,9 @@ class SemiSync(Method[State]):
     seconds: tuple[tuple[str, float], ...] = ()
     share: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), 0.0)
@@ -85,6 +87,9 @@ class SemiSync(Method[State]):
             steps = 0
         return replace(self.inner, local=replace(self.inner.local, steps=steps)).site_update(request, memory, site)
 
+    def evaluation_request(self, state: State) -> Request:
+        return self.request(state) or self.inner.evaluation_request(state.inner)
+
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if not state.seconds:
             slowest = max(float(leaves["epoch"]) for leaves in reply.gather("seconds").values())
@@ -102,12 +107,13 @@ def semi_sync(
     normalized: bool = False,
     uniform: bool = False,
 ) -> SemiSync:
-    """Every site trains for the same time, as much as it can.
+    """Compose FedAvg or FedNova with the same training time at every site.
 
     Args:
-        seconds: Seconds per minibatch, one number for each site in the order of their names; 1 for all where empty.
-        normalized: Whether to average as FedNova does, so that fast sites do not count more for their speed.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        seconds: Seconds per minibatch, one number for each site in the order of their names; 1 for all if empty.
+        share: λ, the time of a round in epochs of the slowest site; 1 or 2 in the paper.
+        normalized: Whether to average as FedNova does, so that fast sites do not dominate.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
     if seconds and len(seconds) != len(sites):
         raise ConfigError(

@@ -3,7 +3,7 @@
 Huang, Hu, Liu, Xue, Zhu, Song and Tan, "Federated Multi-Task Learning for Joint Diagnosis of Multiple Mental
 Disorders on MRI Scans", IEEE Transactions on Biomedical Engineering 70(4):1137-1149, 2023: a feature extractor learned
 by federated contrast, and a multi-gate mixture of experts whose experts are shared and whose gates and towers belong to
-each disorder. The equations were not at hand: the contrast is the supervised one, added to the loss; the paper's
+each disorder. The equations were not available: the contrast is the supervised one, added to the loss; the paper's
 privacy noise is left to the transforms.
 """
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.experts import Gated, begin, gated
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.multitask.gated_experts import Gated, begin, gated
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import Personal, State
 
 
 @dataclass(frozen=True)
 class FMTL(Personal):
-    """Every site takes from shared experts what its own gate and tower need.
+    """Each site combines shared experts by its own gate and tower.
 
     Attributes:
-        task: The study's task with a head of gated experts; what sites predict with.
+        task: The study's task with a head of gated experts, with which sites predict.
     """
 
     task: Task
@@ -39,12 +39,12 @@ class FMTL(Personal):
 
 @dataclass(frozen=True)
 class InGate:
-    """Whether a tensor lies in the gate or the tower of a network with gated experts."""
+    """Selects the tensors of the gate and the tower of a network with gated experts."""
 
     network: Gated
 
     def __call__(self, name: str) -> bool:
-        """Whether ``name`` does."""
+        """Return whether ``name`` belongs to the gate or the tower."""
         return self.network.private(name)
 
 
@@ -58,14 +58,14 @@ def fmtl(
     temperature: float = 0.1,
     uniform: bool = False,
 ) -> FMTL:
-    """Shared experts, private gates and towers.
+    """Compose FedAvg of the gated network with gates and towers that stay at the sites.
 
     Args:
-        experts: How many experts there are.
-        width: How wide each is.
-        contrast: What the supervised contrast of representations counts.
+        experts: Number of experts.
+        width: Width of an expert.
+        contrast: Weight of the supervised contrast of representations.
         temperature: τ of the contrast.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
     mixed = gated(task, experts, width)
     learner = cast(Task, WithContrast(mixed, contrast, temperature))

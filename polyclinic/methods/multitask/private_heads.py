@@ -22,10 +22,10 @@ from polyclinic.methods.personalization.partial_personalization import Personal
 
 @dataclass(frozen=True)
 class PrivateHeads(Personal):
-    """The encoder is shared; what follows stays at the site, which may tell apart fewer classes than others.
+    """The encoder is shared; all other layers stay at the site, which may have fewer classes than others.
 
     Attributes:
-        classes: How many of the network's outputs a site uses, as pairs with its name; all where it is not named.
+        classes: Number of the network's outputs that a site uses, as pairs with its name; all for sites without a pair.
     """
 
     classes: tuple[tuple[str, int], ...] = ()
@@ -38,7 +38,7 @@ class PrivateHeads(Personal):
 
 
 def limited(own: Tree, used: int) -> Tree:
-    """A head that says only the first ``used`` classes: the bias of the others is so low that none is ever learned."""
+    """Return a head with the first ``used`` classes: the bias of the others is too low for them to be learned."""
     last = [name for name in own if name.endswith("bias")][-1]
     bias = torch.where(torch.arange(len(own[last])) < used, own[last], -1e4)
     return {**own, last: bias}
@@ -47,11 +47,11 @@ def limited(own: Tree, used: int) -> Tree:
 def private_heads(
     task: Task, local: LocalTraining, sites: Sequence[str], *, classes: tuple[int, ...] = (), uniform: bool = False
 ) -> PrivateHeads:
-    """A shared encoder; ``classes`` says how many classes each site tells apart, in the order of the sites' names.
+    """Compose FedAvg of the encoder with heads that stay at the sites.
 
     Args:
-        classes: How many classes each site tells apart, in the order of the sites' names; all where empty.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        classes: Number of classes of each site, in the order of the sites' names; all if empty.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
     if classes and len(classes) != len(sites):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Merging of data vectors: the arithmetic, without messages or files.
 
-The sum and the restoration of batch normalization are those of data vectors (see ``datavectors``). TIES: Yadav, Tam,
+The sum and the restoration of batch normalization are those of data vectors (see ``data_vectors``). TIES: Yadav, Tam,
 Choshen, Raffel and Bansal, "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, Algorithm 1,
-https://arxiv.org/abs/2306.01708. The lengths by layer are ours.
+https://arxiv.org/abs/2306.01708. The lengths by layer are an addition.
 """
 
 import math
@@ -17,8 +17,8 @@ from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, params_of
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
 
@@ -27,11 +27,11 @@ class Merging:
     """How vectors become one model.
 
     Attributes:
-        scale: λ; searched for on labeled examples where None, or 1 over the number of sites where there are none.
-        ties: The share of each vector's largest entries that TIES keeps; 0 for the plain sum.
-        by_layer: Whether each layer of the sum is made as long as the sites' are on average, so that layers in which
-            sites agree do not outrun those in which they do not. λ then counts from 1.
-        tune: Passes over the labeled examples at the end, at a tenth of the learning rate.
+        scale: λ; None to search it on labeled examples, or for 1 over the number of sites without any.
+        ties: The fraction of each vector's largest entries that TIES keeps; 0 for the plain sum.
+        by_layer: Whether each layer of the sum is rescaled to the mean norm of the sites', so that layers in which
+            sites agree do not outgrow the others. λ is then relative to 1.
+        tune: Epochs over the labeled examples at the end, at a tenth of the learning rate.
     """
 
     scale: float | None = None
@@ -46,24 +46,24 @@ class Merging:
             raise ConfigError(f"scale must be a finite number, not {self.scale}")
 
     def direction(self, vectors: Mapping[str, Tree]) -> Tree:
-        """What λ is multiplied with: Σ_j τ_j in name order, or what TIES or ``by_layer`` make of it."""
+        """Return the direction that λ scales: ``Σ_j τ_j`` in name order, or the result of TIES or ``by_layer``."""
         ordered = [vectors[name] for name in sorted(vectors)]
-        whole = elected(ordered, self.ties) if self.ties else total(ordered)
-        return lengths_of(whole, ordered) if self.by_layer else whole
+        merged = elected(ordered, self.ties) if self.ties else total(ordered)
+        return lengths_of(merged, ordered) if self.by_layer else merged
 
     def scales(self, count: int) -> tuple[float, ...]:
-        """The values of λ that are tried for ``count`` sites: 1/K, 2/K … 1; a quarter to 3/2 for means."""
+        """Return the values of λ to try for ``count`` sites: 1/K, 2/K … 1; a quarter to 3/2 for means."""
         if self.ties or self.by_layer:
             return (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
         return tuple(j / count for j in range(1, count + 1))
 
     def default(self, count: int) -> float:
-        """λ where nothing can be searched: that of the mean."""
+        """Return λ without a search: that of the mean."""
         return 1.0 if self.ties or self.by_layer else 1.0 / count
 
 
 def total(ordered: list[Tree]) -> Tree:
-    """Σ_j τ_j, from left to right."""
+    """Return ``Σ_j τ_j``, from left to right."""
     summed = ordered[0]
     for one in ordered[1:]:
         summed = tree.add(summed, one)
@@ -71,7 +71,7 @@ def total(ordered: list[Tree]) -> Tree:
 
 
 def elected(ordered: list[Tree], keep: float) -> Tree:
-    """TIES: trims each vector, elects the sign of each entry by its mass, and averages the entries that have it."""
+    """Apply TIES: trim each vector, elect each entry's sign by total magnitude, and average the entries that agree."""
     flat = torch.stack([trimmed(tree.flatten(one), keep) for one in ordered])
     sign = torch.sign(flat.sum(0))  # γ = sgn(Σ_j τ̂_j), which is the sign of the larger mass
     agree = (torch.sign(flat) == sign) & (sign != 0)
@@ -80,7 +80,7 @@ def elected(ordered: list[Tree], keep: float) -> Tree:
 
 
 def trimmed(vector: Tensor, keep: float) -> Tensor:
-    """``vector`` [n] with all but its ⌈keep · n⌉ largest entries set to 0."""
+    """Return ``vector`` [n] with all but its ``⌈keep · n⌉`` largest entries set to 0."""
     count = math.ceil(keep * len(vector))
     kept = torch.zeros_like(vector)
     index = vector.abs().topk(count).indices
@@ -89,7 +89,7 @@ def trimmed(vector: Tensor, keep: float) -> Tensor:
 
 
 def lengths_of(direction: Tree, ordered: list[Tree]) -> Tree:
-    """``direction``, each of its tensors as long as the sites' are on average: d · mean_j ‖τ_j‖ / ‖d‖."""
+    """Return ``direction`` with each tensor rescaled to the mean norm of the sites': ``d · mean_j ‖τ_j‖ / ‖d‖``."""
 
     def one(name: str, leaf: Tensor) -> Tensor:
         own = float(leaf.double().norm())
@@ -100,7 +100,7 @@ def lengths_of(direction: Tree, ordered: list[Tree]) -> Tree:
 
 
 def random_like(vector: Tree, rng: torch.Generator) -> Tree:
-    """A random vector whose tensors are as long as those of ``vector``: the control that no data went into."""
+    """Return a random vector with the tensor norms of ``vector``, as a control without information from data."""
 
     def one(leaf: Tensor) -> Tensor:
         drawn = torch.randn(leaf.shape, generator=rng)
@@ -110,7 +110,7 @@ def random_like(vector: Tree, rng: torch.Generator) -> Tree:
 
 
 def restored(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> Tree:
-    """``params`` whose running statistics of batch normalization are those of ``data``, by forward passes alone.
+    """Return ``params`` with running statistics of batch normalization from ``data``, by forward passes alone.
 
     Targets are not used and no weight changes. Every statistic is the mean over batches of nearly equal size.
     """
@@ -134,7 +134,7 @@ def restored(task: Task, params: Tree, data: Any, device: str = "cpu", size: int
 
 
 def loss_on(task: Task, params: Tree, data: Any, device: str = "cpu", size: int = 64) -> float:
-    """The mean loss of ``params`` over all examples of ``data``; infinite where it is not a number."""
+    """Return the mean loss of ``params`` over all examples of ``data``; infinite if it is not a number."""
     model, summed = cached_model(task, params, device).eval(), 0.0
     with torch.no_grad():
         for chunk in torch.arange(len(data)).split(size):
@@ -147,7 +147,7 @@ def loss_on(task: Task, params: Tree, data: Any, device: str = "cpu", size: int 
 def search(
     how: Merging, task: Task, base: Tree, vectors: Mapping[str, Tree], labeled: Any, device: str = "cpu"
 ) -> dict[float, float]:
-    """The loss on ``labeled`` by λ, each after restoration on its inputs."""
+    """Return the loss on ``labeled`` by λ, each after restoration on its inputs."""
     direction = how.direction(vectors)
 
     def loss(scale: float) -> float:
@@ -167,11 +167,12 @@ def merged(
     unlabeled: Any = None,
     site: Site = Site("server"),
 ) -> tuple[Tree, float]:
-    """θ_pre + λ · direction, restored; and λ. Depends on the set of ``vectors`` and never on their order.
+    """Return ``θ_pre + λ · direction``, restored, and λ. The order of ``vectors`` has no effect.
 
     Args:
-        labeled: Decides λ and restores. ``unlabeled``: restores, where it is there.
-        site: Where this runs, for ``tune``.
+        labeled: Determines λ and restores.
+        unlabeled: Restores, if given.
+        site: The site that runs this, for ``tune``.
     """
     scale, device = how.scale, site.device
     if scale is None and labeled is not None:

@@ -1,8 +1,8 @@
 """Federated averaging.
 
 McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
-Decentralized Data", AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629. Sites send changes instead of
-models, which is the same mean and lets the server take a step of another length.
+Decentralized Data", AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629. Departure: sites send changes instead
+of models. The mean is the same, and the server can scale its step.
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,30 @@ from typing import NamedTuple
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("fedavg.State", 1)
 class State(NamedTuple):
-    """What the server remembers between rounds."""
+    """The model after ``round`` rounds."""
 
     round: int
     params: Tree
 
 
 @dataclass(frozen=True)
-class FedAvg(Method[State]):
-    """Sites train from the server's model; the server moves by the mean of their changes.
+class FedAvg(SizeWeighted[State]):
+    """Sites train from the server's model; the server adds the mean of their changes.
 
     Attributes:
-        lr: The server's step along the mean change, 1 for plain averaging.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        lr: Step size of the server along the mean change; 1 for plain averaging.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -49,11 +50,7 @@ class FedAvg(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = request.trees["params"]
         update = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-        return Reply({"update": WeightedMean.of(update, self.weight(site))}), memory
+        return Reply({"update": WeightedMean.of(update, self.site_weight(site))}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return State(state.round + 1, reply.mean("update").apply_to(state.params, self.lr))
-
-    def weight(self, site: Site) -> float:
-        """What ``site`` counts in the mean."""
-        return 1.0 if self.uniform else float(len(site.data["train"]))

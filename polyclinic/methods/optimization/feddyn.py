@@ -1,8 +1,8 @@
-"""FedDyn: each site's objective is bent so that its minimum is that of all.
+"""FedDyn: a dynamic regularizer aligns the minimum of each site's objective with the global one.
 
 Durmus Alp Emre Acar, Yue Zhao, Ramon Matas, Matthew Mattina, Paul Whatmough and Venkatesh Saligrama, "Federated
-Learning Based on Dynamic Regularization", ICLR 2021, Algorithm 1, https://arxiv.org/abs/2111.04263. Sites count the
-same, as there. Running statistics move by the plain mean.
+Learning Based on Dynamic Regularization", ICLR 2021, Algorithm 1, https://arxiv.org/abs/2111.04263. All sites have
+equal weight, as in the paper. Running statistics are updated by the plain mean.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from polyclinic.learning.training.local import LocalTraining, Proximal
 
 @savable("feddyn.State", 1)
 class State(NamedTuple):
-    """The model θ, and h, the server's memory of how far sites have drifted."""
+    """The model θ, and h, the server's accumulated client drift."""
 
     round: int
     params: Tree
@@ -31,10 +31,10 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedDyn(Method[State]):
-    """FedAvg with a linear and a proximal term at each site, remembered from round to round.
+    """FedAvg with a linear and a proximal term in each site's loss; the linear term persists between rounds.
 
-    Where FedProx holds sites back for ever, these terms cancel once all agree: the sites' minima are then the
-    federation's. The smaller α, the farther the server leaps ahead.
+    Site k minimizes ``L_k(θ) − ⟨g_k, θ⟩ + α/2 ‖θ − θ_t‖²``. Unlike FedProx, the stationary points are those of the
+    global objective. A smaller α gives larger steps of the server.
 
     Attributes:
         population: m, the number of sites in the federation.
@@ -49,7 +49,7 @@ class FedDyn(Method[State]):
     def __post_init__(self) -> None:
         if not self.alpha > 0:
             raise ConfigError(
-                f"alpha must be above 0, for the server divides by it, not {self.alpha}: without it use fedavg"
+                f"alpha must be above 0, not {self.alpha}, since the server divides by it; for alpha = 0 use fedavg"
             )
 
     def init(self, params: Tree) -> State:

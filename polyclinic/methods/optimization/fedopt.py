@@ -2,7 +2,7 @@
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar and McMahan, "Adaptive Federated Optimization", ICLR 2021,
 Algorithm 2. https://arxiv.org/abs/2003.00295. FedAvgM: Hsu, Qi and Brown, 2019, https://arxiv.org/abs/1909.06335.
-Running statistics are not weights: they move by the plain mean.
+Running statistics are not weights and are updated by the plain mean.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
@@ -33,14 +34,20 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedOpt(Method[State]):
-    """FedAvg whose server treats the mean change Δ as a gradient.
+class FedOpt(SizeWeighted[State]):
+    """FedAvg whose server applies an optimizer to the mean change Δ, as if it were a negative gradient.
+
+    ``m ← β₁ m + (1 − β₁) Δ`` and, for the adaptive rules, ``x ← x + η m / (√v + τ)``. The second moment v accumulates
+    Δ² (Adagrad), averages it exponentially (Adam), or changes by a step of the same size in either direction (Yogi).
+    FedAvgM is ``m ← β₁ m + Δ`` and ``x ← x + η m``.
 
     Attributes:
         rule: ``momentum``, ``adagrad``, ``adam`` or ``yogi``.
-        lr: η, the server's step.
-        beta1: β₁, the decay of m; and ``beta2``: β₂, that of v.
-        tau: τ, how adaptive the step is: the smaller, the more.
+        lr: η, the step size of the server.
+        beta1: β₁, the decay of m.
+        beta2: β₂, the decay of v.
+        tau: τ, the degree of adaptivity; smaller is more adaptive.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -87,47 +94,3 @@ class FedOpt(Method[State]):
             case "yogi":
                 return v - (1 - self.beta2) * square * torch.sign(v - square)
         return v
-
-
-def fedavgm(task: Task, local: LocalTraining, *, lr: float = 1.0, beta: float = 0.9, uniform: bool = False) -> FedOpt:
-    """Momentum at the server.
-
-    Args:
-        beta: β, what remains of the last move.
-    """
-    return FedOpt(task, local, "momentum", lr, beta1=beta, uniform=uniform)
-
-
-def fedadagrad(
-    task: Task, local: LocalTraining, *, lr: float = 0.01, tau: float = 1e-3, uniform: bool = False
-) -> FedOpt:
-    """Adagrad at the server."""
-    return FedOpt(task, local, "adagrad", lr, beta1=0.0, tau=tau, uniform=uniform)
-
-
-def fedadam(
-    task: Task,
-    local: LocalTraining,
-    *,
-    lr: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
-    uniform: bool = False,
-) -> FedOpt:
-    """Adam at the server."""
-    return FedOpt(task, local, "adam", lr, beta1, beta2, tau, uniform)
-
-
-def fedyogi(
-    task: Task,
-    local: LocalTraining,
-    *,
-    lr: float = 0.01,
-    beta1: float = 0.9,
-    beta2: float = 0.99,
-    tau: float = 1e-3,
-    uniform: bool = False,
-) -> FedOpt:
-    """Yogi at the server, whose second moment grows and shrinks at the same pace."""
-    return FedOpt(task, local, "yogi", lr, beta1, beta2, tau, uniform)

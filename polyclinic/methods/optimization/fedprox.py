@@ -1,24 +1,34 @@
-"""FedProx: sites are held near where they started.
+"""FedProx: a proximal term limits client drift.
 
 Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, "Federated Optimization in Heterogeneous Networks", MLSys 2020,
 Algorithm 2 and equation 2. https://arxiv.org/abs/1812.06127.
 """
 
+from dataclasses import dataclass, replace
+
+from polyclinic.core.aggregates import Reply
+from polyclinic.core.method import Request
+from polyclinic.core.site import Site
+from polyclinic.core.tree import Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.tasks.task import Task
-from polyclinic.learning.training.local import LocalTraining, Proximal
+from polyclinic.learning.training.local import Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
-def fedprox(task: Task, local: LocalTraining, *, mu: float = 0.01, lr: float = 1.0, uniform: bool = False) -> FedAvg:
-    """FedAvg whose sites are held near where they started, by μ/2 · ‖w − w₀‖².
+@dataclass(frozen=True)
+class FedProx(FedAvg):
+    """FedAvg with the proximal term ``μ/2 · ‖w − w₀‖²`` in each site's loss, w₀ being the received model.
 
-    Args:
-        mu: μ, the pull towards where a site started; from 0.001 to 1 in the paper.
-
-    Raises:
-        ValueError: If ``mu`` is negative, which would push sites away.
+    Attributes:
+        mu: μ, the weight of the proximal term; 0.001 to 1 in the paper.
     """
-    if mu < 0:
-        raise ConfigError(f"mu must be at least 0, not {mu:g}")
-    return FedAvg(task, local.with_penalty(Proximal(mu)), lr, uniform)
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.mu < 0:
+            raise ConfigError(f"mu must be at least 0, not {self.mu:g}")
+
+    def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
+        local = self.local.with_penalty(Proximal(self.mu))
+        return FedAvg.site_update(replace(self, local=local), request, memory, site)

@@ -1,4 +1,4 @@
-"""FedSGD: the limit of FedAvg in which a round is one full-batch gradient.
+"""FedSGD: the limit of FedAvg in which a round is one full-batch gradient step.
 
 McMahan, Moore, Ramage, Hampson and Agüera y Arcas, "Communication-Efficient Learning of Deep Networks from
 Decentralized Data", AISTATS 2017, section 2. https://arxiv.org/abs/1602.05629.
@@ -13,19 +13,18 @@ from polyclinic.core.aggregates import Reply, WeightedMean
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
-from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import Task, cached_model
-from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
 class FedSGD(FedAvg):
-    """Sites send one full-batch gradient; the server takes the step.
+    """Sites send one full-batch gradient; the server takes the step, of size ``lr`` times the training's learning rate.
 
     Attributes:
-        chunk: How many examples are held at once. The gradient is that of all; batch normalization, where a model
-            has it, sees chunks.
+        chunk: Number of examples processed at once. The gradient is that of all examples; batch normalization uses the
+            statistics of each chunk.
     """
 
     chunk: int = 256
@@ -41,9 +40,4 @@ class FedSGD(FedAvg):
         statistics = tree.sub(params_of(model), start)  # 0 for everything that a gradient moves
         # w ← w − η g
         steps = {name: -self.local.lr * p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        return Reply({"update": WeightedMean.of({**statistics, **steps}, self.weight(site))}), memory
-
-
-def fedsgd(task: Task, local: LocalTraining, *, lr: float = 1.0, uniform: bool = False) -> FedSGD:
-    """One full-batch gradient a round; its step is the training's ``lr`` times this ``lr``."""
-    return FedSGD(task, local, lr, uniform)
+        return Reply({"update": WeightedMean.of({**statistics, **steps}, self.site_weight(site))}), memory

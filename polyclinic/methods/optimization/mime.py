@@ -1,8 +1,8 @@
-"""Mime: sites take the server's momentum along, and correct their steps as if they held everybody's data.
+"""Mime: local steps with the server's momentum and a control variate against client drift.
 
 Sai Praneeth Karimireddy, Martin Jaggi, Satyen Kale, Mehryar Mohri, Sashank Reddi, Sebastian Stich and Ananda Theertha
 Suresh, "Breaking the centralized barrier for cross-device federated learning", NeurIPS 2021, Algorithm 1 with SGD with
-momentum as the base, https://arxiv.org/abs/2008.03606. Sites count the same, as there.
+momentum as the base optimizer, https://arxiv.org/abs/2008.03606. All sites have equal weight, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.model_tree import gradient
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model, gradient
 from polyclinic.learning.tasks.risk import full_gradient, trained
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 
 
 @savable("mime.State", 1)
 class State(NamedTuple):
-    """The model x, the momentum m and, between the two exchanges of a round of Mime, the mean gradient c at x."""
+    """The model x, the momentum m and, between the two requests of a round of Mime, the mean gradient c at x."""
 
     round: int
     params: Tree
@@ -36,15 +37,15 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Mime(Method[State]):
-    """Local steps with the server's momentum, which no site changes, and a correction against drift.
+    """Local steps with the server's momentum, which sites do not update, and a correction for client drift.
 
-    Keeps nothing at the sites, so that it suits sites that come and go. Two exchanges a round; ``lite`` leaves the
-    correction out and needs one.
+    ``y ← y − η ((1 − β) (∇f(y; ζ) − ∇f(x; ζ) + c) + β m)`` for a minibatch ζ. Sites keep no state, so that sites may
+    join and leave. A round takes two requests; MimeLite, without the correction, takes one.
 
     Attributes:
         beta: β, the momentum.
-        lr: The server's step along the mean change.
-        lite: Whether to leave the correction out (MimeLite).
+        lr: Step size of the server along the mean change.
+        lite: Whether to omit the correction (MimeLite).
     """
 
     task: Task
@@ -56,7 +57,7 @@ class Mime(Method[State]):
     def __post_init__(self) -> None:
         if self.local.optimizer != "sgd" or self.local.momentum:
             raise ConfigError(
-                'mime brings its own momentum: set training.optimizer = "sgd" and momentum = 0, '
+                'mime applies its own momentum: set training.optimizer = "sgd" and momentum = 0, '
                 f"not {self.local.optimizer} with momentum {self.local.momentum:g}"
             )
 
@@ -76,19 +77,19 @@ class Mime(Method[State]):
         x = request.trees["params"]
         if request.job == "gradient":
             return Reply({"gradient": WeightedMean.of(full_gradient(self.task, x, site, request.round))}), memory
-        m, c, there = request.trees["momentum"], request.trees["c"], dict[str, Tensor]()
+        m, c, at_start = request.trees["momentum"], request.trees["c"], dict[str, Tensor]()
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             if c:  # the same minibatch, and the same dropout, at x
                 with torch.random.fork_rng(devices=[site.device] if site.device.startswith("cuda") else []):
                     anchor = cached_model(self.task, x, site.device, "anchor")
-                    there.update(gradient(self.task.loss(anchor, batch), anchor))
+                    at_start.update(gradient(self.task.loss(anchor, batch), anchor))
             return self.task.loss(model, batch)
 
         def correct(name: str, g: Tensor) -> Tensor:
             # y ← y - η ((1 - β) (∇f(y; ζ) - ∇f(x; ζ) + c) + β m)
-            whole = g - there[name] + c[name].to(g.device) if c else g
-            return (1 - self.beta) * whole + self.beta * m[name].to(g.device)
+            corrected = g - at_start[name] + c[name].to(g.device) if c else g
+            return (1 - self.beta) * corrected + self.beta * m[name].to(g.device)
 
         y = self.local.fit(self.task, x, site, request.round, loss=loss, gradient_hook=correct)
         parts = {"update": WeightedMean.of(tree.sub(y, x))}
@@ -104,13 +105,3 @@ class Mime(Method[State]):
         m = tree.zip_with(lambda new, old: (1 - self.beta) * new + self.beta * old, c, state.momentum)
         params = reply.mean("update").apply_to(state.params, self.lr)
         return State(state.round + 1, params, m, {})
-
-
-def mime(task: Task, local: LocalTraining, *, beta: float = 0.9, lr: float = 1.0) -> Mime:
-    """Local steps with the server's momentum, corrected against drift."""
-    return Mime(task, local, beta, lr)
-
-
-def mime_lite(task: Task, local: LocalTraining, *, beta: float = 0.9, lr: float = 1.0) -> Mime:
-    """Local steps with the server's momentum."""
-    return Mime(task, local, beta, lr, lite=True)

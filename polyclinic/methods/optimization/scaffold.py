@@ -1,8 +1,8 @@
 """SCAFFOLD: stochastic controlled averaging.
 
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. Sites count the same, as there. Option II
-divides by the learning rate, so training must use plain SGD.
+ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. All sites have equal weight, as in the paper.
+Option II divides by the learning rate, so that training must use plain SGD.
 """
 
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Scaffold(Method[State]):
-    """FedAvg whose sites correct each gradient for their own drift.
+    """FedAvg whose sites correct each gradient by a control variate: ``g − c_i + c``.
 
     Attributes:
         population: N, the number of sites in the federation.
-        lr: η_g, the server's step.
+        lr: η_g, the step size of the server.
     """
 
     task: Task

@@ -1,8 +1,8 @@
-"""APFL: every site predicts with a mixture of its own model and the shared one.
+"""APFL: each site predicts with a mixture of its own model and the shared one.
 
 Deng, Kamani and Mahdavi, "Adaptive Personalized Federated Learning", 2020, Algorithm 1 and equation 10 for the mixing
-weight. https://arxiv.org/abs/2003.13461. The mixing weight moves once a round, on the first minibatch, as there.
-Running statistics of batch normalization are not mixed: they are those that the mixture saw.
+weight. https://arxiv.org/abs/2003.13461. As in the paper, the mixing weight is updated once per round, on the first
+minibatch. Running statistics of batch normalization are not mixed: they are those of the mixture's forward passes.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,17 @@ from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.training.local import seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
 class APFL(FedAvg):
-    """FedAvg of shared models w, and at each site a model v that is trained as part of the mixture αv + (1 − α)w.
+    """FedAvg of shared models w, and at each site a model v that is trained as part of the mixture ``αv + (1 − α)w``.
 
     Attributes:
-        alpha: α at first, the share of the site's own model. The paper tries 0.25, 0.5 and 0.75.
+        alpha: Initial α, the weight of the site's own model. The paper tries 0.25, 0.5 and 0.75.
         adaptive: Whether each site learns its α.
     """
 
@@ -40,22 +39,19 @@ class APFL(FedAvg):
         w = cached_model(self.task, start, site.device)
         v = cached_model(self.task, memory.get("own", start), site.device, "own")
         step_w, step_v = self.local.stepper(w, request.round), self.local.stepper(v, request.round)
-        rng, first = (
-            site.rng(request.round, "train", "train", ""),
-            self.adaptive,
-        )  # the order in which FedAvg would train
+        rng, first = site.rng(request.round, "train", "train", ""), self.adaptive  # the minibatches of FedAvg
         with seeded(rng, site.device):
             for batch in self.local.batches(data, rng, site.device):
                 shared, own = dict(w.named_parameters()), dict(v.named_parameters())
                 mixed = {name: alpha * p + (1 - alpha) * shared[name].detach() for name, p in own.items()}
                 global_loss = self.task.loss(w, batch)
                 loss = at(v, mixed, self.task.loss, batch)
-                moved = alpha - self._rate(request.round) * _slope(loss, mixed, own, shared) if first else alpha
+                moved = alpha - self.local.rate(request.round) * _slope(loss, mixed, own, shared) if first else alpha
                 step_w(global_loss)  # w ← w − η ∇f(w)
                 step_v(loss)  # v ← v − η ∇_v f(αv + (1 − α)w)
                 alpha, first = min(max(moved, 0.0), 1.0), False
         kept = {"own": params_of(v), "mixing": {"alpha": torch.tensor(alpha, dtype=torch.float64)}}
-        update = WeightedMean.of(tree.sub(params_of(w), start), self.weight(site))
+        update = WeightedMean.of(tree.sub(params_of(w), start), self.site_weight(site))
         return Reply({"update": update}), {**memory, **kept}
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
@@ -65,12 +61,9 @@ class APFL(FedAvg):
         mixed = tree.lerp(request.trees["params"], memory["own"], float(memory["mixing"]["alpha"]))
         return {name: leaf if name in trained else memory["own"][name] for name, leaf in mixed.items()}
 
-    def _rate(self, round: int) -> float:
-        return self.local.rate(round)
-
 
 def _slope(loss: Tensor, mixed: Tree, own: Tree, shared: Tree) -> float:
-    """∂f/∂α = ⟨v − w, ∇f(αv + (1 − α)w)⟩"""
+    """Return ``∂f/∂α = ⟨v − w, ∇f(αv + (1 − α)w)⟩``."""
     gradients = torch.autograd.grad(loss, list(mixed.values()), retain_graph=True, allow_unused=True)
     gaps = [(own[name] - shared[name]).detach() for name in mixed]
     return sum(float((gap * g).sum()) for gap, g in zip(gaps, gradients, strict=True) if g is not None)

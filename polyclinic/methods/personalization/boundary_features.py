@@ -1,4 +1,4 @@
-"""Features at the edge of a structure against features just outside it.
+"""Contrast between the features on a structure's boundary and those just outside it.
 
 The boundary-oriented contrast of Liu et al., "FedDG", CVPR 2021, equations 5 and 6, https://arxiv.org/abs/2103.06030.
 All foreground classes count as one structure.
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 
 def edges(masks: Tensor, inner: int = 1, outer: int = 5) -> tuple[Tensor, Tensor]:
-    """The rim of each structure, and the ring of background around it: two bool tensors [b, *spatial].
+    """Return the rim of each structure, and the surrounding ring of background: two bool tensors [b, *spatial].
 
     Args:
         masks: Label maps [b, *spatial], 0 for background.
-        inner: How many pixels deep the rim is, and ``outer``: how wide the ring.
+        inner: Depth of the rim in pixels.
+        outer: Width of the ring in pixels.
     """
     inside = (masks > 0).float().unsqueeze(1)
     grow = F.max_pool2d if masks.ndim == 3 else F.max_pool3d
@@ -24,14 +25,14 @@ def edges(masks: Tensor, inner: int = 1, outer: int = 5) -> tuple[Tensor, Tensor
 
 
 def boundary_contrast(features: Tensor, masks: Tensor, temperature: float = 0.05) -> Tensor:
-    """−log( e^{⟨r_i, r_j⟩/τ} / (e^{⟨r_i, r_j⟩/τ} + Σ_k e^{⟨r_i, o_k⟩/τ}) ), averaged over pairs i ≠ j of images.
+    """Return the boundary contrast, averaged over pairs i ≠ j of images.
 
-    r and o are the mean features on the rim and on the ring, of unit length. Images without a structure are left out;
-    with fewer than two others the contrast is 0.
+    ``−log( e^{⟨r_i, r_j⟩/τ} / (e^{⟨r_i, r_j⟩/τ} + Σ_k e^{⟨r_i, o_k⟩/τ}) )``, where r and o are the mean features on the
+    rim and on the ring, with unit length. Images without a structure are omitted; with fewer than two others it is 0.
 
     Args:
         features: [b, F, *spatial].
-        masks: [b, *spatial], of that size or another.
+        masks: [b, *spatial], of the same or another size.
     """
     if features.shape[2:] != masks.shape[1:]:
         masks = F.interpolate(masks.unsqueeze(1).float(), features.shape[2:]).squeeze(1)

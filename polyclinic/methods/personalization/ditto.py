@@ -1,7 +1,8 @@
-"""Ditto: a personal model beside the global one.
+"""Ditto: a personal model regularized towards the global one.
 
 Li, Hu, Beirami and Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, Algorithm 1.
-https://arxiv.org/abs/2012.04221. The personal model takes as many steps a round as the global one; there, s may differ.
+https://arxiv.org/abs/2012.04221. Departure: the personal model takes as many steps per round as the global one; in the
+paper, s may differ.
 """
 
 from dataclasses import dataclass
@@ -10,40 +11,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyclinic.core.aggregates import Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
-class Ditto(Method[Any]):
-    """Any method whose ask carries ``params``, and at each site a personal model that is drawn towards them.
+class Ditto(MethodWrapper[Any]):
+    """Any method whose request has ``params``, and at each site a personal model regularized towards them.
 
-    What the sites send, and so the global model, is what it would be without. A site that faces malicious others
-    loses at most its neighbors' help, which is why the personal models are robust as well as fair.
+    The personal model v minimizes ``F(v) + λ/2 · ‖v − w‖²``. The replies, and therefore the global model w, are those
+    of the inner method. Malicious sites can affect a personal model only through w.
 
     Attributes:
-        lam: λ, how strongly the personal model is drawn towards the global one. 0 trains it alone. The paper chooses
-            it for each data set, between 0.01 and 2.
+        lam: λ, the weight of the proximal term; 0 trains the personal model alone. The paper chooses it for each data
+            set, between 0.01 and 2.
     """
 
     inner: Method[Any]
     task: Task
     local: LocalTraining = LocalTraining()
     lam: float = 0.1
-
-    @property
-    def jobs(self) -> tuple[Job, ...]:
-        return self.inner.jobs
-
-    def init(self, params: Tree) -> Any:
-        return self.inner.init(params)
-
-    def request(self, state: Any) -> Request | None:
-        return self.inner.request(state)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, memory = self.inner.site_update(request, memory, site)
@@ -57,16 +49,10 @@ class Ditto(Method[Any]):
         v = self.local.fit(self.task, v, site, request.round, loss=loss, slot="personal")
         return reply, {**memory, "personal": v}
 
-    def server_update(self, state: Any, reply: Reply, server: Site) -> Any:
-        return self.inner.server_update(state, reply, server)
-
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory["personal"] if "personal" in memory else self.inner.site_model(request, memory)
 
-    def evaluation_request(self, state: Any) -> Request:
-        return self.inner.evaluation_request(state)
-
 
 def ditto(task: Task, local: LocalTraining, *, lam: float = 0.1, lr: float = 1.0, uniform: bool = False) -> Ditto:
-    """FedAvg, with a personal model at each site that is drawn towards the global one."""
+    """Compose FedAvg with a personal model at each site that is regularized towards the global one."""
     return Ditto(FedAvg(task, local, lr, uniform), task, local, lam)

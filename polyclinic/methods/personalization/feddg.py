@@ -1,11 +1,11 @@
-"""FedDG by episodic learning in continuous frequency space (ELCFS): a model for hospitals not yet seen.
+"""FedDG by episodic learning in continuous frequency space (ELCFS): domain generalization to unseen hospitals.
 
 Liu, Chen, Qin, Dou and Heng, "FedDG: Federated Domain Generalization on Medical Image Segmentation via Episodic
 Learning in Continuous Frequency Space", CVPR 2021, equations 2 to 7. https://arxiv.org/abs/2103.06030.
 
-Departures. Of the amplitudes only the window that is exchanged leaves a site, not the whole spectrum; the window is a
-share of the spectrum (2L), where the published code's touches one frequency. λ moves amplitudes within the window and
-leaves the others, as that code does. For tasks without masks there is no boundary, and that term is left out.
+Departures: only the low-frequency window of the amplitudes leaves a site, not the whole spectrum. The window is a share
+of the spectrum (2L), whereas in the published code it covers one frequency. As in that code, λ interpolates amplitudes
+within the window only. For tasks without masks the boundary term is omitted.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,23 @@ from torch import Tensor, nn
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.job_enumeration import once
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at, still
-from polyclinic.learning.tasks.task import Batch, Task, represent
+from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.fourier import AmplitudeNormalizer, crop, restyle, spectrum
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.boundary_features import boundary_contrast
 
 
 @savable("feddg.State", 1)
 class State(NamedTuple):
-    """The model, and each site's share of the bank of amplitudes, [m, C, *window]."""
+    """The model, and each site's part of the amplitude bank, [m, C, *window]."""
 
     round: int
     params: Tree
@@ -38,18 +41,20 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedDG(Method[State]):
-    """FedAvg whose sites practice on their own images in the styles of the others.
+class FedDG(SizeWeighted[State]):
+    """FedAvg whose sites train on their own images and on copies in the styles of other sites.
 
-    A bank of low-frequency amplitudes is shared once. In every step a site restyles its images with amplitudes from
-    the bank, takes a trial step on the real ones, and asks that the result also be right on the restyled ones.
+    A bank of low-frequency amplitudes is shared once. In each step a site replaces the amplitudes of its images with
+    others from the bank, takes a trial step on the original images, and adds the loss of the result on the restyled
+    ones.
 
     Attributes:
-        window: The share of the spectrum that makes a style.
-        share: The share of a site's images whose amplitudes it gives to the bank; 1/8 in the published code.
-        step: β, the length of the trial step; 0.001 in the published code.
+        window: The share of the spectrum that represents a style.
+        share: The fraction of a site's images whose amplitudes enter the bank; 1/8 in the published code.
+        step: β, the size of the trial step; 0.001 in the published code.
         boundary: γ, the weight of the contrast between boundary and background; 0.1 in the published code.
         temperature: τ of that contrast; 0.05.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -101,7 +106,7 @@ class FedDG(Method[State]):
         return State(state.round + 1, reply.mean("update").apply_to(state.params), state.bank)
 
     def _episode(self, model: nn.Module, batch: Batch, styles: Tensor | None, rng: torch.Generator) -> Tensor:
-        """L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ') with θ' = θ − β ∇L(x; θ), and x' in another site's style."""
+        """Return ``L(x; θ) + L(x'; θ') + γ L_boundary(x, x'; θ')``, ``θ' = θ − β ∇L(x; θ)`` and x' in another style."""
         x, y = batch
         if styles is None:
             return self.task.loss(model, batch)
@@ -121,4 +126,4 @@ class FedDG(Method[State]):
         return inner + outer
 
     def _contrast(self, model: nn.Module, batch: Batch) -> Tensor:
-        return boundary_contrast(represent(self.task, model, batch[0])[0], batch[1], self.temperature)
+        return boundary_contrast(represent(self.task.network, model, batch[0])[0], batch[1], self.temperature)

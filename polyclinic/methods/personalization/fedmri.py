@@ -1,12 +1,12 @@
-"""FedMRI: a shared encoder, a private decoder, and a pull towards the server's encoder and away from old ones.
+"""FedMRI: a shared encoder, a private decoder, and a contrast between the server's and older encoders.
 
 Feng, Yan, Wang, Xu, Shao and Fu, "Specificity-Preserving Federated Learning for MR Image Reconstruction", IEEE
-Transactions on Medical Imaging 2022, equations 4 to 7. https://arxiv.org/abs/2112.05752. After the published code: the
-contrast is the ratio of distances in L1, over all shared parameters, and of no effect in the first step, where the
-model is the server's; sites count the same.
+Transactions on Medical Imaging 2022, equations 4 to 7. https://arxiv.org/abs/2112.05752. As in the published code, the
+contrast is the ratio of L1 distances over all shared parameters, has no effect in the first step, in which the model is
+the server's, and all sites have equal weight.
 
-The paper compares with the last encoders of the other sites. That shows every site's encoder to all; by default a site
-is compared with its own last encoder only.
+Departure: the paper compares with the last encoders of the other sites, which discloses every site's encoder to all. By
+default a site is compared with its own last encoder only.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Batch, InEncoder, Not, Task
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.task import InEncoder, Not, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.partial_personalization import Personal
 
 
 @savable("fedmri.State", 1)
 class State(NamedTuple):
-    """The model, and each site's last encoder where sites are compared with one another."""
+    """The model, and each site's last encoder if sites are compared with one another."""
 
     round: int
     params: Tree
@@ -37,13 +39,14 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Contrasted(Method[State]):
-    """FedAvg with β · ‖θ − θ_server‖₁ / Σ ‖θ − θ_old‖₁ added to the loss, over the encoder's parameters.
+class Contrasted(SizeWeighted[State]):
+    """FedAvg with ``β · ‖θ − θ_server‖₁ / Σ ‖θ − θ_old‖₁`` added to the loss, over the encoder's parameters.
 
     Attributes:
-        beta: β, the weight of the contrast. ``weight``: λ, that of the task's loss.
+        beta: β, the weight of the contrast.
+        weight: λ, the weight of the task's loss.
         others: Whether θ_old are the other sites' last encoders, as in the paper, or the site's own.
-        uniform: Whether every site counts the same, as in the published code.
+        uniform: Whether all sites have equal weight, as in the published code.
     """
 
     task: Task
@@ -72,7 +75,7 @@ class Contrasted(Method[State]):
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
         encoder = tree.select(end, InEncoder(self.task))
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         reply = Reply({"update": WeightedMean.of(tree.sub(end, start), weight)})
         shown = Reply({"encoder": PerSite({site.name: encoder})}) if self.others else Reply()
         return reply + shown, {**memory, "encoder": encoder}
@@ -83,7 +86,7 @@ class Contrasted(Method[State]):
         return State(state.round + 1, moved, {**state.encoders, **shown})
 
     def _contrast(self, model: nn.Module, server: Tree, old: Sequence[Tree]) -> Tensor:
-        """‖θ − θ_server‖₁ / Σ_k ‖θ − θ_k‖₁"""
+        """Return ``‖θ − θ_server‖₁ / Σ_k ‖θ − θ_k‖₁``."""
         inside = InEncoder(self.task)
         shared = {name: p for name, p in model.named_parameters() if inside(name)}
 
@@ -102,5 +105,5 @@ def fedmri(
     others: bool = False,
     uniform: bool = True,
 ) -> Personal:
-    """Shared encoder, private decoder, and a contrast of encoders."""
+    """Compose the contrast of encoders with a decoder that stays at each site."""
     return Personal(Contrasted(task, local, beta, weight, others, uniform), Not(InEncoder(task)))

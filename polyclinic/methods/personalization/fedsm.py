@@ -1,11 +1,11 @@
-"""FedSM: a global model, a personal one for each site, and a selector that says which to trust.
+"""FedSM: a global model, a personal model for each site, and a selector between them.
 
 Xu, Li, Guo, Yang, Roth, Hatamizadeh, Zhao, Xu, Huang and Xu, "Closing the Generalization Gap of Cross-Silo Federated
 Medical Image Segmentation", CVPR 2022, Algorithm 1 (FedSM-extra) with SoftPull. https://arxiv.org/abs/2203.10144.
 
-Departures. The selector is a small network of ours instead of VGG-11, without normalization layers, since a site sees
-only its own kind of image and they would hide its style. Sites send its full-batch gradient and the server takes the
-Adam step, where the paper averages the moments of the sites' own Adams. Updates are weighed by examples.
+Departures: the selector is a small network instead of VGG-11, without normalization layers, since a site has only its
+own kind of image and these layers would remove its style. Sites send the selector's full-batch gradient and the server
+takes the Adam step, whereas the paper averages the moments of the sites' own Adams. Updates are weighted by examples.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.model_mixture import Selected
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization import fedopt
 from polyclinic.methods.optimization.fedavg import FedAvg
 
@@ -40,17 +40,20 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FedSM(Method[State]):
-    """Three kinds of model at once; the selector guesses whose images an image resembles, and picks the model.
+class FedSM(SizeWeighted[State]):
+    """Three kinds of model: the selector estimates which site an image resembles, and selects the model.
 
-    Where it is sure, that site's personal model predicts; where it is not, as for a hospital never seen, the global
-    one. Personal models are pulled softly towards each other, so that none drifts alone.
+    If its probability exceeds the threshold, that site's personal model predicts; otherwise, as for an unseen hospital,
+    the global one. Personal models are averaged softly with each other, which limits overfitting to one site.
 
     Attributes:
-        sites: Who trains, in the order of the selector's outputs.
-        pull: λ, what a personal model keeps of itself; the rest is the mean of the others. 0.7 in the published code.
-        threshold: γ, how sure the selector must be; 0.9 in the published code.
-        width: Of the selector's first layer. ``selector_lr``: the step of its Adam.
+        sites: The training sites, in the order of the selector's outputs.
+        pull: λ, the weight of a personal model in its own update; the rest is the mean of the others. 0.7 in the
+            published code.
+        threshold: γ, the selector's least probability for a personal model; 0.9 in the published code.
+        width: Width of the selector's first layer.
+        selector_lr: Step size of the selector's Adam.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -64,7 +67,7 @@ class FedSM(Method[State]):
 
     @property
     def selecting(self) -> Classification:
-        """The selector's task: which site is this image from?"""
+        """The selector's task: the site that an image is from."""
         inputs, kind = self.task.network.inputs, "mlp" if len(self.task.network.inputs) == 1 else "cnn"
         return Classification(Network(kind, inputs, len(self.sites), (("width", self.width), ("norm", "none"))))
 
@@ -75,7 +78,7 @@ class FedSM(Method[State]):
 
     @property
     def prediction_task(self) -> Task:
-        return predicting_with(self.task, Selected(self.task.network, self.selecting.network, self.threshold))
+        return self.task.with_network(Selected(self.task.network, self.selecting.network, self.threshold))
 
     def init(self, params: Tree) -> State:
         return State(0, params, self.optimizer.init(self.selecting.first()), dict.fromkeys(self.sites, params))
@@ -87,9 +90,9 @@ class FedSM(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, _ = FedAvg(self.task, self.local, uniform=self.uniform).site_update(request, memory, site)
         personal = self.local.fit(self.task, request.trees["personal"], site, request.round, slot="personal")
-        start, here = request.trees["selector"], Labeled(site.data["train"], self.sites.index(site.name))
-        once = LocalTraining(epochs=1, batch_size=len(here), lr=1.0)  # one full-batch step of gradient descent: w − ∇
-        selector = once.fit(self.selecting, start, site, request.round, data=here, slot="selector")
+        start, labeled = request.trees["selector"], Labeled(site.data["train"], self.sites.index(site.name))
+        once = LocalTraining(epochs=1, batch_size=len(labeled), lr=1.0)  # one full-batch step, w − ∇
+        selector = once.fit(self.selecting, start, site, request.round, data=labeled, slot="selector")
         chosen, own = WeightedMean.of(tree.sub(selector, start)), PerSite({site.name: personal})
         return Reply({**reply.parts, "selector": chosen, "personal": own}), memory
 
@@ -126,7 +129,7 @@ class Labeled:
 
 
 def soft_pull(models: Trees, keep: float) -> Trees:
-    """p_i ← λ p_i + (1 − λ)/(K − 1) Σ_{j≠i} p_j. A model alone stays as it is."""
+    """Return ``p_i ← λ p_i + (1 − λ)/(K − 1) Σ_{j≠i} p_j``. A single model is unchanged."""
     if len(models) < 2:
         return models
     names, rest = sorted(models), (1 - keep) / (len(models) - 1)

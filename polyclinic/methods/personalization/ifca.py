@@ -1,10 +1,11 @@
-"""IFCA: several models, and each site trains the one that fits it best.
+"""IFCA: several models; each site trains the one with the lowest loss on its data.
 
 Ghosh, Chung, Yin and Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020, Algorithm 1
 with model averaging. https://arxiv.org/abs/2006.04088.
 
-There a site names its cluster to the server. Here it sends one sum for every cluster, 0 for those it is not in, so that
-secure summation hides who belongs to which; it costs as many times the bytes. All models but the first begin at random.
+Departure: in the paper a site tells the server its cluster. Here it sends one sum for every cluster, 0 for those that
+it is not in, so that secure summation hides the assignment, at k times the traffic. All models but the first have
+random initial weights.
 """
 
 from dataclasses import dataclass, replace
@@ -14,17 +15,19 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.tasks.task import Task, cached_model
+from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("ifca.State", 1)
 class State(NamedTuple):
-    """One model for each cluster, and how much each weighed in the last round, [clusters]."""
+    """One model for each cluster, and its weight in the last round, [clusters]."""
 
     round: int
     models: tuple[Tree, ...]
@@ -32,20 +35,20 @@ class State(NamedTuple):
 
     @property
     def params(self) -> Tree:
-        """The model of the heaviest cluster."""
+        """The model of the cluster with the largest weight."""
         return self.models[int(self.weights.argmax())]
 
 
 @dataclass(frozen=True)
-class IFCA(Method[State]):
-    """FedAvg within clusters that form by themselves: a site joins the model whose loss on its data is smallest.
+class IFCA(SizeWeighted[State]):
+    """FedAvg within clusters: a site joins the model with the lowest loss on its data.
 
-    A site that never trained predicts with the model of the heaviest cluster.
+    A site that never trained predicts with the model of the cluster with the largest weight.
 
     Attributes:
-        clusters: k, how many models there are.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
-        lr: The server's step along the mean change.
+        clusters: k, the number of models.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
+        lr: Step size of the server along the mean change.
     """
 
     task: Task
@@ -71,7 +74,7 @@ class IFCA(Method[State]):
         losses = [self._loss(model, site) for model in models]
         mine = min(range(self.clusters), key=losses.__getitem__)  # ĵ = argmin_j F_i(θ_j)
         end = self.local.fit(self.task, models[mine], site, request.round)
-        weight = 1.0 if self.uniform else float(len(site.data["train"]))
+        weight = self.site_weight(site)
         total: dict[str, torch.Tensor] = {"weights": torch.zeros(self.clusters)}
         total["weights"][mine] = weight
         for j, model in enumerate(models):
@@ -85,18 +88,14 @@ class IFCA(Method[State]):
         return State(state.round + 1, tuple(models), total["weights"])
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        return (
-            request.trees[f"cluster.{int(memory['cluster']['index'])}"]
-            if "cluster" in memory
-            else request.trees["params"]
-        )
+        return request.trees[f"cluster.{int(memory['cluster']['index'])}" if "cluster" in memory else "params"]
 
     def _moved(self, model: Tree, total: Tree, j: int) -> Tree:
         weight = float(total["weights"][j])
         return tree.shift(model, tree.scale(tree.under(str(j), total), self.lr / weight)) if weight > 0 else model
 
     def _loss(self, params: Tree, site: Site) -> float:
-        """F_i(θ), in evaluation mode."""
+        """Return F_i(θ), in evaluation mode."""
         model, data, loss = cached_model(self.task, params, site.device).eval(), site.data["train"], 0.0
         with torch.inference_mode():
             for chunk in torch.arange(len(data)).split(64):

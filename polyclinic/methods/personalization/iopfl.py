@@ -1,9 +1,9 @@
-"""IOP-FL: personal models for the hospitals inside, and a mixture of them for those outside.
+"""IOP-FL: personal models for training sites, and a mixture of them for other hospitals.
 
 Jiang, Yang, Chen and Dou, "IOP-FL: Inside-Outside Personalization for Federated Medical Image Segmentation", IEEE
-Transactions on Medical Imaging 2023. https://arxiv.org/abs/2204.08467. Inside: a running average of what a site's local
-training yields, round after round. Outside: test-time routing; see
-``polyclinic.methods.personalization.routing_network`` for where that departs.
+Transactions on Medical Imaging 2023. https://arxiv.org/abs/2204.08467. Inside: a running average of a site's local
+models over the rounds. Outside: test-time routing; ``polyclinic.methods.personalization.routing_network`` lists
+departures.
 """
 
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.routing_network import Routed
 
 
 @savable("iop-fl.State", 1)
 class State(NamedTuple):
-    """The global model, and each site's personal one, for use outside."""
+    """The global model, and each site's personal one, for use at other hospitals."""
 
     round: int
     params: Tree
@@ -34,16 +34,18 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IOPFL(Method[State]):
-    """FedAvg; every site predicts with the running average of its local models, an unseen one with a mixture of all.
+class IOPFL(SizeWeighted[State]):
+    """FedAvg; each site predicts with the running average of its local models, an unseen one with a mixture of all.
 
-    The mixture is found from the unseen hospital's own images, without labels, batch by batch.
+    The mixture is adapted to the unseen hospital's own images, without labels, batch by batch.
 
     Attributes:
-        sites: Who trains.
-        alpha: α, what the running average keeps of itself in a round; 0.1 in the published code.
-        steps: Of adaptation for each batch outside, and ``adapt_lr``: their length; 10 and 0.001 in the published code.
-        noise: The deviation of the noise under which predictions should stay the same, in the inputs' unit.
+        sites: The training sites.
+        alpha: α, the weight of the previous value in the running average; 0.1 in the published code.
+        steps: Number of adaptation steps per batch at an unseen hospital; 10 in the published code.
+        adapt_lr: Step size of the adaptation; 0.001 in the published code.
+        noise: Standard deviation of the noise under which predictions should be consistent, in the inputs' unit.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -59,7 +61,7 @@ class IOPFL(Method[State]):
     def prediction_task(self) -> Task:
         members = len(self.sites) + 1
         routed = Routed(self.task.network, members, self.steps, self.adapt_lr, noise=self.noise)
-        return predicting_with(self.task, routed)
+        return self.task.with_network(routed)
 
     def init(self, params: Tree) -> State:
         return State(0, params, dict.fromkeys(self.sites, params))

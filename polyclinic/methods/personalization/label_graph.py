@@ -1,10 +1,10 @@
-"""A head that reasons over a graph of labels: which findings come together at this hospital.
+"""A graph network over labels as head, with edges from the co-occurrence of findings at a hospital.
 
 The site-specific graph network of Chakravarty, Kar, Sethuraman and Sheet, "Federated Learning for Site Aware Chest
-Radiograph Screening", ISBI 2021, https://doi.org/10.1109/ISBI48211.2021.9433876. The paper's body was not at hand; this
-is a reading of its abstract: a CNN makes a feature vector for each finding, a graph network passes them along edges of
+Radiograph Screening", ISBI 2021, https://doi.org/10.1109/ISBI48211.2021.9433876. The full text was not available; this
+follows the abstract: a CNN computes a feature vector for each finding, a graph network propagates them along edges of
 local co-morbidity, and each node then predicts its finding. The layers are those of Kipf and Welling, ICLR 2017,
-https://arxiv.org/abs/1609.02907, with a connection past each.
+https://arxiv.org/abs/1609.02907, with a residual connection.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ class GraphHeaded(Composed):
     """A network whose head is replaced by projections to label nodes, ``nodes.…``, and a graph network, ``graph.…``.
 
     Attributes:
-        features: How many numbers enter the head.
-        width: Numbers at each node. ``depth``: graph layers.
+        features: Number of features that enter the head.
+        width: Number of features of a node.
+        depth: Number of graph layers.
     """
 
     features: int
@@ -32,7 +33,7 @@ class GraphHeaded(Composed):
     depth: int = 2
 
     def __call__(self) -> nn.Module:
-        """A new module."""
+        """Build a module with random parameters."""
         return _GraphHeaded(self)
 
 
@@ -47,14 +48,14 @@ class _GraphHeaded(nn.Module):
         self.graph = _LabelGraph(labels, width, build.depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, *inputs] to [b, labels]"""
+        """Map [b, *inputs] to [b, labels]."""
         h = pooled(first_output(self.body(x)))
         prediction: Tensor = self.graph(self.nodes(h).unflatten(1, (self.labels, -1)))
         return prediction
 
 
 class _LabelGraph(nn.Module):
-    """H ← ReLU(Â H W) + H, ``depth`` times, and a logit from each node; Â is the buffer ``adjacency`` [L, L]."""
+    """``H ← ReLU(Â H W) + H``, ``depth`` times, and a logit from each node; Â is the buffer ``adjacency`` [L, L]."""
 
     adjacency: Tensor
 
@@ -66,17 +67,19 @@ class _LabelGraph(nn.Module):
         self.register_buffer("adjacency", torch.eye(labels))
 
     def forward(self, h: Tensor) -> Tensor:
-        """[b, L, width] to [b, L]"""
+        """Map [b, L, width] to [b, L]."""
         for layer in self.layers:
             h = torch.relu(self.adjacency @ layer(h)) + h
         return (h * self.weight).sum(2) + self.bias
 
 
 def comorbidity(targets: Tensor, labels: int) -> Tensor:
-    """Â = D^{-1/2} (S + I) D^{-1/2} with S_ij = (P(i|j) + P(j|i)) / 2, from a site's own targets. [labels, labels]
+    """Return the normalized co-occurrence of labels at a site, [labels, labels].
+
+    ``Â = D^{-1/2} (S + I) D^{-1/2}`` with ``S_ij = (P(i|j) + P(j|i)) / 2``.
 
     Args:
-        targets: Labels, float [n, labels], where NaN counts as absent; or classes, int64 [n], never two together.
+        targets: Labels, float [n, labels], of which NaN counts as absent; or classes, int64 [n], which never co-occur.
     """
     y = targets.nan_to_num() if targets.is_floating_point() else nn.functional.one_hot(targets, labels).float()
     together = y.T @ y

@@ -1,8 +1,8 @@
-"""LC-Fed: channels chosen for each site, and heads calibrated where sites disagree.
+"""LC-Fed: site-specific channel selection, and heads calibrated where sites disagree.
 
 Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, Algorithm 1.
-https://arxiv.org/abs/2207.04655. After the published code, with its two stages in every round instead of one after the
-other: the head alone for some steps, then the whole network, then the second head on features held fixed.
+https://arxiv.org/abs/2207.04655. After the published code. Departure: its two stages are run in every round instead of
+one after the other: the head alone for some steps, then the whole network, then the second head on fixed features.
 """
 
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.latent import bottleneck, encoded_width, head_width
 from polyclinic.learning.tasks.task import InHead, Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.personalization.lcfed_network import Calibrated, ChannelSelected
 
 
 @savable("lc-fed.State", 1)
 class State(NamedTuple):
-    """The network with its channel selection, as unseen sites have it, and every site's head, flat."""
+    """The network with its channel selection, as unseen sites have it, and every site's head, flattened."""
 
     round: int
     params: Tree
@@ -33,12 +33,14 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LCFed(Method[State]):
-    """FedAvg of the body; heads stay, but all sites see them, and learn from where they disagree.
+class LCFed(SizeWeighted[State]):
+    """FedAvg of the body; heads stay at the sites but all sites see them, and a second head learns from disagreement.
 
     Attributes:
-        task: The study's; ``sites``: who trains, in order.
-        head_steps: For how many steps of a round only the head is trained; 10 in the published code.
+        task: The study's task.
+        sites: The training sites, in order.
+        head_steps: Number of steps of a round in which only the head is trained; 10 in the published code.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -49,16 +51,16 @@ class LCFed(Method[State]):
 
     @property
     def selecting(self) -> Task:
-        """With the network whose channels are weighed."""
-        size = encoded_width(self.task)
-        return predicting_with(
-            self.task, ChannelSelected(self.task.network, bottleneck(self.task), size, len(self.sites))
+        """The task with the channel-selecting network."""
+        size = encoded_width(self.task.network)
+        return self.task.with_network(
+            ChannelSelected(self.task.network, bottleneck(self.task.network), size, len(self.sites))
         )
 
     @property
     def prediction_task(self) -> Task:
-        task, features = self.selecting, head_width(self.task)
-        return predicting_with(task, Calibrated(task.network, features, len(self.sites)))
+        task, features = self.selecting, head_width(self.task.network)
+        return task.with_network(Calibrated(task.network, features, len(self.sites)))
 
     def init(self, params: Tree) -> State:
         begun = {**self.selecting.first(), **params}
@@ -71,8 +73,8 @@ class LCFed(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         head, task = InHead(self.task), self.selecting
-        here = {"site": torch.tensor([float(name == site.name) for name in self.sites])}
-        begin = {**request.trees["params"], **memory.get("own", {}), **here}
+        own_site = {"site": torch.tensor([float(name == site.name) for name in self.sites])}
+        begin = {**request.trees["params"], **memory.get("own", {}), **own_site}
         first = replace(self.local, steps=self.head_steps)
         end = first.fit(task, begin, site, request.round, trainable=head, slot="head")
         end = self.local.fit(task, end, site, request.round)
@@ -81,8 +83,8 @@ class LCFed(Method[State]):
         whole = self.local.fit(self.prediction_task, whole, site, request.round, trainable=_second, slot="calibrate")
         own = tree.select(end, head)
         shared = {n: leaf - begin[n] for n, leaf in end.items() if n not in own and n != "site"}
-        update = WeightedMean.of(shared, 1.0 if self.uniform else float(len(site.data["train"])))
-        kept = {"own": {**own, **here}, "calibrate": tree.select(whole, _second)}
+        update = WeightedMean.of(shared, self.site_weight(site))
+        kept = {"own": {**own, **own_site}, "calibrate": tree.select(whole, _second)}
         return Reply({"update": update, "head": PerSite({site.name: {"head": tree.flatten(own)}})}), {**memory, **kept}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:

@@ -1,8 +1,8 @@
-"""The two network parts of LC-Fed: channels chosen for a site, and a head that knows where sites disagree.
+"""The two network parts of LC-Fed: channel selection for a site, and a head that uses the disagreement between sites.
 
 Wang, Jin and Wang, "Personalizing Federated Medical Image Segmentation via Local Calibration", ECCV 2022, sections 3.2
 and 3.3. https://arxiv.org/abs/2207.04655. After the published code; probabilities are a softmax over classes, and a
-window larger than the image is cut to it.
+window larger than the image is reduced to it.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from polyclinic.learning.networks.model_mixture import prediction
 
 @dataclass(frozen=True)
 class ChannelSelected(Composed):
-    """A network whose bottleneck's channels are weighed for the site that the buffer ``site`` [sites] names.
+    """A network whose bottleneck channels are weighted for the site that the buffer ``site`` [sites] encodes.
 
     Attributes:
-        bottleneck: The name of the encoder's last module. ``channels``: how many it gives.
-        sites: How many there are.
+        bottleneck: Name of the encoder's last module.
+        channels: Number of its output channels.
+        sites: Number of sites.
     """
 
     bottleneck: str
@@ -31,7 +32,7 @@ class ChannelSelected(Composed):
     sites: int
 
     def __call__(self) -> nn.Module:
-        """The network itself, every tensor under its name, with ``select.…`` and ``site`` beside them."""
+        """Build the network with unchanged tensor names, plus ``select.…`` and ``site``."""
         model = self.network()
         model.add_module("select", _Selection(self.channels, self.sites))
         model.register_buffer("site", torch.zeros(self.sites))
@@ -44,12 +45,12 @@ class ChannelSelected(Composed):
         return model
 
     def in_encoder(self, name: str) -> bool:
-        """Whether a tensor belongs to the network's encoder."""
+        """Return whether a tensor belongs to the network's encoder."""
         return not name.startswith(("select.", "site")) and self.network.in_encoder(name)
 
 
 class _Selection(nn.Module):
-    """x ↦ x · h + x with h = σ(f(avg x, e) + f(max x, e)), for the embedding e of a site."""
+    """``x ↦ x · h + x`` with ``h = σ(f(avg x, e) + f(max x, e))``, for the embedding e of a site."""
 
     def __init__(self, channels: int, sites: int) -> None:
         super().__init__()
@@ -68,13 +69,14 @@ class _Selection(nn.Module):
 class Calibrated(Composed):
     """A trained segmentation network ``net.…`` and a second head ``calibrate.…`` on its features.
 
-    The features are multiplied with two maps for every class: where the heads of all sites, kept in the buffer
-    ``heads`` [sites, size], disagree, and where the first head sees the class. Where the buffer ``use`` is 0, the
-    network predicts as it is. Only the second head can be trained.
+    The features are multiplied with two maps for every class: the disagreement between the heads of all sites, stored
+    in the buffer ``heads`` [sites, size], and the first head's probability of the class. If the buffer ``use`` is 0,
+    the network predicts without the second head. Only the second head can be trained.
 
     Attributes:
-        features: How many enter the head. ``sites``: how many heads there are.
-        window: Of the blur, in pixels.
+        features: Number of features that enter the head.
+        sites: Number of heads.
+        window: Window of the blur, in pixels.
     """
 
     features: int
@@ -82,7 +84,7 @@ class Calibrated(Composed):
     window: int = 31
 
     def __call__(self) -> nn.Module:
-        """A new module."""
+        """Build a module with random parameters."""
         return _Calibrated(self)
 
 
@@ -101,13 +103,13 @@ class _Calibrated(nn.Module):
         self.register_buffer("use", torch.ones(()))
 
     def train(self, mode: bool = True) -> "_Calibrated":
-        """The network itself stays in evaluation mode."""
+        """Set the mode; the network itself stays in evaluation mode."""
         super().train(mode)
         self.net.eval()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [b, C, *spatial]."""
+        """Return logits [b, C, *spatial]."""
         head, given = self.net.get_submodule(self.place), []
         hook = head.register_forward_pre_hook(lambda _, entering: given.append(entering[0]))
         with torch.no_grad():
@@ -115,13 +117,10 @@ class _Calibrated(nn.Module):
             hook.remove()
             if not bool(self.use):
                 return first
-            said = torch.stack([self._head(head, flat, given[-1]).softmax(1) for flat in self.heads])
+            predictions = torch.stack([self._head(head, flat, given[-1]).softmax(1) for flat in self.heads])
             # U = std over sites of their heads' predictions
-            maps = (
-                torch.cat([said.std(0), first.softmax(1)], 1)
-                if len(said) > 1
-                else first.softmax(1).repeat(1, 2, *[1] * (x.ndim - 2))
-            )
+            own = first.softmax(1)
+            maps = torch.cat([predictions.std(0) if len(predictions) > 1 else own, own], 1)
             weighed = torch.cat([given[-1] * spread(m, self.window) + given[-1] for m in maps.split(1, 1)], 1)
         found: Tensor = self.calibrate(weighed)
         return found
@@ -135,9 +134,9 @@ class _Calibrated(nn.Module):
 
 
 def spread(attention: Tensor, window: int = 31) -> Tensor:
-    """Each map of [b, 1, *spatial], blurred, scaled to [0, 1], and never less than it was.
+    """Return each map of [b, 1, *spatial], blurred, scaled to [0, 1], and at least its original value.
 
-    The blur is a Gaussian of deviation √2 · ``window`` / 9.
+    The blur is a Gaussian with standard deviation ``√2 · window / 9``.
     """
     side = min(window, *(2 * ((n - 1) // 2) + 1 for n in attention.shape[2:]))
     offset = torch.arange(side, device=attention.device) - side // 2

@@ -5,7 +5,9 @@ SiloBN: Andreux, du Terrail, Beguier and Tramel, DART at MICCAI 2020, https://ar
 statistics only; FedPer: Arivazhagan et al., 2019, https://arxiv.org/abs/1912.00818, and FLOP: Yang et al., KDD 2021,
 the head; LG-FedAvg: Liang et al., 2020, https://arxiv.org/abs/2001.01523, the representation.
 
-Layers are found by module type, not, as in some official code, by a part of their name.
+Layers are identified by module type, whereas some official code uses a part of their name.
+
+The functions at the end compose FedAvg with a selection of leaves.
 """
 
 from collections.abc import Callable
@@ -25,20 +27,20 @@ from polyclinic.methods.optimization.fedavg import FedAvg
 
 @savable("personal.State", 1)
 class State(NamedTuple):
-    """The inner method's state, and where the kept leaves start."""
+    """The inner method's state, and the initial values of the kept leaves."""
 
     inner: Any
     first: Tree
 
     @property
     def params(self) -> Tree:
-        """The shared leaves as they are, and the kept ones as they began: the model of a site never seen."""
+        """The shared leaves, and the kept ones at their initial values: the model of an unseen site."""
         return {**self.inner.params, **self.first}
 
 
 @dataclass(frozen=True)
 class Personal(MethodWrapper[State]):
-    """Any method that sends an ``update``, with the leaves that ``keep`` names left at the sites."""
+    """Any method that sends an ``update``, with the leaves selected by ``keep`` left at the sites."""
 
     inner: Method[Any]
     keep: Callable[[str], bool]
@@ -73,7 +75,7 @@ class Personal(MethodWrapper[State]):
         return not self.keep(name)
 
     def _without(self, stat: Stat) -> Stat:
-        """``stat`` without the kept leaves, whatever kind it is: they leave in no part of a reply."""
+        """Return ``stat``, of any kind, without the kept leaves, so that no part of a reply contains them."""
         match stat:
             case WeightedMean(total, weight):
                 return WeightedMean(tree.select(total, self._share), weight)
@@ -84,20 +86,20 @@ class Personal(MethodWrapper[State]):
 
 
 def fedbn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg that keeps its normalization layers at the sites."""
+    """FedAvg with normalization layers kept at the sites."""
     return Personal(FedAvg(task, local, uniform=uniform), InNormalization(task))
 
 
 def silobn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg that keeps the running statistics of batch normalization at the sites, and shares its weights."""
+    """FedAvg with the running statistics of batch normalization kept at the sites; their weights are shared."""
     return Personal(FedAvg(task, local, uniform=uniform), InRunningStatistics(task))
 
 
 def fedper(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg that keeps the head at the sites (FedPer, FLOP)."""
+    """FedAvg with the head kept at the sites (FedPer, FLOP)."""
     return Personal(FedAvg(task, local, uniform=uniform), InHead(task))
 
 
 def lg_fedavg(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
-    """FedAvg of the head alone; the representation stays at the sites."""
+    """FedAvg of the head alone; the representation is kept at the sites."""
     return Personal(FedAvg(task, local, uniform=uniform), Not(InHead(task)))

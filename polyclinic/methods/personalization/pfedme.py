@@ -1,32 +1,30 @@
-"""pFedMe: personal models near a shared one, which follows them: federated learning on Moreau envelopes.
+"""pFedMe: personal models regularized towards a shared one, by Moreau envelopes.
 
 T. Dinh, Tran and Nguyen, "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, Algorithm 1,
 https://arxiv.org/abs/2006.08848. A personal model θ takes K steps of ``local``'s optimizer on each minibatch, and
-begins each round at the shared model, as in the published code. β, the server's share of the new mean, is ``lr``. The
-running statistics of batch normalization that are sent are those of θ.
+starts each round from the shared model, as in the published code. β, the server's weight of the new mean, is ``lr``.
+The running statistics of batch normalization that are sent are those of θ.
 """
 
 from dataclasses import dataclass
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.model_tree import params_of
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model, params_of
 from polyclinic.learning.training.local import Proximal, seeded
 from polyclinic.methods.optimization.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
 class PFedMe(FedAvg):
-    """FedAvg in which the shared model w takes gradient steps of the envelope, min over θ of f(θ) + λ/2 · ‖θ − w‖².
+    """FedAvg in which the shared model w takes gradient steps on the envelope ``min_θ f(θ) + λ/2 · ‖θ − w‖²``.
 
     Attributes:
-        lam: λ, how near θ is kept to w. The paper uses 15 to 30.
-        eta: η, the step of w along λ · (w − θ). With η = 1/λ and K = 1 this is FedAvg.
-        steps: K, how often θ steps on a minibatch. The paper uses 5.
+        lam: λ, the weight of the proximal term. The paper uses 15 to 30.
+        eta: η, the step size of w along ``λ · (w − θ)``. With η = 1/λ and K = 1 this is FedAvg.
+        steps: K, the number of steps of θ on a minibatch. The paper uses 5.
     """
 
     lam: float = 15.0
@@ -46,7 +44,10 @@ class PFedMe(FedAvg):
                 w = {name: leaf - self.eta * self.lam * (leaf - theta[name].detach()) for name, leaf in w.items()}
         own = params_of(model)
         shared = {**own, **{name: leaf.to(own[name].device) for name, leaf in w.items()}}
-        return Reply({"update": WeightedMean.of(tree.sub(shared, start), self.weight(site))}), {**memory, "own": own}
+        return Reply({"update": self.update(shared, start, site)}), {
+            **memory,
+            "own": own,
+        }
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return memory.get("own", request.trees["params"])

@@ -1,9 +1,10 @@
-"""A network that mixes several trained ones, layer by layer, for the very images it is shown.
+"""A network that mixes several trained ones, layer by layer, for the given images.
 
 After the test-time routing of Jiang, Yang, Chen and Dou, "IOP-FL", IEEE TMI 2023, https://arxiv.org/abs/2204.08467.
-There a small network routes by the mean of a layer's input; here each layer has weights of its own, σ(r_l), found anew
-for every batch from equal ones. What is learned from is the same: sure predictions, and the same ones under noise. The
-published code's rotations, and its smoothness term of weight 1e-6, are left out.
+Departures: in the paper a small network computes the routing from the mean of a layer's input; here each layer has
+weights of its own, ``σ(r_l)``, optimized for every batch from equal ones. The objective is the same: confident
+predictions that are consistent under noise. The published code's rotations, and its smoothness term of weight 1e-6, are
+omitted.
 """
 
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ from polyclinic.learning.training.optimizers import Adam
 class Routed(Composed):
     """Builds the mixture of ``members`` copies of a network that predicts classes.
 
-    Where the buffer ``adapt`` is 0, the first member predicts alone. Where it is 1, every batch is adapted to: Adam
-    finds the weights of the members in every layer, and the scales and shifts of normalization, without any label.
-    Batch normalization then uses the batch itself where it can.
+    If the buffer ``adapt`` is 0, the first member predicts alone. If it is 1, each batch is adapted to: Adam optimizes
+    the weights of the members in every layer, and the scales and shifts of normalization, without labels. Batch
+    normalization then uses the statistics of the batch, if it has more than one example.
 
     Attributes:
-        steps: Of Adam, for each batch; 10 passes in the published code. ``lr``: its step.
-        entropy: The weight of the predictions' entropy, and ``consistency``: that of the squared difference between
-            predictions with and without noise of deviation ``noise``, in the inputs' unit.
+        steps: Number of Adam steps per batch; 10 in the published code.
+        lr: Step size of Adam.
+        entropy: Weight of the predictions' entropy.
+        consistency: Weight of the squared difference between predictions with and without noise.
+        noise: Standard deviation of that noise, in the inputs' unit.
     """
 
     members: int
@@ -40,7 +43,7 @@ class Routed(Composed):
     noise: float = 0.5
 
     def __call__(self) -> nn.Module:
-        """A new module."""
+        """Build a module with random parameters."""
         return _Router(self)
 
 
@@ -52,11 +55,11 @@ class _Router(nn.Module):
         self.build = build
         self.member = nn.ModuleList([build.network() for _ in range(build.members)])
         self.register_buffer("adapt", torch.zeros(()))
-        self._body = [build.network()]  # in a list, so that it is no part of the state
+        self._body = [build.network()]  # in a list, so that it is not part of the state
         self._affine = inspect(self._body[0]).normalization
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores [b, C, ...]."""
+        """Return class scores [b, C, ...]."""
         if self.training or not bool(self.adapt):
             return prediction(self.member[0](x))
         with torch.inference_mode(False), torch.enable_grad():
@@ -66,7 +69,7 @@ class _Router(nn.Module):
         body, build = self._body[0].to(x.device).eval(), self.build
         for module in body.modules():
             if isinstance(module, BATCH_NORMS):
-                module.train(len(x) > 1)  # one example may have one value a channel, of which there is no variance
+                module.train(len(x) > 1)  # one example may have a single value per channel, without variance
         own = [dict(member.state_dict()) for member in self.member]
         stacks = {
             n: torch.stack([leaves[n] for leaves in own]) for n, leaf in own[0].items() if leaf.is_floating_point()

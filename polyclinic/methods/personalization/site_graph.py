@@ -1,8 +1,8 @@
 """A shared CNN and, at each site, a graph network over its labels.
 
 Chakravarty, Kar, Sethuraman and Sheet, "Federated Learning for Site Aware Chest Radiograph Screening", ISBI 2021.
-https://doi.org/10.1109/ISBI48211.2021.9433876. See ``polyclinic.methods.personalization.label_graph`` for how far the
-paper was at hand.
+https://doi.org/10.1109/ISBI48211.2021.9433876. ``polyclinic.methods.personalization.label_graph`` says how far the
+paper was available.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.networks.composite import predicting_with
 from polyclinic.learning.networks.latent import head_width
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
@@ -27,10 +26,10 @@ from polyclinic.methods.personalization.partial_personalization import Personal,
 class SiteGraph(Personal):
     """FedAvg of the CNN; the graph over labels, with edges from the site's own co-morbidity, never leaves the site.
 
-    A site that was never seen uses the graph network as it began, without edges.
+    A site that never trained uses the initial graph network, without edges.
 
     Attributes:
-        task: With the graph-headed network.
+        task: The task with the graph-headed network.
     """
 
     task: Task
@@ -53,18 +52,18 @@ class SiteGraph(Personal):
 
 
 def in_graph(name: str) -> bool:
-    """Whether a tensor belongs to the graph network."""
+    """Return whether a tensor belongs to the graph network."""
     return name.startswith("graph.")
 
 
 def site_graph(
     task: Task, local: LocalTraining, *, width: int = 16, depth: int = 2, uniform: bool = False
 ) -> SiteGraph:
-    """A shared CNN; a graph network over labels stays at each site, ``width`` numbers a node and ``depth`` layers.
+    """Compose FedAvg of the graph-headed network with a graph network that stays at each site.
 
     Args:
-        width: How many numbers describe a label in the graph.
-        depth: How many layers the graph network has.
+        width: Number of features of a label in the graph.
+        depth: Number of layers of the graph network.
     """
-    headed = predicting_with(task, GraphHeaded(task.network, head_width(task), width, depth))
+    headed = task.with_network(GraphHeaded(task.network, head_width(task.network), width, depth))
     return SiteGraph(FedAvg(headed, local, uniform=uniform), in_graph, headed)

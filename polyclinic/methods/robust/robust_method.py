@@ -1,25 +1,25 @@
-"""Any method, with a rule in place of the mean of what its sites send, and every site's standing for people to see.
+"""Any method with a robust rule in place of the mean of its updates, and outlier statistics for every site.
 
-The rules are in ``methods.robust.rules``, each with its paper. This puts them to use: what a site would have sent as
-means goes as one update, kept apart by site (``PerSite``), and becomes means again at the server, after the rule. So a
-rule covers everything that a method averages, control variates as well as weights. It must see each update, which
-secure summation does not allow.
+The rules are in ``methods.robust.rules``, each with its paper. The means that a site would have sent are sent as one
+update, separate by site (``PerSite``), and are converted to means again at the server, after the rule. A rule therefore
+covers everything that a method averages, control variates as well as weights. It needs each update, which secure
+summation does not allow.
 
-Nobody is left out in silence. Each site's standing among the others is kept in the state, ``alarms`` says in words who
-stood out, and it is a person who writes ``quarantined``. A site in quarantine still receives the model and still is
-looked at; its updates have no say. Only what cannot be added up (other shapes, numbers that are not finite) is refused
-without a person, and named.
+No site is excluded automatically. The state keeps statistics of each site, ``alarms`` describes outliers, and a person
+decides on ``quarantined``. A site in quarantine still receives the model and is still monitored; its updates have no
+weight. Only updates that cannot be summed (other shapes, non-finite numbers) are refused automatically, by name.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
-from polyclinic.core.method import Method, MethodWrapper, Request
+from polyclinic.core.method import Capabilities, Method, MethodWrapper, Request
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -30,14 +30,14 @@ from polyclinic.methods.robust.rules.outlier_watch import QUARANTINE, Note, alar
 
 PART, SERVER = "apart", "server"
 UNSEEN = (
-    "a robust rule must see what each site sent, and secure summation shows only sums: leave one of them out, or "
-    "bound what a site can do with clipping alone"
+    "a robust rule needs each site's update, and secure summation shows only sums: leave one of them out, or "
+    "limit each site's influence with clipping alone"
 )
 
 
 @savable("robust.State", 1)
 class State(NamedTuple):
-    """The inner method's state, the last aggregate by job where the rule needs it, and every site's standing."""
+    """The inner method's state, the last aggregate by job if the rule needs it, and the statistics of every site."""
 
     inner: Any
     last: Trees
@@ -51,18 +51,18 @@ class State(NamedTuple):
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        """A sentence for each site that a person should look at."""
+        """A sentence for each site that should be investigated."""
         return alarms(self.notes)
 
 
 @dataclass(frozen=True)
 class Robust(MethodWrapper[State]):
-    """Any method that sends means, under a rule that withstands some sites being broken or hostile.
+    """Any method that sends means, under a rule that tolerates some faulty or hostile sites.
 
     Attributes:
-        rule: What makes one update of many.
-        bound: Updates longer than this many times the median length are scaled down to it first; 0 for no bound.
-        quarantined: The sites whose updates a person has decided to leave out.
+        rule: Aggregates the updates of all sites into one.
+        bound: Updates longer than this multiple of the median length are first scaled down to it; 0 for no bound.
+        quarantined: The sites whose updates a person has decided to exclude.
     """
 
     inner: Method[Any]
@@ -71,19 +71,16 @@ class Robust(MethodWrapper[State]):
     quarantined: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        secure = any(t.secure for t in getattr(self.inner, "transforms", ()))
+        secure = any(t.secure for t in transforms_of(self.inner))
         problems = [UNSEEN] if secure else []
         if not self.bound >= 0:
             problems.append(f"bound is a multiple of the median length, or 0 for none, not {self.bound}")
         if problems:
             raise ConfigError("; ".join(problems))
 
-    gathers = True  # the server must see what each site sends
-
     @property
-    def uniform(self) -> bool:
-        """Whether sites count the same in the inner method."""
-        return bool(getattr(self.inner, "uniform", True))
+    def capabilities(self) -> Capabilities:
+        return replace(self.inner.capabilities, needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(self.inner.init(params), {}, {})
@@ -96,9 +93,6 @@ class Robust(MethodWrapper[State]):
 
     def evaluation_request(self, state: State) -> Request:
         return self.inner.evaluation_request(state.inner)
-
-    def site_model(self, request: Request, memory: Trees) -> Tree:
-        return self.inner.site_model(request, memory)
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, memory = self.inner.site_update(request, memory, site)
@@ -115,16 +109,16 @@ class Robust(MethodWrapper[State]):
         values = {site: _values(leaves) for site, leaves in sent.items() if site not in refused}
         weights = {site: _weights(sent[site]) for site in values}
         out = refused | {site: QUARANTINE for site in self.quarantined if site in values}
-        if not (voices := values.keys() - out.keys() - {SERVER}):
+        if not (counted := values.keys() - out.keys() - {SERVER}):
             raise ConfigError("no update is left: " + "; ".join(f"{site}: {why}" for site, why in sorted(out.items())))
-        here = Updates.of(values, {site: next(iter(w.values())) for site, w in weights.items()})
+        updates = Updates.of(values, {site: next(iter(w.values())) for site, w in weights.items()})
         job = "" if request is None else request.job
-        heard = self._bounded(here.only(tuple(site for site in here.sites if site not in out)))
-        aggregate, shares = self.rule.aggregate(heard, state.last.get(job, {}))
-        parts = _means(aggregate, [weights[site] for site in sorted(voices)])
+        bounded = self._bounded(updates.only(tuple(site for site in updates.sites if site not in out)))
+        aggregate, shares = self.rule.aggregate(bounded, state.last.get(job, {}))
+        parts = _means(aggregate, [weights[site] for site in sorted(counted)])
         rest = {part: stat for part, stat in reply.parts.items() if part != PART}
-        seen = standings(here.only(tuple(site for site in here.sites if site != SERVER)))
-        share = dict.fromkeys(here.sites, 0.0) | dict(shares) if shares is not None else {}
+        seen = standings(updates.only(tuple(site for site in updates.sites if site != SERVER)))
+        share = dict.fromkeys(updates.sites, 0.0) | dict(shares) if shares is not None else {}
         notes = {
             site: state.notes.get(site, Note()).after(seen.get(site), share.get(site), out.get(site, ""))
             for site in sorted(sent.keys() - {SERVER})
@@ -141,9 +135,9 @@ class Robust(MethodWrapper[State]):
 
 
 def apart(reply: Reply, site: str) -> Reply:
-    """``reply`` with its means as one update of ``site``; what it kept apart already stays as it is.
+    """Return ``reply`` with its means as one update of ``site``; parts that are separate by site stay as they are.
 
-    An update's leaves are called ``part/name``. Where a part weighs another than 1, ``part/`` says what.
+    An update's leaves are named ``part/name``. If the weight of a part is not 1, ``part/`` holds it.
 
     Raises:
         TypeError: If a part has a weight for every element.
@@ -152,7 +146,7 @@ def apart(reply: Reply, site: str) -> Reply:
     for part, stat in reply.parts.items():
         if isinstance(stat, ElementwiseMean):
             raise TypeError(
-                f"{part!r} has a weight for every element, which no robust rule can judge: "
+                f"{part!r} has a weight for every element, which robust rules do not support: "
                 "choose another method or another rule"
             )
         if isinstance(stat, WeightedMean):
@@ -164,7 +158,7 @@ def apart(reply: Reply, site: str) -> Reply:
 
 
 def _claim(key: str) -> bool:
-    """Whether a leaf says what a part weighs."""
+    """Return whether a leaf is the stated weight of a part."""
     return not key.partition("/")[2]
 
 
@@ -173,23 +167,23 @@ def _values(leaves: Tree) -> Tree:
 
 
 def _weights(leaves: Tree) -> dict[str, float]:
-    """What each part claims to weigh."""
+    """Return the stated weight of each part."""
     parts = sorted({key.partition("/")[0] for key in leaves})
     return {part: float(leaves[f"{part}/"]) if f"{part}/" in leaves else 1.0 for part in parts}
 
 
 def _refused(sent: Mapping[str, Tree]) -> dict[str, str]:
-    """The sites whose updates cannot be added to the others', each with the reason."""
+    """Return the sites whose updates cannot be added to the others', each with the reason."""
     found = faults({site: _values(leaves) for site, leaves in sent.items()})
     for site, leaves in sent.items():
         claims = [leaf for key, leaf in leaves.items() if _claim(key)]
         if any(x.numel() != 1 or not bool(x.isfinite().all()) or not float(x) > 0 for x in claims):
-            found.setdefault(site, "what it claims to weigh is not a number above 0")
+            found.setdefault(site, "its stated weight is not a number above 0")
     return dict(sorted(found.items()))
 
 
 def _means(aggregate: Tree, weights: list[dict[str, float]]) -> dict[str, Stat]:
-    """The aggregate as the means it was made of. Each weighs the sites' median claim, times their number."""
+    """Return the aggregate as means again, each with the sites' median stated weight times their number."""
     parts: dict[str, Stat] = {}
     for part in weights[0]:
         weight = float(median(torch.tensor([w[part] for w in weights], dtype=torch.float64))) * len(weights)

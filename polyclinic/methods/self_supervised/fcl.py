@@ -1,11 +1,11 @@
-"""FCL: contrastive learning for volumes, whose slices at the same height of the body look alike in every hospital.
+"""FCL: contrastive learning for volumes, in which slices at the same position of the body are positives.
 
 Wu, Zeng, Wang, Shi and Hu, "Federated Contrastive Learning for Volumetric Medical Image Segmentation", MICCAI 2021,
-https://arxiv.org/abs/2204.10983: momentum contrast of a U-Net's way down; sites exchange features of slices, so that
-each compares with all; slices in the same partition of their volumes count as alike, at home and elsewhere (global
-structural matching); few labels then suffice. The exact loss was not at hand: all keys of a slice's partition are its
-positives, every other key a negative, in one InfoNCE. Heights come with the data, as ``positions`` from 0 to 1; a data
-set without them has slices that are like nothing but themselves.
+https://arxiv.org/abs/2204.10983: momentum contrast of a U-Net's encoder; sites exchange features of slices, so that
+each compares with all; slices in the same partition of their volumes are positives, within a site and across sites
+(global structural matching); few labels then suffice. The exact loss was not available: all keys of a slice's partition
+are its positives, every other key a negative, in one InfoNCE. Positions come with the data, as ``positions`` from 0 to
+1; without them each slice is its own only positive.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_momentum import follow_
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, alike, extended, nce, partitions
 from polyclinic.learning.tasks.example_pool import all_inputs
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import STRONG
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Then, share_of
@@ -47,14 +49,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FCL(Method[State]):
-    """Sites learn which slices show the same part of the body, from their own volumes and from others' features.
+    """Sites contrast slices by their position in the body, with their own volumes and with other sites' features.
 
     Attributes:
         contrast: The network with its projection, and the temperature.
-        parts: Into how many partitions a volume is cut; 4.
-        queue: How many earlier keys of its own a site compares with.
-        exchange: How many features of single slices a site sends in a round.
-        keep: How slowly the key encoder follows.
+        parts: Number of partitions of a volume; 4.
+        queue: Number of a site's earlier keys in the contrast.
+        exchange: Number of features of single slices that a site sends in a round.
+        keep: Momentum of the key encoder.
     """
 
     contrast: Contrast
@@ -64,7 +66,7 @@ class FCL(Method[State]):
     exchange: int = 64
     keep: float = 0.99
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, extended(self.contrast, params), {})
@@ -85,7 +87,7 @@ class FCL(Method[State]):
                 k = self.contrast.embed(key, STRONG.view(batch[0], rng))
             keys = torch.cat([k, queue["keys"].to(k), remote["keys"].to(k)])
             positive = alike(here, torch.cat([here, queue["places"], remote["places"]]))
-            positive[:, : len(k)].fill_diagonal_(1)  # a slice is like itself, wherever it lies
+            positive[:, : len(k)].fill_diagonal_(1)  # a slice is its own positive
             queue["keys"] = torch.cat([queue["keys"], k.cpu()])[-self.queue :]
             queue["places"] = torch.cat([queue["places"], here])[-self.queue :]
             return nce(q @ keys.T / self.contrast.temperature, positive.to(q))
@@ -107,7 +109,7 @@ class FCL(Method[State]):
         return tree.under("backbone", request.trees["whole"])
 
     def _others(self, features: Tree, name: str, nothing: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """What other sites sent, and where in the body it lies."""
+        """Return the keys of other sites, and their partitions."""
         sites = sorted({leaf.rpartition("/")[0] for leaf in features} - {name})
         return {leaf: torch.cat([x, *(features[f"{site}/{leaf}"] for site in sites)]) for leaf, x in nothing.items()}
 
@@ -126,17 +128,17 @@ def fcl(
     exchange: int = 64,
     keep: float = 0.99,
 ) -> Then:
-    """Contrast between parts of the body for the first share ``pretrain`` of the rounds, then FedAvg on labels.
+    """Compose the contrast, for the first share ``pretrain`` of the rounds, with FedAvg on labels.
 
     Args:
-        pretrain: The share of them in which images are compared, labeled or not, and no label is read.
-        pretrain_lr: The learning rate in those; 0 for that of training.
-        width: How long a projection is.
+        pretrain: The share of the rounds in which images are contrasted, labeled or not, without their labels.
+        pretrain_lr: The learning rate in those rounds; 0 for that of training.
+        width: Length of a projection.
         temperature: τ of the contrast.
-        parts: Into how many partitions a volume is cut; 4.
-        queue: How many earlier keys of its own a site compares with.
-        exchange: How many features of single slices a site sends in a round.
-        keep: How slowly the key encoder follows.
+        parts: Number of partitions of a volume; 4.
+        queue: Number of a site's earlier keys in the contrast.
+        exchange: Number of features of single slices that a site sends in a round.
+        keep: Momentum of the key encoder.
     """
     first = replace(local, lr=pretrain_lr or local.lr)
     contrast = FCL(Contrast(task, width, temperature), first, parts, queue, exchange, keep)

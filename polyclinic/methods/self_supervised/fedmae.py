@@ -1,11 +1,11 @@
-"""Federated masked image modeling, then federated training on the labels there are.
+"""Federated masked image modeling, then federated training on the available labels.
 
 Yan, Qu, Wei, Huang, Shen, Rubin, Xing and Zhou, "Label-Efficient Self-Supervised Federated Learning for Tackling Data
-Heterogeneity in Medical Imaging", IEEE TMI 2023, https://arxiv.org/abs/2205.08576: a vision transformer learns to fill
-in hidden patches (its Fed-MAE), is averaged whole, and is then trained on labels, federated too. Departures: plain
-FedAvg fine-tunes, without layer-wise decay of the learning rate, drop-path or warm-up; networks that are no
+Heterogeneity in Medical Imaging", IEEE TMI 2023, https://arxiv.org/abs/2205.08576: a vision transformer learns to
+reconstruct masked patches (its Fed-MAE), is averaged whole, and is then trained on labels, also federated. Departures:
+plain FedAvg fine-tunes, without layer-wise decay of the learning rate, drop-path or warm-up; networks other than
 transformers learn by SimMIM's rule (see ``learning.objectives.masked_modeling``). Fed-BEiT, the paper's other half, is
-not here: it needs a tokenizer trained elsewhere.
+not included, since it needs a separately trained tokenizer.
 """
 
 from dataclasses import replace
@@ -32,17 +32,17 @@ def fedmae(
     depth: int = 1,
     uniform: bool = False,
 ) -> Then:
-    """Learns to fill in what is hidden for the first share ``pretrain`` of the rounds, then trains on labels.
+    """Compose masked image modeling, for the first share ``pretrain`` of the rounds, with FedAvg on labels.
 
     Args:
-        pretrain: The share of them in which every image of a site is used, labeled or not.
-        pretrain_lr: The learning rate in those; 0 for that of training. 1e-3 with ``adamw`` in the paper.
-        pretrain_optimizer: The optimizer in those; that of training where empty.
-        hidden: How much of each image is hidden; 0.75.
-        grid: How finely, for networks that are no transformers.
-        width: The decoder's.
-        depth: How many layers it has.
-        uniform: Whether sites count the same.
+        pretrain: The share of the rounds in which every image of a site is used, labeled or not.
+        pretrain_lr: The learning rate in those rounds; 0 for that of training. 1e-3 with ``adamw`` in the paper.
+        pretrain_optimizer: The optimizer in those rounds; that of training if empty.
+        hidden: The masked fraction of each image; 0.75.
+        grid: Number of patches per axis, for networks other than transformers.
+        width: Width of the decoder.
+        depth: Number of layers of the decoder.
+        uniform: Whether all sites have equal weight, instead of in proportion to their examples.
     """
     if pretrain_optimizer not in ("", "sgd", "adam", "adamw"):
         raise ConfigError(f"no optimizer is called {pretrain_optimizer!r}; there are sgd, adam, adamw")

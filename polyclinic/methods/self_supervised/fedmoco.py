@@ -1,12 +1,12 @@
-"""FedMoCo: momentum contrast at each site, with negatives drawn from what other sites' features look like.
+"""FedMoCo: momentum contrast at each site, with negatives drawn from the feature statistics of other sites.
 
 Dong and Voiculescu, "Federated Contrastive Learning for Decentralized Unlabeled Medical Images", MICCAI 2021,
 https://arxiv.org/abs/2109.07504: MoCo, metadata transfer (each site sends the mean and covariance of its features, and
-others draw negatives from those Gaussians) and self-adaptive aggregation by representational similarity analysis.
-The paper's exact weights were not at hand. Our reading: a site counts n · ρᵖ, where ρ is the Spearman correlation
+others draw negatives from those Gaussians) and self-adaptive aggregation by representational similarity analysis. The
+paper's exact weights were not available. Interpretation: a site's weight is n · ρᵖ, where ρ is the Spearman correlation
 between the dissimilarities of its images before and after its training (Kriegeskorte et al., 2008), so that p = 0 is
-FedAvg and p > 0 favors sites whose training kept the shared geometry. The key encoder begins each round, as the query
-encoder, from the server's model; only the queue lasts.
+FedAvg and p > 0 favors sites whose training preserved the shared geometry. The key encoder starts each round, as the
+query encoder, from the server's model; only the queue persists.
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_momentum import follow_
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, drawn, extended, gaussian, momentum_nce, similarity
 from polyclinic.learning.tasks.example_pool import all_inputs
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import STRONG
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Then, share_of
@@ -48,14 +50,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedMoCo(Method[State]):
-    """Sites learn to tell their own images apart, and apart from what images elsewhere look like on average.
+    """Sites contrast their images with each other and with samples from other sites' feature distributions.
 
     Attributes:
         contrast: The network with its projection, and the temperature.
-        queue: How many earlier keys of its own a site compares with.
-        transfer: How many negatives it draws from each other site's Gaussian at each step; 0 for none.
-        keep: How slowly the key encoder follows; 0.999 in MoCo, for many more steps than a round here has.
-        power: p, how much the similarity of representations decides a site's weight.
+        queue: Number of a site's earlier keys in the contrast.
+        transfer: Number of negatives drawn from each other site's Gaussian at each step; 0 for none.
+        keep: Momentum of the key encoder; 0.999 in MoCo, which takes many more steps than a round here.
+        power: p, the exponent of the representational similarity in a site's weight.
     """
 
     contrast: Contrast
@@ -65,7 +67,7 @@ class FedMoCo(Method[State]):
     keep: float = 0.99
     power: float = 1.0
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, extended(self.contrast, params), {})
@@ -127,17 +129,17 @@ def fedmoco(
     keep: float = 0.99,
     power: float = 1.0,
 ) -> Then:
-    """Momentum contrast for the first share ``pretrain`` of the rounds, then FedAvg on the labels there are.
+    """Compose momentum contrast, for the first share ``pretrain`` of the rounds, with FedAvg on labels.
 
     Args:
-        pretrain: The share of them in which images are compared, labeled or not, and no label is read.
-        pretrain_lr: The learning rate in those; 0 for that of training.
-        width: How long a projection is.
+        pretrain: The share of the rounds in which images are contrasted, labeled or not, without their labels.
+        pretrain_lr: The learning rate in those rounds; 0 for that of training.
+        width: Length of a projection.
         temperature: τ of the contrast.
-        queue: How many earlier keys of its own a site compares with.
-        transfer: How many negatives it draws from each other site's Gaussian at each step; 0 for none.
-        keep: How slowly the key encoder follows.
-        power: p, how much the similarity of representations decides a site's weight; 0 for FedAvg's.
+        queue: Number of a site's earlier keys in the contrast.
+        transfer: Number of negatives drawn from each other site's Gaussian at each step; 0 for none.
+        keep: Momentum of the key encoder.
+        power: p, the exponent of the representational similarity in a site's weight; 0 for FedAvg's weights.
     """
     first = replace(local, lr=pretrain_lr or local.lr)
     contrast = FedMoCo(Contrast(task, width, temperature), first, queue, transfer, keep, power)

@@ -1,10 +1,10 @@
-"""FedCy: sites with labeled videos teach what phases look like; sites without learn from the order of time.
+"""FedCy: labeled videos train phase recognition; unlabeled ones are learned from their temporal order.
 
 Kassem, Alapatt, Mascagni, Karargyris and Padoy, "Federated Cycling (FedCy): Semi-Supervised Federated Learning of
-Surgical Phases", IEEE TMI 2023, https://arxiv.org/abs/2203.07345. The exact losses were not at hand. Our reading: on
-labels, the task's loss and a supervised contrast, which makes the frames of a phase alike; without, temporal cycle
-consistency between two of the site's videos, so that moments keep their place; weights are averaged over both. Frames
-are examples; the data say by ``videos`` to which video each belongs, and are in the order of time.
+Surgical Phases", IEEE TMI 2023, https://arxiv.org/abs/2203.07345. The exact losses were not available. Interpretation:
+on labels, the task's loss and a supervised contrast between phases; without, temporal cycle consistency between two of
+the site's videos; weights are averaged over both. Frames are examples; the data give the video of each in ``videos``
+and are in temporal order.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from polyclinic.methods.semi_supervised.video_cycle import clip, cycle_back
 
 @dataclass(frozen=True)
 class FedCy(FedAvg):
-    """FedAvg over labeled and unlabeled videos, the latter learned from the order of their moments.
+    """FedAvg over labeled and unlabeled videos; the latter are learned by temporal cycle consistency.
 
     Attributes:
-        contrast: What the supervised contrast counts beside the labels.
-        cycle: What cycle consistency counts at a site that has labels too.
-        frames: How many frames of each of two videos are compared.
+        contrast: Weight of the supervised contrast, relative to the labels' loss.
+        cycle: Weight of cycle consistency at a site that also has labels.
+        frames: Number of frames of each of two videos that are compared.
         temperature: τ of both.
-        trust: What an unlabeled frame counts in the average over sites.
+        trust: Weight of an unlabeled frame in the average over sites.
     """
 
     contrast: float = 0.1
@@ -49,11 +49,11 @@ class FedCy(FedAvg):
         by = self.cycle if len(site.data.get("train", ())) else 1.0
 
         def alone(model: nn.Module, x: Tensor) -> Tensor:
-            """Of two clips; the minibatch ``x`` only counts the steps, for its frames are in no order."""
+            """Return the loss of two clips; ``x``, whose frames are not in order, only counts the steps."""
             one, name = clip(site.data["unlabeled"], self.frames, rng)
             two, _ = clip(site.data["unlabeled"], self.frames, rng, other_than=name)
             seen = torch.cat([one, two]).to(site.device)
-            u, v = F.normalize(encoded(self.task, model, seen), dim=1).split([len(one), len(two)])
+            u, v = F.normalize(encoded(self.task.network, model, seen), dim=1).split([len(one), len(two)])
             return by * (cycle_back(u, v, self.temperature) + cycle_back(v, u, self.temperature)) / 2
 
         end, labels, free = fit_both(self.local, self.task, start, site, request.round, learner.loss, alone)

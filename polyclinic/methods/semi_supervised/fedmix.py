@@ -1,11 +1,11 @@
-"""FedMix: segmentation from sites that are annotated by masks, by boxes, by labels of images, or not at all.
+"""FedMix: segmentation from sites that are annotated by masks, by boxes, by image labels, or not at all.
 
 Wicaksana, Yan, Zhang, Huang, Wu, Yang and Cheng, "FedMix: Mixed Supervised Federated Learning for Medical Image
 Segmentation", IEEE TMI 42(7):1955, 2023, https://arxiv.org/abs/2205.01840, with the official settings
-(https://github.com/Jwicaksana/FedMix). A round takes two messages, so that the server sees sums alone: sites first say
-what they used and lost, then send their change with the weight that follows from everybody's. Departures: pseudo-masks
-are not refined further; empty ones are used only where an image is labeled as empty; sites predict with the first
-network.
+(https://github.com/Jwicaksana/FedMix). A round takes two requests, so that the server receives sums alone: sites first
+send the number of examples used and the loss, then their change with the weight that follows from the sums. Departures:
+pseudo-masks are not refined further; empty ones are used only if an image is labeled as empty; sites predict with the
+first network.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ from polyclinic.core.method import Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.example_pool import endless, size, unlabeled
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.semi_supervised.mixed_annotations import ROLES, MixedSegmentation, Tally
 
 
 @savable("fedmix.State", 1)
 class State(NamedTuple):
-    """Both networks; and between the two messages of a round, Σ n and Σ loss^β."""
+    """Both networks; and between the two requests of a round, ``Σ n`` and ``Σ loss^β``."""
 
     round: int
     twins: Tree
@@ -42,21 +43,31 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FedMix(Method[State]):
-    """Two networks teach one another where annotation is weak; sites that lose more count more.
+    """Two networks teach each other where annotation is weak; a site's weight grows with its loss.
+
+    Masks have the role ``train``, boxes ``boxed``, image labels ``tagged``, and bare images ``unlabeled``.
 
     Attributes:
-        mixed: The task, and when the networks' masks agree enough to be learned.
-        by_loss: λ, what the part of a site's weight by loss counts beside that by examples; 10.
-        power: β, the power of the loss; 1.5.
+        agree: ε, the least Dice between the two networks' masks for them to be used; 0.9.
+        inside: The least Dice between a mask and its box; 0.5.
+        by_loss: λ, the weight of a site's share of the loss, relative to its share of the examples; 10.
+        power: β, the exponent of the loss; 1.5.
     """
 
-    mixed: MixedSegmentation
+    task: Task
     local: LocalTraining = LocalTraining()
+    agree: float = 0.9
+    inside: float = 0.5
     by_loss: float = 10.0
     power: float = 1.5
 
+    @property
+    def mixed(self) -> MixedSegmentation:
+        """The two networks' task."""
+        return MixedSegmentation(self.task, self.agree, self.inside)
+
     def init(self, params: Tree) -> State:
-        second = self.mixed.task.first(1)
+        second = self.task.first(1)
         return State(0, {**tree.prefixed("first", params), **tree.prefixed("second", second)}, {})
 
     @property
@@ -73,7 +84,7 @@ class FedMix(Method[State]):
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         if request.job == "weigh" and "own" not in memory:
-            return Reply(), memory  # it was lost before it could say what it used
+            return Reply(), memory  # the site was lost before it sent its numbers
         if request.job == "weigh":
             own, total, change = memory["own"], request.trees["totals"], memory["change"]
             # w_i = n_i / Σ n + λ loss_i^β / Σ loss^β
@@ -92,41 +103,23 @@ class FedMix(Method[State]):
         if not state.totals:
             return state._replace(totals=reply.mean("tally").total)
         update = reply.mean("update")
-        twins = update.apply_to(state.twins) if update.weight else state.twins  # nobody could use anything
+        twins = update.apply_to(state.twins) if update.weight else state.twins  # no site could use any example
         return State(state.round + 1, twins, {})
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return tree.under("first", request.trees["twins"])
 
     def _trained(self, start: Tree, site: Site, round: int, tally: Tally) -> Tree:
-        """Both networks after training on all that the site has, as long as its largest role takes."""
+        """Return both networks after training on all of the site's roles, for an epoch of the largest."""
         roles = sorted((role for role in ROLES if size(site.data, role)), key=lambda role: -size(site.data, role))
         held = {role: unlabeled(site.data) if role == "unlabeled" else site.data[role] for role in roles}
         streams = {role: endless(self.local, held[role], site.rng(round, role), site.device) for role in roles[1:]}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            value = self.mixed.loss_of(roles[0], model, batch, tally)
+            value = mixed.loss_of(roles[0], model, batch, tally)
             for role, stream in streams.items():
-                value = value + self.mixed.loss_of(role, model, next(stream), tally)
+                value = value + mixed.loss_of(role, model, next(stream), tally)
             return value
 
-        data = held[roles[0]] if roles else ()
-        return self.local.fit(self.mixed, start, site, round, data=data, loss=loss)
-
-
-def fedmix(
-    task: Task,
-    local: LocalTraining,
-    *,
-    agree: float = 0.9,
-    inside: float = 0.5,
-    by_loss: float = 10.0,
-    power: float = 1.5,
-) -> FedMix:
-    """Segmentation from masks (``train``), boxes (``boxed``), labels of images (``tagged``) and bare images.
-
-    Args:
-        agree: ε, the least Dice between the two networks' masks for them to be learned; 0.9.
-        inside: The least Dice between a mask and its box; 0.5.
-    """
-    return FedMix(MixedSegmentation(task, agree, inside), local, by_loss, power)
+        data, mixed = held[roles[0]] if roles else (), self.mixed
+        return self.local.fit(mixed, start, site, round, data=data, loss=loss)

@@ -1,9 +1,9 @@
-"""FedPerl: peers with similar models help one another to label their images, without being known to one another.
+"""FedPerl: peers with similar models help each other to label images, anonymously.
 
 Bdair, Navab and Albarqouni, "FedPerl: Semi-Supervised Peer Learning for Skin Lesion Classification", MICCAI 2021,
 https://arxiv.org/abs/2103.03703, equations 2 to 6, with the official settings (https://github.com/tbdair/FedPerlV1.0):
 a site's descriptor is the mean and standard deviation of each weight tensor; its T peers are those most similar by
-cosine; it receives the average of their models, never one of them (peer anonymization). Sites count by their images.
+cosine; it receives the average of their models, never one of them (peer anonymization). Sites are weighted by images.
 """
 
 import math
@@ -16,14 +16,16 @@ from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.pseudo_labels import pseudo_loss, two_views
 from polyclinic.learning.tasks.example_pool import fit_both
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.augmentation import WEAK
 from polyclinic.learning.training.local import LocalTraining
 
@@ -38,13 +40,13 @@ class State(NamedTuple):
 
 
 def descriptor(params: Tree) -> Tensor:
-    """The mean and standard deviation of each tensor, [2 · tensors]; running statistics are left out."""
+    """Return the mean and standard deviation of each tensor, [2 · tensors], without running statistics."""
     leaves = [leaf.double() for name, leaf in params.items() if not name.endswith(("running_mean", "running_var"))]
     return torch.stack([x for leaf in leaves for x in (leaf.mean(), leaf.std(correction=0))])
 
 
 def similarities(models: Trees) -> Tensor:
-    """The cosine of each pair of descriptors [K, K], scaled to 0...1 over different sites; the diagonal is -1."""
+    """Return the cosine of each pair of descriptors [K, K], scaled to 0...1 off the diagonal, which is -1."""
     d = F.normalize(torch.stack([descriptor(model) for model in models.values()]), dim=1)
     apart = ~torch.eye(len(d), dtype=torch.bool)
     cosine = d @ d.T
@@ -53,9 +55,9 @@ def similarities(models: Trees) -> Tensor:
 
 
 def anonymous_peers(models: Trees, count: int) -> dict[str, Tree]:
-    """For each site, the average of the ``count`` models most similar to its own, without its own.
+    """Return for each site the average of the ``count`` models most similar to its own, without its own.
 
-    Nothing where there are fewer than three sites: an average of one would be another site's model.
+    Empty with fewer than three sites: an average of one would be another site's model.
     """
     if len(models) < 3:
         return {}
@@ -71,19 +73,22 @@ def anonymous_peers(models: Trees, count: int) -> dict[str, Tree]:
 
 @dataclass(frozen=True)
 class FedPerl(Method[State]):
-    """Sites pseudo-label their images together with the average of the models most like their own.
+    """Sites pseudo-label their images together with the average of the models most similar to their own.
 
     Attributes:
-        peers: T, how many models are averaged into one peer; 2.
-        warmup: Rounds before unlabeled images and peers are used; 10 of 200 in the paper.
-        threshold: The least probability of a pseudo-label; 0.6.
-        trust: β, what the loss on pseudo-labels counts; 0.5. ``agreement``: what the distance to the peer's; 0.01.
+        rounds: Number of planned rounds.
+        peers: T, the number of models that are averaged into one peer; 2.
+        warmup: Share of the rounds before unlabeled images and peers are used; 0.05 in the paper.
+        threshold: Least probability of a pseudo-label; 0.6.
+        trust: β, the weight of the loss on pseudo-labels; 0.5.
+        agreement: Weight of the distance to the peer's predictions; 0.01.
     """
 
     task: Task
+    rounds: int
     local: LocalTraining = LocalTraining()
     peers: int = 2
-    warmup: int = 1
+    warmup: float = 0.05
     threshold: float = 0.6
     trust: float = 0.5
     agreement: float = 0.01
@@ -91,16 +96,20 @@ class FedPerl(Method[State]):
     def __post_init__(self) -> None:
         if self.peers < 2:
             raise ConfigError(
-                "fedperl: the average of one peer is that peer's model, known to another site: set peers to 2 or more"
+                "fedperl: the average of one peer is that peer's model, shown to another site: set peers to 2 or more"
             )
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
+
+    @property
+    def _wait(self) -> int:
+        return math.ceil(self.warmup * self.rounds)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {})
 
     def request(self, state: State) -> Request:
-        peers = anonymous_peers(state.models, self.peers) if state.round >= self.warmup else {}
+        peers = anonymous_peers(state.models, self.peers) if state.round >= self._wait else {}
         return Request(state.round, {"params": state.params}, per_site={name: {"peer": p} for name, p in peers.items()})
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
@@ -122,7 +131,7 @@ class FedPerl(Method[State]):
         def known(model: nn.Module, batch: Batch) -> Tensor:
             return self.task.loss(model, WEAK(batch, rng))
 
-        wait = request.round < self.warmup
+        wait = request.round < self._wait
         end, labels, free = fit_both(self.local, self.task, start, site, request.round, known, alone, wait=wait)
         n = torch.tensor(float(labels + free))
         return Reply({"model": PerSite({site.name: {**tree.prefixed("model", end), "examples": n}})}), memory
@@ -134,22 +143,3 @@ class FedPerl(Method[State]):
             mean = mean + WeightedMean.of(model, float(sent[name]["examples"]))
         useful = {name: model for name, model in models.items() if sent[name]["examples"]}
         return State(state.round + 1, mean.value, dict(sorted({**state.models, **useful}.items())))
-
-
-def fedperl(
-    task: Task,
-    local: LocalTraining,
-    rounds: int,
-    *,
-    peers: int = 2,
-    warmup: float = 0.05,
-    threshold: float = 0.6,
-    trust: float = 0.5,
-    agreement: float = 0.01,
-) -> FedPerl:
-    """Peers help to pseudo-label, after the share ``warmup`` of the rounds.
-
-    Args:
-        warmup: The share of the rounds before unlabeled images and peers are used; 0.05 in the paper.
-    """
-    return FedPerl(task, local, peers, math.ceil(warmup * rounds), threshold, trust, agreement)

@@ -1,7 +1,7 @@
-"""Segmentation from whatever annotation there is: masks, boxes, labels of images, or nothing, by two networks.
+"""Segmentation from masks, boxes, image labels or no annotation, by two networks.
 
-The pieces of FedMix: Wicaksana et al., IEEE TMI 2023. https://arxiv.org/abs/2205.01840. Two networks with different
-beginnings see every image; where their masks agree, each learns the other's.
+The parts of FedMix: Wicaksana et al., IEEE TMI 2023. https://arxiv.org/abs/2205.01840. Two networks with different
+initial weights see every image; where their masks agree, each learns the other's.
 """
 
 from collections.abc import Mapping
@@ -10,17 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import Said
 from polyclinic.learning.tasks.segmentation import agreement
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 
-# What a site may hold, by role, and what stands where masks [b, *spatial] would: masks of boxes; classes [b], 0 for
-# an image without any foreground; nothing.
+# A site's annotations by role. In place of masks [b, *spatial], ``boxed`` has masks of boxes and ``tagged`` has classes
+# [b], 0 for an image without foreground.
 ROLES: Mapping[str, str] = {"train": "masks", "boxed": "boxes", "tagged": "labels of images", "unlabeled": "nothing"}
 
 
 class Twins(nn.Module):
-    """Two networks of one kind."""
+    """Two networks of one architecture."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class Twins(nn.Module):
 
 @dataclass
 class Tally:
-    """What a site's training met: how many examples it used, and the sum of their losses."""
+    """Number of examples used in a site's training, and the sum of their losses."""
 
     used: int = 0
     loss: float = 0.0
@@ -37,7 +38,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class MixedSegmentation:
-    """Two networks that learn from masks, and elsewhere from one another.
+    """Two networks that learn from masks, or from each other without them.
 
     Attributes:
         task: The study's task.
@@ -50,15 +51,15 @@ class MixedSegmentation:
     inside: float = 0.5
 
     def model(self) -> nn.Module:
-        """Two networks."""
+        """Build both networks."""
         return Twins(self.task.model(), self.task.model())
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Of masks that people drew."""
+        """Return the loss of manually drawn masks."""
         return self.loss_of("train", model, batch, Tally())
 
     def loss_of(self, role: str, model: nn.Module, batch: Batch, tally: Tally) -> Tensor:
-        """The loss of a minibatch of the given ``role``: of the examples that can be used; 0 where none can."""
+        """Return the loss over the usable examples of a minibatch of the given ``role``; 0 if there are none."""
         assert isinstance(model, Twins)
         x, y = batch
         z1, z2 = model.first(x), model.second(x)
@@ -69,18 +70,18 @@ class MixedSegmentation:
             nothing: Tensor = (z1.sum() + z2.sum()) * 0.0
             return nothing
         # L = ℓ(f₁(x), ŷ₂) + ℓ(f₂(x), ŷ₁)
-        value: Tensor = self.task.loss(Said(z1[kept]), (x[kept], y2[kept])) + self.task.loss(
-            Said(z2[kept]), (x[kept], y1[kept])
-        )
+        first = self.task.loss(Said(z1[kept]), (x[kept], y2[kept]))
+        second = self.task.loss(Said(z2[kept]), (x[kept], y1[kept]))
+        value: Tensor = first + second
         tally.used += int(kept.sum())
         tally.loss += value.item() * int(kept.sum())
         return value
 
     def masks(self, role: str, z1: Tensor, z2: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both networks' masks [b, *spatial], corrected by what is known, and which examples [b] to use.
+        """Return both networks' masks [b, *spatial], corrected by the annotation, and which examples [b] to use.
 
-        Empty masks are used only where an image is known to be without foreground: two networks that know nothing
-        yet agree on nothing being there.
+        Empty masks are used only if an image is known to have no foreground, because untrained networks agree on empty
+        masks.
         """
         y1, y2 = z1.argmax(1), z2.argmax(1)
         classes = z1.shape[1]
@@ -97,7 +98,7 @@ class MixedSegmentation:
 
 
 def _foreground_dice(a: Tensor, b: Tensor, classes: int) -> Tensor:
-    """Dice of each example [b], as a mean over the foreground classes; with two classes, of any foreground."""
+    """Return the Dice of each example [b], averaged over foreground classes; with two classes, of any foreground."""
     if classes == 2:
         a, b = (a > 0).long(), (b > 0).long()
     return agreement(a, b, classes)["dice"].mean(1)

@@ -1,4 +1,4 @@
-"""Two videos of the same kind of operation: a moment found in one, looked up in the other, must be found again.
+"""Temporal cycle consistency between two videos of the same kind of operation.
 
 Dwibedi, Aytar, Tompson, Sermanet and Zisserman, "Temporal Cycle-Consistency Learning", CVPR 2019, section 3.2
 (cycle-back classification). https://arxiv.org/abs/1904.07846.
@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 
 def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
-    """How badly moments of one video are found again by way of another.
+    """Return the cross-entropy of finding each moment of one video again after a cycle through another.
 
     Args:
-        u: Embeddings [n, w] of one video's frames, in order. ``v``: of the other's, [m, w].
-        temperature: How soft the nearest neighbor is.
+        u: Embeddings [n, w] of one video's frames, in order.
+        v: Embeddings [m, w] of the other's.
+        temperature: Temperature of the soft nearest neighbor.
     """
     # ṽ_i = Σ_j softmax_j(−‖u_i − v_j‖² / τ) v_j;  then u_i must be the nearest of u to ṽ_i
     soft = (-torch.cdist(u, v).square() / temperature).softmax(1) @ v
@@ -25,13 +26,13 @@ def cycle_back(u: Tensor, v: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def clip(data: Any, frames: int, rng: torch.Generator, other_than: int | None = None) -> tuple[Tensor, int]:
-    """Up to ``frames`` frames of one video of ``data``, in order, and which video it is.
+    """Return up to ``frames`` frames of one video of ``data``, in order, and the number of the video.
 
-    ``data.videos`` says to which video each example belongs, a number for each; examples are in the order of time.
-    A data set without it is one video.
+    ``data.videos`` gives the video of each example as a number; examples are in temporal order. A data set without it
+    is one video.
     """
-    said = getattr(data, "videos", None)
-    of = torch.zeros(len(data), dtype=torch.long) if said is None else torch.as_tensor(said)
+    videos = getattr(data, "videos", None)
+    of = torch.zeros(len(data), dtype=torch.long) if videos is None else torch.as_tensor(videos)
     names = [name for name in of.unique().tolist() if name != other_than] or of.unique().tolist()
     name = names[int(torch.randint(len(names), (), generator=rng))]
     mine = (of == name).nonzero()[:, 0]

@@ -1,9 +1,10 @@
-"""A federated fingerprint: what one would look up in a data set first, without moving the data.
+"""Federated data set fingerprint: pooled statistics of all sites' data, without moving the data.
 
 After the data fingerprint of nnU-Net: Isensee et al., Nature Methods 2021, https://doi.org/10.1038/s41592-020-01008-z.
 
-Two messages, each a sum: first counts and moments; then histograms, whose edges follow from the pooled moments, so that
-nothing must be agreed on beforehand. Minima and maxima would betray single patients, and are not asked for.
+Two requests, each answered by sums: first counts and moments; then histograms, whose edges follow from the pooled
+moments, so that no range must be agreed on beforehand. Minima and maxima would reveal single patients and are not
+requested.
 """
 
 import math
@@ -26,14 +27,14 @@ from polyclinic.learning.tasks.task import Task
 
 @savable("dataset-fingerprint.State", 1)
 class State(NamedTuple):
-    """What is known so far: pooled, and by site where it was asked for."""
+    """The statistics so far: pooled, and by site if requested."""
 
     sums: Tree
     sites: Trees
 
     @property
     def finished(self) -> bool:
-        """Whether both messages have been answered."""
+        """Whether both requests have been answered."""
         return "histogram" in self.sums
 
 
@@ -42,11 +43,12 @@ class Fingerprint(Method[State]):
     """Counts, moments, missing values, histograms and class counts of all sites' data, as sums.
 
     Attributes:
-        task: Says how many classes there are.
-        bins: Of the histogram; a quantile is exact to one of them, 2 · ``reach`` / ``bins`` deviations wide.
-        reach: How many deviations from the mean the histogram goes, each way.
-        role: Which data.
-        by_site: Whether each site's own numbers are kept apart as well; then secure summation refuses them.
+        task: The task, which defines the number of classes.
+        bins: Number of bins of the histogram; a quantile is exact to one of them, 2 · ``reach`` / ``bins`` deviations
+            wide.
+        reach: Half-width of the histogram's range, in standard deviations from the mean.
+        role: The role of the data.
+        by_site: Whether each site's own numbers are also sent separately; secure summation then refuses them.
     """
 
     task: Task
@@ -85,15 +87,15 @@ class Fingerprint(Method[State]):
 
     @property
     def pixels(self) -> int:
-        """How many values a channel of an example has; sums are sent by pixel, in digits that secure sums keep."""
+        """Number of values per channel of an example; sums are sent per pixel, at the precision of secure sums."""
         return math.prod(self.task.network.inputs[1:])
 
     def edges(self, sums: Tree) -> Tensor:
-        """The edges of equal bins that reach as many deviations from the mean. [channels, bins + 1]"""
+        """Return the edges of equal bins over the range around the mean. [channels, bins + 1]"""
         found = Summary({name: leaf for name, leaf in sums.items() if name != "around"}, torch.empty(0))
         half = self.reach * torch.where(found.std > 0, found.std, 1.0)
         return found.mean[:, None] + half[:, None] * torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64)
 
     def summary(self, state: State, site: str | None = None) -> Summary:
-        """What was found, of all data or of one ``site``'s."""
+        """Return the statistics of all data, or of one ``site``'s."""
         return Summary(state.sums if site is None else state.sites[site], self.edges(state.sums))

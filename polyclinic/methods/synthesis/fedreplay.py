@@ -1,18 +1,17 @@
-"""FedReplay: sites send generators of their data, and the server trains on what these replay.
+"""FedReplay: sites send generators of their data, and the server trains on generated examples.
 
 Qu, Balachandar, Zhang and Rubin, "Handling data heterogeneity with generative replay in collaborative learning for
 medical imaging", Medical Image Analysis 2022. https://doi.org/10.1016/j.media.2022.102424.
 
-The paper's body was not at hand; this is a reading of its abstract. Each site trains an auxiliary generative model,
-here a conditional variational autoencoder, and sends its generator and how many examples it has of each class. The
-server draws examples with every class as likely as any other, each from the sites that have it, and trains the primary
-model on them. One round is the paper's single exchange; in further ones sites improve their generators.
+The full text was not available; this follows the abstract. Each site trains an auxiliary generative model, here a
+conditional variational autoencoder, and sends its generator and its number of examples of each class. The server draws
+examples with equal class probabilities, each from the sites that have the class, and trains the primary model on them.
+One round is the paper's single exchange; in further ones sites continue training their generators.
 
-No gradient of real data reaches the server, but a generator can replay what it memorized: this is no privacy.
+No gradient of real data reaches the server, but a generator can reproduce memorized examples: this is not privacy.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +19,28 @@ from torch import Tensor
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.method import Method, Request
-from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.generative import Replay
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.data_sums import count_up
-from polyclinic.learning.tasks.task import Batch, Task, cached_model
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-
-
-@savable("fedreplay.State", 1)
-class State(NamedTuple):
-    """The primary model."""
-
-    round: int
-    params: Tree
+from polyclinic.methods.optimization.fedavg import State
 
 
 @dataclass(frozen=True)
 class FedReplay(Method[State]):
-    """The server trains on replayed examples, in which no class is rare because a hospital seldom sees it.
+    """The server trains on generated examples with balanced classes.
 
     Attributes:
-        local: How the server trains the primary model in a round.
-        examples: How many examples the server draws for a round.
-        epochs: Passes of a site's generator over its data in a round. ``lr``: its Adam's step.
-        latent: Numbers behind an example. ``width``: of the generator.
+        local: The server's training of the primary model in a round.
+        examples: Number of examples that the server draws for a round.
+        epochs: Epochs of a site's generator over its data in a round.
+        lr: Step size of the generator's Adam.
+        latent: Dimension of the latent space.
+        width: Width of the generator.
     """
 
     task: Task
@@ -80,7 +75,7 @@ class FedReplay(Method[State]):
         return State(state.round + 1, self.local.fit(self.task, state.params, server, state.round, data=drawn))
 
     def _draw(self, generators: Trees, server: Site, round: int) -> "Drawn":
-        """Examples with y uniform over the classes that exist, and the site ∝ how many of class y it has."""
+        """Return examples with y uniform over the existing classes, and sites in proportion to their examples of y."""
         rng, fixed = server.rng(round, "replay"), self.replay.first()
         counts = torch.stack([sent["classes"] for sent in generators.values()])  # [sites, classes]
         present = (counts.sum(0) > 0).double()
@@ -89,8 +84,8 @@ class FedReplay(Method[State]):
         x = torch.zeros(self.examples, *self.task.network.inputs)
         for k, sent in enumerate(generators.values()):
             model = cached_model(self.replay, {**fixed, **tree.select(sent, _generates)}, server.device).eval()
-            if bool((here := origin == k).any()):
-                x[here] = self.replay.generate(model, y[here].to(server.device), rng).cpu()
+            if bool((chosen := origin == k).any()):
+                x[chosen] = self.replay.generate(model, y[chosen].to(server.device), rng).cpu()
         return Drawn(x, y)
 
 

@@ -1,10 +1,10 @@
-"""FedVSS: sites train on virtual examples beside their own, made with the local and with the global model.
+"""FedVSS: sites train on virtual examples in addition to their own, made with the local and with the global model.
 
 Zhu and Luo, "Federated Medical Image Analysis with Virtual Sample Synthesis", MICCAI 2022,
-https://doi.org/10.1007/978-3-031-16437-8_70. Two kinds: adversarial ones, at which the local model must say what it
-says of the real image (virtual adversarial training), and ones moved so that the global model is surer of the label, on
-which the local model trains too, which draws it towards the global one. The settings were not at hand; sizes are shares
-of an image's own standard deviation. Virtual examples leave no trace in running statistics.
+https://doi.org/10.1007/978-3-031-16437-8_70. Two kinds: adversarial ones, on which the local model's prediction must
+equal that on the real image (virtual adversarial training), and ones moved to increase the global model's confidence in
+the label, on which the local model also trains, which limits client drift. The settings were not available; sizes are
+shares of an image's own standard deviation. Virtual examples do not affect running statistics.
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polyclinic.core import tree
-from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.functional import still
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import divergence
-from polyclinic.learning.tasks.task import Batch, cached_model
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.synthesis.virtual_examples import adversarial, still_statistics, surer
+from polyclinic.methods.synthesis.virtual_examples import adversarial, surer
 
 
 @dataclass(frozen=True)
 class FedVSS(FedAvg):
-    """FedAvg whose sites also learn from images that exist nowhere.
+    """FedAvg whose sites also learn from synthetic images.
 
     Attributes:
-        smooth: λ₁, what staying the same at adversarial examples counts.
-        align: λ₂, what the loss at examples of which the global model is surer counts.
-        size: How far an adversarial example lies from its image, in standard deviations of its values.
-        stride: How far an aligned one lies, reached in ``steps`` steps.
+        smooth: λ₁, the weight of consistency at adversarial examples.
+        align: λ₂, the weight of the loss at examples of which the global model is more confident.
+        size: Distance of an adversarial example from its image, in standard deviations of its values.
+        stride: Distance of an aligned one, reached in ``steps`` steps.
+        steps: Number of these steps.
     """
 
     smooth: float = 1.0
@@ -47,16 +49,16 @@ class FedVSS(FedAvg):
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             x, y = batch
             value = self.task.loss(model, batch)
-            with still_statistics(model):
+            with still(model):
                 if self.smooth:  # KL(f(x) ‖ f(x + r))
                     near = adversarial(self.task.kind, model, x, rng, self.size)
                     with torch.no_grad():
-                        said = model(x)
-                    value = value + self.smooth * divergence(self.task.kind, model(near), said)
+                        prediction = model(x)
+                    value = value + self.smooth * divergence(self.task.kind, model(near), prediction)
                 if self.align:
                     sure = surer(lambda v: self.task.loss(server, (v, y)), x, self.stride, self.steps)
                     value = value + self.align * self.task.loss(model, (sure, y))
             return value
 
         end = self.local.fit(self.task, start, site, request.round, loss=loss)
-        return Reply({"update": WeightedMean.of(tree.sub(end, start), self.weight(site))}), memory
+        return Reply({"update": self.update(end, start, site)}), memory

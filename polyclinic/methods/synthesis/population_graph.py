@@ -1,8 +1,9 @@
-"""Patients as a graph: whoever looks alike is joined, and each learns from neighbors, known and imagined.
+"""Patients as a graph: patients with similar representations are connected, and learn from their neighbors.
 
 Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks", ICLR 2017, equation 2,
 https://arxiv.org/abs/1609.02907; Parisot et al., "Disease prediction using graph convolutional networks", Medical Image
-Analysis 2018, for populations. The graph is that of a minibatch, so predictions depend a little on who is in it.
+Analysis 2018, for populations. The graph is that of a minibatch, so that predictions depend slightly on its other
+patients.
 """
 
 from dataclasses import dataclass, replace
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polyclinic.learning.networks.latent import features, head_width, of
+from polyclinic.learning.batch import Batch
+from polyclinic.learning.networks.latent import features, head_width
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 
 
 def neighbors(h: Tensor, count: int) -> Tensor:
-    """Who is joined: [b, b] of 0 and 1, each with the ``count`` others most alike by cosine, and they with it."""
+    """Return the symmetric adjacency [b, b] of 0 and 1: each patient and the ``count`` most similar by cosine."""
     unit = F.normalize(h.detach() - h.detach().mean(0), dim=1)
     alike = (unit @ unit.T).fill_diagonal_(-torch.inf)
     count = min(count, len(h) - 1)
@@ -29,7 +31,7 @@ def neighbors(h: Tensor, count: int) -> Tensor:
 
 
 def normalized(edges: Tensor) -> Tensor:
-    """D^-½ (A + I) D^-½"""
+    """Return ``D^-½ (A + I) D^-½``."""
     with_self = edges + torch.eye(len(edges), dtype=edges.dtype, device=edges.device)
     root = with_self.sum(1).rsqrt()
     return root[:, None] * with_self * root
@@ -49,21 +51,21 @@ class Population(nn.Module):
         self.generator = nn.Sequential(nn.Linear(features, 2 * features), nn.ReLU(), nn.Linear(2 * features, features))
 
     def represent(self, x: Tensor) -> Tensor:
-        """[b, *inputs] to [b, features]"""
-        return features(of(self.network), self.base, x)
+        """Map [b, *inputs] to [b, features]."""
+        return features(self.network, self.base, x)
 
     def imagine(self, h: Tensor, edges: Tensor) -> Tensor:
-        """For each patient the neighbor that is missing, from those that are there: [b, features]."""
+        """Return for each patient the missing neighbor, generated from the present ones: [b, features]."""
         return cast(Tensor, self.generator(normalized(edges) @ h))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, *inputs] to [b, outputs]"""
+        """Map [b, *inputs] to [b, outputs]."""
         h, n = self.represent(x), len(x)
         edges = neighbors(h, self.count)
-        whole = torch.eye(2 * n, dtype=h.dtype, device=h.device).roll(n, 0)  # each with its imagined neighbor
+        whole = torch.eye(2 * n, dtype=h.dtype, device=h.device).roll(n, 0)  # each with its generated neighbor
         whole[:n, :n] = edges
         A = normalized(whole)
-        # H = ReLU(Â [h; ĥ] W), then once more over the graph, and back to the patients who are there
+        # H = ReLU(Â [h; ĥ] W), then once more over the graph; the present patients' rows are used
         mixed = A @ F.relu(A @ self.mix(torch.cat([h, self.imagine(h, edges)])))
         head = next(m for name, m in self.base.named_modules() if self.network.in_head(f"{name}."))
         return cast(Tensor, head(h + mixed[:n]))
@@ -76,38 +78,39 @@ class Populated(Network):
     count: int = 5
 
     def __call__(self) -> nn.Module:
-        """A new module with random parameters."""
+        """Build a module with random parameters."""
         base = Network(self.name, self.inputs, self.outputs, self.options)
-        return Population(base, head_width(of(base)), self.count)
+        return Population(base, head_width(base), self.count)
 
     def in_head(self, name: str) -> bool:
-        """Whether a tensor belongs to the base's head."""
+        """Return whether a tensor belongs to the base's head."""
         return super().in_head(name.removeprefix("base."))
 
 
 def populated(task: Task, count: int) -> Task:
-    """``task`` with a population graph before its head."""
+    """Return ``task`` with a population graph before its head."""
     own = task.network
     return replace(task, network=Populated(own.name, own.inputs, own.outputs, own.options, count))
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Learns to imagine hidden patients from the neighbors that they have among the others.
+    """Learns to generate hidden patients from their neighbors among the others.
 
     Attributes:
-        task: With a population graph. ``hidden``: the share of patients that are hidden.
+        task: The task with a population graph.
+        hidden: Fraction of patients that are hidden.
     """
 
     task: Task
     hidden: float = 0.5
 
     def model(self) -> nn.Module:
-        """The task's."""
+        """Build the task's model."""
         return self.task.model()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The mean absolute distance of what is imagined for each visible patient from its mean hidden neighbor."""
+        """Return the mean absolute distance of each visible patient's generated neighbor from its mean hidden one."""
         assert isinstance(model, Population)
         h = model.represent(batch[0]).detach()
         edges = neighbors(h, model.count)

@@ -1,21 +1,19 @@
-"""Virtual examples: inputs moved a little so that a model changes its mind most, or becomes surest.
+"""Virtual examples: inputs moved slightly to change a model's prediction most, or to increase its confidence.
 
-Sizes are shares of each input's own standard deviation, root mean square over its values, so that one number fits
-images of any size and unit.
+Sizes are shares of each input's own standard deviation, as root mean square over its values, so that they suit images
+of any size and unit.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from polyclinic.learning.networks.model_tree import BATCH_NORMS
 from polyclinic.learning.objectives.distillation_loss import divergence
 
 
 def moved(x: Tensor, direction: Tensor, size: float) -> Tensor:
-    """``x`` [b, ...] moved along ``direction``, as far as ``size`` of each example's standard deviation."""
+    """Return ``x`` [b, ...] moved along ``direction`` by ``size`` times each example's standard deviation."""
     flat = direction.flatten(1)
     unit = flat / flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)  # root mean square 1
     return x + (unit * size * x.flatten(1).std(1, keepdim=True)).view_as(x)
@@ -24,40 +22,26 @@ def moved(x: Tensor, direction: Tensor, size: float) -> Tensor:
 def adversarial(
     kind: str, model: nn.Module, x: Tensor, rng: torch.Generator, size: float, probe: float = 0.01
 ) -> Tensor:
-    """``x`` moved by the r of a given ``size`` that changes most what ``model`` says, found by one power iteration.
+    """Return ``x`` moved by the r of a given ``size`` that changes the prediction most, by one power iteration.
 
     Miyato, Maeda, Koyama and Ishii, "Virtual Adversarial Training", IEEE TPAMI 2019, equations 5 to 12.
     https://arxiv.org/abs/1704.03976.
 
     Args:
-        probe: ξ, how far to go along a random direction to find out where the divergence grows.
+        probe: ξ, the length of the random step from which the gradient of the divergence is taken.
     """
     with torch.no_grad():
-        said = model(x)
+        prediction = model(x)
     v = moved(x, torch.randn(x.shape, generator=rng).to(x), probe).requires_grad_()  # x + ξ d
     # g = ∂ KL(f(x) ‖ f(v)) / ∂ v;  r = ε g / ‖g‖
-    (g,) = torch.autograd.grad(divergence(kind, model(v), said), v)
+    (g,) = torch.autograd.grad(divergence(kind, model(v), prediction), v)
     return moved(x, g, size)
 
 
 def surer(loss: Callable[[Tensor], Tensor], x: Tensor, size: float, steps: int = 1) -> Tensor:
-    """``x`` moved in ``steps`` steps, together of the given ``size``, down the ``loss`` of a model at it."""
+    """Return ``x`` moved in ``steps`` steps of total length ``size`` that decrease the ``loss`` of a model at it."""
     for _ in range(steps):
         x = x.detach().requires_grad_()
         (g,) = torch.autograd.grad(loss(x), x)
         x = moved(x.detach(), -g, size / steps)
     return x
-
-
-@contextmanager
-def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it, virtual examples leave no trace in the running statistics of batch normalization."""
-    layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
-    before = [m.momentum for m in layers]
-    for m in layers:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in zip(layers, before, strict=True):
-            m.momentum = momentum

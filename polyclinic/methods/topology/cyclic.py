@@ -1,11 +1,11 @@
-"""Cyclic weight transfer: the model travels from site to site, and each trains it in turn.
+"""Cyclic weight transfer: the sites train the model in turn.
 
 Ken Chang, Niranjan Balachandar, Carson Lam, Darvin Yi, James Brown, Andrew Beers, Bruce Rosen, Daniel Rubin and
 Jayashree Kalpathy-Cramer, "Distributed deep learning networks among institutions for medical imaging", Journal of the
 American Medical Informatics Association 25 (2018), 945-954, https://doi.org/10.1093/jamia/ocy017.
 
-What this shows: what is learned, and that it leans towards the hospital that trained last (docs/results/topologies.md
-measures by how much). What it does not: that nobody else sees the model, since the driver carries it from site to site.
+The simulation shows what is learned, and the bias towards the hospital that trained last (measured in
+docs/results/topologies.md). It does not show that only the next site sees the model, since the driver transports it.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("cyclic.State", 1)
 class State(NamedTuple):
-    """The model as the last site left it, the order of this cycle, and whose turn it is."""
+    """The model after the last site's training, the order of this cycle, and the position of the next site in it."""
 
     round: int
     params: Tree
@@ -36,22 +36,28 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Cyclic(Method[State]):
-    """One model, passed on. A round is a cycle in which every site has its turn.
+    """One model, trained by each site in turn. A round is a cycle over all sites.
 
-    A site that does not answer is passed over, where the driver bears it (``min_replies=0``).
+    A site that does not reply is skipped if the driver allows it (``min_replies=0``).
 
     Attributes:
-        sites: Who takes part, in the order of the first cycle.
-        shuffle: Whether to draw a new order for every later cycle, so that no site is always the last.
+        sites: The sites that take part.
+        order: The order of the first cycle; that of ``sites`` if empty.
+        shuffle: Whether to draw a new order for every later cycle, so that the last site changes.
     """
 
     task: Task
     sites: tuple[str, ...]
     local: LocalTraining = LocalTraining()
+    order: tuple[str, ...] = ()
     shuffle: bool = False
 
+    def __post_init__(self) -> None:
+        if self.order and sorted(self.order) != sorted(self.sites):
+            raise ConfigError(f"order must name every site once: {', '.join(self.sites)}; not {', '.join(self.order)}")
+
     def init(self, params: Tree) -> State:
-        return State(0, params, self.sites, 0)
+        return State(0, params, self.order or self.sites, 0)
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -74,19 +80,3 @@ class Cyclic(Method[State]):
             drawn = torch.randperm(len(order), generator=server.rng(state.round, "order"))
             order = tuple(sorted(order)[i] for i in drawn.tolist())
         return State(state.round + 1, params, order, 0)
-
-
-def cyclic(
-    task: Task, local: LocalTraining, sites: tuple[str, ...], *, order: tuple[str, ...] = (), shuffle: bool = False
-) -> Cyclic:
-    """The model travels from site to site, in ``order`` or as the study names them.
-
-    Args:
-        order: In which order sites are visited; as the study names them where empty.
-
-    Raises:
-        ValueError: If ``order`` does not name every site once.
-    """
-    if order and sorted(order) != sorted(sites):
-        raise ConfigError(f"order must name every site once: {', '.join(sites)}; not {', '.join(order)}")
-    return Cyclic(task, tuple(order or sites), local, shuffle)

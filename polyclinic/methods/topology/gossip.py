@@ -1,12 +1,12 @@
-"""Gossip: no server; each site averages its model with its neighbors' and goes on training.
+"""Gossip: no server; each site averages its model with its neighbors' and continues training.
 
 Xiangru Lian, Ce Zhang, Huan Zhang, Cho-Jui Hsieh, Wei Zhang and Ji Liu, "Can Decentralized Algorithms Outperform
 Centralized Algorithms?", NeurIPS 2017, Algorithm 1 (D-PSGD), https://arxiv.org/abs/1705.09056, with several local steps
 between two exchanges; random neighbors after Boyd, Ghosh, Prabhakar and Shah, "Randomized gossip algorithms", IEEE
 Transactions on Information Theory 52 (2006).
 
-What this shows: what each site learns, how far sites drift apart, and that no site's loss stops the others. What it
-does not: that only neighbors see a model, since here the driver carries all messages, and a network without one.
+The simulation shows what each site learns, how far the sites' models diverge, and that the loss of a site does not stop
+the others. It does not show that only neighbors see a model, since the driver transports all messages.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Capabilities, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
@@ -28,7 +28,7 @@ from polyclinic.learning.training.local import LocalTraining
 
 @savable("gossip.State", 1)
 class State(NamedTuple):
-    """The mean of all models, which only people see; each site's own, to pass on; and who stands beside whom."""
+    """The mean of all models, for inspection only; each site's own model; and the order of the sites on the circle."""
 
     round: int
     params: Tree
@@ -38,11 +38,11 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Gossip(Method[State]):
-    """Every site averages with its neighbors on a circle, and trains.
+    """Each site averages its model with those of its neighbors on a circle, and trains.
 
     Attributes:
-        neighbors: How many, half on each side; an even number. All others where 0.
-        graph: ``ring``, a circle in name order, or ``random``, a circle drawn anew for every round.
+        neighbors: Number of neighbors, half on each side; an even number, or 0 for all other sites.
+        graph: ``ring``, a circle in name order, or ``random``, a new random circle for every round.
     """
 
     task: Task
@@ -52,9 +52,9 @@ class Gossip(Method[State]):
 
     def __post_init__(self) -> None:
         if self.neighbors < 0 or self.neighbors % 2:
-            raise ConfigError(f"neighbors stand half on each side, so their number is even, not {self.neighbors}")
+            raise ConfigError(f"neighbors must be an even number, half on each side, not {self.neighbors}")
 
-    gathers = True  # the server must see what each site sends
+    capabilities = Capabilities(needs_each_reply=True)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, ())
@@ -81,20 +81,20 @@ class Gossip(Method[State]):
         return State(state.round + 1, mean(list(models.values())), models, circle)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        """The mean of the site's own model and its neighbors'; the mean of all for a site without one."""
-        heard = {name: t for name, t in request.trees.items() if name.startswith("from/")}
-        return mean([memory["own"], *heard.values()]) if "own" in memory else request.trees["params"]
+        """Return the mean of the site's own model and its neighbors'; for a site without one, the mean of all."""
+        received = {name: t for name, t in request.trees.items() if name.startswith("from/")}
+        return mean([memory["own"], *received.values()]) if "own" in memory else request.trees["params"]
 
 
 def around(name: str, circle: Sequence[str], neighbors: int) -> list[str]:
-    """Who stands within ``neighbors`` / 2 places of ``name`` on the circle, each once, in name order."""
+    """Return the sites within ``neighbors`` / 2 positions of ``name`` on the circle, in name order."""
     n, at = len(circle), list(circle).index(name)
     reach = neighbors // 2 or n
     return sorted({circle[(at + d) % n] for d in range(-reach, reach + 1)} - {name})
 
 
 def mean(models: Sequence[Tree]) -> Tree:
-    """The plain mean."""
+    """Return the mean of ``models``."""
     total = tree.copy(models[0])
     for other in models[1:]:
         tree.add_(total, other)

@@ -1,16 +1,16 @@
-"""Split learning: the network is cut, and what passes between its pieces travels instead of the model.
+"""Split learning: the network is divided, and activations and gradients are exchanged instead of the model.
 
 Otkrist Gupta and Ramesh Raskar, "Distributed learning of deep neural network over multiple agents", Journal of Network
 and Computer Applications 116 (2018), https://arxiv.org/abs/1810.06060; Vepakomma, Gupta, Swedish and Raskar, "Split
 learning for health", 2018, https://arxiv.org/abs/1812.00564 (the U shape); for fundus photographs and chest X-rays
-Maarten Poirot and others, 2019, https://arxiv.org/abs/1912.12115. Sites take turns and hand their pieces on.
+Maarten Poirot and others, 2019, https://arxiv.org/abs/1912.12115. Sites train in turn and pass their layers on.
 
-Plain: a site holds the first layers, the server the rest, and the labels travel. U-shaped: the last layer is at the
-site too, and labels stay home. Either way every minibatch's activations leave the site, from which images can often be
-recovered: cutting a network is no privacy by itself.
+Plain: a site holds the first layers, the server the rest, and labels are sent. U-shaped: the last layer is also at the
+site, and labels are not sent. In both, the activations of every minibatch leave the site, and images can often be
+reconstructed from them: dividing a network does not provide privacy.
 
-What this shows: the same learning as if all sites' minibatches passed through one model in one place, to the bit, and
-how many messages that takes. What it does not: the speed of a network, since a message here is a call.
+The simulation shows learning that is bit-identical to training one model on all sites' minibatches, and the number of
+messages. It does not show the speed of a network, since a message is a function call.
 """
 
 from collections.abc import Callable
@@ -22,25 +22,26 @@ import torch
 from torch import Tensor
 
 from polyclinic.core.aggregates import PerSite, Reply
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
-from polyclinic.learning.networks.network_chain import Piece, first_bend, length
+from polyclinic.learning.batch import Batch
 from polyclinic.learning.objectives.distillation_loss import Said
-from polyclinic.learning.tasks.task import Batch, Task
+from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining, seeded
+from polyclinic.methods.topology.network_chain import Piece, first_bend, length
 
 
 @savable("split.State", 1)
 class State(NamedTuple):
-    """The model, whose turn it is, and what passes between the pieces just now.
+    """The model, the site in turn, and the tensors in transit between the parts.
 
     Attributes:
-        params: The server's layers as they are, the sites' as they were handed on last.
-        at: Whose turn it is. ``batch``: at which of its minibatches. ``job``: what comes next.
-        sends: What the site receives next. ``keeps``: what the server still needs.
+        params: The server's present layers, and the sites' as they were last passed on.
+        at: Position of the site in turn. ``batch``: index of its minibatch. ``job``: the next job.
+        sends: Trees that the site receives next. ``keeps``: tensors that the server still needs.
     """
 
     round: int
@@ -54,12 +55,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Split(Method[State]):
-    """One model in pieces: the first layers at the site whose turn it is, the rest at the server.
+    """One model in parts: the first layers at the site in turn, the rest at the server.
 
     Attributes:
-        sites: The order of turns.
-        cut: How many layers the site holds in front; up to the first that is not linear where 0.
-        u_shaped: Whether the site holds the head too, so that labels stay home.
+        sites: The sites in order.
+        cut: Number of first layers at the site; if 0, all up to the first nonlinear one.
+        u_shaped: Whether the site also holds the last layer, so that labels are not sent.
     """
 
     task: Task
@@ -72,7 +73,7 @@ class Split(Method[State]):
         local, most, problems = self.local, length(self.task) - 2, []
         if local.optimizer != "sgd" or local.momentum or local.penalty or local.clip_norm is not None:
             problems.append(
-                "in split learning each piece steps by itself: use plain sgd, with momentum = 0 and "
+                "in split learning each part takes its own steps: use plain sgd, with momentum = 0 and "
                 "neither a penalty nor clip_norm"
             )
         if not 0 <= self.cut <= most:
@@ -82,7 +83,7 @@ class Split(Method[State]):
 
     @property
     def front(self) -> Piece:
-        """The layers at a site, before those at the server."""
+        """The first layers, at a site."""
         return Piece(self.task, 0, self.cut or min(first_bend(self.task), length(self.task) - 2))
 
     @property
@@ -92,17 +93,19 @@ class Split(Method[State]):
 
     @property
     def tail(self) -> Piece:
-        """The layers at a site after those at the server; none unless U-shaped."""
+        """The last layers, at a site; none unless U-shaped."""
         return Piece(self.task, self.body.stop, length(self.task))
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, minibatches=self.local.count)
 
     def init(self, params: Tree) -> State:
         return State(0, params, 0, 0, "front", {}, {})
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        front = Job("front", per_batch=1)  # once for every minibatch, and once more to hand on the pieces
+        front = Job("front", per_batch=1)  # once for every minibatch, and once more to pass the layers on
         return (front, Job("tail", count=0, per_batch=1)) if self.u_shaped else (front,)
 
     def request(self, state: State) -> Request:
@@ -134,7 +137,7 @@ class Split(Method[State]):
         return self._reply(site, sent if self.u_shaped else {**sent, "y": y.cpu()}, ends, b, memory)
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
-        if "sent" not in reply.parts:  # the turn is over; a site that was lost hands nothing on
+        if "sent" not in reply.parts:  # the turn is over; a lost site passes nothing on
             ends = next(iter(reply.gather("ends").values())) if reply.parts else {}
             at = (state.at + 1) % len(self.sites)
             return State(state.round + (at == 0), {**state.params, **ends}, at, 0, "front", {}, {})
@@ -162,16 +165,6 @@ class Split(Method[State]):
         return lambda said: self.task.loss(Said(said), batch)
 
     def _batch(self, b: int, round: int, site: Site) -> Batch:
-        """The b-th minibatch of the site's turn."""
+        """Return the b-th minibatch of the site's turn."""
         batches = self.local.batches(site.data["train"], site.rng(round, "split"), site.device)
         return next(islice(batches, b, None))
-
-
-def split(task: Task, local: LocalTraining, sites: tuple[str, ...], *, cut: int = 0) -> Split:
-    """The first layers at the sites, the rest at the server; labels travel."""
-    return Split(task, sites, local, cut, u_shaped=False)
-
-
-def u_split(task: Task, local: LocalTraining, sites: tuple[str, ...], *, cut: int = 0) -> Split:
-    """The first layers and the last at the sites, the rest at the server; labels stay home."""
-    return Split(task, sites, local, cut)

@@ -2,11 +2,11 @@
 
 Stefanie Warnat-Herresthal and others, "Swarm Learning for decentralized and confidential clinical machine learning",
 Nature 594 (2021), 265-270, https://doi.org/10.1038/s41586-021-03583-3; for histology Saldanha and others, Nature
-Medicine 28 (2022). There a blockchain registers the sites and elects the merger; here the driver's dice elect, and
-the list of who merged is kept in the state.
+Medicine 28 (2022). Departure: a blockchain registers the sites and elects the merging site in the paper; here the
+server's random generator elects it, and the state records the elected sites.
 
-What this shows: that the result is FedAvg's, who merged, and that a merger that dies is replaced. What it does not:
-that no outsider sees a model, since the driver carries all messages; nor a blockchain, nor its cost.
+The simulation shows that the result is FedAvg's, which site merged, and that a failed site is replaced. It does not
+show that outsiders see no model, since the driver transports all messages; nor a blockchain or its cost.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSiteUniform, Reply, WeightedMean, merge
-from polyclinic.core.method import Job, Method, Request
+from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("swarm.State", 1)
 class State(NamedTuple):
-    """The model and, while it is being merged, what the sites sent and who is to merge, in the order of election.
+    """The model and, during merging, the sites' changes and the elected sites in order.
 
-    ``merged`` lists who merged each round; empty for a round that nobody could.
+    ``merged`` lists the site that merged in each round; empty for a round without a merge.
     """
 
     round: int
@@ -39,15 +40,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Swarm(Method[State]):
+class Swarm(SizeWeighted[State]):
     """FedAvg whose server is one of the sites, another in each round.
 
-    Deputies merge beside the elected site, and the first whose answer comes is believed. Where none answers and the
-    driver bears it (``min_replies=0``), the next are asked, until every site has been.
+    Deputies merge in addition to the elected site, and the first available result in the order of election is used. If
+    none replies and the driver allows it (``min_replies=0``), the next sites in order are asked.
 
     Attributes:
-        deputies: How many sites merge beside the elected one.
-        uniform: Whether every site counts the same, instead of in proportion to its examples.
+        deputies: Number of sites that merge in addition to the elected one.
+        uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
     """
 
     task: Task
@@ -55,7 +56,9 @@ class Swarm(Method[State]):
     deputies: int = 1
     uniform: bool = False
 
-    gathers = True  # the server must see what each site sends
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(needs_each_reply=True, uniform=self.uniform)
 
     def init(self, params: Tree) -> State:
         return State(0, params, {}, (), ())
@@ -78,18 +81,18 @@ class Swarm(Method[State]):
         start = request.trees["params"]
         if request.job == "train":
             change = tree.sub(self.local.fit(self.task, start, site, request.round), start)
-            weight = torch.tensor(1.0 if self.uniform else float(len(site.data["train"])), dtype=torch.float64)
+            weight = torch.tensor(self.site_weight(site), dtype=torch.float64)
             return Reply({"change": PerSiteUniform({site.name: {**change, "/weight": weight}})}), memory
         sent = {name: t for name, t in sorted(request.trees.items()) if name.startswith("from/")}
-        all_of_them = merge(Reply({"update": _weighed(change)}) for change in sent.values())
-        merged = all_of_them.mean("update").apply_to(start)
+        replies = merge(Reply({"update": _weighed(change)}) for change in sent.values())
+        merged = replies.mean("update").apply_to(start)
         return Reply({"merged": PerSiteUniform({site.name: merged})}), memory
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:
         if state.elected:
             answers = reply.gather("merged") if reply.parts else {}
-            if believed := next((name for name in state.elected if name in answers), ""):
-                return State(state.round + 1, answers[believed], {}, (), (*state.merged, believed))
+            if used := next((name for name in state.elected if name in answers), ""):
+                return State(state.round + 1, answers[used], {}, (), (*state.merged, used))
             left = state.elected[1 + self.deputies :]
             if left:
                 return state._replace(elected=left)
@@ -97,7 +100,7 @@ class Swarm(Method[State]):
             sent = reply.gather("change")
             drawn = torch.randperm(len(sent), generator=server.rng(state.round, "election")).tolist()
             return state._replace(sent=sent, elected=tuple(sorted(sent)[i] for i in drawn))
-        return State(state.round + 1, state.params, {}, (), (*state.merged, ""))  # nobody is left: as it was
+        return State(state.round + 1, state.params, {}, (), (*state.merged, ""))  # no site is left
 
 
 def _weighed(change: Tree) -> WeightedMean:

@@ -1,4 +1,4 @@
-"""What attacks on the run's models found: the lower bound on ε beside the claim, and who was told to be a member."""
+"""Results of attacks on the run's models: the lower bound on ε, and membership inference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from polyclinic.studies.audits.audit_file import Audit, NotAnAudit, read_audit
 
 
 def audits(page: ReportContext) -> list[Any]:
-    """Tables and verdicts of every audit beside the run's models, and what was not audited."""
+    """Return tables and verdicts of every audit of the run's models, and a list of what was not audited."""
     found, damaged = list[Audit](), list[str]()
     for *_, name in arm_names(page.run.info):
         if (file := page.run.path / "arms" / name / "audit.json").is_file():
@@ -34,11 +34,11 @@ def audits(page: ReportContext) -> list[Any]:
 
 
 def _bounds(page: ReportContext, found: Sequence[Audit]) -> list[Table]:
-    """The lower bound on ε beside the claim."""
+    """Return the table of lower bounds on ε and claims."""
     rows: list[Row] = []
     for audit in found:
         if (one := audit.privacy) is not None:
-            says = {True: "not contradicted", False: "contradicted", None: "cannot tell"}[one.holds]
+            says = {True: "not contradicted", False: "contradicted", None: "inconclusive"}[one.holds]
             rows.append(
                 {
                     "method": page.title(audit.method),
@@ -59,19 +59,19 @@ def _bounds(page: ReportContext, found: Sequence[Audit]) -> list[Table]:
     columns = words(method="Method", site="Site") + numbers(
         seed="Seed", claimed="Claimed ε", bound="ε at least", control="Without noise", delta="δ"
     )
-    columns += words(unit="Protects one") + numbers(rounds="Rounds", canaries="Canaries") + words(claim="Claim")
+    columns += words(unit="Unit of privacy") + numbers(rounds="Rounds", canaries="Canaries") + words(claim="Claim")
     note = (
-        "Training was repeated with canaries, and the server’s view of it used to guess which of them were in. The "
+        "Training was repeated with canaries, and the server’s view was used to guess which of them were included. The "
         "lower bound holds with 95 % confidence (Steinke, Nasr and Jagielski 2023) and is often far below the true ε. "
-        "A bound above the claim refutes the claim; one below it proves nothing. ‘Without noise’ is the same audit of "
-        "training without noise: a claim above it could not have been refuted."
+        "A bound above the claim refutes the claim; a bound below it does not confirm it. ‘Without noise’ is the same "
+        "audit of training without noise: a claim above this value could not have been refuted."
     )
     marks = {i: "warn" for i, row in enumerate(rows) if row["claim"] == "contradicted"}
-    return [Table("audit-epsilon", "The claimed ε beside its audit.", columns, rows, note, marks)]
+    return [Table("audit-epsilon", "Claimed ε and audited lower bound.", columns, rows, note, marks)]
 
 
 def _members(page: ReportContext, found: Sequence[Audit]) -> Table:
-    """Every attack at every site."""
+    """Return the table of every attack at every site."""
     rows: list[Row] = []
     for audit in found:
         adjusted = audit.membership.verdict.adjusted
@@ -97,16 +97,22 @@ def _members(page: ReportContext, found: Sequence[Audit]) -> Table:
         p="p (AUC)",
         tpr0="TPR at 0.1 % FPR",
         tpr1="TPR at 1 % FPR",
-        exposed="Above the rest",
+        exposed="Above all others",
         p_exposed="p (above)",
     )
     note = (
         "Training patients against test patients of the same site; an AUC of 0.5 is chance. TPR: the share of training "
-        "patients found where 0.1 or 1 % of others are taken for such, with a 95 % interval; it needs 1,000 or 100 "
-        "others. ‘Above the rest’: how many training patients score above every other patient (or all but 0.1 % of "
-        "them). p-values are adjusted for all tests of one model (Holm)."
+        "patients identified at a false-positive rate of 0.1 or 1 %, with a 95 % interval; it needs at least 1,000 or "
+        "100 test patients. ‘Above all others’: the number of training patients who score above every test patient (or "
+        "all but 0.1 % of them). p-values are adjusted for all tests of one model (Holm)."
     )
-    return Table("audit-members", "Who can be told to have been trained on.", columns, rows, note)
+    return Table(
+        "audit-members",
+        "Membership inference: which patients can be identified as training patients.",
+        columns,
+        rows,
+        note,
+    )
 
 
 def _rate(rate: Rate) -> Cell:
@@ -120,10 +126,10 @@ def _exposed(one: Found) -> Cell:
 
 
 def _verdicts(page: ReportContext, audit: Audit) -> list[Markup]:
-    """What follows from one audit, and what it left out."""
+    """Return the conclusions of one audit, and what it did not cover."""
     title = page.title(audit.method)
-    said = [audit.membership.verdict.says, audit.inversion.says, *([audit.privacy.says] if audit.privacy else [])]
-    texts = [Markup("<strong>{}, seed {}.</strong> {}").format(title, audit.seed, " ".join(said))]
+    verdicts = [audit.membership.verdict.says, audit.inversion.says, *([audit.privacy.says] if audit.privacy else [])]
+    texts = [Markup("<strong>{}, seed {}.</strong> {}").format(title, audit.seed, " ".join(verdicts))]
     if audit.not_done:
         texts.append(Markup("<strong>Not done for {}.</strong> {}").format(title, " ".join(audit.not_done)))
     return texts

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
-from polyclinic.evaluation.metric_functions import Undefined
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.evaluation.run_evaluation import MethodResult
@@ -14,12 +13,13 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import amount, cell, digits_of, number, whole, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Pair, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.statistics.undefined import Undefined
 
 TRAINING, EXTERNAL = "Training sites", "External"
 
 
 def task_section(page: ReportContext) -> Section | None:
-    """Calibration and use for classification; agreement for regression; masks for segmentation."""
+    """Return the section: calibration for classification, agreement for regression, masks for segmentation."""
     first, task = page.first, page.run.info.task
     if first is None:
         return None
@@ -29,7 +29,7 @@ def task_section(page: ReportContext) -> Section | None:
 
 
 def _cases(page: ReportContext, first: MethodResult, sites: Sequence[str], validation: bool = False) -> Cases | None:
-    """The chosen method's cases over ``sites``, one seed after the other."""
+    """Return the main method's cases over ``sites``, of all seeds."""
     arms, unit = page.run.validation if validation else page.run.arms, page.result.options.unit
     found = [
         as_cases(arms[first.label, seed][s], unit, page.run.info.task == "regression")
@@ -51,8 +51,8 @@ def _groups(page: ReportContext, first: MethodResult) -> dict[str, Cases]:
 def _calibration(page: ReportContext, first: MethodResult) -> Section:
     groups = _groups(page, first)
     bins = {name: cal.reliability(c.score, c.target) for name, c in groups.items()}
-    alt = "Observed share against predicted probability in ten bins; all points are in the table."
-    text = "Below the diagonal the probabilities are too high, above it too low. Larger marks stand for more cases."
+    alt = "Observed frequency against predicted probability in ten bins; all points are in the table."
+    text = "Below the diagonal the probabilities are too high, above it too low. Larger markers represent more cases."
     pictures = [Picture(figures.reliability_plot("reliability", alt, bins), text)]
     blocks: list[Any] = [_summary(page, first)]
     binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
@@ -60,8 +60,8 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
         where, cases = (EXTERNAL, groups[EXTERNAL]) if EXTERNAL in groups else (TRAINING, groups[TRAINING])
         curve = cal.decision_curve(cases.score[:, 1], cases.target == 1)
         place = "external patients" if where == EXTERNAL else "test patients of the training sites"
-        alt = f"Net benefit of acting on the model over threshold probabilities, {place}; values in the table."
-        text = f"Net benefit, {place}: acting on the model is worth it where its line lies above both others."
+        alt = f"Decision curve: net benefit over threshold probabilities, {place}; values in the table."
+        text = f"Decision curve, {place}: the model has a clinical net benefit where its line is above both others."
         pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
         blocks += [*_operating(page, first, groups), _curve_table(curve, place)]
     title = "Calibration and clinical use" if binary else "Calibration"
@@ -83,9 +83,11 @@ def _summary(page: ReportContext, first: MethodResult) -> Table:
     columns += numbers(external=f"{EXTERNAL} ({page.level}\u00a0CI)") if first.external else []
     note = {
         "multilabel": "Over all labels. ",
-        "classification": "" if "calibration_slope" in first.pooled else "Of the likeliest class. ",
+        "classification": "" if "calibration_slope" in first.pooled else "Of the most likely class. ",
     }[page.run.info.task]
-    note += "Ten bins of equal width. A slope below 1 says that predictions are too extreme, above 1 too timid."
+    note += (
+        "Ten bins of equal width. A slope below 1 means that predictions are too extreme, above 1 not extreme enough."
+    )
     return Table("calibration", f"{page.title(first.label)}, test patients.", columns, rows, note)
 
 
@@ -102,14 +104,14 @@ def _bins_table(bins: Mapping[str, Sequence[cal.Bin]]) -> Folded:
         for b in found
     ]
     columns = words(group="Patients", range="Bin")
-    columns += numbers(predicted="Mean predicted", observed="Observed share", n="Cases, all seeds")
-    return Folded("The points of the reliability plot", [Table("reliability", "Reliability.", columns, rows)])
+    columns += numbers(predicted="Mean predicted", observed="Observed frequency", n="Cases, all seeds")
+    return Folded("Points of the reliability plot", [Table("reliability", "Reliability.", columns, rows)])
 
 
 def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Cases]) -> Iterator[Any]:
     chosen = _cases(page, first, training_sites(page.run), validation=True)
     if chosen is None:
-        text = "No operating point is shown, for the run kept no validation predictions to choose a threshold on."
+        text = "No operating point is shown, because the run has no validation predictions for choosing a threshold."
         yield Text(text, "note")
         return
     rows: list[Row] = []
@@ -123,7 +125,7 @@ def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Ca
                 return
             row: Row = {"wanted": f"{100 * wanted:.0f} %", "where": name.lower(), "threshold": amount(point.threshold)}
             rows.append({**row, **{k: amount(getattr(point, k)) for k in ("sensitivity", "specificity")}})
-    columns = words(wanted="Sensitivity wanted", where="Patients")
+    columns = words(wanted="Target sensitivity", where="Patients")
     columns += numbers(threshold="Threshold", sensitivity="Sensitivity", specificity="Specificity")
     note = "The threshold was chosen on validation patients of the training sites; test patients of all seeds together."
     yield Table("operating_points", "Operating points at a fixed sensitivity.", columns, rows, note)
@@ -131,11 +133,11 @@ def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Ca
 
 def _curve_table(curve: Sequence[cal.NetBenefit], place: str) -> Folded:
     rows: list[Row] = [
-        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.everybody)} for p in curve
+        {"t": amount(p.threshold, 2), "model": amount(p.model), "all": amount(p.treat_all)} for p in curve
     ]
-    columns = numbers(t="Threshold", model="Act on the model", all="Act on everybody")
-    table = Table("decision_curve", f"Net benefit, {place}; acting on nobody gives 0.", columns, rows)
-    return Folded("The numbers of the decision curve", [table])
+    columns = numbers(t="Threshold", model="Model", all="Treat all")
+    table = Table("decision_curve", f"Net benefit, {place}; treating none gives 0.", columns, rows)
+    return Folded("Values of the decision curve", [table])
 
 
 def _agreement(page: ReportContext, first: MethodResult) -> Section | None:
@@ -158,14 +160,14 @@ def _agreement(page: ReportContext, first: MethodResult) -> Section | None:
 
 
 def empty_predictions(page: ReportContext, first: MethodResult, site: str) -> float | None:
-    """Predictions that were empty though there was a target, mean over seeds; None where it was not recorded."""
+    """Return the mean number over seeds of empty predictions for non-empty targets; None if not recorded."""
     arms = [page.run.arms[first.label, s][site] for s in first.seeds]
     counts = [int(a.cases["empty"].astype(bool).sum()) for a in arms if "empty" in a.cases]
     return float(np.mean(counts)) if counts else None
 
 
 def _values(page: ReportContext, first: MethodResult) -> Section:
-    """Per-case values, and for segmentation what became of empty masks."""
+    """Return the section of per-case values, and for segmentation of empty masks."""
     title = page.title(first.label)
     shown = [m for k, m in page.metrics.items() if any(e[k].value is not None for e in first.sites.values())]
     rows: list[Row] = []
@@ -177,9 +179,9 @@ def _values(page: ReportContext, first: MethodResult) -> Section:
     if page.run.info.task != "segmentation":
         return Section("cases", "Image quality", [Table("cases", f"{title}, mean over patients.", columns, rows)])
     note = (
-        "A prediction that is empty though there is a target counts as Dice 0, surface Dice 0 and a distance of the "
-        "image’s diagonal. A class that neither prediction nor target of a case contains is left out of the means. "
-        "“Empty predictions” counts the first kind, mean over seeds."
+        "An empty prediction for a non-empty target counts as Dice 0, surface Dice 0 and a distance of the image’s "
+        "diagonal. A class that neither the prediction nor the target of a case contains is left out of the means. "
+        "“Empty predictions” is the number of the first kind, mean over seeds."
     )
     columns += numbers(empty="Empty predictions")
     return Section(

@@ -1,4 +1,4 @@
-"""The section on what left each site: bytes, time and losses."""
+"""The section on communication: what leaves each site, bytes, time and lost replies."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ MODES = {
 
 
 def leaving_section(page: ReportContext) -> Section:
-    """What each method sends, how much of it, how long it took, and who was lost."""
-    title = "What left each hospital"
-    said: list[Row] = [
+    """Return the section: what each method sends, its volume, its time, and lost or refused replies."""
+    title = "Communication"
+    sent: list[Row] = [
         {
             "method": page.title(m.label),
             "does": _capital(m.title) if m.title.lower() not in (m.label, m.name) else NONE,
@@ -25,9 +25,9 @@ def leaving_section(page: ReportContext) -> Section:
         }
         for m in page.run.info.methods
     ]
-    columns = words(method="Method", does="What it does", options="Options", leaves="What leaves a site")
-    columns = [c for c in columns if any(row[c.key] != NONE for row in said)]
-    leaves = Table("leaves", "The methods, and what leaves a site under each.", columns, said)
+    columns = words(method="Method", does="Description", options="Options", leaves="What leaves a site")
+    columns = [c for c in columns if any(row[c.key] != NONE for row in sent)]
+    leaves = Table("leaves", "The methods, and what leaves a site with each.", columns, sent)
     if not page.costs:
         return Section("leaving", title, [leaves, Text("No round was recorded.")])
     return Section("leaving", title, [leaves, *_trade_off(page), _costs(page), *_sites(page), *_losses(page)])
@@ -57,10 +57,12 @@ def _costs(page: ReportContext) -> Table:
             }
         )
     columns = words(method="Method") + numbers(rounds="Rounds", up="Sent per site", down="Received per site")
-    columns += numbers(wall="Time", slow="Work at slowest site", target="To the target, both ways")
+    columns += numbers(wall="Time", slow="Computing time, slowest site", target="To the target, sent and received")
     mode = str(page.run.info.engine.get("kind", ""))
-    note = "For one seed’s whole run, mean over seeds. "
-    note += f"{MODES[mode]}; bytes are those of the tensors that would travel." if mode in MODES else f"Engine: {mode}."
+    note = "For the complete run of one seed, mean over seeds. "
+    note += (
+        f"{MODES[mode]}; bytes are those of the tensors that would be sent." if mode in MODES else f"Engine: {mode}."
+    )
     if page.target is not None:
         value = number(page.target.value, page.digits)
         note += f" Target: validation {page.label} of {value}, {page.target.meaning}."
@@ -76,7 +78,7 @@ def _trade_off(page: ReportContext) -> list[Picture]:
     if len({x for _, x, _, _ in rows}) < 2:
         return []
     alt = f"Mean {page.label} on test patients against megabytes that a site sends and receives; numbers in the tables."
-    text = "Quality against traffic. Hollow marks are baselines. A method that moves the data themselves is left out."
+    text = "Quality against communication. Hollow markers are baselines. Methods that move the data are omitted."
     drawn = figures.scatter("tradeoff", alt, rows, "MB sent and received per site", f"{page.label}, mean over sites")
     return [Picture(drawn, text)]
 
@@ -91,8 +93,10 @@ def _sites(page: ReportContext) -> list[Table]:
         up, down, work = (v.get(name, 0.0) for v in (cost.up, cost.down, cost.seconds))
         cells = {"up": Cell(size(up), up), "down": Cell(size(down), down), "work": Cell(duration(work), work)}
         rows.append({"site": name, **cells, "lost": whole(sum(x[2] == name for x in cost.lost))})
-    columns = words(site="Site") + numbers(up="Sent", down="Received", work="Work", lost="Replies lost, all seeds")
-    return [Table("costs_by_site", f"{page.title(first.label)}, site by site.", columns, rows)]
+    columns = words(site="Site") + numbers(
+        up="Sent", down="Received", work="Computing time", lost="Replies lost, all seeds"
+    )
+    return [Table("costs_by_site", f"{page.title(first.label)}, by site.", columns, rows)]
 
 
 def _losses(page: ReportContext) -> list[Any]:
@@ -105,8 +109,8 @@ def _losses(page: ReportContext) -> list[Any]:
         row = {"what": "refused", "method": page.title(q.method), "seed": str(q.seed), "round": str(q.round)}
         rows.append(row | {"site": q.site, "reason": q.reason})
     if not rows:
-        return [Text("Every site that was asked answered in every round, and no reply was refused.")]
-    columns = words(what="What", method="Method") + numbers(seed="Seed", round="Round")
+        return [Text("Every site replied in every round in which it was asked, and no reply was refused.")]
+    columns = words(what="Status", method="Method") + numbers(seed="Seed", round="Round")
     columns += words(site="Site", reason="Reason")
-    table = Table("losses", "Replies that did not come, and replies that were refused.", columns, rows)
+    table = Table("losses", "Lost and refused replies.", columns, rows)
     return [table if len(rows) <= 8 else Folded(f"{count(len(rows))} replies lost or refused", [table])]

@@ -1,4 +1,4 @@
-"""The section on what the model looks at, and whether it looks at the same at every site."""
+"""The section on attribution maps, and their agreement between sites."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TOP = 10
 
 
 def explained_section(page: ReportContext) -> Section | None:
-    """Maps or features, and their agreement over sites; None where nobody asked (``polyclinic explain``)."""
+    """Return maps or features and their agreement between sites; None without results of ``polyclinic explain``."""
     first = page.first
     found = read_explanation(page.run, first.label) if first is not None else None
     if first is None or found is None:
@@ -31,30 +31,32 @@ def explained_section(page: ReportContext) -> Section | None:
         for site in found.maps
     ]
     columns = words(site="Site") + numbers(patients="Validation patients")
-    columns += numbers(others="With the other sites", untrained="With the model before training")
+    columns += numbers(others="With the other sites", untrained="With the untrained model")
     note = (
-        f"Spearman’s rank correlation over every {what}. 1 is full agreement. Where the last column is as high, the "
-        "agreement comes from the data and not from what was learned."
+        f"Spearman’s rank correlation over every {what}; 1 is full agreement. If the last column is as high, the "
+        f"agreement "
+        "is a property of the data and not of what the model learned."
     )
     text = Markup(
         "Mean share of {} at each {}: integrated gradients, over at least ten validation patients of a site, computed "
-        "there; only the mean left it. {} It shows what the model uses, and not that this is the cause of anything."
-    ).format(_answer(page), what, _said(found))
-    table = Table("agreement_of_sites", "Does the model look at the same everywhere?", columns, rows, note)
-    return Section("explained", "What the model looks at", [*_picture(found, text), table, *_features(found)])
+        "at the site; only the mean left it. {} An attribution shows which inputs the model uses. It is not evidence "
+        "of a causal relation."
+    ).format(_target(page), what, _agreement(found))
+    table = Table("agreement_of_sites", "Agreement of attribution maps between sites.", columns, rows, note)
+    return Section("explained", "Attribution maps", [*_picture(found, text), table, *_features(found)])
 
 
-def _answer(page: ReportContext) -> str:
+def _target(page: ReportContext) -> str:
     classes = page.run.info.classes
     if page.run.info.task == "classification" and len(classes) == 2:
         return f"the attribution of “{classes[1]}”"
-    return "the attribution of the answer"
+    return "the attribution of the output"
 
 
-def _said(found: Explanation) -> str:
+def _agreement(found: Explanation) -> str:
     known = [r for site in found.maps if (r := found.agreement(site)) is not None]
     if not known:
-        return "One site told; agreement takes two."
+        return "One site has a map; agreement needs two."
     least = min(known)
     return f"Agreement over {many(len(known), 'site')}: at least {number(least, 2)}."
 
@@ -69,7 +71,7 @@ def _picture(found: Explanation, text: Markup) -> list[Any]:
         shares = {site: [float(m[i]) for i in order] for site, m in found.maps.items()}
         return [Picture(saliency_figures.features("explained", alt, [names[i] for i in order], shares), text)]
     flat = {site: m.mean(axis=tuple(range(m.ndim - 2))) for site, m in found.maps.items()}
-    more = " A volume is seen along its first axis." if one.ndim == 3 else ""
+    more = " Volumes are averaged along their first axis." if one.ndim == 3 else ""
     return [Picture(saliency_figures.maps("explained", alt, flat), text + more)]
 
 
@@ -84,4 +86,4 @@ def _features(found: Explanation) -> list[Any]:
         for i in np.argsort(-mean, kind="stable")
     ]
     columns = words(name="Feature") + numbers(mean="Mean over sites", **{s: s for s in found.maps})
-    return [Folded("Every feature", [Table("features", "Share of the attribution.", columns, rows)])]
+    return [Folded("All features", [Table("features", "Share of the attribution.", columns, rows)])]

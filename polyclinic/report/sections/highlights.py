@@ -1,36 +1,34 @@
-"""The two boxes at the top: what was found, and what to look at before believing it."""
+"""The two boxes at the top: the summary, and warnings and limitations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.paired_tests import BETTER, UNDECIDED, WORSE
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
-
-PRESENT = {BETTER: "better", WORSE: "worse", UNDECIDED: "no difference shown"}
+from polyclinic.statistics.paired_tests import BETTER, WORSE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at first. ``weight`` orders them: 3 may overturn the result, 1 is good to know."""
+    """A warning or limitation. ``weight`` orders them: 3 can invalidate the result, 1 is information."""
 
     weight: int
     text: str
 
 
 def in_short(page: ReportContext) -> list[Markup]:
-    """The result in a few sentences: external site first, then the training sites, then whether it was worth it."""
+    """Return the result in a few sentences: external site, training sites, comparison with local training."""
     run, first = page.run, page.first
     if first is None:
         return [Markup("No method has test predictions yet, so there is no result to report.")]
     training, external = training_sites(run), external_sites(run)
     patients = sum(s.patients.get("train", 0) for s in run.info.sites if s.role == "training")
-    said = [
-        Markup("<strong>{}</strong> trained at {} on {}.").format(
+    sentences = [
+        Markup("<strong>{}</strong> was trained at {} on {}.").format(
             page.title(first.label), many(len(training), "site"), many(patients, "patient")
         )
     ]
@@ -38,7 +36,7 @@ def in_short(page: ReportContext) -> list[Markup]:
     mean = first.macro
     beyond = first.external.get(metric.name)
     if beyond is not None and beyond.value is not None:
-        where = f"At {listed(external)}, which took no part in training"
+        where = f"At {listed(external)}, which did not take part in training"
         away = Markup("{} ({}), {} was <strong>{} ({} CI {})</strong>").format(
             where,
             many(beyond.n, "patient"),
@@ -51,19 +49,19 @@ def in_short(page: ReportContext) -> list[Markup]:
             gap = abs(beyond.value - mean.value)
             way = "higher" if beyond.value > mean.value else "lower"
             away += Markup(", {} {} than the mean of the training sites").format(number(gap, d), way)
-        said.append(away + ".")
+        sentences.append(away + ".")
     if mean.value is not None:
-        said.append(
+        sentences.append(
             Markup(
                 "On held-out patients of the training sites the mean {} over sites was <strong>{} ({})</strong>."
             ).format(page.label, number(mean.value, d), interval(mean.low, mean.high, d))
         )
-    said += [*_against(page), *_among_methods(page)]
-    return said
+    sentences += [*_against(page), *_among_methods(page)]
+    return sentences
 
 
 def _against(page: ReportContext) -> Iterator[Markup]:
-    """The chosen method against training alone, site by site."""
+    """Compare the main method with local training, by site."""
     first = page.first
     assert first is not None
     if not first.gains:
@@ -73,41 +71,40 @@ def _against(page: ReportContext) -> Iterator[Markup]:
     open_ = [s for s in verdicts if s not in up and s not in down]
     if not up and not down:
         every = "at the only site" if len(open_) == 1 else f"at any of the {len(open_)} sites"
-        yield Markup("No difference from training alone was shown {}.").format(every)
+        yield Markup("The difference from local training was not significant {}.").format(every)
         return
     parts = []
     if up:
-        parts.append(f"better at {many(len(up), 'site')} ({listed(up)})")
+        parts.append(f"significantly better at {many(len(up), 'site')} ({listed(up)})")
     if down:
-        parts.append(f"worse at {many(len(down), 'site')} ({listed(down)})")
+        parts.append(f"significantly worse at {many(len(down), 'site')} ({listed(down)})")
     if open_:
-        parts.append(f"no difference shown at {many(len(open_), 'site')} ({listed(open_)})")
-    yield Markup("Compared with training alone: {}.").format("; ".join(parts))
+        parts.append(f"no significant difference at {many(len(open_), 'site')} ({listed(open_)})")
+    yield Markup("Compared with local training: {}.").format("; ".join(parts))
 
 
 def _among_methods(page: ReportContext) -> Iterator[Markup]:
-    """What the paired comparison showed."""
+    """Report the paired comparison of the methods."""
     result = page.result
     if not result.comparisons or not result.reference:
         return
     verdicts = {page.title(k): d.verdict() for k, d in result.comparisons.items()}
-    better, worse = ([k for k, v in verdicts.items() if v == w] for w in (BETTER, WORSE))
     against = page.title(result.reference)
-    if not better and not worse:
-        others = (
-            f"None of the {len(verdicts)} other methods was" if len(verdicts) > 1 else f"{next(iter(verdicts))} was not"
-        )
-        yield Markup("{} shown to differ from {}.").format(others, against)
-        return
-    parts = [f"{listed(better)} better"] if better else []
-    parts += [f"{listed(worse)} worse"] if worse else []
-    rest = len(verdicts) - len(better) - len(worse)
-    parts += [f"no difference for {many(rest, 'other')}"] if rest else []
-    yield Markup("Compared with {}, shown to be: {}.").format(against, "; ".join(parts))
+    parts = [
+        f"{listed([k for k, v in verdicts.items() if v == verdict])} scored significantly {word} than {against}"
+        for verdict, word in ((BETTER, "better"), (WORSE, "worse"))
+        if verdict in verdicts.values()
+    ]
+    rest = [k for k, v in verdicts.items() if v not in (BETTER, WORSE)]
+    if rest and parts:
+        parts.append(f"the differences of {listed(rest)} were not significant")
+    elif rest:
+        parts.append(f"{listed(rest)} did not differ significantly from {against}")
+    yield Markup("{}.").format("; ".join(parts))
 
 
 def findings(page: ReportContext) -> list[Finding]:
-    """What to look at first, the gravest first."""
+    """Return warnings and limitations, the most important first."""
     found = [*_about_run(page), *_about_sites(page), *_about_study(page)]
     return sorted(found, key=lambda f: -f.weight)
 
@@ -115,27 +112,29 @@ def findings(page: ReportContext) -> list[Finding]:
 def _about_run(page: ReportContext) -> Iterator[Finding]:
     run = page.run
     if run.missing:
-        yield Finding(3, f"This run is not finished: {'; '.join(run.missing)}. The numbers below cover what is there.")
+        yield Finding(
+            3, f"This run is not finished: {'; '.join(run.missing)}. The results below cover the available records."
+        )
     if page.journal[2]:
-        yield Finding(3, f"The journal’s chain does not hold: {page.journal[2]}")
+        yield Finding(3, f"The hash chain of the journal is broken: {page.journal[2]}")
     twice = [f"{page.title(m)} (seed {s}): {k} times" for (m, s), k in run.opened.items() if k > 1]
     if twice:
         yield Finding(3, f"The sealed test set was opened more than once: {listed(twice)}.")
     for (label, seed), sites in run.arms.items():
         if silent := sum(p.silent for p in sites.values()):
-            text = f"{page.title(label)} (seed {seed}) has diverged: its answers are no numbers for {count(silent)} of "
-            yield Finding(3, f"{text}{count(sum(map(len, sites.values())))} test examples, and count as a guess.")
+            text = f"{page.title(label)} (seed {seed}) diverged: its outputs are not finite for {count(silent)} of "
+            yield Finding(3, f"{text}{count(sum(map(len, sites.values())))} test examples, which are scored as chance.")
     for q in run.quarantined[:3]:
         yield Finding(2, f"A reply of {q.site} was refused in round {q.round} of {page.title(q.method)}: {q.reason}.")
     if len(run.quarantined) > 3:
-        yield Finding(2, f"{len(run.quarantined) - 3} more replies were refused; see what left each hospital.")
+        yield Finding(2, f"{len(run.quarantined) - 3} more replies were refused; see Communication.")
     lost: dict[str, int] = {}
     for r in run.rounds:
         for site in r.lost:
             lost[site] = lost.get(site, 0) + 1
     if lost:
         times = listed([f"{s} ({many(n, 'round')})" for s, n in lost.items()])
-        yield Finding(1, f"Sites that did not answer in time: {times}.")
+        yield Finding(1, f"Sites that did not reply in time: {times}.")
 
 
 def _about_sites(page: ReportContext) -> Iterator[Finding]:
@@ -146,8 +145,9 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
     for site, g in first.gains.items():
         if g.value is not None and g.value < 0:
             shown = g.verdict() == WORSE
-            how = "loses by federating" if shown else "may lose by federating, though no difference is shown"
-            text = f"{site} {how}: {with_interval(g, d, signed=True)} {metric.label} against training alone."
+            change = f"{with_interval(g, d, signed=True)} {metric.label} compared with local training"
+            how = "significant" if shown else "not significant"
+            text = f"Negative transfer at {site}: {change} ({how})."
             yield Finding(3 if shown else 1, text)
     if first.worst is not None and first.macro.value is not None and len(first.sites) > 1:
         name, value = first.worst
@@ -156,15 +156,15 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
         tested, e = many(result.patients[name], "test patient"), first.sites[name][metric.name]
         text = f"{name} is {number(gap, d)} {way} the mean of the sites, on {tested}"
         if e.low is not None and e.high is not None and e.low <= first.macro.value <= e.high:
-            yield Finding(1, f"{text}; its interval, {interval(e.low, e.high, d)}, holds that mean.")
+            yield Finding(1, f"{text}; its interval, {interval(e.low, e.high, d)}, includes that mean.")
         else:
             yield Finding(2, f"{text}.")
     for site, estimates in first.sites.items():
         if estimates[metric.name].value is None:
-            yield Finding(2, f"{metric.label} has no value at {site}: {estimates[metric.name].why}.")
+            yield Finding(2, f"{metric.label} is undefined at {site}: {estimates[metric.name].why}.")
     small = [f"{s} ({n})" for s, n in result.patients.items() if n < result.options.few]
     if small:
-        yield Finding(1, f"Few test patients, so wide intervals, at {listed(small)}.")
+        yield Finding(1, f"Few test patients, and therefore wide intervals, at {listed(small)}.")
     yield from _about_masks(page)
 
 
@@ -177,8 +177,10 @@ def _about_masks(page: ReportContext) -> Iterator[Finding]:
             found.append(f"{site} {number(n, 0 if n == int(n) else 1)} of {count(page.result.images[site])}")
     if found:
         mean = " (mean over seeds)" if len(first.seeds) > 1 else ""
-        text = f"Predictions that are empty though there is a target{mean}: {listed(found)}. They count as Dice 0 and "
-        yield Finding(2, f"{text}a distance of the image’s diagonal.")
+        text = (
+            f"Empty predictions for non-empty targets{mean}: {listed(found)}. They count as Dice 0 and a distance of "
+        )
+        yield Finding(2, f"{text}the image’s diagonal.")
 
 
 def _about_study(page: ReportContext) -> Iterator[Finding]:
@@ -188,13 +190,17 @@ def _about_study(page: ReportContext) -> Iterator[Finding]:
     for simulated in (note for note in run.info.data.notes if note.startswith("Simulated")):
         yield Finding(3, simulated)
     if not external_sites(run) and run.info.folds_by != "sites":
-        yield Finding(2, "No site was held out of training, so nothing here speaks for a hospital that joins later.")
+        yield Finding(2, "No site was held out of training, so performance at new hospitals was not measured.")
     if len(run.info.seeds) == 1:
-        yield Finding(2, "One seed: the intervals cover the choice of patients, not the luck of training.")
+        yield Finding(
+            2, "One random seed: the intervals include the variation between patients, but not between training runs."
+        )
     labels = {m.label for m in run.info.methods}
     if "local" not in labels:
-        yield Finding(2, "Local training is not in the study, so whether federating was worth it stays open.")
+        yield Finding(2, "The study has no local training, so the benefit of federated training was not measured.")
     federated = [m for m in run.info.methods if not m.baseline]
     private = {p.method for p in run.privacy}
     if federated and not private:
-        yield Finding(1, "No noise was added to what left the sites, so nothing bounds what it tells of a patient.")
+        yield Finding(
+            1, "No noise was added to the updates, so there is no formal limit on what they reveal about a patient."
+        )

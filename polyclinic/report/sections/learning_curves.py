@@ -1,4 +1,4 @@
-"""The section on how each method learned, on validation patients."""
+"""The section of learning curves on validation patients."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from polyclinic.report.page_blocks import Folded, Picture, Row, Section, Table, 
 
 
 def curves_section(page: ReportContext) -> Section | None:
-    """Validation over rounds; None where none was recorded."""
+    """Return validation results over rounds; None if none were recorded."""
     d, name = page.digits, page.result.metric.name
     lines = {m.label: learning_curve(page.run, m.label, name) for m in page.run.info.methods}
     lines = {k: c for k, c in lines.items() if c.rounds}
@@ -37,9 +37,11 @@ def curves_section(page: ReportContext) -> Section | None:
     note = "Mean over seeds and training sites."
     if page.target is not None:
         note += f" Target: {number(page.target.value, d)}, {page.target.meaning}."
-    alt = f"Validation {page.label} over rounds, a line for each of {many(len(lines), 'method')}; values in the table."
+    alt = (
+        f"Validation {page.label} over rounds, one line for each of {many(len(lines), 'method')}; values in the table."
+    )
     shown = {page.title(k): (c.rounds, c.values) for k, c in lines.items()}
-    text = "How each method learned; baselines are gray and broken. No test patient was looked at here."
+    text = "Validation results over rounds. Baselines are gray and dashed. No test patients are included."
     first = page.title(page.first.label) if page.first else ""
     behind = [page.title(m.label) for m in page.run.info.methods if m.baseline]
     drawn = figures.curves("curves", alt, shown, f"Validation {page.label}", first, behind)
@@ -62,4 +64,6 @@ def _by_site(page: ReportContext) -> Iterator[Folded]:
     rows: list[Row] = [{"site": s, "first": amount(y[0], d), "last": amount(y[-1], d)} for s, (_, y) in shown.items()]
     columns = words(site="Site") + numbers(first="First round", last="Last round")
     table = Table("curves_sites", f"Validation {page.label} of {title}.", columns, rows)
-    yield Folded("Each site’s curve", [Picture(picture, f"{title} at each training site, mean over seeds."), table])
+    yield Folded(
+        "Curves of single sites", [Picture(picture, f"{title} at each training site, mean over seeds."), table]
+    )

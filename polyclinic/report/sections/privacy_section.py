@@ -1,4 +1,4 @@
-"""The section on privacy: what was spent where, what it cost in quality, and where nothing was done."""
+"""The section on privacy: the budget spent, its cost in quality, and methods without noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,21 +13,23 @@ from polyclinic.report.formatting import NONE, listed, many
 from polyclinic.report.page_blocks import Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.report.sections.audit_findings import audits
 
-ACCOUNTS = {"pld": "tight", "rdp": "Rényi’s bound"}
+ACCOUNTS = {"pld": "tight", "rdp": "Rényi bound"}
 
 
 def privacy_section(page: ReportContext) -> Section:
-    """What was spent where; and, where nothing was done, that nothing was done."""
+    """Return the section: the budget spent by method and site, methods without noise, and audits."""
     federated = [m.label for m in page.run.info.methods if not m.baseline]
     spent = {label: page.run.spent(label) for label in federated}
     blocks: list[Any] = []
     if rows := [row for label, records in spent.items() for row in _privacy_rows(page, label, records)]:
         columns = words(method="Method", site="Site") + numbers(epsilon="ε", delta="δ")
-        columns += words(unit="Protects one") + numbers(round="After round") + words(how="Accounting")
+        columns += words(unit="Unit of privacy") + numbers(round="After round") + words(how="Accounting")
         note = (
-            "Whoever sees the messages can change their odds that one unit took part by a factor of at most exp(ε), "
-            "except with probability δ; smaller is more private. At the end, of several seeds the largest, rounded up. "
-            "Each method and seed is counted as if it alone were run: who sees the messages of several learns more. "
+            "An observer of the messages can change the odds that one unit took part by a factor of at most exp(ε), "
+            "except "
+            "with probability δ; smaller is more private. Values at the end of training, the largest over seeds, "
+            "rounded "
+            "up. Each method and seed is accounted for separately: an observer of several learns more. "
             + " ".join(dict.fromkeys(p.meaning for records in spent.values() for p in records))
         )
         blocks.append(Table("privacy", "Differential privacy spent.", columns, rows, note))
@@ -35,24 +37,25 @@ def privacy_section(page: ReportContext) -> Section:
         blocks += _against_epsilon(page, spent)
     if bare := [page.title(k) for k, v in spent.items() if not v]:
         text = Markup(
-            "<strong>No noise was added under {}.</strong> Keeping images at home is not yet privacy: weights and "
-            "gradients can tell who took part in training, and can under some conditions show what was trained on."
+            "<strong>No noise was added with {}.</strong> There is no formal limit on what the updates reveal about a "
+            "patient: weights and gradients can reveal whether a patient was in the training data, and under some "
+            "conditions the training images themselves."
         )
         blocks.append(Text(text.format(listed(bare, "or"))))
     blocks += audits(page)
     if not federated:
-        blocks.append(Text("No federated method is in this study; nothing left a site."))
+        blocks.append(Text("The study has no federated method, so no data left a site."))
     return Section("privacy", "Privacy", blocks)
 
 
 def _privacy_rows(page: ReportContext, label: str, records: Sequence[Privacy]) -> list[Row]:
-    """One row a site; one row for all where they do not differ."""
+    """Return one row per site, or one row for all sites with equal values."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for p in records:
         extra = {k: v for k, v in (p.model_extra or {}).items() if v is not None and k not in ("by", "ledger")}
         by = (p.model_extra or {}).get("by")
-        told = [ACCOUNTS.get(str(by), str(by))] if by is not None else []
-        how = "; ".join([*told, *(f"{k} {v}" for k, v in sorted(extra.items()))]) or NONE
+        accounting = [ACCOUNTS.get(str(by), str(by))] if by is not None else []
+        how = "; ".join([*accounting, *(f"{k} {v}" for k, v in sorted(extra.items()))]) or NONE
         numbers_ = (NONE if p.epsilon is None else rounded_up(p.epsilon), NONE if p.delta is None else f"{p.delta:g}")
         key = (*numbers_, p.unit or NONE, NONE if p.round is None else str(p.round), how)
         rows.setdefault(key, []).append(p.site or "all")
@@ -64,7 +67,7 @@ def _privacy_rows(page: ReportContext, label: str, records: Sequence[Privacy]) -
 
 
 def _by_round(page: ReportContext) -> list[Folded]:
-    """The largest ε of all sites and seeds after each round."""
+    """Return the largest ε of all sites and seeds after each round."""
     most: dict[tuple[str, int], float] = {}
     for p in page.run.privacy:
         if p.round is not None and p.epsilon is not None:
@@ -79,15 +82,17 @@ def _by_round(page: ReportContext) -> list[Folded]:
     columns = numbers(round="After round", **{f"epsilon-{m}": page.title(m) for m in labels})
     units = sorted({p.unit for p in page.run.privacy if p.unit})
     note = f"For every {' or '.join(units) or 'unit that is not stated'}, as in the table above. "
-    note += "The largest of all sites and seeds. Between rounds by Rényi’s bound, which is quick and a little larger; "
-    note += "after the last, by the tight one."
+    note += (
+        "The largest over sites and seeds. Between rounds by Rényi’s bound, which is fast and slightly larger; after "
+    )
+    note += "the last round by tight accounting."
     return [Folded("ε after each round", [Table("privacy-rounds", "ε spent, by round.", columns, rows, note)])]
 
 
 def _curve(
     alt: str, rows: Sequence[tuple[figures.Point, float]], bare: Mapping[str, float], ylabel: str, unit: str
 ) -> str:
-    """Quality with its interval against ε, on a scale of ratios; a dashed line for what was trained without noise."""
+    """Draw quality with its interval against ε, on a logarithmic scale; dashed lines are training without noise."""
     with figures.drawing(2.9) as (figure, axes):
         axes.set_position((0.16, 0.16, 0.8, 0.8))
         every = [*bare.values()] + [
@@ -126,7 +131,7 @@ def _curve(
 
 
 def _against_epsilon(page: ReportContext, spent: Mapping[str, Sequence[Privacy]]) -> list[Picture]:
-    """Quality against ε, with intervals; the same methods without noise are lines across."""
+    """Return the figure of quality against ε; the same methods without noise are dashed lines."""
     names = {m.label: m.name for m in page.run.info.methods}
     found = {m.label: m.macro for m in page.result.methods if m.macro.value is not None}
     rows, noised = list[tuple[figures.Point, float]](), set[str]()
@@ -147,5 +152,5 @@ def _against_epsilon(page: ReportContext, spent: Mapping[str, Sequence[Privacy]]
     )
     unit = " or ".join(sorted({p.unit for records in spent.values() for p in records if p.unit})) or "unit"
     drawn = _curve(alt, rows, bare, f"{page.label}, mean over sites", unit)
-    text = f"What privacy costs: quality against ε for every {unit}. Intervals are over patients."
+    text = f"Cost of privacy: quality against ε for every {unit}. Intervals are over patients."
     return [Picture(drawn, text + (" Dashed: the same method without noise." if bare else ""))]

@@ -1,4 +1,4 @@
-"""Sections on where it all came from: the data, the checklists, and how to do it again."""
+"""Sections on provenance: the data, the checklists, and how to reproduce the study."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ ROLES = ("train", "val", "test")
 
 
 def data_section(page: ReportContext) -> Section:
-    """The data card."""
+    """Return the data card."""
     data, info = page.run.info.data, page.run.info
     facts = {
         "Data": data.title,
@@ -24,11 +24,11 @@ def data_section(page: ReportContext) -> Section:
         "Source": data.url,
         "Cite": data.citation,
         "Fingerprint": data.fingerprint,
-        "Split into sites": data.simulated or "as the data came; not simulated",
+        "Split into sites": data.simulated or "as in the data; not simulated",
         "Checked": ", ".join(c.replace("_", " ") for c in data.checks),
     }
     rows: list[Row] = [{"what": k, "value": v} for k, v in facts.items() if v]
-    blocks: list[Any] = [Table("data", "What the data are.", words(what="", value=""), rows)]
+    blocks: list[Any] = [Table("data", "Description of the data.", words(what="", value=""), rows)]
     blocks += [Text(note) for note in data.notes if note != data.simulated]
     named = [r for r in ROLES if any(s.patients.get(r) for s in info.sites)]
     columns = words(site="Site", role="Role") + numbers(**{f"patients_{r}": f"Patients, {r}" for r in named})
@@ -45,7 +45,7 @@ def data_section(page: ReportContext) -> Section:
 
 
 def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:
-    """How many examples of each class, site by site."""
+    """Return the number of examples of each class, by site."""
     info = page.run.info
     named = [r for r in roles if any(s.classes.get(r) for s in info.sites)]
     if not named:
@@ -60,10 +60,12 @@ def _classes(page: ReportContext, roles: Sequence[str]) -> list[Table]:
 
 
 def checklist_section(page: ReportContext) -> Section:
-    """The checklists; an item is ticked only where an artifact of this run supports it."""
+    """Return the checklists. An item is ticked only if an artifact of this run supports it."""
     text = (
-        "Ticked items are supported by this run, in the place named. “Open” ones could be, but are not. Everything "
-        "else is for a person to answer; the originals have the authoritative wording."
+        "Ticked items are supported by this run, in the section named. “Open” items could be supported by a run, but "
+        "are "
+        "not supported by this one. The authors answer all other items. The original checklists have the authoritative "
+        "wording."
     )
     blocks: list[Any] = [Text(text)]
     for name in ALL:
@@ -74,7 +76,7 @@ def checklist_section(page: ReportContext) -> Section:
             for a in answers
         ]
         marks = {i: a.status for i, a in enumerate(answers) if a.status != "person"}
-        columns = words(id="No.", item="Item", status="This run", where="Where")
+        columns = words(id="No.", item="Item", status="This run", where="Evidence")
         done = len([a for a in answers if a.status == "shown"])
         heading = f"{checklist.title}: {done} of {len(answers)} items supported by this run"
         blocks.append(Folded(heading, [Table(f"checklist_{name}", checklist.source, columns, rows, "", marks)]))
@@ -82,14 +84,14 @@ def checklist_section(page: ReportContext) -> Section:
 
 
 def reproduce_section(page: ReportContext) -> Section:
-    """Study file, hashes, versions, seeds, and the command."""
+    """Return the study file, hashes, versions, seeds, and the command."""
     run, info = page.run, page.run.info
     facts: dict[str, Any] = {
         "Run": f"{info.name}-{page.short}",
         "Study hash": info.hash if info.hash != page.short else "",
         "Created": info.created,
         "Seeds": ", ".join(map(str, info.seeds)),
-        "Folds": f"{info.folds}, of {info.folds_by}" if info.folds else "",
+        "Folds": f"{info.folds}, by {info.folds_by}" if info.folds else "",
         "Rounds": info.rounds,
         "Parameters": count(info.parameters),
         "Engine": ", ".join(f"{k} {v}" for k, v in info.engine.items()),
@@ -97,11 +99,11 @@ def reproduce_section(page: ReportContext) -> Section:
     }
     entries, head, broken = page.journal
     if entries or broken:
-        holds = f"{many(entries, 'entry', 'entries')}, the chain holds, head {head}"
-        facts["Journal"] = f"does not hold: {broken}" if broken else holds
+        valid = f"{many(entries, 'entry', 'entries')}, hash chain valid, latest hash {head}"
+        facts["Journal"] = f"hash chain broken: {broken}" if broken else valid
     if run.opened:
         once = all(k == 1 for k in run.opened.values())
-        facts["Test set"] = "opened once for each arm" if once else "opened more than once: see the top of the page"
+        facts["Test set"] = "opened once for each model" if once else "opened more than once: see the warnings"
     if run.unread:
         facts["Records not used here"] = ", ".join(f"{n} of kind {k}" for k, n in run.unread.items())
     rows: list[Row] = [
@@ -111,13 +113,13 @@ def reproduce_section(page: ReportContext) -> Section:
     ]
     hashes: list[Row] = [{"what": k, "value": v} for k, v in run.digests.items()]
     text = Markup(
-        "To run it again, save the study below as <code>study.toml</code> and call "
-        "<code>polyclinic run study.toml</code>; to write this page again, <code>polyclinic report {}</code>."
+        "To reproduce this study, save the file below as <code>study.toml</code> and run "
+        "<code>polyclinic run study.toml</code>. <code>polyclinic report {}</code> writes this page again."
     ).format(f"runs/{info.name}-{page.short}")
     files = Table("hashes", "Files of the run folder.", words(what="File", value="SHA-256"), hashes)
     return Section(
         "reproduce",
-        "Do it again",
+        "Reproduce this study",
         [
             Text(text),
             Table("environment", "Run and environment.", words(what="", value=""), rows),

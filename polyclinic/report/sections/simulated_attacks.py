@@ -1,4 +1,4 @@
-"""The section on a simulated attack: who attacked, and whom each method's alarms named."""
+"""The section on a simulated attack: the attackers, and the sites that each method flagged."""
 
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import NONE, cell, listed, many
@@ -6,15 +6,16 @@ from polyclinic.report.page_blocks import Cell, Row, Section, Table, Text, numbe
 
 
 def hostile_section(page: ReportContext) -> Section | None:
-    """None where nobody attacked."""
+    """Return the section; None without a simulated attack."""
     attack = page.run.info.attack
     if not attack:
         return None
     options = "".join(f", {key} = {value}" for key, value in attack.get("options", {}).items())
     who = "; ".join(f"{listed(names)} (seed {seed})" for seed, names in attack["by"].items())
     text = (
-        f"Simulated: {attack['name']}{options}, from round {attack.get('begins', 0) + 1} on, by {who}. "
-        "Test patients are everybody’s, and honest: an attacker lies in what it trains on and sends."
+        f"Simulated attack: {attack['name']}{options}, from round {attack.get('begins', 0) + 1} on, by {who}. Test "
+        f"data of "
+        "all sites, including attackers, are unmodified: only training data and updates of attackers are."
     )
     rows: list[Row] = []
     for m in page.result.methods:
@@ -31,11 +32,14 @@ def hostile_section(page: ReportContext) -> Section | None:
                 "who": listed(named) or NONE,
             }
         )
-    columns = words(method="Method") + numbers(value=page.label, caught="Attackers named", wronged="Honest sites named")
-    columns += words(who="Which honest sites")
-    note = (
-        "A site is named where a reply of it was refused, or where an alarm of a robust rule asks a person to look at "
-        f"it; over {many(page.run.repeats, 'arm')} a method. A method without such a rule names only what it cannot "
-        "add up. Naming is not excluding."
+    columns = words(method="Method") + numbers(
+        value=page.label, caught="Attackers flagged", wronged="Honest sites flagged"
     )
-    return Section("attack", "Hostile sites", [Text(text), Table("attack", "Who was named.", columns, rows, note)])
+    columns += words(who="Flagged honest sites")
+    note = (
+        "A site is flagged if one of its replies was refused, or if a robust rule raised an alarm about it; counted "
+        "over "
+        f"{many(page.run.repeats, 'run')} per method. A method without a robust rule flags only replies that cannot be "
+        "aggregated. A flagged site is not necessarily excluded."
+    )
+    return Section("attack", "Simulated attack", [Text(text), Table("attack", "Flagged sites.", columns, rows, note)])

@@ -1,4 +1,4 @@
-"""The section on hospitals that keep what the model says of single patients, and send the scores they computed."""
+"""The section on hospitals that send scores instead of predictions for single patients."""
 
 from collections import defaultdict
 
@@ -8,7 +8,7 @@ from polyclinic.report.page_blocks import Cell, Row, Section, Table, Text, numbe
 
 
 def kept_section(page: ReportContext) -> Section | None:
-    """Scores of the sites whose predictions stayed there; None where there are no such sites."""
+    """Return the scores of sites that sent no predictions; None without such sites."""
     run, metric = page.run, page.result.metric.name
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     cases: dict[str, int] = {}
@@ -31,9 +31,11 @@ def kept_section(page: ReportContext) -> Section | None:
         rows.append(row)
     columns = words(site="Site") + numbers(cases="Test cases")
     columns += numbers(**{f"m{i}": page.title(label) for i, label in enumerate(labels)})
-    said = Text(
-        "These hospitals keep what a model says of their single patients, as their policies say, and computed these "
-        "scores themselves. They are in none of the tables, intervals and comparisons above."
+    text = Text(
+        "By their policies, these hospitals do not send predictions for single patients; they computed these scores "
+        "locally. The tables, intervals and comparisons above do not include them."
     )
-    caption = f"{page.label} on test data, as these sites computed it, over images; mean over seeds."
-    return Section("kept", "Sites that keep their predictions", [said, Table("kept", caption, columns, rows)])
+    caption = f"{page.label} on test data, computed by these sites over images; mean over seeds."
+    return Section(
+        "kept", "Sites without predictions for single patients", [text, Table("kept", caption, columns, rows)]
+    )

@@ -1,4 +1,4 @@
-"""The section on groups of patients: sex, age, scanner, where the data say so."""
+"""The section on patient subgroups: sex, age, scanner, if the data include them."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from polyclinic.report.page_blocks import Cell, Picture, Row, Section, Table, Te
 
 
 def subgroups_section(page: ReportContext) -> Section | None:
-    """The chosen method in every group; None where the data say nothing of their patients."""
+    """Return the main method's results in every subgroup; None if the data have no such columns."""
     first, o, d = page.first, page.result.options, page.digits
     if first is None:
         return None
@@ -37,15 +37,15 @@ def subgroups_section(page: ReportContext) -> Section | None:
         alt = f"{page.label} of {page.title(first.label)} by group: " + "; ".join(f"{p.name} {p.text}" for p in points)
         line = pooled.value if pooled else None
         drawn = figures.points("groups", alt, points, heading, line)
-        text = f"{page.title(first.label)}, test patients of the training sites taken together."
-        text += " The dotted line is all of them." if line is not None else ""
+        text = f"{page.title(first.label)}, all test patients of the training sites."
+        text += " The dotted line is the value over all of them." if line is not None else ""
         blocks.append(Picture(drawn, text))
-    columns = words(what="By", group="Group") + numbers(patients="Patients", value=heading)
+    columns = words(what="Attribute", group="Group") + numbers(patients="Patients", value=heading)
     note = (
-        f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor what would let them be worked "
-        "out. Groups are looked at, not compared: no difference between them was tested."
+        f"Groups of fewer than {max(o.min_cell, FEWEST)} patients are not shown, nor values from which they could "
+        "be derived. Differences between groups were not tested."
     )
     blocks.append(Table("groups", f"{page.label} by group of patients.", columns, rows, note))
     if any(s.role == "external" for s in page.run.info.sites):
-        blocks.append(Text("Patients of external sites are in none of these groups.", "note"))
-    return Section("groups", "Groups of patients", blocks)
+        blocks.append(Text("These groups do not include patients of external sites.", "note"))
+    return Section("groups", "Patient subgroups", blocks)

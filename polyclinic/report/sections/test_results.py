@@ -1,16 +1,16 @@
-"""Sections on test results: methods side by side, and every site."""
+"""Sections on test results: comparison of methods, and results at every site."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from markupsafe import Markup
 
-from polyclinic.evaluation.paired_tests import Difference
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import (
     NONE,
+    SIGNIFICANCE,
     amount,
     cell,
     count,
@@ -24,6 +24,7 @@ from polyclinic.report.formatting import (
     with_interval,
 )
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
+from polyclinic.statistics.paired_tests import Difference
 
 SHOWN = {  # of a task's metrics, those in the table of sites
     "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
@@ -32,8 +33,8 @@ SHOWN = {  # of a task's metrics, those in the table of sites
 
 
 def methods_section(page: ReportContext) -> Section:
-    """All methods next to each other, and the difference of each from one of them."""
-    title, result = "Methods side by side", page.result
+    """Return the results of all methods, and the difference of each from a reference."""
+    title, result = "Comparison of methods", page.result
     if not result.methods:
         return Section("methods", title, [Text("No method has test predictions yet.")])
     blocks: list[Any] = [_methods_picture(page), _levels(page)]
@@ -52,10 +53,10 @@ def _methods_picture(page: ReportContext) -> Picture:
     alt += "; ".join(f"{r.name} {r.text}" for r in rows)
     text = Markup(
         "Mean {} over the training sites. Squares are federated methods, hollow circles baselines. "
-        "Overlapping intervals do not settle a comparison; the paired differences below do."
+        "Compare methods by the paired differences below, not by whether intervals overlap."
     ).format(page.label)
     if result.headline and result.chosen_by:
-        text += Markup(" The rest of this page speaks of <strong>{}</strong>: {}.").format(
+        text += Markup(" The following sections report <strong>{}</strong>: {}.").format(
             page.title(result.headline), result.chosen_by
         )
     return Picture(figures.points("methods", alt, rows, f"{page.label}, mean over sites ({page.level}\u00a0CI)"), text)
@@ -78,15 +79,16 @@ def _levels(page: ReportContext) -> Table:
     columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD over sites")
     if any(m.seed_sd is not None for m in result.methods):
         columns += numbers(seeds="SD over seeds")
-    columns += numbers(pooled="Pooled", worst="Worst site")
+    columns += numbers(pooled="Pooled patients", worst="Worst site")
     if any(m.external for m in result.methods):
         columns += numbers(external="External")
     o = result.options
     note = f"Intervals: bootstrap over patients within each site, {count(o.draws)} draws, seed {o.seed}"
     note += "; pooled and external AUC of two classes by DeLong" if name == "auc" else ""
     note += (
-        ". A value over several seeds is their mean. “Pooled” takes the test patients of all training sites together, "
-        "and so also compares scores between sites."
+        ". Values are means over seeds. “Pooled patients” combines the test patients of all training sites, and "
+        "therefore also "
+        "compares scores between sites."
     )
     chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
@@ -102,26 +104,27 @@ def _differences(page: ReportContext, reference: str) -> Table:
             "adjusted": Cell(p_value(diff.adjusted), diff.adjusted),
             "splits": _p(result.over_splits.get(label)),
             "sites": _p(result.over_sites.get(label)),
-            "verdict": diff.verdict(),
+            "verdict": SIGNIFICANCE[diff.verdict()],
         }
         for label, diff in result.comparisons.items()
     ]
     against = page.title(reference)
-    columns = words(method="Method") + numbers(difference=f"Minus {against} ({page.level}\u00a0CI)", p="p")
+    columns = words(method="Method") + numbers(difference=f"Difference from {against} ({page.level}\u00a0CI)", p="p")
     columns += numbers(adjusted="p after Holm")
     columns += numbers(splits="p over splits") if result.over_splits else []
     columns += numbers(sites="p over sites") if result.over_sites else []
-    columns += words(verdict="Verdict")
+    columns += words(verdict="Result")
     seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
     note = (
         f"Mean over sites, paired: the same resampled patients for both{seeds}; + is better. "
-        f"Holm’s correction for {many(len(rows), 'comparison')}. “No difference shown” unless the interval leaves out "
-        "0 and the corrected p is below 0.05."
+        f"Holm’s correction for {many(len(rows), 'comparison')}. A difference is significant if the interval "
+        f"excludes 0 "
+        "and the corrected p is below 0.05."
     )
     if result.over_splits:
-        note += " Over splits: Nadeau and Bengio’s corrected t, one split a seed, not corrected for many methods."
+        note += " Over splits: Nadeau and Bengio’s corrected t, one split per seed, not corrected for multiplicity."
     if result.over_sites:
-        note += " Over sites: Wilcoxon’s signed ranks, not corrected for many methods."
+        note += " Over sites: Wilcoxon’s signed ranks, not corrected for multiplicity."
     return Table("differences", f"{page.label}, each method against {against}.", columns, rows, note)
 
 
@@ -136,10 +139,10 @@ def _ranking(page: ReportContext) -> Iterator[Any]:
     titles = {m: page.title(m) for m in ranking.methods}
     pairs = list(zip(ranking.methods, ranking.ranks, strict=True))
     alt = "Mean ranks over sites: " + ", ".join(f"{titles[m]} {r:.2f}" for m, r in pairs)
-    told = "differ" if ranking.p < 0.05 else "are not shown to differ"
+    differ = "differ significantly" if ranking.p < 0.05 else "do not differ significantly"
     text = (
         f"Mean ranks over {ranking.blocks} sites. A bar joins methods whose ranks differ by less than Nemenyi’s "
-        f"critical difference of {ranking.critical:.2f}. As a group the methods {told} (Friedman’s test, "
+        f"critical difference of {ranking.critical:.2f}. As a group the methods {differ} (Friedman’s test, "
         f"p = {p_value(ranking.p)})."
     )
     rows: list[Row] = [{"method": titles[m], "rank": amount(r, 2)} for m, r in pairs]
@@ -151,7 +154,7 @@ def _ranking(page: ReportContext) -> Iterator[Any]:
 
 
 def sites_section(page: ReportContext) -> Section | None:
-    """The chosen method at every site, and all methods at every site."""
+    """Return the results of the main method at every site, and of all methods."""
     first, result, d = page.first, page.result, page.digits
     if first is None:
         return None
@@ -167,17 +170,19 @@ def sites_section(page: ReportContext) -> Section | None:
     alt += "; ".join(f"{p.name} {p.text}" for p in points)
     text = Markup("{} on each site’s own held-out patients.").format(page.title(first.label))
     if line is not None:
-        text += Markup(" The dotted line is all training sites pooled ({}).").format(number(line, d))
+        text += Markup(" The dotted line is the value over all patients of the training sites ({}).").format(
+            number(line, d)
+        )
     if any(p.kind == "external" for p in points):
-        text += Markup(" Diamonds are sites that took no part in training.")
+        text += Markup(" Diamonds are sites that did not take part in training.")
     if first.random is not None:
         e = first.random.estimate
-        text += Markup(" Were these sites a sample of many, their mean would be {} ({}); I² = {:.0f} %.").format(
+        text += Markup(" Random-effects mean over sites: {} ({}); I² = {:.0f} %.").format(
             number(e.value, d), interval(e.low, e.high, d), 100 * first.random.i2
         )
     picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
     blocks = [picture, _sites_table(page, first), *_matrix(page)]
-    return Section("sites", "Every site, on its own held-out patients", blocks)
+    return Section("sites", "Results at every site", blocks)
 
 
 def _sites_table(page: ReportContext, first: MethodResult) -> Table:
@@ -221,11 +226,11 @@ def _matrix(page: ReportContext) -> Iterator[Folded]:
     ]
     columns = words(method="Method") + numbers(**{s: s for s in sites})
     caption = f"{page.label} ({page.level}\u00a0CI) of every method at every site."
-    yield Folded("Every method at every site", [Table("methods_by_site", caption, columns, rows)])
+    yield Folded("All methods at all sites", [Table("methods_by_site", caption, columns, rows)])
 
 
 def _unit(page: ReportContext) -> str:
-    """What one case is, and how several images of a patient count."""
+    """Describe the unit of analysis: patients or images."""
     result = page.result
     if result.options.unit == "image":
         return " Each image is a case; patients are resampled whole."

@@ -1,4 +1,4 @@
-"""audit.json: what an audit of one model found, as it is written beside the model and read by the report."""
+"""The file audit.json: the results of an audit of one model, in the folder of the model. The report reads it."""
 
 import json
 from collections.abc import Mapping
@@ -65,14 +65,16 @@ class Members:
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found of one model.
+    """Results of the audit of one model.
 
     Attributes:
-        method: Which, and ``seed``. ``arm``: the folder of its model, under the run's arms.
-        membership: Who was trained on.
-        inversion: One image from its gradient.
-        privacy: The lower bound on ε beside the claim; None where ``not_done`` says why there is none.
-        privacy_site: Whose training was audited for it.
+        method: Label of the method.
+        seed: Seed of the method run.
+        arm: Name of the folder of its model, in the folder ``arms`` of the run.
+        membership: Results of the membership attacks.
+        inversion: Results of the reconstruction of an image from its gradient.
+        privacy: The lower bound on ε and the claimed ε; None if not audited, with the reason in ``not_done``.
+        privacy_site: The site whose training was audited.
         not_done: What was not audited, each a sentence.
     """
 
@@ -86,11 +88,11 @@ class Audit:
     not_done: tuple[str, ...]
 
     def file(self, run: Path) -> Path:
-        """Where it is written, in the run's folder."""
+        """Return the path of the file in the run folder ``run``."""
         return run / "arms" / self.arm / "audit.json"
 
     def to_json(self) -> dict[str, Any]:
-        """As written beside the run, with the verdicts in words. No image is in it."""
+        """Return the content of the file, with the verdicts as sentences. It contains no image."""
         value: dict[str, Any] = {"format": FORMAT, **json.loads(_AUDIT.dump_json(self))}
         value["membership"]["says"] = self.membership.verdict.says
         adjusted = self.membership.verdict.adjusted
@@ -109,7 +111,7 @@ class NotAnAudit(IntegrityError):
 
 
 def read_audit(file: Path) -> Audit:
-    """Reads ``file``.
+    """Read the audit in ``file``.
 
     Raises:
         NotAnAudit: If it is damaged, or of another version.

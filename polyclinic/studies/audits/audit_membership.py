@@ -1,9 +1,9 @@
-"""Who was trained on: the attacks of ``attacks.membership`` on the model of a run, at each of its sites.
+"""Membership inference: the attacks of ``attacks.membership`` on the model of a run, at each of its sites.
 
-Members are a site's training patients; non-members are its test patients, whom nobody trained on, and who come from the
-same split. Shadow models are trained as the run was: the same method at the same sites for as many rounds, each on a
-random half of every site's patients. They are kept beside the model, so that an audit that was stopped goes on, and one
-with more shadow models trains only those that are new.
+Members are a site's training patients; non-members are its test patients, who come from the same split and were not
+trained on. Shadow models are trained as the run was: with the same method at the same sites for the same number of
+rounds, each on a random half of every site's patients. Their losses are kept in the folder of the model, so that an
+interrupted audit resumes, and an audit with more shadow models trains only the additional ones.
 """
 
 import hashlib
@@ -42,9 +42,11 @@ class Target:
     """A run's model, and all that it was made from.
 
     Attributes:
-        folder: Of the arm.
-        study: As run. ``plan``: what the arm built.
-        data: Its sites. ``seed``: of the arm.
+        folder: Folder of the method run.
+        study: The study.
+        plan: The plan of the method run.
+        data: The split of its data.
+        seed: Its seed.
         task: What the model predicts with. ``params``: its parameters.
         round: After how many rounds it was taken.
     """
@@ -98,15 +100,15 @@ class Pool:
 def audit_membership(
     target: Target, sites: Sequence[str], attack: str, count: int, limit: int, progress: Progress
 ) -> Members:
-    """Attacks the model at ``sites``.
+    """Attack the model at ``sites``.
 
     Args:
-        target: What is attacked.
-        sites: Where to try patients.
+        target: The model and the data of its run.
+        sites: The sites whose patients are tried.
         attack: One of ``ATTACKS``, or ``all``.
-        count: How many shadow models to train for LiRA and RMIA.
-        limit: How many patients of each kind and site to try at most.
-        progress: Told how many shadow models of how many are trained.
+        count: Number of shadow models to train for LiRA and RMIA.
+        limit: Largest number of patients of each kind and site to try.
+        progress: Called with the numbers of trained and of all shadow models.
 
     Raises:
         NotAudited: If the task has no probabilities for LiRA and RMIA, or the shadow models cannot be trained.
@@ -171,7 +173,7 @@ def _plain(task: Task) -> Task:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """Trains shadow models as the run was trained, and keeps what they say beside the model."""
+    """Trains shadow models as the run was trained, and keeps their losses in the folder of the model."""
 
     target: Target
     task: Task

@@ -26,11 +26,11 @@ from polyclinic.methods.registry import Setting, build
 from polyclinic.privacy.accounting import epsilon
 
 USUAL_DELTA = 1e-5
-"""δ of the claim where the study sets no budget."""
+"""δ of the claim if the study sets no budget."""
 FEWEST, MOST = 400, 2000
-"""How many canaries there are at least, and at most, where nobody says how many."""
+"""Least and largest default number of canaries."""
 QUIET = 1e-4
-"""The noise of the control, over the bound: as good as none."""
+"""Noise of the control relative to the clipping bound, which is negligible."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,19 +51,19 @@ def audit_training(
     progress: Progress = lambda what, done, total: None,
     entropy: Callable[[int], bytes] = os.urandom,
 ) -> canary.Verdict:
-    """The lower bound on ε of a site's training, beside ``claim``.
+    """Estimate a lower bound on ε of a site's training, and compare it with ``claim``.
 
     Args:
-        plan: Of the run's arm.
+        plan: The plan of the method run.
         roles: The site's data by role.
         site: Its name.
-        claim: What the run says was spent there; what the accountant says of the settings where it says nothing.
-        rounds: For how many rounds to train.
-        canaries: How many; by default as many as the claim needs, between ``FEWEST`` and ``MOST``. There is never
-            more than one for two parameters of the network.
-        seed: Decides directions and coins, never the noise.
-        progress: Told what is trained, and how many rounds of how many are done.
-        entropy: Where the training's secrets come from. Replaced only by tests.
+        claim: The ε that the run reports for the site; None to compute it from the settings with the accountant.
+        rounds: Number of rounds to train.
+        canaries: Number of canaries, at most half the number of the network's parameters. The default is what the
+            claim needs, between ``FEWEST`` and ``MOST``.
+        seed: Seed of the directions and coin flips, but not of the noise.
+        progress: Called with what is trained, and the numbers of finished and of all rounds.
+        entropy: Source of the secret randomness of training. Only tests replace it.
 
     Raises:
         NotAudited: If the run's noise is not DP-SGD's, or its method cannot be trained with canaries.

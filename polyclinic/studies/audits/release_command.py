@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polyclinic.attacks.release_audit import Verdict
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import federate
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import audited, typical, ways
 from polyclinic.methods.registry import entry
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import parse
@@ -30,10 +31,10 @@ class Audited:
 
 
 def audit_release(target: str, full: bool = False) -> list[Audited]:
-    """The verdicts on what ``target`` names.
+    """Audit what ``target`` names, and return the verdicts.
 
     Args:
-        target: A study file, of which every method that adds noise is audited as it stands there; or the name of a
+        target: A study file, of which every method that adds noise is audited with its settings; or the name of a
             method, which is audited with private training and with noise on its replies.
         full: Whether to try more changes, in all roles and at all sites.
 

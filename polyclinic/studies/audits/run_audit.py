@@ -1,16 +1,15 @@
-"""What a finished run gives away: membership at each site, an image from a gradient, and ε from one more training.
+"""Audit of the information that a finished run reveals: membership, an image from a gradient, and ε of its training.
 
-Everything is computed where the data are, with the study's own data, and nothing but the numbers is written. Each audit
-has a control that leaks beside it. These are some attacks of many: what they do not find, others may.
+Everything is computed on the machine that holds the study's data, and only the resulting numbers are written. Each
+audit includes a control that is known to leak. Other attacks may find what these do not.
 """
 
-import json
 from pathlib import Path
 
 import torch
 
 from polyclinic.attacks import canary, inversion
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.core.site import Site
 from polyclinic.data.federation import federate
 from polyclinic.data.splits import Fold
@@ -46,25 +45,25 @@ def audit_run(
     canaries: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Audit:
-    """Audits the model of one arm of a run, and writes audit.json beside it.
+    """Audit the model of one method run, and write audit.json to its folder.
 
     Args:
         run_dir: The run folder.
-        label: The method; by default the last that shares a model.
-        seed: By default the first.
+        label: Label of the method; by default the last one that shares a model.
+        seed: Seed of the method run; by default the first.
         attack: ``loss``, ``lira``, ``rmia`` or ``all``: which attacks tell members from non-members.
-        shadow_models: How many to train for LiRA and RMIA. Each costs as much as the run's arm.
-        site: Whose patients to try; all sites' by default, and for the canaries the site with the largest ε.
-        limit: How many patients of each kind and site to try at most, drawn by the seed.
-        steps: Of the inversion's search, from each of ``restarts`` starts.
-        restarts: How often it starts.
-        canaries: How many to put into private training; by default as many as the claim needs, and 0 to leave that
-            audit out.
-        progress: Told what is trained, and how much of how much is done.
+        shadow_models: Number of models to train for LiRA and RMIA. Each costs as much as the method run.
+        site: The site whose patients are tried; by default all sites, and for the canaries the site with the largest
+            ε.
+        limit: Largest number of patients of each kind and site to try, drawn with the seed.
+        steps: Number of optimization steps of the inversion from each start.
+        restarts: Number of starts of the inversion.
+        canaries: Number of canaries in private training; 0 omits that audit. The default is what the claim needs.
+        progress: Called with what is trained, and the finished and the whole amount of work.
 
     Raises:
         NotARun: If the folder is not a run.
-        NotAudited: If the arm has no model, or the data are not those it was trained on.
+        NotAudited: If the method run has no model, or the data are not those it was trained on.
     """
     run = read_run(run_dir)
     label = label or _last_shared(run)
@@ -75,12 +74,12 @@ def audit_run(
     privacy, whose, why = _privacy(run, target, label, site, canaries, progress)
     not_done = tuple(text for text in (LEFT_OUT.get(attack, ""), why) if text)
     result = Audit(label, target.seed, target.folder.name, members, drawn, privacy, whose, not_done)
-    states.write_bytes(result.file(run.path), (json.dumps(result.to_json(), indent=1) + "\n").encode())
+    atomic.write_json(result.file(run.path), result.to_json())
     return result
 
 
 def _target(run: Run, label: str, seed: int) -> Target:
-    """The arm's model and what it was made from."""
+    """Return the model of a method run and what it was trained from."""
     from safetensors import safe_open
 
     file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
@@ -111,7 +110,9 @@ def _sites(run: Run, target: Target, site: str) -> list[str]:
     able = [name for name in target.data.training if {"train", "test"} <= target.data.sites[name].keys()]
     able = [name for name in able if len(target.data.sites[name]["train"])]
     if not able:
-        raise NotAudited(f"{run.path}: no site has training and test data, so there is nobody to compare members with")
+        raise NotAudited(
+            f"{run.path}: no site has both training and test data, so members cannot be compared with non-members"
+        )
     if site and site not in able:
         raise NotAudited(f"{run.path}: {site} is no site with training and test data. There are {', '.join(able)}")
     return [site] if site else able

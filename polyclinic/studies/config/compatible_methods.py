@@ -1,4 +1,4 @@
-"""Which methods a study can run as it stands: for a panel of every data set with every method that fits."""
+"""Selection of the methods that a study can run without changes, for a panel of data sets with every such method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +10,20 @@ from polyclinic.studies.config.study_config import checked
 
 
 def with_every_method(data: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The study ``data`` with every method that fits, where it names none; and who was left out, each with the reason.
+    """Add every compatible method to the study ``data`` if it names none. Also return a note on each omitted method.
 
-    A method fits where it is for the task, needs nothing that only a person can say, and can be built with the
-    study's network, training and sites. Reads the data to know them.
+    A method is compatible if it supports the task, has no required options, and can be built with the study's network,
+    training and sites. This reads the data.
 
     Raises:
-        DataError: Where they cannot be read.
+        DataError: If the data cannot be read.
     """
     whole = dict(data)
     if "methods" in whole:
         return whole, ()
     study, problems = checked({**whole, "methods": [{"name": "fedavg"}]})
     if problems or study is None:
-        return whole, ()  # whoever reads the study tells them
+        return whole, ()  # the problems are reported when the study is read
     found = federate(study.data, study.seeds[0])
     kept, out = [], []
     for name in registry.names():

@@ -1,16 +1,17 @@
-"""A study file as text and as a table, before anything in it is checked: what can be told without PyTorch."""
+"""Reading of a study file as text and as a table, without validation and without importing PyTorch."""
 
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.errors import ConfigError
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 
 
 def text_of(path: Path) -> str:
-    """What is in the study file at ``path``.
+    """Return the text of the study file at ``path``.
 
     Raises:
         ConfigError: If there is no such file, or it cannot be read as text in UTF-8.
@@ -28,10 +29,10 @@ def text_of(path: Path) -> str:
 
 
 def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The table in ``text``, with ``changes`` by dotted key; not yet checked.
+    """Return the table in ``text`` with ``changes`` by dotted key, without validation.
 
     Raises:
-        BadStudy: Where it is not TOML.
+        BadStudy: If the text is not TOML.
     """
     try:
         data = tomllib.loads(text)
@@ -43,7 +44,7 @@ def table_of(text: str, path: Path | str, changes: Mapping[str, Any] | None) -> 
 
 
 def set_key(data: dict[str, Any], path: list[str], value: Any) -> None:
-    """Sets ``value`` at ``path`` in ``data``, making tables on the way."""
+    """Set ``value`` at ``path`` in ``data``, and create the tables that are missing."""
     for part in path[:-1]:
         data = data[int(part)] if isinstance(data, list) else data.setdefault(part, {})
     data[path[-1]] = value

@@ -17,7 +17,7 @@ _TRANSFORMS = {
 
 
 def preflight(studies: Sequence[Study], out: Path) -> None:
-    """Check what a run needs beside its study file, before any training.
+    """Check what a run needs in addition to its study file, before any training.
 
     Args:
         studies: The studies of one file.

@@ -6,8 +6,8 @@ name = "few-sites"
 set.data.sites.count = 4          # tables are merged, all else is replaced
 ```
 
-Each scenario is a study of its own, with a run folder, records and a report of its own; a panel of data sets is the
-same thing with other keys. What stands outside ``[[scenarios]]`` is common to all.
+Each scenario is a separate study with its own run folder, records and report. A panel of data sets is written in the
+same way, with other keys. Settings outside ``[[scenarios]]`` are common to all scenarios.
 """
 
 import copy
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyclinic.studies.config.diagnostics import BadStudy, Problem, nearest
+from polyclinic.core.config_problems import Problem, nearest
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import set_key, table_of, text_of
 from polyclinic.studies.config.study_config import Study, checked
 from polyclinic.studies.config.toml_text import dumps
@@ -30,10 +31,10 @@ class Scenario:
     """One study of a file.
 
     Attributes:
-        name: Its own; empty where the file is one study.
-        study: What to run.
+        name: Name of the scenario; empty if the file contains one study.
+        study: The study.
         text: The study alone, as TOML.
-        notes: What was left out of it, in sentences.
+        notes: Sentences on what was omitted from it.
     """
 
     name: str
@@ -42,23 +43,23 @@ class Scenario:
     notes: tuple[str, ...] = ()
 
     def folder(self, out: Path) -> Path:
-        """Where it runs, under ``out``: beside the file's other scenarios, if there are any."""
+        """Return its run folder in ``out``, next to those of the file's other scenarios."""
         called = f"{self.name or self.study.name}-{self.study.hash[:8]}"
         return out / self.study.name / called if self.name else out / called
 
 
 Complete = Callable[[dict[str, Any]], tuple[dict[str, Any], tuple[str, ...]]]
-"""Fills in what a study leaves open, and says what it left out."""
+"""Completes a study, and returns notes on what it omitted."""
 
 
 def read_all(
     path: Path, changes: Mapping[str, Any] | None = None, complete: Complete | None = None
 ) -> tuple[Scenario, ...]:
-    """Every study in the file at ``path``, with ``changes`` by dotted key in all of them.
+    """Return every study in the file at ``path``, with ``changes`` by dotted key in all of them.
 
     Raises:
-        BadStudy: Lists every problem of all of them.
-        FileNotFoundError: Where there is no such file.
+        BadStudy: If a study is invalid. The message lists the problems of all studies.
+        ConfigError: If the file does not exist or cannot be read.
     """
     return parse_all(text_of(path), path, changes, complete)
 
@@ -69,7 +70,7 @@ def parse_all(
     changes: Mapping[str, Any] | None = None,
     complete: Complete | None = None,
 ) -> tuple[Scenario, ...]:
-    """Every study in ``text``; ``path`` is its name in messages."""
+    """Return every study in ``text``; ``path`` is its name in messages."""
     data = table_of(text, path, changes)
     items = data.get("scenarios")
     if items is None:
@@ -97,7 +98,7 @@ def parse_all(
 
 
 def _form(items: Any) -> Iterator[Problem]:
-    """What is wrong with the list of scenarios itself."""
+    """Yield the problems of the list of scenarios itself."""
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         yield Problem(("scenarios",), "each scenario is a table [[scenarios]] with a name and what it sets")
         return
@@ -105,20 +106,20 @@ def _form(items: Any) -> Iterator[Problem]:
     for i, item in enumerate(items):
         name = item.get("name")
         if not isinstance(name, str) or not _NAME.match(name):
-            yield Problem(("scenarios", i), "needs a name of small letters, digits and hyphens")
+            yield Problem(("scenarios", i), "needs a name of lowercase letters, digits and hyphens")
         elif name in names:
             yield Problem(("scenarios", i, "name"), f'two scenarios are called "{name}"')
         names.append(str(name))
         if not isinstance(item.get("set", {}), dict):
-            yield Problem(("scenarios", i, "set"), "must be a table of what differs, such as set.rounds = 10")
+            yield Problem(("scenarios", i, "set"), "must be a table of changed settings, such as set.rounds = 10")
         for key in item.keys() - {"name", "title", "set"}:
             near = nearest(key, ("name", "title", "set"))
-            says = f"unknown key.{near} What a scenario changes stands under set, as in set.{key} = …"
+            says = f"unknown key.{near} A scenario changes settings under set, as in set.{key} = …"
             yield Problem(("scenarios", i, key), says)
 
 
 def _merged(common: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``common`` changed by ``given``: tables are merged, all else is replaced; quoted keys may be dotted."""
+    """Return ``common`` with the changes ``given``. Tables are merged, and other values are replaced."""
     found = copy.deepcopy(dict(common))
     for key, value in given.items():
         if "." in key:
@@ -131,7 +132,7 @@ def _merged(common: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 
 
 def _place(path: tuple[str | int, ...], item: Mapping[str, Any], index: int) -> tuple[str | int, ...]:
-    """Where in the file a problem of a scenario's study stands: in what the scenario sets, or in the common part."""
+    """Return the path in the file of a problem of a scenario: in its own settings or in the common ones."""
     given: Any = item.get("set", {})
     if not path:
         return ("scenarios", index)

@@ -44,8 +44,8 @@ class TaskSpec(Table):
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
+        from polyclinic.core.config_problems import nearest
         from polyclinic.learning.networks.network_catalog import ARCHITECTURES
-        from polyclinic.studies.config.diagnostics import nearest
 
         if self.network not in ARCHITECTURES:
             raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
@@ -80,7 +80,7 @@ class PrivateSpec(Table):
 
 
 class PrivacySpec(Table):
-    """The budget that a site may spend in one arm. Methods that add no noise have none, and the report says so."""
+    """The budget that a site may spend in one method run. Methods without noise have none, as the report states."""
 
     epsilon: Positive
     """The limit of ε for one method."""
@@ -162,7 +162,7 @@ class MethodSpec(Table):
 
     @property
     def called(self) -> str:
-        """The label, or the name where there is none."""
+        """The label, or the name if there is no label."""
         return self.label or self.name
 
 
@@ -184,10 +184,10 @@ class EvaluationSpec(Table):
 
 
 class EngineSpec(Table):
-    """Where sites run. It changes no bit of a result, and is no part of a study's hash.
+    """How sites run. It does not change results, and is not part of a study's hash.
 
-    ``parallel`` says what worker processes share: the sites of one arm, or whole arms, one process each; ``"auto"``
-    takes arms where there are at least twice as many as workers.
+    ``parallel`` determines what worker processes share: the sites of one method run, or whole method runs, one process
+    each. ``"auto"`` chooses method runs if there are at least twice as many as workers.
     """
 
     kind: Literal["workers", "in-process"] = "workers"
@@ -216,7 +216,7 @@ class MachineSpec(Table):
 class MachinesSpec(MachineSpec):
     """Unequal machines, in virtual time: what holds for all sites, and what differs at some.
 
-    ``minutes`` is how long every arm may take, in virtual time; it ends there, or after the study's rounds.
+    ``minutes`` limits every method run in virtual time; it ends then, or after the study's rounds.
     """
 
     minutes: Positive | None = None

@@ -100,11 +100,11 @@ class SearchSpec(BaseModel):
     """What to vary for single methods, by label."""
 
     def of(self, label: str) -> dict[str, Choices]:
-        """What the method ``label`` tries."""
+        """Return the choices of the method ``label``."""
         return {**self.space, **self.methods.get(label, {})}
 
     def settings(self, label: str, *key: int) -> list[dict[str, Any]]:
-        """The settings of ``label``, ``trials`` of them where there are so many, in the order of trying."""
+        """Return up to ``trials`` settings of ``label``, in the order in which they are tried."""
         space = self.of(label)
         rng = rng_for(self.seed, "search", label, *key)
         if (many := count(space)) is not None and many <= 10 * self.trials:
@@ -151,21 +151,21 @@ def changed(item: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 def write_chosen(path: Path, label: str, values: Mapping[str, Any], score: float | None, metric: str) -> None:
     """Writes what a search chose, for a person to read and to change before training begins."""
-    from polyclinic.core import serialization as states
+    from polyclinic.core import atomic
 
     found = "no setting had a score" if score is None else f"the best {metric} on validation patients, {score:.4f}"
     text = (
         f"# What {label} trains with: {found}; see\n"
         "# search.jsonl. Change a value before training begins and it is used instead; the records then say so.\n"
     )
-    states.write_bytes(path, (text + dumps({"chosen": dict(values)})).encode())
+    atomic.write(path, text + dumps({"chosen": dict(values)}))
 
 
 def read_chosen(path: Path) -> dict[str, Any]:
-    """What ``write_chosen`` wrote, or a person since.
+    """Read the values in a file of ``write_chosen``, which a person may have edited.
 
     Raises:
-        NotChosen: Where it cannot be read.
+        NotChosen: If the file cannot be read.
     """
     try:
         chosen = tomllib.loads(path.read_text(encoding="utf-8"))["chosen"]
@@ -177,22 +177,22 @@ def read_chosen(path: Path) -> dict[str, Any]:
 
 
 def trial_lines(trials: Sequence[Mapping[str, Any]]) -> bytes:
-    """What ``read_trials`` reads."""
+    """Return trials in the format of ``read_trials``."""
     return b"".join(json.dumps(trial, separators=(",", ":")).encode() + b"\n" for trial in trials)
 
 
 def best(trials: Sequence[dict[str, Any]], higher_is_better: bool) -> dict[str, Any]:
-    """The trial with the best score; the earlier of two equals; the first where none has a score."""
+    """Return the earliest trial with the best score, or the first trial if none has a score."""
     scored = [trial for trial in trials if trial["score"] is not None]
     choose = max if higher_is_better else min
     return choose(scored, key=lambda trial: trial["score"]) if scored else trials[0]
 
 
 def require_unchanged(arm: Path, chosen: Mapping[str, Any]) -> None:
-    """Whether an arm that has begun still trains with what it began with.
+    """Require that a method run that has begun still uses the values with which it began.
 
     Raises:
-        NotChosen: Where its file names other values than its records.
+        NotChosen: If its file contains other values than its records.
     """
     records = arm / "records.jsonl"
     lines = records.read_bytes().split(b"\n")[:-1] if records.is_file() else []

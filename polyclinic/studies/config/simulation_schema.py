@@ -1,6 +1,6 @@
-"""What a study may simulate besides sites: machines that differ, in virtual time, and sites that attack.
+"""Simulation of heterogeneous machines in virtual time, and of sites that attack.
 
-Both are for one machine only. Between hospitals, machines are what they are, and nobody is asked to attack.
+Both are available on one machine only, not in a study between hospitals.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from polyclinic.attacks.adversaries import ATTACKS
 from polyclinic.attacks.poisoning import Poisoned
 from polyclinic.core.execution import Policy
-from polyclinic.core.method import Method
+from polyclinic.core.method import Method, unwrap
 from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
@@ -25,14 +25,14 @@ from polyclinic.studies.config.schema import AttackSpec, MachinesSpec
 from polyclinic.studies.config.study_config import Study
 
 IN_VAIN = 100
-"""How often in a row everybody may have dropped out before a run is given up."""
+"""Number of consecutive rounds without enough replies after which a run fails."""
 
 
 def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, ...]:
-    """Which of the ``sites`` that train attack.
+    """Return the sites that attack, out of the training ``sites``.
 
     Raises:
-        ValueError: Where one that is named does not train, or nobody honest would be left.
+        ValueError: If a named site does not train, or no honest site would remain.
     """
     named = spec.attackers if isinstance(spec.attackers, tuple) else ()
     if away := [name for name in (*named, *spec.trusted) if name not in sites]:
@@ -40,19 +40,21 @@ def attackers(spec: AttackSpec, sites: Sequence[str], seed: int) -> tuple[str, .
     many = len(set(named)) or int(spec.attackers)
     drawn_from = sorted(set(sites) - set(spec.trusted))
     if many >= len(sites) or many > len(drawn_from):
-        raise ConfigError(f"{many} of {len(sites)} sites attack, {len(spec.trusted)} of them spared: nobody is left")
+        raise ConfigError(
+            f"{many} of {len(sites)} sites attack, and {len(spec.trusted)} are trusted: no honest site would remain"
+        )
     order = torch.randperm(len(drawn_from), generator=Site("~attack", seed=seed).rng("who"))
     return tuple(sorted(set(named) or {drawn_from[i] for i in order[:many].tolist()}))
 
 
 def method_of(study: Study, plan: Plan, trainers: Sequence[str]) -> Evaluated[Any]:
-    """The method of ``plan``, hostile where the study says so. Scores stay honest.
+    """Build the method of ``plan`` with the study's simulated attack. Scores are not attacked.
 
     Args:
-        trainers: The sites that train in this study. A method in one place, or for some of them, has fewer attackers.
+        trainers: The sites that train in this study. A method that trains at fewer sites has fewer attackers.
 
     Raises:
-        ValueError: Where the attack cannot be carried out under this method, and why.
+        ValueError: If the attack is not possible with this method. The message gives the reason.
     """
     method, spec = plan.build_method(), study.attack
     if spec is None:
@@ -75,7 +77,7 @@ def hostile(method: Evaluated[Any]) -> tuple[str, ...]:
 
 
 def facts(study: Study, trainers: Sequence[str]) -> dict[str, Any]:
-    """What ``run.json`` says of what is simulated."""
+    """Return the entries of ``run.json`` on what is simulated."""
     found: dict[str, Any] = {}
     if study.machines is not None:
         found["machines"] = study.machines.model_dump(mode="json", exclude_none=True)
@@ -86,15 +88,15 @@ def facts(study: Study, trainers: Sequence[str]) -> dict[str, Any]:
 
 
 def told(study: Study) -> Iterator[str]:
-    """What a reader of any result must be told of it, in sentences."""
+    """Yield the sentences on simulation that accompany every result."""
     if study.machines is not None:
         limit = study.machines.minutes
         ends = f"; every method may take {limit:g} minutes" if limit else ""
-        yield f"Simulated machines: time is virtual, from the speeds, lines and failures that the study gives{ends}."
+        yield f"Simulated machines: time is virtual, computed from the study's speeds, connections and failures{ends}."
     if study.attack is not None:
         spec = study.attack
         many = len(spec.attackers) if isinstance(spec.attackers, tuple) else spec.attackers
-        yield f"Simulated attack: {many} of the sites attack ({spec.name}). Nobody did so in truth."
+        yield f"Simulated attack: {many} of the sites attack ({spec.name}). No real site attacked."
 
 
 def engine(
@@ -107,10 +109,10 @@ def engine(
     held: Mapping[str, Any],
     clock: float = 0.0,
 ) -> Unequal:
-    """The sites with their machines, ``clock`` seconds after the beginning.
+    """Build the sites with their machines, ``clock`` seconds after the start.
 
     Raises:
-        ValueError: Where the study gives a machine to a site that is not there.
+        ValueError: If the study specifies a machine for an unknown site.
     """
     if unknown := spec.sites.keys() - sites.keys():
         raise ConfigError(f"there are machines for {sorted(unknown)[0]}, and no such site; there are {sorted(sites)}")
@@ -132,9 +134,9 @@ def steps(
     min_replies: int,
     trainers: Sequence[str],
 ) -> Iterator[Step[Any]]:
-    """Trains until ``rounds`` are done or time is up; an answer that comes later is of no use.
+    """Train until ``rounds`` are complete or the time is over. Later replies are discarded.
 
-    Where too few answer, they are asked again. A method that need not wait (``buffered``) does not.
+    If too few sites reply, the request is repeated. A buffered method does not wait for all sites.
     """
     end = math.inf if spec.minutes is None else 60 * spec.minutes
     if (buffer := buffered(method)) is not None:
@@ -177,11 +179,8 @@ def steps(
 
 
 def buffered(method: Method[Any]) -> FedBuff | None:
-    """The method within ``method`` that updates without waiting for everybody, if it is one."""
-    inner: Any = method
-    while inner is not None and not isinstance(inner, FedBuff):
-        inner = getattr(inner, "inner", None)
-    return inner
+    """Return the layer of ``method`` that updates without waiting for all sites; None if there is none."""
+    return unwrap(method, FedBuff)
 
 
 def _until(end: float, federation: Unequal, answers: Iterator[Step[Any]]) -> Iterator[Step[Any]]:

@@ -1,7 +1,7 @@
-"""The study file: data, task, methods, seeds and budget, everything a result depends on, as a value.
+"""The study file as a value: data, task, methods, seeds and budget, which determine a result.
 
-A study is read from TOML, checked whole, and hashed before anything runs. It holds names from our tables and numbers;
-never code and never a path to import.
+A study is read from TOML, validated as a whole, and hashed before anything runs. It contains names from the catalogs
+and numbers, never code and never import paths.
 """
 
 import hashlib
@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
+from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
 from polyclinic.errors import ConfigError
 from polyclinic.methods import registry as methods
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
+from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.schema import (
     AttackSpec,
@@ -41,7 +42,7 @@ def _folds(value: Any) -> int | Literal["sites"] | None:
 
 
 class Study(Table):
-    """A study, whole.
+    """A study.
 
     ``folds`` cross-validates: every patient of every site is tested once for each seed, by a model that never saw
     that patient; or, with ``"sites"``, by a model that never saw the patient's site.
@@ -101,11 +102,11 @@ class Study(Table):
 
 
 def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
-    """The study in the file at ``path``, with ``changes`` by dotted key, such as ``{"training.lr": 0.01}``.
+    """Read the study in the file at ``path``, with ``changes`` by dotted key, such as ``{"training.lr": 0.01}``.
 
     Raises:
-        BadStudy: Lists every problem, each with its line, what is wrong and what to do.
-        FileNotFoundError: Where there is no such file.
+        BadStudy: If it is invalid. The message lists every problem with its line and the correction.
+        ConfigError: If the file does not exist or cannot be read.
     """
     return parse(text_of(path), path, changes)
 
@@ -113,10 +114,10 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Study:
 def parse(
     text: str, path: Path | str = "study.toml", changes: Mapping[str, Any] | None = None, covered: bool = True
 ) -> Study:
-    """The study in ``text``; ``path`` is its name in messages.
+    """Parse the study in ``text``; ``path`` is its name in messages.
 
     Args:
-        covered: Whether to refuse methods whose releases their noise does not cover. The audit of them does not.
+        covered: Whether to refuse methods whose noise does not cover all that sites release. Their audit does not.
     """
     data = table_of(text, path, changes)
     if "scenarios" in data:
@@ -129,7 +130,7 @@ def parse(
 
 
 def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
-    """The study that ``data`` describes, or everything that is wrong with it. ``covered`` as of ``parse``."""
+    """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``."""
     study, problems = validated(Study, data, ())
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
@@ -143,7 +144,7 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
 
 
 def _together(study: Study) -> list[Problem]:
-    """What is wrong between parts that are each right."""
+    """Return the conflicts between tables that are valid by themselves."""
     problems = []
     labels = [method.called for method in study.methods]
     for i, label in enumerate(labels):
@@ -160,21 +161,21 @@ def _together(study: Study) -> list[Problem]:
 
 
 def _uncovered(study: Study) -> Iterator[Problem]:
-    """Methods whose releases the noise that they are given does not cover: their ε would promise too much."""
+    """Yield the methods whose noise does not cover all that sites release, so that the stated ε would be too small."""
     for i, method in enumerate(study.methods):
         if says := declared_problem(method.name, ways(study.training_of(method), method.uplink)):
             yield Problem(("methods", i, "name"), says)
 
 
 def _folded(study: Study) -> Iterator[Problem]:
-    """What does not go with folds."""
+    """Yield conflicts between folds and the rest of the study."""
     if study.folds is None:
         return
     if study.data.split == "official":
         says = "the data's official split has one test set: leave folds out, or give split as shares"
         yield Problem(("folds",), says)
     elif study.data.split[1] == 0:
-        yield Problem(("data", "split"), "folds need validation patients beside them: give validation a share above 0")
+        yield Problem(("data", "split"), "folds need validation patients in addition: give validation a share above 0")
     if study.folds != "sites":
         return
     if study.data.external:
@@ -195,7 +196,7 @@ def _simulated(study: Study) -> Iterator[Problem]:
 
 
 def _searched(study: Study) -> Iterator[Problem]:
-    """What is wrong with a search: unknown labels, keys or values, and budgets that differ."""
+    """Yield the problems of a search: unknown labels, keys or values, and too few settings."""
     search = study.search
     if search is None:
         return
@@ -208,7 +209,7 @@ def _searched(study: Study) -> Iterator[Problem]:
         yield Problem(("search", "methods", label), says)
     for key in search.space:
         if not key.startswith("training."):
-            says = f"is for every method, so only training.… may stand here; put {key} under [search.methods.LABEL]"
+            says = f"is for every method, so only training.… is allowed here; put {key} under [search.methods.LABEL]"
             yield Problem(("search", "space", key), says)
     for label, method in by_label.items():
         space = search.of(label)
@@ -226,10 +227,10 @@ def _searched(study: Study) -> Iterator[Problem]:
 
 
 def with_values(method: MethodSpec, values: Mapping[str, Any], file: Path | None = None) -> MethodSpec:
-    """``method`` with what a search chose.
+    """Return ``method`` with the values that a search chose.
 
     Raises:
-        NotChosen: Where the method cannot use the values; ``file`` is where they are from.
+        NotChosen: If the method cannot use the values. ``file`` contains them.
     """
     item = changed(method.model_dump(mode="json", exclude_unset=True), values)
     if problems := method_problems(item, ()):

@@ -1,6 +1,6 @@
-"""Checking the tables of a study file: each against what it may hold, every problem at its place.
+"""Validation of the tables of a study file; every problem is reported with its path.
 
-Methods, transforms and attacks have options of their own, which their makers' arguments and fields tell.
+The options of methods, transforms and attacks follow from the fields of their classes.
 """
 
 import dataclasses
@@ -12,43 +12,21 @@ from pydantic import BaseModel, ValidationError, create_model
 
 from polyclinic.attacks.adversaries import ATTACKS
 from polyclinic.compression import transform_table as transforms
+from polyclinic.core.config_problems import Problem, nearest, problems_of
 from polyclinic.methods import registry as methods
-from polyclinic.studies.config.diagnostics import Problem, nearest, sentence
 from polyclinic.studies.config.schema import AttackSpec, Table, TrainingSpec
 
 
 def validated(model: type[BaseModel], data: Any, at: tuple[str | int, ...]) -> tuple[BaseModel | None, list[Problem]]:
-    """``data`` as a ``model``, or what is wrong with it. JSON's rules make lists tuples and nothing else anything."""
+    """Return ``data`` as a ``model``, or its problems. Only lists are converted, to tuples, as in JSON."""
     try:
         return model.model_validate_json(json.dumps(data, default=str)), []
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        return None, [Problem((*at, *_clean(e["loc"])), sentence(e, _known_at(model, e["loc"]))) for e in found]
-
-
-def _clean(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A place without the names that pydantic gives to the members of a union."""
-    return tuple(part for part in loc if isinstance(part, int) or part.replace("_", "").replace("-", "").isalnum())
-
-
-def _known_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed in the table where an error lies."""
-    here: Any = model
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        field = here.model_fields.get(part) if hasattr(here, "model_fields") else None
-        if field is None:
-            return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        here = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if here is None:
-            return []
-    return [f.alias or name for name, f in here.model_fields.items()]
+        return None, problems_of(error.errors(include_url=False), model, at)
 
 
 def method_problems(item: dict[str, Any], at: tuple[str | int, ...]) -> list[Problem]:
-    """What is wrong with one ``[[methods]]``: its name, its options, its transforms, its training."""
+    """Return the problems of one ``[[methods]]``: of its name, options, transforms and training."""
     try:
         entry = methods.entry(item["name"])
     except methods.UnknownMethod as error:
@@ -78,9 +56,9 @@ def _transform_problems(transform: Any, place: tuple[str | int, ...]) -> list[Pr
 
 
 def attack_problems(item: Any, at: tuple[str | int, ...]) -> list[Problem]:
-    """What is wrong with ``[attack]`` beyond its own keys: its name, and the attack's options."""
+    """Return the problems of the name and the options in ``[attack]``."""
     if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        return []  # told where the table is checked
+        return []  # reported by the validation of the table
     if item["name"] not in ATTACKS:
         others = nearest(item["name"], ATTACKS) or f" There are {', '.join(ATTACKS)}"
         return [Problem((*at, "name"), f'no attack is called "{item["name"]}".{others}')]
@@ -92,6 +70,6 @@ def attack_problems(item: Any, at: tuple[str | int, ...]) -> list[Problem]:
 def _options(
     item: Mapping[str, Any], fields: Mapping[str, Any], besides: Collection[str], at: tuple[str | int, ...]
 ) -> list[Problem]:
-    """What is wrong with the options in ``item``, all but the keys ``besides``. ``fields`` are types and defaults."""
+    """Return the problems of the options in ``item`` except ``besides``. ``fields`` gives types and defaults."""
     model: type[BaseModel] = create_model(item["name"], __base__=Table, **dict(fields))
     return validated(model, {key: value for key, value in item.items() if key not in besides}, at)[1]

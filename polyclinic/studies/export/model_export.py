@@ -1,8 +1,8 @@
-"""A trained model in forms that other tools open: ONNX, torch.export, a MONAI bundle.
+"""Export of a trained model to formats of other tools: ONNX, torch.export, a MONAI bundle.
 
 The bundle follows the layout of MONAI's bundle specification (``configs/metadata.json``, ``configs/inference.json``,
 ``docs/README.md``; https://docs.monai.io/en/stable/mb_specification.html), with one difference: weights are
-safetensors, since we pickle nothing. Its network is built from the plan, as data, by ``network`` in this module.
+safetensors, since nothing is pickled. Its network is built from the plan, as data, by ``network`` in this module.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from polyclinic import __version__
+from polyclinic.core import atomic
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import MissingDependency, RunError
 from polyclinic.evaluation.records.record_schema import arm_name
@@ -25,34 +26,34 @@ FORMATS = ("safetensors", "onnx", "pt2", "bundle")
 
 
 class NotExported(RunError, ValueError):
-    """A model that cannot be written in this form. The message says why."""
+    """A model that cannot be written in this format. The message gives the reason."""
 
 
 def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", seed: int | None = None) -> Path:
-    """Writes the model of one arm of a run.
+    """Write the model of one method run.
 
     Args:
         run_dir: The run folder.
         form: One of ``FORMATS``.
         out: The file, or for a bundle the folder, to write.
-        label: The method; by default the one that the report speaks of.
-        seed: By default the first.
+        label: Label of the method; by default the headline method of the report.
+        seed: Seed of the method run; by default the first.
 
     Returns:
         ``out``.
 
     Raises:
-        NotARun: Where the folder is not a run.
-        NotExported: Where the arm has no model yet, or the model cannot be written in this form.
-        ImportError: Where ONNX is asked for and not installed.
+        NotARun: If the folder is not a run.
+        NotExported: If the method run has no model yet, or the model cannot be written in this format.
+        MissingDependency: If ONNX is requested and not installed.
     """
     if form not in FORMATS:
-        raise NotExported(f"no form called {form!r}; there are {', '.join(FORMATS)}")
+        raise NotExported(f"no format is called {form!r}; the formats are {', '.join(FORMATS)}")
     run, out = read_run(run_dir), Path(out)
     label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
     file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
-        raise NotExported(f"{file}: no such model; the arm is not finished, or the run has no method {label!r}")
+        raise NotExported(f"{file}: no such model; the method run is not finished, or the run has no method {label!r}")
     plan, params = read_plan(file), read_tensors(file)
     model = load(network(json.loads(plan.to_json())), params).eval()
     example = torch.zeros(2, *plan.inputs)
@@ -118,10 +119,10 @@ def _bundle(run: Run, plan: Plan, model: nn.Module, out: Path) -> None:
     write_tensors(out / "models" / "model.safetensors", weights)
     configs = {"metadata": _metadata(run, plan, model), "inference": _inference(plan)}
     for name, config in configs.items():
-        (out / "configs" / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(out / "configs" / f"{name}.json", config)
     card = run.path / "report" / "model_card.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {run.info.title or run.info.name}\n"
-    (out / "docs" / "README.md").write_text(text, encoding="utf-8")
+    atomic.write(out / "docs" / "README.md", text)
 
 
 def _inference(plan: Plan) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _inference(plan: Plan) -> dict[str, Any]:
             "filename": "$@bundle_root + '/models/model.safetensors'",
         },
         "load": "$@network_def.load_state_dict(@weights)",
-        "image": {"_target_": "torch.zeros", "size": [1, *plan.inputs]},  # whoever runs it puts an image here
+        "image": {"_target_": "torch.zeros", "size": [1, *plan.inputs]},  # the user of the bundle provides an image
         "inferer": {"_target_": "SimpleInferer"},
         "prediction": "$@inferer(@image, @network_def.eval())",
         "initialize": ["$@load"],

@@ -1,7 +1,7 @@
-"""A run's records in the form of a tracking tool: MLflow, or TensorBoard's event files.
+"""Export of a run's records to a tracking tool: MLflow, or event files of TensorBoard.
 
-The run folder stays the source of truth: this reads what any run wrote, finished or not, and changes nothing in it.
-Nothing leaves the machine unless the address that is given lies elsewhere; MLflow's own telemetry is switched off.
+The run may be unfinished, and its folder is not changed. No data leave the machine unless the given address is that of
+another machine. MLflow's telemetry is switched off.
 """
 
 import json
@@ -18,24 +18,24 @@ TOOLS = ("mlflow", "tensorboard")
 
 
 class NotTracked(RunError, ValueError):
-    """Records that cannot be handed on. The message says why."""
+    """Records that cannot be exported. The message gives the reason."""
 
 
 def track(run_dir: str | Path, to: str, where: str = "") -> str:
-    """Hands on the records of a run: one MLflow run, or one folder of events, for each arm.
+    """Export the records of a run: one MLflow run, or one folder of events, for each method run.
 
     Args:
         run_dir: The run folder.
         to: One of ``TOOLS``.
-        where: For MLflow a tracking address, by default the file ``mlflow.db`` beside the run's folder; for
-            TensorBoard a folder, by default ``tensorboard`` beside it.
+        where: For MLflow a tracking address, by default the file ``mlflow.db`` in the folder that contains the run
+            folder; for TensorBoard a folder, by default ``tensorboard`` in the same place.
 
     Returns:
-        Where they are.
+        The address or folder.
 
     Raises:
-        NotARun: Where the folder is not a run.
-        NotTracked: Where the tool is not known, or not installed, or has these records already.
+        NotARun: If the folder is not a run.
+        NotTracked: If the tool is unknown or not installed, or already has these records.
     """
     if to not in TOOLS:
         raise NotTracked(f"no tool called {to!r}; there are {', '.join(TOOLS)}")
@@ -49,7 +49,7 @@ def track(run_dir: str | Path, to: str, where: str = "") -> str:
 
 
 def values(run: Run, label: str, seed: int, fold: int) -> Iterator[tuple[int, str, float]]:
-    """The numbers of one arm as (round, name, value): scores by site, test scores, bytes, seconds, privacy."""
+    """Yield (round, name, value) of one method run: scores by site, test scores, bytes, seconds, privacy."""
     for line in run.lines:
         if (line.method, line.seed, line.fold) != (label, seed, fold):
             continue
@@ -69,7 +69,7 @@ def values(run: Run, label: str, seed: int, fold: int) -> Iterator[tuple[int, st
 
 
 def _facts(run: Run, label: str, seed: int, fold: int) -> Mapping[str, Any]:
-    """What an arm was run with."""
+    """Return the settings of a method run."""
     method = next(m for m in run.info.methods if m.label == label)
     chosen = next((c.values for c in run.chosen if (c.method, c.seed, c.fold) == (label, seed, fold)), {})
     folds = {"fold": fold} if run.info.folds else {}

@@ -1,7 +1,7 @@
-"""Data vectors as files: a site fine-tunes, signs and hands over; whoever holds the files merges, and removes again.
+"""Exchange of data vectors as files. Sites fine-tune and sign them; they are merged, and can be removed again.
 
-A merge is always made anew from the vectors that are there, in the order of site names. So removing a site gives the
-very file that merging without it gives.
+A merge is always computed from all given vectors in the order of site names. Removing a site therefore gives the same
+file as a merge without it.
 """
 
 import hashlib
@@ -95,10 +95,10 @@ class Made:
 
 
 def read_base(file: Path) -> Base:
-    """The common model in ``file``: a run's model.safetensors, or one that ``polyclinic export`` wrote.
+    """Read the common model in ``file``: model.safetensors of a run, or a file of ``polyclinic export``.
 
     Raises:
-        VectorRefused: Where it is not a model with a plan whose parameters fit.
+        VectorRefused: If it is not a model with a plan that fits its parameters.
     """
     from safetensors import SafetensorError
 
@@ -111,10 +111,10 @@ def read_base(file: Path) -> Base:
 
 
 def examples_of(study_file: Path, site: str, role: str) -> Examples:
-    """One site's data, as a study describes them.
+    """Return the data of one site, as a study describes them.
 
     Raises:
-        VectorRefused: Where the study has no such site, or the site no such data.
+        VectorRefused: If the study does not have the site, or the site does not have such data.
     """
     study = read_study(study_file)
     found = federate(study.data, study.seeds[0])
@@ -126,19 +126,19 @@ def examples_of(study_file: Path, site: str, role: str) -> Examples:
     fields_ = {name: value for name, value in training.items() if name != "private"}
     named = {"data": found.fingerprint, "site": site, "role": role, "training": training}
     if "private" in training:
-        raise VectorRefused(f"{study_file}: training.private is not for data vectors yet: no ledger stands behind them")
+        raise VectorRefused(f"{study_file}: training.private is not supported for data vectors, which no ledger counts")
     return Examples(found.sites[site][role], tuple(found.info.classes), found.shape, LocalTraining(**fields_), named)
 
 
 def make(base: Base, site: str, own: Examples, key: Any, out: Path, *, tuned: Tree | None = None) -> Card:
-    """Fine-tunes ``base`` on a site's own data and writes the signed vector.
+    """Fine-tune ``base`` on a site's own data, and write the signed vector.
 
     Args:
         key: The site's Ed25519 private key.
-        tuned: Parameters that were fine-tuned elsewhere, instead.
+        tuned: Parameters that were fine-tuned by other means; they replace the training.
 
     Raises:
-        VectorRefused: Where the data do not fit the model.
+        VectorRefused: If the data do not fit the model.
     """
     _fits(base, own)
     task = base.plan.build_task()
@@ -152,13 +152,13 @@ def make(base: Base, site: str, own: Examples, key: Any, out: Path, *, tuned: Tr
 
 
 def accept(base: Base, files: Sequence[Path], keys: Mapping[str, str]) -> dict[str, tuple[Card, Tree]]:
-    """The vectors in ``files`` by site, in name order, all of which belong to ``base`` and are signed by known keys.
+    """Verify the vectors in ``files``, and return them by site in name order.
 
     Args:
-        keys: Each site's public key, in hexadecimal, as the site itself told it; never taken from a vector.
+        keys: Each site's public key in hexadecimal, obtained from the site and never from a vector.
 
     Raises:
-        VectorRefused: Where any does not, with every problem.
+        VectorRefused: If one does not belong to ``base`` or is not signed by a known key. Lists every problem.
     """
     problems: list[str] = [] if files else ["there are no vectors to merge"]
     found: dict[str, tuple[Card, Tree]] = {}
@@ -187,10 +187,10 @@ def accept(base: Base, files: Sequence[Path], keys: Mapping[str, str]) -> dict[s
 def merge(
     base: Base, vectors: Mapping[str, tuple[Card, Tree]], how: Merging, out: Path, restoration: Examples | None = None
 ) -> Made:
-    """Merges, writes the model to ``out``, and compares it with controls where there are data to do so on.
+    """Merge the vectors, write the model to ``out``, and compare it with controls if ``restoration`` is given.
 
     Raises:
-        VectorRefused: Where the restoration set does not fit the model or the vectors' classes.
+        VectorRefused: If the restoration set does not fit the model or the classes of the vectors.
     """
     if not vectors:
         raise VectorRefused("no vector is left: the merge of none is the base itself")
@@ -227,10 +227,10 @@ def remove(
     out: Path,
     restoration: Examples | None = None,
 ) -> Made:
-    """Writes the merge of ``files`` without ``site``, made as ``model`` was made. Equal to never having had it.
+    """Write the merge of ``files`` without ``site``, with the settings of ``model``.
 
     Raises:
-        VectorRefused: Where ``model`` was made from something else than ``base``, the files and the restoration set.
+        VectorRefused: If ``model`` was not made from ``base``, the files and the restoration set.
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""The file of a data vector, which anyone can read and nobody can forge.
+"""The file format of a data vector, which any tool can read and which is signed by its site.
 
 A vector is one safetensors file. Its tensors are τ = θ − θ_pre, by the names of the base model, without running
 statistics of batch normalization. Its header's ``__metadata__`` has two entries, both text: ``vector``, a JSON object
@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from polyclinic.core import tree
-from polyclinic.core.serialization import write_bytes
+from polyclinic.core import atomic, tree
 from polyclinic.core.tree import Tree
 from polyclinic.errors import IntegrityError
 from polyclinic.studies.run.run_directory import read_tensors
@@ -26,12 +25,12 @@ FORMAT = "polyclinic data vector 1"
 
 
 class VectorRefused(IntegrityError):
-    """Files that do not belong together, or that nobody vouches for. Lists every problem; nothing was written."""
+    """Files that do not belong together or have no valid signature. Lists every problem; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a vector says of itself.
+    """Description of a vector.
 
     Attributes:
         format: ``FORMAT``. ``site``: whose it is. ``key``: the site's public key, in hexadecimal.
@@ -91,14 +90,14 @@ def write_exactly(path: Path, tensors: Tree, meta: Mapping[str, str]) -> None:
     end = 8 + int.from_bytes(data[:8], "little")
     head = canonical(json.loads(data[8:end])).encode()
     head += b" " * (-len(head) % 8)
-    write_bytes(path, len(head).to_bytes(8, "little") + head + data[end:])
+    atomic.write(path, len(head).to_bytes(8, "little") + head + data[end:])
 
 
 def read_vector(file: Path) -> tuple[Card, Tree]:
     """A vector whose tensors are those it was signed with, by the key that it names. Whose key that is, is not known.
 
     Raises:
-        VectorRefused: Where the file is not such a vector, with its name.
+        VectorRefused: If the file is not a valid vector. The message names the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -121,7 +120,7 @@ def read_vector(file: Path) -> tuple[Card, Tree]:
 
 
 def load_key(file: Path) -> Any:
-    """The Ed25519 private key in ``file``, 64 hexadecimal digits; made, for its owner alone, where there is none."""
+    """Return the Ed25519 private key in ``file``, as 64 hexadecimal digits. Create it, with mode 0600, if needed."""
     ed25519 = _ed25519()
     if not file.exists():
         made = ed25519.Ed25519PrivateKey.generate()
@@ -139,7 +138,7 @@ def load_keys(file: Path) -> dict[str, str]:
     import tomllib
 
     if not file.is_file():
-        raise VectorRefused(f"{file}: there is no such file. It has a line for each site, as `vectors make` told it")
+        raise VectorRefused(f"{file}: no such file. It has a line for each site, as printed by `vectors make`")
     try:
         keys = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

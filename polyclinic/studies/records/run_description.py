@@ -1,4 +1,4 @@
-"""What a run's folder says of a study before it runs: data, sites, methods, machine; and whether patients are apart."""
+"""Description of a run in its folder: data, sites, methods and environment. Checks that roles share no patients."""
 
 import dataclasses
 import platform
@@ -19,7 +19,7 @@ from polyclinic.studies.config.study_config import Study
 
 
 def _lacking(data: Federated) -> list[str]:
-    """Sites that cannot learn or show what the others can, in sentences."""
+    """Return sentences on sites without labels or with one class only."""
     notes = []
     for row in data.rows:
         for role, found in row.roles.items():
@@ -32,7 +32,7 @@ def _lacking(data: Federated) -> list[str]:
 
 
 def described(data: Federated) -> tuple[str, ...]:
-    """What a reader of any result must be told of the data, in sentences."""
+    """Return the sentences on the data that accompany every result."""
     badge = (data.simulated,) if data.simulated else ()
     return (*badge, *data.notes, *_lacking(data))
 
@@ -45,7 +45,7 @@ def _sites_are(study: Study, data: Federated) -> str:
 
 
 def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str, Any]:
-    """One site; with folds, everybody who is tested in any, and the training and validation patients of the fullest."""
+    """Describe one site. With folds, count all tested patients, and the largest training and validation sets."""
     roles = dict(row.roles)
     external = row.external and folds != "sites"
     if folds is not None and not external:
@@ -69,7 +69,7 @@ def _site(row: SiteSummary, splits: Sequence[Federated], folds: Any) -> dict[str
 
 
 def method_facts(method: MethodSpec) -> dict[str, Any]:
-    """What a report says of one method of a study."""
+    """Return the entries of a report on one method of a study."""
     entry = registry.entry(method.name)
     through = [item["name"] for item in method.uplink]
     received = [item["name"] for item in method.downlink]
@@ -83,7 +83,7 @@ def method_facts(method: MethodSpec) -> dict[str, Any]:
 
 
 def information(study: Study, splits: Sequence[Federated], parameters: int) -> dict[str, Any]:
-    """``run.json``; ``splits`` are the first seed's, one for each fold."""
+    """Return the content of ``run.json``. ``splits`` are those of the first seed, one for each fold."""
     data = splits[0]
     by = "sites" if study.folds == "sites" else "patients"
     folded = {} if study.folds is None else {"folds": len(splits), "folds_by": by}
@@ -120,16 +120,16 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
 
 
 def patients_apart(data: Federated) -> bool:
-    """Whether the data say whose each example is.
+    """Return whether the data name the patient of each example, and check that roles and sites share no patients.
 
     Raises:
-        DataError: Where somebody is in two roles, or at two sites: then test patients would help to train.
+        DataError: If a patient occurs in two roles or at two sites.
     """
     seen: dict[str, tuple[str, str]] = {}
     named, twice = False, dict[str, str]()
     for site, roles in data.sites.items():
         for role, examples in roles.items():
-            if role == "public":  # nobody's patients
+            if role == "public":  # public images belong to no patient
                 continue
             named = named or examples.patients != examples.ids
             place = site, role if role in ("val", "test") else "train"

@@ -1,7 +1,7 @@
-"""Where a run's model looks at every site, as ``explain`` left it in the run folder, and whether sites agree.
+"""Attribution maps of a run's model at every site, as written by ``explain``, and their agreement between sites.
 
-Agreement is Spearman's rank correlation of two maps. A map also tells of the images, so the same is asked of the
-model before training: what agrees as well with that has not been learned (Adebayo et al., "Sanity Checks for Saliency
+Agreement is Spearman's rank correlation of two maps. A map also depends on the images, so each map is compared with
+that of the untrained model: if they agree, the map shows nothing learned (Adebayo et al., "Sanity Checks for Saliency
 Maps", NeurIPS 2018, https://arxiv.org/abs/1810.03292).
 """
 
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from polyclinic.evaluation.metric_functions import Array
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.statistics.undefined import Array
 
 FILE = "explanations.safetensors"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a model looks.
+    """Attribution maps of a model.
 
     Attributes:
         method: Whose model, and ``seed``.
@@ -37,17 +37,17 @@ class Explanation:
     names: tuple[str, ...] = ()
 
     def agreement(self, site: str) -> float | None:
-        """Of a site's map with the mean of the other sites' maps: −1 to 1. None where it is the only site."""
+        """Return the agreement of a site's map with the mean of the others, −1 to 1; None for a single site."""
         others = [m for s, m in self.maps.items() if s != site]
         return spearman(self.maps[site], np.mean(others, axis=0)) if others else None
 
     def unlearned(self, site: str) -> float | None:
-        """Of a site's map with the one before training."""
+        """Return the agreement of a site's map with that of the untrained model."""
         return spearman(self.maps[site], self.untrained[site]) if site in self.untrained else None
 
 
 def spearman(a: Array, b: Array) -> float | None:
-    """Rank correlation of two maps; None where one of them is the same everywhere."""
+    """Return the rank correlation of two maps, or None if one of them is constant."""
     from scipy.stats import rankdata
 
     x, y = (rankdata(np.round(v, 12).ravel()) for v in (a, b))
@@ -57,7 +57,7 @@ def spearman(a: Array, b: Array) -> float | None:
 
 
 def read_explanation(run: Run, label: str) -> Explanation | None:
-    """What was found of ``label``'s model, of the first seed that has it; None where nobody asked."""
+    """Read the explanation of the model of ``label`` for the first seed that has one; None if there is none."""
     from safetensors import safe_open
 
     for seed in run.info.seeds:

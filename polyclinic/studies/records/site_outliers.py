@@ -1,7 +1,7 @@
-"""How each site's updates stood among the others', for the person who decides who is heard.
+"""Outlier statistics of each site's updates, for the person who decides which sites take part.
 
-Methods under a robust rule (``methods.robust.robust_method``) keep a note of every site in the server's state. It is
-read from a run's checkpoints, while the run goes on as well as after.
+Methods with a robust rule (``methods.robust.robust_method``) keep statistics of every site in the server's state. They
+are read from the checkpoints of a run, during the run or after it.
 """
 
 import json
@@ -16,17 +16,19 @@ from polyclinic.methods import registry
 from polyclinic.methods.robust.rules.outlier_watch import Note
 
 
-class NoStanding(RunError, ValueError):
-    """The run has no notes of sites. The message says which methods keep them."""
+class NoSiteOutliers(RunError, ValueError):
+    """The run has no outlier statistics. The message says which methods keep them."""
 
 
 @dataclass(frozen=True)
-class Standings:
-    """One arm's notes.
+class SiteOutliers:
+    """Outlier statistics of one method run.
 
     Attributes:
-        arm: The method's label and the seed, as the arm's folder is called. ``round``: after which round.
-        notes: By site. ``alarms``: a sentence for each site that a person should look at.
+        arm: Name of the method run's folder: the method's label and the seed.
+        round: The round of the checkpoint.
+        notes: Statistics by site.
+        alarms: A sentence for each site that a person should examine.
     """
 
     arm: str
@@ -35,12 +37,12 @@ class Standings:
     alarms: tuple[str, ...]
 
 
-def read(run: Path) -> list[Standings]:
-    """The standings in every arm of the run at ``run`` that keeps some.
+def read(run: Path) -> list[SiteOutliers]:
+    """Read the outlier statistics of every method run of ``run`` that keeps them.
 
     Raises:
-        FileNotFoundError: Where there is no run.
-        NoStanding: Where no method of it looks at sites one by one.
+        ConfigError: If the folder is not a run.
+        NoSiteOutliers: If no method of the run keeps them.
     """
     file = run / "run.json"
     if not file.is_file():
@@ -48,31 +50,33 @@ def read(run: Path) -> list[Standings]:
     _know(json.loads(file.read_text(encoding="utf-8")))
     found = list(_arms(run))
     if not found:
-        raise NoStanding(
-            f"{run}: none of its methods keeps a note of every site's updates. Those under a robust rule do; to look "
-            'without withstanding anything, study "watched"'
+        raise NoSiteOutliers(
+            f"{run}: none of its methods keeps outlier statistics of sites. Methods with a robust rule do; to "
+            'keep them with the plain mean, use the method "watched"'
         )
     return found
 
 
-def _arms(run: Path) -> Iterator[Standings]:
+def _arms(run: Path) -> Iterator[SiteOutliers]:
     for file in sorted(run.glob("arms/*/checkpoint.safetensors")):
         at = states.load(file)
         if notes := _notes(at.state):
-            yield Standings(file.parent.name, at.round, dict(notes.notes), notes.alarms)
+            yield SiteOutliers(file.parent.name, at.round, dict(notes.notes), notes.alarms)
 
 
 def at_the_end(
     state: Any, sites: Sequence[str], hostile: Sequence[str], records: Iterable[bytes]
 ) -> Iterator[tuple[str, bool, bool]]:
-    """For each of ``sites``: its name, whether it is one to look at, and whether it is among the ``hostile``.
+    """Yield the name of each site, whether it is an outlier, and whether it is one of ``hostile``.
 
-    One to look at is whom an alarm of a robust rule names, or of whom a reply was refused. Nothing is said where there
-    is neither such a rule nor an attack.
+    An outlier is a site named by an alarm of a robust rule, or with a refused reply. Nothing is yielded if there is
+    neither a robust rule nor an attack.
 
     Args:
-        state: The server's, at the end of training.
-        records: The lines of the arm's records.
+        state: The state of the server at the end of training.
+        sites: The training sites.
+        hostile: The sites that attack.
+        records: The lines of the records of the method run.
     """
     notes = _notes(state)
     if notes is None and not hostile:
@@ -85,7 +89,7 @@ def at_the_end(
 
 
 def _notes(state: Any) -> Any:
-    """The state that keeps notes, however deep it lies in the states of methods that wrap."""
+    """Return the state with statistics of sites, which may be nested in the states of wrapping methods."""
     if isinstance(notes := getattr(state, "notes", None), Mapping) and notes:
         return state
     inner = getattr(state, "inner", None)

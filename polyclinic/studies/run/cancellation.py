@@ -1,4 +1,4 @@
-"""Stopping a run: by a signal or ``polyclinic stop``, after the round under way; at once by a second signal."""
+"""Stopping of a run after the current round, by a signal or ``polyclinic stop``; a second signal stops it at once."""
 
 import signal
 import sys
@@ -15,7 +15,7 @@ STOPPED = 3
 
 
 class Signals:
-    """What has come so far."""
+    """The signals received so far."""
 
     def __init__(self) -> None:
         self.last = 0
@@ -28,9 +28,9 @@ class Signals:
 
 @contextmanager
 def stopping(folder: Path, console: Console) -> Iterator[Signals]:
-    """Lets SIGINT and SIGTERM stop the run in ``folder`` between two rounds; also in the background.
+    """Make SIGINT and SIGTERM stop the run in ``folder`` between two rounds, also in the background.
 
-    A shell starts what stands before ``&`` with SIGINT ignored, and Python then leaves it so; here it counts.
+    A shell starts background commands with SIGINT ignored, which Python keeps; here the signal is handled.
     """
     from polyclinic.studies.run.run_directory import STOP, holder
 
@@ -38,10 +38,10 @@ def stopping(folder: Path, console: Console) -> Iterator[Signals]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         again, signals.last = bool(signals.last), number
-        if again or not holder(folder):  # nothing runs yet, or somebody is in a hurry: the last checkpoint stands
+        if again or not holder(folder):  # nothing runs yet, or this is the second signal
             raise KeyboardInterrupt
         (folder / STOP).touch()
-        print("\nstopping after the round under way; once more stops at once", file=sys.stderr, flush=True)
+        print("\nstopping after the current round; a second signal stops at once", file=sys.stderr, flush=True)
 
     before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

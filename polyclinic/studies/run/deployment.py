@@ -1,8 +1,8 @@
-"""A study between hospitals: from the study file to what is asked of sites, and from what came back to a run folder.
+"""A study between hospitals: conversion of a study file to run requests, and of their results to a run folder.
 
-The file is the one that runs on one machine. What only one machine can do is left out, in a sentence; the shape of an
-example comes from the sites (``engines.site_description``). The run folder is the one that ``polyclinic report`` reads;
-where a site keeps its predictions, its scores stand in the records instead.
+The study file is the same as on one machine. Methods that only one machine can run are omitted with a note. The shape
+of an example comes from the sites (``engines.site_description``). The run folder has the format of a
+run on one machine; for a site that keeps its predictions, the records contain its scores.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import atomic
 from polyclinic.core import serialization as states
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.flare.protocol.data_restrictions import FROM_STUDY
@@ -34,19 +35,19 @@ SUMS = ("bytes_up", "bytes_down", "seconds")
 
 
 class NotElsewhere(ConfigError):
-    """A study that cannot run between hospitals. The message says why and what to do."""
+    """A study that cannot run between hospitals. The message gives the reason and the correction."""
 
 
-def arms(
+def method_runs(
     study: Study, sites: Sequence[str], shape: Mapping[str, Any] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The arms of ``study`` over the admitted ``sites``, and sentences on what is left out.
+    """Return the method runs of ``study`` over the admitted ``sites``, and notes on what is omitted.
 
     Args:
-        shape: ``inputs`` and ``outputs``, where they are known; else the sites are asked.
+        shape: ``inputs`` and ``outputs`` if they are known; otherwise the sites are asked.
 
     Raises:
-        NotElsewhere: Where nothing is left, or the study needs what only one machine can do.
+        NotElsewhere: If no method remains, or the study needs a feature of a single machine.
     """
     for key, what in ONE_MACHINE.items():
         if getattr(study, key, None) is not None:
@@ -57,7 +58,7 @@ def arms(
         raise NotElsewhere(f"the external site {away[0]} is not admitted; there are {', '.join(sites) or 'none yet'}")
     trainers = [name for name in sites if name not in study.data.external]
     if not trainers:
-        raise NotElsewhere("nobody is left to train: every admitted site is external, or none is admitted yet")
+        raise NotElsewhere("no site can train: every admitted site is external, or none is admitted yet")
     found, notes = list[dict[str, Any]](), list[str]()
     for method in study.methods:
         entry = registry.entry(method.name)
@@ -92,7 +93,7 @@ def arms(
 
 
 def how(study: Study) -> dict[str, Any]:
-    """What the orders of all arms share."""
+    """Return the settings that the requests of all method runs share."""
     best = {"metric": study.metric, "higher": study.higher_is_better} if study.evaluation.select == "best" else {}
     sent = {key: value for key, value in _own(study).items() if key in FROM_STUDY}
     return {
@@ -107,7 +108,7 @@ def how(study: Study) -> dict[str, Any]:
 
 
 def _own(study: Study) -> dict[str, Any]:
-    """What the study file sets of its data, but for where they lie on this machine."""
+    """Return the data settings of the study file, except the location of the data on this machine."""
     return study.data.model_dump(mode="json", exclude_unset=True, exclude=set(WHERE))
 
 
@@ -116,24 +117,24 @@ def collect(
     text: str,
     title: str,
     runs: Mapping[str, Mapping[str, Any]],
-    said: Mapping[str, Any],
+    descriptions: Mapping[str, Any],
     folders: Mapping[str, Path],
     out: Path,
 ) -> list[str]:
-    """Writes the run folder ``out``, and returns the arms that are not there yet.
+    """Write the run folder ``out``, and return the method runs that have not finished.
 
     Args:
         text: The study file, and ``title`` the name under which it ran.
-        runs: The arms by run, with ``label``, ``seed``, ``plan`` and ``external``.
-        said: The sites' descriptions of their data.
-        folders: The folder at the server of each run that has finished.
+        runs: The method runs by name, with ``label``, ``seed``, ``plan`` and ``external``.
+        descriptions: The sites' descriptions of their data.
+        folders: The folder at the server of each finished run.
         out: A new folder.
     """
     names = sorted({site for arm in runs.values() for site in (*arm["plan"]["sites"], *arm["external"])})
-    info = _info(study, title, runs, said, names)
+    info = _info(study, title, runs, descriptions, names)
     out.mkdir(parents=True, exist_ok=True)
-    states.write_bytes(out / "study.toml", text.encode())
-    states.write_bytes(out / "run.json", json.dumps(info, indent=1).encode())
+    atomic.write(out / "study.toml", text)
+    atomic.write_json(out / "run.json", info)
     journal, lines, missing = Journal(out / "journal.jsonl"), list[str](), list[str]()
     for run, arm in runs.items():
         if run not in folders:
@@ -144,13 +145,13 @@ def collect(
         heads = list(verify(folders[run] / "journal.jsonl"))
         about = {"method": arm["label"], "seed": arm["seed"], "run": run}
         journal.write("collected", {**about, "head": heads[-1]["hash"], "entries": len(heads)})
-    states.write_bytes(out / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    atomic.write(out / "records.jsonl", "".join(f"{line}\n" for line in lines))
     journal.close()
     return missing
 
 
 def _facts(path: Path) -> Iterator[dict[str, Any]]:
-    """A run's records, with the exchanges of one round as one."""
+    """Yield the records of a run, with the exchanges of one round combined."""
     parts: dict[str, Any] | None = None
     done = 0
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -172,7 +173,7 @@ def _together(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(folder: Path, arm: Path, study: Study, about: Mapping[str, Any]) -> None:
-    """The model, and the predictions that sites let go, as files that any tool reads."""
+    """Write the model and the predictions that sites sent, as plain safetensors files."""
     arm.mkdir(parents=True)
     model = states.load(folder / "model.safetensors")
     meta = {"study": study.hash, "method": about["label"], "plan": json.dumps(about["plan"], sort_keys=True)}
@@ -188,11 +189,17 @@ def _tested(folder: Path) -> int:
 
 
 def _info(
-    study: Study, title: str, runs: Mapping[str, Mapping[str, Any]], said: Mapping[str, Any], names: Sequence[str]
+    study: Study,
+    title: str,
+    runs: Mapping[str, Mapping[str, Any]],
+    descriptions: Mapping[str, Any],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """``run.json``."""
+    """Return the content of ``run.json``."""
     first = next(iter(runs.values()))
-    inputs, outputs, classes = shape_of(said) if said else (first["plan"]["inputs"], first["plan"]["outputs"], [])
+    inputs, outputs, classes = (
+        shape_of(descriptions) if descriptions else (first["plan"]["inputs"], first["plan"]["outputs"], [])
+    )
     external = {site for arm in runs.values() for site in arm["external"]}
     plan = Plan.from_json(json.dumps({"inputs": inputs, "outputs": outputs, **first["plan"]}))
     labels = {arm["label"] for arm in runs.values()}
@@ -200,14 +207,14 @@ def _info(
     notes = [
         "The data stayed at their hospitals, which ran this study over NVIDIA FLARE.",
         *(
-            f"{site} has fewer patients in some group than it lets be counted."
+            f"{site} has a group with fewer patients than its policy allows to be counted."
             for site in names
-            if None in _numbers(said.get(site, {}))
+            if None in _numbers(descriptions.get(site, {}))
         ),
     ]
-    unnamed = [site for site in names if site in said and not said[site]["classes"]]
+    unnamed = [site for site in names if site in descriptions and not descriptions[site]["classes"]]
     if classes and unnamed:
-        notes.append(f"{', '.join(unnamed)} named no classes, so that theirs stand in the same order was not checked.")
+        notes.append(f"{', '.join(unnamed)} named no classes, so the order of their classes was not checked.")
     return {
         "name": title,
         "title": study.title or study.name,
@@ -218,7 +225,7 @@ def _info(
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
         "data": {"title": f"the data of {len(names)} hospitals", "notes": notes, "sites_are": "hospitals"},
-        "sites": [_site(name, name in external, said.get(name, {})) for name in names],
+        "sites": [_site(name, name in external, descriptions.get(name, {})) for name in names],
         "methods": [method_facts(method) for method in study.methods if method.called in labels],
         "rounds": study.rounds,
         "seeds": list(study.seeds),
@@ -228,17 +235,19 @@ def _info(
     }
 
 
-def _site(name: str, external: bool, said: Mapping[str, Any]) -> dict[str, Any]:
-    roles = said.get("roles", {})
+def _site(name: str, external: bool, descriptions: Mapping[str, Any]) -> dict[str, Any]:
+    roles = descriptions.get("roles", {})
     known = {key: {r: has[key] for r, has in roles.items() if has[key] is not None} for key in ("patients", "examples")}
     classes = {r: has["classes"] for r, has in roles.items() if has["classes"] and None not in has["classes"]}
     return {"name": name, "role": "external" if external else "training", **known, "classes": classes}
 
 
-def _numbers(said: Mapping[str, Any]) -> list[int | None]:
-    return [n for has in said.get("roles", {}).values() for n in (has["patients"], has["examples"], *has["classes"])]
+def _numbers(descriptions: Mapping[str, Any]) -> list[int | None]:
+    return [
+        n for has in descriptions.get("roles", {}).values() for n in (has["patients"], has["examples"], *has["classes"])
+    ]
 
 
 def _plain(value: Any) -> Any:
-    """As it looks after a journey through JSON."""
+    """Return ``value`` as it is after encoding as JSON and decoding."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""What a study's run is made of, arm by arm, and what is told of it while it runs."""
+"""The method runs of a study, and the events of its execution."""
 
 import os
 from collections.abc import Mapping
@@ -12,19 +12,22 @@ from polyclinic.studies.config.schema import MethodSpec
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run.
+    """An event of a run.
 
     Attributes:
-        what: ``data`` (sites are ready), ``trial`` (a setting was tried), ``arm`` (one begins), ``round`` (one is
-            complete), ``tested`` (an arm ends).
-        label: Which method, and ``seed`` which seed, ``fold`` which fold; None where there are none.
-        round: How many rounds of ``rounds`` are complete.
+        what: ``data`` (sites are ready), ``trial`` (a setting was tried), ``arm`` (a method run begins), ``round`` (a
+            round is complete), ``tested`` (a method run ends).
+        label: Label of the method.
+        seed: Seed of the method run.
+        round: Number of complete rounds.
+        rounds: Number of all rounds.
         scores: The primary metric by site: on validation data after a round, on test data at the end.
-        bytes: What all sites sent and received in the round.
-        lost: Sites that sent nothing usable in the round, each with the reason.
-        notes: Sentences for people.
-        epsilon: The largest ε that a site has spent so far; None where nothing is paid for. ``protects``: whom it
-            protects, in a few words.
+        bytes: Bytes that all sites sent and received in the round.
+        lost: Sites without a usable reply in the round, each with the reason.
+        notes: Sentences for the reader.
+        fold: Index of the fold; None without folds.
+        epsilon: The largest ε that a site has spent so far; None without a budget.
+        protects: The unit that ε protects, in a few words.
     """
 
     what: str
@@ -43,7 +46,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Job:
-    """Which arm: a method, a seed, and a fold where there are folds; ``trial`` where it is a search's, never tested."""
+    """A method run: a method with a seed and a fold; or the trial number ``trial`` of a search, which is not tested."""
 
     method: MethodSpec
     seed: int
@@ -56,21 +59,21 @@ class Job:
 
     @property
     def who(self) -> dict[str, Any]:
-        """What marks its records."""
+        """The fields that identify its records."""
         fold = {} if self.fold is None else {"fold": self.fold.index}
         trial = {} if self.trial is None else {"trial": self.trial}
         return {"method": self.method.called, "seed": self.seed, **fold, **trial}
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return arm_name(self.method.called, self.seed, self._fold)
 
     def event(self, what: str, **facts: Any) -> Event:
-        """Something that happened to it."""
+        """Return an event of this method run."""
         return Event(what, self.method.called, self.seed, fold=self._fold, **facts)
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,10 @@
-"""An arm: one method, seed and fold. It trains, is scored on validation data, and is tested once, at its end.
+"""A method run: one method with one seed and fold is trained, scored on validation data, and tested once at the end.
 
-A checkpoint after every round makes stopping at any moment and going on change no bit. The test data are opened for
-the model of the best round, and the journal says so each time they are.
+A checkpoint is written after every round, so that a run resumes with bit-identical results. The test data are used for
+the model of the best round, and every use is recorded in the journal.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,10 +21,10 @@ from polyclinic.core.tree import Tree
 from polyclinic.data.examples import concat
 from polyclinic.data.federation import Federated
 from polyclinic.data.splits import Fold
+from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
-from polyclinic.engines.plan import Plan
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
 from polyclinic.privacy.budget_policy import SCORES, Budget
@@ -35,45 +36,52 @@ from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.run import run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.run_directory import ArmFolder, write_tensors
+from polyclinic.studies.run.resolved_study import ResolvedMethod
+from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
 
 
-class Arm:
+class MethodRun:
     """One method with one seed and one fold.
 
     Args:
-        study: What is studied.
-        job: Which arm.
-        plan: What to build.
-        data: Where the patients are.
-        folder: Where to write.
-        numbers: A number for each patient, the same in every arm, by which test sets are recognized.
+        study: The study.
+        job: The method, seed and fold.
+        resolved: The method and its plan.
+        data: The split of the data.
+        folder: The folder of the method run.
+        numbers: A number for each patient, by which test sets are compared between method runs.
     """
 
     def __init__(
-        self, study: Study, job: Job, plan: Plan, data: Federated, folder: ArmFolder, numbers: Mapping[str, int]
+        self,
+        study: Study,
+        job: Job,
+        resolved: ResolvedMethod,
+        data: Federated,
+        folder: MethodRunFolder,
+        numbers: Mapping[str, int],
     ) -> None:
-        self.study, self.job, self.plan, self.data, self.folder = study, job, plan, data, folder
+        self.study, self.job, self.data, self.folder = study, job, data, folder
+        self.plan, self.method = resolved.plan, resolved.method
         self.seed, self.numbers = job.seed, numbers
         self.label, self.entry, self.path = job.method.called, registry.entry(job.method.name), folder.path
-        self.method = simulation_schema.method_of(study, plan, data.training)
         every = self.entry.newcomers
-        self.judged = tuple(sorted(site for site in data.sites if every or site in plan.sites))
+        self.judged = tuple(sorted(site for site in data.sites if every or site in self.plan.sites))
         self.tested = _tested(self.judged, data.external, job.fold)
         self.ledgers: dict[str, Ledger] = {}
-        if study.privacy and plan.private:
-            self.ledgers = run_budgets.opened(self.path / "ledgers", plan.sites, data.info.name, study.privacy)
+        if study.privacy and self.plan.private:
+            self.ledgers = run_budgets.opened(self.path / "ledgers", self.plan.sites, data.info.name, study.privacy)
         self.length = 0
 
     def run(self, *before: Mapping[str, Any]) -> Iterator[Event]:
-        """Runs the arm from where it stands. ``before`` are the facts that stand before its first round."""
+        """Run from the last checkpoint. The records ``before`` are written before the first round."""
         at, file = None, self.path / "checkpoint.safetensors"
         if file.exists():
             at = states.load(file)
             if at.done:
                 return
             if self.study.machines and simulation_schema.buffered(self.method):
-                at = None  # answers that were under way are in no checkpoint: the arm begins anew, to the same bits
+                at = None  # pending replies are in no checkpoint: it starts again, with bit-identical results
         self.folder.open(at.records if at else 0)
         try:
             if at is None:
@@ -92,8 +100,8 @@ class Arm:
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
         study = self.study
-        state = at.state if at else self.method.init(self.plan.build_task().first(self.seed))
-        best = (at.best_round, at.best_score) if at else (0, self._worst)
+        state = at.state if at else self.method.init(self.method.task.first(self.seed))
+        best = self._best(at)
         done, begun = at.round if at else 0, _now(engine)
         steps: list[Step[Any]] = []
         scores: dict[str, float] = {}
@@ -116,22 +124,24 @@ class Arm:
             if done % study.evaluation.interval == 0 or self._ends(state, done):
                 scores, best = self._judge(engine, state, done, best)
             length, clock = self.folder.settle(), getattr(engine, "clock", 0.0)
-            self._save("checkpoint", Checkpoint(state, engine.memory, done, length, *best, False, clock))
+            self._save(
+                "checkpoint", Checkpoint(state, engine.memory, done, length, best.round, best.score, False, clock)
+            )
             moved = sum(facts["bytes_up"].values()) + sum(facts["bytes_down"].values())
             yield self._event("round", done, scores, moved, facts["lost"], most, protects)
             self.folder.check_stop()
             steps, begun = [], _now(engine)
         if done % study.evaluation.interval and not self._ends(state, done):  # time, budget or sites ran out
             _, best = self._judge(engine, state, done, best)
-        self._stand(state)
-        end = Checkpoint(state, engine.memory, done, 0, *best, True)
+        self._record_outliers(state)
+        end = Checkpoint(state, engine.memory, done, 0, best.round, best.score, True)
         if self.job.trial is None:
             yield self._test(engine, end)
         else:
             self._save("checkpoint", end)
 
     def _steps(self, engine: Any, state: Any) -> Iterator[Step[Any]]:
-        """The exchanges from ``state`` on."""
+        """Yield the exchanges from ``state`` on."""
         study, trainers = self.study, self.plan.sites
         size = min(study.sites_per_round or len(trainers), len(trainers))
         sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
@@ -141,27 +151,38 @@ class Arm:
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
 
     def _ends(self, state: Any, done: int) -> bool:
-        """Whether nothing more is to be trained."""
+        """Return whether training is complete."""
         return done >= self.study.rounds or self.method.request(state) is None
 
-    @property
-    def _worst(self) -> float:
-        return float("-inf") if self.study.higher_is_better else float("inf")
+    def _best(self, at: Checkpoint | None) -> BestRound:
+        """Return the best round so far; the latest score of each site is read from the records."""
+        none = BestRound(self.study.higher_is_better)
+        if at is None:
+            return replace(none, score=none.mean)
+        latest: dict[str, float] = {}
+        for line in (self.path / "records.jsonl").read_bytes().splitlines():
+            if line.startswith(b'{"kind":"scores"'):
+                fact = json.loads(line)
+                latest |= self._deciding(fact["site"], fact["metrics"])
+        return replace(none, round=at.best_round, score=at.best_score, scores=latest)
 
-    def _judge(
-        self, engine: Any, state: Any, done: int, best: tuple[int, float]
-    ) -> tuple[dict[str, float], tuple[int, float]]:
-        """Scores on validation data, and the best round so far with its mean."""
+    def _deciding(self, site: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the score of ``site`` that counts in the choice of the best round, if there is one."""
+        metric = self.study.metric
+        return {site: metrics[metric]} if metric in metrics and site not in self.data.external else {}
+
+    def _judge(self, engine: Any, state: Any, done: int, best: BestRound) -> tuple[dict[str, float], BestRound]:
+        """Return the scores on validation data and the best round so far."""
         scores = self._score(engine, state, done)
-        mean = sum(scores.values()) / len(scores) if scores else self._worst
-        better = mean > best[1] if self.study.higher_is_better else mean < best[1]
-        if better or self.study.evaluation.select == "last":
-            best = done, mean
-            self._save("best", Checkpoint(state, engine.memory, done, 0, done, mean, False))
+        best = best.after(done, scores)
+        if self.study.evaluation.select == "last":
+            best = best.with_best(done)
+        if best.round == done:
+            self._save("best", Checkpoint(state, engine.memory, done, 0, done, best.score, False))
         return scores, best
 
     def _as_far_as_it_goes(self, steps: Iterator[Step[Any]]) -> Iterator[Step[Any]]:
-        """``steps``, ended where no site has budget left, or where an attack has left no model to train."""
+        """Yield ``steps`` until no site has budget left, or an attack has made the model unusable."""
         try:
             yield from steps
         except TooFewReplies as error:
@@ -172,8 +193,8 @@ class Arm:
             else:
                 raise
 
-    def _stand(self, state: Any) -> None:
-        """Writes down whom the end of training names, where a rule looks or somebody attacks."""
+    def _record_outliers(self, state: Any) -> None:
+        """Record the outliers at the end of training, if there is a robust rule or an attack."""
         lines = (self.path / "records.jsonl").read_bytes().splitlines()
         for site, named, attacks in site_outliers.at_the_end(
             state, self.plan.sites, simulation_schema.hostile(self.method), lines
@@ -181,19 +202,19 @@ class Arm:
             self._record("standing", site=site, named=named, hostile=attacks)
 
     def _test(self, engine: Any, end: Checkpoint) -> Event:
-        """Opens the test data, once, for the model of the best round."""
+        """Test the model of the best round, once."""
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
         opened = self.folder.note("test opened", self.job.who | {"round": best.round})
-        said = evaluate(self.method, engine, best.state, self.tested, "predict/test")
+        predictions = evaluate(self.method, engine, best.state, self.tested, "predict/test")
         scores: dict[str, float] = {}
-        for site, outputs in said.items():
+        for site, outputs in predictions.items():
             metrics = self.method.task.summary(outputs)
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:
                 scores[site] = metrics[self.study.metric]
         known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
-        for name, answers in (("predictions", said), ("validation", known)):
+        for name, answers in (("predictions", predictions), ("validation", known)):
             role = "test" if name == "predictions" else "val"
             answers = {site: {**outputs, **self._numbered(site, role)} for site, outputs in answers.items()}
             leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
@@ -207,14 +228,13 @@ class Arm:
         return self._event("tested", end.round, scores)
 
     def _score(self, engine: Any, state: Any, done: int) -> dict[str, float]:
-        """Scores on validation data, written down; the primary one by site, of the sites that train."""
-        found: dict[str, float] = {}
+        """Record the scores on validation data, and return the primary metric of each training site."""
+        deciding: dict[str, float] = {}
         for site, leaves in evaluate(self.method, engine, state, self.judged).items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._record("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
-            if self.study.metric in metrics and site not in self.data.external:
-                found[site] = metrics[self.study.metric]
-        return found
+            deciding |= self._deciding(site, metrics)
+        return deciding
 
     def _engine(self, at: Checkpoint | None) -> Any:
         chosen, memory = self.study.engine, at.memory if at else None
@@ -228,7 +248,7 @@ class Arm:
                 name: make(name, {r: d for r, d in site.data.items() if r != "train"}) for name, site in sites.items()
             }
             sites[POOLED] = make(POOLED, pooled)
-        # On one machine predictions go no further than the run's folder
+        # on one machine, predictions stay in the run folder
         free = (*SCORES, "predict/val", "predict/test")
         policies = {site: Budget(ledger, free) for site, ledger in self.ledgers.items()}
         held = {} if self.data.public is None else {"public": self.data.public}
@@ -243,14 +263,14 @@ class Arm:
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 
     def _account(self, done: int) -> dict[str, dict[str, Any]]:
-        """Writes down ε of each site so far, with all that belongs to it."""
+        """Record ε of each site so far, with its assumptions."""
         spent = run_budgets.spent(self.ledgers, last=done == self.study.rounds)
         for site, facts in spent.items():
             self._record("privacy", round=done, site=site, **{k: v for k, v in facts.items() if k != "protects"})
         return spent
 
     def _numbered(self, site: str, role: str) -> Tree:
-        """Whose each example is, by the numbers that are the same in every arm."""
+        """Return the number of each example's patient."""
         return {"patient": torch.tensor([self.numbers[patient] for patient in self.data.sites[site][role].patients])}
 
     def _save(self, name: str, value: Checkpoint) -> None:
@@ -274,7 +294,7 @@ class Arm:
 
 
 def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -> tuple[str, ...]:
-    """Whose test patients an arm opens: everybody's, or with folds, each patient's in one fold of a seed only."""
+    """Return the sites whose test data a method run uses. With folds, each patient is tested in one fold of a seed."""
     if fold is None or (fold.by == "patients" and fold.index == 0):
         return tuple(judged)
     return tuple(site for site in judged if (site in external) == (fold.by == "sites"))

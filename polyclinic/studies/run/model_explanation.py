@@ -1,7 +1,7 @@
-"""What a run's model looks at, at every site: computed where the data are, on validation patients.
+"""Attribution maps of a run's model at every site, computed on its validation patients.
 
-What leaves a site is one mean map over at least ten patients (``learning.tasks.saliency``), as the job ``explain/val``,
-which the site's policy admits or refuses like any other. Test data stay closed: they would be opened a second time.
+A site sends one mean map over at least ten patients (``learning.tasks.saliency``), in the job ``explain/val``, which
+its policy admits or refuses like any other job. Test data are not used, since they are used once only.
 """
 
 from collections.abc import Mapping
@@ -27,35 +27,36 @@ JOB = "explain/val"
 
 
 class NotExplained(RunError, ValueError):
-    """A run whose model cannot be explained. The message says why."""
+    """A run whose model cannot be explained. The message gives the reason."""
 
 
 def explain(
     run_dir: str | Path, label: str = "", seed: int | None = None, policies: Mapping[str, Policy] | None = None
 ) -> tuple[Path, dict[str, str]]:
-    """Asks every site where the model of one arm looks, and writes it into the arm's folder, where reports find it.
+    """Request the attribution maps of one method run from every site, and write them to its folder for the report.
 
     Args:
-        run_dir: A finished run, whose data are still there.
-        label: The method; by default the one that the report speaks of.
-        seed: By default the first.
-        policies: What sites allow; everything where one has none.
+        run_dir: A finished run, whose data are still available.
+        label: Label of the method; by default the headline method of the report.
+        seed: Seed of the method run; by default the first.
+        policies: Policies of sites. A site without one allows everything.
 
     Returns:
-        The file; and the sites that told nothing, with their reasons.
+        The file, and the sites without a map with their reasons.
 
     Raises:
-        NotARun: Where the folder is not a run.
-        NotExplained: Where the arm is not finished, the data have changed, or no site told anything.
+        NotARun: If the folder is not a run.
+        NotExplained: If the method run is not finished, the data have changed, or no site sent a map.
     """
     run = read_run(run_dir)
     label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
     folder = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None)
     if not (folder / "model.safetensors").is_file():
-        raise NotExplained(f"{folder}: no model there; the arm is not finished, or the run has no method {label!r}")
+        raise NotExplained(f"{folder}: no model; the method run is not finished, or the run has no method {label!r}")
     study = parse(run.study, run.path / "study.toml")
     fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
-    data = federate(study.data, seed, fold)
+    source = study.data.source()
+    data = federate(study.data, seed, fold, source)
     if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
         raise NotExplained(f"{run.path}: the data have changed since the run, so its model cannot be explained on them")
     plan = read_plan(folder / "model.safetensors")
@@ -68,18 +69,18 @@ def explain(
     found, refused = _ask(method, engine, kept.state, asked)
     if not found:
         why = "; ".join(f"{s}: {reason}" for s, reason in refused.items()) or "no site has validation patients"
-        raise NotExplained(f"{run.path}: no site told where the model looks: {why}")
-    before, _ = _ask(method, engine, method.init(plan.build_task().first(seed)), list(found))
-    leaves = {f"{site}/{key}": leaf for site, said in found.items() for key, leaf in said.items()}
-    leaves |= {f"{site}/untrained": said["map"] for site, said in before.items()}
-    names = _features(study.data.source(), next(iter(found.values()))["map"].ndim)
+        raise NotExplained(f"{run.path}: no site sent an attribution map: {why}")
+    before, _ = _ask(method, engine, method.init(method.task.first(seed)), list(found))
+    leaves = {f"{site}/{key}": leaf for site, maps in found.items() for key, leaf in maps.items()}
+    leaves |= {f"{site}/untrained": maps["map"] for site, maps in before.items()}
+    names = _features(source, next(iter(found.values()))["map"].ndim)
     write_tensors(folder / FILE, leaves, {"features": "\n".join(names), "role": "val"})
     return folder / FILE, refused
 
 
 def _ask(method: Any, engine: InProcess, state: Any, sites: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What sites say, one by one, so that each refusal has its own reason."""
-    said: dict[str, Any] = {}
+    """Return the maps by site, requested one by one so that each refusal has its own reason."""
+    maps: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for site in sites:
         engine.send(replace(method.evaluation_request(state), job=JOB, secure=False, recipients=None), [site])
@@ -87,8 +88,8 @@ def _ask(method: Any, engine: InProcess, state: Any, sites: list[str]) -> tuple[
             if arrival.reply is None:
                 refused[site] = arrival.lost
             elif "explain" in arrival.reply.parts:
-                said |= arrival.reply.gather("explain")
-    return said, refused
+                maps |= arrival.reply.gather("explain")
+    return maps, refused
 
 
 def _features(source: Any, axes: int) -> tuple[str, ...]:

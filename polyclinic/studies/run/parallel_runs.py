@@ -1,8 +1,8 @@
-"""Whole arms side by side, one process each, where a study has more arms than the machine has cores.
+"""Parallel execution of method runs, one process each, if a study has more of them than the machine has cores.
 
-Arms depend on nothing but their own files, so neither order nor number of processes changes a bit. A child works in a
-copy of this process (fork), so the data are not copied; it says what happens as JSON over a pipe, and the journal,
-which is one chain, is written here, on its behalf. A child that dies is begun again where its checkpoint stands.
+A method run depends on its own files only, so the order and the number of processes do not change the results. Children
+are forked, so the data are not copied. They send events as JSON over a pipe; this process writes the journal, which is
+one hash chain. A child that dies is restarted from its checkpoint.
 """
 
 import ctypes
@@ -30,23 +30,23 @@ Job = TypeVar("Job")
 Work = Callable[[Job, Note], Iterator[Event]]
 
 
-class ArmFailed(RunError, ValueError):
-    """An arm that ended in an error, in the error's own words."""
+class MethodRunFailed(RunError, ValueError):
+    """A method run that failed. The message is that of its error."""
 
 
 def in_turn(jobs: Sequence[Job], work: Work[Job], note: Note) -> Iterator[Event]:
-    """One arm after the other, in this process."""
+    """Execute the method runs one after the other in this process."""
     for job in jobs:
         yield from work(job, note)
 
 
 def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int) -> Iterator[Event]:
-    """Up to ``workers`` arms at once; events in the order in which they happen.
+    """Execute up to ``workers`` method runs at once, and yield their events in the order in which they happen.
 
     Raises:
-        ArmFailed: Where an arm ends in an error of ours, or its process dies ``DEATHS`` times.
-        Stopped: If the run was asked to stop, once every arm has ended its round.
-        RuntimeError: Where it ends in any other error, with its traceback.
+        MethodRunFailed: If a method run fails with an error of Polyclinic, or its process dies ``DEATHS`` times.
+        Stopped: If the run was asked to stop, after every method run has completed its round.
+        RuntimeError: If it fails with any other error. The message contains the traceback.
     """
     waiting = deque((job, 0) for job in jobs)
     running: dict[Connection, tuple[BaseProcess, Job, int]] = {}
@@ -76,16 +76,16 @@ def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int)
                 process.join()
                 if kind == "died":
                     if deaths + 1 == DEATHS:
-                        raise ArmFailed(
-                            f"the process of an arm died {DEATHS} times; is there enough memory? "
-                            "--resume goes on from its last round"
+                        raise MethodRunFailed(
+                            f"the process of a method run died {DEATHS} times; is there enough memory? "
+                            "--resume continues from its last round"
                         )
                     waiting.appendleft((job, deaths + 1))
                 elif kind == "stopped":
                     waiting.clear()
                     stopped = value
                 elif kind == "refused":
-                    raise ArmFailed(value)
+                    raise MethodRunFailed(value)
                 elif kind == "failed":
                     raise RuntimeError(value)
         if stopped:
@@ -98,12 +98,12 @@ def side_by_side(jobs: Sequence[Job], work: Work[Job], note: Note, workers: int)
 
 
 def possible() -> bool:
-    """Whether this machine and process can fork."""
+    """Return whether this process can be forked."""
     return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
 
 
 def warm_up() -> None:
-    """Has PyTorch import what it puts off until a first gradient by example: seconds that each child would spend."""
+    """Make PyTorch import what it loads at the first per-example gradient, so that children do not repeat it."""
     torch.func.grad(torch.sum)(torch.zeros(1))
 
 
@@ -117,11 +117,11 @@ def _begin(job: Job, work: Work[Job], others: Sequence[Connection]) -> tuple[Con
 
 
 def _child(line: Connection, inherited: Sequence[Connection], job: Job, work: Work[Job], parent: int) -> None:
-    """Runs one arm and tells ``line`` of it. Dies with its parent, since nobody would hear it."""
+    """Execute one method run and send its events to ``line``. Ends with its parent process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, where there is Linux
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG on Linux
     if os.getppid() != parent:
         os._exit(1)
     for other in inherited:

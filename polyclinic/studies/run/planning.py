@@ -1,4 +1,4 @@
-"""Runs the federated fingerprint over a study's data, and writes the plan that follows from it."""
+"""Planning of preprocessing from the federated fingerprint of a study's data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,11 +30,11 @@ PLAIN: dict[str, Any] = {
     "duplicates": "report",
     "near_duplicates": "ignore",
 }
-"""What a federation is dealt without, so that examples may be numbers of rows."""
+"""Settings that are removed from a federation whose examples are row numbers."""
 
 
 def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:
-    """The measurements of each training site's training rows, labeled or not, as ``seed`` splits them."""
+    """Return the measurements of each training site's training rows, labeled or not, in the split of ``seed``."""
     source = spec.source()
     whole, found = measured(source), {}
     data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
@@ -46,21 +46,21 @@ def sites_of(spec: DataSpec, seed: int) -> dict[str, Measured]:
 
 
 def plan(spec: DataSpec, study: str, seed: int = 0, by_site: bool = False) -> DataPlan:
-    """What the federated fingerprint finds in the training data of ``spec``, and what preprocessing follows.
+    """Compute the federated fingerprint of the training data of ``spec``, and the preprocessing that follows from it.
 
     Args:
         spec: The data.
         study: The study's name.
-        seed: Whose split says what training data are.
-        by_site: Whether each site with enough patients is described by itself as well.
+        seed: Seed of the split.
+        by_site: Whether each site with enough patients is also described separately.
 
     Raises:
-        DataError: Where the data cannot be read, or are too few to be summed up without showing patients.
+        DataError: If the data cannot be read, or have too few patients to be described without revealing them.
     """
     sites, source = sites_of(spec, seed), spec.source()
     patients = {name: len(set(found.patients)) for name, found in sites.items()}
     if sum(patients.values()) < preprocessing_planner.FEWEST:
-        raise DataError(f"{sum(patients.values())} patients are too few to be described: their sums would show them")
+        raise DataError(f"{sum(patients.values())} patients are too few to be described: their sums would reveal them")
     first = next(iter(sites.values()))
     targets, names = first.targets, first.names
     classes = class_names(source, targets)
@@ -88,7 +88,7 @@ def plan(spec: DataSpec, study: str, seed: int = 0, by_site: bool = False) -> Da
 
 
 def class_names(source: object, targets: torch.Tensor) -> tuple[str, ...]:
-    """The names of the classes, so far as they can be known before images are prepared; none for numbers."""
+    """Return the names of the classes that are known before preprocessing; none for regression."""
     if getattr(source, "regression", False):
         return ()
     known = Numbered(source).info.classes  # type: ignore[arg-type]
@@ -97,20 +97,20 @@ def class_names(source: object, targets: torch.Tensor) -> tuple[str, ...]:
 
 
 def _inputs(source: FeatureTable, found: Mapping[str, "np.ndarray[tuple[int], np.dtype[np.float64]]"]) -> Statistics:
-    """How a table's inputs are filled and scaled, from sums; inputs of 0 and 1 stay as they are."""
+    """Return the fill values and scaling of a table's inputs from sums. Binary inputs are not scaled."""
     _, names, amounts = source.inputs
     scaled = amounts & source.scale
     varies = scaled & (found["std"] > 1e-8 * np.abs(found["mean"]) + 1e-12)
-    standing = np.zeros_like(found["mean"]) if source.fill == "zero" else found["mean"]
+    filling = np.zeros_like(found["mean"]) if source.fill == "zero" else found["mean"]
     return Statistics(
-        names, np.where(scaled, found["mean"], 0), np.where(varies, found["std"], 1), np.where(amounts, standing, 0)
+        names, np.where(scaled, found["mean"], 0), np.where(varies, found["std"], 1), np.where(amounts, filling, 0)
     )
 
 
 def drifts(plan: DataPlan, spec: DataSpec) -> list[SiteDrift]:
-    """Compares all data of ``spec``, at each of its sites by itself, with what ``plan`` found in training data.
+    """Compare the data of ``spec`` at each site with the training data described by ``plan``.
 
-    Where sites are made up, or nobody says which there are, all of it together. Sites with few patients are left out.
+    If sites are simulated or unknown, all data are compared together. Sites with few patients are omitted.
     """
     source = spec.source()
     whole, found = measured(source), []

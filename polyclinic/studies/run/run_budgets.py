@@ -1,4 +1,4 @@
-"""What each site of an arm may spend on privacy, and what it has spent."""
+"""Privacy budget and spending of each site of a method run."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from polyclinic.studies.config.schema import PrivacySpec
 
 
 def opened(folder: Path, sites: Iterable[str], data: str, budget: PrivacySpec) -> dict[str, Ledger]:
-    """A ledger for each site in ``folder``; one that is there goes on."""
+    """Open the ledger of each site in ``folder``, and create those that do not exist."""
     folder.mkdir(exist_ok=True)
     ledgers = {site: Ledger(folder / f"{site}.jsonl") for site in sites}
     for site, ledger in ledgers.items():
@@ -21,10 +21,11 @@ def opened(folder: Path, sites: Iterable[str], data: str, budget: PrivacySpec) -
 
 
 def spent(ledgers: Mapping[str, Ledger], last: bool) -> dict[str, dict[str, Any]]:
-    """ε of each site so far, as it is written down: Rényi's quick bound after a round, the sharp one at the end.
+    """Return ε of each site so far: the fast Rényi bound after a round, the tight bound at the end.
 
-    Rényi's may lie beyond the budget, which the ledger never lets the spend do; then the budget is the bound. Beside ε
-    stand δ, whom it protects, what is assumed, and the ledger's head, which proves later that nothing was taken away.
+    The Rényi bound can exceed the budget, although the ledger never allows spending more; then ε is the budget. Each
+    entry also contains δ, the protected unit, the assumptions, and the head of the ledger, by which a later removal of
+    entries is detected.
     """
     found = {}
     for site, ledger in ledgers.items():

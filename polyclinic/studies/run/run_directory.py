@@ -1,17 +1,18 @@
-"""The run folder: what a run leaves on disk, written so that a crash at any moment loses at most the round under way.
+"""The run folder. A crash at any moment loses at most the current round.
 
 ```
 runs/<name>-<hash8>/
-  study.toml      the study as run           records.jsonl   one fact a line
-  run.json        who, what, where           journal.jsonl   the hash-chained journal
-  arms/<label>-seed<s>/checkpoint.safetensors   the server's state and the sites' memory after the last round
+  study.toml      the study                  records.jsonl   one record per line
+  run.json        description of the run     journal.jsonl   the hash-chained journal
+  arms/<label>-seed<s>/                         one method run:
+                       checkpoint.safetensors   server state and site states after the last round
                        best.safetensors         the same, after the best round on validation data
-                       model.safetensors        the tested model;  predictions.safetensors   what it said
-                       search.jsonl             what a search tried;  chosen.toml   what it chose, to read and change
-                       records.jsonl            the arm's records, until the run is finished and joins them
-  .lock           held by the process that runs it   stop   asks it to stop after the round under way
+                       model.safetensors        the tested model;  predictions.safetensors   its predictions
+                       search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
+                       records.jsonl            records of the method run, until the run ends and joins them
+  .lock           held by the process of the run     stop   makes it stop after the current round
 ```
-With folds an arm's folder is ``<label>-seed<s>-fold<f>``.
+With folds, the folder of a method run is ``<label>-seed<s>-fold<f>``.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyclinic.core import serialization as states
+from polyclinic.core import atomic
 from polyclinic.core.audit_log import Journal, verify
 from polyclinic.engines.plan import Plan
 from polyclinic.errors import IntegrityError, PolyclinicError, RunError
@@ -36,7 +37,7 @@ LOCK, STOP = ".lock", "stop"
 
 
 class RunExists(RunError, ValueError):
-    """The folder holds a run already. The message says how to go on."""
+    """The folder already contains a run. The message says how to continue."""
 
 
 class RunHeld(RunError, ValueError):
@@ -44,16 +45,16 @@ class RunHeld(RunError, ValueError):
 
 
 class Stopped(PolyclinicError):
-    """A run was asked to stop, and did so between two rounds. Nothing is lost."""
+    """A run stopped between two rounds because it was asked to. Nothing is lost."""
 
 
-class ArmFolder:
-    """One arm's part of a run's folder.
+class MethodRunFolder:
+    """Folder of one method run.
 
     Attributes:
-        path: Where it is.
-        note: Writes an entry to the run's journal, and says how often the same entry is there now.
-        stop: The file that asks the run to stop.
+        path: The folder.
+        note: Writes an entry to the run's journal, and returns the number of equal entries.
+        stop: Path of the file that makes the run stop.
     """
 
     def __init__(self, path: Path, note: "Note", stop: Path) -> None:
@@ -61,7 +62,7 @@ class ArmFolder:
         self._records: Any = None
 
     def check_stop(self) -> None:
-        """Called between two rounds, when everything is on the disk.
+        """Stop if it was requested. Called between two rounds, when everything is on disk.
 
         Raises:
             Stopped: If the run was asked to stop.
@@ -70,24 +71,24 @@ class ArmFolder:
             raise Stopped(f"stopped as {self.stop} asked")
 
     def open(self, length: int) -> None:
-        """Opens the records for appending after their first ``length`` bytes; what follows is redone."""
+        """Open the records for appending after their first ``length`` bytes, and delete the rest."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._records = open(self.path / "records.jsonl", "ab")  # noqa: SIM115
         self._records.truncate(length)
         self._records.seek(0, os.SEEK_END)
 
     def record(self, kind: str, **facts: Any) -> None:
-        """Appends one fact."""
+        """Append one record."""
         self._records.write(json.dumps({"kind": kind, **facts}, separators=(",", ":")).encode() + b"\n")
 
     def settle(self) -> int:
-        """Forces the records to the disk and returns their length in bytes."""
+        """Force the records to disk, and return their length in bytes."""
         self._records.flush()
         os.fsync(self._records.fileno())
         return int(self._records.tell())
 
     def close(self) -> None:
-        """Closes the records."""
+        """Close the records."""
         if self._records is not None:
             self._records.close()
             self._records = None
@@ -97,7 +98,7 @@ Note = Callable[[str, dict[str, Any]], int]
 
 
 class Folder:
-    """One run's folder."""
+    """Folder of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +107,7 @@ class Folder:
         self._journal: Journal | None = None
 
     def hold(self) -> None:
-        """Holds the folder for this process, until ``close``; the system lets go of it if the process is killed.
+        """Lock the folder for this process until ``close``, or until the process ends.
 
         Raises:
             RunHeld: If another process holds it.
@@ -122,18 +123,20 @@ class Folder:
                 f"it: polyclinic stop {self.path}"
             ) from None
         except OSError as error:  # a file system without locks
-            log.warning("%s: nothing keeps a second process away from this run (%s)", self.path, error)
+            log.warning("%s: the file system has no locks: do not start a second process (%s)", self.path, error)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
         (self.path / STOP).unlink(missing_ok=True)
+        for folder in (self.path, *self.path.glob("arms/*")):
+            atomic.remove_leftovers(folder)
 
     def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
-        """Makes the folder, or takes up the one that is there.
+        """Create the folder, or continue with the existing one.
 
         Raises:
-            RunExists: Where a run is there and ``resume`` is not asked for.
+            RunExists: If the folder contains a run and ``resume`` is not set.
             RunHeld: If another process works on it.
         """
         if self._lock is None:
@@ -141,35 +144,35 @@ class Folder:
         if (self.path / "run.json").exists():
             if not resume:
                 raise RunExists(
-                    f"{self.path} holds this study already: --resume continues it, --fresh begins again, "
+                    f"{self.path} already contains this study: --resume continues it, --fresh starts again, "
                     f"and `polyclinic report {self.path}` shows it"
                 )
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            states.write_bytes(self.path / "study.toml", study.encode())
-            states.write_bytes(self.path / "run.json", json.dumps(info, indent=1).encode())
+            atomic.write(self.path / "study.toml", study)
+            atomic.write_json(self.path / "run.json", dict(info))
         journal = self._journal = Journal(self.path / "journal.jsonl")
         for entry in verify(journal.path):
-            self._notes[_said(entry)] += 1
+            self._notes[_identity(entry)] += 1
 
     def note(self, event: str, details: dict[str, Any]) -> int:
-        """Writes an entry to the journal, and says how often the same entry is there now."""
+        """Write an entry to the journal, and return the number of equal entries."""
         assert self._journal is not None
         self._journal.write(event, details)
-        said = _said({"event": event, **details})
-        self._notes[said] += 1
-        return self._notes[said]
+        same = _identity({"event": event, **details})
+        self._notes[same] += 1
+        return self._notes[same]
 
     def finish(self, names: Sequence[str]) -> None:
-        """Joins the records of all arms, in their order; a crash on the way is made good by doing it again."""
+        """Join the records of all method runs in their order. After a crash this can be repeated."""
         parts = [self.path / "arms" / name / "records.jsonl" for name in names]
         if all(part.is_file() for part in parts):
-            states.write_bytes(self.path / "records.jsonl", b"".join(part.read_bytes() for part in parts))
+            atomic.write(self.path / "records.jsonl", b"".join(part.read_bytes() for part in parts))
         for part in parts:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Closes the journal and lets go of the folder."""
+        """Close the journal and unlock the folder."""
         if self._journal is not None:
             self._journal.close()
         if self._lock is not None:
@@ -180,7 +183,7 @@ class Folder:
 
 
 def holder(path: Path) -> int:
-    """The process that works on the run in the folder at ``path``; 0 if there is none."""
+    """Return the process that works on the run in the folder at ``path``, or 0."""
     try:
         with open(path / LOCK, encoding="ascii") as lock:
             try:
@@ -193,32 +196,32 @@ def holder(path: Path) -> int:
 
 
 def ask_to_stop(path: Path) -> int:
-    """Asks the process that works on the run at ``path`` to stop after the round under way; its number, 0 for none."""
+    """Ask the process that works on the run at ``path`` to stop after the current round; return its number, or 0."""
     pid = holder(path)
     if pid:
         (path / STOP).touch()
     return pid
 
 
-def _said(entry: Mapping[str, Any]) -> str:
+def _identity(entry: Mapping[str, Any]) -> str:
     chain = ("seq", "previous", "hash")
     return json.dumps({k: v for k, v in entry.items() if k not in chain}, sort_keys=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str] | None = None) -> None:
-    """A plain safetensors file that any tool reads. Names may share a tensor; each is then written whole."""
+    """Write a plain safetensors file. A tensor that several names share is written once for each name."""
     from safetensors.torch import save
 
     apart = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    states.write_bytes(path, save(apart, dict(meta or {})))
+    atomic.write(path, save(apart, dict(meta or {})))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What ``write_tensors`` wrote."""
+    """Read a file of ``write_tensors``."""
     from safetensors.torch import load_file
 
-    found: dict[str, Tensor] = load_file(path)
-    return found
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def read_plan(file: Path) -> Plan:

@@ -1,78 +1,76 @@
-"""Runs a study: every method with every seed and fold, in a folder that survives any crash.
+"""Execution of a study: every method with every seed and fold, in a run folder from which it resumes after a crash.
 
-A generator: it yields what happened, and progress bars, early ends and tests are what the caller makes of it. Arms
-run one after the other, or side by side in processes of their own; either way to the same bits.
+``run`` is a generator of events, so that the caller can show progress or end the run early. Method runs are executed
+one after the other or in parallel processes, with bit-identical results.
 """
 
 import dataclasses
 import math
 import shutil
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core import atomic
 from polyclinic.core import serialization as states
-from polyclinic.data.examples import DataError
 from polyclinic.data.federation import Federated, federate
-from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
-from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
-from polyclinic.studies.config.diagnostics import BadStudy, Problem
-from polyclinic.studies.config.method_plan import plan_of
 from polyclinic.studies.config.study_config import Study, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.records.run_description import described, information, patients_apart
+from polyclinic.studies.records.run_description import described, information
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.method_run import Arm
+from polyclinic.studies.run.method_run import MethodRun
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
-from polyclinic.studies.run.run_directory import STOP, ArmFolder, Folder, Note, Stopped
+from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
+from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped
 
 
 def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[Event]:
-    """Runs ``study`` in the folder at ``path``; ``text`` is its file, kept beside the results.
+    """Resolve ``study`` and run it in the folder at ``path``; ``text`` is its file, which is copied there.
 
     Raises:
-        BadStudy: Where methods cannot be built with these settings and data, each with the reason; nothing was run.
-        DataError: Where the data cannot be had or cannot be used, with every problem; nothing was run.
-        RunExists: Where the folder holds a run and ``resume`` is not asked for.
+        BadStudy: If methods cannot be built with these settings and data. Nothing was run.
+        DataError: If the data cannot be read or used. Nothing was run.
+        RunExists: If the folder contains a run and ``resume`` is not set.
         RunHeld: If another process works on the run.
-        Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` goes on from there.
-        NotChosen: Where what a search chose was changed after training had begun with it.
+        Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
+        NotChosen: If what a search chose was changed after training had begun with it.
     """
-    work = _Work.of(study, path)
-    splits = work.looked_at()
-    first = splits[0]
-    _refuse_wrong_combinations(study, text, first)
-    task = plan_of(study, study.methods[0], first, study.seeds[0]).build_task()
-    found = inspect(task.model())
-    parameters = sum(leaf.numel() for leaf in task.first(0).values())
+    yield from run_resolved(resolve(study, text), path, resume)
+
+
+def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
+    """Run a resolved study. The arguments and errors are those of ``run``."""
+    study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
+    work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
+    network = inspect(resolved.task.model())
+    parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
     folder = Folder(path)
     try:
-        folder.begin(text, information(study, splits, parameters), resume)
-        write_groups(path, work.source.table(), work.numbers)
+        folder.begin(resolved.text, information(study, splits, parameters), resume)
+        write_groups(path, resolved.source.table(), resolved.numbers)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
-        yield Event("data", notes=(*dict.fromkeys(notes), *found.warnings))
+        yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))
         done = work.results()
-        jobs = [job for job in work.jobs if job.name not in done]
-        for job in work.jobs:
+        jobs = [job for job in resolved.jobs if job.name not in done]
+        for job in resolved.jobs:
             if job.name in done:
                 yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
         workers = study.engine.workers or cores()
         if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
             warm_up()
         if _whole_arms(study, len(jobs), workers):
-            inside = study.engine.model_copy(update={"kind": "in-process"})  # each arm has one process
+            inside = study.engine.model_copy(update={"kind": "in-process"})  # each method run has one process
             work.study = study.model_copy(update={"engine": inside})
             yield from side_by_side(jobs, work, folder.note, workers)
         else:
             yield from in_turn(jobs, work, folder.note)
-        folder.finish([job.name for job in work.jobs])
+        folder.finish([job.name for job in resolved.jobs])
         folder.note("finished", {})
     except Stopped:
         folder.note("stopped", {})
@@ -81,30 +79,8 @@ def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[E
         folder.close()
 
 
-def _refuse_wrong_combinations(study: Study, text: str, data: Federated) -> None:
-    """Builds every method once.
-
-    Raises:
-        BadStudy: With every method that cannot be built, and why.
-    """
-    problems = []
-    for i, method in enumerate(study.methods):
-        try:
-            for seed in study.seeds if study.attack else study.seeds[:1]:
-                simulation_schema.method_of(study, plan_of(study, method, data, seed), data.training)
-            if reason := uncovered(plan_of(study, method, data, study.seeds[0])):
-                problems.append(Problem(("methods", i, "name"), reason))
-        except (TypeError, ValueError) as error:
-            problems.append(Problem(("methods", i), str(error)))
-    for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):
-        says = f"there is no such site. There are {', '.join(data.sites)}"
-        problems.append(Problem(("machines", "sites", site), says))
-    if problems:
-        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
-
-
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
-    """Whether workers share arms rather than the sites of one arm."""
+    """Return whether worker processes share method runs rather than the sites of one method run."""
     engine = study.engine
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
@@ -114,49 +90,24 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
 
 @dataclasses.dataclass
 class _Work:
-    """Runs one arm after its search. Keeps the data of one split, since arms of one split follow each other."""
+    """Executes method runs after their searches. Keeps the latest split, which the next method run often shares.
 
+    Attributes:
+        resolved: What the validation built.
+        study: The study, with the engine that the method runs use.
+        path: The run folder.
+        latest: Seed, fold and data of the latest split.
+    """
+
+    resolved: ResolvedStudy
     study: Study
     path: Path
-    source: Source
-    numbers: Mapping[str, int]
-    jobs: tuple[Job, ...] = ()
-    latest: tuple[int, Fold | None, Federated] | None = None
-
-    @classmethod
-    def of(cls, study: Study, path: Path) -> "_Work":
-        """Finds out which arms there are."""
-        source = study.data.source()
-        patients = sorted(set(source.table().patients))
-        work = cls(study, path, source, {patient: i for i, patient in enumerate(patients)})
-        folds: list[Fold | None] = [None]
-        if study.folds == "sites":
-            sites = federate(study.data, study.seeds[0], None, source).training
-            folds = [Fold(i, len(sites), "sites") for i in range(len(sites))]
-        elif study.folds is not None:
-            folds = [Fold(i, study.folds) for i in range(study.folds)]
-        work.jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
-        return work
-
-    def looked_at(self) -> list[Federated]:
-        """The splits of the first seed, after a look at those of all seeds.
-
-        Raises:
-            DataError: Where any of them cannot be used.
-        """
-        kept = list[Federated]()
-        for seed, fold in dict.fromkeys((job.seed, job.fold) for job in self.jobs):
-            data = self._data(seed, fold)
-            _check(self.study, data)
-            patients_apart(data)
-            if seed == self.study.seeds[0]:
-                kept.append(data if not kept else dataclasses.replace(data, sites={}))
-        return kept
+    latest: tuple[int, Fold | None, Federated]
 
     def results(self) -> dict[str, dict[str, float]]:
-        """The test scores of the arms that are finished, by name."""
+        """Return the test scores of the finished method runs by name."""
         found: dict[str, dict[str, float]] = {}
-        for job in self.jobs:
+        for job in self.resolved.jobs:
             file = self.path / "arms" / job.name / "checkpoint.safetensors"
             if file.is_file() and states.load(file).done:
                 found[job.name] = {}
@@ -170,16 +121,16 @@ class _Work:
 
         from polyclinic.evaluation.records.record_schema import record_files
 
-        by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.jobs}
-        for file in record_files(self.path, [job.name for job in self.jobs]):
+        by_key = {(j.method.called, j.seed, j.fold.index if j.fold else 0): j for j in self.resolved.jobs}
+        for file in record_files(self.path, [job.name for job in self.resolved.jobs]):
             for line in file.read_bytes().split(b"\n")[:-1]:
                 if line.startswith(b'{"kind":"test"'):
                     fact = json.loads(line)
                     yield by_key[fact["method"], fact["seed"], fact.get("fold", 0)], fact
 
     def __call__(self, job: Job, note: Note) -> Iterator[Event]:
-        """Runs one arm from where it stands, with its search before it."""
-        folder = ArmFolder(self.path / "arms" / job.name, note, self.path / STOP)
+        """Execute one method run from its last checkpoint, after its search."""
+        folder = MethodRunFolder(self.path / "arms" / job.name, note, self.path / STOP)
         folder.path.mkdir(parents=True, exist_ok=True)
         facts: list[dict[str, Any]] = []
         if self.study.search is not None:
@@ -187,18 +138,18 @@ class _Work:
             job, facts = self._chosen(job, folder)
         yield from self._arm(self.study, job, folder).run(*facts)
 
-    def _arm(self, study: Study, job: Job, folder: ArmFolder, sealed: bool = False) -> Arm:
+    def _arm(self, study: Study, job: Job, folder: MethodRunFolder, sealed: bool = False) -> MethodRun:
         data = self._data(job.seed, job.fold)
         data = _sealed(data) if sealed else data
-        return Arm(study, job, plan_of(study, job.method, data, job.seed), data, folder, self.numbers)
+        return MethodRun(study, job, self.resolved.method(job, data, study), data, folder, self.resolved.numbers)
 
     def _data(self, seed: int, fold: Fold | None) -> Federated:
-        if self.latest is None or self.latest[:2] != (seed, fold):
-            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.source))
+        if self.latest[:2] != (seed, fold):
+            self.latest = (seed, fold, federate(self.study.data, seed, fold, self.resolved.source))
         return self.latest[2]
 
-    def _search(self, job: Job, folder: ArmFolder) -> Iterator[Event]:
-        """Tries settings on validation data, in an arm of its own each, which has no test data to open."""
+    def _search(self, job: Job, folder: MethodRunFolder) -> Iterator[Event]:
+        """Try settings on validation data, each in a separate method run without test data."""
         spec, file = self.study.search, folder.path / "search.jsonl"
         assert spec is not None
         if file.exists():
@@ -208,7 +159,7 @@ class _Work:
         lines = []
         for trial, values in enumerate(settings):
             one = dataclasses.replace(job, method=with_values(job.method, values), trial=trial)
-            own = ArmFolder(folder.path / "trials" / str(trial), folder.note, folder.stop)
+            own = MethodRunFolder(folder.path / "trials" / str(trial), folder.note, folder.stop)
             begun = time.process_time()
             for _ in self._arm(study, one, own, sealed=True).run():
                 pass
@@ -220,14 +171,14 @@ class _Work:
             folder.note("trial", job.who | facts)
             scores = {} if score is None else {"validation": score}
             yield job.event("trial", round=trial + 1, rounds=len(settings), scores=scores)
-        states.write_bytes(file, search_space.trial_lines(lines))
+        atomic.write(file, search_space.trial_lines(lines))
         shutil.rmtree(folder.path / "trials", ignore_errors=True)
 
-    def _chosen(self, job: Job, folder: ArmFolder) -> tuple[Job, list[dict[str, Any]]]:
-        """The job with the settings that its file names, and what is to be recorded of the search.
+    def _chosen(self, job: Job, folder: MethodRunFolder) -> tuple[Job, list[dict[str, Any]]]:
+        """Return the job with the chosen settings, and the records of the search.
 
         Raises:
-            NotChosen: Where the file cannot be used, or was changed after training had begun.
+            NotChosen: If the file cannot be used, or was changed after training had begun.
         """
         file, trials = folder.path / "chosen.toml", search_space.read_trials(folder.path / "search.jsonl")
         best = search_space.best(trials, self.study.higher_is_better)
@@ -245,27 +196,6 @@ class _Work:
 
 
 def _sealed(data: Federated) -> Federated:
-    """``data`` without its test patients and external sites: what is not there cannot be opened."""
+    """Return ``data`` without test patients and external sites."""
     sites = {s: {r: e for r, e in roles.items() if r != "test"} for s, roles in data.sites.items()}
     return dataclasses.replace(data, sites={s: sites[s] for s in data.training}, external=())
-
-
-def _check(study: Study, data: Federated) -> None:
-    """Whether the task fits the data.
-
-    Raises:
-        DataError: Where it does not, with what to do.
-    """
-    kind, found = study.task.kind, data.info.task
-    if kind != found:
-        fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
-        raise DataError(f'{data.info.name} is data for {found}: set {fast}task.kind = "{found}", not "{kind}"')
-    if kind == "classification":
-        present = [
-            any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
-        ]
-        if sum(present) < 2:
-            only = ", ".join(name for name, there in zip(data.info.classes, present, strict=True) if there) or "none"
-            raise DataError(
-                f"the training data of all sites hold one class only ({only}): there is nothing to tell apart"
-            )

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from polyclinic.core.atomic import write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
 from polyclinic.engines.flare.client.decisions import Review, read, shown_hash, signed_bytes, this_person, to_json
@@ -21,7 +22,7 @@ from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import run_request as orders
 from polyclinic.engines.flare.protocol import shared_journals, tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Call
-from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.methods.plugins import Package
 from tests.support.local_deployment import LocalCarrier, hospital, order, read_and_approve
@@ -519,6 +520,16 @@ def test_a_damaged_review_is_told(home: SiteFolder, text: str) -> None:
     (home.reviews / "run-1.json").write_text(text)
     with pytest.raises(SetupError, match=r"run-1\.json"):
         reviews.get("run-1")
+
+
+def test_the_states_in_a_file_are_words_that_other_versions_read(home: SiteFolder) -> None:
+    reviews, path = Reviews(home.reviews), home.reviews / "run-1.json"
+    reviews.offer(order(), ())
+    assert json.loads(path.read_text())["state"] == "waiting"
+    for state, word in ((REFUSED, "refused"), (APPROVED, "approved")):
+        reviews.remember(reviews.subject("run-1"))
+        reviews.decide("run-1", state, "anna", "IRB")
+        assert json.loads(path.read_text())["state"] == word
 
 
 def test_a_review_survives_its_file(home: SiteFolder) -> None:

@@ -146,7 +146,7 @@ def test_a_site_cannot_take_another_sites_name(two: Hospitals, tmp_path: Path) -
     """A certificate of site-0 under the name of site-1, while site-1 is away."""
     two.command("site", "stop", home=two.homes["site-1"].path)
     until(lambda: "site-1" not in server_setup.status(two.server)["sites"], "site-1 to be away")
-    shutil.copytree(two.homes["site-0"].kit, tmp_path / "kit")
+    shutil.copytree(two.homes["site-0"].kit, tmp_path / "kit", ignore=shutil.ignore_patterns("*.sock"))
     config = tmp_path / "kit" / "startup" / "fed_client.json"
     config.write_text(config.read_text().replace("site-0", "site-1"))
     process = flare_processes.start("site", tmp_path / "kit", tmp_path / "log", uid="site-1", org="hospital")
@@ -170,7 +170,7 @@ def test_who_is_shut_out_is_out_and_may_be_let_in_again(two: Hospitals) -> None:
     until(lambda: "site-1" not in server_setup.status(two.server)["sites"], "site-1 to be out")
     time.sleep(10)
     assert "site-1" not in server_setup.status(two.server)["sites"]
-    assert "shut out since" in two.command("server", "sites", home=two.server.path)
+    assert "revoked 20" in two.command("server", "sites", home=two.server.path)
     assert "not admitted" in two.command(
         "server",
         "run",

@@ -12,12 +12,11 @@ from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import PerSite, Reply, WeightedMean
 from polyclinic.core.audit_log import verify
 from polyclinic.core.method import Request
-from polyclinic.core.rounds import train, train_async
+from polyclinic.core.rounds import train, train_async, undiscounted
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.client.reviews import REFUSED, Reviews
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call
-from polyclinic.engines.flare.server.remote_federation import discount_of
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.testing import equal
 from tests.conftest import little_sites
@@ -40,7 +39,13 @@ def reference(an, sites=None):
     engine, state = InProcess(method, all_sites, seed=plan.seed), method.init(plan.build_task().first(plan.seed))
     if an.mode == "buffered":
         steps = train_async(
-            method, engine, state, updates=plan.rounds, buffer=an.buffer, passes=an.passes, discount=discount_of(method)
+            method,
+            engine,
+            state,
+            updates=plan.rounds,
+            buffer=an.buffer,
+            passes=an.passes,
+            discount=method.capabilities.discount or undiscounted,
         )
     else:
         steps = train(method, engine, state, rounds=plan.rounds, min_replies=an.min_replies)
@@ -397,7 +402,7 @@ def test_a_policy_counts_from_the_next_message_on(tmp_path: Path) -> None:
         ({"secure": True}, ""),
     ],
 )
-def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why, tmp_path: Path) -> None:
+def test_what_the_server_asks_is_checked_against_what_was_approved(changes, why: str, tmp_path: Path) -> None:
     server = Hostile(tmp_path, LITTLE)
     answer = server.call(server.ask(**changes))
     assert why in answer.lost
@@ -519,7 +524,7 @@ def _sized(delivery, value):
         (lambda d: _sized(d, Reply({"update": "text"})), "is not an aggregatable value"),
     ],
 )
-def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why, tmp_path: Path) -> None:
+def test_one_bad_site_is_lost_by_name_and_changes_no_bit(twist, why: str, tmp_path: Path) -> None:
     homes, an = hospital(tmp_path), order(rounds=1, min_replies=2)
     for home in homes.values():
         approve(home, an)

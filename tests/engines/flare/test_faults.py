@@ -80,6 +80,16 @@ def begin(house: Hospitals, run: str, at: int = 1, rounds: int = 3, who: tuple[s
 # Processes --------------------------------------------------------------------------------------------------------------
 
 
+def test_every_kind_of_process_is_recognized(house: Hospitals) -> None:
+    """What the other tests kill by its command line exists: a renamed module would otherwise only make them wait."""
+    begin(house, "kinds", who=("site-1",))
+    at_sites, at_the_server = ("training", "site job", "site parent", "site keeper"), ("server job", "server parent")
+    assert all(house.pids(kind, "site-1") for kind in at_sites)
+    assert all(house.pids(kind) for kind in (*at_the_server, "supervisor"))
+    house.release()
+    house.finished("kinds")
+
+
 def test_kill_the_training_process(house: Hospitals) -> None:
     """Its site starts another, which does the work; the server learns nothing of it."""
     an = begin(house, "training", who=("site-1",))
@@ -188,8 +198,8 @@ def test_kill_a_site_at_its_writes(house: Hospitals) -> None:
     run, deaths = "site-writes", []
     for number, (argv, file) in enumerate(
         (
-            (r"flare\.trainer", r"\d\.reply"),
-            (r"flare\.trainer", r"\d\.memory"),
+            (r"client\.training_process", r"\d\.reply"),
+            (r"client\.training_process", r"\d\.memory"),
             ("worker_process", r"chain\.json"),
         )
     ):
@@ -201,14 +211,20 @@ def test_kill_a_site_at_its_writes(house: Hospitals) -> None:
     bits_are_the_same(house, run, an)
 
 
-@pytest.mark.parametrize("file", [r"ledgers/.*\.head", r"\d\.reply"])
-def test_privacy_spend_is_never_under_counted(file: str, house: Hospitals) -> None:
+@pytest.mark.parametrize(
+    ("file", "skip"),
+    [
+        (r"ledgers/.*\.head", 2),  # after the heads of the budget and of the list of patients: the first spend
+        (r"\d\.reply", 1),
+    ],
+)
+def test_privacy_spend_is_never_under_counted(file: str, skip: int, house: Hospitals) -> None:
     """The training process dies when it has paid and not yet answered, or just before its answer has its name."""
     pytest.importorskip("dp_accounting", reason="needs polyclinic[privacy]")
     run, home = f"spend-{len(file)}", house.homes["site-1"]
     before = sum(len(Ledger(path).spends()) for path in home.ledgers.glob("*.jsonl"))
     home.policy.write_text(POLICY + '[privacy]\nepsilon = 1000.0\ndelta = 1e-3\nunit = "record"\n')
-    died = house.die_at(r"flare\.trainer", rf"site-1/.*{file}$", "before", skip=1)
+    died = house.die_at(r"client\.training_process", rf"site-1/.*{file}$", "before", skip)
     training = {"batch_size": 8, "lr": 0.05, "steps": 1, "private": {"noise": 2.0, "bound": 1.0, "unit": "record"}}
     try:
         house.order(
@@ -381,7 +397,7 @@ def test_a_site_is_not_started_twice(house: Hospitals) -> None:
 def test_a_copy_of_a_site_changes_no_bit(house: Hospitals) -> None:
     """Somebody copied a site's folder to a second machine, and started both."""
     copy = SiteFolder(house.root / "copy")
-    shutil.copytree(house.homes["site-1"].path, copy.path)
+    shutil.copytree(house.homes["site-1"].path, copy.path, ignore=shutil.ignore_patterns("*.sock"))
     (copy.path / "status.json").unlink()
     an = begin(house, "double", who=("site-1",))
     house.command("site", "start", "--background", home=copy.path)
@@ -407,7 +423,9 @@ def test_a_server_is_not_started_twice(house: Hospitals) -> None:
 def test_a_copy_of_a_server_takes_nobody_away(house: Hospitals) -> None:
     """A copy of the server's folder on the same machine finds its port taken, and says so."""
     copy = ServerFolder(house.root / "server-copy")
-    shutil.copytree(house.server.path, copy.path, ignore=shutil.ignore_patterns("status.json", "*.log*", ".*"))
+    shutil.copytree(
+        house.server.path, copy.path, ignore=shutil.ignore_patterns("status.json", "*.log*", ".*", "*.sock")
+    )
     said = house.command("server", "start", "--background", home=copy.path, code=2)
     assert str(house.port) in said
     assert not flare_processes.working_in(copy.path)

@@ -224,7 +224,7 @@ def test_a_folder_without_examples_is_told(home: SiteFolder, tmp_path: Path) -> 
     an = replace(order(plan={"network": "mlp", "inputs": [2]}), external=("here",))
     with pytest.raises(UnsuitableData) as found:
         site_data.load(home.path / "data", an, an.build_plan(), "here")
-    assert found.value.told == "there are no examples here for this study"
+    assert found.value.reported == "there are no examples here for this study"
 
 
 def test_a_coordinator_sends_what_sites_take_and_says_what_it_keeps(tmp_path: Path) -> None:
@@ -234,5 +234,5 @@ def test_a_coordinator_sends_what_sites_take_and_says_what_it_keeps(tmp_path: Pa
     study = study_config.read(make(tmp_path, text)[0])
     assert deployment.how(study)["data"] == {"split": [0.5, 0.2, 0.3]}
     assert data_restrictions.refused(deployment.how(study)["data"]) == []
-    _, notes = deployment.arms(study, ("lyon", "osaka", "oslo"))
+    _, notes = deployment.method_runs(study, ("lyon", "osaka", "oslo"))
     assert "[data] classes, patient: not sent; each hospital says this of its own data, in its data.toml" in notes

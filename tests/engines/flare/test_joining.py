@@ -21,7 +21,7 @@ from tests.support.local_deployment import order
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
@@ -114,7 +114,9 @@ def test_nobody_may_bring_code_run_commands_or_read_logs(site: SiteFolder, serve
         ("surprise", "x", "not known"),
     ],
 )
-def test_a_changed_join_file_is_refused(field, value, why, site: SiteFolder, table: dict, tmp_path: Path) -> None:
+def test_a_changed_join_file_is_refused(
+    field: str, value, why: str, site: SiteFolder, table: dict, tmp_path: Path
+) -> None:
     with pytest.raises(BadFile, match=why):
         site_setup.read_join(site, write(tmp_path / "join", {**table, field: value}))
 
@@ -167,7 +169,7 @@ def test_certificates_begin_end_and_say_so(server: ServerFolder) -> None:
         ({"organization": "a b"}, "an organization"),
     ],
 )
-def test_a_bad_request_is_refused(changes, why, server: ServerFolder, site: SiteFolder, tmp_path: Path) -> None:
+def test_a_bad_request_is_refused(changes, why: str, server: ServerFolder, site: SiteFolder, tmp_path: Path) -> None:
     request = json.loads((site.path / "site-1.request").read_text())
     with pytest.raises(BadFile, match=why):
         server_setup.admit(server, write(tmp_path / "request", {**request, **changes}))
@@ -197,14 +199,14 @@ def test_one_name_is_one_organization_and_may_be_shut_out(
     site_setup.init(impostor, "site-1", "other_hospital")
     with pytest.raises(BadFile, match="a site of hospital already"):
         server_setup.admit(server, impostor.path / "site-1.request")
-    server_setup.shut_out(server, "site-1")
+    server_setup.revoke(server, "site-1")
     assert json.loads((server.kit / "disabled_clients.json").read_text()) == {"disabled_clients": ["site-1"]}
     with pytest.raises(BadFile, match="revoked"):
         server_setup.admit(server, site.path / "site-1.request")
-    server_setup.shut_out(server, "site-1", readmit=True)
+    server_setup.reinstate(server, "site-1")
     assert server_setup.admit(server, site.path / "site-1.request")[0] == "site-1"
     with pytest.raises(SetupError, match="no site called 'site-7'"):
-        server_setup.shut_out(server, "site-7")
+        server_setup.revoke(server, "site-7")
 
 
 def test_a_renewed_certificate_is_for_the_same_or_for_new_keys(

@@ -78,7 +78,7 @@ def test_a_server_that_rewrites_its_journal_is_noticed(houses: tuple[Path, Path,
         return {**details, "reply": "0" * 64} if event == "answered" else details
 
     forged = rewritten(server, tmp_path / "x" / server.parent.name, other)
-    with pytest.raises(Broken, match="not the signature of site-0"):
+    with pytest.raises(Broken, match="the signature is not that of site-0"):
         check_signatures(forged, certificate)
 
 
@@ -110,7 +110,7 @@ def test_journals_hold_no_data_and_two_that_are_strangers_do_not_agree(
     other = Journal(tmp_path / "journal.jsonl")
     other.write("begun", {})
     other.close()
-    with pytest.raises(Broken, match="do they belong together"):
+    with pytest.raises(Broken, match="are they journals of the same run"):
         check_heads(site, tmp_path / "journal.jsonl")
     with pytest.raises(Broken, match="does not exist"):
         check(tmp_path / "nothing.jsonl")

@@ -4,6 +4,7 @@ import json
 import random
 import time
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_mutated_messages_never_do_harm() -> None:
     assert refused
 
 
-def test_mutated_files_never_do_harm(tmp_path) -> None:
+def test_mutated_files_never_do_harm(tmp_path: Path) -> None:
     """Three seconds of damaged replies: each is a reply with other numbers, or is refused; nothing else happens."""
     rng, until = random.Random(2), time.monotonic() + 3
     good = states.encode(
@@ -162,13 +163,13 @@ def test_mutated_files_never_do_harm(tmp_path) -> None:
         (2).to_bytes(8, "little") + b"[]",
     ],
 )
-def test_other_formats_are_refused_without_running_anything(data: bytes, tmp_path) -> None:
+def test_other_formats_are_refused_without_running_anything(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "reply").write_bytes(data)
     with pytest.raises(states.Corrupt):
         tensor_file.read_reply(tmp_path / "reply")
 
 
-def test_a_reply_on_the_disk_is_the_reply(tmp_path) -> None:
+def test_a_reply_on_the_disk_is_the_reply(tmp_path: Path) -> None:
     replies = [
         Reply(
             {
@@ -194,7 +195,7 @@ def test_a_reply_on_the_disk_is_the_reply(tmp_path) -> None:
     assert equal(replies[0] * 0.5, read[0] * 0.5)
 
 
-def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
+def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path: Path) -> None:
     import resource
 
     leaves = {str(k): torch.zeros(2**18) for k in range(64)}  # 64 MB
@@ -222,7 +223,7 @@ def test_a_reply_on_the_disk_takes_the_memory_of_one_leaf(tmp_path) -> None:
         ({"score_every": -1}, "'score_every'"),
     ],
 )
-def test_a_wrong_order_is_told_by_field(changes, why) -> None:
+def test_a_wrong_order_is_told_by_field(changes, why: str) -> None:
     table = {**json.loads(order().to_json()), **changes}
     with pytest.raises(InvalidRunRequest, match=why):
         RunRequest.from_json(json.dumps(table))

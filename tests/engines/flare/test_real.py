@@ -49,6 +49,7 @@ def test_a_study_between_hospitals_gives_the_bits_of_one_process(hospitals: Hosp
         until(
             lambda home=home: "quick" in hospitals.command("site", "review", home=home.path),
             f"the study to come to {site}",
+            pause=1.0,
         )
         assert 'method = "scaffold"' in hospitals.command("site", "review", "quick", home=home.path)
         hospitals.command("site", "approve", "quick", "--reason", "IRB 1", home=home.path)

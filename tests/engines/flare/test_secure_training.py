@@ -11,10 +11,11 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from polyclinic.core.aggregates import Reply, WeightedMean
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.client.secure_training import Demands, SecureTraining
 from polyclinic.engines.flare.pki import site_keys
 from polyclinic.engines.flare.protocol import tensor_file
-from polyclinic.engines.flare.protocol.paths import hash_of, write_private
+from polyclinic.engines.flare.protocol.paths import hash_of
 from polyclinic.privacy.gaussian import Gaussian
 from polyclinic.secure_aggregation import SecureSum
 from polyclinic.secure_aggregation.server import SecureServer

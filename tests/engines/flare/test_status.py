@@ -86,13 +86,16 @@ def test_a_site_that_is_well_says_so(site: SiteFolder, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda home: heard(home, 3600), "NOT REACHED, heard 60 minutes ago"),
-        (lambda home: (home.path / "connection.json").unlink(), "NOT REACHED, never heard"),
+        (lambda home: heard(home, 3600), "NOT REACHABLE, last message 60 minutes ago"),
+        (lambda home: (home.path / "connection.json").unlink(), "NOT REACHABLE, no message yet"),
         (lambda home: heard(home, 1, "Client 'site-0' is disabled"), "REFUSES this site (Client 'site-0' is disabled)"),
         (lambda home: keeper(home, birth="1"), "does not run: polyclinic site start"),
         (lambda home: keeper(home, beat=time.time() - 600), "its supervisor does not respond"),
         (lambda home: keeper(home, crashes=5), "FLARE's process ended 5 times in a row"),
-        (lambda home: keeper(home, started=time.time()) or heard(home, 3600), "connecting, heard 60 minutes ago"),
+        (
+            lambda home: keeper(home, started=time.time()) or heard(home, 3600),
+            "connecting, last message 60 minutes ago",
+        ),
         (lambda home: failing(home), "problem  run-1: failed: DataError; see the site's log"),
     ],
 )
@@ -116,13 +119,13 @@ def test_a_site_without_its_keeper_that_works_on_says_so(
 ) -> None:
     keeper(site, birth="1")
     monkeypatch.setattr(flare_processes, "working_in", lambda folder: [1, 2])
-    assert "lost its keeper, and 2 of its processes go on" in said(site, capsys)
+    assert "lost its supervisor, and 2 of its processes still run" in said(site, capsys)
 
 
 def test_what_is_done_is_told_while_its_process_lives(site: SiteFolder, capsys: pytest.CaptureFixture[str]) -> None:
     status = RunStatus(RunMemory(site.memory("run-1")).folder)
     with status.working(call()):
-        assert "working  run-1: train of round 3, begun" in said(site, capsys)
+        assert "working  run-1: train of round 3, started" in said(site, capsys)
         table = json.loads(status.path.read_text())
         status.path.write_text(json.dumps({**table, "birth": "1"}))  # kill -9
         assert "working" not in said(site, capsys)
@@ -151,11 +154,10 @@ def test_waiting_says_for_what_and_ends_with_the_site(
     shown.wait_for(site, "spots", lambda: next(looks))
     out = capsys.readouterr().out
     assert (
-        out
-        == "waits    for the study 'spots' to come; the server is connected; run-1: failed: DataError; see the site's log\n"
+        out == "waiting  for the study 'spots'; the server is connected; run-1: failed: DataError; see the site's log\n"
     )
     keeper(site, birth="1")
-    with pytest.raises(SetupError, match="site-0 does not run, so the study 'spots' cannot come here"):
+    with pytest.raises(SetupError, match="site-0 does not run, so the study 'spots' cannot arrive"):
         app.app(["site", "review", "spots", "--wait", "--home", str(site.path)])
 
 
@@ -265,7 +267,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     hospitals.held(0, "site-1")
     assert "working  status: train of round 1" in status()
     hospitals.kill("site keeper", "site-1")
-    assert "lost its keeper" in status()
+    assert "lost its supervisor" in status()
     hospitals.release()
     hospitals.finished("status")
     hospitals.start_site("site-1")
@@ -279,5 +281,5 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     hospitals.command("server", "reinstate", "site-1", home=hospitals.server.path)
     until(lambda: "connected, heard" in status(), "the site to be let in again", 120)
     hospitals.command("server", "stop", home=hospitals.server.path)
-    until(lambda: "NOT REACHED" in status(), "the silence to be noticed", 90)
+    until(lambda: "NOT REACHABLE" in status(), "the silence to be noticed", 90)
     hospitals.command("site", "status", "--json", home=home.path, code=1)

@@ -72,7 +72,7 @@ class Clinics:
         self.server.settings.write_text(toml(given))
 
     def put(self) -> list[str]:
-        arms, _ = deployment.arms(self.study, CLINICS)
+        arms, _ = deployment.method_runs(self.study, CLINICS)
         text = self.file.read_text()
         return study_runs.put(
             self.server,
@@ -328,7 +328,7 @@ def test_sites_that_keep_predictions_send_scores_and_a_refused_study_fails_at_on
 
 def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
     study = study_config.read(make(tmp_path)[0])
-    arms, notes = deployment.arms(study, CLINICS)
+    arms, notes = deployment.method_runs(study, CLINICS)
     assert {arm["label"] for arm in arms} == {"local", "fedbn"}
     assert {arm["label"]: arm["external"] for arm in arms} == {"local": [], "fedbn": ["osaka"]}
     assert notes == [
@@ -336,12 +336,12 @@ def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
         "[data] patient: not sent; each hospital says this of its own data, in its data.toml",
     ]
     with pytest.raises(deployment.NotElsewhere, match="the external site osaka is not admitted"):
-        deployment.arms(study, ("lyon", "oslo"))
-    with pytest.raises(deployment.NotElsewhere, match="nobody is left"):
-        deployment.arms(study, ("osaka",))
+        deployment.method_runs(study, ("lyon", "oslo"))
+    with pytest.raises(deployment.NotElsewhere, match="no site can train"):
+        deployment.method_runs(study, ("osaka",))
     only = study.model_copy(update={"methods": tuple(m for m in study.methods if m.name == "pooled")})
     with pytest.raises(deployment.NotElsewhere, match="no method is left"):
-        deployment.arms(only, CLINICS)
+        deployment.method_runs(only, CLINICS)
     assert "path" not in deployment.how(study)["data"]
 
 

@@ -1,6 +1,6 @@
 """Sites on a GPU: every method runs there, repeats itself to the bit, and agrees with the processor up to rounding.
 
-Skipped where there is no GPU. Messages and states are on the processor whatever the device.
+Skipped without a GPU. Messages and states are on the processor whatever the device.
 """
 
 from dataclasses import replace

@@ -10,6 +10,7 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train, train_async
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Machine, Unequal
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.aggregation.fedbuff import FedBuff
@@ -29,11 +30,11 @@ SLOW = {"site-0": Machine(1.0), "site-1": Machine(0.5), "site-2": Machine(5.0)}
     "make", [FedAvg, lambda task, local: fedbn(task, local), lambda task, local: Scaffold(task, 3, local)]
 )
 @pytest.mark.parametrize("machines", [{}, SLOW])
-def test_slow_machines_change_no_bit(task, make, machines):
+def test_slow_machines_change_no_bit(task: Classification, make, machines) -> None:
     check_engine(lambda m, sites: Unequal(m, sites, machines), make(task, LOCAL), task.first(0), little_sites())
 
 
-def test_time_is_bytes_and_batches(task):
+def test_time_is_bytes_and_batches(task: Classification) -> None:
     machines = {
         "site-0": Machine(1.0, up=100.0, down=200.0),
         "site-1": Machine(0.5),
@@ -48,7 +49,7 @@ def test_time_is_bytes_and_batches(task):
     assert engine.clock == pytest.approx(max(wanted.values()))
 
 
-def test_a_deadline_loses_slow_sites_and_what_they_kept(task):
+def test_a_deadline_loses_slow_sites_and_what_they_kept(task: Classification) -> None:
     method = fedbn(task, LOCAL)
     engine = Unequal(method, little_sites(), SLOW)  # 6, 4 and 60 s
     for step in train(method, engine, method.init(task.first(0)), rounds=3, deadline=10.0):
@@ -62,7 +63,7 @@ def test_a_deadline_loses_slow_sites_and_what_they_kept(task):
     assert equal(last.state, step.state)
 
 
-def test_nothing_sleeps(task):
+def test_nothing_sleeps(task: Classification) -> None:
     method = FedAvg(task, LOCAL)
     engine = Unequal(method, little_sites(), {"site-0": Machine(3600.0)})
     begun = time.perf_counter()
@@ -82,7 +83,7 @@ def run(task, machines, rounds, seed=0, state=None, memory=None):
     return step.state, dict(engine.memory), lost
 
 
-def test_drop_outs_are_as_often_as_said_the_same_every_time_and_on_resuming(task):
+def test_drop_outs_are_as_often_as_said_the_same_every_time_and_on_resuming(task: Classification) -> None:
     machines = {"site-1": Machine(drop_out=0.3)}
     state, memory, lost = run(task, machines, 24)
     share = sum("site-1" in names for names in lost) / 24
@@ -95,7 +96,7 @@ def test_drop_outs_are_as_often_as_said_the_same_every_time_and_on_resuming(task
     assert equal((end, memory_end), (state, memory))
 
 
-def test_fast_sites_answer_more_often_when_nobody_waits(task):
+def test_fast_sites_answer_more_often_when_nobody_waits(task: Classification) -> None:
     method = FedAvg(task, LocalTraining(steps=1, batch_size=4, lr=0.05))
     machines = {"site-0": Machine(1.0), "site-1": Machine(4.0), "site-2": Machine(10.0)}
     engine = Unequal(method, little_sites(), machines)
@@ -108,7 +109,7 @@ def test_fast_sites_answer_more_often_when_nobody_waits(task):
     assert waiting.clock == 130.0
 
 
-def test_a_buffer_holds_answers_and_a_fast_site_counts_once_for_each_model(task):
+def test_a_buffer_holds_answers_and_a_fast_site_counts_once_for_each_model(task: Classification) -> None:
     """FedBuff, Algorithm 1: Δ̄ = 1/K Σ Δ_k over K answers; counting sites gave the fast one a weight of 4.5 for K = 2."""
     sites, local = little_sites(count=2), LocalTraining(lr=0.05, batch_size=8)
     method = FedBuff(task, local, buffer=2)
@@ -122,7 +123,7 @@ def test_a_buffer_holds_answers_and_a_fast_site_counts_once_for_each_model(task)
     assert tree.norm(tree.sub(tree.sub(step.state.params, start.params), mean)) < 1e-5 * tree.norm(mean)
 
 
-def test_a_fast_site_answers_again_as_soon_as_there_is_a_new_model(task):
+def test_a_fast_site_answers_again_as_soon_as_there_is_a_new_model(task: Classification) -> None:
     """With room for two of three, the two fast sites fill the buffer, and the slow one comes in when it is done."""
     method = FedAvg(task, LocalTraining(steps=1, batch_size=4, lr=0.05))
     engine = Unequal(method, little_sites(), {"site-0": Machine(1.0), "site-1": Machine(2.0), "site-2": Machine(5.0)})
@@ -136,7 +137,7 @@ def test_a_fast_site_answers_again_as_soon_as_there_is_a_new_model(task):
     assert engine.clock == 6.0
 
 
-def test_semi_synchronous_sites_finish_together(task):
+def test_semi_synchronous_sites_finish_together(task: Classification) -> None:
     seconds = (("site-0", 1.0), ("site-1", 0.5), ("site-2", 5.0))
     method = SemiSync(FedNova(task, replace(LOCAL, epochs=1)), seconds)
     engine = Unequal(method, little_sites(), SLOW)
@@ -144,7 +145,7 @@ def test_semi_synchronous_sites_finish_together(task):
     assert last.seconds == pytest.approx({"site-0": 30.0, "site-1": 30.0, "site-2": 30.0})
 
 
-def test_evaluation_takes_no_time_and_never_fails(task):
+def test_evaluation_takes_no_time_and_never_fails(task: Classification) -> None:
     method = Evaluated(FedAvg(task, LOCAL), task)
     engine = Unequal(method, little_sites(), {name: Machine(5.0, 1.0, 1.0, 1.0) for name in little_sites()})
     scores = evaluate(method, engine, method.init(task.first(0)), engine.sites)
@@ -152,7 +153,7 @@ def test_evaluation_takes_no_time_and_never_fails(task):
     assert engine.clock == 0
 
 
-def test_judging_a_model_leaves_alone_whoever_is_training(task):
+def test_judging_a_model_leaves_alone_whoever_is_training(task: Classification) -> None:
     method = Evaluated(FedAvg(task, LOCAL), task)
     judged, plain = Unequal(method, little_sites(), SLOW), Unequal(method, little_sites(), SLOW)
     for step in train_async(method, judged, method.init(task.first(0)), updates=9):
@@ -162,7 +163,7 @@ def test_judging_a_model_leaves_alone_whoever_is_training(task):
     assert judged.clock == plain.clock
 
 
-def test_only_those_named_are_asked_when_nobody_waits(task):
+def test_only_those_named_are_asked_when_nobody_waits(task: Classification) -> None:
     method = FedAvg(task, LOCAL)
     engine = Unequal(method, little_sites(), SLOW)
     steps = list(train_async(method, engine, method.init(task.first(0)), updates=5, among=["site-1", "site-0"]))
@@ -178,17 +179,17 @@ def test_only_those_named_are_asked_when_nobody_waits(task):
         ({"down": float("nan")}, "down is nan"),
     ],
 )
-def test_impossible_machines_are_refused_with_every_reason(given, says):
+def test_impossible_machines_are_refused_with_every_reason(given, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Machine(**given)
 
 
-def test_a_machine_without_a_site_is_refused(task):
+def test_a_machine_without_a_site_is_refused(task: Classification) -> None:
     with pytest.raises(ValueError, match=r"machines name unknown sites \['nowhere'\]"):
         Unequal(FedAvg(task), little_sites(), {"nowhere": Machine()})
 
 
-def test_data_keeps_its_other_attributes(task):
+def test_data_keeps_its_other_attributes(task: Classification) -> None:
     sites = little_sites()
     sites["site-0"].data["val"].patients = torch.arange(12).tolist()
     method = Evaluated(FedAvg(task, LOCAL), task)

@@ -18,6 +18,8 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Trees
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import DEATHS, Workers
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import fedbn
@@ -63,7 +65,7 @@ class Deadly(FedAvg):
 
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (1, 5))])
-def test_more_sites_than_workers_wait_their_turn(workers: int, task, local) -> None:
+def test_more_sites_than_workers_wait_their_turn(workers: int, task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=5)
     expected = run(Scaffold(task, 5, local), InProcess(Scaffold(task, 5, local), sites), task.first(0))[0]
     with Workers(Scaffold(task, 5, local), sites, workers=workers) as engine:
@@ -71,7 +73,9 @@ def test_more_sites_than_workers_wait_their_turn(workers: int, task, local) -> N
         assert equal(run(Scaffold(task, 5, local), engine, task.first(0))[0], expected)
 
 
-def test_a_killed_worker_is_replaced_and_its_site_asked_again(task, local, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_its_site_asked_again(
+    task: Classification, local: LocalTraining, tmp_path: Path
+) -> None:
     sites = little_sites()
     expected = run(FedAvg(task, local), InProcess(FedAvg(task, local), sites), task.first(0))[0]
     method = Deadly(task, local, folder=str(tmp_path))
@@ -82,7 +86,7 @@ def test_a_killed_worker_is_replaced_and_its_site_asked_again(task, local, tmp_p
     assert not any(step.lost for step in steps)
 
 
-def test_workers_killed_from_outside_change_nothing(task, local) -> None:
+def test_workers_killed_from_outside_change_nothing(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), fedbn(task, local)
     reference = InProcess(method, sites)
     expected = run(method, reference, task.first(0), rounds=12)[0]
@@ -110,14 +114,16 @@ def test_workers_killed_from_outside_change_nothing(task, local) -> None:
         assert equal(engine.memory, reference.memory)
 
 
-def test_a_site_that_always_kills_its_worker_is_lost_and_named(task, local, tmp_path: Path) -> None:
+def test_a_site_that_always_kills_its_worker_is_lost_and_named(
+    task: Classification, local: LocalTraining, tmp_path: Path
+) -> None:
     method = Deadly(task, local, folder=str(tmp_path), always=True)
     with Workers(method, little_sites()) as engine:
         _, steps = run(method, engine, task.first(0), rounds=1)
     assert "the available memory" in steps[0].lost["site-1"]
 
 
-def test_a_late_site_is_stopped_and_the_round_goes_on(task, local) -> None:
+def test_a_late_site_is_stopped_and_the_round_goes_on(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), Slow(task, local)
     without = {name: site for name, site in sites.items() if name != "site-1"}
     expected = run(FedAvg(task, local), InProcess(FedAvg(task, local), without), task.first(0), rounds=2)[0]
@@ -130,7 +136,7 @@ def test_a_late_site_is_stopped_and_the_round_goes_on(task, local) -> None:
     assert equal(state, expected)
 
 
-def test_a_late_site_in_process_is_lost_too(task, local) -> None:
+def test_a_late_site_in_process_is_lost_too(task: Classification, local: LocalTraining) -> None:
     method = Slow(task, local, sleeps=0.3)
     _, steps = run(method, InProcess(method, little_sites()), task.first(0), rounds=1, deadline=0.25)
     assert list(steps[0].lost) == ["site-1"]
@@ -149,7 +155,9 @@ class NoSecondRound:
 
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
-def test_a_policy_refuses_in_words_and_loses_only_its_own_site(engine, task, local) -> None:
+def test_a_policy_refuses_in_words_and_loses_only_its_own_site(
+    engine, task: Classification, local: LocalTraining
+) -> None:
     method = FedAvg(task, local)
     here = engine(method, little_sites(), policies={"site-2": NoSecondRound()})
     _, steps = run(method, here, task.first(0), rounds=2)
@@ -161,7 +169,9 @@ def test_a_policy_refuses_in_words_and_loses_only_its_own_site(engine, task, loc
 
 
 @pytest.mark.parametrize("engine", [InProcess, Workers])
-def test_a_failing_site_is_lost_with_its_reason_and_keeps_its_memory(engine, task, local) -> None:
+def test_a_failing_site_is_lost_with_its_reason_and_keeps_its_memory(
+    engine, task: Classification, local: LocalTraining
+) -> None:
     sites = little_sites()
     sites["site-0"] = Site("site-0", {"train": sites["site-0"].data["train"]}, device="abacus")
     method = fedbn(task, local)
@@ -174,7 +184,7 @@ def test_a_failing_site_is_lost_with_its_reason_and_keeps_its_memory(engine, tas
     here.close()
 
 
-def test_nothing_is_left_behind(task, local) -> None:
+def test_nothing_is_left_behind(task: Classification, local: LocalTraining) -> None:
     method = FedAvg(task, local)
     engine = Workers(method, little_sites())
     folder, pids = engine._folder, engine.pids
@@ -216,7 +226,7 @@ os.kill(os.getpid(), 9)
         time.sleep(0.05)
 
 
-def test_memory_can_be_handed_to_a_new_engine(task, local) -> None:
+def test_memory_can_be_handed_to_a_new_engine(task: Classification, local: LocalTraining) -> None:
     sites, method = little_sites(), Scaffold(task, 3, local)
     expected = run(method, InProcess(method, sites), task.first(0), rounds=4)[0]
     first = InProcess(method, sites)

@@ -77,7 +77,7 @@ def test_other_data_of_another_name_have_a_budget_of_their_own(tmp_path: Path) -
 
 
 def test_data_of_all_roles_count(tmp_path: Path) -> None:
-    """Another study may train on whom this one tests on."""
+    """Another study may train on the patients that this one tests on."""
     roles = {"train": ward(range(5)), "test": ward(range(5, 10))}
     ledger_for(tmp_path / "ledgers", "ward", roles, "lyon", BUDGET).reserve([ONE])
     opened(tmp_path, ward(range(9, 10)), "another").reserve([ONE])
@@ -200,7 +200,7 @@ def test_an_empty_image_is_no_ones(tmp_path: Path) -> None:
 
 
 def test_the_files_tell_nothing_of_patients(tmp_path: Path) -> None:
-    """Names and images are hashed with a key of the site's own, so nobody can try names out."""
+    """Names and images are hashed with a key of the site's own, so names cannot be tried out."""
     for home in (tmp_path / "a", tmp_path / "b"):
         home.mkdir()
         opened(home, TEN)
@@ -524,7 +524,7 @@ def test_a_policy_that_says_the_same_changes_no_budget(tmp_path: Path) -> None:
 
 
 def test_an_older_copy_of_another_ledger_of_the_site_stops_everything(tmp_path: Path) -> None:
-    """Whoever put one back may have put back others; and a ledger that is gone may count these data, too."""
+    """Someone who put one back may have put back others; and a ledger that is gone may count these data, too."""
     opened(tmp_path, TEN)
     other = opened(tmp_path, ward(range(50, 60), seed=3), "other")
     kept = {path: path.read_bytes() for path in other.path.parent.glob(f"{other.path.name}*")}

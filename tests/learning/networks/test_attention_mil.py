@@ -7,9 +7,10 @@ from scipy.special import expit, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.attention_mil import attention_mil
+from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model, represent
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -18,7 +19,7 @@ def bags(n, instances=6, features=5, key="x"):
     return torch.randn(n, instances, features, generator=Site("s").rng(key))
 
 
-def test_attention_is_the_papers_equation_in_numpy():
+def test_attention_is_the_papers_equation_in_numpy() -> None:
     model, x = attention_mil((6, 5), 3, 8, 4).eval(), bags(7)
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
     for bag, a, y in zip(x.double().numpy(), model.attention(x), model(x), strict=True):
@@ -29,7 +30,7 @@ def test_attention_is_the_papers_equation_in_numpy():
         assert np.allclose(y.detach().numpy(), wanted @ h @ P["head.weight"].T + P["head.bias"], atol=1e-5)
 
 
-def test_order_and_padding_change_nothing():
+def test_order_and_padding_change_nothing() -> None:
     model, x = attention_mil((6, 5), 3).eval(), bags(4)
     said = model(x)
     assert torch.allclose(model(x[:, torch.randperm(6)]), said, atol=1e-5)
@@ -39,7 +40,7 @@ def test_order_and_padding_change_nothing():
     assert model(torch.zeros(2, 6, 5)).isfinite().all()  # bags of nothing
 
 
-def test_it_finds_the_instance_that_matters():
+def test_it_finds_the_instance_that_matters() -> None:
     """A bag is positive where one of its instances is bright; attention must point at it."""
     x, y = bags(120, 8, 4), torch.arange(120) % 2
     place = torch.randint(8, (120,), generator=Site("s").rng("p"))
@@ -53,10 +54,10 @@ def test_it_finds_the_instance_that_matters():
     positive = torch.arange(80, 120)[y[80:] == 1]
     found = (model.attention(x[positive]).argmax(1) == place[positive]).float().mean()
     assert found > 0.8
-    h, z = represent(task, model, x[:3])
+    h, z = represent(task.network, model, x[:3])
     assert torch.allclose(model.head(h), z)
 
 
-def test_other_shapes_are_refused():
+def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="bags of \\(instances, features\\)"):
         attention_mil((2, 8, 8), 2)

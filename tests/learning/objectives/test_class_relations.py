@@ -9,6 +9,7 @@ from scipy.stats import entropy
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.model_momentum import follow_, ramp
 from polyclinic.learning.objectives.class_relations import matrix, mismatch, relation_of, reliable
+from polyclinic.learning.tasks.classification import Classification
 from tests.conftest import Rows
 
 
@@ -25,7 +26,7 @@ def numpy_matrix(logits, labels, classes, T):
     return np.stack(rows)
 
 
-def test_the_relation_matrix_is_the_papers():
+def test_the_relation_matrix_is_the_papers() -> None:
     z, y = normal(40, 5) * 3, torch.arange(40) % 4  # class 4 is absent
     of = torch.nn.functional.one_hot(y, 5).float()
     found = matrix(z, of, 2.0).numpy()
@@ -34,7 +35,7 @@ def test_the_relation_matrix_is_the_papers():
     assert np.allclose(found.sum(1), 1, atol=1e-6)
 
 
-def test_the_matching_loss_is_the_symmetric_kl_of_the_rows_present():
+def test_the_matching_loss_is_the_symmetric_kl_of_the_rows_present() -> None:
     """Equation 5, as a mean over the classes that pseudo-labels found."""
     a, b = normal(5, 5).softmax(1), normal(5, 5, key="b").softmax(1)
     present = torch.tensor([1.0, 1, 0, 1, 0])
@@ -46,7 +47,7 @@ def test_the_matching_loss_is_the_symmetric_kl_of_the_rows_present():
 
 
 @pytest.mark.parametrize(("confidence", "share"), [(0.3, 0.9), (0.6, 0.5), (0.0, 2.0), (0.99, 0.9)])
-def test_the_masks_are_numpys(confidence, share):
+def test_the_masks_are_numpys(confidence: float, share: float) -> None:
     """Equation 4: confident and, over passes with dropout, certain predictions alone count."""
     z, passes = normal(30, 4) * 2, normal(10, 30, 4, key="b") * 2
     found = reliable(z, passes, confidence, share).numpy()
@@ -60,7 +61,7 @@ def test_the_masks_are_numpys(confidence, share):
         assert found.sum() < 30
 
 
-def test_a_sites_matrix_counts_only_the_classes_it_has(task):
+def test_a_sites_matrix_counts_only_the_classes_it_has(task: Classification) -> None:
     x = normal(12, 1, 8, 8)
     one = relation_of(task, task.first(0), Rows(x, torch.ones(12, dtype=torch.long)), 2.0)
     assert one.weight["matrix"].tolist() == [[0, 0], [1, 1]]
@@ -69,7 +70,7 @@ def test_a_sites_matrix_counts_only_the_classes_it_has(task):
     assert torch.equal(both.total["matrix"], one.total["matrix"])
 
 
-def test_ramp_grows_from_nearly_0_to_1():
+def test_ramp_grows_from_nearly_0_to_1() -> None:
     values = [ramp(t, 30) for t in range(40)]
     assert values == sorted(values)
     assert values[0] == pytest.approx(np.exp(-5))
@@ -78,7 +79,7 @@ def test_ramp_grows_from_nearly_0_to_1():
     assert ramp(0, 0) == 1.0
 
 
-def test_a_follower_moves_by_the_share_and_keeps_its_statistics(task):
+def test_a_follower_moves_by_the_share_and_keeps_its_statistics(task: Classification) -> None:
     one, two = task.model(), task.model()
     before = {name: p.clone() for name, p in one.state_dict().items()}
     two(normal(8, 1, 8, 8))

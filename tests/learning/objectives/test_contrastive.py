@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import (
     Contrast,
@@ -20,7 +21,6 @@ from polyclinic.learning.objectives.contrastive import (
 )
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from tests.conftest import Rows
 
 
@@ -32,7 +32,7 @@ def unit(*shape, key="a"):
     return torch.nn.functional.normalize(normal(*shape, key=key), dim=1)
 
 
-def test_mocos_loss_is_its_equation_in_numpy():
+def test_mocos_loss_is_its_equation_in_numpy() -> None:
     q, k, negatives, t = unit(6, 8), unit(6, 8, key="b"), unit(20, 8, key="c"), 0.2
     Q, K, N = (x.double().numpy() for x in (q, k, negatives))
     wanted = np.mean([-(Q[i] @ K[i] / t) + logsumexp(np.r_[Q[i] @ K[i], N @ Q[i]] / t) for i in range(6)])
@@ -40,7 +40,7 @@ def test_mocos_loss_is_its_equation_in_numpy():
     assert float(momentum_nce(q, k, negatives[:0], t)) == pytest.approx(0, abs=1e-6)
 
 
-def test_nce_with_several_positives_and_rows_without_any():
+def test_nce_with_several_positives_and_rows_without_any() -> None:
     logits, positive = normal(3, 5), torch.tensor([[1.0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]])
     z = logits.double().numpy()
     log_p = z - logsumexp(z, axis=1, keepdims=True)
@@ -48,7 +48,7 @@ def test_nce_with_several_positives_and_rows_without_any():
     assert float(nce(logits, positive)) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_nt_xent_pairs_each_view_with_its_other(task):
+def test_nt_xent_pairs_each_view_with_its_other(task: Classification) -> None:
     contrast = Contrast(task, width=6, temperature=0.5)
     model, x = contrast.model().eval(), normal(8, 1, 8, 8)
     z = contrast.embed(model, x).detach().double().numpy()
@@ -68,9 +68,9 @@ def test_nt_xent_pairs_each_view_with_its_other(task):
         (Segmentation(Network("dynunet", (1, 16, 16), 2)), 256),
     ],
 )
-def test_every_network_has_a_representation(task, features):
+def test_every_network_has_a_representation(task: Classification, features: int) -> None:
     model = task.model().eval()
-    h = encoded(task, model, normal(2, *task.network.inputs))
+    h = encoded(task.network, model, normal(2, *task.network.inputs))
     assert h.shape == (2, features)
     h.sum().backward()
     touched = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -78,7 +78,7 @@ def test_every_network_has_a_representation(task, features):
     assert not any(task.network.in_head(name) for name in touched)
 
 
-def test_the_extended_model_begins_with_the_studys(task):
+def test_the_extended_model_begins_with_the_studys(task: Classification) -> None:
     contrast = Contrast(task, width=6)
     params = task.first(5)
     whole = extended(contrast, params)
@@ -90,7 +90,7 @@ def test_the_extended_model_begins_with_the_studys(task):
     assert torch.allclose(keys.norm(dim=1), torch.ones(10), atol=1e-5)
 
 
-def test_a_gaussian_is_drawn_as_it_was_measured():
+def test_a_gaussian_is_drawn_as_it_was_measured() -> None:
     keys = normal(500, 4) * torch.tensor([0.1, 0.2, 0.05, 0.01]) + torch.tensor([1.0, 0, 0, 0])
     found = gaussian(keys)
     assert np.allclose(found["covariance"].numpy(), np.cov(keys.numpy().T), atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_gaussian_is_drawn_as_it_was_measured():
     assert drawn(gaussian(keys[:1]), 3, Site("s").rng("d")).shape == (3, 4)
 
 
-def test_similarity_is_scipys_rank_correlation_of_dissimilarities():
+def test_similarity_is_scipys_rank_correlation_of_dissimilarities() -> None:
     one, two = unit(12, 5), unit(12, 5, key="b")
     i, j = np.triu_indices(12, 1)
     rdm = [1 - (k.numpy() @ k.numpy().T)[i, j] for k in (one, two)]

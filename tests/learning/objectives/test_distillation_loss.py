@@ -7,12 +7,11 @@ from scipy.special import expit, rel_entr, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import head_width, pooled
-from polyclinic.learning.networks.model_tree import initial, params_of
+from polyclinic.learning.networks.model_tree import cached_model, initial, params_of
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.distillation_loss import Dual, divergence, either
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -23,14 +22,14 @@ def normal(*shape, key="a"):
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 5, 5)])
 @pytest.mark.parametrize("T", [1.0, 3.0])
-def test_kl_of_classes_is_scipys(shape, T):
+def test_kl_of_classes_is_scipys(shape: tuple[int, ...], T: float) -> None:
     z, t = normal(*shape), normal(*shape, key="b")
     p, q = softmax(t.double().numpy() / T, 1), softmax(z.double().numpy() / T, 1)
     kind = "classification" if len(shape) == 2 else "segmentation"
     assert float(divergence(kind, z, t, T)) == pytest.approx(T**2 * rel_entr(p, q).sum(1).mean(), rel=1e-4)
 
 
-def test_kl_of_labels_is_scipys():
+def test_kl_of_labels_is_scipys() -> None:
     z, t = normal(6, 4), normal(6, 4, key="b")
     p, q = expit(t.double().numpy() / 2), expit(z.double().numpy() / 2)
     wanted = 4 * (rel_entr(p, q) + rel_entr(1 - p, 1 - q)).mean()
@@ -38,13 +37,13 @@ def test_kl_of_labels_is_scipys():
 
 
 @pytest.mark.parametrize("kind", ["classification", "multilabel", "segmentation", "regression"])
-def test_it_is_zero_where_both_say_the_same_and_positive_elsewhere(kind):
+def test_it_is_zero_where_both_say_the_same_and_positive_elsewhere(kind: str) -> None:
     z, t = normal(5, 3), normal(5, 3, key="b")
     assert float(divergence(kind, z, z, 2.0)) == pytest.approx(0, abs=1e-6)
     assert float(divergence(kind, z, t, 2.0)) > 0.01
 
 
-def test_a_kind_that_cannot_be_compared_is_named():
+def test_a_kind_that_cannot_be_compared_is_named() -> None:
     with pytest.raises(ValueError, match="poetry cannot be distilled"):
         divergence("poetry", normal(2, 2), normal(2, 2))
 
@@ -57,15 +56,15 @@ def test_a_kind_that_cannot_be_compared_is_named():
         (Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch")))), 2),
     ],
 )
-def test_width_is_what_enters_the_head(task, features):
+def test_width_is_what_enters_the_head(task: Classification, features: int) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert head_width(task) == features
+    assert head_width(task.network) == features
     assert torch.equal(torch.get_rng_state(), before)
     assert pooled(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
 
 
-def test_one_step_of_dual_distillation_is_the_equations_in_numpy():
+def test_one_step_of_dual_distillation_is_the_equations_in_numpy() -> None:
     """Linear models, whose representation is their input: FedKD's losses (Nature Communications 2022, Methods)."""
     task = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
     dual, lr, n = Dual(task, task), 0.2, 9
@@ -95,7 +94,7 @@ def test_one_step_of_dual_distillation_is_the_equations_in_numpy():
         assert np.allclose(end[name].numpy(), leaf, atol=1e-5), name
 
 
-def test_representations_are_drawn_together():
+def test_representations_are_drawn_together() -> None:
     task = Classification(Network("mlp", (6,), 2, (("width", 4),)))
     dual = Dual(task, task, labels=(0, 0), decision=(0, 0), adaptive=False)
     site = Site("s", {"train": Rows(normal(32, 6), torch.arange(32) % 2)})
@@ -105,7 +104,7 @@ def test_representations_are_drawn_together():
     assert losses[1] < 0.5 * losses[0]
 
 
-def test_either_is_the_one_that_is_chosen():
+def test_either_is_the_one_that_is_chosen() -> None:
     task = Classification(Network("mlp", (6,), 2, (("width", 4),)))
     other = Network("mlp", (6,), 2, (("width", 9), ("depth", 2)))
     both = either(task, other)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.objectives.masked_modeling import Masked
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from tests.conftest import Rows
 
@@ -35,7 +35,7 @@ def examples(task, n=32):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_it_learns_without_a_target(kind):
+def test_it_learns_without_a_target(kind) -> None:
     task = TASKS[kind]
     masked = Masked(task, share=0.5, grid=4, width=8)
     data = Rows(examples(task), torch.full((32,), -1))
@@ -56,7 +56,7 @@ def test_it_learns_without_a_target(kind):
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])
-def test_as_much_is_hidden_as_is_said(share):
+def test_as_much_is_hidden_as_is_said(share: float) -> None:
     masked = Masked(TASKS["vector"], share=share, grid=4)
     hidden, cells = masked.hide(torch.zeros(5, 1, 8, 8))
     assert cells.shape == (5, 1, 4, 4)
@@ -67,7 +67,7 @@ def test_as_much_is_hidden_as_is_said(share):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "transformer of volumes"])
-def test_patches_are_in_the_transformers_order(kind):
+def test_patches_are_in_the_transformers_order(kind: str) -> None:
     task = TASKS[kind]
     model, x = task.model(), examples(task, 2)
     cut = Masked(task).patches(x)
@@ -76,7 +76,7 @@ def test_patches_are_in_the_transformers_order(kind):
     assert torch.allclose(cut @ conv.weight.flatten(1).T + conv.bias, own, atol=1e-4)
 
 
-def test_what_is_hidden_does_not_reach_the_transformer():
+def test_what_is_hidden_does_not_reach_the_transformer() -> None:
     """The prediction, made from visible patches alone, does not change when hidden ones do."""
     task = TASKS["transformer"]
     masked, said = Masked(task, share=0.5, width=8), []
@@ -96,7 +96,7 @@ def test_what_is_hidden_does_not_reach_the_transformer():
     assert torch.allclose(said[0][1], said[1][1], atol=1e-5)
 
 
-def test_what_is_hidden_does_not_reach_other_networks():
+def test_what_is_hidden_does_not_reach_other_networks() -> None:
     task = TASKS["vector"]
     masked, seen = Masked(task, share=0.5, grid=4), []
     model, x = masked.model().eval(), examples(task, 3)

@@ -20,7 +20,7 @@ from tests.conftest import blobs
 
 
 @pytest.mark.parametrize("inputs", [(1, 8, 8), (3, 9, 7), (1, 4, 6, 8)])
-def test_a_translator_begins_as_the_identity(inputs) -> None:
+def test_a_translator_begins_as_the_identity(inputs: tuple[int, ...]) -> None:
     x = torch.randn(3, *inputs)
     assert torch.equal(Translator(inputs)()(x), x)
     torch.testing.assert_close(Translator(inputs, standardize=True)()(x), standardized(x))

@@ -15,7 +15,7 @@ class Says(nn.Module):
         return torch.tensor([[0.0, 1.0]]).repeat(len(x), 1)
 
 
-def test_a_weight_counts_an_example_so_often():
+def test_a_weight_counts_an_example_so_often() -> None:
     batch = torch.zeros(3, 1), torch.tensor([0, 1, 1])
     rare, usual = -math.log(1 / (1 + math.e)), -math.log(math.e / (1 + math.e))
     plain = Classification(Says).loss(Says(), batch)

@@ -16,7 +16,7 @@ def rows(n, begin=0):
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 99))
-def test_a_chain_is_its_parts_in_order(sizes, seed):
+def test_a_chain_is_its_parts_in_order(sizes, seed) -> None:
     parts, begin = [], 0
     for n in sizes:
         parts.append(rows(n, begin))
@@ -30,7 +30,7 @@ def test_a_chain_is_its_parts_in_order(sizes, seed):
         assert torch.equal(where, index)
 
 
-def test_targets_are_not_there():
+def test_targets_are_not_there() -> None:
     data = {role: Rows(torch.randn(n, 3), torch.full((n,), 7)) for role, n in (("train", 4), ("unlabeled", 5))}
     for pool in (unlabeled(data), all_inputs(data)):
         _, y = pool[torch.arange(len(pool))]
@@ -38,14 +38,14 @@ def test_targets_are_not_there():
     assert (len(unlabeled(data)), len(all_inputs(data))) == (5, 9)
 
 
-def test_missing_and_empty_roles_count_as_nothing():
+def test_missing_and_empty_roles_count_as_nothing() -> None:
     assert size({}, "train") == len(unlabeled({})) == len(all_inputs({})) == 0
     assert len(all_inputs({"train": rows(0), "unlabeled": rows(3)})) == 3
     with pytest.raises(IndexError, match="no example"):
         all_inputs({})[torch.tensor([0])]
 
 
-def test_an_endless_stream_goes_through_everything_again_and_again():
+def test_an_endless_stream_goes_through_everything_again_and_again() -> None:
     local, rng = LocalTraining(batch_size=4), Site("a").rng("x")
     stream = endless(local, Untargeted(rows(8)), rng)
     seen = torch.cat([next(stream)[0][:, 0] for _ in range(6)]).long()

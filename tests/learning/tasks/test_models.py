@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from polyclinic.core import tree
+from polyclinic.learning.networks.latent import represent
 from polyclinic.learning.networks.model_tree import inspect, load, params_of
 from polyclinic.learning.networks.network_catalog import ARCHITECTURES, Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import InHead, InNormalization, InRunningStatistics, represent
+from polyclinic.learning.tasks.task import InHead, InNormalization, InRunningStatistics
 from polyclinic.testing import equal
 
 SMALL = {
@@ -55,7 +56,7 @@ def test_every_network_is_a_tree_and_back(name: str) -> None:
     out = model.eval()(torch.zeros(2, *shape))
     out = out if isinstance(out, torch.Tensor) else out[0]
     assert out.shape[:2] == (2, 2)
-    h, z = represent(task, model, torch.zeros(2, *shape))
+    h, z = represent(task.network, model, torch.zeros(2, *shape))
     assert h.shape[0] == z.shape[0] == 2
 
 

@@ -22,7 +22,7 @@ def test_undersampling_is_numpys() -> None:
 
 
 @pytest.mark.parametrize(("width", "acceleration", "center"), [(64, 4, 0.08), (31, 4, 0.1), (16, 1, 0.5), (20, 8, 0.5)])
-def test_columns(width, acceleration, center) -> None:
+def test_columns(width: int, acceleration: int, center: float) -> None:
     measured = columns(width, acceleration, center, torch.Generator().manual_seed(1))
     assert measured[0]
     half = max(0, (round(center * width) - 1) // 2)
@@ -52,7 +52,7 @@ def test_scores_by_loops() -> None:
                 each.append(top / ((a.mean() ** 2 + b.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))
         assert float(found["ssim"][i]) == pytest.approx(np.mean(each), rel=1e-5)
     same = likeness(torch.from_numpy(truth), torch.from_numpy(truth))
-    assert same["psnr"].tolist() == pytest.approx([120, 120])
+    assert same["psnr"].tolist() == pytest.approx([100, 100])
     assert same["ssim"].tolist() == pytest.approx([1, 1])
 
 

@@ -8,11 +8,11 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.classification import Classification, MultiLabel
+from polyclinic.learning.tasks.classification import Classification, MultiLabel, auc
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.segmentation import IGNORED, Segmentation, agreement
-from polyclinic.learning.tasks.task import auc, cached_model
 from polyclinic.learning.tasks.task_evaluation import outputs
 from polyclinic.learning.training.local import LocalTraining, Proximal
 from polyclinic.testing import close, equal
@@ -38,7 +38,7 @@ def test_training_repeats_to_the_bit_and_leaves_the_global_dice_alone(optimizer:
     assert equal(start, kept)
 
 
-def test_one_step_is_plain_gradient_descent(task) -> None:
+def test_one_step_is_plain_gradient_descent(task: Classification) -> None:
     site = little_sites()["site-0"]
     data = site.data["train"]
     end = LocalTraining(epochs=1, batch_size=len(data), lr=0.1).fit(task, task.first(0), site, 0)
@@ -63,7 +63,7 @@ def test_a_batch_of_one_is_left_out_where_there_are_others() -> None:
     assert [LocalTraining(batch_size=4, steps=5).count(range(n)) for n in (1, 9, 100)] == [5, 5, 5]
 
 
-def test_what_bends_training(task) -> None:
+def test_what_bends_training(task: Classification) -> None:
     site, start = little_sites()["site-1"], task.first(0)
     local = LocalTraining(epochs=2, batch_size=8, lr=0.1)
     free = local.fit(task, start, site, 0)
@@ -93,7 +93,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_along_a_cosine_but_never_to_n
     assert falling.rate(100) == falling.rate(3) > 0
 
 
-def test_decay_multiplies_the_step(task) -> None:
+def test_decay_multiplies_the_step(task: Classification) -> None:
     data = Rows(torch.ones(4, 1, 8, 8), torch.tensor([0, 1, 0, 1]))
     site = Site("s", {"train": data})
     local = LocalTraining(steps=1, batch_size=4, lr=0.1, lr_decay=0.5)
@@ -101,7 +101,7 @@ def test_decay_multiplies_the_step(task) -> None:
     assert torch.allclose(steps[1], 0.5 * steps[0])
 
 
-def test_models_of_one_task_live_side_by_side_in_slots(task) -> None:
+def test_models_of_one_task_live_side_by_side_in_slots(task: Classification) -> None:
     a, b = cached_model(task, task.first(0)), cached_model(task, task.first(1), slot="teacher")
     assert a is not b
     assert cached_model(task, task.first(2)) is a
@@ -229,7 +229,7 @@ def test_distances_are_in_millimeters_and_monais() -> None:
     assert torch.allclose(ours.double(), theirs.double(), atol=1e-5)
 
 
-def test_whose_example_it_is_stays_with_the_outputs(task) -> None:
+def test_whose_example_it_is_stays_with_the_outputs(task: Classification) -> None:
     data = little_sites()["site-0"].data["test"]
     data.patients = [f"p{i // 3}" for i in range(len(data))]
     found = outputs(task, task.first(0), data, size=5)
@@ -238,7 +238,7 @@ def test_whose_example_it_is_stays_with_the_outputs(task) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "multilabel"])
-def test_a_model_that_has_diverged_is_taken_for_one_that_guesses(kind) -> None:
+def test_a_model_that_has_diverged_is_taken_for_one_that_guesses(kind: str) -> None:
     """What is no number becomes a guess, and is marked; all else is as it was."""
     network = Network("mlp", (2,), 3, (("depth", 0), ("width", 2)))
     task = {

@@ -2,11 +2,13 @@
 
 import torch
 
+from polyclinic.core.site import Site
 from polyclinic.learning.networks.model_tree import params_of
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 
 
-def test_after_each_step(task, sites):
+def test_after_each_step(task: Classification, sites: dict[str, Site]) -> None:
     local, start, site = LocalTraining(epochs=2, batch_size=8, lr=0.1), task.first(0), sites["site-1"]
     seen = []
     end = local.fit(task, start, site, 0, after_step=lambda model: seen.append(params_of(model)))

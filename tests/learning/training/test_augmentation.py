@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.augmentation import STILL, STRONG, WEAK, Augment, move
 from polyclinic.learning.training.local import LocalTraining
 
@@ -16,14 +17,14 @@ def dice(key="x"):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_still_changes_nothing(shape):
+def test_still_changes_nothing(shape) -> None:
     x = torch.randn(shape, generator=dice())
     assert torch.allclose(STILL.view(x, dice()), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("augment", [WEAK, STRONG])
-def test_same_dice_same_view_and_other_dice_another(shape, augment):
+def test_same_dice_same_view_and_other_dice_another(shape, augment) -> None:
     x = torch.randn(shape, generator=dice())
     before = x.clone()
     first, again, other = (augment.view(x, dice(key)) for key in ("a", "a", "b"))
@@ -36,7 +37,7 @@ def test_same_dice_same_view_and_other_dice_another(shape, augment):
 
 
 @pytest.mark.parametrize("axis", [-1, -2, -3])
-def test_a_flip_is_a_flip(axis):
+def test_a_flip_is_a_flip(axis: int) -> None:
     x = torch.randn((16, 1, 4, 5, 6), generator=dice())
     seen = Augment((axis,), 0, 0, 0).view(x, dice())
     kinds = [
@@ -46,7 +47,7 @@ def test_a_flip_is_a_flip(axis):
     assert set(kinds) == {0, 1}
 
 
-def test_a_quarter_turn_is_numpys():
+def test_a_quarter_turn_is_numpys() -> None:
     x = torch.randn((1, 1, 8, 8), generator=dice())
     where = torch.tensor([[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]])
     turned = move(x, where)[0, 0].numpy()
@@ -55,7 +56,7 @@ def test_a_quarter_turn_is_numpys():
     )
 
 
-def test_masks_move_with_their_images():
+def test_masks_move_with_their_images() -> None:
     mask = torch.zeros(8, 16, 16, dtype=torch.long)
     mask[:, 3:9, 4:12] = 1
     x = mask[:, None].float()
@@ -66,7 +67,7 @@ def test_masks_move_with_their_images():
     assert not torch.equal(moved, mask)
 
 
-def test_recolour_moves_nothing_and_keeps_targets_of_other_kinds():
+def test_recolour_moves_nothing_and_keeps_targets_of_other_kinds() -> None:
     x = torch.zeros(6, 1, 10, 10)
     x[:, :, 4:6, 4:6] = 1
     for view in (Augment(contrast=0.5, gamma=0.5).recolour(x, dice()), Augment(brightness=0.9).recolour(x, dice())):
@@ -76,7 +77,7 @@ def test_recolour_moves_nothing_and_keeps_targets_of_other_kinds():
     assert torch.equal(STRONG((x, y), dice())[1], y)
 
 
-def test_noise_and_cutout_are_as_large_as_said():
+def test_noise_and_cutout_are_as_large_as_said() -> None:
     x = torch.randn((64, 1, 20, 20), generator=dice())
     noise = (Augment(noise=0.5).recolour(x, dice()) - x).flatten(1).std(1) / x.flatten(1).std(1)
     assert noise.max() < 0.55
@@ -89,7 +90,7 @@ def test_noise_and_cutout_are_as_large_as_said():
     assert changed.numel() == 0 or torch.allclose(changed, x[0].mean().expand_as(changed), atol=1e-5)
 
 
-def test_it_stands_in_a_training(task, sites):
+def test_it_stands_in_a_training(task: Classification, sites: dict[str, Site]) -> None:
     local = LocalTraining(epochs=1, batch_size=8, augment=STRONG)
     site, start = sites["site-1"], task.first(0)
     first, again = (local.fit(task, start, site, 3) for _ in range(2))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
 from tests.conftest import Rows, little_sites
@@ -12,7 +13,7 @@ from tests.support.few_labels import near, only_labels, run
 
 
 @pytest.mark.parametrize("steps", [None, 5])
-def test_no_data_no_step(task, steps):
+def test_no_data_no_step(task: Classification, steps) -> None:
     local, start = LocalTraining(steps=steps, batch_size=8), task.first(0)
     nothing = Rows(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))
     site = replace(little_sites()["site-0"], data={"train": nothing})
@@ -23,7 +24,7 @@ def test_no_data_no_step(task, steps):
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fednova", "semi-sync", "fedsemi", "fedirm", "fedperl", "fedmae"])
-def test_a_site_with_nothing_at_all_changes_nothing(task, name):
+def test_a_site_with_nothing_at_all_changes_nothing(task: Classification, name: str) -> None:
     sites = {k: only_labels(s) for k, s in little_sites().items()}
     nothing = Rows(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long))
     method = build(name, Setting(task, LocalTraining(steps=3, batch_size=8, lr=0.05), tuple(sites), 2))

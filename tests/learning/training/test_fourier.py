@@ -44,7 +44,7 @@ def test_the_window_is_centered_and_holds_more_than_the_mean(shape, fraction) ->
 
 @pytest.mark.parametrize("shape", [(8, 8), (9, 7)])
 @pytest.mark.parametrize("half", [1, 2])
-def test_the_window_is_numpys_center(shape, half) -> None:
+def test_the_window_is_numpys_center(shape: tuple[int, ...], half: int) -> None:
     """A window of half-width b around the center of the shifted spectrum, as the papers write it."""
     x = images(shape)
     shifted = np.fft.fftshift(np.abs(np.fft.fft2(x.numpy())), axes=(-2, -1))
@@ -60,7 +60,7 @@ def test_the_window_is_numpys_center(shape, half) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
-def test_restyling_stays_real_and_keeps_phases(shape, fraction) -> None:
+def test_restyling_stays_real_and_keeps_phases(shape, fraction: float) -> None:
     x, other = images(shape), crop(spectrum(images(shape, 1))[0], fraction)
     mixed = torch.fft.ifftn(
         torch.polar(paste(spectrum(x)[0], other, fraction), spectrum(x)[1]), dim=(2, 3, 4)[: len(shape)]

@@ -120,7 +120,7 @@ def test_one_patient_moves_the_sum_by_the_bound_at_most(case: str) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"augment": Augment()}], ids=["dropout", "dropout and augmentation"])
 def test_the_sum_is_that_of_each_patient_alone(more: dict[str, Any]) -> None:
-    """Whoever else is in the batch, and however it is cut into chunks, a patient adds the same."""
+    """Whichever others are in the batch, and however it is cut into chunks, a patient adds the same."""
     data = owned(6, 2)
     whole = sums(HALF, data, **more)[0]
     for chunk in (1, 5, 7):

@@ -11,13 +11,14 @@ from polyclinic.core.aggregates import Reply, WeightedMean, merge
 from polyclinic.core.rounds import train, train_async
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.risk import risk, trained
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.aggregation.adaptive_weights import AdaptiveWeights, amounts, weight
 from polyclinic.methods.aggregation.auto_fedavg import AutoFedAvg, climbed
 from polyclinic.methods.aggregation.dynamic_fusion import DynamicFusion
 from polyclinic.methods.aggregation.fedbuff import FedBuff
-from polyclinic.methods.aggregation.fedce import FedCE, cosines, fedce
+from polyclinic.methods.aggregation.fedce import FedCE, cosines
 from polyclinic.methods.aggregation.fedgma import FedGMA
 from polyclinic.methods.fairness.fedsld import FedSLD, balanced
 from polyclinic.methods.fairness.guided_gradients import Guided, guided_gradient
@@ -41,7 +42,7 @@ def changes(task, local, sites) -> np.ndarray:
     return np.stack([tree.flatten(u).double().numpy() for u, _, _ in updates(task, local, sites).values()])
 
 
-def test_fedgma_by_hand(task, local, sites) -> None:
+def test_fedgma_by_hand(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     x, p = changes(task, local, sites), sizes(sites) / sizes(sites).sum()
     agreement = np.abs((p[:, None] * np.sign(x)).sum(0))
     learned = np.concatenate([np.full(leaf.numel(), n in trained(task)) for n, leaf in task.first(0).items()])
@@ -51,7 +52,9 @@ def test_fedgma_by_hand(task, local, sites) -> None:
     assert (mask < 1).any()
 
 
-def test_fedgma_without_a_threshold_is_fedavg(task, local, sites) -> None:
+def test_fedgma_without_a_threshold_is_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     assert equal(
         run(FedGMA(task, local, threshold=0.0), task, sites).params, run(FedAvg(task, local), task, sites).params
     )
@@ -65,12 +68,12 @@ def test_fedgma_without_a_threshold_is_fedavg(task, local, sites) -> None:
         ("hinge", [1, 1, 1, 1 / (0.5 * 6 + 1)]),
     ],
 )
-def test_what_old_answers_count(task, staleness, values) -> None:
+def test_what_old_answers_count(task: Classification, staleness: str, values) -> None:
     method = FedBuff(task, staleness=staleness)
     assert [method.discount(age) for age in (0, 1, 3, 10)] == pytest.approx(values)
 
 
-def test_fedbuff_divides_by_the_buffer_not_by_the_discounts(task) -> None:
+def test_fedbuff_divides_by_the_buffer_not_by_the_discounts(task: Classification) -> None:
     method = FedBuff(task, buffer=2, lr=3.0)
     ones = {name: torch.ones_like(leaf) for name, leaf in task.first(0).items()}
     reply = Reply({"update": WeightedMean.of(ones)}) + Reply({"update": WeightedMean.of(ones)}) * method.discount(3)
@@ -78,7 +81,9 @@ def test_fedbuff_divides_by_the_buffer_not_by_the_discounts(task) -> None:
     np.testing.assert_allclose(moved(state, task), 3 * (1 + 0.5) / 2, rtol=1e-5)
 
 
-def test_fedbuff_in_lock_step_is_fedavg_and_runs_without(task, local, sites) -> None:
+def test_fedbuff_in_lock_step_is_fedavg_and_runs_without(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     expected = run(FedAvg(task, local, uniform=True), task, sites).params
     assert close(run(FedBuff(task, local), task, sites).params, expected)
     assert close(run(FedBuff(task, local, buffer=3), task, sites).params, expected)
@@ -92,7 +97,9 @@ def test_fedbuff_in_lock_step_is_fedavg_and_runs_without(task, local, sites) -> 
     assert tree.finite(state.params)
 
 
-def test_dynamic_fusion_takes_only_what_helped(task, local, sites) -> None:
+def test_dynamic_fusion_takes_only_what_helped(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     found, params = [], task.first(0)
     for name in sorted(sites):
         end = local.fit(task, params, sites[name], 0)
@@ -109,7 +116,9 @@ def test_dynamic_fusion_takes_only_what_helped(task, local, sites) -> None:
     assert equal(state.params, task.first(0))
 
 
-def test_dynamic_fusion_saves_what_it_does_not_send(task, local, sites) -> None:
+def test_dynamic_fusion_saves_what_it_does_not_send(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = DynamicFusion(task, local, 1e9)
     up = [
         sum(s.bytes_up.values()) for s in train(method, InProcess(method, sites), method.init(task.first(0)), rounds=2)
@@ -117,7 +126,7 @@ def test_dynamic_fusion_saves_what_it_does_not_send(task, local, sites) -> None:
     assert max(up) == 3 * 4  # one number a site
 
 
-def test_guided_by_hand(task, local, sites) -> None:
+def test_guided_by_hand(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     x = draw(30)
     x[3] = -3 * x[3]
     mean = x.mean(0)
@@ -148,7 +157,7 @@ def test_fedsld_weighs_a_minibatch_to_look_like_all() -> None:
     )
 
 
-def test_fedsld_counts_all_classes_once(task, local, sites) -> None:
+def test_fedsld_counts_all_classes_once(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = FedSLD(task, local)
     jobs = [step.request.job for step in train(method, InProcess(method, sites), method.init(task.first(0)), rounds=2)]
     assert jobs == ["count", "train", "train"]
@@ -156,7 +165,7 @@ def test_fedsld_counts_all_classes_once(task, local, sites) -> None:
     assert torch.equal(run(method, task, sites, 1).counts["counts"], torch.bincount(labels).double())
 
 
-def test_fedsld_where_every_minibatch_is_like_the_federation_is_fedavg(task) -> None:
+def test_fedsld_where_every_minibatch_is_like_the_federation_is_fedavg(task: Classification) -> None:
     """Whole-batch training at sites with the same shares of classes."""
     sites, local = little_sites(), LocalTraining(epochs=3, batch_size=100, lr=0.1)
     for k, site in enumerate(sites.values()):
@@ -177,7 +186,7 @@ def test_cosines_with_the_others() -> None:
 
 
 @pytest.mark.parametrize("mode", ["times", "plus"])
-def test_fedce_by_hand(mode, task, local, sites) -> None:
+def test_fedce_by_hand(mode: str, task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     found = updates(task, local, sites)
     x = changes(task, local, sites)
     learned = np.concatenate([np.full(leaf.numel(), n in trained(task)) for n, leaf in task.first(0).items()])
@@ -196,17 +205,19 @@ def test_fedce_by_hand(mode, task, local, sites) -> None:
     np.testing.assert_allclose(gone, (others[:, None] * x[1:]).sum(0), rtol=1e-3, atol=1e-5)
 
 
-def test_fedce_remembers_and_refuses(task, local, sites) -> None:
+def test_fedce_remembers_and_refuses(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     state = run(FedCE(task, local), task, sites, 3)
     assert state.seen == dict.fromkeys(sites, 3)
     assert sum(state.weights.values()) == pytest.approx(1)
     with pytest.raises(ValueError, match='"times" or "plus", not "minus"'):
-        fedce(task, local, mode="minus")
+        FedCE(task, local, mode="minus")
     alone = {"site-0": sites["site-0"]}
     assert close(run(FedCE(task, local), task, alone).params, run(FedAvg(task, local), task, alone).params)
 
 
-def test_auto_fedavg_goes_down_the_gradient_of_the_mixture(task, local, sites) -> None:
+def test_auto_fedavg_goes_down_the_gradient_of_the_mixture(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """What the server works out from one gradient is what automatic differentiation through the mixture gives."""
     first, net = task.first(0), task.model()
     found = {name: u for name, (u, _, _) in updates(task, local, sites).items()}
@@ -224,7 +235,9 @@ def test_auto_fedavg_goes_down_the_gradient_of_the_mixture(task, local, sites) -
     np.testing.assert_allclose(list(after.values()), (beta - 2.0 * slope).detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_auto_fedavg_without_steps_is_fedavg_and_with_them_validates_better(task, local, sites) -> None:
+def test_auto_fedavg_without_steps_is_fedavg_and_with_them_validates_better(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     still = run(AutoFedAvg(task, local, steps=0), task, sites)
     assert close(still.params, run(FedAvg(task, local), task, sites).params)
     n = sizes(sites)
@@ -241,7 +254,9 @@ def test_auto_fedavg_without_steps_is_fedavg_and_with_them_validates_better(task
     assert jobs == ["train", "weigh", "weigh", "train", "train", "weigh", "weigh"]
 
 
-def test_auto_fedavg_hears_only_sites_that_validate(task, local, sites) -> None:
+def test_auto_fedavg_hears_only_sites_that_validate(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     blind = {n: Site(n, {r: d for r, d in s.data.items() if r != "val" or n == "site-1"}) for n, s in sites.items()}
     state = run(AutoFedAvg(task, local, rate=5.0), task, blind, 1)
     assert sum(state.alpha.values()) == pytest.approx(1)
@@ -249,7 +264,7 @@ def test_auto_fedavg_hears_only_sites_that_validate(task, local, sites) -> None:
     assert close(run(AutoFedAvg(task, local), task, none).params, run(FedAvg(task, local), task, none).params)
 
 
-def test_fedmix_weights_by_hand(task, local, sites) -> None:
+def test_fedmix_weights_by_hand(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     x, n = changes(task, local, sites), sizes(sites)
     loss = np.array([after for _, _, after in updates(task, local, sites).values()]) ** 1.5
     w = n / n.sum() + 10 * loss / loss.sum()
@@ -265,13 +280,17 @@ def test_fedmix_weights_by_hand(task, local, sites) -> None:
     assert math.isfinite(weight(amounts(1, 0.0), {"size": torch.tensor(1.0), "loss": torch.tensor(0.0)}))
 
 
-def test_fedmix_weights_without_the_loss_are_fedavg(task, local, sites) -> None:
+def test_fedmix_weights_without_the_loss_are_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     assert close(
         run(AdaptiveWeights(task, local, lam=0.0), task, sites).params, run(FedAvg(task, local), task, sites).params
     )
 
 
-def test_a_site_that_was_lost_in_between_is_named(task, local, sites) -> None:
+def test_a_site_that_was_lost_in_between_is_named(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = AdaptiveWeights(task, local)
     state = method.init(task.first(0))
     replies = [method.site_update(method.request(state), {}, sites[n])[0] for n in ("site-0", "site-1")]

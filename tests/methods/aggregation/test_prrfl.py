@@ -8,8 +8,11 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InNormalization
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.aggregation.pfa import PFA, progressive
 from polyclinic.methods.aggregation.prrfl import PRRFL, macro_f1
 from polyclinic.testing import close
@@ -41,14 +44,14 @@ def by_hand(models, share):
 
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (9, 7), (2, 12)])
 @pytest.mark.parametrize("share", [0.1, 0.7, 0.95])
-def test_pfa_is_numpys(shape, share) -> None:
+def test_pfa_is_numpys(shape: tuple[int, ...], share: float) -> None:
     models = weights(shape)
     for found, expected in zip(progressive(models, share).values(), by_hand(models, share), strict=True):
         np.testing.assert_allclose(found["w"], expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 3, 3), (4, 2, 3, 3, 3), (5, 8), (7,)])
-def test_models_that_agree_stay_as_they_are(shape) -> None:
+def test_models_that_agree_stay_as_they_are(shape: tuple[int, ...]) -> None:
     same = weights(shape, 1)["s0"]
     for found in progressive({"a": same, "b": same}, 0.8).values():
         assert torch.allclose(found["w"], same["w"], atol=1e-5)
@@ -88,7 +91,9 @@ def run(method, task, sites, rounds=2):
     return state, engine
 
 
-def test_normalization_never_leaves_and_the_personal_model_predicts(task, local, sites) -> None:
+def test_normalization_never_leaves_and_the_personal_model_predicts(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = PRRFL(task, 5, local)
     state, engine = run(method, task, sites)
     inside = InNormalization(task)
@@ -101,7 +106,7 @@ def test_normalization_never_leaves_and_the_personal_model_predicts(task, local,
     assert method.site_model(request.for_site("elsewhere"), {}) is state.params
 
 
-def test_who_teaches_whom(task, local, sites) -> None:
+def test_who_teaches_whom(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method, site = PRRFL(task, 5, local), sites["site-2"]
     good = local.fit(task, task.first(0), site, 0)
     for _ in range(4):
@@ -114,7 +119,9 @@ def test_who_teaches_whom(task, local, sites) -> None:
     assert replace(method, low=0.1, high=1.1).stage(bad, {"personal": good}, site) == (1, 1)
 
 
-def test_alone_a_site_without_teaching_trains_as_if_by_itself(task, local, sites) -> None:
+def test_alone_a_site_without_teaching_trains_as_if_by_itself(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """PFA of one model is that model."""
     alone = {"site-1": sites["site-1"]}
     state, engine = run(PFA(task, 5, local), task, alone, 1)

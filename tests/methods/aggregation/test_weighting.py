@@ -13,7 +13,9 @@ from polyclinic.core.aggregates import merge
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.risk import full_gradient, risk, trained
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.aggregation.ida import InverseDistance, ida
 from polyclinic.methods.aggregation.loss_weighting import LossWeighted
 from polyclinic.methods.fairness.afl import AFL, on_simplex
@@ -42,7 +44,7 @@ def updates(task, local, sites):
     return found
 
 
-def test_risk_is_the_mean_loss_of_all_examples(task, sites) -> None:
+def test_risk_is_the_mean_loss_of_all_examples(task: Classification, sites: dict[str, Site]) -> None:
     params, data = task.first(0), sites["site-2"].data["train"]
     model = task.model().eval()
     model.load_state_dict(params, strict=False)
@@ -52,7 +54,7 @@ def test_risk_is_the_mean_loss_of_all_examples(task, sites) -> None:
         risk(task, params, sites["site-2"], 0, "secret")
 
 
-def test_full_gradient_is_that_of_the_mean_loss(task, sites) -> None:
+def test_full_gradient_is_that_of_the_mean_loss(task: Classification, sites: dict[str, Site]) -> None:
     params, data = task.first(0), sites["site-1"].data["train"]
     model = task.model().train()
     model.load_state_dict(params, strict=False)
@@ -64,7 +66,9 @@ def test_full_gradient_is_that_of_the_mean_loss(task, sites) -> None:
 
 
 @pytest.mark.parametrize(("form", "weigh"), [("exp", lambda loss: math.exp(-loss)), ("inverse", lambda loss: 1 / loss)])
-def test_loss_weighting_by_hand(form, weigh, task, local, sites) -> None:
+def test_loss_weighting_by_hand(
+    form: str, weigh, task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     found = updates(task, local, sites)
     w = np.array([weigh(after) for _, _, after in found.values()])
     expected = sum(x * tree.flatten(u).double() for x, (u, _, _) in zip(w / w.sum(), found.values(), strict=True))
@@ -73,7 +77,7 @@ def test_loss_weighting_by_hand(form, weigh, task, local, sites) -> None:
     assert torch.allclose(moved, expected, atol=1e-5)
 
 
-def test_ida_by_hand(task, local, sites) -> None:
+def test_ida_by_hand(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     x = draw(3)
     w = 1 / np.abs(x - x.mean(0)).sum(1)
     given = Updates.of(trees(x), {f"s{i:02d}": float(i + 1) for i in range(10)})
@@ -86,7 +90,9 @@ def test_ida_by_hand(task, local, sites) -> None:
     assert list(same.shares.values()) == [0.25] * 4
 
 
-def test_ida_leaves_running_statistics_out_of_distances(task, local, sites) -> None:
+def test_ida_leaves_running_statistics_out_of_distances(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     state = run(ida(task, local), task, sites, 1)
     found, learned = updates(task, local, sites), trained(task)
     x = np.stack([tree.flatten(tree.select(u, learned.__contains__)).double().numpy() for u, _, _ in found.values()])
@@ -94,7 +100,9 @@ def test_ida_leaves_running_statistics_out_of_distances(task, local, sites) -> N
     np.testing.assert_allclose([note.share for note in state.notes.values()], w / w.sum(), rtol=1e-5)
 
 
-def test_ida_with_intrac_divides_by_accuracy(task, local, sites) -> None:
+def test_ida_with_intrac_divides_by_accuracy(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     state = run(ida(task, local, sized=True, intrac=True), task, sites, 1)
     assert sum(note.share for note in state.notes.values()) == pytest.approx(1)
     request = FedAvg(task, local).request(FedAvg(task, local).init(task.first(0)))
@@ -106,18 +114,18 @@ def test_ida_with_intrac_divides_by_accuracy(task, local, sites) -> None:
     assert n / claimed * n == pytest.approx(round(n / claimed * n))
     from polyclinic.learning.tasks.regression import Regression
 
-    with pytest.raises(ValueError, match="which regression has none of"):
+    with pytest.raises(ValueError, match="which regression does not have"):
         ida(Regression(task.network), local, intrac=True)
 
 
-def test_q_0_counts_all_sites_the_same(task, local, sites) -> None:
+def test_q_0_counts_all_sites_the_same(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     assert close(
         run(QFFL(task, local, q=0.0), task, sites).params, run(FedAvg(task, local, uniform=True), task, sites).params
     )
 
 
 @pytest.mark.parametrize("q", [0.5, 1.0, 2.0])
-def test_q_ffl_by_hand(q, task, local, sites) -> None:
+def test_q_ffl_by_hand(q: float, task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     """Li et al., Algorithm 2, in numpy."""
     found, learned = updates(task, local, sites), trained(task)
     L, top, bottom = 1 / local.lr, 0.0, 0.0
@@ -132,7 +140,7 @@ def test_q_ffl_by_hand(q, task, local, sites) -> None:
     )
 
 
-def test_q_ffl_heeds_the_worst_site_more(task, local) -> None:
+def test_q_ffl_heeds_the_worst_site_more(task: Classification, local: LocalTraining) -> None:
     """Two steps along two axes: the site with the higher loss pulls farther, relative to FedAvg."""
     from polyclinic.core.aggregates import Reply
 
@@ -166,7 +174,9 @@ def test_on_simplex(values) -> None:
     assert found.sum() == pytest.approx(1)
 
 
-def test_afl_without_climbing_is_fedavg_and_climbs_where_losses_are_high(task, local, sites) -> None:
+def test_afl_without_climbing_is_fedavg_and_climbs_where_losses_are_high(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     names = tuple(sites)
     still, even = run(AFL(task, names, local, rate=0.0), task, sites), FedAvg(task, local, uniform=True)
     assert close(still.params, run(even, task, sites).params)
@@ -177,7 +187,9 @@ def test_afl_without_climbing_is_fedavg_and_climbs_where_losses_are_high(task, l
     assert sum(last.shares.values()) == pytest.approx(1)
 
 
-def test_afl_when_nobody_in_the_mixture_answers(task, local, sites) -> None:
+def test_afl_when_nobody_in_the_mixture_answers(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = AFL(task, tuple(sites), local)
     state = method.init(task.first(0))._replace(shares={"site-0": 1.0, "site-1": 0.0, "site-2": 0.0})
     replies = [method.site_update(method.request(state).for_site(n), {}, sites[n])[0] for n in ("site-1", "site-2")]
@@ -186,7 +198,7 @@ def test_afl_when_nobody_in_the_mixture_answers(task, local, sites) -> None:
     assert after.shares["site-1"] > 0
 
 
-def test_prop_ffl_by_hand(task, local, sites) -> None:
+def test_prop_ffl_by_hand(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     losses, sizes = {"a": 1.0, "b": 2.0, "c": 0.5}, {"a": 10.0, "b": 10.0, "c": 20.0}
     found = proportional(losses, sizes, 1.1)
     raw = np.array([10 / (2.2 - 1), 10 / (2.2 - 2), 20 / (2.2 - 0.5)])
@@ -207,7 +219,9 @@ def test_prop_ffl_by_hand(task, local, sites) -> None:
     assert torch.allclose(tree.flatten(moved).double(), expected, atol=1e-5)
 
 
-def test_prop_ffl_with_a_far_bound_is_fedavg(task, local, sites) -> None:
+def test_prop_ffl_with_a_far_bound_is_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     assert close(
         run(PropFFL(task, local, margin=1e9), task, sites).params, run(FedAvg(task, local), task, sites).params
     )
@@ -215,7 +229,9 @@ def test_prop_ffl_with_a_far_bound_is_fedavg(task, local, sites) -> None:
         PropFFL(task, local, margin=1.0)
 
 
-def test_weighting_under_a_rule_keeps_its_weights(task, local, sites) -> None:
+def test_weighting_under_a_rule_keeps_its_weights(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """q-FFL's weights are those of its mean; the weighted average under Robust is q-FFL itself."""
     assert close(
         run(Robust(QFFL(task, local), Average()), task, sites).params, run(QFFL(task, local), task, sites).params

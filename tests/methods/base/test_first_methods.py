@@ -17,15 +17,15 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InHead, InNormalization
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.baselines import Cross, LocalOnly, pooled
 from polyclinic.methods.catalog import METHODS
+from polyclinic.methods.optimization.baselines import Cross, LocalOnly
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.optimization.fedopt import FedOpt, fedavgm
-from polyclinic.methods.optimization.fedprox import fedprox
-from polyclinic.methods.optimization.fedsgd import fedsgd
+from polyclinic.methods.optimization.fedopt import FedOpt
+from polyclinic.methods.optimization.fedprox import FedProx
+from polyclinic.methods.optimization.fedsgd import FedSGD
 from polyclinic.methods.optimization.scaffold import Scaffold
 from polyclinic.methods.personalization.partial_personalization import Personal, fedbn, fedper, lg_fedavg, silobn
-from polyclinic.methods.registry import UnknownMethod, entry
+from polyclinic.methods.registry import Setting, UnknownMethod, build, entry
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
@@ -41,7 +41,7 @@ def run(method: Method[Any], sites: dict[str, Site], params: tree.Tree, rounds: 
     return state, engine
 
 
-def test_one_site_is_local_training(task, local) -> None:
+def test_one_site_is_local_training(task: Classification, local: LocalTraining) -> None:
     site = little_sites()["site-1"]
     state, _ = run(FedAvg(task, local), {"site-1": site}, task.first(0))
     params = task.first(0)
@@ -50,7 +50,7 @@ def test_one_site_is_local_training(task, local) -> None:
     assert close(state.params, params)
 
 
-def test_fedavg_is_the_mean_by_examples(task, local) -> None:
+def test_fedavg_is_the_mean_by_examples(task: Classification, local: LocalTraining) -> None:
     sites, start = little_sites(), task.first(0)
     state, _ = run(FedAvg(task, local), sites, start, rounds=1)
     ends = {name: local.fit(task, start, site, 0) for name, site in sites.items()}
@@ -60,56 +60,56 @@ def test_fedavg_is_the_mean_by_examples(task, local) -> None:
         assert np.allclose(state.params[name].numpy(), expected, atol=1e-5)
 
 
-def test_fedprox_without_pull_is_fedavg(task, local) -> None:
+def test_fedprox_without_pull_is_fedavg(task: Classification, local: LocalTraining) -> None:
     expected = run(FedAvg(task, local), little_sites(), task.first(0))[0]
-    assert equal(run(fedprox(task, local, mu=0.0), little_sites(), task.first(0))[0], expected)
-    assert not equal(run(fedprox(task, local, mu=0.5), little_sites(), task.first(0))[0], expected)
+    assert equal(run(FedProx(task, local, mu=0.0), little_sites(), task.first(0))[0], expected)
+    assert not equal(run(FedProx(task, local, mu=0.5), little_sites(), task.first(0))[0], expected)
 
 
-def test_fedsgd_is_one_step_down_the_pooled_gradient(local) -> None:
+def test_fedsgd_is_one_step_down_the_pooled_gradient(local: LocalTraining) -> None:
     sites, start = little_sites(), PLAIN.first(0)
-    state, _ = run(fedsgd(PLAIN, local), sites, start, rounds=1)
+    state, _ = run(FedSGD(PLAIN, local), sites, start, rounds=1)
     x = torch.cat([s.data["train"].x for s in sites.values()])
     y = torch.cat([s.data["train"].y for s in sites.values()])
     model = load(PLAIN.model(), start)
     g = gradient(PLAIN.loss(model, (x, y)), model)
     assert close(state.params, {name: start[name] - local.lr * g[name] for name in start})
-    chunks = replace(fedsgd(PLAIN, local), chunk=5)
+    chunks = replace(FedSGD(PLAIN, local), chunk=5)
     assert close(run(chunks, sites, start, rounds=1)[0], state)
 
 
 def test_fedsgd_is_fedavg_of_one_full_batch_step() -> None:
     sites, start = little_sites(), PLAIN.first(0)
     full = LocalTraining(epochs=1, batch_size=1000, lr=0.1)
-    assert close(run(fedsgd(PLAIN, full), sites, start)[0], run(FedAvg(PLAIN, full), sites, start)[0])
+    assert close(run(FedSGD(PLAIN, full), sites, start)[0], run(FedAvg(PLAIN, full), sites, start)[0])
 
 
-def test_one_site_scaffold_is_fedavg(task, local) -> None:
+def test_one_site_scaffold_is_fedavg(task: Classification, local: LocalTraining) -> None:
     one = {"site-0": little_sites()["site-0"]}
     state, _ = run(Scaffold(task, 1, local), one, task.first(0), rounds=2)
     expected, _ = run(FedAvg(task, local), one, task.first(0), rounds=2)
     assert close(state.params, expected.params)
 
 
-def test_scaffolds_control_is_the_mean_of_the_sites(task, local) -> None:
+def test_scaffolds_control_is_the_mean_of_the_sites(task: Classification, local: LocalTraining) -> None:
     state, engine = run(Scaffold(task, 3, local), little_sites(), task.first(0))
     controls = [memory["control"] for memory in engine.memory.values()]
     mean = {name: torch.stack([c[name] for c in controls]).mean(0) for name in controls[0]}
     assert close(state.control, mean)
 
 
-def test_scaffold_refuses_another_optimizer(task) -> None:
+def test_scaffold_refuses_another_optimizer(task: Classification) -> None:
     with pytest.raises(ValueError, match=r'set training\.optimizer = "sgd"'):
         Scaffold(task, 3, LocalTraining(optimizer="adam"))
 
 
-def test_server_momentum_without_memory_is_fedavg(task, local) -> None:
-    state, _ = run(fedavgm(task, local, lr=1.0, beta=0.0), little_sites(), task.first(0))
+def test_server_momentum_without_memory_is_fedavg(task: Classification, local: LocalTraining) -> None:
+    state, _ = run(build("fedavgm", Setting(task, local, (), 2), {"beta1": 0.0}), little_sites(), task.first(0))
     assert close(state.params, run(FedAvg(task, local), little_sites(), task.first(0))[0].params)
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam", "yogi"])
-def test_one_adaptive_step_by_hand(rule: str, task, local) -> None:
+def test_one_adaptive_step_by_hand(rule: str, task: Classification, local: LocalTraining) -> None:
     start, sites = task.first(0), little_sites()
     plain = run(FedAvg(task, local), sites, start, rounds=1)[0].params
     delta = {name: (plain[name] - start[name]).double().numpy() for name in start}
@@ -125,7 +125,9 @@ def test_one_adaptive_step_by_hand(rule: str, task, local) -> None:
     assert all(torch.allclose(state.params[name], plain[name]) for name in statistics)
 
 
-def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_local(task, local) -> None:
+def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_local(
+    task: Classification, local: LocalTraining
+) -> None:
     sites, start = little_sites(), task.first(0)
     state, _ = run(Personal(FedAvg(task, local), lambda name: False), sites, start)
     assert equal(state.inner, run(FedAvg(task, local), sites, start)[0])
@@ -135,13 +137,13 @@ def test_keeping_nothing_is_the_inner_method_and_keeping_all_is_local(task, loca
     assert close([m["own"] for m in engine.memory.values()], [m["params"] for m in alone.memory.values()])
 
 
-def test_fedbn_without_normalization_is_fedavg(local) -> None:
+def test_fedbn_without_normalization_is_fedavg(local: LocalTraining) -> None:
     sites, start = little_sites(), PLAIN.first(0)
     assert equal(run(fedbn(PLAIN, local), sites, start)[0].inner, run(FedAvg(PLAIN, local), sites, start)[0])
 
 
 @pytest.mark.parametrize("make", [fedbn, silobn, fedper, lg_fedavg])
-def test_what_is_kept_never_leaves(make, task, local) -> None:
+def test_what_is_kept_never_leaves(make, task: Classification, local: LocalTraining) -> None:
     method = make(task, local)
     engine = InProcess(method, little_sites())
     for step in train(method, engine, method.init(task.first(0)), rounds=2):
@@ -151,7 +153,7 @@ def test_what_is_kept_never_leaves(make, task, local) -> None:
         assert sum(step.bytes_up.values()) < 3 * tree.nbytes(task.first(0))
 
 
-def test_fedbn_and_silobn_keep_what_the_papers_say(task, local) -> None:
+def test_fedbn_and_silobn_keep_what_the_papers_say(task: Classification, local: LocalTraining) -> None:
     norm = {name for name in task.first(0) if InNormalization(task)(name)}
     bn, silo = fedbn(task, local), silobn(task, local)
     assert {n for n in task.first(0) if bn.keep(n)} == norm
@@ -159,7 +161,9 @@ def test_fedbn_and_silobn_keep_what_the_papers_say(task, local) -> None:
     assert {n for n in task.first(0) if fedper(task, local).keep(n)} == {"head.weight", "head.bias"}
 
 
-def test_a_site_predicts_with_its_own_parts_and_a_new_site_with_the_first(task, local) -> None:
+def test_a_site_predicts_with_its_own_parts_and_a_new_site_with_the_first(
+    task: Classification, local: LocalTraining
+) -> None:
     method = fedper(task, local)
     state, engine = run(method, little_sites(), task.first(0))
     request = method.evaluation_request(state)
@@ -171,7 +175,7 @@ def test_a_site_predicts_with_its_own_parts_and_a_new_site_with_the_first(task, 
     assert equal(new, state.params)
 
 
-def test_personal_wraps_scaffold(task, local) -> None:
+def test_personal_wraps_scaffold(task: Classification, local: LocalTraining) -> None:
     """Heads stay at the sites, where they differ; all else is shared, and moves."""
     start = task.first(0)
     state, engine = run(Personal(Scaffold(task, 3, local), InHead(task)), little_sites(), start, rounds=2)
@@ -181,13 +185,13 @@ def test_personal_wraps_scaffold(task, local) -> None:
     assert not torch.equal(state.inner.params["encoder.0.weight"], start["encoder.0.weight"])
 
 
-def test_nothing_leaves_a_site_that_trains_alone(task, local) -> None:
+def test_nothing_leaves_a_site_that_trains_alone(task: Classification, local: LocalTraining) -> None:
     method = LocalOnly(task, local)
     for step in train(method, InProcess(method, little_sites()), method.init(task.first(0)), rounds=2):
         assert sum(step.bytes_up.values()) == 0
 
 
-def test_cross_predicts_with_another_sites_model(task, local) -> None:
+def test_cross_predicts_with_another_sites_model(task: Classification, local: LocalTraining) -> None:
     method = Cross(task, local)
     state, engine = run(method, little_sites(), task.first(0))
     request = method.evaluation_request(state)
@@ -195,10 +199,10 @@ def test_cross_predicts_with_another_sites_model(task, local) -> None:
         assert equal(method.site_model(request.for_site(name), engine.memory[name]), engine.memory[other]["params"])
 
 
-def test_pooled_is_training_on_all_data_in_one_place(task, local) -> None:
+def test_pooled_is_training_on_all_data_in_one_place(task: Classification, local: LocalTraining) -> None:
     parts, start = [site.data["train"] for site in little_sites().values()], task.first(0)
     everything = Site("pooled", {"train": Rows(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))})
-    state, _ = run(pooled(task, local), {"pooled": everything}, start)
+    state, _ = run(build("pooled", Setting(task, local, ("pooled",), 2)), {"pooled": everything}, start)
     expected = start
     for r in range(3):
         expected = local.fit(task, expected, everything, r)

@@ -5,12 +5,14 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.distillation_loss import Dual
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.distillation.fedmic import DualDistillation, fedkd, fedmic, mutual
+from polyclinic.methods.distillation.fedmic import DualDistillation, fedmic, mutual
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import little_sites
 
@@ -22,7 +24,9 @@ def run(method, sites, params, rounds=2):
     return step, engine
 
 
-def test_without_distillation_the_student_is_fedavgs(task, local, sites):
+def test_without_distillation_the_student_is_fedavgs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     alone = DualDistillation(Dual(task, task, (1, 1), (0, 0), 0, False), local)
     step, _ = run(alone, sites, task.first(0))
     plain, _ = run(FedAvg(task, local), sites, task.first(0))
@@ -30,13 +34,15 @@ def test_without_distillation_the_student_is_fedavgs(task, local, sites):
     assert all(torch.allclose(found[name], wanted[name], atol=1e-5) for name in wanted)
 
 
-def test_a_teacher_may_come_from_a_study_file(task, local):
-    lists, tuples = (fedkd(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
+def test_a_teacher_may_come_from_a_study_file(task: Classification, local: LocalTraining) -> None:
+    lists, tuples = (fedmic(task, local, teacher="cnn", teacher_options=o) for o in ([["width", 6]], (("width", 6),)))
     assert lists == tuples
     assert hash(lists.dual) == hash(tuples.dual)
 
 
-def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(task, local, sites):
+def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     params = task.first(0)
     small, _ = run(fedmic(task, local), sites, params)
     large, engine = run(
@@ -50,7 +56,9 @@ def test_only_the_student_travels_and_a_larger_teacher_costs_no_byte(task, local
 
 
 @pytest.mark.parametrize("teacher", ["", "cnn"])
-def test_the_teacher_predicts_and_the_student_where_there_is_none(task, local, sites, teacher):
+def test_the_teacher_predicts_and_the_student_where_there_is_none(
+    task: Classification, local: LocalTraining, sites: dict[str, Site], teacher: str
+) -> None:
     options = (("width", 6), ("depth", 2)) if teacher else ()
     method = Evaluated(fedmic(task, local, teacher=teacher, teacher_options=options), task)
     step, engine = run(method, sites, task.first(0))
@@ -68,15 +76,17 @@ def test_the_teacher_predicts_and_the_student_where_there_is_none(task, local, s
     assert len(evaluate(method, engine, step.state, engine.sites)) == 3
 
 
-def test_the_teacher_fits_its_site_better_than_the_student_elsewhere(task):
+def test_the_teacher_fits_its_site_better_than_the_student_elsewhere(task: Classification) -> None:
     sites = little_sites(count=3)
-    method = Evaluated(fedkd(task, LocalTraining(epochs=4, batch_size=8, lr=0.1)), task)
+    method = Evaluated(fedmic(task, LocalTraining(epochs=4, batch_size=8, lr=0.1)), task)
     step, engine = run(method, sites, task.first(0), 4)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
 
 
-def test_mutual_learning_with_labels_alone_is_fedavg_beside_single(task, local, sites):
+def test_mutual_learning_with_labels_alone_is_fedavg_beside_single(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     step, engine = run(mutual(task, local, alpha=1.0, beta=1.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, local), sites, task.first(0))
     wanted = plain.state.params

@@ -15,10 +15,10 @@ from polyclinic.learning.objectives.distillation_loss import answers, look
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.distillation.fedad import FedAD, fedad
-from polyclinic.methods.distillation.feddf import FedDF, feddf
-from polyclinic.methods.distillation.fedmd import FedMD, fedmd
-from polyclinic.methods.distillation.teacher_student import TeacherStudent, teacher_student
+from polyclinic.methods.distillation.fedad import FedAD
+from polyclinic.methods.distillation.feddf import FedDF
+from polyclinic.methods.distillation.fedmd import FedMD
+from polyclinic.methods.distillation.teacher_student import TeacherStudent
 from polyclinic.methods.optimization.fedavg import FedAvg
 from tests.conftest import Rows, blobs, little_sites
 from tests.support.few_labels import near, run, same
@@ -26,6 +26,11 @@ from tests.support.few_labels import near, run, same
 LINEAR = Classification(Network("mlp", (5,), 3, (("depth", 0),)))
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 STEP = LocalTraining(steps=1, batch_size=1000, lr=0.5)
+
+
+def training(kind, **given):
+    """A subclass of the method ``kind`` whose training on public images is the given one."""
+    return type(kind.__name__, (kind,), given)
 
 
 def server_data(sites):
@@ -40,23 +45,23 @@ def hidden_targets(sites):
     }
 
 
-@pytest.mark.parametrize("make", [feddf, fedmd, lambda task, local: fedad(task, local, 2)])
-def test_targets_of_public_images_are_never_used(task, make):
+@pytest.mark.parametrize("make", [FedDF, FedMD, lambda task, local: FedAD(task, 2, local)])
+def test_targets_of_public_images_are_never_used(task: Classification, make) -> None:
     sites, others = little_sites(), hidden_targets(little_sites())
     one, two = (run(make(task, LOCAL), s, task.first(0), server_data=server_data(s))[0].state for s in (sites, others))
     assert same(one.params, two.params)
 
 
 @pytest.mark.parametrize(
-    ("make", "who"), [(feddf, "the server"), (fedmd, "site-1"), (lambda task, local: fedad(task, local, 2), "site-1")]
+    ("make", "who"), [(FedDF, "the server"), (FedMD, "site-1"), (lambda task, local: FedAD(task, 2, local), "site-1")]
 )
-def test_without_public_images_it_says_so(task, make, who):
+def test_without_public_images_it_says_so(task: Classification, make, who: str) -> None:
     sites = little_sites()
     method = make(task, LOCAL)
     bare = replace(sites["site-1"], data={"train": sites["site-1"].data["train"]})
     state = method.init(task.first(0))
 
-    def a_round():
+    def a_round() -> None:
         reply, _ = method.site_update(method.request(state), {}, bare)
         method.server_update(state, reply, Site("server"))
 
@@ -64,17 +69,22 @@ def test_without_public_images_it_says_so(task, make, who):
         a_round()
 
 
-def test_feddf_without_distillation_is_fedavg(task):
+def test_feddf_without_distillation_is_fedavg(task: Classification) -> None:
     sites = little_sites()
-    step, _ = run(FedDF(task, LOCAL, LocalTraining(steps=0)), sites, task.first(0), server_data=server_data(sites))
+    step, _ = run(
+        training(FedDF, distil=LocalTraining(steps=0))(task, LOCAL),
+        sites,
+        task.first(0),
+        server_data=server_data(sites),
+    )
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params)
 
 
-def test_feddf_one_step_is_the_equation_in_numpy():
+def test_feddf_one_step_is_the_equation_in_numpy() -> None:
     """One step down KL(σ(mean of logits) ‖ σ(student)) from the average model (equation 1), for linear models."""
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
-    method = FedDF(LINEAR, LOCAL, STEP)
+    method = training(FedDF, distil=STEP)(LINEAR, LOCAL)
     state = method.init(params)
     reply = merge(method.site_update(method.request(state), {}, site)[0] for site in sites.values())
     server = replace(sites["site-0"], name="server", data=server_data(sites))
@@ -90,9 +100,9 @@ def test_feddf_one_step_is_the_equation_in_numpy():
     assert np.allclose(found["head.bias"].numpy(), b0 - 0.5 * g.sum(0), atol=1e-5)
 
 
-def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task):
+def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task: Classification) -> None:
     sites = little_sites()
-    method = FedMD(task, LOCAL, LOCAL)
+    method = training(FedMD, digest=LOCAL)(task, LOCAL)
     step, engine = run(method, sites, task.first(0), 1)
     assert step.bytes_up == dict.fromkeys(sites, 12 * 2 * 4)
     images = sites["site-0"].data["public"]
@@ -101,17 +111,17 @@ def test_fedmd_sends_scores_alone_and_their_mean_is_digested(task):
     request = method.request(step.state)
     gaps = []
     for digest in (LocalTraining(steps=0), LocalTraining(epochs=30, batch_size=12, lr=0.05)):
-        own = FedMD(task, LocalTraining(steps=0), digest)
+        own = training(FedMD, digest=digest)(task, LocalTraining(steps=0))
         _, memory = own.site_update(request, engine.memory["site-2"], sites["site-2"])
         scores, _ = answers(task, memory["params"], images)
         gaps.append(float((scores - step.state.consensus["scores"]).abs().mean()))
     assert gaps[1] < 0.7 * gaps[0]
 
 
-def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_newcomers(task):
+def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_newcomers(task: Classification) -> None:
     sites = little_sites()
     local = LocalTraining(epochs=5, batch_size=8, lr=0.1)
-    method = Evaluated(FedMD(task, local, LocalTraining(epochs=20, batch_size=4, lr=0.05)), task)
+    method = Evaluated(training(FedMD, digest=LocalTraining(epochs=20, batch_size=4, lr=0.05))(task, local), task)
     step, engine = run(method, sites, task.first(0), 3, server_data=server_data(sites))
     request = method.evaluation_request(step.state)
     x = blobs(77, 40, (1, 8, 8), 0.25)
@@ -120,7 +130,7 @@ def test_fedmd_without_digestion_is_every_site_alone_and_the_server_learns_for_n
     assert same(method.site_model(request, engine.memory["site-0"]), engine.memory["site-0"]["params"])
 
 
-def test_look_says_what_the_model_says_and_where(task):
+def test_look_says_what_the_model_says_and_where(task: Classification) -> None:
     model, x = task.model().eval(), torch.zeros(4, 1, 8, 8)
     x[:, :, 5:7, 1:3] = 20
     z, where = look(model, x)
@@ -131,10 +141,10 @@ def test_look_says_what_the_model_says_and_where(task):
     assert look(table, torch.randn(3, 5))[1].shape == (3, 0)
 
 
-def test_fedad_weighs_classes_by_who_knows_them():
+def test_fedad_weighs_classes_by_who_knows_them() -> None:
     """q_c ∝ Σ_k n_k,c p_k,c / Σ_k n_k,c, of probabilities rounded to hundredths, in numpy."""
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
-    method = FedAD(LINEAR, LOCAL, STEP)
+    method = training(FedAD, distil=STEP)(LINEAR, 1, LOCAL)
     state = method.init(params)
     replies = {k: method.site_update(method.request(state), {}, site)[0] for k, site in sites.items()}
     merged = merge(replies.values()).leaf_mean("scores").value["p"].numpy()
@@ -148,34 +158,48 @@ def test_fedad_weighs_classes_by_who_knows_them():
     assert np.allclose(merged, total / weight, atol=1e-5)
 
 
-def test_fedad_is_one_exchange_without_weights_and_its_student_works(task):
+def test_fedad_is_one_exchange_without_weights_and_its_student_works(task: Classification) -> None:
     sites = little_sites()
-    method = Evaluated(fedad(task, LocalTraining(epochs=2, batch_size=6, lr=0.1), 10, distil_epochs=80), task)
+    method = Evaluated(FedAD(task, 10, LocalTraining(epochs=2, batch_size=6, lr=0.1), distil_epochs=80), task)
     step, engine = run(method, sites, task.first(0), 10, server_data=server_data(sites))
     assert step.request.round == 0
     assert method.request(step.state) is None
-    assert method.inner.local.epochs == 20
+    assert method.inner.whole.epochs == 20
     assert {leaf for part in step.reply.parts.values() for t in part.trees for leaf in t} == {"p", "where"}
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
 
 
-def test_fedads_noise_is_added_to_probabilities(task):
+def test_fedads_noise_is_added_to_probabilities(task: Classification) -> None:
     site = little_sites()["site-1"]
-    clean, noisy = (FedAD(task, LOCAL, LOCAL, noise=s) for s in (0.0, 0.1))
+    clean, noisy = (FedAD(task, 1, LOCAL, noise=s) for s in (0.0, 0.1))
     request = clean.request(clean.init(task.first(0)))
     p, q = (m.site_update(request, {}, site)[0].leaf_mean("scores").value["p"] for m in (clean, noisy))
     assert 0.03 < float((p - q).std()) < 0.2
 
 
-def test_a_teacher_that_counts_nothing_is_fedavg(task):
+def test_training_on_public_images_follows_the_options(task):
+    assert FedDF(task, LOCAL, distil_epochs=7, distil_lr=0.2, distil_batch=3).distil == LocalTraining(
+        epochs=7, batch_size=3, optimizer="adam", lr=0.2
+    )
+    assert FedMD(task, LOCAL).digest == replace(LOCAL, epochs=1)
+    assert FedMD(task, replace(LOCAL, steps=9), digest_epochs=3, digest_lr=0.4).digest == replace(
+        LOCAL, epochs=3, lr=0.4
+    )
+    steps = replace(LOCAL, steps=3)
+    assert FedAD(task, 5, steps).whole == replace(LOCAL, epochs=10, steps=15)
+    assert FedAD(task, 5, steps).distil == replace(LOCAL, epochs=10)
+    assert FedAD(task, 5, LOCAL, distil_epochs=4).distil == replace(LOCAL, epochs=4)
+
+
+def test_a_teacher_that_counts_nothing_is_fedavg(task: Classification) -> None:
     sites = little_sites()
     step, _ = run(TeacherStudent(task, LOCAL, share=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params)
 
 
-def test_one_step_with_a_teacher_is_the_equation_in_numpy():
+def test_one_step_with_a_teacher_is_the_equation_in_numpy() -> None:
     sites, params = little_sites((5,), classes=3), LINEAR.first(2)
     teacher = {k: v + 0.5 for k, v in params.items()}
     teacher["head.weight"] = teacher["head.weight"] * 2
@@ -191,7 +215,7 @@ def test_one_step_with_a_teacher_is_the_equation_in_numpy():
     assert np.allclose(reply.mean("update").value["head.weight"].numpy(), -0.5 * g.T @ x, atol=1e-5)
 
 
-def test_only_two_teachers_are_known(task):
-    assert teacher_student(task, LOCAL, teacher="first").teacher == "first"
+def test_only_two_teachers_are_known(task: Classification) -> None:
+    assert TeacherStudent(task, LOCAL, teacher="first").teacher == "first"
     with pytest.raises(ValueError, match="no teacher is called 'plato'"):
-        teacher_student(task, LOCAL, teacher="plato")
+        TeacherStudent(task, LOCAL, teacher="plato")

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.objectives.adversarial import Discriminator, pass_for_real, tell_apart
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.fedalign import FedAlign
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
@@ -19,14 +22,18 @@ def run(method, params, sites, rounds):
     return state
 
 
-def test_before_it_starts_it_is_uniform_fedavg(task, local, sites) -> None:
+def test_before_it_starts_it_is_uniform_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     ours = run(FedAlign(task, local, start=9), task.first(), sites, 2)
     assert equal(ours.params, run(FedAvg(task, local, uniform=True), task.first(), sites, 2).params)
     theirs = run(FedAlign(task, local, start=1), task.first(), sites, 2)
     assert not equal(ours.params, theirs.params)
 
 
-def test_what_it_sends_is_features_with_a_little_noise(task, local, sites) -> None:
+def test_what_it_sends_is_features_with_a_little_noise(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     exact, noisy = FedAlign(task, local, noise=0.0, share=5), FedAlign(task, local, noise=0.5, share=5)
     request = exact.request(exact.init(task.first()))
     a, b = (m.site_update(request, {}, sites["site-0"])[0].gather("features")["site-0"]["h"] for m in (exact, noisy))

@@ -9,10 +9,10 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import encoded
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.adversarial import confusion
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.domain_adaptation.fedharmony import FedHarmony
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -22,7 +22,9 @@ from tests.conftest import Rows
 NAMES = ("site-0", "site-1", "site-2")
 
 
-def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
+def test_the_gaussians_are_those_of_the_features(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """Mean and standard deviation by feature, of the trained encoder over all training examples, in numpy."""
     method = FedHarmony(task, NAMES, local)
     request = method.request(method.init(task.first()))
@@ -30,13 +32,13 @@ def test_the_gaussians_are_those_of_the_features(task, local, sites) -> None:
     end = {n: leaf + request.trees["params"][n] for n, leaf in reply.mean("update").value.items()}
     with torch.no_grad():
         x = sites["site-1"].data["train"].x
-        features = encoded(task, cached_model(task, end).eval(), x).numpy()
+        features = encoded(task.network, cached_model(task, end).eval(), x).numpy()
     found = reply.gather("gaussian")["site-1"]
     np.testing.assert_allclose(found["mean"].numpy(), features.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["std"].numpy(), features.std(0, ddof=1), rtol=1e-3, atol=1e-5)
 
 
-def test_others_are_drawn_from_their_gaussians(task, sites) -> None:
+def test_others_are_drawn_from_their_gaussians(task: Classification, sites: dict[str, Site]) -> None:
     method = FedHarmony(task, NAMES, LocalTraining())
     F_ = 8
     known = {k: {"mean": torch.full((F_,), 3.0 * k), "std": torch.full((F_,), 0.5 + k)} for k in (0, 2)}
@@ -57,7 +59,7 @@ def test_confusion_is_the_mean_of_minus_log_softmax() -> None:
     assert float(confusion(torch.randn(50, 4))) > float(even)
 
 
-def test_the_first_round_is_uniform_fedavg(task, local, sites) -> None:
+def test_the_first_round_is_uniform_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     """No Gaussian is known yet; with μ = 0 nothing else differs."""
     ours, plain = FedHarmony(task, NAMES, local, mu=0.0), FedAvg(task, local, uniform=True)
     params = task.first()
@@ -66,7 +68,9 @@ def test_the_first_round_is_uniform_fedavg(task, local, sites) -> None:
     assert equal(a.parts["update"], b.parts["update"])
 
 
-def test_the_distance_has_a_slope_of_zero_where_it_is_zero(task, local, sites) -> None:
+def test_the_distance_has_a_slope_of_zero_where_it_is_zero(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = FedHarmony(task, NAMES, local, mu=1.0)
     reply, _ = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     assert all(leaf.isfinite().all() for leaf in reply.mean("update").total.values())
@@ -106,6 +110,6 @@ def test_it_unlearns_the_scanner() -> None:
         model = cached_model(task, state.params).eval()
         with torch.no_grad():
             right = [model(s.data["train"].x).argmax(1) == s.data["train"].y for s in sites.values()]
-            found.append(told_apart(task, [encoded(task, model, s.data["train"].x) for s in sites.values()]))
+            found.append(told_apart(task, [encoded(task.network, model, s.data["train"].x) for s in sites.values()]))
         assert float(torch.cat(right).float().mean()) > 0.95
     assert found[0] < found[1] - 0.1

@@ -6,17 +6,17 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.domain_adaptation.fedmoe import fed_moe
+from polyclinic.methods.domain_adaptation.fedmoe import FedMoE
 from tests.conftest import Rows
 
 
-def test_the_mixture_by_hand(task) -> None:
-    method = fed_moe(task, LocalTraining())
+def test_the_mixture_by_hand(task: Classification) -> None:
+    method = FedMoE(task, LocalTraining())
     shared, own = task.first(0), task.first(1)
     gate = {"gate.weight": torch.tensor([[0.5, -1.0]]), "gate.bias": torch.tensor([0.2])}
     model = cached_model(
@@ -29,8 +29,8 @@ def test_the_mixture_by_hand(task) -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_a_site_never_seen_predicts_with_the_federated_expert(task, local) -> None:
-    method = fed_moe(task, local)
+def test_a_site_never_seen_predicts_with_the_federated_expert(task: Classification, local: LocalTraining) -> None:
+    method = FedMoE(task, local)
     model = cached_model(
         method.prediction_task, method.site_model(method.request(method.init(task.first())), {})
     ).eval()
@@ -39,7 +39,7 @@ def test_a_site_never_seen_predicts_with_the_federated_expert(task, local) -> No
 
 
 def test_the_private_expert_and_the_gate_stay(task, local, sites) -> None:
-    method = fed_moe(task, local)
+    method = FedMoE(task, local)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     assert reply.mean("update").total.keys() == task.first().keys()
     assert {name.partition(".")[0] for name in memory["own"]} == {"own", "gate"}
@@ -54,7 +54,7 @@ def test_a_site_that_disagrees_leans_on_its_own_model() -> None:
         x = torch.randn(160, 4, generator=rng)
         y = ((x[:, 0] > 0) ^ (k == 3)).long()
         sites[f"site-{k}"] = Site(f"site-{k}", {"train": Rows(x[:120], y[:120]), "val": Rows(x[120:], y[120:])})
-    method = Evaluated(fed_moe(task, LocalTraining(lr=0.3)), task)
+    method = Evaluated(FedMoE(task, LocalTraining(lr=0.3)), task)
     federation, state = InProcess(method, sites), method.init(task.first())
     for step in train(method, federation, state, rounds=10):
         state = step.state

@@ -7,11 +7,11 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.latent import encode_all
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.domain_adaptation.mrcm import mrcm
+from polyclinic.methods.domain_adaptation.mrcm import MRCM
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close
 from tests.conftest import Rows
@@ -27,13 +27,13 @@ def run(method, params, sites, rounds=2):
 
 
 def test_without_alignment_it_is_fedavg_over_the_sources(task, local, sites) -> None:
-    ours = run(mrcm(task, local, NAMES, adversarial=0.0), task.first(), sites)
+    ours = run(MRCM(task, NAMES, local, adversarial=0.0), task.first(), sites)
     sources = {name: sites[name] for name in NAMES[:2]}
     assert close(ours.params, run(FedAvg(task, local, uniform=True), task.first(), sources).params)
 
 
-def test_the_targets_truth_is_never_used(task, local, sites) -> None:
-    method = mrcm(task, local, NAMES, target="site-1")
+def test_the_targets_truth_is_never_used(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
+    method = MRCM(task, NAMES, local, target="site-1")
     state = run(method, task.first(), sites)
     data = sites["site-1"].data["train"]
     blind = Site("site-1", {"train": Rows(data.x, torch.full_like(data.y, -100))})
@@ -51,17 +51,17 @@ def test_features_come_nearer_to_the_targets() -> None:
         sites[name] = Site(name, {"train": Rows(x, (x[:, 0] > 0).long())})
 
     def apart(weight: float) -> float:
-        state = run(mrcm(task, local, NAMES, adversarial=weight), task.first(), sites, 15)
+        state = run(MRCM(task, NAMES, local, adversarial=weight), task.first(), sites, 15)
         model = cached_model(task, state.params)
-        h = [encode_all(task, model, site.data["train"]) for site in sites.values()]
+        h = [encode_all(task.network, model, site.data["train"]) for site in sites.values()]
         spread = torch.cat(h).std(0).square().sum()
         return float(sum((h[k].mean(0) - h[2].mean(0)).square().sum() for k in (0, 1)) / spread)
 
     assert apart(1.0) < 0.6 * apart(0.0)
 
 
-def test_a_target_that_is_no_site_is_refused(task, local) -> None:
+def test_a_target_that_is_no_site_is_refused(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="must be one of"):
-        mrcm(task, local, NAMES, target="elsewhere")
+        MRCM(task, NAMES, local, target="elsewhere")
     with pytest.raises(ValueError, match="two or more"):
-        mrcm(task, local, ("alone",))
+        MRCM(task, ("alone",), local)

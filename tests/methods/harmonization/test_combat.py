@@ -1,6 +1,7 @@
 """ComBat from federated sums equals ComBat on pooled data, written independently in numpy."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.harmonization.combat import combat
 from tests.conftest import Rows, little_sites
@@ -78,7 +79,7 @@ def harmonized(method, x, batch, task, rounds=1):
 
 @pytest.mark.parametrize("shrink", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
-def test_it_equals_pooled_combat(shrink, keep) -> None:
+def test_it_equals_pooled_combat(shrink: bool, keep: bool) -> None:
     Y, batch, C = scanners()
     x = np.c_[Y, C] if keep else Y
     task = Classification(Network("mlp", (x.shape[1],), 2))
@@ -139,7 +140,7 @@ def test_missing_values_and_covariates_of_images_are_refused() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("POLYCLINIC_DATA"), reason="POLYCLINIC_DATA names no folder of real data")
-def test_real_scanners(real_data) -> None:
+def test_real_scanners(real_data: Path) -> None:
     """Cortical thickness at 23 sites: federated equals pooled, on data as they come."""
     import csv
     import gzip

@@ -13,15 +13,17 @@ from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.harmonization.harmofl import harmofl
+from polyclinic.methods.harmonization.harmofl import HarmoFL
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close, equal
 from tests.conftest import Rows, little_sites
 
 
-def test_the_normalizer_is_equations_3_and_4(task, local, sites) -> None:
+def test_the_normalizer_is_equations_3_and_4(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """Â_k = (1 − v) Â_{k−1} + v/M Σ A(x_m) over minibatches; Ψ(x) = F⁻¹(Â, P(x)). In numpy's FFT."""
-    method, site = harmofl(task, local, decay=0.3), sites["site-1"]
+    method, site = HarmoFL(task, local, decay=0.3), sites["site-1"]
     request = method.request(method.init(task.first()))
     assert request.job == "amplitude"
     found = method.site_update(request, {}, site)[0].mean("amplitude").value["low"]
@@ -40,7 +42,7 @@ def test_the_normalizer_is_equations_3_and_4(task, local, sites) -> None:
 def test_every_bin_of_the_window_changes() -> None:
     """The published normalizer's window touches one frequency; ours touches each in it and no other."""
     sites, task = little_sites(), Classification(Network("cnn", (1, 8, 8), 2, (("width", 4),)))
-    method = harmofl(task, LocalTraining(), window=0.25)
+    method = HarmoFL(task, LocalTraining(), window=0.25)
     front = method.prediction_task.model().get_submodule("front")
     assert front.amplitude.shape == (1, 3, 3)
     front.amplitude.fill_(100.0)
@@ -54,7 +56,7 @@ def test_the_perturbed_step_is_equation_6() -> None:
     task = Regression(Network("mlp", (1, 1, 2), 1, (("depth", 0),)))
     x = torch.randn(6, 1, 1, 2, generator=torch.Generator().manual_seed(0)) * 0.3
     site = Site("a", {"train": Rows(x, torch.zeros(6, 1))})
-    method = harmofl(task, LocalTraining(batch_size=6, lr=0.5), window=0.0, alpha=0.1)
+    method = HarmoFL(task, LocalTraining(batch_size=6, lr=0.5), window=0.0, alpha=0.1)
     params = {**method.init(task.first()).params, "front.amplitude": torch.zeros(1, 1, 1)}  # images pass as they are
     request = method.request(method.init(params)._replace(params=params, harmonized=True))
     change = method.site_update(request, {}, site)[0].mean("update").value
@@ -72,8 +74,8 @@ def test_the_perturbed_step_is_equation_6() -> None:
 
 
 def test_without_perturbation_it_is_fedavg_on_harmonized_images(task, local, sites) -> None:
-    method = harmofl(task, local, alpha=0.0)
-    tiny = harmofl(task, local, alpha=1e-12)
+    method = HarmoFL(task, local, alpha=0.0)
+    tiny = HarmoFL(task, local, alpha=1e-12)
     state = method.init(task.first())
     for step in train(method, InProcess(method, sites), state, rounds=1):
         state = step.state
@@ -86,19 +88,19 @@ def test_without_perturbation_it_is_fedavg_on_harmonized_images(task, local, sit
     assert close(ours, tiny.site_update(request, {}, sites["site-2"])[0])  # running statistics move once a step
 
 
-def test_sites_that_differ_by_a_filter_come_to_look_alike(task) -> None:
+def test_sites_that_differ_by_a_filter_come_to_look_alike(task: Classification) -> None:
     """A scanner that multiplies every spectrum is undone: normalized images are the same as without it."""
     x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     gain = torch.linspace(0.5, 2, 8)[:, None] + torch.linspace(0, 1, 8)
     gain = (gain + torch.roll(gain.flip(0, 1), (1, 1), (0, 1))) / 2  # even, so that images stay real
     filtered = torch.fft.ifft2(torch.fft.fft2(x) * gain).real
-    front = harmofl(task, LocalTraining()).prediction_task.model().get_submodule("front")
+    front = HarmoFL(task, LocalTraining()).prediction_task.model().get_submodule("front")
     front.amplitude.fill_(1.0)
     torch.testing.assert_close(front(x), front(filtered), rtol=1e-3, atol=1e-4)
 
 
-def test_evaluation_harmonizes_too(task, local, sites) -> None:
-    method = Evaluated(harmofl(task, local), task)
+def test_evaluation_harmonizes_too(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
+    method = Evaluated(HarmoFL(task, local), task)
     federation, state = InProcess(method, sites), method.init(task.first())
     for step in train(method, federation, state, rounds=2):
         state = step.state
@@ -109,4 +111,4 @@ def test_evaluation_harmonizes_too(task, local, sites) -> None:
 
 def test_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="needs images"):
-        harmofl(Classification(Network("mlp", (5,), 2)), LocalTraining())
+        HarmoFL(Classification(Network("mlp", (5,), 2)), LocalTraining())

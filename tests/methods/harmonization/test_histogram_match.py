@@ -7,9 +7,9 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.harmonization.histogram_match import histogram_match
 from polyclinic.methods.harmonization.monotone_front import MonotoneMap
@@ -44,7 +44,7 @@ def test_the_map_is_numpys_interpolation() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 4), (1, 3, 4, 5)])
-def test_the_map_begins_as_the_identity_and_never_turns_back(shape) -> None:
+def test_the_map_begins_as_the_identity_and_never_turns_back(shape: tuple[int, ...]) -> None:
     front, x = MonotoneMap(shape[0], 9)(), torch.randn(5, *shape) * 2
     torch.testing.assert_close(front(x), x, rtol=1e-5, atol=1e-6)
     front.there.copy_(torch.randn(shape[0], 9).cumsum(1).sort(1).values)

@@ -6,12 +6,12 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.networks.input_front import in_front
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.harmonization.input_front import in_front
 from polyclinic.methods.harmonization.stain_norm import stain_norm
 from polyclinic.methods.harmonization.vafl import vafl
 from tests.conftest import Rows, blobs

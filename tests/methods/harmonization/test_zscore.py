@@ -6,10 +6,11 @@ import torch
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.harmonization.zscore import zscore
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import close
@@ -24,7 +25,9 @@ def run(method, params, sites, rounds):
 
 
 @pytest.mark.parametrize("by_site", [False, True])
-def test_what_the_network_sees(task, local, sites, by_site) -> None:
+def test_what_the_network_sees(
+    task: Classification, local: LocalTraining, sites: dict[str, Site], by_site: bool
+) -> None:
     method = zscore(task, local, by_site=by_site)
     state, memory = run(method, task.first(), sites, 1)
     seen = []
@@ -39,7 +42,7 @@ def test_what_the_network_sees(task, local, sites, by_site) -> None:
     assert float(everything.std(correction=0)) == pytest.approx(1, abs=1e-4)
 
 
-def test_standardized_data_are_left_alone(local) -> None:
+def test_standardized_data_are_left_alone(local: LocalTraining) -> None:
     """On data that have mean 0 and deviation 1 it is FedAvg."""
     rng, sites = torch.Generator().manual_seed(0), {}
     for k in range(2):
@@ -52,7 +55,7 @@ def test_standardized_data_are_left_alone(local) -> None:
     assert close({k: v for k, v in state.params.items() if not k.startswith("front.")}, plain.params)
 
 
-def test_a_constant_column_is_only_centered(local) -> None:
+def test_a_constant_column_is_only_centered(local: LocalTraining) -> None:
     x = torch.cat([torch.randn(9, 1), torch.full((9, 1), 7.0)], 1)
     task = Classification(Network("mlp", (2,), 2))
     method = zscore(task, local)
@@ -61,7 +64,7 @@ def test_a_constant_column_is_only_centered(local) -> None:
     assert float(state.params["front.shift"][1]) == -7
 
 
-def test_an_unseen_site_is_served(task, local, sites) -> None:
+def test_an_unseen_site_is_served(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     for by_site in (False, True):
         method = Evaluated(zscore(task, local, by_site=by_site), task)
         state, _ = run(method, task.first(), sites, 1)

@@ -30,7 +30,7 @@ def after(method, sites, params, rounds=1):
 
 
 @given(st.integers(1, 40), st.floats(0, 0.95))
-def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps, momentum):
+def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps, momentum) -> None:
     velocity = moved = 0.0
     for _ in range(steps):
         velocity = momentum * velocity + 1
@@ -39,7 +39,7 @@ def test_accumulation_is_what_sgd_adds_up_of_a_constant_gradient(steps, momentum
 
 
 @given(st.integers(1, 40), st.floats(1e-4, 0.5))
-def test_accumulation_under_a_proximal_pull(steps, shrink):
+def test_accumulation_under_a_proximal_pull(steps, shrink) -> None:
     moved = 0.0
     for _ in range(steps):
         moved = moved + 1 - shrink * moved
@@ -57,7 +57,7 @@ def numpy_descent(w, b, x, y, lr, steps):
     return w, b
 
 
-def test_one_round_is_the_papers_equation_in_numpy():
+def test_one_round_is_the_papers_equation_in_numpy() -> None:
     # x ← x − (Σ p_i τ_i) Σ p_i (x − x_i) / τ_i, with sites that take 6, 3 and 2 steps (equations 6 and 7)
     sites, params = little_sites((5,), classes=3), LINEAR.first(1)
     seconds = (("site-0", 1.0), ("site-1", 2.0), ("site-2", 3.0))
@@ -77,14 +77,14 @@ def test_one_round_is_the_papers_equation_in_numpy():
     assert np.allclose(found["head.bias"].numpy(), b0 - effective * db, atol=1e-5)
 
 
-def test_with_equal_work_it_is_fedavg(task):
+def test_with_equal_work_it_is_fedavg(task: Classification) -> None:
     sites = little_sites()
     local = LocalTraining(steps=3, batch_size=8, lr=0.1, momentum=0.5)
     nova, plain = (after(m(task, local), sites, task.first(0), 2).params for m in (FedNova, FedAvg))
     assert all(torch.allclose(nova[name], plain[name], atol=1e-6) for name in plain)
 
 
-def test_statistics_move_by_the_plain_mean(task):
+def test_statistics_move_by_the_plain_mean(task: Classification) -> None:
     sites, start = little_sites(), task.first(0)
     local = LocalTraining(epochs=2, batch_size=4, lr=0.1)
     nova, plain = (after(m(task, local), sites, start).params for m in (FedNova, FedAvg))
@@ -94,7 +94,7 @@ def test_statistics_move_by_the_plain_mean(task):
     assert any(not torch.allclose(nova[name], plain[name], atol=1e-4) for name in start if name not in running)
 
 
-def test_adam_is_refused(task):
+def test_adam_is_refused(task: Classification) -> None:
     with pytest.raises(ValueError, match='optimizer = "sgd", not adam'):
         FedNova(task, LocalTraining(optimizer="adam"))
     with pytest.raises(ValueError, match="not for both"):
@@ -117,7 +117,7 @@ def steps_taken(method, request, site):
     return len(reads)
 
 
-def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task):
+def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task: Classification) -> None:
     sites, local = little_sites(), LocalTraining(epochs=1, batch_size=4, lr=0.1)
     method = semi_sync(task, local, tuple(sites), seconds=(1.0, 0.5, 4.0), share=2.0)
     state = method.init(task.first(0))
@@ -132,7 +132,7 @@ def test_semi_sync_gives_each_site_the_steps_that_fit_the_time(task):
     assert [steps_taken(method, request, site) for site in sites.values()] == [48, 96, 12]
 
 
-def test_equal_machines_and_equal_data_make_semi_sync_fedavg(task):
+def test_equal_machines_and_equal_data_make_semi_sync_fedavg(task: Classification) -> None:
     site = little_sites()["site-1"]
     sites = {name: replace(site, name=name) for name in ("a", "b")}
     local = LocalTraining(epochs=1, batch_size=8, lr=0.1)
@@ -141,7 +141,7 @@ def test_equal_machines_and_equal_data_make_semi_sync_fedavg(task):
     assert all(torch.equal(paced[name], plain[name]) for name in plain)
 
 
-def test_partial_work_is_fedavg_where_nobody_is_late_and_shorter_where_all_are(task):
+def test_partial_work_is_fedavg_where_nobody_is_late_and_shorter_where_all_are(task: Classification) -> None:
     sites, local = little_sites(), LocalTraining(epochs=4, batch_size=4, lr=0.1)
     punctual = after(PartialWork(FedAvg(task, local), late=0.0), sites, task.first(0)).params
     plain = after(FedAvg(task, local), sites, task.first(0)).params
@@ -155,12 +155,12 @@ def test_partial_work_is_fedavg_where_nobody_is_late_and_shorter_where_all_are(t
 
 
 @pytest.mark.parametrize("seconds", [(1.0,), (1.0, 2.0, 0.0)])
-def test_semi_sync_refuses_impossible_seconds(task, seconds):
+def test_semi_sync_refuses_impossible_seconds(task: Classification, seconds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="semi-sync: seconds"):
         semi_sync(task, LocalTraining(), ("a", "b", "c"), seconds=seconds)
 
 
-def test_nova_normalizes_what_paced_sites_send(task):
+def test_nova_normalizes_what_paced_sites_send(task: Classification) -> None:
     sites, local = little_sites(), LocalTraining(epochs=1, batch_size=8, lr=0.05)
     seconds = (("site-0", 0.1),)
     start = task.first(0)

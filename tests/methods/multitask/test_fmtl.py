@@ -6,13 +6,13 @@ import torch
 from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
-from polyclinic.learning.networks.experts import GatedHead, begin, gated
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.objectives.contrastive import WithContrast
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.multitask.fmtl import fmtl
+from polyclinic.methods.multitask.gated_experts import GatedHead, begin, gated
 from polyclinic.methods.multitask.private_heads import limited, private_heads
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.partial_personalization import fedper
@@ -27,7 +27,7 @@ def normal(*shape):
     return torch.randn(*shape, generator=Site("s").rng("x"))
 
 
-def test_the_gate_mixes_experts_as_the_equation_says():
+def test_the_gate_mixes_experts_as_the_equation_says() -> None:
     head, h = GatedHead(4, 3, 5, 6), normal(7, 4)
     x = h.double().numpy()
     P = {k: v.detach().double().numpy() for k, v in head.named_parameters()}
@@ -37,12 +37,12 @@ def test_the_gate_mixes_experts_as_the_equation_says():
     assert np.allclose(head(h).detach().numpy(), mixed @ P["tower.weight"].T + P["tower.bias"], atol=1e-5)
 
 
-def test_one_expert_needs_no_gate():
+def test_one_expert_needs_no_gate() -> None:
     head, h = GatedHead(4, 3, 1, 6), normal(7, 4)
     assert torch.allclose(head(h), head.tower(head.experts[0](h)), atol=1e-6)
 
 
-def test_the_contrast_is_its_equation_in_numpy():
+def test_the_contrast_is_its_equation_in_numpy() -> None:
     learner = WithContrast(LINEAR, weight=0.5, temperature=0.2)
     model, x, y = learner.model(), normal(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 1])
     z = x.double().numpy()
@@ -56,12 +56,12 @@ def test_the_contrast_is_its_equation_in_numpy():
 
 
 @pytest.mark.parametrize("name", ["cnn", "densenet121", "resnet10"])
-def test_any_classifier_can_have_gated_experts(name):
+def test_any_classifier_can_have_gated_experts(name: str) -> None:
     task = gated(Classification(Network(name, (1, 32, 32), 3)), 2, 8)
     assert task.model().eval()(normal(2, 1, 32, 32)).shape == (2, 3)
 
 
-def test_it_begins_with_the_studys_encoder(task):
+def test_it_begins_with_the_studys_encoder(task: Classification) -> None:
     mixed, params = gated(task, 3, 8), task.first(7)
     whole = begin(mixed, params)
     assert all(torch.equal(whole[k], v) for k, v in params.items() if not k.startswith("head."))
@@ -69,7 +69,7 @@ def test_it_begins_with_the_studys_encoder(task):
     assert "head.weight" not in whole
 
 
-def test_gates_and_towers_stay_and_experts_travel(task, sites):
+def test_gates_and_towers_stay_and_experts_travel(task: Classification, sites: dict[str, Site]) -> None:
     method = Evaluated(fmtl(task, LOCAL), task)
     step, engine = run(method, sites, task.first(0), 3)
     sent = step.reply.mean("update").total
@@ -82,7 +82,7 @@ def test_gates_and_towers_stay_and_experts_travel(task, sites):
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.8
 
 
-def test_private_heads_of_a_classifier_are_fedper(task, sites):
+def test_private_heads_of_a_classifier_are_fedper(task: Classification, sites: dict[str, Site]) -> None:
     step, _ = run(private_heads(task, LOCAL, tuple(sites)), sites, task.first(0))
     per, _ = run(fedper(task, LOCAL), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
@@ -90,7 +90,7 @@ def test_private_heads_of_a_classifier_are_fedper(task, sites):
     assert not same(step.state.params, plain.state.params)
 
 
-def test_a_site_with_fewer_classes_never_says_another():
+def test_a_site_with_fewer_classes_never_says_another() -> None:
     task = Classification(Network("cnn", (1, 8, 8), 4, (("width", 4), ("depth", 2))))
     two, four = little_sites(count=2), little_sites(count=2, classes=4)
     sites = {"site-0": two["site-0"], "site-1": four["site-1"]}
@@ -107,6 +107,6 @@ def test_a_site_with_fewer_classes_never_says_another():
 @pytest.mark.parametrize(
     ("classes", "says"), [((2,), "give one each"), ((2, 9), "9 classes at a site"), ((2, 1), "1 class")]
 )
-def test_impossible_classes_are_refused(task, classes, says):
+def test_impossible_classes_are_refused(task: Classification, classes: tuple[int, ...], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         private_heads(task, LOCAL, ("a", "b"), classes=classes)

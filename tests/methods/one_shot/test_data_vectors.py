@@ -13,8 +13,9 @@ from polyclinic.core.rounds import train, train_async
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import inspect
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.one_shot.data_vectors import DataVectors, datavectors
+from polyclinic.methods.one_shot.data_vectors import DataVectors
 from polyclinic.methods.one_shot.merging import Merging, elected, lengths_of, merged, random_like, restored, search
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.testing import equal
@@ -28,18 +29,22 @@ def run(method, sites, params, server_data=None, rounds=3):
     return state
 
 
-def test_without_restoration_it_is_one_round_of_fedavg(task, local, sites):
+def test_without_restoration_it_is_one_round_of_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """The mean of the vectors and of the running statistics is FedAvg with equal sites."""
-    ours = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    ours = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     theirs = run(FedAvg(task, local, uniform=True), sites, task.first(), rounds=1)
     for name, leaf in ours.params.items():
         torch.testing.assert_close(leaf, theirs.params[name], rtol=1e-5, atol=1e-6)
     assert ours.round == 1
 
 
-def test_one_message_at_any_time_and_in_any_order(task, local, sites):
+def test_one_message_at_any_time_and_in_any_order(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """Merging as sites arrive gives the bits of merging all at once, and a late site asks nothing of the others."""
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     together = run(method, sites, task.first())
     state, steps = method.init(task.first()), 0
     early = {name: sites[name] for name in ("site-2", "site-0")}
@@ -53,10 +58,10 @@ def test_one_message_at_any_time_and_in_any_order(task, local, sites):
     assert method.request(state) is None
 
 
-@pytest.mark.parametrize("merging", [Merging(), Merging(ties=0.3), Merging(by_layer=True), Merging(tune=1)])
+@pytest.mark.parametrize("merging", [{}, {"ties": 0.3}, {"by_layer": True}, {"tune": 1}])
 def test_removal_is_the_merge_without_the_site_to_the_bit(task, local, sites, merging):
     held = {"val": blobs(77, 24, (1, 8, 8)), "public": blobs(78, 24, (1, 8, 8))}
-    method = DataVectors(task, local, merging, tuple(sites))
+    method = DataVectors(task, local, tuple(sites), **merging)
     server = Site("server", held)
     without = method.without(run(method, sites, task.first(), held), "site-1", server)
     rest = {name: site for name, site in sites.items() if name != "site-1"}
@@ -66,15 +71,15 @@ def test_removal_is_the_merge_without_the_site_to_the_bit(task, local, sites, me
         method.without(without, "site-1", server)
 
 
-def test_the_last_site_removed_leaves_the_base(task, local):
+def test_the_last_site_removed_leaves_the_base(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=1)
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     state = method.without(run(method, sites, task.first()), "site-0")
     assert equal(state.params, task.first())
 
 
 def test_running_statistics_are_not_part_of_a_vector(task, local, sites):
-    method = datavectors(task, local, tuple(sites))
+    method = DataVectors(task, local, tuple(sites))
     state = run(method, sites, task.first())
     running = inspect(task.model()).running
     for leaves in state.sent.values():
@@ -82,7 +87,7 @@ def test_running_statistics_are_not_part_of_a_vector(task, local, sites):
         assert tree.under("running", leaves).keys() == running
 
 
-def test_restoration_gives_the_statistics_of_the_data(task):
+def test_restoration_gives_the_statistics_of_the_data(task: Classification) -> None:
     """Of the first normalization: mean and variance of what enters it, by numpy."""
     data, start = blobs(5, 30, (1, 8, 8), 0.7), task.first(3)
     found = restored(task, start, data, size=100)
@@ -100,16 +105,18 @@ def test_restoration_gives_the_statistics_of_the_data(task):
     np.testing.assert_allclose(found[var], seen.var((0, 2, 3), ddof=1), rtol=1e-4)
 
 
-def test_restoration_never_sees_targets(task):
+def test_restoration_never_sees_targets(task: Classification) -> None:
     data = blobs(5, 30, (1, 8, 8))
     other = blobs(5, 30, (1, 8, 8))
     other.y = 1 - other.y
     assert equal(restored(task, task.first(), data), restored(task, task.first(), other))
 
 
-def test_the_scale_is_the_best_of_those_tried(task, local, sites):
+def test_the_scale_is_the_best_of_those_tried(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     labeled = blobs(77, 40, (1, 8, 8), 0.5)
-    state = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    state = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
     losses = search(Merging(), task, task.first(), vectors, labeled)
     assert list(losses) == pytest.approx([1 / 3, 2 / 3, 1.0])
@@ -118,10 +125,12 @@ def test_the_scale_is_the_best_of_those_tried(task, local, sites):
     assert merged(Merging(scale=0.4), task, task.first(), vectors, labeled=labeled)[1] == 0.4
 
 
-def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(task, sites):
+def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(
+    task: Classification, sites: dict[str, Site]
+) -> None:
     """The paper's control: what was learned, not how far the model moved, is what helps."""
     local = LocalTraining(epochs=6, batch_size=8, lr=0.1)
-    state = run(datavectors(task, local, tuple(sites)), sites, task.first())
+    state = run(DataVectors(task, local, tuple(sites)), sites, task.first())
     vectors = {name: tree.under("vector", leaves) for name, leaves in state.sent.items()}
     rng = torch.Generator().manual_seed(0)
     random = {name: random_like(vector, rng) for name, vector in vectors.items()}
@@ -135,7 +144,7 @@ def test_vectors_that_learned_beat_random_ones_of_the_same_lengths(task, sites):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(-4, 4), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 6))
-def test_ties_entry_by_entry(rows, kept):
+def test_ties_entry_by_entry(rows, kept) -> None:
     """Against the three steps written out in plain Python."""
     rows = [[x + 0.1 * i for i, x in enumerate(row)] for row in rows]  # no two entries tie
     found = tree.flatten(elected([{"w": torch.tensor(row, dtype=torch.float64)} for row in rows], kept / 6))
@@ -149,12 +158,12 @@ def test_ties_entry_by_entry(rows, kept):
         assert value == pytest.approx(sum(agree) / len(agree))
 
 
-def test_ties_of_one_site_that_keeps_all_is_its_vector():
+def test_ties_of_one_site_that_keeps_all_is_its_vector() -> None:
     one = {"a": torch.randn(3, 4), "b": torch.randn(5)}
     assert equal(elected([one], 1.0), one)
 
 
-def test_lengths_by_layer_are_the_sites_average():
+def test_lengths_by_layer_are_the_sites_average() -> None:
     """Sites that agree: the mean, whatever their number. Sites at right angles: longer than the mean by √K."""
     x, y = {"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([0.0, 3.0])}
     for ordered, length in (([x, x, x], 3.0), ([x, y], 3.0)):
@@ -165,6 +174,6 @@ def test_lengths_by_layer_are_the_sites_average():
 
 
 @pytest.mark.parametrize(("wrong", "says"), [({"ties": 1.5}, "from 0 to 1"), ({"scale": float("nan")}, "finite")])
-def test_wrong_settings_are_refused(wrong, says):
+def test_wrong_settings_are_refused(wrong, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Merging(**wrong)

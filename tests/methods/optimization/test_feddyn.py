@@ -11,6 +11,7 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -75,7 +76,7 @@ def run(method, sites, rounds=3):
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5])
-def test_feddyn_by_hand(alpha) -> None:
+def test_feddyn_by_hand(alpha: float) -> None:
     sites = lines()
     w, h = TASK.first(0)["w"][0].double().numpy(), np.zeros(F)
     g = {name: np.zeros(F) for name in sites}
@@ -118,7 +119,7 @@ def test_feddyn_goes_where_all_sites_together_are_best() -> None:
 
 
 @pytest.mark.parametrize("lite", [False, True])
-def test_mime_by_hand(lite) -> None:
+def test_mime_by_hand(lite: bool) -> None:
     sites, beta = lines(), 0.7
     w, m = TASK.first(0)["w"][0].double().numpy(), np.zeros(F)
     for _ in range(3):
@@ -134,7 +135,9 @@ def test_mime_by_hand(lite) -> None:
     np.testing.assert_allclose(run(Mime(TASK, LOCAL, beta, lite=lite), sites).params["w"][0], w, rtol=1e-4, atol=1e-5)
 
 
-def test_mime_corrects_with_the_same_minibatch_and_dropout(task, local, sites) -> None:
+def test_mime_corrects_with_the_same_minibatch_and_dropout(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """At the first of several steps the two gradients cancel, dropout and all: every site steps along c."""
     from dataclasses import replace
 
@@ -153,7 +156,9 @@ def test_mime_corrects_with_the_same_minibatch_and_dropout(task, local, sites) -
         assert torch.allclose(moved[name], -0.1 * leaf, atol=1e-5)
 
 
-def test_without_momentum_mime_lite_is_fedavg(task, local, sites) -> None:
+def test_without_momentum_mime_lite_is_fedavg(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     def end(method):
         state = method.init(task.first(0))
         for step in train(method, InProcess(method, sites), state, rounds=2):
@@ -163,7 +168,7 @@ def test_without_momentum_mime_lite_is_fedavg(task, local, sites) -> None:
     assert close(end(Mime(task, local, beta=0.0, lite=True)), end(FedAvg(task, local, uniform=True)))
 
 
-def test_wrong_settings_are_refused(task) -> None:
+def test_wrong_settings_are_refused(task: Classification) -> None:
     with pytest.raises(ValueError, match="its own momentum"):
         Mime(task, LocalTraining(momentum=0.9))
     with pytest.raises(ValueError, match="its own momentum"):

@@ -6,6 +6,7 @@ import torch
 from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -15,7 +16,9 @@ from tests.conftest import Rows
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_what_leaves_is_fedavgs(task, local, sites, alpha) -> None:
+def test_what_leaves_is_fedavgs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site], alpha: float
+) -> None:
     ours, plain, site = APFL(task, local, alpha=alpha), FedAvg(task, local), sites["site-2"]
     state = plain.init(task.first())
     assert equal(
@@ -23,7 +26,7 @@ def test_what_leaves_is_fedavgs(task, local, sites, alpha) -> None:
     )
 
 
-def test_wholly_own_is_training_alone(task, local, sites) -> None:
+def test_wholly_own_is_training_alone(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method, site = APFL(task, local, alpha=1.0, adaptive=False), sites["site-0"]
     request = method.request(method.init(task.first()))
     memory = method.site_update(request, {}, site)[1]
@@ -31,7 +34,7 @@ def test_wholly_own_is_training_alone(task, local, sites) -> None:
     assert equal(method.site_model(request, memory), alone)
 
 
-def test_wholly_shared_is_the_global_model(task, local, sites) -> None:
+def test_wholly_shared_is_the_global_model(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method, site = APFL(task, local, alpha=0.0, adaptive=False), sites["site-0"]
     request = method.request(method.init(task.first()))
     memory = method.site_update(request, {}, site)[1]

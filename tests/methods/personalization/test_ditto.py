@@ -3,12 +3,15 @@
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.ditto import ditto
 from polyclinic.testing import equal
 
 
-def test_the_global_model_is_fedavgs(task, local, sites) -> None:
+def test_the_global_model_is_fedavgs(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     ours, plain = ditto(task, local), FedAvg(task, local)
     state, site = ours.init(task.first()), sites["site-0"]
     assert equal(
@@ -16,7 +19,9 @@ def test_the_global_model_is_fedavgs(task, local, sites) -> None:
     )
 
 
-def test_without_attraction_the_personal_model_trains_alone(task, local, sites) -> None:
+def test_without_attraction_the_personal_model_trains_alone(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method, site = ditto(task, local, lam=0.0), sites["site-1"]
     state, memory, alone = method.init(task.first()), {}, task.first()
     for round in range(2):
@@ -28,7 +33,9 @@ def test_without_attraction_the_personal_model_trains_alone(task, local, sites) 
     assert equal(method.site_model(method.request(state), memory), alone)
 
 
-def test_attraction_shortens_the_way_from_the_global_model(task, local, sites) -> None:
+def test_attraction_shortens_the_way_from_the_global_model(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     site, gaps = sites["site-1"], []
     for lam in (0.0, 1.0, 5.0):
         method = ditto(task, local, lam=lam)
@@ -39,7 +46,7 @@ def test_attraction_shortens_the_way_from_the_global_model(task, local, sites) -
     assert gaps[0] > gaps[1] > gaps[2] > 0
 
 
-def test_one_step_by_hand(sites) -> None:
+def test_one_step_by_hand(sites: dict[str, Site]) -> None:
     """v⁺ = v − η (∇F(v) + λ (v − w)), on linear regression in numpy's arithmetic."""
     from polyclinic.core.site import Site
     from polyclinic.learning.networks.network_catalog import Network
@@ -62,7 +69,7 @@ def test_one_step_by_hand(sites) -> None:
     torch.testing.assert_close(found["head.weight"], torch.from_numpy(expected))
 
 
-def test_an_unseen_site_predicts_with_the_global_model(task, local) -> None:
+def test_an_unseen_site_predicts_with_the_global_model(task: Classification, local: LocalTraining) -> None:
     method = ditto(task, local)
     request = method.request(method.init(task.first()))
     assert equal(method.site_model(request, {}), task.first())

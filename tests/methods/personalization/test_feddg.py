@@ -19,7 +19,7 @@ from tests.conftest import Rows, segmentation_sites
 
 
 @pytest.mark.parametrize("half", [1, 3])
-def test_the_interpolation_is_equation_2(half) -> None:
+def test_the_interpolation_is_equation_2(half: int) -> None:
     """Amplitudes in a centered square of half-width b become (1 − λ) A_i + λ A_j; phases are kept. numpy's FFT."""
     x, other = np.random.default_rng(0).normal(size=(2, 3, 1, 16, 16)).astype("float32")
     lam = np.array([0.0, 0.4, 1.0]).reshape(3, 1, 1, 1)
@@ -62,14 +62,14 @@ def test_one_episode_by_hand() -> None:
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_site_without_others_is_fedavg(task, local, sites) -> None:
+def test_a_site_without_others_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method, plain, site = FedDG(task, local), FedAvg(task, local), sites["site-0"]
     bank = {"site-0": {"low": torch.ones(2, 1, 3, 3)}}
     a = method.site_update(method.request(method.init(task.first())._replace(bank=bank)), {}, site)[0]
     assert equal(a, plain.site_update(plain.request(plain.init(task.first())), {}, site)[0])
 
 
-def test_only_the_window_leaves(task, local, sites) -> None:
+def test_only_the_window_leaves(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = FedDG(task, local, window=0.25, share=0.5)
     low = method.site_update(method.request(method.init(task.first())), {}, sites["site-1"])[0].gather("bank")[
         "site-1"

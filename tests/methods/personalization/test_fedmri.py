@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.mr_reconstruction import Accelerated, Reconstruction, columns
-from polyclinic.learning.tasks.task import InEncoder, cached_model
+from polyclinic.learning.tasks.task import InEncoder
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.fedmri import Contrasted, fedmri
@@ -27,7 +30,7 @@ def accelerated():
     return sites
 
 
-def test_the_contrast_is_a_ratio_of_distances_in_l1(task) -> None:
+def test_the_contrast_is_a_ratio_of_distances_in_l1(task: Classification) -> None:
     model = cached_model(task, task.first(0))
     inside, names = InEncoder(task), [n for n, _ in model.named_parameters()]
     flat = [np.concatenate([task.first(k)[n].numpy().ravel() for n in names if inside(n)]) for k in range(4)]
@@ -36,7 +39,7 @@ def test_the_contrast_is_a_ratio_of_distances_in_l1(task) -> None:
     assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_the_encoder_leaves(task, local, sites) -> None:
+def test_only_the_encoder_leaves(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     inside = InEncoder(task)
     for others in (False, True):
         method = fedmri(task, local, others=others)
@@ -47,7 +50,9 @@ def test_only_the_encoder_leaves(task, local, sites) -> None:
         assert not any(inside(name) for name in memory["own"])
 
 
-def test_without_contrast_it_is_averaging_of_encoders(task, local, sites) -> None:
+def test_without_contrast_it_is_averaging_of_encoders(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """β = 0: LG-FedAvg's mirror image, in which the head stays."""
     from polyclinic.methods.personalization.partial_personalization import fedper
 
@@ -60,7 +65,9 @@ def test_without_contrast_it_is_averaging_of_encoders(task, local, sites) -> Non
     assert close(*states)
 
 
-def test_the_contrast_starts_when_there_is_an_old_encoder(task, local, sites) -> None:
+def test_the_contrast_starts_when_there_is_an_old_encoder(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     ours, plain = fedmri(task, local, beta=1.0), fedmri(task, local, beta=0.0)
     request = ours.request(ours.init(task.first()))
     a, memory = ours.site_update(request, {}, sites["site-0"])
@@ -71,7 +78,7 @@ def test_the_contrast_starts_when_there_is_an_old_encoder(task, local, sites) ->
 
 @pytest.mark.parametrize("others", [False, True])
 @pytest.mark.slow
-def test_reconstruction(others) -> None:
+def test_reconstruction(others: bool) -> None:
     sites, local = accelerated(), LocalTraining(epochs=2, batch_size=5, optimizer="adam", lr=3e-3)
     method = Evaluated(fedmri(TASK, local, others=others), TASK)
     check_method(method.inner, TASK.first(), sites, rounds=1 + others)

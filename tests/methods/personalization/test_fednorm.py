@@ -5,8 +5,10 @@ import torch
 
 from polyclinic.core.rounds import train
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.personalization.fednorm import fednorm
+from polyclinic.methods.personalization.fednorm import FedNorm
 from polyclinic.methods.personalization.partial_personalization import fedbn
 from polyclinic.testing import check_method, close
 
@@ -23,20 +25,20 @@ def run(method, params, sites, rounds=2):
 
 @pytest.mark.parametrize("modalities", [(), ("mr", "mr", "mr")])
 def test_with_one_modality_it_is_fedavg(task, local, sites, modalities) -> None:
-    state, models = run(fednorm(task, local, NAMES, modalities=modalities), task.first(), sites)
+    state, models = run(FedNorm(task, NAMES, local, modalities=modalities), task.first(), sites)
     plain, _ = run(FedAvg(task, local), task.first(), sites)
     assert close(state.params, plain.params)
     assert close(models["site-1"], plain.params)
 
 
 def test_with_a_modality_for_each_site_it_is_fedbn(task, local, sites) -> None:
-    _, ours = run(fednorm(task, local, NAMES, modalities=("a", "b", "c")), task.first(), sites)
+    _, ours = run(FedNorm(task, NAMES, local, modalities=("a", "b", "c")), task.first(), sites)
     _, theirs = run(fedbn(task, local), task.first(), sites)
     assert close(ours, theirs)
 
 
 def test_sites_of_one_modality_share_its_layers_and_no_others(task, local, sites) -> None:
-    method = fednorm(task, local, NAMES, modalities=("ct", "mr", "ct"))
+    method = FedNorm(task, NAMES, local, modalities=("ct", "mr", "ct"))
     check_method(method, task.first(), sites)
     state, models = run(method, task.first(), sites)
     name = "encoder.1.running_mean"
@@ -46,8 +48,8 @@ def test_sites_of_one_modality_share_its_layers_and_no_others(task, local, sites
     torch.testing.assert_close(stranger[name], (models["site-0"][name] + models["site-1"][name]) / 2)
 
 
-def test_wrong_modalities_are_refused(task, local) -> None:
+def test_wrong_modalities_are_refused(task: Classification, local: LocalTraining) -> None:
     with pytest.raises(ValueError, match="2 for 3 sites"):
-        fednorm(task, local, NAMES, modalities=("ct", "mr"))
+        FedNorm(task, NAMES, local, modalities=("ct", "mr"))
     with pytest.raises(ValueError, match="full stop"):
-        fednorm(task, local, NAMES, modalities=("ct", "mr", "t1.w"))
+        FedNorm(task, NAMES, local, modalities=("ct", "mr", "t1.w"))

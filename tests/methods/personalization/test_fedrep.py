@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task import InHead, Not
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.fedrep import fedrep
 from polyclinic.testing import equal
 
 
-def test_the_head_is_fitted_first_and_stays(task, local, sites) -> None:
+def test_the_head_is_fitted_first_and_stays(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method, site, head = fedrep(task, local, head_epochs=3), sites["site-1"], InHead(task)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, site)
     fitted = replace(local, epochs=3).fit(task, task.first(), site, 0, trainable=head, slot="head")
@@ -22,7 +25,9 @@ def test_the_head_is_fitted_first_and_stays(task, local, sites) -> None:
         assert (leaf - fitted[name]).abs().max() < 1e-6
 
 
-def test_without_head_training_the_head_never_moves(task, local, sites) -> None:
+def test_without_head_training_the_head_never_moves(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = fedrep(task, local, head_epochs=0)
     memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])[1]
     assert equal(memory["own"], tree.select(task.first(), InHead(task)))

@@ -8,7 +8,8 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -39,7 +40,9 @@ def test_the_pull_by_hand() -> None:
     assert equal(soft_pull(models, 1.0), models)
 
 
-def test_without_pull_personal_models_train_alone_and_the_global_one_is_fedavgs(task, local, sites) -> None:
+def test_without_pull_personal_models_train_alone_and_the_global_one_is_fedavgs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     state, _ = run(FedSM(task, NAMES, local, pull=1.0), task.first(), sites, 2)
     assert close(state.params, run(FedAvg(task, local), task.first(), sites, 2)[0].params)
     alone = task.first()
@@ -49,7 +52,9 @@ def test_without_pull_personal_models_train_alone_and_the_global_one_is_fedavgs(
 
 
 @pytest.mark.parametrize(("threshold", "mine"), [(-1.0, True), (1.0, False)])
-def test_the_threshold_decides_between_the_personal_and_the_global(task, local, threshold, mine) -> None:
+def test_the_threshold_decides_between_the_personal_and_the_global(
+    task: Classification, local: LocalTraining, threshold: float, mine: bool
+) -> None:
     method = FedSM(task, NAMES, local, threshold=threshold)
     state = method.init(task.first())._replace(personal={n: task.first(k + 1) for k, n in enumerate(NAMES)})
     bias = {n: torch.zeros_like(x) for n, x in state.selector.params.items()}
@@ -61,7 +66,7 @@ def test_the_threshold_decides_between_the_personal_and_the_global(task, local, 
 
 
 @pytest.mark.slow
-def test_the_selector_learns_whose_images_they_are(task) -> None:
+def test_the_selector_learns_whose_images_they_are(task: Classification) -> None:
     """Scanners that add a constant: every site's own images go to its own model, and evaluation works everywhere."""
     sites = {
         n: Site(n, {r: blobs(7 * k + i, 40, (1, 8, 8), shift=3.0 * k) for i, r in enumerate(("train", "val"))})
@@ -79,7 +84,9 @@ def test_the_selector_learns_whose_images_they_are(task) -> None:
     assert set(found) == {*NAMES, "elsewhere"}
 
 
-def test_personal_models_are_kept_apart_by_site(task, local, sites) -> None:
+def test_personal_models_are_kept_apart_by_site(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = FedSM(task, NAMES, local)
     request = method.request(method.init(task.first()))
     assert set(request.per_site) == set(NAMES)

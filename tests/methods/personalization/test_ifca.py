@@ -21,7 +21,7 @@ def run(method, params, sites, rounds):
     return state, federation.memory
 
 
-def test_one_cluster_is_fedavg(task, local, sites) -> None:
+def test_one_cluster_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     ours, _ = run(IFCA(task, local, clusters=1), task.first(), sites, 2)
     plain, _ = run(FedAvg(task, local), task.first(), sites, 2)
     assert close(ours.params, plain.params)
@@ -42,7 +42,7 @@ def test_sites_that_disagree_part() -> None:
     assert sorted(state.weights.tolist()) == [160, 160]
 
 
-def test_what_is_sent_names_no_cluster(task, local, sites) -> None:
+def test_what_is_sent_names_no_cluster(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     """Every site sends the same names and shapes, whichever cluster it is in."""
     method = IFCA(task, local, clusters=3)
     request = method.request(method.init(task.first()))

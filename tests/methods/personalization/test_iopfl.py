@@ -6,10 +6,10 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate, outputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -27,7 +27,9 @@ def run(method, params, sites, rounds):
     return state, federation
 
 
-def test_the_global_model_is_fedavgs_and_the_average_runs(task, local, sites) -> None:
+def test_the_global_model_is_fedavgs_and_the_average_runs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = IOPFL(task, NAMES, local, alpha=0.3)
     state, federation = run(method, task.first(), sites, 2)
     plain, _ = run(FedAvg(task, local), task.first(), sites, 2)
@@ -39,7 +41,7 @@ def test_the_global_model_is_fedavgs_and_the_average_runs(task, local, sites) ->
     assert equal(federation.memory["site-1"]["personal"], state.personal["site-1"])
 
 
-def test_inside_the_personal_model_predicts(task, local, sites) -> None:
+def test_inside_the_personal_model_predicts(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = IOPFL(task, NAMES, local)
     state, federation = run(method, task.first(), sites, 1)
     found = method.site_model(method.evaluation_request(state), federation.memory["site-0"])
@@ -60,7 +62,9 @@ def test_outside_without_steps_it_is_the_mean_of_all_models() -> None:
     torch.testing.assert_close(model(x), cached_model(task, mean).eval()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_outside_it_becomes_surer_and_keeps_nothing(task, local, sites) -> None:
+def test_outside_it_becomes_surer_and_keeps_nothing(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     stranger = blobs(77, 24, (1, 8, 8), shift=0.8)
 
     def unsure(steps: int) -> float:
@@ -75,7 +79,7 @@ def test_outside_it_becomes_surer_and_keeps_nothing(task, local, sites) -> None:
     assert unsure(20) < unsure(0)
 
 
-def test_evaluation_serves_both(task, local, sites) -> None:
+def test_evaluation_serves_both(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = Evaluated(IOPFL(task, NAMES, local, steps=2), task)
     state, _ = run(method, task.first(), sites, 2)
     everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(5, 9, (1, 8, 8))})}

@@ -8,9 +8,10 @@ from polyclinic.core import tree
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.latent import represent
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.segmentation import Segmentation
-from polyclinic.learning.tasks.task import cached_model, represent
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.personalization.lcfed import LCFed
@@ -43,7 +44,7 @@ def test_the_second_head_by_hand() -> None:
     model = cached_model(method.prediction_task, params).eval()
     x = torch.randn(2, 1, 16, 16)
     with torch.no_grad():
-        f, z = represent(method.selecting, cached_model(method.selecting, net, slot="alone").eval(), x)
+        f, z = represent(method.selecting.network, cached_model(method.selecting, net, slot="alone").eval(), x)
         weight, bias = heads["heads"].split([f.shape[1] * 2, 2], 1)
         said = [F.conv2d(f, w.view(2, -1, 1, 1), b).softmax(1).numpy() for w, b in zip(weight, bias, strict=True)]
         maps = [*np.split(np.std(said, 0, ddof=1), 2, 1), *np.split(z.softmax(1).numpy(), 2, 1)]

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.moon import Moon, contrast
 from polyclinic.testing import close, equal
@@ -22,7 +25,9 @@ def test_the_contrast_is_equation_3() -> None:
 
 
 @pytest.mark.parametrize("mu", [0.0, 5.0])
-def test_the_first_round_is_fedavgs(task, local, sites, mu) -> None:
+def test_the_first_round_is_fedavgs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site], mu: float
+) -> None:
     """The site's last model is then the global one, and the contrast has no slope; with μ = 0 it never has."""
     ours, plain, site = Moon(task, local, mu=mu), FedAvg(task, local), sites["site-1"]
     state = plain.init(task.first())
@@ -32,7 +37,7 @@ def test_the_first_round_is_fedavgs(task, local, sites, mu) -> None:
     )
 
 
-def test_later_rounds_differ(task, local, sites) -> None:
+def test_later_rounds_differ(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     ours, plain, site = Moon(task, local), FedAvg(task, local), sites["site-1"]
     request = plain.request(plain.init(task.first()))
     far = {"previous": task.first(9)}

@@ -6,6 +6,7 @@ import torch
 from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.regression import Regression
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -14,7 +15,9 @@ from polyclinic.testing import close, equal
 from tests.conftest import Rows
 
 
-def test_a_shared_model_that_jumps_to_the_personal_one_is_fedavgs(task, local, sites) -> None:
+def test_a_shared_model_that_jumps_to_the_personal_one_is_fedavgs(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """η = 1/λ and K = 1: θ takes one step from w, where the penalty has no slope, and w becomes θ."""
     ours, plain, site = PFedMe(task, local, lam=4.0, eta=0.25, steps=1), FedAvg(task, local), sites["site-2"]
     state = plain.init(task.first())
@@ -23,7 +26,9 @@ def test_a_shared_model_that_jumps_to_the_personal_one_is_fedavgs(task, local, s
     )
 
 
-def test_what_leaves_is_nothing_where_nothing_follows(task, local, sites) -> None:
+def test_what_leaves_is_nothing_where_nothing_follows(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method, site = PFedMe(task, local, eta=0.0), sites["site-0"]
     request = method.request(method.init(task.first()))
     reply, memory = method.site_update(request, {}, site)

@@ -12,6 +12,7 @@ from polyclinic.core.reply_validation import ReplyValidator
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.optimization.scaffold import Scaffold
@@ -63,7 +64,7 @@ def run(method, task, sites, rounds=2, **options):
     return state, steps
 
 
-def test_the_average_under_robust_is_fedavg(task, local, sites) -> None:
+def test_the_average_under_robust_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     plain, _ = run(FedAvg(task, local), task, sites)
     robust, _ = run(Robust(FedAvg(task, local)), task, sites)
     assert close(plain.params, robust.params)
@@ -71,7 +72,9 @@ def test_the_average_under_robust_is_fedavg(task, local, sites) -> None:
     assert sum(note.share for note in robust.notes.values()) == pytest.approx(1)
 
 
-def test_a_rule_covers_all_that_a_method_averages(task, local, sites) -> None:
+def test_a_rule_covers_all_that_a_method_averages(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     """SCAFFOLD's control variate is aggregated by the same rule: with one site's update kept, so is its variate."""
     method = Robust(Scaffold(task, len(sites), local), Krum())
     request, params = method.request(method.init(task.first(0))), task.first(0)
@@ -89,7 +92,7 @@ RULES = (Average(), Krum(), MultiKrum(), Median(), TrimmedMean(), CentredClippin
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value, task) -> None:
+def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value, task: Classification) -> None:
     for rule in RULES:
         sites = little_sites(count=5)
         with_it, steps = run(Robust(Saying(task, LITTLE, who="site-2", what=value), rule), task, sites, 2)
@@ -101,7 +104,7 @@ def test_a_number_that_is_not_finite_changes_no_bit_for_the_others(value, task) 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nor_without_any_rule(value, task) -> None:
+def test_nor_without_any_rule(value, task: Classification) -> None:
     sites = little_sites(count=4)
     with_it, steps = run(Saying(task, LITTLE, who="site-3", what=value), task, sites)
     assert all("site-3" in step.lost for step in steps)
@@ -109,7 +112,9 @@ def test_nor_without_any_rule(value, task) -> None:
     assert equal(with_it.params, run(FedAvg(task, LITTLE), task, sites)[0].params)
 
 
-def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(task, local, sites) -> None:
+def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = Robust(FedAvg(task, local), Median())
     first = method.init(task.first(0))
     sent = {
@@ -139,7 +144,9 @@ def test_what_reaches_the_rule_unchecked_is_refused_there_and_named(task, local,
         after(**{f"site_{k}": {**good, "update/": torch.tensor(0.0)} for k in range(3)})
 
 
-def test_claims_of_weight_move_no_rule_that_does_not_ask_for_them(task, local, sites) -> None:
+def test_claims_of_weight_move_no_rule_that_does_not_ask_for_them(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = Robust(FedAvg(task, local), Median())
     first = method.init(task.first(0))
     reply = merge(method.site_update(method.request(first), {}, sites[name])[0] for name in sorted(sites))
@@ -150,7 +157,7 @@ def test_claims_of_weight_move_no_rule_that_does_not_ask_for_them(task, local, s
     assert close(honest.params, boasted.params)
 
 
-def test_quarantine_is_a_persons_choice_and_is_seen(task, local) -> None:
+def test_quarantine_is_a_persons_choice_and_is_seen(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=5)
     method = Robust(FedAvg(task, local), MultiKrum(0), quarantined=("site-4",))
     state, steps = run(method, task, sites)
@@ -163,7 +170,7 @@ def test_quarantine_is_a_persons_choice_and_is_seen(task, local) -> None:
     assert equal(state.params, others.params)
 
 
-def test_nobody_is_dropped_for_standing_out(task, local) -> None:
+def test_nobody_is_dropped_for_standing_out(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=6)
     state, _ = run(Robust(Saying(task, local, who="site-3", what=1e4)), task, sites, 1)
     assert state.notes["site-3"].outlying == 1
@@ -173,7 +180,7 @@ def test_nobody_is_dropped_for_standing_out(task, local) -> None:
     assert "look at its data before you quarantine it" in state.alarms[0]
 
 
-def test_a_bound_scales_long_updates_to_the_median_length(task, local) -> None:
+def test_a_bound_scales_long_updates_to_the_median_length(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=5)
     method = Robust(Saying(task, local, who="site-3", what=1e9), Average(weighted=False), bound=1.0)
     state, _ = run(method, task, sites, 1)
@@ -184,7 +191,9 @@ def test_a_bound_scales_long_updates_to_the_median_length(task, local) -> None:
     assert change <= sorted(alone)[-1]
 
 
-def test_centered_clipping_keeps_its_place_between_rounds(task, local, sites) -> None:
+def test_centered_clipping_keeps_its_place_between_rounds(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = Robust(FedAvg(task, local), CentredClipping())
     state, _ = run(method, task, sites)
     assert state.last.keys() == {"train"}
@@ -196,7 +205,7 @@ def test_centered_clipping_keeps_its_place_between_rounds(task, local, sites) ->
     assert equal(state, resumed)
 
 
-def test_fltrust_with_data_at_the_server(task, local, sites) -> None:
+def test_fltrust_with_data_at_the_server(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = Robust(FedAvg(task, local), FLTrust("server"))
     engine = InProcess(method, sites)
     engine.server = replace(engine.server, data={"train": sites["site-0"].data["train"]})
@@ -207,14 +216,14 @@ def test_fltrust_with_data_at_the_server(task, local, sites) -> None:
     assert sum(n.share for n in state.notes.values()) == pytest.approx(1)
 
 
-def test_any_method_may_stand_under_a_rule(task, local, sites) -> None:
+def test_any_method_may_stand_under_a_rule(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     check_method(Robust(fedbn(task, local), TrimmedMean()), task.first(0), sites)
     setting = Setting(task, local, tuple(sites), 3)
     for over in ("scaffold", "fedadam", "fedbn", "fedprox"):
         check_method(build("median", setting, {"over": over}), task.first(0), sites)
 
 
-def test_a_rule_over_clipped_and_noised_updates(local, sites) -> None:
+def test_a_rule_over_clipped_and_noised_updates(local: LocalTraining, sites: dict[str, Site]) -> None:
     """Sites protect themselves first; the rule then judges what they chose to send."""
     from polyclinic.learning.networks.network_catalog import Network
     from polyclinic.learning.tasks.classification import Classification
@@ -228,7 +237,9 @@ def test_a_rule_over_clipped_and_noised_updates(local, sites) -> None:
     assert 0 < tree.norm(tree.sub(state.params, task.first(0))) < 3
 
 
-def test_secure_summation_is_refused_in_a_sentence(task, local, sites) -> None:
+def test_secure_summation_is_refused_in_a_sentence(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     with pytest.raises(ValueError, match="needs each site's reply"):
         send_through(Robust(FedAvg(task, local, uniform=True), Median()), SumsOnly())
     with pytest.raises(ValueError, match="secure summation shows only sums"):
@@ -243,18 +254,18 @@ def test_secure_summation_is_refused_in_a_sentence(task, local, sites) -> None:
         method.request(method.init(task.first(0)))
 
 
-def test_what_cannot_be_judged_is_refused(task, local, sites) -> None:
+def test_what_cannot_be_judged_is_refused(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     with pytest.raises(TypeError, match="weight for every element"):
         apart(Reply({"update": ElementwiseMean.of({"a": torch.ones(2)}, {"a": torch.ones(2)})}), "x")
     with pytest.raises(ValueError, match="bound is a multiple"):
         Robust(FedAvg(task, local), bound=-1)
-    with pytest.raises(ValueError, match="which no site is called"):
+    with pytest.raises(ValueError, match="which are not sites"):
         build("krum", Setting(task, local, tuple(sites), 3), {"quarantined": ("site-9",)})
     plain = Reply({"seen": PerSite({"x": {"a": torch.ones(2)}})})
     assert apart(plain, "x") is plain
 
 
-def test_gate_still_stands_before_the_rule(task, local) -> None:
+def test_gate_still_stands_before_the_rule(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=4)
     _, steps = run(Robust(Saying(task, local, who="site-0")), task, sites, 1, gate=ReplyValidator())
     assert "site-0" in steps[0].lost

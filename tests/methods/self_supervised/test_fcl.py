@@ -8,8 +8,9 @@ import torch
 from scipy.special import logsumexp
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.objectives.contrastive import Contrast, alike, partitions
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.self_supervised.fcl import FCL, fcl
@@ -33,7 +34,7 @@ def with_positions(sites):
     return found
 
 
-def test_partitions_cut_a_volume_evenly_and_are_unknown_without_positions():
+def test_partitions_cut_a_volume_evenly_and_are_unknown_without_positions() -> None:
     data = Rows(torch.zeros(5, 1), torch.zeros(5))
     data.positions = [0.0, 0.24, 0.25, 0.99, 1.0]
     assert partitions((data, Rows(torch.zeros(2, 1), torch.zeros(2))), 4).tolist() == [0, 0, 1, 3, 3, -1, -1]
@@ -41,7 +42,7 @@ def test_partitions_cut_a_volume_evenly_and_are_unknown_without_positions():
     assert alike(torch.tensor([1, -1]), torch.tensor([1, -1, 2, 1])).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0]]
 
 
-def test_the_loss_is_its_equation_in_numpy(task, monkeypatch):
+def test_the_loss_is_its_equation_in_numpy(task: Classification, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each slice: the mean over its partition's keys of −log softmax over all keys, own, queued and remote."""
     monkeypatch.setattr("polyclinic.methods.self_supervised.fcl.STRONG", STILL)
     contrast, site = Contrast(task, 6, 0.5), with_positions(little_sites())["site-0"]
@@ -72,7 +73,7 @@ def test_the_loss_is_its_equation_in_numpy(task, monkeypatch):
     assert losses == pytest.approx([np.mean(terms)], rel=1e-3)
 
 
-def test_features_of_single_images_travel_and_matter(task):
+def test_features_of_single_images_travel_and_matter(task: Classification) -> None:
     sites = with_positions(little_sites())
     method = FCL(Contrast(task, 8), LOCAL, exchange=7)
     step, engine = run(method, sites, task.first(0), 1)
@@ -92,14 +93,14 @@ def test_features_of_single_images_travel_and_matter(task):
     assert same(only, without)  # a site's own features come back to it and are not used
 
 
-def test_targets_are_never_read_in_the_first_phase_and_labels_in_the_second(task):
+def test_targets_are_never_read_in_the_first_phase_and_labels_in_the_second(task: Classification) -> None:
     sites = half_labeled(labeled=2)
     one, two = (run(fcl(task, LOCAL, 4), s, task.first(0), 4)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
     assert not torch.equal(one.params["head.weight"], task.first(0)["head.weight"])
 
 
-def test_slices_of_one_part_become_alike(task):
+def test_slices_of_one_part_become_alike(task: Classification) -> None:
     sites = with_positions(little_sites())
     contrast = Contrast(task, 8)
     step, _ = run(FCL(contrast, LocalTraining(epochs=4, batch_size=8, lr=0.1), parts=3), sites, task.first(0), 4)

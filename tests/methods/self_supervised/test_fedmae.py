@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from polyclinic.core import tree
+from polyclinic.core.site import Site
 from polyclinic.learning.objectives.contrastive import extended
 from polyclinic.learning.objectives.masked_modeling import Masked
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.example_pool import all_inputs
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.phases import Pretrained
@@ -15,7 +17,7 @@ from tests.support.few_labels import half_labeled, near, run, same, with_other_t
 LOCAL = LocalTraining(epochs=1, batch_size=8, lr=0.05)
 
 
-def test_one_round_of_pretraining_is_the_mean_of_what_sites_learn(task, sites):
+def test_one_round_of_pretraining_is_the_mean_of_what_sites_learn(task: Classification, sites: dict[str, Site]) -> None:
     masked = Masked(task, grid=4)
     step, _ = run(Pretrained(masked, LOCAL), sites, task.first(0), 1)
     start = extended(masked, task.first(0))
@@ -27,14 +29,14 @@ def test_one_round_of_pretraining_is_the_mean_of_what_sites_learn(task, sites):
     assert same(step.state.params, tree.under("backbone", step.state.whole))
 
 
-def test_targets_matter_only_in_the_second_phase_and_only_labeled_ones(task):
+def test_targets_matter_only_in_the_second_phase_and_only_labeled_ones(task: Classification) -> None:
     sites = half_labeled(labeled=2)
     one, two = (run(fedmae(task, LOCAL, 4), s, task.first(0), 4)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
     assert not torch.equal(one.params["head.weight"], task.first(0)["head.weight"])
 
 
-def test_the_first_phase_has_its_own_optimizer(task):
+def test_the_first_phase_has_its_own_optimizer(task: Classification) -> None:
     method = fedmae(task, LOCAL, 10, pretrain=0.3, pretrain_lr=1e-3, pretrain_optimizer="adamw")
     assert (method.first.local.lr, method.first.local.optimizer, method.rounds) == (1e-3, "adamw", 3)
     assert (method.second.local.lr, method.second.local.optimizer) == (0.05, "sgd")

@@ -7,7 +7,8 @@ from scipy.special import logsumexp, softmax
 
 from polyclinic.core.site import Site
 from polyclinic.learning.networks.latent import encoded
-from polyclinic.learning.tasks.task import cached_model
+from polyclinic.learning.networks.model_tree import cached_model
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.semi_supervised.fedcy import FedCy
@@ -22,7 +23,7 @@ def normal(*shape, key="x"):
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def test_cycling_back_is_its_equation_in_numpy():
+def test_cycling_back_is_its_equation_in_numpy() -> None:
     u, v = normal(6, 3), normal(9, 3, key="v")
     U, V = u.double().numpy(), v.double().numpy()
     terms = []
@@ -33,7 +34,7 @@ def test_cycling_back_is_its_equation_in_numpy():
     assert float(cycle_back(u, v, 0.5)) == pytest.approx(np.mean(terms), rel=1e-3)
 
 
-def test_the_same_video_closes_every_cycle_and_a_still_one_closes_none():
+def test_the_same_video_closes_every_cycle_and_a_still_one_closes_none() -> None:
     u = torch.linspace(0, 5, 8)[:, None]
     assert float(cycle_back(u, u, 0.01)) < 0.01
     assert float(cycle_back(torch.zeros(8, 1), u, 0.01)) == pytest.approx(np.log(8), rel=1e-4)
@@ -45,7 +46,7 @@ def videos(n=30):
     return data
 
 
-def test_clips_are_in_order_and_of_one_video():
+def test_clips_are_in_order_and_of_one_video() -> None:
     data, rng = videos(), Site("s").rng("c")
     names = set()
     for _ in range(20):
@@ -62,14 +63,14 @@ def test_clips_are_in_order_and_of_one_video():
     assert (len(plain), name) == (30, 0)
 
 
-def test_with_labels_and_no_contrast_it_is_fedavg(task):
+def test_with_labels_and_no_contrast_it_is_fedavg(task: Classification) -> None:
     sites = {name: only_labels(site) for name, site in little_sites().items()}
     step, _ = run(FedCy(task, LOCAL, contrast=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params)
 
 
-def test_unlabeled_videos_move_the_encoder_alone_and_their_targets_nothing(task):
+def test_unlabeled_videos_move_the_encoder_alone_and_their_targets_nothing(task: Classification) -> None:
     sites = half_labeled(labeled=1)
     method = FedCy(task, LOCAL)
     request = method.request(method.init(task.first(0)))
@@ -80,7 +81,7 @@ def test_unlabeled_videos_move_the_encoder_alone_and_their_targets_nothing(task)
     assert same(one, two)
 
 
-def test_moments_become_findable(task):
+def test_moments_become_findable(task: Classification) -> None:
     """Videos that brighten over time: after training on their order alone, cycles close more often."""
 
     def video(key, n=24):
@@ -96,7 +97,7 @@ def test_moments_become_findable(task):
     def loss(params):
         model = cached_model(task, params).eval()
         with torch.no_grad():
-            h = torch.nn.functional.normalize(encoded(task, model, data.x), dim=1)
+            h = torch.nn.functional.normalize(encoded(task.network, model, data.x), dim=1)
         return float(cycle_back(h[:24], h[24:]))
 
     assert loss(end.state.params) < loss(start) - 0.1

@@ -1,5 +1,8 @@
 """FedIRM: without unlabeled images it is training on two views; unlabeled sites wait, then learn; no target leaks."""
 
+import pytest
+
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
@@ -11,34 +14,36 @@ from tests.support.few_labels import half_labeled, near, only_labels, run, same,
 LOCAL = LocalTraining(epochs=2, batch_size=8, lr=0.1)
 
 
-def test_in_the_warm_up_only_labeled_sites_count(task):
+def test_in_the_warm_up_only_labeled_sites_count(task: Classification) -> None:
     sites = half_labeled(labeled=2)
-    step, _ = run(FedIRM(task, LOCAL, warmup=3), sites, task.first(0))
-    alone, _ = run(FedIRM(task, LOCAL, warmup=3), {k: sites[k] for k in ("site-0", "site-1")}, task.first(0))
-    later, _ = run(FedIRM(task, LOCAL, warmup=1), sites, task.first(0))
+    step, _ = run(FedIRM(task, 10, LOCAL, warmup=0.3), sites, task.first(0))
+    alone, _ = run(FedIRM(task, 10, LOCAL, warmup=0.3), {k: sites[k] for k in ("site-0", "site-1")}, task.first(0))
+    later, _ = run(FedIRM(task, 10, LOCAL, warmup=0.1), sites, task.first(0))
     assert same(step.state.params, alone.state.params)
     assert not same(step.state.params, later.state.params)
 
 
-def test_with_labels_alone_and_views_that_show_the_same_it_is_uniform_fedavg(task, monkeypatch):
+def test_with_labels_alone_and_views_that_show_the_same_it_is_uniform_fedavg(
+    task: Classification, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("polyclinic.methods.semi_supervised.fedirm.WEAK", STILL)
     sites = {name: only_labels(site) for name, site in little_sites().items()}
-    step, _ = run(FedIRM(task, LOCAL, warmup=1), sites, task.first(0), 1)
+    step, _ = run(FedIRM(task, 10, LOCAL, warmup=0.1), sites, task.first(0), 1)
     plain, _ = run(FedAvg(task, LOCAL, uniform=True), sites, task.first(0), 1)
     one, two = ({k: v for k, v in s.state.params.items() if "running" not in k} for s in (step, plain))
     assert near(one, two, 1e-4)  # running statistics moved twice, once for each view
 
 
-def test_targets_of_unlabeled_images_are_never_used(task):
+def test_targets_of_unlabeled_images_are_never_used(task: Classification) -> None:
     sites = half_labeled()
-    method = FedIRM(task, LOCAL, warmup=1)
+    method = FedIRM(task, 10, LOCAL, warmup=0.1)
     one, two = (run(method, s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
 
 
-def test_it_learns_and_its_matrix_knows_the_classes(task):
+def test_it_learns_and_its_matrix_knows_the_classes(task: Classification) -> None:
     sites = half_labeled(labeled=2)
-    method = Evaluated(FedIRM(task, LOCAL, warmup=3, growth=4, consistency=1.0), task)
+    method = Evaluated(FedIRM(task, 10, LOCAL, warmup=0.3, growth=0.4, consistency=1.0), task)
     step, engine = run(method, sites, task.first(0), 8)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert sum(float(s["accuracy"]) for s in scores.values()) / 3 > 0.75

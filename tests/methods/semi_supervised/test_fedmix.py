@@ -13,7 +13,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.semi_supervised.fedmix import FedMix, fedmix
+from polyclinic.methods.semi_supervised.fedmix import FedMix
 from polyclinic.methods.semi_supervised.mixed_annotations import MixedSegmentation
 from tests.conftest import Rows, segmentation_sites
 from tests.support.few_labels import near, only_labels, run, same, with_other_targets, without_labels
@@ -37,7 +37,7 @@ def dice(a, b):
     return 2 * (a & b).sum() / max((a.sum() + b.sum()), 1)
 
 
-def test_masks_are_kept_where_the_networks_agree():
+def test_masks_are_kept_where_the_networks_agree() -> None:
     one = torch.stack([square(2, 8), square(2, 8), square(0, 0), square(2, 8)])
     two = torch.stack([square(2, 8), square(3, 9), square(0, 0), square(0, 0)])
     mixed = MixedSegmentation(TASK, agree=0.9)
@@ -54,7 +54,7 @@ def test_masks_are_kept_where_the_networks_agree():
     ]
 
 
-def test_boxes_cut_masks_and_must_be_filled():
+def test_boxes_cut_masks_and_must_be_filled() -> None:
     one = torch.stack([square(2, 10), square(2, 10), square(4, 6)])
     box = torch.stack([square(2, 8), square(10, 12), square(2, 8)])
     y1, y2, kept = MixedSegmentation(TASK).masks("boxed", logits(one), logits(one), box)
@@ -64,7 +64,7 @@ def test_boxes_cut_masks_and_must_be_filled():
     assert kept.tolist() == filled == [True, False, False]
 
 
-def test_an_image_without_foreground_has_an_empty_mask_and_no_other():
+def test_an_image_without_foreground_has_an_empty_mask_and_no_other() -> None:
     one = torch.stack([square(2, 8), square(0, 0)])
     for z in (logits(one), logits(one.flip(0))):
         y1, _, kept = MixedSegmentation(TASK).masks("tagged", logits(one), z, torch.tensor([0, 1]))
@@ -72,9 +72,9 @@ def test_an_image_without_foreground_has_an_empty_mask_and_no_other():
         assert not bool(y1[0].any())
 
 
-def test_weights_are_the_papers_in_numpy():
+def test_weights_are_the_papers_in_numpy() -> None:
     """w_i = n_i / Σ n + λ loss_i^β / Σ loss^β, normalized (equations 3 to 5)."""
-    sites, method = segmentation_sites(), FedMix(MixedSegmentation(TASK), LOCAL, by_loss=10.0, power=1.5)
+    sites, method = segmentation_sites(), FedMix(TASK, LOCAL, by_loss=10.0, power=1.5)
     sites = {name: only_labels(site) for name, site in sites.items()}
     state = method.init(TASK.first(0))
     first = {name: method.site_update(method.request(state), {}, site) for name, site in sites.items()}
@@ -96,9 +96,9 @@ def test_weights_are_the_papers_in_numpy():
     assert kept == {}
 
 
-def test_with_masks_everywhere_and_no_weight_by_loss_the_first_network_is_fedavgs():
+def test_with_masks_everywhere_and_no_weight_by_loss_the_first_network_is_fedavgs() -> None:
     sites = {name: only_labels(site) for name, site in segmentation_sites().items()}
-    step, _ = run(fedmix(TASK, LOCAL, by_loss=0.0), sites, TASK.first(0), 1)
+    step, _ = run(FedMix(TASK, LOCAL, by_loss=0.0), sites, TASK.first(0), 1)
     plain, _ = run(FedAvg(TASK, LOCAL), sites, TASK.first(0), 1)
     assert (step.request.round, step.request.job) == (0, "weigh")
     assert near(step.state.params, plain.state.params, 1e-5)
@@ -125,16 +125,16 @@ def mixed_sites():
     }
 
 
-def test_hidden_masks_are_never_used():
-    quick, sites = fedmix(TASK, LOCAL, agree=0.0), mixed_sites()
+def test_hidden_masks_are_never_used() -> None:
+    quick, sites = FedMix(TASK, LOCAL, agree=0.0), mixed_sites()
     one, two = (run(quick, s, TASK.first(0), 1)[0].state.twins for s in (sites, with_other_targets(sites)))
     assert same(one, two)
 
 
 @pytest.mark.slow
-def test_it_learns_from_every_kind_of_annotation():
+def test_it_learns_from_every_kind_of_annotation() -> None:
     local = LocalTraining(epochs=4, batch_size=5, lr=0.01, optimizer="adam")
-    method = Evaluated(fedmix(TASK, local, agree=0.7), TASK)
+    method = Evaluated(FedMix(TASK, local, agree=0.7), TASK)
     step, engine = run(method, mixed_sites(), TASK.first(0), 5)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert np.mean([float(s["dice"]) for s in scores.values()]) > 0.7

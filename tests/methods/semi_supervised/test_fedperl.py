@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from polyclinic.core import tree
+from polyclinic.core.site import Site
+from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.augmentation import STILL
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, fedperl, similarities
+from polyclinic.methods.semi_supervised.fedperl import FedPerl, anonymous_peers, descriptor, similarities
 from tests.conftest import little_sites
 from tests.support.few_labels import half_labeled, near, only_labels, run, same, with_other_targets
 
@@ -32,7 +34,7 @@ def numpy_similarities(found):
     return (cos - off.min()) / (off.max() - off.min())
 
 
-def test_descriptors_and_similarities_are_the_papers(task):
+def test_descriptors_and_similarities_are_the_papers(task: Classification) -> None:
     found = models(task)
     trained = [name for name in found["site-0"] if "running" not in name]
     assert descriptor(found["site-0"]).shape == (2 * len(trained),)
@@ -44,7 +46,7 @@ def test_descriptors_and_similarities_are_the_papers(task):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_the_peer_is_the_average_of_the_most_similar_others(task, count):
+def test_the_peer_is_the_average_of_the_most_similar_others(task: Classification, count: int) -> None:
     """Equation 6: one anonymous peer, the mean of the T most similar models."""
     found = models(task)
     wanted = numpy_similarities(found)
@@ -57,18 +59,18 @@ def test_the_peer_is_the_average_of_the_most_similar_others(task, count):
             assert np.allclose(got[name][leaf].numpy(), mean, atol=1e-6)
 
 
-def test_no_site_receives_another_sites_model(task):
+def test_no_site_receives_another_sites_model(task: Classification) -> None:
     found = models(task, 5)
     for peer in anonymous_peers(found, 2).values():
         assert not any(near(peer, model) for model in found.values())
     assert anonymous_peers(models(task, 2), 2) == {}
     assert anonymous_peers({}, 2) == {}
     with pytest.raises(ValueError, match="set peers to 2 or more"):
-        fedperl(task, LOCAL, 10, peers=1)
+        FedPerl(task, 10, LOCAL, peers=1)
 
 
-def test_peers_arrive_after_the_warm_up_each_at_its_own_site(task, sites):
-    method = FedPerl(task, LOCAL, warmup=1)
+def test_peers_arrive_after_the_warm_up_each_at_its_own_site(task: Classification, sites: dict[str, Site]) -> None:
+    method = FedPerl(task, 10, LOCAL, warmup=0.1)
     step, _ = run(method, sites, task.first(0), 1)
     assert method.request(method.init(task.first(0))).per_site == {}
     request = method.request(step.state)
@@ -79,22 +81,22 @@ def test_peers_arrive_after_the_warm_up_each_at_its_own_site(task, sites):
     assert near(wanted["site-1"], tree.lerp(*others, 0.5), 1e-6)
 
 
-def test_with_labels_alone_it_is_fedavg(task, monkeypatch):
+def test_with_labels_alone_it_is_fedavg(task: Classification, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("polyclinic.methods.semi_supervised.fedperl.WEAK", STILL)
     sites = {name: only_labels(site) for name, site in little_sites().items()}
-    step, _ = run(FedPerl(task, LOCAL), sites, task.first(0))
+    step, _ = run(FedPerl(task, 10, LOCAL), sites, task.first(0))
     plain, _ = run(FedAvg(task, LOCAL), sites, task.first(0))
     assert near(step.state.params, plain.state.params, 1e-4)
 
 
-def test_peers_matter_and_targets_of_unlabeled_images_do_not(task):
+def test_peers_matter_and_targets_of_unlabeled_images_do_not(task: Classification) -> None:
     sites = half_labeled(labeled=2)
-    one, two = (run(FedPerl(task, LOCAL), s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
+    one, two = (run(FedPerl(task, 10, LOCAL), s, task.first(0), 3)[0].state for s in (sites, with_other_targets(sites)))
     assert same(one.params, two.params)
-    alone, _ = run(FedPerl(task, LOCAL, trust=0.0, agreement=0.0), sites, task.first(0), 3)
+    alone, _ = run(FedPerl(task, 10, LOCAL, trust=0.0, agreement=0.0), sites, task.first(0), 3)
     assert not near(one.params, alone.state.params)
 
 
-def test_a_site_that_has_learned_nothing_is_nobodys_peer(task):
-    step, _ = run(FedPerl(task, LOCAL, warmup=9), half_labeled(labeled=2), task.first(0), 1)
+def test_a_site_that_has_learned_nothing_is_nobodys_peer(task: Classification) -> None:
+    step, _ = run(FedPerl(task, 10, LOCAL, warmup=0.9), half_labeled(labeled=2), task.first(0), 1)
     assert set(step.state.models) == {"site-0", "site-1"}

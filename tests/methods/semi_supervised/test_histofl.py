@@ -13,13 +13,13 @@ from tests.conftest import Rows
 from tests.support.few_labels import run, same
 
 
-def test_without_noise_it_is_fedavg(task, local, sites):
+def test_without_noise_it_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     step, _ = run(HistoFL(task, local, noise=0.0), sites, task.first(0))
     plain, _ = run(FedAvg(task, local), sites, task.first(0))
     assert same(step.state.params, plain.state.params)
 
 
-def test_noise_is_in_standard_deviations_of_each_weight(local, sites):
+def test_noise_is_in_standard_deviations_of_each_weight(local: LocalTraining, sites: dict[str, Site]) -> None:
     task = Classification(Network("mlp", (1, 8, 8), 2, (("width", 200),)))
     start, site = task.first(0), sites["site-0"]
     method = HistoFL(task, local, noise=0.5)
@@ -37,7 +37,7 @@ def test_noise_is_in_standard_deviations_of_each_weight(local, sites):
     assert not same(found, again)  # from the operating system, not from the study's seed
 
 
-def test_batch_statistics_go_as_they_are(task, local, sites):
+def test_batch_statistics_go_as_they_are(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     request = FedAvg(task).request(FedAvg(task).init(task.first(0)))
     plain, noisy = (
         m.site_update(request, {}, sites["site-0"])[0].mean("update").value
@@ -47,7 +47,7 @@ def test_batch_statistics_go_as_they_are(task, local, sites):
         assert torch.equal(plain[name], noisy[name]) == ("running" in name or name.endswith("bias"))
 
 
-def test_slides_of_three_hospitals():
+def test_slides_of_three_hospitals() -> None:
     """Bags in which one bright instance makes a slide positive."""
 
     def slides(key, n):

@@ -16,6 +16,7 @@ from polyclinic.engines.local.worker_pool import Workers
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification, MultiLabel
 from polyclinic.learning.tasks.segmentation import Segmentation
+from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.preparation import Prepared
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.statistics.pooled_statistics import Fingerprint
@@ -102,12 +103,12 @@ class Nothing(Fingerprint):
         return {}
 
 
-def test_it_keeps_every_promise_and_a_method_can_follow(task, local) -> None:
+def test_it_keeps_every_promise_and_a_method_can_follow(task: Classification, local: LocalTraining) -> None:
     method = Prepared(Nothing(task, by_site=True), FedAvg(task, local), task)
     check_method(method, task.first(), little_sites())
 
 
-def test_the_same_bits_on_both_engines(task) -> None:
+def test_the_same_bits_on_both_engines(task: Classification) -> None:
     engines = []
 
     def start(method, sites):

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from polyclinic.core.site import Site
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.synthesis.fedni import FedNI, fedni, in_generator
+from polyclinic.methods.synthesis.fedni import FedNI, in_generator
 from polyclinic.methods.synthesis.population_graph import Inpainting, neighbors, normalized, populated
 from tests.conftest import Rows
 from tests.support.few_labels import run, same, with_other_targets
@@ -22,7 +22,7 @@ def normal(*shape, key="x"):
     return torch.randn(*shape, generator=Site("s").rng(key))
 
 
-def test_neighbors_are_the_most_alike_both_ways():
+def test_neighbors_are_the_most_alike_both_ways() -> None:
     h = normal(9, 4)
     x = h.double().numpy() - h.double().numpy().mean(0)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -35,14 +35,14 @@ def test_neighbors_are_the_most_alike_both_ways():
     assert neighbors(h[:1], 3).tolist() == [[0]]
 
 
-def test_a_graph_convolution_is_kipfs():
+def test_a_graph_convolution_is_kipfs() -> None:
     edges = neighbors(normal(7, 4), 2)
     A = edges.double().numpy() + np.eye(7)
     D = np.diag(A.sum(1) ** -0.5)
     assert np.allclose(normalized(edges).numpy(), D @ A @ D, atol=1e-6)
 
 
-def test_the_whole_forward_pass_is_its_equation_in_numpy():
+def test_the_whole_forward_pass_is_its_equation_in_numpy() -> None:
     model, x = populated(TABLE, 2).model().eval(), normal(8, 6)
     P = {k: v.detach().double().numpy() for k, v in model.named_parameters()}
     h, edges = x.double().numpy(), neighbors(x, 2).double().numpy()
@@ -61,12 +61,12 @@ def test_the_whole_forward_pass_is_its_equation_in_numpy():
     assert np.allclose(model(x).detach().numpy(), linear(h + mixed[:8], "base.head"), atol=1e-4)
 
 
-def test_the_generator_learns_what_neighbors_are_like():
+def test_the_generator_learns_what_neighbors_are_like() -> None:
     task = populated(TABLE, 4)
     centers = normal(4, 6, key="c") * 3
     x = centers[torch.arange(64) % 4] + 0.3 * normal(64, 6)
     site, learner = Site("s", {"train": Rows(x, torch.zeros(64))}), Inpainting(task)
-    start = FedNI(task).init(TABLE.first(0)).params
+    start = FedNI(TABLE, neighbors=4).init(TABLE.first(0)).params
     end = LocalTraining(epochs=60, batch_size=32, lr=0.02, optimizer="adam").fit(
         learner, start, site, 0, trainable=in_generator
     )
@@ -88,9 +88,9 @@ def tables(count=3):
     return found
 
 
-def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
+def test_each_phase_moves_its_own_part_and_the_first_reads_no_target() -> None:
     sites = tables()
-    method = FedNI(populated(TABLE, 4), LOCAL, pretrain=1)
+    method = FedNI(TABLE, LOCAL, rounds=2, pretrain=0.5, neighbors=4)
     start = method.init(TABLE.first(0)).params
     assert all(torch.equal(start[f"base.{k}"], v) for k, v in TABLE.first(0).items())
     first, _ = run(method, sites, TABLE.first(0), 1)
@@ -103,9 +103,9 @@ def test_each_phase_moves_its_own_part_and_the_first_reads_no_target():
     assert same(both.state.params, other.state.params)
 
 
-def test_it_predicts_with_the_graph():
+def test_it_predicts_with_the_graph() -> None:
     sites = tables()
-    method = Evaluated(fedni(TABLE, LOCAL, 5), TABLE)
+    method = Evaluated(FedNI(TABLE, LOCAL, rounds=5), TABLE)
     step, engine = run(method, sites, TABLE.first(0), 5)
     scores = evaluate(method, engine, step.state, engine.sites)
     assert all(float(s["accuracy"]) > 0.85 for s in scores.values())

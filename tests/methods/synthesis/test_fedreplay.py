@@ -9,16 +9,16 @@ from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.generative import Replay
+from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
-from polyclinic.learning.tasks.task import cached_model
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.synthesis.fedreplay import FedReplay
 from tests.conftest import Rows
 
 
 @pytest.mark.parametrize("inputs", [(5,), (2, 8, 8), (1, 9, 6), (1, 4, 6, 8)])
-def test_generators_make_what_they_were_made_for(inputs) -> None:
+def test_generators_make_what_they_were_made_for(inputs: tuple[int, ...]) -> None:
     replay = Replay(inputs, 3, latent=4, width=4)
     model = replay.model()
     made = replay.generate(model, torch.tensor([0, 1, 2, 2]), torch.Generator().manual_seed(0))
@@ -39,7 +39,9 @@ def test_the_loss_by_hand() -> None:
     assert found == pytest.approx((error + kl) / 12, rel=1e-5)
 
 
-def test_only_sites_that_have_a_class_are_asked_for_it(task, local, sites) -> None:
+def test_only_sites_that_have_a_class_are_asked_for_it(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     method = FedReplay(task, local, examples=400)
     decoder = tree.select(method.replay.first(), lambda n: n.startswith("decoder."))
     dark, bright = ({**tree.zeros(decoder), "decoder.layers.7.bias": torch.tensor([v])} for v in (-5.0, 5.0))
@@ -70,7 +72,7 @@ def test_sites_of_one_class_each_teach_both() -> None:
     assert min(right) > 0.85
 
 
-def test_the_encoder_stays(task, local, sites) -> None:
+def test_the_encoder_stays(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     method = FedReplay(task, local, epochs=1)
     reply, memory = method.site_update(method.request(method.init(task.first())), {}, sites["site-0"])
     sent = reply.gather("generator")["site-0"]

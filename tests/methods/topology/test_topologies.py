@@ -8,15 +8,16 @@ import torch
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import TooFewReplies, train
+from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.learning.networks.model_tree import load, params_of
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.networks.network_chain import Piece, length
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.topology.cyclic import Cyclic, cyclic
+from polyclinic.methods.topology.cyclic import Cyclic
 from polyclinic.methods.topology.gossip import Gossip, around
+from polyclinic.methods.topology.network_chain import Piece, length
 from polyclinic.methods.topology.split_learning import Split
 from polyclinic.methods.topology.swarm import Swarm
 from polyclinic.testing import close, equal
@@ -44,19 +45,19 @@ class Deadly(InProcess):
             yield arrival._replace(reply=None, lost="killed") if self.dies(request, site) else arrival
 
 
-def test_swarm_is_fedavg_to_the_bit(task, local, sites) -> None:
+def test_swarm_is_fedavg_to_the_bit(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     state, _ = run(Swarm(task, local), task, sites, 3)
     assert equal(state.params, run(FedAvg(task, local), task, sites, 3)[0].params)
     assert set(state.merged) <= set(sites)
     assert len(state.merged) == 3
 
 
-def test_every_site_comes_to_merge(task, local, sites) -> None:
+def test_every_site_comes_to_merge(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     state, _ = run(Swarm(task, LocalTraining(steps=1)), task, sites, 15)
     assert set(state.merged) == set(sites)
 
 
-def test_a_killed_merger_is_replaced_and_changes_no_bit(task) -> None:
+def test_a_killed_merger_is_replaced_and_changes_no_bit(task: Classification) -> None:
     sites, local = little_sites(count=5), LocalTraining(steps=1)
     expected, _ = run(FedAvg(task, local), task, sites, 6)
     rng = torch.Generator().manual_seed(0)
@@ -72,7 +73,9 @@ def test_a_killed_merger_is_replaced_and_changes_no_bit(task) -> None:
         assert len(state.merged) == 6
 
 
-def test_the_elected_dies_and_the_deputy_merges_under_the_usual_settings(task, local, sites) -> None:
+def test_the_elected_dies_and_the_deputy_merges_under_the_usual_settings(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     class First(Deadly):
         def dies(self, request, site):
             return request.job == "merge" and site == request.recipients[0]
@@ -81,7 +84,9 @@ def test_the_elected_dies_and_the_deputy_merges_under_the_usual_settings(task, l
     assert equal(state.params, run(FedAvg(task, local), task, sites, 3)[0].params)
 
 
-def test_nobody_left_to_merge_leaves_the_model_as_it_was(task, local, sites) -> None:
+def test_nobody_left_to_merge_leaves_the_model_as_it_was(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     class All(Deadly):
         def dies(self, request, site):
             return request.job == "merge"
@@ -93,13 +98,13 @@ def test_nobody_left_to_merge_leaves_the_model_as_it_was(task, local, sites) -> 
         run(Swarm(task, local), task, sites, 2, All)
 
 
-def test_gossip_with_everybody_is_fedavg(task, local, sites) -> None:
+def test_gossip_with_everybody_is_fedavg(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
     for neighbors in (0, 2):  # of three sites two others are all
         state, _ = run(Gossip(task, local, neighbors), task, sites, 3)
         assert close(state.params, run(FedAvg(task, local, uniform=True), task, sites, 3)[0].params)
 
 
-def test_gossip_keeps_the_mean_and_brings_sites_together(task) -> None:
+def test_gossip_keeps_the_mean_and_brings_sites_together(task: Classification) -> None:
     """Without learning the mean never moves, and what sites disagree on shrinks (doubly stochastic mixing)."""
     sites, still = little_sites(count=7), LocalTraining(steps=1, lr=0.0)
     task = dataclasses.replace(
@@ -130,7 +135,7 @@ def test_who_stands_beside_whom() -> None:
         Gossip(None, neighbors=3)  # type: ignore[arg-type]
 
 
-def test_gossip_goes_on_without_a_site(task, local) -> None:
+def test_gossip_goes_on_without_a_site(task: Classification, local: LocalTraining) -> None:
     sites = little_sites(count=5)
 
     class Lost(Deadly):
@@ -143,7 +148,9 @@ def test_gossip_goes_on_without_a_site(task, local) -> None:
     assert Gossip(task, local).site_model(request.for_site("new"), {}) is state.params
 
 
-def test_cyclic_is_training_at_one_site_after_another(task, local, sites) -> None:
+def test_cyclic_is_training_at_one_site_after_another(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     names = ("site-2", "site-0", "site-1")
     state, _ = run(Cyclic(task, names, local), task, sites, 2)
     params = task.first(0)
@@ -158,17 +165,21 @@ def test_cyclic_is_training_at_one_site_after_another(task, local, sites) -> Non
     )
 
 
-def test_the_order_of_a_cycle_matters_and_can_be_drawn(task, local, sites) -> None:
+def test_the_order_of_a_cycle_matters_and_can_be_drawn(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     forth, _ = run(Cyclic(task, tuple(sorted(sites)), local), task, sites)
     back, _ = run(Cyclic(task, tuple(sorted(sites, reverse=True)), local), task, sites)
     assert not close(forth.params, back.params)
     drawn, _ = run(Cyclic(task, tuple(sites), local, shuffle=True), task, sites, 3)
     assert sorted(drawn.order) == sorted(sites)
     with pytest.raises(ValueError, match="every site once: site-0, site-1, site-2; not site-0"):
-        cyclic(task, local, tuple(sites), order=("site-0",))
+        Cyclic(task, tuple(sites), local, order=("site-0",))
 
 
-def test_cyclic_passes_over_a_site_that_died(task, local, sites) -> None:
+def test_cyclic_passes_over_a_site_that_died(
+    task: Classification, local: LocalTraining, sites: dict[str, Site]
+) -> None:
     class Lost(Deadly):
         def dies(self, request, site):
             return site == "site-1"
@@ -198,14 +209,16 @@ def joint(task, local, sites, order, rounds):
 @pytest.mark.parametrize("u_shaped", [False, True])
 @pytest.mark.parametrize(("task", "cut"), [(MLP, 0), (MLP, 1), (MLP, 11), (CNN, 6)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_split_learning_is_joint_training_to_the_bit(u_shaped, task, cut, count) -> None:
+def test_split_learning_is_joint_training_to_the_bit(
+    u_shaped: bool, task: Classification, cut: int, count: int
+) -> None:
     sites, local = little_sites(task.network.inputs, count), LocalTraining(batch_size=8, lr=0.1, weight_decay=1e-3)
     order = tuple(sorted(sites, reverse=True))
     state, _ = run(Split(task, order, local, cut, u_shaped), task, sites, 2)
     assert equal(state.params, joint(task, local, sites, order, 2))
 
 
-def test_labels_stay_home_in_the_u_shape(local, sites) -> None:
+def test_labels_stay_home_in_the_u_shape(local: LocalTraining, sites: dict[str, Site]) -> None:
     for u_shaped in (False, True):
         method = Split(CNN, tuple(sorted(sites)), local, 0, u_shaped)
         sent, state = set(), method.init(CNN.first(0))
@@ -238,7 +251,7 @@ def test_split_learning_with_dropout_uses_the_same_dice_both_ways() -> None:
     assert equal(after["ends"], memory["ends"])  # no gradient, no step
 
 
-def test_a_site_lost_in_its_turn_is_passed_over(local, sites) -> None:
+def test_a_site_lost_in_its_turn_is_passed_over(local: LocalTraining, sites: dict[str, Site]) -> None:
     class Lost(Deadly):
         def dies(self, request, site):
             return site == "site-1" and "gradient" in request.trees

@@ -57,13 +57,13 @@ def audited(seed=0, plan=plan(), claim=CLAIM, canaries=200, progress=lambda *_: 
 
 
 @pytest.fixture
-def without_noise(monkeypatch):
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug that no accountant sees: the noise is 0."""
     monkeypatch.setattr(SecretRng, "normal", lambda self, *shape: torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_honest_training_is_not_accused(seed):
+def test_honest_training_is_not_accused(seed) -> None:
     found = audited(seed)
     assert found.at_least < EPSILON < found.control
     assert found.holds is True
@@ -71,7 +71,7 @@ def test_honest_training_is_not_accused(seed):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_training_without_noise_is_caught(seed, without_noise):
+def test_training_without_noise_is_caught(seed, without_noise) -> None:
     found = audited(seed)
     assert found.at_least > EPSILON
     assert found.holds is False
@@ -79,7 +79,7 @@ def test_training_without_noise_is_caught(seed, without_noise):
 
 
 @pytest.mark.slow
-def test_in_twenty_of_twenty_trainings_the_audit_is_right(monkeypatch):
+def test_in_twenty_of_twenty_trainings_the_audit_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figures are printed: pytest -s."""
     honest = [audited(seed).at_least for seed in range(20)]
     monkeypatch.setattr(SecretRng, "normal", lambda self, *shape: torch.zeros(shape, dtype=torch.float64))
@@ -88,7 +88,7 @@ def test_in_twenty_of_twenty_trainings_the_audit_is_right(monkeypatch):
     assert max(honest) <= EPSILON < min(forgot)
 
 
-def test_training_that_does_not_clip_is_caught(monkeypatch):
+def test_training_that_does_not_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A canary asks for ten times the bound."""
     whole = dp_sgd.per_example_gradients
 
@@ -103,7 +103,7 @@ def test_training_that_does_not_clip_is_caught(monkeypatch):
 
 @dataclass(frozen=True)
 class Beside(FedAvg):
-    """FedAvg that sends an exact gradient beside the private update, as methods with a server's momentum do."""
+    """FedAvg that sends an exact gradient with the private update, as methods with a server's momentum do."""
 
     def site_update(self, request, memory, site):
         reply, memory = super().site_update(request, memory, site)
@@ -115,14 +115,14 @@ class Beside(FedAvg):
         return Reply({**reply.parts, "gradient": WeightedMean.of(gradient, 1.0)}), memory
 
 
-def test_a_gradient_that_leaves_beside_the_noise_is_caught(monkeypatch):
+def test_a_gradient_that_leaves_beside_the_noise_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The update is private and the accountant right; the other part of the reply is not."""
     monkeypatch.setattr(audit_privacy, "build", lambda name, setting, options: Beside(setting.task, setting.local))
     assert audited().at_least > EPSILON
 
 
-def test_the_trainings_are_at_the_runs_settings(monkeypatch):
-    """Rate, steps, rounds and bound, though there are more units; noise but for the control."""
+def test_the_trainings_are_at_the_runs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rate, steps, rounds and bound, though there are more units; noise except for the control."""
     seen, told = [], []
     fit = dp_sgd.DPSGD.fit
 
@@ -142,7 +142,7 @@ def test_the_trainings_are_at_the_runs_settings(monkeypatch):
     ]
 
 
-def test_the_rate_is_never_above_the_runs():
+def test_the_rate_is_never_above_the_runs() -> None:
     local = plan(batch_size=33).build_local()
     for count in (2, 7, 199):
         more = audit_privacy._at_same_rate(local, roles()["train"], count)
@@ -151,7 +151,7 @@ def test_the_rate_is_never_above_the_runs():
         assert more.steps == STEPS
 
 
-def test_without_a_budget_the_claim_is_the_accountants():
+def test_without_a_budget_the_claim_is_the_accountants() -> None:
     found = audited(claim=None, canaries=20, rounds=2)
     assert found.delta == 1e-5
     assert found.unit == "patient"
@@ -159,7 +159,7 @@ def test_without_a_budget_the_claim_is_the_accountants():
     assert found.claimed == pytest.approx(wanted)
 
 
-def test_as_many_canaries_as_the_claim_needs(monkeypatch):
+def test_as_many_canaries_as_the_claim_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     monkeypatch.setattr(audit_privacy, "_observed", lambda *args: counts.append(len(args[4])) or _Nothing())
     monkeypatch.setattr(audit_privacy, "_train", lambda *args: None)
@@ -181,13 +181,13 @@ class _Nothing:
         return torch.zeros(2)
 
 
-def test_what_cannot_be_audited_is_refused(monkeypatch):
+def test_what_cannot_be_audited_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotAudited, match="does not train so"):
         audited(plan=plan(private=None))
     with pytest.raises(NotAudited, match="c does not train under fedavg"):
         audit_training(plan(), roles(), "c", CLAIM, rounds=1)
 
-    def broken(self, *args, **more):
+    def broken(self, *args, **more) -> None:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(dp_sgd.DPSGD, "fit", broken)

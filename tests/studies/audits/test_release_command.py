@@ -1,4 +1,4 @@
-"""Where an ε would be printed, a method whose releases it does not cover is refused: in studies, at sites, and told."""
+"""Where an ε would be printed, a method whose releases it does not cover is refused: in studies, at sites, and by the command."""
 
 import json
 from dataclasses import dataclass, replace
@@ -109,7 +109,7 @@ def test_all_uncovered_methods_are_told_at_once_and_nothing_goes_to_hospitals(tm
     text = TEXT.format(path=tmp_path) + DP + "".join(f'[[methods]]\nname = "{n}"\n' for n in ("afl", "fedavg", "fedce"))
     with pytest.raises(BadStudy, match="2 problems, nothing was run"):
         parse(text)
-    found, _ = deployment.arms(
+    found, _ = deployment.method_runs(
         parse(text.replace('name = "afl"', 'name = "fedprox"').replace("fedce", "moon")), ["a", "b"]
     )
     assert len(found) == 3

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.studies.run.test_scheduler import go, npz, study
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory: pytest.TempPathFactory):
     """A run of one method that had time to learn by heart."""
     folder = tmp_path_factory.mktemp("run")
     npz(folder)
@@ -38,7 +39,7 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture
-def not_inverted(monkeypatch):
+def not_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the search for an image, which takes most of the time."""
     leak = Leak(1.0, 1.0, 0.0)
     monkeypatch.setattr(
@@ -46,7 +47,7 @@ def not_inverted(monkeypatch):
     )
 
 
-def test_an_audit_says_what_it_found_beside_its_controls(done, capsys):
+def test_an_audit_says_what_it_found_beside_its_controls(done, capsys: pytest.CaptureFixture[str]) -> None:
     cli.audit(done / "run", steps=3, restarts=1)
     said, written = (
         capsys.readouterr().out,
@@ -68,7 +69,9 @@ def test_an_audit_says_what_it_found_beside_its_controls(done, capsys):
     assert read.to_json() == written
 
 
-def test_shadow_models_are_trained_once_and_kept(done, capsys, monkeypatch, not_inverted):
+def test_shadow_models_are_trained_once_and_kept(
+    done, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, not_inverted
+) -> None:
     """LiRA and RMIA, with 4 shadow models and then 6; what was trained is not trained again, and gives the same."""
     trained = []
     fit = LocalTraining.fit
@@ -104,18 +107,20 @@ def test_shadow_models_are_trained_once_and_kept(done, capsys, monkeypatch, not_
     file = done / "run" / "arms" / "fedavg-seed0" / "shadows" / "0.safetensors"
     write_tensors(file, {"loss": torch.zeros(3)}, {"key": "another study's"})
     assert go_on(4, "all").membership == first.membership  # what does not belong here is trained again
-    cli.audit(done / "run", steps=1, restarts=1, json=True)
+    cli.audit(done / "run", steps=1, restarts=1, json_=True)
     assert json.loads(capsys.readouterr().out)["method"] == "fedavg"
 
 
-def test_shadows_of_one_place_that_holds_all_data(done, not_inverted):
+def test_shadows_of_one_place_that_holds_all_data(done, not_inverted) -> None:
     """Mix trains in one place; its shadow models do, too."""
     found = audit_run(done / "run", "pooled", attack="rmia", shadow_models=4, steps=1, restarts=1)
     assert all(one["RMIA"].members > 1 for one in found.membership.sites.values())
 
 
-def test_a_private_run_is_trained_once_more_with_canaries(tmp_path, capsys, not_inverted):
-    """The claim is the run's own; the report shows it beside the bound."""
+def test_a_private_run_is_trained_once_more_with_canaries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], not_inverted
+) -> None:
+    """The claim is the run's own; the report shows it next to the bound."""
     npz(tmp_path)
     text = study(tmp_path).split("[[methods]]")[0].replace("seeds = [0, 1]", "seeds = [0]")
     text = text.replace("width = 4, depth = 2, dropout = 0.2", "width = 16").replace(
@@ -152,7 +157,7 @@ def test_a_private_run_is_trained_once_more_with_canaries(tmp_path, capsys, not_
     assert "no canaries were asked for" in left.not_done[-1]
 
 
-def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch, done):
+def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch: pytest.MonkeyPatch, done) -> None:
     """With a cohort a site pays for its own rounds only, and its audit trains as many."""
     run = read_run(done / "run")
     lines = [
@@ -177,7 +182,7 @@ def test_rounds_in_which_a_site_did_not_train_are_not_counted(monkeypatch, done)
         assert told == (None, "", "No lower bound on ε: stopped here.")
 
 
-def test_a_damaged_audit_is_named_in_the_report(done):
+def test_a_damaged_audit_is_named_in_the_report(done) -> None:
     file = done / "run" / "arms" / "local-seed0" / "audit.json"
     for text, why in (
         ("{", "a damaged audit"),
@@ -194,13 +199,13 @@ def test_a_damaged_audit_is_named_in_the_report(done):
 
 
 @pytest.mark.slow
-def test_the_same_audit_finds_the_same(done):
+def test_the_same_audit_finds_the_same(done) -> None:
     first, again = (audit_run(done / "run", limit=10, steps=1, restarts=1).to_json() for _ in range(2))
     assert first == again
     assert all(one["loss"]["members"] == 10 for one in first["membership"]["sites"].values())
 
 
-def test_what_cannot_be_audited_is_refused(done, tmp_path):
+def test_what_cannot_be_audited_is_refused(done, tmp_path: Path) -> None:
     with pytest.raises(NotARun):
         audit_run(tmp_path)
     with pytest.raises(NotAudited, match=r"there is no method 'x' with seed 0\. Methods: "):

@@ -69,7 +69,7 @@ Place = tuple[str | int, ...]
 
 
 def places(model: BaseModel, before: Place = ()) -> Iterator[Place]:
-    """Where each field of ``model`` and of the tables within it stands, and every further key that it allows."""
+    """The location of each field of ``model`` and of the tables within it, and every further key that it allows."""
     for name in (*type(model).model_fields, *(model.model_extra or {})):
         value = getattr(model, name)
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()

@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("zstandard", reason="needs polyclinic[privacy]")
 
+from pathlib import Path
+
 from polyclinic.core import tree
 from polyclinic.core.execution import Refused, execute
 from polyclinic.core.site import Site
@@ -56,7 +58,7 @@ def model(run):
     return load_file(run / "arms" / "fedavg-seed0" / "model.safetensors")
 
 
-def test_both_engines_give_the_same_bits_and_count_what_travels(tmp_path):
+def test_both_engines_give_the_same_bits_and_count_what_travels(tmp_path: Path) -> None:
     runs = []
     for engine in ("in-process", "workers"):
         (tmp_path / engine).mkdir()
@@ -67,7 +69,7 @@ def test_both_engines_give_the_same_bits_and_count_what_travels(tmp_path):
     assert down["fedavg"] < 0.8 * down["whole"]  # a model this small is names and frames for the most part
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path):
+def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole = model(ran(tmp_path))
     text = STUDY.format(path=npz(tmp_path), engine="in-process", more="")
     for stop_after in (3, 7):
@@ -77,7 +79,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path):
         assert all(torch.equal(whole[name], again[name]) for name in whole), stop_after
 
 
-def test_attackers_receive_it_too(tmp_path):
+def test_attackers_receive_it_too(tmp_path: Path) -> None:
     attack = '[attack]\nname = "sign-flip"\nattackers = 1'
     text = STUDY.format(path=npz(tmp_path), engine="in-process", more=attack).replace(
         'uplink = [{ name = "int8" }]\n', ""
@@ -86,7 +88,7 @@ def test_attackers_receive_it_too(tmp_path):
     assert model(tmp_path / "run")
 
 
-def test_mistakes_are_told_and_studies_without_it_keep_their_hash(tmp_path):
+def test_mistakes_are_told_and_studies_without_it_keep_their_hash(tmp_path: Path) -> None:
     said = method_problems(
         {"name": "fedavg", "downlink": [{"name": "int9"}, {"name": "zstd", "levle": 1}]}, ("methods", 0)
     )
@@ -100,7 +102,7 @@ def test_mistakes_are_told_and_studies_without_it_keep_their_hash(tmp_path):
         go(wrong.replace("x.npz", str(npz(tmp_path))), tmp_path / "run")
 
 
-def test_a_policy_looks_at_the_model_behind_it():
+def test_a_policy_looks_at_the_model_behind_it() -> None:
     plan = Plan(
         "classification",
         "cnn",

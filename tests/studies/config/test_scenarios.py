@@ -85,7 +85,7 @@ WRONG = {
     "nothing set": (
         'set.data.effect = 2.0\nset."training.lr" = 0.2',
         "set = 3",
-        "must be a table of what differs",
+        "must be a table of changed settings",
         "set = 3",
     ),
 }
@@ -113,7 +113,7 @@ def test_one_study_is_asked_for_where_several_cannot_run() -> None:
 def test_they_run_beside_each_other_and_resume_to_the_same_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polyclinic.cli.run.report", lambda folder: None)  # the page is tested elsewhere
+    monkeypatch.setattr("polyclinic.cli.run.write_report", lambda folder: folder)  # the page is tested elsewhere
     found = parse_all(TEXT)
     run_all(tmp_path / "s.toml", found, False, False, tmp_path / "a", None)
     table = (tmp_path / "a" / "several" / "panel.md").read_text()

@@ -52,7 +52,7 @@ REFUSED = {
     "an unknown label": ("methods.fedprox]", "methods.fedproxx]", "no method of this study is called so"),
     "a value out of range": ("[0.01, 0.3]", "[-1.0, 0.3]", "cannot use -1.0"),
     "an unknown key": ("mu =", "mew =", "fedprox cannot use"),
-    "a key of one method for all": ("training.lr = [", "mu = [", "only training.… may stand here"),
+    "a key of one method for all": ("training.lr = [", "mu = [", "only training.… is allowed here"),
     "a learning rate of no kind": ("[0.01, 0.3]", '[0.01, "fast"]', "must be a number"),
     "an empty range": ("low = 0.001, high = 1.0", "low = 2.0, high = 1.0", "low must be below high"),
     "one value that is no list": ("[0.01, 0.3]", "0.01", "must be a list of values"),
@@ -89,7 +89,7 @@ def test_settings_are_the_same_number_drawn_without_repeats_and_alike_every_time
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a search; while trials run, nobody is asked about test data."""
+    """A finished run with a search; while trials run, no site is asked about test data."""
     path, asked = tmp_path_factory.mktemp("search") / "run", []
     real = Evaluated.site_update
 

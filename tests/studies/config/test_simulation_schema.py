@@ -1,7 +1,8 @@
-"""Studies between simulated machines and with simulated attackers: to the bit, within their time, and told."""
+"""Studies between simulated machines and with simulated attackers: to the bit, within their time, and reported."""
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from polyclinic.report import build_report
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.simulation_schema import attackers
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.deployment import NotElsewhere, arms
+from polyclinic.studies.run.deployment import NotElsewhere, method_runs
 from polyclinic.studies.run.run_directory import read_tensors
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import npz
@@ -84,8 +85,8 @@ def rounds(folder, label):
     return [line for line in read_run(folder).rounds if line.method == label and line.seed == 0]
 
 
-def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path):
-    text = study(tmp_path, MACHINES, rounds=50, minutes=3)  # 3 minibatches a round: 30 s at d, 3 s elsewhere
+def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path: Path) -> None:
+    text = study(tmp_path, MACHINES, rounds=50, minutes=3)  # 3 minibatches a round: 30 s at d, 3 s at others
     done(tmp_path / "run", text)
     waits, hurries = rounds(tmp_path / "run", "fedavg"), rounds(tmp_path / "run", "fedbuff")
     assert 6 <= len(waits) < 50
@@ -99,7 +100,7 @@ def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path)
     assert "Simulated machines: time is virtual" in page
 
 
-def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tmp_path):
+def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tmp_path: Path) -> None:
     text = study(tmp_path, MACHINES, rounds=50, minutes=2.6) + "\n[evaluation]\ninterval = 7\n"
     done(tmp_path / "run", text)
     judged = [s.round for s in read_run(tmp_path / "run").curves if (s.method, s.seed) == ("fedavg", 0)]
@@ -107,7 +108,7 @@ def test_the_last_round_is_judged_though_time_ran_out_between_two_evaluations(tm
 
 
 @pytest.mark.parametrize("stop", [5, *(pytest.param(x, marks=pytest.mark.slow) for x in (2, 9))])
-def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path, stop):
+def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path: Path, stop) -> None:
     text = study(tmp_path, MACHINES, rounds=6, minutes=2)
     done(tmp_path / "whole", text)
     events = run(parse(text), text, tmp_path / "cut")
@@ -129,7 +130,7 @@ def test_interrupted_it_goes_on_to_the_same_bits_and_the_same_time(tmp_path, sto
     ]
 
 
-def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path):
+def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path: Path) -> None:
     text = study(tmp_path, "[machines]\ndrop_out = 1.0\n\n[[methods]]\nname = 'fedavg'\n")
     with pytest.raises(RuntimeError, match=r"0 of 1 required replies\. a: dropped out; b: dropped out"):
         done(tmp_path / "run", text)
@@ -138,7 +139,7 @@ def test_machines_that_always_fail_end_the_run_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     "attack", ["label-flip", *(pytest.param(x, marks=pytest.mark.slow) for x in ("sign-flip", "ipm"))]
 )
-def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
+def test_an_attack_is_carried_out_named_and_told(tmp_path: Path, attack) -> None:
     text = study(tmp_path, ATTACK, attack=attack)
     done(tmp_path / "run", text)
     read = read_run(tmp_path / "run")
@@ -148,12 +149,12 @@ def test_an_attack_is_carried_out_named_and_told(tmp_path, attack):
     assert hostile == {(int(seed), names[0]) for seed, names in who.items()}
     assert {s.method for s in read.standings} == {"local", "fedavg", "median"}
     page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
-    assert "Hostile sites" in page
+    assert "Simulated attack" in page
     assert f"Simulated attack: 1 of the sites attack ({attack})" in page
     assert (tmp_path / "run" / "report" / "tables" / "attack.csv").read_text().count("\n") == 4
 
 
-def test_what_is_not_finite_is_refused_named_and_changes_no_bit_of_the_others(tmp_path):
+def test_what_is_not_finite_is_refused_named_and_changes_no_bit_of_the_others(tmp_path: Path) -> None:
     text = study(tmp_path, ATTACK, attack="not-a-number").replace("attackers = 1", 'attackers = ["d"]')
     done(tmp_path / "run", text)
     named = {(s.method, s.site) for s in read_run(tmp_path / "run").standings if s.named}
@@ -165,7 +166,7 @@ def test_what_is_not_finite_is_refused_named_and_changes_no_bit_of_the_others(tm
     assert all(np.array_equal(a[name], b[name]) for name in b)
 
 
-def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_path):
+def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_path: Path) -> None:
     text = study(tmp_path, ATTACK, rounds=6, attack="huge").replace("attackers = 1", "attackers = 1\nsize = 1e30")
     done(tmp_path / "run", text)
     kinds = [entry["event"] for entry in verify(tmp_path / "run" / "journal.jsonl")]
@@ -178,18 +179,18 @@ def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_pat
     assert values["median"] > 0.6
 
 
-def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path):
+def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path: Path) -> None:
     folders = []
     for attack in ("sign-flip", "huge"):
         done(tmp_path / attack, study(tmp_path, ATTACK, attack=attack))
         folders.append(tmp_path / attack)
     found = panel(folders, Options(draws=50))
-    assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # nobody looks, and it can be added up
+    assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # no one looks, and it can be added up
     assert set(found.named) == {(run, m) for run in ("sign-flip", "huge") for m in ("local", "fedavg", "median")}
     assert "0 of 2 attackers, 0 of 6 honest" in write_panel(found, tmp_path).read_text()
 
 
-def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path):
+def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path: Path) -> None:
     spec = parse(
         study(tmp_path, ATTACK, attack="huge").replace("attackers = 1", 'attackers = 2\ntrusted = ["a"]')
     ).attack
@@ -217,11 +218,11 @@ def test_who_attacks_is_drawn_for_each_seed_and_never_among_the_spared(tmp_path)
             'name = "ipm"',
             "is asked after all others, alone: leave sites_per_round and min_replies out",
         ),
-        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "there is no such site. There are a, b, c, d"),
+        ("[attack]", "[machines.sites.x]\nup = 1.0\n\n[attack]", "no such site. The sites are a, b, c, d"),
         ("[attack]", "[machines]\nup = 0\n\n[attack]", "must be more than 0"),
     ],
 )
-def test_what_cannot_be_is_told_at_its_line(tmp_path, old, new, says):
+def test_what_cannot_be_is_told_at_its_line(tmp_path: Path, old: str, new: str, says: str) -> None:
     text = (
         study(tmp_path, ATTACK, attack="huge")
         .replace("rounds = 3", "rounds = 3\nsites_per_round = 2")
@@ -233,8 +234,8 @@ def test_what_cannot_be_is_told_at_its_line(tmp_path, old, new, says):
     assert not (tmp_path / "run" / "arms").exists()
 
 
-def test_between_hospitals_nothing_is_simulated(tmp_path):
+def test_between_hospitals_nothing_is_simulated(tmp_path: Path) -> None:
     for rest, says in ((ATTACK, "simulates an attack"), (MACHINES, "simulates machines")):
         text = study(tmp_path, rest, attack="huge", minutes=1)
         with pytest.raises(NotElsewhere, match=says):
-            arms(parse(text), ["a", "b"])
+            method_runs(parse(text), ["a", "b"])

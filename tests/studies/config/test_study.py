@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from polyclinic.core.config_problems import line_of
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse, read, with_values
-from polyclinic.studies.config.toml_locations import line_of
 from polyclinic.studies.config.toml_text import dumps
 from polyclinic.studies.records.run_description import method_facts
 
@@ -89,7 +89,7 @@ WRONG = {
     "a choice": (GOOD.replace("lr = 0.1", 'optimizer = "adm"'), 'Did you mean "adam"?'),
     "a name with a slash": (
         GOOD.replace('name = "small"', 'name = "../small"'),
-        "must be small letters, digits and hyphens",
+        "must consist of lowercase letters, digits and hyphens",
     ),
     "two methods of one name": (
         GOOD.replace('name = "fedprox"\nmu = 0.1', 'name = "fedavg"'),

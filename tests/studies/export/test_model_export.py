@@ -1,6 +1,7 @@
 """Exports give the numbers that the model gives."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory: pytest.TempPathFactory):
     """A run with a model, and that model."""
     path = write_run(tmp_path_factory.mktemp("runs") / "r", sites=LITTLE, seeds=(0,), methods=("local", "fedavg"))
     torch.manual_seed(3)
@@ -36,7 +37,7 @@ def images():
 
 
 @pytest.mark.slow
-def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path):
+def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path: Path) -> None:
     from monai.bundle import ConfigParser
 
     run, model = made
@@ -55,7 +56,7 @@ def test_a_bundle_gives_the_same_numbers_in_monai(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path):
+def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path: Path) -> None:
     from monai.bundle import ConfigWorkflow, verify_net_in_out
 
     run, model = made
@@ -71,7 +72,7 @@ def test_monais_own_workflow_and_checks_take_the_bundle(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_torch_export_takes_any_batch(made, images, tmp_path):
+def test_torch_export_takes_any_batch(made, images, tmp_path: Path) -> None:
     run, model = made
     loaded = torch.export.load(export(run, "pt2", tmp_path / "m.pt2")).module()
     for batch in (images, images[:3]):
@@ -79,7 +80,7 @@ def test_torch_export_takes_any_batch(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_gives_the_same_numbers(made, images, tmp_path):
+def test_onnx_gives_the_same_numbers(made, images, tmp_path: Path) -> None:
     reference = pytest.importorskip("onnx.reference", reason="needs polyclinic[export]")
     pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
     run, model = made
@@ -90,7 +91,7 @@ def test_onnx_gives_the_same_numbers(made, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path):
+def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs polyclinic[export]")
     run, model = made
@@ -101,13 +102,13 @@ def test_onnx_runs_where_it_will_be_deployed(made, images, tmp_path):
         np.testing.assert_allclose(said, model(batch).detach().numpy(), atol=1e-5)
 
 
-def test_safetensors_carry_their_plan(made, tmp_path):
+def test_safetensors_carry_their_plan(made, tmp_path: Path) -> None:
     assert read_plan(export(made[0], "safetensors", tmp_path / "m.safetensors")) == PLAN
 
 
-def test_what_cannot_be_exported_says_why(made, tmp_path):
+def test_what_cannot_be_exported_says_why(made, tmp_path: Path) -> None:
     run, _ = made
-    with pytest.raises(NotExported, match="no form called 'h5'; there are safetensors, onnx"):
+    with pytest.raises(NotExported, match="no format is called 'h5'; the formats are safetensors, onnx"):
         export(run, "h5", tmp_path / "m")
     with pytest.raises(NotExported, match="no such model"):
         export(run, "pt2", tmp_path / "m", label="local")

@@ -235,7 +235,7 @@ def test_leave_one_site_out_tests_every_site_by_models_that_never_saw_it(tmp_pat
 
 
 def assert_same_but_for_openings(a: Path, b: Path) -> None:
-    """To the bit, but for how often a test set was opened, since arms may have been killed while theirs was open."""
+    """To the bit, except for how often a test set was opened, since arms may have been killed while theirs was open."""
     x, y = tensors(a), tensors(b)
     assert x.keys() == y.keys()
     assert all(torch.equal(x[k], y[k]) for k in x)

@@ -1,5 +1,7 @@
 """What a model looks at: the axioms by hand, one vote a patient, nothing of few patients, policies, and the section."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -63,11 +65,11 @@ def some(inputs, patients):
 
 
 @pytest.fixture(autouse=True)
-def captum():
+def captum() -> None:
     pytest.importorskip("captum", reason="needs polyclinic[explain]")
 
 
-def test_a_linear_model_is_explained_by_hand():
+def test_a_linear_model_is_explained_by_hand() -> None:
     found = saliency(*task_and_params(), some([[1.0, 1.0, 5.0], [2.0, 0.0, 1.0]], "ab"), fewest=2)
     # |w x| of the difference of the two classes: (3, 1, 0) / 4 and (6, 0, 0) / 6
     torch.testing.assert_close(found["map"], torch.tensor([(0.75 + 1) / 2, 0.25 / 2, 0.0]))
@@ -75,14 +77,14 @@ def test_a_linear_model_is_explained_by_hand():
     assert float(found["map"].sum()) == pytest.approx(1)
 
 
-def test_a_patient_has_one_vote_however_many_images():
+def test_a_patient_has_one_vote_however_many_images() -> None:
     rows = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     once = saliency(*task_and_params(), some(rows, "ab"), fewest=2)["map"]
     often = saliency(*task_and_params(), some([rows[0]] * 9 + [rows[1]], "a" * 9 + "b"), fewest=2, size=4)["map"]
     torch.testing.assert_close(once, often)
 
 
-def test_few_patients_tell_nothing():
+def test_few_patients_tell_nothing() -> None:
     with pytest.raises(Refused, match="9 patients, but a mean map requires at least 10"):
         saliency(*task_and_params(), some(np.eye(3)[[0, 1, 2] * 6].tolist(), "abcdefghi" * 2))
     seg = Segmentation(linear)
@@ -90,7 +92,7 @@ def test_few_patients_tell_nothing():
         saliency(seg, params_of(linear()), some(np.ones((10, 3)).tolist(), "abcdefghij"))
 
 
-def test_maps_that_are_shuffled_alike_agree_and_others_do_not():
+def test_maps_that_are_shuffled_alike_agree_and_others_do_not() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.uniform(size=(2, 20, 20))
     assert spearman(a, a**3) == pytest.approx(1)
@@ -103,7 +105,7 @@ def test_maps_that_are_shuffled_alike_agree_and_others_do_not():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("runs")
     text = STUDY.format(path=npz(folder, site=np.array(list("aaabbbcccd"))[np.arange(160) % 10]))
     for _ in run_study(parse(text), text, folder / "looks"):
@@ -111,7 +113,7 @@ def trained(tmp_path_factory):
     return folder / "looks"
 
 
-def test_every_site_is_asked_and_the_report_shows_it(trained):
+def test_every_site_is_asked_and_the_report_shows_it(trained) -> None:
     opened = read_run(trained).opened
     file, refused = explain(trained)
     found = read_explanation(read_run(trained), "fedavg")
@@ -120,12 +122,12 @@ def test_every_site_is_asked_and_the_report_shows_it(trained):
     assert all(m.sum() == pytest.approx(1, abs=1e-4) and (m >= 0).all() for m in found.maps.values())
     assert all(n >= 10 for n in found.patients.values())
     page = build_report(trained, options=FEW).read_text(encoding="utf-8")
-    assert "What the model looks at" in page
+    assert "Attribution maps" in page
     assert "Does the model look at the same everywhere?" in page
     assert read_run(trained).opened == opened  # test data stay closed
 
 
-def test_a_policy_may_refuse(trained):
+def test_a_policy_may_refuse(trained) -> None:
     from polyclinic.studies.run.run_directory import read_plan
 
     plan = read_plan(trained / "arms" / "fedavg-seed0" / "model.safetensors")
@@ -141,16 +143,16 @@ def test_a_policy_may_refuse(trained):
     assert sites[0] not in refused
 
 
-def test_what_cannot_be_explained_says_why(trained, tmp_path):
+def test_what_cannot_be_explained_says_why(trained, tmp_path: Path) -> None:
     with pytest.raises(NotExplained, match="the run has no method 'fedbn'"):
         explain(trained, "fedbn")
     made = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
-    with pytest.raises(NotExplained, match="no model there"):
+    with pytest.raises(NotExplained, match="no model; the method run is not finished"):
         explain(made)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (100, 90), (6, 12, 14), (30,)])
-def test_maps_of_every_shape_are_drawn(tmp_path, shape):
+def test_maps_of_every_shape_are_drawn(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = write_run(tmp_path / "r", sites=LITTLE, seeds=(0,), methods=("fedavg",))
     write_maps(path, shape, "fedavg")
     page = build_report(path, options=FEW)

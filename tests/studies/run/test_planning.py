@@ -60,7 +60,7 @@ def test_only_training_rows_of_training_sites_are_counted(tmp_path: Path) -> Non
 
 
 def test_no_group_holds_few_and_small_sites_are_not_described(tmp_path: Path) -> None:
-    """Ten patients at least stand behind each share of the file."""
+    """Each share of the file is of at least ten patients."""
     table = registry(tmp_path)
     with open(tmp_path / "t.csv", "a") as file:
         file.write("\n" + "\n".join(f"tiny,{i},{i},x,{i % 2}" for i in range(12)))

@@ -87,7 +87,7 @@ def go(text: str, path: Path, resume: bool = False) -> list:
 
 
 def stopped_and_resumed(text: str, path: Path, stop_after: int) -> None:
-    """Runs a study, stops it after so many events, and goes on."""
+    """Runs a study, stops it after the given number of events, and resumes it."""
     events = run(parse(text), text, path)
     for _ in range(stop_after):
         next(events)
@@ -117,7 +117,7 @@ def same(a: Path, b: Path) -> bool:
 
 
 def opened_once(path: Path) -> list[dict]:
-    """The records as if no arm had been killed while its test data were open; how often they were is told apart."""
+    """The records as if no arm had been killed while its test data were open; how often they were is checked separately."""
     return [{k: v for k, v in fact.items() if k != "opened"} for fact in facts(path)]
 
 
@@ -330,7 +330,9 @@ def test_privacy_is_paid_for_and_written_down(done: Path, tmp_path: Path) -> Non
         )
     }
     ledgers = {path.stem: Ledger(path) for path in (tmp_path / "private").glob("arms/fedavg-*/ledgers/*.jsonl")}
-    assert all(ledgers[line["site"]].knows(line["ledger"]) for line in spent), "a copy of the head, kept elsewhere"
+    assert all(ledgers[line["site"]].knows(line["ledger"]) for line in spent), (
+        "a copy of the head, kept in another place"
+    )
     assert len({line["ledger"] for line in spent}) == len(spent)
     told = [e.epsilon for e in events if e.what == "round" and e.label == "fedavg"]
     assert told == [max(line["epsilon"] for line in spent if line["round"] == n) for n in (1, 2, 3, 4)]

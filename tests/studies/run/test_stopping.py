@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time; a run stops between two rounds when it is asked to, and goes on."""
+"""A run's folder belongs to one process at a time; a run stops between two rounds when it is asked to, and resumes."""
 
 import os
 import signal

@@ -16,7 +16,8 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.fuel.f3.cellnet.defs import CellChannelTopic, MessageHeaderKey, ReturnCode
 
-from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_json, write_private
+from polyclinic.core.atomic import write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, read_json
 
 EVERY = 2.0
 NOT_FROM_THERE = (ReturnCode.TIMEOUT, ReturnCode.TARGET_UNREACHABLE, ReturnCode.COMM_ERROR, ReturnCode.INVALID_TARGET)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from polyclinic.engines.flare.protocol.paths import sync
+from polyclinic.core.atomic import sync_folder
 from polyclinic.errors import ProtocolError
 
 LIMIT = 2**28
@@ -148,7 +148,7 @@ class Opened:
         finally:
             os.close(handle)
         if self._read_to == 0:
-            sync(self.path.parent)
+            sync_folder(self.path.parent)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polyclinic.core.atomic import sync_folder
 from polyclinic.core.audit_log import Journal, verify
-from polyclinic.engines.flare.protocol.paths import sync
 from polyclinic.engines.request_schedule import Progress, Request
 
 REPETITIONS = 2
@@ -79,7 +79,7 @@ class Usage:
         if self._journal is None:
             self._journal = Journal(self.path)
             self.path.chmod(0o600)
-            sync(self.path.parent)
+            sync_folder(self.path.parent)
         entry = {"round": asked.round, "job": asked.job, "content": asked.content, **details}
         self._journal.write(event, entry)
         self._take({"event": event, **entry})

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.client.decisions import (
     APPROVED,
     REFUSED,
@@ -33,7 +34,7 @@ from polyclinic.engines.flare.client.decisions import (
     to_json,
 )
 from polyclinic.engines.flare.protocol.messages import printable
-from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_json
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 
 __all__ = ["APPROVED", "REFUSED", "WAITING", "Review", "Reviews"]

@@ -19,8 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.client.request_usage import Answered, Usage
-from polyclinic.engines.flare.protocol.paths import hash_of, private_folder, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import hash_of, private_folder, read_json
 from polyclinic.errors import ProtocolError
 
 SPARE = 2

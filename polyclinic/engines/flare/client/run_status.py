@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol.messages import Call
-from polyclinic.engines.flare.protocol.paths import SetupError, read_json, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json
 
 
 class RunStatus:

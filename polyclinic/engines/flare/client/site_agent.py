@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyclinic.core.atomic import remove_leftovers, write_private
 from polyclinic.core.audit_log import Broken
 from polyclinic.core.job_enumeration import Job
 from polyclinic.engines.flare.client import run_archive
@@ -24,14 +25,7 @@ from polyclinic.engines.flare.client.run_status import RunStatus
 from polyclinic.engines.flare.client.training_process import Died, Stopped, TrainingProcess
 from polyclinic.engines.flare.protocol import message_limits, shared_journals
 from polyclinic.engines.flare.protocol.messages import VERSION, Answer, Call, printable
-from polyclinic.engines.flare.protocol.paths import (
-    SetupError,
-    SiteFolder,
-    hash_of,
-    private_folder,
-    read_toml,
-    write_private,
-)
+from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder, hash_of, private_folder, read_toml
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.request_schedule import Request, Schedule
 from polyclinic.errors import PolicyRefusal
@@ -74,6 +68,7 @@ class SiteAgent:
         self.opened = Opened(home.opened)
         self.journal = shared_journals.SharedJournal(home.journal)
         self.reviews = Reviews(home.reviews)
+        remove_leftovers(self.memory.folder)
         write_private(self.memory.folder / "order.json", order.to_json())
         self.trainer = TrainingProcess(
             home.path, order.run, private_folder(home.path / "log") / f"{order.run}.log", stopped

@@ -28,12 +28,12 @@ class UnsuitableData(DataError):
     """Data that a run request cannot use.
 
     Attributes:
-        told: Reason as reported to the server: without paths and without values of the data.
+        reported: Reason as reported to the server: without paths and without values of the data.
     """
 
-    def __init__(self, problems: Sequence[str] | str, told: str) -> None:
+    def __init__(self, problems: Sequence[str] | str, reported: str) -> None:
         super().__init__(problems)
-        self.told = told
+        self.reported = reported
 
 
 class SiteData(NamedTuple):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic import __version__
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes, require
 from polyclinic.engines.flare.client import proxies, run_archive
 from polyclinic.engines.flare.pki import certificate_authority as authorities
@@ -25,7 +26,6 @@ from polyclinic.engines.flare.protocol.paths import (
     read_small,
     read_toml,
     toml,
-    write_private,
 )
 from polyclinic.engines.flare.protocol.paths import (
     name as checked_name,

@@ -13,6 +13,7 @@ import torch
 from polyclinic.core import serialization as states
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.execution import Refused
+from polyclinic.core.pipeline import transforms_of
 from polyclinic.core.serialization import Corrupt
 from polyclinic.core.site import Site
 from polyclinic.data.examples import DataError
@@ -25,7 +26,7 @@ from polyclinic.engines.flare.protocol.run_request import PLACEHOLDER, RunReques
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy import site_policy as policies
 from polyclinic.engines.policy.privacy_budget import Paid, coarse
-from polyclinic.engines.policy.requirements import arrived, transforms_of
+from polyclinic.engines.policy.requirements import arrived
 from polyclinic.engines.policy.site_ledger import ledger_for
 from polyclinic.engines.request_schedule import marks_problem
 from polyclinic.engines.site_description import Describe, read_description
@@ -164,7 +165,7 @@ class Training:
             _ = self.held
         except DataError as error:
             log.warning("%s", error)
-            reason = error.told if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
+            reason = error.reported if isinstance(error, site_data.UnsuitableData) else site_data.UNREADABLE
             return {"lost": "", "told": reason, "here": str(error)}
         return {"lost": "", "told": "", "here": ""}
 

@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.pki import site_keys
-from polyclinic.engines.flare.protocol.paths import SetupError, host, name, private_folder, read_small, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, host, name, private_folder, read_small
 
 REQUEST, JOIN = "polyclinic request 1", "polyclinic join 1"
 CA_DAYS, DAYS, WARN_DAYS = 3650, 730, 30

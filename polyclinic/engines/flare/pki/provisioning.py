@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.protocol.flare_job import CONTROLLER, EXECUTOR
-from polyclinic.engines.flare.protocol.paths import private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import private_folder
 
 CONNECTION = "polyclinic.engines.flare.client.connection_log.Connection"
 COORDINATOR = "coordinator@polyclinic.local"

@@ -17,7 +17,8 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_small, sync, write_private
+from polyclinic.core.atomic import sync_folder, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, private_folder, read_small
 
 BITS = 3072
 
@@ -51,7 +52,7 @@ def take_up(folder: Path) -> None:
     for name in ("secure.key", "site.key"):  # site.key decides which keys are in use, so it is last
         if (waiting / name).exists():
             os.replace(waiting / name, folder / name)
-    sync(folder)
+    sync_folder(folder)
     shutil.rmtree(waiting, ignore_errors=True)
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare.protocol.messages import Answer, BadMessage, Call
-from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small, write_private
+from polyclinic.engines.flare.protocol.paths import SetupError, read_json, read_small
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 from polyclinic.errors import PolicyRefusal
 

@@ -17,7 +17,6 @@ server/                                     site/
 
 import hashlib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -170,23 +169,6 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, text: str | bytes, durable: bool = True) -> None:
-    """Write a file that only this user can read. If ``durable``, a crash leaves either the old file or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-        if durable:
-            sync(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def hash_of(path: Path) -> tuple[int, str]:
     """Return the length and SHA-256 of the file at ``path``."""
     hasher, size = hashlib.sha256(), 0
@@ -195,15 +177,6 @@ def hash_of(path: Path) -> tuple[int, str]:
             hasher.update(block)
             size += len(block)
     return size, hasher.hexdigest()
-
-
-def sync(folder: Path) -> None:
-    """Force the directory entries of ``folder`` to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_small(path: Path, limit: int = MAX_TEXT) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyclinic.core import serialization
+from polyclinic.core import atomic, serialization
 from polyclinic.core.aggregates import ElementwiseMean, PerSite, Reply, Stat, WeightedMean
 from polyclinic.core.method import Request
 
@@ -28,21 +28,12 @@ def write(path: Path, value: Any, durable: bool = True) -> tuple[int, str]:
         TypeError: If the value cannot be saved.
     """
     head, tensors = serialization.header_of(value)
-    part = path.with_name(f".{path.name}.part")
     hasher, size = hashlib.sha256(), 0
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            for piece in (head, *(_bytes_of(tensor) for tensor in tensors)):
-                file.write(piece)
-                hasher.update(piece)
-                size += len(piece)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic.writing(path, private=True, durable=durable) as file:
+        for piece in (head, *(_bytes_of(tensor) for tensor in tensors)):
+            file.write(piece)
+            hasher.update(piece)
+            size += len(piece)
     return size, hasher.hexdigest()
 
 

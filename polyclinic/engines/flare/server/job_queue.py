@@ -6,14 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import (
-    ServerFolder,
-    SetupError,
-    name,
-    private_folder,
-    read_json,
-    write_private,
-)
+from polyclinic.core.atomic import write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, name, private_folder, read_json
 from polyclinic.engines.flare.protocol.run_request import RunRequest
 
 WAITING, ACTIVE, FINISHED, FAILED, CANCELLED = "waiting", "active", "finished", "failed", "cancelled"

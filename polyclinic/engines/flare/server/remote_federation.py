@@ -4,12 +4,11 @@ FLARE transports messages between organizations (``controller``); the tests tran
 methods and results are identical in both cases.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from polyclinic.core.method import Request
-from polyclinic.core.rounds import Arrival, undiscounted
+from polyclinic.core.rounds import Arrival
 from polyclinic.core.serialization import Corrupt
 from polyclinic.core.site import Site
 from polyclinic.engines.flare.protocol import tensor_file
@@ -102,12 +101,3 @@ class FlareFederation:
                     lost = self._exchange.lost(call, f"its reply was refused: {printable(str(error))}").lost
                 path.unlink(missing_ok=True)  # its pages remain until the reply is released
             yield Arrival(call.site, call.round, reply, lost, seconds)
-
-
-def discount_of(method: Any) -> Callable[[int], float]:
-    """Return the weight of an answer by its age, as ``method`` or the method it wraps defines; 1 if neither does."""
-    while method is not None:
-        if callable(discount := getattr(method, "discount", None)):
-            return discount  # type: ignore[no-any-return]
-        method = getattr(method, "inner", None)
-    return undiscounted

@@ -18,18 +18,20 @@ from typing import Any
 
 from polyclinic.core import serialization as states
 from polyclinic.core import tree
+from polyclinic.core.atomic import remove_leftovers, write_private
 from polyclinic.core.audit_log import verify
 from polyclinic.core.execution import UniformSampler
 from polyclinic.core.method import Request
 from polyclinic.core.reply_validation import ReplyValidator
-from polyclinic.core.rounds import Step, TooFewReplies, train, train_async
+from polyclinic.core.rounds import Step, TooFewReplies, train, train_async, undiscounted
 from polyclinic.core.serialization import savable
 from polyclinic.core.tree import Tree
+from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.flare.flare_processes import birth
 from polyclinic.engines.flare.protocol import tensor_file
 from polyclinic.engines.flare.protocol.expected_signers import Signers
 from polyclinic.engines.flare.protocol.message_limits import Limits
-from polyclinic.engines.flare.protocol.paths import private_folder, write_private
+from polyclinic.engines.flare.protocol.paths import private_folder
 from polyclinic.engines.flare.protocol.registration import Registration, register
 from polyclinic.engines.flare.protocol.rpc import AWAY, Carrier, Count, Ended
 from polyclinic.engines.flare.protocol.run_records import Records
@@ -37,7 +39,7 @@ from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server.job_queue import FAILED, FINISHED, INTERRUPTED
 from polyclinic.engines.flare.server.participation import Participation
-from polyclinic.engines.flare.server.remote_federation import FlareFederation, discount_of
+from polyclinic.engines.flare.server.remote_federation import FlareFederation
 from polyclinic.engines.site_description import JOB, read_description
 from polyclinic.errors import RunError
 from polyclinic.learning.tasks.task_evaluation import evaluate
@@ -57,8 +59,7 @@ class RunCheckpoint:
             a crash the same model is scored.
         best: Round whose model is tested; 0 for the last. ``score``: its mean over sites. ``kept``: the last message of
             each site in it.
-        scores: Last score of each site. A site that is away keeps its last score, so that its absence does not improve
-            a round.
+        scores: Latest score of each site (``engines.best_round``).
     """
 
     state: Any
@@ -104,6 +105,7 @@ class RunCoordinator:
         outcome, why = FAILED, ""
         with open(self.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two simultaneous attempts would corrupt the run
+            remove_leftovers(self.folder)
             try:
                 self._say("greeting", "")
                 self._run()
@@ -193,7 +195,7 @@ class RunCoordinator:
             self._part.step(step.asked, step.lost)
             if due:
                 self._judge(federation)
-            since = self._status.get("away", {})  # the supervisor readmits sites with a later contact
+            since = self._status.get("away", {})  # the supervisor reinstates sites with a later contact
             self._status["away"] = {s: since.get(s, time.time()) for s, why in step.lost.items() if why == AWAY}
             self._say("running", "", done)
             self._pause()
@@ -215,7 +217,7 @@ class RunCoordinator:
                 updates=left,
                 buffer=buffer,
                 passes=order.passes,
-                discount=discount_of(self.method),
+                discount=self.method.capabilities.discount or undiscounted,
                 gate=self._gate,
             )
         trainers = [site for site in sites if site in self.plan.sites]
@@ -244,21 +246,22 @@ class RunCoordinator:
         checkpoint.
         """
         state, done = self._at.state, self._at.round
-        scores = dict(self._at.scores)
+        scores = dict[str, float]()
         for site, leaves in evaluate(self.method, federation, state, federation.sites, "score/val").items():
             metrics = {name: float(value) for name, value in leaves.items() if name != "n"}
             self._records.write("scores", round=done, role="val", site=site, metrics=metrics, n=int(leaves["n"]))
             if self.order.best.get("metric") in metrics and site in self.plan.sites:
                 scores[site] = metrics[self.order.best["metric"]]
         if scores:
-            self._at = replace(self._at, scores=scores)
-            mean = sum(scores[site] for site in sorted(scores)) / len(scores)
-            if not self._at.best or (mean > self._at.score if self.order.best["higher"] else mean < self._at.score):
+            before = BestRound(self.order.best["higher"], self._at.best, self._at.score, self._at.scores)
+            best = before.after(done, scores)
+            self._at = replace(self._at, scores=best.scores)
+            if best.round == done:
                 kept = dict(federation.count.answered)
                 tensor_file.write(
-                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=mean, kept=kept)
+                    self._best(done), RunCheckpoint(state, done, 0, kept, 0, best=done, score=best.score, kept=kept)
                 )
-                self._at = replace(self._at, best=done, score=mean, kept=kept)
+                self._at = replace(self._at, best=done, score=best.score, kept=kept)
                 federation.keep(kept)
         self._save(federation, state, done)
 

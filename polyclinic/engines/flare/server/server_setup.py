@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic import __version__
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes, require
 from polyclinic.engines.flare.pki import certificate_authority as authorities
 from polyclinic.engines.flare.pki import provisioning, site_keys
@@ -26,7 +27,6 @@ from polyclinic.engines.flare.protocol.paths import (
     read_small,
     read_toml,
     toml,
-    write_private,
 )
 from polyclinic.engines.flare.protocol.paths import (
     host as checked_host,
@@ -173,28 +173,41 @@ def admit(home: ServerFolder, request: Path, days: float = authorities.DAYS) -> 
     return site, join
 
 
-def shut_out(home: ServerFolder, site: str, readmit: bool = False) -> None:
-    """Revoke a site's right to join, or reinstate it. The server rejects its certificate while it is revoked.
+def revoke(home: ServerFolder, site: str) -> None:
+    """Revoke a site's right to join. The server rejects its certificate until the site is reinstated.
 
     Raises:
         SetupError: If no such site was admitted.
     """
+    _change(home, site, revoked=True)
+
+
+def reinstate(home: ServerFolder, site: str) -> None:
+    """Restore the right to join of a revoked site.
+
+    Raises:
+        SetupError: If no such site was admitted.
+    """
+    _change(home, site, revoked=False)
+
+
+def _change(home: ServerFolder, site: str, revoked: bool) -> None:
     from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
 
     admitted = sites(home)
     if site not in admitted:
         raise SetupError(f"no site called {site!r} was admitted; there are {', '.join(admitted) or 'none'}")
-    admitted[site]["revoked"] = "" if readmit else _today()
+    admitted[site]["revoked"] = _today() if revoked else ""
     write_private(home.admitted, json.dumps(admitted, indent=1))
     out = [name for name, entry in admitted.items() if entry["revoked"]]
     write_private(home.kit / "disabled_clients.json", json.dumps({"disabled_clients": sorted(out)}))
-    SharedJournal(home.path / "journal.jsonl").write("site readmitted" if readmit else "site shut out", {"site": site})
+    SharedJournal(home.path / "journal.jsonl").write("site revoked" if revoked else "site reinstated", {"site": site})
     if is_up(home):
         connection = AdminConnection(home.admin, home.path / "console.log", patience=180.0)
         try:
             for left in reversed(range(4)):  # the server may be starting
                 try:
-                    (connection.enable if readmit else connection.disable)(site)
+                    (connection.disable if revoked else connection.enable)(site)
                     break
                 except NoAnswer:
                     if not left:

@@ -16,14 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyclinic.engines.flare.protocol.paths import (
-    ServerFolder,
-    SetupError,
-    name,
-    private_folder,
-    read_json,
-    write_private,
-)
+from polyclinic.core.atomic import write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, SetupError, name, private_folder, read_json
 from polyclinic.engines.flare.protocol.run_request import (
     OF_DATA,
     PLACEHOLDER,

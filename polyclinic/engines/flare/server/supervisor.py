@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polyclinic.core.atomic import write_private
 from polyclinic.engines.flare import flare_processes
 from polyclinic.engines.flare.protocol import flare_job as jobs
-from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml, write_private
+from polyclinic.engines.flare.protocol.paths import ServerFolder, read_toml
 from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.engines.flare.server import study_runs
 from polyclinic.engines.flare.server.admin_api import AdminConnection, NoAnswer
@@ -35,7 +36,7 @@ from polyclinic.engines.flare.server.job_queue import (
 
 TRIES = 20
 SILENCE = 180.0
-READMIT_EVERY = 120.0
+REINSTATE_EVERY = 120.0
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Supervisor:
     _crashes: int = 0
     _sites: dict[str, float] = field(default_factory=dict)
     _asked: float = 0.0
-    _readmitted: dict[str, float] = field(default_factory=dict)
+    _reinstated: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings = read_toml(self.home.settings, "polyclinic server init")
@@ -179,9 +180,9 @@ class Supervisor:
                 back
                 and fresh
                 and progress["phase"] == "running"
-                and time.time() - self._readmitted.get(run, 0.0) > READMIT_EVERY
+                and time.time() - self._reinstated.get(run, 0.0) > REINSTATE_EVERY
             ):
-                self._readmitted[run] = time.time()
+                self._reinstated[run] = time.time()
                 (self.home.run(run) / "pause").write_text(f"to reinstate {', '.join(sorted(back))}")
                 self.journal.write("pause asked for", {"run": run, "sites": sorted(back)})
 

@@ -1,5 +1,5 @@
-"""Rules by which a server makes one update of many, when some of the sites may be broken or hostile.
+"""Rules by which a server aggregates updates if some sites may be faulty or hostile.
 
-A rule is a frozen dataclass over ``Updates``, what the sites sent kept apart. ``methods.robust.robust_method`` puts one
-under any method.
+A rule is a frozen dataclass over ``Updates``, the updates separate by site. ``methods.robust.robust_method`` applies
+one to any method.
 """

@@ -1,8 +1,8 @@
-"""What all rules share: updates side by side, looked at in chunks, and how unusual each of them is.
+"""The common part of all rules: updates of several sites, processed in chunks, and outlier statistics for each.
 
-Many rules need nothing of the updates but their inner products, a table of K x K numbers, and give back one
-coefficient a site. Whatever works by coordinate sees a few thousand coordinates of all sites at a time. So no rule
-takes more memory than the updates and two trees.
+Many rules need only the inner products of the updates, a K x K matrix, and return one coefficient per site. Rules that
+work by coordinate process a few thousand coordinates of all sites at a time. The memory of a rule is therefore that of
+the updates and two trees.
 """
 
 from abc import ABC, abstractmethod
@@ -17,17 +17,17 @@ from torch import Tensor
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 
-CHUNK = 2**15  # coordinates looked at together: what of some twenty sites fits into a processor's cache
+CHUNK = 2**15  # coordinates per chunk, which for some twenty sites fit into a processor's cache
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What several sites sent, side by side and without a copy.
+    """The updates of several sites, without a copy.
 
     Attributes:
         trees: Each site's update, by name, in name order. All have the same leaves.
-        weights: What each claims to weigh, such as its number of examples.
-        factors: What each update is multiplied with, float64 [K]; 1 unless it was scaled down.
+        weights: The stated weights, such as numbers of examples.
+        factors: The factor of each update, float64 [K]; 1 unless it was scaled down.
     """
 
     trees: Mapping[str, Tree]
@@ -36,10 +36,10 @@ class Updates:
 
     @classmethod
     def of(cls, trees: Mapping[str, Tree], weights: Mapping[str, float] | None = None) -> "Updates":
-        """The updates in ``trees``, sorted by site; each weighs 1 where ``weights`` says nothing.
+        """Return the updates in ``trees``, sorted by site; the weight is 1 unless ``weights`` gives another.
 
         Raises:
-            ValueError: If there are none, or one cannot stand beside the others.
+            ConfigError: If there are none, or one has other tensors than the others.
         """
         names = sorted(trees)
         if not names:
@@ -51,7 +51,7 @@ class Updates:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Whose updates these are."""
+        """The sites of the updates."""
         return tuple(self.trees)
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Updates:
 
     @cached_property
     def gram(self) -> Tensor:
-        """⟨x_i, x_j⟩ in double precision. Shape [K, K]."""
+        """Inner products ⟨x_i, x_j⟩ in double precision. Shape [K, K]."""
         total = torch.zeros(len(self), len(self), dtype=torch.float64)
         for _, _, block in self.blocks():
             wide = block.double()
@@ -68,29 +68,29 @@ class Updates:
 
     @property
     def norms(self) -> Tensor:
-        """‖x_i‖. Shape [K]."""
+        """Lengths ‖x_i‖. Shape [K]."""
         return self.gram.diagonal().clamp_min(0).sqrt()
 
     @property
     def distances(self) -> Tensor:
-        """‖x_i - x_j‖. Shape [K, K], and exactly 0 on the diagonal."""
+        """Distances ‖x_i − x_j‖. Shape [K, K], and exactly 0 on the diagonal."""
         squares = self.gram.diagonal()
         far = (squares + squares[:, None] - 2 * self.gram).clamp_min(0).sqrt()
         return far.fill_diagonal_(0.0)
 
     def scaled(self, factors: Tensor) -> "Updates":
-        """The same updates, the i-th multiplied with ``factors[i]``."""
+        """Return the same updates, the i-th multiplied by ``factors[i]``."""
         return replace(self, factors=self.factors * factors)
 
     def only(self, sites: tuple[str, ...]) -> "Updates":
-        """The updates of ``sites`` alone."""
+        """Return the updates of ``sites`` alone."""
         keep = [i for i, name in enumerate(self.trees) if name in sites]
         part = Updates({self.sites[i]: self.trees[self.sites[i]] for i in keep}, self.weights[keep], self.factors[keep])
         part.__dict__["gram"] = self.gram[keep][:, keep]
         return part
 
     def blend(self, shares: Tensor) -> Tree:
-        """Σ shares_i · x_i, reading each update once and holding one tree."""
+        """Return ``Σ shares_i · x_i``, reading each update once and holding one tree."""
         coefficients = (shares.double() * self.factors).tolist()
         total: dict[str, Tensor] = {}
         for update, c in zip(self.trees.values(), coefficients, strict=True):
@@ -102,10 +102,10 @@ class Updates:
         return total
 
     def by_coordinate(self, choose: Callable[[list[Tensor]], Tensor]) -> Tree:
-        """One update of which ``choose`` made every coordinate, from what all sites say of it.
+        """Return one update whose coordinates ``choose`` computes from those of all sites.
 
         Args:
-            choose: From K rows of c coordinates, which it may overwrite, to c coordinates.
+            choose: Maps K rows of c coordinates, which it may overwrite, to c coordinates.
         """
         scaled = bool((self.factors != 1).any())
         first = next(iter(self.trees.values()))
@@ -117,7 +117,7 @@ class Updates:
         return out
 
     def blocks(self) -> Iterator[tuple[str, slice, Tensor]]:
-        """A leaf's name, which of its coordinates, and what each site says of them, not scaled: a fresh [K, c]."""
+        """Yield a leaf's name, a range of its coordinates, and the sites' values there, not scaled: a new [K, c]."""
         first = next(iter(self.trees.values()))
         for name, leaf in first.items():
             rows = [update[name].reshape(-1) for update in self.trees.values()]
@@ -127,11 +127,11 @@ class Updates:
 
 
 class Verdict(NamedTuple):
-    """What a rule made of the updates.
+    """The result of a rule.
 
     Attributes:
-        aggregate: The one update.
-        shares: What part of it is each site's; None where a rule decides coordinate by coordinate.
+        aggregate: The aggregated update.
+        shares: Each site's share of it; None if a rule decides coordinate by coordinate.
     """
 
     aggregate: Tree
@@ -140,17 +140,17 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """From many updates to one."""
+    """A rule that aggregates several updates into one."""
 
     @abstractmethod
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """One update.
+        """Aggregate ``updates``.
 
         Args:
-            last: What this rule gave the last time, for the same kind of update; empty the first time.
+            last: The previous result of this rule for the same kind of update; empty the first time.
 
         Raises:
-            ValueError: If there are too few updates for what the rule promises.
+            ConfigError: If there are too few updates for the rule's guarantee.
         """
 
     @property
@@ -161,30 +161,33 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Average(Rule):
-    """The mean, which one site alone can move anywhere. To compare with, and to watch sites without a rule.
+    """The plain mean, which a single site can move arbitrarily; for comparison, and to monitor sites without a rule.
+
+    With ``bound``, no update is longer than that multiple of the median length. A site is an outlier by the median of
+    its distances to the others (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993).
 
     Attributes:
-        weighted: Whether sites count by what they claim to weigh.
+        weighted: Whether to use the weights that the sites state.
     """
 
     weighted: bool = True
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """Σ w_i x_i / Σ w_i"""
+        """Aggregate by ``Σ w_i x_i / Σ w_i``."""
         return blended(updates, updates.weights if self.weighted else torch.ones(len(updates)))
 
 
 def blended(updates: Updates, weights: Tensor) -> Verdict:
-    """The mean of ``updates`` with ``weights``, which need not add up to 1."""
+    """Return the mean of ``updates`` with ``weights``, which need not sum to 1."""
     shares = weights.double() / weights.double().sum()
     return Verdict(updates.blend(shares), dict(zip(updates.sites, shares.tolist(), strict=True)))
 
 
 def presumed(corrupt: float, count: int, floor: int, times: int, rule: str) -> int:
-    """f, the number of corrupt sites that ``count`` updates are to withstand.
+    """Return f, the number of corrupt sites among ``count`` updates that are to be tolerated.
 
     Raises:
-        ValueError: If that takes more updates: ``times`` · f + ``floor``.
+        ConfigError: If that takes more updates: ``times`` · f + ``floor``.
     """
     if not 0 <= corrupt < 0.5:
         raise ConfigError(
@@ -200,9 +203,9 @@ def presumed(corrupt: float, count: int, floor: int, times: int, rule: str) -> i
 
 
 def faults(trees: Mapping[str, Tree]) -> dict[str, str]:
-    """The sites whose updates cannot stand beside the others, each with the reason.
+    """Return the sites whose updates cannot be combined with the others, each with the reason.
 
-    The names, shapes and types that an update must have are those of most.
+    The required names, shapes and types are those of the majority.
     """
     forms = {site: tuple((n, tuple(x.shape), str(x.dtype)) for n, x in sorted(t.items())) for site, t in trees.items()}
     counted = sorted(forms.values(), key=lambda form: list(forms.values()).count(form))
@@ -217,12 +220,12 @@ def faults(trees: Mapping[str, Tree]) -> dict[str, str]:
 
 
 class Standing(NamedTuple):
-    """How one update compares with the others of its round, for people to look at.
+    """Outlier statistics of one update in its round.
 
     Attributes:
-        score: By how many robust deviations its median distance to the others exceeds what is usual.
+        score: By how many robust standard deviations its median distance to the others exceeds the usual one.
         norm: Its length, in multiples of the median length.
-        cosine: Its direction's agreement with the others' mean direction, -1 to 1.
+        cosine: The cosine of its direction with the others' mean direction, -1 to 1.
     """
 
     score: float
@@ -231,12 +234,12 @@ class Standing(NamedTuple):
 
     @property
     def outlying(self) -> bool:
-        """Whether it stands out: a score above 3.5, as Iglewicz and Hoaglin, 1993, advise."""
+        """Whether it is an outlier: a score above 3.5, after Iglewicz and Hoaglin, 1993."""
         return self.score > 3.5
 
 
 def standings(updates: Updates) -> dict[str, Standing]:
-    """How each update compares with the others. With fewer than four there is no telling, and every score is 0."""
+    """Return the outlier statistics of each update. With fewer than four updates every score is 0."""
     n, gram, norms = len(updates), updates.gram, updates.norms
     middle = median(norms)
     unit = gram / (norms * norms[:, None]).clamp_min(1e-300)
@@ -245,7 +248,7 @@ def standings(updates: Updates) -> dict[str, Standing]:
     )
     far = torch.stack([median(_drop(row, i)) for i, row in enumerate(updates.distances)]) if n > 1 else norms
     spread = 1.4826 * median((far - median(far)).abs())
-    # A spread of nothing (identical updates) leaves no room for chance: a hair's breadth of the distance stands in.
+    # If the spread is 0 (identical updates), a millionth of the median distance replaces it.
     scores = (far - median(far)) / spread.clamp_min(1e-6 * float(median(far)) + 1e-300)
     found = {}
     for i, site in enumerate(updates.sites):
@@ -255,7 +258,7 @@ def standings(updates: Updates) -> dict[str, Standing]:
 
 
 def median(x: Tensor) -> Tensor:
-    """The middle value of x [n], the mean of both where there are two. (``torch.median`` gives the lower.)"""
+    """Return the median of x [n], the mean of the two middle values if n is even (``torch.median`` gives the lower)."""
     ordered = x.sort().values
     return (ordered[(len(x) - 1) // 2] + ordered[len(x) // 2]) / 2
 

@@ -1,9 +1,9 @@
-"""Bulyan: Krum again and again, then a trimmed mean around the median.
+"""Bulyan: repeated Krum, then a trimmed mean around the median.
 
 El Mahdi El Mhamdi, Rachid Guerraoui and Sébastien Rouault, "The Hidden Vulnerability of Distributed Learning in
-Byzantium", ICML 2018, section 4, https://arxiv.org/abs/1802.07927. Sites count the same, as there.
+Byzantium", ICML 2018, section 4, https://arxiv.org/abs/1802.07927. All sites have equal weight, as in the paper.
 
-The share of corrupt sites is a hyper-parameter, their number f what it gives for the updates at hand.
+The fraction of corrupt sites is a hyperparameter; their number f follows from the number of updates.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,18 @@ from polyclinic.methods.robust.rules.site_sorting import sort_rows
 
 @dataclass(frozen=True)
 class Bulyan(Rule):
-    """θ = n - 2f updates chosen by Krum one after another, and of each coordinate the mean of the θ - 2f values
-    nearest to their median.
+    """Krum selects n − 2f updates one after another; each coordinate is the mean of the values nearest to their median.
+
+    Of θ = n − 2f selected updates, the θ − 2f nearest values are averaged.
 
     Attributes:
-        corrupt: The share of sites presumed corrupt. Bulyan needs n ≥ 4f + 3, so at most one in ten sites.
+        corrupt: The fraction of sites presumed corrupt. Bulyan needs n ≥ 4f + 3, so at most one in ten sites.
     """
 
     corrupt: float = 0.1
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """Krum n - 2f times without replacement; then the trimmed mean around the median"""
+        """Apply Krum n − 2f times without replacement; then the trimmed mean around the median."""
         f = presumed(self.corrupt, len(updates), 3, 4, "bulyan")
         left, chosen = list(range(len(updates))), list[int]()
         for _ in range(len(updates) - 2 * f):
@@ -41,7 +42,7 @@ class Bulyan(Rule):
 
 
 def around_median(rows: list[Tensor], keep: int) -> Tensor:
-    """The mean of the ``keep`` values nearest to the median of each column of ``rows``. Shape [c]."""
+    """Return the mean of the ``keep`` values nearest to the median of each column of ``rows``. Shape [c]."""
     ordered = sort_rows(rows)
     center = middle_of(ordered)
     best, value = torch.full_like(center, torch.inf), torch.zeros_like(center)

@@ -1,9 +1,10 @@
-"""Centered clipping: from the last aggregate, no site moves the next one far.
+"""Centered clipping: each site's change of the last aggregate is clipped.
 
 Sai Praneeth Karimireddy, Lie He and Martin Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021,
 equation CC, https://arxiv.org/abs/2012.10333.
 
-It stays within the span of the updates and the last aggregate, so that we compute coefficients from inner products.
+The result lies within the span of the updates and the last aggregate, so that coefficients are computed from inner
+products.
 """
 
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from polyclinic.methods.robust.rules.geometric_median import distance_to
 
 @dataclass(frozen=True)
 class CentredClipping(Rule):
-    """From the last aggregate, the mean of what each site would move it, none by more than τ.
+    """The last aggregate plus the mean of the sites' differences from it, each clipped to length τ.
 
-    The paper has the sites send momentum; ours send what their method sends.
+    Departure: the sites send their method's updates, whereas the paper has them send momentum.
 
     Attributes:
-        tau: τ. Where it is 0, the median of the distances from the last aggregate, so that half of the sites are
-            clipped at the first of the steps.
-        steps: L, how often to repeat it from where it came to.
+        tau: τ; if 0, the median distance from the last aggregate, so that half of the sites are clipped at the first
+            step.
+        steps: L, the number of repetitions, each from the last result.
     """
 
     tau: float = 0.0
@@ -32,11 +33,11 @@ class CentredClipping(Rule):
 
     @property
     def remembers(self) -> bool:
-        """Yes: it starts from the last aggregate."""
+        """True: the rule starts from the last aggregate."""
         return True
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """From the last aggregate, v ← v + 1/n Σ (x_i - v) · min(1, τ / ‖x_i - v‖)"""
+        """Repeat ``v ← v + 1/n Σ (x_i − v) · min(1, τ / ‖x_i − v‖)`` from the last aggregate."""
         n = len(updates)
         points = self._beside(updates, last) if last else updates
         c = torch.zeros(len(points), dtype=torch.float64)
@@ -50,7 +51,7 @@ class CentredClipping(Rule):
         return Verdict(points.blend(c), dict(zip(updates.sites, c[:n].tolist(), strict=True)))
 
     def _beside(self, updates: Updates, last: Tree) -> Updates:
-        """The updates and, after them, the last aggregate."""
+        """Return the updates and, after them, the last aggregate."""
         one = torch.ones(1, dtype=torch.float64)
         return Updates(
             {**updates.trees, "~last": last}, torch.cat([updates.weights, one]), torch.cat([updates.factors, one])

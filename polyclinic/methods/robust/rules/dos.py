@@ -1,14 +1,14 @@
-"""Distance-based outlier suppression (DOS), and the outlier score it rests on (COPOD).
+"""Distance-based outlier suppression (DOS), and its outlier score (COPOD).
 
 Naif Alkhunaizi, Dmitry Kamzolov, Martin Takáč and Karthik Nandakumar, "Suppressing Poisoning Attacks on Federated
 Learning for Medical Imaging", MICCAI 2022, Algorithm 1, https://arxiv.org/abs/2207.10804. Zheng Li, Yue Zhao, Nicola
 Botta, Cezar Ionescu and Xiyang Hu, "COPOD: Copula-Based Outlier Detection", ICDM 2020,
 https://arxiv.org/abs/2009.09463, in the form of the PyOD library, which the authors of DOS use.
 
-The paper averages the two scores and its code adds them up; we average. It compares models, we the updates that are
-merged. Its limits, which we measured: softmax never gives a weight of 0, so that one update of length 10⁶ still moves
-the mean (put a bound on lengths in front: ``Robust(..., bound=1)``); three identical updates pass for the most usual
-ones and often get most of the weight; and of ten honest hospitals one may get a third of it.
+The two scores are averaged, as in the paper; its code adds them. Departure: updates are compared instead of models.
+Measured limits: softmax never gives a weight of 0, so that one update of length 10⁶ still moves the mean (use a bound
+on lengths: ``Robust(..., bound=1)``); three identical updates appear the most usual and often get most of the weight;
+and of ten honest hospitals one may get a third of it.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verd
 
 @dataclass(frozen=True)
 class DOS(Rule):
-    """Each update counts by how usual its distances to the others are. There is nothing to set."""
+    """Updates weighted by outlier scores of their distances to the others, without hyperparameters."""
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """softmax(-(COPOD(D_cos) + COPOD(D_euc)) / 2)"""
+        """Aggregate with weights ``softmax(−(COPOD(D_cos) + COPOD(D_euc)) / 2)``."""
         norms = updates.norms.clamp_min(1e-300)
         cosine = (1 - updates.gram / (norms * norms[:, None])).fill_diagonal_(0.0)
         scores = (copod(cosine) + copod(updates.distances)) / 2
@@ -33,9 +33,9 @@ class DOS(Rule):
 
 
 def copod(x: Tensor) -> Tensor:
-    """How unusual each row of x [n, d] is among the others. Shape [n].
+    """Return the outlier score of each row of x [n, d]. Shape [n].
 
-    Of each column, the two tails' probabilities by its empirical distribution, and the one on its skewed side.
+    It uses the empirical probabilities of both tails of each column, and of the tail on its skewed side.
     """
     x = x.double()
     left = -((x[None] <= x[:, None]).double().mean(1)).log()

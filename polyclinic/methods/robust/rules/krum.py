@@ -1,10 +1,10 @@
-"""Rules of distance: Krum and multi-Krum.
+"""Krum and multi-Krum, rules by distance.
 
 Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui and Julien Stainer, "Machine Learning with Adversaries: Byzantine
-Tolerant Gradient Descent", NeurIPS 2017, sections 4 and 5, https://arxiv.org/abs/1703.02757. Sites count the
-same, as there.
+Tolerant Gradient Descent", NeurIPS 2017, sections 4 and 5, https://arxiv.org/abs/1703.02757. All sites have equal
+weight, as in the paper.
 
-The share of corrupt sites is a hyper-parameter, their number f what it gives for the updates at hand.
+The fraction of corrupt sites is a hyperparameter; their number f follows from the number of updates.
 """
 
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from polyclinic.methods.robust.rules.aggregation_rule import Rule, Updates, Verd
 
 @dataclass(frozen=True)
 class Krum(Rule):
-    """The one update that lies closest to its n - f - 2 nearest neighbors.
+    """The one update that is closest to its n − f − 2 nearest neighbors.
 
-    It discards what all other sites learned: the noise of a single hospital is the price.
+    The updates of all other sites are discarded, so that the result has the variance of a single hospital.
 
     Attributes:
-        corrupt: The share of sites presumed corrupt. Krum needs n ≥ 2f + 3.
+        corrupt: The fraction of sites presumed corrupt. Krum needs n ≥ 2f + 3.
     """
 
     corrupt: float = 0.2
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """argmin_i Σ_{j near i} ‖x_i - x_j‖²"""
+        """Return the update with the smallest ``Σ_{j near i} ‖x_i − x_j‖²``."""
         f = presumed(self.corrupt, len(updates), 3, 2, "krum")
         chosen = int(krum_scores(updates.distances, f).argmin())
         return blended(updates, torch.eye(len(updates))[chosen])
@@ -37,18 +37,20 @@ class Krum(Rule):
 
 @dataclass(frozen=True)
 class MultiKrum(Rule):
-    """The mean of the m updates of the lowest Krum scores.
+    """The mean of the m updates with the lowest Krum scores.
+
+    Honest hospitals whose data differ are the first to be omitted.
 
     Attributes:
-        corrupt: As for ``Krum``.
-        keep: m; n - f where it is 0.
+        corrupt: The fraction of sites presumed corrupt. Krum needs n ≥ 2f + 3.
+        keep: m; n − f if 0.
     """
 
     corrupt: float = 0.2
     keep: int = 0
 
     def aggregate(self, updates: Updates, last: Tree) -> Verdict:
-        """1/m Σ x_i over the m lowest scores"""
+        """Return ``1/m Σ x_i`` over the m lowest scores."""
         n = len(updates)
         f = presumed(self.corrupt, n, 3, 2, "multi-krum")
         kept = krum_scores(updates.distances, f).argsort(stable=True)[: self.keep or n - f]
@@ -56,6 +58,6 @@ class MultiKrum(Rule):
 
 
 def krum_scores(distances: Tensor, f: int) -> Tensor:
-    """Σ ‖x_i - x_j‖² over the n - f - 2 nearest j ≠ i, at least one. Shape [n]."""
+    """Return ``Σ ‖x_i − x_j‖²`` over the n − f − 2 nearest j ≠ i, at least one. Shape [n]."""
     nearest = max(1, len(distances) - f - 2)
     return distances.square().sort(1).values[:, 1 : 1 + nearest].sum(1)

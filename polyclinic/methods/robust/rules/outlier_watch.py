@@ -1,4 +1,4 @@
-"""Who stands out, for people: each site's standing over the rounds, and what to say of it in words."""
+"""Outlier statistics of each site over the rounds, and their description."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from polyclinic.methods.robust.rules.aggregation_rule import Standing
 
 @savable("robust.SiteRecord", 1)
 class Note(NamedTuple):
-    """What is known of one site's updates so far.
+    """The outlier statistics of one site so far.
 
     Attributes:
-        seen: How many of its updates were looked at. ``outlying``: how many of them stood out.
-        score: How unusual the last one was; above 3.5 stands out. ``norm``: its length, in multiples of the median
+        seen: Number of its updates that were examined. ``outlying``: number of outliers among them.
+        score: Outlier score of the last one; above 3.5 is an outlier. ``norm``: its length, in multiples of the median
             length. ``cosine``: its agreement in direction with the others, -1 to 1.
-        share: Its part of the last aggregate; None where the rule decides coordinate by coordinate.
-        excluded: Why its last update had no say; empty where it had.
+        share: Its share of the last aggregate; None if the rule decides coordinate by coordinate.
+        excluded: Why its last update had no weight; empty if it had.
     """
 
     seen: int = 0
@@ -27,18 +27,18 @@ class Note(NamedTuple):
     share: float | None = None
     excluded: str = ""
 
-    def after(self, standing: Standing | None, share: float | None, excluded: str) -> "Note":
-        """This note after one more update, which was not looked at where ``standing`` is None."""
-        if standing is None:
+    def after(self, found: Standing | None, share: float | None, excluded: str) -> "Note":
+        """Return this note after one more update, which was not examined if ``found`` is None."""
+        if found is None:
             return self._replace(share=share, excluded=excluded)
-        return Note(self.seen + 1, self.outlying + standing.outlying, *standing, share, excluded)
+        return Note(self.seen + 1, self.outlying + found.outlying, *found, share, excluded)
 
 
 def alarms(notes: Mapping[str, Note], often: float = 0.5) -> tuple[str, ...]:
-    """A sentence for each site that a person should look at, the most unusual first.
+    """Return a sentence for each site that should be investigated, the most unusual first.
 
     Args:
-        often: In what part of its updates a site must have stood out.
+        often: The fraction of its updates in which a site must have been an outlier.
     """
     odd = {site: n for site, n in notes.items() if n.excluded or (n.seen and n.outlying >= max(1, often * n.seen))}
     return tuple(_sentence(site, note) for site, note in sorted(odd.items(), key=lambda item: -item[1].score))

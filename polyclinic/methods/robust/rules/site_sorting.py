@@ -1,9 +1,9 @@
 """Sorting across sites, for many coordinates at once.
 
 Batcher's merge exchange (K. E. Batcher, "Sorting networks and their applications", AFIPS 1968; Knuth, The Art of
-Computer Programming, volume 3, algorithm 5.2.2M): the same exchanges whatever the numbers are, so that each is a
-minimum and a maximum of two whole rows. For a few tens of sites that is several times as fast as sorting every
-column by itself.
+Computer Programming, volume 3, algorithm 5.2.2M): the comparisons do not depend on the values, so that each is a
+minimum and a maximum of two whole rows. For a few tens of sites this is several times as fast as sorting every column
+separately.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ MOST = 64  # rows; beyond, a general sort is as fast
 
 
 def sort_rows(rows: list[Tensor]) -> list[Tensor]:
-    """The same rows such that every column ascends. The memory of ``rows`` is used up."""
+    """Return the same rows with every column ascending. The memory of ``rows`` is overwritten."""
     if len(rows) > MOST:
         return list(torch.stack(rows).sort(0).values)
     rows, spare = list(rows), torch.empty_like(rows[0])
@@ -30,7 +30,7 @@ def sort_rows(rows: list[Tensor]) -> list[Tensor]:
 
 @lru_cache(maxsize=MOST)
 def exchanges(n: int) -> tuple[tuple[int, int], ...]:
-    """Which two of ``n`` rows to compare, in order; the lower goes first."""
+    """Return the pairs of ``n`` rows to compare, in order; the lower value goes first."""
     return tuple(_exchanges(n))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polyclinic.core import tree
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.composite import Composed, predicting_with
+from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.tasks.task import Task
 
@@ -43,7 +43,7 @@ class Fronted(Composed):
 
 def fronted(task: T, front: Callable[[], nn.Module]) -> T:
     """Return ``task`` with a front before its network."""
-    return predicting_with(task, Fronted(task.network, front))
+    return task.with_network(Fronted(task.network, front))
 
 
 def in_front(name: str) -> bool:

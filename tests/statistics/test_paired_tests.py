@@ -2,15 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 
-from polyclinic.evaluation import paired_tests as cmp
-from polyclinic.evaluation.metric_functions import Undefined
+from polyclinic.statistics import paired_tests as cmp
+from polyclinic.statistics.undefined import Undefined
 
 
-def test_the_critical_difference_is_demsars():
+def test_the_critical_difference_is_demsars() -> None:
     """k = 4 methods on N = 14 data sets: q = 2.569 and CD = 1.25 in Demšar, JMLR 2006, section 3.2.2."""
     values = np.random.default_rng(7).normal(size=(14, 4))
     ranking = cmp.rank_methods("abcd", values)
@@ -24,14 +22,14 @@ def test_the_critical_difference_is_demsars():
     assert list(ranking.ranks) == sorted(ranking.ranks)
 
 
-def test_lower_is_better_turns_the_ranks_round():
+def test_lower_is_better_turns_the_ranks_round() -> None:
     up = cmp.rank_methods("abc", np.random.default_rng(0).normal(size=(6, 3)))
     down = cmp.rank_methods("abc", -np.random.default_rng(0).normal(size=(6, 3)), higher_is_better=False)
     assert up.ranks == down.ranks
     assert up.methods == down.methods
 
 
-def test_ranking_needs_three_of_each():
+def test_ranking_needs_three_of_each() -> None:
     with pytest.raises(Undefined):
         cmp.rank_methods("ab", np.zeros((9, 2)))
     with pytest.raises(Undefined):
@@ -39,59 +37,14 @@ def test_ranking_needs_three_of_each():
     assert cmp.rank_methods("abc", np.zeros((4, 3))).p == 1
 
 
-def test_cliques_overlap_where_the_ends_differ():
+def test_cliques_overlap_where_the_ends_differ() -> None:
     values = np.tile([3.0, 2.0, 1.0], (12, 1))
     values[:6] = [3, 1, 2]
     ranking = cmp.rank_methods("abc", values)
     assert ranking.cliques == (("b", "c"),)
 
 
-def test_holm_by_hand():
-    assert cmp.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert cmp.holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
-def test_holm_only_makes_p_larger_and_keeps_the_order(p):
-    adjusted = cmp.holm(p)
-    assert all(a >= q - 1e-12 and a <= 1 for a, q in zip(adjusted, p, strict=True))
-    assert all(adjusted[i] <= adjusted[j] + 1e-12 for i in range(len(p)) for j in range(len(p)) if p[i] < p[j])
-    assert max(adjusted) <= min(1, len(p) * max(p)) + 1e-12
-
-
-def scores(seed, n=60, gain=0.0):
-    rng = np.random.default_rng(seed)
-    y, common = np.arange(n) % 2, rng.normal(size=n)
-    return y + common + rng.normal(size=n) / 2, (1 + gain) * y + common + rng.normal(size=n) / 2, y
-
-
-def test_delong_test_is_antisymmetric_and_agrees_with_the_paired_bootstrap():
-    a, b, y = scores(0, 80, 0.6)
-    d, back = cmp.delong_test(b, a, y), cmp.delong_test(a, b, y)
-    assert (d.value, d.low, d.p) == (pytest.approx(-back.value), pytest.approx(-back.high), pytest.approx(back.p))
-    from polyclinic.evaluation.intervals import resamples
-    from polyclinic.evaluation.metric_functions import auc_of
-
-    w = np.concatenate([resamples(40, 4000, np.random.default_rng(i)) for i in (0, 1)], axis=1)
-    order = np.argsort(y, kind="stable")
-    draws = auc_of(b[order], y[order], w) - auc_of(a[order], y[order], w)
-    assert draws.std() == pytest.approx((d.high - d.low) / 3.92, rel=0.1)
-
-
-def test_delong_test_of_a_score_with_itself():
-    a, _, y = scores(1)
-    d = cmp.delong_test(a, 2 * a + 1, y)
-    assert d.value == 0
-    assert d.verdict() == cmp.UNDECIDED
-
-
-def test_delong_test_keeps_its_level():
-    p = [cmp.delong_test(*scores(seed)).p for seed in range(400)]
-    assert 0.02 < np.mean(np.array(p, float) < 0.05) < 0.085
-
-
-def test_corrected_t_by_hand_and_its_limits():
+def test_corrected_t_by_hand_and_its_limits() -> None:
     d = [0.02, 0.05, 0.01, 0.03]
     found = cmp.corrected_t(d, test=20, train=80)
     se = ((1 / 4 + 20 / 80) * np.var(d, ddof=1)) ** 0.5
@@ -106,14 +59,14 @@ def test_corrected_t_by_hand_and_its_limits():
         cmp.corrected_t([0.1, 0.2], 0, 1)
 
 
-def test_signed_ranks():
+def test_signed_ranks() -> None:
     d = [0.1, 0.2, 0.15, 0.3, 0.05, 0.12, 0.4]
     assert cmp.signed_ranks(d).p == pytest.approx(2 / 2**7)
     with pytest.raises(Undefined, match="six"):
         cmp.signed_ranks([0.1] * 5 + [0.0])
 
 
-def test_a_verdict_needs_the_interval_and_the_corrected_p():
+def test_a_verdict_needs_the_interval_and_the_corrected_p() -> None:
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02).verdict() == cmp.BETTER
     assert cmp.Difference(-0.1, -0.2, -0.01, 0.02).verdict() == cmp.WORSE
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02, adjusted=0.08).verdict() == cmp.UNDECIDED
@@ -129,19 +82,19 @@ def seeded(count, luck, rng, patients=0.02, draws=200):
 
 
 @pytest.mark.parametrize(("count", "luck"), [(2, 0.01), (3, 0.02), (5, 0.05), (10, 0.05)])
-def test_differences_over_seeds_keep_their_level(count, luck):
+def test_differences_over_seeds_keep_their_level(count: int, luck: float) -> None:
     rng = np.random.default_rng(count)
     p = [cmp.over_seeds(*seeded(count, luck, rng), n=200).p for _ in range(1500)]
     assert np.mean(np.array(p) < 0.05) < 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5 + 0.02
 
 
-def test_patients_alone_would_not_keep_it():
+def test_patients_alone_would_not_keep_it() -> None:
     rng = np.random.default_rng(0)
     p = [cmp.two_sided(seeded(3, 0.05, rng)[1]) for _ in range(500)]
     assert np.mean(np.array(p) < 0.05) > 0.2
 
 
-def test_seeds_that_agree_leave_the_patients_interval():
+def test_seeds_that_agree_leave_the_patients_interval() -> None:
     draws = 0.1 + 0.02 * np.random.default_rng(1).normal(size=5000)
     d, plain = cmp.over_seeds(np.full(4, 0.1), draws, n=10_000), cmp.difference(0.1, draws)
     assert (d.low, d.high) == (pytest.approx(plain.low, abs=0.002), pytest.approx(plain.high, abs=0.002))
@@ -150,7 +103,7 @@ def test_seeds_that_agree_leave_the_patients_interval():
     assert cmp.over_seeds(np.array([0.1, 0.1]), np.full(100, np.nan)).low is None
 
 
-def test_two_sided_p_is_never_zero_and_one_in_the_middle():
+def test_two_sided_p_is_never_zero_and_one_in_the_middle() -> None:
     assert cmp.two_sided(np.ones(99)) == pytest.approx(0.02)
     assert cmp.two_sided(np.linspace(-1, 1, 100)) == pytest.approx(1.0, abs=0.02)
     assert cmp.two_sided(np.zeros(50)) == 1.0

@@ -4,13 +4,13 @@ Ma, Zhao, Yi, Chen, Hong and Chi, "Modeling Task Relationships in Multi-task Lea
 Mixture-of-Experts", KDD 2018, equations 5 and 6. https://doi.org/10.1145/3219819.3220007.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import head_width, of, pooled
+from polyclinic.learning.networks.latent import head_width, pooled
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
@@ -45,9 +45,7 @@ class Gated(Network):
         model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
         place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
         parent, _, last = place.rpartition(".")
-        setattr(
-            model.get_submodule(parent), last, GatedHead(head_width(of(base)), self.outputs, self.experts, self.width)
-        )
+        setattr(model.get_submodule(parent), last, GatedHead(head_width(base), self.outputs, self.experts, self.width))
         return model
 
     def private(self, name: str) -> bool:
@@ -58,7 +56,7 @@ class Gated(Network):
 def gated(task: Task, experts: int, width: int) -> Task:
     """Return ``task`` with a gated mixture-of-experts head."""
     own = task.network
-    return replace(task, network=Gated(own.name, own.inputs, own.outputs, own.options, experts, width))
+    return task.with_network(Gated(own.name, own.inputs, own.outputs, own.options, experts, width))
 
 
 def begin(task: Task, params: Tree) -> Tree:

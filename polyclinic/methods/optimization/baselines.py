@@ -1,7 +1,7 @@
-"""Baselines: local training at each site, each site's model tested at another, and training on pooled data.
+"""Baselines: local training at each site, and each site's model tested at another site.
 
-The survey (Guan, Yap, Bozoki and Liu, 2024, section 6, after Li et al., Medical Image Analysis 2020) calls them Single,
-Cross and Mix. Pooled training is FedAvg over one site that has all data; the study arranges the data.
+The survey (Guan, Yap, Bozoki and Liu, 2024, section 6, after Li et al., Medical Image Analysis 2020) calls them Single
+and Cross. Its third baseline, Mix, is FedAvg over one site that holds all data; the study arranges the data.
 """
 
 from dataclasses import dataclass
@@ -14,35 +14,27 @@ from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.optimization.fedavg import FedAvg
-
-
-@savable("local.State", 1)
-class Alone(NamedTuple):
-    """The round, and the initial model. What sites learn stays at the sites."""
-
-    round: int
-    params: Tree
+from polyclinic.methods.optimization.fedavg import State
 
 
 @dataclass(frozen=True)
-class LocalOnly(Method[Alone]):
+class LocalOnly(Method[State]):
     """Local training at each site from the same initial model. Nothing leaves a site."""
 
     task: Task
     local: LocalTraining = LocalTraining()
 
-    def init(self, params: Tree) -> Alone:
-        return Alone(0, params)
+    def init(self, params: Tree) -> State:
+        return State(0, params)
 
-    def request(self, state: Alone) -> Request:
+    def request(self, state: State) -> Request:
         return Request(state.round, {"params": state.params})
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start = self.site_model(request, memory)
         return Reply(), {**memory, "params": self.local.fit(self.task, start, site, request.round)}
 
-    def server_update(self, state: Alone, reply: Reply, server: Site) -> Alone:
+    def server_update(self, state: State, reply: Reply, server: Site) -> State:
         return state._replace(round=state.round + 1)
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
@@ -85,8 +77,3 @@ class Cross(Method[Exchanged]):
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
         return request.trees.get("other", request.trees["params"])
-
-
-def pooled(task: Task, local: LocalTraining) -> FedAvg:
-    """Train on all data in one place: the upper reference that federated learning is compared with."""
-    return FedAvg(task, local)

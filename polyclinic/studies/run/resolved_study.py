@@ -1,0 +1,181 @@
+"""A study with everything that its validation builds: source, splits, plans and methods.
+
+The runner uses these objects, so that what was validated is what runs, and nothing is built twice.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polyclinic.core.config_problems import Problem
+from polyclinic.data.examples import DataError
+from polyclinic.data.federation import Federated, federate
+from polyclinic.data.source import Source
+from polyclinic.data.splits import Fold
+from polyclinic.engines.plan import Plan
+from polyclinic.engines.policy.coverage import uncovered
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.tasks.task_evaluation import Evaluated
+from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.studies.config import simulation_schema
+from polyclinic.studies.config.diagnostics import BadStudy
+from polyclinic.studies.config.method_plan import plan_of
+from polyclinic.studies.config.schema import MethodSpec
+from polyclinic.studies.config.study_config import Study
+from polyclinic.studies.records.run_description import patients_apart
+from polyclinic.studies.run.events import Job
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedMethod:
+    """A method of a study with its plan, for one seed and one split of the data.
+
+    Attributes:
+        spec: The method as the study specifies it.
+        plan: The plan.
+        method: The method that the plan builds, with the study's simulated attack.
+    """
+
+    spec: MethodSpec
+    plan: Plan
+    method: Evaluated[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedStudy:
+    """A validated study.
+
+    Attributes:
+        study: The study.
+        text: Its file.
+        source: The source of its data.
+        splits: The splits of the first seed, one for each fold. Only the first one holds the examples.
+        jobs: The method runs in their order.
+        methods: The methods that were built for validation, by the name of their job.
+        numbers: A number for each patient, by which test sets are compared between method runs.
+    """
+
+    study: Study
+    text: str
+    source: Source
+    splits: tuple[Federated, ...]
+    jobs: tuple[Job, ...]
+    methods: Mapping[str, ResolvedMethod]
+    numbers: Mapping[str, int]
+
+    @property
+    def task(self) -> Task:
+        """The task of every method."""
+        return next(iter(self.methods.values())).method.task
+
+    def method(self, job: Job, data: Federated, study: Study) -> ResolvedMethod:
+        """Return the method of ``job`` on ``data``. It is built unless the validation has built it.
+
+        Args:
+            job: The method run. A search changes its method.
+            data: The split of its seed and fold.
+            study: The study, whose number of rounds differs in the trials of a search.
+        """
+        known = self.methods.get(job.name)
+        if known is not None and job.trial is None and known.spec == job.method:
+            return known
+        return _build(study, job, data)
+
+
+def resolve(study: Study, text: str) -> ResolvedStudy:
+    """Read the data of ``study``, and build its methods on them.
+
+    Args:
+        study: The study.
+        text: Its file, for the lines of messages.
+
+    Raises:
+        BadStudy: If methods cannot be built with these settings and data. The message gives the reason for each.
+        DataError: If the data cannot be read or used. The message lists every problem.
+    """
+    source = study.data.source()
+    patients = sorted(set(source.table().patients))
+    folds: list[Fold | None] = [None]
+    if study.folds == "sites":
+        count = len(federate(study.data, study.seeds[0], None, source).training)
+        folds = [Fold(i, count, "sites") for i in range(count)]
+    elif study.folds is not None:
+        folds = [Fold(i, study.folds) for i in range(study.folds)]
+    jobs = tuple(Job(m, seed, fold) for seed in study.seeds for fold in folds for m in study.methods)
+    splits = _splits(study, source, jobs)
+    methods = _methods(study, text, splits[0], folds[0])
+    return ResolvedStudy(study, text, source, splits, jobs, methods, {name: i for i, name in enumerate(patients)})
+
+
+def _splits(study: Study, source: Source, jobs: tuple[Job, ...]) -> tuple[Federated, ...]:
+    """Check the splits of all seeds and folds, and return those of the first seed.
+
+    Raises:
+        DataError: If any of them cannot be used.
+    """
+    splits = list[Federated]()
+    for seed, fold in dict.fromkeys((job.seed, job.fold) for job in jobs):
+        data = federate(study.data, seed, fold, source)
+        _require_task(study, data)
+        patients_apart(data)
+        if seed == study.seeds[0]:
+            splits.append(data if not splits else dataclasses.replace(data, sites={}))
+    return tuple(splits)
+
+
+def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dict[str, ResolvedMethod]:
+    """Build every method on the first split; with an attack, also for the other seeds, whose attackers differ.
+
+    Raises:
+        BadStudy: If a method cannot be built.
+    """
+    methods = dict[str, ResolvedMethod]()
+    problems = list[Problem]()
+    for i, spec in enumerate(study.methods):
+        first = Job(spec, study.seeds[0], fold)
+        try:
+            methods[first.name] = _build(study, first, data)
+            for seed in study.seeds[1:] if study.attack else ():
+                _build(study, Job(spec, seed, fold), data)
+            plan = methods[first.name].plan
+            if reason := uncovered(plan):
+                problems.append(Problem(("methods", i, "name"), reason))
+            elif isinstance(local := plan.build_local(), DPSGD):
+                labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
+                refusals = [
+                    r for examples in labeled[:1] for r in local.trial(methods[first.name].method.task, examples)
+                ]
+                problems += [Problem(("methods", i), refusal) for refusal in refusals]
+        except (TypeError, ValueError) as error:
+            problems.append(Problem(("methods", i), str(error)))
+    for site in sorted((study.machines.sites if study.machines else {}).keys() - data.sites.keys()):
+        problems.append(Problem(("machines", "sites", site), f"no such site. The sites are {', '.join(data.sites)}"))
+    if problems:
+        raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
+    return methods
+
+
+def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:
+    plan = plan_of(study, job.method, data, job.seed)
+    return ResolvedMethod(job.method, plan, simulation_schema.method_of(study, plan, data.training))
+
+
+def _require_task(study: Study, data: Federated) -> None:
+    """Require that the task fits the data.
+
+    Raises:
+        DataError: If it does not. The message says what to change.
+    """
+    kind, expected = study.task.kind, data.info.task
+    if kind != expected:
+        fast = "accelerate = 4 in [data], or " if kind == "reconstruction" else ""
+        raise DataError(f'{data.info.name} is data for {expected}: set {fast}task.kind = "{expected}", not "{kind}"')
+    if kind == "classification":
+        present = [
+            any(r.roles["train"].classes[c] for r in data.rows if not r.external) for c in range(len(data.info.classes))
+        ]
+        if sum(present) < 2:
+            only = ", ".join(name for name, has in zip(data.info.classes, present, strict=True) if has) or "none"
+            raise DataError(f"the training data of all sites contain one class only ({only}); at least two are needed")

@@ -66,6 +66,7 @@ class Collection:
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
         options: How files are read.
         ignore: Mask value of voxels without annotation, which become ``IGNORED``; None if there are none.
+        labels: Allowed mask values; None for the numbers of ``info.classes``, if there are any.
     """
 
     info: Info
@@ -75,6 +76,7 @@ class Collection:
     unreadable: Literal["refuse", "skip"] = "refuse"
     options: ImageOptions = OPTIONS
     ignore: int | None = None
+    labels: tuple[int, ...] | None = None
 
     @cached_property
     def contents(self) -> tuple[str, ...]:
@@ -214,6 +216,8 @@ class Collection:
         """The mask values that classes, or a step ``relabel``, declare; None if nothing does."""
         if self.info.task != "segmentation":
             return None
+        if self.labels is not None:
+            return self.labels
         if self.info.classes:
             return tuple(range(len(self.info.classes)))
         relabel = [step for step in self.steps if isinstance(step, Relabel)]
@@ -283,13 +287,18 @@ class FromFiles:
         return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series)
 
     def made(
-        self, info: Info, entries: Sequence[Entry], sites: tuple[str, ...] = (), ignore: int | None = None
+        self,
+        info: Info,
+        entries: Sequence[Entry],
+        sites: tuple[str, ...] = (),
+        ignore: int | None = None,
+        labels: tuple[int, ...] | None = None,
     ) -> Collection:
         """Return the collection of ``entries``, read and prepared as this source's fields say."""
         steps: tuple[Step, ...] = getattr(self, "steps", ())
         unreadable: Literal["refuse", "skip"] = getattr(self, "unreadable", "refuse")
         known = self.ignore if self.ignore is not None else ignore
-        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known)
+        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels)
 
     def collect(self) -> Collection:
         """Return the collection.

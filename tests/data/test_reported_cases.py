@@ -184,6 +184,10 @@ CASES: dict[str, Situation] = {
     "A11 labels beyond dataset.json": S(
         lambda p: nnunet(p, lambda i: LESION * 2, labels={"background": 0, "tumor": 1}), refusal=r"2 \(in 4 of 4 masks\)"
     ),
+    "A11 a number that dataset.json leaves out": S(
+        lambda p: nnunet(p, lambda i: LESION * (1 + i % 2), labels={"background": 0, "tumor": 2}),
+        refusal=r"1 \(in 2 of 4 masks\). Declared are 0, 2",
+    ),
     "A13 NRRD mask without space": S(nrrd, overlaps),
     "A14 image without form, mask with one": S(
         lambda p: nnunet(p, mask_affine=np.eye(4), affine=None), refusal="its image states none"

@@ -91,7 +91,7 @@ def label_problems(found: Mapping[str, Collection[int]], declared: Collection[in
             f"masks contain values that are not declared as labels: {_counted(strange, len(masks))}. Declared are "
             f"{known}: {remedy}"
         ]
-    if WHITE in counts and len(counts) > 1:
+    if {WHITE} in masks and any(labels and WHITE not in labels for labels in masks):
         return [
             f"some masks mark the foreground with 255 and others with other numbers: "
             f"{_counted(counts, len(masks))}. Save all with the same labels"

@@ -29,6 +29,7 @@ from polyclinic.data.quality.site_check import check_folder
         ([{0, 255}, {0}], None, ""),
         ([{0, 255}, {0, 255}], (0, 1), ""),
         ([{0, 255}, {0, 1}], None, "with 255 and others with other numbers: 1 (in 1 of 2 masks), 255 (in 1)"),
+        ([{0, 128, 255}, {0, 255}], None, "not 0, 1, 2, ...: 128 (in 1 of 2 masks), 255 (in 2)"),
         ([{0, 255}, {0, 1}], (0, 1), "255 (in 1 of 2 masks)"),
         ([{0, 2}, {0, 2}], None, "not 0, 1, 2, ...: 2 (in 2 of 2 masks)"),
         ([set(range(26)), {0, 1}], None, "and 16 more values"),

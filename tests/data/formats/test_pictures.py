@@ -145,6 +145,38 @@ def test_webp_is_read_like_pillow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(tmp_path / "a.webp").array, data)
 
 
+def deep_png(path: Path, data: np.ndarray) -> None:
+    """Write a PNG of 16 bits in several channels, which Pillow cannot."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    high, wide, channels = data.shape
+    head = struct.pack(">IIBBBBB", wide, high, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in data)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_per_color_are_kept(tmp_path: Path, channels: int) -> None:
+    pytest.importorskip("SimpleITK")
+    data = RNG.integers(0, 4096, (20, 24, channels)).astype(np.uint16)
+    deep_png(tmp_path / "a.png", data)
+    found = read_picture(tmp_path / "a.png")
+    np.testing.assert_array_equal(found.array, data[..., :3])
+    assert found.full_scale == 65535
+
+
+def test_numbers_that_would_lose_a_part_are_refused(tmp_path: Path) -> None:
+    deep_png(tmp_path / "a.png", np.zeros((20, 24, 2), np.uint16))
+    with pytest.raises(Unreadable, match="16 bits with transparency"):
+        read_picture(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((20, 24), np.complex64))
+    with pytest.raises(Unreadable, match="complex numbers"):
+        read_picture(tmp_path / "a.tif")
+
+
 def test_a_mask_must_not_have_lost_detail(tmp_path: Path) -> None:
     drawn = np.zeros((40, 48), np.uint8)
     drawn[7:23, 9:31] = 3

@@ -23,8 +23,9 @@ from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
 from polyclinic.data.source import Info, Table, digest
 
-VERSION = 2
+VERSION = 3
 MOST_NOTES = 10
+SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
     "The data names no patients: each image counts as a patient of its own, so images of one patient may be in two "
     "splits."
@@ -97,7 +98,7 @@ class Collection:
         """Return one row per readable entry."""
         if not self.entries:
             raise DataError(f"{self.info.name} contains no readable images")
-        skipped = {i for i, _ in self._decoded["bad"]} if self.unreadable == "skip" else set()
+        skipped = {i for i, *_ in self._decoded["bad"]} if self.unreadable == "skip" else set()
         kept = [e for i, e in enumerate(self.entries) if i not in skipped]
         labels = None
         if self.info.task != "segmentation":
@@ -111,8 +112,8 @@ class Collection:
         """Return the named entries, decoded and preprocessed."""
         decoded = self._decoded
         if (bad := decoded["bad"]) and self.unreadable == "refuse":
-            raise DataError([reason for _, reason in bad])
-        skipped = {i for i, _ in bad}
+            raise DataError(_by_reason(bad))
+        skipped = {i for i, *_ in bad}
         row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
         entry = {e.id: e for e in self.entries}
         rows = [row[name] for name in ids]
@@ -140,7 +141,8 @@ class Collection:
         seen = [f"{n} image{'s' if n > 1 else ''}: {note}." for note, n in counts[:MOST_NOTES]]
         if not bad:
             return tuple(seen)
-        shown = "; ".join(reason for _, reason in bad[:5]) + (" ..." if len(bad) > 5 else "")
+        reasons = _by_reason(bad)
+        shown = "; ".join(reasons[:5]) + (" ..." if len(reasons) > 5 else "")
         return (f"{len(bad)} files were left out because they cannot be read: {shown}.", *seen)
 
     @property
@@ -174,9 +176,9 @@ class Collection:
                 )
             )
         read = [f for f in found if isinstance(f, _Read)]
-        bad = [(i, f) for i, f in enumerate(found) if isinstance(f, str)]
+        bad = [[i, f.text, f.reason] for i, f in enumerate(found) if isinstance(f, _Refused)]
         if not read:
-            raise DataError([reason for _, reason in bad])
+            raise DataError(_by_reason(bad))
         good = [f.picture for f in read]
         labels = {f.values.id: f.labels for f in read}
         scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
@@ -229,13 +231,13 @@ class Collection:
             return picture
         return replace(picture, mask=torch.where(picture.mask == self.ignore, IGNORED, picture.mask))
 
-    def _one(self, entry: Entry) -> "_Read | str":
+    def _one(self, entry: Entry) -> "_Read | _Refused":
         try:
             case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
             prepared = apply(self.steps, picture)
         except (Unreadable, DataError) as error:
-            return f"{entry.id}: {error}"
+            return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
         labels = () if prepared.mask is None else labels_in(prepared.mask)
         return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
 
@@ -248,6 +250,29 @@ class _Read:
     notes: tuple[str, ...]
     values: ValueRange
     labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """One example that cannot be read: the reason with its names, and without."""
+
+    text: str
+    reason: str
+
+
+def _by_reason(bad: Sequence[Sequence[Any]]) -> list[str]:
+    """Return one line for each refused example, or for each reason that more than three examples share."""
+    groups: dict[str, list[str]] = {}
+    for _, text, reason in bad:
+        groups.setdefault(reason, []).append(text)
+    lines = []
+    for reason, texts in groups.items():
+        if len(texts) <= SINGLE_LINES:
+            lines += texts
+        else:
+            names = ", ".join(text.partition(": ")[0] for text in texts[:SINGLE_LINES])
+            lines.append(f"{len(texts)} files: {reason} ({names}, ...)")
+    return lines
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:

@@ -402,6 +402,24 @@ def test_notes_reach_the_report(tmp_path: Path) -> None:
     assert "4 images: the mask states no position and takes the grid of its image." in source.info.notes
 
 
+def test_one_reason_is_one_line(tmp_path: Path) -> None:
+    """Sixty masks with one fault are one line, with the number of files and the first names."""
+    root = nnunet(tmp_path, mask_affine=np.eye(4))
+    source = Pairs(path=str(root))
+    with pytest.raises(DataError) as refusal:
+        source.examples(source.table().ids)
+    (line,) = refusal.value.problems
+    assert line.startswith("4 files: the mask is on another grid")
+    assert line.endswith("(case_000, case_001, case_002, ...)")
+    (found,) = [line for line in check_folder(root).lines() if "another grid" in line]
+    assert found.startswith("x the mask is on another grid")
+    assert "and 1 more" in found
+    for i in range(4):
+        (root / f"imagesTr/case_{i:03d}_0000.nii.gz").write_bytes(b"")
+    (found,) = [line for line in check_folder(root).lines() if "0 bytes" in line]
+    assert found.endswith("and 1 more: is empty (0 bytes)")
+
+
 def test_nan_in_an_archive_is_found(tmp_path: Path) -> None:
     images = RNG.random((6, 8, 8)).astype(np.float32)
     images[2, 1, 1] = np.nan

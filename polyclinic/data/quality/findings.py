@@ -45,7 +45,7 @@ class Finding:
             return self.message
         named = ", ".join(_plain(name) for name in self.files[:most])
         more = f" and {len(self.files) - most} more" if len(self.files) > most else ""
-        return f"{self.message}: {named}{more}" if self.code != "unreadable" else f"{named}: {self.message}"
+        return f"{self.message}: {named}{more}" if self.code != "unreadable" else f"{named}{more}: {self.message}"
 
 
 def _n(count: int, noun: str) -> str:

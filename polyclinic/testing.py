@@ -104,7 +104,7 @@ class Asked:
             )
             _promise(
                 count <= most,
-                f"jobs declares a number: {here} came {count} times at {name}, at most {most} are allowed",
+                f"{here} came {count} times at {name}, but jobs declares at most {most}",
             )
             _promise(
                 not job.sites or name in job.sites, f"jobs declares the recipients: {request.job!r} is not for {name}"

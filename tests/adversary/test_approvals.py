@@ -373,7 +373,9 @@ def test_what_a_person_reads_names_every_table_that_the_server_sets(homes: Mappi
     order = small_order(data={"rehearsal": True}, score_every=2, test="score/test")
     server = HostileServer(homes, order, approved=False)
     text = server.people["site-0"].reads("run-1")
-    assert "rehearsal" in text or "imaginary" in text, f"the review does not say that the data are imaginary: {text}"
+    assert "REHEARSAL: every site trains on synthetic points" in text, (
+        f"the review does not say that the data are synthetic: {text}"
+    )
 
 
 def test_a_refused_study_does_not_come_back_under_another_run_name(homes: Mapping[str, SiteFolder]) -> None:

@@ -1,6 +1,8 @@
 """The command that a stopped run prints continues the run, with all options that were given."""
 
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +81,40 @@ def test_the_hint_repeats_the_options_and_resumes(
     assert first[:3] == second[:3]
     assert (first[3], second[3]) == (False, True)
     assert again == [word for word in words if word != "--fresh"] + ["--resume"]
+
+
+@pytest.mark.slow
+def test_a_run_that_a_signal_stopped_is_resumed_by_the_printed_command(tmp_path: Path) -> None:
+    npz(tmp_path)
+    (tmp_path / "s.toml").write_text(STUDY.format(name="small", rounds=4000))
+    command = [sys.executable, "-m", "polyclinic", "run", "s.toml", "--set", "training.lr=0.02", "--out", "there"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "round 3/4000" in line:
+                process.terminate()
+                break
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    again = hint_in(err)
+    assert again == ["run", "s.toml", "--set", "training.lr=0.02", "--out", "there", "--resume"]
+    (folder,) = (tmp_path / "there").glob("small-*")
+    before = (folder / "journal.jsonl").read_text().count('"begun"')
+    with subprocess.Popen(
+        [sys.executable, "-m", "polyclinic", *again],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as process:
+        assert process.stdout is not None
+        first = next(line for line in process.stdout if "round " in line and "/4000" in line)
+        process.terminate()
+        process.communicate(timeout=300)
+    assert int(first.split("/4000")[0].split()[-1]) > 3
+    assert (folder / "journal.jsonl").read_text().count('"begun"') == before
+    assert '"resumed"' in (folder / "journal.jsonl").read_text()

@@ -94,7 +94,7 @@ def test_two_budgets_show_what_privacy_costs_and_one_does_not(tmp_path: Path) ->
     assert "8" in ticked(path)
     page = build_report(path, options=FEW).read_text(encoding="utf-8")
     assert "Cost of privacy: quality against ε for every patient." in page
-    assert "Quality against traffic." in page
+    assert "Quality against communication." in page
 
 
 def test_methods_without_a_server_and_by_contribution_are_seen(tmp_path: Path) -> None:

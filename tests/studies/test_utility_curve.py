@@ -130,7 +130,7 @@ def test_without_a_study_the_noise_alone_is_told(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         app(["privacy", "plan", "--patients", "100", "--rounds", "2", "--epsilon", "4", "--delta", "0.001"])
     assert "100 patients, batches of 16 (q = 0.160), 2 rounds of 7 steps" in capsys.readouterr().out
-    with pytest.raises(BadPlan, match="give a study file, or how many patients and rounds"):
+    with pytest.raises(BadPlan, match="give a study file, or the number of patients and rounds"):
         app(
             ["privacy", "plan", "--epsilon", "4", "--delta", "0.001"], result_action="return_value", exit_on_error=False
         )

@@ -74,7 +74,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "mime-lite",
             DP,
-            r"private training .* does not cover what mime-lite sends \(beside the update it sends the exact grad",
+            r"private training .* does not cover what mime-lite sends \(in addition to the update it sends the exact grad",
         ),
         ("ifca", DP, "which cluster a site chose"),
         ("krum", NOISE, "noise on its replies does not cover what krum sends"),

@@ -144,12 +144,12 @@ def test_a_private_run_is_trained_once_more_with_canaries(
     assert written["privacy"]["says"] in capsys.readouterr().out
     page = build_report(path, options=Options(draws=20)).read_text(encoding="utf-8")
     section = page[page.index('id="privacy"') :].split("</section>")[0]
-    table = re.search(r"The claimed ε beside its audit.*?</table>", section, re.S)[0]
+    table = re.search(r"Claimed ε and audited lower bound.*?</table>", section, re.S)[0]
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", table, re.S)]
     assert "b" in cells
     assert f"{written['privacy']['at_least']:.2f}" in cells
     assert rounded_up(claim.epsilon) in cells
-    assert "Who can be told to have been trained on." in section
+    assert "Membership inference: which patients can be identified as training patients." in section
     assert "TPR at 0.1 % FPR" in section
     assert "Not done for FedAvg." in section
     left = audit_run(path, steps=1, restarts=1, canaries=0)

@@ -172,7 +172,7 @@ def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_pat
     kinds = [entry["event"] for entry in verify(tmp_path / "run" / "journal.jsonl")]
     assert "ended by the attack" in kinds
     page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
-    assert "has diverged: its answers are no numbers for" in page
+    assert "diverged: its outputs are not finite for" in page
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     values = {m["label"]: m["macro"]["value"] for m in report["evaluation"]["methods"]}
     assert math.isclose(values["fedavg"], 0.5, abs_tol=0.05)

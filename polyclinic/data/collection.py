@@ -15,16 +15,17 @@ import torch
 from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import OPTIONS, ImageOptions, content_of, picture_of, read_case, read_image
+from polyclinic.data.formats.mask_labels import IGNORED, WHITE, black_and_white, label_problems, labels_in
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.mask_labels import IGNORED, WHITE, black_and_white, label_problems
+from polyclinic.data.formats.value_ranges import ValueRange, scale_problems
 from polyclinic.data.preprocessing.pipeline_config import apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture, Step
 from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScore
 from polyclinic.data.source import Info, Table, digest
-from polyclinic.data.value_ranges import ValueRange, scale_problems
 
-VERSION = 2
+VERSION = 3
 MOST_NOTES = 10
+SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
     "The data names no patients: each image counts as a patient of its own, so images of one patient may be in two "
     "splits."
@@ -66,6 +67,7 @@ class Collection:
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
         options: How files are read.
         ignore: Mask value of voxels without annotation, which become ``IGNORED``; None if there are none.
+        labels: Allowed mask values; None for the numbers of ``info.classes``, if there are any.
     """
 
     info: Info
@@ -75,6 +77,7 @@ class Collection:
     unreadable: Literal["refuse", "skip"] = "refuse"
     options: ImageOptions = OPTIONS
     ignore: int | None = None
+    labels: tuple[int, ...] | None = None
 
     @cached_property
     def contents(self) -> tuple[str, ...]:
@@ -95,7 +98,7 @@ class Collection:
         """Return one row per readable entry."""
         if not self.entries:
             raise DataError(f"{self.info.name} contains no readable images")
-        skipped = {i for i, _ in self._decoded["bad"]} if self.unreadable == "skip" else set()
+        skipped = {i for i, *_ in self._decoded["bad"]} if self.unreadable == "skip" else set()
         kept = [e for i, e in enumerate(self.entries) if i not in skipped]
         labels = None
         if self.info.task != "segmentation":
@@ -109,8 +112,8 @@ class Collection:
         """Return the named entries, decoded and preprocessed."""
         decoded = self._decoded
         if (bad := decoded["bad"]) and self.unreadable == "refuse":
-            raise DataError([reason for _, reason in bad])
-        skipped = {i for i, _ in bad}
+            raise DataError(_by_reason(bad))
+        skipped = {i for i, *_ in bad}
         row = {e.id: k for k, e in enumerate(e for i, e in enumerate(self.entries) if i not in skipped)}
         entry = {e.id: e for e in self.entries}
         rows = [row[name] for name in ids]
@@ -138,7 +141,8 @@ class Collection:
         seen = [f"{n} image{'s' if n > 1 else ''}: {note}." for note, n in counts[:MOST_NOTES]]
         if not bad:
             return tuple(seen)
-        shown = "; ".join(reason for _, reason in bad[:5]) + (" ..." if len(bad) > 5 else "")
+        reasons = _by_reason(bad)
+        shown = "; ".join(reasons[:5]) + (" ..." if len(reasons) > 5 else "")
         return (f"{len(bad)} files were left out because they cannot be read: {shown}.", *seen)
 
     @property
@@ -172,9 +176,9 @@ class Collection:
                 )
             )
         read = [f for f in found if isinstance(f, _Read)]
-        bad = [(i, f) for i, f in enumerate(found) if isinstance(f, str)]
+        bad = [[i, f.text, f.reason] for i, f in enumerate(found) if isinstance(f, _Refused)]
         if not read:
-            raise DataError([reason for _, reason in bad])
+            raise DataError(_by_reason(bad))
         good = [f.picture for f in read]
         labels = {f.values.id: f.labels for f in read}
         scaled = any(isinstance(step, ZScore | Percentiles) for step in self.steps)
@@ -184,10 +188,16 @@ class Collection:
         shapes = sorted({tuple(f.pixels.shape) for f in good})
         if len(shapes) > 1:
             some = " and ".join(" x ".join(map(str, shape)) for shape in shapes[:3])
-            raise DataError(
-                f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): add steps that make them "
-                'alike, such as {step = "resize", size = 128}, {step = "crop_pad", size = 128} or {step = "channels"}'
+            remedy = (
+                'add steps that make them alike, such as {step = "resize", size = 128}, '
+                '{step = "crop_pad", size = 128} or {step = "channels"}'
             )
+            if len({len(shape) for shape in shapes}) > 1:
+                remedy = (
+                    "some are single slices and some are volumes: leave one kind out; of DICOM, choose with "
+                    "series = {...}, or leave out localizers with slices = 2"
+                )
+            raise DataError(f"{self.info.name}: images have {len(shapes)} different shapes ({some}, ...): {remedy}")
         if len({f.pixels.dtype for f in good}) > 1:  # 8-bit pictures mixed with deeper ones
             good = [replace(f, pixels=f.pixels.float() / 255) if f.pixels.dtype == torch.uint8 else f for f in good]
         notes = Counter(note for f in read for note in f.notes)
@@ -208,6 +218,8 @@ class Collection:
         """The mask values that classes, or a step ``relabel``, declare; None if nothing does."""
         if self.info.task != "segmentation":
             return None
+        if self.labels is not None:
+            return self.labels
         if self.info.classes:
             return tuple(range(len(self.info.classes)))
         relabel = [step for step in self.steps if isinstance(step, Relabel)]
@@ -219,14 +231,14 @@ class Collection:
             return picture
         return replace(picture, mask=torch.where(picture.mask == self.ignore, IGNORED, picture.mask))
 
-    def _one(self, entry: Entry) -> "_Read | str":
+    def _one(self, entry: Entry) -> "_Read | _Refused":
         try:
             case = read_case(entry.images, entry.mask, self.options, slices=entry.slices)
             picture = self._annotated(picture_of(case, as_bytes=not self.steps))
             prepared = apply(self.steps, picture)
         except (Unreadable, DataError) as error:
-            return f"{entry.id}: {error}"
-        labels = () if prepared.mask is None else tuple(prepared.mask.unique().tolist())
+            return _Refused(f"{entry.id}: {error}", error.reason if isinstance(error, Unreadable) else str(error))
+        labels = () if prepared.mask is None else labels_in(prepared.mask)
         return _Read(prepared, case.notes, ValueRange.of(entry.id, case.image), labels)
 
 
@@ -238,6 +250,29 @@ class _Read:
     notes: tuple[str, ...]
     values: ValueRange
     labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """One example that cannot be read: the reason with its names, and without."""
+
+    text: str
+    reason: str
+
+
+def _by_reason(bad: Sequence[Sequence[Any]]) -> list[str]:
+    """Return one line for each refused example, or for each reason that more than three examples share."""
+    groups: dict[str, list[str]] = {}
+    for _, text, reason in bad:
+        groups.setdefault(reason, []).append(text)
+    lines = []
+    for reason, texts in groups.items():
+        if len(texts) <= SINGLE_LINES:
+            lines += texts
+        else:
+            names = ", ".join(text.partition(": ")[0] for text in texts[:SINGLE_LINES])
+            lines.append(f"{len(texts)} files: {reason} ({names}, ...)")
+    return lines
 
 
 def described(about: Info | None, found: Info, notes: Sequence[str]) -> Info:
@@ -277,13 +312,18 @@ class FromFiles:
         return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series)
 
     def made(
-        self, info: Info, entries: Sequence[Entry], sites: tuple[str, ...] = (), ignore: int | None = None
+        self,
+        info: Info,
+        entries: Sequence[Entry],
+        sites: tuple[str, ...] = (),
+        ignore: int | None = None,
+        labels: tuple[int, ...] | None = None,
     ) -> Collection:
         """Return the collection of ``entries``, read and prepared as this source's fields say."""
         steps: tuple[Step, ...] = getattr(self, "steps", ())
         unreadable: Literal["refuse", "skip"] = getattr(self, "unreadable", "refuse")
         known = self.ignore if self.ignore is not None else ignore
-        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known)
+        return Collection(info, tuple(entries), sites, steps, unreadable, self.options, known, labels)
 
     def collect(self) -> Collection:
         """Return the collection.

@@ -19,6 +19,7 @@ from polyclinic.data.examples import DataError
 from polyclinic.data.formats.dicom.file import looks_like_dicom
 from polyclinic.data.formats.dicom.series import SELECTORS, Series, read_dicom, read_series
 from polyclinic.data.formats.grids import GridMismatch, matched
+from polyclinic.data.formats.mask_labels import single_map
 from polyclinic.data.formats.metaimage import read_metaimage
 from polyclinic.data.formats.mgh import read_mgh
 from polyclinic.data.formats.nifti import read_nifti
@@ -26,7 +27,6 @@ from polyclinic.data.formats.nrrd import read_nrrd
 from polyclinic.data.formats.pictures import PICTURES, Pixels, read_picture, turned_by
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 from polyclinic.data.formats.volume import SPATIAL, Volume, as_image, as_mask, nearest_axes, turned
-from polyclinic.data.mask_labels import single_map
 from polyclinic.data.preprocessing.sample import Picture
 
 VOLUMES = (".nii", ".nii.gz", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".dcm")
@@ -267,13 +267,13 @@ def read_mask(
         array, notes = _turned_with(path, pixels, image, turn)
         if array.ndim == 3 and array.shape[-1] == 3 and (array == array[..., :1]).all():
             array = array[..., 0]  # gray values stored as colors
-        if array.ndim > SPATIAL - 1:
-            raise Unreadable(path, "is a color picture, not a mask of labels")
         if pixels.lossy and not set(np.unique(array).tolist()) <= {0, 255}:
             count = len(np.unique(array))
             raise Unreadable(
                 path, f"contains {count} values because its compression loses detail: save masks as PNG, not JPEG"
             )
+        if array.ndim > SPATIAL - 1:
+            raise Unreadable(path, "is a color picture, not a mask of labels")
         return _plain_picture(as_mask(path, array), "label"), notes
     volume = _read_volume(path, kind_of(path), True, options)
     if volume.units != "label":  # DICOM

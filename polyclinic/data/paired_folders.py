@@ -81,10 +81,12 @@ class Pairs(FromFiles):
             for i, (case, patient) in enumerate(zip(cases, patients, strict=True))
         )
         name = Path(self.path).stem
-        classes, ignore = _labels(root)
+        names, ignore = _labels(root)
+        classes = tuple(names.get(i, f"label {i}") for i in range(max(names, default=-1) + 1))
         found = Info(name, name, "not stated", "not stated", "segmentation", self.classes or classes)
         info = described(self.about, found, () if self.patient else (UNKNOWN_PATIENTS,))
-        return self.made(info, entries, ("site",) if sites else (), ignore)
+        labels = tuple(sorted({0, *names})) if names and not self.classes else None
+        return self.made(info, entries, ("site",) if sites else (), ignore, labels)
 
 
 def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
@@ -98,21 +100,20 @@ def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
     return {case: tuple(paths) for case, paths in cases.items()}
 
 
-def _labels(root: Path) -> tuple[tuple[str, ...], int | None]:
+def _labels(root: Path) -> tuple[dict[int, str], int | None]:
     """Return the names of the labels in ``dataset.json`` by number, and the number of its label "ignore".
 
-    The names are empty if the file does not exist.
+    There are no names if the file does not exist.
     """
     file = root / "dataset.json"
     if not file.is_file():
-        return (), None
+        return {}, None
     try:
         numbers = label_names(json.loads(read_text(file)).get("labels", {}))
     except (Unreadable, ValueError, AttributeError, TypeError):
         raise DataError(f"{file}: is not nnU-Net's dataset.json; correct it or remove it") from None
     ignore = next((number for number, name in numbers.items() if name == "ignore"), None)
-    named = {number: name for number, name in numbers.items() if number != ignore}
-    return tuple(named.get(i, f"label {i}") for i in range(max(named, default=-1) + 1)), ignore
+    return {number: name for number, name in numbers.items() if number != ignore}, ignore
 
 
 def label_names(given: Mapping[str, Any]) -> dict[int, str]:

@@ -184,6 +184,10 @@ CASES: dict[str, Situation] = {
     "A11 labels beyond dataset.json": S(
         lambda p: nnunet(p, lambda i: LESION * 2, labels={"background": 0, "tumor": 1}), refusal=r"2 \(in 4 of 4 masks\)"
     ),
+    "A11 a number that dataset.json leaves out": S(
+        lambda p: nnunet(p, lambda i: LESION * (1 + i % 2), labels={"background": 0, "tumor": 2}),
+        refusal=r"1 \(in 2 of 4 masks\). Declared are 0, 2",
+    ),
     "A13 NRRD mask without space": S(nrrd, overlaps),
     "A14 image without form, mask with one": S(
         lambda p: nnunet(p, mask_affine=np.eye(4), affine=None), refusal="its image states none"
@@ -192,8 +196,8 @@ CASES: dict[str, Situation] = {
     "E2d NaN in a TIFF": S(lambda p: class_folders(p, with_nan), refusal="2 of .*|1 of 480 voxels are not finite", kind=Folders),
     "E9b EXIF of the image only": S(lambda p: pictures(p, exif=3), refusal="EXIF orientation 3"),
     "E12 JPEG masks": S(lambda p: pictures(p, jpeg=True), refusal="its compression loses detail"),
-    "E14 real numbers beside PNG": S(lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders),
-    "E14 twelve bits beside eight": S(lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders),
+    "E14 real numbers among PNG": S(lambda p: class_folders(p, float_beside_png), refusal="signed or real numbers", kind=Folders),
+    "E14 twelve bits among eight": S(lambda p: class_folders(p, twelve_beside_eight), refusal="set bits = 12", kind=Folders),
 }  # fmt: skip
 
 
@@ -311,7 +315,7 @@ def test_slices_that_jitter_are_refused_unless_declared(tmp_path: Path) -> None:
             read_case([folder])
         volume = read_case([folder], options=ImageOptions(geometry_tolerance_mm=tolerance)).image
         assert volume.array[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=r"unevenly spaced|slices are missing"):
             read_case([folder], options=ImageOptions(geometry_tolerance_mm=0.01))
 
 
@@ -338,13 +342,27 @@ def test_localizers_and_flat_exports_are_grouped_by_series(tmp_path: Path) -> No
     one = replace(source, series={"description": "t1*"})
     picture = one.examples(one.table().ids)
     assert picture.inputs.shape == (1, 1, 4, 8, 8)
-    with pytest.raises(DataError, match=r"2 series of .*choose one with series = {uid = ...}"):
+    with pytest.raises(DataError, match=r"2 series of .*choose one with series = {description = ...}"):
         read_case([tmp_path / "d"])
     assert read_case([tmp_path / "d"], options=ImageOptions(series={"description": "T2"})).image.size == (3, 8, 8)
     with pytest.raises(DataError, match="none of which has the values"):
         read_case([tmp_path / "d"], options=ImageOptions(series={"number": "9"}))
     with pytest.raises(DataError, match="series = patient"):
         replace(source, series={"patient": "P1"})
+
+
+def test_a_localizer_that_is_not_marked_is_named(tmp_path: Path) -> None:
+    """D6x: a single slice in the folder of a series."""
+    stack(tmp_path / "d", [0.0, 2, 4, 6], PatientID="P1", SeriesNumber=2)
+    stack(tmp_path / "d", [0.0], "loc", PatientID="P1", SeriesNumber=1)
+    source = DicomImages(path=str(tmp_path / "d"), labels=table(tmp_path, "P1"))
+    with pytest.raises(DataError, match=r"some are single slices and some are volumes.*slices = 2"):
+        source.examples(source.table().ids)
+    assert "1 single slice among volumes" in "\n".join(check_folder(tmp_path / "d").lines())
+    for chosen in (replace(source, slices=2), replace(source, series={"number": "2"})):
+        assert chosen.examples(chosen.table().ids).inputs.shape == (1, 1, 4, 8, 8)
+    with pytest.raises(DataError, match=r"2 series of \d and \d files; choose one with series = {number = ...}"):
+        read_case([tmp_path / "d"])
 
 
 def test_files_without_a_suffix_are_dicom_by_content(tmp_path: Path) -> None:
@@ -382,6 +400,24 @@ def test_ct_without_rescale_is_not_hounsfield(tmp_path: Path) -> None:
 def test_notes_reach_the_report(tmp_path: Path) -> None:
     source = Pairs(path=str(nrrd(tmp_path)))
     assert "4 images: the mask states no position and takes the grid of its image." in source.info.notes
+
+
+def test_one_reason_is_one_line(tmp_path: Path) -> None:
+    """Sixty masks with one fault are one line, with the number of files and the first names."""
+    root = nnunet(tmp_path, mask_affine=np.eye(4))
+    source = Pairs(path=str(root))
+    with pytest.raises(DataError) as refusal:
+        source.examples(source.table().ids)
+    (line,) = refusal.value.problems
+    assert line.startswith("4 files: the mask is on another grid")
+    assert line.endswith("(case_000, case_001, case_002, ...)")
+    (found,) = [line for line in check_folder(root).lines() if "another grid" in line]
+    assert found.startswith("x the mask is on another grid")
+    assert "and 1 more" in found
+    for i in range(4):
+        (root / f"imagesTr/case_{i:03d}_0000.nii.gz").write_bytes(b"")
+    (found,) = [line for line in check_folder(root).lines() if "0 bytes" in line]
+    assert found.endswith("and 1 more: is empty (0 bytes)")
 
 
 def test_nan_in_an_archive_is_found(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, inflate, refusing, regular_file
+from polyclinic.errors import MissingDependency
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 _PLAIN = ("L", "RGB", "F", "I", "I;16", "I;16B", "I;16L")  # modes of Pillow whose values are kept
 _DEFLATE, _BOUNDED = (8, 32946), (1, 8, 32946, 32773)  # TIFF compressions: deflate; none, deflate and PackBits
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # TIFF photometric interpretations
+GRAY_ALPHA, COLORS = 4, (2, 6)  # color types of PNG
 _TURNS = {  # EXIF orientation: what makes the picture upright, on [Y, X, ...]
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -77,6 +79,8 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
     """Read a picture with Pillow. ``inverted``: whether 0 is white in numbers that Pillow does not invert."""
     from PIL import Image
 
+    with open(path, "rb") as file:
+        lossless = b"VP8L" in file.read(64)  # WebP
     try:
         picture = Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:
@@ -86,8 +90,15 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
         fits(path, (high, wide, len(picture.getbands())), 1, limits)
         if (pages := getattr(picture, "n_frames", 1)) > 1:
             raise Unreadable(path, f"holds {pages} pages; save one image per file")
-        lossy = picture.format in ("JPEG", "WEBP")
+        jpeg = picture.format == "JPEG" or "jpeg" in str(picture.info.get("compression", ""))
+        lossy = jpeg or (picture.format == "WEBP" and not lossless)
         orientation = int(picture.getexif().get(0x0112, 1) or 1)
+        depth, kind = _png_kind(path)
+        if depth == 16 and kind == GRAY_ALPHA:
+            raise Unreadable(path, "is gray in 16 bits with transparency; save it without transparency")
+        if depth == 16 and kind in COLORS:
+            fits(path, (high, wide, len(picture.getbands())), 2, limits)
+            return Pixels(_sixteen_bit_colors(path), 65535.0, orientation if orientation in _TURNS else 1)
         picture.load()
         gray = picture.mode in ("1", "LA", "La")
         array = np.asarray(picture if picture.mode in _PLAIN else picture.convert("L" if gray else "RGB"))
@@ -97,6 +108,23 @@ def _pillow(path: Path, limits: Limits, inverted: bool = False) -> Pixels:
     scale = float(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else None
     array = (np.iinfo(array.dtype).max - array) if inverted and array.dtype.kind == "u" else array
     return Pixels(array, scale, orientation if orientation in _TURNS else 1, lossy)
+
+
+def _png_kind(path: Path) -> tuple[int, int]:
+    """Return bit depth and color type of a PNG; (0, 0) of other files."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    return (head[24], head[25]) if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 else (0, 0)
+
+
+def _sixteen_bit_colors(path: Path) -> np.ndarray[Any, Any]:
+    """Return a PNG of 16 bits per color without transparency; Pillow would keep 8."""
+    try:
+        import SimpleITK
+    except ImportError:
+        raise MissingDependency("itk", f"{path.name} has 16 bits per color: reading it needs SimpleITK") from None
+    array: np.ndarray[Any, Any] = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path), imageIO="PNGImageIO"))
+    return array[..., :3]
 
 
 def _tiff(path: Path, limits: Limits) -> Pixels:
@@ -113,6 +141,8 @@ def _tiff(path: Path, limits: Limits) -> Pixels:
         bits = max(bits) if isinstance(bits, tuple) else int(bits)
         fits(path, page.shape, max(bits // 8, 1), limits)
         orientation = int(getattr(page.tags.get(0x0112), "value", 1))
+        if page.dtype is not None and page.dtype.kind == "c":
+            raise Unreadable(path, "holds complex numbers; save their magnitude or their parts")
         plain = photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB) and bits in (8, 16, 32, 64)
         inverted = photometric == _WHITE_IS_ZERO
         if not plain or int(page.compression) not in _BOUNDED or page.dtype is None:

@@ -21,6 +21,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 
 SPATIAL = 3
 MAX_LABEL = 32_767
+LABEL_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,15 @@ def as_image(
 
 
 def as_mask(path: str | os.PathLike[str], stored: np.ndarray[Any, Any]) -> Tensor:
-    """Return labels as int16 if ``stored`` contains integers from 0 to 32767; otherwise refuse the file as a mask."""
-    if stored.dtype.kind == "f" and not (np.isfinite(stored).all() and (stored == np.rint(stored)).all()):
-        raise Unreadable(path, "is not a mask: its values are not whole numbers")
+    """Return labels as int16 if ``stored`` contains integers from 0 to 32767; otherwise refuse the file as a mask.
+
+    Numbers that a slope made from integers may be off by its rounding.
+    """
+    if stored.dtype.kind == "f":
+        whole = np.rint(stored)
+        if not (np.isfinite(stored).all() and np.abs(stored - whole).max() <= LABEL_ROUNDING):
+            raise Unreadable(path, "is not a mask: its values are not whole numbers")
+        stored = whole
     low, high = int(stored.min()), int(stored.max())
     if low < 0 or high > MAX_LABEL:
         raise Unreadable(path, f"is not a mask: its labels go from {low} to {high}, not from 0 to {MAX_LABEL} at most")

@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 
 from polyclinic.data.filename_screening import in_name, shown
+from polyclinic.data.formats.mask_labels import label_problems
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
-from polyclinic.data.mask_labels import label_problems
+from polyclinic.data.formats.value_ranges import scale_problems
 from polyclinic.data.quality.folder_layout import Layout
 from polyclinic.data.quality.image_hashes import equal, nearly_equal
 from polyclinic.data.quality.inspection import Look
 from polyclinic.data.quality.phi_screening import in_sidecar, name_of_tag
-from polyclinic.data.value_ranges import scale_problems
 
 Level = Literal["error", "warning", "note"]
 FEW_PER_CLASS = 5
@@ -45,7 +45,7 @@ class Finding:
             return self.message
         named = ", ".join(_plain(name) for name in self.files[:most])
         more = f" and {len(self.files) - most} more" if len(self.files) > most else ""
-        return f"{self.message}: {named}{more}" if self.code != "unreadable" else f"{named}: {self.message}"
+        return f"{self.message}: {named}{more}" if self.code != "unreadable" else f"{named}{more}: {self.message}"
 
 
 def _n(count: int, noun: str) -> str:
@@ -132,9 +132,11 @@ def _masks(looks: Sequence[Look], allowed: Mapping[int, str]) -> list[Finding]:
     for text in label_problems(labels, allowed or None):
         odd = [look for look in drawn if not set(look.labels or ()) <= {0, *allowed}]
         found.append(Finding("error", "unknown-label", text, _names(odd)))
+    astray: dict[str, list[Look]] = defaultdict(list)
     for look in looks:
         if look.astray:
-            found.append(Finding("error", "mask-astray", look.astray, _names([look])))
+            astray[look.astray].append(look)
+    found += [Finding("error", "mask-astray", text, _names(members)) for text, members in astray.items()]
     return found
 
 
@@ -217,6 +219,13 @@ def _unlike(looks: Sequence[Look]) -> list[Finding]:
     found = []
     if flat := [look for look in looks if look.quantiles[0] == look.quantiles[-1]]:
         found.append(Finding("warning", "constant", f"{_n(len(flat), 'image')} of one value only", _names(flat)))
+    single = [look for look in looks if 1 in look.size]
+    if single and len(single) < len(looks):
+        text = (
+            f"{_n(len(single), 'single slice')} among volumes: if they are localizers, leave them out with slices = 2 "
+            "or choose with series = {...}"
+        )
+        found.append(Finding("warning", "single-slices", text, _names(single)))
     for name, values in (
         ("orientations", [look.orientation for look in looks]),
         ("modalities", [look.modality for look in looks]),

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
 from polyclinic.data.formats.grids import GridMismatch
+from polyclinic.data.formats.mask_labels import labels_in
 from polyclinic.data.formats.nifti import is_nifti
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing
+from polyclinic.data.formats.value_ranges import ValueRange
 from polyclinic.data.formats.volume import Volume, as_image, as_mask, canonical
 from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout
 from polyclinic.data.quality.image_hashes import content_hash, small_picture
 from polyclinic.data.quality.phi_screening import in_nifti, in_picture, may_show_a_face
-from polyclinic.data.value_ranges import ValueRange
 
 DICOM = "dicom"
 QUANTILES = 33
@@ -101,7 +102,7 @@ def look(
     values = volume.array.float().flatten()
     sample = values[:: max(1, values.numel() // 100_000)].numpy()
     hidden = tuple(name for path in item.paths[:1] for name in (*_in_volume(path), *in_picture(path)))
-    labels = None if mask is None else tuple(int(v) for v in np.unique(mask.array.numpy()))
+    labels = None if mask is None else labels_in(mask.array)
     return Look(
         item,
         volume.size,

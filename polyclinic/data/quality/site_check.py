@@ -1,7 +1,7 @@
 """Data check that a hospital runs before it joins: all problems of a folder of data in one report, at the site.
 
 ``check_folder`` detects the kind of folder, inspects every example, and reports counts, classes, spacing, orientation,
-intensities, damaged files (one line each), patients in two splits, masks that are empty or contain unknown labels,
+intensities, damaged files (one line for each reason), patients in two splits, masks that are empty or contain unknown labels,
 suspected health information (by tag number and place, never by value), likely faces, and equal or nearly equal images.
 It changes and sends nothing.
 """
@@ -38,6 +38,7 @@ KINDS = {
 }
 
 
+MOST_REASONS = 20
 STUDY = {
     "classes": "folders",
     "nnunet": "pairs",
@@ -122,10 +123,14 @@ class CheckReport:
             low, middle, high = (float(values[i]) for i in (0, len(values) // 2, -1))
             out.append(f"  {'values':13}{low:.4g} to {high:.4g}, median {middle:.4g} {units}".rstrip())
         marks = {"error": "x", "warning": "!", "note": "-"}
-        damaged = [f for f in self.findings if f.code == "unreadable"]
-        out += [f"x {f.line()}" for f in damaged[:20]]
-        rest = Counter(f.message for f in damaged[20:])
-        out += [f"x {count} more files: {reason}" for reason, count in rest.most_common(20)]
+        damaged: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if finding.code == "unreadable":
+                damaged.setdefault(finding.message, []).extend(finding.files)
+        for reason, names in list(damaged.items())[:MOST_REASONS]:
+            out.append("x " + Finding("error", "unreadable", reason, tuple(names)).line())
+        if rest := sum(map(len, list(damaged.values())[MOST_REASONS:])):
+            out.append(f"x {rest} more files cannot be read, for {len(damaged) - MOST_REASONS} other reasons")
         out += [f"{marks[f.level]} {f.line()}" for f in self.findings if f.code != "unreadable"]
         if self.kind in STUDY:
             out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')

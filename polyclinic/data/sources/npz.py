@@ -16,8 +16,8 @@ from torch import Tensor
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
+from polyclinic.data.formats.mask_labels import WHITE, black_and_white, label_problems
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable, read_npz
-from polyclinic.data.mask_labels import WHITE, black_and_white, label_problems
 from polyclinic.data.preprocessing.pipeline_config import Steps, apply, fingerprint
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel

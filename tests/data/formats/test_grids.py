@@ -91,6 +91,11 @@ def test_a_loaded_pair_is_simpleitks_or_it_is_refused(tmp_path: Path, data: st.D
     elif kind == "other axes":  # the array is turned and its affine is not
         drawn = turned(labels, affine, order, flips)[0]
     image, mask = save(tmp_path / "i.nii", numbers, affine), save(tmp_path / "m.nii", drawn, where)
+    suffix = data.draw(st.sampled_from([".nii", ".nrrd", ".mha", ".nii.gz"]))
+    if suffix != ".nii":
+        sitk = pytest.importorskip("SimpleITK")
+        mask = tmp_path / f"m{suffix}"
+        sitk.WriteImage(sitk.ReadImage(str(tmp_path / "m.nii")), str(mask))
     try:
         picture = read_image([image], mask)
     except GridMismatch:

@@ -11,7 +11,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from polyclinic.data.files import ImageOptions, read_image
+from polyclinic.data.files import ImageOptions, read_image, read_mask
 from polyclinic.data.formats.pictures import read_picture
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
 
@@ -88,6 +88,11 @@ def test_several_pages_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((3, 20, 24), np.uint16), imagej=True)
     with pytest.raises(Unreadable, match="holds 3 pages"):
         read_picture(tmp_path / "b.tif")
+    tifffile.imwrite(tmp_path / "c.tif", np.zeros((3, 20, 24), np.uint16), photometric="minisblack", truncate=True)
+    with tifffile.TiffFile(tmp_path / "c.tif") as file:
+        assert len(file.pages) == 1  # the other two follow without a header of their own
+    with pytest.raises(Unreadable, match="holds 3 pages"):
+        read_picture(tmp_path / "c.tif")
 
 
 def test_transparency_is_left_out(tmp_path: Path) -> None:
@@ -138,6 +143,61 @@ def test_webp_is_read_like_pillow(tmp_path: Path) -> None:
     data = RNG.integers(0, 255, (20, 24, 3)).astype(np.uint8)
     Image.fromarray(data).save(tmp_path / "a.webp", lossless=True)
     np.testing.assert_array_equal(read_picture(tmp_path / "a.webp").array, data)
+
+
+def deep_png(path: Path, data: np.ndarray) -> None:
+    """Write a PNG of 16 bits in several channels, which Pillow cannot."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    high, wide, channels = data.shape
+    head = struct.pack(">IIBBBBB", wide, high, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in data)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_per_color_are_kept(tmp_path: Path, channels: int) -> None:
+    pytest.importorskip("SimpleITK")
+    data = RNG.integers(0, 4096, (20, 24, channels)).astype(np.uint16)
+    deep_png(tmp_path / "a.png", data)
+    found = read_picture(tmp_path / "a.png")
+    np.testing.assert_array_equal(found.array, data[..., :3])
+    assert found.full_scale == 65535
+
+
+def test_numbers_that_would_lose_a_part_are_refused(tmp_path: Path) -> None:
+    deep_png(tmp_path / "a.png", np.zeros((20, 24, 2), np.uint16))
+    with pytest.raises(Unreadable, match="16 bits with transparency"):
+        read_picture(tmp_path / "a.png")
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((20, 24), np.complex64))
+    with pytest.raises(Unreadable, match="complex numbers"):
+        read_picture(tmp_path / "a.tif")
+
+
+def test_a_mask_must_not_have_lost_detail(tmp_path: Path) -> None:
+    drawn = np.zeros((40, 48), np.uint8)
+    drawn[7:23, 9:31] = 3
+    drawn[11:20, 17:25] = 250
+    for name, lossy in (
+        ("a.jpg", True),
+        ("a.webp", True),
+        ("b.webp", False),
+        ("a.tif", True),
+        ("b.tif", False),
+        ("a.png", False),
+    ):
+        kwargs: dict[str, Any] = {"lossless": not lossy} if name.endswith("webp") else {}
+        kwargs |= {"compression": "jpeg" if lossy else "tiff_lzw"} if name.endswith("tif") else {}
+        picture = Image.fromarray(drawn)
+        (picture.convert("RGB") if name.endswith("webp") else picture).save(tmp_path / name, **kwargs)
+        if lossy:
+            with pytest.raises(Unreadable, match="compression loses detail"):
+                read_mask(tmp_path / name)
+        else:
+            np.testing.assert_array_equal(read_mask(tmp_path / name)[0].array[0].numpy(), drawn)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -7,13 +7,17 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from polyclinic.data.formats.dicom.series import read_dicom
+from polyclinic.data.formats.metaimage import read_metaimage
+from polyclinic.data.formats.mgh import read_mgh
 from polyclinic.data.formats.nifti import read_nifti
 from polyclinic.data.formats.nrrd import read_nrrd
 from polyclinic.data.formats.pictures import read_picture
@@ -70,6 +74,23 @@ def png() -> bytes:
     return buffer.getvalue()
 
 
+def tiff() -> bytes:
+    buffer = io.BytesIO()
+    data = np.random.default_rng(0).integers(0, 65535, (12, 9)).astype(np.uint16)
+    tifffile.imwrite(buffer, data, compression="zlib", byteorder=">", rowsperstrip=5)
+    return buffer.getvalue()
+
+
+def mgh() -> bytes:
+    return nibabel.MGHImage(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4)).to_bytes()
+
+
+def metaimage() -> bytes:
+    head = "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
+    head += "TransformMatrix = 1 0 0 0 1 0 0 0 1\nOffset = 0 0 0\nElementSpacing = 1 1 1\nDimSize = 5 4 3\n"
+    return f"{head}ElementType = MET_SHORT\nElementDataFile = LOCAL\n".encode() + bytes(120)
+
+
 def npz() -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=np.random.default_rng(0).random((3, 4, 4)), labels=np.arange(3))
@@ -92,6 +113,9 @@ READERS: list[tuple[str, bytes, Callable[[Path], object]]] = [
     ("a.dcm", dicom(), lambda p: read_dicom(p, limits=SMALL)),
     ("a.npz", npz(), lambda p: read_npz(p, SMALL)),
     ("a.png", png(), lambda p: read_picture(p, SMALL)),
+    ("a.tif", tiff(), lambda p: read_picture(p, SMALL)),
+    ("a.mgz", gzip.compress(mgh()), lambda p: read_mgh(p, limits=SMALL)),
+    ("a.mha", metaimage(), lambda p: read_metaimage(p, limits=SMALL)),
 ]
 
 

@@ -81,7 +81,8 @@ def _padding(path: Path, dataset: Any, stored: np.ndarray[Any, Any]) -> np.ndarr
 
 def _stored_number(path: Path, dataset: Any, keyword: str) -> int:
     """Return a value in the representation of the pixels: some writers state negative numbers as unsigned ones."""
-    value, bits = whole_number(path, dataset, keyword), whole_number(path, dataset, "BitsAllocated")
+    bits, raw = whole_number(path, dataset, "BitsAllocated"), dataset.get(keyword)
+    value = int.from_bytes(raw[:2], "little") if isinstance(raw, bytes) else whole_number(path, dataset, keyword)
     signed = whole_number(path, dataset, "PixelRepresentation", 0) == 1
     if signed and value >= 2 ** (bits - 1):
         return value - (1 << bits)

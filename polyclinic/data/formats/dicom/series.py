@@ -225,7 +225,8 @@ def _series_found(images: Sequence[Series], total: int) -> str:
     """Return how many series there are, and by which keys one can be selected."""
     if not images:
         return f"{total} series, none of which has the values of series = ..."
-    keys = [key for key in SELECTORS if len({series.marks.get(key, "") for series in images}) == len(images)]
+    named = [*(key for key in SELECTORS if key != "uid"), "uid"]
+    keys = [key for key in named if len({series.marks.get(key, "") for series in images}) == len(images)]
     counts = " and ".join(str(len(series.paths)) for series in images[:5])
     return f"{len(images)} series of {counts} files; choose one with series = {{{keys[0] if keys else 'uid'} = ...}}"
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from polyclinic.data.annotations import boxes
+from polyclinic.data.formats.mask_labels import IGNORED, black_and_white, label_problems, labels_in, single_map
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.mask_labels import IGNORED, black_and_white, label_problems, single_map
+from polyclinic.data.formats.volume import as_mask
 from polyclinic.data.paired_folders import Pairs, label_names
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.preprocessing.transforms import Relabel
@@ -27,7 +28,8 @@ from polyclinic.data.quality.site_check import check_folder
         ([{0, 1, 2}, {0, 1}], (0, 1), "not declared as labels: 2 (in 1 of 2 masks). Declared are 0, 1"),
         ([{0, 255}, {0}], None, ""),
         ([{0, 255}, {0, 255}], (0, 1), ""),
-        ([{0, 255}, {0, 1}], None, "1 (in 1 of 2 masks), 255 (in 1)"),
+        ([{0, 255}, {0, 1}], None, "with 255 and others with other numbers: 1 (in 1 of 2 masks), 255 (in 1)"),
+        ([{0, 128, 255}, {0, 255}], None, "not 0, 1, 2, ...: 128 (in 1 of 2 masks), 255 (in 2)"),
         ([{0, 255}, {0, 1}], (0, 1), "255 (in 1 of 2 masks)"),
         ([{0, 2}, {0, 2}], None, "not 0, 1, 2, ...: 2 (in 2 of 2 masks)"),
         ([set(range(26)), {0, 1}], None, "and 16 more values"),
@@ -45,6 +47,19 @@ def test_black_and_white_masks_are_zero_and_one() -> None:
     assert black_and_white({"a": {0, 255}, "b": {0}})
     assert not black_and_white({"a": {0, 255}, "b": {0, 1}})
     assert not black_and_white({"a": {0, 255}}, range(256))
+
+
+def test_values_of_a_mask() -> None:
+    assert labels_in(torch.tensor([[3, 0], [IGNORED, 3]])) == (IGNORED, 0, 3)
+    assert labels_in(torch.tensor([[0, 0]], dtype=torch.int16)) == (0,)
+
+
+def test_labels_that_a_slope_scaled_are_rounded_and_fractions_refused() -> None:
+    scaled = np.array([[0, 255]]) * float(np.float32(1 / 255))
+    assert scaled[0, 1] != 1
+    assert as_mask("m.nii", scaled).tolist() == [[0, 1]]
+    with pytest.raises(Unreadable, match="not whole numbers"):
+        as_mask("m.nii", np.array([[0.0, 0.999]]))
 
 
 def test_channels_become_one_label_as_declared() -> None:

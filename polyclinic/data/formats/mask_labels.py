@@ -54,6 +54,12 @@ def single_map(path: str | os.PathLike[str], channels: Tensor, regions: Sequence
     return labels
 
 
+def labels_in(mask: Tensor) -> tuple[int, ...]:
+    """Return the values of a mask, in ascending order; ``IGNORED`` may be among them."""
+    counts = (mask.flatten().long() - IGNORED).bincount()
+    return tuple(int(value) + IGNORED for value in counts.nonzero().flatten())
+
+
 def black_and_white(found: Mapping[str, Collection[int]], declared: Collection[int] | None = None) -> bool:
     """Return whether all masks have only the values 0 and 255, which mean 0 and 1."""
     used = {label for labels in found.values() for label in labels} - {0, IGNORED}
@@ -85,7 +91,7 @@ def label_problems(found: Mapping[str, Collection[int]], declared: Collection[in
             f"masks contain values that are not declared as labels: {_counted(strange, len(masks))}. Declared are "
             f"{known}: {remedy}"
         ]
-    if WHITE in counts and len(counts) > 1:
+    if {WHITE} in masks and any(labels and WHITE not in labels for labels in masks):
         return [
             f"some masks mark the foreground with 255 and others with other numbers: "
             f"{_counted(counts, len(masks))}. Save all with the same labels"

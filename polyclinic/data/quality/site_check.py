@@ -1,7 +1,8 @@
 """Data check that a hospital runs before it joins: all problems of a folder of data in one report, at the site.
 
 ``check_folder`` detects the kind of folder, inspects every example, and reports counts, classes, spacing, orientation,
-intensities, damaged files (one line for each reason), patients in two splits, masks that are empty or contain unknown labels,
+intensities, damaged files (one line for each reason), patients in two splits, masks that are empty or contain unknown
+labels,
 suspected health information (by tag number and place, never by value), likely faces, and equal or nearly equal images.
 It changes and sends nothing.
 """

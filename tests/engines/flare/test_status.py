@@ -261,7 +261,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     def status() -> str:
         return hospitals.command("site", "status", home=home.path)
 
-    until(lambda: "connected, heard" in status(), "the server to be heard", 60)
+    until(lambda: "connected, last message" in status(), "the server to be heard", 60)
     hospitals.hold(0, "site-1")
     hospitals.order(study("status", rounds=1))
     hospitals.held(0, "site-1")
@@ -279,7 +279,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     time.sleep(15)
     assert "REFUSES this site" in status()
     hospitals.command("server", "reinstate", "site-1", home=hospitals.server.path)
-    until(lambda: "connected, heard" in status(), "the site to be let in again", 120)
+    until(lambda: "connected, last message" in status(), "the site to be let in again", 120)
     hospitals.command("server", "stop", home=hospitals.server.path)
     until(lambda: "NOT REACHABLE" in status(), "the silence to be noticed", 90)
     hospitals.command("site", "status", "--json", home=home.path, code=1)

@@ -267,7 +267,7 @@ def test_the_status_of_a_real_site_is_true(hospitals: Hospitals, monkeypatch: py
     hospitals.held(0, "site-1")
     assert "working  status: train of round 1" in status()
     hospitals.kill("site keeper", "site-1")
-    assert "lost its supervisor" in status()
+    until(lambda: "lost its supervisor" in status(), "the loss to be reported", 30)
     hospitals.release()
     hospitals.finished("status")
     hospitals.start_site("site-1")

@@ -250,6 +250,7 @@ def test_patients_are_not_counted_for_the_server() -> None:
             "3 outputs for each patient would leave, and 2 ",
         ),
         (Reply({"predict": PerSite({"a": {"score": torch.zeros(9)}})}), ""),
+        (Reply({"score": PerSite({"a": {"score": torch.zeros(9, 3)}})}), ""),  # only predictions are by output
     ],
 )
 def test_what_leaves_has_the_size_that_was_approved(reply: Reply, why: str) -> None:
@@ -262,8 +263,10 @@ def test_what_leaves_has_the_size_that_was_approved(reply: Reply, why: str) -> N
         rules.release(p.build_method(), ask_of(p), reply, site())
 
 
-def test_encoded_replies_have_the_bound_of_their_bytes() -> None:
-    p = plan(uplink=({"name": "top-k", "fraction": 0.5},))
+@pytest.mark.parametrize("shared", [False, True])
+def test_encoded_replies_have_the_bound_of_their_bytes(shared: bool) -> None:
+    """Also those that are summed: a shared selection is additive and has other shapes."""
+    p = plan(uplink=({"name": "top-k", "fraction": 0.5, "shared": shared},))
     method = p.build_method()
     reply = Reply({"sent": WeightedMean({"m/update/head.bias": torch.zeros(300)}, 1.0)})
     Enforced(parse(b""), p).release(method, ask_of(p), reply, site())
@@ -383,6 +386,16 @@ def test_what_is_wrong_with_a_policy_is_said_as_a_sentence_of_its_place(text: st
         parse(text.encode("latin-1"))
     assert str(told.value).startswith(said)
     assert "\n" not in str(told.value)
+
+
+def test_a_policy_that_is_nested_deeper_than_it_can_be_checked_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser has a limit of its own, which depends on its version."""
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    monkeypatch.setattr("polyclinic.engines.policy.site_policy.tomllib.loads", lambda text: {"limits": nested})
+    with pytest.raises(BadPolicy, match=r"^policy\.toml: nested too deeply$"):
+        parse(b"")
 
 
 def test_every_wrong_transform_is_told_with_its_place() -> None:
@@ -709,6 +722,7 @@ def test_the_bytes_of_a_round_may_reach_the_limit_and_not_pass_it() -> None:
         Reply({"x": WeightedMean({"a": torch.zeros(100_000)}, 1.0)}),
     )
     Enforced(policy, plan(), sent=1_100_000).release(None, Request(0, {}), reply, site())
+    Enforced(parse(b"[limits]\nmegabytes_per_round = 0.4\n"), plan()).release(None, Request(0, {}), reply, site())
     with pytest.raises(Refused, match=r"^2 MB would have left in this round, and the policy allows 1\.5 \(limits"):
         Enforced(policy, plan(), sent=1_100_001).release(None, Request(0, {}), reply, site())
 

@@ -483,7 +483,8 @@ def test_a_forged_answer_to_a_survey_confirms_nothing(home: SiteFolder) -> None:
     assert reviews.get("spots-survey").said == {}
 
 
-def test_another_sites_signature_is_none(home: SiteFolder, tmp_path: Path) -> None:
+def test_another_sites_signature_is_none(home: SiteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_keys, "BITS", 1024)
     reviews = Reviews(home.reviews)
     reviews.offer(order(), ())
     read_and_approve(home, "run-1")
@@ -497,11 +498,14 @@ def test_another_sites_signature_is_none(home: SiteFolder, tmp_path: Path) -> No
         reviews.decide("run-1", APPROVED, "anna", "IRB")
 
 
-def test_a_decision_outlives_new_keys_by_the_certificates_that_the_site_had(home: SiteFolder, tmp_path: Path) -> None:
+def test_a_decision_outlives_new_keys_by_the_certificates_that_the_site_had(
+    home: SiteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cryptography.hazmat.primitives.serialization import Encoding
 
     from polyclinic.engines.flare.pki.certificate_authority import Authority
 
+    monkeypatch.setattr(site_keys, "BITS", 1024)
     reviews = Reviews(home.reviews)
     reviews.offer(order(), ())
     read_and_approve(home, "run-1")
@@ -602,6 +606,14 @@ def test_reviews_are_in_the_order_of_decisions_and_arrivals(home: SiteFolder) ->
     assert [r.what.run for r in reviews.all()] == ["run-3", "run-1", "run-2"]
     read_and_approve(home, "run-3")
     assert [r.what.run for r in reviews.all()] == ["run-1", "run-2", "run-3"]
+
+
+def test_a_review_that_is_deleted_while_all_are_read_is_left_out(home: SiteFolder) -> None:
+    """A link to a file that is gone is listed, as is a file that goes away after it was listed."""
+    reviews = Reviews(home.reviews)
+    reviews.offer(order(), ())
+    (home.reviews / "run-2.json").symlink_to(home.reviews / "gone")
+    assert [r.what.run for r in reviews.all()] == ["run-1"]
 
 
 def test_runs_without_a_study_are_decided_one_by_one(home: SiteFolder) -> None:

@@ -608,6 +608,16 @@ def test_reviews_are_in_the_order_of_decisions_and_arrivals(home: SiteFolder) ->
     assert [r.what.run for r in reviews.all()] == ["run-1", "run-2", "run-3"]
 
 
+def test_a_run_that_waited_or_was_refused_was_not_executed(home: SiteFolder) -> None:
+    """Its name may come again with another run request, which is a question of its own."""
+    reviews = Reviews(home.reviews)
+    reviews.offer(order(), ())
+    assert reviews.offer(order(rounds=4), ()).notes == ()
+    reviews.decide("run-1", REFUSED, "anna", "no")
+    again = reviews.offer(order(rounds=5), ())
+    assert (again.state, again.notes) == (WAITING, ())
+
+
 def test_a_review_that_is_deleted_while_all_are_read_is_left_out(home: SiteFolder) -> None:
     """A link to a file that is gone is listed, as is a file that goes away after it was listed."""
     reviews = Reviews(home.reviews)

@@ -16,7 +16,15 @@ from polyclinic.core.execution import Refused, execute
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.engines.plan import Plan
-from polyclinic.engines.policy.site_policy import DEFAULT, BadPolicy, Enforced, count_patients, parse, read
+from polyclinic.engines.policy.site_policy import (
+    DEFAULT,
+    BadPolicy,
+    Enforced,
+    _known_shapes,
+    count_patients,
+    parse,
+    read,
+)
 from polyclinic.engines.site_description import Describe
 from polyclinic.methods.plugins import packages_of
 from tests.conftest import blobs
@@ -660,6 +668,11 @@ def test_models_of_two_studies_are_not_confused() -> None:
         assert refusal("", ask_of(small), small) == refusal("", ask_of(large), large) == ""
         assert "has the shape" in refusal("", ask_of(large), small)
         assert "has the shape" in refusal("", ask_of(small), large)
+
+
+def test_the_shapes_of_a_plan_are_computed_once() -> None:
+    """They are needed for every message, and a large model takes seconds to build."""
+    assert _known_shapes(plan()) is _known_shapes(plan())
 
 
 def test_every_reason_of_the_plan_and_of_the_ask_is_told() -> None:

@@ -616,6 +616,20 @@ def test_a_run_that_waited_or_was_refused_was_not_executed(home: SiteFolder) -> 
     reviews.decide("run-1", REFUSED, "anna", "no")
     again = reviews.offer(order(rounds=5), ())
     assert (again.state, again.notes) == (WAITING, ())
+    read_and_approve(home, "run-1")
+    assert reviews.offer(order(rounds=6), ()).notes == (
+        "another run request was already executed under the name run-1",
+    )
+
+
+def test_a_run_takes_its_part_once_however_often_it_comes(home: SiteFolder) -> None:
+    """The policy refuses it for a while, and then the same run is as it was."""
+    reviews = surveyed(home)
+    assert reviews.offer(study("spots-1"), ()).state == APPROVED
+    refused = reviews.offer(study("spots-1"), ("too many rounds",))
+    assert (refused.state, refused.notes) == (WAITING, ())
+    again = reviews.offer(study("spots-1"), ())
+    assert (again.state, again.notes) == (APPROVED, ())
 
 
 def test_a_review_that_is_deleted_while_all_are_read_is_left_out(home: SiteFolder) -> None:
@@ -721,6 +735,7 @@ def test_only_the_last_decision_about_a_study_holds(home: SiteFolder) -> None:
     late = reviews.offer(study("spots-2", arm=1), ())
     assert (late.state, late.by, late.reason) == (APPROVED, "a person", "the committee met again")
     assert late.of in ("spots-survey", "spots-1")
+    assert late.decided in [reviews.get(run).decided for run in ("spots-survey", "spots-1")]
     assert len({r.shown for r in reviews.all()}) == 1
     assert (late.account, late.uid) == (reviews.get("spots-1").account, os.getuid())
 

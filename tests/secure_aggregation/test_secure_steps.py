@@ -458,6 +458,24 @@ def test_a_wrong_share_is_found_among_seeds_and_keys_and_its_sender_named(
     assert f"its share of the secrets of {of}" in parties.server.refused["ankara"]
 
 
+@pytest.mark.parametrize("part", ["seeds", "keys"])
+def test_a_wrong_share_that_gives_another_secret_of_the_right_length_is_found(part: str, parties: Parties) -> None:
+    """Random wrong shares give a secret that is too long; this one gives the secret plus one, or minus one."""
+    reveals = without(parties)
+    of = "cusco" if part == "seeds" else LOST
+    shares = {n: bytes.fromhex(getattr(reveals[n], part)[of]) for n in ("ankara", "bern", "cusco")}  # tried first
+    points = {parties.session.place(n): share for n, share in shares.items()}
+    place, secret = parties.session.place("ankara"), int.from_bytes(shamir.rebuild(points))
+    through = {0: secret ^ 1} | {x: int.from_bytes(share) for x, share in points.items() if x != place}
+    points[place] = shamir.evaluate(through, place).to_bytes(shamir.SHARE_BYTES)
+    assert int.from_bytes(shamir.rebuild(points)) == secret ^ 1
+    changed = {**getattr(reveals["ankara"], part), of: points[place].hex()}
+    wrong = signed_anew(parties, reveals["ankara"], **{part: changed})
+    total = parties.server.reveals([wrong, *(r for n, r in reveals.items() if n != "ankara")])
+    assert torch.equal(total, ring_sum([parties.vectors[n] for n in NAMES if n != LOST]))
+    assert parties.server.refused == {"ankara": f"its share of the secrets of {of} contradicts the others"}
+
+
 def test_too_few_shares_of_a_lost_sites_key_stop_the_sum(parties: Parties) -> None:
     reveals = without(parties)
     few = [signed_anew(parties, r, keys={}) if n in ("ankara", "bern") else r for n, r in reveals.items()]

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,25 @@ def test_two_runs_at_once_do_not_open_two_rosters(tmp_path: Path) -> None:
         process.join(30)
     assert sorted(said.get(timeout=5) for _ in both) == ["opened", "refused"]
     assert len([json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]) == 1
+
+
+def test_a_run_waits_while_another_one_records_a_sum(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other run has checked its roster and not yet written it: without a lock, both would be opened."""
+    other, begun = Opened(opened.path), threading.Event()
+    append = other._append
+
+    def slowly(line: bytes) -> None:
+        begun.set()
+        time.sleep(0.3)
+        append(line)
+
+    monkeypatch.setattr(other, "_append", slowly)
+    thread = threading.Thread(target=other.record, args=(summed(), FIVE, 3))
+    thread.start()
+    assert begun.wait(10)
+    with pytest.raises(NotOpened, match="over a, b, c, d, e was opened already"):
+        opened.record(summed(run="run-2"), FOUR, 3)
+    thread.join()
 
 
 def test_a_record_holds_a_quarter_of_a_gibibyte_unless_it_is_told_otherwise(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from polyclinic.core.execution import Refused, execute
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.engines.plan import Plan
-from polyclinic.engines.policy.site_policy import DEFAULT, BadPolicy, Enforced, count_patients, parse, read
+from polyclinic.engines.policy.site_policy import (
+    DEFAULT,
+    BadPolicy,
+    Enforced,
+    _known_shapes,
+    count_patients,
+    parse,
+    read,
+)
 from polyclinic.engines.site_description import Describe
 from polyclinic.methods.plugins import packages_of
 from tests.conftest import blobs
@@ -250,6 +258,7 @@ def test_patients_are_not_counted_for_the_server() -> None:
             "3 outputs for each patient would leave, and 2 ",
         ),
         (Reply({"predict": PerSite({"a": {"score": torch.zeros(9)}})}), ""),
+        (Reply({"score": PerSite({"a": {"score": torch.zeros(9, 3)}})}), ""),  # only predictions are by output
     ],
 )
 def test_what_leaves_has_the_size_that_was_approved(reply: Reply, why: str) -> None:
@@ -262,8 +271,10 @@ def test_what_leaves_has_the_size_that_was_approved(reply: Reply, why: str) -> N
         rules.release(p.build_method(), ask_of(p), reply, site())
 
 
-def test_encoded_replies_have_the_bound_of_their_bytes() -> None:
-    p = plan(uplink=({"name": "top-k", "fraction": 0.5},))
+@pytest.mark.parametrize("shared", [False, True])
+def test_encoded_replies_have_the_bound_of_their_bytes(shared: bool) -> None:
+    """Also those that are summed: a shared selection is additive and has other shapes."""
+    p = plan(uplink=({"name": "top-k", "fraction": 0.5, "shared": shared},))
     method = p.build_method()
     reply = Reply({"sent": WeightedMean({"m/update/head.bias": torch.zeros(300)}, 1.0)})
     Enforced(parse(b""), p).release(method, ask_of(p), reply, site())
@@ -281,7 +292,8 @@ HASH = "0123456789abcdef" * 4
         ("[require]\nmin_sites = -1", False),
         ("[require]\nmin_sites = 2.0", False),
         ("[limits]\nlearning_rate = 1e15", True),
-        ("[limits]\nlearning_rate = 1.1e15", False),
+        ("[limits]\nlearning_rate = 1000000000000001.0", False),
+        ("[limits]\nlearning_rate = nan", False),
         ("[limits]\nlearning_rate = 0.0", True),
         ("[limits]\nlearning_rate = -0.1", False),
         ("[limits]\nmegabytes_per_round = inf", False),
@@ -383,6 +395,16 @@ def test_what_is_wrong_with_a_policy_is_said_as_a_sentence_of_its_place(text: st
         parse(text.encode("latin-1"))
     assert str(told.value).startswith(said)
     assert "\n" not in str(told.value)
+
+
+def test_a_policy_that_is_nested_deeper_than_it_can_be_checked_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser has a limit of its own, which depends on its version."""
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    monkeypatch.setattr("polyclinic.engines.policy.site_policy.tomllib.loads", lambda text: {"limits": nested})
+    with pytest.raises(BadPolicy, match=r"^policy\.toml: nested too deeply$"):
+        parse(b"")
 
 
 def test_every_wrong_transform_is_told_with_its_place() -> None:
@@ -649,6 +671,11 @@ def test_models_of_two_studies_are_not_confused() -> None:
         assert "has the shape" in refusal("", ask_of(small), large)
 
 
+def test_the_shapes_of_a_plan_are_computed_once() -> None:
+    """They are needed for every message, and a large model takes seconds to build."""
+    assert _known_shapes(plan()) is _known_shapes(plan())
+
+
 def test_every_reason_of_the_plan_and_of_the_ask_is_told() -> None:
     told = refusal("[limits]\nrounds = 2\nmin_patients = 13\n[allow]\njobs = []\n", ask_of(plan())).split("; ")
     assert [reason.rpartition(" ")[2] for reason in told] == [
@@ -709,6 +736,7 @@ def test_the_bytes_of_a_round_may_reach_the_limit_and_not_pass_it() -> None:
         Reply({"x": WeightedMean({"a": torch.zeros(100_000)}, 1.0)}),
     )
     Enforced(policy, plan(), sent=1_100_000).release(None, Request(0, {}), reply, site())
+    Enforced(parse(b"[limits]\nmegabytes_per_round = 0.4\n"), plan()).release(None, Request(0, {}), reply, site())
     with pytest.raises(Refused, match=r"^2 MB would have left in this round, and the policy allows 1\.5 \(limits"):
         Enforced(policy, plan(), sent=1_100_001).release(None, Request(0, {}), reply, site())
 

@@ -25,7 +25,7 @@ from polyclinic.data.splits import (
 )
 from polyclinic.data.summary import RoleSummary, SiteSummary, summarize
 
-__all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
+__all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate", "fingerprint_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,18 +116,23 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     badges += [source.info.simulated] if source.info.simulated else []
-    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return Federated(
         sites,
         named.external,
         info,
         " ".join(badges) or None,
-        digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else [])),
+        fingerprint_of(spec, seed, fold, source),
         rows,
         copies,
         (*source.info.notes, *notes, *more),
         public,
     )
+
+
+def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source) -> str:
+    """Return the ``fingerprint`` of what ``federate`` returns for these arguments, without decoding data."""
+    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
+    return digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else []))
 
 
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:

@@ -86,6 +86,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     full = source.table()
     if not len(full):
         raise DataError(f"{source.info.name} has no examples")
+    _require_site_column(spec, full, source)
     notes: list[str] = []
     table, titles = _at_sites(full, spec, seed, notes)
     named = Named.of(spec, titles)
@@ -133,6 +134,21 @@ def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source)
     """Return the ``fingerprint`` of what ``federate`` returns for these arguments, without decoding data."""
     common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else []))
+
+
+def _require_site_column(spec: DataSpec, table: Table, source: Source) -> None:
+    """Require that the column that ``spec.sites`` names is known, if the source has the key ``site`` for it.
+
+    Raises:
+        DataError: If it is not known. The message suggests the key.
+    """
+    known = {name.casefold() for name in ("natural", *table.columns)}
+    if isinstance(spec.sites, str) and spec.sites.casefold() not in known and hasattr(source, "site"):
+        raise DataError(
+            f'sites = "{spec.sites}": there is no such column among those that can name sites '
+            f"({', '.join(table.columns) or 'none'}). If the file has it, name it with the key site = "
+            f'"{spec.sites}", and leave sites out'
+        )
 
 
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:

@@ -290,7 +290,8 @@ class FeatureTable:
         if not is_number(word):
             raise DataError(
                 f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is not a number: list it in "
-                "categories or leave_out, or add the word to missing"
+                f'categories or leave_out, name what it identifies with patient = "{column}" or site = "{column}", or '
+                "add the word to missing"
             )
         return float(word)
 

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from polyclinic.evaluation.records.record_schema import rounded_up
-from polyclinic.evaluation.site_scores import mean_over_sites, worst_site
+from polyclinic.evaluation.site_scores import decimals, mean_over_sites, worst_site
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.run.events import Event
 
@@ -63,7 +63,7 @@ class Display:
                 self._line("")
             case "trial":
                 value = event.scores.get("validation")
-                result = "no score" if value is None else f"{self.study.metric} {value:.3f} on validation"
+                result = "no score" if value is None else f"{self.study.metric} {decimals(value)} on validation"
                 self._line(f"  [dim]  {escape(f'{name:<22}')} trial {event.round}/{event.rounds}  {result}[/dim]")
             case "arm":
                 self._tasks[name] = self._bar.add_task(
@@ -94,4 +94,5 @@ class Display:
         if mean is None or worst is None:
             return spent.strip()
         sent = f"  {event.bytes / 1e6:.1f} MB" if event.bytes else ""
-        return f"{self.study.metric} {mean:.3f}  worst site {worst[0]} {worst[1]:.3f}{sent}{spent}"
+        least = f"worst site {worst[0]} {decimals(worst[1])}"
+        return f"{self.study.metric} {decimals(mean)}  {least}{sent}{spent}"

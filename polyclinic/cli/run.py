@@ -35,14 +35,15 @@ def run(
 ) -> None:
     """Run a study and write its report.
 
-    SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the current round, and --resume continues from there; a
-    second signal ends it at once. Exit codes: 0 finished, 130 or 143 ended by a signal, 3 by `polyclinic stop`.
+    SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the current round, and --resume continues from there,
+    unless the data have changed since the run began. A second signal ends it at once. Exit codes: 0 finished, 130 or
+    143 ended by a signal, 3 by `polyclinic stop`.
 
     Args:
         study: The study file; `polyclinic new` writes one.
         set_: Change one value, such as `--set training.lr=0.01`. May be given several times.
         resume: Continue an earlier run of the same study. The result is bit-identical to an uninterrupted run.
-        fresh: Delete an earlier run of the same study and start again.
+        fresh: Delete an earlier run of the same study and start again, once the study and its data are checked.
         out: Folder of the run folders.
         workers: Number of sites that are computed at once; the number of cores by default.
     """
@@ -138,8 +139,8 @@ def _show_summary(methods: Sequence[dict[str, Any]], metric: str) -> None:
         line(f"\n  {metric} on test patients, mean over training sites (95 % confidence interval)")
     width = max((len(m["method"]) for m in methods), default=0)
     for m in methods:
-        interval = "" if m["low"] is None else f" ({m['low']:.3f} to {m['high']:.3f})"
-        worst = "" if m["worst"] is None else f"  worst site {m['worst_site']} {m['worst']:.3f}"
+        interval = "" if m["low"] is None else f" ({number(m['low'])} to {number(m['high'])})"
+        worst = "" if m["worst"] is None else f"  worst site {m['worst_site']} {number(m['worst'])}"
         line(f"    {m['method']:<{width}}  {number(m['mean'])}{interval}{worst}")
 
 

@@ -48,5 +48,10 @@ def worst_site(scores: Mapping[str, float | None], higher_is_better: bool) -> tu
     return choose(known.items(), key=lambda item: item[1])
 
 
+def decimals(value: float, digits: int = 3) -> str:
+    """Format with ``digits`` decimals, equal for values that differ by rounding errors of different sums only."""
+    return f"{round(value, 10):.{digits}f}"
+
+
 def _finite(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {site: score for site, score in scores.items() if score is not None and np.isfinite(score)}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from polyclinic.cli.panel_table import number
 from polyclinic.cli.progress import Display
 from polyclinic.evaluation.costs import learning_curve
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
+from polyclinic.report import formatting
 from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.export.tracking import values
 from polyclinic.studies.run.scheduler import run
@@ -65,10 +67,10 @@ def test_the_console_prints_the_numbers_of_the_report(done: tuple[Path, str]) ->
     metric = found.info.metric
     assert result.worst is not None
     assert result.macro.value is not None
-    said = f"test {metric} {result.macro.value:.3f}  worst site {result.worst[0]} {result.worst[1]:.3f}"
+    said = f"test {metric} {number(result.macro.value)}  worst site {result.worst[0]} {number(result.worst[1])}"
     assert said in printed
     curve = learning_curve(found, "fedavg", metric)
-    assert f"round 2/2  {metric} {curve.values[-1]:.3f}  worst site" in printed
+    assert f"round 2/2  {metric} {number(curve.values[-1])}  worst site" in printed
 
 
 def test_the_records_hold_the_numbers_of_the_report(done: tuple[Path, str]) -> None:
@@ -93,3 +95,8 @@ def test_a_resumed_run_prints_the_same(done: tuple[Path, str]) -> None:
     (again,) = [line for line in out.getvalue().splitlines() if " test " in line]
     assert first == again
     assert json.loads((path / "run.json").read_text())["sites"][3]["name"] == "d"
+
+
+def test_rounding_errors_do_not_change_what_is_printed() -> None:
+    for value in (0.6425, 0.6425000000000001, 0.64249999999999996):
+        assert number(value) == formatting.number(value) == number(0.6425)

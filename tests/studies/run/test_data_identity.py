@@ -106,6 +106,9 @@ def test_added_removed_and_moved_examples_are_counted(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(text.replace("x35.png,p17,c,1\n", ""))
     (line,) = changes(before, spec(tmp_path))
     assert "1 image removed" in line
+    images(tmp_path)
+    edit(tmp_path, "x35.png,p17,c,1", "y3.png,p17,c,1")
+    assert changes(before, spec(tmp_path)) == ("c: 1 image removed, 1 image added",)
 
 
 def test_a_row_of_a_table_is_compared_before_scaling(tmp_path: Path) -> None:

@@ -41,4 +41,6 @@ def panel_json(panel: "Panel") -> dict[str, Any]:
 
 def number(value: float | None) -> str:
     """Return three decimals, or a dash without a value."""
-    return "—" if value is None else f"{value:.3f}"
+    from polyclinic.evaluation.site_scores import decimals
+
+    return "—" if value is None else decimals(value)

@@ -1,13 +1,13 @@
 """Progress of a run: a live line for each method on a terminal, and one line per round in a file or a pipe."""
 
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from polyclinic.evaluation.records.record_schema import rounded_up
+from polyclinic.evaluation.site_scores import decimals, mean_over_sites, worst_site
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.run.events import Event
 
@@ -63,7 +63,7 @@ class Display:
                 self._line("")
             case "trial":
                 value = event.scores.get("validation")
-                result = "no score" if value is None else f"{self.study.metric} {value:.3f} on validation"
+                result = "no score" if value is None else f"{self.study.metric} {decimals(value)} on validation"
                 self._line(f"  [dim]  {escape(f'{name:<22}')} trial {event.round}/{event.rounds}  {result}[/dim]")
             case "arm":
                 self._tasks[name] = self._bar.add_task(
@@ -86,14 +86,13 @@ class Display:
         self.console.print(text, soft_wrap=True)
 
     def _result(self, event: Event) -> str:
-        """Return the mean over sites, the worst site, the bytes sent and the privacy budget spent."""
-        scores: dict[str, Any] = {site: score for site, score in event.scores.items() if score == score}
+        """Return the mean over training sites, the worst site, the bytes sent and the privacy budget spent."""
+        scores = {site: score for site, score in event.scores.items() if site not in event.external}
         about = "=" if event.round == event.rounds else "≤"  # until the last round a bound, which is quick
         spent = "" if event.epsilon is None else f"  ε {about} {rounded_up(event.epsilon)} {event.protects}".rstrip()
-        if not scores:
+        mean, worst = mean_over_sites(scores), worst_site(scores, self.study.higher_is_better)
+        if mean is None or worst is None:
             return spent.strip()
-        choose = min if self.study.higher_is_better else max
-        worst = choose(scores, key=lambda site: scores[site])
-        mean = sum(scores.values()) / len(scores)
         sent = f"  {event.bytes / 1e6:.1f} MB" if event.bytes else ""
-        return f"{self.study.metric} {mean:.3f}  worst site {worst} {scores[worst]:.3f}{sent}{spent}"
+        least = f"worst site {worst[0]} {decimals(worst[1])}"
+        return f"{self.study.metric} {decimals(mean)}  {least}{sent}{spent}"

@@ -3,9 +3,9 @@
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,14 +35,15 @@ def run(
 ) -> None:
     """Run a study and write its report.
 
-    SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the current round, and --resume continues from there; a
-    second signal ends it at once. Exit codes: 0 finished, 130 or 143 ended by a signal, 3 by `polyclinic stop`.
+    SIGINT (Ctrl-C), SIGTERM and `polyclinic stop` end it after the current round, and --resume continues from there,
+    unless the data have changed since the run began. A second signal ends it at once. Exit codes: 0 finished, 130 or
+    143 ended by a signal, 3 by `polyclinic stop`.
 
     Args:
         study: The study file; `polyclinic new` writes one.
         set_: Change one value, such as `--set training.lr=0.01`. May be given several times.
         resume: Continue an earlier run of the same study. The result is bit-identical to an uninterrupted run.
-        fresh: Delete an earlier run of the same study and start again.
+        fresh: Delete an earlier run of the same study and start again, once the study and its data are checked.
         out: Folder of the run folders.
         workers: Number of sites that are computed at once; the number of cores by default.
     """
@@ -63,6 +64,7 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """Run every study of a file, compare them if there are several, and return a summary of each."""
     from polyclinic.studies.config.preflight import preflight
+    from polyclinic.studies.run.run_directory import held
 
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: give a positive number")
@@ -70,37 +72,34 @@ def run_all(
     default = ["run", str(file), *(["--out", str(out)] if out != Path("runs") else [])]
     again = resume_command(default + (["--workers", str(workers)] if workers is not None else []))
     summaries = []
-    for scenario in scenarios:
-        if scenario.name:
-            progress.print(f"\n[bold]── {escape(scenario.name)} ──[/bold]")
-        for note in scenario.notes:
-            progress.print(f"  [yellow]·[/yellow] {escape(note)}", soft_wrap=True)
-        summaries.append(_one(scenario, scenario.folder(out), resume, fresh, workers, again))
-    if scenarios[0].name:
-        _compare(out / scenarios[0].study.name, {s.name: s.folder(out) for s in scenarios})
+    with ExitStack() as stack:  # every folder is locked until the last report is written
+        folders = [stack.enter_context(held(scenario.folder(out))) for scenario in scenarios]
+        for scenario, folder in zip(scenarios, folders, strict=True):
+            if scenario.name:
+                progress.print(f"\n[bold]── {escape(scenario.name)} ──[/bold]")
+            for note in scenario.notes:
+                progress.print(f"  [yellow]·[/yellow] {escape(note)}", soft_wrap=True)
+            summaries.append(_one(scenario, folder, resume, fresh, workers, again))
+        if scenarios[0].name:
+            _compare(out / scenarios[0].study.name, {s.name: s.folder(out) for s in scenarios})
     return summaries
 
 
-def _one(scenario: Any, folder: Path, resume: bool, fresh: bool, workers: int | None, again: str) -> dict[str, Any]:
-    """Run one study, write its report and return a summary of both."""
+def _one(scenario: Any, held: Any, resume: bool, fresh: bool, workers: int | None, again: str) -> dict[str, Any]:
+    """Run one study in a folder that is locked, write its report and return a summary of both."""
     from polyclinic.cli.progress import Display
-    from polyclinic.studies.run.run_directory import RunHeld, Stopped, holder
+    from polyclinic.studies.run.run_directory import Stopped
     from polyclinic.studies.run.scheduler import run as run_study
 
-    study = scenario.study
+    study, folder = scenario.study, held.path
     if workers is not None:
         study = study.model_copy(update={"engine": study.engine.model_copy(update={"workers": workers})})
-    exists = (folder / "run.json").exists()
-    if pid := holder(folder):
-        raise RunHeld(f"{folder}: process {pid} works on this run. Wait for it, or stop it: polyclinic stop {folder}")
-    if fresh and exists:
-        shutil.rmtree(folder)
     tested: list[dict[str, Any]] = []
     log.info("%s: run begins", folder)
-    with stopping(folder, progress) as signals:
+    with stopping(held, progress) as signals:
         try:
             with Display(progress, study) as display:
-                for event in run_study(study, scenario.text, folder, resume):
+                for event in run_study(study, scenario.text, folder, resume, fresh, held):
                     display.show(event)
                     log.info("%s %s seed %s round %s", event.what, event.label, event.seed, event.round)
                     if event.what == "tested":
@@ -140,8 +139,8 @@ def _show_summary(methods: Sequence[dict[str, Any]], metric: str) -> None:
         line(f"\n  {metric} on test patients, mean over training sites (95 % confidence interval)")
     width = max((len(m["method"]) for m in methods), default=0)
     for m in methods:
-        interval = "" if m["low"] is None else f" ({m['low']:.3f} to {m['high']:.3f})"
-        worst = "" if m["worst"] is None else f"  worst site {m['worst_site']} {m['worst']:.3f}"
+        interval = "" if m["low"] is None else f" ({number(m['low'])} to {number(m['high'])})"
+        worst = "" if m["worst"] is None else f"  worst site {m['worst_site']} {number(m['worst'])}"
         line(f"    {m['method']:<{width}}  {number(m['mean'])}{interval}{worst}")
 
 

@@ -15,8 +15,9 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,6 +75,37 @@ def write_json(path: Path, value: Any, *, private: bool = False, durable: bool =
     write(path, json.dumps(value, indent=1) + "\n", private=private, durable=durable)
 
 
+def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write several files under ``folder``: all of them are written completely before the first one takes its place.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
+        contents: The content of each file by its path relative to ``folder``.
+
+    Raises:
+        OSError: If a file cannot be written, for example because the disk is full. No file is then changed, and no
+            folder is left that did not exist.
+    """
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    parts = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"
+    try:
+        for name, content in contents.items():
+            (parts / name).parent.mkdir(parents=True, exist_ok=True)
+            write(parts / name, content)
+        for name in contents:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(parts / name, folder / name)
+    except BaseException:
+        shutil.rmtree(parts, ignore_errors=True)
+        for place in created:
+            with suppress(OSError):
+                place.rmdir()
+        raise
+    shutil.rmtree(parts, ignore_errors=True)
+    for place in sorted({(folder / name).parent for name in contents}):
+        sync_folder(place)
+
+
 def sync_folder(folder: Path) -> None:
     """Force the entries of ``folder``, new names and removed names, to disk if its file system supports it."""
     try:
@@ -90,4 +122,7 @@ def sync_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of killed processes in ``folder``, in which no other process may be writing."""
     for part in folder.glob(f"{PREFIX}*{SUFFIX}"):
-        part.unlink(missing_ok=True)
+        if part.is_dir() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)

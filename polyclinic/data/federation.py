@@ -25,7 +25,7 @@ from polyclinic.data.splits import (
 )
 from polyclinic.data.summary import RoleSummary, SiteSummary, summarize
 
-__all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate"]
+__all__ = ["DataError", "DataSpec", "Federated", "RoleSummary", "SiteSummary", "federate", "fingerprint_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,7 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     full = source.table()
     if not len(full):
         raise DataError(f"{source.info.name} has no examples")
+    _require_site_column(spec, full, source)
     notes: list[str] = []
     table, titles = _at_sites(full, spec, seed, notes)
     named = Named.of(spec, titles)
@@ -116,18 +117,38 @@ def federate(spec: DataSpec, seed: int = 0, fold: Fold | None = None, source: So
     badges = [spec.partition.badge] if spec.partition else []
     badges += [badge(spec.scanners)] if spec.scanners else []
     badges += [source.info.simulated] if source.info.simulated else []
-    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
     return Federated(
         sites,
         named.external,
         info,
         " ".join(badges) or None,
-        digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else [])),
+        fingerprint_of(spec, seed, fold, source),
         rows,
         copies,
         (*source.info.notes, *notes, *more),
         public,
     )
+
+
+def fingerprint_of(spec: DataSpec, seed: int, fold: Fold | None, source: Source) -> str:
+    """Return the ``fingerprint`` of what ``federate`` returns for these arguments, without decoding data."""
+    common = spec.model_dump(mode="json", include=set(DataSpec.model_fields) - {"use", "path", "kind", "plan"})
+    return digest("federated", 1, source.fingerprint, sorted(common.items()), seed, *([vars(fold)] if fold else []))
+
+
+def _require_site_column(spec: DataSpec, table: Table, source: Source) -> None:
+    """Require that the column that ``spec.sites`` names is known, if the source has the key ``site`` for it.
+
+    Raises:
+        DataError: If it is not known. The message suggests the key.
+    """
+    known = {name.casefold() for name in ("natural", *table.columns)}
+    if isinstance(spec.sites, str) and spec.sites.casefold() not in known and hasattr(source, "site"):
+        raise DataError(
+            f'sites = "{spec.sites}": there is no such column among those that can name sites '
+            f"({', '.join(table.columns) or 'none'}). If the file has it, name it with the key site = "
+            f'"{spec.sites}", and leave sites out'
+        )
 
 
 def _at_sites(table: Table, spec: DataSpec, seed: int, notes: list[str]) -> tuple[Table, dict[str, str]]:

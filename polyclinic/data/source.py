@@ -133,6 +133,9 @@ class FittedSource(Protocol):
             external: The sites that are excluded from statistics of the federation.
         """
 
+    def texts(self, ids: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the input and the target of each named row as text, independent of other rows."""
+
 
 def digest(*parts: Any) -> str:
     """Return a hash of ``parts`` (bytes directly, everything else by its ``repr``) as 32 hexadecimal digits."""

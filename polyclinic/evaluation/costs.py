@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.evaluation.site_scores import mean_over_sites
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,14 @@ class Target:
 def learning_curve(run: Run, label: str, metric: str, site: str | None = None) -> Curve:
     """Return a method's validation curve over the training sites or at ``site``, averaged over seeds and folds."""
     training = {s.name for s in run.info.sites if s.role == "training"}
-    by_round: dict[int, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_round: dict[int, dict[tuple[int, int], dict[str, float | None]]] = defaultdict(lambda: defaultdict(dict))
     for s in run.curves:
-        value = s.metrics.get(metric)
         here = s.site == site if site is not None else s.site in training
-        if s.method == label and s.role == "val" and here and value is not None:
-            by_round[s.round][s.seed, s.fold].append(value)
-    rounds = sorted(by_round)
-    values = [float(np.mean([np.mean(v) for v in by_round[r].values()])) for r in rounds]
-    return Curve(tuple(rounds), tuple(values))
+        if s.method == label and s.role == "val" and here:
+            by_round[s.round][s.seed, s.fold][s.site] = s.metrics.get(metric)
+    means = {r: [m for v in arms.values() if (m := mean_over_sites(v)) is not None] for r, arms in by_round.items()}
+    rounds = sorted(r for r, found in means.items() if found)
+    return Curve(tuple(rounds), tuple(float(np.mean(means[r])) for r in rounds))
 
 
 def target_of(run: Run, metric: str, higher_is_better: bool) -> Target | None:

@@ -18,6 +18,7 @@ from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
+from polyclinic.evaluation.site_scores import worst_site
 from polyclinic.statistics.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.statistics.paired_tests import Difference, Ranking
 from polyclinic.statistics.undefined import Undefined
@@ -190,11 +191,7 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
     away = [s for s in external if s in sites]
     beyond = {k: data.estimate(info.label, away, m, k == metric.name) for k, m in table.items()} if away else {}
     values = {s: e[metric.name].value for s, e in sites.items() if s in own}
-    known = {s: v for s, v in values.items() if v is not None}
-    worst = None
-    if known:
-        pick = min if metric.higher_is_better is not False else max
-        worst = pick(known.items(), key=lambda item: item[1])
+    known = [v for v in values.values() if v is not None]
     by_seed = [v for v in data.macro(info.label, own, metric)[:, 0] if np.isfinite(v)] if own else []
     return MethodResult(
         info.label,
@@ -204,8 +201,8 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
         pooled,
         data.macro_estimate(info.label, own, metric),
         beyond,
-        worst,
-        float(np.std(list(known.values()), ddof=1)) if len(known) > 1 else None,
+        worst_site(values, metric.higher_is_better is not False),
+        float(np.std(known, ddof=1)) if len(known) > 1 else None,
         _random(sites, own, metric, options.level),
         float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
         validation_mean(run, info.label, metric.name),

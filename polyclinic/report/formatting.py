@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.site_scores import decimals
 from polyclinic.report.page_blocks import Cell
 from polyclinic.statistics.intervals import Estimate
 from polyclinic.statistics.paired_tests import BETTER, UNDECIDED, WORSE, Difference
@@ -25,7 +26,7 @@ def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     """Format as ``0.744``, ``−0.020``, or ``+0.031`` if signed."""
     if value is None:
         return NONE
-    text = f"{abs(value):.{digits}f}"
+    text = decimals(abs(value), digits)
     minus = value < 0 and float(text) != 0
     return ("−" if minus else "+" if signed and float(text) != 0 else "") + text
 

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from polyclinic.core import atomic
+from polyclinic.errors import RunError
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.report.context import ReportContext
@@ -30,6 +31,10 @@ from polyclinic.report.sections.test_results import methods_section, sites_secti
 HERE = Path(__file__).parent
 
 
+class ReportNotWritten(RunError):
+    """A report whose files cannot be written. The message gives the reason and what to do."""
+
+
 def build_report(run_dir: str | Path, out: str | Path | None = None, options: Options = Options()) -> Path:
     """Write the report of a run, finished or not.
 
@@ -44,6 +49,8 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
 
     Raises:
         NotARun: If the folder is not a run or contains damaged files; then nothing is written.
+        ReportNotWritten: If the files cannot be written, for example because the disk is full; an earlier report is
+            then unchanged.
         ConfigError: If matplotlib is not installed.
     """
     run = read_run(run_dir)
@@ -56,9 +63,13 @@ def build_report(run_dir: str | Path, out: str | Path | None = None, options: Op
         **{f"tables/{t.name}.csv": t.csv() for s in sections for t in tables_of(s.blocks)},
     }
     folder = Path(out) if out is not None else run.path / "report"
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        atomic.write(folder / name, text)
+    try:
+        atomic.write_all(folder, files)
+    except OSError as error:
+        raise ReportNotWritten(
+            f"{folder}: the report was not written: {error.strerror}. The results of the run are saved. Correct this, "
+            f"for example free some disk space, and write the report with: polyclinic report {run.path}"
+        ) from error
     return folder / "report.html"
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -173,6 +174,23 @@ def test_output_in_other_encodings(encoding: str) -> None:
     assert done.returncode == 0, done.stderr
     assert b"fedprox" in done.stdout
     done.stdout.decode(encoding)
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_is_ascii_writes_its_report(tmp_path: Path) -> None:
+    npz(tmp_path)
+    text = study(tmp_path).split("[[methods]]")[0] + '[[methods]]\nname = "fedavg"\n'
+    (tmp_path / "s.toml").write_text(re.sub("rounds = .*", "rounds = 1", text))
+    done = subprocess.run(
+        [sys.executable, "-m", "polyclinic", "run", "s.toml", "--set", "seeds=[0]"],
+        capture_output=True,
+        cwd=tmp_path,
+        timeout=600,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "LANG": "C", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"  ok fedavg" in done.stdout
+    assert len(list(tmp_path.rglob("report.html"))) == 1
 
 
 def test_a_reader_that_closes_the_pipe() -> None:

@@ -236,3 +236,37 @@ def test_only_temporary_files_are_left_over(tmp_path: Path) -> None:
         path.touch()
     atomic.remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(keep)
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_several_files_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool) -> None:
+    folder, files = tmp_path / "a" / "b", {"one": "1", "more/two": b"2", "three": "3"}
+    if existed:
+        folder.mkdir(parents=True)
+        (folder / "one").write_text("old")
+    real = atomic.write
+
+    def write(path: Path, content: str | bytes) -> None:
+        if path.name == "three":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, content)
+
+    monkeypatch.setattr(atomic, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_all(folder, files)
+    left = {str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*") if f.is_file()}
+    assert left == ({"a/b/one": "old"} if existed else {})
+    assert (tmp_path / "a").exists() == existed
+    monkeypatch.setattr(atomic, "write", real)
+    atomic.write_all(folder, files)
+    left = {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+    assert left == {"one": "1", "more/two": "2", "three": "3"}
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_leftover_folders_are_deleted(tmp_path: Path) -> None:
+    left = tmp_path / f"{atomic.PREFIX}x{atomic.SUFFIX}"
+    left.mkdir()
+    (left / "file").touch()
+    atomic.remove_leftovers(tmp_path)
+    assert not left.exists()

@@ -1,7 +1,9 @@
 """The report page: its content, that it is one self-contained file, and unfinished and damaged runs."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from polyclinic.core import atomic
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.records.run_reader import NotARun, read_run
 from polyclinic.evaluation.run_comparison import NotComparable, compare, panel
@@ -21,6 +24,7 @@ from polyclinic.evaluation.run_evaluation import Options, evaluate
 from polyclinic.learning.training.dp_sgd import Spend
 from polyclinic.privacy.guarantee import guarantee
 from polyclinic.report import build_report
+from polyclinic.report.report_builder import ReportNotWritten
 from tests.support.synthetic_run import METHODS, SITES, write_run
 
 FEW = Options(draws=200)
@@ -546,3 +550,22 @@ def test_examples_of_the_pages_run(name: str, tmp_path: Path, monkeypatch: pytes
     assert blocks
     for block in blocks:
         exec(compile(block, name, "exec"), {})
+
+
+def test_a_full_disk_leaves_the_earlier_report_and_says_what_to_do(tmp_path, monkeypatch) -> None:
+    path = write_run(tmp_path / "run")
+    (path / "report").mkdir()
+    (path / "report" / "report.html").write_text("earlier")
+    real, written = atomic.write, []
+
+    def write(file, content, **options) -> None:
+        written.append(file)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        real(file, content, **options)
+
+    monkeypatch.setattr(atomic, "write", write)
+    with pytest.raises(ReportNotWritten, match=f"No space left on device.*: polyclinic report {path}$"):
+        build_report(path, options=Options(draws=20))
+    assert [f.name for f in (path / "report").iterdir()] == ["report.html"]
+    assert (path / "report" / "report.html").read_text() == "earlier"

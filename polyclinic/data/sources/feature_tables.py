@@ -162,13 +162,25 @@ class FeatureTable:
             for site, seen in used.items()
         }
 
+    def texts(self, ids: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the features and the label of each named row as text, independent of other rows."""
+
+        def text(column: str, row: int) -> str:
+            word = self._raw[column][row]
+            return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
+
+        rows = [self._kept[i] for i in self._rows(ids)]
+        return [(repr([text(c, row) for c in self._features]), text(self.label, row)) for row in rows]
+
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
-        table = self.table()
-        where = {name: i for i, name in enumerate(table.ids)}
-        rows = [where[name] for name in ids]
+        table, rows = self.table(), self._rows(ids)
         assert table.labels is not None
         x = torch.from_numpy(inputs[rows].astype(np.float32))
         return Examples(x, torch.from_numpy(table.labels[rows]), tuple(table.patients[i] for i in rows), tuple(ids))
+
+    def _rows(self, ids: Sequence[str]) -> list[int]:
+        where = {name: i for i, name in enumerate(self.table().ids)}
+        return [where[name] for name in ids]
 
     @cached_property
     def _raw(self) -> dict[str, list[str]]:
@@ -278,7 +290,8 @@ class FeatureTable:
         if not is_number(word):
             raise DataError(
                 f"{Path(self.path).name}: row {row + 2} has {word!r} in {column}, which is not a number: list it in "
-                "categories or leave_out, or add the word to missing"
+                f'categories or leave_out, name what it identifies with patient = "{column}" or site = "{column}", or '
+                "add the word to missing"
             )
         return float(word)
 

@@ -73,7 +73,7 @@ def read_predictions(
         bad += [f"{file}: {text}" for text in _faults(site, parts, task, metric)]
         problems.extend(bad)
         if not bad and len(parts["patient"]):
-            read[site] = _predictions_of(parts, task)
+            read[site] = predictions_of(parts, task)
     return read
 
 
@@ -108,7 +108,8 @@ def _score_faults(site: str, score: NDArray[Any], target: NDArray[Any], task: st
     return []
 
 
-def _predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions:
+def predictions_of(parts: Mapping[str, NDArray[Any]], task: str) -> Predictions:
+    """Return the predictions in the arrays of one site, by their names in the file."""
     patient = np.asarray(parts["patient"], np.int64)
     if task in PER_CASE_TASKS:
         cases = {k: np.asarray(v, np.float64).reshape(len(patient), -1) for k, v in parts.items() if k != "patient"}

@@ -164,7 +164,7 @@ def read_run(folder: str | Path) -> Run:
         NotARun: If it is not a run folder, or a file is damaged. All problems are listed.
     """
     path = Path(folder)
-    info = _read_info(path)
+    info = read_info(path)
     problems: list[str] = []
     missing: list[str] = []
     names = arm_names(info)
@@ -208,7 +208,12 @@ def _whole_arms(
     return arms
 
 
-def _read_info(path: Path) -> RunInfo:
+def read_info(path: Path) -> RunInfo:
+    """Read the description ``run.json`` of the run in the folder at ``path``.
+
+    Raises:
+        NotARun: If there is none, or it is damaged.
+    """
     file = path / "run.json"
     if not path.is_dir():
         raise NotARun(f"{path}: no such folder. Give the folder of a run, such as runs/<name>-<hash>.")

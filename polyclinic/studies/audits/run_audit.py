@@ -11,15 +11,13 @@ import torch
 from polyclinic.attacks import canary, inversion
 from polyclinic.core import atomic
 from polyclinic.core.site import Site
-from polyclinic.data.federation import federate
-from polyclinic.data.splits import Fold
 from polyclinic.evaluation.records.record_schema import Privacy, arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.model_tree import load
 from polyclinic.studies.audits.audit_file import Audit, Inverted, Leak
 from polyclinic.studies.audits.audit_membership import Target, audit_membership
 from polyclinic.studies.audits.audit_privacy import NotAudited, Progress, audit_training
-from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run.data_identity import read_again
 from polyclinic.studies.run.run_directory import read_plan, read_tensors
 
 __all__ = ["Audit", "NotAudited", "audit_run"]
@@ -63,7 +61,8 @@ def audit_run(
 
     Raises:
         NotARun: If the folder is not a run.
-        NotAudited: If the method run has no model, or the data are not those it was trained on.
+        NotAudited: If the method run has no model.
+        DataChanged: If the data are not those that the run began with, so that its members are not known.
     """
     run = read_run(run_dir)
     label = label or _last_shared(run)
@@ -93,11 +92,7 @@ def _target(run: Run, label: str, seed: int) -> Target:
             else (f"there is no method {label!r} with seed {seed}. Methods: {methods}. Seeds: {seeds}")
         )
         raise NotAudited(f"{run.path}: {why}")
-    study = parse((run.path / "study.toml").read_text(encoding="utf-8"), run.path / "study.toml")
-    fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
-    data = federate(study.data, seed, fold)
-    if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
-        raise NotAudited(f"{run.path}: the data have changed since the run, so who was trained on is not known")
+    study, _, data = read_again(run, seed)
     plan = read_plan(file)
     with safe_open(file, "pt") as opened:
         taken = int((opened.metadata() or {}).get("round", study.rounds))

@@ -6,6 +6,7 @@ safetensors, since nothing is pickled. Its network is built from the plan, as da
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from torch import nn
 from polyclinic import __version__
 from polyclinic.core import atomic
 from polyclinic.engines.plan import Plan
-from polyclinic.errors import MissingDependency, RunError
+from polyclinic.errors import MissingDependency, PolyclinicError, RunError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
 from polyclinic.learning.networks.model_tree import load
+from polyclinic.studies.config.study_config import parse
+from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.run_directory import read_plan, read_tensors, write_tensors
 
+log = logging.getLogger(__name__)
 FORMATS = ("safetensors", "onnx", "pt2", "bundle")
 
 
@@ -30,7 +34,7 @@ class NotExported(RunError, ValueError):
 
 
 def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", seed: int | None = None) -> Path:
-    """Write the model of one method run.
+    """Write the model of one method run. A warning is logged if the run's data have changed or cannot be read.
 
     Args:
         run_dir: The run folder.
@@ -54,6 +58,7 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
     file = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None) / "model.safetensors"
     if not file.is_file():
         raise NotExported(f"{file}: no such model; the method run is not finished, or the run has no method {label!r}")
+    _warn_of_other_data(run)
     plan, params = read_plan(file), read_tensors(file)
     model = load(network(json.loads(plan.to_json())), params).eval()
     example = torch.zeros(2, *plan.inputs)
@@ -74,6 +79,19 @@ def network(plan: Mapping[str, Any]) -> nn.Module:
     built = Plan.from_json(json.dumps(dict(plan)))
     module: nn.Module = (built.build_method().prediction_task or built.build_task()).model()
     return module
+
+
+def _warn_of_other_data(run: Run) -> None:
+    """Log a warning if the data at their place are not those that the model was trained on."""
+    if not (run.path / data_identity.FILE).is_file():
+        return  # a run between hospitals, whose data are not here
+    try:
+        study = parse(run.study, run.path / "study.toml")
+        data_identity.require_same_data(run, study, study.data.source())
+    except data_identity.DataChanged as error:
+        log.warning("%s\nThe exported model was trained on the earlier data", error)
+    except PolyclinicError as error:
+        log.warning("%s: its data cannot be compared with those it was trained on: %s", run.path, error)
 
 
 def _headline(run: Run) -> str:

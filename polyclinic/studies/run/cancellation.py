@@ -4,11 +4,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from polyclinic.studies.run.run_directory import Folder
 
 STOPPED = 3
 """The exit code of a run that ``polyclinic stop`` ended; one that a signal ended has 128 and the signal's number."""
@@ -27,20 +29,22 @@ class Signals:
 
 
 @contextmanager
-def stopping(folder: Path, console: Console) -> Iterator[Signals]:
+def stopping(folder: "Folder", console: Console) -> Iterator[Signals]:
     """Make SIGINT and SIGTERM stop the run in ``folder`` between two rounds, also in the background.
+
+    While the run has not begun, for example while its data are read, a signal stops it at once.
 
     A shell starts background commands with SIGINT ignored, which Python keeps; here the signal is handled.
     """
-    from polyclinic.studies.run.run_directory import STOP, holder
+    from polyclinic.studies.run.run_directory import STOP
 
     signals = Signals()
 
     def stop(number: int, frame: FrameType | None) -> None:
         again, signals.last = bool(signals.last), number
-        if again or not holder(folder):  # nothing runs yet, or this is the second signal
+        if again or not folder.running:
             raise KeyboardInterrupt
-        (folder / STOP).touch()
+        (folder.path / STOP).touch()
         print("\nstopping after the current round; a second signal stops at once", file=sys.stderr, flush=True)
 
     before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

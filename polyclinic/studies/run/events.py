@@ -22,6 +22,7 @@ class Event:
         round: Number of complete rounds.
         rounds: Number of all rounds.
         scores: The primary metric by site: on validation data after a round, on test data at the end.
+        external: The sites in ``scores`` that do not train, which the mean over sites leaves out.
         bytes: Bytes that all sites sent and received in the round.
         lost: Sites without a usable reply in the round, each with the reason.
         notes: Sentences for the reader.
@@ -36,6 +37,7 @@ class Event:
     round: int = 0
     rounds: int = 0
     scores: Mapping[str, float] = field(default_factory=dict)
+    external: tuple[str, ...] = ()
     bytes: int = 0
     lost: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

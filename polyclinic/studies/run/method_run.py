@@ -6,7 +6,7 @@ the model of the best round, and every use is recorded in the journal.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.evaluation.site_scores import scores_on_test
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
 from polyclinic.privacy.budget_policy import SCORES, Budget
@@ -206,18 +207,21 @@ class MethodRun:
         best: Checkpoint = states.load(self.path / "best.safetensors") if end.best_round else end
         engine.memory.update(best.memory)
         opened = self.folder.note("test opened", self.job.who | {"round": best.round})
-        predictions = evaluate(self.method, engine, best.state, self.tested, "predict/test")
+        answers = evaluate(self.method, engine, best.state, self.tested, "predict/test")
+        predictions = {site: {**outputs, **self._numbered(site, "test")} for site, outputs in answers.items()}
         scores: dict[str, float] = {}
         for site, outputs in predictions.items():
-            metrics = self.method.task.summary(outputs)
+            loss = self.method.task.summary(outputs).get("loss")
+            arrays = {name: leaf.numpy() for name, leaf in outputs.items()}
+            metrics = scores_on_test(arrays, self.study.task.kind, len(self.data.info.classes) or 2)
+            metrics |= {} if loss is None else {"loss": loss}
             self._record("test", round=best.round, site=site, metrics=metrics, n=len(outputs["patient"]))
             if self.study.metric in metrics:
                 scores[site] = metrics[self.study.metric]
         known = evaluate(self.method, engine, best.state, self.judged, "predict/val")  # thresholds are chosen there
-        for name, answers in (("predictions", predictions), ("validation", known)):
-            role = "test" if name == "predictions" else "val"
-            answers = {site: {**outputs, **self._numbered(site, role)} for site, outputs in answers.items()}
-            leaves = {f"{site}/{key}": leaf for site, outputs in answers.items() for key, leaf in outputs.items()}
+        known = {site: {**outputs, **self._numbered(site, "val")} for site, outputs in known.items()}
+        for name, found in (("predictions", predictions), ("validation", known)):
+            leaves = {f"{site}/{key}": leaf for site, outputs in found.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
         model: Tree = self.method.site_model(self.method.evaluation_request(best.state), {})
@@ -289,7 +293,15 @@ class MethodRun:
         epsilon: float | None = None,
         protects: str = "",
     ) -> Event:
-        told = {"scores": scores or {}, "bytes": moved, "lost": lost or {}, "epsilon": epsilon, "protects": protects}
+        scores = scores or {}
+        told = {
+            "scores": scores,
+            "external": external_in(scores, self.study, self.data),
+            "bytes": moved,
+            "lost": lost or {},
+            "epsilon": epsilon,
+            "protects": protects,
+        }
         return self.job.event(what, round=done, rounds=self.study.rounds, **told)
 
 
@@ -298,6 +310,11 @@ def _tested(judged: Sequence[str], external: Sequence[str], fold: Fold | None) -
     if fold is None or (fold.by == "patients" and fold.index == 0):
         return tuple(judged)
     return tuple(site for site in judged if (site in external) == (fold.by == "sites"))
+
+
+def external_in(scores: Iterable[str], study: Study, data: Federated) -> tuple[str, ...]:
+    """Return those of the sites that do not train. If each site is left out in turn, all of them train."""
+    return () if study.folds == "sites" else tuple(site for site in scores if site in data.external)
 
 
 def _now(engine: Any) -> float:

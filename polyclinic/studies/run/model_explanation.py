@@ -13,14 +13,12 @@ from typing import Any
 from polyclinic.core import serialization as states
 from polyclinic.core.execution import Policy
 from polyclinic.core.site import Site
-from polyclinic.data.federation import federate
-from polyclinic.data.splits import Fold
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import RunError
 from polyclinic.evaluation.records.record_schema import arm_name
 from polyclinic.evaluation.records.run_reader import Run, read_run
-from polyclinic.studies.config.study_config import parse
 from polyclinic.studies.records.saliency_maps import FILE
+from polyclinic.studies.run.data_identity import read_again
 from polyclinic.studies.run.run_directory import read_plan, write_tensors
 
 JOB = "explain/val"
@@ -46,19 +44,15 @@ def explain(
 
     Raises:
         NotARun: If the folder is not a run.
-        NotExplained: If the method run is not finished, the data have changed, or no site sent a map.
+        DataChanged: If the data are not those that the run began with.
+        NotExplained: If the method run is not finished, or no site sent a map.
     """
     run = read_run(run_dir)
     label, seed = label or _headline(run), run.info.seeds[0] if seed is None else seed
     folder = run.path / "arms" / arm_name(label, seed, 0 if run.info.folds else None)
     if not (folder / "model.safetensors").is_file():
         raise NotExplained(f"{folder}: no model; the method run is not finished, or the run has no method {label!r}")
-    study = parse(run.study, run.path / "study.toml")
-    fold = Fold(0, run.info.folds, run.info.folds_by or "patients") if run.info.folds else None
-    source = study.data.source()
-    data = federate(study.data, seed, fold, source)
-    if seed == run.info.seeds[0] and data.fingerprint != run.info.data.fingerprint:
-        raise NotExplained(f"{run.path}: the data have changed since the run, so its model cannot be explained on them")
+    _, source, data = read_again(run, seed)
     plan = read_plan(folder / "model.safetensors")
     method = plan.build_method()
     kept = states.load(folder / "best.safetensors")

@@ -10,7 +10,8 @@ runs/<name>-<hash8>/
                        model.safetensors        the tested model;  predictions.safetensors   its predictions
                        search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
                        records.jsonl            records of the method run, until the run ends and joins them
-  .lock           held by the process of the run     stop   makes it stop after the current round
+  data.safetensors   hashes of the data's examples      stop   makes it stop after the current round
+  .lock           held by the process of the run
 ```
 With folds, the folder of a method run is ``<label>-seed<s>-fold<f>``.
 """
@@ -19,10 +20,12 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -112,45 +115,70 @@ class Folder:
         Raises:
             RunHeld: If another process holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = open(self.path / LOCK, "a+", encoding="ascii")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise RunHeld(
-                f"{self.path}: process {holder(self.path) or '(just ended)'} works on this run. Wait for it, or stop "
-                f"it: polyclinic stop {self.path}"
-            ) from None
-        except OSError as error:  # a file system without locks
-            log.warning("%s: the file system has no locks: do not start a second process (%s)", self.path, error)
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / LOCK, "a+", encoding="ascii")  # noqa: SIM115
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise RunHeld(
+                    f"{self.path}: process {holder(self.path) or '(just ended)'} works on this run. Wait for it, or "
+                    f"stop it: polyclinic stop {self.path}"
+                ) from None
+            except OSError as error:  # a file system without locks
+                log.warning("%s: the file system has no locks: do not start a second process (%s)", self.path, error)
+            if _is_at(lock, self.path / LOCK):
+                break
+            lock.close()  # the process that held it deleted the folder
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         self._lock = lock
         (self.path / STOP).unlink(missing_ok=True)
-        for folder in (self.path, *self.path.glob("arms/*")):
+        for folder in (self.path, self.path / "report", *self.path.glob("arms/*")):
             atomic.remove_leftovers(folder)
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has locked the folder through this object."""
+        return self._lock is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether the run in the folder has begun or resumed, and not ended."""
+        return self._journal is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder contains a run."""
+        return (self.path / "run.json").exists()
+
+    def clear(self) -> None:
+        """Delete everything except the lock."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+
     def begin(self, study: str, info: Mapping[str, Any], resume: bool) -> None:
-        """Create the folder, or continue with the existing one.
+        """Write the description of the run, or continue with the existing run.
 
         Raises:
             RunExists: If the folder contains a run and ``resume`` is not set.
             RunHeld: If another process works on it.
         """
-        if self._lock is None:
+        if not self.held:
             self.hold()
-        if (self.path / "run.json").exists():
-            if not resume:
-                raise RunExists(
-                    f"{self.path} already contains this study: --resume continues it, --fresh starts again, "
-                    f"and `polyclinic report {self.path}` shows it"
-                )
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
+        if not self.begun:
             atomic.write(self.path / "study.toml", study)
             atomic.write_json(self.path / "run.json", dict(info))
+        elif not resume:
+            raise RunExists(
+                f"{self.path} already contains this study: --resume continues it, --fresh starts again, "
+                f"and `polyclinic report {self.path}` shows it"
+            )
         journal = self._journal = Journal(self.path / "journal.jsonl")
         for entry in verify(journal.path):
             self._notes[_identity(entry)] += 1
@@ -171,15 +199,45 @@ class Folder:
         for part in parts:
             part.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Close the journal and unlock the folder."""
+    def close_journal(self) -> None:
+        """Close the journal. The folder remains locked."""
         if self._journal is not None:
             self._journal.close()
+            self._journal = None
+
+    def close(self) -> None:
+        """Close the journal and unlock the folder. A folder without a run is deleted if nothing else is in it."""
+        self.close_journal()
         if self._lock is not None:
             (self.path / STOP).unlink(missing_ok=True)
+            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                shutil.rmtree(self.path, ignore_errors=True)
             self._lock.truncate(0)
             self._lock.close()
             self._lock = None
+
+
+@contextmanager
+def held(path: Path) -> Iterator[Folder]:
+    """Lock the run folder at ``path`` for this process within the context.
+
+    Raises:
+        RunHeld: If another process holds it.
+    """
+    folder = Folder(path)
+    folder.hold()
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Return whether the open ``file`` is the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def holder(path: Path) -> int:

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,66 @@ from polyclinic.core import atomic
 from polyclinic.core import serialization as states
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.splits import Fold
+from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.studies.config import search_space, simulation_schema
 from polyclinic.studies.config.study_config import Study, with_values
 from polyclinic.studies.records.checkpoint import Checkpoint
 from polyclinic.studies.records.run_description import described, information
+from polyclinic.studies.run import data_identity
 from polyclinic.studies.run.events import Event, Job, cores
-from polyclinic.studies.run.method_run import MethodRun
+from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
-from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped
+from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped, held
 
 
-def run(study: Study, text: str, path: Path, resume: bool = False) -> Iterator[Event]:
-    """Resolve ``study`` and run it in the folder at ``path``; ``text`` is its file, which is copied there.
+def run(
+    study: Study, text: str, path: Path, resume: bool = False, fresh: bool = False, folder: Folder | None = None
+) -> Iterator[Event]:
+    """Resolve ``study`` and run it in the folder at ``path``, which is locked for this process until the end.
+
+    Args:
+        study: The study.
+        text: Its file, which is copied to the folder.
+        path: The run folder.
+        resume: Continue the run in the folder, if there is one.
+        fresh: Delete the run in the folder, if there is one and this study can run.
+        folder: The run folder, if the caller has locked it. It remains locked.
 
     Raises:
         BadStudy: If methods cannot be built with these settings and data. Nothing was run.
         DataError: If the data cannot be read or used. Nothing was run.
-        RunExists: If the folder contains a run and ``resume`` is not set.
+        DataChanged: If the data are not those that the run to continue began with.
+        RunExists: If the folder contains a run, and neither ``resume`` nor ``fresh`` is set.
         RunHeld: If another process works on the run.
         Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
         NotChosen: If what a search chose was changed after training had begun with it.
     """
-    yield from run_resolved(resolve(study, text), path, resume)
+    with nullcontext(folder) if folder is not None else held(path) as own:
+        yield from _run_in(own, resolve(study, text), resume, fresh)
 
 
 def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> Iterator[Event]:
     """Run a resolved study. The arguments and errors are those of ``run``."""
+    with held(path) as folder:
+        yield from _run_in(folder, resolved, resume)
+
+
+def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool = False) -> Iterator[Event]:
+    path = folder.path
     study, splits, first = resolved.study, resolved.splits, resolved.splits[0]
     work = _Work(resolved, study, path, (study.seeds[0], resolved.jobs[0].fold, first))
     network = inspect(resolved.task.model())
     parameters = sum(leaf.numel() for leaf in resolved.task.first(0).values())
-    folder = Folder(path)
+    if fresh:
+        folder.clear()
     try:
+        if folder.begun and resume:
+            data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
+        elif not folder.begun:
+            data_identity.write_identity(path, first, resolved.source)
         folder.begin(resolved.text, information(study, splits, parameters), resume)
         write_groups(path, resolved.source.table(), resolved.numbers)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
@@ -60,7 +86,9 @@ def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> I
         jobs = [job for job in resolved.jobs if job.name not in done]
         for job in resolved.jobs:
             if job.name in done:
-                yield job.event("tested", round=study.rounds, rounds=study.rounds, scores=done[job.name])
+                scores = done[job.name]
+                told = {"scores": scores, "external": external_in(scores, study, first)}
+                yield job.event("tested", round=study.rounds, rounds=study.rounds, **told)
         workers = study.engine.workers or cores()
         if jobs and possible() and any(study.training_of(method).get("private") for method in study.methods):
             warm_up()
@@ -76,7 +104,7 @@ def run_resolved(resolved: ResolvedStudy, path: Path, resume: bool = False) -> I
         folder.note("stopped", {})
         raise
     finally:
-        folder.close()
+        folder.close_journal()
 
 
 def _whole_arms(study: Study, jobs: int, workers: int) -> bool:

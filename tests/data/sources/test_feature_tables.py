@@ -123,6 +123,7 @@ def test_numbers_and_words_as_labels(tmp_path: Path) -> None:
     [
         ({"label": "sick"}, TEXT, "has no column 'sick'"),
         ({"categories": ()}, TEXT, "'x' in kind, which is not a number: list it in categories or leave_out"),
+        ({"categories": ()}, TEXT, 'with patient = "kind" or site = "kind"'),
         ({"threshold": None, "label": "age", "classes": ("a", "b")}, TEXT, "age has 5 values"),
         ({}, TEXT.replace(",site", ",age"), "the column 'age' occurs twice"),
         ({}, TEXT + "g,1\n", r"1 rows have another number of columns than the header's 6 \(the first is row 8\)"),

@@ -17,6 +17,7 @@ from polyclinic.report import build_report
 from polyclinic.studies.audits import run_audit
 from polyclinic.studies.audits.audit_file import Inverted, Leak, NotAnAudit, read_audit
 from polyclinic.studies.audits.run_audit import NotAudited, audit_run
+from polyclinic.studies.run.data_identity import DataChanged
 from polyclinic.studies.run.run_directory import write_tensors
 from tests.studies.run.test_scheduler import go, npz, study
 
@@ -217,5 +218,5 @@ def test_what_cannot_be_audited_is_refused(done, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4, 6, 8"):
         audit_run(done / "run", attack="lira", shadow_models=3)
     npz(done, labels=__import__("numpy").arange(160) % 2)
-    with pytest.raises(NotAudited, match="the data have changed since the run"):
+    with pytest.raises(DataChanged, match=r"the data have changed since the run began:\n  a: \d+ labels changed"):
         audit_run(done / "run")

@@ -1,10 +1,14 @@
 """A study file: every mistake found in one pass, with its line, and nothing run."""
 
+import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from polyclinic.core.config_problems import line_of
+from polyclinic.data.source import slug
+from polyclinic.data.sources.lung_nodules import PROTOCOLS
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse, read, with_values
@@ -164,3 +168,10 @@ def test_the_templates_are_studies(name: str) -> None:
     from polyclinic.cli.run import template
 
     assert parse(template(name), name).methods
+
+
+def test_the_template_names_sites_that_exist() -> None:
+    text = files("polyclinic.studies").joinpath("templates/study.toml").read_text(encoding="utf-8")
+    named = re.findall(r'^# external = \["([^"]+)"\]', text, re.M) + re.findall(r"machines\.sites\.([^\]]+)\]", text)
+    assert len(named) == 2
+    assert set(named) <= {slug(name) for _, name in PROTOCOLS}

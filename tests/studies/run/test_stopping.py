@@ -1,17 +1,24 @@
 """A run's folder belongs to one process at a time; a run stops between two rounds when it is asked to, and resumes."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from polyclinic.core.audit_log import verify
+from polyclinic.data.examples import DataError
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.run.run_directory import STOP, Folder, RunHeld, Stopped, ask_to_stop, holder
+from polyclinic.studies.run.cancellation import stopping
+from polyclinic.studies.run.run_directory import STOP, Folder, RunHeld, Stopped, ask_to_stop, held, holder
 from polyclinic.studies.run.scheduler import run
 from tests.studies.run.test_scheduler import facts, npz, tensors
 
@@ -96,6 +103,64 @@ def test_a_killed_process_holds_nothing(here: Path) -> None:
     folder = Folder(here / "run")
     folder.hold()
     folder.close()
+
+
+def test_of_two_fresh_runs_at_once_the_second_is_refused(here: Path) -> None:
+    study = text("in-process", rounds=2)
+    list(run(parse(study), study, here / "run"))
+    events = run(parse(study), study, here / "run", fresh=True)
+    next(events)
+    for options in ({"fresh": True}, {"resume": True}):
+        with pytest.raises(RunHeld, match=rf"process {os.getpid()} works on this run"):
+            next(run(parse(study), study, here / "run", **options))
+    assert len(list(events)) > 4
+    assert [e["event"] for e in verify(here / "run" / "journal.jsonl")].count("begun") == 1
+
+
+def test_fresh_deletes_nothing_if_the_study_cannot_run(here: Path) -> None:
+    study = text("in-process", rounds=2)
+    list(run(parse(study), study, here / "run"))
+    before = tensors(here / "run").keys()
+    npz(here, labels=np.zeros(160, np.int64))
+    with pytest.raises(DataError, match="one class only"):
+        list(run(parse(study), study, here / "run", fresh=True))
+    assert tensors(here / "run").keys() == before
+    with pytest.raises(DataError, match="one class only"):
+        list(run(parse(study), study, here / "new"))
+    assert not (here / "new").exists()
+
+
+def test_a_lock_in_a_deleted_folder_is_no_lock(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process deletes the folder between the opening and the locking of the lock's file."""
+    real, calls = fcntl.flock, []
+
+    def flock(file: IO[str], how: int) -> None:
+        if not calls:
+            shutil.rmtree(here / "run")
+        calls.append(how)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with held(here / "run"):
+        assert len(calls) == 2
+        assert holder(here / "run") == os.getpid()
+        (here / "run" / "run.json").touch()
+    assert (here / "run").exists()
+
+
+def test_a_signal_before_the_run_begins_ends_it_at_once(here: Path) -> None:
+    study = text("in-process", rounds=2)
+    with held(here / "run") as folder, stopping(folder, Console(quiet=True)):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not (here / "run" / STOP).exists()
+    with held(here / "run") as folder, stopping(folder, Console(quiet=True)) as signals:
+        events = run(parse(study), study, here / "run", folder=folder)
+        next(events)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            list(events)
+        assert signals.code == 143
 
 
 @pytest.mark.parametrize("engine", ["in-process", "workers"])

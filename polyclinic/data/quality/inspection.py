@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyclinic.data.column_roles import SPLITS
 from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.nifti import is_nifti
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing
 from polyclinic.data.formats.volume import Volume, as_image, as_mask, canonical
-from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout
+from polyclinic.data.quality.folder_layout import Item, Layout
 from polyclinic.data.quality.image_hashes import content_hash, small_picture
 from polyclinic.data.quality.phi_screening import in_nifti, in_picture, may_show_a_face
 from polyclinic.data.value_ranges import ValueRange

@@ -9,7 +9,7 @@ It changes and sends nothing.
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
+from polyclinic.data.quality.loading import load, toml_value
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
@@ -36,18 +37,6 @@ KINDS = {
     "table": "a table",
     "files": "loose images",
 }
-
-
-STUDY = {
-    "classes": "folders",
-    "nnunet": "pairs",
-    "bids": "bids",
-    "manifest": "manifest",
-    "dicom": "dicom",
-    "npz": "npz",
-    "table": "table",
-}
-"""Values of ``kind`` in a study file's ``[data]`` table for each layout."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +58,8 @@ class CheckReport:
         sizes: Smallest, median and largest size in voxels, as (z, y, x).
         intensity: 33 quantiles of the values, averaged over examples, by units (``"HU"``, ``"RGB"``, ``""``).
         findings: Problems and notes, errors first.
+        data: The ``[data]`` table of a study that reads what was found; empty if no source can.
+        why: How the table was recognized.
         pictures: Captions and thumbnails (uint8) of some examples.
     """
 
@@ -87,6 +78,8 @@ class CheckReport:
     intensity: dict[str, Any] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
     pictures: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    data: dict[str, Any] = field(default_factory=dict, repr=False)
+    why: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -127,8 +120,11 @@ class CheckReport:
         rest = Counter(f.message for f in damaged[20:])
         out += [f"x {count} more files: {reason}" for reason, count in rest.most_common(20)]
         out += [f"{marks[f.level]} {f.line()}" for f in self.findings if f.code != "unreadable"]
-        if self.kind in STUDY:
-            out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')
+        if self.data:
+            out += [f"recognized: {reason}" for reason in self.why]
+            out += ["in a study file this is", "", "[data]"]
+            out += [f"{key} = {toml_value(value)}" for key, value in self.data.items()]
+            out += ["", "`polyclinic new --data PATH` writes a study with it"]
         errors = sum(f.level == "error" for f in self.findings)
         out.append("no errors found" if self.ok else f"{errors} error{'s' * (errors > 1)} to correct first")
         return out
@@ -162,8 +158,12 @@ def check_folder(
     root, limits = Path(root), options.limits
     layout = detect(root, limits)
     found: list[Finding] = []
+    loaded = load(root, layout, limits)
+    found += loaded.findings()
     if layout.kind == "table" and layout.table is not None:
-        return _table(layout, limits, health)
+        return loaded.counted(_table(layout, limits, health), found)
+    if loaded.items:
+        layout = replace(layout, items=loaded.items)
     hints = ""
     if layout.kind == DICOM:
         layout, hints = _dicom(layout, found, health, limits)
@@ -182,7 +182,7 @@ def check_folder(
         found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
     found += health_information(layout, looks, health, limits)
     found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
-    return _report(layout, looks, found)
+    return loaded.counted(_report(layout, looks, found), [])
 
 
 def _dicom(

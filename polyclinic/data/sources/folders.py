@@ -1,5 +1,6 @@
 """Folders of images whose names are metadata: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,7 @@ class Folders(FromFiles):
         targets, classes = Reading(self.classes).read(labels, "classification", problems, ids)
         if problems:
             raise DataError([f"{root}: {problem}" for problem in problems])
+        numbers: Sequence[int | tuple[float, ...]] = targets
         entries = tuple(
             Entry(
                 name,
@@ -79,7 +81,7 @@ class Folders(FromFiles):
                 target,
                 columns={k: v for k, v in names.items() if k not in ("class", "patient")},
             )
-            for name, patient, target, (file, names) in zip(ids, patients, targets, found, strict=True)
+            for name, patient, target, (file, names) in zip(ids, patients, numbers, found, strict=True)
         )
         notes = [] if self.patient or "patient" in self.levels else [UNKNOWN_PATIENTS]
         if astray:

@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from polyclinic.data.column_roles import missing_at, named_column, no_column
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
 from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from polyclinic.data.column_roles import SPLITS
 from polyclinic.data.examples import DataError
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.source import Table
 
 ROLES = ("train", "val", "test")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polyclinic.data.column_roles import column_of, key_of, matched
+from polyclinic.data.formats.column_roles import column_of, key_of, matched
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, refusing
 
 MISSING = ("", "n/a", "N/A")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from polyclinic.data import files
-from polyclinic.data.column_roles import SPLITS, column_of, usual_columns
 from polyclinic.data.formats.bids import is_bids, read_bids
+from polyclinic.data.formats.column_roles import SPLITS, column_of, usual_columns
 from polyclinic.data.formats.dicom.file import looks_like_dicom
 from polyclinic.data.formats.parsing import clean, is_missing, plain
 from polyclinic.data.formats.pictures import PICTURES

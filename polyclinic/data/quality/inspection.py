@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyclinic.data.column_roles import SPLITS
 from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.nifti import is_nifti
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing

@@ -2,28 +2,23 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, FromFiles
-from polyclinic.data.column_roles import SPLITS
 from polyclinic.data.config import source_of
 from polyclinic.data.filename_screening import shown
-from polyclinic.data.formats.parsing import is_missing
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 from polyclinic.data.quality.findings import Finding
 from polyclinic.data.quality.folder_layout import Item, Layout
 from polyclinic.data.quality.recognition import Recognized, recognize
 from polyclinic.data.source import Source, Table
 from polyclinic.errors import DataError, MissingDependency
-
-if TYPE_CHECKING:
-    from polyclinic.data.quality.site_check import CheckReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,28 +52,15 @@ class Loaded:
             found.append(Finding("note", "study", _masked(self.open)))
         return found + [Finding("note", "source", _masked(note.rstrip("."))) for note in self.notes]
 
-    def counted(self, report: "CheckReport", more: list[Finding]) -> "CheckReport":
-        """Return the report with the source's patients, classes, splits and sites, and with the ``[data]`` table."""
-        order = {"error": 0, "warning": 1, "note": 2}
-        findings = tuple(sorted([*report.findings, *more], key=lambda finding: order[finding.level]))
-        data = {} if self.recognized is None or self.problems else self.recognized.options
-        why = () if self.recognized is None else self.recognized.why
-        report = replace(report, findings=findings, data=data, why=tuple(_masked(reason) for reason in why))
-        if self.table is None:
-            return report
-        columns = self.table.columns
-        site = columns.get(self.table.sites[0], ()) if self.table.sites else ()
-        labels = self.table.labels
-        classes = report.classes
-        if labels is not None and labels.ndim == 1:
-            classes = Counter(shown(self.classes[number]) for number in labels.tolist())
-        return replace(
-            report,
-            patients=len(set(self.table.patients)) if self.knows_patients else None,
-            classes=classes,
-            splits=Counter(SPLITS.get(value.lower(), value) for value in columns.get("split", ()) if value),
-            sites=Counter(shown(value) for value in site if not is_missing(value)),
-        )
+    @property
+    def data(self) -> dict[str, Any]:
+        """The ``[data]`` table of a study; empty if no source can read the data."""
+        return {} if self.recognized is None or self.problems else self.recognized.options
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """How the table was recognized."""
+        return () if self.recognized is None else tuple(_masked(reason) for reason in self.recognized.why)
 
 
 def load(path: Path, layout: Layout, limits: Limits = LIMITS) -> Loaded:

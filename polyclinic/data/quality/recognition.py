@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.data.archives import ENDINGS
-from polyclinic.data.column_roles import SPLITS, column_of, identifying, key_of, usual_columns
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import is_image, opened, stem_of
 from polyclinic.data.formats.bids import read_bids
+from polyclinic.data.formats.column_roles import SPLITS, column_of, identifying, key_of, usual_columns
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, read_npz
 from polyclinic.data.quality.folder_layout import TABLES, Layout, detect

@@ -17,12 +17,14 @@ import numpy as np
 
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import OPTIONS, ImageOptions
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.dicom.series import dicom_files, find_series
+from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
-from polyclinic.data.quality.loading import load, toml_value
+from polyclinic.data.quality.loading import Loaded, load, toml_value
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
@@ -161,7 +163,7 @@ def check_folder(
     loaded = load(root, layout, limits)
     found += loaded.findings()
     if layout.kind == "table" and layout.table is not None:
-        return loaded.counted(_table(layout, limits, health), found)
+        return _as_loaded(_table(layout, limits, health), loaded, found)
     if loaded.items:
         layout = replace(layout, items=loaded.items)
     hints = ""
@@ -182,7 +184,7 @@ def check_folder(
         found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
     found += health_information(layout, looks, health, limits)
     found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
-    return loaded.counted(_report(layout, looks, found), [])
+    return _as_loaded(_report(layout, looks, found), loaded, [])
 
 
 def _dicom(
@@ -218,6 +220,27 @@ def _dicom(
         if not s.localizer
     )
     return Layout(DICOM, layout.root, items), " ".join(parts)
+
+
+def _as_loaded(report: CheckReport, loaded: Loaded, more: list[Finding]) -> CheckReport:
+    """Return the report with the patients, classes, splits and sites that a study reads, and its ``[data]`` table."""
+    order = {"error": 0, "warning": 1, "note": 2}
+    findings = tuple(sorted([*report.findings, *more], key=lambda finding: order[finding.level]))
+    report = replace(report, findings=findings, data=loaded.data, why=loaded.why)
+    table = loaded.table
+    if table is None:
+        return report
+    site = table.columns.get(table.sites[0], ()) if table.sites else ()
+    classes = report.classes
+    if table.labels is not None and table.labels.ndim == 1:
+        classes = Counter(shown(loaded.classes[number]) for number in table.labels.tolist())
+    return replace(
+        report,
+        patients=len(set(table.patients)) if loaded.knows_patients else None,
+        classes=classes,
+        splits=Counter(SPLITS.get(value.lower(), value) for value in table.columns.get("split", ()) if value),
+        sites=Counter(shown(value) for value in site if not is_missing(value)),
+    )
 
 
 def _within(root: Path, path: Path, name: str) -> str:

@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from polyclinic.data.column_roles import SPLITS, column_of
+from polyclinic.data.formats.column_roles import SPLITS, column_of
 from polyclinic.data.formats.parsing import is_missing, is_number, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
 from polyclinic.data.quality.findings import FEW_PATIENTS, FEW_PER_CLASS, Finding, Level

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
-from polyclinic.data.column_roles import column_of, detected, no_column
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import opened
 from polyclinic.data.formats.bids import BidsImage, read_bids
+from polyclinic.data.formats.column_roles import column_of, detected, no_column
 from polyclinic.data.formats.safe_reading import Unreadable
 from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps

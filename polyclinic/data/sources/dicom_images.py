@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
-from polyclinic.data.column_roles import column_of, detected, matched, missing_at
 from polyclinic.data.examples import DataError
 from polyclinic.data.filename_screening import in_name
 from polyclinic.data.files import opened, placed
+from polyclinic.data.formats.column_roles import column_of, detected, matched, missing_at
 from polyclinic.data.formats.dicom.file import quiet
 from polyclinic.data.formats.dicom.series import Series, dicom_files, find_series, selected
 from polyclinic.data.labels import MissingLabels, Reading

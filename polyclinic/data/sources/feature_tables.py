@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
-from polyclinic.data.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
+from polyclinic.data.formats.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
 from polyclinic.data.formats.parsing import is_missing, is_number, plain
 from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.table_statistics import Statistics

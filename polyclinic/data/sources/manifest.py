@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Literal
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
-from polyclinic.data.column_roles import NONE, column_of, detected, missing_at, named_column, no_column, usual_columns
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import check_pattern, is_image, opened, patients_in, placed
+from polyclinic.data.formats.column_roles import (
+    NONE,
+    column_of,
+    detected,
+    missing_at,
+    named_column,
+    no_column,
+    usual_columns,
+)
 from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task

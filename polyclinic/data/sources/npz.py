@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
-from polyclinic.data.column_roles import NONE, column_of
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
+from polyclinic.data.formats.column_roles import NONE, column_of
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable, read_npz
 from polyclinic.data.mask_labels import WHITE, black_and_white, label_problems
 from polyclinic.data.preprocessing.pipeline_config import Steps, apply, fingerprint

@@ -2,7 +2,7 @@
 
 import pytest
 
-from polyclinic.data.column_roles import column_of, detected, identifying, matched, named_column, usual_columns
+from polyclinic.data.formats.column_roles import column_of, detected, identifying, matched, named_column, usual_columns
 
 
 @pytest.mark.parametrize(

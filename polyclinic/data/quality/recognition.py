@@ -84,7 +84,7 @@ class _Draft:
     official: bool = False
 
     def ask(self, key: str, text: str, default: Any, choices: Sequence[str] = ()) -> Any:
-        """Return the answer to a question, which is the default if nobody answered."""
+        """Return the answer to a question, by default the given one."""
         if key in self.answers:
             return self.answers[key]
         self.questions.append(Question(key, text, default, tuple(choices)))
@@ -163,7 +163,7 @@ def _paths(root: Path) -> list[str]:
 
 
 def _patterns(draft: _Draft, root: Path) -> bool:
-    """Recognize images and masks that are beside each other or in parallel folders; return whether there are any."""
+    """Recognize images and masks in one folder or in parallel folders; return whether there are any."""
     names = _paths(root)
     pairs = _paired(names)
     if not pairs:
@@ -182,7 +182,7 @@ def _patterns(draft: _Draft, root: Path) -> bool:
     (pattern, mask_pattern), count = templates.most_common(1)[0]
     draft.task = "segmentation"
     draft.options |= {"kind": "patterns", "images": [pattern], "mask": mask_pattern}
-    draft.why.append(f"{count} images have a mask of their name: {mask_pattern} beside {pattern}")
+    draft.why.append(f"{count} images have a mask of their name: {mask_pattern} next to {pattern}")
     if left := len(images) - count:
         draft.why.append(f"{left} images have no mask by this rule and are not used")
     return True

@@ -105,6 +105,8 @@ def check(
                 "spacing_mm": report.spacing_mm,
                 "sizes": report.sizes,
                 "findings": report.findings,
+                "recognized": report.why,
+                "data": report.data,
                 "page": page,
             }
         )

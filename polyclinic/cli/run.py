@@ -200,22 +200,118 @@ def demo(
         hint(f"  Next: read {study}, change it, and run it: polyclinic run {study}")
 
 
-def new(file: Path = Path("study.toml"), *, force: bool = False, json_: Json = False) -> None:
-    """Write a commented study file as a starting point.
+def new(
+    file: Path = Path("study.toml"),
+    *,
+    data: Path | None = None,
+    yes: bool = False,
+    label: str | None = None,
+    levels: str | None = None,
+    patient: str | None = None,
+    site: str | None = None,
+    labels: Path | None = None,
+    archive: str | None = None,
+    suffix: str | None = None,
+    blank: float | None = None,
+    uncertain: float | None = None,
+    name: str | None = None,
+    rounds: int = 20,
+    force: bool = False,
+    json_: Json = False,
+) -> None:
+    """Write a commented study file as a starting point: a template, or with --data a study of your own data.
+
+    With --data, it says what was recognized and why, asks what the data cannot say, and writes a study that runs.
 
     Args:
         file: The file to write.
+        data: A folder, an archive or a table: folders named by class, images with masks, nnU-Net, Decathlon, BIDS,
+            DICOM, MedMNIST archives, a table that lists images, or a table of features.
+        yes: Take the default for every question.
+        label: The column to predict.
+        levels: The meaning of each level of folders, such as `site,class`.
+        patient: The column that identifies the patient.
+        site: The column that names the hospital.
+        labels: For DICOM, the table with one row per patient.
+        archive: The archive to use, if the folder has several.
+        suffix: For BIDS, the kind of image, such as `T1w`; several with commas.
+        blank: The value of an empty cell among several labels: 0 or 1.
+        uncertain: The value of a label of -1 among several labels: 0 or 1.
+        name: The name of the study; by default from the data's.
+        rounds: The number of rounds.
         force: Replace an existing file.
     """
     require_file(file)
     if file.exists() and not force:
         raise ConfigError(f"{file} exists already; --force replaces it")
+    answers = {
+        "label": label,
+        "levels": levels.split(",") if levels else None,
+        "patient": patient,
+        "site": site,
+        "labels": str(labels.resolve()) if labels else None,
+        "archive": archive,
+        "suffix": suffix.split(",") if suffix else None,
+        "blank": blank,
+        "uncertain": uncertain,
+    }
+    answers = {key: value for key, value in answers.items() if value is not None}
     with document(json_) as emit:
-        atomic.write(file, template("study"))
-        line(f"wrote {file}")
-        emit({"study": file})
+        if data is None:
+            if answers:
+                raise ConfigError(f"--{next(iter(answers))} needs --data PATH")
+            atomic.write(file, template("study"))
+            line(f"wrote {file}")
+            emit({"study": file})
+        else:
+            emit({"study": file, **_new_of_data(file, data, answers, yes, name, rounds)})
     if not json_:
         hint(f"Next: polyclinic run {file}")
+
+
+def _new_of_data(
+    file: Path, data: Path, answers: dict[str, Any], yes: bool, name: str | None, rounds: int
+) -> dict[str, Any]:
+    """Write a study of the data at ``data``; return what was recognized, as JSON."""
+    from polyclinic.data.quality.recognition import recognize
+    from polyclinic.studies.config import study_config
+    from polyclinic.studies.config.new_study import new_study, questions_text, study_name
+
+    path = data.expanduser().resolve()
+    recognized = recognize(path, answers)
+    if recognized.questions and not yes:
+        if not sys.stdin.isatty():
+            listed = "\n  ".join(questions_text(recognized.questions))
+            raise ConfigError(f"the data does not say everything. Answer, or take the defaults with --yes:\n  {listed}")
+        answers = answers | _asked(recognized.questions)
+        recognized = recognize(path, answers)
+    study = new_study(recognized, name or study_name(str(path)), rounds)
+    study_config.parse(study.text, file)
+    atomic.write(file, study.text)
+    for reason in study.why:
+        line(f"  {reason}")
+    for question in study.questions:
+        line(f"  assumed: {question.key} = {question.default} ({question.text})")
+    line(f"wrote {file}")
+    return {
+        "data": path,
+        "recognized": study.why,
+        "assumed": {question.key: question.default for question in study.questions},
+    }
+
+
+def _asked(questions: Sequence[Any]) -> dict[str, Any]:
+    """Ask each question at the terminal; an empty answer takes the default."""
+    answers: dict[str, Any] = {}
+    for question in questions:
+        shown = ",".join(question.default) if isinstance(question.default, list) else question.default
+        choices = f" ({', '.join(question.choices[:12])})" if question.choices else ""
+        answer = console.input(escape(f"{question.key}: {question.text}{choices} [{shown}] ")).strip()
+        value = answer or shown
+        answers[question.key] = value.split(",") if isinstance(question.default, list) else value
+        if isinstance(question.default, int | float):
+            answers[question.key] = float(value)
+    return answers
 
 
 def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: Json = False) -> None:

@@ -57,6 +57,12 @@ class Examples:
                 "leave out those examples, or specify how missing values are filled"
             )
 
+        if bad := _no_target(self.targets):
+            raise DataError(
+                f"{len(bad)} of {len(self)} targets are NaN or infinite ({_some(self.ids, bad)}): correct or leave out "
+                "those examples. Only all targets together can be withheld"
+            )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -118,6 +124,13 @@ def _not_finite(inputs: Tensor) -> list[int]:
     if inputs.dtype == torch.uint8 or len(inputs) == 0 or bool(torch.isfinite(inputs.sum())):
         return []  # a sum is finite only if every term is
     return (~torch.isfinite(inputs).flatten(1).all(1)).nonzero().flatten().tolist()
+
+
+def _no_target(targets: Tensor) -> list[int]:
+    """Return the positions of targets that contain NaN or infinite values, unless all are withheld (NaN)."""
+    if targets.dtype != torch.float32 or bool(torch.isfinite(targets).all()) or bool(torch.isnan(targets).all()):
+        return []
+    return (~torch.isfinite(targets).flatten(1).all(1)).nonzero().flatten().tolist()
 
 
 def _some(ids: Sequence[str], where: Sequence[int], most: int = 3) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from polyclinic.data.config import DataSpec
 from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.formats.column_roles import missing_at, named_column, no_column
 from polyclinic.data.partition import Divided
 from polyclinic.data.quality.exact_duplicates import Duplicate, without_duplicates
 from polyclinic.data.quality.near_duplicates import near_duplicate_notes, near_duplicates
@@ -210,10 +211,12 @@ def _natural(table: Table, column: str, notes: list[str]) -> tuple[Table, list[s
                 'simulate sites with sites = {partition = "dirichlet", count = 4}'
             )
         column = table.sites[0]
-    if column not in table.columns:
-        raise DataError(f'sites = "{column}": there is no such column. There are {", ".join(table.columns) or "none"}')
-    values = table.columns[column]
-    if missing := [i for i, value in enumerate(values) if not value.strip()]:
+    known = named_column(table.columns, column)
+    if known is None:
+        raise DataError(f'sites = "{column}": the data {no_column(table.columns, column)}')
+    column, values = known, list(table.columns[known])
+    if missing := missing_at(values):
+        values = ["" if i in set(missing) else value for i, value in enumerate(values)]
         notes.append(f"Left out: {len(missing)} examples whose {column} is missing.")
     titles: dict[str, str] = {}
     for value in sorted({value for value in values if value.strip()}):

@@ -1,21 +1,34 @@
-"""Conversion of table cells to targets: classes, several labels, or numbers."""
+"""Conversion of labels to targets: classes, several labels, or numbers. All sources use it.
 
-from collections.abc import Sequence
+Missing values are never a class or a number. Numbers are compared as numbers, so ``0`` and ``0.0`` are one class. Text
+is compared in one Unicode form. Names that differ only in case, spaces or punctuation are refused until ``classes``
+says whether they are one.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain, similar
 from polyclinic.data.source import Task
+
+MissingLabels = Literal["refuse", "drop"]
+MOST_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Rules for converting cells to targets.
+    """Rules for converting labels to targets.
 
     Attributes:
         classes: The classes in order; if empty, the sorted values.
         separator: Separator of several labels in one column, as in ``"Mass|Nodule"``; "" if each cell has one.
         nothing: Word for the absence of all labels.
-        blank: Value of an empty cell among several labels, or None to refuse it.
+        blank: Value of a missing cell among several labels, or None to refuse it.
         uncertain: Value of -1 among several labels, or None to refuse it.
+        missing: Words that mean a missing value, in addition to those of ``parsing.MISSING``.
+        renamed: Whether ``classes`` may be names for an equal number of different values, in their order.
     """
 
     classes: tuple[str, ...] = ()
@@ -23,56 +36,172 @@ class Reading:
     nothing: str = ""
     blank: float | None = None
     uncertain: float | None = None
+    missing: tuple[str, ...] = ()
+    renamed: bool = False
 
     def read(
-        self, columns: dict[str, list[str]], task: Task, problems: list[str]
+        self,
+        columns: Mapping[str, Sequence[str]],
+        task: Task,
+        problems: list[str],
+        places: Sequence[str] = (),
     ) -> tuple[list[int] | list[tuple[float, ...]], tuple[str, ...]]:
-        """Return each row's target, and the classes. Append to ``problems`` what cannot be read."""
-        (name, words), *more = columns.items()
-        if task == "classification":
-            return self._classes(name, words, problems)
-        if task == "multilabel" and not more:
-            return self._several(name, words, problems)
-        rows: list[tuple[float, ...]] = []
-        for i, cells in enumerate(zip(*columns.values(), strict=True)):
-            try:
-                rows.append(tuple(self._number(cell) for cell in cells))
-            except ValueError:
-                problems.append(f"row {i + 2} has no number in {' or '.join(columns)}")
-                rows.append(())
-        return rows, self.classes or (tuple(columns) if task == "multilabel" else ())
+        """Return each row's target, and the classes. Append to ``problems`` what cannot be read.
 
-    def _classes(self, name: str, words: Sequence[str], problems: list[str]) -> tuple[list[int], tuple[str, ...]]:
-        classes = self.classes or tuple(sorted(set(words) - {""}, key=_order))
-        if bad := [i for i, word in enumerate(words) if word not in classes]:
+        Args:
+            columns: The columns of labels.
+            task: Type of prediction.
+            problems: List of problems.
+            places: Name of each row in messages; "row 2" for the first, if not given.
+        """
+        (name, words), *more = columns.items()
+        places = places or [f"row {i + 2}" for i in range(len(words))]
+        if task == "classification":
+            return self._classes(name, words, problems, places)
+        if task == "multilabel" and not more:
+            return self._several(name, words, problems, places)
+        several = task == "multilabel"
+        numbers = [self._numbers(column, cells, several, problems, places) for column, cells in columns.items()]
+        return list(zip(*numbers, strict=True)), (self.classes or tuple(columns)) if several else ()
+
+    def unlabeled(self, columns: Mapping[str, Sequence[str]]) -> list[int]:
+        """Return the positions of rows in which every label is missing."""
+        return [i for i, cells in enumerate(zip(*columns.values(), strict=True)) if all(map(self._is_missing, cells))]
+
+    def _is_missing(self, word: str) -> bool:
+        return is_missing(word, self.missing) and clean(word) not in {*self.classes, self.nothing} - {""}
+
+    def _refuse_missing(
+        self, name: str, words: Sequence[str], problems: list[str], places: Sequence[str], drop: bool = True
+    ) -> None:
+        if lost := [i for i, word in enumerate(words) if self._is_missing(word)]:
+            remedy = 'fill them in, or leave those rows out with missing_labels = "drop"' if drop else "fill them in"
+            problems.append(f"{_rows(len(lost), 'without')} a {name} ({_some(lost, words, places)}): {remedy}")
+
+    def _classes(
+        self, name: str, words: Sequence[str], problems: list[str], places: Sequence[str]
+    ) -> tuple[list[int], tuple[str, ...]]:
+        self._refuse_missing(name, words, problems, places)
+        known = [i for i, word in enumerate(words) if not self._is_missing(word)]
+        texts = [plain(clean(word)) for word in words]
+        if endless := [i for i in known if texts[i].lower().lstrip("+-") in ("inf", "infinity")]:
+            problems.append(f"{_rows(len(endless), 'with')} an infinite {name} ({_some(endless, words, places)})")
+        found = Counter(texts[i] for i in known)
+        order = sorted(found, key=_order)
+        if not self.classes:
+            problems += _questions(name, found)
+            number = {text: i for i, text in enumerate(order)}
+            return [number.get(text, -1) for text in texts], tuple(order)
+        number = self._declared(found)
+        unknown = [text for text in order if text not in number]
+        if unknown and self._names_values(order):
+            number, unknown = {text: i for i, text in enumerate(order)}, []
+        if unknown:
+            rows = [i for i in known if texts[i] in set(unknown)]
+            listed = ", ".join(f"{text!r} ({found[text]})" for text in unknown[:MOST_ROWS])
+            more = f" and {len(unknown) - MOST_ROWS} more" if len(unknown) > MOST_ROWS else ""
             problems.append(
-                f"{len(bad)} rows have a {name} that is empty or not among classes (the first is row "
-                f"{bad[0] + 2}: {words[bad[0]]!r})"
+                f"{_rows(len(rows), 'with')} a {name} that is not among classes = {list(self.classes)}: {listed}{more}"
+                f"; the first is {places[rows[0]]}"
             )
-        return [classes.index(w) if w in classes else -1 for w in words], classes
+        return [number.get(text, -1) for text in texts], self.classes
+
+    def _declared(self, found: Mapping[str, int]) -> dict[str, int]:
+        """Return the class number of each value: its own name, or the one name that differs in spelling only."""
+        exact = {plain(clean(name)): i for i, name in enumerate(self.classes)}
+        spelled: dict[str, list[int]] = defaultdict(list)
+        for i, name in enumerate(self.classes):
+            spelled[similar(name)].append(i)
+        number = {}
+        for text in found:
+            near = spelled.get(similar(text), [])
+            if text in exact:
+                number[text] = exact[text]
+            elif len(near) == 1 and not is_number(text):
+                number[text] = near[0]
+        return number
+
+    def _names_values(self, values: Sequence[str]) -> bool:
+        """Return whether ``classes`` are names for the values 0, 1, ..., or for as many numbers in order."""
+        numbers = all(map(is_number, values)) and not any(map(is_number, self.classes))
+        return numbers and self.renamed and len(values) == len(self.classes)
 
     def _several(
-        self, name: str, words: Sequence[str], problems: list[str]
+        self, name: str, words: Sequence[str], problems: list[str], places: Sequence[str]
     ) -> tuple[list[tuple[float, ...]], tuple[str, ...]]:
-        sets = [{w.strip() for w in cell.split(self.separator)} - {self.nothing, ""} for cell in words]
-        classes = self.classes or tuple(sorted(set[str]().union(*sets)))
-        if bad := [i for i, labels in enumerate(sets) if labels - set(classes)]:
+        self._refuse_missing(name, words, problems, places)
+        rows = [] if self.classes else [w for w in words if not self._is_missing(w)]
+        parts = Counter(part for word in rows for part in self._parts(word))
+        classes = self.classes or tuple(sorted(parts, key=_order))
+        problems += _questions(name, parts)
+        exact = Reading(classes)
+        sets = [self._parts(word) for word in words]
+        number = exact._declared(dict.fromkeys({part for labels in sets for part in labels}, 1))
+        if bad := [i for i, labels in enumerate(sets) if labels - number.keys() and not self._is_missing(words[i])]:
             problems.append(
-                f"{len(bad)} rows have a {name} that is not among classes (the first is row {bad[0] + 2}: "
-                f"{words[bad[0]]!r})"
+                f"{_rows(len(bad), 'with')} a {name} that is not among classes ({_some(bad, words, places)})"
             )
-        return [tuple(float(c in labels) for c in classes) for labels in sets], classes
+        present = [{number[part] for part in labels if part in number} for labels in sets]
+        return [tuple(float(i in labels) for i in range(len(classes))) for labels in present], classes
 
-    def _number(self, cell: str) -> float:
-        if not cell and self.blank is not None:
-            return self.blank
-        value = float(cell)
-        return self.uncertain if value == -1 and self.uncertain is not None else value
+    def _parts(self, word: str) -> set[str]:
+        return {plain(clean(part)) for part in word.split(self.separator)} - {self.nothing, ""}
+
+    def _numbers(
+        self, name: str, words: Sequence[str], several: bool, problems: list[str], places: Sequence[str]
+    ) -> list[float]:
+        """Return one column's numbers; of several labels, 0 to 1."""
+        if not several or self.blank is None:
+            self._refuse_missing(name, words, problems, places, drop=not several)
+        values, no_number, outside = [], [], []
+        for i, word in enumerate(words):
+            value = 0.0
+            if self._is_missing(word):
+                value = self.blank if several and self.blank is not None else 0.0
+            elif not is_number(clean(word)):
+                no_number.append(i)
+            else:
+                value = float(clean(word))
+                if several and value == -1 and self.uncertain is not None:
+                    value = self.uncertain
+                elif several and not 0 <= value <= 1:
+                    outside.append(i)
+            values.append(value)
+        if no_number:
+            problems.append(f"{_rows(len(no_number), 'with')} no number in {name} ({_some(no_number, words, places)})")
+        if outside:
+            remedy = "; say what -1 means with uncertain = ..." if any(float(words[i]) == -1 for i in outside) else ""
+            problems.append(
+                f"{_rows(len(outside), 'with')} a {name} that is not 0 to 1 ({_some(outside, words, places)}){remedy}"
+            )
+        return values
+
+
+def _rows(count: int, joint: str) -> str:
+    return f"{count} row{'s' * (count != 1)} {joint}"
+
+
+def _some(rows: Sequence[int], words: Sequence[str], places: Sequence[str]) -> str:
+    """Return the first rows with their values."""
+    some = [f"{places[i]}: {words[i]!r}" if words[i] else places[i] for i in rows[:MOST_ROWS]]
+    more = [f"{len(rows) - MOST_ROWS} more"] if len(rows) > MOST_ROWS else []
+    return ", ".join([*some, *more])
+
+
+def _questions(name: str, found: Mapping[str, int]) -> list[str]:
+    """Return one problem for each group of names that may be one class."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for text in sorted(found):
+        groups[similar(text)].append(text)
+    return [
+        f"{name} has {' and '.join(f'{text!r} ({found[text]})' for text in group)}, which differ only in case, spaces "
+        f'or punctuation: list one of them in classes = ["{group[0]}", ...] to read them as one class, or all to keep '
+        "them apart"
+        for key, group in groups.items()
+        if len(group) > 1 and key and not all(map(is_number, group))
+    ]
 
 
 def _order(word: str) -> tuple[float, str]:
     """Sort key: numbers by value, then words alphabetically."""
-    try:
-        return float(word), word
-    except ValueError:
-        return float("inf"), word
+    return (float(word), word) if is_number(word) else (float("inf"), word)

@@ -10,6 +10,7 @@ from typing import Literal
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import opened
+from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info
 
@@ -63,17 +64,17 @@ class Patterns(FromFiles):
         cases = [words for name, words in fitting.items() if name not in others]  # a mask may look like an image
         if not cases:
             raise DataError(f"{root}: there is no file like {self.images[0]}")
-        classes = self.classes or (() if self.mask else tuple(sorted({w["class"] for w in cases})))
-        problems, entries = [], []
-        for words in cases:
+        classes, problems, entries = self.classes, list[str](), []
+        targets: list[int] | list[tuple[float, ...]] | list[None] = [None] * len(cases)
+        if not self.mask:
+            named = [_filled(self.images[0], words) for words in cases]
+            labels = {"class": [words["class"] for words in cases]}
+            targets, classes = Reading(self.classes).read(labels, "classification", problems, named)
+        for words, label in zip(cases, targets, strict=True):
             files = [root / _filled(p, words) for p in (*self.images, self.mask) if p]
             problems += [f"{f.relative_to(root)} does not exist" for f in files if not f.exists()]
-            if not self.mask and words["class"] not in classes:
-                problems.append(f"{words['class']} is not among classes = {list(classes)}")
-                continue
             name = files[0].relative_to(root).as_posix()
             columns = {k: v for k, v in words.items() if k not in ("patient", "class")}
-            label = None if self.mask else classes.index(words["class"])
             mask = files[-1] if self.mask else None
             patient = "/".join(words[k] for k in ("site", "patient") if k in words) if "patient" in words else name
             entries.append(Entry(name, tuple(files[: len(self.images)]), patient, label, mask, columns))

@@ -76,6 +76,11 @@ class Table:
             lengths.add(len(self.labels))
         if len(lengths) != 1:
             raise DataError(f"a table's columns have different lengths: {sorted(lengths)}")
+        if self.labels is not None and (bad := _not_finite(self.labels)):
+            some = ", ".join(self.ids[i] for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise DataError(
+                f"{len(bad)} of {len(self)} labels are NaN or infinite ({some}): correct or leave out those rows"
+            )
         if len(set(self.ids)) != len(self.ids):
             seen: set[str] = set()
             twice = sorted({name for name in self.ids if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
@@ -93,6 +98,14 @@ class Table:
             {name: tuple(column[i] for i in rows) for name, column in self.columns.items()},
             self.sites,
         )
+
+
+def _not_finite(labels: "np.ndarray[Any, Any]") -> list[int]:
+    """Return the positions of labels that contain NaN or infinite values."""
+    if labels.dtype.kind != "f" or not len(labels):
+        return []
+    finite: list[bool] = np.isfinite(labels).reshape(len(labels), -1).all(axis=1).tolist()
+    return [i for i, good in enumerate(finite) if not good]
 
 
 class Source(Protocol):

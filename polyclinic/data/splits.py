@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from polyclinic.data.examples import DataError
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.source import Table
 
 ROLES = ("train", "val", "test")
@@ -137,26 +138,16 @@ def official(table: Table) -> dict[str, str]:
             'split = "official", but this data has no official split: give shares instead, '
             "such as split = [0.6, 0.15, 0.25]"
         )
-    names = {
-        "train": "train",
-        "training": "train",
-        "val": "val",
-        "valid": "val",
-        "validation": "val",
-        "dev": "val",
-        "test": "test",
-        "testing": "test",
-    }
     problems, roles = [], dict[str, str]()
     values = table.columns["split"]
-    if unknown := sorted({v for v in values if v.lower() not in names}):
+    if unknown := sorted({v for v in values if v.lower() not in SPLITS}):
         problems.append(
             f"the column split contains {', '.join(map(repr, unknown[:3]))}: allowed are train, val and test"
         )
     else:
         twice = set()
         for patient, value in zip(table.patients, values, strict=True):
-            if roles.setdefault(patient, names[value.lower()]) != names[value.lower()]:
+            if roles.setdefault(patient, SPLITS[value.lower()]) != SPLITS[value.lower()]:
                 twice.add(patient)
         if twice:
             problems.append(

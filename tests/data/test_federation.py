@@ -140,7 +140,7 @@ def test_duplicates_are_reported_dropped_or_refused(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"sites": "ward"}, "there is no such column. There are hospital, scanner"),
+        ({"sites": "ward"}, "the data has no column 'ward'. There are hospital, scanner"),
         (
             {"external": ("dresden",)},
             'external names "dresden", which is not a site of this data. There are aachen, bonn',

@@ -1,16 +1,45 @@
-"""Parsing of numbers in table cells."""
+"""Parsing of table cells: numbers, missing values and text."""
 
-import numpy as np
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+
+MISSING = frozenset(
+    {"", "na", "n/a", "#n/a", "#na", "#n/a n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"}
+    | {"#null!", "#value!", "#ref!", "#div/0!", "#num!", "#name?", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"}
+)
+"""Words that mean a missing value, in lower case, as pandas, R, Excel and databases write them."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def clean(word: str) -> str:
+    """Return a cell's text in Unicode form NFC, without space at its ends."""
+    return unicodedata.normalize("NFC", word).strip()
+
+
+def is_missing(word: str, also: Sequence[str] = ()) -> bool:
+    """Return whether ``word`` means a missing value. Words and numbers in ``also`` do, too: "-9" is also -9.0."""
+    text = clean(word)
+    return text.lower() in MISSING or (bool(also) and plain(text) in {plain(other) for other in also})
 
 
 def plain(word: str) -> str:
-    """Return an integer without its decimal point, so that 4 and 4.0 are one category; other text unchanged."""
-    return f"{float(word):.0f}" if is_number(word) and float(word).is_integer() else word
+    """Return a number in its shortest form, so that 4 and 4.0 are one category; other text unchanged."""
+    if not is_number(word):
+        return word
+    value = float(word)
+    return f"{value + 0:.0f}" if value.is_integer() else repr(value)
 
 
 def is_number(word: str) -> bool:
     """Return whether ``word`` is a finite number."""
-    try:
-        return bool(np.isfinite(float(word)))
-    except ValueError:
-        return False
+    return _NUMBER.fullmatch(word) is not None and math.isfinite(float(word))
+
+
+def similar(word: str) -> str:
+    """Return a key that is equal for words that differ in case, width, accents' encoding, spaces or punctuation only.
+
+    Signs are kept: "+" and "-" are two words, as in "HER2+" and "HER2-".
+    """
+    return re.sub(r"[\s_./]+|(?<=\w)-(?=\w)", "", unicodedata.normalize("NFKC", word).casefold())

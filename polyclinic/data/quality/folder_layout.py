@@ -5,9 +5,6 @@ Recognized, in this order: nnU-Net (``imagesTr``, ``labelsTr``, ``dataset.json``
 MedMNIST's layout, folders named by class (under ``train``/``val``/``test`` or not), a table, and loose images.
 """
 
-import csv
-import gzip
-import io
 import json
 import os
 import re
@@ -17,28 +14,17 @@ from pathlib import Path
 
 from polyclinic.data import files
 from polyclinic.data.formats.bids import is_bids, read_bids
+from polyclinic.data.formats.column_roles import SPLITS, column_of, usual_columns
 from polyclinic.data.formats.dicom.file import looks_like_dicom
+from polyclinic.data.formats.parsing import clean, is_missing, plain
 from polyclinic.data.formats.pictures import PICTURES
-from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text, refusing
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, read_text
 from polyclinic.data.paired_folders import label_names
+from polyclinic.data.sources.tabular_files import read_columns
 
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "tr": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-    "ts": "test",
-}
 VOLUMES = tuple(suffix for suffix in files.VOLUMES if suffix != ".dcm")
 TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 _MASK = r"(?i:label|mask|segmentation|seg)"
-PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "participant_id", "case", "case_id")
-LABEL_COLUMNS = ("label", "class", "diagnosis", "target", "y")
-SITE_COLUMNS = ("site", "hospital", "centre", "center", "scanner", "institution")  # codespell:ignore
 
 
 @dataclass(frozen=True)
@@ -107,9 +93,14 @@ def detect(root: str | os.PathLike[str], limits: Limits = LIMITS) -> Layout:
     if is_bids(root):
         return _bids(root, limits)
     files = list(_files(root))
+    unreadable: list[Unreadable] = []
     for path in files:
         if suffix_of(path) in TABLES and len(path.relative_to(root).parts) == 1:
-            manifest = read_manifest(path, root, limits)
+            try:
+                manifest = read_manifest(path, root, limits)
+            except Unreadable as refusal:
+                unreadable.append(refusal)
+                continue
             if manifest is not None:
                 return manifest
     images = [path for path in files if suffix_of(path) in (*PICTURES, *VOLUMES)]
@@ -196,7 +187,7 @@ def _bids(root: Path, limits: Limits) -> Layout:
         sites = bids.sites()
     except Unreadable:
         sites = {}
-    label = next((name for name in bids.columns if name.lower() in (*LABEL_COLUMNS, "group", "dx")), None)
+    label = column_of(bids.table, "label", "", [])
     items = []
     for image in bids.images:
         mask = bids.mask_of(image)
@@ -204,7 +195,7 @@ def _bids(root: Path, limits: Limits) -> Layout:
             Item(
                 str(image.path.relative_to(root)),
                 (image.path,),
-                bids.participants.get(image.subject, {}).get(label) if label else None,
+                bids.row_of(image).get(label) if label else None,
                 image.subject,
                 site=sites.get(image.subject),
                 mask=mask.path if mask else None,
@@ -213,63 +204,44 @@ def _bids(root: Path, limits: Limits) -> Layout:
     return Layout("bids", root, tuple(items), problems=bids.problems)
 
 
-def rows_of(path: Path, limits: Limits = LIMITS) -> list[dict[str, str]]:
-    """Return the rows of a CSV or TSV file (also ``.gz``) by column name; refuse a ragged or invalid table."""
-    if path.name.lower().endswith(".gz"):
-        with refusing(path, "is not a sound gzip file"), gzip.open(path) as packed:
-            data = packed.read(limits.text_bytes + 1)
-        if len(data) > limits.text_bytes:
-            raise Unreadable(path, f"inflates to more than {limits.text_bytes} bytes of text")
-        text = data.decode("utf-8-sig", "replace")
-    else:
-        text = read_text(path, limits)
-    with refusing(path, "is not a table"):
-        head = text.split("\n", 1)[0]
-        mark = "\t" if "\t" in head else ";" if ";" in head and "," not in head else ","
-        reader = csv.DictReader(io.StringIO(text), delimiter=mark, restkey="\0more", strict=True)
-        rows = list(reader)
-        names = list(reader.fieldnames or [])
-    if not names or len(set(names)) != len(names) or not all(name.strip() for name in names):
-        raise Unreadable(path, "has no header of distinct, nonempty column names")
-    ragged = sum("\0more" in row or None in row.values() for row in rows)
-    if ragged or not rows:
-        raise Unreadable(path, f"has {ragged} rows of another length than its header" if rows else "has no rows")
-    return [{name.strip(): (cell or "").strip() for name, cell in row.items()} for row in rows]
-
-
 def read_manifest(path: Path, root: Path, limits: Limits = LIMITS) -> Layout | None:
-    """Return the examples of a manifest (path, and label, patient, site, split, mask); None if it is no manifest."""
-    try:
-        rows = rows_of(path, limits)
-    except Unreadable:
-        return None
-    columns = {name.lower(): name for name in rows[0]}
-    if not (where := next((columns[name] for name in ("path", "image", "file", "filename") if name in columns), None)):
-        return None
+    """Return the examples of a manifest (path, and label, patient, site, split, mask); None if it is no manifest.
 
-    def cell(row: Mapping[str, str], names: tuple[str, ...]) -> str | None:
-        return next((row[columns[name]] for name in names if name in columns and row[columns[name]]), None)
-
+    Raises:
+        Unreadable: If the table cannot be read.
+    """
+    columns = read_columns(path, limits)
+    where = next(iter(usual_columns(columns, "image")), "")
+    if not where:
+        return None
+    roles = {role: column_of(columns, role, "", []) for role in ("label", "patient", "site", "split", "mask")}  # type: ignore[arg-type]
     items, problems = [], []
-    for number, row in enumerate(rows, 2):
-        target, drawn = root / row[where], cell(row, ("mask", "mask_path", "segmentation"))
-        outside = [p for p in (row[where], drawn or "") if Path(p).is_absolute() or ".." in Path(p).parts]
-        if not row[where] or outside:
-            problems.append(f"{path.name}, row {number}: the path is empty or leads out of the folder; left out")
+    lost = []
+    for i, name in enumerate(columns[where]):
+        cells = {role: columns[column][i] if column else "" for role, column in roles.items()}
+        drawn = cells["mask"]
+        outside = [p for p in (name, drawn) if Path(p).is_absolute() or ".." in Path(p).parts]
+        if not name or outside:
+            lost.append(f"row {i + 2}")
             continue
-        split = (cell(row, ("split", "fold", "set")) or "").lower()
+        split = cells["split"].lower()
         items.append(
             Item(
-                row[where],
-                (target,),
-                cell(row, LABEL_COLUMNS),
-                cell(row, PATIENT_COLUMNS),
+                name,
+                (root / name,),
+                None if is_missing(cells["label"]) else plain(clean(cells["label"])),
+                None if is_missing(cells["patient"]) else cells["patient"],
                 SPLITS.get(split, split or None),
-                cell(row, SITE_COLUMNS),
+                None if is_missing(cells["site"]) else cells["site"],
                 root / drawn if drawn else None,
             )
         )
-    return Layout("manifest", root, tuple(items), problems=tuple(problems))
+    if lost:
+        some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+        problems.append(
+            f"{path.name}: {len(lost)} rows whose path is empty or leads out of the folder ({some}); left out"
+        )
+    return Layout("manifest", root, tuple(items), problems=tuple(problems), table=path)
 
 
 def _by_folder(root: Path, images: list[Path]) -> Layout:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from polyclinic.data.files import OPTIONS, ImageOptions, read_case, read_mask
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.grids import GridMismatch
 from polyclinic.data.formats.mask_labels import labels_in
 from polyclinic.data.formats.nifti import is_nifti
 from polyclinic.data.formats.safe_reading import Unreadable, read_npz, refusing
 from polyclinic.data.formats.value_ranges import ValueRange
 from polyclinic.data.formats.volume import Volume, as_image, as_mask, canonical
-from polyclinic.data.quality.folder_layout import SPLITS, Item, Layout
+from polyclinic.data.quality.folder_layout import Item, Layout
 from polyclinic.data.quality.image_hashes import content_hash, small_picture
 from polyclinic.data.quality.phi_screening import in_nifti, in_picture, may_show_a_face
 

@@ -10,7 +10,7 @@ It changes and sends nothing.
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +18,14 @@ import numpy as np
 
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import OPTIONS, ImageOptions
+from polyclinic.data.formats.column_roles import SPLITS
 from polyclinic.data.formats.dicom.series import dicom_files, find_series
+from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
+from polyclinic.data.quality.loading import Loaded, load, toml_value
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
@@ -40,16 +43,6 @@ KINDS = {
 
 
 MOST_REASONS = 20
-STUDY = {
-    "classes": "folders",
-    "nnunet": "pairs",
-    "bids": "bids",
-    "manifest": "manifest",
-    "dicom": "dicom",
-    "npz": "npz",
-    "table": "table",
-}
-"""Values of ``kind`` in a study file's ``[data]`` table for each layout."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,8 @@ class CheckReport:
         sizes: Smallest, median and largest size in voxels, as (z, y, x).
         intensity: 33 quantiles of the values, averaged over examples, by units (``"HU"``, ``"RGB"``, ``""``).
         findings: Problems and notes, errors first.
+        data: The ``[data]`` table of a study that reads what was found; empty if no source can.
+        why: How the table was recognized.
         pictures: Captions and thumbnails (uint8) of some examples.
     """
 
@@ -89,6 +84,8 @@ class CheckReport:
     intensity: dict[str, Any] = field(default_factory=dict, repr=False)
     findings: tuple[Finding, ...] = ()
     pictures: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    data: dict[str, Any] = field(default_factory=dict, repr=False)
+    why: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -133,8 +130,11 @@ class CheckReport:
         if rest := sum(map(len, list(damaged.values())[MOST_REASONS:])):
             out.append(f"x {rest} more files cannot be read, for {len(damaged) - MOST_REASONS} other reasons")
         out += [f"{marks[f.level]} {f.line()}" for f in self.findings if f.code != "unreadable"]
-        if self.kind in STUDY:
-            out.append(f'in a study file this is kind = "{STUDY[self.kind]}"')
+        if self.data:
+            out += [f"recognized: {reason}" for reason in self.why]
+            out += ["in a study file this is", "", "[data]"]
+            out += [f"{key} = {toml_value(value)}" for key, value in self.data.items()]
+            out += ["", "`polyclinic new --data PATH` writes a study with it"]
         errors = sum(f.level == "error" for f in self.findings)
         out.append("no errors found" if self.ok else f"{errors} error{'s' * (errors > 1)} to correct first")
         return out
@@ -168,8 +168,12 @@ def check_folder(
     root, limits = Path(root), options.limits
     layout = detect(root, limits)
     found: list[Finding] = []
+    loaded = load(root, layout, limits)
+    found += loaded.findings()
     if layout.kind == "table" and layout.table is not None:
-        return _table(layout, limits, health)
+        return _as_loaded(_table(layout, limits, health), loaded, found)
+    if loaded.items:
+        layout = replace(layout, items=loaded.items)
     hints = ""
     if layout.kind == DICOM:
         layout, hints = _dicom(layout, found, health, limits)
@@ -188,7 +192,7 @@ def check_folder(
         found.append(Finding("warning", "links", f"{links} links to folders are not followed"))
     found += health_information(layout, looks, health, limits)
     found += compare(looks, layout.labels or dict.fromkeys(labels, ""))
-    return _report(layout, looks, found)
+    return _as_loaded(_report(layout, looks, found), loaded, [])
 
 
 def _dicom(
@@ -224,6 +228,27 @@ def _dicom(
         if not s.localizer
     )
     return Layout(DICOM, layout.root, items), " ".join(parts)
+
+
+def _as_loaded(report: CheckReport, loaded: Loaded, more: list[Finding]) -> CheckReport:
+    """Return the report with the patients, classes, splits and sites that a study reads, and its ``[data]`` table."""
+    order = {"error": 0, "warning": 1, "note": 2}
+    findings = tuple(sorted([*report.findings, *more], key=lambda finding: order[finding.level]))
+    report = replace(report, findings=findings, data=loaded.data, why=loaded.why)
+    table = loaded.table
+    if table is None:
+        return report
+    site = table.columns.get(table.sites[0], ()) if table.sites else ()
+    classes = report.classes
+    if table.labels is not None and table.labels.ndim == 1:
+        classes = Counter(shown(loaded.classes[number]) for number in table.labels.tolist())
+    return replace(
+        report,
+        patients=len(set(table.patients)) if loaded.knows_patients else None,
+        classes=classes,
+        splits=Counter(SPLITS.get(value.lower(), value) for value in table.columns.get("split", ()) if value),
+        sites=Counter(shown(value) for value in site if not is_missing(value)),
+    )
 
 
 def _within(root: Path, path: Path, name: str) -> str:

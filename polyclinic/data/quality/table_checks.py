@@ -1,15 +1,15 @@
 """Checks of a table: missing values, constant columns, classes, patients in two splits, columns that name people."""
 
-import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from polyclinic.data.formats.column_roles import SPLITS, column_of
+from polyclinic.data.formats.parsing import is_missing, is_number, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Limits
 from polyclinic.data.quality.findings import FEW_PATIENTS, FEW_PER_CLASS, Finding, Level
-from polyclinic.data.quality.folder_layout import LABEL_COLUMNS, PATIENT_COLUMNS, SITE_COLUMNS, SPLITS, rows_of
+from polyclinic.data.sources.tabular_files import read_columns
 
-MISSING = ("", "na", "n/a", "nan", "null", "none", "?", "-9", "-99", "-999")
 _PERSONAL = re.compile(
     r"(?i)(^|_)(first|last|family|given|sur|full|patient|middle)?_?name$|birth|(^|_)dob($|_)|address|street|phone|e-?mail"
     r"|(^|_)mrn($|_)|(^|_)ssn($|_)|social_security|passport|insurance|zip_?code|post_?code|(^|_)nhs"
@@ -24,19 +24,18 @@ def check_table(
     Raises:
         Unreadable: If it is not a valid table.
     """
-    rows = rows_of(path, limits)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    low = {name.lower(): name for name in columns}
-
-    def find(names: tuple[str, ...]) -> list[str] | None:
-        return next((columns[low[name]] for name in names if name in low), None)
-
-    patients, labels, sites = find(PATIENT_COLUMNS), find((*LABEL_COLUMNS, "num")), find((*SITE_COLUMNS, "hospital"))
-    splits = find(("split", "fold", "set"))
+    columns = read_columns(path, limits)
+    rows = list(zip(*columns.values(), strict=True))
+    patients, sites, splits = (
+        columns.get(column_of(columns, role, "", []))
+        for role in ("patient", "site", "split")  # type: ignore[arg-type]
+    )
+    named = column_of(columns, "label", "", []) or ("num" if "num" in columns else "")
+    labels = columns.get(named)
     found: list[Finding] = []
     if personal := [name for name in columns if _PERSONAL.search(name)]:
         found.append(Finding(health, "health", f"columns that may name people: {', '.join(personal)}"))
-    holes = {n: sum(v.lower() in MISSING[:7] for v in c) / len(rows) for n, c in columns.items()}
+    holes = {n: sum(map(is_missing, c)) / len(rows) for n, c in columns.items()}
     if gaps := {name: share for name, share in holes.items() if share > 0}:
         listed = ", ".join(f"{n} {s:.0%}" for n, s in sorted(gaps.items(), key=lambda g: -g[1])[:8])
         found.append(Finding("note", "missing", f"missing values in {len(gaps)} of {len(columns)} columns: {listed}"))
@@ -47,9 +46,9 @@ def check_table(
         found.append(Finding("note", "constant", f"columns with one value only: {', '.join(constant[:8])}"))
     if infinite := [n for n, c in columns.items() if any(v.lower() in ("inf", "-inf", "infinity") for v in c)]:
         found.append(Finding("error", "infinite", f"columns with infinite values: {', '.join(infinite[:8])}"))
-    if (copies := len(rows) - len({tuple(row.items()) for row in rows})) > 0:
+    if (copies := len(rows) - len(set(rows))) > 0:
         found.append(Finding("warning", "duplicates", f"{copies} rows are exact copies of another row"))
-    classes = Counter(v for v in labels or [] if v.lower() not in MISSING[:7])
+    classes = Counter(plain(v) for v in labels or [] if not is_missing(v))
     if labels is not None and len(classes) == 1:
         found.append(Finding("error", "one-class", "all rows are of one class: nothing can be learned from it alone"))
     if 1 < len(classes) <= 20 and (few := [c for c, n in classes.items() if n < FEW_PER_CLASS]):
@@ -76,7 +75,4 @@ def check_table(
 
 
 def _is_number(column: list[str]) -> bool:
-    try:
-        return all(math.isfinite(float(v)) for v in column if v.lower() not in MISSING[:7])
-    except ValueError:
-        return False
+    return all(is_number(v) for v in column if not is_missing(v))

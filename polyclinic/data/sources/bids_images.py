@@ -7,9 +7,10 @@ from typing import Literal
 from polyclinic.data.collection import Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import opened
-from polyclinic.data.formats.bids import SITE_COLUMNS, BidsImage, read_bids
+from polyclinic.data.formats.bids import BidsImage, read_bids
+from polyclinic.data.formats.column_roles import column_of, detected, no_column
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.labels import Reading
+from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
 
@@ -23,9 +24,11 @@ class BidsImages(FromFiles):
         suffix: Selected images, such as ``("T1w",)``; several are channels of one example, from visits that have all.
         label: The column of participants.tsv with the class or number; "" if masks are the target.
         regression: Whether the label is a number rather than a class.
-        site: The column that names the site; detected by its name (``site``, ``scanner``, ``center``, ...).
+        site: The column that names the site; if empty, the first with a usual name (``site``, ``hospital``, ``center``,
+            ``scanner``, ...); ``"none"`` for no column.
         session: Only this session, such as ``"01"``; "" for all.
         classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
+        missing_labels: ``"refuse"`` raises an error for visits without a label; ``"drop"`` leaves them out with a note.
         steps: Preprocessing.
         unreadable: ``"refuse"`` raises an error for damaged files; ``"skip"`` leaves them out and lists them.
         about: Description from the catalog; not settable in a study file.
@@ -38,6 +41,7 @@ class BidsImages(FromFiles):
     site: str = ""
     session: str = ""
     classes: tuple[str, ...] = ()
+    missing_labels: MissingLabels = "refuse"
     steps: Steps = ()
     unreadable: Literal["refuse", "skip"] = "refuse"
     about: Info | None = field(default=None, metadata=HIDDEN)
@@ -49,11 +53,11 @@ class BidsImages(FromFiles):
             bids = read_bids(root)
         except Unreadable as refusal:
             raise DataError(str(refusal)) from None
-        problems = [
-            f"participants.tsv has no column {name!r}. There are {', '.join(bids.columns) or 'none'}"
-            for name in (self.label, self.site)
-            if name and name not in bids.columns
-        ]
+        problems: list[str] = []
+        site = column_of(bids.table, "site", self.site, problems)
+        if self.label and self.label not in bids.columns:
+            problems.append(no_column(bids.columns, self.label, "label"))
+        problems = [f"participants.tsv {problem}" for problem in problems]
         if not self.suffix:
             problems.append("suffix = []: name at least one kind of image, such as T1w")
         visits: dict[tuple[str, ...], dict[str, BidsImage]] = {}
@@ -67,35 +71,37 @@ class BidsImages(FromFiles):
         if not complete and not problems:
             kinds = ", ".join(sorted({image.suffix for image in bids.images})) or "none"
             problems.append(f"no visit has all of {', '.join(self.suffix)}; there are {kinds}")
-        if self.label:
-            complete = {v: images for v, images in complete.items() if self.label in bids.participants.get(v[0], {})}
-            if not complete and not problems:
-                problems.append(f"no participant with images has a value of {self.label}")
         chosen = [tuple(visit_[suffix] for suffix in self.suffix) for _, visit_ in sorted(complete.items())]
         masks = [None if self.label else bids.mask_of(images[0]) for images in chosen]
         if not self.label and (lost := masks.count(None)):
-            problems.append(f"{lost} of {len(chosen)} visits have no mask, or several; name a label instead")
+            problems.append(
+                f"{lost} of {len(chosen)} visits have no mask in the image's space, or several; name a label instead"
+            )
         if problems:
             raise DataError([f"{root.name}: {problem}" for problem in problems[:20]])
         task: Task = "segmentation" if not self.label else "regression" if self.regression else "classification"
         targets: list[int] | list[tuple[float, ...]] | list[None] = [None] * len(chosen)
-        classes = self.classes
+        classes, notes = self.classes, detected({"site": (self.site, site)})
+        rows = [bids.row_of(images[0]) for images in chosen]
         if self.label:
-            words = [bids.participants[images[0].subject][self.label] for images in chosen]
-            targets, classes = Reading(self.classes).read({self.label: words}, task, problems)
+            reading = Reading(self.classes)
+            words = [row.get(self.label, "") for row in rows]
+            if self.missing_labels == "drop" and (gone := set(reading.unlabeled({self.label: words}))):
+                notes.append(f"Left out: {len(gone)} visits whose {self.label} is missing.")
+                chosen = [images for i, images in enumerate(chosen) if i not in gone]
+                rows = [row for i, row in enumerate(rows) if i not in gone]
+                masks = [mask for i, mask in enumerate(masks) if i not in gone]
+                words = [word for i, word in enumerate(words) if i not in gone]
+            places = [images[0].path.name for images in chosen]
+            targets, classes = reading.read({self.label: words}, task, problems, places)
         if problems:
             raise DataError([f"{root.name}/participants.tsv: {problem}" for problem in problems[:20]])
-        by_name = {name.lower(): name for name in bids.columns}
-        column = self.site or next((by_name[name] for name in SITE_COLUMNS if name in by_name), "")
         entries = []
-        for images, target, mask in zip(chosen, targets, masks, strict=True):
-            row = dict(bids.participants.get(images[0].subject, {}))
-            where = row.pop(column, "") if column else ""
-            columns = {k: v for k, v in row.items() if k != self.label} | ({"site": where} if column else {})
+        for images, row, target, mask in zip(chosen, rows, targets, masks, strict=True):
+            columns = {k: v for k, v in row.items() if k != self.label}
             name = images[0].path.relative_to(root).as_posix()
             paths = tuple(image.path for image in images)
             entries.append(Entry(name, paths, images[0].subject, target, mask.path if mask else None, columns))
         name = Path(self.path).stem
         found = Info(name, name, "MR", "brain", task, classes)
-        sites = ("site",) if column else ()
-        return self.made(described(self.about, found, ()), tuple(entries), sites)
+        return self.made(described(self.about, found, notes), tuple(entries), (site,) if site else ())

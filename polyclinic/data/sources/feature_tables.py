@@ -22,13 +22,14 @@ import torch
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import content_of, placed
-from polyclinic.data.formats.parsing import is_number, plain
+from polyclinic.data.formats.column_roles import column_of, detected, identifying, missing_at, named_column, no_column
+from polyclinic.data.formats.parsing import is_missing, is_number, plain
+from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.table_statistics import Statistics
 from polyclinic.data.source import HIDDEN, Info, Table, Task, digest
 from polyclinic.data.sources.tabular_files import read_rows
 
 Array = np.ndarray[Any, Any]
-MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "?", "null", "None")
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,20 @@ class FeatureTable:
     Attributes:
         path: The file.
         label: The column to predict.
-        features: The columns to predict from; every other column if empty.
+        features: The columns to predict from; if empty, every other column whose name is not usual for a patient, a
+            site or a split.
         leave_out: Columns that are not features.
         categories: Columns whose values are codes or words, not quantities; each value becomes a feature of 0 and 1.
-        site: The column that names the hospital.
-        patient: The column that identifies the patient; "" if each row is its own patient.
+        site: The column that names the hospital; if empty, the first with a usual name (``site``, ``hospital``,
+            ``center``, ``scanner``, ...); ``"none"`` for no column.
+        patient: The column that identifies the patient, found likewise (``patient_id``, ``subject``, ``case_id``,
+            ``id``, ...); ``"none"`` if each row is its own patient.
         threshold: A label above it is class 1, otherwise class 0; None if labels are classes.
         regression: Whether the label is a number to predict.
         classes: The names of the classes, in order.
-        missing: Values that mean missing, in addition to empty cells, ``NA``, ``NaN``, ``?``, ``null`` and similar.
-            Numbers are compared as numbers: ``"-9"`` is also ``-9.0``.
+        missing: Values that mean missing, in addition to empty cells, ``NA``, ``NaN``, ``#N/A``, ``NULL``, ``?`` and
+            similar. Numbers are compared as numbers: ``"-9"`` is also ``-9.0``.
+        missing_labels: ``"refuse"`` raises an error for rows without a label; ``"drop"`` leaves them out with a note.
         zero_is_missing: Columns in which 0 means missing.
         fill: Replacement of a missing value: the mean, the median (with each site's own statistics only), or 0.
         scale: Whether features are scaled to mean 0 and deviation 1.
@@ -62,12 +67,13 @@ class FeatureTable:
     features: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     categories: tuple[str, ...] = ()
-    site: str = "site"
+    site: str = ""
     patient: str = ""
     threshold: float | None = None
     regression: bool = False
     classes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    missing_labels: MissingLabels = "refuse"
     zero_is_missing: tuple[str, ...] = ()
     fill: Literal["mean", "median", "zero"] = "mean"
     scale: bool = True
@@ -103,9 +109,12 @@ class FeatureTable:
             "declared": f"from {Path(self.declared).name}",
         }[self.statistics]
         notes = [f"Features are {'scaled and ' if self.scale else ''}filled with statistics {whose}."]
-        if unlabeled := len(self._raw[self.label]) - len(self._kept):
+        if unlabeled := len(self._raw[self._use.label]) - len(self._kept):
             notes.append(f"{unlabeled} rows without {self.label} are left out.")
-        if not self.patient:
+        notes += detected({"patient": (self.patient, self._use.patient), "site": (self.site, self._use.site)})
+        if idle := sorted(self._apart - set(self._features) - {*vars(self._use).values(), *self.leave_out, "split"}):
+            notes.append(f"Not used as features, by their names: {', '.join(idle)}; list them in features to use them.")
+        if not self._use.patient:
             notes.append(UNKNOWN_PATIENTS.replace("image", "row"))
         stem = Path(self.path).name.partition(".")[0]
         return described(self.about, Info(stem, stem, "table", "not stated", task, self._targets[1]), notes)
@@ -131,13 +140,14 @@ class FeatureTable:
         """
         raw, rows = self._raw, self._kept
         ids = tuple(f"row {i + 2}" for i in rows)
-        patients = tuple(raw[self.patient][i] for i in rows) if self.patient else ids
-        if any(not p for p in patients):
-            raise DataError(f"{Path(self.path).name}: {sum(not p for p in patients)} rows have no {self.patient}")
-        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {self.label, self.patient}
+        use = self._use
+        patients = tuple(raw[use.patient][i] for i in rows) if use.patient else ids
+        if use.patient and (lost := [ids[i] for i in missing_at(patients)]):
+            raise DataError(f"{Path(self.path).name}: {len(lost)} rows have no {use.patient} ({', '.join(lost[:5])})")
+        apart = {c for c in self._features if c.lower() not in ("sex", "age")} | {use.label, use.patient}
         others = [c for c in raw if c not in apart]
         columns = {c: tuple(raw[c][i] for i in rows) for c in others}
-        return Table(ids, patients, self._targets[0], columns, (self.site,) if self.site in columns else ())
+        return Table(ids, patients, self._targets[0], columns, (use.site,) if use.site else ())
 
     def examples(self, ids: Sequence[str]) -> Examples:
         """Return the named rows as in the file, neither filled nor scaled; refused if a value is missing."""
@@ -170,7 +180,7 @@ class FeatureTable:
             return "" if self._is_missing(word) else repr(float(word)) if is_number(word) else plain(word)
 
         rows = [self._kept[i] for i in self._rows(ids)]
-        return [(repr([text(c, row) for c in self._features]), text(self.label, row)) for row in rows]
+        return [(repr([text(c, row) for c in self._features]), text(self._use.label, row)) for row in rows]
 
     def _examples(self, ids: Sequence[str], inputs: Array) -> Examples:
         table, rows = self.table(), self._rows(ids)
@@ -186,49 +196,69 @@ class FeatureTable:
     def _raw(self) -> dict[str, list[str]]:
         path = placed(self.path)
         columns = read_rows(path)
-        wanted = [self.label, *self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
-        wanted += [self.patient] if self.patient else []
-        if problems := [f"{path.name} has no column {c!r}" for c in dict.fromkeys(wanted) if c not in columns]:
-            raise DataError([*problems, f"{path.name} has the columns {', '.join(list(columns)[:40])}"])
+        problems: list[str] = []
+        label = named_column(columns, self.label)
+        if label is None:
+            problems.append(no_column(columns, self.label, "label"))
+        wanted = [*self.features, *self.leave_out, *self.categories, *self.zero_is_missing]
+        problems += [no_column(columns, c) for c in dict.fromkeys(wanted) if c not in columns]
+        for role, given in (("patient", self.patient), ("site", self.site)):
+            column_of(columns, role, given, problems)  # type: ignore[arg-type]
+        if problems:
+            raise DataError([f"{path.name} {problem}" for problem in problems])
         return columns
 
     @cached_property
+    def _use(self) -> "_Columns":
+        raw = self._raw
+        label = named_column(raw, self.label) or self.label
+        rest = {name: cells for name, cells in raw.items() if name != label}
+        patient = column_of(rest if not self.patient else raw, "patient", self.patient, [])
+        return _Columns(label, patient, column_of(rest if not self.site else raw, "site", self.site, []))
+
+    @cached_property
+    def _apart(self) -> set[str]:
+        """The columns that are no features unless the study lists them."""
+        return {*vars(self._use).values(), "split", *self.leave_out, *identifying(self._raw)}
+
+    @cached_property
     def _features(self) -> tuple[str, ...]:
-        apart = {self.label, self.site, self.patient, "split", *self.leave_out}
-        return self.features or tuple(c for c in self._raw if c not in apart)
+        return self.features or tuple(c for c in self._raw if c not in self._apart or c in self.categories)
 
     @cached_property
     def _kept(self) -> list[int]:
-        gone = {i for i, word in enumerate(self._raw[self.label]) if self._is_missing(word)}
-        return [i for i in range(len(self._raw[self.label])) if i not in gone]
+        words = self._raw[self._use.label]
+        lost = set(self._reading.unlabeled({self.label: words}))
+        if len(lost) == len(words):
+            raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
+        return [i for i in range(len(words)) if self.missing_labels == "refuse" or i not in lost]
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading(() if self.threshold is not None else self.classes, missing=self.missing, renamed=True)
 
     @cached_property
     def _targets(self) -> tuple[Array, tuple[str, ...]]:
         """The label of each retained row, and the classes."""
-        words = [self._raw[self.label][i] for i in self._kept]
-        if not words:
-            raise DataError(f"{Path(self.path).name}: {self.label} is missing in every row")
-        if self.regression or self.threshold is not None:
-            numbers = np.array([self._number(word, self.label, i) for word, i in zip(words, self._kept, strict=True)])
+        words = [self._raw[self._use.label][i] for i in self._kept]
+        places, problems = [f"row {i + 2}" for i in self._kept], list[str]()
+        numeric = self.regression or self.threshold is not None
+        task: Task = "regression" if numeric else "classification"
+        targets, classes = self._reading.read({self.label: words}, task, problems, places)
+        if problems:
+            raise DataError([f"{Path(self.path).name}: {problem}" for problem in problems])
+        if numeric:
+            numbers = np.array(targets, dtype=np.float64)
             if self.threshold is None:
-                return numbers.astype(np.float32)[:, None], ()
+                return numbers.astype(np.float32), ()
             usual = (f"{self.label} up to {self.threshold:g}", f"{self.label} above {self.threshold:g}")
-            return (numbers > self.threshold).astype(np.int64), self.classes or usual
-        words = [plain(word) for word in words]
-        found = sorted(set(words), key=lambda w: (0, float(w), w) if is_number(w) else (1, 0.0, w))
-        if len(found) > max(50, len(words) // 4):
+            return (numbers[:, 0] > self.threshold).astype(np.int64), self.classes or usual
+        if len(classes) > max(50, len(words) // 4):
             raise DataError(
-                f"{Path(self.path).name}: {self.label} has {len(found)} different values: set regression = "
+                f"{Path(self.path).name}: {self.label} has {len(classes)} different values: set regression = "
                 "true if it is a number, or a threshold"
             )
-        if self.classes and set(found) <= set(self.classes):  # a hospital may not have every class
-            found = list(self.classes)
-        if self.classes and len(self.classes) != len(found):
-            raise DataError(
-                f"{Path(self.path).name}: {self.label} has {len(found)} values ({', '.join(found[:5])}), "
-                f"but classes names {len(self.classes)}"
-            )
-        return np.array([found.index(w) for w in words], dtype=np.int64), self.classes or tuple(found)
+        return np.array(targets, dtype=np.int64), classes
 
     @cached_property
     def _declared(self) -> Statistics | None:
@@ -280,11 +310,7 @@ class FeatureTable:
         return any(name.startswith(f"{column} = ") for column in self.categories)
 
     def _is_missing(self, word: str) -> bool:
-        return word in MISSING or word in self.missing or (is_number(word) and float(word) in self._missing_numbers)
-
-    @cached_property
-    def _missing_numbers(self) -> frozenset[float]:
-        return frozenset(float(word) for word in self.missing if is_number(word))
+        return is_missing(word, self.missing)
 
     def _number(self, word: str, column: str, row: int) -> float:
         if not is_number(word):
@@ -294,6 +320,15 @@ class FeatureTable:
                 "add the word to missing"
             )
         return float(word)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of the label, the patient and the site; "" if there is none."""
+
+    label: str
+    patient: str
+    site: str
 
 
 @dataclass(frozen=True, eq=False)

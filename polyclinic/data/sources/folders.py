@@ -1,5 +1,6 @@
 """Folders of images whose names are metadata: ``benign/``, ``malignant/``; or ``site-a/train/benign/``."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import check_pattern, is_image, opened, patients_in
+from polyclinic.data.labels import Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info
 
@@ -18,7 +20,8 @@ class Folders(FromFiles):
     Attributes:
         path: The folder, or a ``.zip`` file of it.
         levels: Meaning of each level of folders, from the top: ``"class"`` and any of ``"site"``, ``"split"``,
-            ``"patient"`` or a word of your own, which becomes a column.
+            ``"patient"`` or a word of your own, which becomes a column. The same patient's name at two sites
+            is two people.
         patient: A regular expression with one group that matches the patient in an image's path, such as
             ``"case(\d+)_"``; "" if the name does not identify patients.
         classes: The classes in order; if empty, the sorted values.
@@ -59,22 +62,26 @@ class Folders(FromFiles):
         if not found:
             deep = " / ".join(f"<{level}>" for level in self.levels)
             raise DataError(f"{root}: there are no images at {deep} / image; set levels to the meaning of your folders")
-        classes = self.classes or tuple(sorted({names["class"] for _, names in found}))
-        if unknown := sorted({names["class"] for _, names in found} - set(classes)):
-            raise DataError(f"{root}: the folders {', '.join(unknown[:3])} are not among classes = {list(classes)}")
         ids = [file.relative_to(root).as_posix() for file, _ in found]
         patients = patients_in(ids, self.patient)
         if "patient" in self.levels and not self.patient:
-            patients = tuple(names["patient"] for _, names in found)
+            named = [level for level in ("site", "patient") if level in self.levels]
+            patients = tuple("/".join(names[part] for part in named) for _, names in found)
+        labels, problems = {"class": [names["class"] for _, names in found]}, list[str]()
+        targets: list[int] | list[tuple[float, ...]]
+        targets, classes = Reading(self.classes).read(labels, "classification", problems, ids)
+        if problems:
+            raise DataError([f"{root}: {problem}" for problem in problems])
+        numbers: Sequence[int | tuple[float, ...]] = targets
         entries = tuple(
             Entry(
                 name,
                 (file,),
                 patient,
-                classes.index(names["class"]),
+                target,
                 columns={k: v for k, v in names.items() if k not in ("class", "patient")},
             )
-            for name, patient, (file, names) in zip(ids, patients, found, strict=True)
+            for name, patient, target, (file, names) in zip(ids, patients, numbers, found, strict=True)
         )
         notes = [] if self.patient or "patient" in self.levels else [UNKNOWN_PATIENTS]
         if astray:

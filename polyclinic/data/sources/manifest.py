@@ -1,7 +1,7 @@
 """Table that lists images: one row per image, with its label or mask, patient, site and split."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,16 @@ from typing import Literal
 from polyclinic.data.collection import UNKNOWN_PATIENTS, Collection, Entry, FromFiles, described
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import check_pattern, is_image, opened, patients_in, placed
-from polyclinic.data.labels import Reading
+from polyclinic.data.formats.column_roles import (
+    NONE,
+    column_of,
+    detected,
+    missing_at,
+    named_column,
+    no_column,
+    usual_columns,
+)
+from polyclinic.data.labels import MissingLabels, Reading
 from polyclinic.data.preprocessing.pipeline_config import Steps
 from polyclinic.data.source import HIDDEN, Info, Task
 from polyclinic.data.sources.tabular_files import read_rows
@@ -23,12 +32,16 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 class Manifest(FromFiles):
     r"""Images listed in a CSV or Parquet table. Further columns are kept, and any of them can name sites.
 
+    Options that name a column may be left out if its name is usual for the role (``column_roles.USUAL``), such as
+    ``path``, ``label``, ``patient_id``, ``hospital`` and ``split``; a note lists the columns that were chosen.
+    ``"none"`` says that no column has the role.
+
     Attributes:
         path: The table. Images' paths are relative to its folder (or to ``root``).
         images: For each channel the column with an image's file, or a path composed of columns, such as
             ``"images/{image_id}.jpg"``. A folder is read as a DICOM series.
-        label: The column of the class or number; several columns of 0 and 1 for several labels; empty with masks.
-        mask: The mask's file, as in ``images``; used if no label is named.
+        label: The column of the class or number; several columns of 0 and 1 for several labels; ``"none"`` with masks.
+        mask: The mask's file, as in ``images``; used if there is no label.
         patient: The column that identifies the patient.
         patient_pattern: A regular expression with one group that matches the patient in it, such as
             ``"patient(\d+)/"``.
@@ -39,8 +52,10 @@ class Manifest(FromFiles):
         classes: The classes in order; if empty, the sorted values (for masks: the names of 0, 1, ...).
         separator: Separator of several labels in one column, as in ``"Mass|Nodule"``.
         nothing: Word for the absence of all labels.
-        blank: Value of an empty cell among several labels; refused if not given.
+        blank: Value of a missing cell among several labels; refused if not given.
         uncertain: Value of -1 among several labels; refused if not given.
+        missing_labels: ``"refuse"`` raises an error for rows without a label (an empty cell, ``NA``, ``NaN``, ``#N/A``,
+            ``NULL``, ...); ``"drop"`` leaves them out with a note.
         series: Selection of the series in a folder with several, such as ``{description = "T1*"}``.
         root: The folder to which images' paths are relative, if it is not the table's.
         steps: Preprocessing.
@@ -49,20 +64,21 @@ class Manifest(FromFiles):
     """
 
     path: str
-    images: tuple[str, ...] = ("path",)
+    images: tuple[str, ...] = ()
     label: tuple[str, ...] | str = ""
-    mask: str = "mask"
-    patient: str = "patient"
+    mask: str = ""
+    patient: str = ""
     patient_pattern: str = ""
-    site: str = "site"
+    site: str = ""
     site_pattern: str = ""
-    split: str = "split"
+    split: str = ""
     regression: bool = False
     classes: tuple[str, ...] = ()
     separator: str = ""
     nothing: str = ""
     blank: float | None = None
     uncertain: float | None = None
+    missing_labels: MissingLabels = "refuse"
     series: Mapping[str, str] = field(default_factory=dict)
     root: str = ""
     steps: Steps = ()
@@ -79,35 +95,61 @@ class Manifest(FromFiles):
         """Collect every row, or report every problem of every row."""
         table = placed(self.path)
         rows = read_rows(table)
-        labels = self._labels(rows)
-        masked = not labels and (self.mask in rows or "{" in self.mask)
-        files = [*self.images, *([self.mask] if masked else [])]
-        wanted = [name for f in files for name in (_FIELD.findall(f) or [f])]
-        problems = [f"has no column {c!r}. There are {', '.join(rows)}" for c in (*wanted, *labels) if c not in rows]
-        if not labels and not masked:
+        problems: list[str] = []
+        use = self._columns(rows, problems)
+        if not use.images:
+            problems.append(f"has no column of images: name it with images = [...]. There are {', '.join(rows)}")
+        elif not use.labels and not use.mask and not problems:
             problems.append("has neither a column of labels nor one of masks: name it with label = ...")
         if problems:
             raise DataError([f"{table.name} {problem}" for problem in problems])
-        task = self._task(labels, masked)
-        targets, classes = (
-            ([None] * len(rows[wanted[0]]), self.classes)
-            if masked
-            else Reading(self.classes, self.separator, self.nothing, self.blank, self.uncertain).read(
-                {c: rows[c] for c in labels}, task, problems
-            )
-        )
-        entries = self._entries(table, rows, files, masked, targets, labels, problems)
+        task = self._task(use.labels, bool(use.mask))
+        notes = [] if use.patient else [UNKNOWN_PATIENTS]
+        stated = {"patient": (self.patient, use.patient), "site": (self.site, use.site)}
+        notes += detected(stated if self.label or use.mask else {**stated, "label": ("", use.labels[0])})
+        lines = [i + 2 for i in range(len(next(iter(rows.values()))))]
+        targets: list[int] | list[tuple[float, ...]] | list[None]
+        if use.mask:
+            targets, classes = [None] * len(lines), self.classes
+        else:
+            reading = Reading(self.classes, self.separator, self.nothing, self.blank, self.uncertain)
+            if self.missing_labels == "drop" and (lost := set(reading.unlabeled({c: rows[c] for c in use.labels}))):
+                rows = {c: [v for i, v in enumerate(cells) if i not in lost] for c, cells in rows.items()}
+                lines = [line for i, line in enumerate(lines) if i not in lost]
+                notes.append(f"{len(lost)} rows without {' and '.join(use.labels)} are left out.")
+            places = [f"row {line}" for line in lines]
+            targets, classes = reading.read({c: rows[c] for c in use.labels}, task, problems, places)
+        entries = self._entries(table, rows, use, targets, lines, problems)
         if problems:
             more = [f"... and {len(problems) - MOST} more"] if len(problems) > MOST else []
             raise DataError([f"{table.name}: {p}" for p in [*problems[:MOST], *more]])
-        notes = [] if self.patient in rows else [UNKNOWN_PATIENTS]
         found = Info(table.stem, table.stem, "not stated", "not stated", task, classes)
-        sites = ("site",) if self.site in rows else ()
-        return self.made(described(self.about, found, notes), entries, sites)
+        return self.made(described(self.about, found, notes), entries, (use.site,) if use.site else ())
 
-    def _labels(self, rows: dict[str, list[str]]) -> tuple[str, ...]:
-        named = (self.label,) if isinstance(self.label, str) else self.label
-        return (("label",) if "label" in rows else ()) if named == ("",) else named
+    def _columns(self, rows: dict[str, list[str]], problems: list[str]) -> "_Columns":
+        """Return the columns to use. Append to ``problems`` the names that no column has."""
+        given = self.images or tuple(usual_columns(rows, "image")[:1])
+        labels = [self.label] if isinstance(self.label, str) else list(self.label)
+        labels = usual_columns(rows, "label")[:1] if labels == [""] else [] if labels == [NONE] else labels
+        mask = "" if labels else self.mask if "{" in self.mask else column_of(rows, "mask", self.mask, problems)
+
+        def known(name: str) -> str:
+            column = named_column(rows, name)
+            if column is None:
+                problems.append(no_column(rows, name))
+            return column or name
+
+        def path(file: str) -> str:
+            return _FIELD.sub(lambda m: f"{{{known(m.group(1))}}}", file) if "{" in file else known(file)
+
+        return _Columns(
+            tuple(path(file) for file in given),
+            path(mask) if mask else "",
+            tuple(known(name) for name in labels),
+            column_of(rows, "patient", self.patient, problems),
+            column_of(rows, "site", self.site, problems),
+            column_of(rows, "split", self.split, problems),
+        )
 
     def _task(self, labels: tuple[str, ...], masked: bool) -> Task:
         if masked:
@@ -120,41 +162,55 @@ class Manifest(FromFiles):
         self,
         table: Path,
         rows: dict[str, list[str]],
-        files: list[str],
-        masked: bool,
+        use: "_Columns",
         targets: list[int] | list[tuple[float, ...]] | list[None],
-        labels: tuple[str, ...],
+        lines: list[int],
         problems: list[str],
     ) -> tuple[Entry, ...]:
         """Return one entry per row. Append to ``problems`` what is wrong with files, names and patients."""
         root = opened(self.root) if self.root else table.parent
+        files = [*use.images, *([use.mask] if use.mask else [])]
         named = [[_filled(f, rows, i) for f in files] for i in range(len(targets))]
-        problems += [p for i, row in enumerate(named) for p in _missing(i, files, row, root)]
+        problems += _missing(lines, files, named, root)
         ids = [row[0] for row in named]
-        problems += [f"{name} is listed {n} times" for name, n in Counter(ids).items() if n > 1]
-        patients = patients_in(rows.get(self.patient, ids), self.patient_pattern)
-        if empty := [i + 2 for i, patient in enumerate(patients) if not patient]:
+        if twice := {name: n for name, n in Counter(ids).items() if n > 1 and name}:
+            some = ", ".join(f"{name} is listed {n} times" for name, n in list(twice.items())[:5])
+            problems.append(f"{len(twice)} files are listed more than once: {some}")
+        patients = patients_in(rows[use.patient] if use.patient else ids, self.patient_pattern)
+        if use.patient and (empty := [lines[i] for i in missing_at(patients)]):
             problems.append(f"{len(empty)} rows name no patient (the first is row {empty[0]})")
-        own = {*files, *labels, self.patient, self.site, self.split}
-        columns = {c: v for c, v in rows.items() if c not in own and c not in ("site", "split")}
-        if self.site in rows:
-            columns["site"] = list(patients_in(rows[self.site], self.site_pattern))
-        if self.split in rows:
-            columns["split"] = rows[self.split]
+        own = {*files, *use.labels, use.patient, use.site, use.split}
+        columns = {c: v for c, v in rows.items() if c not in own}
+        if use.site:
+            columns[use.site] = list(patients_in(rows[use.site], self.site_pattern))
+        if use.split:
+            columns["split"] = rows[use.split]
         if problems:
             return ()
-        images = slice(0, len(files) - masked)
+        images = slice(0, len(use.images))
         return tuple(
             Entry(
                 name,
                 tuple(root / f for f in named[i][images]),
                 patients[i],
                 targets[i],
-                root / named[i][-1] if masked else None,
+                root / named[i][-1] if use.mask else None,
                 {c: v[i] for c, v in columns.items()},
             )
             for i, name in enumerate(ids)
         )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of each role; "" if there is none. Images and masks may be paths composed of columns."""
+
+    images: tuple[str, ...]
+    mask: str
+    labels: tuple[str, ...]
+    patient: str
+    site: str
+    split: str
 
 
 def _filled(file: str, rows: dict[str, list[str]], row: int) -> str:
@@ -162,14 +218,19 @@ def _filled(file: str, rows: dict[str, list[str]], row: int) -> str:
     return _FIELD.sub(lambda m: rows[m.group(1)][row], file) if "{" in file else rows[file][row]
 
 
-def _missing(row: int, files: list[str], named: list[str], root: Path) -> list[str]:
-    """Return the problems of the files that a row names."""
-    problems = []
-    for file, name in zip(files, named, strict=True):
-        if not name:
-            problems.append(f"row {row + 2} names no file in {file}")
-        elif not (root / name).exists():
-            problems.append(f"row {row + 2} names {name}, which does not exist")
-        elif not (root / name).is_dir() and not is_image(root / name):
-            problems.append(f"row {row + 2} names {name}, a format that is not supported")
-    return problems
+def _missing(lines: list[int], files: list[str], named: list[list[str]], root: Path) -> list[str]:
+    """Return the problems of the files that the rows name, grouped by kind."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for line, row in zip(lines, named, strict=True):
+        for file, name in zip(files, row, strict=True):
+            if not name:
+                groups[f"no file in {file}"].append(f"row {line}")
+            elif not (root / name).exists():
+                groups["a file that does not exist"].append(f"row {line}: {name}")
+            elif not (root / name).is_dir() and not is_image(root / name):
+                groups["a file of a format that is not supported"].append(f"row {line}: {name}")
+    return [
+        f"{len(rows)} row{'s name' if len(rows) > 1 else ' names'} {what} ({', '.join(rows[:5])}"
+        f"{', ...' if len(rows) > 5 else ''})"
+        for what, rows in groups.items()
+    ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from polyclinic.data.collection import UNKNOWN_PATIENTS, described
 from polyclinic.data.examples import DataError, Examples
 from polyclinic.data.files import check_pattern, content_of, patients_in, placed
+from polyclinic.data.formats.column_roles import NONE, column_of
 from polyclinic.data.formats.mask_labels import WHITE, black_and_white, label_problems
 from polyclinic.data.formats.safe_reading import LIMITS, Unreadable, read_npz
 from polyclinic.data.preprocessing.pipeline_config import Steps, apply, fingerprint
@@ -36,9 +37,11 @@ class Npz:
         path: The ``.npz`` file.
         images: The name of the array of images [n, (z,) y, x] or [n, (z,) y, x, colors]; MedMNIST's are detected.
         target: The name of the array of labels or masks; ``labels`` or ``masks`` are detected.
-        patient: The name of the array that identifies the patient of each image, or "" if there is none.
+        patient: The name of the array that identifies the patient of each image; if empty, the first with a usual name
+            (``patient_id``, ``subject``, ...); ``"none"`` for no array.
         patient_pattern: A regular expression with one group that matches the patient in an image's name.
-        sites: The names of arrays that can name a site, the natural one first; ``site`` is detected.
+        sites: The names of arrays that can name a site, the natural one first; if empty, the first array with
+            a usual name (``site``, ``hospital``, ``center``, ``scanner``, ...).
         classes: Names of the classes, in order; an array ``label_names`` is used if there is one.
         regression: Whether the labels are numbers rather than classes.
         steps: Preprocessing.
@@ -66,7 +69,7 @@ class Npz:
     def info(self) -> Info:
         """Description of the data set, as far as the file or the catalog states it."""
         arrays = self._arrays
-        notes = () if self.patient or self.patient_pattern else (UNKNOWN_PATIENTS,)
+        notes = () if self._patient or self.patient_pattern else (UNKNOWN_PATIENTS,)
         targets = arrays["target"]
         task: Task = "segmentation" if self._masks else "classification"
         if not self._masks:
@@ -87,21 +90,17 @@ class Npz:
     def table(self) -> Table:
         """Return one row per image, in the file's order. MedMNIST's own split is the column ``split``."""
         arrays = self._arrays
-        ids, n = arrays["ids"], len(arrays["images"])
-        columns = {
-            name: tuple(str(v) for v in values)
-            for name, values in arrays.items()
-            if name not in ("images", "target", "ids") and values.shape == (n,)
-        }
-        sites = self.sites or tuple(name for name in ("site",) if name in columns)
-        if missing := [
-            name for name in (*self.sites, *([self.patient] if self.patient else [])) if name not in columns
-        ]:
+        ids = arrays["ids"]
+        columns = self._columns
+        natural = column_of(columns, "site", "", [])
+        sites = self.sites or ((natural,) if natural else ())
+        named = (*self.sites, *([self.patient] if self.patient not in ("", NONE) else []))
+        if missing := [name for name in named if name not in columns]:
             raise DataError(
                 f"{Path(self.path).name} has no array {missing[0]!r} with one entry per image. "
                 f"There are {', '.join(columns) or 'none'}"
             )
-        patients = columns[self.patient] if self.patient else patients_in(tuple(ids), self.patient_pattern)
+        patients = columns[self._patient] if self._patient else patients_in(tuple(ids), self.patient_pattern)
         targets = arrays["target"]
         labels = None if self._masks else targets.astype(np.int64 if self._whole(targets) else np.float32)
         return Table(tuple(ids), patients, labels, columns, sites)
@@ -140,6 +139,23 @@ class Npz:
 
     def _whole(self, targets: Array) -> bool:
         return targets.ndim == 1 and not self.regression
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[str, ...]]:
+        """The arrays with one entry per image other than targets and ids, as text."""
+        arrays = self._arrays
+        own = {"images", "target", "ids", self.images, self.target, "labels", "masks"}
+        return {
+            name: tuple(str(v) for v in values)
+            for name, values in arrays.items()
+            if name not in own and values.shape == (len(arrays["images"]),)
+        }
+
+    @property
+    def _patient(self) -> str:
+        """The array of patients; "" if there is none, or if the patient follows from the name."""
+        found = column_of(self._columns, "patient", self.patient, [])
+        return "" if not self.patient and self.patient_pattern else found
 
     @property
     def _masks(self) -> bool:

@@ -1,5 +1,6 @@
 """Reading of a study file as text and as a table, without validation and without importing PyTorch."""
 
+import codecs
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +15,18 @@ def text_of(path: Path) -> str:
     """Return the text of the study file at ``path``.
 
     Raises:
-        ConfigError: If there is no such file, or it cannot be read as text in UTF-8.
+        ConfigError: If there is no such file, or it is not text in UTF-8, or in UTF-16 with a byte order mark.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such study file. `polyclinic new {path.name}` writes one")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8 text; a study file is TOML"
+            f"{path}: byte {error.start} is not {error.encoding.upper()}. Save the file as UTF-8 text; a study file is "
+            "TOML"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}. Make the study file readable") from None

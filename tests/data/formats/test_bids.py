@@ -50,8 +50,8 @@ def test_what_does_not_fit_together_is_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "sub-04" / "anat" / "sub-04_T1w.nii.gz").write_bytes(nifti_bytes())
     text = "\n".join(read_bids(tmp_path).problems)
     for part in (
-        "row 6: the participant is listed already",
-        "row 7: the participant is not named",
+        "1 participants have several rows (sub-01) and no column such as session_id",
+        "row 7: the participant_id is not letters and digits",
         "row 8: 1 cells",
         "1 participants have no image (sub-09)",
         "1 subjects are not in participants.tsv (sub-04)",

@@ -24,7 +24,7 @@ from polyclinic.data.quality.folder_layout import detect
 from polyclinic.data.quality.image_hashes import content_hash, nearly_equal, small_picture
 from polyclinic.data.quality.quality_page import check_command, page, write_page
 from polyclinic.data.quality.site_check import KINDS as CHECK_KINDS
-from polyclinic.data.quality.site_check import STUDY, CheckReport, check_folder
+from polyclinic.data.quality.site_check import CheckReport, check_folder
 from tests.support.image_files import CT, RADIOGRAPH, ULTRASOUND, image, nifti_bytes, pydicom, save, series
 
 RNG = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def test_a_manifest_knows_patients_splits_and_masks(tmp_path: Path) -> None:
     assert "1 patient in more than one split" in finding(report, "two-splits")
     assert "there is no such file" in finding(report, "unreadable")
     layout = [f.message for f in report.findings if f.code == "layout"]
-    assert len([m for m in layout if "leads out of the folder" in m]) == 2
+    assert any("2 rows whose path is empty or leads out of the folder (row 14, row 15)" in m for m in layout)
 
 
 def test_dicom_headers_are_named_by_number_and_never_quoted(tmp_path: Path) -> None:
@@ -246,7 +246,8 @@ def test_a_deidentified_folder_passes_the_check(tmp_path: Path) -> None:
     deidentify_folder(tmp_path / "src", tmp_path / "dst", tmp_path / "key.json")
     report = check_folder(tmp_path / "dst")
     assert report.ok, report.lines()
-    assert codes(report) == {"few-patients"}
+    assert codes(report) == {"few-patients", "study"}
+    assert "a study needs a table with one row per patient" in finding(report, "study")
     assert "health" in codes(check_folder(tmp_path / "src"))
 
 
@@ -469,9 +470,16 @@ def test_the_command_says_whether_anything_stands_in_the_way(tmp_path: Path) -> 
     assert said[-1] == "1 error to correct first"
 
 
-def test_every_kind_that_a_study_can_read_is_named_as_the_study_names_it() -> None:
-    assert set(STUDY) < set(CHECK_KINDS)
-    assert set(STUDY.values()) <= set(STUDY_KINDS)
+def test_the_check_prints_the_data_table_of_a_study(tmp_path: Path) -> None:
+    for name in ("classes", "nnunet"):
+        made = {"classes": classes, "nnunet": nnunet}[name](tmp_path / name)
+        report = check_folder(made)
+        assert report.kind == name
+        assert report.data["kind"] in STUDY_KINDS
+        lines = report.lines()
+        table = lines[lines.index("[data]") :]
+        assert f'kind = "{report.data["kind"]}"' in table
+    assert set(CHECK_KINDS) >= {"classes", "nnunet"}
 
 
 def test_nothing_is_changed_in_the_data(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def table(path: str, **options: Any) -> FeatureTable:
         "missing": ("-9",),
         "zero_is_missing": ("chol",),
         "threshold": 0.0,
+        "missing_labels": "drop",
     }
     return FeatureTable(path, **usual | options)
 
@@ -124,7 +125,11 @@ def test_numbers_and_words_as_labels(tmp_path: Path) -> None:
         ({"label": "sick"}, TEXT, "has no column 'sick'"),
         ({"categories": ()}, TEXT, "'x' in kind, which is not a number: list it in categories or leave_out"),
         ({"categories": ()}, TEXT, 'with patient = "kind" or site = "kind"'),
-        ({"threshold": None, "label": "age", "classes": ("a", "b")}, TEXT, "age has 5 values"),
+        (
+            {"threshold": None, "label": "age", "classes": ("a", "b")},
+            TEXT,
+            r"5 rows with a age that is not among classes = \['a', 'b'\]: '10'",
+        ),
         ({}, TEXT.replace(",site", ",age"), "the column 'age' occurs twice"),
         ({}, TEXT + "g,1\n", r"1 rows have another number of columns than the header's 6 \(the first is row 8\)"),
         ({}, "id,ill,site\n", "has no rows"),
@@ -149,10 +154,14 @@ def test_a_median_over_the_federation_is_refused() -> None:
 
 
 def test_not_text_and_too_large_are_refused(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8, and a gzip bomb."""
-    (tmp_path / "b.csv").write_bytes(b"id,x\n\xff\xfe,1\n")
-    with pytest.raises(DataError, match="is not text in UTF-8"):
-        read_rows(tmp_path / "b.csv")
+    """Bytes that are text in no known encoding, and a gzip bomb."""
+    for data, says in (
+        (b"id,x\n\x81\x8d,1\n", "not text in UTF-8, UTF-16 or Windows-1252"),
+        (b"id\0x\n", "not a text"),
+    ):
+        (tmp_path / "b.csv").write_bytes(data)
+        with pytest.raises(DataError, match=says):
+            read_rows(tmp_path / "b.csv")
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"0" * (2**26 + 1)))
     with pytest.raises(DataError, match=r"bomb\.csv\.gz"):
         read_rows(tmp_path / "bomb.csv.gz")

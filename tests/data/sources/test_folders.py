@@ -155,7 +155,7 @@ def test_folders_without_what_was_asked_for(tmp_path: Path) -> None:
     picture(tmp_path / "stray.png")
     with pytest.raises(DataError, match="<site> / <class> / image"):
         Folders(str(tmp_path), levels=("site", "class")).table()
-    with pytest.raises(DataError, match="the folders a are not among classes"):
+    with pytest.raises(DataError, match=r"a class that is not among classes = \['b'\]: 'a' \(1\)"):
         Folders(str(tmp_path), classes=("b",)).table()
     assert any("1 images are at another depth" in note for note in Folders(str(tmp_path)).info.notes)
 
@@ -208,11 +208,11 @@ def test_every_mistake_of_a_manifest_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         Manifest(listed(tmp_path, text), classes=("a", "b")).table()
     expected = [
-        "names 1.png, which does not exist",
-        "row 5 names no file in path",
-        "names notes.txt, a format that is not supported",
+        "1 row names a file that does not exist (row 4: 1.png)",
+        "1 row names no file in path (row 5)",
+        "1 row names a file of a format that is not supported (row 6: notes.txt)",
         "0.png is listed 3 times",
-        "label that is empty or not among classes",
+        "1 row without a label (row 6)",
         "1 rows name no patient",
     ]
     assert all(any(says in problem for problem in error.value.problems) for says in expected)

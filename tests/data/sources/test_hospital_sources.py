@@ -43,8 +43,8 @@ def test_bids_gives_classes_sites_and_channels(tmp_path: Path) -> None:
     source = BidsImages(str(bids(tmp_path / "b")), ("T1w", "FLAIR"), label="diagnosis")
     table = source.table()
     assert table.patients == tuple(f"sub-{i:02d}" for i in range(6))
-    assert table.sites == ("site",)
-    assert table.columns["site"] == ("north",) * 3 + ("south",) * 3
+    assert table.sites == ("scanner",)
+    assert table.columns["scanner"] == ("north",) * 3 + ("south",) * 3
     assert source.info.classes == ("ad", "hc")
     examples = source.examples(table.ids)
     assert examples.inputs.shape == (6, 2, 6, 5, 4)
@@ -98,7 +98,7 @@ def test_dicom_gives_a_volume_per_series_labels_by_patient_and_scanners(tmp_path
     assert examples.inputs.dtype == torch.float32
     assert "MRN77" not in repr(table) + repr(examples.patients)
     north = DicomImages(str(tmp_path / "d"), str(tmp_path / "labels.csv"), slices=2, site="hospital")
-    assert north.table().sites == ("site", "scanner")
+    assert north.table().sites == ("hospital", "scanner")
 
 
 def test_a_deidentified_tree_is_read_with_the_pseudonyms_of_its_key(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""What a study's source reads of recognized data, without decoding images: the basis of the data check's counts."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from polyclinic.data.collection import UNKNOWN_PATIENTS, FromFiles
+from polyclinic.data.config import source_of
+from polyclinic.data.filename_screening import shown
+from polyclinic.data.formats.column_roles import SPLITS
+from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
+from polyclinic.data.quality.findings import Finding
+from polyclinic.data.quality.folder_layout import Item, Layout
+from polyclinic.data.quality.recognition import Recognized, recognize
+from polyclinic.data.source import Source, Table
+from polyclinic.errors import DataError, MissingDependency
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Result of loading.
+
+    Attributes:
+        recognized: What was recognized; None if nothing was.
+        table: The source's table of examples; None if it refuses the data.
+        classes: The names of the classes.
+        knows_patients: Whether the data names patients.
+        items: The source's examples, for the inspection of images; empty if it has no files.
+        problems: Why the source refuses the data.
+        open: Why a study needs more than the data contains.
+        notes: The source's notes.
+    """
+
+    recognized: Recognized | None = None
+    table: Table | None = None
+    classes: tuple[str, ...] = ()
+    knows_patients: bool = False
+    items: tuple[Item, ...] = ()
+    problems: tuple[str, ...] = ()
+    open: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def findings(self) -> list[Finding]:
+        """Return what a study's source refuses, and what the data lacks for a study."""
+        found = [Finding("error", "study", f"a study refuses this data: {_masked(text)}") for text in self.problems]
+        if self.open:
+            found.append(Finding("note", "study", _masked(self.open)))
+        return found + [Finding("note", "source", _masked(note.rstrip("."))) for note in self.notes]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The ``[data]`` table of a study; empty if no source can read the data."""
+        return {} if self.recognized is None or self.problems else self.recognized.options
+
+    @property
+    def why(self) -> tuple[str, ...]:
+        """How the table was recognized."""
+        return () if self.recognized is None else tuple(_masked(reason) for reason in self.recognized.why)
+
+
+def load(path: Path, layout: Layout, limits: Limits = LIMITS) -> Loaded:
+    """Recognize the data and read its table as a study would."""
+    try:
+        recognized = recognize(path, None, limits, layout)
+    except (DataError, Unreadable) as refusal:
+        return Loaded(open=f"for a study: {refusal}")
+    try:
+        source = built(recognized)
+        table, info = source.table(), source_info(source)
+    except MissingDependency as refusal:
+        return Loaded(recognized, open=str(refusal))
+    except ValidationError as error:
+        return Loaded(recognized, problems=tuple(str(line["msg"]) for line in error.errors()))
+    except DataError as error:
+        return Loaded(recognized, problems=tuple(error.problems))
+    known = not any(note in (UNKNOWN_PATIENTS, UNKNOWN_PATIENTS.replace("image", "row")) for note in info[1])
+    notes = tuple(note for note in info[1] if "Left out" in note or "left out" in note or "by their names" in note)
+    items = _items(source, layout, info[0], known) if isinstance(source, FromFiles) and layout.kind != "dicom" else ()
+    return Loaded(recognized, table, info[0], known, items, notes=notes)
+
+
+def built(recognized: Recognized) -> Source:
+    """Return the source that the ``[data]`` table names."""
+    own = {key: value for key, value in recognized.options.items() if key not in ("path", "kind")}
+    return source_of(None, str(recognized.options["path"]), str(recognized.options["kind"]), own)
+
+
+def source_info(source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return a source's classes and notes, without decoding images."""
+    info = source.collection.info if isinstance(source, FromFiles) else source.info
+    return info.classes, info.notes
+
+
+def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: bool) -> tuple[Item, ...]:
+    found = source.collection
+    site = found.sites[0] if found.sites else ""
+    items = []
+    for entry in found.entries:
+        path = entry.images[0]
+        name = str(path.relative_to(layout.root)) if layout.root in path.parents else entry.id
+        label = classes[entry.label] if isinstance(entry.label, int) and entry.label < len(classes) else None
+        split = entry.columns.get("split", "").lower()
+        items.append(
+            Item(
+                name,
+                entry.images,
+                label,
+                entry.patient if known else None,
+                SPLITS.get(split, split or None),
+                entry.columns.get(site) or None,
+                entry.mask,
+            )
+        )
+    return tuple(items)
+
+
+def _masked(text: str) -> str:
+    """Return a sentence in which words that look like a person's name in a path are masked."""
+    return re.sub(r"[^\s,;:()'\"]*[/_^.][^\s,;:()'\"]*", lambda match: shown(match.group()), text)
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as TOML on one line."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case Mapping():
+            return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
+        case list() | tuple():
+            return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return str(value)

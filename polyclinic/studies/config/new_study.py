@@ -1,0 +1,205 @@
+"""A first study of one's own data: sites, split, steps, network and methods that suit what was recognized."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyclinic.data.collection import FromFiles
+from polyclinic.data.examples import DataError
+from polyclinic.data.files import picture_of, read_case
+from polyclinic.data.formats.parsing import is_missing
+from polyclinic.data.formats.safe_reading import Unreadable
+from polyclinic.data.quality.loading import built, toml_value
+from polyclinic.data.quality.recognition import Question, Recognized
+from polyclinic.data.source import Source, Table, slug
+from polyclinic.data.splits import official
+
+PATIENTS_PER_SITE = 10
+SAMPLE = 200
+LARGEST = {2: 256, 3: 96}
+"""The largest side of images of a first study, in pixels, by dimension."""
+
+
+@dataclass(frozen=True)
+class NewStudy:
+    """A study to be written.
+
+    Attributes:
+        text: The study file.
+        why: What was recognized and decided, each a sentence.
+        questions: What the data cannot say, with the defaults that were taken.
+    """
+
+    text: str
+    why: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = "") -> NewStudy:
+    """Return a study of recognized data.
+
+    Args:
+        recognized: The result of ``recognize``.
+        name: The study's name.
+        rounds: Number of rounds.
+        sites: A column that names the sites; if empty, the data's own sites, or simulated ones.
+
+    Raises:
+        DataError: If the data cannot be read with the recognized ``[data]`` table.
+    """
+    source = built(recognized)
+    table = source.table()
+    why = list(recognized.why)
+    data: dict[str, Any] = {**recognized.options, **_sites(table, sites, why)}
+    data["split"] = _split(table, data, recognized.official, why)
+    shape, steps = _shape(source, why)
+    if steps:
+        data["steps"] = steps
+    task = _task(recognized.task, shape, table)
+    network = task["network"]
+    training: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optimizer": "sgd", "lr": 0.05}
+    if network == "unet":
+        training |= {"batch_size": 4, "optimizer": "adam", "lr": 0.003}
+    head = [f"# Written by `polyclinic new --data {recognized.options['path']}`. Run it with `polyclinic run FILE`."]
+    head += [f"# - {reason}" for reason in why]
+    head += [f"# - assumed: {q.key} = {toml_value(q.default)} ({q.text})" for q in recognized.questions]
+    lines = [*head, *_lines({"name": name, "title": f"A first study of {name}", "rounds": rounds, "seeds": [0]})]
+    for section, values in (("data", data), ("task", task), ("training", training)):
+        lines += ["", f"[{section}]", *_lines(values)]
+    for method in ("local", "pooled", "fedavg"):
+        lines += ["", "[[methods]]", f'name = "{method}"']
+    text = "\n".join(line.replace("\n", " ").replace("\r", " ") for line in lines) + "\n"
+    return NewStudy(text, tuple(why), recognized.questions)
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {toml_value(value)}" for key, value in values.items()]
+
+
+def study_name(path: str) -> str:
+    """Return a study's name from a path: small letters, digits and hyphens."""
+    try:
+        return slug(Path(path).resolve().name.partition(".")[0])
+    except DataError:
+        return "my-study"
+
+
+def _sites(table: Table, column: str, why: list[str]) -> dict[str, Any]:
+    """Return ``sites`` and ``min_patients``: the data's own sites, or simulated ones."""
+    own = column or (table.sites[0] if table.sites else "")
+    patients: dict[str, set[str]] = defaultdict(set)
+    for patient, value in zip(table.patients, table.columns.get(own, ()), strict=False):
+        if not is_missing(value):
+            patients[value].add(patient)
+    if len(patients) > 1:
+        sizes = sorted(len(found) for found in patients.values())
+        fewest = PATIENTS_PER_SITE if sizes[-1] >= PATIENTS_PER_SITE else sizes[0]
+        small = sum(size < fewest for size in sizes)
+        left = f"; {small} have fewer than {fewest} patients and are left out" if small else ""
+        why.append(f'{len(patients)} sites, from "{own}"{left}')
+        return {"sites": column or "natural", "min_patients": fewest}
+    count = len(set(table.patients))
+    parts = max(1, min(4, count // PATIENTS_PER_SITE))
+    many = f"{parts} sites are" if parts > 1 else "one site is"
+    why.append(f"no column or folder names several hospitals, so {many} simulated; every result says so")
+    return {
+        "sites": {"partition": "iid", "count": parts},
+        "min_patients": max(1, min(PATIENTS_PER_SITE, count // parts)),
+    }
+
+
+def _split(table: Table, data: Mapping[str, Any], known: bool, why: list[str]) -> Any:
+    """Return ``"official"`` if the data's own split has training and test patients at every site, otherwise shares."""
+    if known:
+        try:
+            roles = official(table)
+        except DataError as refusal:
+            why.append(f"the data's own split is not used: {refusal}")
+            return [0.6, 0.15, 0.25]
+        column = table.sites[0] if data["sites"] == "natural" else data["sites"]
+        values = table.columns[column] if isinstance(column, str) else ("",) * len(table)
+        present: dict[str, set[str]] = defaultdict(set)
+        for patient, site in zip(table.patients, values, strict=True):
+            present[site].add(roles[patient])
+        if all({"train", "test"} <= found for found in present.values()):
+            why.append("training, validation and test patients are those of the data's own split")
+            return "official"
+        why.append("the data's own split leaves sites without training or test patients: patients are split anew")
+    return [0.6, 0.15, 0.25]
+
+
+def _shape(source: Source, why: list[str]) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+    """Return the shape of inputs (C, *spatial), () for tables, and the steps that make all images alike."""
+    if not isinstance(source, FromFiles):
+        if not hasattr(source, "images"):
+            return (), []
+        return source.examples(source.table().ids[:1]).shape, []
+    entries = source.collection.entries
+    chosen = [entries[i] for i in np.unique(np.linspace(0, len(entries) - 1, min(SAMPLE, len(entries))).astype(int))]
+    shapes, real, problems = [], False, []
+    for entry in chosen:
+        try:
+            picture = picture_of(read_case(entry.images, entry.mask, source.collection.options, slices=entry.slices))
+        except Unreadable as refusal:
+            problems.append(f"{entry.id}: {refusal}")
+            continue
+        shapes.append(tuple(picture.pixels.shape))
+        real = real or len(picture.pixels.shape) > 3
+    if not shapes:
+        raise DataError(problems)
+    return _alike(shapes, real, why)
+
+
+def _alike(
+    shapes: Sequence[tuple[int, ...]], real: bool, why: list[str]
+) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+    """Return the shape of inputs after the steps, and the steps."""
+    dimensions = max(len(shape) - 1 for shape in shapes)
+    if any(len(shape) - 1 != dimensions for shape in shapes):
+        raise DataError("some images are volumes and some are flat pictures: keep one kind in the folder")
+    sizes = sorted({shape[1:] for shape in shapes})
+    largest = max(max(size) for size in sizes)
+    steps: list[dict[str, Any]] = [{"step": "zscore"}] if real else []
+    size: list[int] = list(sizes[0])
+    if len(sizes) > 1 or largest > LARGEST.get(dimensions, 256):
+        if dimensions == 2:
+            side = min(LARGEST[2], max(32, 2 ** int(np.log2(min(min(one) for one in sizes)))))
+            steps.append({"step": "resize", "size": side})
+            size = [side] * len(size)
+        else:
+            size = [min(LARGEST[3], 8 * -(-max(one[i] for one in sizes) // 8)) for i in range(len(size))]
+            steps.append({"step": "crop_pad", "size": size})
+        count = f"{len(sizes)} sizes" if len(sizes) > 1 else "one size"
+        why.append(f"images have {count}, up to {largest} pixels a side: the step {steps[-1]['step']} is set")
+    channels = {shape[0] for shape in shapes}
+    if len(channels) > 1:
+        steps.append({"step": "channels"})
+        why.append("some images are gray and some have colors: the step channels makes them alike")
+    return (max(channels), *size), steps
+
+
+def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
+    task: dict[str, Any] = {"kind": kind}
+    if kind == "segmentation":
+        task |= {"network": "unet", "options": {"width": 8}}
+    elif not shape:
+        task |= {"network": "mlp"}
+    else:
+        task |= {"network": "cnn"}
+    if kind == "regression" and table.labels is not None:
+        numbers = np.asarray(table.labels, dtype=np.float64)
+        spread = float(numbers.std())
+        task |= {"center": round(float(numbers.mean()), 3), "spread": round(spread, 3) if spread > 0.001 else 1.0}
+    return task
+
+
+def questions_text(questions: Sequence[Question]) -> list[str]:
+    """Return one line for each question, with the option that answers it."""
+    return [
+        f"--{q.key.replace('_', '-')}: {q.text}; {', '.join(q.choices[:12]) or 'default'} [{toml_value(q.default)}]"
+        for q in questions
+    ]

@@ -23,7 +23,7 @@ from polyclinic.privacy.guarantee import guarantee
 from polyclinic.report import build_report
 from tests.support.synthetic_run import METHODS, SITES, write_run
 
-FEW = Options(draws=200)
+FEW = Options()
 LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.2, 0.1)}
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use"}
 
@@ -246,11 +246,11 @@ def test_small_and_odd_studies(tmp_path: Path, how) -> None:
 
 def test_several_images_a_patient_are_one_case(tmp_path: Path) -> None:
     page = built(tmp_path / "r", sites=LITTLE, images=4, seeds=(0,))
-    assert "images of one patient with the same label are averaged into one case" in page.text
+    assert "the scores of a patient’s images are averaged, and a patient is positive if any image is" in page.text
     result = evaluate(read_run(tmp_path / "r"), FEW)
     assert result.patients == {"ada": 40, "bo": 30}
     assert result.images == {"ada": 160, "bo": 120}
-    images = evaluate(read_run(tmp_path / "r"), Options(draws=200, unit="image"))
+    images = evaluate(read_run(tmp_path / "r"), Options(unit="image"))
     wide, narrow = (e.of("fedavg").sites["ada"]["auc"] for e in (result, images))
     assert narrow.how == "DeLong, clustered by patient"
     assert wide.n == narrow.n == 40
@@ -258,7 +258,7 @@ def test_several_images_a_patient_are_one_case(tmp_path: Path) -> None:
 
 def test_small_cohorts_can_be_hidden(tmp_path: Path) -> None:
     write_run(tmp_path / "r", seeds=(0,))
-    result = evaluate(read_run(tmp_path / "r"), Options(draws=200, min_cell=50))
+    result = evaluate(read_run(tmp_path / "r"), Options(min_cell=50))
     assert result.of("fedbn").sites["nairobi"]["auc"].value is None
     assert "fewer than 50" in result.of("fedbn").sites["nairobi"]["auc"].why
     assert "nairobi" not in result.of("fedbn").gains

@@ -77,9 +77,9 @@ def network(plan: Mapping[str, Any]) -> nn.Module:
 
 
 def _headline(run: Run) -> str:
-    from polyclinic.evaluation.run_evaluation import Options, evaluate
+    from polyclinic.evaluation.run_evaluation import evaluate
 
-    label = evaluate(run, Options(draws=20)).headline
+    label = evaluate(run).headline
     if label is None:
         raise NotExported(f"{run.path}: no method has been tested yet; name one with label=")
     return label

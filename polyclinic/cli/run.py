@@ -314,33 +314,30 @@ def _asked(questions: Sequence[Any]) -> dict[str, Any]:
     return answers
 
 
-def report(run_folder: Path, *, min_cell: int = 0, draws: int = 2000, level: float = 0.95, json_: Json = False) -> None:
+def report(run_folder: Path, *, min_cell: int = 0, level: float = 0.95, json_: Json = False) -> None:
     """Write the report of a run: one HTML file, and its tables as CSV and JSON.
 
     Args:
         run_folder: A folder that `polyclinic run` made.
         min_cell: Hide results of single sites, and of groups of patients, with fewer test patients than this.
-        draws: Number of bootstrap draws.
         level: Confidence level of the intervals.
     """
     if not 0 < level < 1:
         raise ConfigError(f"--level {level:g}: give a number between 0 and 1, such as 0.95")
     if min_cell < 0:
         raise ConfigError(f"--min-cell {min_cell}: give a number of patients, or 0 to hide nothing")
-    if draws < 1:
-        raise ConfigError(f"--draws {draws}: give a positive number, such as 2000")
     with document(json_) as emit:
-        page = write_report(run_folder, min_cell, draws, level)
+        page = write_report(run_folder, min_cell, level)
         done(str(page))
         emit({"run": run_folder, "methods": summary(page), "report": page})
 
 
-def write_report(run_folder: Path, min_cell: int = 0, draws: int = 2000, level: float = 0.95) -> Path:
+def write_report(run_folder: Path, min_cell: int = 0, level: float = 0.95) -> Path:
     """Write a report and return its path."""
     from polyclinic.evaluation.run_evaluation import Options
     from polyclinic.report.report_builder import build_report
 
-    return build_report(run_folder, options=Options(level=level, draws=draws, min_cell=min_cell))
+    return build_report(run_folder, options=Options(level=level, min_cell=min_cell))
 
 
 def status(run_folder: Path, *, json_: Json = False) -> None:

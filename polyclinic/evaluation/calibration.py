@@ -1,4 +1,4 @@
-"""Calibration of predicted probabilities, operating points, and net benefit.
+"""Calibration of predicted probabilities, thresholds, and net benefit.
 
 Calibration error by equal-width bins: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML
 2017, https://arxiv.org/abs/1706.04599, equation 3. Slope and intercept: Van Calster, McLernon, van Smeden, Wynants,
@@ -33,21 +33,6 @@ class Bin:
     predicted: float
     observed: float
     n: int
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A threshold chosen on validation data for a required sensitivity, and its performance on test data.
-
-    ``sensitivity`` and ``specificity`` are None if the test cases lack the class.
-    """
-
-    wanted: float
-    threshold: float
-    sensitivity: float | None
-    specificity: float | None
-    positives: int
-    negatives: int
 
 
 def claims_of(score: Array, target: NDArray[Any]) -> tuple[Array, Array]:
@@ -144,9 +129,11 @@ def _intercept(score: Array, target: NDArray[Any], weight: Array) -> Array:
 CALIBRATION: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("ece", "Calibration error (ECE)", _ece, higher_is_better=False),
-        Metric("calibration_slope", "Calibration slope", _slope, higher_is_better=None, needs_two_classes=True),
-        Metric("calibration_intercept", "Calibration intercept", _intercept, None, needs_two_classes=True),
+        Metric("ece", "Calibration error (ECE)", _ece, higher_is_better=False, has_interval=False),
+        Metric("calibration_slope", "Calibration slope", _slope, None, needs_two_classes=True, by_class=True),
+        Metric(
+            "calibration_intercept", "Calibration intercept", _intercept, None, needs_two_classes=True, by_class=True
+        ),
     )
 }
 
@@ -161,31 +148,6 @@ def threshold_at(score: Array, positive: NDArray[Any], sensitivity: float) -> fl
     if len(mine) == 0:
         raise Undefined("no positive case to choose a threshold on")
     return float(mine[max(int(np.ceil(sensitivity * len(mine) - 1e-9)), 1) - 1])
-
-
-def operating_point(
-    score: Array,
-    positive: NDArray[Any],
-    validation_score: Array,
-    validation_positive: NDArray[Any],
-    sensitivity: float = 0.9,
-) -> OperatingPoint:
-    """Choose the threshold on validation cases and apply it to test cases. Scores are of shape [n].
-
-    Raises:
-        Undefined: If no validation case is positive.
-    """
-    threshold = threshold_at(validation_score, validation_positive, sensitivity)
-    yes, true = score >= threshold, np.asarray(positive).astype(bool)
-    p, n = int(true.sum()), int((~true).sum())
-    return OperatingPoint(
-        sensitivity,
-        threshold,
-        float(yes[true].mean()) if p else None,
-        float((~yes[~true]).mean()) if n else None,
-        p,
-        n,
-    )
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from polyclinic.evaluation.bootstrap import Sample, by_fold
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.evaluation.sample import Sample, by_fold
 from polyclinic.statistics.multiple_tests import holm
 from polyclinic.statistics.paired_tests import Difference, Ranking, corrected_t, rank_methods, signed_ranks
 from polyclinic.statistics.undefined import Undefined
@@ -20,7 +20,7 @@ class Against:
 
     Attributes:
         run: The run.
-        data: Its test cases, with weights.
+        data: Its test cases.
         methods: The labels of the other methods.
         reference: The label of the reference; empty for none.
     """
@@ -41,7 +41,7 @@ class Against:
         return set(self.data.seeds(label)) & set(self.data.seeds(self.reference))
 
     def holm_corrected(self, metric: Metric) -> dict[str, Difference]:
-        """Return the paired bootstrap differences of all methods, which are one family for Holm's correction."""
+        """Return the paired differences of all methods, which are one family for Holm's correction."""
         found = {m: self.data.difference(m, self.reference, sites, metric) for m, sites in self._sites()}
         asked = [k for k, d in found.items() if d.p is not None]
         for k, p in zip(asked, holm([found[k].p or 0.0 for k in asked]), strict=True):
@@ -72,7 +72,9 @@ class Against:
         found: dict[str, Difference] = {}
         for label, sites in self._sites():
             if self._seeds(label):
-                each = [float(self.data.paired(label, self.reference, [s], metric)[:, 0].mean()) for s in sites]
+                each = [
+                    float(np.mean(self.data.by_split(label, self.reference, [s], metric) or [np.nan])) for s in sites
+                ]
                 with suppress(Undefined):
                     found[label] = signed_ranks([d for d in each if np.isfinite(d)])
         return found

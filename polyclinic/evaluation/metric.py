@@ -1,9 +1,8 @@
 """Interface of a metric: a weighted function of scores and targets, with its labels and its properties.
 
 Every metric takes ``weight`` of shape [b, n]: b ways of weighting the same n cases. One row of ones gives the metric
-itself; rows of resampling counts give a bootstrap; rows with a single zero give the jackknife. It returns b values, and
-NaN for a row that leaves the metric undefined (an AUC of one class). ``Metric.of`` raises ``Undefined`` with the reason
-instead of returning NaN; resampling counts the undefined rows.
+itself; rows without one patient give the jackknife. It returns b values, and NaN for a row that leaves the metric
+undefined (an AUC of one class). ``Metric.of`` raises ``Undefined`` with the reason instead of returning NaN.
 """
 
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from polyclinic.statistics.undefined import Array, Undefined
 
 Kernel = Callable[[Array, NDArray[Any], Array], Array]
+Proportions = list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Metric:
         higher_is_better: None if neither direction is better (an intercept, a slope).
         needs_two_classes: Whether it is undefined if only one class is present.
         unit: Unit of the value; empty if it has none.
+        scale: Scale of Student's limits: ``"logit"``, ``"log"`` or none.
+        by_class: Whether it compares classes, so that each class needs patients of its own.
+        proportions: For a proportion or a mean of proportions: (score, target) -> a list of (hits [n], counted cases
+            [n]) as booleans, one for each proportion; None if it is something else for these targets.
+        has_interval: Whether an interval is computed; not for statistics that are biased in small samples.
     """
 
     name: str
@@ -37,6 +42,10 @@ class Metric:
     higher_is_better: bool | None = True
     needs_two_classes: bool = False
     unit: str = ""
+    scale: str = ""
+    by_class: bool = False
+    proportions: Callable[[Array, NDArray[Any]], Proportions | None] | None = None
+    has_interval: bool = True
 
     def of(self, score: Array, target: NDArray[Any]) -> float:
         """Return the unweighted value.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.calibration import CALIBRATION
-from polyclinic.evaluation.metric import Kernel, Metric
+from polyclinic.evaluation.metric import Kernel, Metric, Proportions
 from polyclinic.statistics.auc import auc_of, sums_by_score
 from polyclinic.statistics.undefined import Array, Undefined
 
@@ -139,24 +139,64 @@ def per_case(score: Array, target: NDArray[Any], weight: Array) -> Array:
     return mean_of(values, weight)
 
 
+def _hits(score: Array, target: NDArray[Any]) -> Proportions | None:
+    if target.ndim == 2:
+        return None
+    right = np.argmax(score, axis=1) == target
+    return [(right, np.ones(len(target), bool))]
+
+
+def _hits_by_class(score: Array, target: NDArray[Any]) -> Proportions | None:
+    if target.ndim == 2:
+        return None
+    right = np.argmax(score, axis=1) == target
+    return [(right, target == k) for k in np.unique(target)]
+
+
+def _hits_of(truth: int) -> Callable[[Array, NDArray[Any]], Proportions | None]:
+    """Return the hits of the second class, or of the first, if there are two; sensitivity and specificity."""
+
+    def proportions(score: Array, target: NDArray[Any]) -> Proportions | None:
+        if target.ndim == 2 or score.shape[1] != 2:
+            return None
+        return [(np.argmax(score, axis=1) == target, target == truth)]
+
+    return proportions
+
+
 CLASSIFICATION: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("auc", "AUC", _auc, needs_two_classes=True),
-        Metric("accuracy", "Accuracy", _accuracy),
-        Metric("balanced_accuracy", "Balanced accuracy", _balanced_accuracy, needs_two_classes=True),
-        Metric("sensitivity", "Sensitivity", _rate(0)),
-        Metric("specificity", "Specificity", _rate(1)),
-        Metric("f1", "F1", _rate(2)),
-        Metric("average_precision", "Average precision", _average_precision, needs_two_classes=True),
-        Metric("brier", "Brier score", _brier, higher_is_better=False),
+        Metric("auc", "AUC", _auc, needs_two_classes=True, scale="logit", by_class=True),
+        Metric("accuracy", "Accuracy", _accuracy, scale="logit", proportions=_hits),
+        Metric(
+            "balanced_accuracy",
+            "Balanced accuracy",
+            _balanced_accuracy,
+            needs_two_classes=True,
+            scale="logit",
+            by_class=True,
+            proportions=_hits_by_class,
+        ),
+        Metric("sensitivity", "Sensitivity", _rate(0), scale="logit", by_class=True, proportions=_hits_of(1)),
+        Metric("specificity", "Specificity", _rate(1), scale="logit", by_class=True, proportions=_hits_of(0)),
+        Metric("f1", "F1", _rate(2), scale="logit", by_class=True),
+        Metric(
+            "average_precision",
+            "Average precision",
+            _average_precision,
+            needs_two_classes=True,
+            scale="logit",
+            by_class=True,
+        ),
+        Metric("brier", "Brier score", _brier, higher_is_better=False, scale="log"),
     )
 }
 REGRESSION: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("mae", "Mean absolute error", _mae, higher_is_better=False),
-        Metric("rmse", "Root mean squared error", _rmse, higher_is_better=False),
+        Metric("mae", "Mean absolute error", _mae, higher_is_better=False, scale="log"),
+        Metric("rmse", "Root mean squared error", _rmse, higher_is_better=False, scale="log"),
         Metric("r2", "R²", _r2),
         Metric("bias", "Mean error (bias)", _bias, higher_is_better=None),
     )
@@ -164,13 +204,13 @@ REGRESSION: Mapping[str, Metric] = {
 PER_CASE: Mapping[str, Metric] = {
     m.name: m
     for m in (
-        Metric("dice", "Dice", per_case),
-        Metric("hd95", "HD95", per_case, higher_is_better=False, unit="mm"),
-        Metric("nsd", "Surface Dice", per_case),
-        Metric("volume_error", "Volume error", per_case, higher_is_better=False),
+        Metric("dice", "Dice", per_case, scale="logit"),
+        Metric("hd95", "HD95", per_case, higher_is_better=False, unit="mm", scale="log"),
+        Metric("nsd", "Surface Dice", per_case, scale="logit"),
+        Metric("volume_error", "Volume error", per_case, higher_is_better=False, scale="log"),
         Metric("psnr", "PSNR", per_case, unit="dB"),
         Metric("ssim", "SSIM", per_case),
-        Metric("nmse", "NMSE", per_case, higher_is_better=False),
+        Metric("nmse", "NMSE", per_case, higher_is_better=False, scale="log"),
     )
 }
 

@@ -1,8 +1,8 @@
 """Evaluation of a run: each method by site, pooled, averaged, at the worst site, and compared with local training.
 
-Each site's patients are resampled within the site, with the same draws for every method, so that every difference is
-paired. A value over several seeds is the mean of the seeds' values; its interval is for these models. The interval of a
-difference includes the variance between seeds if there are at least two, because another seed would give another model.
+Every difference is paired by patient. A value over several seeds is the mean of the seeds' values; its interval is for
+these models. The interval of a difference includes the variance between seeds if there are at least two, because
+another seed would give another model.
 The headline method is the federated one with the best mean over sites on *validation* data, never on test data.
 """
 
@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from polyclinic.errors import ConfigError
-from polyclinic.evaluation.bootstrap import Sample, sample
+from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, faults, with_constant
 from polyclinic.evaluation.method_comparison import Against, ranked
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.record_schema import MethodInfo
 from polyclinic.evaluation.records.run_reader import Run, external_sites, training_sites
+from polyclinic.evaluation.sample import Sample, sample
 from polyclinic.evaluation.site_scores import worst_site
 from polyclinic.statistics.intervals import Estimate, Pooled, pool_sites, z_of
 from polyclinic.statistics.paired_tests import Difference, Ranking
@@ -42,17 +43,13 @@ class Options:
 
     Attributes:
         level: Confidence level.
-        draws: Number of bootstrap draws.
-        seed: Seed of the draws.
         min_cell: Sites with fewer test patients are not shown individually; 0 shows all.
-        unit: ``"patient"``, or ``"image"`` to count each image as a case. Patients are resampled in either case.
+        unit: ``"patient"``, or ``"image"`` to count each image as a case. Variances are by patient in either case.
         few: Number of test patients below which a site is reported as small.
         reference: The method with which others are compared; by default FedAvg, or the first federated one.
     """
 
     level: float = 0.95
-    draws: int = 2000
-    seed: int = 0
     min_cell: int = 0
     unit: str = "patient"
     few: int = 30
@@ -112,8 +109,11 @@ class Evaluation:
         images: Test images by site.
         cases: Test cases by site; more than patients if a patient has images of several labels.
         shared: Whether patients have the same numbers in all seeds.
+        unit: What a case is: ``"patient"`` or ``"image"``.
         options: The options of the evaluation.
         chosen_by: Description of how the headline method was chosen.
+        constant: The result of the constant baseline; None if the records do not determine it.
+        faults: Faults of methods: constant outputs, a class never predicted, scores below the constant baseline.
     """
 
     metric: Metric
@@ -128,8 +128,11 @@ class Evaluation:
     images: Mapping[str, int]
     cases: Mapping[str, int]
     shared: bool
+    unit: str
     options: Options
     chosen_by: str
+    constant: MethodResult | None = None
+    faults: tuple[Fault, ...] = ()
 
     def of(self, label: str) -> MethodResult:
         """Return the result of the method ``label``."""
@@ -146,7 +149,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     if run.info.metric not in table:
         raise ConfigError(f"{run.path}/run.json: metric: {run.info.metric!r} is not one of {', '.join(table)}")
     metric = table[run.info.metric]
-    data = sample(run, options.draws, options.seed, options.level, options.unit)
+    data = sample(with_constant(run), options.level, options.unit)
     methods = tuple(_method(run, info, data, table, options) for info in run.info.methods if data.seeds(info.label))
     methods = tuple(_with_gains(m, run, data, metric, options) for m in methods)
     headline, how = _headline(methods, metric)
@@ -159,6 +162,11 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     ranking = ranked([m.label for m in methods], by_site, metric)
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
     counts = {s: data.count(s) for s in data.sites}
+    constant = None
+    if methods and data.seeds(CONSTANT):
+        shown_metrics = table if run.info.task != "segmentation" else {metric.name: metric}
+        if run.info.task != "segmentation" or metric.name == "dice":
+            constant = _method(run, MethodInfo(label=CONSTANT), data, shown_metrics, options)
     return Evaluation(
         metric,
         detailed,
@@ -172,8 +180,11 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         {s: c[1] for s, c in counts.items()},
         {s: c[2] for s, c in counts.items()},
         data.shared,
+        data.unit,
         options,
         how,
+        constant,
+        faults(run, data, [m.label for m in methods], table, metric),
     )
 
 
@@ -192,7 +203,7 @@ def _method(run: Run, info: MethodInfo, data: Sample, table: Mapping[str, Metric
     beyond = {k: data.estimate(info.label, away, m, k == metric.name) for k, m in table.items()} if away else {}
     values = {s: e[metric.name].value for s, e in sites.items() if s in own}
     known = [v for v in values.values() if v is not None]
-    by_seed = [v for v in data.macro(info.label, own, metric)[:, 0] if np.isfinite(v)] if own else []
+    by_seed = [v for v in data.by_seed(info.label, own, metric) if np.isfinite(v)] if own else []
     return MethodResult(
         info.label,
         info.baseline,
@@ -235,8 +246,9 @@ def _random(
     if not odds:
         return pooled
     e = pooled.estimate
-    back = [1 / (1 + np.exp(-v)) for v in (e.value, e.low, e.high) if v is not None]
-    return replace(pooled, estimate=replace(e, value=float(back[0]), low=float(back[1]), high=float(back[2])))
+    back = [float(1 / (1 + np.exp(-v))) for v in (e.value, e.low, e.high, *(pooled.prediction or ())) if v is not None]
+    prediction = (back[3], back[4]) if pooled.prediction else None
+    return replace(pooled, estimate=replace(e, value=back[0], low=back[1], high=back[2]), prediction=prediction)
 
 
 def _with_gains(m: MethodResult, run: Run, data: Sample, metric: Metric, options: Options) -> MethodResult:

@@ -14,11 +14,11 @@ import numpy as np
 
 from polyclinic.core import atomic
 from polyclinic.data.source import Table
-from polyclinic.evaluation.bootstrap import sample
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import metrics_for
 from polyclinic.evaluation.records.predictions import Predictions
 from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.evaluation.sample import sample
 from polyclinic.statistics.intervals import Estimate
 
 FILE = "groups.json"
@@ -104,7 +104,7 @@ def write_groups(run: Path, table: Table, numbers: Mapping[str, int]) -> None:
         atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")
 
 
-def by_group(run: Run, label: str, draws: int, seed: int, level: float, fewest: int = FEWEST) -> list[Attribute]:
+def by_group(run: Run, label: str, level: float, fewest: int = FEWEST) -> list[Attribute]:
     """Return the primary metric of ``label`` in each group, on the pooled test patients of the training sites.
 
     Args:
@@ -137,7 +137,7 @@ def by_group(run: Run, label: str, draws: int, seed: int, level: float, fewest: 
                 estimate = Estimate(None, why=f"not shown: fewer than {fewest} patients")
                 shown.append(Group(name, 0, estimate))
             else:
-                estimate = _estimate(run, label, sites, members[name], metric, draws, seed, level)
+                estimate = _estimate(run, label, sites, members[name], metric, level)
                 shown.append(Group(name, len(patients), estimate))
         found.append(Attribute(column, tuple(shown)))
     return found
@@ -154,8 +154,6 @@ def _estimate(
     sites: Sequence[str],
     patients: Iterable[int],
     metric: Metric,
-    draws: int,
-    seed: int,
     level: float,
 ) -> Estimate:
     wanted = np.array(sorted(patients))
@@ -166,7 +164,7 @@ def _estimate(
         kept = {s: _only(p, wanted) for s, p in arm.items() if s in sites and np.isin(p.patient, wanted).any()}
         if kept:
             arms[key] = kept
-    part = sample(replace(run, arms=arms, splits={}), draws, seed, level)
+    part = sample(replace(run, arms=arms, splits={}), level)
     here = [s for s in part.sites if part.has(label, [s])]
     return part.estimate(label, here, metric, True) if here else Estimate(None, why="not tested in every seed")
 

@@ -17,6 +17,7 @@ NAMES = {  # as their papers write them; others appear under the label that the 
     "local": "Local",
     "pooled": "Pooled",
     "cross": "Cross",
+    "constant": "Constant",
     "fedavg": "FedAvg",
     "fedsgd": "FedSGD",
     "fedprox": "FedProx",
@@ -86,6 +87,12 @@ class ReportContext:
         """Whether intervals of a site's primary metric are DeLong's."""
         estimates = [e[self.result.metric.name] for m in self.result.methods for e in m.sites.values()]
         return any(e.how.startswith("DeLong") for e in estimates)
+
+    @property
+    def counted(self) -> bool:
+        """Whether intervals of a metric are those of proportions."""
+        first = self.first
+        return first is not None and any("Clopper" in e.how for e in first.pooled.values())
 
     @property
     def metrics(self) -> Mapping[str, Metric]:

@@ -17,6 +17,12 @@ SIGNIFICANCE = {
 }
 
 
+def outcome(d: Difference) -> str:
+    """Return the verdict of a comparison in words."""
+    verdict = d.verdict()
+    return SIGNIFICANCE.get(verdict, verdict)
+
+
 def digits_of(metric: Metric) -> int:
     """Return the number of decimals of a metric."""
     return 1 if metric.unit in ("mm", "dB") else 2 if metric.name in ("mae", "rmse", "bias") else 3

@@ -7,12 +7,21 @@ from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import count, listed, many
 from polyclinic.report.page_blocks import Section, Text
 
-BOOTSTRAP = "Efron, Tibshirani: An Introduction to the Bootstrap. Chapman & Hall, 1993"
+JACKKNIFE = "Efron, Stein: The jackknife estimate of variance. Annals of Statistics 9(3), 1981"
+CLOPPER = (
+    "Clopper, Pearson: The use of confidence or fiducial limits illustrated in the case of the binomial. "
+    "Biometrika 26(4), 1934"
+)
 DELONG = (
     "DeLong, DeLong, Clarke-Pearson: Comparing the areas under two or more correlated receiver operating "
     "characteristic curves: a nonparametric approach. Biometrics 44(3), 1988"
 )
 HOLM = "Holm: A simple sequentially rejective multiple test procedure. Scandinavian Journal of Statistics 6(2), 1979"
+_MEAN = ", averaging the images of a patient"
+_RULES = {
+    "classification": f"{_MEAN}; a patient was positive if any image was",
+    "multilabel": f"{_MEAN}; a label was positive if it was in any image",
+}
 
 
 class References:
@@ -92,22 +101,22 @@ def _evaluation(page: ReportContext, refs: References) -> list[str]:
     result, metric = page.result, page.result.metric
     if not result.methods:
         return []
-    o = result.options
-    unit = "patient, averaging images of one patient with the same label" if o.unit == "patient" else "image"
-    delong = f"DeLong’s method{refs.cite(DELONG)} for AUCs of one site and " if page.exact else ""
+    unit = "patient" if result.unit == "patient" else "image"
+    several = result.unit == "patient" and any(result.images[s] != n for s, n in result.patients.items())
+    unit += _RULES.get(page.run.info.task, _MEAN) if several else ""
+    delong = f"DeLong’s method{refs.cite(DELONG)} for AUCs, " if page.exact else ""
+    exact = f"Clopper and Pearson’s method{refs.cite(CLOPPER)} for proportions and " if page.counted else ""
     said = [
         f"The primary metric was {metric.label}, computed per {unit}, and its mean over the training sites.",
-        f"{page.level} confidence intervals are by {delong}bootstrap over patients within sites{refs.cite(BOOTSTRAP)} "
-        f"({count(o.draws)} draws).",
+        f"{page.level} confidence intervals are by {delong}{exact}Student’s t with jackknife variances over patients"
+        f"{refs.cite(JACKKNIFE)} for other metrics.",
     ]
     if result.comparisons and result.reference:
         several = any(len(m.seeds) > 1 for m in result.methods)
-        also = (
-            ", adding the variance between seeds (Student’s t, Satterthwaite’s degrees of freedom)" if several else ""
-        )
+        also = ", adding the variance between seeds" if several else ""
         said.append(
-            f"Methods were compared with {page.title(result.reference)} by paired bootstrap over patients{also}, with "
-            f"Holm’s correction{refs.cite(HOLM)}."
+            f"Methods were compared with {page.title(result.reference)} by a paired t-test with jackknife variances "
+            f"over patients{also}, Satterthwaite’s degrees of freedom and Holm’s correction{refs.cite(HOLM)}."
         )
     return said
 

@@ -114,6 +114,10 @@ def as_json(page: ReportContext) -> str:
     value = {
         "run": page.run.info.model_dump(),
         "evaluation": asdict(page.result) | {"metric": page.result.metric.name},
+        "verdicts": {
+            "comparisons": {k: d.verdict() for k, d in page.result.comparisons.items()},
+            "gains": {m.label: {s: g.verdict() for s, g in m.gains.items()} for m in page.result.methods},
+        },
         "costs": {k: asdict(c) for k, c in page.costs.items()},
         "findings": [asdict(f) for f in findings(page)],
         "missing": page.run.missing,

@@ -76,6 +76,21 @@ def delong_covariance(scores: Array, positive: NDArray[Any], patient: Ints | Non
     Raises:
         Undefined: If a class is missing, or has a single patient.
     """
+    auc, parts, _ = delong_parts(scores, positive, patient)
+    return auc, parts.sum(0)
+
+
+def delong_parts(
+    scores: Array, positive: NDArray[Any], patient: Ints | None = None
+) -> tuple[Array, Array, tuple[int, int]]:
+    """Compute the AUCs [k], and the parts of ``delong_covariance`` [3, k, k]: positives, negatives, and both.
+
+    Returns:
+        AUCs, parts, and the numbers of patients with positive and with negative cases.
+
+    Raises:
+        Undefined: If a class is missing, or has a single patient.
+    """
     y = np.asarray(positive).astype(bool)
     ids = np.arange(len(y)) if patient is None else np.unique(patient, return_inverse=True)[1]
     v10, v01 = (np.array(v) for v in zip(*(placements(s, y) for s in scores), strict=True))
@@ -90,7 +105,7 @@ def delong_covariance(scores: Array, positive: NDArray[Any], patient: Ints | Non
     s10 = with_pos / (with_pos - 1) * (a @ a.T) / m  # S₁₀; with one case per patient DeLong's 1/(m−1) Σ (V−θ)²
     s01 = with_neg / (with_neg - 1) * (b @ b.T) / n
     s11 = size / max(size - 1, 1) * (a @ b.T + b @ a.T) / (m * n)  # 0 if no patient has both classes
-    return auc, s10 / m + s01 / n + s11
+    return auc, np.stack([s10 / m, s01 / n, s11]), (with_pos, with_neg)
 
 
 def newcombe(auc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:

@@ -1,22 +1,29 @@
 """Estimates with confidence intervals whose unit is the patient.
 
-- AUC: DeLong's variance, with limits on the logit scale, so that they lie within 0 and 1; Newcombe's method 5 for
-  perfect separation (see ``auc``).
-- Anything else: the bootstrap over patients, percentile or BCa (Efron, "Better Bootstrap Confidence Intervals", JASA
-  1987, https://doi.org/10.1080/01621459.1987.10478410).
+- AUC: DeLong's variance, with Student's limits on the logit scale, so that they lie within 0 and 1; Newcombe's method 5
+  for perfect separation (see ``auc``).
+- Proportions: Clopper and Pearson, "The Use of Confidence or Fiducial Limits Illustrated in the Case of the Binomial",
+  Biometrika 1934, https://doi.org/10.1093/biomet/26.4.404.
+- Anything else: Student's limits with the jackknife's variance over patients (see ``jackknife``).
 - Several sites as a sample of sites: DerSimonian and Laird, "Meta-analysis in clinical trials", Controlled Clinical
-  Trials 1986, https://doi.org/10.1016/0197-2456(86)90046-2.
+  Trials 1986, https://doi.org/10.1016/0197-2456(86)90046-2; Hartung and Knapp, "A refined method for the meta-analysis
+  of controlled clinical trials with binary outcome", Statistics in Medicine 2001, https://doi.org/10.1002/sim.1009;
+  for a new site, the confidence distribution of Nagashima, Noma and Furukawa, "Prediction intervals for random-effects
+  meta-analysis: A confidence distribution approach", Statistical Methods in Medical Research 2019,
+  https://doi.org/10.1177/0962280218773520, with quantiles of the generalized Q statistic in place of random draws.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import expit
+from scipy.stats import beta, chi2, norm, t
 
-from polyclinic.statistics.auc import delong_covariance, newcombe, placements
+from polyclinic.statistics.auc import delong_parts, newcombe, placements
+from polyclinic.statistics.jackknife import Spread
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
 
@@ -43,11 +50,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A random-effects mean over sites: the estimate, the variance between sites, and I² (0 to 1)."""
+    """A random-effects mean over sites.
+
+    Attributes:
+        estimate: The mean.
+        tau2: The variance between sites.
+        i2: I², 0 to 1.
+        prediction: Limits within which the value of a new site is expected; None with fewer than three sites.
+    """
 
     estimate: Estimate
     tau2: float
     i2: float
+    prediction: tuple[float, float] | None = None
 
 
 def z_of(level: float) -> float:
@@ -72,103 +87,79 @@ def delong(score: Array, positive: NDArray[Any], patient: Ints | None = None, le
     patients = len(y) if patient is None else len(np.unique(patient))
     value = float(np.mean([placements(s, y)[0].mean() for s in scores]))
     try:
-        covariance = delong_covariance(scores, y, patient)[1]
+        _, covariances, (with_pos, with_neg) = delong_parts(scores, y, patient)
     except Undefined as reason:
         return Estimate(value, n=patients, why=f"no interval: {reason}")
-    variance = float(np.mean(covariance))  # of the mean over seeds: 1ᵀ Σ 1 / k²
+    parts = covariances.mean((1, 2))  # of the mean over seeds: 1ᵀ Σ 1 / k²
+    variance = float(parts.sum())
     if variance <= 1e-14 or value in (0.0, 1.0):
         low, high = newcombe(value, int(y.sum()), int((~y).sum()), level)
         return Estimate(value, low, high, patients, "Newcombe's method 5 (perfect separation)")
-    logit = np.log(value / (1 - value))
-    half = z_of(level) * np.sqrt(variance) / (value * (1 - value))
-    low, high = (float(1 / (1 + np.exp(-t))) for t in (logit - half, logit + half))
+    df = variance**2 / float(parts[0] ** 2 / (with_pos - 1) + parts[1] ** 2 / (with_neg - 1))
+    low, high = student(value, Spread(variance, df), "logit", level)
     return Estimate(value, low, high, patients, "DeLong" if patient is None else "DeLong, clustered by patient")
 
 
-def resamples(patients: int, count: int, rng: np.random.Generator) -> Array:
-    """Return how often each patient is drawn in each of ``count`` draws with replacement. [count, patients]"""
-    if patients == 0:
-        return np.zeros((count, 0))
-    return rng.multinomial(patients, np.full(patients, 1.0 / patients), size=count).astype(float)
+def proportion(share: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """Return the limits of Clopper and Pearson for a proportion, which cover at least at their level for every n.
+
+    Args:
+        share: The observed proportion.
+        n: Number of independent units; an effective number need not be whole.
+        level: Confidence level.
+    """
+    hits, tail = share * n, (1 - level) / 2
+    low = float(beta.ppf(tail, hits, n - hits + 1)) if share > 0 else 0.0
+    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if share < 1 else 1.0
+    return low, high
 
 
-def percentile(draws: Array, level: float = 0.95) -> tuple[float, float] | None:
-    """Return the percentile interval of the defined bootstrap values; None if fewer than half are defined."""
-    known = draws[np.isfinite(draws)]
-    if len(known) < max(0.5 * len(draws), 20):
-        return None
-    low, high = np.quantile(known, [0.5 - level / 2, 0.5 + level / 2])
-    return float(low), float(high)
+def effective_number(counts: Array) -> float:
+    """Return Kish's effective number of units, ``(Σ m)² / Σ m²``, if unit i contributes ``m_i`` dependent cases."""
+    return float(counts.sum() ** 2 / (counts**2).sum())
 
 
-def bca(value: float, draws: Array, jackknife: Array, level: float = 0.95) -> tuple[float, float] | None:
-    """Return the bias-corrected and accelerated interval.
+def student(value: float, spread: Spread, scale: str = "", level: float = 0.95) -> tuple[float, float]:
+    """Return Student's limits of an estimate.
 
     Args:
         value: The estimate.
-        draws: [b], its bootstrap values.
-        jackknife: [n], its values without one patient.
+        spread: Its variance and degrees of freedom.
+        scale: ``"logit"`` for values between 0 and 1, ``"log"`` for positive values: the limits are computed on that
+            scale (delta method) and transformed back, unless the value lies at a limit of the scale.
         level: Confidence level.
-
-    Returns:
-        The limits; the percentile interval if the jackknife values are equal; None if too few draws are defined.
     """
-    known, left = draws[np.isfinite(draws)], jackknife[np.isfinite(jackknife)]
-    plain = percentile(draws, level)
-    if plain is None or len(left) < 2:
-        return plain
-    away = left.mean() - left
-    spread = float((away**2).sum())
-    if spread < 1e-24 or np.ptp(known) == 0:
-        return plain
-    a = float((away**3).sum()) / (6 * spread**1.5)
-    share = ((known < value).mean() + (known <= value).mean()) / 2  # half of the ties, as for discrete statistics
-    z0 = float(norm.ppf(np.clip(share, 1 / (len(known) + 1), len(known) / (len(known) + 1))))
-    z = np.array([-z_of(level), z_of(level)])
-    at = norm.cdf(z0 + (z0 + z) / (1 - a * (z0 + z)))
-    low, high = np.quantile(known, at)
-    return float(low), float(high)
+    half = float(t.ppf(0.5 + level / 2, spread.df)) * spread.variance**0.5
+    if scale == "logit" and 0 < value < 1:
+        center, half = np.log(value / (1 - value)), half / (value * (1 - value))
+        return float(expit(center - half)), float(expit(center + half))
+    if scale == "log" and value > 0:
+        ratio = float(np.exp(min(half / value, 50.0)))
+        return value / ratio, value * ratio
+    return value - half, value + half
 
 
-def bootstrap(
-    statistic: Callable[[Array], Array],
-    patients: int,
-    count: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-    method: str = "bca",
-) -> Estimate:
-    """Compute a statistic with its bootstrap interval over patients.
+def mean_of_limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    """Return the limits of a mean of independent estimates from their own limits.
 
-    Args:
-        statistic: Maps weights of patients [b, patients] to values [b], NaN if undefined.
-        patients: Number of patients.
-        count: Number of draws.
-        level: Confidence level.
-        seed: Seed of the draws.
-        method: ``"bca"`` or ``"percentile"``.
-
-    Raises:
-        ValueError: If ``method`` is unknown.
+    The distances from value to limit are combined by the root of their sum of squares (the method of variance estimates
+    recovery; Zou and Donner, Statistics in Medicine 2008, https://doi.org/10.1002/sim.3095). Sites at which every
+    prediction is correct, with a variance of 0, thereby keep their uncertainty.
     """
-    if method not in ("bca", "percentile"):
-        raise ValueError(f"unknown bootstrap interval {method!r}; use 'bca' or 'percentile'")
-    value = float(statistic(np.ones((1, patients)))[0]) if patients else float("nan")
-    if not np.isfinite(value):
-        return Estimate(None, n=patients, why=f"not determined by {patients} patients")
-    draws = statistic(resamples(patients, count, np.random.default_rng(seed)))
-    if method == "bca":
-        limits = bca(value, draws, statistic(1.0 - np.eye(patients)), level)
-    else:
-        limits = percentile(draws, level)
-    if patients < 2 or limits is None:
-        return Estimate(value, n=patients, why="no interval: too few patients to resample")
-    name = "BCa" if method == "bca" else "percentile"
-    return Estimate(value, *limits, patients, f"{name} bootstrap over patients, {count} draws, seed {seed}")
+    value, low, high = (np.array([getattr(e, k) for e in estimates], float) for k in ("value", "low", "high"))
+    k, mean = len(estimates), float(value.mean())
+    return (
+        mean - float(np.sqrt(((value - low) ** 2).sum())) / k,
+        mean + float(np.sqrt(((high - value) ** 2).sum())) / k,
+    )
 
 
 def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Array, level: float = 0.95) -> Pooled:
-    """Compute DerSimonian and Laird's random-effects mean, for which sites are a sample from many sites.
+    """Compute a random-effects mean, for which sites are a sample from many sites.
+
+    The variance between sites is DerSimonian and Laird's; the interval is Hartung and Knapp's with Student's quantile,
+    never narrower than with a factor of 1. The prediction interval for a new site integrates over the confidence
+    distribution of the variance between sites, because an estimated variance of 0 is no evidence that sites are equal.
 
     Args:
         values: One estimate per site.
@@ -190,7 +181,40 @@ def pool_sites(values: Sequence[float] | Array, variances: Sequence[float] | Arr
     df = len(y) - 1
     tau2 = max(0.0, (q - df) / float(w.sum() - (w @ w) / w.sum()))
     star = 1 / (v + tau2)
-    mean, half = float((star @ y) / star.sum()), z_of(level) / np.sqrt(star.sum())
-    how = f"DerSimonian-Laird random effects over {len(y)} sites"
+    mean = float((star @ y) / star.sum())
+    se = float(np.sqrt(max(1.0, float(star @ (y - mean) ** 2) / df) / star.sum()))
+    half = float(t.ppf(0.5 + level / 2, df)) * se
+    how = f"random effects over {len(y)} sites, Hartung-Knapp"
     i2 = max(0.0, (q - df) / q) if q > 0 else 0.0
-    return Pooled(Estimate(mean, float(mean - half), float(mean + half), len(y), how), tau2, i2)
+    new = _prediction(y, v, level) if df > 1 else None
+    return Pooled(Estimate(mean, mean - half, mean + half, len(y), how), tau2, i2, new)
+
+
+def _prediction(y: Array, v: Array, level: float) -> tuple[float, float]:
+    """Return the prediction interval of a new site's value."""
+    df = len(y) - 1
+    quantiles = chi2.ppf((np.arange(99) + 0.5) / 99, df)
+    tau2 = np.zeros(99)  # solves Q(τ²) = quantile by bisection; Q falls with τ²
+    high = np.full(99, 10 * float(np.var(y) * len(y) + v.max()) / max(float(quantiles[0]), 1e-6))
+    for _ in range(40):
+        middle = (tau2 + high) / 2
+        above = _moments(y, v, middle)[2] > quantiles
+        tau2, high = np.where(above, middle, tau2), np.where(above, high, middle)
+    mean, variance, q = _moments(y, v, tau2)
+    sd = np.sqrt(tau2 + variance * np.maximum(1.0, q / df))
+    wide = float(t.ppf(0.5 + level / 2, df) * sd.max())
+    limits = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        bottom, top = float(mean.min()) - wide, float(mean.max()) + wide
+        for _ in range(40):
+            x = (bottom + top) / 2
+            bottom, top = (x, top) if float(t.cdf((x - mean) / sd, df).mean()) < tail else (bottom, x)
+        limits.append((bottom + top) / 2)
+    return limits[0], limits[1]
+
+
+def _moments(y: Array, v: Array, tau2: Array) -> tuple[Array, Array, Array]:
+    """Return the weighted mean, its variance, and Q for each τ²."""
+    w = 1 / (v + tau2[:, None])
+    mean = (w @ y) / w.sum(1)
+    return mean, 1 / w.sum(1), (w * (y - mean[:, None]) ** 2).sum(1)

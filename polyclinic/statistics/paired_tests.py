@@ -1,6 +1,7 @@
 """Comparison of methods: paired differences, tests, and ranks.
 
-- Paired differences under the same resampled patients; with several seeds, the variance between seeds is added.
+- Paired differences: Student's t with the jackknife's variance over patients (see ``jackknife``); with several seeds,
+  the variance between seeds is added.
 - Corrected resampled t (Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 2003,
   https://doi.org/10.1023/A:1024068626366, equation 3.6 with its variance (1/J + n_test/n_train) σ²): for repeated
   splits of the same patients, whose test sets overlap.
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from polyclinic.statistics.intervals import percentile
+from polyclinic.statistics.jackknife import Spread, added
 from polyclinic.statistics.undefined import Array, Undefined
 
-BETTER, WORSE, UNDECIDED = "better", "worse", "no difference shown"
+BETTER, WORSE, UNDECIDED, NOT_TESTED = "better", "worse", "no difference shown", "not tested"
+FEWEST = 6
+"""The smallest number of differing patients with which an exact test can reach p < 0.05: 2/2⁶ = 0.031."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Difference:
         adjusted: ``p`` after Holm's correction within its family of tests; None before that.
         n: Number of independent units.
         how: The test.
-        why: Reason why there is no value or no interval.
+        why: Reason why there is no value or no test.
     """
 
     value: float | None
@@ -46,56 +49,59 @@ class Difference:
     why: str = ""
 
     def verdict(self, alpha: float = 0.05) -> str:
-        """Return ``better`` or ``worse`` if the interval excludes 0 and p (corrected, if available) is below alpha."""
+        """Return the result of the test, which every table, file and command shows.
+
+        Returns:
+            ``better`` or ``worse`` if the interval excludes 0 and p (corrected, if available) is below ``alpha``;
+            ``not tested`` with the reason if there is no p-value; otherwise ``no difference shown``.
+        """
+        if self.p is None:
+            return f"{NOT_TESTED}: {self.why}" if self.why else NOT_TESTED
         p = self.p if self.adjusted is None else self.adjusted
-        if self.low is None or self.high is None or (p is not None and p >= alpha):
+        if self.low is None or self.high is None or p >= alpha:
             return UNDECIDED
         return BETTER if self.low > 0 else WORSE if self.high < 0 else UNDECIDED
 
 
-def two_sided(draws: Array) -> float:
-    """Return the bootstrap's p-value: twice the smaller fraction of draws on a side of 0, with one draw added."""
-    d = draws[np.isfinite(draws)]
-    return float(min(1.0, 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (len(d) + 1)))
+def paired(
+    values: Array, spread: Spread, differing: int, patients: int, level: float = 0.95, how: str = ""
+) -> Difference:
+    """Test the mean of several seeds' paired differences, with the variance over patients and over training seeds.
 
+    The variance is that over patients plus that of a mean of S seeds, ``Var = V + s²/S`` (with one seed, ``V``). The
+    interval is Student's, with Satterthwaite's degrees of freedom, which accounts for small numbers of patients and of
+    seeds. An interaction of patient and seed is counted in both parts, so that the interval is conservative.
 
-def difference(value: float, draws: Array, n: int = 0, level: float = 0.95, how: str = "") -> Difference:
-    """Return a difference with its percentile interval and p-value from its bootstrap ``draws``."""
-    if not np.isfinite(value):
-        return Difference(None, n=n, why="undefined for one of the two")
-    limits = percentile(draws, level)
-    if limits is None:
-        return Difference(value, n=n, why="no interval: too few patients to resample")
-    return Difference(value, *limits, two_sided(draws), None, n, how)
-
-
-def over_seeds(values: Array, draws: Array, n: int = 0, level: float = 0.95, how: str = "") -> Difference:
-    """Return the mean of several seeds' differences, with the variance over patients and over training seeds.
-
-    The variance is that of the bootstrap over patients plus that of a mean of S seeds, Var = Var_b + s²/S. The
-    interval is Student's, with Satterthwaite's degrees of freedom, which accounts for small numbers of seeds. An
-    interaction of patient and seed is counted in both parts, so that the interval is conservative.
+    No p-value is given if fewer than ``FEWEST`` patients differ between the methods, because the exact sign-flip test
+    of n differing patients cannot have a p below 2/2ⁿ, nor if all patients differ equally.
 
     Args:
-        values: [S], one difference per seed, S ≥ 2.
-        draws: [draws], bootstrap values of their mean.
-        n: Number of patients.
+        values: [S], one difference per seed.
+        spread: Variance of their mean over patients, with its degrees of freedom.
+        differing: Number of patients with different results under the two methods.
+        patients: Number of patients.
         level: Confidence level.
-        how: Description of the bootstrap.
+        how: Description of the test.
     """
-    value, known = float(np.mean(values)), draws[np.isfinite(draws)]
+    value = float(np.mean(values))
     if not np.isfinite(value):
-        return Difference(None, n=n, why="undefined for one of the two")
-    if len(known) < max(0.5 * len(draws), 20):
-        return Difference(value, n=n, why="no interval: too few patients to resample")
-    patients, seeds = float(known.var(ddof=1)), float(np.var(values, ddof=1)) / len(values)
-    total = patients + seeds
-    if total == 0:
-        return Difference(value, value, value, 1.0 if value == 0 else 0.0, None, n, how)
-    df = total**2 / (seeds**2 / (len(values) - 1) + patients**2 / max(n - 1, 1))
-    half = float(stats.t.ppf(0.5 + level / 2, df)) * total**0.5
-    p = float(2 * stats.t.sf(abs(value) / total**0.5, df))
-    return Difference(value, value - half, value + half, p, None, n, how)
+        return Difference(None, n=patients, why="undefined for one of the two")
+    if differing == 0 and value == 0:
+        return Difference(value, p=1.0, n=patients, how="equal results for every patient")
+    if differing < FEWEST:
+        of = f" of {patients}" if differing < patients else ""
+        why = f"{differing}{of} patients{' differ' if of else ''}, fewer than {FEWEST}"
+        return Difference(value, n=patients, why=why)
+    if spread.variance <= 1e-12 * value**2:
+        return Difference(value, n=patients, why=f"no variance among {patients} patients")
+    total = spread
+    if len(values) > 1:
+        seeds = Spread(float(np.var(values, ddof=1)) / len(values), len(values) - 1.0)
+        total = added([spread, seeds], [1.0, 1.0])
+    se = total.variance**0.5
+    half = float(stats.t.ppf(0.5 + level / 2, total.df)) * se
+    p = float(2 * stats.t.sf(abs(value) / se, total.df))
+    return Difference(value, value - half, value + half, p, None, patients, how)
 
 
 def corrected_t(differences: Sequence[float], test: int, train: int, level: float = 0.95) -> Difference:
@@ -118,8 +124,9 @@ def corrected_t(differences: Sequence[float], test: int, train: int, level: floa
         raise ValueError("test and train count patients; both must be positive")
     se = float(np.sqrt((1 / len(d) + test / train) * d.var(ddof=1)))  # (1/J + n₂/n₁) σ̂²
     mean, df = float(d.mean()), len(d) - 1
-    if se == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, None, len(d), "corrected resampled t")
+    if se <= 1e-9 * abs(mean) or se == 0:
+        why = f"no variance among {len(d)} splits"
+        return Difference(mean, n=len(d), how="corrected resampled t", why=why)
     half = float(stats.t.ppf(0.5 + level / 2, df)) * se
     p = float(2 * stats.t.sf(abs(mean) / se, df))
     return Difference(mean, mean - half, mean + half, p, None, len(d), "corrected resampled t")

@@ -61,7 +61,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_console_prints_the_numbers_of_the_report(done: tuple[Path, str]) -> None:
     path, printed = done
-    found, result = read_run(path), evaluate(read_run(path), Options(draws=20)).of("fedavg")
+    found, result = read_run(path), evaluate(read_run(path), Options()).of("fedavg")
     assert found.info.sites[-1].role == "external"
     assert any(len(p) > len(set(p.patient)) for p in found.arms["fedavg", 0].values())
     metric = found.info.metric
@@ -75,7 +75,7 @@ def test_the_console_prints_the_numbers_of_the_report(done: tuple[Path, str]) ->
 
 def test_the_records_hold_the_numbers_of_the_report(done: tuple[Path, str]) -> None:
     path, _ = done
-    run_, result = read_run(path), evaluate(read_run(path), Options(draws=20)).of("fedavg")
+    run_, result = read_run(path), evaluate(read_run(path), Options()).of("fedavg")
     tests = {line.site: line.metrics for line in run_.lines if line.kind == "test"}
     assert tests.keys() == result.sites.keys()
     tracked = {name: value for _, name, value in values(run_, "fedavg", 0, 0)}

@@ -240,7 +240,8 @@ def test_only_temporary_files_are_left_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existed", [True, False])
 def test_several_files_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool) -> None:
-    folder, files = tmp_path / "a" / "b", {"one": "1", "more/two": b"2", "three": "3"}
+    folder = tmp_path / "a" / "b"
+    files: dict[str, str | bytes] = {"one": "1", "more/two": b"2", "three": "3"}
     if existed:
         folder.mkdir(parents=True)
         (folder / "one").write_text("old")

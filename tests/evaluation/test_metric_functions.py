@@ -139,14 +139,14 @@ def test_per_case_values_average_known_classes_then_cases() -> None:
 # A patient's images
 
 
-def test_images_of_one_patient_and_label_become_one_case() -> None:
+def test_images_of_one_patient_become_one_case() -> None:
     p = Predictions(
         np.array([4, 4, 9, 9]), np.array([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1], [0.3, 0.7]]), np.array([1, 1, 0, 1])
     )
     c = by_patient(p)
-    np.testing.assert_array_equal(c.patient, [4, 9, 9])
-    np.testing.assert_array_equal(c.target, [1, 0, 1])
-    np.testing.assert_allclose(c.score[:, 1], [0.7, 0.1, 0.7])
+    np.testing.assert_array_equal(c.patient, [4, 9])
+    np.testing.assert_array_equal(c.target, [1, 1])
+    np.testing.assert_allclose(c.score[:, 1], [0.7, 0.4])
     assert c.images == 4
     assert len(as_images(p).patient) == 4
 

@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 def told(path, groups):
     (path / "groups.json").write_text(json.dumps(groups))
-    return {a.name: a for a in by_group(read_run(path), "fedavg", 50, 0, 0.95)}
+    return {a.name: a for a in by_group(read_run(path), "fedavg", 0.95)}
 
 
 def test_columns_that_are_known_make_groups() -> None:

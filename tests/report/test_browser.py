@@ -53,7 +53,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory):
         if task == "classification":
             write_groups(path)
             write_maps(path)
-        made[task] = build_report(path, options=Options(draws=200))
+        made[task] = build_report(path, options=Options())
     return made
 
 

@@ -13,7 +13,7 @@ from polyclinic.report.checklist_evaluation import ALL, FACTS, counts, fill, loa
 from tests.support.synthetic_run import write_groups, write_maps, write_run
 
 SIZES = {"federated_healthcare": 26, "claim_2024": 44, "tripod_ai": 27, "future_ai": 30}
-FEW = Options(draws=100)
+FEW = Options()
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -13,7 +13,7 @@ from polyclinic.privacy.guarantee import guarantee
 from polyclinic.report import build_report
 from tests.support.synthetic_run import write_run
 
-FEW = Options(draws=50)
+FEW = Options()
 WHOM = guarantee([Spend(1.0, 0.5, 1, "patient")], "patient").facts()
 
 

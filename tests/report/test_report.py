@@ -27,7 +27,7 @@ from polyclinic.report import build_report
 from polyclinic.report.report_builder import ReportNotWritten
 from tests.support.synthetic_run import METHODS, SITES, write_run
 
-FEW = Options(draws=200)
+FEW = Options()
 LITTLE = {"ada": ("training", 40, 0.5, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.2, 0.1)}
 VOID = {"meta", "link", "br", "hr", "img", "input", "path", "use"}
 
@@ -250,11 +250,11 @@ def test_small_and_odd_studies(tmp_path: Path, how) -> None:
 
 def test_several_images_a_patient_are_one_case(tmp_path: Path) -> None:
     page = built(tmp_path / "r", sites=LITTLE, images=4, seeds=(0,))
-    assert "images of one patient with the same label are averaged into one case" in page.text
+    assert "the scores of a patient’s images are averaged, and a patient is positive if any image is" in page.text
     result = evaluate(read_run(tmp_path / "r"), FEW)
     assert result.patients == {"ada": 40, "bo": 30}
     assert result.images == {"ada": 160, "bo": 120}
-    images = evaluate(read_run(tmp_path / "r"), Options(draws=200, unit="image"))
+    images = evaluate(read_run(tmp_path / "r"), Options(unit="image"))
     wide, narrow = (e.of("fedavg").sites["ada"]["auc"] for e in (result, images))
     assert narrow.how == "DeLong, clustered by patient"
     assert wide.n == narrow.n == 40
@@ -262,7 +262,7 @@ def test_several_images_a_patient_are_one_case(tmp_path: Path) -> None:
 
 def test_small_cohorts_can_be_hidden(tmp_path: Path) -> None:
     write_run(tmp_path / "r", seeds=(0,))
-    result = evaluate(read_run(tmp_path / "r"), Options(draws=200, min_cell=50))
+    result = evaluate(read_run(tmp_path / "r"), Options(min_cell=50))
     assert result.of("fedbn").sites["nairobi"]["auc"].value is None
     assert "fewer than 50" in result.of("fedbn").sites["nairobi"]["auc"].why
     assert "nairobi" not in result.of("fedbn").gains
@@ -566,6 +566,6 @@ def test_a_full_disk_leaves_the_earlier_report_and_says_what_to_do(tmp_path, mon
 
     monkeypatch.setattr(atomic, "write", write)
     with pytest.raises(ReportNotWritten, match=f"No space left on device.*: polyclinic report {path}$"):
-        build_report(path, options=Options(draws=20))
+        build_report(path, options=Options())
     assert [f.name for f in (path / "report").iterdir()] == ["report.html"]
     assert (path / "report" / "report.html").read_text() == "earlier"

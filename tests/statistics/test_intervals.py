@@ -8,6 +8,7 @@ from scipy import stats
 
 from polyclinic.statistics import intervals as iv
 from polyclinic.statistics.auc import auc_of, delong_covariance
+from polyclinic.statistics.jackknife import Jackknife, Spread
 from polyclinic.statistics.undefined import Undefined
 
 
@@ -87,7 +88,7 @@ def test_one_class_is_undefined_and_one_patient_a_class_has_no_interval() -> Non
 
 
 def test_random_effects_on_the_bcg_trials() -> None:
-    """13 trials of BCG vaccine (Colditz et al. 1994); metafor's manual prints the DerSimonian-Laird result."""
+    """13 trials of BCG vaccine (Colditz et al. 1994); metafor's manual prints mean, τ² and I²."""
     treated = [4, 6, 3, 62, 33, 180, 8, 505, 29, 17, 186, 5, 27]
     of_treated = [123, 306, 231, 13598, 5069, 1541, 2545, 88391, 7499, 1716, 50634, 2498, 16913]
     control = [11, 29, 11, 248, 47, 372, 10, 499, 45, 65, 141, 3, 29]
@@ -95,8 +96,15 @@ def test_random_effects_on_the_bcg_trials() -> None:
     a, n1, c, n2 = (np.array(x, float) for x in (treated, of_treated, control, of_control))
     pooled = iv.pool_sites(np.log((a / n1) / (c / n2)), 1 / a - 1 / n1 + 1 / c - 1 / n2)
     assert pooled.estimate.value == pytest.approx(-0.7141, abs=5e-5)
-    assert pooled.estimate.low == pytest.approx(-1.0644, abs=2e-4)
-    assert pooled.estimate.high == pytest.approx(-0.3638, abs=2e-4)
+    low, high = pooled.estimate.low, pooled.estimate.high  # Hartung and Knapp, by the weights of the published τ²
+    v = 1 / a - 1 / n1 + 1 / c - 1 / n2
+    w = 1 / (v + 0.3088)
+    se = (w @ (np.log((a / n1) / (c / n2)) + 0.7141) ** 2 / 12 / w.sum()) ** 0.5
+    half = stats.t.ppf(0.975, 12) * max(se, w.sum() ** -0.5)
+    assert (low, high) == (pytest.approx(-0.7141 - half, abs=1e-3), pytest.approx(-0.7141 + half, abs=1e-3))
+    assert pooled.prediction is not None
+    assert pooled.prediction[0] < -1.9  # metafor's prediction interval is -1.87 to 0.44 with normal quantiles
+    assert pooled.prediction[1] > 0.44
     assert pooled.tau2 == pytest.approx(0.3088, abs=5e-5)
     assert pooled.i2 == pytest.approx(0.9212, abs=5e-5)
 
@@ -111,60 +119,52 @@ def test_random_effects_of_equal_sites_is_their_mean() -> None:
         iv.pool_sites([0.8, 0.9], [0.01, 0.0])
 
 
-def mean_of(x):
-    return lambda w: (w @ x) / np.maximum(w.sum(1), 1)
+def test_proportion_is_scipys_exact_interval() -> None:
+    for hits, n in ((0, 5), (3, 10), (20, 20)):
+        theirs = stats.binomtest(hits, n).proportion_ci(method="exact")
+        assert iv.proportion(hits / n, n) == pytest.approx((theirs.low, theirs.high))
 
 
-@pytest.mark.parametrize("method", ["percentile", "bca"])
-def test_bootstrap_equals_scipys(method: str) -> None:
-    x = np.random.default_rng(3).exponential(size=50)
-    ours = iv.bootstrap(mean_of(x), 50, count=20_000, method=method)
-    name = {"bca": "BCa", "percentile": "percentile"}[method]
-    theirs = stats.bootstrap(
-        (x,), np.mean, n_resamples=20_000, method=name, rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert ours.low == pytest.approx(theirs.low, abs=0.01)
-    assert ours.high == pytest.approx(theirs.high, abs=0.01)
+def test_a_patient_tested_often_counts_once() -> None:
+    assert iv.effective_number(np.full(7, 3.0)) == pytest.approx(7)
+    assert iv.effective_number(np.array([1.0, 1.0, 4.0])) == pytest.approx(2)
 
 
-def test_bootstrap_is_reproducible_and_says_how() -> None:
-    x = np.random.default_rng(0).normal(size=20)
-    assert iv.bootstrap(mean_of(x), 20) == iv.bootstrap(mean_of(x), 20)
-    assert "BCa bootstrap over patients, 2000 draws, seed 0" in iv.bootstrap(mean_of(x), 20).how
+def test_students_limits_on_three_scales() -> None:
+    spread = Spread(0.01, 8.0)
+    t = stats.t.ppf(0.975, 8) * 0.1
+    assert iv.student(0.5, spread) == pytest.approx((0.5 - t, 0.5 + t))
+    low, high = iv.student(0.9, spread, "logit")
+    assert np.log(high / (1 - high)) - np.log(low / (1 - low)) == pytest.approx(2 * t / 0.09)
+    assert 0 < low < 0.9 < high < 1
+    low, high = iv.student(0.2, spread, "log")
+    assert low * high == pytest.approx(0.04)
+    assert low > 0
 
 
-def test_bootstrap_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match="unknown bootstrap interval 'bc'"):
-        iv.bootstrap(mean_of(np.ones(3)), 3, method="bc")
-    e = iv.bootstrap(lambda w: np.full(len(w), np.nan), 5)
-    assert e.value is None
-    assert "5 patients" in e.why
-    one = iv.bootstrap(mean_of(np.ones(1)), 1)
-    assert one.value == 1
-    assert one.low is None
+def test_limits_of_a_mean_are_those_of_one_site_or_of_normal_sites() -> None:
+    one = iv.Estimate(0.8, 0.7, 0.85)
+    assert iv.mean_of_limits([one]) == pytest.approx((0.7, 0.85))
+    assert iv.mean_of_limits([iv.Estimate(0.5, 0.4, 0.6)] * 4) == pytest.approx((0.45, 0.55))
 
 
-def test_undefined_draws_are_left_out_unless_they_are_most() -> None:
-    draws = np.r_[np.full(40, np.nan), np.linspace(0, 1, 60)]
-    assert iv.percentile(draws) == (pytest.approx(0.025), pytest.approx(0.975))
-    assert iv.percentile(np.r_[draws, np.full(40, np.nan)]) is None
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = np.random.default_rng(3).exponential(size=11)
+    spread = Jackknife(x.mean(), (x.sum() - x) / 10, np.zeros(11, np.int64)).spread()
+    assert spread.variance == pytest.approx(stats.sem(x) ** 2)
+    assert spread.df == pytest.approx(10)
+    with pytest.raises(Undefined, match="in a class"):
+        Jackknife(0.0, np.zeros(3), np.array([0, 0, 1])).spread()
+    with pytest.raises(Undefined, match="fewer than two patients"):
+        Jackknife(0.0, np.zeros(1), np.zeros(1, np.int64)).spread()
+    with pytest.raises(Undefined, match="undefined without"):
+        Jackknife(0.0, np.array([0.0, np.nan]), np.zeros(2, np.int64)).spread()
 
 
 def covered(trials, seed, interval, truth):
     rng = np.random.default_rng(seed)
     hits = sum(low <= truth <= high for low, high in (interval(rng) for _ in range(trials)))
     return hits / trials
-
-
-def test_coverage_of_the_bootstrap() -> None:
-    """Nominal 95 % at n = 40 is slightly less for the bootstrap of a mean; within three errors of 93 to 96 %."""
-
-    def interval(rng):
-        x = rng.normal(size=40)
-        e = iv.bootstrap(mean_of(x), 40, count=400, seed=int(rng.integers(1 << 30)))
-        return e.low, e.high
-
-    assert 0.90 < covered(400, 1, interval, 0.0) < 0.98
 
 
 def test_coverage_of_delong() -> None:

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from polyclinic.statistics import paired_tests as cmp
+from polyclinic.statistics.jackknife import Jackknife, Spread, added
 from polyclinic.statistics.undefined import Undefined
 
 
@@ -52,7 +53,11 @@ def test_corrected_t_by_hand_and_its_limits() -> None:
     plain = stats.ttest_1samp(d, 0).pvalue
     assert found.p > plain
     assert cmp.corrected_t(d, test=1, train=10**9).p == pytest.approx(plain, rel=1e-6)
-    assert cmp.corrected_t([0.1, 0.1], 1, 1).p == 0
+    for equal in ([0.1, 0.1], [0.3] * 3):
+        same = cmp.corrected_t(equal, 1, 1)
+        assert same.p is None
+        assert same.low is None
+        assert same.verdict() == f"not tested: no variance among {len(equal)} splits"
     with pytest.raises(Undefined):
         cmp.corrected_t([0.1], 1, 1)
     with pytest.raises(ValueError, match="positive"):
@@ -71,39 +76,77 @@ def test_a_verdict_needs_the_interval_and_the_corrected_p() -> None:
     assert cmp.Difference(-0.1, -0.2, -0.01, 0.02).verdict() == cmp.WORSE
     assert cmp.Difference(0.1, 0.01, 0.2, 0.02, adjusted=0.08).verdict() == cmp.UNDECIDED
     assert cmp.Difference(0.1, -0.01, 0.2, 0.04).verdict() == cmp.UNDECIDED
-    assert cmp.Difference(0.1).verdict() == cmp.UNDECIDED
-    assert cmp.Difference(None, why="x").verdict() == cmp.UNDECIDED
+    assert cmp.Difference(0.1).verdict() == cmp.NOT_TESTED
+    assert cmp.Difference(None, why="x").verdict() == "not tested: x"
 
 
-def seeded(count, luck, rng, patients=0.02, draws=200):
-    """Differences of ``count`` seeds that share their patients, with bootstrap draws of their mean."""
-    values = patients * rng.normal() + luck * rng.normal(size=count)
-    return values, values.mean() + patients * rng.normal(size=draws)
+def jackknife_of(d: np.ndarray) -> Jackknife:
+    """The jackknife of a mean of patients' differences."""
+    n = len(d)
+    return Jackknife(float(d.mean()), (d.sum() - d) / (n - 1), np.zeros(n, np.int64))
+
+
+def compared(d: np.ndarray) -> cmp.Difference:
+    one = jackknife_of(d)
+    return cmp.paired(np.array([one.value]), one.spread(), one.changing, len(d))
+
+
+def test_one_seed_is_scipys_paired_t_test() -> None:
+    d = np.random.default_rng(0).normal(0.3, 1, 12)
+    found, theirs = compared(d), stats.ttest_1samp(d, 0)
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval()))
+
+
+def test_several_sites_are_welchs_test() -> None:
+    """A difference of two sites' means has Welch's degrees of freedom."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(1, 1, 9), rng.normal(0, 3, 14)
+    spread = added([jackknife_of(a).spread(), jackknife_of(b).spread()], [1.0, -1.0])
+    found = cmp.paired(np.array([a.mean() - b.mean()]), spread, 23, 23)
+    assert found.p == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_a_handful_of_patients_is_not_tested(n: int) -> None:
+    found = compared(0.1 + 0.001 * np.arange(n))
+    assert found.p is None
+    assert found.low is None
+    assert found.verdict() == f"not tested: {n} patients, fewer than 6"
+
+
+def test_patients_with_equal_results_do_not_count() -> None:
+    found = compared(np.r_[np.zeros(20), np.ones(5)])
+    assert found.verdict() == "not tested: 5 of 25 patients differ, fewer than 6"
+    assert compared(np.r_[np.zeros(20), np.ones(6)]).p is not None
+
+
+def test_no_variance_gives_no_p_and_no_interval_of_zero_width() -> None:
+    found = compared(np.full(8, 0.1))
+    assert (found.p, found.low) == (None, None)
+    assert found.verdict() == "not tested: no variance among 8 patients"
+    equal = compared(np.zeros(8))
+    assert (equal.p, equal.low) == (1.0, None)
+    assert equal.verdict() == cmp.UNDECIDED
+
+
+def test_an_undefined_difference_is_not_tested() -> None:
+    found = cmp.paired(np.array([0.1, np.nan]), Spread(1.0, 5.0), 20, 20)
+    assert found.verdict() == "not tested: undefined for one of the two"
 
 
 @pytest.mark.parametrize(("count", "luck"), [(2, 0.01), (3, 0.02), (5, 0.05), (10, 0.05)])
 def test_differences_over_seeds_keep_their_level(count: int, luck: float) -> None:
     rng = np.random.default_rng(count)
-    p = [cmp.over_seeds(*seeded(count, luck, rng), n=200).p for _ in range(1500)]
+    p = []
+    for _ in range(1500):
+        values = 0.02 * rng.normal() + luck * rng.normal(size=count)
+        p.append(cmp.paired(values, Spread(0.02**2, 199.0), 200, 200).p)
     assert np.mean(np.array(p) < 0.05) < 0.05 + 3 * (0.05 * 0.95 / 1500) ** 0.5 + 0.02
 
 
 def test_patients_alone_would_not_keep_it() -> None:
     rng = np.random.default_rng(0)
-    p = [cmp.two_sided(seeded(3, 0.05, rng)[1]) for _ in range(500)]
+    values = 0.05 * rng.normal(size=(500, 3)).mean(1) + 0.02 * rng.normal(size=500)
+    p = [cmp.paired(np.array([v]), Spread(0.02**2, 199.0), 200, 200).p for v in values]
     assert np.mean(np.array(p) < 0.05) > 0.2
-
-
-def test_seeds_that_agree_leave_the_patients_interval() -> None:
-    draws = 0.1 + 0.02 * np.random.default_rng(1).normal(size=5000)
-    d, plain = cmp.over_seeds(np.full(4, 0.1), draws, n=10_000), cmp.difference(0.1, draws)
-    assert (d.low, d.high) == (pytest.approx(plain.low, abs=0.002), pytest.approx(plain.high, abs=0.002))
-    assert cmp.over_seeds(np.zeros(3), np.zeros(100)).verdict() == cmp.UNDECIDED
-    assert cmp.over_seeds(np.array([0.1, np.nan]), draws).value is None
-    assert cmp.over_seeds(np.array([0.1, 0.1]), np.full(100, np.nan)).low is None
-
-
-def test_two_sided_p_is_never_zero_and_one_in_the_middle() -> None:
-    assert cmp.two_sided(np.ones(99)) == pytest.approx(0.02)
-    assert cmp.two_sided(np.linspace(-1, 1, 100)) == pytest.approx(1.0, abs=0.02)
-    assert cmp.two_sided(np.zeros(50)) == 1.0

@@ -71,7 +71,7 @@ def test_each_epsilon_is_kept_and_priced_for_each_number_of_rounds(file, tmp_pat
         assert spent == {PLAIN: None, "eps-2": pytest.approx(2.0, rel=2e-3), "eps-20": pytest.approx(20.0, rel=2e-3)}
         assert spent["eps-2"] <= 2.0
         runs[scenario.study.rounds] = folder
-    found = prices(runs, (20.0, 2.0), Options(draws=50))
+    found = prices(runs, (20.0, 2.0), Options())
     assert [(one.rounds, one.epsilon) for one in found] == [(r, e) for r in (1, 3) for e in (None, 2.0, 20.0)]
     noise = {(one.rounds, one.epsilon): one.noise for one in found}
     assert noise[1, 2.0] > noise[1, 20.0] > 0 == noise[1, None]

@@ -1,13 +1,14 @@
-"""Test predictions of a method run, and their conversion to one case per patient.
+"""Test predictions of a method run, and their conversion to cases.
 
 A safetensors file contains ``<site>/score``, ``<site>/target`` and ``<site>/patient``. Segmentation and reconstruction
 have values per image instead of score and target: ``<site>/dice``, ``<site>/hd95``, ``<site>/empty`` and so on. The
 optional ``<site>/silent`` marks examples for which the model's output was not finite.
 
-The unit is the patient. Scores of images of one patient with the same label are averaged into one case; a patient
-whose images have different labels (such as several lesions) gives one case for each label, and intervals then resample
-whole patients. For regression, targets are averaged too. Per-image values are averaged over the images for which they
-are finite.
+The unit is the patient, formed without knowledge that is unavailable at prediction time. Scores of a patient's images
+are averaged. If images of one patient have different labels, such as several lesions, the patient's label is positive
+if any image is (two classes; for several labels, each label by itself). With three or more classes there is no such
+rule; every image is then a case, and variances are clustered by patient. For regression, targets are averaged too.
+Per-image values are averaged over the images for which they are finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -142,20 +143,33 @@ class Cases:
 
 
 def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
-    """Return one case for each patient, or for each patient and label, as described in the module's docstring."""
-    patient, n = predictions.patient, len(predictions)
+    """Return one case for each patient, as described in the module's docstring."""
+    n = len(predictions)
+    ids, index = np.unique(predictions.patient, return_inverse=True)
     if predictions.score is None or predictions.target is None:
-        ids, index = np.unique(patient, return_inverse=True)
         values = {k: _mean_by(index, v, len(ids)) for k, v in _present(predictions.cases).items()}
         return Cases(ids, np.zeros((len(ids), 1)), np.zeros(len(ids), np.int64), values, n)
-    target = predictions.target
+    score = _mean_by(index, predictions.score, len(ids))
     if regression:
-        ids, index = np.unique(patient, return_inverse=True)
-        return Cases(ids, _mean_by(index, predictions.score, len(ids)), _mean_by(index, target, len(ids)), {}, n)
-    keys = np.column_stack([patient, target.reshape(n, -1).astype(np.int64)])
-    rows, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    score = _mean_by(index.reshape(-1), predictions.score, len(rows))
-    return Cases(patient[first], score, target[first], {}, n)
+        return Cases(ids, score, _mean_by(index, predictions.target, len(ids)), {}, n)
+    target = np.zeros((len(ids), *predictions.target.shape[1:]), predictions.target.dtype)
+    np.maximum.at(target, index, predictions.target)
+    return Cases(ids, score, target, {}, n)
+
+
+def unit_of(predictions: Sequence[Predictions], task: str, unit: str) -> str:
+    """Return the unit of a run's cases: ``unit``, or ``"image"`` if no rule gives a patient one class."""
+    if unit != "patient" or task != "classification":
+        return unit
+    several = [p for p in predictions if p.score is not None and p.target is not None and p.score.shape[1] > 2]
+    return "image" if any(_has_mixed_patient(p) for p in several) else "patient"
+
+
+def _has_mixed_patient(p: Predictions) -> bool:
+    """Return whether images of one patient have different labels."""
+    assert p.target is not None
+    ids, first, index = np.unique(p.patient, return_index=True, return_inverse=True)
+    return len(ids) < len(p) and bool((p.target != p.target[first][index]).any())
 
 
 def as_images(predictions: Predictions) -> Cases:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from polyclinic.evaluation import calibration as cal
+from polyclinic.evaluation.operating_points import OperatingPoint, operating_point
 from polyclinic.evaluation.records.predictions import Cases, as_cases
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.evaluation.run_evaluation import MethodResult
@@ -28,9 +29,9 @@ def task_section(page: ReportContext) -> Section | None:
     return _agreement(page, first) if task == "regression" else _values(page, first)
 
 
-def _cases(page: ReportContext, first: MethodResult, sites: Sequence[str], validation: bool = False) -> Cases | None:
+def _cases(page: ReportContext, first: MethodResult, sites: Sequence[str]) -> Cases | None:
     """Return the main method's cases over ``sites``, of all seeds."""
-    arms, unit = page.run.validation if validation else page.run.arms, page.result.options.unit
+    arms, unit = page.run.arms, page.result.unit
     found = [
         as_cases(arms[first.label, seed][s], unit, page.run.info.task == "regression")
         for seed in first.seeds
@@ -63,7 +64,7 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
         alt = f"Decision curve: net benefit over threshold probabilities, {place}; values in the table."
         text = f"Decision curve, {place}: the model has a clinical net benefit where its line is above both others."
         pictures.append(Picture(figures.decision_plot("decision", alt, curve), text))
-        blocks += [*_operating(page, first, groups), _curve_table(curve, place)]
+        blocks += [*_operating(page, first), _curve_table(curve, place)]
     title = "Calibration and clinical use" if binary else "Calibration"
     return Section("calibration", title, [Pair(pictures), *blocks, _bins_table(bins)])
 
@@ -108,27 +109,51 @@ def _bins_table(bins: Mapping[str, Sequence[cal.Bin]]) -> Folded:
     return Folded("Points of the reliability plot", [Table("reliability", "Reliability.", columns, rows)])
 
 
-def _operating(page: ReportContext, first: MethodResult, groups: Mapping[str, Cases]) -> Iterator[Any]:
-    chosen = _cases(page, first, training_sites(page.run), validation=True)
-    if chosen is None:
-        text = "No operating point is shown, because the run has no validation predictions for choosing a threshold."
-        yield Text(text, "note")
-        return
-    rows: list[Row] = []
+def _operating(page: ReportContext, first: MethodResult) -> Iterator[Any]:
+    result, rows, drops = page.result, list[Row](), list[str]()
+    places = {TRAINING: training_sites(page.run), EXTERNAL: [s for s in external_sites(page.run) if s in first.sites]}
     for wanted in (0.9, 0.95):
-        for name, c in groups.items():
-            validation = (chosen.score[:, 1], chosen.target == 1)
+        found = {}
+        for place, sites in places.items():
+            if not sites:
+                continue
             try:
-                point = cal.operating_point(c.score[:, 1], c.target == 1, *validation, wanted)
+                point = operating_point(
+                    page.run, first.label, sites, result.unit, wanted, result.options.level, result.shared
+                )
             except Undefined as reason:
                 yield Text(f"No operating point is shown: {reason}.", "note")
                 return
-            row: Row = {"wanted": f"{100 * wanted:.0f} %", "where": name.lower(), "threshold": amount(point.threshold)}
-            rows.append({**row, **{k: amount(getattr(point, k)) for k in ("sensitivity", "specificity")}})
+            found[place] = point
+            low, high = min(point.thresholds), max(point.thresholds)
+            threshold = Cell(number(low) if low == high else f"{number(low)} to {number(high)}", low)
+            row: Row = {"wanted": f"{100 * wanted:.0f} %", "where": place.lower(), "threshold": threshold}
+            rows.append({**row, **{k: cell(getattr(point, k), 3) for k in ("sensitivity", "specificity")}})
+        if len(found) == 2:
+            drops.append(f"{100 * wanted:.0f} %: {_drop(found[TRAINING], found[EXTERNAL])}")
     columns = words(wanted="Target sensitivity", where="Patients")
-    columns += numbers(threshold="Threshold", sensitivity="Sensitivity", specificity="Specificity")
-    note = "The threshold was chosen on validation patients of the training sites; test patients of all seeds together."
+    columns += numbers(
+        threshold="Threshold",
+        sensitivity=f"Sensitivity ({page.level}\u00a0CI)",
+        specificity=f"Specificity ({page.level}\u00a0CI)",
+    )
+    note = (
+        "Each seed’s threshold was chosen on that seed’s validation patients of the training sites and applied to its "
+        "test patients; values are means over seeds. Intervals (Clopper-Pearson) are for these thresholds."
+    )
     yield Table("operating_points", "Operating points at a fixed sensitivity.", columns, rows, note)
+    if drops:
+        yield Text(f"External minus training sites at the same thresholds. Target sensitivity {'; '.join(drops)}.")
+
+
+def _drop(training: OperatingPoint, external: OperatingPoint) -> str:
+    """Describe the change of both rates from training to external sites."""
+    parts = []
+    for name in ("sensitivity", "specificity"):
+        inside, outside = getattr(training, name).value, getattr(external, name).value
+        if inside is not None and outside is not None:
+            parts.append(f"{name} {number(outside - inside, 3, signed=True)}")
+    return ", ".join(parts) or "not determined"
 
 
 def _curve_table(curve: Sequence[cal.NetBenefit], place: str) -> Folded:

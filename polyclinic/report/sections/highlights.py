@@ -7,14 +7,20 @@ from markupsafe import Markup
 
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
+from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
-from polyclinic.statistics.paired_tests import BETTER, WORSE
+from polyclinic.statistics.paired_tests import BETTER, FEWEST, UNDECIDED, WORSE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A warning or limitation. ``weight`` orders them: 3 can invalidate the result, 1 is information."""
+    """A warning or limitation.
+
+    Attributes:
+        weight: The severity, by which findings are ordered: 6, values are missing; 5 and 4, the model is of no use; 3,
+            the result can be invalid; 1, information.
+        text: The statement.
+    """
 
     weight: int
     text: str
@@ -68,8 +74,9 @@ def _against(page: ReportContext) -> Iterator[Markup]:
         return
     verdicts = {s: g.verdict() for s, g in first.gains.items()}
     up, down = ([s for s, v in verdicts.items() if v == w] for w in (BETTER, WORSE))
-    open_ = [s for s in verdicts if s not in up and s not in down]
-    if not up and not down:
+    open_ = [s for s, v in verdicts.items() if v == UNDECIDED]
+    untested = [s for s in verdicts if s not in (*up, *down, *open_)]
+    if not up and not down and not untested:
         every = "at the only site" if len(open_) == 1 else f"at any of the {len(open_)} sites"
         yield Markup("The difference from local training was not significant {}.").format(every)
         return
@@ -80,6 +87,8 @@ def _against(page: ReportContext) -> Iterator[Markup]:
         parts.append(f"significantly worse at {many(len(down), 'site')} ({listed(down)})")
     if open_:
         parts.append(f"no significant difference at {many(len(open_), 'site')} ({listed(open_)})")
+    if untested:
+        parts.append(f"not tested at {many(len(untested), 'site')} ({listed(untested)})")
     yield Markup("Compared with local training: {}.").format("; ".join(parts))
 
 
@@ -95,11 +104,14 @@ def _among_methods(page: ReportContext) -> Iterator[Markup]:
         for verdict, word in ((BETTER, "better"), (WORSE, "worse"))
         if verdict in verdicts.values()
     ]
-    rest = [k for k, v in verdicts.items() if v not in (BETTER, WORSE)]
+    rest = [k for k, v in verdicts.items() if v == UNDECIDED]
+    untested = [k for k, v in verdicts.items() if v not in (BETTER, WORSE, UNDECIDED)]
     if rest and parts:
         parts.append(f"the differences of {listed(rest)} were not significant")
     elif rest:
         parts.append(f"{listed(rest)} did not differ significantly from {against}")
+    if untested:
+        parts.append(f"{listed(untested)} could not be tested against {against}")
     yield Markup("{}.").format("; ".join(parts))
 
 
@@ -123,7 +135,13 @@ def _about_run(page: ReportContext) -> Iterator[Finding]:
     for (label, seed), sites in run.arms.items():
         if silent := sum(p.silent for p in sites.values()):
             text = f"{page.title(label)} (seed {seed}) diverged: its outputs are not finite for {count(silent)} of "
-            yield Finding(3, f"{text}{count(sum(map(len, sites.values())))} test examples, which are scored as chance.")
+            yield Finding(6, f"{text}{count(sum(map(len, sites.values())))} test examples, which are scored as chance.")
+    for fault in page.result.faults:
+        yield Finding(fault.weight, f"{page.title(fault.method)} {fault.text}.")
+    tested = sum(page.result.patients[s] for s in training_sites(run) if s in page.result.patients)
+    if 0 < tested < FEWEST:
+        yield Finding(5, f"The training sites have {many(tested, 'test patient')} in all: nothing was tested.")
+    yield from _rising(page)
     for q in run.quarantined[:3]:
         yield Finding(2, f"A reply of {q.site} was refused in round {q.round} of {page.title(q.method)}: {q.reason}.")
     if len(run.quarantined) > 3:
@@ -137,6 +155,23 @@ def _about_run(page: ReportContext) -> Iterator[Finding]:
         yield Finding(1, f"Sites that did not reply in time: {times}.")
 
 
+def _rising(page: ReportContext) -> Iterator[Finding]:
+    """Report a main method whose validation curve still improves at the last round in every seed."""
+    run, first = page.run, page.first
+    if first is None or run.info.rounds < FEWEST:
+        return
+    name, sign = page.result.metric.name, 1.0 if page.higher else -1.0
+    curves: dict[tuple[int, int], dict[int, list[float]]] = {}
+    for s in run.curves:
+        value = s.metrics.get(name)
+        if s.method == first.label and s.role == "val" and value is not None:
+            curves.setdefault((s.seed, s.fold), {}).setdefault(s.round, []).append(sign * value)
+    means = [{r: sum(v) / len(v) for r, v in by_round.items()} for by_round in curves.values()]
+    if means and all(max(c) >= run.info.rounds and max(c, key=lambda r: c[r]) >= run.info.rounds for c in means):
+        text = f"The validation {page.label} of {page.title(first.label)} was best in the last round, {run.info.rounds}"
+        yield Finding(3, f"{text}: training may have been too short.")
+
+
 def _about_sites(page: ReportContext) -> Iterator[Finding]:
     first, result, d = page.first, page.result, page.digits
     if first is None:
@@ -146,7 +181,7 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
         if g.value is not None and g.value < 0:
             shown = g.verdict() == WORSE
             change = f"{with_interval(g, d, signed=True)} {metric.label} compared with local training"
-            how = "significant" if shown else "not significant"
+            how = "significant" if shown else outcome(g)
             text = f"Negative transfer at {site}: {change} ({how})."
             yield Finding(3 if shown else 1, text)
     if first.worst is not None and first.macro.value is not None and len(first.sites) > 1:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from polyclinic.evaluation.run_evaluation import MethodResult
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import SIGNIFICANCE, amount, cell, listed, number, p_value, with_interval
+from polyclinic.report.formatting import amount, cell, listed, number, outcome, p_value, with_interval
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
 from polyclinic.statistics.paired_tests import BETTER, WORSE
 
@@ -59,7 +59,7 @@ def _table(page: ReportContext, first: MethodResult) -> Table:
                 "federated": amount(first.sites[site][name].value, d),
                 "gain": cell(g, d, signed=True),
                 "p": Cell(p_value(g.p), g.p),
-                "verdict": SIGNIFICANCE[g.verdict()],
+                "verdict": outcome(g),
             }
         )
     marks = {i: "warn" for i, g in enumerate(first.gains.values()) if g.value is not None and g.value < 0}

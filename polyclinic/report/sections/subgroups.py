@@ -14,7 +14,7 @@ def subgroups_section(page: ReportContext) -> Section | None:
     first, o, d = page.first, page.result.options, page.digits
     if first is None:
         return None
-    found = by_group(page.run, first.label, o.draws, o.seed, o.level, o.min_cell)
+    found = by_group(page.run, first.label, o.level, o.min_cell)
     if not found:
         return None
     rows: list[Row] = []

@@ -10,25 +10,30 @@ from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import (
     NONE,
-    SIGNIFICANCE,
     amount,
     cell,
-    count,
     digits_of,
     interval,
-    listed,
     many,
     number,
+    outcome,
     p_value,
     whole,
     with_interval,
 )
 from polyclinic.report.page_blocks import Cell, Folded, Picture, Row, Section, Table, Text, numbers, words
-from polyclinic.statistics.paired_tests import Difference
+from polyclinic.statistics.paired_tests import FEWEST, Difference
 
 SHOWN = {  # of a task's metrics, those in the table of sites
     "classification": ("auc", "balanced_accuracy", "sensitivity", "specificity", "brier"),
     "multilabel": ("auc", "average_precision", "f1", "ece"),
+}
+
+_CONSTANT = {
+    "classification": "the class frequencies of the site’s training data",
+    "multilabel": "the label frequencies of the site’s training data",
+    "regression": "the median of the site’s validation patients",
+    "segmentation": "an empty mask",
 }
 
 
@@ -74,7 +79,7 @@ def _levels(page: ReportContext) -> Table:
             "worst": Cell(f"{number(m.worst[1], d)} {m.worst[0]}", m.worst[1]) if m.worst else NONE,
             "external": cell(m.external.get(name), d),
         }
-        for m in result.methods
+        for m in (*result.methods, *([result.constant] if result.constant else []))
     ]
     columns = words(method="Method") + numbers(mean=f"Mean over sites ({page.level}\u00a0CI)", spread="SD over sites")
     if any(m.seed_sd is not None for m in result.methods):
@@ -82,14 +87,15 @@ def _levels(page: ReportContext) -> Table:
     columns += numbers(pooled="Pooled patients", worst="Worst site")
     if any(m.external for m in result.methods):
         columns += numbers(external="External")
-    o = result.options
-    note = f"Intervals: bootstrap over patients within each site, {count(o.draws)} draws, seed {o.seed}"
-    note += "; pooled and external AUC of two classes by DeLong" if name == "auc" else ""
+    ways = dict.fromkeys(e.how for m in result.methods for e in (m.macro, *m.pooled.values()) if e.how)
+    note = f"Intervals: {'; '.join(ways) or 'none'}"
     note += (
         ". Values are means over seeds. “Pooled patients” combines the test patients of all training sites, and "
         "therefore also "
         "compares scores between sites."
     )
+    if result.constant:
+        note += f" “{page.title(result.constant.label)}” predicts {_CONSTANT[page.run.info.task]} for every patient."
     chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
 
@@ -104,7 +110,7 @@ def _differences(page: ReportContext, reference: str) -> Table:
             "adjusted": Cell(p_value(diff.adjusted), diff.adjusted),
             "splits": _p(result.over_splits.get(label)),
             "sites": _p(result.over_sites.get(label)),
-            "verdict": SIGNIFICANCE[diff.verdict()],
+            "verdict": outcome(diff),
         }
         for label, diff in result.comparisons.items()
     ]
@@ -116,10 +122,10 @@ def _differences(page: ReportContext, reference: str) -> Table:
     columns += words(verdict="Result")
     seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
     note = (
-        f"Mean over sites, paired: the same resampled patients for both{seeds}; + is better. "
+        f"Mean over sites, paired by patient{seeds}; + is better. "
         f"Holm’s correction for {many(len(rows), 'comparison')}. A difference is significant if the interval "
         f"excludes 0 "
-        "and the corrected p is below 0.05."
+        f"and the corrected p is below 0.05. It is not tested if fewer than {FEWEST} patients have different results."
     )
     if result.over_splits:
         note += " Over splits: Nadeau and Bengio’s corrected t, one split per seed, not corrected for multiplicity."
@@ -180,6 +186,10 @@ def sites_section(page: ReportContext) -> Section | None:
         text += Markup(" Random-effects mean over sites: {} ({}); I² = {:.0f} %.").format(
             number(e.value, d), interval(e.low, e.high, d), 100 * first.random.i2
         )
+        if first.random.prediction is not None:
+            text += Markup(" A new site is expected between {} ({} prediction interval).").format(
+                interval(*first.random.prediction, d), page.level
+            )
     picture = Picture(figures.points("sites", alt, points, f"{page.label} ({page.level}\u00a0CI)", line), text)
     blocks = [picture, _sites_table(page, first), *_matrix(page)]
     return Section("sites", "Results at every site", blocks)
@@ -233,14 +243,18 @@ def _unit(page: ReportContext) -> str:
     """Describe the unit of analysis: patients or images."""
     result = page.result
     if result.options.unit == "image":
-        return " Each image is a case; patients are resampled whole."
+        return " Each image is a case; variances are by patient."
+    if result.unit == "image":
+        return (
+            " Each image is a case, because images of one patient have different classes and no rule gives the patient "
+            "one; variances are by patient."
+        )
     if all(result.images[s] == result.patients[s] for s in result.patients):
         return " One image for each patient."
-    note = " The unit is the patient: images of one patient with the same label are averaged into one case."
-    if more := [s for s, c in result.cases.items() if c > result.patients[s]]:
-        cases, patients = sum(result.cases.values()), sum(result.patients.values())
-        note += (
-            f" A patient with images of different labels gives one case for each label ({count(cases)} cases of "
-            f"{many(patients, 'patient')}; at {listed(more)}); patients are resampled whole."
-        )
-    return note
+    text = " The unit is the patient: the scores of a patient’s images are averaged"
+    rules = {
+        "classification": ", and a patient is positive if any image is",
+        "multilabel": ", and a label is positive if it is in any image",
+        "regression": ", and so are the true values",
+    }
+    return text + rules.get(page.run.info.task, "") + "."

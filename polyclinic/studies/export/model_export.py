@@ -95,9 +95,9 @@ def _warn_of_other_data(run: Run) -> None:
 
 
 def _headline(run: Run) -> str:
-    from polyclinic.evaluation.run_evaluation import Options, evaluate
+    from polyclinic.evaluation.run_evaluation import evaluate
 
-    label = evaluate(run, Options(draws=20)).headline
+    label = evaluate(run).headline
     if label is None:
         raise NotExported(f"{run.path}: no method has been tested yet; name one with label=")
     return label

@@ -91,9 +91,9 @@ def _features(source: Any, axes: int) -> tuple[str, ...]:
 
 
 def _headline(run: Run) -> str:
-    from polyclinic.evaluation.run_evaluation import Options, evaluate
+    from polyclinic.evaluation.run_evaluation import evaluate
 
-    label = evaluate(run, Options(draws=20)).headline
+    label = evaluate(run).headline
     if label is None:
         raise NotExplained(f"{run.path}: no method has been tested yet")
     return label

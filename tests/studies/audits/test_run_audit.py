@@ -143,7 +143,7 @@ def test_a_private_run_is_trained_once_more_with_canaries(
     assert written["privacy_site"] == "b"
     assert written["privacy"]["at_least"] <= claim.epsilon
     assert written["privacy"]["says"] in capsys.readouterr().out
-    page = build_report(path, options=Options(draws=20)).read_text(encoding="utf-8")
+    page = build_report(path, options=Options()).read_text(encoding="utf-8")
     section = page[page.index('id="privacy"') :].split("</section>")[0]
     table = re.search(r"Claimed ε and audited lower bound.*?</table>", section, re.S)[0]
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", table, re.S)]
@@ -194,7 +194,7 @@ def test_a_damaged_audit_is_named_in_the_report(done) -> None:
         file.write_text(text)
         with pytest.raises(NotAnAudit, match=why):
             read_audit(file)
-    page = build_report(done / "run", options=Options(draws=20)).read_text(encoding="utf-8")
+    page = build_report(done / "run", options=Options()).read_text(encoding="utf-8")
     file.unlink()
     assert "a damaged audit: delete it" in page
 

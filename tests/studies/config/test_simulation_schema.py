@@ -96,7 +96,7 @@ def test_an_arm_ends_when_its_time_is_up_and_nobody_waits_who_need_not(tmp_path:
     assert max(len(line.asked) for line in hurries) == 2
     last = max(line.round for line in read_run(tmp_path / "run").curves if line.method == "fedavg")
     assert last == len(waits)  # the last round is judged, whenever time is up
-    page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
+    page = build_report(tmp_path / "run", options=Options()).read_text()
     assert "Simulated machines: time is virtual" in page
 
 
@@ -148,7 +148,7 @@ def test_an_attack_is_carried_out_named_and_told(tmp_path: Path, attack) -> None
     hostile = {(s.seed, s.site) for s in read.standings if s.hostile}
     assert hostile == {(int(seed), names[0]) for seed, names in who.items()}
     assert {s.method for s in read.standings} == {"local", "fedavg", "median"}
-    page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
+    page = build_report(tmp_path / "run", options=Options()).read_text()
     assert "Simulated attack" in page
     assert f"Simulated attack: 1 of the sites attack ({attack})" in page
     assert (tmp_path / "run" / "report" / "tables" / "attack.csv").read_text().count("\n") == 4
@@ -171,7 +171,7 @@ def test_a_model_that_an_attack_has_broken_is_tested_as_one_that_guesses(tmp_pat
     done(tmp_path / "run", text)
     kinds = [entry["event"] for entry in verify(tmp_path / "run" / "journal.jsonl")]
     assert "ended by the attack" in kinds
-    page = build_report(tmp_path / "run", options=Options(draws=50)).read_text()
+    page = build_report(tmp_path / "run", options=Options()).read_text()
     assert "diverged: its outputs are not finite for" in page
     report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
     values = {m["label"]: m["macro"]["value"] for m in report["evaluation"]["methods"]}
@@ -184,7 +184,7 @@ def test_a_panel_of_attacks_says_whom_alarms_name(tmp_path: Path) -> None:
     for attack in ("sign-flip", "huge"):
         done(tmp_path / attack, study(tmp_path, ATTACK, attack=attack))
         folders.append(tmp_path / attack)
-    found = panel(folders, Options(draws=50))
+    found = panel(folders, Options())
     assert found.named["huge", "fedavg"] == "0 of 2 attackers, 0 of 6 honest"  # no one looks, and it can be added up
     assert set(found.named) == {(run, m) for run in ("sign-flip", "huge") for m in ("local", "fedavg", "median")}
     assert "0 of 2 attackers, 0 of 6 honest" in write_panel(found, tmp_path).read_text()

@@ -190,7 +190,7 @@ def test_costs_are_those_of_one_fold_and_comparison_counts_folds_as_splits(done:
     (one, *_) = [r for r in read.rounds if r.method == "fedavg"]
     site = next(iter(one.bytes_up))
     assert cost.up[site] == 2 * one.bytes_up[site]
-    result = evaluate(read, Options(draws=100))
+    result = evaluate(read, Options())
     assert set(result.patients.values()) == {24}
     assert result.over_splits["pooled"].n == 6  # two seeds of three folds
     assert "3 folds" in build_report(done).read_text()
@@ -228,7 +228,7 @@ def test_leave_one_site_out_tests_every_site_by_models_that_never_saw_it(tmp_pat
     asked = {f["fold"]: f["asked"] for f in facts(tmp_path / "run") if f["kind"] == "round" and f["method"] == "fedavg"}
     assert len(tested) == 2
     assert all(site not in asked[fold] for fold, site in tested)
-    assert evaluate(read, Options(draws=50)).of("fedavg").macro.value is not None
+    assert evaluate(read, Options()).of("fedavg").macro.value is not None
     page = build_report(tmp_path / "run").read_text()
     assert "left out in turn" in page
     assert "No site was held out of training" not in page

@@ -1,0 +1,135 @@
+"""The constant baseline, and faults of methods that it shows.
+
+The constant predicts the same for every patient of a site: the class frequencies of the site's training data (of all
+training sites together for an external site), the median true value of its validation patients, or an empty mask. A
+method that scores below it has learned nothing of use. Nothing of the constant depends on test data.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.records.predictions import Predictions
+from polyclinic.evaluation.records.run_reader import Run, training_sites
+from polyclinic.evaluation.sample import Sample
+from polyclinic.statistics.undefined import Array
+
+CONSTANT = "constant"
+SAME = 1e-4
+"""Range of a method's scores below which it is constant."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a method: the method's label, how severe it is, and the statement."""
+
+    method: str
+    weight: int
+    text: str
+
+
+def with_constant(run: Run) -> Run:
+    """Return the run with the constant's predictions as a further method, if the records determine them."""
+    if any(m.label == CONSTANT for m in run.info.methods):
+        return run
+    arms = {}
+    for seed in dict.fromkeys(seed for _, seed in run.arms):
+        tested: dict[str, Predictions] = {}
+        for (_, s), sites in run.arms.items():
+            if s == seed:
+                tested = {**sites, **tested}
+        found = {site: _constant(run, seed, site, p) for site, p in tested.items()}
+        known = {site: p for site, p in found.items() if p is not None}
+        if len(known) < len(found) or not known:
+            return run
+        arms[CONSTANT, seed] = known
+    return replace(run, arms={**run.arms, **arms})
+
+
+def _constant(run: Run, seed: int, site: str, p: Predictions) -> Predictions | None:
+    """Return the constant's predictions for the examples of ``p``; None if the records do not determine them."""
+    if run.info.task == "segmentation":
+        return Predictions(p.patient, cases={"dice": np.zeros_like(p.cases["dice"])}) if "dice" in p.cases else None
+    if p.score is None or p.target is None:
+        return None
+    guess = _middle(run, seed, site) if run.info.task == "regression" else _frequencies(run, site, p.score.shape[1])
+    if guess is None:
+        return None
+    return Predictions(p.patient, np.tile(guess, (len(p), 1)), p.target)
+
+
+def _frequencies(run: Run, site: str, classes: int) -> Array | None:
+    own = [s for s in run.info.sites if s.name == site and s.role == "training"]
+    sites = own or [s for s in run.info.sites if s.role == "training"]
+    counts = np.array([s.classes.get("train", ()) for s in sites if len(s.classes.get("train", ())) == classes], float)
+    if len(counts) < len(sites):
+        return None
+    if run.info.task == "multilabel":
+        total = float(sum(s.examples.get("train", 0) for s in sites))
+        return np.clip(counts.sum(0) / total, 0, 1) if total else None
+    return counts.sum(0) / counts.sum() if counts.sum() else None
+
+
+def _middle(run: Run, seed: int, site: str) -> Array | None:
+    for (_, s), sites in run.validation.items():
+        mine = [p for name, p in sites.items() if name == site] or list(sites.values())
+        if s == seed and mine:
+            middle: Array = np.median(np.concatenate([np.asarray(p.target, float) for p in mine]), axis=0)
+            return middle
+    return None
+
+
+def faults(
+    run: Run, data: Sample, labels: Sequence[str], table: Mapping[str, Metric], primary: Metric
+) -> tuple[Fault, ...]:
+    """Return the faults of methods on the test patients of the training sites, in the order of methods."""
+    found = list[Fault]()
+    for label in labels:
+        sites = [s for s in training_sites(run) if data.has(label, [s])]
+        if sites:
+            found += _outputs(run, label, sites)
+            found += _below(data, label, sites, table, primary)
+    return tuple(found)
+
+
+def _outputs(run: Run, label: str, sites: Sequence[str]) -> Iterator[Fault]:
+    """Return whether a method's outputs are constant, or omit a class."""
+    arms = [run.arms[key][s] for key in run.arms if key[0] == label for s in sites if s in run.arms[key]]
+    scores = [p.score for p in arms if p.score is not None and len(p)]
+    if not scores:
+        return
+    if all(len(s) > 1 and float(np.ptp(s, axis=0).max()) < SAME for s in scores):
+        yield Fault(label, 5, "predicts the same for every patient of a site")
+        return
+    if run.info.task != "classification":
+        return
+    every = np.concatenate(scores)
+    truth = np.concatenate([np.asarray(p.target) for p in arms if p.score is not None and len(p)])
+    missing = sorted(set(np.unique(truth).tolist()) - set(np.argmax(every, axis=1).tolist()))
+    if missing:
+        names = [run.info.classes[k] if k < len(run.info.classes) else str(k) for k in missing]
+        yield Fault(label, 4, f"never predicts {' or '.join(names)}")
+
+
+def _below(
+    data: Sample, label: str, sites: Sequence[str], table: Mapping[str, Metric], primary: Metric
+) -> Iterator[Fault]:
+    """Return the metrics by which a method is below the constant, the primary one first."""
+    if not data.has(CONSTANT, sites):
+        return
+    names = dict.fromkeys([primary.name, "brier", "accuracy"])
+    for metric in (table[name] for name in names if name in table):
+        both = [s for s in sites if all(data.defined(m, data.seeds(m), [s], metric) for m in (label, CONSTANT))]
+        if not both:
+            continue
+        ours, theirs = (float(data.by_seed(m, both, metric).mean()) for m in (label, CONSTANT))
+        sign = -1.0 if metric.higher_is_better is False else 1.0
+        if sign * (ours - theirs) < -1e-9:
+            verdict = data.difference(label, CONSTANT, both, metric).verdict()
+            kind = "the base rate" if metric.name == "brier" else "a constant prediction"
+            text = (
+                f"has a worse {metric.label} than {kind}: {ours:.3f} against {theirs:.3f}, mean over sites ({verdict})"
+            )
+            yield Fault(label, 4 if metric is primary or metric.name == "brier" else 3, text)

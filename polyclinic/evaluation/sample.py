@@ -1,0 +1,359 @@
+"""The test cases of a run, and estimates, intervals and paired differences computed from them.
+
+The unit is the patient: variances are jackknife variances over patients, or over 600 groups of patients at larger
+sites. Seeds may share their test patients (one split for all) or have different splits. If a patient has the same
+number in every seed, as in runs of this version, the patient is left out of all seeds at once. If every seed numbers
+its own test patients, patients in several test sets cannot be identified; the limits of a mean over seeds are then the
+means of the seeds' limits, which is exact for equal test sets and conservative for others. With folds, the predictions
+of a seed are those of all folds together, each patient once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyclinic.evaluation.metric import Metric
+from polyclinic.evaluation.records.predictions import Cases, as_cases, unit_of
+from polyclinic.evaluation.records.run_reader import Run
+from polyclinic.statistics.intervals import Estimate, delong, effective_number, mean_of_limits, proportion, student
+from polyclinic.statistics.jackknife import Jackknife, Spread, added, mean_of_dependent
+from polyclinic.statistics.paired_tests import Difference, paired
+from polyclinic.statistics.undefined import Array, Ints, Undefined
+
+MOST = 600  # patients above which groups of patients are left out
+Where = tuple[str, int]  # a site, and a seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A run's test cases.
+
+    Attributes:
+        cases: By (method label, seed), then site.
+        patients: By site and seed, the patients that any method tested, ascending.
+        shared: Whether a patient has the same number in every seed.
+        level: Confidence level.
+        images: Numbers of tested images and of cases by site, over all method runs.
+        unit: What a case is: ``"patient"`` or ``"image"``.
+    """
+
+    cases: Mapping[tuple[str, int], Mapping[str, Cases]]
+    patients: Mapping[Where, NDArray[np.int64]]
+    shared: bool
+    level: float
+    images: Mapping[str, tuple[int, int]]
+    unit: str = "patient"
+
+    @property
+    def one_split(self) -> bool:
+        """Whether every seed tested the same patients, as far as the numbers show."""
+        return self.shared and all(
+            len({c.patient.tobytes() for c in (arm[site] for arm in self.cases.values() if site in arm)}) == 1
+            for site in self.sites
+        )
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites at which any method was tested."""
+        return tuple(dict.fromkeys(site for site, _ in self.patients))
+
+    def seeds(self, label: str) -> tuple[int, ...]:
+        """Return the seeds for which ``label`` has predictions."""
+        return tuple(seed for method, seed in self.cases if method == label and self.cases[method, seed])
+
+    def has(self, label: str, sites: Sequence[str]) -> bool:
+        """Return whether every seed of ``label`` has cases at each of ``sites``."""
+        seeds = self.seeds(label)
+        return bool(seeds) and all(site in self.cases[label, seed] for seed in seeds for site in sites)
+
+    def count(self, site: str) -> tuple[int, int, int]:
+        """Return the numbers of test patients, images and cases of ``site``; the largest over seeds if not shared."""
+        patients = max(len(ids) for (name, _), ids in self.patients.items() if name == site)
+        return patients, *self.images[site]
+
+    # Values
+
+    def value(self, label: str, seed: int, sites: Sequence[str], metric: Metric) -> float:
+        """Return the metric of one seed over the pooled cases of ``sites``; NaN if undefined."""
+        score, target = _together(self._cases(label, seed, sites), metric.name)
+        return float(metric.kernel(score, target, np.ones((1, len(target))))[0])
+
+    def by_seed(self, label: str, sites: Sequence[str], metric: Metric) -> Array:
+        """Return the mean over those of ``sites`` for which the metric is defined in every seed. [seeds]"""
+        seeds = self.seeds(label)
+        known = self.defined(label, seeds, sites, metric)
+        if not known:
+            return np.full(len(seeds), np.nan)
+        return np.array([np.mean([self.value(label, seed, [s], metric) for s in known]) for seed in seeds])
+
+    def defined(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> list[str]:
+        """Return those of ``sites`` at which the metric of ``label`` is defined in every seed."""
+        return [s for s in sites if all(np.isfinite(self.value(label, seed, [s], metric)) for seed in seeds)]
+
+    # Intervals
+
+    def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric) -> Estimate:
+        """Return the mean over those of ``sites`` for which the metric is defined, with its interval."""
+        known = self.defined(label, self.seeds(label), sites, metric)
+        n = self._patients(label, known)
+        if not known:
+            return Estimate(None, n=n, why="no site has a value")
+        value = float(self.by_seed(label, known, metric).mean())
+        if not metric.has_interval:
+            return Estimate(value, n=n, why=NO_INTERVAL)
+        if metric.name != "auc" and metric.proportions is None:
+            return self._student(label, known, metric, value, n)
+        each = [self.estimate(label, [s], metric, True) for s in known]
+        if lacking := [f"{s}: {e.why}" for s, e in zip(known, each, strict=True) if e.low is None]:
+            return Estimate(value, n=n, why="; ".join(lacking))
+        how = f"limits of the sites combined ({each[0].how})"
+        return Estimate(value, *mean_of_limits(each), n, how)
+
+    def _student(self, label: str, sites: Sequence[str], metric: Metric, value: float, n: int) -> Estimate:
+        """Return the mean over ``sites`` with Student's limits."""
+        try:
+            parts = [self._spread(self._of(label, [s], metric)) for s in sites]
+        except Undefined as reason:
+            return Estimate(value, n=n, why=f"no interval: {reason}")
+        spread = added(parts, [1 / len(sites)] * len(sites))
+        if spread.variance <= 1e-14:
+            return Estimate(value, n=n, why=f"no interval: no variance among {n} patients")
+        return Estimate(value, *student(value, spread, metric.scale, self.level), n, STUDENT)
+
+    def estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool) -> Estimate:
+        """Return the metric over the pooled cases of ``sites``, averaged over seeds, with or without its interval."""
+        n, seeds = self._patients(label, sites), self.seeds(label)
+        values = [self.value(label, seed, sites, metric) for seed in seeds]
+        value = float(np.mean(values))
+        if not np.isfinite(value):
+            bad = seeds[int(np.flatnonzero(~np.isfinite(values))[0])]
+            return Estimate(None, n=n, why=metric.why(_together(self._cases(label, bad, sites), metric.name)[1]))
+        if not metric.has_interval:
+            return Estimate(value, n=n, why=NO_INTERVAL if interval else "")
+        if not interval:
+            return Estimate(value, n=n)
+        groups = [seeds] if self.shared else [(seed,) for seed in seeds]
+        found = [self._interval(label, group, sites, metric) for group in groups]
+        if any(e.low is None for e in found):
+            return Estimate(value, n=n, why=next(e.why for e in found if e.low is None))
+        low, high = (float(np.mean([getattr(e, k) for e in found])) for k in ("low", "high"))
+        return Estimate(value, low, high, n, found[0].how + ("" if len(found) == 1 else "; mean of the seeds’ limits"))
+
+    def _interval(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> Estimate:
+        """Return the interval of the mean over ``seeds``, which share their patients."""
+        if metric.name == "auc" and (exact := self._delong(label, seeds, sites)) is not None:
+            return exact
+        if metric.proportions is not None and (counted := self._counted(label, seeds, sites, metric)) is not None:
+            return counted
+        value = float(np.mean([self.value(label, seed, sites, metric) for seed in seeds]))
+        n = len(self._group(sites, seeds[0])[0])
+        try:
+            spread = self._jackknife([label], seeds, sites, metric).spread()
+        except Undefined as reason:
+            return Estimate(value, n=n, why=f"no interval: {reason}")
+        if spread.variance <= 1e-14:
+            return Estimate(value, n=n, why=f"no interval: no variance among {n} patients")
+        return Estimate(value, *student(value, spread, metric.scale, self.level), n, STUDENT)
+
+    def _delong(self, label: str, seeds: Sequence[int], sites: Sequence[str]) -> Estimate | None:
+        """Return DeLong's interval; None unless there are two classes and every seed tested the same cases."""
+        arms = [self._cases(label, seed, sites) for seed in seeds]
+        scores, targets = zip(*(_together(arm, "auc") for arm in arms), strict=True)
+        if scores[0].shape[1] != 2 or targets[0].ndim != 1:
+            return None
+        ids = [np.concatenate([c.patient * len(sites) + i for i, c in enumerate(arm)]) for arm in arms]
+        same = (np.array_equal(a, ids[0]) and np.array_equal(t, targets[0]) for a, t in zip(ids, targets, strict=True))
+        if not all(same):
+            return None
+        clustered = len(np.unique(ids[0])) < len(ids[0])
+        return delong(np.stack([s[:, 1] for s in scores]), targets[0] == 1, ids[0] if clustered else None, self.level)
+
+    def _counted(self, label: str, seeds: Sequence[int], sites: Sequence[str], metric: Metric) -> Estimate | None:
+        """Return Clopper and Pearson's interval of a proportion, or of a mean of proportions; None if it is neither.
+
+        A patient with several cases or in several seeds counts once: Kish's effective number of patients is used.
+        """
+        assert metric.proportions is not None
+        size = len(self._group(sites, seeds[0])[0])
+        shares, counts = list[list[float]](), list[Array]()
+        for seed in seeds:
+            score, target = _together(self._cases(label, seed, sites), metric.name)
+            of = self._members(label, seed, sites)
+            found = metric.proportions(score, target)
+            if found is None:
+                return None
+            shares.append([float(right[among].mean()) if among.any() else np.nan for right, among in found])
+            here = [np.bincount(of[among], minlength=size).astype(float) for _, among in found]
+            counts = [a + b for a, b in zip(counts, here, strict=True)] if counts else here
+        means = np.mean(shares, axis=0)
+        parts = [
+            Estimate(float(p), *proportion(float(p), effective_number(m), self.level))
+            for p, m in zip(means, counts, strict=True)
+            if np.isfinite(p)
+        ]
+        return Estimate(float(np.mean([p.value for p in parts])), *mean_of_limits(parts), how="Clopper-Pearson")
+
+    # Differences
+
+    def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
+        """Return method ``a`` minus ``b``, mean over the sites where both are defined; positive is better.
+
+        With several seeds, the interval includes the variance between seeds.
+        """
+        common = [s for s in self.seeds(a) if s in self.seeds(b)]
+        if not sites or not common:
+            return Difference(None, why="no seed or no site in common")
+        if not metric.has_interval:
+            return Difference(None, why="no test for this metric")
+        known = [s for s in sites if all(self.defined(m, common, [s], metric) for m in (a, b))]
+        n = self._patients(a, known)
+        if not known:
+            return Difference(None, n=n, why="undefined for one of the two")
+        values = np.array(self.by_split(a, b, known, metric))
+        each = [[self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known]
+        try:
+            spread = added([self._spread(one) for one in each], [1 / len(known)] * len(known))
+        except Undefined as reason:
+            return Difference(float(values.mean()), n=n, why=str(reason))
+        differing = sum(max(j.changing for j in one) for one in each)
+        how = "paired t, jackknife over patients"
+        how += f" and variance between {len(common)} seeds" if len(common) > 1 else ""
+        return paired(values, spread, differing, n, self.level, how)
+
+    def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
+        """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""
+        sign = -1.0 if metric.higher_is_better is False else 1.0
+        found = []
+        for seed in [s for s in self.seeds(a) if s in self.seeds(b)]:
+            both = [s for s in sites if s in self.cases[a, seed] and s in self.cases[b, seed]]
+            each = [[self.value(m, seed, [s], metric) for m in (a, b)] for s in both]
+            known = [x - y for x, y in each if np.isfinite(x) and np.isfinite(y)]
+            if known:
+                found.append(sign * float(np.mean(known)))
+        return found
+
+    # The jackknife
+
+    def _groups(self, seeds: Sequence[int]) -> list[Sequence[int]]:
+        """Return the groups of seeds that share their patients."""
+        return [seeds] if self.shared else [(seed,) for seed in seeds]
+
+    def _of(self, label: str, sites: Sequence[str], metric: Metric) -> list[Jackknife]:
+        return [self._jackknife([label], group, sites, metric) for group in self._groups(self.seeds(label))]
+
+    def _spread(self, by_group: Sequence[Jackknife]) -> Spread:
+        parts = [j.spread() for j in by_group]
+        return parts[0] if len(parts) == 1 else mean_of_dependent(parts)
+
+    def _jackknife(
+        self, labels: Sequence[str], seeds: Sequence[int], sites: Sequence[str], metric: Metric
+    ) -> Jackknife:
+        """Return the metric, or its difference between two methods, averaged over ``seeds``, without each patient."""
+        size = int(self._group(sites, seeds[0])[0].max()) + 1
+        rows, stratum = np.zeros(size + 1), np.zeros(size, np.int64)
+        signs = [1.0, -1.0] if metric.higher_is_better is not False or len(labels) == 1 else [-1.0, 1.0]
+        for seed in seeds:
+            for label, sign in zip(labels, signs, strict=False):
+                of = self._members(label, seed, sites)
+                score, target = _together(self._cases(label, seed, sites), metric.name)
+                weight = np.concatenate([np.ones((1, len(of))), (of != np.arange(size)[:, None]).astype(float)])
+                rows += sign * metric.kernel(score, target, weight) / len(seeds)
+                if metric.by_class and target.ndim == 1 and len(self._group(sites, seed)[0]) == size:
+                    stratum[of] = np.asarray(target, np.int64)
+        return Jackknife(float(rows[0]), rows[1:], stratum)
+
+    def _members(self, label: str, seed: int, sites: Sequence[str]) -> Ints:
+        """Return the number of the jackknife's group of each case of a method run, sites concatenated."""
+        group, starts = self._group(sites, seed)
+        parts = [
+            group[starts[i] + np.searchsorted(self.patients[s, seed], self.cases[label, seed][s].patient)]
+            for i, s in enumerate(sites)
+        ]
+        return np.concatenate(parts)
+
+    def _group(self, sites: Sequence[str], seed: int) -> tuple[Ints, list[int]]:
+        """Return the group of each patient of ``sites``, and at which index each site starts."""
+        sizes = [len(self.patients[s, seed]) for s in sites]
+        return np.arange(sum(sizes)) % min(sum(sizes), MOST), [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def _cases(self, label: str, seed: int, sites: Sequence[str]) -> list[Cases]:
+        return [self.cases[label, seed][s] for s in sites]
+
+    def _patients(self, label: str, sites: Sequence[str]) -> int:
+        return sum(max(len(self.patients[s, seed]) for seed in self.seeds(label)) for s in sites)
+
+
+STUDENT = "Student’s t, jackknife over patients"
+NO_INTERVAL = "no interval: biased upwards in small samples"
+
+
+def _together(cases: Sequence[Cases], metric: str) -> tuple[Array, NDArray[Any]]:
+    return np.concatenate([c.score_for(metric) for c in cases]), np.concatenate([c.target for c in cases])
+
+
+def sample(run: Run, level: float, unit: str = "patient") -> Sample:
+    """Convert a run's predictions to cases.
+
+    Raises:
+        ValueError: If ``unit`` is neither ``"patient"`` nor ``"image"``.
+    """
+    regression = run.info.task == "regression"
+    unit = unit_of([p for sites in run.arms.values() for p in sites.values()], run.info.task, unit)
+    cases = {
+        arm: {s: as_cases(p, unit, regression) for s, p in sites.items()} for arm, sites in run.arms.items() if sites
+    }
+    shared, patients = share_patients(cases), dict[Where, NDArray[np.int64]]()
+    seeds = list(dict.fromkeys(s for _, s in cases))
+    for site in (s.name for s in run.info.sites):
+        for group in [seeds] if shared else [[s] for s in seeds]:
+            here = [sites[site].patient for (_, s), sites in cases.items() if s in group and site in sites]
+            if here:
+                patients |= {(site, s): np.unique(np.concatenate(here)) for s in group}
+    return Sample(cases, patients, shared, level, _images(run, cases, shared), unit)
+
+
+def by_fold(run: Run, level: float) -> Sample:
+    """Return the test cases of each fold separately, with folds in place of seeds."""
+    numbers = {key: i for i, key in enumerate(sorted({(seed, fold) for _, seed, fold in run.splits}))}
+    arms = {(label, numbers[seed, fold]): sites for (label, seed, fold), sites in run.splits.items()}
+    return sample(replace(run, arms=arms, splits={}), level)
+
+
+def _images(run: Run, cases: Mapping[tuple[str, int], Mapping[str, Cases]], shared: bool) -> dict[str, tuple[int, int]]:
+    """Return the numbers of images and cases of each site, over all method runs; the largest if not shared."""
+    found: dict[str, tuple[int, int]] = {}
+    for site in (s.name for s in run.info.sites):
+        here = [(run.arms[arm][site], sites[site]) for arm, sites in cases.items() if site in sites]
+        if here and not shared:
+            found[site] = max(c.images for _, c in here), max(len(c.patient) for _, c in here)
+        elif here:
+            images: dict[int, int] = {}
+            rows = set[tuple[int, bytes]]()
+            for p, c in here:
+                ids, counts = np.unique(p.patient, return_counts=True)
+                images |= dict(zip(ids.tolist(), counts.tolist(), strict=True))
+                rows |= {(int(i), np.asarray(t).tobytes()) for i, t in zip(c.patient, c.target, strict=True)}
+            found[site] = sum(images.values()), len(rows)
+    return found
+
+
+def share_patients(cases: Mapping[tuple[str, int], Mapping[str, Cases]]) -> bool:
+    """Return whether a number denotes the same patient in every seed, as far as numbers and targets show.
+
+    Numbers that are specific to a seed range from 0 to n − 1 in each seed, and differ between seeds in n or in the
+    patients' targets.
+    """
+    found: dict[str, dict[int, list[tuple[int, bytes]]]] = {}
+    for (_, seed), sites in cases.items():
+        for site, c in sites.items():
+            rows = [(int(p), np.asarray(t).tobytes()) for p, t in zip(c.patient, c.target, strict=True)]
+            found.setdefault(site, {}).setdefault(seed, rows)
+    for seeds in found.values():
+        fresh = all({p for p, _ in rows} == set(range(len({p for p, _ in rows}))) for rows in seeds.values())
+        first = next(iter(seeds.values()))
+        if fresh and any(rows != first for rows in seeds.values()):
+            return False
+    return True

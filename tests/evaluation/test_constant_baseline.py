@@ -1,0 +1,127 @@
+"""Deliberately broken runs: the first finding of the report is the right one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from polyclinic.evaluation.constant_baseline import CONSTANT
+from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.evaluation.run_evaluation import evaluate
+from polyclinic.report.context import ReportContext
+from polyclinic.report.sections.highlights import findings
+from polyclinic.report.sections.test_results import methods_section
+from tests.support.synthetic_run import write_run
+
+SITES = {"ada": ("training", 40, 0.4, 0.0, 0.0), "bo": ("training", 30, 0.4, 0.2, 0.1)}
+
+
+def made(path: Path, sites=SITES, **how) -> Path:
+    return write_run(path, sites=sites, seeds=(0,), methods=("local", "fedavg"), **how)
+
+
+def change(path: Path, of, label: str = "fedavg") -> None:
+    """Change the scores of a method by ``of(score, target)``, or with ``silent`` marks by a pair."""
+    file = path / "arms" / f"{label}-seed0" / "predictions.safetensors"
+    tensors = load_file(file)
+    for key in [k for k in tensors if k.endswith("/score")]:
+        tensors[key] = np.ascontiguousarray(of(tensors[key], tensors[key.replace("score", "target")]), np.float32)
+    save_file(tensors, file)
+
+
+def context(path: Path) -> ReportContext:
+    run = read_run(path)
+    return ReportContext(run, evaluate(run))
+
+
+def first(path: Path) -> str:
+    return findings(context(path))[0].text
+
+
+def two(p):
+    return np.stack([1 - p, p], 1)
+
+
+def test_a_sound_run_has_no_fault(tmp_path: Path) -> None:
+    page = context(made(tmp_path / "r"))
+    assert page.result.faults == ()
+    assert findings(page)[0].text.startswith("The sites are simulated")
+
+
+def test_a_collapsed_model(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: np.full_like(s, 0.5))
+    assert first(path) == "FedAvg predicts the same for every patient of a site."
+
+
+def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: np.full_like(s, 0.5))
+    file = path / "arms" / "fedavg-seed0" / "predictions.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "ada/silent": np.ones(40, np.int64)}, file)
+    assert first(path).startswith("FedAvg (seed 0) diverged: its outputs are not finite for 40 of 70 test examples")
+
+
+def test_a_model_that_ranks_the_wrong_way(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: s[:, ::-1])
+    text = first(path)
+    assert text.startswith("FedAvg has a worse AUC than a constant prediction: 0.")
+    assert "against 0.500, mean over sites (worse)" in text
+
+
+def test_a_class_that_is_never_predicted(tmp_path: Path) -> None:
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: two(0.35 + 0.1 * s[:, 1]))
+    assert first(path) == "FedAvg never predicts malignant."
+
+
+def test_probabilities_worse_than_the_base_rate(tmp_path: Path) -> None:
+    """The ranking is right, the probabilities are far too high."""
+    path = made(tmp_path / "r")
+    change(path, lambda s, y: two(np.where(s[:, 1] < np.quantile(s[:, 1], 0.1), 0.45, 0.9 + 0.1 * s[:, 1])))
+    assert first(path).startswith("FedAvg has a worse Brier score than the base rate: 0.")
+
+
+def test_four_patients(tmp_path: Path) -> None:
+    path = made(tmp_path / "r", sites={"ada": ("training", 4, 0.5, 0.0, 0.0)})
+    assert first(path) == "The training sites have 4 test patients in all: nothing was tested."
+
+
+def test_a_curve_that_still_rises(tmp_path: Path) -> None:
+    path = made(tmp_path / "r", simulated=None)
+    lines = [json.loads(x) for x in (path / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "scores" and line["method"] == "fedavg":
+            line["metrics"]["auc"] = 0.5 + 0.02 * line["round"]
+    (path / "records.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert (
+        first(path) == "The validation AUC of FedAvg was best in the last round, 12: training may have been too short."
+    )
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
+def test_the_constant_is_in_the_table_of_methods(tmp_path: Path, task: str) -> None:
+    path = made(tmp_path / "r", task=task)
+    if task == "multilabel":
+        info = json.loads((path / "run.json").read_text())
+        for site in info["sites"]:
+            site["classes"]["train"] = [30, 20, 10]  # positives of three labels
+        (path / "run.json").write_text(json.dumps(info))
+    page = context(path)
+    table = next(b for b in methods_section(page).blocks if getattr(b, "name", "") == "methods")
+    assert [row["method"] for row in table.rows] == ["Local", "FedAvg", "Constant"]
+    assert page.result.constant.macro.value == pytest.approx({"segmentation": 0.0}.get(task, 0.5))
+    assert CONSTANT not in page.result.comparisons
+
+
+def test_the_constant_is_the_training_sites_frequencies(tmp_path: Path) -> None:
+    run = read_run(made(tmp_path / "r"))
+    found = evaluate(run).constant
+    target = run.arms["fedavg", 0]["ada"].target
+    p = 48 / 120  # of the training patients that run.json states for ada
+    assert found.sites["ada"]["brier"].value == pytest.approx(np.mean((target - p) ** 2))
+    assert found.sites["ada"]["accuracy"].value == pytest.approx(np.mean(target == 0))

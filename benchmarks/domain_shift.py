@@ -33,7 +33,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.registry import Setting, build
+from polyclinic.methods.registry import Setting, build, entry
 
 SPLIT = {"split": (0.7, 0.0, 0.3)}
 BRAIN_6 = (
@@ -70,9 +70,17 @@ FAMILIES = {
     "Harmonization": ("zscore of each site", "histogram match", "combat", "harmofl", "harmofl, low frequencies"),
     "Adaptation": ("fed-align", "fedharmony", "moon"),
     "Personalization": ("fedper", "fedrep", "ditto", "apfl", "ifca", "fed-moe"),
-    "For sites never seen": ("feddg", "fedsm", "iop-fl"),
+    "For sites never seen": ("fedavg-recomputed", "feddg", "fedsm", "iop-fl"),
 }
-UNSUITED = ("histogram match", "feddg", "fedsm", "iop-fl", "harmofl", "harmofl, low frequencies")  # to tables
+UNSUITED = (
+    "histogram match",
+    "fedavg-recomputed",
+    "feddg",
+    "fedsm",
+    "iop-fl",
+    "harmofl",
+    "harmofl, low frequencies",
+)  # to tables
 TABLES = tuple(m for members in FAMILIES.values() for m in members if m not in UNSUITED)
 IMAGES = (
     "single",
@@ -90,7 +98,7 @@ IMAGES = (
     "fedsm",
     "iop-fl",
 )
-OUTSIDE = ("fedavg", "harmofl", "harmofl, low frequencies", "feddg", "fedsm", "iop-fl")
+OUTSIDE = ("fedavg", "fedavg-recomputed", "harmofl", "harmofl, low frequencies", "feddg", "fedsm", "iop-fl")
 Sites = dict[str, Site]
 
 
@@ -194,7 +202,9 @@ def scored(study: Study, label: str, seed: int) -> Iterator[dict[str, Any]]:
         assert not step.lost, step.lost
         state = step.state
     everyone = InProcess(method, {**training, **sites}, engine.memory, seed=seed)
-    for site, found in evaluate(method, everyone, state, list(sites), "score/test").items():
+    for site, found in evaluate(
+        method, everyone, state, sorted(sites if entry(name).newcomers else inside), "score/test"
+    ).items():
         yield {
             "site": site,
             "seen": site in inside,

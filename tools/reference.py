@@ -336,8 +336,8 @@ def _facts(e: Entry) -> Iterator[str]:
         yield "Sites keep state between rounds, so the same sites should take part throughout."
     if e.unlabeled:
         yield "Sites without labels take part in training."
-    if not e.newcomers:
-        yield "There is no model for a site that did not train."
+    yield f"Fidelity to the paper: {e.fidelity}."
+    yield f"A site that did not train predicts with: {e.unseen}."
     if e.baseline:
         yield "This is a baseline for comparison."
 

@@ -20,7 +20,7 @@ def methods(*, json_: Json = False) -> None:
         for family, entries in FAMILIES.items():
             if entries:
                 console.print(f"\n[bold]{family}[/bold]")
-                _columns([(e.name, e.summary, e.paper) for e in entries])
+                _columns([(e.name, e.summary, f"{e.paper} ({e.fidelity.partition(':')[0]})") for e in entries])
     if not json_:
         hint("\npolyclinic methods show NAME explains one.")
 

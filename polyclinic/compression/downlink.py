@@ -72,6 +72,10 @@ class DownlinkPipeline(MethodWrapper[Any]):
         """Return the method's site model for the decoded request."""
         return self.inner.site_model(self.arrived(request), memory)
 
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        """Return the method's model for the decoded request and the inputs of ``role``."""
+        return self.inner.adapted_model(self.arrived(request), memory, site, role)
+
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Run the method's site update on the decoded request."""
         return self.inner.site_update(self.arrived(request), memory, site)

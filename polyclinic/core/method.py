@@ -120,6 +120,14 @@ class Method(ABC, Generic[State]):
         """Return the model with which a site predicts. Personalized methods override this."""
         return request.trees["params"]
 
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        """Return the model with which ``site`` predicts for its data of ``role``.
+
+        It is ``site_model``, unless the method adapts it to the inputs of a site that never trained. Targets must not
+        be used.
+        """
+        return self.site_model(request, memory)
+
     @property
     def prediction_task(self) -> Any:
         """The task whose model ``site_model`` returns, if it differs from the study's; else None."""
@@ -184,6 +192,12 @@ class MethodWrapper(Method[State]):
     def site_model(self, request: Request, memory: Trees) -> Tree:
         """Return the inner method's site model."""
         return self.inner.site_model(request, memory)
+
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        """Return the inner method's adapted model; ``site_model`` if the wrapper has another model for a site."""
+        if type(self).site_model is not MethodWrapper.site_model:
+            return self.site_model(request, memory)
+        return self.inner.adapted_model(request, memory, site, role)
 
     def evaluation_request(self, state: State) -> Request:
         """Return the inner method's evaluation request."""

@@ -152,6 +152,10 @@ class UplinkPipeline(MethodWrapper[SentState]):
         """Return the method's site model."""
         return self.inner.site_model(self._bare(request), below("inner", memory))
 
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        """Return the method's model for the inputs of ``role``."""
+        return self.inner.adapted_model(self._bare(request), below("inner", memory), site, role)
+
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         """Run the method's site update, then each transform's ``encode`` from left to right."""
         reply, inner = self.inner.site_update(self._bare(request), below("inner", memory), site)

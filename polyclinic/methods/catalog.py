@@ -10,6 +10,13 @@ from typing import Literal
 
 Needs = Literal["classification", "multilabel", "segmentation", "regression", "reconstruction"]
 Way = Literal["dp-sgd", "gaussian"]
+GLOBAL = "the global model"
+NOTHING = "nothing"
+FEDAVG = "FedAvg's global model"
+UNCHECKED = "not compared with official code"
+EXACT = "exact: the steps agree with official code or an independent implementation"
+ABSTRACT = "reading of an abstract or of a description: the full text or its equations were not available"
+RECOMPUTED = "FedAvg's global model, with running statistics recomputed from its inputs"
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,9 @@ class Entry:
         tasks: The kinds of task that it supports; any if empty.
         stateful: Whether sites keep state between rounds.
         unlabeled: Whether a site without any labels takes part. Otherwise such a site is only evaluated.
-        newcomers: Whether there is a model for a site that never trained.
+        unseen: The model of a site that never trained; "nothing" if there is none.
+        fidelity: Whether it does what its paper or its official code does: ``EXACT``, ``ABSTRACT``, ``UNCHECKED``, or
+            "departs: " and the most important departures. The docstring lists all of them.
         uplink: The default transforms of its replies, which are part of the method's paper.
         private: The ways in which everything that leaves is covered by an ε: "dp-sgd" if sites train with it,
             "gaussian" if replies pass a clip and noise (or the sparse vector technique).
@@ -48,12 +57,18 @@ class Entry:
     tasks: tuple[Needs, ...] = ()
     stateful: bool = False
     unlabeled: bool = False
-    newcomers: bool = True
+    unseen: str = GLOBAL
+    fidelity: str = UNCHECKED
     uplink: tuple[str, ...] = ()
     private: tuple[Way, ...] = ()
     exposes: str = ""
     fixed: Mapping[str, object] = field(default_factory=dict)
     defaults: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether there is a model for a site that never trained."""
+        return self.unseen != NOTHING
 
 
 BOTH: tuple[Way, ...] = ("dp-sgd", "gaussian")
@@ -75,8 +90,9 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "nothing",
             baseline=True,
             stateful=True,
-            newcomers=False,
+            unseen=NOTHING,
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "cross",
@@ -86,7 +102,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the model",
             baseline=True,
             stateful=True,
-            newcomers=False,
+            unseen=NOTHING,
             private=("dp-sgd",),
         ),
         Entry(
@@ -99,10 +115,26 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             pooled=True,
             private=("dp-sgd",),
             fixed={"lr": 1.0, "uniform": False},
+            fidelity=EXACT,
         ),
     ),
     "Federated optimization": (
-        Entry("fedavg", "optimization.fedavg:FedAvg", "federated averaging", "McMahan et al. 2017", private=BOTH),
+        Entry(
+            "fedavg",
+            "optimization.fedavg:FedAvg",
+            "federated averaging",
+            "McMahan et al. 2017",
+            private=BOTH,
+            fidelity=EXACT,
+        ),
+        Entry(
+            "fedavg-recomputed",
+            "optimization.recomputed_statistics:RecomputedStatistics",
+            "FedAvg; an unseen site recomputes batch normalization",
+            "McMahan et al. 2017; Li et al. 2018",
+            unseen=RECOMPUTED,
+            private=BOTH,
+        ),
         Entry(
             "fedsgd",
             "optimization.fedsgd:FedSGD",
@@ -111,6 +143,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "a gradient",
             private=("gaussian",),
             exposes="it sends the exact gradient of all training patients",
+            fidelity=EXACT,
         ),
         Entry(
             "fedprox",
@@ -118,6 +151,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "a proximal term limits client drift",
             "Li et al. 2020 (MLSys)",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "scaffold",
@@ -127,6 +161,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model and of a control variate",
             stateful=True,
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "fedavgm",
@@ -136,6 +171,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=BOTH,
             fixed={"rule": "momentum", "beta2": 0.99, "tau": 1e-3},
             defaults={"lr": 1.0},
+            fidelity=EXACT,
         ),
         Entry(
             "fedadagrad",
@@ -144,6 +180,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Reddi et al. 2021",
             private=BOTH,
             fixed={"rule": "adagrad", "beta1": 0.0, "beta2": 0.99},
+            fidelity=EXACT,
         ),
         Entry(
             "fedadam",
@@ -152,6 +189,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Reddi et al. 2021",
             private=BOTH,
             fixed={"rule": "adam"},
+            fidelity=EXACT,
         ),
         Entry(
             "fedyogi",
@@ -160,6 +198,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Reddi et al. 2021",
             private=BOTH,
             fixed={"rule": "yogi"},
+            fidelity=EXACT,
         ),
         Entry(
             "feddyn",
@@ -168,6 +207,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Acar et al. 2021",
             stateful=True,
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "mime",
@@ -178,6 +218,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("gaussian",),
             exposes="it sends the exact gradient of all training patients",
             fixed={"lite": False},
+            fidelity=EXACT,
         ),
         Entry(
             "mime-lite",
@@ -188,6 +229,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=("gaussian",),
             exposes="in addition to the update it sends the exact gradient of all training patients",
             fixed={"lite": True},
+            fidelity=EXACT,
         ),
     ),
     "Client end: domain-specific learning": (
@@ -199,6 +241,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of all but normalization layers",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity=EXACT,
         ),
         Entry(
             "silobn",
@@ -208,6 +252,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of all but running statistics",
             stateful=True,
             private=BOTH,
+            unseen=RECOMPUTED,
+            fidelity=EXACT,
         ),
         Entry(
             "fedper",
@@ -217,6 +263,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of all but the head",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity=EXACT,
         ),
         Entry(
             "lg-fedavg",
@@ -226,6 +274,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the head",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity=EXACT,
         ),
         Entry(
             "ditto",
@@ -234,6 +284,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Li et al. 2021 (ICML)",
             stateful=True,
             private=BOTH,
+            unseen=FEDAVG,
+            fidelity=EXACT,
         ),
         Entry(
             "pfedme",
@@ -243,6 +295,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes=OWN_STEPS,
+            fidelity="departs: the step of the local model is not the paper's 0.005 by default",
         ),
         Entry(
             "apfl",
@@ -252,6 +305,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes=OWN_STEPS,
+            fidelity=EXACT,
         ),
         Entry(
             "fedrep",
@@ -261,6 +315,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of all but the head",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity=EXACT,
         ),
         Entry(
             "moon",
@@ -269,6 +325,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Li et al. 2021 (CVPR)",
             stateful=True,
             private=BOTH,
+            fidelity="departs: no projection head; contrasts the representation that enters the head",
         ),
         Entry(
             "ifca",
@@ -287,6 +344,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Liu et al. 2021 (CVPR)",
             "low-frequency amplitude spectra of some images, once, separate by site and shown to the other sites; then the change of the model",
             exposes="it sends amplitude spectra of single images",
+            fidelity="departs: second order, without the published clamp",
         ),
         Entry(
             "fedsm",
@@ -295,6 +353,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Xu et al. 2022 (CVPR)",
             "the change of the global model and of the selector; the personal model, separate by site",
             exposes="it sends a selector that was trained without privacy",
+            unseen="for each image the model that the selector chooses",
+            fidelity="departs: the selector takes full-batch steps",
         ),
         Entry(
             "iop-fl",
@@ -305,6 +365,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification", "segmentation"),
             stateful=True,
             private=("dp-sgd",),
+            unseen="a mixture of all models, adapted to its images",
+            fidelity="departs: routing weights have sum 1; no rotations; predictions after the last pass",
         ),
         Entry(
             "fednorm",
@@ -313,6 +375,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Bernecker et al. 2022",
             "the change of the model, and the site's modality",
             private=BOTH,
+            unseen="the shared model, with the mean of all modalities' normalization layers",
         ),
         Entry(
             "fedmri",
@@ -322,6 +385,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the encoder; with `others`, the encoder, separate by site",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity="departs: the frequency-space branch is missing, and β is 0.1 where the published configuration has 100",
         ),
         Entry(
             "site-graph",
@@ -333,6 +398,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="the labels of all training patients enter every gradient as a graph",
+            unseen=NOTHING,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "lc-fed",
@@ -343,6 +410,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("segmentation",),
             stateful=True,
             exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the network is not the published one (multi_lcnet.py)",
         ),
     ),
     "Client end: domain adaptation": (
@@ -354,6 +422,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; noisy features of some examples, and a discriminator, each separate by site",
             stateful=True,
             exposes=OWN_STEPS,
+            fidelity="departs: sites exchange features and discriminators once per round instead of training in lockstep",
         ),
         Entry(
             "fed-moe",
@@ -371,6 +440,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Dinsdale et al. 2022",
             "the change of the model and of a domain classifier; mean and deviation of features, separate by site",
             exposes=OWN_STEPS,
+            fidelity="departs: Gaussians describe the sites' trained encoders, not the aggregated one",
         ),
         Entry(
             "fl-mrcm",
@@ -380,6 +450,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the model; from the target, latent features of some examples, separate by site",
             stateful=True,
             exposes="it takes individual training steps, and sends latent features of single examples",
+            fidelity="departs: two steps for the two losses, and one learning rate",
         ),
     ),
     "Client end: image harmonization": (
@@ -391,6 +462,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the mean amplitude spectrum of the site's images, once, then the change of the model",
             private=("gaussian",),
             exposes=OWN_STEPS,
+            fidelity="departs: amplitudes are averaged before the first round, and the running mean keeps its intended decay",
         ),
         Entry(
             "zscore",
@@ -419,6 +491,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the variation of the site's images and, from one site, generated images, separate by site; then the change of the model",
             stateful=True,
             exposes="it sends the exact variation of the images, and generated images",
+            fidelity=ABSTRACT,
         ),
         Entry(
             "stain-norm",
@@ -428,6 +501,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of a generator of images, then that of the model",
             stateful=True,
             exposes="it sends a generator that was trained without privacy",
+            fidelity=ABSTRACT,
         ),
         Entry(
             "histogram-match",
@@ -449,6 +523,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=OWN_EXAMPLES,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedmae",
@@ -458,6 +533,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             private=("gaussian",),
             exposes=OWN_EXAMPLES,
+            fidelity="departs: fine-tuning without layer-wise decay; SimMIM for other networks than transformers",
         ),
         Entry(
             "fcl",
@@ -468,6 +544,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=OWN_EXAMPLES,
+            fidelity=ABSTRACT,
         ),
     ),
     "Client end: multi-task learning": (
@@ -480,6 +557,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "private-heads",
@@ -489,6 +568,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the change of the encoder",
             stateful=True,
             private=BOTH,
+            unseen=NOTHING,
         ),
     ),
     "Client end: weakly and semi-supervised learning": (
@@ -503,6 +583,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             private=("gaussian",),
             exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: needs a network with dropout; counts missing classes otherwise; running statistics see every pass",
         ),
         Entry(
             "fedsemi",
@@ -513,6 +594,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             private=("gaussian",),
             exposes=OWN_STEPS,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedperl",
@@ -523,6 +605,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification", "segmentation"),
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: cosines are scaled over clients, not every feature; has a warm-up",
         ),
         Entry(
             "fedmix",
@@ -534,6 +617,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             unlabeled=True,
             exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: pseudo-masks come from the networks in training",
         ),
         Entry(
             "histofl",
@@ -542,6 +626,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Lu et al. 2022 (MedIA)",
             "the change of the model, with noise",
             private=BOTH,
+            fidelity="departs: the noise is added at the sites instead of the server",
         ),
         Entry(
             "fedcy",
@@ -552,6 +637,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             unlabeled=True,
             private=("gaussian",),
             exposes=OWN_STEPS,
+            fidelity=ABSTRACT,
         ),
     ),
     "Client end: knowledge distillation": (
@@ -564,6 +650,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             uplink=("low-rank",),
             private=BOTH,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedkd",
@@ -575,6 +662,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             uplink=("low-rank",),
             private=BOTH,
             fixed={"representation": 1.0, "decision": 1.0, "temperature": 1.0, "adaptive": True},
+            fidelity="departs: attention matrices are omitted; the request is not decomposed",
         ),
         Entry(
             "mutual",
@@ -591,6 +679,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "sites learn from labels and from a teacher",
             "Kumar et al. 2021; Hinton et al. 2015",
             private=BOTH,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedmd",
@@ -602,6 +691,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             private=("gaussian",),
             exposes="it trains on public images, which are not assigned to patients",
+            fidelity="departs: public images have no labels, and all sites have one network",
         ),
         Entry(
             "feddf",
@@ -610,6 +700,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Lin et al. 2020",
             "the model, which the server sees site by site",
             private=("dp-sgd",),
+            fidelity="departs: distills for a fixed number of epochs instead of selecting by validation",
         ),
         Entry(
             "fedad",
@@ -619,6 +710,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "probabilities and attention on public images, once; class counts",
             tasks=("classification",),
             exposes="it sends scores of a model that was selected on the data, and class counts",
+            fidelity=ABSTRACT,
         ),
     ),
     "Client end: data synthesis": (
@@ -639,6 +731,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             stateful=True,
             exposes="it sends a generator that was trained without privacy, and class counts",
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedni",
@@ -648,6 +741,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification", "multilabel", "regression"),
             unlabeled=True,
             exposes=OWN_EXAMPLES,
+            fidelity=ABSTRACT,
         ),
     ),
     "Client end: unequal machines": (
@@ -658,6 +752,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Wang et al. 2020",
             "the change of the model per step, and the number of steps",
             private=BOTH,
+            fidelity=EXACT,
         ),
         Entry(
             "semi-sync",
@@ -673,6 +768,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "late sites do part of their work",
             "Li et al. 2020 (MLSys)",
             private=BOTH,
+            fidelity="departs: draws steps instead of epochs",
         ),
     ),
     "Server end: weight aggregation": (
@@ -682,6 +778,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "site weights decrease with the training loss",
             "Li et al., in Guan et al. 2024",
             exposes=WEIGHT_IS_LOSS,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "ida",
@@ -700,6 +797,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             tasks=("classification",),
             stateful=True,
             exposes="scores on all training patients select the loss",
+            unseen=NOTHING,
+            fidelity="departs: the direction of distillation is decided once per round",
         ),
         Entry(
             "pfa",
@@ -709,6 +808,8 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "the model without normalization layers, which the server sees site by site",
             stateful=True,
             private=("dp-sgd",),
+            unseen=NOTHING,
+            fidelity="departs: the low-frequency window is symmetric",
         ),
         Entry(
             "auto-fedavg",
@@ -717,6 +818,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Xia et al. 2021",
             "the change of the model, which the server sees site by site, and gradients",
             exposes="it sends exact gradients of the validation loss",
+            fidelity="departs: gradients are computed at the server; running statistics are omitted",
         ),
         Entry(
             "fedmix-weights",
@@ -734,6 +836,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Jiang et al. 2023 (CVPR)",
             "the change of the model, which the server sees site by site, and the training loss",
             exposes=EXACT_LOSS,
+            fidelity="departs: the error of the model without a site is a loss on training data",
         ),
         Entry(
             "fedgma",
@@ -758,6 +861,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "whether training improved the model and, if so, the change of the model",
             stateful=True,
             exposes="whether a site sends its model depends on its validation loss",
+            fidelity="departs: decides by the validation loss instead of accuracy",
         ),
     ),
     "Server end: domain shift and fairness": (
@@ -768,6 +872,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Li et al. 2020 (ICLR)",
             exposes=WEIGHT_IS_LOSS,
             fixed={"uniform": True},
+            fidelity=EXACT,
         ),
         Entry(
             "afl",
@@ -776,6 +881,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Mohri et al. 2019",
             "the change of the model, and the training loss",
             exposes=EXACT_LOSS,
+            fidelity=EXACT,
         ),
         Entry(
             "prop-ffl",
@@ -784,6 +890,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Hosseini et al. 2023",
             "the change of the model, the training loss and the number of examples",
             exposes=EXACT_LOSS,
+            fidelity=ABSTRACT,
         ),
         Entry(
             "guided-gradient",
@@ -792,6 +899,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Fan et al., in Guan et al. 2024",
             SEEN,
             private=("dp-sgd",),
+            fidelity=ABSTRACT,
         ),
         Entry(
             "fedsld",
@@ -820,6 +928,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "multi-krum",
@@ -828,6 +937,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Blanchard et al. 2017",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "bulyan",
@@ -836,6 +946,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "El Mhamdi et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "median",
@@ -844,6 +955,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yin et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "trimmed-mean",
@@ -852,6 +964,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Yin et al. 2018",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "geometric-median",
@@ -860,6 +973,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Pillutla et al. 2022",
             SEEN,
             private=("dp-sgd",),
+            fidelity=EXACT,
         ),
         Entry(
             "centered-clipping",
@@ -868,6 +982,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Karimireddy et al. 2021",
             SEEN,
             private=("dp-sgd",),
+            fidelity="departs: sites send updates instead of momentum",
         ),
         Entry(
             "fltrust",
@@ -885,6 +1000,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Alkhunaizi et al. 2022",
             SEEN,
             private=("dp-sgd",),
+            fidelity="departs: compares updates instead of models",
         ),
     ),
     "Topologies": (
@@ -895,6 +1011,7 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             "Warnat-Herresthal et al. 2021",
             "the change of the model, which the elected site sees site by site",
             exposes="the elected site sends the merged model without noise of its own",
+            fidelity="departs: a random generator elects the merging site instead of a blockchain",
         ),
         Entry(
             "gossip",

@@ -52,6 +52,8 @@ class Page:
             lines += [f"**For:** {', '.join(e.tasks)}.", ""]
         if e.stateful:
             lines += ["**Sites keep state** between rounds; it never leaves them.", ""]
+        lines += [f"**Fidelity to the paper:** {e.fidelity}.", ""]
+        lines += [f"**A site that did not train predicts with:** {e.unseen}.", ""]
         if e.unlabeled:
             lines += ["**A site without labels can take part.**", ""]
         if self.options:
@@ -71,6 +73,8 @@ class Page:
             "summary": e.summary,
             "paper": e.paper,
             "leaves": e.leaves,
+            "unseen": e.unseen,
+            "fidelity": e.fidelity,
             "about": list(self.about),
             "options": {k: {"default": v, "meaning": m} for k, (v, m) in self.options.items()},
         }

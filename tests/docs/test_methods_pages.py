@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from polyclinic.methods.catalog import FAMILIES, METHODS, family_of
+from polyclinic.methods.catalog import ABSTRACT, EXACT, FAMILIES, METHODS, UNCHECKED, family_of
 from polyclinic.methods.method_page import page
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,16 @@ def test_every_method_says_what_it_is_whom_to_cite_and_what_leaves() -> None:
         assert entry.leaves, name
         assert any(len(text) > 80 for text in told.about), name
         assert all(meaning for _, meaning in told.options.values()), (name, told.options)
+
+
+def test_every_method_says_how_far_it_follows_its_paper_and_what_an_unseen_site_gets() -> None:
+    for name, entry in METHODS.items():
+        text = page(name).as_markdown()
+        assert f"**Fidelity to the paper:** {entry.fidelity}." in text
+        assert f"**A site that did not train predicts with:** {entry.unseen}." in text
+        assert entry.fidelity in (EXACT, ABSTRACT, UNCHECKED) or entry.fidelity.startswith("departs: "), name
+        if "full text was not available" in " ".join(page(name).about):
+            assert entry.fidelity == ABSTRACT, name
 
 
 def test_notes_are_of_methods_and_families_that_exist() -> None:

@@ -37,6 +37,8 @@ def features(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
 
 def encoded(network: Network, model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the pooled output of the encoder: [b, F]. For a U-Net this is the bottleneck; else the head's input."""
+    if not network.architecture.encoder:
+        return features(network, model, inputs)
     return pooled(_leaving(network, model, inputs)[1])
 
 
@@ -75,7 +77,7 @@ def head_width(network: Network) -> int:
 
 def encoded_width(network: Network) -> int:
     """Return F, the number of features of ``encoded``."""
-    return _probe(network)[1]
+    return _probe(network)[1] if network.architecture.encoder else head_width(network)
 
 
 def bottleneck(network: Network) -> str:

@@ -40,7 +40,7 @@ class Evaluated(MethodWrapper[State]):
             return self.inner.site_update(request, memory, site)
         if not len(site.data.get(role, ())):
             return Reply(), memory
-        params = self.inner.site_model(request, memory)
+        params = self.inner.adapted_model(request, memory, site, role)
         if verb == "explain":
             maps = saliency(self.inner.prediction_task or self.task, params, site.data[role], site.device)
             return Reply({verb: PerSite({site.name: maps})}), memory

@@ -87,6 +87,10 @@ class Then(Method[State]):
         running, request, memory = self._at(request, memory)
         return running.site_model(request, memory)
 
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        running, request, memory = self._at(request, memory)
+        return running.adapted_model(request, memory, site, role)
+
     @property
     def prediction_task(self) -> Any:
         return self.second.prediction_task

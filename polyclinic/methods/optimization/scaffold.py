@@ -1,8 +1,9 @@
 """SCAFFOLD: stochastic controlled averaging.
 
 Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
-ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. All sites have equal weight, as in the paper.
-Option II divides by the learning rate, so that training must use plain SGD.
+ICML 2020, Algorithm 1 with option II. https://arxiv.org/abs/1910.06378. All sites have equal weight, as in the paper,
+unless ``uniform`` is false: then the mean change of the model weighs a site by its training examples. Option II divides
+by the learning rate, so that training must use plain SGD.
 """
 
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from typing import NamedTuple
 
 from polyclinic.core import tree
 from polyclinic.core.aggregates import Reply, WeightedMean
-from polyclinic.core.method import Method, Request
+from polyclinic.core.method import Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.errors import ConfigError
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.site_weights import SizeWeighted
 
 
 @savable("scaffold.State", 1)
@@ -29,18 +31,21 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scaffold(Method[State]):
+class Scaffold(SizeWeighted[State]):
     """FedAvg whose sites correct each gradient by a control variate: ``g − c_i + c``.
 
     Attributes:
         population: N, the number of sites in the federation.
         lr: η_g, the step size of the server.
+        uniform: Whether all sites have equal weight, as in the paper, instead of in proportion to their training
+            examples. The control variates are averaged with equal weight in both cases.
     """
 
     task: Task
     population: int
     local: LocalTraining = LocalTraining()
     lr: float = 1.0
+    uniform: bool = True
 
     def __post_init__(self) -> None:
         if self.local.optimizer != "sgd" or self.local.momentum:
@@ -71,7 +76,7 @@ class Scaffold(Method[State]):
         moved = tree.select(tree.sub(x, y), c.__contains__)
         lr = self.local.rate(request.round)
         c_new = tree.sub(tree.scale(moved, 1 / (self.local.count(data) * lr)), drift)
-        reply = Reply({"update": WeightedMean.of(tree.sub(y, x)), "control": WeightedMean.of(tree.sub(c_new, c_i))})
+        reply = Reply({"update": self.update(y, x, site), "control": WeightedMean.of(tree.sub(c_new, c_i))})
         return reply, {**memory, "control": c_new}
 
     def server_update(self, state: State, reply: Reply, server: Site) -> State:

@@ -9,8 +9,6 @@ departures.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from polyclinic.core import tree
 from polyclinic.core.aggregates import PerSite, Reply
 from polyclinic.core.method import Request
@@ -21,7 +19,7 @@ from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
 from polyclinic.methods.optimization.fedavg import FedAvg
-from polyclinic.methods.personalization.routing_network import Routed
+from polyclinic.methods.personalization.routing_network import Adaptation, Routed
 
 
 @savable("iop-fl.State", 1)
@@ -37,12 +35,12 @@ class State(NamedTuple):
 class IOPFL(SizeWeighted[State]):
     """FedAvg; each site predicts with the running average of its local models, an unseen one with a mixture of all.
 
-    The mixture is adapted to the unseen hospital's own images, without labels, batch by batch.
+    The mixture is adapted to the unseen hospital's own images, without labels, in several passes over all of them.
 
     Attributes:
         sites: The training sites.
         alpha: α, the weight of the previous value in the running average; 0.1 in the published code.
-        steps: Number of adaptation steps per batch at an unseen hospital; 10 in the published code.
+        passes: Passes of the adaptation over the images of an unseen hospital; 10 in the published code.
         adapt_lr: Step size of the adaptation; 0.001 in the published code.
         noise: Standard deviation of the noise under which predictions should be consistent, in the inputs' unit.
         uniform: Whether all sites have equal weight, instead of in proportion to their training examples.
@@ -52,16 +50,14 @@ class IOPFL(SizeWeighted[State]):
     sites: tuple[str, ...]
     local: LocalTraining = LocalTraining()
     alpha: float = 0.1
-    steps: int = 10
+    passes: int = 10
     adapt_lr: float = 1e-3
     noise: float = 0.5
     uniform: bool = False
 
     @property
     def prediction_task(self) -> Task:
-        members = len(self.sites) + 1
-        routed = Routed(self.task.network, members, self.steps, self.adapt_lr, noise=self.noise)
-        return self.task.with_network(routed)
+        return self.task.with_network(Routed(self.task.network, len(self.sites) + 1))
 
     def init(self, params: Tree) -> State:
         return State(0, params, dict.fromkeys(self.sites, params))
@@ -85,11 +81,14 @@ class IOPFL(SizeWeighted[State]):
         return Request(state.round, {"params": state.params, **{f"of.{name}": t for name, t in state.personal.items()}})
 
     def site_model(self, request: Request, memory: Trees) -> Tree:
-        inside = memory.get("personal")
-        members = [
-            request.trees["params"],
-            *(request.trees.get(f"of.{name}", request.trees["params"]) for name in self.sites),
-        ]
-        members = members if inside is None else [inside] * len(members)
-        leaves = {f"member.{k}.{name}": leaf for k, model in enumerate(members) for name, leaf in model.items()}
-        return {"adapt": torch.tensor(float(inside is None)), **leaves}
+        inside, shared = memory.get("personal"), request.trees["params"]
+        members = [shared, *(request.trees.get(f"of.{name}", shared) for name in self.sites)]
+        routed = Routed(self.task.network, len(members))
+        return routed.filled(members if inside is None else [inside] * len(members), inside is None)
+
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        params = self.site_model(request, memory)
+        if "personal" in memory:
+            return params
+        adapt = Adaptation(self.passes, self.adapt_lr, self.noise, self.local.batch_size)
+        return adapt(self.prediction_task, params, site.data[role], site.rng(request.round, "adapt", role), site.device)

@@ -20,6 +20,7 @@ from polyclinic.core.method import Method, MethodWrapper, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.batch_statistics import recomputed
 from polyclinic.learning.tasks.task import InHead, InNormalization, InRunningStatistics, Not, Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
@@ -34,13 +35,17 @@ class State(NamedTuple):
 
     @property
     def params(self) -> Tree:
-        """The shared leaves, and the kept ones at their initial values: the model of an unseen site."""
+        """The shared leaves, and the kept ones at their initial values."""
         return {**self.inner.params, **self.first}
 
 
 @dataclass(frozen=True)
 class Personal(MethodWrapper[State]):
-    """Any method that sends an ``update``, with the leaves selected by ``keep`` left at the sites."""
+    """Any method that sends an ``update``, with the leaves selected by ``keep`` left at the sites.
+
+    For a site that never trained, these have their initial values, so that there is no model for it, unless they can be
+    computed from its images, as running statistics can.
+    """
 
     inner: Method[Any]
     keep: Callable[[str], bool]
@@ -85,14 +90,29 @@ class Personal(MethodWrapper[State]):
                 return PerSite({site: tree.select(leaves, self._share) for site, leaves in items.items()})
 
 
+@dataclass(frozen=True)
+class SiloBN(Personal):
+    """FedAvg with running statistics kept at the sites; a site that never trained recomputes them from its images.
+
+    Attributes:
+        task: The task whose model has the statistics.
+    """
+
+    task: Task
+
+    def adapted_model(self, request: Request, memory: Trees, site: Site, role: str) -> Tree:
+        params = self.site_model(request, memory)
+        return params if "own" in memory else recomputed(self.task, params, site.data[role], site.device)
+
+
 def fedbn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
     """FedAvg with normalization layers kept at the sites."""
     return Personal(FedAvg(task, local, uniform=uniform), InNormalization(task))
 
 
-def silobn(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:
+def silobn(task: Task, local: LocalTraining, *, uniform: bool = False) -> SiloBN:
     """FedAvg with the running statistics of batch normalization kept at the sites; their weights are shared."""
-    return Personal(FedAvg(task, local, uniform=uniform), InRunningStatistics(task))
+    return SiloBN(FedAvg(task, local, uniform=uniform), InRunningStatistics(task), task)
 
 
 def fedper(task: Task, local: LocalTraining, *, uniform: bool = False) -> Personal:

@@ -1,97 +1,153 @@
-"""A network that mixes several trained ones, layer by layer, for the given images.
+"""A network whose layers mix those of several trained ones, and its adaptation to a hospital's images.
 
-After the test-time routing of Jiang, Yang, Chen and Dou, "IOP-FL", IEEE TMI 2023, https://arxiv.org/abs/2204.08467.
-Departures: in the paper a small network computes the routing from the mean of a layer's input; here each layer has
-weights of its own, ``σ(r_l)``, optimized for every batch from equal ones. The objective is the same: confident
-predictions that are consistent under noise. The published code's rotations, and its smoothness term of weight 1e-6, are
-omitted.
+The test-time routing of Jiang, Yang, Chen and Dou, "IOP-FL", IEEE TMI 2023, https://arxiv.org/abs/2204.08467, and its
+published code: a layer's output for an image is ``Σ_k r_k · layer_k(x)``, where a small network computes r from the
+mean of the layer's input. One Adam optimizer adapts these small networks and the scales and shifts of normalization, in
+several passes over all images, for predictions that are confident and consistent under noise.
+
+Departures: the routing weights of a layer are divided by their sum, so that networks without normalization keep their
+scale; rotations, and the smoothness term of weight 1e-6, are omitted; the published code scores each batch directly
+after the last step on it, with the statistics of the batch, and reports the best of the passes by the test labels. Here
+the statistics of normalization are recomputed from all images after the last pass, so that a prediction does not depend
+on the images that are in the same batch.
 """
 
+import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
+from polyclinic.core.tree import Tree
+from polyclinic.learning.networks.batch_statistics import batches, recomputed
 from polyclinic.learning.networks.composite import Composed
 from polyclinic.learning.networks.model_mixture import prediction
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, inspect
+from polyclinic.learning.networks.model_tree import NORMALIZATIONS, cached_model, initial, params_of
+from polyclinic.learning.tasks.task import Task
+from polyclinic.learning.training.local import seeded
 from polyclinic.learning.training.optimizers import Adam
 
 
 @dataclass(frozen=True)
 class Routed(Composed):
-    """Builds the mixture of ``members`` copies of a network that predicts classes.
+    """Builds a network that predicts classes, in which every convolution and linear layer exists ``members`` times.
 
-    If the buffer ``adapt`` is 0, the first member predicts alone. If it is 1, each batch is adapted to: Adam optimizes
-    the weights of the members in every layer, and the scales and shifts of normalization, without labels. Batch
-    normalization then uses the statistics of the batch, if it has more than one example.
+    If the buffer ``routed`` is 0, the first member of each layer is used alone. All other layers exist once.
 
     Attributes:
-        steps: Number of Adam steps per batch; 10 in the published code.
-        lr: Step size of Adam.
-        entropy: Weight of the predictions' entropy.
-        consistency: Weight of the squared difference between predictions with and without noise.
-        noise: Standard deviation of that noise, in the inputs' unit.
+        dropout: Dropout in the networks that compute the routing; 0.2 in the published code.
     """
 
     members: int
-    steps: int = 10
-    lr: float = 1e-3
-    entropy: float = 10.0
-    consistency: float = 0.1
-    noise: float = 0.5
+    dropout: float = 0.2
 
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
         return _Router(self)
 
+    def filled(self, models: Sequence[Tree], routed: bool) -> Tree:
+        """Return parameters with the layers of ``models``, and all other layers of the first of them."""
+        leaves = dict(initial(self, 0))
+        for name in leaves:
+            place, inside, of = name.removeprefix("body.").partition(".member.")
+            if inside:
+                k, _, leaf = of.partition(".")
+                leaves[name] = models[int(k)][f"{place}.{leaf}"]
+            elif ".router." not in name and name != "routed":
+                leaves[name] = models[0][place]
+        return {**leaves, "routed": torch.tensor(float(routed))}
+
 
 class _Router(nn.Module):
-    adapt: Tensor
+    routed: Tensor
 
     def __init__(self, build: Routed) -> None:
         super().__init__()
-        self.build = build
-        self.member = nn.ModuleList([build.network() for _ in range(build.members)])
-        self.register_buffer("adapt", torch.zeros(()))
-        self._body = [build.network()]  # in a list, so that it is not part of the state
-        self._affine = inspect(self._body[0]).normalization
+        self.register_buffer("routed", torch.zeros(()))
+        self.body = build.network()
+        for name, layer in list(self.body.named_modules()):
+            if isinstance(layer, _ConvNd) or type(layer) is nn.Linear:
+                parent, _, last = name.rpartition(".")
+                mixed = _Mixed([copy.deepcopy(layer) for _ in range(build.members)], build.dropout, self)
+                setattr(self.body.get_submodule(parent), last, mixed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return class scores [b, C, ...]."""
-        if self.training or not bool(self.adapt):
-            return prediction(self.member[0](x))
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._adapted(x.clone())
+        return prediction(self.body(x))
 
-    def _adapted(self, x: Tensor) -> Tensor:
-        body, build = self._body[0].to(x.device).eval(), self.build
-        for module in body.modules():
-            if isinstance(module, BATCH_NORMS):
-                module.train(len(x) > 1)  # one example may have a single value per channel, without variance
-        own = [dict(member.state_dict()) for member in self.member]
-        stacks = {
-            n: torch.stack([leaves[n] for leaves in own]) for n, leaf in own[0].items() if leaf.is_floating_point()
-        }
-        trained = {name for name, _ in body.named_parameters()}
-        routes = {n.rpartition(".")[0]: torch.zeros(len(own), device=x.device, requires_grad=True) for n in stacks}
-        shifts = {n: torch.zeros_like(stacks[n][0], requires_grad=True) for n in stacks if n in self._affine & trained}
 
-        def predict(inputs: Tensor) -> Tensor:
-            mixed = {n: torch.tensordot(routes[n.rpartition(".")[0]].softmax(0), s, 1) for n, s in stacks.items()}
-            shifted = {n: leaf + shifts[n] if n in shifts else leaf for n, leaf in mixed.items()}
-            leaves = {n: leaf if n in trained else leaf.detach() for n, leaf in shifted.items()}
-            return prediction(functional_call(body, leaves, (inputs,)))
+class _Mixed(nn.Module):
+    """``Σ_k r_k · layer_k(x)``, with ``r ∝ σ(W₂ W₁ x̄)`` for each example and x̄ the mean of its input by channel."""
 
-        noise = build.noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        optimizer = Adam([*routes.values(), *shifts.values()], build.lr)
-        for _ in range(build.steps):
-            plain, noisy = predict(x).softmax(1), predict(x + noise).softmax(1)
-            unsure = -(plain * plain.clamp_min(1e-8).log()).sum(1).mean()
-            optimizer.zero_grad()
-            loss = build.entropy * unsure + build.consistency * (plain - noisy).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        with torch.no_grad():
-            return predict(x)
+    def __init__(self, layers: Sequence[nn.Module], dropout: float, whole: _Router) -> None:
+        super().__init__()
+        layer: Any = layers[0]
+        self.last = isinstance(layer, nn.Linear)  # whether the channels are the last axis
+        width = layer.in_features if self.last else layer.in_channels
+        self.member = nn.ModuleList(layers)
+        self.router = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.Dropout(dropout), nn.Linear(2 * width, len(layers)), nn.Sigmoid()
+        )
+        self._whole = [whole]  # in a list, so that it is not a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.member[0](x)
+        if not bool(self._whole[0].routed):
+            return first
+        mean = x.flatten(1, -2).mean(1) if self.last and x.ndim > 2 else x if self.last else x.flatten(2).mean(2)
+        r = self.router(mean)
+        r = (r / r.sum(1, keepdim=True)).unflatten(1, (-1, *[1] * (first.ndim - 1)))
+        outputs = torch.stack([first, *(layer(x) for layer in list(self.member)[1:])], 1)
+        mixed: Tensor = (r * outputs).sum(1)
+        return mixed
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a routed network adapts to images.
+
+    Attributes:
+        passes: Passes over all images; 10 in the published code.
+        lr: Step size of Adam; 0.001 in the published code.
+        noise: Standard deviation of the noise under which predictions should be consistent, in the inputs' unit.
+        batch_size: Images in a batch.
+        entropy: Weight of the predictions' entropy; 10 in the published code.
+        consistency: Weight of the squared difference between predictions with and without noise; 0.1 in the published
+            code.
+    """
+
+    passes: int = 10
+    lr: float = 1e-3
+    noise: float = 0.5
+    batch_size: int = 16
+    entropy: float = 10.0
+    consistency: float = 0.1
+
+    def __call__(self, task: Task, params: Tree, data: Any, rng: torch.Generator, device: str = "cpu") -> Tree:
+        """Return the ``params`` of ``task``, whose network is ``Routed``, adapted to the inputs of ``data``."""
+        model = cached_model(task, params, device)
+        model.train()
+        adapted = [p for m in model.modules() if isinstance(m, NORMALIZATIONS) for p in m.parameters(recurse=False)]
+        adapted += [p for name, p in model.named_parameters() if ".router." in name]
+        optimizer = Adam(adapted, self.lr)
+        with torch.inference_mode(False), torch.enable_grad(), seeded(rng, device):
+            for _ in range(self.passes):
+                for chunk in batches(len(data), self.batch_size):
+                    x = data[chunk][0].to(device)
+                    noise = self.noise * torch.randn(x.shape, generator=rng).to(x)
+                    loss = self.loss(model(x), model(x + noise))
+                    model.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+        model.zero_grad(set_to_none=True)
+        return recomputed(task, params_of(model), data, device)
+
+    def loss(self, plain: Tensor, noisy: Tensor) -> Tensor:
+        """Return ``10 · H(p) / log C + 0.1 · mean (p − p')²`` of class scores [b, C, ...]; H is averaged over C too."""
+        p, q = plain.softmax(1), noisy.softmax(1)
+        unsure = -(p * (p + 1e-6).log()).mean() / math.log(p.shape[1])
+        return self.entropy * unsure + self.consistency * (p - q).square().mean()

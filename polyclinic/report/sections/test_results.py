@@ -1,11 +1,12 @@
 """Sections on test results: comparison of methods, and results at every site."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
 from polyclinic.evaluation.run_evaluation import MethodResult
+from polyclinic.methods.catalog import METHODS, canonical
 from polyclinic.report import figures
 from polyclinic.report.context import ReportContext
 from polyclinic.report.formatting import (
@@ -96,8 +97,21 @@ def _levels(page: ReportContext) -> Table:
     )
     if result.constant:
         note += f" “{page.title(result.constant.label)}” predicts {_CONSTANT[page.run.info.task]} for every patient."
+    if any(m.external for m in result.methods):
+        note += f" At an external site a method predicts with: {'; '.join(_by_method(page, 'unseen'))}."
+    note += f" Fidelity to the methods' papers: {'; '.join(_by_method(page, 'fidelity'))}."
     chosen = {i: "chosen" for i, m in enumerate(result.methods) if m.label == result.headline}
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
+
+
+def _by_method(page: ReportContext, field: Literal["unseen", "fidelity"]) -> Iterator[str]:
+    """Yield the values of a field of the table of methods, each with the methods that have it."""
+    users: dict[str, list[str]] = {}
+    for m in page.run.info.methods:
+        if entry := METHODS.get(canonical(m.name)):
+            users.setdefault(entry.unseen if field == "unseen" else entry.fidelity, []).append(page.title(m.label))
+    for value, labels in users.items():
+        yield f"{value} ({', '.join(labels)})"
 
 
 def _differences(page: ReportContext, reference: str) -> Table:

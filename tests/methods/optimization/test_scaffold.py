@@ -7,10 +7,14 @@ from polyclinic.methods.optimization.scaffold import Scaffold
 from tests.methods.optimization.test_feddyn import ETA, LOCAL, STEPS, TASK, F, gradient, lines, run
 
 
+@pytest.mark.parametrize("uniform", [True, False])
 @pytest.mark.parametrize("lr", [1.0, 0.5])
 @pytest.mark.parametrize(("present", "population"), [(3, 3), (2, 5), (1, 4)])
-def test_scaffold_by_hand(present: int, population: int, lr: float) -> None:
-    """Algorithm 1 with option II: x moves by η_g times the mean change of S; c by |S|/N times the mean of theirs."""
+def test_scaffold_by_hand(present: int, population: int, lr: float, uniform: bool) -> None:
+    """Algorithm 1 with option II: x moves by η_g times the mean change of S; c by |S|/N times the mean of theirs.
+
+    Unless all sites are equal, x moves by a mean that weighs sites by their examples; c does not.
+    """
     sites = lines(present)
     x, c = TASK.first(0)["w"][0].double().numpy(), np.zeros(F)
     controls = {name: np.zeros(F) for name in sites}
@@ -24,8 +28,9 @@ def test_scaffold_by_hand(present: int, population: int, lr: float) -> None:
             moves.append(y - x)
             turns.append(new - controls[name])
             controls[name] = new
-        x = x + lr * np.mean(moves, 0)
+        sizes = None if uniform else [len(site.data["train"]) for site in sites.values()]
+        x = x + lr * np.average(moves, 0, sizes)
         c = c + present / population * np.mean(turns, 0)
-    state = run(Scaffold(TASK, population, LOCAL, lr), sites)
+    state = run(Scaffold(TASK, population, LOCAL, lr, uniform), sites)
     np.testing.assert_allclose(state.params["w"][0], x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.control["w"][0], c, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,10 @@
-"""IOP-FL's running average by hand; inside it is that model, outside a mixture that adapts and forgets."""
+"""IOP-FL's running average and adaptation by hand; inside it is that average, outside a mixture that adapts."""
 
+import math
+
+import pytest
 import torch
+from torch.nn import functional as F
 
 from polyclinic.core import tree
 from polyclinic.core.rounds import train
@@ -14,6 +18,7 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate, outpu
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.iopfl import IOPFL
+from polyclinic.methods.personalization.routing_network import Adaptation, Routed
 from polyclinic.testing import check_method, close, equal
 from tests.conftest import blobs, segmentation_sites
 
@@ -51,36 +56,92 @@ def test_inside_the_personal_model_predicts(task: Classification, local: LocalTr
     )
 
 
-def test_outside_without_steps_it_is_the_mean_of_all_models() -> None:
-    """Equal weights in every layer: the model whose parameters are the mean of the members'."""
-    task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("norm", "group"))))
-    method = IOPFL(task, NAMES, LocalTraining(), steps=0)
-    state = method.init(task.first())._replace(personal={n: task.first(k + 1) for k, n in enumerate(NAMES)})
-    model = cached_model(method.prediction_task, method.site_model(method.evaluation_request(state), {})).eval()
-    mean = {n: torch.stack([task.first(k)[n] for k in range(4)]).mean(0) for n in task.first()}
-    x = torch.randn(5, 1, 8, 8)
-    torch.testing.assert_close(model(x), cached_model(task, mean).eval()(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_one_pass_is_the_published_step(norm: str) -> None:
+    """Independent: each image has its own kernels, torch's Adam, two passes over three batches, no dropout."""
+    task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 8), ("depth", 2), ("norm", norm))))
+    routed = Routed(task.network, 3, dropout=0.0)
+    models = [task.first(k) for k in range(3)]
+    data, rng = blobs(77, 12, (1, 8, 8), shift=0.8), torch.Generator().manual_seed(5)
+    adapt = Adaptation(passes=2, lr=0.01, batch_size=4)
+    params = routed.filled(models, True)
+    found = adapt(task.with_network(routed), params, data, rng)
+
+    own = {n: p.clone().requires_grad_() for n, p in params.items() if ".router." in n}
+    norms = [n for n in params if n in ("body.encoder.1.weight", "body.encoder.1.bias")]
+    norms += [n for n in params if n in ("body.encoder.5.weight", "body.encoder.5.bias")]
+    own |= {n: params[n].clone().requires_grad_() for n in norms}
+
+    def kernels(place: str, mean: torch.Tensor) -> torch.Tensor:
+        w1, b1, w2, b2 = (own[f"body.{place}.router.{i}.{leaf}"] for i in (0, 2) for leaf in ("weight", "bias"))
+        r = torch.sigmoid(w2 @ (w1 @ mean + b1) + b2)
+        return r / r.sum()
+
+    def normalized(x: torch.Tensor, place: str) -> torch.Tensor:
+        weight, bias = own[f"body.{place}.weight"], own[f"body.{place}.bias"]
+        if norm == "group":
+            return F.group_norm(x, 8, weight, bias)
+        return F.batch_norm(x, None, None, weight, bias, training=True)
+
+    def conv(x: torch.Tensor, place: str) -> torch.Tensor:
+        outputs = []
+        for image in x:
+            r = kernels(place, image.mean((1, 2)))
+            kernel = sum(r[k] * models[k][f"{place}.weight"] for k in range(3))
+            outputs.append(F.conv2d(image[None], kernel, padding=1))
+        return torch.cat(outputs)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        h = F.max_pool2d(F.relu(normalized(conv(x, "encoder.0"), "encoder.1")), 2)
+        h = F.relu(normalized(conv(h, "encoder.4"), "encoder.5")).mean((2, 3))
+        rows = []
+        for row in h:
+            r = kernels("head", row)
+            rows.append(sum(r[k] * (models[k]["head.weight"] @ row + models[k]["head.bias"]) for k in range(3)))
+        return torch.stack(rows)
+
+    optimizer = torch.optim.Adam(own.values(), lr=0.01)
+    rng = torch.Generator().manual_seed(5)
+    torch.randint(2**62, (), generator=rng)
+    for _ in range(2):
+        for i in range(0, 12, 4):
+            x = data.x[i : i + 4]
+            p, q = forward(x).softmax(1), forward(x + 0.5 * torch.randn(x.shape, generator=rng)).softmax(1)
+            loss = 10 * -(p * (p + 1e-6).log()).mean() / math.log(2) + 0.1 * (p - q).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, leaf in own.items():
+        torch.testing.assert_close(found[name], leaf.detach(), rtol=1e-4, atol=1e-5)
+    assert max(float((leaf.detach() - params[name]).abs().max()) for name, leaf in own.items()) > 0.03
+
+
+def test_the_first_member_alone_predicts_where_routing_is_off(task: Classification) -> None:
+    routed = Routed(task.network, 3)
+    models, x = [task.first(k) for k in range(3)], torch.randn(5, 1, 8, 8)
+    model = cached_model(task.with_network(routed), routed.filled(models, False)).eval()
+    torch.testing.assert_close(model(x), cached_model(task, models[0]).eval()(x))
 
 
 def test_outside_it_becomes_surer_and_keeps_nothing(
     task: Classification, local: LocalTraining, sites: dict[str, Site]
 ) -> None:
-    stranger = blobs(77, 24, (1, 8, 8), shift=0.8)
+    stranger = Site("elsewhere", {"test": blobs(77, 24, (1, 8, 8), shift=0.8)})
 
-    def unsure(steps: int) -> float:
-        method = IOPFL(task, NAMES, local, steps=steps, adapt_lr=0.02)
+    def unsure(passes: int) -> float:
+        method = IOPFL(task, NAMES, local, passes=passes, adapt_lr=0.02)
         state, _ = run(method, task.first(), sites, 2)
-        params = method.site_model(method.evaluation_request(state), {})
-        p = outputs(method.prediction_task, params, stranger)["score"]
-        again = outputs(method.prediction_task, params, stranger)["score"]
-        assert equal(p, again)
+        request = method.evaluation_request(state)
+        params = method.adapted_model(request, {}, stranger, "test")
+        p = outputs(method.prediction_task, params, stranger.data["test"])["score"]
+        assert equal(params, method.adapted_model(request, {}, stranger, "test"))
         return float(-(p * p.clamp_min(1e-8).log()).sum(1).mean())
 
     assert unsure(20) < unsure(0)
 
 
 def test_evaluation_serves_both(task: Classification, local: LocalTraining, sites: dict[str, Site]) -> None:
-    method = Evaluated(IOPFL(task, NAMES, local, steps=2), task)
+    method = Evaluated(IOPFL(task, NAMES, local, passes=2), task)
     state, _ = run(method, task.first(), sites, 2)
     everyone = {**sites, "elsewhere": Site("elsewhere", {"val": blobs(5, 9, (1, 8, 8))})}
     assert set(evaluate(method, InProcess(method, everyone), state, list(everyone))) == set(everyone)
@@ -89,7 +150,7 @@ def test_evaluation_serves_both(task: Classification, local: LocalTraining, site
 def test_masks() -> None:
     task = Segmentation(Network("unet", (1, 16, 16), 2, (("width", 2), ("norm", "batch"))))
     sites = segmentation_sites(2)
-    method = IOPFL(task, tuple(sites), LocalTraining(batch_size=4), steps=2)
+    method = IOPFL(task, tuple(sites), LocalTraining(batch_size=4), passes=2)
     check_method(method, task.first(), sites)
     found = outputs(
         method.prediction_task,

@@ -1,0 +1,119 @@
+"""What a site that never trained predicts with: no method gives it a part that was never trained."""
+
+import pytest
+import torch
+from torch import nn
+
+from polyclinic.core.method import Method
+from polyclinic.core.rounds import train
+from polyclinic.core.site import Site
+from polyclinic.engines.local.in_process import InProcess
+from polyclinic.learning.networks.batch_statistics import batches, recomputed
+from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.tasks.classification import Classification
+from polyclinic.learning.tasks.task_evaluation import Evaluated, evaluate, outputs
+from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.catalog import FEDAVG, METHODS, RECOMPUTED
+from polyclinic.methods.registry import Setting, build
+from polyclinic.testing import equal
+from tests.conftest import blobs, little_sites
+from tests.laws.test_methods import case, held_by_server
+
+CONSTANT = {"front", "routed", "use", "site", "gate", "calibrate"}
+"""Leaves that are not trained: switches, settings, Fed-MoE's gate between two equal models, and LC-Fed's calibration,
+which an unseen site does not use."""
+PRIVATE = ("fedbn", "fedper", "lg-fedavg", "fedrep", "fedmri", "private-heads", "site-graph", "fmtl", "pfa", "prr-fl")
+HAVE = [name for name, entry in METHODS.items() if entry.newcomers and name not in ("pooled", "histofl")]
+
+
+def trained(method: Method, sites: dict[str, Site], params: dict, rounds: int = 2):
+    engine, state = InProcess(method, sites, server_data=held_by_server(sites)), method.init(params)
+    for step in train(method, engine, state, rounds=rounds):
+        state = step.state
+    return state, engine
+
+
+def newcomer(sites: dict[str, Site]) -> Site:
+    """A site with test data of the same shape, and nothing to train on."""
+    return Site("elsewhere", {"test": sites["site-1"].data["test"]})
+
+
+@pytest.mark.parametrize("name", HAVE)
+def test_no_part_is_untrained(name: str) -> None:
+    """Every parameter and statistic of its model differs from its initial value, which no training would change."""
+    method, task, sites = case(name)
+    params, site = task.first(), newcomer(sites)
+    begun = method.site_model(method.evaluation_request(method.init(params)).for_site(site.name), {})
+    state, _ = trained(method, sites, params, 5 if METHODS[name].unlabeled else 2)  # after a warm-up or pretraining
+    found = method.adapted_model(method.evaluation_request(state).for_site(site.name), {}, site, "test")
+    same = [n for n in found if n in begun and torch.equal(found[n], begun[n])]
+    unchanged = [n for n in same if not set(n.split(".")) & CONSTANT and not n.endswith("conv.bias")]  # has no effect
+    assert not unchanged, f"{name}: {unchanged[:8]}, {len(unchanged)} of {len(found)}"
+
+
+def test_no_two_methods_share_all_digits_unless_one_says_so() -> None:
+    digests: dict[bytes, list[str]] = {}
+    for name in ("fedavg", "fedavg-recomputed", "silobn", "fedprox", "ditto", "apfl", "iop-fl", "moon", "fed-moe"):
+        method, task, sites = case(name)
+        state, _ = trained(method, sites, task.first())
+        site = newcomer(sites)
+        found = method.adapted_model(method.evaluation_request(state).for_site(site.name), {}, site, "test")
+        z = outputs(method.prediction_task or task, found, site.data["test"])["score"]
+        digests.setdefault(z.numpy().tobytes(), []).append(name)
+    shared = [names for names in digests.values() if len(names) > 1]
+    assert shared == [["fedavg", "ditto"], ["fedavg-recomputed", "silobn"]]
+    assert METHODS["ditto"].unseen == FEDAVG
+    assert {METHODS[name].unseen for name in shared[1]} == {RECOMPUTED}
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 8, 8, 8)])
+def test_recomputed_statistics_are_those_of_the_inputs(shape: tuple[int, ...]) -> None:
+    """Against the mean and variance of what enters each layer, in one batch of all inputs."""
+    task = Classification(Network("cnn", shape, 2, (("width", 4), ("depth", 2))))
+    data, params = blobs(5, 20, shape, 2.0), task.first()
+    found = recomputed(task, params, data)
+    model = task.model()
+    model.load_state_dict(params, strict=False)
+    h = data.x
+    axes = [0, *range(2, h.ndim)]
+    for name, layer in model.encoder.named_children():
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
+            mean, var = h.mean(axes), h.var(axes)
+            torch.testing.assert_close(found[f"encoder.{name}.running_mean"], mean, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found[f"encoder.{name}.running_var"], var, atol=1e-5, rtol=1e-5)
+            biased = h.var(axes, correction=0)
+            h = (h - mean.view(1, -1, *[1] * (h.ndim - 2))) / (biased.view(1, -1, *[1] * (h.ndim - 2)) + 1e-5).sqrt()
+        else:
+            h = layer(h)
+    unchanged = [name for name in params if "running" not in name]
+    assert equal({name: found[name] for name in unchanged}, {name: params[name] for name in unchanged})
+
+
+def test_batches_have_at_least_two_examples() -> None:
+    assert [len(chunk) for chunk in batches(33, 16)] == [16, 17]
+    assert [len(chunk) for chunk in batches(34, 16)] == [16, 16, 2]
+    assert [len(chunk) for chunk in batches(1, 16)] == [1]
+
+
+@pytest.mark.parametrize("name", ["silobn", "fedavg-recomputed"])
+def test_evaluation_recomputes_at_an_unseen_site_only(name: str) -> None:
+    sites = little_sites()
+    task = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2))))
+    method = Evaluated(build(name, Setting(task, LocalTraining(batch_size=8), tuple(sites), 3)), task)
+    site = newcomer(sites)
+    state, engine = trained(method, sites, task.first())
+    request = method.evaluation_request(state)
+    params = method.site_model(request, {})
+    engine = InProcess(method, {**sites, "elsewhere": site})
+    found = evaluate(method, engine, state, ["elsewhere"], "predict/test")["elsewhere"]["score"]
+    recalculated = recomputed(task, params, site.data["test"])
+    torch.testing.assert_close(found, outputs(task, recalculated, site.data["test"])["score"])
+    assert not equal(recalculated, params)
+    memory = {"own": {n: leaf for n, leaf in params.items() if "running" in n}} if name == "silobn" else {}
+    assert equal(method.adapted_model(request, memory, sites["site-0"], "test"), method.site_model(request, memory))
+
+
+def test_methods_with_private_layers_have_no_model_for_an_unseen_site() -> None:
+    for name in PRIVATE:
+        assert METHODS[name].unseen == "nothing"
+        assert not METHODS[name].newcomers

@@ -34,7 +34,7 @@ name = "local"
 name = "pooled"
 
 [[methods]]
-name = "fedbn"
+name = "ditto"
 """
 
 

@@ -24,6 +24,8 @@ from polyclinic.data.quality.folder_layout import TABLES, Layout, detect
 from polyclinic.data.sources.npz import SPLITS as NPZ_SPLITS
 from polyclinic.data.sources.tabular_files import read_columns
 
+STUDY_LIMITS = replace(LIMITS, decoded_bytes=4 * 2**30)
+"""The limits of a study that does not set ``gigabytes``."""
 MANY = 20
 """The largest number of different values of a label that is taken for a class."""
 TARGETS = ("num", "outcome", "disease", "status", "event", "death", "result", "malignant", "sex", "age")
@@ -98,7 +100,7 @@ class _Draft:
 def recognize(
     path: str | os.PathLike[str],
     answers: Mapping[str, Any] | None = None,
-    limits: Limits = LIMITS,
+    limits: Limits = STUDY_LIMITS,
     layout: Layout | None = None,
 ) -> Recognized:
     """Return the ``[data]`` table for a folder, an archive or a table.
@@ -476,7 +478,7 @@ def _npz(draft: _Draft, layout: Layout, limits: Limits) -> None:
         name = draft.ask("archive", f"which of the {len(archives)} archives", names[0], names)
         chosen = next((path for path in archives if path.name == name), chosen)
     draft.options |= {"path": str(chosen), "kind": "npz"}
-    arrays = read_npz(chosen, replace(limits, decoded_bytes=4 * 2**30))
+    arrays = read_npz(chosen, limits)
     if found := [split for split in NPZ_SPLITS if f"{split}_images" in arrays]:
         target = arrays.get(f"{found[0]}_labels")
         draft.official = "test" in found

@@ -150,9 +150,9 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
         == {
             ("local", "lyon"),
             ("local", "oslo"),
-            ("fedbn", "lyon"),
-            ("fedbn", "oslo"),
-            ("fedbn", "osaka"),
+            ("ditto", "lyon"),
+            ("ditto", "oslo"),
+            ("ditto", "osaka"),
         }
     )
     for key, p in there.items():
@@ -166,7 +166,7 @@ def test_a_study_between_hospitals_says_what_it_says_on_one_machine(tmp_path: Pa
     assert run.missing == ()
     assert {s.name: s.role for s in run.info.sites} == {"lyon": "training", "oslo": "training", "osaka": "external"}
     assert sum(s.patients["train"] for s in run.info.sites if s.role == "training") > 0
-    assert len([line for line in run.rounds if line.method == "fedbn"]) == 3
+    assert len([line for line in run.rounds if line.method == "ditto"]) == 3
     assert list(verify(out / "journal.jsonl"))
 
 
@@ -323,14 +323,14 @@ def test_sites_that_keep_predictions_send_scores_and_a_refused_study_fails_at_on
     bad.offer()
     bad.approve()
     outcomes = bad.work()
-    assert [o for run, o in outcomes.items() if "fedbn" in run] == [FAILED]
+    assert [o for run, o in outcomes.items() if "ditto" in run] == [FAILED]
 
 
 def test_what_only_one_machine_can_do_is_told(tmp_path: Path) -> None:
     study = study_config.read(make(tmp_path)[0])
     arms, notes = deployment.method_runs(study, CLINICS)
-    assert {arm["label"] for arm in arms} == {"local", "fedbn"}
-    assert {arm["label"]: arm["external"] for arm in arms} == {"local": [], "fedbn": ["osaka"]}
+    assert {arm["label"] for arm in arms} == {"local", "ditto"}
+    assert {arm["label"]: arm["external"] for arm in arms} == {"local": [], "ditto": ["osaka"]}
     assert notes == [
         "pooled is left out: it needs all data in one place, and here they stay at the sites",
         "[data] patient: not sent; each hospital says this of its own data, in its data.toml",

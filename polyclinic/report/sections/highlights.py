@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
+from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
 from polyclinic.statistics.paired_tests import BETTER, FEWEST, UNDECIDED, WORSE
 
@@ -178,12 +178,9 @@ def _about_sites(page: ReportContext) -> Iterator[Finding]:
         return
     metric = result.metric
     for site, g in first.gains.items():
-        if g.value is not None and g.value < 0:
-            shown = g.verdict() == WORSE
+        if g.verdict() == WORSE:  # a loss that is not shown is no finding; the section on benefit lists all sites
             change = f"{with_interval(g, d, signed=True)} {metric.label} compared with local training"
-            how = "significant" if shown else outcome(g)
-            text = f"Negative transfer at {site}: {change} ({how})."
-            yield Finding(3 if shown else 1, text)
+            yield Finding(3, f"Negative transfer at {site}: {change} (significant).")
     if first.worst is not None and first.macro.value is not None and len(first.sites) > 1:
         name, value = first.worst
         gap = abs(value - first.macro.value)

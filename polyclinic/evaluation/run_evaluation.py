@@ -163,10 +163,8 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
     detailed = tuple(_detailed(m, run, data, table, options) if m.label == headline else m for m in methods)
     counts = {s: data.count(s) for s in data.sites}
     constant = None
-    if methods and data.seeds(CONSTANT):
-        shown_metrics = table if run.info.task != "segmentation" else {metric.name: metric}
-        if run.info.task != "segmentation" or metric.name == "dice":
-            constant = _method(run, MethodInfo(label=CONSTANT), data, shown_metrics, options)
+    if methods and data.seeds(CONSTANT) and (run.info.task != "segmentation" or metric.name == "dice"):
+        constant = _method(run, MethodInfo(label=CONSTANT), data, table, options)
     return Evaluation(
         metric,
         detailed,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyclinic.evaluation.metric_functions import metrics_for
-from polyclinic.evaluation.records.predictions import PER_CASE_TASKS, as_cases, predictions_of
+from polyclinic.evaluation.records.predictions import as_cases, predictions_of
 from polyclinic.statistics.undefined import Undefined
 
 
@@ -24,8 +24,6 @@ def scores_on_test(outputs: Mapping[str, NDArray[np.generic]], task: str, classe
     cases = as_cases(predictions_of(outputs, task), regression=task == "regression")
     scores = {}
     for name, metric in metrics_for(task, classes).items():
-        if task in PER_CASE_TASKS and name not in cases.values:
-            continue
         try:
             scores[name] = metric.of(cases.score_for(name), cases.target)
         except Undefined:

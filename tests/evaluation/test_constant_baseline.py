@@ -125,3 +125,19 @@ def test_the_constant_is_the_training_sites_frequencies(tmp_path: Path) -> None:
     p = 48 / 120  # of the training patients that run.json states for ada
     assert found.sites["ada"]["brier"].value == pytest.approx(np.mean((target - p) ** 2))
     assert found.sites["ada"]["accuracy"].value == pytest.approx(np.mean(target == 0))
+
+
+def test_a_metric_that_no_case_has_is_undefined_and_not_zero(tmp_path: Path) -> None:
+    """A distance of 0 would be the best; the constant, an empty mask, has no distance at all."""
+    path = made(tmp_path / "r", task="segmentation")
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**info, "metric": "hd95"}))
+    evaluation = evaluate(read_run(path))
+    assert not [fault for fault in evaluation.faults if "constant prediction" in fault.text]
+    for file in path.glob("arms/*/predictions.safetensors"):
+        save_file({k: v for k, v in load_file(file).items() if not k.endswith(("/nsd", "/volume_error"))}, file)
+    for method in evaluate(read_run(path)).methods:
+        for values in method.sites.values():
+            assert values["hd95"].value > 0
+            assert values["nsd"].value is None
+            assert values["volume_error"].value is None

@@ -125,7 +125,7 @@ class Cases:
 
     Attributes:
         patient: [n], as in ``Predictions``.
-        score: [n, C].
+        score: [n, C]. NaN [n, 1] for per-case tasks, so that a metric that is not in ``values`` is undefined.
         target: [n], [n, L] or [n, 1]. Zeros for per-case tasks.
         values: Per-case values by metric, [n, K] each.
         images: Number of images from which the cases were computed.
@@ -148,7 +148,7 @@ def by_patient(predictions: Predictions, regression: bool = False) -> Cases:
     ids, index = np.unique(predictions.patient, return_inverse=True)
     if predictions.score is None or predictions.target is None:
         values = {k: _mean_by(index, v, len(ids)) for k, v in _present(predictions.cases).items()}
-        return Cases(ids, np.zeros((len(ids), 1)), np.zeros(len(ids), np.int64), values, n)
+        return Cases(ids, np.full((len(ids), 1), np.nan), np.zeros(len(ids), np.int64), values, n)
     score = _mean_by(index, predictions.score, len(ids))
     if regression:
         return Cases(ids, score, _mean_by(index, predictions.target, len(ids)), {}, n)
@@ -177,7 +177,7 @@ def as_images(predictions: Predictions) -> Cases:
     p, order = predictions, np.argsort(predictions.patient, kind="stable")
     if p.score is None or p.target is None:
         values = {k: v[order] for k, v in _present(p.cases).items()}
-        return Cases(p.patient[order], np.zeros((len(p), 1)), np.zeros(len(p), np.int64), values, len(p))
+        return Cases(p.patient[order], np.full((len(p), 1), np.nan), np.zeros(len(p), np.int64), values, len(p))
     return Cases(p.patient[order], p.score[order], p.target[order], {}, len(p))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.config_problems import Problem
+from polyclinic.core.toml_text import dumps
 from polyclinic.data.federation import federate
 from polyclinic.evaluation.records.run_reader import read_run
 from polyclinic.evaluation.run_evaluation import Options, evaluate
@@ -18,7 +19,6 @@ from polyclinic.statistics.intervals import Estimate
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
 from polyclinic.studies.config.study_config import parse
-from polyclinic.studies.config.toml_text import dumps
 
 PLAIN = "no-noise"
 

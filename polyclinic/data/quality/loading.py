@@ -1,9 +1,7 @@
 """What a study's source reads of recognized data, without decoding images: the basis of the data check's counts."""
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,7 @@ class Loaded:
     items: tuple[Item, ...] = ()
     problems: tuple[str, ...] = ()
     open: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def findings(self) -> list[Finding]:
         """Return what a study's source refuses, and what the data lacks for a study."""
@@ -122,17 +120,3 @@ def _items(source: FromFiles, layout: Layout, classes: tuple[str, ...], known: b
 def _masked(text: str) -> str:
     """Return a sentence in which words that look like a person's name in a path are masked."""
     return re.sub(r"[^\s,;:()'\"]*[/_^.][^\s,;:()'\"]*", lambda match: shown(match.group()), text)
-
-
-def toml_value(value: Any) -> str:
-    """Return a value as TOML on one line."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case str():
-            return json.dumps(value, ensure_ascii=False)
-        case Mapping():
-            return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
-        case list() | tuple():
-            return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    return str(value)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polyclinic.core.toml_text import inline
 from polyclinic.data.filename_screening import shown
 from polyclinic.data.files import OPTIONS, ImageOptions
 from polyclinic.data.formats.column_roles import SPLITS
@@ -25,7 +26,7 @@ from polyclinic.data.formats.safe_reading import Limits, Unreadable
 from polyclinic.data.quality.findings import Finding, compare, headers, health_information, layout_problems
 from polyclinic.data.quality.folder_layout import Item, Layout, detect
 from polyclinic.data.quality.inspection import DICOM, Look, look_at
-from polyclinic.data.quality.loading import Loaded, load, toml_value
+from polyclinic.data.quality.loading import Loaded, load
 from polyclinic.data.quality.phi_screening import burned_in, tags_of
 from polyclinic.data.quality.table_checks import check_table
 
@@ -133,7 +134,7 @@ class CheckReport:
         if self.data:
             out += [f"recognized: {reason}" for reason in self.why]
             out += ["in a study file this is", "", "[data]"]
-            out += [f"{key} = {toml_value(value)}" for key, value in self.data.items()]
+            out += [f"{key} = {inline(value)}" for key, value in self.data.items()]
             out += ["", "`polyclinic new --data PATH` writes a study with it"]
         errors = sum(f.level == "error" for f in self.findings)
         out.append("no errors found" if self.ok else f"{errors} error{'s' * (errors > 1)} to correct first")

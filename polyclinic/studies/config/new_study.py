@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from polyclinic.core.toml_text import inline
 from polyclinic.data.collection import FromFiles
 from polyclinic.data.examples import DataError
 from polyclinic.data.files import picture_of, read_case
 from polyclinic.data.formats.parsing import is_missing
 from polyclinic.data.formats.safe_reading import Unreadable
-from polyclinic.data.quality.loading import built, toml_value
+from polyclinic.data.quality.loading import built
 from polyclinic.data.quality.recognition import Question, Recognized
 from polyclinic.data.source import Source, Table, slug
 from polyclinic.data.splits import official
@@ -66,7 +67,7 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
         training |= {"batch_size": 4, "optimizer": "adam", "lr": 0.003}
     head = [f"# Written by `polyclinic new --data {recognized.options['path']}`. Run it with `polyclinic run FILE`."]
     head += [f"# - {reason}" for reason in why]
-    head += [f"# - assumed: {q.key} = {toml_value(q.default)} ({q.text})" for q in recognized.questions]
+    head += [f"# - assumed: {q.key} = {inline(q.default)} ({q.text})" for q in recognized.questions]
     lines = [*head, *_lines({"name": name, "title": f"A first study of {name}", "rounds": rounds, "seeds": [0]})]
     for section, values in (("data", data), ("task", task), ("training", training)):
         lines += ["", f"[{section}]", *_lines(values)]
@@ -77,7 +78,7 @@ def new_study(recognized: Recognized, name: str, rounds: int = 20, sites: str = 
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {toml_value(value)}" for key, value in values.items()]
+    return [f"{key} = {inline(value)}" for key, value in values.items()]
 
 
 def study_name(path: str) -> str:
@@ -200,6 +201,6 @@ def _task(kind: str, shape: tuple[int, ...], table: Table) -> dict[str, Any]:
 def questions_text(questions: Sequence[Question]) -> list[str]:
     """Return one line for each question, with the option that answers it."""
     return [
-        f"--{q.key.replace('_', '-')}: {q.text}; {', '.join(q.choices[:12]) or 'default'} [{toml_value(q.default)}]"
+        f"--{q.key.replace('_', '-')}: {q.text}; {', '.join(q.choices[:12]) or 'default'} [{inline(q.default)}]"
         for q in questions
     ]

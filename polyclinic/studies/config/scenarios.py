@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from polyclinic.core.config_problems import Problem, nearest
+from polyclinic.core.toml_text import dumps
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import set_key, table_of, text_of
 from polyclinic.studies.config.study_config import Study, checked
-from polyclinic.studies.config.toml_text import dumps
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9-]{0,40}$")
 

@@ -25,9 +25,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from polyclinic.core.toml_text import dumps
 from polyclinic.data.splits import rng_for
 from polyclinic.errors import ConfigError, RunError
-from polyclinic.studies.config.toml_text import dumps
 
 TRIES = 1000
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from polyclinic.core.config_problems import line_of
+from polyclinic.core.toml_text import dumps
 from polyclinic.data.source import slug
 from polyclinic.data.sources.lung_nodules import PROTOCOLS
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.study_config import parse, read, with_values
-from polyclinic.studies.config.toml_text import dumps
 from polyclinic.studies.records.run_description import method_facts
 
 GOOD = """\

@@ -1,4 +1,4 @@
-"""Plain values as TOML text, for studies that were changed on the command line."""
+"""Plain values as TOML text, for studies that are written or changed by a command."""
 
 import json
 from collections.abc import Mapping
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def dumps(data: Mapping[str, Any], under: tuple[str, ...] = ()) -> str:
-    """``data`` as TOML. Tables become headings, lists of tables ``[[…]]``, all else one line."""
+    """Return ``data`` as TOML. Tables become headings, lists of tables ``[[…]]``, and all other values one line."""
     plain = {k: v for k, v in data.items() if v is not None and not _is_table(v)}
-    lines = [f"{_key(k)} = {_value(v)}" for k, v in plain.items()]
+    lines = [f"{_key(k)} = {inline(v)}" for k, v in plain.items()]
     for key, value in data.items():
         path = (*under, key)
         name = ".".join(_key(part) for part in path)
@@ -30,14 +30,15 @@ def _key(key: str) -> str:
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
 
 
-def _value(value: Any) -> str:
+def inline(value: Any) -> str:
+    """Return a value as TOML on one line."""
     match value:
         case bool():
             return str(value).lower()
         case str():
             return json.dumps(value, ensure_ascii=False)
         case Mapping():
-            return "{ " + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + " }"
+            return "{ " + ", ".join(f"{_key(k)} = {inline(v)}" for k, v in value.items()) + " }"
         case list() | tuple():
-            return "[" + ", ".join(_value(item) for item in value) + "]"
+            return "[" + ", ".join(inline(item) for item in value) + "]"
     return str(value)

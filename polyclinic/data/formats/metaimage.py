@@ -21,7 +21,14 @@ from polyclinic.data.formats.safe_reading import (
     refusing,
     regular_file,
 )
-from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask, lps_to_ras
+from polyclinic.data.formats.volume import (
+    UNORIENTED,
+    Volume,
+    affine_from,
+    lps_to_ras,
+    spans_space,
+    voxels_of,
+)
 from polyclinic.errors import MissingDependency
 
 _BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 8, "ULONG": 8, "FLOAT": 4}
@@ -55,18 +62,13 @@ def read_metaimage(
     affine = _affine(path, image)
     positioned = any(name in fields for name in _POSITION)
     measured = positioned or "elementspacing" in fields or "elementsize" in fields
-    notes: tuple[str, ...] = () if positioned else ("no orientation is stated: left and right are a guess",)
-    if mask:
-        array = as_mask(path, stored)
-    else:
-        array, filled = as_image(path, stored, fill)
-        notes += filled
+    notes: tuple[str, ...] = () if positioned else (UNORIENTED,)
+    array, units, filled = voxels_of(path, stored, mask, fill)
     if len(sizes) == 2:
         array = array.unsqueeze(-3)
     if array.ndim > 4:
         raise Unreadable(path, "has channels and four axes, which is not read")
-    units = "label" if mask else ""
-    return Volume(array, affine, units=units, measured=measured, notes=notes, positioned=positioned)
+    return Volume(array, affine, units=units, measured=measured, notes=notes + filled, positioned=positioned)
 
 
 def _fields(path: Path, limits: Limits) -> tuple[dict[str, str], int]:
@@ -120,6 +122,6 @@ def _affine(path: Path, image: Any) -> Any:
     columns, origin = np.eye(3), np.zeros(3)
     columns[:axes, :axes] = direction * np.array(image.GetSpacing()[:axes])
     origin[:axes] = image.GetOrigin()[:axes]
-    if not np.isfinite(columns).all() or abs(np.linalg.det(columns)) < 1e-12:
+    if not spans_space(columns) or abs(np.linalg.det(columns)) < 1e-12:
         raise Unreadable(path, "its affine is singular: it does not place the voxels in space")
     return lps_to_ras(affine_from(columns, origin))

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, read_exactly, regular_file
-from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask
+from polyclinic.data.formats.volume import UNORIENTED, Volume, affine_from, spans_space, voxels_of
 
 _TYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2"}
 _HEADER, _VOXELS = 90, 284  # bytes that are read, and the byte at which voxels start
@@ -38,17 +38,12 @@ def read_mgh(
         raw = read_exactly(path, stream, fits(path, dims, dtype.itemsize, limits), "voxels")
     stored = np.frombuffer(raw, dtype=dtype).reshape(dims[::-1]).astype(dtype.newbyteorder("="))
     matrix = np.array(header.get_affine(), dtype=np.float64)
-    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    bad = not np.isfinite(matrix).all() or (lengths < 1e-6).any()
-    if bad or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
+    if not np.isfinite(matrix).all() or not spans_space(matrix[:3, :3]):
         raise Unreadable(path, "its affine is singular or not finite: it does not place the voxels in space")
     positioned = int(header["goodRASFlag"]) == 1
-    notes: tuple[str, ...] = () if positioned else ("no orientation is stated: left and right are a guess",)
-    if mask:
-        array = as_mask(path, stored)
-    else:
-        array, filled = as_image(path, stored, fill)
-        notes += filled
+    notes: tuple[str, ...] = () if positioned else (UNORIENTED,)
+    array, units, filled = voxels_of(path, stored, mask, fill)
     array = array[0] if dims[3] == 1 else array
-    units = "label" if mask else ""
-    return Volume(array, affine_from(matrix[:3, :3], matrix[:3, 3]), units=units, notes=notes, positioned=positioned)
+    return Volume(
+        array, affine_from(matrix[:3, :3], matrix[:3, 3]), units=units, notes=notes + filled, positioned=positioned
+    )

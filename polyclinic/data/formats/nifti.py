@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, read_exactly, regular_file
-from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask
+from polyclinic.data.formats.volume import UNORIENTED, Volume, affine_from, as_image, as_mask, spans_space
 
 _MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's spatial units (none stated, meter, mm, micron) in mm
 
@@ -158,7 +158,7 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, bool, tuple[str, ...]]:
         notes.append("lengths are converted to millimeters")
     sform, qform = (0, 0) if analyze else (int(header["sform_code"]), int(header["qform_code"]))
     if not sform and not qform:
-        notes.append("no orientation is stated: left and right are a guess")
+        notes.append(UNORIENTED)
     widths = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not np.isfinite(widths[: min(int(header["dim"][0]), 3)]).all():
         raise Unreadable(path, "its voxel size is not a finite number")
@@ -175,7 +175,7 @@ def _affine(path: Path, header: Any) -> tuple[Tensor, bool, tuple[str, ...]]:
             matrix[:3, axis] = np.cross(matrix[:3, (axis + 1) % 3], matrix[:3, (axis + 2) % 3])
             matrix[:3, axis] /= np.linalg.norm(matrix[:3, axis]) or 1.0
     lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    if (lengths < 1e-6).any() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
+    if not spans_space(matrix[:3, :3]):
         raise Unreadable(path, "its affine is singular: it does not place the voxels in space")
     if sform and qform and (note := _disagreement(header, matrix)):
         notes.append(note)

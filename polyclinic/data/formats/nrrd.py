@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable, fits, inflate, read_whole, regular_file
-from polyclinic.data.formats.volume import Volume, affine_from, as_image, as_mask
+from polyclinic.data.formats.volume import UNORIENTED, Volume, affine_from, spans_space, voxels_of
 
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -68,15 +68,10 @@ def read_nrrd(
     positioned = "space directions" in fields
     if channel is not None:
         stored = np.moveaxis(stored, stored.ndim - 1 - channel, 0)
-    if mask:
-        array = as_mask(path, stored)
-    else:
-        array, filled = as_image(path, stored, fill)
-        notes += filled
+    array, units, filled = voxels_of(path, stored, mask, fill)
     if array.ndim == 2 or (channel is not None and array.ndim == 3):  # a picture gains Z
         array = array.unsqueeze(-3)
-    units = "label" if mask else ""
-    return Volume(array, affine, units=units, measured=measured, notes=notes, positioned=positioned)
+    return Volume(array, affine, units=units, measured=measured, notes=notes + filled, positioned=positioned)
 
 
 def _fields(path: Path, content: bytes, limits: Limits) -> tuple[dict[str, str], int]:
@@ -179,8 +174,7 @@ def _space(
     origin = _vector(path, re.sub(r"\s", "", fields.get("space origin", "(0,0,0)"))) or [0.0, 0.0, 0.0]
     signs = np.array(_TO_RAS[space], dtype=np.float64)
     columns = np.array(spatial).T * signs[:, None]
-    lengths = np.linalg.norm(columns, axis=0)
-    if (lengths < 1e-6).any() or abs(np.linalg.det(columns / lengths)) < 1e-3:
+    if not spans_space(columns):
         raise Unreadable(path, "its space directions are singular: they do not place the voxels in space")
     notes = ("no origin is stated",) if "space origin" not in fields else ()
     return affine_from(columns, np.array(origin) * signs), channels[0] if channels else None, True, notes
@@ -200,5 +194,4 @@ def _spacings_only(
         raise Unreadable(path, "has 4 axes and no space directions to say which are in space")
     measured = all(w == w for w in widths)
     steps = [w if w == w else 1.0 for w in widths] + [1.0] * (3 - len(widths))
-    note = "no orientation is stated: left and right are a guess"
-    return affine_from(np.diag(steps), np.zeros(3)), None, measured, (note,)
+    return affine_from(np.diag(steps), np.zeros(3)), None, measured, (UNORIENTED,)

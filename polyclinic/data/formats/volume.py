@@ -22,6 +22,7 @@ from polyclinic.data.formats.safe_reading import LIMITS, Limits, Unreadable
 SPATIAL = 3
 MAX_LABEL = 32_767
 LABEL_ROUNDING = 1e-4
+UNORIENTED = "no orientation is stated: left and right are a guess"
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,23 @@ def as_mask(path: str | os.PathLike[str], stored: np.ndarray[Any, Any]) -> Tenso
     if low < 0 or high > MAX_LABEL:
         raise Unreadable(path, f"is not a mask: its labels go from {low} to {high}, not from 0 to {MAX_LABEL} at most")
     return torch.from_numpy(stored.astype(np.int16))
+
+
+def voxels_of(
+    path: str | os.PathLike[str], stored: np.ndarray[Any, Any], mask: bool, fill: float | None
+) -> tuple[Tensor, str, tuple[str, ...]]:
+    """Return a file's voxels with their units and notes: labels if ``mask``, otherwise values in arbitrary units."""
+    if mask:
+        return as_mask(path, stored), "label", ()
+    values, notes = as_image(path, stored, fill)
+    return values, "", notes
+
+
+def spans_space(columns: np.ndarray[Any, Any]) -> bool:
+    """Return whether steps along x, y, z (as columns [3, 3], in mm) are finite, not 0, and not nearly in one plane."""
+    lengths = np.linalg.norm(columns, axis=0)
+    sound = bool(np.isfinite(columns).all() and (lengths >= 1e-6).all())
+    return sound and bool(abs(np.linalg.det(columns / lengths)) >= 1e-3)
 
 
 def affine_from(columns: np.ndarray[Any, Any], origin: np.ndarray[Any, Any]) -> Tensor:

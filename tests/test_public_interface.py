@@ -54,6 +54,11 @@ def test_type_checkers_and_users_see_the_same_names() -> None:
         assert f"from polyclinic.{home} import {defined} as {name}" in source
 
 
+def test_no_folder_has_more_than_20_modules() -> None:
+    counts = {folder: len([*folder.glob("*.py")]) - 1 for folder in {path.parent for path in ROOT.rglob("*.py")}}
+    assert {folder.name: count for folder, count in counts.items() if count > 20} == {}
+
+
 def test_importing_the_package_loads_no_numerical_library() -> None:
     script = """
 import sys

@@ -84,7 +84,7 @@ def write_all(folder: Path, contents: Mapping[str, str | bytes]) -> None:
 
     Raises:
         OSError: If a file cannot be written, for example because the disk is full. No file is then changed, and no
-            folder is left that did not exist.
+            folder is left that did not exist. If only a renaming at the end fails, earlier files may be replaced.
     """
     created = [place for place in (folder, *folder.parents) if not place.exists()]
     parts = folder / f"{PREFIX}{secrets.token_hex(8)}{SUFFIX}"

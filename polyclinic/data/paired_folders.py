@@ -63,7 +63,7 @@ class Pairs(FromFiles):
                 f"{root}: there are no folders {wanted[0]} and {wanted[1]}; name yours with images = ... "
                 "and masks = ..."
             )
-        images, masks = _cases(root / present[0][0], channels=True), _cases(root / present[0][1], channels=False)
+        images, masks = cases_in(root / present[0][0], channels=True), cases_in(root / present[0][1], channels=False)
         problems = [f"{present[0][0]}: {case} has no mask in {present[0][1]}" for case in images if case not in masks]
         problems += [f"{present[0][1]}: {case} has no image in {present[0][0]}" for case in masks if case not in images]
         counts = {len(files) for files in images.values()}
@@ -89,7 +89,7 @@ class Pairs(FromFiles):
         return self.made(info, entries, ("site",) if sites else (), ignore, labels)
 
 
-def _cases(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
+def cases_in(folder: Path, channels: bool) -> Mapping[str, tuple[Path, ...]]:
     """Return each case's files, in the order of their channels."""
     cases: dict[str, list[Path]] = {}
     files = [file for file in sorted(folder.iterdir()) if is_image(file) and not file.name.startswith(".")]

@@ -125,8 +125,7 @@ def _below(
         if not both:
             continue
         ours, theirs = (float(data.by_seed(m, both, metric).mean()) for m in (label, CONSTANT))
-        sign = -1.0 if metric.higher_is_better is False else 1.0
-        if sign * (ours - theirs) < -1e-9:
+        if metric.sign * (ours - theirs) < -1e-9:
             verdict = data.difference(label, CONSTANT, both, metric).verdict()
             kind = "the base rate" if metric.name == "brier" else "a constant prediction"
             text = (

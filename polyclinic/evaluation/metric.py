@@ -47,6 +47,11 @@ class Metric:
     proportions: Callable[[Array, NDArray[Any]], Proportions | None] | None = None
     has_interval: bool = True
 
+    @property
+    def sign(self) -> float:
+        """The factor that makes a better value a higher one: -1 if lower is better, otherwise 1."""
+        return -1.0 if self.higher_is_better is False else 1.0
+
     def of(self, score: Array, target: NDArray[Any]) -> float:
         """Return the unweighted value.
 

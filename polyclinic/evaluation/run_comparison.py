@@ -187,7 +187,7 @@ def _cell(e: Estimate | None) -> str:
 
 def _ranks(methods: Sequence[str], values: list[list[float | None]], results: Sequence[Evaluation]) -> Ranking | None:
     whole = [i for i, row in enumerate(values) if all(v is not None for v in row)]
-    signs = [-1.0 if results[i].metric.higher_is_better is False else 1.0 for i in whole]
+    signs = [results[i].metric.sign for i in whole]
     table = np.array([values[i] for i in whole], float).reshape(len(whole), len(methods))
     try:
         return rank_methods(methods, table * np.array(signs)[:, None])

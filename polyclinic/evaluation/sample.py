@@ -225,14 +225,13 @@ class Sample:
 
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
         """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""
-        sign = -1.0 if metric.higher_is_better is False else 1.0
         found = []
         for seed in [s for s in self.seeds(a) if s in self.seeds(b)]:
             both = [s for s in sites if s in self.cases[a, seed] and s in self.cases[b, seed]]
             each = [[self.value(m, seed, [s], metric) for m in (a, b)] for s in both]
             known = [x - y for x, y in each if np.isfinite(x) and np.isfinite(y)]
             if known:
-                found.append(sign * float(np.mean(known)))
+                found.append(metric.sign * float(np.mean(known)))
         return found
 
     # The jackknife
@@ -254,9 +253,9 @@ class Sample:
         """Return the metric, or its difference between two methods, averaged over ``seeds``, without each patient."""
         size = int(self._group(sites, seeds[0])[0].max()) + 1
         rows, stratum = np.zeros(size + 1), np.zeros(size, np.int64)
-        signs = [1.0, -1.0] if metric.higher_is_better is not False or len(labels) == 1 else [-1.0, 1.0]
+        signs = [1.0] if len(labels) == 1 else [metric.sign, -metric.sign]
         for seed in seeds:
-            for label, sign in zip(labels, signs, strict=False):
+            for label, sign in zip(labels, signs, strict=True):
                 of = self._members(label, seed, sites)
                 score, target = _together(self._cases(label, seed, sites), metric.name)
                 weight = np.concatenate([np.ones((1, len(of))), (of != np.arange(size)[:, None]).astype(float)])

@@ -22,16 +22,7 @@ USUAL: Mapping[Role, tuple[str, ...]] = {
         *("participant_id", "person", "person_id", "pid", "ptid", "mrn", "case", "case_id", "individual", "id"),
     ),
     "site": (
-        *(
-            "site",
-            "site_id",
-            "hospital",
-            "hospital_id",
-            "centre",
-            "centre_id",
-            "center",
-            "center_id",
-        ),  # codespell:ignore
+        *("site", "site_id", "hospital", "hospital_id", "centre", "centre_id", "center", "center_id"),
         *("institution", "institution_id", "institute", "clinic", "clinic_id", "scanner", "scanner_id", "dataset"),
     ),
     "split": ("split", "set", "subset", "partition", "fold"),

@@ -20,6 +20,7 @@ from polyclinic.data.formats.bids import read_bids
 from polyclinic.data.formats.column_roles import SPLITS, column_of, identifying, key_of, usual_columns
 from polyclinic.data.formats.parsing import clean, is_missing, is_number, plain
 from polyclinic.data.formats.safe_reading import LIMITS, Limits, read_npz
+from polyclinic.data.paired_folders import FOLDERS, cases_in
 from polyclinic.data.quality.folder_layout import TABLES, Layout, detect
 from polyclinic.data.sources.npz import SPLITS as NPZ_SPLITS
 from polyclinic.data.sources.tabular_files import read_columns
@@ -36,9 +37,7 @@ _MASK = re.compile(
     r"(?i)[_\-. ]?(?<![a-z])(ground[_-]?truth|segmentations?|masks?|labels?|annotations?|lesion|seg|gt)(?![a-z])"
 )
 _IMAGE = re.compile(r"(?i)[_\-. ]?(?<![a-z])(images?|imgs?|scans?|pictures?|raw)(?![a-z])")
-_SITE = re.compile(
-    r"(?i)^(site|hospital|clinic|cent(er|re)|institution|scanner|vendor|lab)[ _-]?\w*$"
-)  # codespell:ignore
+_SITE = re.compile(r"(?i)^(site|hospital|clinic|cent(er|re)|institution|scanner|vendor|lab)[ _-]?\w*$")
 _PATIENT = re.compile(
     r"(?i)^((patient|pat|subject|subj|sub|case|person|participant|id|p)[ _-]?\d+\w*|tcga[-_].*|\d{2,})$"
 )
@@ -135,10 +134,8 @@ def recognize(
 
 def _pairs(draft: _Draft, root: Path) -> None:
     """Recognize ``imagesTr`` and ``labelsTr`` (nnU-Net, Decathlon), or ``images`` next to ``labels`` or ``masks``."""
-    from polyclinic.data.paired_folders import FOLDERS, _cases
-
     images, masks = next((a, b) for a, b in FOLDERS if (root / a).is_dir() and (root / b).is_dir())
-    equal = _cases(root / images, channels=True).keys() == _cases(root / masks, channels=False).keys()
+    equal = cases_in(root / images, channels=True).keys() == cases_in(root / masks, channels=False).keys()
     if not equal and _patterns(draft, root):  # names that differ by a suffix
         return
     draft.task = "segmentation"

@@ -30,13 +30,14 @@ def recomputed(task: BuildsModel, params: Tree, data: Any, device: str = "cpu", 
     if not layers:
         return params
     model.eval()
+    for layer in layers:
+        layer.train()
     usual, count = [layer.momentum for layer in layers], 0
     try:
         with torch.no_grad():
             for chunk in batches(len(data), size):
                 count += len(chunk)
                 for layer in layers:
-                    layer.train()
                     layer.momentum = len(chunk) / count  # the first batch replaces what was there
                 model(data[chunk][0].to(device))
     except ValueError as error:

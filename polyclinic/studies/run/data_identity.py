@@ -148,7 +148,7 @@ def differences(before: Tree, now: Tree, info: Info) -> tuple[str, ...]:
     for site, sentences in found.items():
         sentences += _counted("{n} {unit} removed", len(old[site]), unit, target)
         sentences += _counted("{n} {unit} added", len(new[site]), unit, target)
-    lines = [f"{site}{_novelty(site, before, now)}: {', '.join(said)}" for site, said in found.items() if said]
+    lines = [f"{site}{_novelty(site, before, now)}: {', '.join(texts)}" for site, texts in found.items() if texts]
     if not lines:
         return _other_patients(_rows(before), _rows(now), unit)
     more = [f"... and {len(lines) - MOST_LINES} more sites"] if len(lines) > MOST_LINES else []

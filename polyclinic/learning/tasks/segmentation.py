@@ -103,7 +103,7 @@ class Segmentation(Task):
         else:
             from monai.inferers import sliding_window_inference
 
-            scores = sliding_window_inference(inputs, self.window, 2, model, overlap=0.25, mode="gaussian")
+            scores = sliding_window_inference(inputs, self.window, 2, model, overlap=0.5, mode="gaussian")
         return scores if isinstance(scores, Tensor) else scores[0]
 
     def outputs(self, model: nn.Module, batch: Batch, *, full_metrics: bool = False) -> dict[str, Tensor]:

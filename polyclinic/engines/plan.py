@@ -24,6 +24,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.registry import Setting, build
 
@@ -43,7 +44,8 @@ class Plan:
         network_options: Further options of the architecture.
         inputs: Shape of an example: (channels, *spatial), or (features,).
         outputs: Number of classes, labels or values.
-        training: Fields of ``LocalTraining``; with ``private`` among them, ``DPSGD`` with those fields.
+        training: Fields of ``LocalTraining``, with ``augmentation`` as a table; with ``private`` among them, ``DPSGD``
+            with those fields.
         method: Name of the method.
         options: Options of the method that the study sets.
         uplink: Transforms in the order in which a reply passes them, each with ``name`` and its options.
@@ -76,7 +78,11 @@ class Plan:
 
     def build_local(self) -> LocalTraining:
         """Build the local training."""
-        fields = {key: value for key, value in self.training.items() if key != "private"}
+        fields = {
+            key: _hashable(value) for key, value in self.training.items() if key not in ("private", "augmentation")
+        }
+        if changes := self.training.get("augmentation"):
+            fields["augmentation"] = augmentation_of(changes)
         private = self.training.get("private")
         return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 

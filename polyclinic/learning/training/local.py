@@ -19,6 +19,7 @@ from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer
 
 Loss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
@@ -135,7 +136,7 @@ class LocalTraining:
         """Return a function that takes one optimizer step on the loss that it is given."""
         named = [
             (name, p)
-            for name, p in model.named_parameters()
+            for name, p in trainable_of(model).items()
             if p.requires_grad and (trainable is None or trainable(name))
         ]
         parameters = [p for _, p in named]
@@ -211,7 +212,7 @@ class Proximal:
 
     def __call__(self, model: nn.Module, start: Tree) -> Tensor:
         """Return the penalty of the trainable parameters."""
-        gaps = [(p - start[name]).square().sum() for name, p in model.named_parameters()]
+        gaps = [(p - start[name]).square().sum() for name, p in trainable_of(model).items()]
         return self.mu / 2 * torch.stack(gaps).sum()
 
 

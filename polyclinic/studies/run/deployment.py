@@ -81,6 +81,7 @@ def method_runs(
                 "options": method.options,
                 "uplink": [dict(item) for item in method.uplink],
                 **({"downlink": [dict(item) for item in method.downlink]} if method.downlink else {}),
+                **({"tuning": study.task.tuning} if study.task.tuning else {}),
                 **(shape or {}),
             }
             external = [name for name in study.data.external if entry.newcomers]

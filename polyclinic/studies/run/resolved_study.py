@@ -147,7 +147,7 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             for seed in study.seeds[1:] if study.attack else ():
                 _build(study, Job(spec, seed, fold), data)
             plan = methods[first.name].plan
-            if (reason := frozen_problem(plan.method, methods[first.name].method.task)) or (reason := uncovered(plan)):
+            if reason := frozen_problem(plan.method, methods[first.name].method.task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]

@@ -83,7 +83,7 @@ def export(
     run_folder: Path,
     out: Path,
     *,
-    form: Literal["safetensors", "onnx", "pt2", "bundle"] = "bundle",
+    form: Literal["safetensors", "onnx", "pt2", "bundle", "peft"] = "bundle",
     method: str = "",
     seed: int | None = None,
     json_: Json = False,

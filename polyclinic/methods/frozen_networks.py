@@ -7,13 +7,15 @@ trained normalization layer is FedAvg, and FedPer with only the head trained sha
 from collections.abc import Mapping
 from typing import Literal
 
+from polyclinic.learning.networks.adapters import is_factor
 from polyclinic.learning.networks.fine_tuning import FineTuned
 from polyclinic.learning.networks.model_tree import inspect
 from polyclinic.learning.tasks.task import Task
 from polyclinic.methods.catalog import canonical
 
-Part = Literal["body", "encoder", "head", "normalization", "statistics"]
+Part = Literal["adapters", "body", "encoder", "head", "normalization", "statistics"]
 WORDS: Mapping[Part, str] = {
+    "adapters": "adapters ([task.lora])",
     "body": "tensors before the head",
     "encoder": "tensors of the encoder",
     "head": "tensors of the head",
@@ -39,6 +41,10 @@ NEEDS: Mapping[str, tuple[tuple[Part, ...], str]] = {
     "fedcy": (("encoder",), "it learns them from unlabeled videos"),
     "fmtl": (("body", "head"), "the first are shared, and gates and towers stay at the sites"),
     "private-heads": (("body", "head"), "the first are shared, and the head stays at the sites"),
+    "rolora": (("adapters",), "their factors are trained in turn"),
+    "ffa-lora": (("adapters",), "one of their factors is trained"),
+    "fedsa-lora": (("adapters",), "one of their factors is shared"),
+    "flexlora": (("adapters",), "it averages their products"),
     "site-graph": (("body",), "they are shared, and the head stays at the sites"),
     "split": (("body",), "the sites train the first layers"),
     "u-split": (("body",), "the sites train the first layers"),
@@ -53,12 +59,15 @@ def frozen_problem(method: str, task: Task) -> str:
         ConfigError: If the network cannot be built.
     """
     name = canonical(method)
-    if name not in NEEDS or not isinstance(task.network, FineTuned):
+    if name not in NEEDS:
         return ""
     parts, why = NEEDS[name]
+    if "adapters" not in parts and not isinstance(task.network, FineTuned):
+        return ""
     inspected, network = inspect(task.model()), task.network
     trained = {*inspected.trainable, *inspected.statistics}
     has: dict[Part, bool] = {
+        "adapters": any(is_factor(leaf) for leaf in trained),
         "body": any(not network.in_head(leaf) for leaf in trained),
         "encoder": any(network.in_encoder(leaf) for leaf in trained),
         "head": any(network.in_head(leaf) for leaf in trained),

@@ -155,7 +155,7 @@ def _safetensors(path: Path) -> Found:
         if plan.get("tuning"):
             raise Refused(
                 "it contains the trained tensors of a network with start weights only: write the whole network with "
-                "`polyclinic export RUN --to safetensors`, and add that file"
+                "`polyclinic export RUN FILE --form safetensors`, and add that file"
             )
     return found
 

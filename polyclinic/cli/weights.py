@@ -38,7 +38,7 @@ def add(
             Hugging Face snapshot).
         name: The name in the store; by default that of the file.
         license: The license of the weights, such as Apache-2.0. Needed unless a folder states it.
-        origin: Where they come from, such as an address.
+        origin: Their origin, such as an address.
         trained_on: The data they were trained on. Test images among them would make a test worthless.
         citation: The publication to cite.
         no_redistribution: State that the license forbids to pass them on; whole models are then not exported.
@@ -173,7 +173,7 @@ def add_at_site(
         source: The file or folder, as for `polyclinic weights add`.
         name: The name in the store; by default that of the file.
         license: The license of the weights. Needed unless a folder states it.
-        origin: Where they come from, such as an address.
+        origin: Their origin, such as an address.
         key: The entry of a file that holds the tensors.
     """
     use_site(home)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) beside the linear layers and convolutions of any network.
+"""Low-rank adapters (LoRA) parallel to the linear layers and convolutions of any network.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang and Chen, "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022,
 section 4.1, https://arxiv.org/abs/2106.09685: ``h = W x + (α / r) B A x`` with W constant, A random and B = 0 at the
@@ -38,7 +38,7 @@ class LowRank:
 
 
 class Adapted(nn.Module):
-    """A layer and the low-rank change beside it: ``base(x) + (α / r) · B A x``."""
+    """A layer and a low-rank change parallel to it: ``base(x) + (α / r) · B A x``."""
 
     base: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -101,7 +101,7 @@ def factorized(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def adapt(model: nn.Module, spec: LowRank, head: tuple[str, ...]) -> tuple[str, ...]:
-    """Put adapters beside the layers of ``model`` that ``spec`` names, in place, and return their names.
+    """Put adapters parallel to the layers of ``model`` that ``spec`` names, in place, and return their names.
 
     Args:
         spec: The adapters.

@@ -55,7 +55,7 @@ class FineTuned(Composed):
             return model
         freeze(model, self._chosen(model))
         constant = frozen(model)
-        given = _beside(adapted, matched.loaded if matched else ())
+        given = _inside(adapted, matched.loaded if matched else ())
         if at_random := sorted(constant - given):
             names = ", ".join(at_random[:5]) + (f" and {len(at_random) - 5} more" if len(at_random) > 5 else "")
             raise ConfigError(
@@ -141,7 +141,7 @@ def _account(network: FineTuned) -> Matched | None:
         return network.load_start(network.network())
 
 
-def _beside(adapted: tuple[str, ...], names: tuple[str, ...]) -> set[str]:
+def _inside(adapted: tuple[str, ...], names: tuple[str, ...]) -> set[str]:
     """Return ``names`` as they are once the ``adapted`` layers are inside adapters."""
     layers, renamed = set(adapted), set[str]()
     for name in names:

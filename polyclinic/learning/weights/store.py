@@ -46,7 +46,7 @@ class Card:
     Attributes:
         name: The name in the store.
         license: SPDX identifier, or a short text.
-        source: Where they come from: an address or a package and version.
+        source: Their origin: an address or a package and version.
         trained_on: The data they were trained on.
         intended_use: The use that their authors intend.
         citation: The publication to cite.

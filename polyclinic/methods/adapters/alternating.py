@@ -139,7 +139,13 @@ def rolora(task: Task, local: LocalTraining, *, mu: float = 0.0, lr: float = 1.0
 def ffa_lora(
     task: Task, local: LocalTraining, *, mu: float = 0.0, lr: float = 1.0, uniform: bool = False
 ) -> Alternating:
-    """FedAvg of adapters whose factor A keeps its random start (FFA-LoRA). Arguments as in ``rolora``."""
+    """FedAvg of adapters whose factor A keeps its random start (FFA-LoRA).
+
+    Args:
+        mu: The coefficient of FedProx's proximal term; 0 for none.
+        lr: The server's step.
+        uniform: Whether all sites have equal weight.
+    """
     return _composed(task, local, EVERY_ROUND_B, mu, lr, uniform)
 
 

@@ -54,7 +54,7 @@ class WeightsSpec(Table):
 
 
 class LoRASpec(Table):
-    """Low-rank adapters (LoRA) beside layers of the network, whose own weights stay as they are."""
+    """Low-rank adapters (LoRA) parallel to layers of the network, whose own weights stay as they are."""
 
     where: tuple[str, ...] = ()
     """Patterns of the names of linear layers and convolutions; by default all outside the head that can have one."""

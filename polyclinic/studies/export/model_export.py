@@ -111,7 +111,7 @@ def _require_redistribution(plan: Plan, form: str) -> None:
 
 
 def write_peft(out: Path, plan: Plan, model: nn.Module) -> None:
-    """Write the adapters of ``model`` as a folder of the library ``peft``, and other trained tensors beside them.
+    """Write the adapters of ``model`` as a folder of the library ``peft``, together with the other trained tensors.
 
     Raises:
         NotExported: If it has no adapters.

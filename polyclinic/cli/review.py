@@ -12,6 +12,7 @@ from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, flat, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
+from polyclinic.errors import PolyclinicError
 
 APART = ("sites", "rounds", "seed")
 COUNTS = ("split", "unlabeled")
@@ -99,6 +100,7 @@ def show(item: Review, before: Review | None, others: Sequence[Review] = (), her
     _show_asked(item, others, here)
     if methods:
         _show_methods(an, methods)
+        _show_weights(methods)
     _show_leaving(an, methods)
     _show_how(an, methods)
     _show_data(item, here)
@@ -162,6 +164,25 @@ def _show_methods(an: RunRequest, methods: Sequence[_Method]) -> None:
         _say(f"  {method.label}, {seeds}, {method.plan.get('rounds')} rounds")
         for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(methods) > 1 else ():
             _say(f"    {key} = {value}")
+
+
+def _show_weights(methods: Sequence[_Method]) -> None:
+    """Print which start weights the study needs, and whether this site has them."""
+    from polyclinic.learning.weights import store
+
+    wanted = [method.plan.get("tuning", {}).get("weights", {}).get("sha256", "") for method in methods]
+    for sha256 in dict.fromkeys(filter(None, wanted)):
+        _say("\nStart weights")
+        try:
+            item = store.find(str(sha256))
+        except PolyclinicError:
+            _say(f"  {sha256}: NOT here. Add the file that the coordinator names: polyclinic site weights add FILE")
+        else:
+            card = item.card
+            _say(f"  {sha256}: here")
+            _say(
+                f"  {card.name}, {item.size / 1e6:.1f} MB, license {card.license}; {card.source or 'no source stated'}"
+            )
 
 
 def _show_leaving(an: RunRequest, methods: Sequence[_Method]) -> None:

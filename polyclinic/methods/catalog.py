@@ -413,6 +413,42 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             fidelity="departs: the network is not the published one (multi_lcnet.py)",
         ),
     ),
+    "Client end: adapters of pretrained networks": (
+        Entry(
+            "rolora",
+            "adapters.alternating:rolora",
+            "one factor of every adapter moves in a round, so that means are exact",
+            "Chen et al. 2025 (NeurIPS)",
+            "the change of one factor of each adapter, and of the head",
+            private=BOTH,
+        ),
+        Entry(
+            "ffa-lora",
+            "adapters.alternating:ffa_lora",
+            "adapters with a constant random factor, for private training",
+            "Sun et al. 2024 (ICLR)",
+            "the change of one factor of each adapter, and of the head",
+            private=BOTH,
+        ),
+        Entry(
+            "fedsa-lora",
+            "adapters.alternating:fedsa_lora",
+            "one factor of every adapter is shared, the other stays at the sites",
+            "Guo et al. 2025 (ICLR)",
+            "the change of one factor of each adapter, and of the head",
+            stateful=True,
+            private=BOTH,
+            unseen=NOTHING,
+        ),
+        Entry(
+            "flexlora",
+            "adapters.flexlora:FlexLoRA",
+            "the mean of the adapters' products, factorized anew",
+            "Bai et al. 2024 (NeurIPS)",
+            "the change of the head; the adapters, which the server sees site by site",
+            private=("dp-sgd",),
+        ),
+    ),
     "Client end: domain adaptation": (
         Entry(
             "fed-align",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -19,6 +20,58 @@ from polyclinic.studies.config.table_model import Table as Table
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class WeightsSpec(Table):
+    """Start weights: a file in the store of ``polyclinic weights``, and how it is matched with the network."""
+
+    file: str = ""
+    """The name of weights in the store, or the path of the file that was added."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The hash of the weights in the store; ``polyclinic weights add`` prints it. It must be that of ``file``."""
+    strip: str = ""
+    """A prefix that is removed from the names in the file; tensors without it are not used."""
+    rename: dict[str, str] = Field(default={})
+    """Prefixes of names in the file, and the network's prefixes that replace them."""
+    skip: tuple[str, ...] = ()
+    """Patterns of names: of the network's tensors that start at random, and of the file's that are not used."""
+    head: bool = False
+    """Whether the head is loaded too; by default it starts at random."""
+    stem: Literal["refuse", "sum", "mean"] = "refuse"
+    """How convolutions of another number of input channels are adapted."""
+    inflate: Literal["refuse", "mean", "center"] = "refuse"
+    """How 2-D convolutions become 3-D."""
+    inflate_axis: Annotated[int, Field(ge=0, le=2)] = 2
+    """The axis of the volumes that the 2-D weights lack, counted from 0 without the channels."""
+    grid: Literal["refuse", "interpolate"] = "refuse"
+    """How position embeddings of another grid of patches are adapted."""
+
+    @model_validator(mode="after")
+    def _named(self) -> "WeightsSpec":
+        if not self.file and self.sha256 is None:
+            raise ConfigError("needs file, the name of weights in the store, or sha256")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of ``StartWeights``, without those that are not set."""
+        value = self.model_dump(mode="json", exclude={"file", "rename"}, exclude_defaults=True)
+        return {**value, **({"rename": sorted(map(list, self.rename.items()))} if self.rename else {})}
+
+
+class LoRASpec(Table):
+    """Low-rank adapters (LoRA) parallel to layers of the network, whose own weights stay as they are."""
+
+    where: tuple[str, ...] = ()
+    """Patterns of the names of linear layers and convolutions; by default all outside the head that can have one."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """The rank of the change of a layer."""
+    alpha: Positive = 16.0
+    """The change is scaled by ``alpha / rank``."""
+
+
+def _weights(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
 
 
 class TaskSpec(Table):
@@ -46,6 +99,16 @@ class TaskSpec(Table):
     """The size of the sliding window at inference, in voxels (segmentation)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
+    weights: Annotated[WeightsSpec, BeforeValidator(_weights)] | None = None
+    """Start weights: the name or file of weights in the store, or a table."""
+    lora: LoRASpec | None = None
+    """Low-rank adapters."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """What is trained: patterns of names, ``head``, ``encoder``, ``adapters``, ``norm:*``, ``stats:*`` and ``bias:*``.
+
+    All else keeps the start weights, and is neither sent nor counted. By default everything is trained, or with
+    ``lora`` the adapters and the head.
+    """
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -63,12 +126,29 @@ class TaskSpec(Table):
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
+            key = "train" if self.train else "lora"
+            raise ConfigError(f"{key} needs weights: what is not trained would keep random values")
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is set of the task's own options."""
-        return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
+        others = {"kind", "network", "options", "weights", "lora", "train"}
+        return self.model_dump(exclude=others, exclude_none=True)
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Start weights, adapters and what is trained, as a plan holds them; empty if nothing is set."""
+        train = self.train or (("adapters", "head") if self.lora else ("*",))
+        found: dict[str, Any] = {}
+        if self.weights is not None:
+            found["weights"] = self.weights.fields
+        if self.lora is not None:
+            found["lora"] = self.lora.model_dump(mode="json")
+        if train != ("*",):
+            found["train"] = list(train)
+        return found
 
 
 class PrivateSpec(Table):

@@ -15,7 +15,8 @@ from pydantic import Field, PlainValidator
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, PolyclinicError
+from polyclinic.learning.weights import store
 from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
@@ -103,6 +104,9 @@ class Study(Table):
         for key in ("space", "patience"):
             if value["evaluation"][key] is None:
                 del value["evaluation"][key]
+        for key in ("weights", "lora", "train"):
+            del value["task"][key]
+        value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -162,6 +166,9 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
         recipe.append(Problem(("training", "recipe"), str(error)))
     study, problems = validated(Study, data, ())
     problems = [*recipe, *problems]
+    if isinstance(study, Study) and study.task.weights is not None:
+        study, unknown = with_weights(study)
+        problems += unknown
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
@@ -171,6 +178,21 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
         return None, problems
     problems += [*_together(study), *(_uncovered(study) if covered else ())]
     return (None if problems else study), problems
+
+
+def with_weights(study: Study) -> tuple[Study, list[Problem]]:
+    """Return ``study`` with the hash of its start weights, looked up in the store; and the problems of its weights."""
+    weights = study.task.weights
+    assert weights is not None
+    try:
+        found = store.find(weights.file or weights.sha256 or "")
+    except PolyclinicError as error:
+        return study, [Problem(("task", "weights"), str(error))]
+    if weights.sha256 not in (None, found.sha256):
+        says = f"{weights.file} in the store has the hash {found.sha256}, not {weights.sha256}"
+        return study, [Problem(("task", "weights", "sha256"), says)]
+    known = weights.model_copy(update={"sha256": found.sha256})
+    return study.model_copy(update={"task": study.task.model_copy(update={"weights": known})}), []
 
 
 def _together(study: Study) -> list[Problem]:

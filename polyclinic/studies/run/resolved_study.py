@@ -19,6 +19,7 @@ from polyclinic.engines.policy.coverage import uncovered
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.methods.frozen_networks import frozen_problem
 from polyclinic.studies.config import simulation_schema
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.method_plan import plan_of
@@ -133,6 +134,12 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     """
     methods = dict[str, ResolvedMethod]()
     problems = list[Problem]()
+    if study.task.tuning:
+        try:
+            plan_of(study, study.methods[0], data, study.seeds[0]).build_task().model()
+        except ValueError as error:
+            key, _, says = str(error).partition(": ")
+            raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), [Problem(_place(key), says)]) from None
     for i, spec in enumerate(study.methods):
         first = Job(spec, study.seeds[0], fold)
         try:
@@ -140,7 +147,7 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
             for seed in study.seeds[1:] if study.attack else ():
                 _build(study, Job(spec, seed, fold), data)
             plan = methods[first.name].plan
-            if reason := uncovered(plan):
+            if reason := frozen_problem(plan.method, methods[first.name].method.task) or uncovered(plan):
                 problems.append(Problem(("methods", i, "name"), reason))
             elif isinstance(local := plan.build_local(), DPSGD):
                 labeled = [roles["train"] for roles in data.sites.values() if len(roles.get("train", ()))]
@@ -155,6 +162,11 @@ def _methods(study: Study, text: str, data: Federated, fold: Fold | None) -> dic
     if problems:
         raise BadStudy(f"{study.name}.toml", text, tomllib.loads(text), problems)
     return methods
+
+
+def _place(key: str) -> tuple[str, ...]:
+    """Return the key of a study that a message on the fine-tuned network begins with."""
+    return {"task.weights": ("task", "weights"), "lora": ("task", "lora")}.get(key, ("task", "train"))
 
 
 def _build(study: Study, job: Job, data: Federated) -> ResolvedMethod:

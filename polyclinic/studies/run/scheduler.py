@@ -77,7 +77,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
             data_identity.require_unchanged(path, read_info(path).data.fingerprint, first, resolved.source)
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
-        folder.begin(resolved.text, information(study, splits, parameters), resume)
+        folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume)
         write_groups(path, resolved.source.table(), resolved.numbers)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]

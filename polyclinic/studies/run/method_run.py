@@ -224,9 +224,8 @@ class MethodRun:
             leaves = {f"{site}/{key}": leaf for site, outputs in found.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
-        model: Tree = self.method.site_model(self.method.evaluation_request(best.state), {})
         meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
-        write_tensors(self.path / "model.safetensors", model, meta)
+        write_tensors(self.path / "model.safetensors", self.method.shared_model(best.state), meta)
         self._record("sealed", opened=opened)
         self._save("checkpoint", replace(end, records=self.folder.settle()))
         return self._event("tested", end.round, scores)

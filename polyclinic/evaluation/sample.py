@@ -95,22 +95,29 @@ class Sample:
 
     # Intervals
 
-    def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric) -> Estimate:
-        """Return the mean over those of ``sites`` for which the metric is defined, with its interval."""
+    def macro_estimate(self, label: str, sites: Sequence[str], metric: Metric, interval: bool = True) -> Estimate:
+        """Return the mean over those of ``sites`` for which the metric is defined, with or without its interval.
+
+        A mean over sites compares no patient of one site with a patient of another. An AUC of all patients together
+        does, and rises if scores merely tell sites of different prevalence apart.
+        """
         known = self.defined(label, self.seeds(label), sites, metric)
+        without = tuple(s for s in sites if s not in known)
         n = self._patients(label, known)
         if not known:
-            return Estimate(None, n=n, why="no site has a value")
+            return Estimate(None, n=n, why="no site has a value", without=without)
         value = float(self.by_seed(label, known, metric).mean())
+        if not interval:
+            return Estimate(value, n=n, without=without)
         if not metric.has_interval:
-            return Estimate(value, n=n, why=NO_INTERVAL)
+            return Estimate(value, n=n, why=NO_INTERVAL, without=without)
         if metric.name != "auc" and metric.proportions is None:
-            return self._student(label, known, metric, value, n)
+            return replace(self._student(label, known, metric, value, n), without=without)
         each = [self.estimate(label, [s], metric, True) for s in known]
         if lacking := [f"{s}: {e.why}" for s, e in zip(known, each, strict=True) if e.low is None]:
-            return Estimate(value, n=n, why="; ".join(lacking))
-        how = f"limits of the sites combined ({each[0].how})"
-        return Estimate(value, *mean_of_limits(each), n, how)
+            return Estimate(value, n=n, why="; ".join(lacking), without=without)
+        how = each[0].how if len(known) == 1 else f"limits of the sites combined ({each[0].how})"
+        return Estimate(value, *mean_of_limits(each), n, how, without=without)
 
     def _student(self, label: str, sites: Sequence[str], metric: Metric, value: float, n: int) -> Estimate:
         """Return the mean over ``sites`` with Student's limits."""

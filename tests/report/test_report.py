@@ -200,7 +200,7 @@ def test_a_site_with_one_class_has_no_auc_and_the_page_says_why(tmp_path: Path) 
         tensors["bo/target"][:] = 1
         save_file(tensors, file)
     page = Page(build_report(path, options=FEW).read_text())
-    assert "AUC is undefined at bo: all 30 cases are of one class" in page.text
+    assert "The mean over sites is without bo, where AUC is undefined: all 30 cases are of one class" in page.text
     assert "nan" not in re.findall("[a-z]+", page.text.lower())
     json.loads((path / "report" / "report.json").read_text(), parse_constant=pytest.fail)
 

@@ -14,7 +14,7 @@ import numpy as np
 from polyclinic.errors import ConfigError
 from polyclinic.evaluation.calibration import CALIBRATION
 from polyclinic.evaluation.constant_baseline import CONSTANT, Fault, faults, with_constant
-from polyclinic.evaluation.method_comparison import Against, ranked
+from polyclinic.evaluation.method_comparison import Against, Declared, ranked
 from polyclinic.evaluation.metric import Metric
 from polyclinic.evaluation.metric_functions import CLASSIFICATION, metrics_for
 from polyclinic.evaluation.records.predictions import Predictions
@@ -121,6 +121,7 @@ class Evaluation:
         chosen_by: Description of how the headline method was chosen.
         constant: The result of the constant baseline; None if the records do not determine it.
         faults: Faults of methods: constant outputs, a class never predicted, scores below the constant baseline.
+        declared: The comparisons that the study declared before the run.
         leak: What test data share with training or validation data; None if nothing is known to be shared.
         disagreement: The main method's validation result, if its test result contradicts it; otherwise None.
         uneven: Training sites whose test patients lack classes, with these classes, for three or more classes.
@@ -143,6 +144,7 @@ class Evaluation:
     chosen_by: str
     constant: MethodResult | None = None
     faults: tuple[Fault, ...] = ()
+    declared: tuple[Declared, ...] = ()
     leak: Leak | None = None
     disagreement: Disagreement | None = None
     uneven: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -197,6 +199,7 @@ def evaluate(run: Run, options: Options = Options()) -> Evaluation:
         how,
         constant,
         faults(run, data, [m.label for m in methods], table, metric),
+        against.declared(metric),
         leak(run),
         disagreement(run, headline, first.macro, metric, options.level, options.unit) if headline and first else None,
         dict(uneven_classes(run, data, headline)) if headline else {},

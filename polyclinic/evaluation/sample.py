@@ -20,7 +20,7 @@ from polyclinic.evaluation.records.predictions import Cases, as_cases, unit_of
 from polyclinic.evaluation.records.run_reader import Run
 from polyclinic.statistics.intervals import Estimate, delong, effective_number, mean_of_limits, proportion, student
 from polyclinic.statistics.jackknife import Jackknife, Spread, added, mean_of_dependent
-from polyclinic.statistics.paired_tests import Difference, paired
+from polyclinic.statistics.paired_tests import Difference, Question, paired
 from polyclinic.statistics.undefined import Array, Ints, Undefined
 
 MOST = 600  # patients above which groups of patients are left out
@@ -205,30 +205,39 @@ class Sample:
 
     # Differences
 
-    def difference(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> Difference:
+    def difference(
+        self,
+        a: str,
+        b: str,
+        sites: Sequence[str],
+        metric: Metric,
+        question: Question = "difference",
+        margin: float | None = None,
+    ) -> Difference:
         """Return method ``a`` minus ``b``, mean over the sites where both are defined; positive is better.
 
         With several seeds, the interval includes the variance between seeds.
         """
+        asked = Difference(None, question=question, margin=margin)
         common = [s for s in self.seeds(a) if s in self.seeds(b)]
         if not sites or not common:
-            return Difference(None, why="no seed or no site in common")
+            return replace(asked, why="no seed or no site in common")
         if not metric.has_interval:
-            return Difference(None, why="no test for this metric")
+            return replace(asked, why="no test for this metric")
         known = [s for s in sites if all(self.defined(m, common, [s], metric) for m in (a, b))]
         n = self._patients(a, known)
         if not known:
-            return Difference(None, n=n, why="undefined for one of the two")
+            return replace(asked, n=n, why="undefined for one of the two")
         values = np.array(self.by_split(a, b, known, metric))
         each = [[self._jackknife([a, b], group, [s], metric) for group in self._groups(common)] for s in known]
         try:
             spread = added([self._spread(one) for one in each], [1 / len(known)] * len(known))
         except Undefined as reason:
-            return Difference(float(values.mean()), n=n, why=str(reason))
+            return replace(asked, value=float(values.mean()), n=n, why=str(reason))
         differing = sum(max(j.changing for j in one) for one in each)
         how = "paired t, jackknife over patients"
         how += f" and variance between {len(common)} seeds" if len(common) > 1 else ""
-        return paired(values, spread, differing, n, self.level, how)
+        return paired(values, spread, differing, n, self.level, how, question, margin)
 
     def by_split(self, a: str, b: str, sites: Sequence[str], metric: Metric) -> list[float]:
         """Return method ``a`` minus ``b`` in each split, averaged over those of ``sites`` at which both were tested."""

@@ -74,16 +74,17 @@ class Attribute:
     reference: str = ""
 
 
-def groups_of(table: Table, numbers: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
+def groups_of(table: Table, numbers: Mapping[str, int], columns: Sequence[str] = ()) -> dict[str, dict[str, list[int]]]:
     """Return patients' numbers by column and group. A patient with several values in a column is in no group of it.
 
     Args:
         table: The patients of the data, with their columns.
         numbers: The number of each patient, as in predictions.
+        columns: Columns in addition to those in ``SHOWN``.
     """
     found: dict[str, dict[str, list[int]]] = {}
     for column, values in table.columns.items():
-        if column.lower() not in SHOWN or column in table.sites[:1]:
+        if (column.lower() not in SHOWN and column not in columns) or column in table.sites[:1]:
             continue
         values_of: dict[str, set[str]] = {}
         for patient, value in zip(table.patients, values, strict=True):
@@ -112,9 +113,9 @@ def _order(name: str) -> tuple[int, str]:
     return (ages.index(name) if name in ages else -1, name)
 
 
-def write_groups(run: Path, table: Table, numbers: Mapping[str, int]) -> None:
+def write_groups(run: Path, table: Table, numbers: Mapping[str, int], columns: Sequence[str] = ()) -> None:
     """Write ``groups.json`` with the patients' numbers, not names, to a run folder, unless no column is known."""
-    if found := groups_of(table, numbers):
+    if found := groups_of(table, numbers, columns):
         atomic.write(run / FILE, json.dumps(found, separators=(",", ":")) + "\n")
 
 

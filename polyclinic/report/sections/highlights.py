@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from polyclinic.evaluation.records.run_reader import external_sites, training_sites
 from polyclinic.report.context import ReportContext
-from polyclinic.report.formatting import count, interval, listed, many, number, with_interval
+from polyclinic.report.formatting import count, interval, listed, many, number, outcome, with_interval
 from polyclinic.report.sections.clinical import empty_predictions
 from polyclinic.statistics.paired_tests import BETTER, FEWEST, UNDECIDED, WORSE
 
@@ -63,8 +63,21 @@ def in_short(page: ReportContext) -> list[Markup]:
                 "On held-out patients of the training sites the mean {} over sites was <strong>{} ({})</strong>."
             ).format(page.label, number(mean.value, d), interval(mean.low, mean.high, d))
         )
-    sentences += [*_against(page), *_among_methods(page)]
+    sentences += [*_declared(page), *_against(page), *_among_methods(page)]
     return sentences
+
+
+def _declared(page: ReportContext) -> Iterator[Markup]:
+    """Report the comparisons that the study declared before the run."""
+    for c in page.result.declared:
+        d, margin = c.difference, f" and the margin {number(c.difference.margin, page.digits)}"
+        text = f"Declared before the run: {page.title(c.method)} compared with {page.title(c.reference)}"
+        text += f" by {page.label}, question {d.question}{margin if d.margin is not None else ''}: "
+        yield Markup("{}<strong>{}</strong>{}.").format(
+            text,
+            outcome(d),
+            f", difference {with_interval(d, page.digits, signed=True)}" if d.value is not None else "",
+        )
 
 
 def _against(page: ReportContext) -> Iterator[Markup]:

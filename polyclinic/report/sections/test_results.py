@@ -44,7 +44,7 @@ def methods_section(page: ReportContext) -> Section:
     title, result = "Comparison of methods", page.result
     if not result.methods:
         return Section("methods", title, [Text("No method has test predictions yet.")])
-    blocks: list[Any] = [_methods_picture(page), _levels(page)]
+    blocks: list[Any] = [_methods_picture(page), *_declared(page), _levels(page)]
     if result.comparisons and result.reference:
         blocks.append(_differences(page, result.reference))
     return Section("methods", title, [*blocks, *_ranking(page)])
@@ -110,6 +110,39 @@ def _levels(page: ReportContext) -> Table:
     return Table("methods", f"{page.label} on test patients.", columns, rows, note, chosen)
 
 
+def _declared(page: ReportContext) -> Iterator[Table]:
+    """Yield the comparisons that the study declared before the run."""
+    result, d = page.result, page.digits
+    if not result.declared:
+        return
+    rows: list[Row] = [
+        {
+            "method": page.title(c.method),
+            "reference": page.title(c.reference),
+            "question": c.difference.question,
+            "margin": amount(c.difference.margin, d),
+            "difference": cell(c.difference, d, signed=True),
+            "p": Cell(p_value(c.difference.p), c.difference.p),
+            "adjusted": Cell(p_value(c.difference.adjusted), c.difference.adjusted),
+            "verdict": outcome(c.difference),
+        }
+        for c in result.declared
+    ]
+    columns = words(method="Method", reference="Compared with", question="Question") + numbers(margin="Margin")
+    columns += numbers(difference=f"Difference ({page.level}\u00a0CI)", p="p", adjusted="p after Holm")
+    columns += words(verdict="Result")
+    note = (
+        f"{page.label}, mean over sites, paired by patient; + is better. Margins are part of the study’s hash. A "
+        "difference is tested two-sided at 5 %; non-inferiority and equivalence by one-sided tests at 2.5 %, so that "
+        f"their p is compared with 0.025. Holm’s correction is for {many(len(rows), 'declared comparison')}."
+    )
+    left = [f"{page.title(c.method)}: {listed(c.without)}" for c in result.declared if c.without]
+    note += f" Sites at which one of two was not tested are left out: {'; '.join(left)}." if left else ""
+    if page.result.options.level != 0.95:
+        note += " Tests use these levels whatever the level of the intervals."
+    yield Table("declared", "Comparisons that the study file declared before the run.", columns, rows, note)
+
+
 def _lowest(m: MethodResult, d: int) -> Cell | str:
     """Return the site with the worst shrunken value, or without one the worst value."""
     if m.lowest is not None:
@@ -149,8 +182,9 @@ def _differences(page: ReportContext, reference: str) -> Table:
     columns += numbers(sites="p over sites") if result.over_sites else []
     columns += words(verdict="Result")
     seeds = ", plus the variance between seeds" if any(len(m.seeds) > 1 for m in result.methods) else ""
+    also = "These comparisons were not declared before the run: they describe, and the declared ones decide. "
     note = (
-        f"Mean over sites, paired by patient{seeds}; + is better. "
+        f"{also if result.declared else ''}Mean over sites, paired by patient{seeds}; + is better. "
         f"Holm’s correction for {many(len(rows), 'comparison')}. A difference is significant if the interval "
         f"excludes 0 "
         f"and the corrected p is below 0.05. It is not tested if fewer than {FEWEST} patients have different results."

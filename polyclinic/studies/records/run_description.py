@@ -113,10 +113,17 @@ def information(study: Study, splits: Sequence[Federated], parameters: int) -> d
         "seeds": list(study.seeds),
         **folded,
         **simulation_schema.facts(study, data.training),
+        **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
     }
+
+
+def declared(study: Study) -> dict[str, Any]:
+    """Return the comparisons that the study declares, for ``run.json``; nothing without any."""
+    compare = [c.model_dump(exclude_none=True) for c in study.evaluation.compare]
+    return {"compare": compare} if compare else {}
 
 
 def patients_apart(data: Federated) -> bool:

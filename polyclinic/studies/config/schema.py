@@ -294,6 +294,34 @@ class MethodSpec(Table):
         return self.label or self.name
 
 
+class CompareSpec(Table):
+    """A comparison of two methods that is declared before the run, by the primary metric, mean over training sites.
+
+    The margin is in units of the metric: 0.02 is two points of AUC. It is part of the study's hash, so that it cannot
+    be chosen after the results are known.
+    """
+
+    method: str
+    """The label of a method of this study."""
+    reference: str
+    """The label of the method that it is compared with."""
+    kind: Literal["difference", "non-inferiority", "equivalence"] = "difference"
+    """The question: whether they differ, whether the method is not worse by more than the margin, or whether both are
+    equal within the margin."""
+    margin: Positive | None = None
+    """The largest difference that does not matter, for non-inferiority and equivalence."""
+
+    @model_validator(mode="after")
+    def _with_margin(self) -> "CompareSpec":
+        if self.kind != "difference" and self.margin is None:
+            raise ConfigError(f"{self.kind} needs a margin, such as margin = 0.02")
+        if self.kind == "difference" and self.margin is not None:
+            raise ConfigError('a margin is for kind = "non-inferiority" or "equivalence"')
+        if self.method == self.reference:
+            raise ConfigError("method and reference are the same")
+        return self
+
+
 class EvaluationSpec(Table):
     """How models are judged: every ``every`` rounds on validation data, and once on the test data.
 
@@ -315,6 +343,15 @@ class EvaluationSpec(Table):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
     """
+    compare: tuple[CompareSpec, ...] = ()
+    """Comparisons that are declared before the run, each a table ``[[evaluation.compare]]``."""
+    subgroups: tuple[str, ...] = ()
+    """Columns of the data by which results are shown, in addition to the usual ones, such as sex, age and scanner."""
+
+    @property
+    def unset(self) -> set[str]:
+        """The keys without a value, which are no part of a study's hash."""
+        return {key for key in ("space", "patience", "compare", "subgroups") if not getattr(self, key)}
 
 
 class EngineSpec(Table):

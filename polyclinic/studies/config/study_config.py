@@ -37,6 +37,9 @@ from polyclinic.studies.config.schema import (
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, changed, count, extremes
 from polyclinic.studies.config.validation import attack_problems, method_problems, validated
 
+PROPORTIONS = ("auc", "accuracy", "balanced_accuracy", "dice", "ssim")
+"""Metrics between 0 and 1."""
+
 
 def _folds(value: Any) -> int | Literal["sites"] | None:
     if value is None or value == "sites" or (type(value) is int and 2 <= value <= 50):
@@ -96,14 +99,13 @@ class Study(Table):
         optional = ("folds", "search", "machines", "attack", "augmentation")
         unset = {key for key in optional if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
+        for key in self.evaluation.unset:
+            del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
             if method["augmentation"] is None:
                 del method["augmentation"]
-        for key in ("space", "patience"):
-            if value["evaluation"][key] is None:
-                del value["evaluation"][key]
         for key in ("weights", "lora", "train"):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
@@ -211,7 +213,24 @@ def _together(study: Study) -> list[Problem]:
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     if study.evaluation.space is not None and study.task.kind != "segmentation":
         problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
-    return [*problems, *_trained(study), *_folded(study), *_searched(study), *_simulated(study)]
+    return [*problems, *_trained(study), *_compared(study), *_folded(study), *_searched(study), *_simulated(study)]
+
+
+def _compared(study: Study) -> Iterator[Problem]:
+    """Yield declared comparisons of unknown methods, with margins that cannot be meant, or given twice."""
+    labels, seen = [method.called for method in study.methods], set[tuple[str, str, str]]()
+    for i, c in enumerate(study.evaluation.compare):
+        place = ("evaluation", "compare", i)
+        for key in ("method", "reference"):
+            if (label := getattr(c, key)) not in labels:
+                says = f'no method of this study is called "{label}". There are {", ".join(labels)}'
+                yield Problem((*place, key), says)
+        if c.margin is not None and c.margin >= 0.5 and study.metric in PROPORTIONS:
+            says = f"{study.metric} lies between 0 and 1, so a margin is a fraction, such as 0.02 for two points"
+            yield Problem((*place, "margin"), says)
+        if (c.method, c.reference, c.kind) in seen:
+            yield Problem(place, "the same comparison twice would be corrected for twice")
+        seen.add((c.method, c.reference, c.kind))
 
 
 def _uncovered(study: Study) -> Iterator[Problem]:

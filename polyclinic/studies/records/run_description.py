@@ -141,6 +141,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "seeds": list(study.seeds),
         **folded,
         **simulation_schema.facts(study, data.training),
+        **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
@@ -154,6 +155,12 @@ def space_of(study: Study, data: Federated) -> Literal["native", "grid"]:
         getattr(e, "measured", None) is not None for roles in data.sites.values() for e in roles.values() if len(e)
     )
     return "native" if known and study.evaluation.space != "grid" else "grid"
+
+
+def declared(study: Study) -> dict[str, Any]:
+    """Return the comparisons that the study declares, for ``run.json``; nothing without any."""
+    compare = [c.model_dump(exclude_none=True) for c in study.evaluation.compare]
+    return {"compare": compare} if compare else {}
 
 
 def patients_apart(data: Federated) -> bool:

@@ -16,6 +16,7 @@ from polyclinic.data.source import Source
 from polyclinic.data.splits import Fold
 from polyclinic.engines.plan import Plan
 from polyclinic.engines.policy.coverage import uncovered
+from polyclinic.evaluation.subgroup_results import MANY, groups_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
@@ -97,6 +98,7 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
         DataError: If the data cannot be read or used. The message lists every problem.
     """
     source = study.data.source()
+    _require_columns(study, source)
     patients = sorted(set(source.table().patients))
     folds: list[Fold | None] = [None]
     if study.folds == "sites":
@@ -108,6 +110,27 @@ def resolve(study: Study, text: str) -> ResolvedStudy:
     splits = _splits(study, source, jobs)
     methods = _methods(study, text, splits[0], folds[0])
     return ResolvedStudy(study, text, source, splits, jobs, methods, {name: i for i, name in enumerate(patients)})
+
+
+def _require_columns(study: Study, source: Source) -> None:
+    """Check that the columns of subgroups exist and form groups.
+
+    Raises:
+        DataError: If not. The message lists every problem.
+    """
+    columns, problems = source.table().columns, []
+    for name in study.evaluation.subgroups:
+        if name not in columns:
+            listed = ", ".join(columns) or "none"
+            problems.append(f'evaluation.subgroups: the data have no column "{name}". There are: {listed}')
+        elif not groups_of(source.table(), dict.fromkeys(source.table().patients, 0), [name]).get(name):
+            many = len(set(columns[name]))
+            problems.append(
+                f'evaluation.subgroups: column "{name}" has {many} values and forms no 2 to {MANY} groups of patients. '
+                "Leave it out, or give the data a column with fewer values"
+            )
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _splits(study: Study, source: Source, jobs: tuple[Job, ...]) -> tuple[Federated, ...]:

@@ -78,7 +78,7 @@ def _run_in(folder: Folder, resolved: ResolvedStudy, resume: bool, fresh: bool =
         elif not folder.begun:
             data_identity.write_identity(path, first, resolved.source)
         folder.begin(resolved.text, information(study, splits, parameters, resolved.task), resume)
-        write_groups(path, resolved.source.table(), resolved.numbers)
+        write_groups(path, resolved.source.table(), resolved.numbers, study.evaluation.subgroups)
         folder.note("resumed" if resume else "begun", {"study": study.hash, "data": first.fingerprint})
         notes = [*simulation_schema.told(study), *(note for data in splits for note in described(data))]
         yield Event("data", notes=(*dict.fromkeys(notes), *network.warnings))

@@ -47,6 +47,8 @@ _EXTRAS = {
     "dicomanonymizer": "dicom",
     "h5py": "fastmri",
     "pyarrow": "tables",
+    "starlette": "console",
+    "uvicorn": "console",
 }
 _CORRECTABLE = {
     errno.ENOENT: "Check the path",

@@ -152,7 +152,7 @@ def stop(run_folder: Path, *, json_: Json = False) -> None:
     Args:
         run_folder: A folder that `polyclinic run` made.
     """
-    from polyclinic.studies.run.run_directory import ask_to_stop
+    from polyclinic.studies.run.run_lock import ask_to_stop
 
     with document(json_) as emit:
         pid = ask_to_stop(run_folder)
@@ -369,7 +369,7 @@ def _status(run_folder: Path) -> dict[str, Any]:
     from pydantic import ValidationError
 
     from polyclinic.evaluation.records.record_schema import RunInfo, arm_names, record_files
-    from polyclinic.studies.run.run_directory import holder
+    from polyclinic.studies.run.run_lock import holder
 
     try:
         info = RunInfo.model_validate_json((run_folder / "run.json").read_bytes())

@@ -10,6 +10,7 @@ runs/<name>-<hash8>/
                        model.safetensors        the tested model;  predictions.safetensors   its predictions
                        search.jsonl             trials of a search;  chosen.toml   the chosen values, editable
                        records.jsonl            records of the method run, until the run ends and joins them
+                       now.json                 progress within the current round
   data.safetensors   hashes of the data's examples      stop   makes it stop after the current round
   .lock           held by the process of the run
 ```

@@ -1,7 +1,13 @@
-"""Lock of a run folder: which process works in it, and how it is asked to stop. Requires no PyTorch."""
+"""Lock of a run folder: which process works in it, how it is asked to stop, how it is deleted.
+
+Requires no PyTorch.
+"""
 
 import fcntl
+import shutil
 from pathlib import Path
+
+from polyclinic.errors import RunError
 
 LOCK, STOP = ".lock", "stop"
 
@@ -25,3 +31,20 @@ def ask_to_stop(path: Path) -> int:
     if pid:
         (path / STOP).touch()
     return pid
+
+
+def delete(path: Path) -> None:
+    """Delete the run in the folder at ``path``, unless a process works on it.
+
+    Raises:
+        RunError: If a process works on it, or the folder contains no run.
+    """
+    if path.is_symlink() or not (path / "run.json").is_file():
+        raise RunError(f"{path} contains no run")
+    with open(path / LOCK, "a", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{path}: a process works on this run. Stop it first: polyclinic stop {path}") from None
+        (path / "run.json").unlink()  # from here on it is no run, also if deleting the rest is interrupted
+        shutil.rmtree(path)

@@ -35,9 +35,10 @@ from polyclinic.studies.config.method_plan import POOLED
 from polyclinic.studies.config.study_config import Study
 from polyclinic.studies.records import site_outliers
 from polyclinic.studies.records.checkpoint import Checkpoint
-from polyclinic.studies.run import run_budgets
+from polyclinic.studies.run import round_progress, run_budgets
 from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.resolved_study import ResolvedMethod
+from polyclinic.studies.run.round_progress import WatchedFederation
 from polyclinic.studies.run.run_directory import MethodRunFolder, write_tensors
 
 
@@ -97,6 +98,7 @@ class MethodRun:
             finally:
                 engine.close()
         finally:
+            (self.path / round_progress.NAME).unlink(missing_ok=True)
             self.folder.close()
 
     def _train(self, engine: Any, at: Checkpoint | None) -> Iterator[Event]:
@@ -148,7 +150,7 @@ class MethodRun:
         sampler, need = UniformSampler(trainers, size, self.seed), min(study.min_replies, size)
         how: Any = {"rounds": study.rounds, "sampler": sampler, "deadline": study.deadline, "min_replies": need}
         if study.machines is None:
-            return train(self.method, engine, state, **how)
+            return train(self.method, WatchedFederation(engine, self.path / round_progress.NAME), state, **how)
         return simulation_schema.steps(study.machines, self.method, engine, state, trainers=trainers, **how)
 
     def _ends(self, state: Any, done: int) -> bool:

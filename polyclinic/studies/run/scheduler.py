@@ -29,7 +29,8 @@ from polyclinic.studies.run.events import Event, Job, cores
 from polyclinic.studies.run.method_run import MethodRun, external_in
 from polyclinic.studies.run.parallel_runs import in_turn, possible, side_by_side, warm_up
 from polyclinic.studies.run.resolved_study import ResolvedStudy, resolve
-from polyclinic.studies.run.run_directory import STOP, Folder, MethodRunFolder, Note, Stopped, held
+from polyclinic.studies.run.run_directory import Folder, MethodRunFolder, Note, Stopped, held
+from polyclinic.studies.run.run_lock import STOP
 
 
 def run(

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core import tree
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
@@ -111,6 +112,12 @@ class LocalTraining:
                     after_step(model)
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
         return params_of(model)
+
+    def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
+        """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
+        change = self.fit(task, start, site, round, **options)
+        tree.sub_(change, start)
+        return change
 
     def batches(self, data: Any, rng: torch.Generator, device: str = "cpu") -> Iterator[Batch]:
         """Yield shuffled minibatches of ``data`` for one round."""

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core import tree
 from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
@@ -148,6 +149,12 @@ class LocalTraining:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(names)}
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
         return params_of(model)
+
+    def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
+        """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
+        change = self.fit(task, start, site, round, **options)
+        tree.sub_(change, start)
+        return change
 
     def batches(
         self, data: Any, rng: torch.Generator, device: str = "cpu", compute: Compute = Compute()

@@ -16,7 +16,6 @@ from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, flat, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
 from polyclinic.errors import PolyclinicError
-from polyclinic.learning.weights import store
 from polyclinic.methods.catalog import METHODS, Entry, canonical
 from polyclinic.methods.plugins import packages_of
 
@@ -240,22 +239,23 @@ def _what_runs(methods: Sequence[_Method]) -> Section:
 
 def _start_weights(methods: Sequence[_Method]) -> Section | None:
     """Describe which start weights the study needs, and whether this site has them; None if it needs none."""
+    tunings = [method.plan.get("tuning", {}) for method in methods]
+    if not (wanted := list(dict.fromkeys(t["weights"].get("sha256", "") for t in tunings if t.get("weights")))):
+        return None
+    from polyclinic.learning.weights import store  # PyTorch is loaded for these studies only
+
     section = Section("Start weights")
-    wanted = [method.plan.get("tuning", {}).get("weights", {}).get("sha256", "") for method in methods]
-    for sha256 in dict.fromkeys(filter(None, wanted)):
+    for sha256 in wanted:
         try:
             item = store.find(str(sha256))
         except PolyclinicError:
-            section.say(
-                f"{sha256}: NOT here. Add the file that the coordinator names: polyclinic site weights add FILE"
-            )
+            section.say(f"{sha256}: NOT here. Add the file that the coordinator names:")
+            section.say("polyclinic site weights add FILE", depth=2)
             continue
-        card = item.card
+        card, size = item.card, f"{item.size / 1e6:.1f} MB"
         section.say(f"{sha256}: here")
-        section.say(
-            f"{card.name}, {item.size / 1e6:.1f} MB, license {card.license}; {card.source or 'no source stated'}"
-        )
-    return section if section.lines else None
+        section.say(f"{card.name}, {size}, license {card.license}; {card.source or 'no source stated'}", depth=2)
+    return section
 
 
 def _leaving(an: RunRequest, methods: Sequence[_Method]) -> Section:

@@ -121,5 +121,10 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+def build_method(text: str) -> Evaluated[Any]:
+    """Build the method of the plan in ``text``, as JSON."""
+    return Plan.from_json(text).build_method()
+
+
 def _hashable(value: Any) -> Any:
     return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

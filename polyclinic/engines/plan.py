@@ -151,5 +151,10 @@ def _tuned(network: Network, tuning: Mapping[str, Any]) -> FineTuned:
         raise ConfigError(f"the plan's field 'tuning': {error}") from None
 
 
+def build_method(text: str) -> Evaluated[Any]:
+    """Build the method of the plan in ``text``, as JSON."""
+    return Plan.from_json(text).build_method()
+
+
 def _hashable(value: Any) -> Any:
     return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value

@@ -361,10 +361,10 @@ class EngineSpec(Table):
     each. ``"auto"`` chooses method runs if there are at least twice as many as workers.
     """
 
-    kind: Literal["workers", "in-process"] = "workers"
-    """Worker processes, or one process."""
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    """The number of worker processes; by default one that fits the machine."""
+    kind: Literal["workers", "in-process", "ray"] = "workers"
+    """Worker processes, one process, or workers on the machines of a Ray cluster."""
+    workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """The number of worker processes; by default one that fits the machine or the cluster."""
     parallel: Literal["auto", "sites", "arms"] = "auto"
     """What worker processes share: the sites of one method, or whole methods."""
     device: str = "cpu"
@@ -375,6 +375,20 @@ class EngineSpec(Table):
     """Whether images are stored with channels last. The last bits of results may differ."""
     compile: bool = False
     """Whether networks are compiled by ``torch.compile``. The last bits of results may differ."""
+    address: str = "auto"
+    """The Ray cluster: ``auto`` for the one on this machine, ``local`` to start one, or the address of its head."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each worker on a Ray cluster; a fraction shares one between workers."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EngineSpec":
+        if self.kind != "ray" and self.model_fields_set & {"address", "gpus"}:
+            raise ConfigError('address and gpus are for kind = "ray"')
+        if self.kind != "ray" and (self.workers or 0) > 256:
+            raise ConfigError("workers: at most 256 worker processes run on one machine")
+        if self.gpus and self.device == "cpu":
+            raise ConfigError('gpus: set device = "cuda" to use the GPUs of the workers')
+        return self
 
 
 class MachineSpec(Table):

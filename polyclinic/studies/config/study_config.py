@@ -213,7 +213,15 @@ def _together(study: Study) -> list[Problem]:
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     if study.evaluation.space is not None and study.task.kind != "segmentation":
         problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
-    return [*problems, *_trained(study), *_compared(study), *_folded(study), *_searched(study), *_simulated(study)]
+    return [
+        *problems,
+        *_trained(study),
+        *_compared(study),
+        *_folded(study),
+        *_searched(study),
+        *_simulated(study),
+        *_distributed(study),
+    ]
 
 
 def _compared(study: Study) -> Iterator[Problem]:
@@ -293,6 +301,16 @@ def _simulated(study: Study) -> Iterator[Problem]:
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
         says = "fedbuff sends the next request to a site as soon as it replies: leave sites_per_round out"
         yield Problem(("sites_per_round",), says)
+
+
+def _distributed(study: Study) -> Iterator[Problem]:
+    """Yield what workers on other machines cannot do if they share the sites of one method run."""
+    if study.engine.kind != "ray" or study.engine.parallel != "sites":
+        return
+    for key in ("attack", "privacy", "machines"):
+        if getattr(study, key) is not None:
+            says = f'a study with [{key}] distributes whole method runs: set parallel = "arms", or leave it out'
+            yield Problem(("engine", "parallel"), says)
 
 
 def _searched(study: Study) -> Iterator[Problem]:

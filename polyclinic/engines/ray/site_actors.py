@@ -20,9 +20,10 @@ import torch
 from polyclinic.core import serialization
 from polyclinic.core.method import Method, Request
 from polyclinic.core.rounds import Arrival
-from polyclinic.core.site import Site
+from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Trees
 from polyclinic.data.examples import Examples
+from polyclinic.data.geometry import Geometry
 from polyclinic.engines.ray.cluster import ClusterError, installation, ray, require_same_installation, slots
 from polyclinic.engines.site_runtime import work
 from polyclinic.errors import DataError
@@ -51,22 +52,28 @@ def encode_data(site: str, data: Mapping[str, Any]) -> bytes:
                 f'site {site}: its data stay on disk, and kind = "ray" with parallel = "sites" sends data to workers. '
                 'Use parallel = "arms" with a folder that all machines share, or kind = "workers"'
             )
-        roles[role] = vars(examples)
+        geometries = examples.geometries and [geometry.table for geometry in examples.geometries]
+        roles[role] = {**vars(examples), "geometries": geometries}
     return serialization.encode(roles)
 
 
 def decode_data(encoded: bytes) -> dict[str, Examples]:
     """Decode the result of ``encode_data``."""
-    return {role: Examples(**fields) for role, fields in serialization.decode(bytearray(encoded), share=True).items()}
+    roles = {}
+    for role, fields in serialization.decode(bytearray(encoded), share=True).items():
+        geometries = fields["geometries"] and tuple(map(Geometry.of_table, fields["geometries"]))
+        roles[role] = Examples(**{**fields, "geometries": geometries})
+    return roles
 
 
 class SiteWorker:
     """A worker process: an actor of Ray."""
 
-    def __init__(self, build: Build, recipe: str, device: str, seed: int, data: Mapping[str, Reference]) -> None:
-        """Build the method. ``data`` refers to each site's data, which are fetched at the site's first request."""
+    def __init__(self, build: Build, recipe: str, machine: Mapping[str, Any], data: Mapping[str, Reference]) -> None:
+        """Build the method. ``machine`` holds further fields of a site; ``data`` refers to each site's data, which are fetched at the site's first request."""
         torch.set_num_threads(1)
-        self._method, self._device, self._seed = build(recipe), device, seed
+        self._method = build(recipe)
+        self._machine = {**machine, "compute": Compute(**machine["compute"])}
         self._references = dict(data)
         self._sites: dict[str, Site] = {}
 
@@ -82,7 +89,7 @@ class SiteWorker:
         """Execute one request at one site: return the outcome as JSON, the reply and the site's state."""
         if name not in self._sites:
             data = decode_data(ray().get(self._references[name]))
-            self._sites[name] = Site(name, data, self._device, self._seed)
+            self._sites[name] = Site(name, data, **self._machine)
         done = work(self._method, _decoded(request), _decoded(memory), self._sites[name])
         lost, reply, kept = done.lost, b"", b""
         if done.reply is not None:
@@ -156,7 +163,7 @@ class RaySites:
         self.memory: dict[str, Trees] = {name: (memory or {}).get(name, {}) for name in sorted(sites)}
         self._names = sorted(sites)
         first = next(iter(sites.values()))
-        self._given = (build, recipe, first.device, first.seed)
+        self._given = (build, recipe, {"device": first.device, "seed": first.seed, "compute": vars(first.compute)})
         self._gpus = gpus
         self._queue: deque[_Job] = deque()
         self._last: tuple[Request | None, Sequence[str]] = (None, ())

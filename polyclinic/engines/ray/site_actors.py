@@ -70,7 +70,14 @@ class SiteWorker:
     """A worker process: an actor of Ray."""
 
     def __init__(self, build: Build, recipe: str, machine: Mapping[str, Any], data: Mapping[str, Reference]) -> None:
-        """Build the method. ``machine`` holds further fields of a site; ``data`` refers to each site's data, which are fetched at the site's first request."""
+        """Build the method.
+
+        Args:
+            build: The function that builds it.
+            recipe: The text that ``build`` reads.
+            machine: Further fields of a site.
+            data: References to each site's data, which are fetched at the site's first request.
+        """
         torch.set_num_threads(1)
         self._method = build(recipe)
         self._machine = {**machine, "compute": Compute(**machine["compute"])}

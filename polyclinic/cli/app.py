@@ -96,6 +96,7 @@ for group, name, target, summary in (
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets."),
     (_STUDIES, "track", "results:track", "Copy a run's records to MLflow or TensorBoard."),
     (_STUDIES, "predict", "models:predict", "Apply a run's model to new images."),
+    (_STUDIES, "evaluate", "models:evaluate", "Evaluate a trained model on the data of a study, at each of its sites."),
     (_STUDIES, "explain", "results:explain", "Compute attribution maps of a run's model at every site."),
     (_STUDIES, "export", "results:export", "Write a model for other tools: MONAI bundle, ONNX, torch.export."),
     (_LISTS, "methods", "catalog:methods_app", "List the federated methods, by the survey's taxonomy."),

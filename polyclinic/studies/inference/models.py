@@ -75,7 +75,7 @@ class TrainedModel:
     @property
     def mirror_axes(self) -> tuple[int, ...]:
         """The spatial axes that training mirrored."""
-        return tuple(getattr(self.plan.build_local(), "mirror_axes", ()))
+        return self.plan.build_local().mirror_axes(len(self.plan.inputs) - 1)
 
     @property
     def identity(self) -> dict[str, Any]:

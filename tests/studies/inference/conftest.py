@@ -27,7 +27,7 @@ kind = "segmentation"
 network = "unet"
 options = {{ width = 4, norm = "batch" }}
 [training]
-steps = 20
+steps = 12
 batch_size = 4
 optimizer = "adam"
 lr = 0.01

@@ -1,6 +1,7 @@
 """Predictions of new images: those of the run, in the geometry of the file, resumable, and refused with a reason."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from polyclinic.errors import PolyclinicError
 from polyclinic.evaluation.records.run_reader import read_run
+from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.export.model_export import export
 from polyclinic.studies.inference.models import NoModel, trained_model
 from polyclinic.studies.inference.predict import Outputs, Predicted, Work
@@ -101,9 +103,7 @@ def test_an_ensemble_is_the_mean_of_the_logits(finished: Finished, tmp_path: Pat
     assert "disagreement_in_object" in results[0].row
 
 
-def test_mirrored_copies_are_averaged_where_training_mirrored(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mirrored_copies_are_averaged_where_training_mirrored(finished: Finished) -> None:
     run, _ = finished
     model = trained_model(run, "fedavg", seeds=[0])
     with pytest.raises(PolyclinicError, match="training mirrored none"):
@@ -112,8 +112,10 @@ def test_mirrored_copies_are_averaged_where_training_mirrored(
     flipped = Predictor(model)(x.flip(1)).scores.flip(1)
     expected = (Predictor(model)(x).scores + flipped) / 2
     torch.testing.assert_close(Predictor(model, mirror=(0,))(x).scores, expected)
-    monkeypatch.setattr(type(model), "mirror_axes", property(lambda self: (0, 2)))
-    assert tta_axes(model) == (0, 2)
+    changes = AugmentationSpec.model_validate({"recipe": "none", "mirror": {"probability": 0.5, "axes": (0, 2)}})
+    training = {**model.plan.training, "augmentation": changes.expanded()}
+    mirrored = dataclasses.replace(model, plan=dataclasses.replace(model.plan, training=training))
+    assert tta_axes(mirrored) == (0, 2)
 
 
 def test_a_prediction_resumes_image_by_image(finished: Finished, tmp_path: Path) -> None:

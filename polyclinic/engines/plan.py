@@ -26,6 +26,8 @@ from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
 from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
+from polyclinic.methods.base.kept_optimizer import KeptOptimizer
+from polyclinic.methods.catalog import METHODS, OWN_STEPS
 from polyclinic.methods.registry import Setting, build
 
 TASKS: Mapping[str, type[Task]] = {
@@ -95,6 +97,14 @@ class Plan:
         """Build the method with its transforms and evaluation."""
         task, local = self.build_task(), self.build_local()
         inner: Method[Any] = build(self.method, Setting(task, local, self.sites, self.rounds), self.options)
+        own_steps = self.method in METHODS and METHODS[self.method].exposes == OWN_STEPS
+        if own_steps and local.keep_optimizer:
+            raise ConfigError(
+                f"{self.method} takes individual training steps and resets its optimizers each round: set "
+                "keep_optimizer = false for it"
+            )
+        if local.keeps_optimizer and not own_steps:
+            inner = KeptOptimizer(inner)
         if self.uplink:
             inner = send_through(inner, *(build_transform(item) for item in self.uplink))
         if self.downlink:

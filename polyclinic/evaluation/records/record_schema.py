@@ -174,7 +174,8 @@ class MethodInfo(_Line):
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe simulated machines and attacks.
+    ``training`` holds the settings of local training by method, with those of recipes. ``machines`` and ``attack``
+    describe simulated machines and attacks.
     """
 
     name: str
@@ -195,6 +196,7 @@ class RunInfo(_Line):
     engine: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, Any] = Field(default_factory=dict)
     parameters: int = 0
+    training: dict[str, dict[str, Any]] = Field(default_factory=dict)
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)
 

@@ -192,6 +192,12 @@ def _uncovered(study: Study) -> Iterator[Problem]:
 
 def _trained(study: Study) -> Iterator[Problem]:
     """Yield the training settings that do not go together, once for each set of methods that has them."""
+    if study.evaluation.patience is not None:
+        if study.evaluation.select == "last":
+            says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
+            yield Problem(("evaluation", "patience"), says)
+        elif not any(method.name in ("local", "pooled") for method in study.methods):
+            yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
     told = set[str]()
     for i, method in enumerate(study.methods):
         table = study.training_of(method)

@@ -17,6 +17,7 @@ from polyclinic.core import atomic
 from polyclinic.core import serialization as states
 from polyclinic.data.federation import Federated, federate
 from polyclinic.data.splits import Fold
+from polyclinic.engines.devices import chosen_device
 from polyclinic.evaluation.records.run_reader import read_info
 from polyclinic.evaluation.subgroup_results import write_groups
 from polyclinic.learning.networks.model_tree import inspect
@@ -46,6 +47,7 @@ def run(
         folder: The run folder, if the caller has locked it. It remains locked.
 
     Raises:
+        ConfigError: If the study's device does not exist here. No data were read.
         BadStudy: If methods cannot be built with these settings and data. Nothing was run.
         DataError: If the data cannot be read or used. Nothing was run.
         DataChanged: If the data are not those that the run to continue began with.
@@ -54,6 +56,7 @@ def run(
         Stopped: If the file ``stop`` in the folder asked for it, between two rounds; ``resume`` continues from there.
         NotChosen: If what a search chose was changed after training had begun with it.
     """
+    chosen_device(study.engine.device)
     with nullcontext(folder) if folder is not None else held(path) as own:
         yield from _run_in(own, resolve(study, text), resume, fresh)
 
@@ -112,7 +115,11 @@ def _whole_arms(study: Study, jobs: int, workers: int) -> bool:
     engine = study.engine
     if engine.kind != "workers" or engine.parallel == "sites" or not possible():
         return False
-    usual = engine.device == "cpu" and (study.deadline is None or study.machines is not None) and jobs >= 2 * workers
+    usual = (
+        chosen_device(engine.device) == "cpu"
+        and (study.deadline is None or study.machines is not None)
+        and jobs >= 2 * workers
+    )
     return engine.parallel == "arms" or (usual and workers > 1)
 
 

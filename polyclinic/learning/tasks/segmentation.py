@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
+from polyclinic.learning.tasks.segmentation_loss import supervised
 from polyclinic.learning.tasks.task import Task
 
 IGNORED = -1
@@ -28,30 +28,22 @@ class Segmentation(Task):
         spacing_mm: Pixel size along each axis, for distances.
         tolerance_mm: Distance up to which two surfaces agree, for the surface Dice.
         window: Patch size for sliding-window prediction of large volumes; the whole image by default.
+        batch_dice: Whether the loss takes the Dice of all images of a minibatch together.
     """
 
     spacing_mm: tuple[float, ...] | None = None
     tolerance_mm: float = 2.0
     window: tuple[int, ...] | None = None
+    batch_dice: bool = False
 
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
 
-        Pixels without annotation count in neither.
+        Pixels without annotation count in neither. The losses of a network with deep supervision are weighted.
         """
-        from monai.losses import DiceLoss
-
-        prediction = model(batch[0])
-        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
-        target = batch[1].unsqueeze(1)
-        known = target != IGNORED
-        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
-        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
-        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
-        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
-        return dice + total / known.sum().clamp_min(1)
+        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""

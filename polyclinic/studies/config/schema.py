@@ -3,15 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    PlainValidator,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, PlainValidator, field_validator, model_validator
 
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
@@ -44,8 +36,12 @@ class TaskSpec(Table):
     """The tolerance of the surface Dice in mm (segmentation)."""
     window: tuple[int, ...] | None = None
     """The size of the sliding window at inference, in voxels (segmentation)."""
+    batch_dice: bool | None = None
+    """Whether the Dice loss is that of all images of a minibatch together, as in nnU-Net's 2-D mode (segmentation)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
+
+    UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice"})
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
@@ -57,7 +53,7 @@ class TaskSpec(Table):
         allowed = {
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
-            "segmentation": {"spacing_mm", "tolerance_mm", "window"},
+            "segmentation": {"spacing_mm", "tolerance_mm", "window", "batch_dice"},
             "regression": {"center", "spread"},
             "reconstruction": {"residual"},
         }[self.kind]
@@ -158,12 +154,6 @@ class TrainingSpec(Table):
             "balance_patients",
         }
     )
-    """Keys that are left out of the hash and of plans if they are not set."""
-
-    @model_serializer(mode="wrap")
-    def _set_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if value is not None or key not in self.UNSET}
 
 
 class MethodSpec(Table):
@@ -187,6 +177,8 @@ class MethodSpec(Table):
     """Keys of ``[training]`` that differ for this method."""
     augmentation: AugmentationSpec | None = None
     """Replaces the study's ``[augmentation]`` for this method."""
+
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
 
     @field_validator("name")
     @classmethod
@@ -232,6 +224,8 @@ class EvaluationSpec(Table):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
     """
+
+    UNSET: ClassVar[frozenset[str]] = frozenset({"patience"})
 
 
 class EngineSpec(Table):

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -78,6 +78,8 @@ class Study(Table):
     attack: AttackSpec | None = None
     engine: EngineSpec = EngineSpec()
 
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
+
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
@@ -92,16 +94,11 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        optional = ("folds", "search", "machines", "attack", "augmentation")
-        unset = {key for key in optional if getattr(self, key) is None}
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-            if method["augmentation"] is None:
-                del method["augmentation"]
-        if value["evaluation"]["patience"] is None:
-            del value["evaluation"]["patience"]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:

@@ -85,6 +85,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "hue": 5.0,
     "axes": (0,),
     "border": True,
+    "batch_dice": True,
 }
 ENGINE = ("kind", "workers", "parallel", "device", "threads", "channels_last", "compile")
 CHANGE_NOTHING = {"title", *(f"engine.{key}" for key in ENGINE)}

@@ -29,7 +29,8 @@ from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.functional import at
-from polyclinic.learning.networks.model_tree import BATCH_NORMS, cached_model, params_of
+from polyclinic.learning.networks.model_tree import cached_model, live_batch_norms, params_of
+from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.keyed_random import KeyedRandomness, UnknownRandomness, key_of, may_draw
 from polyclinic.learning.training.local import Correct, LocalTraining, Loss, Trainable, seeded
 from polyclinic.learning.training.minibatches import Sampler
@@ -93,7 +94,9 @@ class DPSGD(LocalTraining):
         problems = self.validate(task, model)
         if problems := [*problems, *([] if members else ["DPSGD: this site has no training examples"])]:
             raise ConfigError("; ".join(problems))
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad and (trainable is None or trainable(n))}
+        named = {
+            n: p for n, p in trainable_of(model).items() if p.requires_grad and (trainable is None or trainable(n))
+        }
         optimizer, rng = self._optimizer(list(named.values()), self.rate(round)), site.secret_rng()
         spend, secret = self.spend(data), rng.entropy(16)
         expected, deviation = spend.rate * len(members), self.noise * self.bound
@@ -136,7 +139,7 @@ class DPSGD(LocalTraining):
                 f"DPSGD: noise and bound must be above 0, not {self.noise} and {self.bound}; without noise "
                 "there is no privacy: use plain training and claim none"
             )
-        if any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+        if live_batch_norms(model):
             problems.append(
                 "DPSGD: this network has batch normalization, which mixes patients, so that the contribution of one "
                 'cannot be bounded: build it with the option norm = "group" or "instance"'
@@ -165,7 +168,7 @@ class DPSGD(LocalTraining):
         if problems := self.validate(task, model):
             return problems
         batch = data[torch.arange(min(2, len(data)))]
-        params, threads = {name: p.detach() for name, p in model.named_parameters()}, torch.get_num_threads()
+        params, threads = {name: p.detach() for name, p in trainable_of(model).items()}, torch.get_num_threads()
         torch.set_num_threads(1)  # a process that has used OpenMP's threads cannot fork workers that use them
         try:
             per_example_gradients(model, params, task.loss, batch, torch.arange(len(batch[0])))
@@ -233,7 +236,7 @@ class DPSGD(LocalTraining):
             step: The secret of this fit, and the number of the step. An image's key depends only on these, on the
                 unit's name and on the image's index within the unit.
         """
-        size = sum(p.numel() for p in model.parameters())
+        size = sum(p.numel() for p in trainable_of(model).values())
         chunk = self.chunk or max(1, min(64, 2**26 // size))  # at most 256 MiB of gradients
         for begin in range(0, len(chosen), chunk):
             units = chosen[begin : begin + chunk]

@@ -15,11 +15,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from polyclinic.core import tree
 from polyclinic.core.site import Compute, Site
 from polyclinic.core.tree import Tree
 from polyclinic.errors import ConfigError
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.networks.model_tree import cached_model, params_of
+from polyclinic.learning.networks.model_tree import trainable as trainable_of
 from polyclinic.learning.training.image_augmentation import ImageAugmentation
 from polyclinic.learning.training.minibatches import Sampler, drawn, weights
 from polyclinic.learning.training.optimizers import SGD, Adam, Optimizer, current_memory
@@ -147,6 +149,12 @@ class LocalTraining:
                 memory[key] = {**memory.get(key, {}), **optimizer.state(names)}
         model.zero_grad(set_to_none=True)  # frees the gradients before the parameters are copied
         return params_of(model)
+
+    def change(self, task: Trainable, start: Tree, site: Site, round: int, **options: Any) -> Tree:
+        """Return the change of the parameters by ``fit``, which no one else uses. ``options`` are those of ``fit``."""
+        change = self.fit(task, start, site, round, **options)
+        tree.sub_(change, start)
+        return change
 
     def batches(
         self, data: Any, rng: torch.Generator, device: str = "cpu", compute: Compute = Compute()
@@ -335,7 +343,9 @@ def _moved(x: Tensor, device: str, compute: Compute = Compute()) -> Tensor:
 def _trained(model: nn.Module, trainable: Callable[[str], bool] | None) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters to train, by name."""
     return [
-        (name, p) for name, p in model.named_parameters() if p.requires_grad and (trainable is None or trainable(name))
+        (name, p)
+        for name, p in trainable_of(model).items()
+        if p.requires_grad and (trainable is None or trainable(name))
     ]
 
 
@@ -347,7 +357,7 @@ class Proximal:
 
     def __call__(self, model: nn.Module, start: Tree) -> Tensor:
         """Return the penalty of the trainable parameters."""
-        gaps = [(p - start[name]).square().sum() for name, p in model.named_parameters()]
+        gaps = [(p - start[name]).square().sum() for name, p in trainable_of(model).items()]
         return self.mu / 2 * torch.stack(gaps).sum()
 
 

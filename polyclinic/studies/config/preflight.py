@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from polyclinic.engines.devices import chosen_device
 from polyclinic.errors import ConfigError, MissingDependency
 from polyclinic.studies.config.study_config import Study
 
@@ -36,7 +35,7 @@ def preflight(studies: Sequence[Study], out: Path) -> None:
 def _device(study: Study) -> Iterator[str]:
     """Why the study's device cannot be used here, if so."""
     try:
-        chosen_device(study.engine.device)
+        _ = study.engine.device_here
     except ConfigError as error:
         yield f"[engine] {error}"
 
@@ -52,6 +51,8 @@ def _packages(study: Study) -> Iterator[str]:
             extra, purpose, packages = _TRANSFORMS.get(name, ("", "", ()))
             if any(find_spec(package) is None for package in packages):
                 yield str(MissingDependency(extra, purpose))
+    if study.engine.kind == "ray" and find_spec("ray") is None:
+        yield str(MissingDependency("ray", 'kind = "ray" needs Ray'))
     if find_spec("matplotlib") is None:
         yield "the report needs matplotlib, which is not installed: pip install matplotlib"
 

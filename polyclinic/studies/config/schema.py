@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 from polyclinic.errors import ConfigError
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
@@ -11,6 +18,58 @@ from polyclinic.studies.config.table_model import Table as Table
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class WeightsSpec(Table):
+    """Start weights: a file in the store of ``polyclinic weights``, and how it is matched with the network."""
+
+    file: str = ""
+    """The name of weights in the store, or the path of the file that was added."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """The hash of the weights in the store; ``polyclinic weights add`` prints it. It must be that of ``file``."""
+    strip: str = ""
+    """A prefix that is removed from the names in the file; tensors without it are not used."""
+    rename: dict[str, str] = Field(default={})
+    """Prefixes of names in the file, and the network's prefixes that replace them."""
+    skip: tuple[str, ...] = ()
+    """Patterns of names: of the network's tensors that start at random, and of the file's that are not used."""
+    head: bool = False
+    """Whether the head is loaded too; by default it starts at random."""
+    stem: Literal["refuse", "sum", "mean"] = "refuse"
+    """How convolutions of another number of input channels are adapted."""
+    inflate: Literal["refuse", "mean", "center"] = "refuse"
+    """How 2-D convolutions become 3-D."""
+    inflate_axis: Annotated[int, Field(ge=0, le=2)] = 2
+    """The axis of the volumes that the 2-D weights lack, counted from 0 without the channels."""
+    grid: Literal["refuse", "interpolate"] = "refuse"
+    """How position embeddings of another grid of patches are adapted."""
+
+    @model_validator(mode="after")
+    def _named(self) -> "WeightsSpec":
+        if not self.file and self.sha256 is None:
+            raise ConfigError("needs file, the name of weights in the store, or sha256")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of ``StartWeights``, without those that are not set."""
+        value = self.model_dump(mode="json", exclude={"file", "rename"}, exclude_defaults=True)
+        return {**value, **({"rename": sorted(map(list, self.rename.items()))} if self.rename else {})}
+
+
+class LoRASpec(Table):
+    """Low-rank adapters (LoRA) parallel to layers of the network, whose own weights stay as they are."""
+
+    where: tuple[str, ...] = ()
+    """Patterns of the names of linear layers and convolutions; by default all outside the head that can have one."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """The rank of the change of a layer."""
+    alpha: Positive = 16.0
+    """The change is scaled by ``alpha / rank``."""
+
+
+def _weights(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
 
 
 class TaskSpec(Table):
@@ -40,6 +99,16 @@ class TaskSpec(Table):
     """Whether the Dice loss is that of all images of a minibatch together, as in nnU-Net's 2-D mode (segmentation)."""
     residual: bool | None = None
     """Whether the network predicts the difference from its input (reconstruction)."""
+    weights: Annotated[WeightsSpec, BeforeValidator(_weights)] | None = None
+    """Start weights: the name or file of weights in the store, or a table."""
+    lora: LoRASpec | None = None
+    """Low-rank adapters."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """What is trained: patterns of names, ``head``, ``encoder``, ``adapters``, ``norm:*``, ``stats:*`` and ``bias:*``.
+
+    All else keeps the start weights, and is neither sent nor counted. By default everything is trained, or with
+    ``lora`` the adapters and the head.
+    """
 
     UNSET: ClassVar[frozenset[str]] = frozenset({"batch_dice"})
 
@@ -59,12 +128,29 @@ class TaskSpec(Table):
         }[self.kind]
         if wrong := self.settings.keys() - allowed:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
+        if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
+            key = "train" if self.train else "lora"
+            raise ConfigError(f"{key} needs weights: what is not trained would keep random values")
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
         """What is set of the task's own options."""
-        return self.model_dump(exclude={"kind", "network", "options"}, exclude_none=True)
+        others = {"kind", "network", "options", "weights", "lora", "train"}
+        return self.model_dump(exclude=others, exclude_none=True)
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """Start weights, adapters and what is trained, as a plan holds them; empty if nothing is set."""
+        train = self.train or (("adapters", "head") if self.lora else ("*",))
+        found: dict[str, Any] = {}
+        if self.weights is not None:
+            found["weights"] = self.weights.fields
+        if self.lora is not None:
+            found["lora"] = self.lora.model_dump(mode="json")
+        if train != ("*",):
+            found["train"] = list(train)
+        return found
 
 
 class PrivateSpec(Table):
@@ -206,6 +292,34 @@ class MethodSpec(Table):
         return self.label or self.name
 
 
+class CompareSpec(Table):
+    """A comparison of two methods that is declared before the run, by the primary metric, mean over training sites.
+
+    The margin is in units of the metric: 0.02 is two points of AUC. It is part of the study's hash, so that it cannot
+    be chosen after the results are known.
+    """
+
+    method: str
+    """The label of a method of this study."""
+    reference: str
+    """The label of the method that it is compared with."""
+    kind: Literal["difference", "non-inferiority", "equivalence"] = "difference"
+    """The question: whether they differ, whether the method is not worse by more than the margin, or whether both are
+    equal within the margin."""
+    margin: Positive | None = None
+    """The largest difference that does not matter, for non-inferiority and equivalence."""
+
+    @model_validator(mode="after")
+    def _with_margin(self) -> "CompareSpec":
+        if self.kind != "difference" and self.margin is None:
+            raise ConfigError(f"{self.kind} needs a margin, such as margin = 0.02")
+        if self.kind == "difference" and self.margin is not None:
+            raise ConfigError('a margin is for kind = "non-inferiority" or "equivalence"')
+        if self.method == self.reference:
+            raise ConfigError("method and reference are the same")
+        return self
+
+
 class EvaluationSpec(Table):
     """How models are judged: every ``every`` rounds on validation data, and once on the test data.
 
@@ -221,11 +335,21 @@ class EvaluationSpec(Table):
     """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
     """Whether the model of the best round, by validation, or of the last round is tested."""
+    space: Literal["native", "grid"] | None = None
+    """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
+    cropping (segmentation). By default the original grid wherever the data come from image files."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Rounds without improvement on validation data after which ``local`` and ``pooled`` end; federated methods run on.
     """
+    compare: tuple[CompareSpec, ...] = ()
+    """Comparisons that are declared before the run, each a table ``[[evaluation.compare]]``."""
+    subgroups: tuple[str, ...] = ()
+    """Columns of the data by which results are shown, in addition to the usual ones, such as sex, age and scanner."""
 
-    UNSET: ClassVar[frozenset[str]] = frozenset({"patience"})
+    @property
+    def unset(self) -> set[str]:
+        """The keys without a value, which are no part of a study's hash."""
+        return {key for key in ("space", "patience", "compare", "subgroups") if not getattr(self, key)}
 
 
 class EngineSpec(Table):
@@ -235,10 +359,10 @@ class EngineSpec(Table):
     each. ``"auto"`` chooses method runs if there are at least twice as many as workers.
     """
 
-    kind: Literal["workers", "in-process"] = "workers"
-    """Worker processes, or one process."""
-    workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    """The number of worker processes; by default one that fits the machine."""
+    kind: Literal["workers", "in-process", "ray"] = "workers"
+    """Worker processes, one process, or workers on the machines of a Ray cluster."""
+    workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """The number of worker processes; by default one that fits the machine or the cluster."""
     parallel: Literal["auto", "sites", "arms"] = "auto"
     """What worker processes share: the sites of one method, or whole methods."""
     device: str = "cpu"
@@ -249,6 +373,33 @@ class EngineSpec(Table):
     """Whether images are stored with channels last. The last bits of results may differ."""
     compile: bool = False
     """Whether networks are compiled by ``torch.compile``. The last bits of results may differ."""
+    address: str = "auto"
+    """The Ray cluster: ``auto`` for the one on this machine, ``local`` to start one, or the address of its head."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of each worker on a Ray cluster; a fraction shares one between workers."""
+
+    @property
+    def device_here(self) -> str:
+        """The device of this machine's workers. Those of a Ray cluster are not checked here.
+
+        Raises:
+            ConfigError: If this machine has no such device.
+        """
+        from polyclinic.engines.devices import chosen_device
+
+        return self.device if self.kind == "ray" else chosen_device(self.device)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EngineSpec":
+        if self.kind != "ray" and self.model_fields_set & {"address", "gpus"}:
+            raise ConfigError('address and gpus are for kind = "ray"')
+        if self.kind != "ray" and (self.workers or 0) > 256:
+            raise ConfigError("workers: at most 256 worker processes run on one machine")
+        if self.kind == "ray" and self.device == "auto":
+            raise ConfigError('device = "auto" is for one machine: set "cpu" or "cuda" for the workers of a cluster')
+        if self.gpus and self.device == "cpu":
+            raise ConfigError('gpus: set device = "cuda" to use the GPUs of the workers')
+        return self
 
 
 class MachineSpec(Table):

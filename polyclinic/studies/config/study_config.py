@@ -15,7 +15,8 @@ from pydantic import Field, PlainValidator
 from polyclinic.core.config_problems import Problem
 from polyclinic.data.federation import DataSpec
 from polyclinic.engines.policy.coverage import declared_problem, ways
-from polyclinic.errors import ConfigError
+from polyclinic.errors import ConfigError, PolyclinicError
+from polyclinic.learning.weights import store
 from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
@@ -35,6 +36,9 @@ from polyclinic.studies.config.schema import (
 )
 from polyclinic.studies.config.search_space import NotChosen, SearchSpec, changed, count, extremes
 from polyclinic.studies.config.validation import attack_problems, method_problems, validated
+
+PROPORTIONS = ("auc", "accuracy", "balanced_accuracy", "dice", "ssim")
+"""Metrics between 0 and 1."""
 
 
 def _folds(value: Any) -> int | Literal["sites"] | None:
@@ -96,10 +100,21 @@ class Study(Table):
         """SHA-256 of everything that a result depends on."""
         unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
+        for key in self.evaluation.unset:
+            del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+        for key in ("weights", "lora", "train"):
+            del value["task"][key]
+        value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task that the study sets, with those under ``[evaluation]``."""
+        space = self.evaluation.space
+        return {**self.task.settings, **({} if space is None else {"space": space})}
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``LocalTraining`` for one method, with ``private`` and ``augmentation`` as tables."""
@@ -152,6 +167,9 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
         recipe.append(Problem(("training", "recipe"), str(error)))
     study, problems = validated(Study, data, ())
     problems = [*recipe, *problems]
+    if isinstance(study, Study) and study.task.weights is not None:
+        study, unknown = with_weights(study)
+        problems += unknown
     items = data.get("methods")
     for i, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict) and isinstance(item.get("name"), str):
@@ -161,6 +179,21 @@ def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None
         return None, problems
     problems += [*_together(study), *(_uncovered(study) if covered else ())]
     return (None if problems else study), problems
+
+
+def with_weights(study: Study) -> tuple[Study, list[Problem]]:
+    """Return ``study`` with the hash of its start weights, looked up in the store; and the problems of its weights."""
+    weights = study.task.weights
+    assert weights is not None
+    try:
+        found = store.find(weights.file or weights.sha256 or "")
+    except PolyclinicError as error:
+        return study, [Problem(("task", "weights"), str(error))]
+    if weights.sha256 not in (None, found.sha256):
+        says = f"{weights.file} in the store has the hash {found.sha256}, not {weights.sha256}"
+        return study, [Problem(("task", "weights", "sha256"), says)]
+    known = weights.model_copy(update={"sha256": found.sha256})
+    return study.model_copy(update={"task": study.task.model_copy(update={"weights": known})}), []
 
 
 def _together(study: Study) -> list[Problem]:
@@ -177,7 +210,34 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
-    return [*problems, *_trained(study), *_folded(study), *_searched(study), *_simulated(study)]
+    if study.evaluation.space is not None and study.task.kind != "segmentation":
+        problems.append(Problem(("evaluation", "space"), f"is for segmentation, not for {study.task.kind}"))
+    return [
+        *problems,
+        *_trained(study),
+        *_compared(study),
+        *_folded(study),
+        *_searched(study),
+        *_simulated(study),
+        *_distributed(study),
+    ]
+
+
+def _compared(study: Study) -> Iterator[Problem]:
+    """Yield declared comparisons of unknown methods, with margins that cannot be meant, or given twice."""
+    labels, seen = [method.called for method in study.methods], set[tuple[str, str, str]]()
+    for i, c in enumerate(study.evaluation.compare):
+        place = ("evaluation", "compare", i)
+        for key in ("method", "reference"):
+            if (label := getattr(c, key)) not in labels:
+                says = f'no method of this study is called "{label}". There are {", ".join(labels)}'
+                yield Problem((*place, key), says)
+        if c.margin is not None and c.margin >= 0.5 and study.metric in PROPORTIONS:
+            says = f"{study.metric} lies between 0 and 1, so a margin is a fraction, such as 0.02 for two points"
+            yield Problem((*place, "margin"), says)
+        if (c.method, c.reference, c.kind) in seen:
+            yield Problem(place, "the same comparison twice would be corrected for twice")
+        seen.add((c.method, c.reference, c.kind))
 
 
 def _uncovered(study: Study) -> Iterator[Problem]:
@@ -246,6 +306,16 @@ def _simulated(study: Study) -> Iterator[Problem]:
     if study.sites_per_round is not None and any(method.name == "fedbuff" for method in study.methods):
         says = "fedbuff sends the next request to a site as soon as it replies: leave sites_per_round out"
         yield Problem(("sites_per_round",), says)
+
+
+def _distributed(study: Study) -> Iterator[Problem]:
+    """Yield what workers on other machines cannot do if they share the sites of one method run."""
+    if study.engine.kind != "ray" or study.engine.parallel != "sites":
+        return
+    for key in ("attack", "privacy", "machines"):
+        if getattr(study, key) is not None:
+            says = f'a study with [{key}] distributes whole method runs: set parallel = "arms", or leave it out'
+            yield Problem(("engine", "parallel"), says)
 
 
 def _searched(study: Study) -> Iterator[Problem]:

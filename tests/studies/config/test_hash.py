@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from polyclinic.learning.training.image_augmentation import TRANSFORMS
+from polyclinic.studies.config.schema import EngineSpec
 from polyclinic.studies.config.study_config import Study
 
 # Every optional table is there, so that each field of each is tried. Together they need not make sense.
@@ -17,7 +18,12 @@ WHOLE = {
     "seeds": [0, 1],
     "folds": 4,
     "data": {"use": "lidc-nodules", "annotations": {"lyon": "boxes"}},
-    "task": {"kind": "classification"},
+    "task": {
+        "kind": "classification",
+        "weights": {"file": "given", "sha256": "0" * 64},
+        "lora": {"where": ["encoder.*"]},
+        "train": ["head"],
+    },
     "training": {"private": {"noise": 1.0}},
     "augmentation": {name: {"probability": 0.1} for name in TRANSFORMS},
     "methods": [
@@ -27,6 +33,10 @@ WHOLE = {
         "trials": 2,
         "space": {"training.lr": {"low": 0.1, "high": 0.2}},
         "methods": {"fedprox": {"mu": [0.1, 1.0]}},
+    },
+    "evaluation": {
+        "compare": [{"method": "a", "reference": "b", "kind": "equivalence", "margin": 0.02}],
+        "subgroups": ["ward"],
     },
     "privacy": {"epsilon": 1.0, "delta": 1e-5},
     "machines": {"up": 1e6, "sites": {"lyon": {"down": 1e6}}},
@@ -50,6 +60,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "spacing_mm": (1.0, 1.0),
     "tolerance_mm": 1.0,
     "window": (8, 8),
+    "space": "grid",
     "residual": True,
     "chunk": 4,
     "steps": 7,
@@ -87,8 +98,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "border": True,
     "batch_dice": True,
 }
-ENGINE = ("kind", "workers", "parallel", "device", "threads", "channels_last", "compile")
-CHANGE_NOTHING = {"title", *(f"engine.{key}" for key in ENGINE)}
+CHANGE_NOTHING = {"title", "task.weights.file", *(f"engine.{key}" for key in EngineSpec.model_fields)}
 STUDY = Study.model_validate_json(json.dumps(WHOLE))
 
 

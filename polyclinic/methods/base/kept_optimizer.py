@@ -16,6 +16,8 @@ from polyclinic.core.tree import Tree, Trees
 from polyclinic.learning.training.optimizers import optimizer_memory
 
 PREFIX: Final = "optimizer:"
+OWN_OPTIMIZERS: Final = frozenset({"apfl", "fed-align", "fedharmony", "fl-mrcm", "pfedme"})
+"""Methods that take individual training steps with optimizers of their own, which begin anew each round."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from polyclinic.core.site import Site
 from polyclinic.data.federation import Federated, federate
 from polyclinic.errors import ConfigError
 from polyclinic.learning.training.minibatches import Sampler
@@ -31,7 +32,9 @@ class SampleRow:
     samples: tuple[tuple[Tensor, Tensor], ...]
 
 
-def sample_rows(study: Study, label: str = "", seed: int | None = None, images: int = 4, samples: int = 6) -> Any:
+def sample_rows(
+    study: Study, label: str = "", seed: int | None = None, images: int = 4, samples: int = 6
+) -> tuple[list[SampleRow], list[str]]:
     """Return rows of samples of a study's training data, and notes on what they show.
 
     Args:
@@ -56,14 +59,12 @@ def sample_rows(study: Study, label: str = "", seed: int | None = None, images: 
     if len(data.shape) not in (3, 4):
         raise ConfigError(f"{data.info.title} has no images to look at: its examples have the shape {data.shape}")
     local = plan_of(study, methods[label] if label else study.methods[0], data, chosen).build_local()
-    rows = tuple(
-        SampleRow(
-            _caption(data, site, i),
-            tuple(leaf[0] for leaf in examples[torch.tensor([i])]),  # type: ignore[arg-type]
-            tuple(Sampler(examples, local.augmentation, local.foreground)(i, 1000 * i + k) for k in range(samples)),
-        )
-        for site, examples, i in _chosen(data, images)
-    )
+    rows = []
+    for site, examples, i in _chosen(data, images):
+        sampler = Sampler(examples, local.augmentation, local.foreground)
+        seeds = torch.randint(2**62, (samples,), generator=Site(site, seed=chosen).rng("look", i)).tolist()
+        x, y = examples[torch.tensor([i])]
+        rows.append(SampleRow(_caption(data, site, i), (x[0], y[0]), tuple(sampler(i, one) for one in seeds)))
     notes = [] if local.augmentation else ["no augmentation is set: samples differ only where patches are random"]
     return rows, notes
 
@@ -80,7 +81,7 @@ def picture(rows: Sequence[SampleRow]) -> bytes:
     canvas = Image.new("RGB", (wide * (CELL + GAP) + GAP, high * (CELL + GAP + LINE) + GAP + LINE), (20, 24, 28))
     draw = ImageDraw.Draw(canvas)
     for column in range(wide):
-        title = "as stored" if column == 0 else f"sample {column}"
+        title = "stored" if column == 0 else f"sample {column}"
         draw.text((GAP + column * (CELL + GAP), GAP), title, fill=(200, 208, 216))
     for r, row in enumerate(rows):
         top = GAP + LINE + r * (CELL + GAP + LINE)

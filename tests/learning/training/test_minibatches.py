@@ -190,10 +190,10 @@ def test_private_training_draws_patches_and_refuses_what_breaks_its_accounting()
     trained(private, 0, data, task)
     assert data.forced
     assert not any(data.forced)
-    for key in ("foreground", "balance"):
-        assert any(f"remove {key}" in says for says in replace(private, **{key: 0.5}).validate(task, task.model()))
-    assert any("balance_patients" in s for s in replace(private, balance_patients=True).validate(task, task.model()))
-    assert any("keep_optimizer" in s for s in replace(private, keep_optimizer=True).validate(task, task.model()))
+    wrong = replace(private, foreground=0.5, balance=0.5, balance_patients=True, keep_optimizer=True)
+    problems = " ".join(wrong.validate(task, task.model()))
+    assert "remove foreground and balance and balance_patients" in problems
+    assert "remove keep_optimizer" in problems
     assert not replace(private, momentum=0.99).keeps_optimizer
 
 

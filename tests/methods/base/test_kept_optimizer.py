@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polyclinic.core.method import Method
-from polyclinic.core.rounds import train
+from polyclinic.core.rounds import TooFewReplies, train
 from polyclinic.core.site import Site
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.worker_pool import Workers
@@ -18,11 +18,14 @@ from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.training.image_augmentation import RECIPES
 from polyclinic.learning.training.local import LocalTraining
-from polyclinic.methods.base.kept_optimizer import PREFIX, KeptOptimizer
+from polyclinic.methods.base.kept_optimizer import OWN_OPTIMIZERS, PREFIX, KeptOptimizer
+from polyclinic.methods.catalog import METHODS as CATALOG
 from polyclinic.methods.optimization.fedavg import FedAvg
 from polyclinic.methods.personalization.ditto import Ditto, ditto
+from polyclinic.methods.registry import Setting, build
 from polyclinic.testing import check_engine, check_method, equal, portable_copy
 from tests.conftest import little_sites
+from tests.laws.test_methods import FEW_STEPS, case, held_by_server
 
 TASK = Classification(Network("cnn", (1, 8, 8), 2, (("width", 4), ("depth", 2), ("dropout", 0.2))))
 LOCAL = LocalTraining(
@@ -35,7 +38,10 @@ LOCAL = LocalTraining(
     schedule_rounds=5,
     augmentation=RECIPES["nnunet"],
 )
-METHODS = {"fedavg": KeptOptimizer(FedAvg(TASK, LOCAL)), "ditto": KeptOptimizer(ditto(TASK, LOCAL))}
+METHODS: dict[str, Method[Any]] = {
+    "fedavg": KeptOptimizer(FedAvg(TASK, LOCAL)),
+    "ditto": KeptOptimizer(ditto(TASK, LOCAL)),
+}
 PLAN: dict[str, Any] = {
     "kind": "classification",
     "network": "cnn",
@@ -92,7 +98,8 @@ def test_nothing_of_it_is_sent_and_the_inner_method_does_not_see_it() -> None:
             seen.append(set(memory))
             return super().site_update(request, memory, site)
 
-    method, sites = KeptOptimizer(Watched(FedAvg(TASK, LOCAL), TASK, LOCAL)), little_sites()
+    method: Method[Any] = KeptOptimizer(Watched(FedAvg(TASK, LOCAL), TASK, LOCAL))
+    sites = little_sites()
     state = method.init(TASK.first(0))
     request = method.request(state)
     assert request is not None
@@ -126,6 +133,28 @@ def test_a_plan_keeps_it_by_default_only_for_much_momentum() -> None:
     inner("fednova", keep_optimizer=False)
     with pytest.raises(ConfigError, match="FedNova's formula"):
         inner("fednova", momentum=0.5, nesterov=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", sorted(set(CATALOG) - {"scaffold", "fednova", "mime", "mime-lite", "split", "u-split"})
+)
+def test_methods_with_optimizers_of_their_own_are_declared(name: str) -> None:
+    """All others train with ``fit``. Those that are left out refuse momentum, or such optimizers."""
+    setting = LocalTraining(batch_size=8, lr=0.01, momentum=0.5, keep_optimizer=True)
+    _, task, sites = case(name)
+    options = FEW_STEPS.get(name)
+    method = KeptOptimizer(build(name, Setting(task, setting, tuple(sites), rounds=2), options))
+    engine = InProcess(method, sites, server_data=held_by_server(sites))
+    lost = list[str]()
+    try:
+        for step in train(method, engine, method.init(task.first(0)), rounds=2):
+            lost += step.lost.values()
+    except TooFewReplies as error:
+        lost += error.lost.values()
+    assert any("individual training steps" in why for why in lost) == (name in OWN_OPTIMIZERS)
+    if name not in OWN_OPTIMIZERS:
+        assert not lost
 
 
 def test_a_plan_reads_augmentation_and_lists_from_json() -> None:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from polyclinic.core.tree import Tree
 from polyclinic.learning.batch import Batch
 from polyclinic.learning.tasks.lesions import Lesions, lesion_scores
+from polyclinic.learning.tasks.segmentation_loss import supervised
 from polyclinic.learning.tasks.surface_distances import surfaces
 from polyclinic.learning.tasks.task import Task
 
@@ -67,6 +67,7 @@ class Segmentation(Task):
         lesion_dilation: Times the true lesions are dilated before they are separated.
         lesion_smallest: Volume in mm³ (pixels if spacings are unknown) up to which true lesions are left out.
         space: ``"native"``: scores are on the grid of the files where it is known; ``"grid"``: on that of the network.
+        batch_dice: Whether the loss takes the Dice of all images of a minibatch together.
     """
 
     spacing_mm: tuple[float, ...] | None = None
@@ -76,25 +77,16 @@ class Segmentation(Task):
     lesions: bool = False
     lesion_dilation: int = 3
     lesion_smallest: float = 50.0
+    batch_dice: bool = False
 
     kind: ClassVar[str] = "segmentation"
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return soft Dice over the foreground classes plus cross-entropy, as in nnU-Net (Isensee et al., 2021).
 
-        Pixels without annotation count in neither.
+        Pixels without annotation count in neither. The losses of a network with deep supervision are weighted.
         """
-        from monai.losses import DiceLoss
-
-        prediction = model(batch[0])
-        scores: Tensor = prediction if isinstance(prediction, Tensor) else prediction[0]
-        target = batch[1].unsqueeze(1)
-        known = target != IGNORED
-        classes = torch.arange(scores.shape[1], device=scores.device).view(-1, *[1] * (scores.ndim - 2))
-        one_hot = (target == classes).to(scores.dtype)  # not by scatter_, which DP-SGD cannot batch
-        dice: Tensor = DiceLoss(include_background=False)(scores.softmax(1) * known, one_hot)
-        total = F.cross_entropy(scores, batch[1], ignore_index=IGNORED, reduction="sum")
-        return dice + total / known.sum().clamp_min(1)
+        return supervised(model(batch[0]), batch[1], IGNORED, self.batch_dice)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Return class scores [b, C, *spatial], by sliding windows if ``window`` is set."""

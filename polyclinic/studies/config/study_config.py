@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 
@@ -82,6 +82,8 @@ class Study(Table):
     attack: AttackSpec | None = None
     engine: EngineSpec = EngineSpec()
 
+    UNSET: ClassVar[frozenset[str]] = frozenset({"augmentation"})
+
     @property
     def metric(self) -> str:
         """The score that decides, and that the report shows first."""
@@ -96,16 +98,13 @@ class Study(Table):
     @property
     def hash(self) -> str:
         """SHA-256 of everything that a result depends on."""
-        optional = ("folds", "search", "machines", "attack", "augmentation")
-        unset = {key for key in optional if getattr(self, key) is None}
+        unset = {key for key in ("folds", "search", "machines", "attack") if getattr(self, key) is None}
         value = self.model_dump(mode="json", exclude={"engine", "title"} | unset)
         for key in self.evaluation.unset:
             del value["evaluation"][key]
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-            if method["augmentation"] is None:
-                del method["augmentation"]
         for key in ("weights", "lora", "train"):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
@@ -249,6 +248,12 @@ def _uncovered(study: Study) -> Iterator[Problem]:
 
 def _trained(study: Study) -> Iterator[Problem]:
     """Yield the training settings that do not go together, once for each set of methods that has them."""
+    if study.evaluation.patience is not None:
+        if study.evaluation.select == "last":
+            says = 'patience counts rounds since the best one: set select = "best", or leave patience out'
+            yield Problem(("evaluation", "patience"), says)
+        elif not any(method.name in ("local", "pooled") for method in study.methods):
+            yield Problem(("evaluation", "patience"), "is for the methods local and pooled, and neither is here")
     told = set[str]()
     for i, method in enumerate(study.methods):
         table = study.training_of(method)

@@ -52,6 +52,8 @@ def method_runs(
     for key, what in ONE_MACHINE.items():
         if getattr(study, key, None) is not None:
             raise NotElsewhere(f"the study {what} ({key}), which it can on one machine only: take [{key}] out")
+    if study.evaluation.patience is not None:
+        raise NotElsewhere("the study ends baselines early (evaluation.patience), which it can on one machine only")
     if study.data.public:
         raise NotElsewhere("the study gives the server public images (data.public), which it can on one machine only")
     if away := [name for name in study.data.external if name not in sites]:

@@ -4,6 +4,7 @@ A package provides a part as an entry point in a group such as ``polyclinic.netw
 itself with ``register``. Polyclinic's own names come first: a plug-in cannot replace them.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from polyclinic.core.plugin_packages import entry_points_in
@@ -42,6 +43,11 @@ def load(group: str, name: str) -> Any:
     """
     if (group, name) in _registered:
         return _registered[group, name]
+    return _loaded(group, name)
+
+
+@lru_cache(maxsize=256)  # a loss is looked up in every step, and a module is imported once anyway
+def _loaded(group: str, name: str) -> Any:
     points = [point for point in entry_points_in(group) if point.name == name]
     if not points:
         here = ", ".join(names(group)) or "none"

@@ -1,6 +1,6 @@
 """The installed packages that a plan needs: those that provide its method, network, loss and transforms.
 
-Every text in a plan that names an installed plug-in counts, wherever it stands. A plan can therefore need a package
+Every text in a plan that names an installed plug-in counts, in any place. A plan can therefore need a package
 whose plug-in it does not use, and never use one that is not counted.
 """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -252,13 +253,14 @@ def architecture(name: str) -> Architecture:
     Raises:
         ConfigError: If there is none, or a package provides something else under this name.
     """
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
+    return ARCHITECTURES[name] if name in ARCHITECTURES else _foreign(name)
+
+
+@lru_cache(maxsize=64)  # the names of tensors are compared with the architecture's, and a package is loaded once anyway
+def _foreign(name: str) -> Architecture:
     if name not in network_names():
         raise ConfigError(f"unknown network {name!r}; the networks are {', '.join(network_names())}")
     found = extensions.load("networks", name)
     if not isinstance(found, Architecture):
-        raise ConfigError(
-            f"the network {name!r} of an installed package is a {type(found).__name__}, not an Architecture"
-        )
+        raise ConfigError(f"the network {name!r} of a package is a {type(found).__name__}, not an Architecture")
     return found

@@ -13,6 +13,7 @@ from polyclinic.cli import run as commands
 from polyclinic.core import extensions
 from polyclinic.engines.policy.site_policy import parse as parse_policy
 from polyclinic.errors import ConfigError
+from polyclinic.learning.networks import network_catalog
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.learning.tasks.own_loss import with_loss
@@ -50,6 +51,8 @@ name = "fedper"
 @pytest.fixture
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The skeleton, installed as pip would, except that its files stay in place."""
+    extensions._loaded.cache_clear()
+    network_catalog._foreign.cache_clear()
     folder = tmp_path / "acme"
     write_plugin(folder)
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]

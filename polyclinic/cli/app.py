@@ -47,6 +47,8 @@ _EXTRAS = {
     "dicomanonymizer": "dicom",
     "h5py": "fastmri",
     "pyarrow": "tables",
+    "starlette": "console",
+    "uvicorn": "console",
 }
 _CORRECTABLE = {
     errno.ENOENT: "Check the path",
@@ -83,6 +85,12 @@ for group, name, target, summary in (
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "Show the progress of a run."),
     (_STUDIES, "stop", "run:stop", "Stop a run after the current round."),
+    (
+        _STUDIES,
+        "console",
+        "run:show_console",
+        "Show a folder of runs in the browser, and start, stop and compare runs there.",
+    ),
     (_STUDIES, "outliers", "outliers:outliers", "Show how far each site's updates differ from the others'."),
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired by test patient."),
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets."),

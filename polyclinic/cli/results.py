@@ -23,9 +23,14 @@ def compare(run_folders: list[Path], *, reference: str = "", json_: Json = False
         rows = compared(run_folders, reference)
         emit(rows)
         line(f"  {'run':<28} {'method':<18} {'mean':>7}  {'diff':>7}  result")
-        for row in rows:
+        for row in (row for row in rows if not row.declared):
             difference = "" if row.difference is None else f"{row.difference.value:+.3f}"
             line(f"  {row.run:<28} {row.method:<18} {number(row.mean.value):>7}  {difference:>7}  {row.verdict}")
+        for row in (row for row in rows if row.declared and row.difference is not None):
+            d = row.difference
+            assert d is not None
+            margin = "" if d.margin is None else f", margin {d.margin:g}"
+            line(f"  declared: {row.run}/{row.method} and {row.reference}, {d.question}{margin}: {row.verdict}")
 
 
 panel_app = App(name="panel", help="Rank methods over several data sets.")

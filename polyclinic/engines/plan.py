@@ -27,6 +27,7 @@ from polyclinic.learning.tasks.segmentation import Segmentation
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.tasks.task_evaluation import Evaluated
 from polyclinic.learning.training.dp_sgd import DPSGD
+from polyclinic.learning.training.image_augmentation import augmentation_of
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.learning.weights.matching import StartWeights
 from polyclinic.methods.registry import Setting, build
@@ -49,7 +50,8 @@ class Plan:
             of ``LowRank``) and ``train``; empty for a random start of which everything is trained.
         inputs: Shape of an example: (channels, *spatial), or (features,).
         outputs: Number of classes, labels or values.
-        training: Fields of ``LocalTraining``; with ``private`` among them, ``DPSGD`` with those fields.
+        training: Fields of ``LocalTraining``, with ``augmentation`` as a table; with ``private`` among them, ``DPSGD``
+            with those fields.
         method: Name of the method.
         options: Options of the method that the study sets.
         uplink: Transforms in the order in which a reply passes them, each with ``name`` and its options.
@@ -87,7 +89,11 @@ class Plan:
 
     def build_local(self) -> LocalTraining:
         """Build the local training."""
-        fields = {key: value for key, value in self.training.items() if key != "private"}
+        fields = {
+            key: _hashable(value) for key, value in self.training.items() if key not in ("private", "augmentation")
+        }
+        if changes := self.training.get("augmentation"):
+            fields["augmentation"] = augmentation_of(changes)
         private = self.training.get("private")
         return DPSGD(**fields, **private) if private else LocalTraining(**fields)
 
@@ -146,6 +152,11 @@ def _tuned(network: Network, tuning: Mapping[str, Any]) -> FineTuned:
         return FineTuned(network, StartWeights(**start) if start else None, train, LowRank(**lora) if lora else None)
     except TypeError as error:
         raise ConfigError(f"the plan's field 'tuning': {error}") from None
+
+
+def build_method(text: str) -> Evaluated[Any]:
+    """Build the method of the plan in ``text``, as JSON."""
+    return Plan.from_json(text).build_method()
 
 
 def _hashable(value: Any) -> Any:

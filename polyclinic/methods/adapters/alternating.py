@@ -43,16 +43,16 @@ class Moving:
     """Tests whether a tensor is trained in a round: it is no factor, or the factor of this round.
 
     Attributes:
-        schedule: The factors that move, by round.
+        in_turn: The factors that move, by round.
         round: The round, from 0.
     """
 
-    schedule: tuple[str, ...]
+    in_turn: tuple[str, ...]
     round: int
 
     def __call__(self, name: str) -> bool:
         """Return whether the tensor ``name`` is trained."""
-        return not name.endswith((A, B)) or name.endswith(self.schedule[self.round % len(self.schedule)])
+        return not name.endswith((A, B)) or name.endswith(self.in_turn[self.round % len(self.in_turn)])
 
     def within(self, other: Callable[[str], bool] | None) -> Callable[[str], bool]:
         """Return the test that also requires ``other``, if there is one."""
@@ -64,14 +64,14 @@ class AlternatingTraining(LocalTraining):
     """Local training of the factor of the round.
 
     Attributes:
-        schedule: The factors that move, by round.
+        in_turn: The factors that move, by round.
     """
 
-    schedule: tuple[str, ...] = IN_TURN
+    in_turn: tuple[str, ...] = IN_TURN
 
     def fit(self, task: Any, start: Tree, site: Site, round: int, **how: Any) -> Tree:
         """Train, as ``LocalTraining.fit``, what moves in this round."""
-        how["trainable"] = Moving(self.schedule, round).within(how.get("trainable"))
+        how["trainable"] = Moving(self.in_turn, round).within(how.get("trainable"))
         return super().fit(task, start, site, round, **how)
 
 
@@ -80,18 +80,18 @@ class AlternatingDPSGD(DPSGD):
     """Private training of the factor of the round.
 
     Attributes:
-        schedule: The factors that move, by round.
+        in_turn: The factors that move, by round.
     """
 
-    schedule: tuple[str, ...] = IN_TURN
+    in_turn: tuple[str, ...] = IN_TURN
 
     def fit(self, task: Any, start: Tree, site: Site, round: int, **how: Any) -> Tree:
         """Train, as ``DPSGD.fit``, what moves in this round."""
-        how["trainable"] = Moving(self.schedule, round).within(how.get("trainable"))
+        how["trainable"] = Moving(self.in_turn, round).within(how.get("trainable"))
         return super().fit(task, start, site, round, **how)
 
 
-def alternating(local: LocalTraining, schedule: tuple[str, ...]) -> LocalTraining:
+def alternating(local: LocalTraining, in_turn: tuple[str, ...]) -> LocalTraining:
     """Return ``local`` so that it trains the factor of the round.
 
     Raises:
@@ -101,7 +101,7 @@ def alternating(local: LocalTraining, schedule: tuple[str, ...]) -> LocalTrainin
     if type(local) not in kinds:
         raise ConfigError(f"adapters cannot alternate in {type(local).__name__}")
     found: LocalTraining = kinds[type(local)](
-        **{f.name: getattr(local, f.name) for f in fields(local)}, schedule=schedule
+        **{f.name: getattr(local, f.name) for f in fields(local)}, in_turn=in_turn
     )
     return found
 
@@ -112,16 +112,16 @@ class Alternating(MethodWrapper[State]):
 
     Attributes:
         inner: A method that sends an ``update``, and trains with ``alternating``.
-        schedule: The factors that move, by round.
+        in_turn: The factors that move, by round.
     """
 
     inner: FedAvg
-    schedule: tuple[str, ...] = IN_TURN
+    in_turn: tuple[str, ...] = IN_TURN
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         reply, memory = self.inner.site_update(request, memory, site)
         update = reply.mean("update")
-        moved = tree.select(update.total, Moving(self.schedule, request.round))
+        moved = tree.select(update.total, Moving(self.in_turn, request.round))
         return replace(reply, parts={**reply.parts, "update": WeightedMean(moved, update.weight)}), memory
 
 
@@ -150,10 +150,10 @@ def ffa_lora(
 
 
 def _composed(
-    task: Task, local: LocalTraining, schedule: tuple[str, ...], mu: float, lr: float, uniform: bool
+    task: Task, local: LocalTraining, in_turn: tuple[str, ...], mu: float, lr: float, uniform: bool
 ) -> Alternating:
-    training = alternating(local.with_penalty(Proximal(mu)) if mu else local, schedule)
-    return Alternating(FedAvg(task, training, lr, uniform), schedule)
+    training = alternating(local.with_penalty(Proximal(mu)) if mu else local, in_turn)
+    return Alternating(FedAvg(task, training, lr, uniform), in_turn)
 
 
 @dataclass(frozen=True)

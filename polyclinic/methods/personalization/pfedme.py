@@ -23,12 +23,12 @@ class PFedMe(FedAvg):
 
     Attributes:
         lam: λ, the weight of the proximal term. The paper uses 15 to 30.
-        eta: η, the step size of w along ``λ · (w − θ)``. With η = 1/λ and K = 1 this is FedAvg.
+        eta: η, the step size of w along ``λ · (w − θ)``; 0.005 in the paper. With η = 1/λ and K = 1 this is FedAvg.
         steps: K, the number of steps of θ on a minibatch. The paper uses 5.
     """
 
     lam: float = 15.0
-    eta: float = 0.05
+    eta: float = 0.005
     steps: int = 5
 
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:

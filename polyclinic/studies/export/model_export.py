@@ -68,8 +68,14 @@ def export(run_dir: str | Path, form: str, out: str | Path, label: str = "", see
         raise NotExported(f"{file}: no such model; the method run is not finished, or the run has no method {label!r}")
     _warn_of_other_data(run)
     plan, params = read_plan(file), read_tensors(file)
+    try:
+        model = load(network(json.loads(plan.to_json())), params).eval()
+    except ValueError as error:
+        raise NotExported(
+            f"{file} is not a whole model: with {plan.method} each site keeps layers of its own, which no file has "
+            f"({error}). Choose another method with label"
+        ) from error
     (out if form in FOLDERS else out.parent).mkdir(parents=True, exist_ok=True)
-    model = load(network(json.loads(plan.to_json())), params).eval()
     if form == "peft":
         write_peft(out, plan, model)
         return out

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -121,6 +121,7 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "task": study.task.kind,
         "classes": list(data.info.classes),
+        **({"space": space_of(study, data)} if study.task.kind == "segmentation" else {}),
         "metric": study.metric,
         "higher_is_better": study.higher_is_better,
         "data": {
@@ -140,11 +141,26 @@ def information(study: Study, splits: Sequence[Federated], parameters: int, task
         "seeds": list(study.seeds),
         **folded,
         **simulation_schema.facts(study, data.training),
+        **declared(study),
         "engine": study.engine.model_dump(),
         "environment": environment(),
         "parameters": parameters,
         **start_facts(task),
     }
+
+
+def space_of(study: Study, data: Federated) -> Literal["native", "grid"]:
+    """Return where masks are compared: on the original grid of the files, if it is known, or on the network's grid."""
+    known = all(
+        getattr(e, "measured", None) is not None for roles in data.sites.values() for e in roles.values() if len(e)
+    )
+    return "native" if known and study.evaluation.space != "grid" else "grid"
+
+
+def declared(study: Study) -> dict[str, Any]:
+    """Return the comparisons that the study declares, for ``run.json``; nothing without any."""
+    compare = [c.model_dump(exclude_none=True) for c in study.evaluation.compare]
+    return {"compare": compare} if compare else {}
 
 
 def patients_apart(data: Federated) -> bool:

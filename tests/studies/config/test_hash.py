@@ -31,6 +31,10 @@ WHOLE = {
         "space": {"training.lr": {"low": 0.1, "high": 0.2}},
         "methods": {"fedprox": {"mu": [0.1, 1.0]}},
     },
+    "evaluation": {
+        "compare": [{"method": "a", "reference": "b", "kind": "equivalence", "margin": 0.02}],
+        "subgroups": ["ward"],
+    },
     "privacy": {"epsilon": 1.0, "delta": 1e-5},
     "machines": {"up": 1e6, "sites": {"lyon": {"down": 1e6}}},
     "attack": {"name": "noise", "attackers": 1, "scale": 2.0},
@@ -53,6 +57,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "spacing_mm": (1.0, 1.0),
     "tolerance_mm": 1.0,
     "window": (8, 8),
+    "space": "grid",
     "residual": True,
     "chunk": 4,
     "steps": 7,

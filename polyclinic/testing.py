@@ -20,7 +20,7 @@ from polyclinic.core.rounds import Federation, train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
 from polyclinic.engines.site_runtime import minibatches, work
-from polyclinic.learning.networks.model_tree import load, params_of
+from polyclinic.learning.networks.model_tree import load, params_of, trainable
 from polyclinic.learning.networks.network_catalog import Architecture
 
 
@@ -190,7 +190,7 @@ def check_network(architecture: Architecture, inputs: tuple[int, ...], outputs: 
         _promise(_same(first, twin(x)), "the state of the network is in its tensors, which survive being sent")
     model.train()
     model(x).sum().backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    unused = [name for name, p in trainable(model).items() if p.requires_grad and p.grad is None]
     _promise(not unused, f"every parameter affects the prediction, and {', '.join(unused[:3])} does not")
 
 

@@ -75,7 +75,7 @@ def focal(scores: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     return ((1 - (-loss).exp()) ** gamma * loss).mean()
 '''
 TESTS = '''\
-"""The package keeps the promises of a plug-in."""
+"""The package fulfills the contract of a plug-in."""
 
 from polyclinic.testing import check_network
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
+from polyclinic.core import extensions
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.attention_mil import attention_mil
 
@@ -15,7 +17,7 @@ class Network:
     """Specification of a network: its name and the options that determine its shape. Calling it builds the module.
 
     Attributes:
-        name: One of ``ARCHITECTURES``.
+        name: One of ``ARCHITECTURES``, or of an installed package.
         inputs: Shape of one input: (C, *spatial), or (F,) for tables.
         outputs: Number of predicted classes, labels or values.
         options: Further options of the architecture, as pairs such as ``(("width", 32),)``.
@@ -32,10 +34,8 @@ class Network:
 
     @property
     def architecture(self) -> "Architecture":
-        """The entry in ``ARCHITECTURES``."""
-        if self.name not in ARCHITECTURES:
-            raise ConfigError(f"unknown network {self.name!r}; the networks are {', '.join(ARCHITECTURES)}")
-        return ARCHITECTURES[self.name]
+        """The entry in ``ARCHITECTURES``, or of an installed package."""
+        return architecture(self.name)
 
     def in_head(self, name: str) -> bool:
         """Return whether a tensor belongs to the head: the last layers, from representation to prediction."""
@@ -240,3 +240,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         options={"levels": 4},
     ),
 }
+
+
+def network_names() -> tuple[str, ...]:
+    """Return the names of all networks: those of ``ARCHITECTURES``, of installed packages and of this program."""
+    return (*ARCHITECTURES, *(name for name in extensions.names("networks") if name not in ARCHITECTURES))
+
+
+def architecture(name: str) -> Architecture:
+    """Return how the network called ``name`` is built.
+
+    Raises:
+        ConfigError: If there is none, or a package provides something else under this name.
+    """
+    return ARCHITECTURES[name] if name in ARCHITECTURES else _foreign(name)
+
+
+@lru_cache(maxsize=64)  # the names of tensors are compared with the architecture's, and a package is loaded once anyway
+def _foreign(name: str) -> Architecture:
+    if name not in network_names():
+        raise ConfigError(f"unknown network {name!r}; the networks are {', '.join(network_names())}")
+    found = extensions.load("networks", name)
+    if not isinstance(found, Architecture):
+        raise ConfigError(f"the network {name!r} of a package is a {type(found).__name__}, not an Architecture")
+    return found

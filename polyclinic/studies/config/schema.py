@@ -81,6 +81,8 @@ class TaskSpec(Table):
     """The name of a network, as listed by ``polyclinic networks``."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the network."""
+    loss: str | None = None
+    """The name of a loss of an installed package; by default that of the task."""
     class_weights: tuple[Positive, ...] | None = None
     """The weight of each class in the loss (classification)."""
     label_smoothing: Share | None = None
@@ -114,11 +116,16 @@ class TaskSpec(Table):
 
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
+        from polyclinic.core import extensions
         from polyclinic.core.config_problems import nearest
-        from polyclinic.learning.networks.network_catalog import ARCHITECTURES
+        from polyclinic.learning.networks.network_catalog import network_names
 
-        if self.network not in ARCHITECTURES:
-            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')
+        if self.network not in (known := network_names()):
+            raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, known)}')
+        if self.loss is not None and self.loss not in (losses := extensions.names("losses")):
+            raise ConfigError(
+                f'no installed package provides a loss called "{self.loss}"; there are {", ".join(losses) or "none"}'
+            )
         allowed = {
             "classification": {"class_weights", "label_smoothing"},
             "multilabel": set[str](),
@@ -126,7 +133,7 @@ class TaskSpec(Table):
             "regression": {"center", "spread"},
             "reconstruction": {"residual"},
         }[self.kind]
-        if wrong := self.settings.keys() - allowed:
+        if wrong := self.settings.keys() - allowed - {"loss"}:
             raise ConfigError(f"{sorted(wrong)[0]} is not for {self.kind}")
         if self.weights is None and (self.lora is not None or self.train not in (None, ("*",))):
             key = "train" if self.train else "lora"

@@ -105,7 +105,7 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
-        for key in ("weights", "lora", "train"):
+        for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -54,6 +54,7 @@ UNSET: dict[str, Any] = {  # a value for fields that WHOLE leaves at None
     "position": "z",
     "video": "clip",
     "class_weights": (1.0, 2.0),
+    "loss": "focal",
     "label_smoothing": 0.1,
     "center": 1.0,
     "spread": 2.0,

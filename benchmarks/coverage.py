@@ -265,7 +265,7 @@ def tables(repetitions: int) -> Iterator[str]:
     yield "|---:|---:|---:|---:|---:|"
     for sites in (3, 4, 6, 8):
         for tau in (0.0, 0.3, 0.6):
-            found = random_effects(sites, tau, repetitions // 2)
+            found = random_effects(sites, tau, repetitions // 8)
             yield f"| {sites} | {tau} | {' | '.join(f'{x:.3f}' for x in found)} |"
 
 

@@ -62,8 +62,9 @@ def _calibration(page: ReportContext, first: MethodResult) -> Section:
     blocks: list[Any] = [_summary(page, first)]
     binary = next(iter(groups.values())).score.shape[1] == 2 and page.run.info.task == "classification"
     if binary:
-        away = [s for s in external_sites(page.run) if s in first.sites]
-        sites = away or [s for s in training_sites(page.run) if s in first.sites]
+        shown = [s for s in first.sites if page.result.patients[s] >= page.result.options.min_cell]
+        away = [s for s in external_sites(page.run) if s in shown]
+        sites = away or [s for s in training_sites(page.run) if s in shown]
         curve = decision_curve(page.data, first.label, sites)
         place = "external sites" if away else "training sites"
         alt = f"Decision curve: net benefit over threshold probabilities, mean over {place}; values in the table."

@@ -77,7 +77,7 @@ def plan_size(
         auc: The AUC of the methods, if it is the metric.
         correlation: Correlation of the two AUCs, with --auc.
         prevalence: Fraction of positive patients, with --auc.
-        disagreement: Fraction of patients for whom only one of two methods is right, if accuracy is the metric.
+        disagreement: Fraction of patients that only one of the methods classifies correctly, if accuracy is the metric.
     """
     from polyclinic.evaluation import study_size
     from polyclinic.statistics import power as powers

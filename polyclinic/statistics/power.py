@@ -11,9 +11,9 @@ The variance of a site is given per patient, or by assumptions:
 - AUC: Hanley and McNeil, Radiology 1982, https://doi.org/10.1148/radiology.143.1.7063747, and for two AUCs of the same
   patients ``2 V (1 − r)`` with their correlation r (Hanley and McNeil, Radiology 1983,
   https://doi.org/10.1148/radiology.148.3.6878708).
-- Accuracy: the fraction d of patients for whom only one of two methods is right, ``(d − δ²) / n`` with the difference δ
-  (Connor, "Sample Size for Testing Differences in Proportions for the Paired-Sample Design", Biometrics 1987,
-  https://doi.org/10.2307/2531961).
+- Accuracy: the fraction d of patients that only one of two methods classifies correctly, ``(d − δ²) / n`` with the
+  difference δ (Connor, "Sample Size for Testing Differences in Proportions for the Paired-Sample Design", Biometrics
+  1987, https://doi.org/10.2307/2531961).
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class Design:
 
 
 def power_of(design: Design, site: Spread) -> float:
-    """Return the probability that the verdict is what the design wants to show.
+    """Return the probability that the verdict is the one that the design is to show.
 
     Args:
         design: The design.
@@ -132,7 +132,7 @@ def of_accuracy(disagreement: float, difference: float) -> Callable[[int], Sprea
     """Return the variance of a difference of accuracy if only one method is right for a fraction of the patients.
 
     Raises:
-        Undefined: If the difference is larger than the fraction of patients for whom it can arise.
+        Undefined: If the difference is larger than the fraction of patients that can cause it.
     """
     if abs(difference) >= disagreement:
         raise Undefined(f"a difference of {difference:g} needs more than {disagreement:g} of patients that disagree")

@@ -186,10 +186,31 @@ class MethodInfo(_Line):
         return self.label in BASELINES or self.name in BASELINES
 
 
+class StartInfo(_Line):
+    """The start weights of the network, and what was trained. ``account`` says what was loaded.
+
+    ``trained`` and ``numbers`` count the numbers that were trained and those of the whole network.
+    """
+
+    name: str
+    sha256: str
+    license: str = ""
+    source: str = ""
+    trained_on: str = ""
+    citation: str = ""
+    redistribute: bool = True
+    account: str = ""
+    adapted: tuple[str, ...] = ()
+    train: tuple[str, ...] = ()
+    trained: int = 0
+    numbers: int = 0
+
+
 class RunInfo(_Line):
     """``run.json``. With ``folds``, each method has one run per seed and fold of patients or sites.
 
-    ``machines`` and ``attack`` describe simulated machines and attacks; ``compare`` lists the declared comparisons.
+    ``machines`` and ``attack`` describe simulated machines and attacks, ``start`` the start weights, ``space`` where
+    masks were compared, ``compare`` the declared comparisons.
     """
 
     name: str
@@ -198,6 +219,7 @@ class RunInfo(_Line):
     created: str = ""
     task: TASKS
     classes: tuple[str, ...] = ()
+    space: Literal["", "native", "grid"] = ""
     metric: str
     higher_is_better: bool = True
     data: DataInfo = DataInfo()
@@ -212,6 +234,7 @@ class RunInfo(_Line):
     parameters: int = 0
     machines: dict[str, Any] = Field(default_factory=dict)
     attack: dict[str, Any] = Field(default_factory=dict)
+    start: StartInfo | None = None
     compare: tuple[ComparisonInfo, ...] = ()
 
 

@@ -93,6 +93,7 @@ for group, name, target, summary in (
     ),
     (_STUDIES, "outliers", "outliers:outliers", "Show how far each site's updates differ from the others'."),
     (_STUDIES, "compare", "results:compare", "Compare methods of several runs, paired by test patient."),
+    (_STUDIES, "plan-size", "results:plan_size", "Plan how many test patients and sites would show a difference."),
     (_STUDIES, "panel", "results:panel_app", "Rank methods over several data sets."),
     (_STUDIES, "track", "results:track", "Copy a run's records to MLflow or TensorBoard."),
     (_STUDIES, "predict", "models:predict", "Apply a run's model to new images."),

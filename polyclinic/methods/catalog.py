@@ -708,6 +708,25 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             exposes="it sends exact statistics of the images",
             unseen="the global model, with statistics of its own images",
         ),
+        Entry(
+            "mixstyle",
+            "harmonization.mixstyle:MixStyle",
+            "feature statistics of two images are mixed",
+            "Zhou et al. 2021 (ICLR)",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the places are the first resolutions of the encoder instead of named blocks",
+        ),
+        Entry(
+            "fedfa",
+            "harmonization.fedfa:FedFA",
+            "feature statistics drawn anew, farther where sites differ",
+            "Zhou and Konukoglu 2023 (ICLR)",
+            "the change of the model, and running statistics of features",
+            private=("gaussian",),
+            exposes=NOT_BY_EXAMPLE,
+            fidelity="departs: the variance over sites is by channel, as in the paper and not in the code",
+        ),
     ),
     "Client end: contrastive and self-supervised learning": (
         Entry(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSite, Reply
+from polyclinic.core.aggregates import PerSiteUniform, Reply
 from polyclinic.core.job_enumeration import once
 from polyclinic.core.method import Capabilities, Job, Request
 from polyclinic.core.serialization import savable
@@ -77,7 +77,7 @@ class FedRDN(SizeWeighted[State]):
         start, shape = request.trees["params"], affine_shape(self.task)
         if request.job == "statistics":
             own = statistics(site.data["train"], shape)
-            return Reply({"statistics": PerSite({site.name: own})}), {**memory, "statistics": own}
+            return Reply({"statistics": PerSiteUniform({site.name: own})}), {**memory, "statistics": own}
         sites = [request.trees[name] for name in sorted(request.trees) if name.startswith("statistics.")]
         means, stds = (torch.stack([leaves[part] for leaves in sites]) for part in ("mean", "std"))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyclinic.core import tree
-from polyclinic.core.aggregates import PerSite, PerSiteUniform, Reply
+from polyclinic.core.aggregates import PerSiteUniform, Reply
 from polyclinic.core.method import Capabilities, Job, Method, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
@@ -96,7 +96,7 @@ class FedNoRo(Method[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]
         if request.job == "losses":
-            return Reply({"losses": PerSite({site.name: self.class_losses(start, site)})}), memory
+            return Reply({"losses": PerSiteUniform({site.name: self.class_losses(start, site)})}), memory
         prior = class_counts(data, self.task.network.outputs).clamp_min(FEWEST).log()
         noisy = "noisy" in request.trees
         share = float(request.trees["noisy"]["share"]) if noisy else 0.0

@@ -16,6 +16,7 @@ from polyclinic.core.aggregates import Reply
 from polyclinic.core.method import Request
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
+from polyclinic.learning.networks.batch_statistics import batches
 from polyclinic.learning.networks.functional import at, still
 from polyclinic.learning.networks.model_tree import cached_model
 from polyclinic.learning.tasks.risk import trained
@@ -57,13 +58,13 @@ class FedALA(FedAvg):
         gap = {name: shared[name].to(site.device) - mine[name] for name in names}
         w = {name: torch.ones_like(gap[name]) if weights is None else weights[name].to(site.device) for name in names}
         data, losses = site.data["train"], list[float]()
-        count = max(1, int(self.share * len(data)))
+        count = min(max(2, int(self.share * len(data))), len(data))
         rng = site.rng(round, "mixture")
         first = int(torch.randint(len(data) - count + 1, (), generator=rng))
         with seeded(rng, site.device), still(model):
             while len(losses) < (PASSES if weights is None else 1):
-                for chunk in torch.arange(first, first + count).split(self.local.batch_size):
-                    x, y = data[chunk]
+                for chunk in batches(count, self.local.batch_size):
+                    x, y = data[first + chunk]
                     theta = {name: (mine[name] + gap[name] * w[name]).requires_grad_() for name in names}
                     loss = at(model, theta, self.task.loss, (x.to(site.device), y.to(site.device)))
                     slopes = torch.autograd.grad(loss, list(theta.values()))

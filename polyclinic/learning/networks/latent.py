@@ -16,13 +16,19 @@ def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tenso
         h [b, features, ...] and z [b, outputs, ...], from one forward pass.
     """
     entering: list[Tensor] = []
-    head = next(m for name, m in model.named_modules() if network.in_head(f"{name}."))
+    head = model.get_submodule(head_of(network, model))
     hook = head.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
     try:
         prediction = model(inputs)
     finally:
         hook.remove()
     return entering[-1], prediction if isinstance(prediction, Tensor) else prediction[0]
+
+
+def head_of(network: Network, model: nn.Module) -> str:
+    """Return the name of the head of ``model``, which ``network`` built."""
+    name: str = next(name for name, _ in model.named_modules() if network.in_head(f"{name}."))
+    return name
 
 
 def pooled(h: Tensor) -> Tensor:

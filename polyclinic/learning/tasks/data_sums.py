@@ -86,6 +86,12 @@ def count_up(data: Any, classes: int) -> dict[str, Tensor]:
     return sums
 
 
+def class_counts(data: Any, classes: int) -> Tensor:
+    """Return the number of examples of each class in ``data``, whose targets are classes: [classes], float64."""
+    labels = [data[chunk][1] for chunk in torch.arange(len(data)).split(256) if len(chunk)]
+    return torch.bincount(torch.cat(labels), minlength=classes).double() if labels else torch.zeros(classes).double()
+
+
 def spread_out(data: Any, edges: Tensor) -> dict[str, Tensor]:
     """Sum over ``data`` in a second pass, for a histogram with ``edges`` [channels, bins + 1] around the mean.
 

@@ -195,6 +195,43 @@ def status(*, home: Home = HERE, json_: Json = False) -> None:
 
 
 @app.command
+def console(
+    *,
+    studies: Path | None = None,
+    port: int = 8767,
+    open_: Annotated[bool, Parameter(name="--open")] = False,
+    viewer: bool = False,
+    link: bool = False,
+    metrics_key: Path | None = None,
+    home: Home = HERE,
+) -> None:
+    """Show this server in the browser of this machine: sites, queue, progress, faults, and whom a run waits for.
+
+    Sites can be admitted and revoked there, and studies queued, canceled and exported. The console is reached by this
+    machine only; see docs/how-to/console.md for another machine's browser.
+
+    Args:
+        studies: The folder with the study files that can be queued; the server's folder by default.
+        port: The port on the loopback interface; 0 for any free one.
+        open_: Open the page in this machine's browser.
+        viewer: Print a link that may look and change nothing.
+        link: Print another link of the console that runs.
+        metrics_key: A file with the key for /metrics; it is created if it does not exist.
+    """
+    from polyclinic.console import serve
+
+    server = _server(home)
+    if link:
+        line(f"open     {serve.new_link('server', server.path, viewer)}")
+        return
+    serve.require()
+    from polyclinic.console.server import ServerPage
+
+    page = ServerPage(server.path, studies)
+    serve.serve(page, server.path, port, line, open_browser=open_, viewer=viewer, metrics_key=metrics_key)
+
+
+@app.command
 def run(
     file: Path,
     *,

@@ -205,7 +205,7 @@ def console(
     metrics_key: Path | None = None,
     home: Home = HERE,
 ) -> None:
-    """Show this server in the browser of this machine: sites, queue, progress, faults, and whom a run waits for.
+    """Show this server in the browser of this machine: sites, queue, progress, faults, and the sites that a run waits for.
 
     Sites can be admitted and revoked there, and studies queued, canceled and exported. The console is reached by this
     machine only; see docs/how-to/console.md for another machine's browser.

@@ -11,7 +11,7 @@
 | ``GET /metrics`` | numbers for Prometheus | yes, or the key for metrics |
 | ``GET /healthz`` | ``{"ok": true}`` | no |
 
-Nothing is read from disk while nobody watches.
+Nothing is read from disk while no page is open.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """One run folder, read as it grows: its summary and, for the run that is open, its curves. Requires no PyTorch.
 
-Test scores stay closed until every method run is done, so that nobody chooses by them.
+Test scores stay closed until every method run is done, so that no method is chosen by them.
 """
 
 import json

@@ -76,7 +76,7 @@ class RunsPage:
                     self._note(reader.id)
         for child in self.children.look():
             self._take(child)
-        stamp = ([(c["number"], c["code"], c["said"]) for c in self.children.facts()], self.free // 2**24)
+        stamp = ([(c["number"], c["code"], c["output"]) for c in self.children.facts()], self.free // 2**24)
         if stamp != self._stamp:
             self._stamp, self.version = stamp, self.version + 1
             self.general = self.version
@@ -128,7 +128,7 @@ class RunsPage:
         """Keep the result of a comparison."""
         if child.what == COMPARE:
             rows = child.result
-            self._results[child.about] = {"rows": rows, "error": "" if rows is not None else child.said}
+            self._results[child.about] = {"rows": rows, "error": "" if rows is not None else child.output}
         self.version += 1
         self.general = self.version
 

@@ -1,4 +1,4 @@
-"""A coordinator's page: sites, queue, progress, who is waited for, faults, privacy spent, export and report."""
+"""A coordinator's page: sites, queue, progress, awaited sites, faults, privacy spent, export and report."""
 
 import json
 import threading
@@ -79,7 +79,7 @@ class ServerPage:
             int(time.time() / 15),  # ages such as "30 s ago"
             self._sites,
             self._studies_stamp,
-            [(child["number"], child["code"], child["said"]) for child in self.children.facts()],
+            [(child["number"], child["code"], child["output"]) for child in self.children.facts()],
             self._exports(),
         )
         changed = changed or anew or bool(entries) or stamp != self._stamp

@@ -75,8 +75,8 @@ class ServerRun:
         """Return the sites that the run waits for, each with the reason."""
         if self.over:
             return {}
-        said = {str(site): printable(str(why), 300) for site, why in self.progress.get("waiting", {}).items()}
-        return said if self.entry.state == ACTIVE else {}
+        reasons = {str(site): printable(str(why), 300) for site, why in self.progress.get("waiting", {}).items()}
+        return reasons if self.entry.state == ACTIVE else {}
 
 
 class ServerRuns:

@@ -148,7 +148,7 @@ class SitePage:
         self._results[f"{child.what} {child.about}".strip()] = {
             "time": child.ended,
             "result": result,
-            "error": "" if result is not None else child.said or f"the command ended with the code {child.code}",
+            "error": "" if result is not None else child.output or f"the command ended with the code {child.code}",
         }
 
     # What is shown ----------------------------------------------------------------------------------------------------

@@ -315,3 +315,39 @@ def test_old_keys_make_room(keys: Keys, clock: Clock) -> None:
         clock.now += 1
         key(keys)
     assert keys.session(first) is None
+
+
+def test_the_metrics_key_is_made_private_and_a_weak_one_is_refused(tmp_path: Any) -> None:
+    from polyclinic.console.serve import _metrics_key
+    from polyclinic.errors import ConfigError
+
+    file = tmp_path / "metrics.key"
+    key = _metrics_key(file)
+    assert len(key) >= 40
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert _metrics_key(file) == key
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        _metrics_key(file)
+    file.chmod(0o600)
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="at least 20"):
+        _metrics_key(file)
+
+
+def test_a_port_in_use_is_told_from_a_free_one() -> None:
+    import socket
+
+    from polyclinic.console.serve import _listening
+    from polyclinic.errors import ConfigError
+
+    with _listening(0) as line:
+        address, port = line.getsockname()
+        line.listen()
+        assert address == "127.0.0.1"  # never another interface
+        with pytest.raises(ConfigError, match=f"--port {port}"), _listening(port):
+            pass
+        with socket.socket() as other, pytest.raises(OSError, match="refused"):
+            other.connect(("127.0.0.2", port))
+    with pytest.raises(ConfigError, match="--port 99999"), _listening(99999):
+        pass

@@ -45,12 +45,12 @@ export function render() {
 }
 
 // Desktop notifications: each alert once, and only what was not there when the page was opened.
-const told = new Set();
+const notified = new Set();
 let first = true;
 function notify() {
   for (const alert of page.alerts?.() || []) {
-    if (told.has(alert.id)) continue;
-    told.add(alert.id);
+    if (notified.has(alert.id)) continue;
+    notified.add(alert.id);
     if (!first && bell() && document.hidden) new Notification("Polyclinic", { body: alert.text, icon: "/static/icon.svg", tag: alert.id });
   }
   first = false;

@@ -106,7 +106,7 @@ function admission() {
   return h("form", { cls: "form call", "data-do": "admit", "data-key": "admit" }, h("h2", {}, `Admit ${request.site}?`),
     facts(["Site", request.site], ["Organization", request.organization], ["Version", request.version], ["Known", request.known ? `${request.known}: it gets a new certificate` : "no, it is new"]),
     request.other ? h("p", {}, pill("another organization has this name", "bad")) : null,
-    h("p", {}, "Admit only a site that you know, after it has told you on the telephone that it sent this request. Read this fingerprint to it, so that it can verify its join file: ", h("code", {}, state.authority)),
+    h("p", {}, "Admit only a site that you know, after it has confirmed on the telephone that it sent this request. Read this fingerprint to it, so that it can verify its join file: ", h("code", {}, state.authority)),
     h("label", { cls: "field", "data-key": "name" }, h("span", {}, `Type ${request.site} to confirm`), h("input", { name: "confirm", autocomplete: "off", "data-key": "admit-input" })),
     h("div", { cls: "row", "data-key": "row" }, h("button", { cls: "main" }, "Admit, and download the join file"), button("Do not", "dismiss")));
 }
@@ -136,7 +136,7 @@ function journal() {
 function commands() {
   const rows = state.children.slice(0, 6);
   return rows.length ? h("details", { cls: "card", "data-key": "commands", open: true }, h("summary", {}, "Commands of this console"), h("ul", { cls: "plain" }, rows.map((c) => h("li", { "data-key": `c${c.number}` },
-    c.code === null ? pill("running", "good") : c.code ? pill(`failed, code ${c.code}`, "bad") : pill("done"), " ", h("code", {}, c.command), h("span", { cls: "why" }, ago(c.begun)), c.code ? h("pre", { tabindex: "0", role: "region", "aria-label": "Output" }, c.said) : null)))) : null;
+    c.code === null ? pill("running", "good") : c.code ? pill(`failed, code ${c.code}`, "bad") : pill("done"), " ", h("code", {}, c.command), h("span", { cls: "why" }, ago(c.begun)), c.code ? h("pre", { tabindex: "0", role: "region", "aria-label": "Output" }, c.output) : null)))) : null;
 }
 
 function one(id) {

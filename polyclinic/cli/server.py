@@ -172,6 +172,24 @@ def stop(*, home: Home = HERE, json_: Json = False) -> None:
 
 
 @app.command
+def notify(*, home: Home = HERE, json_: Json = False) -> None:
+    """Send a test message as notify.toml in this folder says. Exit code 1 if a way fails.
+
+    A running server notifies people of runs that failed and of studies that stopped.
+    """
+    from polyclinic.cli.site import send_test
+
+    server = _server(home)
+    with document(json_) as emit:
+        failures = send_test(
+            server.path, f"This is a test from the server of {server_setup.settings(server)['project']}."
+        )
+        emit({"failures": failures})
+    if failures:
+        raise SystemExit(1)
+
+
+@app.command
 def unit(*, user: str = "polyclinic", home: Home = HERE) -> None:
     """Print a systemd unit that keeps this server running.
 
@@ -205,7 +223,7 @@ def console(
     metrics_key: Path | None = None,
     home: Home = HERE,
 ) -> None:
-    """Show this server in the browser of this machine: sites, queue, progress, faults, and the sites that a run waits for.
+    """Show this server in the browser of this machine: sites, queue, progress, faults, and what a run waits for.
 
     Sites can be admitted and revoked there, and studies queued, canceled and exported. The console is reached by this
     machine only; see docs/how-to/console.md for another machine's browser.

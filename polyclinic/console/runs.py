@@ -50,6 +50,12 @@ class RunsPage:
         self._results: dict[str, Any] = {}
         self._stamp: Any = None
 
+    @property
+    def pace(self) -> float:
+        """Seconds between two readings: one while something runs."""
+        busy = any(reader.process or not reader.version for reader in self.readers.values())
+        return 1.0 if busy or any(child["code"] is None for child in self.children.facts()) else 2.0
+
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def look(self) -> bool:

@@ -34,6 +34,7 @@ class ServerPage:
     """The page of one server."""
 
     kind, title = "server", "Coordinator"
+    pace = 2.0
 
     def __init__(self, home: Path, studies: Path | None = None) -> None:
         """Show the server in the folder ``home``; study files in ``studies`` (by default there) can be queued.

@@ -36,6 +36,7 @@ class SitePage:
     """The page of one site."""
 
     kind, title = "site", "Hospital"
+    pace = 2.0
 
     def __init__(self, home: Path) -> None:
         """Show the site in the folder ``home``.

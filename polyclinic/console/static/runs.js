@@ -1,8 +1,8 @@
 // The researcher's page.
-import { Chart } from "/static/chart.js";
-import { bar, button, call, card, h, note, pill, table, tile } from "/static/dom.js";
-import { ago, bytes, count, list, number, span, when } from "/static/format.js";
-import { ask, may, render, route } from "/static/main.js";
+import { Chart } from "./chart.js";
+import { bar, button, call, card, h, note, pill, table, tile } from "./dom.js";
+import { ago, bytes, count, list, number, span, when } from "./format.js";
+import { ask, may, render, route } from "./main.js";
 
 const chart = new Chart();
 const rows = new Map(), chosen = new Set();

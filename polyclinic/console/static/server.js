@@ -1,9 +1,9 @@
 // The coordinator's page.
-import { Chart } from "/static/chart.js";
-import { act } from "/static/api.js";
-import { bar, button, call, card, facts, h, note, pill, table, tile } from "/static/dom.js";
-import { ago, bytes, count, list, number, when } from "/static/format.js";
-import { ask, may, render, route, say } from "/static/main.js";
+import { Chart } from "./chart.js";
+import { act } from "./api.js";
+import { bar, button, call, card, facts, h, note, pill, table, tile } from "./dom.js";
+import { ago, bytes, count, list, number, when } from "./format.js";
+import { ask, may, render, route, say } from "./main.js";
 
 const chart = new Chart();
 let state = null, scores = null, verified = null, confirming = null, request = null, find = "";

@@ -44,13 +44,13 @@ CODE = re.compile(r"``[^`]*``|`[^`\n]*`")
 
 
 def files() -> list[Path]:
-    """Return the text files under version control, except those of other projects."""
+    """Return the text files under version control."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
     kinds = (".py", ".md", ".toml", ".yaml", ".yml", ".html", ".css", ".js", ".cff", "Makefile")
-    own = [name for name in listed if name.endswith(kinds) and name not in OWN and "/vendor/" not in name]
-    return [ROOT / name for name in own if (ROOT / name).is_file()]
+    ours = [name for name in listed if name.endswith(kinds) and name not in OWN and "/vendor/" not in name]
+    return [ROOT / name for name in ours if (ROOT / name).is_file()]
 
 
 def area(path: Path) -> str:

@@ -31,6 +31,7 @@ def run(
     fresh: bool = False,
     out: Path = Path("runs"),
     workers: int | None = None,
+    address: str | None = None,
     json_: Json = False,
 ) -> None:
     """Run a study and write its report.
@@ -46,11 +47,15 @@ def run(
         fresh: Delete an earlier run of the same study and start again, once the study and its data are checked.
         out: Folder of the run folders.
         workers: Number of sites that are computed at once; the number of cores by default.
+        address: Run on a Ray cluster: `auto` for the one on this machine, `local` to start one, or the address of its
+            head, such as `10.0.0.1:6379`. The same as `--set engine.kind=ray --set engine.address=...`.
     """
     from polyclinic.studies.config.loader import table_of, text_of
 
     require_file(study)
     given = changes(set_ or [])
+    if address is not None:
+        given |= {"engine.kind": "ray", "engine.address": address}
     text = text_of(study)
     table_of(text, study, given)  # a file that is missing or not TOML is reported before PyTorch is loaded
     from polyclinic.studies.config.scenarios import parse_all

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from polyclinic.cli.rendering import Json, confirmed, document, hint, line
+from polyclinic.cli.weights import site_app, use_site
 from polyclinic.core import atomic
 from polyclinic.engines import notifications
 from polyclinic.engines.flare import site_keeper
@@ -22,6 +23,7 @@ from polyclinic.engines.flare.protocol.shared_journals import SharedJournal
 from polyclinic.errors import ConfigError
 
 app = App(name="site", help="Take part in studies with local data, which never leave.")
+app.command(site_app)
 Home = Annotated[Path, Parameter(help="The site's folder; $POLYCLINIC_HOME or the current folder by default.")]
 HERE = Path(os.environ.get("POLYCLINIC_HOME", "."))
 
@@ -194,6 +196,7 @@ def review(run: str = "", *, wait: bool = False, home: Home = HERE, json_: Json 
     site = SiteFolder(home.resolve())
     settings = site_setup.settings(site)
     reviews = Reviews(site.reviews)
+    use_site(site.path)
     with document(json_) as emit:
         if wait:
             from polyclinic.cli.site_status import wait_for

@@ -25,6 +25,8 @@ from polyclinic.engines.best_round import BestRound
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.engines.local.virtual_time import Unequal
 from polyclinic.engines.local.worker_pool import Workers
+from polyclinic.engines.plan import build_method
+from polyclinic.engines.ray.site_actors import RaySites
 from polyclinic.evaluation.site_scores import scores_on_test
 from polyclinic.learning.tasks.task_evaluation import evaluate
 from polyclinic.methods import registry
@@ -226,9 +228,8 @@ class MethodRun:
             leaves = {f"{site}/{key}": leaf for site, outputs in found.items() for key, leaf in outputs.items()}
             if leaves:
                 write_tensors(self.path / f"{name}.safetensors", leaves)
-        model: Tree = self.method.site_model(self.method.evaluation_request(best.state), {})
         meta = {"study": self.study.hash, "method": self.label, "plan": self.plan.to_json(), "round": str(best.round)}
-        write_tensors(self.path / "model.safetensors", model, meta)
+        write_tensors(self.path / "model.safetensors", self.method.shared_model(best.state), meta)
         self._record("sealed", opened=opened)
         self._save("checkpoint", replace(end, records=self.folder.settle()))
         return self._event("tested", end.round, scores)
@@ -265,6 +266,9 @@ class MethodRun:
             )
         if chosen.kind == "in-process":
             return InProcess(self.method, sites, memory, policies, self.seed, held)
+        if chosen.kind == "ray":
+            recipe = self.plan.to_json()
+            return RaySites(build_method, recipe, sites, memory, self.seed, chosen.workers, held, chosen.gpus)
         workers = chosen.workers or min(len(sites), cores())
         return Workers(self.method, sites, memory, policies, self.seed, workers, held)
 

@@ -15,6 +15,7 @@ from polyclinic.engines.flare.protocol.messages import printable
 from polyclinic.engines.flare.protocol.paths import SetupError, SiteFolder
 from polyclinic.engines.flare.protocol.request_comparison import differences, flat, kind
 from polyclinic.engines.flare.protocol.run_request import RunRequest, code_hash
+from polyclinic.errors import PolyclinicError
 from polyclinic.methods.catalog import METHODS, Entry, canonical
 from polyclinic.methods.plugins import packages_of
 
@@ -167,6 +168,7 @@ def describe(
         Section(SYNTHETIC) if an.rehearsal else None,
         _asked(item, others, here),
         _what_runs(methods) if methods else None,
+        _start_weights(methods),
         _leaving(an, methods),
         _how(an, methods),
         _data(item, here),
@@ -232,6 +234,27 @@ def _what_runs(methods: Sequence[_Method]) -> Section:
         section.say(f"{method.label}, {seeds}, {method.plan.get('rounds')} rounds", "group")
         for key, value in flat({k: v for k, v in own.items() if v not in ({}, [])}) if len(methods) > 1 else ():
             section.say(f"{key} = {value}", "setting", 2)
+    return section
+
+
+def _start_weights(methods: Sequence[_Method]) -> Section | None:
+    """Describe which start weights the study needs, and whether this site has them; None if it needs none."""
+    tunings = [method.plan.get("tuning", {}) for method in methods]
+    if not (wanted := list(dict.fromkeys(t["weights"].get("sha256", "") for t in tunings if t.get("weights")))):
+        return None
+    from polyclinic.learning.weights import store  # PyTorch is loaded for these studies only
+
+    section = Section("Start weights")
+    for sha256 in wanted:
+        try:
+            item = store.find(str(sha256))
+        except PolyclinicError:
+            section.say(f"{sha256}: NOT here. Add the file that the coordinator names:")
+            section.say("polyclinic site weights add FILE", depth=2)
+            continue
+        card, size = item.card, f"{item.size / 1e6:.1f} MB"
+        section.say(f"{sha256}: here")
+        section.say(f"{card.name}, {size}, license {card.license}; {card.source or 'no source stated'}", depth=2)
     return section
 
 

@@ -26,6 +26,7 @@ class ServerRun:
         up: Bytes from each site. ``down``: bytes to each site.
         spent: The ε of each site.
         faults: Replies that were lost or refused.
+        settled: Whether it has ended and everything is read, so that its files are not looked at again.
     """
 
     entry: Entry
@@ -41,6 +42,7 @@ class ServerRun:
     spent: dict[str, float] = field(default_factory=dict)
     faults: list[dict[str, Any]] = field(default_factory=list)
     count_of_faults: int = 0
+    settled: bool = False
 
     def take(self, fact: Mapping[str, Any]) -> None:
         """Add one record."""
@@ -91,7 +93,9 @@ class ServerRuns:
         """Read what is new, and return whether anything is."""
         changed = self._read_queue()
         for name, run in self.all.items():
-            folder = self.home.run(name)
+            if run.settled:
+                continue
+            ended, folder = run.over, self.home.run(name)
             stamp = _stamp(folder / "status.json")
             if stamp != run.progress_stamp:
                 run.progress_stamp = stamp
@@ -105,6 +109,7 @@ class ServerRuns:
                 if (fact := parsed(line)) is not None:
                     _suppressed(run, fact)
             changed |= bool(lines) or anew
+            run.settled = ended and not run.tail.behind
         return changed
 
     def _read_queue(self) -> bool:
@@ -123,7 +128,7 @@ class ServerRuns:
                 if known is None:
                     self.all[name] = ServerRun(entry, _facts(entry), stamp)
                 else:
-                    known.entry, known.stamp = entry, stamp
+                    known.entry, known.stamp, known.settled = entry, stamp, False
                 self.unreadable.pop(name, None)
             except (SetupError, OSError, ValueError, TypeError, KeyError) as error:
                 self.unreadable[name] = printable(str(error), 300)
@@ -146,7 +151,11 @@ class ServerRuns:
         """Yield what the page shows of each run, the latest first."""
         for name, run in sorted(self.all.items(), key=lambda item: (item[1].entry.since, item[0]), reverse=True):
             progress, entry = run.progress, run.entry
-            working = bool(progress) and flare_processes.alive(progress.get("pid", 0), progress.get("birth", ""))
+            working = (
+                bool(progress)
+                and not run.over
+                and flare_processes.alive(progress.get("pid", 0), progress.get("birth", ""))
+            )
             yield {
                 **run.facts,
                 "run": name,

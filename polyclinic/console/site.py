@@ -59,7 +59,8 @@ class SitePage:
         self._results: dict[str, dict[str, Any]] = {}
         self._stamp: Any = None
         self._now: dict[str, Any] = {}
-        threading.Thread(target=code_hash, daemon=True).start()  # it takes a second, once
+        self._hashing = threading.Thread(target=code_hash, daemon=True)  # two seconds of computing, once
+        self._hashing.start()
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -300,6 +301,7 @@ class SitePage:
 
     def _review(self, run: str) -> dict[str, Any]:
         """Describe what a person would decide about, with the hash that a decision must carry."""
+        self._hashing.join()
         reviews = Reviews(self.home.reviews)
         first, *others = reviews.subject(run)
         earlier = before(reviews, first)

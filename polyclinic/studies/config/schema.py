@@ -45,7 +45,7 @@ class TaskSpec(Table):
     @model_validator(mode="after")
     def _known(self) -> "TaskSpec":
         from polyclinic.core.config_problems import nearest
-        from polyclinic.learning.networks.network_catalog import ARCHITECTURES
+        from polyclinic.learning.networks.architectures import ARCHITECTURES
 
         if self.network not in ARCHITECTURES:
             raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, ARCHITECTURES)}')

@@ -47,7 +47,7 @@ class Topology:
         return tuple(min(base * 2**stage, limit) for stage in range(self.stages))
 
 
-def topology(patch: Sequence[int], spacing_mm: Sequence[float] | None = None) -> Topology:
+def topology(patch: Sequence[float], spacing_mm: Sequence[float] | None = None) -> Topology:
     """Return the stages for a ``patch`` of voxels of ``spacing_mm``, which is enlarged to a multiple of the strides.
 
     An axis is halved while it keeps at least ``SMALLEST`` voxels, and while its spacing is less than twice the finest
@@ -65,11 +65,11 @@ def topology(patch: Sequence[int], spacing_mm: Sequence[float] | None = None) ->
             size[a], spacing[a] = -(-size[a] // 2), 2 * spacing[a]
     kernels.append((3,) * len(patch))
     divisors = [math.prod(stride[a] for stride in strides) for a in axes]
-    padded = tuple(-(-n // d) * d for n, d in zip(patch, divisors, strict=True))
+    padded = tuple(int(-(-n // d) * d) for n, d in zip(patch, divisors, strict=True))
     return Topology(padded, tuple(kernels), tuple(strides))
 
 
-def _halved(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
+def _halved(size: Sequence[float], spacing: Sequence[float]) -> list[int]:
     """Return the axes that the next stage halves; none if the network ends here."""
     large = [a for a, n in enumerate(size) if n >= 2 * SMALLEST]
     finest = min((spacing[a] for a in large), default=0.0)

@@ -181,6 +181,30 @@ class EvaluationSpec(Table):
     """Validate each time after this number of rounds."""
     select: Literal["best", "last"] = "best"
     """Whether the model of the best round, by validation, or of the last round is tested."""
+    space: Literal["native", "grid"] | None = None
+    """Where masks are compared: on the original grid of each file, or on the network's grid after resampling and
+    cropping (segmentation). By default the original grid wherever the data come from image files."""
+    lesions: bool | None = None
+    """Whether lesions are also compared one by one on the test data: lesion-wise Dice and HD95 (BraTS 2023), and
+    sensitivity, F1 and false positives a case (segmentation)."""
+    lesion_dilation: Annotated[int, Field(ge=0, le=20)] | None = None
+    """The number of dilations before true lesions are separated: 3 in BraTS for gliomas (the default), 1 for
+    metastases, 0 to compare them as they are."""
+    lesion_smallest: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The volume in mm³ up to which true lesions are left out, 50 by default; in pixels if spacings are unknown."""
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task of segmentation that are set here."""
+        keys = ("space", "lesions", "lesion_dilation", "lesion_smallest")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+    @model_validator(mode="after")
+    def _lesions(self) -> "EvaluationSpec":
+        for key in ("lesion_dilation", "lesion_smallest"):
+            if getattr(self, key) is not None and not self.lesions:
+                raise ConfigError(f"{key} needs lesions = true")
+        return self
 
 
 class EngineSpec(Table):

@@ -94,7 +94,15 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+        for key in ("space", "lesions", "lesion_dilation", "lesion_smallest"):
+            if value["evaluation"][key] is None:
+                del value["evaluation"][key]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The options of the task that the study sets, with those under ``[evaluation]``."""
+        return {**self.task.settings, **self.evaluation.task_options}
 
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``LocalTraining`` for one method."""
@@ -157,6 +165,8 @@ def _together(study: Study) -> list[Problem]:
             problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
+    for key in study.evaluation.task_options if study.task.kind != "segmentation" else ():
+        problems.append(Problem(("evaluation", key), f"is for segmentation, not for {study.task.kind}"))
     return [*problems, *_folded(study), *_searched(study), *_simulated(study)]
 
 

@@ -122,7 +122,7 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
         rows = source.examples(table.ids).inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
-    measured_rows = [None if picture is None else of(picture) for picture in _pictures(source, table)]
+    measured_rows = [None if picture is None else of(picture) for picture in pictures(source, table)]
     names = sorted({name for row in measured_rows if row for name in row if not isinstance(name, int)}, key=_order)
     if not names:
         raise DataError(f"{table.ids[0]} and all others cannot be read: there is nothing to measure")
@@ -145,7 +145,8 @@ def _measure(source: Source, table: Table) -> dict[str, Any]:
     }
 
 
-def _pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+def pictures(source: Source, table: Table) -> Iterator[Picture | None]:
+    """Yield every image of ``source`` in the order of its ``table``; None if it cannot be read."""
     if isinstance(source, FromFiles):
         yield from source.collection.pictures()
         return

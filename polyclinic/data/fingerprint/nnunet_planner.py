@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from polyclinic.errors import ConfigError
 from polyclinic.learning.networks.unet_topology import RESIDUAL_BLOCKS, Topology, feature_map_values, topology
 
-ANISOTROPIC = 3.0
-"""Ratio of spacings, and of sizes, from which one axis is treated as coarse."""
 FEWEST = 2
 """Smallest batch."""
 LOW_RESOLUTION = 0.25
@@ -85,23 +83,17 @@ class Intensities:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What a plan follows from. Lists have one entry per axis, (z, y, x) or (y, x).
+    """What a plan follows from, besides the spacing and the size of the images.
 
     Attributes:
         cases: Number of cases.
-        spacing_mm: Median spacing.
-        fine_spacing_mm: 10 % quantile of the spacing.
-        size: Median size after cropping to nonzero voxels.
         cropped: Median part of an image that is left after cropping.
         intensities: For each channel, its foreground intensities; None if they are not known.
-        channels: The names of the channels, which decide how their intensities are scaled.
+        channels: The names of the channels, which decide how their values are scaled.
         classes: Number of classes with background.
     """
 
     cases: int
-    spacing_mm: tuple[float, ...]
-    fine_spacing_mm: tuple[float, ...]
-    size: tuple[float, ...]
     cropped: float
     intensities: tuple[Intensities | None, ...]
     channels: tuple[str, ...]
@@ -156,25 +148,6 @@ class Planned:
     low: Configuration | None = None
     schemes: tuple[str, ...] = ()
     masked: tuple[bool, ...] = field(default=())
-
-
-def target_spacing(facts: CaseFacts) -> tuple[float, ...]:
-    """Return the spacing to which images are resampled: the median along each axis.
-
-    A coarse axis, with more than three times the spacing of any other and less than a third of their voxels, takes the
-    10 % quantile, but no finer one than the others have.
-    """
-    spacing = list(facts.spacing_mm)
-    if len(spacing) < 3:
-        return tuple(spacing)
-    coarse = max(range(len(spacing)), key=lambda axis: (spacing[axis], -axis))
-    others = [axis for axis in range(len(spacing)) if axis != coarse]
-    widest = max(spacing[axis] for axis in others)
-    few = facts.size[coarse] * ANISOTROPIC < min(facts.size[axis] for axis in others)
-    if spacing[coarse] > ANISOTROPIC * widest and few:
-        fine = facts.fine_spacing_mm[coarse]
-        spacing[coarse] = widest + 1e-5 if fine < widest else fine
-    return tuple(spacing)
 
 
 def resampled(size: Sequence[float], spacing_mm: Sequence[float], to_mm: Sequence[float]) -> tuple[int, ...]:
@@ -257,7 +230,7 @@ def planned(
 
     Args:
         facts: Statistics of the cases.
-        spacing_mm: What ``target_spacing`` returns for them.
+        spacing_mm: Spacing to which images are resampled (``unet_topology.target_spacing``), (z, y, x) or (y, x).
         median_size: Median size after resampling to it.
         preset: Name of a preset.
         memory_gb: GPU memory in place of the preset's.

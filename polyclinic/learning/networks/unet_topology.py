@@ -17,6 +17,10 @@ RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6)
 WIDEST = {2: 512, 3: 320}
 
 
+ANISOTROPIC = 3.0
+"""Ratio of spacings, and of sizes, from which one axis is treated as coarse."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Stages of a U-Net, from the finest to the bottleneck.
@@ -75,6 +79,31 @@ def _halved(size: Sequence[float], spacing: Sequence[float]) -> list[int]:
     finest = min((spacing[a] for a in large), default=0.0)
     chosen = [a for a in large if spacing[a] < 2 * finest]
     return [] if len(chosen) == 1 and size[chosen[0]] < 3 * SMALLEST else chosen
+
+
+def target_spacing(
+    median_mm: Sequence[float], fine_mm: Sequence[float], median_size: Sequence[float]
+) -> tuple[float, ...]:
+    """Return the spacing to which images are resampled: the median along each axis.
+
+    A coarse axis, with more than three times the spacing of any other and less than a third of their voxels, takes the
+    10 % quantile, but no finer one than the others have.
+
+    Args:
+        median_mm: Median spacing along each axis.
+        fine_mm: 10 % quantile of the spacing.
+        median_size: Median size of the images.
+    """
+    spacing = list(median_mm)
+    if len(spacing) < 3:
+        return tuple(spacing)
+    coarse = max(range(len(spacing)), key=lambda axis: (spacing[axis], -axis))
+    others = [axis for axis in range(len(spacing)) if axis != coarse]
+    widest = max(spacing[axis] for axis in others)
+    few = median_size[coarse] * ANISOTROPIC < min(median_size[axis] for axis in others)
+    if spacing[coarse] > ANISOTROPIC * widest and few:
+        spacing[coarse] = widest + 1e-5 if fine_mm[coarse] < widest else fine_mm[coarse]
+    return tuple(spacing)
 
 
 def feature_map_values(

@@ -27,9 +27,11 @@ RATIO = 1.01
 FINEST, COARSEST = -463, 463
 """Bins of spacing: around ``RATIO ** k`` mm, from 0.01 to 100 mm."""
 SPACINGS = COARSEST - FINEST + 1
-HEAD = 9
-"""Numbers of a row before the channels: axes, spacing (z, y, x), size (z, y, x), part that is left, and whether the
-spacing is known."""
+LABELS = 64
+"""Labels of which a row says whether the mask contains them; larger ones count as the last."""
+HEAD = 9 + LABELS
+"""Numbers of a row before the channels: axes, spacing (z, y, x), size (z, y, x), part that is left, whether the spacing
+is known, and for each label whether the mask contains it."""
 CHANNEL = 3 + VALUES
 """Numbers of a channel: whether there is a foreground, mean, mean of squares, shares of the bins."""
 
@@ -95,7 +97,7 @@ def sums_of(data: Any) -> Tree:
 
     Returns:
         ``cases`` and ``measured`` [1]: all cases, and those that state their spacing; ``axes`` [2]: those with two and
-        with three axes; ``spacing`` [3, SPACINGS], ``size`` [3, LARGEST + 1], ``left`` [101]; and for C channels
+        with three axes; ``labels`` [LABELS]: those that contain a label; ``spacing`` [3, SPACINGS], ``size`` [3, LARGEST + 1], ``left`` [101]; and for C channels
         ``known``, ``mean``, ``square`` [C] and ``values`` [C, VALUES].
     """
     total: Tree = {}
@@ -114,6 +116,7 @@ def _sums(rows: Tensor) -> Tree:
         "spacing": torch.stack([_counted(spacing_bin(rows[:, 1 + axis]), SPACINGS) for axis in range(3)]),
         "size": torch.stack([_counted(rows[:, 4 + axis].round().clamp(0, LARGEST), LARGEST + 1) for axis in range(3)]),
         "measured": rows[:, 8].sum()[None],
+        "labels": rows[:, 9:HEAD].sum(0),
         "left": _counted((rows[:, 7] * 100).floor().clamp(0, 100), 101),
         "known": parts[:, 0],
         "mean": parts[:, 1],

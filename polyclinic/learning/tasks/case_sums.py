@@ -97,8 +97,9 @@ def sums_of(data: Any) -> Tree:
 
     Returns:
         ``cases`` and ``measured`` [1]: all cases, and those that state their spacing; ``axes`` [2]: those with two and
-        with three axes; ``labels`` [LABELS]: those that contain a label; ``spacing`` [3, SPACINGS], ``size`` [3, LARGEST + 1], ``left`` [101]; and for C channels
-        ``known``, ``mean``, ``square`` [C] and ``values`` [C, VALUES].
+        with three axes; ``labels`` [LABELS]: those that contain a label; ``spacing`` [3, SPACINGS], ``size``
+        [3, LARGEST + 1], ``left`` [101]; and for C channels ``known``, ``mean``, ``square`` [C] and ``values``
+        [C, VALUES].
     """
     total: Tree = {}
     for rows in rows_in(data):

@@ -13,7 +13,7 @@ from polyclinic.data.cache import cached
 from polyclinic.data.examples import DataError
 from polyclinic.data.fingerprint.dataset_fingerprint import pictures, plain
 from polyclinic.data.source import Source, digest
-from polyclinic.learning.tasks.case_sums import row_of
+from polyclinic.learning.tasks.case_sums import CHANNEL, HEAD, row_of
 
 VERSION = 1
 
@@ -71,5 +71,5 @@ def case_rows(source: Source) -> CaseRows:
             raise DataError("some images are 2-D and some are volumes: use two studies")
         return {"rows": torch.stack(rows)}
 
-    stored = cached("cases-measured", digest("case rows", VERSION, source.fingerprint), build)
+    stored = cached("cases-measured", digest("case rows", VERSION, HEAD, CHANNEL, source.fingerprint), build)
     return CaseRows(stored["rows"], table.patients)

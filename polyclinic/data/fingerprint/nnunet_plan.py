@@ -43,6 +43,16 @@ class NnunetPlan:
     options: Mapping[str, Any]
     batch_dice: bool
 
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """The keys of ``[data]`` that the plan determines."""
+        return {"steps": [dict(step) for step in self.steps], "patch": list(self.patch)}
+
+    @property
+    def task_options(self) -> dict[str, Any]:
+        """The keys of ``[task]`` that the plan determines."""
+        return {"batch_dice": True} if self.batch_dice else {}
+
     @classmethod
     def read(cls, path: Path) -> "NnunetPlan | None":
         """Read the plan at ``path``, which a person may have edited; None if it is a plan of another kind.

@@ -1,12 +1,13 @@
 """Representations of inputs: one vector for each example, from the encoder or before the head."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from polyclinic.learning.networks.network_catalog import Network
+from polyclinic.learning.networks.network_parts import Parts
 
 
 def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,16 @@ def represent(network: Network, model: nn.Module, inputs: Tensor) -> tuple[Tenso
     return entering[-1], prediction if isinstance(prediction, Tensor) else prediction[0]
 
 
-def head_name(network: Network, model: nn.Module) -> str:
+class HasParts(Protocol):
+    """A network, or one composed of it."""
+
+    @property
+    def parts(self) -> Parts: ...
+
+    def in_head(self, name: str) -> bool: ...
+
+
+def head_name(network: HasParts, model: nn.Module) -> str:
     """Return the name of the module of ``model`` that the representation enters.
 
     Args:

@@ -21,6 +21,7 @@ from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.config.schema import (
     AttackSpec,
     EngineSpec,
@@ -158,15 +159,16 @@ def parse(
 def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
     """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``.
 
-    The settings of ``training.recipe`` are added to those of ``data``.
+    The settings of ``training.recipe`` and of a plan are added to those of ``data``.
     """
     recipe = list[Problem]()
     try:
         data = with_recipe(data)
     except ConfigError as error:
         recipe.append(Problem(("training", "recipe"), str(error)))
+    data, plan = with_plan(data)
     study, problems = validated(Study, data, ())
-    problems = [*recipe, *problems]
+    problems = [*recipe, *plan, *problems]
     if isinstance(study, Study) and study.task.weights is not None:
         study, unknown = with_weights(study)
         problems += unknown

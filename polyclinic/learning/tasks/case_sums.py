@@ -53,10 +53,11 @@ def row_of(pixels: Tensor, mask: Tensor | None, spacing_mm: Sequence[float] | No
     left = math.prod(size) / inside.numel()
     flat = [0.0] * (3 - axes)
     spacing = list(spacing_mm) if spacing_mm is not None else [1.0] * axes
-    head = torch.tensor(
-        [axes, *flat, *spacing, *(1.0 for _ in flat), *size, left, float(spacing_mm is not None)], dtype=torch.float64
-    )
-    parts = [head]
+    numbers = [axes, *flat, *spacing, *(1.0 for _ in flat), *size, left, float(spacing_mm is not None)]
+    present = torch.zeros(LABELS, dtype=torch.float64)
+    if mask is not None:
+        present[mask.unique().clamp(0, LABELS - 1).long()] = 1.0
+    parts = [torch.tensor(numbers, dtype=torch.float64), present]
     for channel in pixels:
         values = channel[mask > 0].double() if mask is not None and bool((mask > 0).any()) else torch.empty(0)
         parts.append(_channel(values))

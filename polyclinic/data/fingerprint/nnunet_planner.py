@@ -189,9 +189,12 @@ def configuration(
         step = topology(smaller, spacing_mm).divisors[axis]  # the size may be a multiple of a smaller number then
         patch = list(shape.patch)
         patch[axis] -= step
-        if patch[axis] <= 0:
+        if patch[axis] <= 0 or topology(patch, spacing_mm).stages < 2:
             raise ConfigError(f"no patch fits into {memory:g} GB: give more memory")
         shape = topology(patch, spacing_mm)
+    if shape.stages < 2:
+        some = " x ".join(f"{n:g}" for n in median_size)
+        raise ConfigError(f"images of {some} voxels are too small for a U-Net, which halves 8 voxels along two axes")
     batch = round(budget / needed * BATCHES[axes])
     batch = min(batch, round(voxels * preset.covered / math.prod(shape.patch)))
     return Configuration(

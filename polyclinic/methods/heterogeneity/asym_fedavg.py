@@ -70,8 +70,6 @@ class AsymFedAvg(SizeWeighted[State]):
             raise ConfigError(f"networks: no site is called {unknown[0]!r}; there are {', '.join(self.sites)}")
         if self.networks and not isinstance(self.task.network, Network):
             raise ConfigError("networks: they cannot be combined with start weights, adapters or frozen tensors")
-        if self.networks and not common_names(self.variants):
-            raise ConfigError("networks: they have no tensor in common, so that nothing can be averaged")
 
     @property
     def variants(self) -> tuple[Network, ...]:

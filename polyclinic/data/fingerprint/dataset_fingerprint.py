@@ -24,6 +24,17 @@ AXES = ("z", "y", "x")
 MOST = 2**20
 """Largest number of evenly spaced pixels from which the quantiles of an image are computed."""
 
+PLAIN: dict[str, Any] = {
+    "annotations": {},
+    "accelerate": 0.0,
+    "position": None,
+    "video": None,
+    "scanners": 0.0,
+    "duplicates": "report",
+    "near_duplicates": "ignore",
+}
+"""Settings that are removed from a federation whose examples are row numbers."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -92,7 +103,7 @@ def plain(source: Source) -> Source:
     """Return the source without its steps, and for a table without statistics of its own."""
     if isinstance(source, FeatureTable):
         return replace(source, statistics="federation", declared="", fill="zero" if source.fill == "zero" else "mean")
-    given = {"steps": (), "unreadable": "refuse"}
+    given = {"steps": (), "unreadable": "refuse", "patch": ()}
     known = {name: value for name, value in given.items() if hasattr(source, name)}
     return replace(source, **known) if known else source  # type: ignore[type-var]
 

@@ -120,10 +120,10 @@ def _sums(rows: Tensor) -> Tree:
         "measured": rows[:, 8].sum()[None],
         "labels": rows[:, 9:HEAD].sum(0),
         "left": _counted((rows[:, 7] * 100).floor().clamp(0, 100), 101),
-        "known": parts[:, 0],
-        "mean": parts[:, 1],
-        "square": parts[:, 2],
-        "values": parts[:, 3:],
+        "known": parts[:, 0].clone(),
+        "mean": parts[:, 1].clone(),
+        "square": parts[:, 2].clone(),
+        "values": parts[:, 3:].contiguous(),
     }
 
 

@@ -4,22 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from polyclinic.core import serialization
 from polyclinic.core.rounds import train
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree
-from polyclinic.data.federation import DataSpec, federate
+from polyclinic.data.collection import FromFiles
+from polyclinic.data.config import DataSpec
 from polyclinic.data.fingerprint import nnunet_plan
-from polyclinic.data.fingerprint.case_rows import CaseRows, case_rows
+from polyclinic.data.fingerprint.case_rows import CaseRows, rows_by_site
 from polyclinic.data.fingerprint.dataset_fingerprint import Numbered
 from polyclinic.data.fingerprint.nnunet_planner import CaseFacts, Intensities, Planned, planned
 from polyclinic.data.source import Source
 from polyclinic.engines.local.in_process import InProcess
 from polyclinic.errors import DataError
 from polyclinic.learning.networks.network_catalog import Network
-from polyclinic.learning.tasks.case_sums import LARGEST, quantile, value_quantile
+from polyclinic.learning.tasks.case_sums import CHANNEL, HEAD, LARGEST, quantile, value_quantile
 from polyclinic.learning.tasks.classification import Classification
 from polyclinic.methods.registry import import_methods
 from polyclinic.methods.statistics.case_statistics import (
@@ -30,7 +29,6 @@ from polyclinic.methods.statistics.case_statistics import (
     planned_spacing,
     spacing,
 )
-from polyclinic.studies.run.planning import PLAIN
 
 FEWEST = 10
 """Smallest number of training patients of a site whose sums are used."""
@@ -51,17 +49,6 @@ class Made:
     planned: Planned
     configuration: str
     notes: tuple[str, ...]
-
-
-def rows_by_site(spec: DataSpec, seed: int, source: Source) -> dict[str, CaseRows]:
-    """Return the rows of each training site's training images, in the split of ``seed``."""
-    rows, found = case_rows(source), {}
-    data = federate(spec.model_copy(update=PLAIN), seed, source=Numbered(source))
-    for name in data.training:
-        roles = data.sites[name]
-        where = [roles[role].inputs[:, 0].long() for role in ("train", "unlabeled") if role in roles]
-        found[name] = rows.subset(torch.cat(where))
-    return found
 
 
 def statistics(sites: dict[str, CaseRows], intensities: bool) -> Tree:
@@ -154,10 +141,10 @@ def plan(
     Raises:
         DataError: If the data cannot be read or planned, with every problem.
     """
-    source, notes = spec.source(), list[str]()
-    classes = len(Numbered(source).info.classes)
-    patients: int | None = None
+    notes, about = list[str](), {"study": study, "data": "", "seed": seed, "patients": None}
+    classes, named = 0, tuple(channels)
     if sums is None:
+        source = spec.source()
         sites = rows_by_site(spec, seed, source)
         counts = {name: len(set(rows.patients)) for name, rows in sites.items()}
         if small := [name for name, count in counts.items() if count < FEWEST]:
@@ -165,14 +152,12 @@ def plan(
         sites = {name: rows for name, rows in sites.items() if name not in small}
         if not sites:
             raise DataError(f"no site has {FEWEST} training patients: sums over fewer would reveal them")
-        patients = sum(counts[name] for name in sites)
-        count = next(iter(sites.values())).shape[0]
-        named = channels_of(source, count, channels)
+        classes = len(Numbered(source).info.classes)
+        named = named or channels_of(source, (next(iter(sites.values())).shape[0] - HEAD) // CHANNEL)
+        about |= {"data": source.fingerprint, "patients": sum(counts[name] for name in sites)}
         sums = statistics(sites, any(name.casefold() == "ct" for name in named))
-    else:
-        named = channels_of(
-            source, len(sums["known"]) if "known" in sums else max(len(channels), 1), channels, sums=True
-        )
+    elif not named:
+        raise DataError("the sums of a run between hospitals name no channels: name them with --channels")
     classes = classes or max(2, int(sums["labels"].nonzero().max()) + 1)
     found = plan_of(sums, named, classes, preset, memory_gb)
     facts, axes = facts_of(sums, named, classes), axes_in(sums)
@@ -187,30 +172,17 @@ def plan(
             "cascade is not available here."
         )
     spacing_mm = spacing(sums, 0.5)[-axes:]
-    about = {"study": study, "data": source.fingerprint, "seed": seed, "patients": patients}
     text = nnunet_plan.text_of(found, facts, spacing_mm, chosen, about, width, tuple(notes))
     return Made(text, found, chosen, tuple(notes))
 
 
-def channels_of(source: Source, count: int, given: Sequence[str], sums: bool = False) -> tuple[str, ...]:
-    """Return the names of the channels: ``given`` ones, else those of the data, else its modality for each.
-
-    Args:
-        source: The data.
-        count: The number of channels, or of a row's numbers unless ``sums``.
-        given: What the user named.
-        sums: Whether ``count`` is the number of channels.
-    """
-    from polyclinic.learning.tasks.case_sums import CHANNEL, HEAD
-
-    channels = count if sums else (count - HEAD) // CHANNEL
-    if given:
-        return tuple(given)
-    modality = source.info.modality if not hasattr(source, "collection") else source.collection.info.modality
-    names = tuple(part.strip() for part in modality.split(","))
-    if len(names) == channels:
+def channels_of(source: Source, count: int) -> tuple[str, ...]:
+    """Return the names of ``count`` channels: those that the data state, else the modality for each."""
+    info = source.collection.info if isinstance(source, FromFiles) else source.info
+    names = tuple(part.strip() for part in info.modality.split(","))
+    if len(names) == count:
         return names
-    return ("CT" if modality.upper().startswith(("CT", "LUNG CT")) else modality,) * channels
+    return ("CT" if info.modality.upper().startswith(("CT", "LUNG CT")) else info.modality,) * count
 
 
 def read_statistics(path: Path) -> Tree:
@@ -219,6 +191,8 @@ def read_statistics(path: Path) -> Tree:
     Raises:
         DataError: If the file is no such checkpoint, or the run is not complete.
     """
+    from polyclinic.engines.flare.server import run_coordinator  # noqa: F401 - registers its checkpoint
+
     import_methods(["case-statistics"])
     try:
         state = serialization.load(path).state

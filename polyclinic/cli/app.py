@@ -81,6 +81,12 @@ study = App(name="study", group=_STUDIES, help="The same commands as one group, 
 for group, name, target, summary in (
     (_STUDIES, "demo", "run:demo", "Run a small study of real patients at several sites, and write its report."),
     (_STUDIES, "new", "run:new", "Write a commented study file as a starting point."),
+    (
+        _STUDIES,
+        "plan",
+        "data:case_plan",
+        "Plan preprocessing, patch and network as nnU-Net does, from sums over sites.",
+    ),
     (_STUDIES, "run", "run:run", "Run a study and write its report."),
     (_STUDIES, "report", "run:report", "Write the report of a run."),
     (_STUDIES, "status", "run:status", "Show the progress of a run."),

@@ -1021,6 +1021,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             private=BOTH,
             fidelity="departs: draws steps instead of epochs",
         ),
+        Entry(
+            "asym-fedavg",
+            "heterogeneity.asym_fedavg:AsymFedAvg",
+            "sites with different networks average the tensors that all of them have",
+            "Skorupko et al. 2025",
+            "the change of the common tensors",
+            stateful=True,
+            unseen=NOTHING,
+            private=BOTH,
+        ),
     ),
     "Server end: weight aggregation": (
         Entry(
@@ -1353,6 +1363,16 @@ FAMILIES: Mapping[str, tuple[Entry, ...]] = {
             stateful=True,
             exposes=OWN_STEPS,
             fixed={"u_shaped": True},
+        ),
+    ),
+    "Data statistics": (
+        Entry(
+            "case-statistics",
+            "statistics.case_statistics:CaseStatistics",
+            "counts of spacings, sizes and intensities of all sites' images, for a plan; trains nothing",
+            "Isensee et al. 2021; Skorupko et al. 2025",
+            "sums over the images of a site: counts by spacing, size and foreground value",
+            fidelity="departs: sums in public bins in place of values of single images",
         ),
     ),
     "Communication: one-shot merging": (

@@ -118,7 +118,7 @@ class TaskSpec(Table):
     def _known(self) -> "TaskSpec":
         from polyclinic.core import extensions
         from polyclinic.core.config_problems import nearest
-        from polyclinic.learning.networks.network_catalog import network_names
+        from polyclinic.learning.networks.architectures import network_names
 
         if self.network not in (known := network_names()):
             raise ConfigError(f'no network is called "{self.network}".{nearest(self.network, known)}')

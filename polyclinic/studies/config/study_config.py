@@ -21,6 +21,7 @@ from polyclinic.methods import registry as methods
 from polyclinic.studies.config.augmentation_schema import AugmentationSpec
 from polyclinic.studies.config.diagnostics import BadStudy
 from polyclinic.studies.config.loader import table_of, text_of
+from polyclinic.studies.config.planned_study import with_plan
 from polyclinic.studies.config.schema import (
     AttackSpec,
     EngineSpec,
@@ -105,6 +106,8 @@ class Study(Table):
         for method in value["methods"]:
             if not method["downlink"]:
                 del method["downlink"]  # studies of before have the hash they had
+            if method["augmentation"] is None:
+                del method["augmentation"]
         for key in ("weights", "lora", "train", *(["loss"] if self.task.loss is None else [])):
             del value["task"][key]
         value["task"] |= {"tuning": self.task.tuning} if self.task.tuning else {}
@@ -157,15 +160,16 @@ def parse(
 def checked(data: Mapping[str, Any], covered: bool = True) -> tuple[Study | None, list[Problem]]:
     """Validate ``data``; return the study, or None and every problem. ``covered`` is that of ``parse``.
 
-    The settings of ``training.recipe`` are added to those of ``data``.
+    The settings of ``training.recipe`` and of a plan are added to those of ``data``.
     """
     recipe = list[Problem]()
     try:
         data = with_recipe(data)
     except ConfigError as error:
         recipe.append(Problem(("training", "recipe"), str(error)))
+    data, plan = with_plan(data)
     study, problems = validated(Study, data, ())
-    problems = [*recipe, *problems]
+    problems = [*recipe, *plan, *problems]
     if isinstance(study, Study) and study.task.weights is not None:
         study, unknown = with_weights(study)
         problems += unknown

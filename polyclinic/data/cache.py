@@ -2,7 +2,8 @@
 
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,26 @@ def cached(kind: str, key: str, build: Callable[[], dict[str, Any]]) -> dict[str
     if (stored := _read(path)) is not None:
         return stored
     built = build()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_in(path.parent):
         serialization.save(path, built, {"checksum": _checksum(built)})
+    return built
+
+
+@contextmanager
+def writing_in(place: Path) -> Iterator[None]:
+    """Create the folder ``place`` of the cache for the block, which writes files there.
+
+    Raises:
+        DataError: If the block cannot write, with what to do.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise DataError(
-            f"cannot write the cache {path.parent} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at "
-            "a writable folder"
+            f"cannot write the cache {place} ({error.strerror}): free some space, or point POLYCLINIC_CACHE at a "
+            "writable folder"
         ) from error
-    return built
 
 
 def _read(path: Path) -> dict[str, Any] | None:

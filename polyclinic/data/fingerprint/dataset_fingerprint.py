@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyclinic.data.cache import cached
 from polyclinic.data.collection import FromFiles
-from polyclinic.data.examples import DataError, Examples
+from polyclinic.data.examples import DataError, Examples, in_memory
 from polyclinic.data.preprocessing.sample import Picture
 from polyclinic.data.source import Info, Source, Table, digest
 from polyclinic.data.sources.feature_tables import FeatureTable
@@ -92,7 +92,7 @@ def plain(source: Source) -> Source:
     """Return the source without its steps, and for a table without statistics of its own."""
     if isinstance(source, FeatureTable):
         return replace(source, statistics="federation", declared="", fill="zero" if source.fill == "zero" else "mean")
-    given = {"steps": (), "unreadable": "refuse"}
+    given = {"steps": (), "unreadable": "refuse", "patch": ()}
     known = {name: value for name, value in given.items() if hasattr(source, name)}
     return replace(source, **known) if known else source  # type: ignore[type-var]
 
@@ -118,8 +118,8 @@ def _targets(table: Table) -> Tensor:
 
 
 def _measure(source: Source, table: Table) -> dict[str, Any]:
-    if not isinstance(source, FromFiles) and source.examples(table.ids[:1]).inputs.ndim == 2:
-        rows = source.examples(table.ids).inputs.double()
+    if not isinstance(source, FromFiles) and len(source.examples(table.ids[:1]).shape) == 1:
+        rows = in_memory(source.examples(table.ids), "a table").inputs.double()
         names = [f"input {i + 1}" for i in range(rows.shape[1])]
         return {"names": names, "rows": rows, "labels": torch.zeros(len(rows), 1, dtype=torch.float64)}
     measured_rows = [None if picture is None else of(picture) for picture in _pictures(source, table)]

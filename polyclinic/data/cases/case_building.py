@@ -97,7 +97,7 @@ def _run(
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task(f"Reading {name} (once)", total=len(missing))
         rest = iter(missing)
-        for i in rest:  # until one can be read: its size stands for the others
+        for i in rest:  # until one can be read: its size is the estimate for the others
             _, cases[i], decoded = build(i)
             progress.advance(bar)
             if decoded:

@@ -31,7 +31,7 @@ MOST_PLACES = 10_000
 """Largest number of stored positions per class (nnU-Net, ``default_preprocessor.py``)."""
 LEVELS = 2**16 - 2
 FEWEST_LEVELS = 256
-"""If the standard deviation of a channel spans fewer of the 65,534 levels, the image is stored as float32."""
+"""If the mean absolute deviation of a channel spans fewer of the 65,534 steps, the image is stored as float32."""
 _SLICES = 16
 
 
@@ -58,9 +58,9 @@ class CaseFile:
 
     Attributes:
         path: The file.
-        pixels: Where the image is, [C, *spatial].
-        mask: Where the mask is, [*spatial], if there is one.
-        places: Where up to ``MOST_PLACES`` positions of each class above 0 are, [n, axes] int32.
+        pixels: Place of the image, [C, *spatial].
+        mask: Place of the mask, [*spatial], if there is one.
+        places: Places of up to ``MOST_PLACES`` positions of each class above 0, [n, axes] int32.
         divisor: Divisor of the stored values of each channel.
         shift: What is then added to each channel.
         labels: The values in the mask, in ascending order.
@@ -277,13 +277,13 @@ def opened(path: Path, name: str = "") -> CaseFile | None:
 def stored_as(pixels: Tensor) -> tuple[Tensor, tuple[float, ...], tuple[float, ...]]:
     """Return an image in as few bytes as suffice, with divisor and shift of each channel.
 
-    * Bytes (8-bit pictures) remain bytes, and stand for 0 to 1.
+    * Bytes (8-bit pictures) remain bytes, and mean 0 to 1.
     * Whole numbers (CT, and MR without intensity steps) are kept exactly, in one or two bytes.
     * Other values are rounded to 65,534 equal steps between the channel's smallest and largest value; 0 is one of the
       steps, so that a background of 0 remains exactly 0. The error is at most half a step, such as 0.0001 for values
       from -5 to 8. Half precision (float16), which other programs use here, has steps of 0.002 to 0.004 there.
-    * If the values of a channel are so unequal that its standard deviation is less than 256 of these steps, the image
-      is kept as float32.
+    * If the values of a channel are so unequal that their mean absolute deviation is less than 256 of these steps, the
+      image is kept as float32.
     """
     channels = len(pixels)
     if pixels.dtype == torch.uint8:
@@ -344,9 +344,10 @@ def _whole(channel: Tensor) -> bool:
 
 
 def _deviation(channel: Tensor) -> float:
+    """Return the mean absolute deviation from the mean, which a few extreme values hardly change."""
     parts, count = channel.split(_SLICES), channel.numel()
     mean = sum(float(part.double().sum()) for part in parts) / count
-    return math.sqrt(sum(float((part.double() - mean).square().sum()) for part in parts) / count)
+    return sum(float((part.double() - mean).abs().sum()) for part in parts) / count
 
 
 def _small(mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from polyclinic.data.cache import cached
+from polyclinic.data.cache import cached, remembered
 from polyclinic.data.cases import case_building, case_file
 from polyclinic.data.cases.case_file import CaseFile, Prepared
 from polyclinic.data.cases.cases import Cases
@@ -27,6 +27,8 @@ from polyclinic.data.preprocessing.transforms import Percentiles, Relabel, ZScor
 from polyclinic.data.source import Info, Table, digest
 
 VERSION = 3
+PATCHED = replace(LIMITS, decoded_bytes=2 * LIMITS.decoded_bytes)
+"""Limits on a file whose image remains on disk, where CT takes two bytes per voxel instead of four."""
 MOST_NOTES = 10
 SINGLE_LINES = 3
 UNKNOWN_PATIENTS = (
@@ -90,7 +92,8 @@ class Collection:
         """The hash of each entry's files."""
         files = [path for e in self.entries for path in (*e.images, *([e.mask] if e.mask else []))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = dict(zip(files, pool.map(content_of, files), strict=True))
+            hashed = (lambda path: remembered(path, content_of)) if self.patch else content_of
+            found = dict(zip(files, pool.map(hashed, files), strict=True))
         return tuple(digest(*(found[p] for p in (*e.images, *([e.mask] if e.mask else [])))) for e in self.entries)
 
     @cached_property
@@ -389,7 +392,8 @@ class FromFiles:
     def options(self) -> ImageOptions:
         """How files are read."""
         series: Mapping[str, str] = getattr(self, "series", {})
-        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series)
+        limits = PATCHED if self.patch else LIMITS
+        return ImageOptions(self.fill, self.geometry_tolerance_mm, self.regions, self.bits, series, limits)
 
     def made(
         self,

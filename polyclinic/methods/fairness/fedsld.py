@@ -19,7 +19,7 @@ from polyclinic.core.method import Job, Request
 from polyclinic.core.serialization import savable
 from polyclinic.core.site import Site
 from polyclinic.core.tree import Tree, Trees
-from polyclinic.learning.batch import Batch
+from polyclinic.learning.batch import Batch, targets_of
 from polyclinic.learning.tasks.task import Task
 from polyclinic.learning.training.local import LocalTraining
 from polyclinic.methods.base.site_weights import SizeWeighted
@@ -65,7 +65,7 @@ class FedSLD(SizeWeighted[State]):
     def site_update(self, request: Request, memory: Trees, site: Site) -> tuple[Reply, Trees]:
         start, data = request.trees["params"], site.data["train"]
         if request.job == "count":
-            labels = torch.cat([data[i][1] for i in torch.arange(len(data)).split(256)])
+            labels = targets_of(data)
             found = torch.bincount(labels, minlength=self.task.network.outputs).double()
             return Reply({"classes": WeightedMean({"counts": found}, 1.0)}), memory
         counts = request.trees["counts"]["counts"]

@@ -155,6 +155,9 @@ def _together(study: Study) -> list[Problem]:
         if entry.tasks and study.task.kind not in entry.tasks:
             says = f"{method.name} is for {' and '.join(entry.tasks)}, not for {study.task.kind}"
             problems.append(Problem(("methods", i, "name"), says))
+        if entry.stacks and study.data.options.get("patch"):
+            says = f"{method.name} takes all images of a site at once, and patch in [data] leaves them on disk"
+            problems.append(Problem(("methods", i, "name"), says))
     if len(set(study.seeds)) != len(study.seeds):
         problems.append(Problem(("seeds",), "the same seed twice would count one result twice"))
     return [*problems, *_folded(study), *_searched(study), *_simulated(study)]

@@ -77,7 +77,8 @@ class Cases:
         """Return a view of case ``i``: float32 [C, *size], and its target.
 
         The result depends only on the case, the state of ``rng`` and the arguments. A picture with a class or a number
-        is resized and not cropped at random; ``rng`` is then not used.
+        is resized as for the central view, of which ``size`` shows more or less, with 0 outside of the picture; ``rng``
+        is then not used.
 
         Args:
             i: The case.
@@ -164,6 +165,11 @@ class Cases:
         )
 
     @property
+    def targets(self) -> Tensor | None:
+        """The labels, under the name that data in memory have for them."""
+        return self.labels
+
+    @property
     def highest(self) -> int:
         """The largest class of any target."""
         if self.labels is not None:
@@ -194,7 +200,7 @@ class Cases:
         file = self.files[i]
         if self.labels is None:
             return file.image(low, size), self._target(i, low, size)
-        return resized(self.image(i), size), self.labels[i]
+        return resized(self.image(i), self.patch, size), self.labels[i]
 
     def _target(self, i: int, low: Sequence[int], size: Sequence[int]) -> Tensor:
         if self.labels is not None:
@@ -212,23 +218,32 @@ class Cases:
         return box
 
 
-def resized(picture: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the picture [C, *spatial] with its smaller side fitted to ``size``, and cropped to the center.
+def resized(picture: Tensor, view: Sequence[int], size: Sequence[int] | None = None) -> Tensor:
+    """Return the center of a picture [C, *spatial] that is scaled so that it just covers ``view``.
 
     The aspect ratio is kept. Pictures that shrink by more than half are averaged over areas first, as by the step
     ``resize``.
+
+    Args:
+        picture: The picture.
+        view: What it covers.
+        size: Shape of the result, ``view`` by default; 0 outside of the picture.
     """
-    factor = max(n / side for n, side in zip(size, picture.shape[1:], strict=True))
-    fitted = [max(n, round(side * factor)) for n, side in zip(size, picture.shape[1:], strict=True)]
+    sides = picture.shape[1:]
+    factor = max(n / side for n, side in zip(view, sides, strict=True))
+    fitted = [max(n, round(side * factor)) for n, side in zip(view, sides, strict=True)]
     values = picture[None]
-    if list(picture.shape[1:]) != fitted:
+    if list(sides) != fitted:
         if factor < 1 / 2:
-            average: Any = functional.adaptive_avg_pool2d if len(size) == 2 else functional.adaptive_avg_pool3d
+            average: Any = functional.adaptive_avg_pool2d if len(view) == 2 else functional.adaptive_avg_pool3d
             values = average(values, fitted)
         else:
-            values = functional.interpolate(values, fitted, mode="bilinear" if len(size) == 2 else "trilinear")
-    starts = [(side - n) // 2 for side, n in zip(fitted, size, strict=True)]
-    return values[0][(slice(None), *(slice(a, a + n) for a, n in zip(starts, size, strict=True)))].contiguous()
+            values = functional.interpolate(values, fitted, mode="bilinear" if len(view) == 2 else "trilinear")
+    pads: list[int] = []
+    for side, n in reversed(list(zip(fitted, size or view, strict=True))):
+        before = (n - side) // 2 if n > side else -((side - n) // 2)  # negative pads crop
+        pads += [before, n - side - before]
+    return functional.pad(values[0], pads).contiguous()
 
 
 def _below(count: int, rng: torch.Generator) -> int:

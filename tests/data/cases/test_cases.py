@@ -209,9 +209,12 @@ def test_a_picture_with_a_class_is_resized_to_cover_the_view_and_cropped(store: 
     middle = picture[:, :, 10:30].float().div(255)
     assert torch.allclose(x[0], torch.nn.functional.interpolate(middle[None], (10, 10), mode="bilinear")[0], atol=1e-6)
     assert y.tolist() == [1]
-    x, y = one.draw(0, rng(0), True, (20, 20))
-    assert torch.equal(x, middle)
+    wider, y = one.draw(0, rng(0), True, (14, 16))
+    assert torch.equal(wider[:, 2:12, 3:13], x[0])
+    assert not bool(wider[:, :2].any() or wider[:, 12:].any())
+    assert bool(wider[:, 2:12, :3].any())
     assert int(y) == 1
+    assert torch.equal(one.draw(0, rng(0), False, (4, 4))[0], x[0, :, 3:7, 3:7])
 
 
 @pytest.mark.parametrize("size", [(3, 3), (7, 30), (64, 64), (1, 1)])
